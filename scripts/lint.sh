@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Format, lint and type checks, as CI runs them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/bootstrap.sh
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+# mypy does not follow the mapping of folders to packages that setuptools makes; links give it the same view.
+mkdir -p .typing/laguna_serve
+for folder in bench evals kernels plugins scripts serving; do ln -sfn "../../$folder" ".typing/laguna_serve/$folder"; done
+.venv/bin/mypy -p laguna_serve

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Resolve scripts/requirements/*.in into the locked lists again.  Needs uv (https://docs.astral.sh/uv), and an index or
+# folder that offers the CPU build of torch (pass it on: bash scripts/lock.sh --find-links FOLDER).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/requirements"
+plain=(--no-annotate --no-header --quiet --no-python-downloads)
+uv pip compile cpu.in "${plain[@]}" --universal --python-version 3.11 --excludes excluded.txt -o cpu.lock "$@"
+uv pip compile gpu.in "${plain[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.12 -o gpu.lock "$@"

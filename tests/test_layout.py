@@ -1,0 +1,84 @@
+"""The repository's shape: packages declared, folders without __init__.py, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("bench", "evals", "kernels", "plugins", "scripts", "serving")
+# What a folder's code may import of the project, and what it must not import of the stack.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "plugins": {"plugins", "kernels"},
+    "serving": {"serving", "plugins"},
+    "evals": {"evals", "serving"},
+    "bench": {"bench", "serving"},
+    "scripts": {"scripts", "plugins", "kernels", "serving"},
+}
+HTTP_ONLY = {"serving", "evals", "bench"}
+HEAVY = {"torch", "vllm", "transformers", "triton"}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: expected absolute imports, got a relative one"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_declared_packages_are_the_folders_with_code() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    present = {
+        ".".join(["laguna_serve", *path.parent.relative_to(ROOT).parts])
+        for folder in FOLDERS
+        for path in sources(folder)
+    }
+    # A folder that waits for its code is declared already, so that an editable install need not be repeated.
+    assert present <= set(declared), "a wheel would silently leave these out"
+    assert set(declared) - present <= {"laguna_serve.evals", "laguna_serve.kernels"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_top_folder_has_no_init(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists(), "it would shadow distributions of the same name"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_subfolders_with_code_are_packages(folder: str) -> None:
+    for path in sources(folder):
+        if path.parent != ROOT / folder:
+            assert (path.parent / "__init__.py").exists(), f"{path.parent}: expected an __init__.py"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_keep_their_direction(folder: str) -> None:
+    for path in sources(folder):
+        ours = {name.split(".")[1] for name in imported(path) if name.startswith("laguna_serve.")}
+        assert ours <= MAY_IMPORT[folder], f"{path}: imports {sorted(ours - MAY_IMPORT[folder])}"
+
+
+@pytest.mark.parametrize("folder", sorted(HTTP_ONLY))
+def test_http_side_imports_no_engine(folder: str) -> None:
+    for path in sources(folder):
+        heavy = {name.split(".")[0] for name in imported(path)} & HEAVY
+        assert not heavy, f"{path}: imports {sorted(heavy)}; speak HTTP, or ask in a subprocess"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_shadows_the_standard_library(folder: str) -> None:
+    for path in sources(folder):
+        assert path.stem not in sys.stdlib_module_names, f"{path}: breaks `python {folder}/…`, whose folder comes first"
