@@ -1,0 +1,64 @@
+"""DFlash drafters on a CPU: vLLM's own two classes with their grouped norms mended.
+
+A drafter turns the target's hidden states into the keys and values of all its layers at once and normalises them with
+one call whose weights have a row per layer.  vLLM's CPU `rms_norm` takes the first row for every layer, and reads an
+expanded (stride 0) input as if it were contiguous, out of bounds: with two layers or more, acceptance falls to
+nothing and the text can be corrupted.  Here the mean square is taken once and each layer's row is applied to it.
+
+Checked against vLLM 0.32.0.  It can go when
+`tests/plugins/test_dflash.py::test_stock_grouped_norm_ignores_the_layer` fails.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models import laguna_dflash, qwen3_dflash
+
+
+def grouped_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension with one weight row per layer, in fp32.
+
+    x [L, …, D], or [1, …, D] for the same input in every layer; weights [L, D].  Returns [L, …, D] in x's dtype.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+    rows = weights.float().view(weights.shape[0], *[1] * (x.dim() - 2), weights.shape[1])
+    return (normed * rows).to(x.dtype)
+
+
+def normalize_context_k(self: nn.Module, all_k: torch.Tensor) -> torch.Tensor:
+    """Keys [L, T, kv_heads, head_dim], each layer's normalised with its own weights."""
+    return grouped_rms_norm(all_k, self._k_norm_weights, self._rms_norm_eps)
+
+
+def project_context_kv(
+    self: nn.Module, context_states: torch.Tensor, num_ctx: int, num_layers: int, num_kv_heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [L, T, kv_heads, head_dim], of context states [T, hidden] under every layer's own norm."""
+    normed = grouped_rms_norm(context_states.unsqueeze(0), self._input_layernorm_weights, self._rms_norm_eps)
+    kv = torch.bmm(normed, self._kv_weights.transpose(1, 2))
+    if self._kv_biases is not None:
+        kv += self._kv_biases[:, None, :]
+    keys, values = kv.view(num_layers, num_ctx, 2, num_kv_heads, head_dim).permute(2, 0, 1, 3, 4).contiguous()
+    return keys, values
+
+
+class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: ignore[misc]
+    """The Laguna-style drafter (full vocabulary, embedding and head shared with the target)."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.model._project_context_kv = MethodType(project_context_kv, self.model)
+        self.model._normalize_context_k = MethodType(normalize_context_k, self.model)
+
+
+class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: ignore[misc]
+    """The Qwen3-style drafter (speculators format); its context has one norm for all layers, its keys one each."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.model._normalize_context_k = MethodType(normalize_context_k, self.model)

@@ -1,0 +1,34 @@
+"""The `vllm.general_plugins` entry point: tells vLLM which class serves which architecture.
+
+vLLM calls `register` in every process it starts, possibly more than once, and logs and swallows whatever it raises;
+`laguna doctor` therefore proves the outcome in a fresh process.  Classes are registered by name, so nothing is imported
+until a model of that architecture is loaded.
+"""
+
+from __future__ import annotations
+
+# Every vLLM minor version between these two, both included, is supported.
+CHECKED_VLLM = ("0.26", "0.33")
+
+# What stock vLLM gets wrong on a CPU (the modules' docstrings say what, and when each can go).  On a GPU these
+# architectures stay vLLM's own.
+CPU_ARCHITECTURES = {
+    "LagunaForCausalLM": "laguna_serve.plugins.models.laguna:LagunaForCausalLM",
+    "DFlashLagunaForCausalLM": "laguna_serve.plugins.models.dflash:DFlashLagunaForCausalLM",
+    "DFlashDraftModel": "laguna_serve.plugins.models.dflash:DFlashQwen3ForCausalLM",
+}
+
+
+def architectures() -> dict[str, str]:
+    """Architecture → "module:Class" for the platform that vLLM detects on this machine."""
+    from vllm.platforms import current_platform
+
+    return CPU_ARCHITECTURES if current_platform.is_cpu() else {}
+
+
+def register() -> None:
+    """Register our classes with vLLM; calling it again changes nothing."""
+    from vllm import ModelRegistry
+
+    for architecture, path in architectures().items():
+        ModelRegistry.register_model(architecture, path)

@@ -1,0 +1,102 @@
+"""The drafter on a CPU: stock vLLM's grouped norm, ours, and the proposals against plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytestmark = pytest.mark.vllm
+TOY = Path(__file__).resolve().parent.parent / "toy"
+LAYERS, TOKENS, HEADS, DIM, EPS = 3, 5, 2, 32, 1e-6
+GAMMAS = (7, 3)
+
+
+def norm_per_layer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The specification: each layer's rows [..., D] normalised with that layer's weights."""
+    return torch.stack(
+        [F.rms_norm(rows, (rows.shape[-1],), weight, EPS) for rows, weight in zip(x, weights, strict=True)]
+    )
+
+
+def keys_and_weights() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(LAYERS, TOKENS, HEADS, DIM), torch.rand(LAYERS, DIM) + 0.5
+
+
+def test_stock_grouped_norm_ignores_the_layer() -> None:
+    """When this fails, vLLM's CPU norm knows grouped weights: retire `grouped_rms_norm` and the two subclasses."""
+    from vllm import _custom_ops as ops
+
+    keys, weights = keys_and_weights()
+    stock = torch.full_like(keys, torch.nan)
+    ops.rms_norm(stock, keys, weights, EPS)
+    right = norm_per_layer(keys, weights)
+    torch.testing.assert_close(stock[0], right[0])
+    assert not torch.allclose(stock[1:], right[1:], atol=1e-2)
+
+
+def test_grouped_norm_follows_the_layer() -> None:
+    from laguna_serve.plugins.models.dflash import grouped_rms_norm
+
+    keys, weights = keys_and_weights()
+    torch.testing.assert_close(grouped_rms_norm(keys, weights, EPS), norm_per_layer(keys, weights))
+    shared = torch.randn(TOKENS, DIM)
+    ours = grouped_rms_norm(shared.unsqueeze(0), weights, EPS)
+    torch.testing.assert_close(ours, norm_per_layer(shared.expand(LAYERS, -1, -1), weights))
+    assert grouped_rms_norm(keys.bfloat16(), weights.bfloat16(), EPS).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=GAMMAS, ids=lambda gamma: f"gamma{gamma}")
+def observed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, list[int]]]]:
+    """What vLLM's drafter proposed at each step on a few prompts, in fp32 (see proposals_probe.py)."""
+    out = tmp_path_factory.mktemp("proposals") / "proposals.json"
+    probe = Path(__file__).with_name("proposals_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), str(TOY), str(request.param), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen: dict[str, list[dict[str, list[int]]]] = json.loads(out.read_text())
+    return seen
+
+
+def test_proposals_equal_plain_pytorch(observed: dict[str, list[dict[str, list[int]]]]) -> None:
+    from transformers import LagunaForCausalLM
+
+    from laguna_serve.scripts.toy.dflash import Drafter, TapReader
+
+    teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
+    drafter = Drafter.load(TOY / "dflash")
+    taps = TapReader(teacher, drafter.shape.target_layer_ids)
+    embedding, head = teacher.model.embed_tokens.weight, teacher.lm_head.weight
+    steps = 0
+    for request in observed["requests"]:
+        tokens = [*request["prompt"], *request["output"]]
+        with torch.no_grad():
+            teacher.model(input_ids=torch.tensor([tokens]))
+        hidden_states = taps.read()[0]
+        anchor = len(request["prompt"])
+        for proposed in request["proposals"]:
+            if anchor >= len(tokens):  # drafted after the last token that was asked for
+                break
+            gamma = len(proposed)
+            expected = drafter.propose(tokens[anchor], hidden_states[:anchor], gamma, embedding, head)
+            assert proposed == expected, f"step {steps}: the drafter saw another context than the reference"
+            verified = tokens[anchor + 1 : anchor + 1 + gamma]
+            accepted = next(
+                (i for i, (a, b) in enumerate(zip(proposed, verified, strict=False)) if a != b), len(verified)
+            )
+            anchor += accepted + 1
+            steps += 1
+    assert steps > 40
