@@ -70,8 +70,10 @@ class Rows:
 
     def batch(self, seed: int, step: int) -> torch.Tensor:
         rng = random.Random(f"{seed}/{step}")
-        draws = [self._chat_row if rng.random() < CHAT_SHARE else self._code_row for _ in range(ROWS)]
-        return torch.stack([draw(rng) for draw in draws])
+        return torch.stack([self._row(rng) for _ in range(ROWS)])
+
+    def _row(self, rng: random.Random) -> torch.Tensor:
+        return self._chat_row(rng) if rng.random() < CHAT_SHARE else self._code_row(rng)
 
     def _code_row(self, rng: random.Random) -> torch.Tensor:
         start = int(self.line_starts[rng.randrange(len(self.line_starts))])
