@@ -1,0 +1,75 @@
+"""How much memory an engine is told to take, decided from what is free now.
+
+vLLM reserves a fixed share (0.92) of the whole device unless told otherwise and refuses to start when less is free.  On
+a CPU that is the machine's own memory, so there the KV cache is sized in bytes instead (``--kv-cache-memory-bytes``
+makes vLLM ignore the share); on a GPU the share is lowered to what is free.
+"""
+
+from __future__ import annotations
+
+from laguna_serve.serving.device import Device
+
+GIB = 1 << 30
+# Torch, vLLM and their buffers in the four processes of a CPU engine: 2.4 GB measured with vLLM 0.32, rounded up for
+# compilation.
+ENGINE_BYTES = 3 * 10**9
+# On a CPU the KV cache is written when it is made, so that every byte of it is really taken.
+MIN_KV_BYTES = GIB // 4
+# Of what is left after the engine and the weights: another engine or the user's own work needs the rest.
+MAX_KV_SHARE = 0.5
+MAX_GPU_SHARE = 0.92
+# CUDA context and the allocator's rounding, which the share does not cover.
+GPU_CONTEXT_BYTES = GIB
+
+
+class BudgetError(ValueError):
+    """Too little memory for an engine, as one line."""
+
+
+def plan_memory(device: Device, *, weight_bytes: int, wanted_kv_bytes: int, kv_cache_gib: float | None) -> list[str]:
+    """The memory arguments for vLLM.
+
+    Args:
+        device: where the engine runs, with its free bytes.
+        weight_bytes: of the target and the drafter as they will lie in memory.
+        wanted_kv_bytes: what all sequences would need at full length; more is of no use.
+        kv_cache_gib: the user's choice, in GiB, or None.
+    Raises:
+        BudgetError: less is free than the engine needs.
+    """
+    if kv_cache_gib is not None and kv_cache_gib <= 0:
+        raise BudgetError(
+            f"KV cache: expected more than 0 GiB, got {kv_cache_gib}; leave it out for an automatic choice"
+        )
+    if device.kind == "gpu":
+        return _plan_gpu(device, weight_bytes, kv_cache_gib)
+    kv_bytes = MIN_KV_BYTES if kv_cache_gib is None else int(kv_cache_gib * GIB)
+    needed = ENGINE_BYTES + weight_bytes + kv_bytes
+    _require(device, needed, f"{_gib(ENGINE_BYTES)} engine + {_gib(weight_bytes)} weights + {_gib(kv_bytes)} KV cache")
+    if kv_cache_gib is None:
+        left = device.free_bytes - ENGINE_BYTES - weight_bytes
+        kv_bytes = max(MIN_KV_BYTES, min(wanted_kv_bytes, int(left * MAX_KV_SHARE)))
+    return ["--kv-cache-memory-bytes", str(kv_bytes)]
+
+
+def _plan_gpu(device: Device, weight_bytes: int, kv_cache_gib: float | None) -> list[str]:
+    kv_bytes = 0 if kv_cache_gib is None else int(kv_cache_gib * GIB)
+    needed = GPU_CONTEXT_BYTES + weight_bytes + kv_bytes
+    _require(
+        device, needed, f"{_gib(GPU_CONTEXT_BYTES)} context + {_gib(weight_bytes)} weights + {_gib(kv_bytes)} KV cache"
+    )
+    usable = device.free_bytes - GPU_CONTEXT_BYTES
+    share = min(MAX_GPU_SHARE, int(usable / device.total_bytes * 100) / 100)
+    arguments = ["--gpu-memory-utilization", f"{share:.2f}"]
+    return arguments if kv_cache_gib is None else [*arguments, "--kv-cache-memory-bytes", str(kv_bytes)]
+
+
+def _require(device: Device, needed: int, parts: str) -> None:
+    if needed > device.free_bytes:
+        expected = f"expected {_gib(needed)} free ({parts})"
+        remedy = "stop another process or use a smaller model or KV cache"
+        raise BudgetError(f"memory of {device.name}: {expected}, got {_gib(device.free_bytes)}; {remedy}")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"

@@ -1,0 +1,62 @@
+"""The ``laguna`` command.
+
+Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run (one line on stderr says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from laguna_serve.serving import doctor, serve
+from laguna_serve.serving.engine import EngineError
+
+EPILOG = """examples:
+  laguna doctor
+  laguna serve tests/toy/teacher --draft tests/toy/dflash
+
+`laguna COMMAND --help` has more.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse puts before it."""
+        self.exit(2, f"laguna: error: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    parser = _Parser(
+        prog="laguna",
+        description="Serve Laguna models with vLLM.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (doctor, serve):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.  What follows a bare ``--`` is left for vLLM."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    split = given.index("--") if "--" in given else len(given)
+    args = build_parser().parse_args(given[:split])
+    args.extra_args = given[split + 1 :]
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except (EngineError, doctor.DoctorError) as error:
+        print(f"laguna: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("laguna: error: interrupted", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

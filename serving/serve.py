@@ -1,0 +1,132 @@
+"""``laguna serve``: one engine behind vLLM's OpenAI-compatible server, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+
+SCHEMA = "laguna_serve.serve/1"
+DEFAULT_PORT = 8000
+WATCH_S = 0.5
+EPILOG = """examples:
+  laguna serve poolside/Laguna-XS.2
+  laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma 7 --port 8001
+  laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
+
+exit status: 0 after Ctrl-C, 1 when the engine died, 2 when it could not be started
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``laguna serve``."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a Laguna model, with a DFlash drafter if one is given, behind an OpenAI-compatible API.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="checkpoint folder or hub id")
+    parser.add_argument("--draft", help="DFlash drafter: checkpoint folder or hub id")
+    parser.add_argument("--gamma", type=int, help="tokens proposed per step (default: the drafter's block − 1)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: the checkpoint's)")
+    parser.add_argument("--max-model-len", type=int, help="longest sequence in tokens (default: the model's)")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences together (default: %(default)s)")
+    parser.add_argument("--kv-cache-gib", type=float, help="size of the KV cache (default: from the free memory)")
+    parser.add_argument("--eager", action="store_true", help="no compilation: quick to start, slow to run")
+    parser.add_argument("--no-prefix-caching", action="store_true", help="do not reuse equal prompt beginnings")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
+    parser.add_argument("--log", type=Path, help="vLLM's log (default: in the user's cache folder, by port)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until Ctrl-C or SIGTERM; the last line on stdout is a JSON object."""
+    config = read_config(args)
+    log_path = args.log or default_log_path(args.port)
+    _handle_signals()
+    started = time.monotonic()
+    result = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
+    try:
+        with Engine(config, log_path=log_path, announce=_announce) as engine:
+            result |= {"url": engine.base_url, "model": engine.model_name}
+            print(format_greeting(engine), flush=True)
+            try:
+                while True:
+                    engine.check()
+                    time.sleep(WATCH_S)
+            except EngineError as error:
+                print(f"laguna: error: {error}", file=sys.stderr)
+                result["outcome"] = "died"
+    except KeyboardInterrupt:
+        if "url" not in result:
+            raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
+    print(json.dumps({**result, "uptime_s": round(time.monotonic() - started, 1)}))
+    return 1 if result["outcome"] == "died" else 0
+
+
+def read_config(args: argparse.Namespace) -> EngineConfig:
+    """The engine's configuration from the command line."""
+    return EngineConfig(
+        model=args.model,
+        draft=args.draft,
+        gamma=args.gamma,
+        host=args.host,
+        port=args.port or None,
+        served_model_name=args.served_model_name,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        enforce_eager=args.eager,
+        prefix_caching=not args.no_prefix_caching,
+        kv_cache_gib=args.kv_cache_gib,
+        seed=args.seed,
+        extra_args=tuple(args.extra_args),
+    )
+
+
+def default_log_path(port: int) -> Path:
+    """One file per port: a later server on the same port overwrites it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "laguna-serve" / f"serve-{port or os.getpid()}.log"
+
+
+def format_greeting(engine: Engine) -> str:
+    """Where the server is, how to try it, where its log is."""
+    body = json.dumps({"model": engine.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
+    return "\n".join(
+        (
+            f"serving {engine.model_name} at {engine.base_url}/v1  (Ctrl-C stops it)",
+            f"log: {engine.log_path}",
+            f"try: curl {engine.base_url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+        )
+    )
+
+
+def _announce(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _handle_signals() -> None:
+    """Every polite way of ending us becomes a KeyboardInterrupt.
+
+    SIGINT too, as a shell script starts its background jobs with it ignored; SIGHUP not under nohup.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,43 @@
+"""Checkpoints that consist of a config, and a vLLM that starts in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_fakes import DRAFTER, FAKE_SITE, TARGET, MakeCheckpoint
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """make_checkpoint(name, config, **changes) writes a folder with config.json; a change to None removes the key."""
+
+    def make(name: str, config: dict[str, Any], **changes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        merged = {key: value for key, value in {**config, **changes}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(merged), encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def target(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint("teacher", TARGET)
+
+
+@pytest.fixture
+def drafter(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint("dflash", DRAFTER)
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Engines started by this test run the stand-in; returns the file to which its processes write their ids."""
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("PYTHONPATH", str(FAKE_SITE))
+    monkeypatch.setenv("FAKE_VLLM_PIDS", str(pids))
+    return pids

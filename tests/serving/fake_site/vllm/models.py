@@ -1,0 +1,13 @@
+"""The stock classes."""
+
+
+class LagunaForCausalLM:
+    pass
+
+
+class DFlashLagunaForCausalLM:
+    pass
+
+
+class DFlashDraftModel:
+    pass

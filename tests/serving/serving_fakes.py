@@ -1,0 +1,76 @@
+"""Configs of small checkpoints, the stand-in vLLM's folder, and what tests ask about processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FAKE_SITE = Path(__file__).parent / "fake_site"
+
+TARGET: dict[str, Any] = {
+    "architectures": ["LagunaForCausalLM"],
+    "model_type": "laguna",
+    "dtype": "bfloat16",
+    "vocab_size": 1024,
+    "hidden_size": 160,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+DRAFTER: dict[str, Any] = {
+    **TARGET,
+    "architectures": ["DFlashLagunaForCausalLM"],
+    "num_hidden_layers": 2,
+    "draft_vocab_size": 1024,
+    "block_size": 8,
+    "dflash_config": {"target_layer_ids": [0, 2, 5], "mask_token_id": 3},
+}
+SPECULATORS: dict[str, Any] = {
+    "architectures": ["DFlashSpeculator"],
+    "speculators_model_type": "dflash",
+    "transformer_layer_config": {
+        "model_type": "qwen3",
+        "vocab_size": 1024,
+        "hidden_size": 160,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "draft_vocab_size": 512,
+    "block_size": 8,
+    "mask_token_id": 12,
+    "aux_hidden_state_layer_ids": [1, 3, 6],
+}
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def read_pids(path: Path, count: int) -> list[int]:
+    """The ids in the file, once there are that many."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pids = [int(line) for line in path.read_text().split()] if path.exists() else []
+        if len(pids) >= count:
+            return pids
+        time.sleep(0.02)
+    raise AssertionError(f"expected {count} process ids in {path}")
+
+
+def wait_until_gone(pids: list[int], timeout_s: float = 30.0) -> None:
+    """Fails if any of the processes is still there after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while living := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"still alive: {living}"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

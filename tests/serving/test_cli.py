@@ -1,0 +1,130 @@
+"""The laguna command: help, one-line errors, exit statuses, and a server that ends when it is told to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from serving_fakes import read_pids, wait_until_gone
+
+from laguna_serve.serving.cli import build_parser, main
+from laguna_serve.serving.serve import default_log_path, read_config
+
+LAGUNA = [sys.executable, "-m", "laguna_serve.serving.cli"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]], ids=" ".join)
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert "examples:\n  laguna " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see `laguna --help`"),
+        (["serve"], "the following arguments are required: model; see `laguna serve --help`"),
+        (["serve", "m", "--port", "x"], "argument --port: invalid int value: 'x'; see `laguna serve --help`"),
+        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna --help`"),
+    ],
+    ids=["no-command", "no-model", "bad-port", "unknown-flag"],
+)
+def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err == f"laguna: error: {message}\n"
+
+
+def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None:
+    flags = "--gamma 3 --port 8001 --host 0.0.0.0 --max-model-len 512 --max-num-seqs 4 --dtype float32 --eager"
+    more = "--no-prefix-caching --kv-cache-gib 0.5 --served-model-name m --seed 9"
+    args = build_parser().parse_args(["serve", str(target), "--draft", str(drafter), *flags.split(), *more.split()])
+    args.extra_args = ["--max-num-batched-tokens", "64"]
+    config = read_config(args)
+    assert (config.model, config.draft, config.gamma) == (str(target), str(drafter), 3)
+    assert (config.host, config.port, config.served_model_name) == ("0.0.0.0", 8001, "m")
+    assert (config.max_model_len, config.max_num_seqs, config.dtype) == (512, 4, "float32")
+    assert (config.enforce_eager, config.prefix_caching, config.kv_cache_gib, config.seed) == (True, False, 0.5, 9)
+    assert config.extra_args == ("--max-num-batched-tokens", "64")
+
+
+def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_log_path(8001) == tmp_path / "laguna-serve" / "serve-8001.log"
+
+
+@contextmanager
+def serving(target: Path, tmp_path: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*LAGUNA, "serve", str(target), "--port", "0", "--log", str(tmp_path / "log"), *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def read_url(server: subprocess.Popen[str]) -> str:
+    """The address from the three lines that greet the user; they are on stdout together."""
+    assert server.stdout is not None
+    where, log, example = (server.stdout.readline() for _ in range(3))
+    url = where.split()[3].removesuffix("/v1")
+    assert log.startswith("log: ")
+    assert example.startswith(f"try: curl {url}/v1/completions ")
+    return url
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_serve_runs_until_told_to_end(fake_vllm: Path, target: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with serving(target, tmp_path, "--", "--max-num-batched-tokens", "64") as server:
+        url = read_url(server)
+        server.send_signal(number)
+        out, err = server.communicate(timeout=30)
+    assert server.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert (result["outcome"], result["url"], result["log"]) == ("stopped", url, str(tmp_path / "log"))
+    assert "engine teacher: ready at" in err
+    wait_until_gone(read_pids(fake_vllm, 3), timeout_s=0)
+
+
+def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
+    with serving(target, tmp_path) as server:
+        connection = http.client.HTTPConnection(read_url(server).removeprefix("http://"), timeout=5)
+        with suppress(http.client.HTTPException, OSError):
+            connection.request("POST", "/die")
+            connection.getresponse()
+        connection.close()
+        out, err = server.communicate(timeout=30)
+    assert server.returncode == 1
+    assert "laguna: error: engine teacher: expected it to run, got exit status 1: Worker proc" in err
+    assert json.loads(out.splitlines()[-1])["outcome"] == "died"
+    wait_until_gone(read_pids(fake_vllm, 3), timeout_s=0)
+
+
+def test_serve_interrupted_at_start_leaves_nothing(
+    fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "hang")
+    with serving(target, tmp_path) as server:
+        members = read_pids(fake_vllm, 3)
+        server.send_signal(signal.SIGINT)
+        _, err = server.communicate(timeout=30)
+    assert server.returncode == 2
+    assert err.splitlines()[-1].startswith("laguna: error: engine teacher: interrupted before it was ready")
+    wait_until_gone(members, timeout_s=0)
+
+
+def test_serve_refuses_bad_input_in_one_line() -> None:
+    command = [*LAGUNA, "serve", "/no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("laguna: error: /no/such/model: expected an existing folder or a hub id")
+    assert len(done.stderr.splitlines()) == 1

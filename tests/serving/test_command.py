@@ -1,0 +1,131 @@
+"""The vLLM command and environment that a configuration becomes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint
+
+from laguna_serve.serving.budget import GIB
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.command import (
+    EngineConfig,
+    build_command,
+    build_environment,
+    inspect,
+    wanted_kv_bytes,
+    wanted_weight_bytes,
+)
+from laguna_serve.serving.device import Device
+
+CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
+
+
+def build(config: EngineConfig, device: Device = CPU) -> list[str]:
+    return build_command(config, inspect(config), device, 8001)
+
+
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_defaults(target: Path) -> None:
+    command = build(EngineConfig(model=str(target)))
+    assert command == [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *("--model", str(target), "--host", "127.0.0.1", "--port", "8001", "--served-model-name", "teacher"),
+        *("--dtype", "auto", "--seed", "0", "--max-num-seqs", "64", "--enable-prefix-caching"),
+        *("--kv-cache-memory-bytes", str(GIB // 4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dtype": "float32"}, ["--dtype", "float32"]),
+        ({"max_model_len": 512}, ["--max-model-len", "512"]),
+        ({"max_num_seqs": 3}, ["--max-num-seqs", "3"]),
+        ({"enforce_eager": True}, ["--enforce-eager"]),
+        ({"prefix_caching": False}, ["--no-enable-prefix-caching"]),
+        ({"seed": 7}, ["--seed", "7"]),
+        ({"served_model_name": "m"}, ["--served-model-name", "m"]),
+        ({"host": "0.0.0.0"}, ["--host", "0.0.0.0"]),
+        ({"kv_cache_gib": 1.5}, ["--kv-cache-memory-bytes", str(3 * GIB // 2)]),
+        ({"extra_args": ("--max-num-batched-tokens", "64")}, ["--max-num-batched-tokens", "64"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_option_becomes_flag(target: Path, changes: dict[str, Any], expected: list[str]) -> None:
+    command = build(EngineConfig(model=str(target), **changes))
+    start = command.index(expected[0])
+    assert command[start : start + len(expected)] == expected
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(None, 7), (3, 3)])
+def test_draft_becomes_speculative_config(target: Path, drafter: Path, gamma: int | None, expected: int) -> None:
+    command = build(EngineConfig(model=str(target), draft=str(drafter), gamma=gamma))
+    assert json.loads(flag(command, "--speculative-config")) == {
+        "method": "dflash",
+        "model": str(drafter),
+        "num_speculative_tokens": expected,
+    }
+
+
+def test_speculators_format_is_taken(target: Path, make_checkpoint: MakeCheckpoint) -> None:
+    draft = make_checkpoint("speculator", SPECULATORS)
+    command = build(EngineConfig(model=str(target), draft=str(draft)))
+    assert json.loads(flag(command, "--speculative-config"))["num_speculative_tokens"] == 7
+
+
+def test_hub_ids_are_passed_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = EngineConfig(model="poolside/Laguna-XS.2", draft="poolside/Laguna-XS.2-speculator.dflash", gamma=7)
+    command = build(config)
+    assert flag(command, "--model") == flag(command, "--served-model-name") == "poolside/Laguna-XS.2"
+    assert not inspect(config).local
+
+
+def test_relative_folder_is_named_after_itself(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(target)
+    assert EngineConfig(model=".").model_name == "teacher"
+
+
+def test_gamma_needs_a_draft(target: Path) -> None:
+    with pytest.raises(CheckpointError, match="gamma: expected a draft beside it, got 3 alone"):
+        inspect(EngineConfig(model=str(target), gamma=3))
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "weight_bytes", "value_bytes"),
+    [
+        ("bfloat16", "auto", 100, 2),
+        ("bfloat16", "float32", 200, 4),
+        ("float32", "auto", 100, 4),
+        ("float32", "float32", 100, 4),
+    ],
+)
+def test_memory_follows_the_dtype(
+    make_checkpoint: MakeCheckpoint, drafter: Path, stored: str, dtype: str, weight_bytes: int, value_bytes: int
+) -> None:
+    folder = make_checkpoint("target", TARGET, dtype=stored)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    config = EngineConfig(model=str(folder), draft=str(drafter), dtype=dtype, max_model_len=10, max_num_seqs=3)
+    checkpoints = inspect(config)
+    assert wanted_weight_bytes(config, checkpoints) == weight_bytes
+    target_values, drafter_values = 2 * 6 * 2 * 32, 2 * 2 * 2 * 32
+    assert wanted_kv_bytes(config, checkpoints) == value_bytes * (target_values + drafter_values) * 10 * 3
+
+
+def test_environment_is_private_and_offline_for_local_files() -> None:
+    base = {"PATH": "/bin", "VLLM_CPU_KVCACHE_SPACE": "40"}
+    environment = build_environment(base, local=True)
+    assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == environment["HF_HUB_OFFLINE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+    assert environment["PATH"] == "/bin"
+    assert "HF_HUB_OFFLINE" not in build_environment(base, local=False)

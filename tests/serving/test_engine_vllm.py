@@ -1,0 +1,63 @@
+"""The launcher with vLLM itself: it serves with a drafter, nothing survives a kill, and a failure is quoted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from serving_fakes import wait_until_gone
+
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+from laguna_serve.serving.memory import process_memory
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not (TOY / "dflash").is_dir(), reason="tests/toy is not there; scripts/make_toy.py makes it"),
+]
+
+LAUNCHER = """
+import json, sys, time
+from pathlib import Path
+from laguna_serve.serving.engine import Engine, EngineConfig
+config = EngineConfig(model=sys.argv[1], draft=sys.argv[2], enforce_eager=True)
+with Engine(config, log_path=Path(sys.argv[3])) as engine:
+    print(json.dumps([engine.base_url, engine.model_name, engine.pids()]), flush=True)
+    time.sleep(600)
+"""
+
+
+def complete(base_url: str, model: str) -> int:
+    """Number of tokens that the server generated."""
+    body = json.dumps({"model": model, "prompt": "def f(", "max_tokens": 16, "ignore_eos": True}).encode()
+    request = urllib.request.Request(f"{base_url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        tokens: int = json.load(response)["usage"]["completion_tokens"]
+        return tokens
+
+
+def test_killed_launcher_of_vllm_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHER, str(TOY / "teacher"), str(TOY / "dflash"), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        base_url, model, pids = json.loads(launcher.stdout.readline())
+        assert complete(base_url, model) == 16
+        with urllib.request.urlopen(f"{base_url}/metrics", timeout=30) as response:
+            assert "vllm:spec_decode_num_drafts_total" in response.read().decode()
+        memory = process_memory(pids)
+        assert {"APIServer", "EngineCore"} <= {process["name"] for process in memory["processes"]}
+        assert memory["pss_bytes"] > 1 << 30
+        os.kill(launcher.pid, signal.SIGKILL)
+    wait_until_gone(pids, timeout_s=20)
+
+
+def test_failure_of_vllm_is_quoted(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(TOY / "teacher"), max_model_len=1 << 30, kv_cache_gib=0.25)
+    with pytest.raises(EngineError, match="max_model_len"), Engine(config, log_path=tmp_path / "log"):
+        pass
