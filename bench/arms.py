@@ -1,0 +1,82 @@
+"""The two arms: engines started here, or endpoints that already run somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.serving.device import find_device, find_vllm
+from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.memory import process_memory
+
+# The second engine may be this much larger than the first (a drafter, larger graphs).
+ROOM_FACTOR = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """An arm before it runs: either `config` (an engine to start) or `url` (one that runs). `label` is for people."""
+
+    name: str
+    label: str
+    config: EngineConfig | None = None
+    url: str | None = None
+    model_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """An arm that answers requests. `model_name` None: ask the endpoint."""
+
+    spec: ArmSpec
+    base_url: str
+    model_name: str | None
+    engine: Engine | None = None
+
+    @property
+    def name(self) -> str:
+        """ "baseline" or "candidate"."""
+        return self.spec.name
+
+    @property
+    def command(self) -> list[str] | None:
+        """The engine's command line; None for an endpoint that was not started here."""
+        return self.engine.command if self.engine is not None else None
+
+    def check(self) -> None:
+        """Raise EngineError, with the cause from its log, if an engine started here has died."""
+        if self.engine is not None:
+            self.engine.check()
+
+    def read_memory(self) -> dict[str, Any] | None:
+        """Memory of the engine's processes now; None for an endpoint that was not started here."""
+        return process_memory(self.engine.pids()) if self.engine is not None else None
+
+
+@contextlib.contextmanager
+def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Iterator[Arm]:
+    """Start the arm's engine (or take its endpoint as it is); the engine is gone when the block ends.
+
+    Raises:
+        EngineError: the engine did not start; the message quotes its log.
+    """
+    if spec.config is None:
+        assert spec.url is not None
+        yield Arm(spec, spec.url, spec.model_name)
+        return
+    announce(f"starting the {spec.name}: {spec.label}")
+    log_path = out / f"{spec.name}.log"
+    with Engine(spec.config, log_path=log_path, announce=lambda line: announce(f"  {spec.name:<9} {line}")) as engine:
+        yield Arm(spec, engine.base_url, engine.model_name, engine)
+
+
+def has_room_beside(arm: Arm) -> bool:
+    """Whether another engine like `arm` fits into the memory that is free now. Endpoints by URL run already."""
+    memory, device = arm.read_memory(), find_device(find_vllm())
+    if memory is None or device is None:
+        return True
+    used = memory["gpu_bytes"] if device.kind == "gpu" and memory["gpu_bytes"] else memory["pss_bytes"]
+    return bool(device.free_bytes >= ROOM_FACTOR * used)

@@ -1,0 +1,115 @@
+"""The load client: streamed greedy completions from one OpenAI-compatible vLLM endpoint.
+
+Built on aiohttp, the library that vLLM's own `vllm bench serve` uses, so that the two can be compared. While a request
+runs the client only stamps and keeps what arrives; decoding waits until the whole round has ended, because client and
+engine may share the processors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+
+from laguna_serve.bench.parity import Probe, decode_probe
+from laguna_serve.bench.prompts import Prompt
+from laguna_serve.bench.records import RawStream, Record, decode_stream
+
+# A request that says nothing for this long is dead, not slow.
+SILENCE_S = 600.0
+# vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
+KEEPALIVE_S = 3.0
+
+
+class EndpointError(RuntimeError):
+    """An endpoint that does not answer as a vLLM server does."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """A session without a connection limit (the caller limits what is in flight)."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S),
+        read_bufsize=1 << 20,
+    )
+
+
+class Client:
+    """Sends prompts to one endpoint. Temperature 0, end-of-sequence ignored: every answer has exactly `max_tokens`."""
+
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, model_name: str, max_tokens: int) -> None:
+        self._session = session
+        self._url = base_url.rstrip("/") + "/v1/completions"
+        self._body: dict[str, Any] = {
+            "model": model_name,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+
+    async def run_round(self, prompts: Sequence[Prompt]) -> list[Record]:
+        """Send the prompts at once, wait for all of them, decode. A failed request becomes a record with `error`."""
+        streams = await asyncio.gather(*(self._stream(prompt) for prompt in prompts))
+        return [decode_stream(raw) for raw in streams]
+
+    async def run_closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Record]:
+        """Send all prompts in order, `concurrency` in flight, the next as soon as one ends: vLLM's benchmark's way."""
+        slots = asyncio.Semaphore(concurrency)
+
+        async def send(prompt: Prompt) -> RawStream:
+            async with slots:
+                return await self._stream(prompt)
+
+        streams = await asyncio.gather(*(send(prompt) for prompt in prompts))
+        return [decode_stream(raw) for raw in streams]
+
+    async def _stream(self, prompt: Prompt) -> RawStream:
+        body = {**self._body, "prompt": prompt.text, "stream": True, "stream_options": {"include_usage": True}}
+        raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())
+        try:
+            async with self._session.post(self._url, json=body) as response:
+                if response.status != 200:
+                    raw.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                else:
+                    async for chunk in response.content.iter_any():
+                        raw.reads.append((time.perf_counter_ns(), chunk))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raw.error = f"{type(error).__name__}: {error}"
+        raw.ended_ns = time.perf_counter_ns()
+        return raw
+
+    async def probe(self, prompt: Prompt) -> Probe:
+        """Run one prompt again, not streamed, with the two best log-probabilities of every step.
+
+        Raises:
+            EndpointError: the request failed.
+        """
+        body = {**self._body, "prompt": prompt.text, "logprobs": 2, "return_tokens_as_token_ids": True}
+        try:
+            async with self._session.post(self._url, json=body) as response:
+                if response.status != 200:
+                    raise EndpointError(f"re-request: HTTP {response.status}: {(await response.text())[:200]}")
+                return decode_probe(await response.json())
+        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+            raise EndpointError(f"re-request: {type(error).__name__}: {error}") from error
+
+
+async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:
+    """The first model that the endpoint serves.
+
+    Raises:
+        EndpointError: nothing answers there, or what answers is no OpenAI-compatible server.
+    """
+    url = base_url.rstrip("/") + "/v1/models"
+    try:
+        async with session.get(url) as response:
+            response.raise_for_status()
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise EndpointError(
+            f"{url}: expected a list of models, got {type(error).__name__}: {error}; is the engine up?"
+        ) from error

@@ -1,0 +1,70 @@
+"""What the ab.py tests share: prompts, flags, and a stand-in for the engine launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import arms
+from laguna_serve.serving.engine import EngineConfig, EngineError
+
+PROMPTS = [f"def f{index}(x):\n    return '{'é' * index}'" for index in range(14)]
+TIMED = PROMPTS[:10]
+Answer = tuple[int, dict[str, Any], str]
+RunAb = Callable[..., Answer]
+
+
+def common_flags(prompts_file: Path, tmp_path: Path) -> list[str]:
+    flags = ["--prompts", str(prompts_file), "--num-prompts", "10", "--max-tokens", "12", "--control", "3"]
+    return [*flags, "--out", str(tmp_path / "out")]
+
+
+def reasons(result: dict[str, Any], figure: str) -> list[str]:
+    return [item["reason"] for item in result["refused"] if item["figure"] == figure]
+
+
+class StandInEngine:
+    """Takes the launcher's place: a fake engine that can die."""
+
+    behaviours: tuple[Behaviour, Behaviour] = (Behaviour(), Behaviour())
+    configs: tuple[EngineConfig, ...] = ()
+    started: int = 0
+
+    def __init__(self, config: EngineConfig, **_: Any) -> None:
+        self.command, self.model_name = ["vllm", config.model], "fake"
+        behaviour = type(self).behaviours[config.draft is not None]
+        self._fake = FakeEngine(behaviour)
+        type(self).configs += (config,)
+        type(self).started += 1
+
+    def __enter__(self) -> StandInEngine:
+        self._fake.__enter__()
+        self.base_url = self._fake.url
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._fake.__exit__(None, None, None)
+
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def check(self) -> None:
+        behaviour = self._fake.behaviour
+        if behaviour.die_after is not None and len(self._fake.seen) > behaviour.die_after:
+            raise EngineError("engine fake: expected it to run, got signal 9: out of memory")
+
+
+@contextmanager
+def stand_ins(
+    monkeypatch: pytest.MonkeyPatch, baseline: Behaviour, candidate: Behaviour
+) -> Iterator[type[StandInEngine]]:
+    with monkeypatch.context() as patch:
+        made = type("Made", (StandInEngine,), {"behaviours": (baseline, candidate)})
+        patch.setattr(arms, "Engine", made)
+        yield made

@@ -1,0 +1,46 @@
+"""Fixtures of the ab.py tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ab_harness import PROMPTS, Answer, RunAb, common_flags
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import ab, plot
+
+
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": text}) + "\n" for i, text in enumerate(PROMPTS)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than everything else together; tests that look at the picture say so."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr(plot, "draw", lambda _result, path: path.write_bytes(b""))
+
+
+@pytest.fixture
+def draws() -> None:
+    """Marks a test in which the picture is really drawn."""
+
+
+@pytest.fixture
+def run_ab(tmp_path: Path, prompts_file: Path, capsys: pytest.CaptureFixture[str]) -> RunAb:
+    """Run ab.py in this process on two fake engines; give exit status, last line, output."""
+
+    def run(baseline: Behaviour, candidate: Behaviour, *flags: str) -> Answer:
+        with FakeEngine(baseline) as ours, FakeEngine(candidate) as theirs:
+            urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+            status = ab.main([*urls, *common_flags(prompts_file, tmp_path), *flags])
+        captured = capsys.readouterr()
+        lines = captured.out.strip().splitlines()
+        return status, json.loads(lines[-1]) if lines else {}, captured.out + captured.err
+
+    return run

@@ -1,0 +1,130 @@
+"""bench/ab.py from command line to files, against fake engines: what is measured and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ab_harness import TIMED, RunAb, common_flags, reasons, stand_ins
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import ab
+
+
+@pytest.mark.usefixtures("draws")
+def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path) -> None:
+    status, result, output = run_ab(Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, chunk_tokens=4, gamma=7))
+    assert status == 0
+    assert result["schema"] == "laguna_serve.ab/1"
+    assert result["refused"] == []
+    assert result["partial"] is False
+    assert result["speedup"]["point"] > 1.5
+    assert result["speedup"]["ci95"][0] <= result["speedup"]["point"] <= result["speedup"]["ci95"][1]
+    assert result["speedup"]["pairs"] == 10
+    assert result["parity"]["mismatches"] == 0
+    assert result["parity"]["bound95"] == pytest.approx(1 - 0.05 ** (1 / 10))
+    assert result["parity"]["control"] == {"prompts": 3, "mismatches": 0}
+    assert result["arms"]["baseline"]["output_tokens"] == 120
+    assert result["arms"]["candidate"]["tokens_per_chunk"]["mean"] == 4
+    assert "identical on 10 of 10 prompts" in output
+    for name in ("ab.json", "ab.md", "ab.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+
+
+def test_acceptance_length_is_not_gamma_plus_one(run_ab: RunAb) -> None:
+    _, result, _ = run_ab(Behaviour(), Behaviour(chunk_tokens=4, gamma=7))
+    # 12 tokens: a first chunk of 4, then two drafts of 7 of which 3 were accepted each
+    assert result["acceptance"]["length"] == pytest.approx(4.0)
+    assert result["acceptance"]["rate"] == pytest.approx(3 / 7)
+    assert result["acceptance"]["per_position"] == [1, 1, 1, 0, 0, 0, 0]
+    counters = result["arms"]["candidate"]["counters"]
+    assert counters["draft_tokens"] / counters["drafts"] + 1 == 8
+
+
+def test_the_file_keeps_every_request_and_the_line_does_not(run_ab: RunAb, tmp_path: Path) -> None:
+    _, line, output = run_ab(Behaviour(), Behaviour())
+    whole = json.loads((tmp_path / "out" / "ab.json").read_text())
+    timed = whole["requests"]["baseline"]["timed"]
+    assert [record["prompt_id"] for record in timed] == [f"p{i}" for i in range(10)]
+    assert all(len(record["token_ids"]) == 12 for record in timed)
+    assert "requests" not in line
+    assert max(len(row) for row in output.splitlines() if not row.startswith(("{", "files in"))) <= 100
+
+
+def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, tmp_path: Path) -> None:
+    with FakeEngine() as ours, FakeEngine() as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+        assert ab.main([*urls, *common_flags(prompts_file, tmp_path), "--control", "0"]) == 0
+    assert set(ours.seen[:4]).isdisjoint(TIMED)
+    assert ours.seen[4:] == TIMED == theirs.seen[4:]
+    whole = json.loads((tmp_path / "out" / "ab.json").read_text())
+    assert sorted(item["first"] for item in whole["speedup"]["per_round"]) == ["baseline"] * 5 + ["candidate"] * 5
+
+
+def test_rounds_pair_prompts_sent_together(run_ab: RunAb) -> None:
+    status, result, output = run_ab(Behaviour(), Behaviour(), "--concurrency", "4")
+    assert status == 1
+    assert result["speedup"]["pairs"] == 3
+    assert result["speedup"]["ci95"] is None
+    assert result["speedup"]["point"] is not None
+    assert "at least 8 pairs" in reasons(result, "speedup.ci95")[0]
+    assert "3 rounds" in output
+
+
+def test_a_stream_cut_anywhere_is_read_whole(run_ab: RunAb) -> None:
+    status, result, _ = run_ab(Behaviour(split_bytes=5), Behaviour(chunk_tokens=3))
+    assert status == 0
+    assert result["parity"]["mismatches"] == 0
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["interleaved", "sequential"])
+def test_arms_started_here_differ_in_the_drafter_alone(
+    prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequential: bool
+) -> None:
+    drafter = Behaviour(gamma=3, chunk_tokens=2, flips={TIMED[1]: 4}, margin=0.0)
+    flags = ["--model", "m", "--draft", "d", "--gamma", "3", *common_flags(prompts_file, tmp_path)]
+    with stand_ins(monkeypatch, Behaviour(margin=0.0), drafter) as made:
+        assert ab.main([*flags, *(["--sequential"] if sequential else [])]) == 0
+    baseline, candidate = made.configs[:2]
+    assert (candidate.draft, candidate.gamma) == ("d", 3)
+    assert (baseline.draft, baseline.gamma) == (None, None)
+    assert baseline.prefix_caching is candidate.prefix_caching is False
+    assert made.started == (3 if sequential else 2)  # the baseline comes back to be asked about the divergence
+    whole = json.loads((tmp_path / "out" / "ab.json").read_text())
+    assert whole["workload"]["interleaved"] is not sequential
+    assert whole["parity"]["classes"] == {"tie": 1, "near_tie": 0, "defect": 0}
+    assert whole["arms"]["candidate"]["memory"]["pss_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--baseline-url", "http://x"], "expected both or neither"),
+        (["--model", "m", "--gamma", "3"], "expected --draft beside it"),
+        ([], "expected a checkpoint, or two URLs"),
+        (["--model", "m", "--max-tokens", "0"], "--max-tokens: expected at least 1, got 0"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ab.main([*flags, "--prompts", "x.jsonl", "--out", "out"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quick_is_a_default_that_flags_override() -> None:
+    flags = ["--model", "m", "--prompts", "p", "--out", "o"]
+    quick = ab.parse_args([*flags, "--quick", "--max-tokens", "7"])
+    assert (quick.max_tokens, quick.control) == (7, 4)
+    full = ab.parse_args(flags)
+    assert (full.max_tokens, full.control) == (128, 16)
+
+
+@pytest.mark.parametrize(("flags", "timed"), [([], 30), (["--quick"], 16), (["--quick", "--num-prompts", "5"], 5)])
+def test_quick_takes_sixteen_prompts_at_most(tmp_path: Path, flags: list[str], timed: int) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(30)))
+    plan, _ = ab.prepare(ab.parse_args(["--model", "m", "--prompts", str(path), "--out", "o", *flags]))
+    assert len(plan.prompts) == timed
+    assert len(plan.warmup) == 4

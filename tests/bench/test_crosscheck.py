@@ -1,0 +1,69 @@
+"""bench/crosscheck.py, with a stand-in for vLLM's benchmark that measures what it is told to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import crosscheck
+
+# Takes the flags that vLLM's benchmark is given, and writes the fields of its result that are read.
+STAND_IN = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+count, tokens = int(flags["--num-prompts"]), int(flags["--custom-output-len"])
+assert len(open(flags["--dataset-path"]).readlines()) == count
+assert flags["--served-model-name"] == "fake"
+assert "--ignore-eos" in sys.argv and "--disable-shuffle" in sys.argv and flags["--temperature"] == "0"
+found = {"completed": count - LOST, "total_output_tokens": (count - LOST) * tokens, "output_throughput": RATE}
+(pathlib.Path(flags["--result-dir"]) / flags["--result-filename"]).write_text(json.dumps(found))
+"""
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rate: float, *, lost: int = 0, hits: int = 0, crash: bool = False
+) -> int:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
+    program = "raise SystemExit('no such flag')" if crash else STAND_IN
+    monkeypatch.setattr(crosscheck, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
+    with FakeEngine(Behaviour(delay_s=0.002, prefix_hits=hits)) as engine:
+        flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts), "--max-tokens", "8", "--repeats", "1"]
+        return crosscheck.main([*flags, "--out", str(tmp_path / "found.json")])
+
+
+def test_agreement_holds_and_disagreement_falls_short(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(monkeypatch, tmp_path, 1e6) == 1
+    assert "OUTSIDE the mark" in capsys.readouterr().out
+    monkeypatch.setattr(crosscheck, "MARK", 1e9)
+    assert check(monkeypatch, tmp_path, 1.0) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last == json.loads((tmp_path / "found.json").read_text())
+    assert last["ratio"] == pytest.approx(last["tok_per_s"]["ours"][0])
+
+
+@pytest.mark.parametrize(
+    ("lost", "hits", "crash", "message"),
+    [
+        (1, 0, False, "expected 6 requests and 48 tokens, got 5 and 40"),
+        (0, 3, False, "prefix caching off"),
+        (0, 0, True, "expected exit status 0, got 1: no such flag"),
+    ],
+    ids=["lost-request", "prefix-hits", "crash"],
+)
+def test_an_unfair_comparison_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lost: int,
+    hits: int,
+    crash: bool,
+    message: str,
+) -> None:
+    assert check(monkeypatch, tmp_path, 100.0, lost=lost, hits=hits, crash=crash) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""Prompts files: what is refused, and how timed and warm-up prompts are divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.bench.plan import make_plan
+from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"file: expected lines like .* got an empty file"),
+        ("\n \n", r"got an empty file"),
+        ('{"prompt": "a"}\n{"prompt": ', r"file:2: .* invalid JSON"),
+        ('{"prompt": "a"}\n["b"]\n', r"file:2: .* got a list"),
+        ('\n{"text": "a"}\n', r"file:2: .* got None"),
+        ('{"prompt": ""}\n', r"file:1: .* got ''"),
+        ('{"prompt": 3}\n', r"file:1: .* got 3"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n', r"file:3: .* prompt of line 1 again"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', r"file:2: .* id of line 1 again"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(PromptsError, match=message) as caught:
+        load_prompts(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PromptsError, match="No such file"):
+        load_prompts(tmp_path / "missing.jsonl")
+    (tmp_path / "latin").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(PromptsError, match="expected UTF-8"):
+        load_prompts(tmp_path / "latin")
+
+
+def test_ids_default_to_line_numbers_and_odd_line_separators_stay_inside(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text('{"prompt": "a\u2028b"}\r\n\n{"id": "x", "prompt": "c"}')
+    assert load_prompts(path) == [Prompt("1", "a\u2028b"), Prompt("x", "c")]
+
+
+def test_warm_up_comes_from_what_is_not_timed_with_lengths_spread() -> None:
+    prompts = [Prompt(str(i), "x" * (i + 1)) for i in range(20)]
+    timed, warmup = split_prompts(prompts, 8, 4)
+    assert timed == prompts[:8]
+    assert [len(prompt.text) for prompt in warmup] == [9, 12, 15, 18]
+
+
+def test_warm_up_is_filled_up_with_synthetic_prompts() -> None:
+    prompts = [Prompt(str(i), "x" * (i + 1)) for i in range(9)]
+    timed, warmup = split_prompts(prompts, None, 4)
+    assert timed == prompts
+    assert len({len(prompt.text) for prompt in warmup}) == 4
+    assert not {prompt.text for prompt in warmup} & {prompt.text for prompt in prompts}
+    with pytest.raises(PromptsError, match="expected at most 9, got 10"):
+        split_prompts(prompts, 10, 4)
+
+
+def test_orders_are_balanced_shuffled_and_seeded() -> None:
+    prompts = [Prompt(str(i), f"p{i}") for i in range(41)]
+
+    def orders(seed: int) -> list[str]:
+        plan = make_plan(prompts, [], max_tokens=8, concurrency=2, control=3, seed=seed)
+        assert [len(prompts) for prompts in plan.rounds] == [2] * 20 + [1]
+        assert len(plan.control) == 2
+        return [order[0] for order in plan.orders]
+
+    assert abs(orders(0).count("baseline") - 10.5) == 0.5
+    assert orders(0) == orders(0) != orders(1)
+    assert make_plan(prompts, [], max_tokens=8, concurrency=2, control=0, seed=0).control == ()
