@@ -10,12 +10,15 @@ from __future__ import annotations
 # Every vLLM minor version between these two, both included, is supported.
 CHECKED_VLLM = ("0.26", "0.33")
 
-# What stock vLLM gets wrong on a CPU (the modules' docstrings say what, and when each can go).  On a GPU these
-# architectures stay vLLM's own.
-CPU_ARCHITECTURES = {
+# What stock vLLM gets wrong on every device, and what it gets wrong on a CPU besides; the modules' docstrings say what,
+# and when each can go.
+ARCHITECTURES = {
     "LagunaForCausalLM": "laguna_serve.plugins.models.laguna:LagunaForCausalLM",
-    "DFlashLagunaForCausalLM": "laguna_serve.plugins.models.dflash:DFlashLagunaForCausalLM",
-    "DFlashDraftModel": "laguna_serve.plugins.models.dflash:DFlashQwen3ForCausalLM",
+}
+CPU_ARCHITECTURES = {
+    "LagunaForCausalLM": "laguna_serve.plugins.models.laguna_cpu:LagunaForCausalLM",
+    "DFlashLagunaForCausalLM": "laguna_serve.plugins.models.dflash_cpu:DFlashLagunaForCausalLM",
+    "DFlashDraftModel": "laguna_serve.plugins.models.dflash_cpu:DFlashQwen3ForCausalLM",
 }
 
 
@@ -23,7 +26,7 @@ def architectures() -> dict[str, str]:
     """Architecture → "module:Class" for the platform that vLLM detects on this machine."""
     from vllm.platforms import current_platform
 
-    return CPU_ARCHITECTURES if current_platform.is_cpu() else {}
+    return ARCHITECTURES | CPU_ARCHITECTURES if current_platform.is_cpu() else ARCHITECTURES
 
 
 def register() -> None:

@@ -53,4 +53,7 @@ if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
   fail "pip could not install $lock; the whole log is in $log"
 fi
 "${pip[@]}" --no-build-isolation --editable . >>"$log" 2>&1 || fail "pip could not install the project; see $log"
+# Byte code once and on every core: vLLM starts four processes, which would each compile their imports otherwise.
+# It fails on the packages' own templates and test data of other syntax; those are never imported.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >>"$log" 2>&1 || true
 echo "$wanted" >.venv/.stamp

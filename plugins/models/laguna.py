@@ -1,52 +1,43 @@
-"""Laguna on a CPU: vLLM's own model with its router mended.
+"""Laguna as vLLM serves it, with the router's bias loaded.
 
-vLLM's CPU router knows softmax scores and grouped top-k; Laguna scores with a sigmoid and selects with a bias that does
-not enter the weights, and stock vLLM fails an assertion on its first token.  The router accepts a routing function,
-so the subclass gives one to every sparse layer.
+A checkpoint names that bias `mlp.experts.e_score_correction_bias`.  vLLM hands every tensor under `experts.` to its
+expert loader, which passes over a name that it does not know, without a word: the bias stays zero, and tokens go to
+other experts than in training.  The subclass takes these tensors out and loads them itself.
 
-Checked against vLLM 0.32.0.  It can go when `CPURouter` scores with a sigmoid itself, that is when
-`tests/plugins/test_laguna.py::test_stock_router_cannot_score_with_a_sigmoid` fails.
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  It can go when
+`tests/plugins/test_laguna.py::test_stock_loader_drops_the_router_bias` fails.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable, Iterator
 
 import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import laguna
 
-
-def sigmoid_topk(
-    hidden_states: torch.Tensor,
-    gating_output: torch.Tensor,
-    topk: int,
-    renormalize: bool,
-    *,
-    router: CPURouter,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Laguna's routing in the signature of vLLM's `custom_routing_function`.
-
-    gating_output [T, E] are the router's logits, soft-capped already.  Returns the weights [T, topk] fp32 and the
-    expert ids [T, topk] int32.  The bias is read from the router at each call, so that new weights take effect.
-
-    Source: `LagunaTopKRouter` in transformers' modular_laguna.py.
-    """
-    scores = gating_output.float().sigmoid()
-    ids = torch.topk(scores + router.e_score_correction_bias, topk, dim=-1).indices
-    weights = scores.gather(-1, ids)
-    if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(torch.int32)
+BIAS = "mlp.experts.e_score_correction_bias"
 
 
 class LagunaForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
-    """vLLM's Laguna whose sparse layers route as the model was trained to."""
+    """vLLM's Laguna whose sparse layers select experts with the bias they were trained with."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        for module in self.modules():
-            if isinstance(module, laguna.LagunaMoE):
-                router = module.experts.router
-                router.custom_routing_function = partial(sigmoid_topk, router=router)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; returns the names of the parameters that were set."""
+        biases: dict[str, torch.Tensor] = {}
+
+        def without_biases() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name.endswith(BIAS):
+                    biases[name.removesuffix(BIAS)] = tensor
+                else:
+                    yield name, tensor
+
+        loaded: set[str] = super().load_weights(without_biases())
+        parameters = dict(self.named_parameters())
+        for layer, tensor in biases.items():
+            for name in parameters:  # none, where another pipeline rank has the layer
+                if name.startswith(layer) and name.endswith("e_score_correction_bias"):
+                    default_weight_loader(parameters[name], tensor)
+                    loaded.add(name)
+        return loaded

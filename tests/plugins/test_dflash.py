@@ -42,7 +42,7 @@ def test_stock_grouped_norm_ignores_the_layer() -> None:
 
 
 def test_grouped_norm_follows_the_layer() -> None:
-    from laguna_serve.plugins.models.dflash import grouped_rms_norm
+    from laguna_serve.plugins.models.dflash_cpu import grouped_rms_norm
 
     keys, weights = keys_and_weights()
     torch.testing.assert_close(grouped_rms_norm(keys, weights, EPS), norm_per_layer(keys, weights))

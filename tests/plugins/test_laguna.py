@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from safetensors import safe_open
 
 from laguna_serve.serving.engine import Engine
 
@@ -32,12 +35,34 @@ def test_stock_router_cannot_score_with_a_sigmoid() -> None:
         router._compute_routing(torch.zeros(3, 8), torch.randn(3, EXPERTS), None)  # type: ignore[attr-defined]
 
 
+def router_biases(loader: str) -> torch.Tensor:
+    """The biases [sparse layers, E] that a fresh process holds after loading the toy teacher (see bias_probe.py)."""
+    probe = Path(__file__).with_name("bias_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), str(TOY), loader], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_stock_loader_drops_the_router_bias() -> None:
+    """When this fails, vLLM loads the bias by itself: retire `plugins/models/laguna.py`."""
+    assert not router_biases("stock").any()
+
+
+def test_router_bias_is_loaded() -> None:
+    with safe_open(TOY / "teacher" / "model.safetensors", "pt") as file:
+        stored = [file.get_tensor(name) for name in sorted(file.keys()) if name.endswith("e_score_correction_bias")]
+    assert torch.stack(stored).any(), "a bias of zeros would prove nothing"
+    torch.testing.assert_close(router_biases("ours"), torch.stack(stored).float())
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 def test_sigmoid_topk_routes_as_transformers_does(tokens: int) -> None:
     from transformers import LagunaConfig
     from transformers.models.laguna.modeling_laguna import LagunaTopKRouter
 
-    from laguna_serve.plugins.models.laguna import sigmoid_topk
+    from laguna_serve.plugins.models.laguna_cpu import sigmoid_topk
 
     torch.manual_seed(tokens)
     reference = LagunaTopKRouter(LagunaConfig(hidden_size=32, num_experts=EXPERTS, num_experts_per_tok=TOP_K))
@@ -55,7 +80,7 @@ def test_sigmoid_topk_routes_as_transformers_does(tokens: int) -> None:
 
 
 def test_bias_selects_but_does_not_weigh() -> None:
-    from laguna_serve.plugins.models.laguna import sigmoid_topk
+    from laguna_serve.plugins.models.laguna_cpu import sigmoid_topk
 
     router = cpu_router("sigmoid")
     router.e_score_correction_bias = torch.tensor([0.0, 0.0, 0.0, 5.0])  # type: ignore[attr-defined]

@@ -1,0 +1,54 @@
+"""Laguna on a CPU, where vLLM's router cannot score its experts.
+
+vLLM's CPU router knows softmax scores and grouped top-k; Laguna scores with a sigmoid and selects with a bias that does
+not enter the weights, and stock vLLM fails an assertion on its first token.  The router accepts a routing function,
+so the subclass gives one to every sparse layer.
+
+Checked against vLLM 0.32.0.  It can go when `CPURouter` scores with a sigmoid itself, that is when
+`tests/plugins/test_laguna.py::test_stock_router_cannot_score_with_a_sigmoid` fails.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.models.laguna import LagunaMoE
+
+from laguna_serve.plugins.models import laguna
+
+
+def sigmoid_topk(
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    *,
+    router: CPURouter,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Laguna's routing in the signature of vLLM's `custom_routing_function`.
+
+    gating_output [T, E] are the router's logits, soft-capped already.  Returns the weights [T, topk] fp32 and the
+    expert ids [T, topk] int32.  The bias is read from the router at each call, so that new weights take effect.
+
+    Source: `LagunaTopKRouter` in transformers' modular_laguna.py.
+    """
+    scores = gating_output.float().sigmoid()
+    ids = torch.topk(scores + router.e_score_correction_bias, topk, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, ids.to(torch.int32)
+
+
+class LagunaForCausalLM(laguna.LagunaForCausalLM):
+    """Laguna whose sparse layers route on a CPU as the model was trained to."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if isinstance(module, LagunaMoE):
+                router = module.experts.router
+                router.custom_routing_function = partial(sigmoid_topk, router=router)
