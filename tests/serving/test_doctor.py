@@ -14,7 +14,7 @@ import psutil
 import pytest
 from serving_fakes import FAKE_SITE
 
-from laguna_serve.plugins.register import CPU_ARCHITECTURES
+from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ class Environment:
         """Our entry point's own file, and an empty class for each architecture that it registers."""
         self.register.parent.mkdir()
         self.register.write_text((ROOT / "plugins" / "register.py").read_text(encoding="utf-8"), encoding="utf-8")
-        for path in CPU_ARCHITECTURES.values():
+        for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"
             file.parent.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def test_gpu_build_without_a_gpu_is_named(environment: Environment) -> None:
     assert "nvidia-smi" in remedy
 
 
-def test_gpu_build_keeps_classes_of_vllm(environment: Environment) -> None:
+def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) -> None:
     environment.install_vllm(name="vllm")
     environment.variables["FAKE_PLATFORM"] = "cuda"
     smi = Path(environment.variables["PATH"]) / "nvidia-smi"
@@ -202,7 +202,8 @@ def test_gpu_build_keeps_classes_of_vllm(environment: Environment) -> None:
     status, problems, report = environment.diagnose()
     assert (status, problems) == (0, [])
     assert report["device"]["name"] == "NVIDIA H100"
-    assert {classes["expected"] for classes in report["architectures"].values()} == {"vllm"}
+    expected = {name: classes["expected"] for name, classes in report["architectures"].items()}
+    assert expected == dict.fromkeys(CPU_ARCHITECTURES, "vllm") | ARCHITECTURES
 
 
 def test_probe_that_dies_is_told_in_one_line(environment: Environment) -> None:
