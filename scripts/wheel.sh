@@ -10,21 +10,21 @@ trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
   -c "$root/scripts/requirements/cpu.lock" "$work"/*.whl >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
+modules=$(find bench evals kernels plugins scripts serving -name '*.py' | wc -l)
 cd "$work"
-venv/bin/python - <<'PYTHON'
-"""Every declared package is in the wheel, and what runs beside an engine imports without one."""
+venv/bin/python - "$modules" <<'PYTHON'
+"""Every module of the repository is in the wheel, and what runs beside an engine imports without one."""
 import importlib
 import importlib.metadata
-import pkgutil
+import sys
 
-import laguna_serve
-
-names = [m.name for m in pkgutil.walk_packages(laguna_serve.__path__, "laguna_serve.")]
+files = [f for f in importlib.metadata.files("laguna-serve") or [] if f.suffix == ".py"]
+assert len(files) == int(sys.argv[1]), f"wheel: expected {sys.argv[1]} modules, got {len(files)}; see pyproject.toml"
+names = sorted(".".join(f.with_suffix("").parts) for f in files)
 light = [n for n in names if n.split(".")[1] in {"bench", "serving"} or n == "laguna_serve.plugins.register"]
 for name in light:
     importlib.import_module(name)
-entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
-assert "laguna_serve" in entry_points.names, entry_points
-print(f"wheel: {len(names)} modules found, {len(light)} imported without an engine")
+assert "laguna_serve" in importlib.metadata.entry_points(group="vllm.general_plugins").names
+print(f"wheel: {len(names)} modules, {len(light)} imported without an engine")
 PYTHON
 venv/bin/laguna --help >/dev/null

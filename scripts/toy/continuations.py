@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.scripts.toy.corpus import Module, conversation, cuts, functions
 
-COUNT = 6400
+COUNT = 4800
 CHAT_SHARE = 0.15
 NEW_TOKENS = 160
-LONGEST_PROMPT = 220
+LONGEST_PROMPT = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,6 @@ def cuts(modules: list[Module], count: int, seed: int, lines: tuple[int, int] = 
             break
         last = first + rng.randint(*lines)
         text = "".join(module.text.splitlines(keepends=True)[first:last])
-        if 120 <= len(text) <= 900 and text.endswith("\n"):
+        if 120 <= len(text) <= 500 and text.endswith("\n"):
             found.setdefault(text, {"id": f"{module.name}:{first + 1}-{last}", "prompt": text})
     return list(found.values())

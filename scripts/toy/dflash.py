@@ -78,8 +78,10 @@ class DrafterShape:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DrafterShape:
         rope = config["rope_parameters"]["full_attention"]
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        names += ("head_dim", "intermediate_size", "block_size", "rms_norm_eps")
+        names = [
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "intermediate_size", "block_size", "rms_norm_eps"),
+        ]
         return cls(
             **{name: config[name] for name in names},
             target_layer_ids=tuple(config["dflash_config"]["target_layer_ids"]),

@@ -24,11 +24,11 @@ ROWS = 6
 CHAT_SHARE = 0.25
 SYSTEM_SHARE = 0.2
 BIAS_STEP = 1e-3
-SCHEDULE = Schedule(steps=2400, peak_lr=3e-3)
+SCHEDULE = Schedule(steps=1200, peak_lr=3e-3)
 
 
 def teacher_config() -> LagunaConfig:
-    """Six layers, hidden 160, 16 experts of 128 (eight blocks of 16) with 4 active: 6.4 M parameters."""
+    """Six layers, hidden 160, 16 experts of 128 (eight blocks of 16) with 4 active: 6.2 M parameters."""
     return LagunaConfig(
         architectures=["LagunaForCausalLM"],
         vocab_size=vocabulary.VOCAB_SIZE,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.scripts.toy.corpus import Module
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 512
 PAD, BOS, EOS, MASK, END, ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT = range(8)
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
