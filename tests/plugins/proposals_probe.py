@@ -17,7 +17,7 @@ PROMPTS, TOKENS = 6, 48
 
 
 def main(toy: Path, gamma: int, out: Path) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -26,7 +26,7 @@ def main(toy: Path, gamma: int, out: Path) -> None:
         dtype="float32",
         max_num_seqs=1,
         max_model_len=1024,
-        gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=2**28,
         enable_prefix_caching=False,
         enforce_eager=True,
     )
