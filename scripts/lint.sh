@@ -7,5 +7,7 @@ bash scripts/bootstrap.sh
 .venv/bin/ruff check .
 # mypy does not follow the mapping of folders to packages that setuptools makes; links give it the same view.
 mkdir -p .typing/laguna_serve
-for folder in bench evals kernels plugins scripts serving; do ln -sfn "../../$folder" ".typing/laguna_serve/$folder"; done
+for folder in bench evals kernels plugins scripts serving; do
+  if [ -d "$folder" ]; then ln -sfn "../../$folder" ".typing/laguna_serve/$folder"; fi
+done
 .venv/bin/mypy -p laguna_serve

@@ -31,7 +31,7 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 # On a CPU vLLM computes in a worker process of its own and both sides spin on shared memory, a second long after the
 # last step: on two cores that slows this engine and every other one.  Named by its path, the executor that stays inside
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.
-# Measured on two cores with the toy pair at γ = 7: 5.7 against 6.6 ms per step; plain decoding the same.
+# Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
