@@ -154,8 +154,8 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="bench/crosscheck.py",
         description="Compare this client's tok/s with vLLM's own serving benchmark on one running endpoint.",
         epilog="example: python bench/crosscheck.py --url http://127.0.0.1:8000 --model tests/toy/teacher "
-        "--prompts tests/toy/prompts.jsonl --num-prompts 32. The endpoint must run with prefix caching off. "
-        "Exit status: 0 within 5%%, 1 outside, 2 could not run, 130 interrupted.",
+        "--prompts tests/toy/prompts.jsonl --num-prompts 64. The endpoint must run with prefix caching off. "
+        "Exit status: 0 within 5%, 1 outside, 2 could not run, 130 interrupted.",
     )
     parser.add_argument("--url", metavar="U", required=True, help="a running vLLM server")
     parser.add_argument("--model", metavar="M", required=True, help="its checkpoint, for vLLM's tokenizer")
@@ -163,7 +163,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: all)")
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="tokens per prompt (default: 128)")
     parser.add_argument("--concurrency", metavar="N", type=int, default=1, help="requests in flight (default: 1)")
-    parser.add_argument("--repeats", metavar="N", type=int, default=3, help="turns of each side (default: 3)")
+    parser.add_argument("--repeats", metavar="N", type=int, default=7, help="turns of each side (default: 7)")
     parser.add_argument("--out", metavar="FILE", help="write the JSON there too")
     return parser
 
