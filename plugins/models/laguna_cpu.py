@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.models.laguna import LagunaMoE
 
 from laguna_serve.plugins.models import laguna
+from laguna_serve.plugins.models.routing import route
 
 
 def sigmoid_topk(
@@ -28,19 +29,11 @@ def sigmoid_topk(
     *,
     router: CPURouter,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Laguna's routing in the signature of vLLM's `custom_routing_function`.
+    """`route` in the signature of vLLM's `custom_routing_function`.
 
-    gating_output [T, E] are the router's logits, soft-capped already.  Returns the weights [T, topk] fp32 and the
-    expert ids [T, topk] int32.  The bias is read from the router at each call, so that new weights take effect.
-
-    Source: `LagunaTopKRouter` in transformers' modular_laguna.py.
+    The bias is read from the router at each call, so that new weights take effect.
     """
-    scores = gating_output.float().sigmoid()
-    ids = torch.topk(scores + router.e_score_correction_bias, topk, dim=-1).indices
-    weights = scores.gather(-1, ids)
-    if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(torch.int32)
+    return route(gating_output, router.e_score_correction_bias, topk, renormalize=renormalize)
 
 
 class LagunaForCausalLM(laguna.LagunaForCausalLM):
