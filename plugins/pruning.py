@@ -1,7 +1,7 @@
 """Structured expert pruning: the published masks, checked, and the blocks of weights that they keep.
 
-An *atom* of an expert is one gate row, one up row and one down column.  The published artefacts sort an expert's atoms by
-importance into groups of equal width and keep some groups of each expert:
+An *atom* of an expert is one gate row, one up row and one down column.  The published artefacts sort an expert's atoms
+by importance into groups of equal width and keep some groups of each expert:
 
     group_indices [L, E, G, B] int64   the atoms of each group; for every expert a permutation of its G·B atoms
     keep_mask     [L, E, G] bool       which groups stay, at least one per expert

@@ -74,7 +74,7 @@ def run_torch(
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
 ) -> torch.Tensor:
-    """`run` with torch's matrix products, expert by expert: where there is no compiler."""
+    """`run` with torch's matrix products in fp32, expert by expert: where there is no compiler."""
     H = x.shape[1]
     start = block_start.tolist()
     out = torch.zeros(x.shape, dtype=torch.float32)
@@ -86,9 +86,10 @@ def run_torch(
         rows = chosen.any(dim=1).nonzero().squeeze(1)
         weights = (topk_weights * chosen).sum(dim=1)[rows, None]
         blocks = slice(start[expert], start[expert + 1])
-        gate, up = (w13_blocks[blocks, part].reshape(-1, H) for part in (0, 1))
-        hidden = F.silu((x[rows] @ gate.t()).float()) * (x[rows] @ up.t()).float() * weights
-        out[rows] += (hidden.to(x.dtype) @ w2_blocks[blocks].reshape(-1, H)).float()
+        gate, up = (w13_blocks[blocks, part].reshape(-1, H).float() for part in (0, 1))
+        inputs = x[rows].float()
+        hidden = F.silu(inputs @ gate.t()) * (inputs @ up.t()) * weights
+        out[rows] += hidden.to(x.dtype).float() @ w2_blocks[blocks].reshape(-1, H).float()
     return out.to(x.dtype)
 
 
@@ -102,7 +103,7 @@ def load_library() -> Callable[..., int] | None:
         return None
     function.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 7, ctypes.c_int]
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def build() -> Path:

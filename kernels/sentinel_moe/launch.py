@@ -1,6 +1,8 @@
-"""The public op: checks its arguments and hands them to the device's kernel, as one node of a compiled graph."""
+"""The public op: checks its arguments and hands them to the device's kernels, as one node of a compiled graph."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -8,6 +10,12 @@ from laguna_serve.kernels.sentinel_moe import cpu
 
 MAX_TOPK = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton decides when a kernel is defined: under TRITON_INTERPRET=1 its kernels run on CPU tensors, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SCHEMA = (
+    "sentinel_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_blocks, Tensor w2_blocks, "
+    "Tensor block_start, int? max_blocks_per_expert) -> Tensor"
+)
 
 
 def sentinel_moe(
@@ -20,40 +28,127 @@ def sentinel_moe(
     *,
     max_blocks_per_expert: int | None = None,
 ) -> torch.Tensor:
-    """Routed experts of which only some blocks are kept.
+    """Routed experts of which only some blocks are kept: neither loads nor computes what was pruned.
+
+    out[t] = Σ_j topk_weights[t, j] · Σ_b (silu(x[t] · gate_bᵀ) ∘ (x[t] · up_bᵀ)) · w2_b over the blocks b of expert
+    topk_ids[t, j]; products are summed in fp32, and the weighted activations are rounded to x's dtype once in between.
+
+    Deterministic.  For T up to 16 a row's bits do not depend on T or on the other rows.  No device value is read on
+    the host if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All tensors are contiguous
+    and on one device, a CUDA GPU or the CPU.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, H a multiple of 16.
-        topk_weights: [T, k] fp32, k up to 16.
-        topk_ids: [T, k] int32, expert numbers.
-        w13_blocks: [n, 2, B, H], gate rows then up rows of each kept block, B a multiple of 16.
-        w2_blocks: [n, B, H], the matching down columns as rows.
-        block_start: [E + 1] int32; the blocks of expert e are start[e]:start[e + 1].
-        max_blocks_per_expert: an upper bound of start[e + 1] − start[e] known on the host.
+        x: [T, H] bf16, fp16 or fp32; H a multiple of 16.
+        topk_weights: [T, k] fp32, k from 1 to 16.
+        topk_ids: [T, k] int32, experts from 0 to E − 1; an expert named twice counts with both weights.  Other values
+            are undefined behaviour on a GPU, where checking them would cost a synchronisation.
+        w13_blocks: [n, 2, B, H] in x's dtype: each kept block's gate rows, then its up rows; B a multiple of 16.
+        w2_blocks: [n, B, H] in x's dtype: the block's down columns, as rows.
+        block_start: [E + 1] int32: expert e keeps the blocks start[e]:start[e + 1].
+        max_blocks_per_expert: upper bound of start[e + 1] − start[e].  None reads it from the device.
 
     Returns:
-        [T, H] in x's dtype, as `sentinel_moe_reference` specifies it.
+        [T, H] in x's dtype.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape, stride or device is not as above.
+        IndexError: an expert id is out of range (CPU only).
+        RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured.
     """
-    _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start)
-    return torch.ops.laguna_serve.sentinel_moe(
+    out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe(
         x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert
     )
+    return out
 
 
-def _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start):
-    pass
+def _check(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_blocks: torch.Tensor,
+    w2_blocks: torch.Tensor,
+    block_start: torch.Tensor,
+    max_blocks_per_expert: int | None,
+) -> None:
+    _expect(x.dim() == 2, "x", "2 dimensions [T, H]", x.dim())
+    _expect(topk_ids.dim() == 2, "topk_ids", "2 dimensions [T, k]", topk_ids.dim())
+    _expect(w2_blocks.dim() == 3, "w2_blocks", "3 dimensions [n, B, H]", w2_blocks.dim())
+    T, H = x.shape
+    k = topk_ids.shape[1]
+    n, B, _ = w2_blocks.shape
+    _expect(H % 16 == 0 and H > 0, "x", "a hidden size that is a multiple of 16", H)
+    _expect(1 <= k <= MAX_TOPK, "topk_ids", f"1 to {MAX_TOPK} experts per token", k)
+    _expect(B % 16 == 0 and B > 0, "w2_blocks", "a block size that is a multiple of 16", B)
+    _expect(block_start.dim() == 1 and len(block_start) > 1, "block_start", "[E + 1]", list(block_start.shape))
+    _expect(
+        max_blocks_per_expert is None or max_blocks_per_expert > 0,
+        "max_blocks_per_expert",
+        "at least 1",
+        max_blocks_per_expert,
+    )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected dtype bfloat16, float16 or float32, got {x.dtype}; convert it")
+    for name, tensor, shape, dtype in (
+        ("x", x, (T, H), x.dtype),
+        ("topk_weights", topk_weights, (T, k), torch.float32),
+        ("topk_ids", topk_ids, (T, k), torch.int32),
+        ("w13_blocks", w13_blocks, (n, 2, B, H), x.dtype),
+        ("w2_blocks", w2_blocks, (n, B, H), x.dtype),
+        ("block_start", block_start, tuple(block_start.shape), torch.int32),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}; convert it")
+        _expect(tensor.shape == shape, name, f"shape {list(shape)}", list(tensor.shape))
+        _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+        _expect(tensor.device == x.device, name, f"device {x.device}, that of x", tensor.device)
 
 
-_library = torch.library.Library("laguna_serve", "FRAGMENT")
-_library.define(
-    "sentinel_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_blocks, Tensor w2_blocks, "
-    "Tensor block_start, int? max_blocks_per_expert) -> Tensor",
-)
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got}; see sentinel_moe's arguments")
 
 
-def _run_cpu(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert):
+def _run_cpu(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_blocks: torch.Tensor,
+    w2_blocks: torch.Tensor,
+    block_start: torch.Tensor,
+    max_blocks_per_expert: int | None,
+) -> torch.Tensor:
+    if INTERPRETED:
+        return _run_triton(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+    _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
     return cpu.run(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start)
 
 
+def _run_triton(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_blocks: torch.Tensor,
+    w2_blocks: torch.Tensor,
+    block_start: torch.Tensor,
+    max_blocks_per_expert: int | None,
+) -> torch.Tensor:
+    from laguna_serve.kernels.sentinel_moe import gpu  # imports triton, which a CPU need not have
+
+    _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+    if max_blocks_per_expert is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("max_blocks_per_expert: expected a number in a CUDA graph, got None; pass the bound")
+        max_blocks_per_expert = max(1, int(block_start.diff().max()))
+    return gpu.run(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+
+
+def _run_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("laguna_serve", "FRAGMENT")
+_library.define(SCHEMA, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 _library.impl("sentinel_moe", _run_cpu, "CPU")
-_library.impl("sentinel_moe", lambda x, *_: torch.empty_like(x), "Meta")
+_library.impl("sentinel_moe", _run_triton, "CUDA")
+torch.library.register_fake("laguna_serve::sentinel_moe", _run_fake, lib=_library)

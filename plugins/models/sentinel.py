@@ -48,6 +48,8 @@ class LayerPlan:
 class SentinelExperts(nn.Module):
     """A sparse layer's routed experts: w13_blocks [n, 2, B, H], w2_blocks [n, B, H], block_start [E + 1] int32."""
 
+    block_start: torch.Tensor
+
     def __init__(self, num_experts: int, hidden_size: int, plan: LayerPlan, prefix: str) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -167,7 +169,7 @@ class SentinelMoE(nn.Module):
         if self.softcap > 0.0:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         weights, ids = route(logits, self.experts.e_score_correction_bias, self.top_k, renormalize=self.renormalize)
-        out = self.experts(x, weights * self.routed_scale, ids)
+        out: torch.Tensor = self.experts(x, weights * self.routed_scale, ids)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x)
         return out.view(hidden_states.shape)
@@ -188,7 +190,9 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
             if number in plans:
                 layer.mlp = SentinelMoE(config, plans[number], name)
             else:
-                layer.mlp = laguna.LagunaMLP(config.hidden_size, config.intermediate_size, config.hidden_act, prefix=name)
+                layer.mlp = laguna.LagunaMLP(
+                    config.hidden_size, config.intermediate_size, config.hidden_act, prefix=name
+                )
 
 
 def _plan_layers(config: Any) -> dict[int, LayerPlan]:
@@ -233,7 +237,9 @@ def _refuse_what_is_not_supported(vllm_config: VllmConfig) -> None:
         method = vllm_config.quant_config.get_name()
         raise ValueError(f"LagunaSentinelForCausalLM: expected unquantised weights, got {method}; {remedy}")
     if getattr(config, "moe_apply_router_weight_on_input", False):
-        raise ValueError(f"LagunaSentinelForCausalLM: expected router weights on the output, got on the input; {remedy}")
+        raise ValueError(
+            f"LagunaSentinelForCausalLM: expected router weights on the output, got on the input; {remedy}"
+        )
 
 
 def _load(tensor: torch.Tensor, *arguments: Any) -> None:
