@@ -38,6 +38,9 @@ examples:
   two settings of one engine (extra vLLM flags for one arm; here there is no drafter):
     python bench/ab.py --model tests/toy/teacher --candidate-args="--max-num-batched-tokens 512" \\
         --prompts tests/toy/prompts.jsonl --out out/flags
+  a pruned checkpoint against the one it stands for:
+    python bench/ab.py --model out/zeroed --candidate-model out/compact --dtype float32 \\
+        --prompts tests/toy/prompts.jsonl --out out/pruned
   two servers that already run (vLLM, started without prefix caching):
     python bench/ab.py --baseline-url http://127.0.0.1:8000 --candidate-url http://127.0.0.1:8001 \\
         --prompts tests/toy/prompts.jsonl --out out/urls
@@ -114,14 +117,15 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
 
 
 def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:
-    """One arm from the command line. The baseline is the candidate without its drafter, flag for flag."""
+    """One arm from the command line. The baseline is the candidate without what --candidate-… and --draft give it."""
     url = args.baseline_url if name == BASELINE else args.candidate_url
     if url is not None:
         return ArmSpec(name, f"running at {url}", url=url, model_name=args.model)
     extra = tuple(shlex.split(args.baseline_args if name == BASELINE else args.candidate_args))
     drafting = name == CANDIDATE and args.draft is not None
+    model = args.candidate_model or args.model if name == CANDIDATE else args.model
     config = EngineConfig(
-        model=args.model,
+        model=model,
         draft=args.draft if drafting else None,
         gamma=args.gamma if drafting else None,
         dtype=args.dtype,
@@ -132,7 +136,7 @@ def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:
         extra_args=extra,
     )
     gamma = "its trained maximum" if args.gamma is None else str(args.gamma)
-    parts = [args.model, f"drafter {args.draft}, γ {gamma}" if drafting else "no drafter"]
+    parts = [model, f"drafter {args.draft}, γ {gamma}" if drafting else "no drafter"]
     parts += ["eager"] if args.eager else []
     parts += [shlex.join(extra)] if extra else []
     return ArmSpec(name, "; ".join(parts), config=config)
@@ -156,9 +160,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     by_url = args.baseline_url is not None
     if by_url != (args.candidate_url is not None):
         parser.error("--baseline-url and --candidate-url: expected both or neither, got one")
-    if by_url and (args.draft or args.gamma or args.baseline_args or args.candidate_args):
+    if by_url and any((args.draft, args.gamma, args.candidate_model, args.baseline_args, args.candidate_args)):
         parser.error(
-            "--draft, --gamma and extra args: expected none with URLs, as those servers already run; drop them"
+            "--draft, --gamma, --candidate-model and extra args: expected none with URLs, as those servers already "
+            "run; drop them"
         )
     if not by_url and args.model is None:
         parser.error("--model: expected a checkpoint, or two URLs, got neither")
@@ -185,6 +190,9 @@ def _make_parser() -> argparse.ArgumentParser:
     engines = parser.add_argument_group("engines to start here")
     engines.add_argument(
         "--model", metavar="M", help="target checkpoint, folder or hub id (with URLs: the served name)"
+    )
+    engines.add_argument(
+        "--candidate-model", metavar="M", help="the candidate's checkpoint, where it is another (pruned, unpadded)"
     )
     engines.add_argument("--draft", metavar="D", help="DFlash drafter checkpoint: the candidate's only difference")
     engines.add_argument("--gamma", metavar="N", type=int, help="tokens drafted per step (default: the drafter's most)")

@@ -118,7 +118,8 @@ def write_manifest(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     stages = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
     logs = {name: stages[name].pop("log") for name in ("teacher", "dflash")}
     (out / "training.json").write_text(json.dumps(logs) + "\n")
-    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != "MANIFEST.json")
+    made = [out / "prompts.jsonl", out / "training.json", *(out / "teacher").iterdir(), *(out / "dflash").iterdir()]
+    files = sorted(p for p in made if p.is_file())
     manifest = {
         "command": f"python scripts/make_toy.py --seed {recipe.seed}",
         "recipe": asdict(recipe),

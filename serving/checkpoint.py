@@ -207,6 +207,15 @@ def check_fit(target: Target, drafter: Drafter) -> None:
         raise CheckpointError(f"{subject}: expected {limits}, got {drafter.mask_token_id}; {remedy}")
 
 
+def check_pruning_files(keep_mask: str | None, group_indices: str | None) -> None:
+    """Raises CheckpointError unless both files are given and there, or neither; the model checks what is in them."""
+    for name, path in (("keep mask", keep_mask), ("group indices", group_indices)):
+        if path is None and (keep_mask or group_indices):
+            raise CheckpointError(f"{name}: expected a file beside {keep_mask or group_indices}, got none; pass both")
+        if path is not None and not Path(path).expanduser().is_file():
+            raise CheckpointError(f"{name} {path}: expected a file, got none; check the path")
+
+
 def resolve_gamma(gamma: int | None, drafter: Drafter | None) -> int:
     """The number of proposals per step: the given γ if the drafter was trained for it, by default its maximum.
 

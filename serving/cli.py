@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from laguna_serve.serving import doctor, serve
+from laguna_serve.serving import doctor, serve, tools
 from laguna_serve.serving.engine import EngineError
 
 EPILOG = """examples:
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, serve):
+    for command in (doctor, serve, tools):
         command.add_parser(commands)
     return parser
 

@@ -18,6 +18,7 @@ from laguna_serve.serving.checkpoint import (
     Drafter,
     Target,
     check_fit,
+    check_pruning_files,
     find_folder,
     read_drafter,
     read_target,
@@ -33,6 +34,8 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.
 # Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+# It holds one rank: with more it would wait for the others without a word.
+PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class EngineConfig:
 
     Attributes:
         model: checkpoint folder or hub id of the target.
+        keep_mask: file of a pruning mask; the experts of a base checkpoint are cut down to it while they are loaded.
+        group_indices: file of the mask's groups; together with ``keep_mask``.
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
         host: address to listen on.
@@ -57,6 +62,8 @@ class EngineConfig:
     """
 
     model: str
+    keep_mask: str | None = None
+    group_indices: str | None = None
     draft: str | None = None
     gamma: int | None = None
     host: str = "127.0.0.1"
@@ -100,6 +107,7 @@ def inspect(config: EngineConfig) -> Checkpoints:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
         )
+    check_pruning_files(config.keep_mask, config.group_indices)
     target_folder = find_folder(config.model)
     target = read_target(target_folder) if target_folder is not None else None
     draft_folder = find_folder(config.draft) if config.draft is not None else None
@@ -126,12 +134,14 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
-    if device.kind == "cpu":
+    if device.kind == "cpu" and not _names_flag(config.extra_args, PARALLEL_FLAGS):
         command += ["--distributed-executor-backend", IN_PROCESS_EXECUTOR]
     if config.max_model_len is not None:
         command += ["--max-model-len", str(config.max_model_len)]
     if config.enforce_eager:
         command += ["--enforce-eager"]
+    if config.keep_mask is not None and config.group_indices is not None:
+        command += ["--hf-overrides", json.dumps(pruning_overrides(config.keep_mask, config.group_indices))]
     if config.draft is not None and checkpoints.gamma is not None:
         command += ["--speculative-config", json.dumps(speculative_config(config.draft, checkpoints.gamma))]
     command += plan_memory(
@@ -146,6 +156,12 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
 def speculative_config(draft: str, gamma: int) -> dict[str, str | int]:
     """vLLM's ``--speculative-config`` for a DFlash drafter that proposes γ tokens per step."""
     return {"method": "dflash", "model": _expand(draft), "num_speculative_tokens": gamma}
+
+
+def pruning_overrides(keep_mask: str, group_indices: str) -> dict[str, object]:
+    """vLLM's ``--hf-overrides`` that serve a base checkpoint with the published pruning files applied."""
+    files = {"keep_mask": os.path.abspath(_expand(keep_mask)), "group_indices": os.path.abspath(_expand(group_indices))}
+    return {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
 
 
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
@@ -179,6 +195,10 @@ def build_environment(base: Mapping[str, str], device: Device, *, local: bool) -
     if local:
         environment["HF_HUB_OFFLINE"] = "1"
     return environment
+
+
+def _names_flag(arguments: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    return any(argument.partition("=")[0] in flags for argument in arguments)
 
 
 def _is_wide(dtype: str) -> bool:

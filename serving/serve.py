@@ -35,6 +35,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder or hub id")
+    parser.add_argument("--keep-mask", metavar="M.npy", help="prune a base checkpoint's experts while loading")
+    parser.add_argument("--group-indices", metavar="G.npy", help="the mask's groups of atoms")
     parser.add_argument("--draft", help="DFlash drafter: checkpoint folder or hub id")
     parser.add_argument("--gamma", type=int, help="tokens proposed per step (default: the drafter's block − 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -80,6 +82,8 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the command line."""
     return EngineConfig(
         model=args.model,
+        keep_mask=args.keep_mask,
+        group_indices=args.group_indices,
         draft=args.draft,
         gamma=args.gamma,
         host=args.host,

@@ -17,12 +17,20 @@ from laguna_serve.scripts.toy.training import Schedule, train
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
 
-def test_manifest_describes_the_committed_files() -> None:
-    manifest = json.loads((TOY / "MANIFEST.json").read_text())
-    files = {p.relative_to(TOY).as_posix() for p in TOY.rglob("*") if p.is_file()} - {"MANIFEST.json", "README.md"}
-    assert set(manifest["sha256"]) == files
+@pytest.mark.parametrize("folder", [TOY, TOY / "masks"], ids=["family", "masks"])
+def test_manifest_describes_the_committed_files(folder: Path) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    described = {name for name in files if Path(name).name not in ("MANIFEST.json", "README.md")}
+    if folder == TOY:
+        described = {name for name in described if not name.startswith("masks/")}
+    assert set(manifest["sha256"]) == described
     for name, digest in manifest["sha256"].items():
-        assert hashlib.sha256((TOY / name).read_bytes()).hexdigest() == digest, name
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_family_fits_the_repository() -> None:
+    assert sum(p.stat().st_size for p in TOY.rglob("*") if p.is_file()) <= 20 * 2**20
 
 
 def test_teacher_and_drafter_fit_the_size_limit() -> None:

@@ -1,0 +1,170 @@
+"""The output folder: what may be written into, what is already there, and files that appear whole or not at all.
+
+A journal (`compact.json`) names everything that decides the outcome and the finished files; with it the same command
+continues after an interruption, and another one is refused.  config.json and the index come last, so that a folder with
+a config.json is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from laguna_serve.scripts.pruning.base import CompactError
+
+JOURNAL = "compact.json"
+SCHEMA = "laguna_serve.compact_journal/1"
+# Beside the tensors: headers, tokenizer, config and index.
+SLACK_BYTES = 2**20
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(slots=True)
+class Output:
+    """An output folder that is ours: what was asked for, and the bytes of every finished file."""
+
+    folder: Path
+    arguments: dict[str, Any]
+    finished: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+
+    def has(self, name: str) -> bool:
+        """Whether the file was finished and still is as it was left."""
+        path = self.folder / name
+        return name in self.finished and path.is_file() and path.stat().st_size == self.finished[name]
+
+    def start(self) -> None:
+        """Make the folder ours.  A checkpoint that is no longer whole must not look like one: its config.json goes."""
+        self.complete = False
+        self._save()
+        (self.folder / "config.json").unlink(missing_ok=True)
+
+    def note(self, name: str) -> None:
+        """Note in the journal that a file is finished."""
+        self.finished[name] = (self.folder / name).stat().st_size
+        self._save()
+
+    def close(self) -> None:
+        """Note that the checkpoint is whole."""
+        self.complete = True
+        self._save()
+
+    def _save(self) -> None:
+        journal = {"schema": SCHEMA, "complete": self.complete, "arguments": self.arguments, "finished": self.finished}
+        write_file(self.folder / JOURNAL, lambda path: path.write_text(json.dumps(journal, indent=1) + "\n"))
+
+
+def open_output(folder: Path, base: Path, arguments: dict[str, Any]) -> Output:
+    """The folder to write into or to continue in; nothing is written yet.
+
+    Raises:
+        CompactError: it lies in the base, holds something else, or was begun with other arguments.
+    """
+    resolved, source = folder.resolve(), base.resolve()
+    if resolved == source or source in resolved.parents:
+        raise CompactError(f"{folder}: expected a folder outside the base, got one in {base}; choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise CompactError(f"{folder}: expected a folder, got a file; choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return Output(folder, arguments)
+    return _continue(folder, arguments)
+
+
+def _continue(folder: Path, arguments: dict[str, Any]) -> Output:
+    try:
+        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        begun, finished = journal["arguments"], journal["finished"]
+        if journal["schema"] != SCHEMA:
+            raise ValueError(journal["schema"])
+        complete = bool(journal["complete"])
+    except FileNotFoundError:
+        raise CompactError(
+            f"{folder}: expected an empty folder or one to continue in, got other files; choose another --out"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompactError(
+            f"{folder / JOURNAL}: expected a journal, got one that cannot be read ({error!r}); remove the folder"
+        ) from None
+    for key in sorted(arguments.keys() | begun.keys()):
+        if arguments.get(key) != begun.get(key):
+            expected, got = f"{key} {begun.get(key)!r} as begun", repr(arguments.get(key))
+            remedy = "repeat the first command, choose another --out or remove the folder"
+            raise CompactError(f"{folder}: expected {expected}, got {got}; {remedy}")
+    output = Output(folder, begun, finished)
+    output.complete = complete and (folder / "config.json").is_file() and all(map(output.has, finished))
+    return output
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises CompactError when the file system of the folder has less free than is still to be written."""
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + SLACK_BYTES:
+        expected = f"{needed + SLACK_BYTES:,} bytes free ({needed / 2**30:.2f} GiB)"
+        raise CompactError(f"{folder}: expected {expected}, got {free:,}; free some or choose another --out")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that appears whole or not at all."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under another name, sync, and rename into place; nothing is left of a failure.
+
+    Raises:
+        CompactError: the disk is full or refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, EOFError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+        what = "no space is left" if full else f"it failed ({error})"
+        remedy = "free some and repeat the command: finished files are kept"
+        raise CompactError(f"{path}: expected to write it, got an error: {what}; {remedy}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def copy_others(base: Path, output: Output) -> list[str]:
+    """Copy what is neither weights nor config.json: tokenizer, chat template, licence and the like."""
+    names = []
+    for path in sorted(base.iterdir()):
+        weights = path.name.endswith(WEIGHT_SUFFIXES)
+        if path.is_file() and not weights and path.name not in ("config.json", JOURNAL) and path.name[0] != ".":
+            write_file(output.folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
+            names.append(path.name)
+    return names
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

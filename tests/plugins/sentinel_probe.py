@@ -1,0 +1,45 @@
+"""Generate with a model in this process and print, as JSON, the tokens and what the model holds.
+
+python sentinel_probe.py MODEL PROMPTS.jsonl SETTINGS
+
+SETTINGS: a JSON object of arguments for vLLM's LLM, and
+"reload": checkpoints whose weights are then loaded in place, one after the other
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main(model: str, prompts_file: str, settings: str) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    from vllm import LLM, SamplingParams
+
+    with open(prompts_file, encoding="utf-8") as lines:
+        prompts = [json.loads(line)["prompt"] for line in lines]
+    arguments: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512} | json.loads(settings)
+    reloads = arguments.pop("reload", [])
+    llm = LLM(model=model, max_num_seqs=64, kv_cache_memory_bytes=2**29, seed=0, **arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+    def generate() -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling, use_tqdm=False)]
+
+    loaded = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    report: dict[str, Any] = {"class": type(loaded).__name__, "tokens": generate()}
+    report["tokens_after_reload"] = []
+    for folder in reloads:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        llm.reset_prefix_cache()
+        report["tokens_after_reload"].append(generate())
+    report["parameters"] = {
+        name: [parameter.numel(), parameter.element_size()] for name, parameter in loaded.named_parameters()
+    }
+    print("\n" + json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

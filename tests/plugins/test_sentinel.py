@@ -1,0 +1,220 @@
+"""The pruned teacher in vLLM: the same tokens as the zeroed original, nothing of a pruned block in memory, weights
+loaded again in place, speculation; and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.vllm
+TOY = Path(__file__).resolve().parent.parent / "toy"
+INDICES = TOY / "masks" / "group_indices_importance_sorted.npy"
+PROMPTS = 64
+BLOCK, HIDDEN, EXPERTS, BLOCKS = 16, 160, 16, 8
+
+
+def mask(percent: int) -> Path:
+    return TOY / "masks" / f"group_keep_mask_{percent}pct.npy"
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(percent, *flags) → the folder that `laguna compact` makes of the toy teacher."""
+    root = tmp_path_factory.mktemp("pruned")
+
+    @functools.cache
+    def make(percent: int, *flags: str) -> Path:
+        out = root / f"{percent}{''.join(flags)}"
+        command = [sys.executable, "-m", "laguna_serve.scripts.compact", str(TOY / "teacher"), "--keep-mask"]
+        command += [str(mask(percent)), "--group-indices", str(INDICES), "--out", str(out), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = (TOY / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:PROMPTS]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_model(prompts_file: Path) -> Any:
+    """(model, **settings) → what sentinel_probe.py reports of it, run once for equal arguments."""
+
+    @functools.cache
+    def run(model: Path, settings: str) -> dict[str, Any]:
+        probe = Path(__file__).with_name("sentinel_probe.py")
+        command = [sys.executable, str(probe), str(model), str(prompts_file), settings]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return report
+
+    return lambda model, **settings: run(model, json.dumps(settings, sort_keys=True))
+
+
+def masks_override(percent: int) -> dict[str, Any]:
+    files = {"keep_mask": str(mask(percent)), "group_indices": str(INDICES)}
+    return {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
+
+
+@pytest.mark.parametrize("percent", [10, 25, 40])
+def test_same_greedy_tokens_as_the_zeroed_original(percent: int, make_checkpoint: Any, run_model: Any) -> None:
+    zeroed = run_model(make_checkpoint(percent, "--zeroed"))
+    compact = run_model(make_checkpoint(percent))
+    assert compact["class"] == "LagunaSentinelForCausalLM"
+    assert zeroed["class"] == "LagunaForCausalLM"
+    assert len(compact["tokens"]) == PROMPTS
+    assert all(len(tokens) == 64 for tokens in compact["tokens"])
+    assert compact["tokens"] == zeroed["tokens"]
+
+
+@pytest.mark.parametrize("percent", [10, 25, 40])
+def test_memory_falls_by_exactly_the_pruned_blocks(percent: int, make_checkpoint: Any, run_model: Any) -> None:
+    keep = np.load(mask(percent))
+    assert (~keep).sum() == int(percent / 100 * keep.size)
+    held = run_model(make_checkpoint(percent))["parameters"]
+    blocks = [numel * size for name, (numel, size) in held.items() if name.endswith("_blocks")]
+    assert len(blocks) == 2 * len(keep)
+    assert sum(blocks) == (keep.size - (~keep).sum()) * 3 * BLOCK * HIDDEN * 4
+    assert not [name for name in held if "experts" in name and not name.endswith(("_blocks", "score_correction_bias"))]
+
+
+def test_masks_applied_while_loading(make_checkpoint: Any, run_model: Any) -> None:
+    """A base checkpoint and the published files: the compact checkpoint's model, to the bit."""
+    compact = run_model(make_checkpoint(25))
+    masked = run_model(TOY / "teacher", hf_overrides=masks_override(25))
+    assert masked["tokens"] == compact["tokens"]
+    assert masked["parameters"] == compact["parameters"]
+
+
+def test_chunked_prefill_and_prefix_caching(make_checkpoint: Any, run_model: Any) -> None:
+    """Fewer rows in a batch change nothing that our kernel computes; of the rest, fp32 leaves no tie here."""
+    whole = run_model(make_checkpoint(25))
+    chunked = run_model(make_checkpoint(25), max_num_batched_tokens=80, enable_chunked_prefill=True)
+    assert chunked["tokens"] == whole["tokens"]
+
+
+def test_speculation_gives_the_same_tokens(make_checkpoint: Any, run_model: Any) -> None:
+    """The drafter reads this model's auxiliary hidden states."""
+    drafter = {"method": "dflash", "model": str(TOY / "dflash"), "num_speculative_tokens": 7}
+    drafted = run_model(make_checkpoint(25), speculative_config=drafter)
+    assert drafted["tokens"] == run_model(make_checkpoint(25))["tokens"]
+
+
+def test_weights_load_again_in_place(make_checkpoint: Any, run_model: Any, tmp_path: Path) -> None:
+    """Other weights give what they give in a fresh engine, and the first ones what they gave."""
+    compact = make_checkpoint(25)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in compact.iterdir():
+        if file.suffix != ".safetensors":
+            (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(compact / "model.safetensors")
+    for name in weights:
+        if name.endswith(("w13_blocks", "e_score_correction_bias")):
+            weights[name] = weights[name] * 1.25
+    save_file(weights, other / "model.safetensors")
+    report = run_model(compact, reload=[str(other), str(compact)])
+    changed, restored = report["tokens_after_reload"]
+    assert changed == run_model(other)["tokens"]
+    assert changed != report["tokens"]
+    assert restored == report["tokens"]
+
+
+def experts(percent: int, *, masked: bool) -> Any:
+    """A sparse layer's experts by themselves, and the artefacts they were built from."""
+    from laguna_serve.plugins.models.sentinel import LayerPlan, SentinelExperts
+    from laguna_serve.plugins.pruning import read_pruning, read_shape
+
+    config = json.loads((TOY / "teacher" / "config.json").read_text(encoding="utf-8"))
+    pruning = read_pruning(mask(percent), INDICES, read_shape(config, "toy"))
+    plan = LayerPlan(pruning.kept_blocks[2], BLOCK, BLOCKS, pruning if masked else None, 2)
+    return SentinelExperts(EXPERTS, HIDDEN, plan, "layer"), pruning
+
+
+def layer_tensors() -> list[tuple[str, torch.Tensor]]:
+    """Sparse layer 2's (model layer 3's) tensors under `mlp.experts.`."""
+    prefix = "model.layers.3.mlp.experts."
+    with safe_open(TOY / "teacher" / "model.safetensors", "pt") as file:
+        return [(name.removeprefix(prefix), file.get_tensor(name)) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+
+
+def test_experts_are_cut_as_the_files_say() -> None:
+    module, pruning = experts(25, masked=True)
+    tensors = layer_tensors()
+    names = [name for half in (tensors[:20], tensors[20:]) for name in module.load_weights(half)]
+    assert sorted(names) == ["e_score_correction_bias", "w13_blocks", "w2_blocks"]
+    base = dict(tensors)
+    block = 0
+    for expert in range(EXPERTS):
+        for group in range(BLOCKS):
+            if not pruning.keep[2, expert, group]:
+                continue
+            atoms = pruning.indices[2, expert, group].tolist()
+            for part, name in enumerate(("gate_proj", "up_proj")):
+                assert torch.equal(module.w13_blocks[block, part].bfloat16(), base[f"{expert}.{name}.weight"][atoms])
+            assert torch.equal(module.w2_blocks[block].bfloat16(), base[f"{expert}.down_proj.weight"].t()[atoms])
+            block += 1
+        assert module.block_start[expert + 1] == block
+    assert block == len(module.w2_blocks)
+
+
+def test_incomplete_expert_is_not_reported_as_loaded() -> None:
+    """vLLM then refuses to start and names the parameters."""
+    module, _ = experts(25, masked=True)
+    assert "w13_blocks" not in set(module.load_weights(layer_tensors()[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("w13_blocks", torch.zeros(3, 2, BLOCK, HIDDEN), r"layer: expected w13_blocks \[\d+, 2, 16, 160\], got \[3, "),
+        ("block_start", torch.arange(EXPERTS + 1), r"layer: expected block_start of 17 entries from 0 to \d+, got 17 "),
+        ("block_start", torch.arange(EXPERTS), r"layer: expected block_start of 17 entries"),
+        ("0.gate_proj.weight", torch.zeros(128, HIDDEN), r"layer: expected kept blocks, or a base checkpoint with"),
+    ],
+)
+def test_tensor_that_does_not_fit_is_named(name: str, tensor: torch.Tensor, message: str) -> None:
+    module, _ = experts(25, masked=False)
+    with pytest.raises(ValueError, match=message):
+        list(module.load_weights([(name, tensor)]))
+
+
+def test_width_beyond_the_configured_blocks_is_refused() -> None:
+    module, _ = experts(25, masked=False)
+    start = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+    start[1:] = len(module.w2_blocks)
+    with pytest.raises(ValueError, match="expected 0 to 8 blocks for every expert"):
+        list(module.load_weights([("block_start", start)]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "expected one device, got tensor parallel size 2"),
+        (["--hf-overrides", '{"architectures": ["LagunaSentinelForCausalLM"]}'], "expected expert_pruning, got None"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+    from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+
+    overrides = ["--hf-overrides", json.dumps(masks_override(25))] if "--hf-overrides" not in flags else []
+    config = EngineConfig(str(TOY / "teacher"), enforce_eager=True, extra_args=(*overrides, *flags))
+    with pytest.raises(EngineError, match=message), Engine(config, log_path=tmp_path / "engine.log"):
+        pass
