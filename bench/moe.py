@@ -37,7 +37,7 @@ examples:
 
 exit status: 0 every row was measured, 1 a row was refused, 2 could not run, 130 interrupted (finished rows are kept)
 """
-CALLS_CPU, REPLAYS_GPU = 15, 30
+CALLS_CPU, REPLAYS_GPU = 40, 30
 LAYERS_GPU = 3  # 4.8 GB at full size, against 50 MB of second-level cache
 
 
@@ -344,7 +344,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block", metavar="B", type=positive, default=64)
     parser.add_argument("--topk", metavar="K", type=positive, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", metavar="N", type=positive, help="timed calls (CPU: 15) or replays (GPU: 30)")
+    parser.add_argument("--repeats", metavar="N", type=positive, help="timed calls (CPU: 40) or replays (GPU: 30)")
     parser.add_argument("--no-vllm", action="store_true", help="our kernel alone")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for moe.json, moe.md and moe.png")
