@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +107,7 @@ def measure_row(
     """Check one setting, then time it; a wrong result is refused a time."""
     error, fault = layers.find_fault(made[0], router.draw(tokens), shape)
     if fault is not None:
-        return {"error": error, "refused": fault}
+        return {"error": error if math.isfinite(error) else None, "refused": fault}
     on_gpu = shape.device.type == "cuda"
     calls, repeats = (layers.GRAPH_CALLS, repeats or REPLAYS_GPU) if on_gpu else (1, repeats or CALLS_CPU)
     ours_s: list[float] = []

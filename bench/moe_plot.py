@@ -24,8 +24,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 0.9 + 4 * len(kinds)), dpi=150, squeeze=False)
         for (left, right), kind in zip(axes, kinds, strict=True):
             rows = [row for row in result["rows"] if row["routing"] == kind and not row["refused"]]
-            _draw_times(left, rows, kind)
-            _draw_ratio(right, rows, kind)
+            if rows:
+                _draw_times(left, rows, kind)
+                _draw_ratio(right, rows, kind)
+            else:
+                left.text(0.5, 0.5, "every row was refused", transform=left.transAxes, ha="center", color=SOFT)
         settings, environment = result["settings"], result["environment"]
         about = "{experts} experts × {intermediate}, hidden {hidden}, top-{topk}, {dtype}".format(**settings)
         device = environment["cpu"] if settings["device"] == "cpu" else settings["device"]

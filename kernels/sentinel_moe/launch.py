@@ -56,13 +56,56 @@ def sentinel_moe(
         IndexError: an expert id is out of range (CPU only).
         RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured.
     """
-    out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe(
+    out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe.default(
         x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert
     )
     return out
 
 
 def _check(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_blocks: torch.Tensor,
+    w2_blocks: torch.Tensor,
+    block_start: torch.Tensor,
+    max_blocks_per_expert: int | None,
+) -> None:
+    """All at once, as this runs in every layer of every step on a CPU; `_find_fault` then says what is wrong."""
+    dtype, device = x.dtype, x.device
+    good = (
+        dtype in DTYPES
+        and topk_weights.dtype == torch.float32
+        and topk_ids.dtype == block_start.dtype == torch.int32
+        and w13_blocks.dtype == w2_blocks.dtype == dtype
+        and topk_weights.device == topk_ids.device == w13_blocks.device == w2_blocks.device == device
+        and block_start.device == device
+        and x.is_contiguous()
+        and topk_weights.is_contiguous()
+        and topk_ids.is_contiguous()
+        and w13_blocks.is_contiguous()
+        and w2_blocks.is_contiguous()
+        and block_start.is_contiguous()
+        and (max_blocks_per_expert is None or max_blocks_per_expert > 0)
+        and _fits(x.shape, topk_weights.shape, topk_ids.shape, w13_blocks.shape, w2_blocks.shape, block_start.shape)
+    )
+    if not good:
+        _find_fault(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+        raise AssertionError("sentinel_moe: arguments that are refused without a reason")
+
+
+def _fits(
+    x: torch.Size, weights: torch.Size, ids: torch.Size, w13: torch.Size, w2: torch.Size, start: torch.Size
+) -> bool:
+    if len(x) != 2 or len(ids) != 2 or len(w2) != 3 or len(start) != 1:
+        return False
+    (T, H), k, (n, B, _) = x, ids[1], w2
+    multiples = H > 0 and B > 0 and H % 16 == 0 and B % 16 == 0
+    shapes = ids[0] == T and weights == ids and w13 == (n, 2, B, H) and w2[2] == H
+    return multiples and shapes and 1 <= k <= MAX_TOPK and start[0] > 1
+
+
+def _find_fault(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,

@@ -1,0 +1,150 @@
+"""bench/moe.py on small shapes: what it counts, what it refuses, and that a wrong kernel gets no speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laguna_serve.bench import moe, moe_layers
+from laguna_serve.bench.moe_layers import Batch, Router, Shape
+
+SMALL = ["--device", "cpu", "--experts", "16", "--hidden", "64", "--intermediate", "64", "--block", "16", "--topk", "2"]
+SHAPE = Shape(16, 64, 64, 16, 2, torch.float32, torch.device("cpu"))
+
+
+def run(tmp_path: Path, *flags: str) -> int:
+    small = ["--tokens", "1,20", "--pruning", "0,0.5", "--routing", "uniform", "--repeats", "3"]
+    return moe.main([*SMALL, *small, "--out", str(tmp_path / "out"), *flags])
+
+
+def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--routing", "uniform,skewed") == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    stored = json.loads((tmp_path / "out" / "moe.json").read_text(encoding="utf-8"))
+    assert last == stored
+    assert stored["schema"] == "laguna_serve.moe/1"
+    assert stored["refused"] == []
+    assert len(stored["rows"]) == 8
+    for row in stored["rows"]:
+        assert row["us"] > 0
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+        assert row["ratio_ci95"][0] <= row["ratio"] <= row["ratio_ci95"][1]
+    assert (tmp_path / "out" / "moe.png").stat().st_size > 10_000
+    assert "ours ÷ vLLM" in (tmp_path / "out" / "moe.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_dtype_runs_without_vllm(dtype: str, tmp_path: Path) -> None:
+    assert run(tmp_path, "--no-vllm", "--dtype", dtype) == 0
+    rows = json.loads((tmp_path / "out" / "moe.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["ratio"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda out, T: out * 1.01, "expected an error of at most"),
+        (lambda out, T: out.index_fill(1, torch.tensor([3]), float("nan")), "expected an error of at most"),
+        (lambda out, T: out * (1 + 1e-6 * T), "expected row 0 alone to equal row 0 of the batch bit for bit"),
+    ],
+    ids=["wrong", "NaN", "rows depend on the batch"],
+)
+def test_wrong_kernel_gets_no_speed(
+    fault: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = moe_layers.run_ours
+    monkeypatch.setattr(moe_layers, "run_ours", lambda *args: fault(right(*args), len(args[1].x)))
+    assert run(tmp_path, "--dtype", "float32", "--tokens", "4") == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["refused"]) == 2
+    assert all(reason in text for text in result["refused"])
+    assert all("us" not in row for row in result["rows"])
+
+
+def test_bytes_are_the_kept_blocks_of_the_distinct_experts() -> None:
+    layer = moe_layers.make_layer(SHAPE, 0.5, 0, with_zeroed=False)
+    ids = torch.tensor([[3, 5], [5, 3], [3, 9]], dtype=torch.int32)
+    batch = Batch(torch.zeros(3, 64), torch.zeros(3, 2), ids)
+    widths = layer.block_start.diff()
+    kept = int(widths[3] + widths[5] + widths[9])
+    assert moe_layers.bytes_read(layer, batch, SHAPE) == kept * 3 * 16 * 64 * 4 + 2 * 3 * 64 * 4 + 3 * 2 * 8
+
+
+def test_zeroed_and_compact_layers_are_the_same_function() -> None:
+    layer = moe_layers.make_layer(SHAPE, 0.4, 1, with_zeroed=True)
+    assert len(layer.w2_blocks) == 16 * 4 - int(0.4 * 64)
+    batch = Router(SHAPE, "uniform", 0).draw(9)
+    assert layer.w13 is not None
+    assert layer.w2 is not None
+    out = torch.zeros(9, 64)
+    for t in range(9):
+        for weight, expert in zip(batch.weights[t], batch.ids[t], strict=True):
+            gate, up = (layer.w13[expert] @ batch.x[t]).chunk(2)
+            out[t] += weight * (layer.w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(moe_layers.run_ours(layer, batch, SHAPE), out, atol=1e-5, rtol=1e-4)
+
+
+def test_skewed_routing_has_the_stated_number_of_effective_experts() -> None:
+    shape = Shape(256, 64, 64, 16, 8, torch.float32, torch.device("cpu"))
+    skewed, uniform = Router(shape, "skewed", 0), Router(shape, "uniform", 0)
+    assert skewed.effective_experts == pytest.approx(0.6 * 256, rel=1e-6)
+    assert uniform.effective_experts == pytest.approx(256)
+    ids = uniform.draw(4000).ids
+    assert all(len(set(row)) == 8 for row in ids[:100].tolist())
+    shares = torch.bincount(ids.flatten().long(), minlength=256) / ids.numel()
+    assert math.exp(-float((shares * shares.log()).sum())) == pytest.approx(256, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cuda"], "--device: expected a CUDA device, got none"),
+        (["--block", "48"], "shape: expected multiples of 16"),
+        (["--hidden", "50"], "shape: expected multiples of 16"),
+        (["--topk", "17"], "--topk: expected at most 16, got 17"),
+        (["--experts", "99999999"], "memory: expected"),
+    ],
+)
+def test_impossible_request_is_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert run(tmp_path, *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"moe.py: {message}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--tokens", "0"], ["--tokens", "one"], ["--pruning", "1.0"], ["--routing", "hot"], ["--dtype", "int8"]],
+)
+def test_bad_flag_is_refused(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *flags)
+    assert stopped.value.code == 2
+
+
+def test_interrupted_run_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure_row = moe.measure_row
+    calls = []
+
+    def stop_at_the_third(*args: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure_row(*args)
+
+    monkeypatch.setattr(moe, "measure_row", stop_at_the_third)
+    assert run(tmp_path) == 130
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["partial"]
+    assert len(result["rows"]) == 2
