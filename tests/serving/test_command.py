@@ -144,3 +144,38 @@ def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
     assert "--distributed-executor-backend" not in build(EngineConfig(model=str(target)), gpu)
     assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"} & build_environment({}, gpu, local=True).keys()
+
+
+@pytest.mark.parametrize("flag", [("--tensor-parallel-size", "2"), ("--tensor-parallel-size=2",), ("-tp", "2")])
+def test_several_ranks_are_not_squeezed_into_one_process(target: Path, flag: tuple[str, ...]) -> None:
+    """The in-process executor would wait for the other rank for ever."""
+    command = build(EngineConfig(model=str(target), extra_args=flag))
+    assert "--distributed-executor-backend" not in command
+
+
+def test_pruning_files_become_overrides(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mask.npy", "indices.npy"):
+        (tmp_path / name).touch()
+    command = build(EngineConfig(model=str(target), keep_mask="mask.npy", group_indices="indices.npy"))
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    files = {"keep_mask": str(tmp_path / "mask.npy"), "group_indices": str(tmp_path / "indices.npy")}
+    assert overrides == {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"keep_mask": "there.npy"}, "group indices: expected a file beside there.npy, got none; pass both"),
+        ({"group_indices": "there.npy"}, "keep mask: expected a file beside there.npy, got none; pass both"),
+        ({"keep_mask": "gone.npy", "group_indices": "there.npy"}, "keep mask gone.npy: expected a file, got none"),
+    ],
+    ids=["mask alone", "indices alone", "no such file"],
+)
+def test_pruning_files_are_checked_first(
+    target: Path, files: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.npy").touch()
+    with pytest.raises(CheckpointError, match=message):
+        build(EngineConfig(model=str(target), **files))
