@@ -211,12 +211,15 @@ def _plan_layers(config: Any) -> dict[int, LayerPlan]:
         described = described | {"sha256": digest, "block_size": pruning.block_size}
         described |= {"blocks_per_expert": pruning.blocks_per_expert, "kept_blocks": pruning.kept_blocks}
         config.expert_pruning = described
-    kept = described.get("kept_blocks")
-    if not isinstance(kept, list) or len(kept) != len(shape.layers):
+    kept, block, most = (described.get(key) for key in ("kept_blocks", "block_size", "blocks_per_expert"))
+    if not isinstance(kept, list) or len(kept) != len(shape.layers) or not all(type(count) is int for count in kept):
         expected = f"kept_blocks to be one number for each of {len(shape.layers)} sparse layers"
         raise PruningError(f"config.json: expected expert_pruning.{expected}, got {kept!r}; make the checkpoint again")
-    sizes = described["block_size"], described["blocks_per_expert"]
-    return {layer: LayerPlan(kept[i], *sizes, pruning, i) for i, layer in enumerate(shape.layers)}
+    if type(block) is not int or type(most) is not int or block * most != shape.intermediate_size:
+        expected = f"block_size × blocks_per_expert to be {shape.intermediate_size}"
+        got = f"{block!r} × {most!r}"
+        raise PruningError(f"config.json: expected expert_pruning.{expected}, got {got}; make the checkpoint again")
+    return {layer: LayerPlan(kept[i], block, most, pruning, i) for i, layer in enumerate(shape.layers)}
 
 
 def _without_feed_forward(config: Any) -> Any:

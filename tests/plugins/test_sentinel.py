@@ -205,6 +205,36 @@ def test_width_beyond_the_configured_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kept_blocks": [100] * 4},
+            "expected expert_pruning.kept_blocks to be one number for each of 5 sparse layers",
+        ),
+        (
+            {"kept_blocks": None},
+            "expected expert_pruning.kept_blocks to be one number for each of 5 sparse layers, got No",
+        ),
+        ({"block_size": 32}, "expected expert_pruning.block_size × blocks_per_expert to be 128, got 32 × 8"),
+        (
+            {"blocks_per_expert": None},
+            "expected expert_pruning.block_size × blocks_per_expert to be 128, got 16 × None",
+        ),
+    ],
+)
+def test_config_that_describes_no_pruned_laguna_is_refused(changes: dict[str, Any], message: str) -> None:
+    from transformers import AutoConfig
+
+    from laguna_serve.plugins.models.sentinel import _plan_layers
+    from laguna_serve.plugins.pruning import PruningError
+
+    config = AutoConfig.from_pretrained(TOY / "teacher")
+    config.expert_pruning = {"kept_blocks": [100] * 5, "block_size": BLOCK, "blocks_per_expert": BLOCKS} | changes
+    with pytest.raises(PruningError, match=message):
+        _plan_layers(config)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tensor-parallel-size", "2"], "expected one device, got tensor parallel size 2"),
