@@ -86,6 +86,9 @@ def resolve_architectures() -> dict[str, dict[str, str | None]]:
     registered = importlib.import_module("vllm").ModelRegistry.models
     resolved = {}
     for name in names:
+        if name not in registered:
+            resolved[name] = {"expected": ours.get(name, "vllm"), "actual": None, "error": "no class at all"}
+            continue
         classes: list[type] = []
         error = attempt(lambda name=name, classes=classes: classes.append(registered[name].load_model_cls()))  # type: ignore[misc]
         actual = f"{classes[0].__module__}:{classes[0].__qualname__}" if classes else None

