@@ -105,6 +105,10 @@ STAGES: dict[str, Callable[[Recipe, Path, Path], dict[str, Any]]] = {
 
 def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
     """Run one stage in this process and note that it is done."""
+    import torch
+
+    # Some sums of a CPU's backward passes are otherwise added in the order in which threads come to them.
+    torch.use_deterministic_algorithms(True)
     started = time.monotonic()
     result = STAGES[name](recipe, work, out)
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
