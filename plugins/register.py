@@ -14,6 +14,7 @@ CHECKED_VLLM = ("0.26", "0.33")
 # and when each can go.
 ARCHITECTURES = {
     "LagunaForCausalLM": "laguna_serve.plugins.models.laguna:LagunaForCausalLM",
+    "LagunaDenseForCausalLM": "laguna_serve.plugins.models.dense:LagunaDenseForCausalLM",
     "LagunaSentinelForCausalLM": "laguna_serve.plugins.models.sentinel:LagunaSentinelForCausalLM",
 }
 CPU_ARCHITECTURES = {

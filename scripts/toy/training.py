@@ -1,4 +1,4 @@
-"""The training loop that teacher and drafter share: schedule, progress, and a state file to resume from.
+"""The training loop that every trained model shares: schedule, progress, and a state file to resume from.
 
 Every batch is a function of (seed, step) alone, so a run that was interrupted and resumed equals one that was not.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +41,15 @@ def train(
     schedule: Schedule,
     loss_of_step: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
     state_file: Path,
+    *,
+    log_every: int = PRINT_EVERY,
+    clipped: Sequence[nn.Module] | None = None,
 ) -> list[dict[str, float]]:
-    """Train `module` in place; returns the log, one record per `PRINT_EVERY` steps with means over them.
+    """Train `module` in place; returns the log, one record per `log_every` steps with means over them.
 
-    `loss_of_step(step)` gives the loss and figures to print.  The state file is written every `SAVE_EVERY` steps and
-    read back when it exists; the caller deletes it when the result is safe.
+    `loss_of_step(step)` gives the loss and figures to print.  Gradients are clipped to norm 1, those of each module in
+    `clipped` by themselves (default: all together).  The state file is written every `SAVE_EVERY` steps and read back
+    when it exists; the caller deletes it when the result is safe.
     """
     torch.set_num_threads(THREADS)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -64,13 +68,17 @@ def train(
         loss, figures = loss_of_step(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for part in clipped or [module]:
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
         window.append({"loss": loss.item(), **figures})
         done = step + 1
-        if done % PRINT_EVERY == 0 or done == schedule.steps:
+        if done % log_every == 0 or done == schedule.steps:
             mean = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
             log.append({"step": float(done), **mean})
+            window.clear()
+        if done % PRINT_EVERY == 0 or done == schedule.steps:
+            mean = {key: value for key, value in log[-1].items() if key != "step"}
             left_s = (time.monotonic() - started) / (done - first) * (schedule.steps - done)
             shown = "  ".join(f"{key} {value:.3f}" for key, value in mean.items())
             print(
@@ -78,7 +86,6 @@ def train(
                 file=sys.stderr,
                 flush=True,
             )
-            window.clear()
         if done % SAVE_EVERY == 0:
             partial = state_file.with_suffix(".partial")
             torch.save(

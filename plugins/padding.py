@@ -1,0 +1,185 @@
+"""Zero-padded feed-forward layers: which of their units are padding, and how wide they are without it.
+
+A *unit* of a SwiGLU layer is one gate row, one up row and one down column.  Stock Laguna knows a single
+`intermediate_size`, so that a checkpoint with narrower layers stores them padded with units of zeros, which add
+silu(0) · 0 · 0 = 0 to the output.  A unit is padding when all three of its parts are exactly zero (−0 counts as zero);
+the padding need not be at the end.  A layer in which a unit is zero in one part and not in another was not padded by
+this rule, or was touched afterwards: it is kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+WIDTHS_KEY = "intermediate_size_per_layer"
+# A GPU's matrix units work on tiles; a width that is a multiple of a larger tile wastes less of them.
+TILES = (128, 64, 32, 16, 8)
+MOST_ROUNDING = 0.02
+
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+class PaddingError(ValueError):
+    """A layer or a config that does not describe a dense Laguna, as one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The units of a layer that are kept: runs [start, stop) of the `stored` ones, in order.
+
+    ``broken`` is the first unit that is zero in one part and not in another; the layer is then kept whole.
+    """
+
+    stored: int
+    runs: tuple[tuple[int, int], ...]
+    broken: int | None = None
+
+    @property
+    def width(self) -> int:
+        """How many units are kept."""
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is padding."""
+        return self.width == self.stored
+
+    def trim(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The kept units of a tensor that has them along `dim`; a view where they are one run."""
+        if len(self.runs) == 1:
+            start, stop = self.runs[0]
+            return tensor.narrow(dim, start, stop - start)
+        return tensor.index_select(dim, self.index())
+
+    def pad(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The opposite of `trim`: zeros where the padding was."""
+        shape = list(tensor.shape)
+        shape[dim] = self.stored
+        return tensor.new_zeros(shape).index_copy_(dim, self.index(), tensor)
+
+    def index(self) -> torch.Tensor:
+        """The kept units' numbers, [width] int64."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+
+    @property
+    def padding(self) -> Units:
+        """The units that are not kept; of a whole layer none."""
+        edges = [0, *(edge for run in self.runs for edge in run), self.stored]
+        gaps = zip(edges[::2], edges[1::2], strict=True)
+        return Units(self.stored, tuple((start, stop) for start, stop in gaps if stop > start))
+
+
+def find_units(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Units:
+    """Which units of a layer are not padding; gate, up [N, H] and down [H, N] on the host.
+
+    Reads one row of `down`, and the rest of the matrices only from the first unit on that is zero there: of a layer
+    without padding a few kilobytes, of a padded one little more than the padding.  At least one unit is kept.
+    """
+    stored = gate.shape[0]
+    whole = Units(stored, ((0, stored),))
+    zero = _is_zero(_bits(down[:1]), axis=0)
+    if not zero.any():
+        return whole
+    first = int(zero.argmax())
+    parts = np.stack(
+        [
+            _is_zero(_bits(gate)[first:], axis=1),
+            _is_zero(_bits(up)[first:], axis=1),
+            _is_zero(_bits(down)[:, first:], axis=0),
+        ]
+    )
+    padding, touched = parts.all(axis=0), parts.any(axis=0)
+    if (broken := touched & ~padding).any():
+        return Units(stored, whole.runs, broken=first + int(broken.argmax()))
+    kept = np.concatenate([np.ones(first, dtype=bool), ~padding])
+    kept[0] |= not kept.any()
+    return Units(stored, _find_runs(kept))
+
+
+def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
+    """Layer number → its units, for every dense layer found in the safetensors files.
+
+    Raises:
+        PaddingError: a layer lacks one of its three matrices, or they do not fit each other.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        found = {}
+        for layer in range(layers):
+            names = [f"model.layers.{layer}.mlp.{name}.weight" for name in PROJECTIONS]
+            if not any(name in where for name in names):
+                continue
+            for name in names:
+                if name not in where:
+                    raise PaddingError(f"{name}: expected it beside the other two, got none; is the download complete?")
+            gate, up, down = (where[name].get_tensor(name) for name in names)
+            if not gate.shape == up.shape == down.shape[::-1] or gate.dtype not in _INTEGERS:
+                got = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in (gate, up, down))
+                expected = "gate and up [N, H] and down [H, N] in bf16, fp16 or fp32"
+                raise PaddingError(f"model.layers.{layer}.mlp: expected {expected}, got {got}; fetch it again")
+            found[layer] = find_units(gate, up, down)
+        return found
+
+
+def read_widths(config: Mapping[str, Any], name: str) -> list[int] | None:
+    """The widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
+
+    Raises:
+        PaddingError: something else than that; the message begins with `name`.
+    """
+    widths = config.get(WIDTHS_KEY)
+    if widths is None:
+        return None
+    layers, most = config.get("num_hidden_layers"), config.get("intermediate_size")
+    fits = isinstance(widths, list) and len(widths) == layers and all(type(width) is int for width in widths)
+    if not fits or not all(1 <= width <= int(most or 0) for width in widths):
+        expected = f"{WIDTHS_KEY} to be {layers} integers from 1 to {most}"
+        raise PaddingError(f"{name}: expected {expected}, got {widths!r}; unpad the checkpoint again")
+    return list(widths)
+
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a Laguna config.json describes dense layers alone."""
+    kinds = config.get("mlp_layer_types")
+    if config.get("model_type") != "laguna" or not isinstance(kinds, list) or not kinds:
+        return False
+    return all(kind == "dense" for kind in kinds) or config.get("num_experts") == 0
+
+
+def round_width(width: int, most: int) -> int:
+    """The width to allocate on a GPU: a multiple of the largest tile for which that adds 2% at most and stays within
+    `most`."""
+    for tile in TILES:
+        rounded = -(-width // tile) * tile
+        if rounded <= min(most, width * (1 + MOST_ROUNDING)):
+            return rounded
+    return width
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[np.integer[Any]]:
+    """The same memory as integers: NumPy knows no bf16, and an OR is quicker than a comparison."""
+    array: npt.NDArray[np.integer[Any]] = tensor.view(_INTEGERS[tensor.dtype]).numpy()
+    return array
+
+
+def _is_zero(bits: npt.NDArray[np.integer[Any]], axis: int) -> npt.NDArray[np.bool_]:
+    """Whether all values along an axis are ±0: of their bits joined by OR, only the sign is set, or none."""
+    joined = np.bitwise_or.reduce(bits, axis=axis)
+    zero: npt.NDArray[np.bool_] = (joined & np.iinfo(joined.dtype).max) == 0
+    return zero
+
+
+def _find_runs(kept: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
+    return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))

@@ -1,0 +1,88 @@
+"""The distillation as pictures: NMSE per layer in stage 1, KL per step in stage 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import itertools
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+INK, SOFT, FAINT, LINE = "#1f2933", "#5f6b78", "#d9dee4", "#0b7a75"
+LAYER_COLORS = "viridis"
+AVERAGED = 10  # records
+
+
+def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
+    """Stage 1: a line per layer, its last value beside it."""
+    layers = [key for key in log[-1] if key.startswith("layer ")]
+    colors = mpl.colormaps[LAYER_COLORS]
+
+    def curves(axes: Axes) -> None:
+        ends = [log[-1][key] for key in layers]
+        for number, key in enumerate(layers):
+            color = colors(0.85 * number / max(1, len(layers) - 1))
+            axes.plot([r["step"] for r in log], [r[key] for r in log], color=color, linewidth=1.2)
+        if len(layers) <= 8:
+            for key, at in zip(layers, _spread(ends), strict=True):
+                color = colors(0.85 * layers.index(key) / max(1, len(layers) - 1))
+                label = f"{key}: {log[-1][key]:.3f}"
+                axes.annotate(label, (1.01, at), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5)
+        axes.set_yscale("log")
+
+    title = "Stage 1: every dense block learns its sparse block's output"
+    _draw(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
+
+
+def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
+    """Stage 2: the KL of every record, and its moving mean."""
+
+    def curves(axes: Axes) -> None:
+        steps, values = [r["step"] for r in log], [r["loss"] for r in log]
+        axes.plot(steps, values, color=LINE, linewidth=0.6, alpha=0.35)
+        means = [
+            sum(values[max(0, i - AVERAGED + 1) : i + 1]) / len(values[max(0, i - AVERAGED + 1) : i + 1])
+            for i in range(len(values))
+        ]
+        axes.plot(steps, means, color=LINE, linewidth=1.8)
+        axes.annotate(
+            f"{means[-1]:.3f}", (1.01, means[-1]), xycoords=("axes fraction", "data"), color=LINE, va="center"
+        )
+        axes.set_ylim(bottom=0)
+
+    title = "Stage 2: the whole student learns the teacher's distribution"
+    _draw(path, title, "KL(teacher ‖ student), nats per assistant token", source, curves)
+
+
+def _draw(path: Path, title: str, measure: str, source: str, curves: Callable[[Axes], None]) -> None:
+    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
+        figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
+        curves(axes)
+        axes.text(0, 1.11, title, transform=axes.transAxes, fontweight="bold", fontsize=12)
+        axes.text(0, 1.035, measure, transform=axes.transAxes, color=SOFT)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=SOFT, length=0, which="both")
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        figure.text(0.1, 0.03, source, fontsize=8.5, color=SOFT)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _spread(values: list[float], ratio: float = 1.07) -> list[float]:
+    """Places for labels on a logarithmic axis: the values, pushed apart to at least this ratio."""
+    places = list(values)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for before, after in itertools.pairwise(order):
+        places[after] = max(places[after], places[before] * ratio)
+    return places

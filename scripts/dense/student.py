@@ -1,0 +1,139 @@
+"""The dense student of a Laguna mixture of experts: the teacher with every sparse block replaced by one SwiGLU.
+
+A block's width is that of the teacher's active path, k routed experts and the shared one, so that a token costs as much
+as before.  Attention, norms, embedding and head are the teacher's; a dense layer stays as it is or is widened.  The
+checkpoint is stock Laguna, which knows one width for all layers: narrower ones are padded with zeros, which changes no
+output as silu(0) · 0 = 0.
+
+Source: the form of postscarcity-inc's Laguna-XS.2-dense, whose layers 1–39 of 4608 are stored as 8192.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LagunaConfig, LagunaForCausalLM
+from transformers.models.laguna.modeling_laguna import LagunaMLP
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+INIT_STD = 0.02
+
+
+class WidthError(ValueError):
+    """A width that the student cannot have, as one line."""
+
+
+def choose_widths(config: LagunaConfig, overrides: dict[int, int]) -> list[int]:
+    """The width of every layer: the active path's where the teacher is sparse, its own where it is dense.
+
+    Raises:
+        WidthError: an override of a layer that is not there, below 1, or below a dense layer's own width.
+    """
+    active = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    sparse = [kind == "sparse" for kind in config.mlp_layer_types]
+    if not any(sparse):
+        raise WidthError("teacher: expected a mixture of experts, got dense layers alone; there is nothing to distil")
+    widths = [active if is_sparse else config.intermediate_size for is_sparse in sparse]
+    for layer, width in overrides.items():
+        if not 0 <= layer < len(widths):
+            raise WidthError(f"--width: expected a layer from 0 to {len(widths) - 1}, got {layer}; check it")
+        least = 1 if sparse[layer] else config.intermediate_size
+        if width < least:
+            raise WidthError(f"--width: expected at least {least} for layer {layer}, got {width}; raise it")
+        widths[layer] = width
+    return widths
+
+
+def student_config(config: LagunaConfig, widths: list[int]) -> LagunaConfig:
+    """The teacher's config with dense layers alone, as wide as the widest."""
+    described = copy.deepcopy(config)
+    described.mlp_layer_types = ["dense"] * config.num_hidden_layers
+    # What older releases of vLLM and transformers read instead.
+    described.mlp_only_layers = list(range(config.num_hidden_layers))
+    described.decoder_sparse_step = 1
+    described.intermediate_size = max(widths)
+    described.architectures = ["LagunaForCausalLM"]
+    return described
+
+
+@torch.no_grad()
+def start_blocks(teacher: LagunaForCausalLM, widths: list[int], usage: dict[int, torch.Tensor]) -> nn.ModuleDict:
+    """Layer number → its dense block before training, for every layer that the teacher has sparse.
+
+    A block starts as the shared expert and the experts that are used most (`usage`: layer → how often each expert was
+    chosen [E]), each scaled by what the router gives it on average; cut or filled up with random units to the width.
+    """
+    blocks: dict[str, nn.Module] = {}
+    config = teacher.config
+    for layer, counts in usage.items():
+        moe = teacher.model.layers[layer].mlp
+        parts = [tuple(getattr(moe.shared_experts, name).weight.float() for name in PROJECTIONS)]
+        for expert in counts.argsort(descending=True)[: config.num_experts_per_tok].tolist():
+            gate, up = moe.experts.gate_up_proj[expert].float().chunk(2)
+            share = float(counts[expert] / counts.sum()) * config.moe_routed_scaling_factor
+            parts.append((gate, up, moe.experts.down_proj[expert].float() * share))
+        gate, up, down = (
+            torch.cat(tensors, dim) for tensors, dim in zip(zip(*parts, strict=True), (0, 0, 1), strict=True)
+        )
+        block = LagunaMLP(config, widths[layer])
+        fill_block(block, gate, up, down)
+        blocks[str(layer)] = block
+    return nn.ModuleDict(blocks)
+
+
+@torch.no_grad()
+def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    """Set a block of width N from gate, up [M, H] and down [H, M]: the first M units theirs, further ones random with
+    down columns of zero, so that they change nothing before they are trained."""
+    width = min(block.intermediate_size, gate.shape[0])
+    for name, tensor in zip(PROJECTIONS, (gate[:width], up[:width], down[:, :width]), strict=True):
+        weight = getattr(block, name).weight
+        if name == "down_proj":
+            weight.zero_()
+            weight[:, :width] = tensor
+        else:
+            weight.normal_(std=INIT_STD)
+            weight[:width] = tensor
+
+
+@torch.no_grad()
+def assemble_student(teacher: LagunaForCausalLM, blocks: nn.ModuleDict, widths: list[int]) -> LagunaForCausalLM:
+    """The student at its true widths, fp32: what is the teacher's is copied, the blocks are taken over."""
+    student = LagunaForCausalLM(student_config(teacher.config, [1]))
+    for layer, width in enumerate(widths):
+        if str(layer) in blocks:
+            block: Any = blocks[str(layer)]
+        else:
+            block = LagunaMLP(teacher.config, width)
+            dense = teacher.model.layers[layer].mlp
+            fill_block(block, *(getattr(dense, name).weight.float() for name in PROJECTIONS))
+        student.model.layers[layer].mlp = block
+    shared = {name: t.float() for name, t in teacher.state_dict().items() if ".mlp." not in name}
+    missing, unexpected = student.load_state_dict(shared, strict=False)
+    assert not unexpected
+    assert all(".mlp." in name for name in missing)
+    return student.to(teacher.device)
+
+
+def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dtype: torch.dtype) -> None:
+    """Write a checkpoint in stock layout, narrower layers padded with zeros at the end."""
+    stored = max(widths)
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in student.state_dict().items()}
+    for layer, width in enumerate(widths):
+        for name in PROJECTIONS:
+            key = f"model.layers.{layer}.mlp.{name}.weight"
+            missing = (0, stored - width) if name == "down_proj" else (0, 0, 0, stored - width)
+            tensors[key] = nn.functional.pad(tensors[key], missing).contiguous()
+    with torch.device("meta"):
+        shell = LagunaForCausalLM(student_config(student.config, widths))
+    shell.config.dtype = dtype
+    shell.save_pretrained(folder, state_dict=tensors)
+    config = folder / "config.json"
+    described = json.loads(config.read_text())
+    described["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
