@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, read_shape
-from laguna_serve.scripts.pruning.base import INDEX, ITEM_BYTES, Base, CompactError, check_config, read_base
+from laguna_serve.scripts.pruning.base import Base, check_config, read_base
 from laguna_serve.scripts.pruning.choice import choose_pruning
 from laguna_serve.scripts.pruning.count import (
     DTYPE_BYTES,
@@ -31,6 +31,7 @@ from laguna_serve.scripts.pruning.folder import (
     write_file,
     write_tensors,
 )
+from laguna_serve.scripts.pruning.headers import INDEX, ITEM_BYTES, CompactError
 from laguna_serve.scripts.pruning.progress import Progress
 from laguna_serve.scripts.pruning.shards import Advance, Job, Shard, build_tensors, plan_shards, tensor_bytes
 from laguna_serve.scripts.pruning.stopping import check, stop_on_signals

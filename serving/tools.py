@@ -6,7 +6,12 @@ import argparse
 import os
 import sys
 
-TOOLS = {"compact": "make a smaller checkpoint from a pruning mask"}
+TOOLS = {
+    "compact": "make a smaller checkpoint from a pruning mask",
+    "unpad": "store a dense student without its padding",
+    "pad": "give an unpadded dense student its stock layout back",
+    "drafter": "turn a DFlash drafter into the other published format",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,23 +6,26 @@ it, and transformers' fused one (`save_original_format=False`), where the expert
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from laguna_serve.plugins.pruning import ExpertShape, read_shape
+from laguna_serve.scripts.pruning.headers import (
+    INDEX,
+    ITEM_BYTES,
+    CompactError,
+    Entry,
+    check_unquantised,
+    open_files,
+    read_headers,
+)
 from laguna_serve.serving.checkpoint import read_config
 
-INDEX = "model.safetensors.index.json"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "BOOL": 1}
 PLAIN = frozenset(("BF16", "F16", "F32"))
 QUANTISED = re.compile(r"(_scale|_scale_2|_scale_inv|_zero_point|_zeros|_packed|qweight|qzeros|g_idx|scales)$")
 EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(.+)")
@@ -30,30 +33,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # A layer's files are mapped anew so many times: pages that were read stay resident as long as the mapping lives.
 OPENINGS = 16
 BIAS = "e_score_correction_bias"
-
-
-class CompactError(ValueError):
-    """A checkpoint or folder that `laguna compact` cannot work on, as one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor as its file's header describes it."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def num_bytes(self) -> int:
-        return self.numel * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,15 +79,9 @@ def read_base(folder: Path, name: str) -> Base:
     check_config(config, name)
     shape = read_shape(config, name)
     sharded = (folder / INDEX).is_file()
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    tensors: dict[str, Entry] = {}
-    for file in _list_files(folder, name):
-        tensors |= _read_header(folder, file)
-        digest.update(_identify(folder / file))
-    if sharded:
-        _check_index(folder, tensors)
+    tensors, fingerprint = read_headers(folder, name)
     fused = any(re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.gate_up_proj", key) for key in tensors)
-    base = Base(folder, name, config, shape, tensors, fused, sharded, digest.hexdigest())
+    base = Base(folder, name, config, shape, tensors, fused, sharded, fingerprint)
     _check_dtypes(base)
     _check_experts(base)
     return base
@@ -116,82 +89,10 @@ def read_base(folder: Path, name: str) -> Base:
 
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that is quantised or already pruned."""
-    remedy = "pass the unquantised base (bf16, fp16 or fp32)"
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
-            raise CompactError(f"{name}: expected unquantised weights, got {key} of method {method!r}; {remedy}")
+    check_unquantised(config, name)
     if config.get("expert_pruning"):
         raise CompactError(
             f"{name}: expected a base checkpoint, got one with expert_pruning; pass what it was made from"
-        )
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[Any]:
-    """The file, mapped; its tensors are views of the mapping for as long as they live."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CompactError(
-            f"{path}: expected a whole safetensors file, got one that cannot be read ({error}); fetch it again"
-        ) from None
-
-
-@contextmanager
-def open_files(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Several files of a folder, mapped."""
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(open_file(folder / name)) for name in sorted(set(names))}
-
-
-def _list_files(folder: Path, name: str) -> list[str]:
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        raise CompactError(f"{name}: expected model.safetensors or {INDEX}, got neither; fetch the weights")
-    return sorted(set(_read_weight_map(index).values()))
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = [Path(file).name == file for file in weight_map.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompactError(f"{index}: expected an index with weight_map, got {error!r}; fetch it again") from None
-    if not names or not all(names):
-        raise CompactError(f"{index}: expected weight_map to name files beside it, got other paths; fetch it again")
-    return dict(weight_map)
-
-
-def _read_header(folder: Path, file: str) -> dict[str, Entry]:
-    path = folder / file
-    if not path.is_file():
-        raise CompactError(f"{path}: expected a file that the index names, got none; fetch it again")
-    with open_file(path) as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  safe_open is no mapping
-        return {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-
-
-def _identify(path: Path) -> bytes:
-    """What tells one version of a file from another without reading its gigabytes: size, time and header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-    stat = path.stat()
-    return hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns} ".encode() + header).digest()
-
-
-def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
-    listed = _read_weight_map(folder / INDEX)
-    found = {name: entry.file for name, entry in tensors.items()}
-    if listed != found:
-        stray = min(listed.items() ^ found.items())[0]
-        expected = f"each tensor in the file that the index names ({listed.get(stray, 'none')})"
-        raise CompactError(
-            f"{folder}: expected {expected}, got {stray} in {found.get(stray, 'none')}; fetch both again"
         )
 
 

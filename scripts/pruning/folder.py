@@ -1,8 +1,8 @@
 """The output folder: what may be written into, what is already there, and files that appear whole or not at all.
 
-A journal (`compact.json`) names everything that decides the outcome and the finished files; with it the same command
-continues after an interruption, and another one is refused.  config.json and the index come last, so that a folder with
-a config.json is a whole checkpoint.
+A journal (`compact.json`, `unpad.json`, …) holds everything that decides the outcome and the finished files; with it the
+same command continues after an interruption, and another one is refused.  config.json and the index come last, so that
+a folder with a config.json is a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from laguna_serve.scripts.pruning.base import CompactError
+from laguna_serve.scripts.pruning.headers import CompactError
 
-JOURNAL = "compact.json"
-SCHEMA = "laguna_serve.compact_journal/1"
+JOURNALS = ("compact.json", "unpad.json", "pad.json")
 # Beside the tensors: headers, tokenizer, config and index.
 SLACK_BYTES = 2**20
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -36,6 +35,7 @@ class Output:
 
     folder: Path
     arguments: dict[str, Any]
+    journal: str
     finished: dict[str, int] = field(default_factory=dict)
     complete: bool = False
 
@@ -61,11 +61,12 @@ class Output:
         self._save()
 
     def _save(self) -> None:
-        journal = {"schema": SCHEMA, "complete": self.complete, "arguments": self.arguments, "finished": self.finished}
-        write_file(self.folder / JOURNAL, lambda path: path.write_text(json.dumps(journal, indent=1) + "\n"))
+        schema = _schema(self.journal)
+        journal = {"schema": schema, "complete": self.complete, "arguments": self.arguments, "finished": self.finished}
+        write_file(self.folder / self.journal, lambda path: path.write_text(json.dumps(journal, indent=1) + "\n"))
 
 
-def open_output(folder: Path, base: Path, arguments: dict[str, Any]) -> Output:
+def open_output(folder: Path, base: Path, arguments: dict[str, Any], journal: str = JOURNALS[0]) -> Output:
     """The folder to write into or to continue in; nothing is written yet.
 
     Raises:
@@ -77,31 +78,31 @@ def open_output(folder: Path, base: Path, arguments: dict[str, Any]) -> Output:
     if folder.exists() and not folder.is_dir():
         raise CompactError(f"{folder}: expected a folder, got a file; choose another --out")
     if not folder.exists() or not any(folder.iterdir()):
-        return Output(folder, arguments)
-    return _continue(folder, arguments)
+        return Output(folder, arguments, journal)
+    return _continue(folder, arguments, journal)
 
 
-def _continue(folder: Path, arguments: dict[str, Any]) -> Output:
+def _continue(folder: Path, arguments: dict[str, Any], journal: str) -> Output:
     try:
-        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
-        begun, finished = journal["arguments"], journal["finished"]
-        if journal["schema"] != SCHEMA:
-            raise ValueError(journal["schema"])
-        complete = bool(journal["complete"])
+        noted = json.loads((folder / journal).read_text(encoding="utf-8"))
+        begun, finished = noted["arguments"], noted["finished"]
+        if noted["schema"] != _schema(journal):
+            raise ValueError(noted["schema"])
+        complete = bool(noted["complete"])
     except FileNotFoundError:
         raise CompactError(
             f"{folder}: expected an empty folder or one to continue in, got other files; choose another --out"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompactError(
-            f"{folder / JOURNAL}: expected a journal, got one that cannot be read ({error!r}); remove the folder"
+            f"{folder / journal}: expected a journal, got one that cannot be read ({error!r}); remove the folder"
         ) from None
     for key in sorted(arguments.keys() | begun.keys()):
         if arguments.get(key) != begun.get(key):
             expected, got = f"{key} {begun.get(key)!r} as begun", repr(arguments.get(key))
             remedy = "repeat the first command, choose another --out or remove the folder"
             raise CompactError(f"{folder}: expected {expected}, got {got}; {remedy}")
-    output = Output(folder, begun, finished)
+    output = Output(folder, begun, journal, finished)
     output.complete = complete and (folder / "config.json").is_file() and all(map(output.has, finished))
     return output
 
@@ -115,10 +116,10 @@ def check_space(folder: Path, needed: int) -> None:
         raise CompactError(f"{folder}: expected {expected}, got {free:,}; free some or choose another --out")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears whole or not at all."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}))
+    write_file(path, lambda partial: save_file(contiguous, partial, metadata=metadata or {"format": "pt"}))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -150,10 +151,14 @@ def copy_others(base: Path, output: Output) -> list[str]:
     names = []
     for path in sorted(base.iterdir()):
         weights = path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and not weights and path.name not in ("config.json", JOURNAL) and path.name[0] != ".":
+        if path.is_file() and not weights and path.name not in ("config.json", *JOURNALS) and path.name[0] != ".":
             write_file(output.folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
             names.append(path.name)
     return names
+
+
+def _schema(journal: str) -> str:
+    return f"laguna_serve.{Path(journal).stem}_journal/1"
 
 
 def _sync(path: Path) -> None:

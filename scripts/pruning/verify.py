@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
-from laguna_serve.scripts.pruning.base import CompactError, open_file, open_files, read_experts
+from laguna_serve.scripts.pruning.base import read_experts
+from laguna_serve.scripts.pruning.headers import CompactError, open_file, open_files
 from laguna_serve.scripts.pruning.shards import Job, Shard, block_names, list_inputs
 
 # Both sides multiply the same numbers in fp32 and add them up in another order: some 1e-6 of the largest output.

@@ -54,11 +54,11 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_model(prompts_file: Path) -> Any:
-    """(model, **settings) → what sentinel_probe.py reports of it, run once for equal arguments."""
+    """(model, **settings) → what model_probe.py reports of it, run once for equal arguments."""
 
     @functools.cache
     def run(model: Path, settings: str) -> dict[str, Any]:
-        probe = Path(__file__).with_name("sentinel_probe.py")
+        probe = Path(__file__).with_name("model_probe.py")
         command = [sys.executable, str(probe), str(model), str(prompts_file), settings]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stderr[-3000:]

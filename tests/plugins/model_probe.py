@@ -1,9 +1,11 @@
 """Generate with a model in this process and print, as JSON, the tokens and what the model holds.
 
-python sentinel_probe.py MODEL PROMPTS.jsonl SETTINGS
+python model_probe.py MODEL PROMPTS.jsonl SETTINGS
 
 SETTINGS: a JSON object of arguments for vLLM's LLM, and
 "reload": checkpoints whose weights are then loaded in place, one after the other
+
+With a drafter the parameters are the last loaded model's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from typing import Any
 def main(model: str, prompts_file: str, settings: str) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.model_loader import base_loader
 
+    held: dict[str, list[int]] = {}
+    pack = base_loader.process_weights_after_loading
+
+    def count_and_pack(model: Any, *arguments: Any) -> None:
+        """On a CPU vLLM then packs the matrices away, where nothing tells their size (checked against 0.32.0)."""
+        held.update({name: [tensor.numel(), tensor.element_size()] for name, tensor in model.named_parameters()})
+        pack(model, *arguments)
+
+    base_loader.process_weights_after_loading = count_and_pack
     with open(prompts_file, encoding="utf-8") as lines:
         prompts = [json.loads(line)["prompt"] for line in lines]
     arguments: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512} | json.loads(settings)
@@ -35,9 +47,7 @@ def main(model: str, prompts_file: str, settings: str) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         llm.reset_prefix_cache()
         report["tokens_after_reload"].append(generate())
-    report["parameters"] = {
-        name: [parameter.numel(), parameter.element_size()] for name, parameter in loaded.named_parameters()
-    }
+    report["parameters"] = held
     print("\n" + json.dumps(report))
 
 
