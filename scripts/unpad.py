@@ -72,15 +72,17 @@ def run(tool: str, args: argparse.Namespace) -> int:
     if folder is None:
         raise CheckpointError(f"{args.source}: expected a folder or a cached hub id, got neither; download it first")
     source = read_padded(folder, args.source) if tool == "unpad" else read_unpadded(folder, args.source)
-    result = summarise(tool, args, source)
-    print(format_summary(source, result))
     if args.dry_run:
+        result = summarise(tool, args, source)
+        print(format_summary(source, result))
         print(json.dumps({**result, "status": "dry run"}))
         return HELD
     output = open_output(args.out, folder, {"source": source.fingerprint, "tool": tool}, f"{tool}.json")
-    result["status"] = "already complete" if output.complete else "written"
+    status = "already complete" if output.complete else "written"
     if not output.complete:
         write(source, output)
+    result = summarise(tool, args, source) | {"status": status}
+    print(format_summary(source, result))
     print(f"{'checkpoint':<15} {args.out}: {result['status']}")
     held = True
     if args.verify:
@@ -134,11 +136,14 @@ def format_summary(source: Source, result: dict[str, Any]) -> str:
         else:
             runs.append([layer, layer, width])
     widths = ", ".join(f"{a if a == b else f'{a}–{b}'}: {width}" for a, b, width in runs)
-    saved = abs(result["bytes_saved"]) / 2**30
+    saved = abs(result["bytes_saved"])
     rows = (
         ("layers", f"{widths} of {result['stored_width']} units"),
         ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
-        ("saved" if source.unpads else "added", f"{saved:.3f} GiB"),
+        (
+            "saved" if source.unpads else "added",
+            f"{saved / 2**30:.3f} GiB" if saved >= 2**30 else f"{saved / 2**20:.2f} MiB",
+        ),
     )
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
 

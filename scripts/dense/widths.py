@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,11 @@ def read_unpadded(folder: Path, name: str) -> Source:
     stored = int(config["intermediate_size"])
     units = {}
     for layer, width in enumerate(widths):
-        runs = tuple((int(start), int(stop)) for start, stop in kept.get(str(layer), [[0, width]]))
-        units[layer] = Units(stored, runs)
-        edges = [edge for run in runs for edge in run]
-        if units[layer].width != width or edges != sorted(set(edges)) or edges[0] < 0 or edges[-1] > stored:
+        runs = kept.get(str(layer), [[0, width]])
+        if not _are_runs(runs, width, stored):
             expected = f"{ORIGIN_KEY}.kept_units of layer {layer} to be runs of {width} of {stored} units"
-            raise CompactError(f"{name}: expected {expected}, got {list(runs)}; unpad the checkpoint again")
+            raise CompactError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
+        units[layer] = Units(stored, tuple((start, stop) for start, stop in runs))
     tensors, fingerprint = read_headers(folder, name)
     source = Source(folder, config, tensors, units, fingerprint, unpads=False)
     for tensor, entry in tensors.items():
@@ -149,6 +149,17 @@ def read_unpadded(folder: Path, name: str) -> Source:
             expected = f"{tensor} of {found[0].width} units as config.json says"
             raise CompactError(f"{name}: expected {expected}, got {entry.shape[found[1]]}; unpad the checkpoint again")
     return source
+
+
+def _are_runs(runs: object, width: int, stored: int) -> bool:
+    """Whether something read from JSON is [[start, stop], …], rising, and makes up `width` of `stored` units."""
+    if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == 2 for run in runs):
+        return False
+    edges = [edge for run in runs for edge in run]
+    if not edges or not all(type(edge) is int for edge in edges):
+        return False
+    rises = all(before < after for before, after in pairwise(edges))
+    return rises and edges[0] >= 0 and edges[-1] <= stored and sum(b - a for a, b in runs) == width
 
 
 def _read_dense(folder: Path, name: str) -> dict[str, Any]:

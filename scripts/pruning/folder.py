@@ -1,8 +1,8 @@
 """The output folder: what may be written into, what is already there, and files that appear whole or not at all.
 
-A journal (`compact.json`, `unpad.json`, …) holds everything that decides the outcome and the finished files; with it the
-same command continues after an interruption, and another one is refused.  config.json and the index come last, so that
-a folder with a config.json is a whole checkpoint.
+A journal (`compact.json`, `unpad.json`, …) holds everything that decides the outcome and the finished files; with it
+the same command continues after an interruption, and another one is refused.  config.json and the index come last, so
+that a folder with a config.json is a whole checkpoint.
 """
 
 from __future__ import annotations
