@@ -1,4 +1,4 @@
-"""Make the toy family from scratch: tokenizer, teacher, held-out prompts and DFlash drafter, trained on this machine.
+"""Make the toy family from scratch: tokenizer, teacher, held-out prompts and DFlash drafters, trained on this machine.
 
 The stages run one after the other, each in a process of its own.  What a stage has finished is kept in the work folder,
 and training saves its state on the way, so the same command continues after an interruption.
@@ -80,19 +80,32 @@ def make_continuations(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
 
 
 def make_dflash(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
-    """The drafter, trained on the continuations."""
+    """The drafter in Laguna's own format, trained on the continuations."""
+    return _make_drafter(recipe, work, out, "dflash")
+
+
+def make_speculators(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
+    """A smaller drafter in the speculators format, trained on the same."""
+    return _make_drafter(recipe, work, out, "dflash-speculators")
+
+
+def _make_drafter(recipe: Recipe, work: Path, out: Path, name: str) -> dict[str, Any]:
     import torch
     from transformers import LagunaForCausalLM
 
+    from laguna_serve.scripts.toy import drafter as drafters
     from laguna_serve.scripts.toy.continuations import Continuations
-    from laguna_serve.scripts.toy.drafter import train_drafter
     from laguna_serve.scripts.toy.tokenizer import load_tokenizer
 
     teacher = LagunaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
     data = Continuations.load(work / "continuations.pt")
-    drafter, log = train_drafter(teacher, data, recipe.seed, recipe.drafter_steps, work / "dflash.state")
-    drafter.save(out / "dflash")
-    load_tokenizer(out / "teacher").save_pretrained(out / "dflash")
+    if name == "dflash":
+        drafter = drafters.make_drafter(teacher, recipe.seed)
+    else:
+        drafter = drafters.make_speculators(teacher, data, recipe.seed)
+    log = drafters.train_drafter(drafter, teacher, data, recipe.seed, recipe.drafter_steps, work / f"{name}.state")
+    drafter.save(out / name)
+    load_tokenizer(out / "teacher").save_pretrained(out / name)
     return {"parameters": sum(p.numel() for p in drafter.parameters()), "log": log}
 
 
@@ -100,7 +113,9 @@ STAGES: dict[str, Callable[[Recipe, Path, Path], dict[str, Any]]] = {
     "teacher": make_teacher,
     "continuations": make_continuations,
     "dflash": make_dflash,
+    "dflash-speculators": make_speculators,
 }
+TRAINED = ("teacher", "dflash", "dflash-speculators")
 
 
 def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
@@ -120,9 +135,13 @@ def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
 def write_manifest(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     """What was made, how, from what and with which result; written beside the checkpoints."""
     stages = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
-    logs = {name: stages[name].pop("log") for name in ("teacher", "dflash")}
+    logs = {name: stages[name].pop("log") for name in TRAINED}
     (out / "training.json").write_text(json.dumps(logs) + "\n")
-    made = [out / "prompts.jsonl", out / "training.json", *(out / "teacher").iterdir(), *(out / "dflash").iterdir()]
+    made = [
+        out / "prompts.jsonl",
+        out / "training.json",
+        *(path for name in TRAINED for path in (out / name).iterdir()),
+    ]
     files = sorted(p for p in made if p.is_file())
     manifest = {
         "command": f"python scripts/make_toy.py --seed {recipe.seed}",

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 INK, SOFT, FAINT, LINE = "#1f2933", "#5f6b78", "#d9dee4", "#0b7a75"
 LAYER_COLORS = "viridis"
-AVERAGED = 10  # records
+MOST_LABELS, LABEL_ROWS = 8, 20
 
 
 def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
@@ -29,30 +29,29 @@ def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
         for number, key in enumerate(layers):
             color = colors(0.85 * number / max(1, len(layers) - 1))
             axes.plot([r["step"] for r in log], [r[key] for r in log], color=color, linewidth=1.2)
-        if len(layers) <= 8:
-            for key, at in zip(layers, _spread(ends), strict=True):
-                color = colors(0.85 * layers.index(key) / max(1, len(layers) - 1))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        if len(layers) <= MOST_LABELS:
+            low, high = axes.get_ylim()
+            places = _spread(ends, ratio=(high / low) ** (1 / LABEL_ROWS))
+            for number, (key, at) in enumerate(zip(layers, places, strict=True)):
+                color = colors(0.85 * number / max(1, len(layers) - 1))
                 label = f"{key}: {log[-1][key]:.3f}"
                 axes.annotate(label, (1.01, at), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5)
-        axes.set_yscale("log")
 
     title = "Stage 1: every dense block learns its sparse block's output"
     _draw(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
 
 
 def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
-    """Stage 2: the KL of every record, and its moving mean."""
+    """Stage 2: the KL, each point the mean over the steps of a record."""
 
     def curves(axes: Axes) -> None:
         steps, values = [r["step"] for r in log], [r["loss"] for r in log]
-        axes.plot(steps, values, color=LINE, linewidth=0.6, alpha=0.35)
-        means = [
-            sum(values[max(0, i - AVERAGED + 1) : i + 1]) / len(values[max(0, i - AVERAGED + 1) : i + 1])
-            for i in range(len(values))
-        ]
-        axes.plot(steps, means, color=LINE, linewidth=1.8)
+        axes.plot(steps, values, color=LINE, linewidth=1.4)
         axes.annotate(
-            f"{means[-1]:.3f}", (1.01, means[-1]), xycoords=("axes fraction", "data"), color=LINE, va="center"
+            f"{values[-1]:.3f}", (1.01, values[-1]), xycoords=("axes fraction", "data"), color=LINE, va="center"
         )
         axes.set_ylim(bottom=0)
 
@@ -79,7 +78,7 @@ def _draw(path: Path, title: str, measure: str, source: str, curves: Callable[[A
         plt.close(figure)
 
 
-def _spread(values: list[float], ratio: float = 1.07) -> list[float]:
+def _spread(values: list[float], ratio: float) -> list[float]:
     """Places for labels on a logarithmic axis: the values, pushed apart to at least this ratio."""
     places = list(values)
     order = sorted(range(len(values)), key=values.__getitem__)

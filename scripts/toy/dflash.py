@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+IGNORED = -100  # a label that no loss counts
+
 
 @dataclass(frozen=True, slots=True)
 class DrafterShape:
@@ -110,15 +112,15 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Block rows attend to the context's keys and values and to each other's; each head's output is gated."""
+    """Block rows attend to the context's keys and values and to each other's; a gate may scale each head's output."""
 
-    def __init__(self, shape: DrafterShape) -> None:
+    def __init__(self, shape: DrafterShape, gated: bool = True) -> None:
         super().__init__()
         heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.qkv_proj = linear(shape.hidden_size, (heads + 2 * kv_heads) * dim)
         self.o_proj = linear(heads * dim, shape.hidden_size)
-        self.g_proj = linear(shape.hidden_size, heads)
+        self.g_proj = linear(shape.hidden_size, heads) if gated else None
         self.q_norm, self.k_norm = Norm(dim, shape.rms_norm_eps), Norm(dim, shape.rms_norm_eps)
         rotary = int(dim * shape.partial_rotary_factor)
         frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, rotary, 2).float() / rotary)
@@ -150,8 +152,9 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2), keys, values, attn_mask=mask[:, None], enable_gqa=True
         ).transpose(1, 2)
-        gated = mixed * F.softplus(self.g_proj(x).float()).to(x.dtype)[..., None]
-        out: torch.Tensor = self.o_proj(gated.flatten(2))
+        if self.g_proj is not None:
+            mixed = mixed * F.softplus(self.g_proj(x).float()).to(x.dtype)[..., None]
+        out: torch.Tensor = self.o_proj(mixed.flatten(2))
         return out
 
 
@@ -170,11 +173,13 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One drafter layer; the context passes through the layer's own input norm, as the block does."""
+    """One drafter layer.  In Laguna's style heads are gated, and the context passes through the layer's own input norm
+    as the block does; in Qwen3's there is no gate, and the context comes normalised already."""
 
-    def __init__(self, shape: DrafterShape) -> None:
+    def __init__(self, shape: DrafterShape, laguna_style: bool = True) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(shape), Mlp(shape)
+        self.laguna_style = laguna_style
+        self.self_attn, self.mlp = Attention(shape, gated=laguna_style), Mlp(shape)
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -186,7 +191,8 @@ class Layer(nn.Module):
         context_positions: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        cached = self.self_attn.keys_values(self.input_layernorm(context), context_positions)
+        context = self.input_layernorm(context) if self.laguna_style else context
+        cached = self.self_attn.keys_values(context, context_positions)
         x = x + self.self_attn(self.input_layernorm(x), positions, cached, mask)
         out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -226,18 +232,32 @@ class Drafter(nn.Module):
         out: torch.Tensor = self.norm(x)
         return out
 
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of final hidden states [..., H] through the target's head [V, H]."""
+        return F.linear(hidden, head)
+
+    def labels(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the logits are to predict for the target's tokens, or `IGNORED` where they cannot."""
+        return tokens
+
     @torch.no_grad()
     def propose(
         self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor, head: torch.Tensor
     ) -> list[int]:
         """The γ greedy proposals after `anchor`, given the target's states [T, taps, H] of all tokens before it."""
+        return self.logits(self.draft(anchor, hidden_states, gamma, embedding), head).argmax(-1).tolist()
+
+    @torch.no_grad()
+    def draft(self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [γ, H] of the mask rows after `anchor`."""
         length = hidden_states.shape[0]
         block = torch.full((1, gamma + 1), self.shape.mask_token_id)
         block[0, 0] = anchor
         rows = torch.arange(length, length + gamma + 1)[None]
         mask = torch.ones(1, gamma + 1, length + gamma + 1, dtype=torch.bool)
         x = self(F.embedding(block, embedding), rows, hidden_states[None], torch.arange(length)[None], mask)
-        return F.linear(x[0, 1:], head).argmax(-1).tolist()
+        out: torch.Tensor = x[0, 1:]
+        return out
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (bf16)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.toy import tokenizer as vocabulary
 from laguna_serve.scripts.toy.continuations import Continuations
-from laguna_serve.scripts.toy.dflash import Drafter, DrafterShape, TapReader
+from laguna_serve.scripts.toy.dflash import IGNORED, Drafter, DrafterShape, TapReader
+from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter, choose_vocabulary, start_head
 from laguna_serve.scripts.toy.training import Schedule, train
 
 ROWS = 8
 ANCHORS = 20
 POSITION_DECAY = 4.0
 SCHEDULE = Schedule(steps=4400, peak_lr=3e-3, weight_decay=0.01)
+DRAFT_VOCABULARY = 256
 
 
 def drafter_shape(teacher: LagunaForCausalLM) -> DrafterShape:
@@ -72,7 +75,10 @@ def draft_batch(
     context: Context,
     rng: random.Random,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, anchors, γ, V] and labels [B, anchors, γ] for random anchors in the generated part of random rows."""
+    """Logits [B, anchors, γ, V] and labels [B, anchors, γ] for random anchors in the generated part of random rows.
+
+    V is the drafter's vocabulary.
+    """
     gamma = drafter.shape.gamma
     rows = torch.tensor([rng.randrange(len(data.tokens)) for _ in range(ROWS)])
     first, last = data.prompt_lengths[rows], data.lengths[rows] - gamma - 1
@@ -96,7 +102,7 @@ def draft_batch(
         torch.cat([sees_context, sees_block], dim=-1),
     )
     predicted = hidden.view(ROWS, ANCHORS, gamma + 1, -1)[:, :, 1:]
-    return F.linear(predicted, head), tokens[..., 1:]
+    return drafter.logits(predicted, head), drafter.labels(tokens[..., 1:])
 
 
 def accepted_length(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -104,13 +110,39 @@ def accepted_length(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 1 + float((logits.argmax(-1) == labels).long().cumprod(-1).sum(-1).float().mean())
 
 
-def train_drafter(
-    teacher: LagunaForCausalLM, data: Continuations, seed: int, steps: int | None, state_file: Path
-) -> tuple[Drafter, list[dict[str, float]]]:
-    """Train on the continuations; returns the drafter and the training log."""
+def make_drafter(teacher: LagunaForCausalLM, seed: int) -> Drafter:
+    """The untrained drafter in Laguna's own format."""
     torch.manual_seed(seed)
+    return Drafter(drafter_shape(teacher))
+
+
+def make_speculators(teacher: LagunaForCausalLM, data: Continuations, seed: int) -> SpeculatorsDrafter:
+    """The untrained drafter in the speculators format: one layer, three taps, half of the vocabulary."""
+    torch.manual_seed(seed)
+    shape = replace(
+        drafter_shape(teacher),
+        target_layer_ids=(1, 3, 5),
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=320,
+        partial_rotary_factor=1.0,
+    )
+    written = [row[start:end] for row, start, end in zip(data.tokens, data.prompt_lengths, data.lengths, strict=True)]
+    drafter = SpeculatorsDrafter(shape, choose_vocabulary(torch.cat(written), DRAFT_VOCABULARY, shape.vocab_size))
+    start_head(drafter, teacher.lm_head.weight)
+    return drafter
+
+
+def train_drafter(
+    drafter: Drafter,
+    teacher: LagunaForCausalLM,
+    data: Continuations,
+    seed: int,
+    steps: int | None,
+    state_file: Path,
+) -> list[dict[str, float]]:
+    """Train on the continuations, in place; returns the training log."""
     teacher = teacher.eval().requires_grad_(False)
-    drafter = Drafter(drafter_shape(teacher))
     embedding, head = teacher.model.embed_tokens.weight, teacher.lm_head.weight
     context = Context(teacher, data, drafter.shape.target_layer_ids)
     weights = torch.exp(-torch.arange(drafter.shape.gamma).float() / POSITION_DECAY)
@@ -118,9 +150,9 @@ def train_drafter(
     def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = random.Random(f"{seed}/{step}")
         logits, labels = draft_batch(drafter, embedding, head, data, context, rng)
-        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
-        return (loss * weights).mean() / weights.mean(), {"tau": accepted_length(logits, labels)}
+        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        weighted = (loss.view(labels.shape) * weights).mean() / weights.mean()
+        return weighted, {"tau": accepted_length(logits, labels)}
 
     schedule = Schedule(steps or SCHEDULE.steps, SCHEDULE.peak_lr, SCHEDULE.weight_decay)
-    log = train("drafter", drafter, schedule, loss_of_step, state_file)
-    return drafter, log
+    return train("drafter", drafter, schedule, loss_of_step, state_file)
