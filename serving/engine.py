@@ -71,6 +71,7 @@ class Engine:
         self.model_name = config.model_name
         self.base_url = ""
         self.command: list[str] = []
+        self.gamma: int | None = None
         self._announce = announce or (lambda _line: None)
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._members: set[psutil.Process] = set()
@@ -145,6 +146,9 @@ class Engine:
             self.command = build_command(config, checkpoints, device, port)
         except (BudgetError, CheckpointError) as error:
             raise EngineError(str(error)) from None
+        self.gamma = checkpoints.gamma
+        for warning in checkpoints.warnings:
+            self._announce(f"warning: {warning}")
         self.base_url = f"http://{_format_host(_reachable(config.host))}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         supervise = [sys.executable, "-m", "laguna_serve.serving.reaper", str(os.getpid()), str(self.stop_grace_s)]

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from laguna_serve.serving.acceptance import ENOUGH_DRAFTS, Acceptance, format_acceptance, read_acceptance
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 
 SCHEMA = "laguna_serve.serve/1"
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
+ACCEPTANCE_S = 5.0
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
-  laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma 7 --port 8001
+  laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
   laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
 
 exit status: 0 after Ctrl-C, 1 when the engine died, 2 when it could not be started
@@ -37,8 +39,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("model", help="checkpoint folder or hub id")
     parser.add_argument("--keep-mask", metavar="M.npy", help="prune a base checkpoint's experts while loading")
     parser.add_argument("--group-indices", metavar="G.npy", help="the mask's groups of atoms")
-    parser.add_argument("--draft", help="DFlash drafter: checkpoint folder or hub id")
-    parser.add_argument("--gamma", type=int, help="tokens proposed per step (default: the drafter's block − 1)")
+    draft = "DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id"
+    parser.add_argument("--draft", metavar="D", help=draft)
+    gamma = "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1)"
+    parser.add_argument("--gamma", type=parse_gamma, metavar="N|max", help=gamma)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
@@ -59,18 +63,23 @@ def run(args: argparse.Namespace) -> int:
     log_path = args.log or default_log_path(args.port)
     _handle_signals()
     started = time.monotonic()
-    result = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
+    result: dict[str, object] = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
     try:
         with Engine(config, log_path=log_path, announce=_announce) as engine:
             result |= {"url": engine.base_url, "model": engine.model_name}
             print(format_greeting(engine), flush=True)
+            watch = AcceptanceWatch(engine.base_url, engine.gamma)
             try:
                 while True:
                     engine.check()
+                    watch.look()
                     time.sleep(WATCH_S)
             except EngineError as error:
                 print(f"laguna: error: {error}", file=sys.stderr)
                 result["outcome"] = "died"
+            except KeyboardInterrupt:
+                watch.read()
+            result["acceptance"] = watch.describe()
     except KeyboardInterrupt:
         if "url" not in result:
             raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
@@ -98,6 +107,51 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         seed=args.seed,
         extra_args=tuple(args.extra_args),
     )
+
+
+class AcceptanceWatch:
+    """Reads a speculating engine's acceptance now and then, and prints it once it rests on enough drafts."""
+
+    def __init__(self, base_url: str, gamma: int | None) -> None:
+        self._base_url, self._gamma = base_url, gamma
+        self._last = time.monotonic()
+        self._shown = False
+        self._seen: Acceptance | None = None
+
+    def look(self) -> None:
+        """Called often; asks the engine seldom, and no more once the line is out."""
+        if self._gamma is None or self._shown or time.monotonic() - self._last < ACCEPTANCE_S:
+            return
+        self.read()
+        if self._seen is not None and self._seen.drafts >= ENOUGH_DRAFTS:
+            print(format_acceptance(self._seen, self._gamma), file=sys.stderr, flush=True)
+            self._shown = True
+
+    def read(self) -> None:
+        """Asks now; an engine that does not answer leaves what was known."""
+        if self._gamma is not None:
+            self._seen = read_acceptance(self._base_url) or self._seen
+            self._last = time.monotonic()
+
+    def describe(self) -> dict[str, float | int | None] | None:
+        """For the JSON line: length and drafts since the engine started; None without speculation."""
+        if self._seen is None:
+            return None
+        length = self._seen.length
+        return {"length": None if length is None else round(length, 3), "drafts": self._seen.drafts}
+
+
+def parse_gamma(text: str) -> int | None:
+    """A number of tokens, or "max" (None)."""
+    if text == "max":
+        return None
+    try:
+        gamma = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or max, got {text!r}") from None
+    if gamma < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 or max, got {gamma}; leave --draft out to serve without")
+    return gamma
 
 
 def default_log_path(port: int) -> Path:

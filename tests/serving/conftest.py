@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fakes import DRAFTER, FAKE_SITE, TARGET, MakeCheckpoint
+from serving_fakes import DRAFTER, FAKE_SITE, TARGET, MakeCheckpoint, write_drafter_weights
 
 
 @pytest.fixture
@@ -31,7 +31,10 @@ def target(make_checkpoint: MakeCheckpoint) -> Path:
 
 @pytest.fixture
 def drafter(make_checkpoint: MakeCheckpoint) -> Path:
-    return make_checkpoint("dflash", DRAFTER)
+    """A drafter that fits the target."""
+    folder = make_checkpoint("dflash", DRAFTER)
+    write_drafter_weights(folder)
+    return folder
 
 
 @pytest.fixture

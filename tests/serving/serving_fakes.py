@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from safetensors.numpy import save_file
+
+from laguna_serve.serving.drafter import read_drafter
+from laguna_serve.serving.drafter_weights import expected_tensors
 
 FAKE_SITE = Path(__file__).parent / "fake_site"
 
@@ -26,6 +31,9 @@ DRAFTER: dict[str, Any] = {
     **TARGET,
     "architectures": ["DFlashLagunaForCausalLM"],
     "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "layer_types": ["full_attention"] * 2,
     "draft_vocab_size": 1024,
     "block_size": 8,
     "dflash_config": {"target_layer_ids": [0, 2, 5], "mask_token_id": 3},
@@ -37,9 +45,12 @@ SPECULATORS: dict[str, Any] = {
         "model_type": "qwen3",
         "vocab_size": 1024,
         "hidden_size": 160,
-        "num_hidden_layers": 5,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
+        "max_position_embeddings": 2048,
     },
     "draft_vocab_size": 512,
     "block_size": 8,
@@ -48,6 +59,18 @@ SPECULATORS: dict[str, Any] = {
 }
 
 MakeCheckpoint = Callable[..., Path]
+
+
+def write_drafter_weights(folder: Path) -> None:
+    """Zeros in every tensor that the folder's config.json asks for; a reduced vocabulary is every other token."""
+    drafter = read_drafter(folder)
+    tensors = {name: np.zeros(shape, np.float16) for name, shape in expected_tensors(drafter).items()}
+    if drafter.draft_vocab_size != drafter.target_vocab_size:
+        size = min(drafter.draft_vocab_size, drafter.target_vocab_size // 2)
+        tensors["d2t"] = np.arange(size)
+        tensors["t2d"] = np.arange(drafter.target_vocab_size) % 2 == 0
+        tensors["t2d"][2 * size :] = False
+    save_file(tensors, folder / "model.safetensors")
 
 
 def read_pids(path: Path, count: int) -> list[int]:

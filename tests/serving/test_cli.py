@@ -32,10 +32,19 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: list[s
     [
         ([], "the following arguments are required: COMMAND; see `laguna --help`"),
         (["serve"], "the following arguments are required: model; see `laguna serve --help`"),
+        (
+            ["serve", "m", "--draft", "d", "--gamma", "seven"],
+            "argument --gamma: expected a number or max, got 'seven'; see `laguna serve --help`",
+        ),
+        (
+            ["serve", "m", "--draft", "d", "--gamma", "0"],
+            "argument --gamma: expected at least 1 or max, got 0; leave --draft out to serve without; "
+            "see `laguna serve --help`",
+        ),
         (["serve", "m", "--port", "x"], "argument --port: invalid int value: 'x'; see `laguna serve --help`"),
         (["doctor", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna --help`"),
     ],
-    ids=["no-command", "no-model", "bad-port", "unknown-flag"],
+    ids=["no-command", "no-model", "gamma-in-words", "no-gamma", "bad-port", "unknown-flag"],
 )
 def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -54,6 +63,12 @@ def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None
     assert (config.max_model_len, config.max_num_seqs, config.dtype) == (512, 4, "float32")
     assert (config.enforce_eager, config.prefix_caching, config.kv_cache_gib, config.seed) == (True, False, 0.5, 9)
     assert config.extra_args == ("--max-num-batched-tokens", "64")
+
+
+def test_gamma_max_is_what_the_drafter_was_trained_for(target: Path, drafter: Path) -> None:
+    args = build_parser().parse_args(["serve", str(target), "--draft", str(drafter), "--gamma", "max"])
+    args.extra_args = []
+    assert read_config(args).gamma is None
 
 
 def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +98,9 @@ def read_url(server: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_serve_runs_until_told_to_end(fake_vllm: Path, target: Path, tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would stay
     with serving(target, tmp_path, "--", "--max-num-batched-tokens", "64") as server:
+        signal.signal(signal.SIGHUP, before)
         url = read_url(server)
         server.send_signal(number)
         out, err = server.communicate(timeout=30)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint
+from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.budget import GIB
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -80,6 +80,7 @@ def test_draft_becomes_speculative_config(target: Path, drafter: Path, gamma: in
 
 def test_speculators_format_is_taken(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     draft = make_checkpoint("speculator", SPECULATORS)
+    write_drafter_weights(draft)
     command = build(EngineConfig(model=str(target), draft=str(draft)))
     assert json.loads(flag(command, "--speculative-config"))["num_speculative_tokens"] == 7
 
@@ -118,7 +119,8 @@ def test_memory_follows_the_dtype(
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     config = EngineConfig(model=str(folder), draft=str(drafter), dtype=dtype, max_model_len=10, max_num_seqs=3)
     checkpoints = inspect(config)
-    assert wanted_weight_bytes(config, checkpoints) == weight_bytes
+    drafter_bytes = (drafter / "model.safetensors").stat().st_size
+    assert wanted_weight_bytes(config, checkpoints) == weight_bytes // 100 * (100 + drafter_bytes)
     target_values, drafter_values = 2 * 6 * 2 * 32, 2 * 2 * 2 * 32
     assert wanted_kv_bytes(config, checkpoints) == value_bytes * (target_values + drafter_values) * 10 * 3
 
@@ -161,6 +163,31 @@ def test_pruning_files_become_overrides(target: Path, tmp_path: Path, monkeypatc
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     files = {"keep_mask": str(tmp_path / "mask.npy"), "group_indices": str(tmp_path / "indices.npy")}
     assert overrides == {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
+
+
+DENSE: dict[str, Any] = {"mlp_layer_types": ["dense"] * 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "chosen"),
+    [
+        (DENSE, (), True),
+        ({"mlp_layer_types": ["dense", *["sparse"] * 5]}, (), False),
+        ({}, (), False),
+        (DENSE | {"quantization_config": {"quant_method": "fp8"}}, (), False),
+        (DENSE | {"architectures": ["LagunaDenseForCausalLM"]}, (), False),
+        (DENSE, ("--tensor-parallel-size", "2"), False),
+        (DENSE, ("--hf-overrides", "{}"), False),
+        (DENSE, ("--quantization=fp8",), False),
+    ],
+    ids=["dense", "sparse", "silent", "quantised", "unpadded", "two ranks", "own overrides", "quantised now"],
+)
+def test_dense_model_is_loaded_at_its_true_width(
+    make_checkpoint: MakeCheckpoint, changes: dict[str, Any], extra: tuple[str, ...], chosen: bool
+) -> None:
+    command = build(EngineConfig(model=str(make_checkpoint("model", TARGET, **changes)), extra_args=extra))
+    ours = json.dumps({"architectures": ["LagunaDenseForCausalLM"]})
+    assert (ours in command) == chosen
 
 
 @pytest.mark.parametrize(

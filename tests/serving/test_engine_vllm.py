@@ -33,9 +33,10 @@ with Engine(config, log_path=Path(sys.argv[3])) as engine:
 """
 
 
-def complete(base_url: str, model: str) -> int:
+def complete(base_url: str, model: str, prompt: str = "def f(", max_tokens: int = 16) -> int:
     """Number of tokens that the server generated."""
-    body = json.dumps({"model": model, "prompt": "def f(", "max_tokens": 16, "ignore_eos": True}).encode()
+    asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
+    body = json.dumps(asked).encode()
     request = urllib.request.Request(f"{base_url}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         tokens: int = json.load(response)["usage"]["completion_tokens"]
@@ -55,6 +56,33 @@ def test_killed_launcher_of_vllm_leaves_nothing(tmp_path: Path) -> None:
         assert memory["pss_bytes"] > 1 << 30
         os.kill(launcher.pid, signal.SIGKILL)
     wait_until_gone(pids, timeout_s=20)
+
+
+def test_drafter_of_another_model_serves_and_its_acceptance_is_shown(tmp_path: Path) -> None:
+    """The student with the teacher's drafter in the other format, from the command line."""
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", str(TOY / "dense"), "--eager", "--port", "0"]
+    command += ["--draft", str(TOY / "dflash-speculators"), "--gamma", "max", "--log", str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        base_url = server.stdout.readline().split()[3].removesuffix("/v1")
+        for line in (TOY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:40]:
+            assert complete(base_url, "dense", json.loads(line)["prompt"], 48) == 48
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if line.startswith("acceptance: "):
+                break
+        server.send_signal(signal.SIGINT)
+        out, _ = server.communicate(timeout=60)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "trained for teacher, drafts for" in warnings[0]
+    result = json.loads(out.splitlines()[-1])
+    assert server.returncode == 0
+    assert result["acceptance"]["drafts"] >= 200
+    assert result["acceptance"]["length"] > 1.5
+    assert "LagunaDenseForCausalLM" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_failure_of_vllm_is_quoted(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""A drafter's config and weights in both formats: what is read, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load_file, save_file
+from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
+
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.drafter import read_drafter
+from laguna_serve.serving.drafter_weights import check_weights
+
+TOY = Path(__file__).resolve().parent.parent / "toy"
+LAYERS: dict[str, Any] = SPECULATORS["transformer_layer_config"]
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (TARGET, {}, "expected a DFlash drafter, got LagunaForCausalLM"),
+        (DRAFTER, {"block_size": None}, "expected block_size to be an integer, got nothing"),
+        (DRAFTER, {"block_size": "8"}, "expected block_size to be an integer, got '8'"),
+        (DRAFTER, {"dflash_config": None}, "expected dflash_config in config.json, got none"),
+        (
+            DRAFTER,
+            {"dflash_config": {"target_layer_ids": "all"}},
+            "dflash_config.target_layer_ids to be a list of integers",
+        ),
+        (SPECULATORS, {"transformer_layer_config": None}, "expected transformer_layer_config in config.json, got none"),
+        (SPECULATORS, {"speculators_model_type": "eagle3"}, "expected a DFlash drafter, got speculators type 'eagle3'"),
+    ],
+)
+def test_unreadable_drafter_is_named(
+    make_checkpoint: MakeCheckpoint, config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_drafter(make_checkpoint("drafter", config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            DRAFTER,
+            {"architectures": ["DFlash2DraftModel"]},
+            "expected DFlashLagunaForCausalLM, got .'DFlash2DraftModel'",
+        ),
+        (
+            DRAFTER,
+            {"layer_types": None},
+            "expected layer_types to be 2 of 'full_attention' and 'sliding_attention', got n",
+        ),
+        (DRAFTER, {"layer_types": ["full_attention"]}, "expected layer_types to be 2 of"),
+        (
+            DRAFTER,
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64},
+            "expected layer_types to be of one kind",
+        ),
+        (
+            DRAFTER,
+            {"layer_types": ["sliding_attention"] * 2},
+            "expected sliding_window to be an integer, as layer_types has 'sliding_attention', got nothing",
+        ),
+        (DRAFTER, {"num_attention_heads_per_layer": [4]}, "expected num_attention_heads_per_layer to be 2 integers"),
+        (
+            DRAFTER,
+            {"dflash_config": {"target_layer_ids": [1], "mask_token_id": 3, "sample_from_anchor": True}},
+            "expected dflash_config.sample_from_anchor to be false",
+        ),
+        (SPECULATORS, {"sample_from_anchor": True}, "expected sample_from_anchor to be false"),
+        (
+            SPECULATORS,
+            {"transformer_layer_config": {**LAYERS, "model_type": "llama"}},
+            "expected transformer_layer_config.model_type to be 'qwen3'",
+        ),
+        (
+            SPECULATORS,
+            {"transformer_layer_config": {**LAYERS, "layer_types": ["sparse"] * 2}},
+            "expected transformer_layer_config.layer_types to be 2 of",
+        ),
+    ],
+)
+def test_layers_that_vllm_has_not_are_named(
+    make_checkpoint: MakeCheckpoint, config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_drafter(make_checkpoint("drafter", config, **changes))
+
+
+def test_toy_drafters_are_read() -> None:
+    own, speculators = read_drafter(TOY / "dflash"), read_drafter(TOY / "dflash-speculators")
+    assert (own.format, own.layer_ids, own.first_layer_id, own.verifier) == ("laguna", (1, 3, 4, 5), 0, None)
+    assert (speculators.format, speculators.layer_ids, speculators.first_layer_id) == ("speculators", (2, 4, 6), 1)
+    assert (speculators.draft_vocab_size, speculators.target_vocab_size, speculators.verifier) == (256, 512, "teacher")
+    for drafter in (own, speculators):
+        check_weights(Path(drafter.name), drafter)
+
+
+@pytest.mark.parametrize("gating", [True, "per-head", "per-element", False])
+def test_every_spelling_of_the_gate(make_checkpoint: MakeCheckpoint, gating: bool | str) -> None:
+    folder = make_checkpoint("drafter", DRAFTER, gating=gating)
+    write_drafter_weights(folder)
+    check_weights(folder, read_drafter(folder))
+    widths = {True: 4, "per-head": 4, "per-element": 4 * 32}
+    gate = load_file(folder / "model.safetensors").get("layers.0.self_attn.g_proj.weight")
+    assert (gate is None) == (gating is False)
+    assert gate is None or gate.shape == (widths[gating], 160)
+
+
+def change(folder: Path, action: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    action(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def move(place: int, value: int) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors["d2t"].__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    ("config", "action", "message"),
+    [
+        (DRAFTER, lambda t: t.pop("fc.weight"), r"expected tensor fc.weight \[160, 480\], got none"),
+        (DRAFTER, lambda t: t.pop("aux_hidden_norms.2.weight"), r"expected tensor aux_hidden_norms.2.weight \[160\]"),
+        (
+            DRAFTER,
+            lambda t: t.update({"fc.weight": np.zeros((160, 640), np.float16)}),
+            r"expected fc.weight \[160, 480\], got \[160, 640\]; is config.json that of these weights",
+        ),
+        (
+            DRAFTER,
+            lambda t: t.update({"layers.0.self_attn.q_proj.weight": t.pop("layers.0.self_attn.qkv_proj.weight")}),
+            "queries, keys and values in one, got q_proj; join the three",
+        ),
+        (
+            DRAFTER,
+            lambda t: t.update({"norm.weight": t["norm.weight"].astype(np.int8)}),
+            "expected norm.weight in BF16, F16, F32, as config.json has no quantization_config, got I8",
+        ),
+        (SPECULATORS, lambda t: t.pop("lm_head.weight"), r"expected tensor lm_head.weight \[512, 160\], got none"),
+        (
+            SPECULATORS,
+            lambda t: t.pop("d2t"),
+            "expected d2t, which of the target's 1024 tokens the 512 drafted ones are, got none",
+        ),
+        (
+            SPECULATORS,
+            lambda t: t.update(d2t=t["d2t"][:-1]),
+            r"expected d2t \[512\], got \[511\]",
+        ),
+        (SPECULATORS, move(511, 513), "expected d2t to lead to the target's tokens 0 to 1023, got 1024"),
+        (SPECULATORS, move(0, -1), "expected d2t to lead to the target's tokens 0 to 1023, got -1"),
+        (SPECULATORS, move(1, 1 - 2), "expected d2t to lead to 512 different tokens, got 0 more than once"),
+        (SPECULATORS, move(3, 4), "expected t2d to mark the 512 tokens of d2t"),
+        (
+            SPECULATORS,
+            lambda t: t.update({"embed_tokens.weight": np.zeros((512, 160), np.float16)}),
+            r"expected embed_tokens.weight \[1024, 160\], got \[512, 160\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_named(
+    make_checkpoint: MakeCheckpoint, config: dict[str, Any], action: Callable[[Tensors], object], message: str
+) -> None:
+    folder = make_checkpoint("drafter", config)
+    write_drafter_weights(folder)
+    check_weights(folder, read_drafter(folder))
+    change(folder, action)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_weights(folder, read_drafter(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_full_vocabulary_shares_the_targets_head(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("drafter", SPECULATORS, draft_vocab_size=1024)
+    write_drafter_weights(folder)
+    change(folder, lambda tensors: tensors.pop("lm_head.weight", None))
+    check_weights(folder, read_drafter(folder))
+
+
+def test_file_that_is_cut_off_is_named(drafter: Path) -> None:
+    path = drafter / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: expected a whole safetensors file"):
+        check_weights(drafter, read_drafter(drafter))
+
+
+def test_folder_without_weights_is_named(drafter: Path) -> None:
+    (drafter / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expected the drafter's weights"):
+        check_weights(drafter, read_drafter(drafter))
+    (drafter / "pytorch_model.bin").touch()
+    check_weights(drafter, read_drafter(drafter))
