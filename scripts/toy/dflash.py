@@ -40,6 +40,7 @@ class DrafterShape:
     rope_theta: float = 500000.0
     partial_rotary_factor: float = 0.5
     rms_norm_eps: float = 1e-6
+    gated: bool = True
     token_ids: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,6 +57,7 @@ class DrafterShape:
             "mask_token_id": shape.pop("mask_token_id"),
             "causal": False,
         }
+        gated = shape.pop("gated")
         return {
             "architectures": ["DFlashLagunaForCausalLM"],
             "model_type": "laguna",
@@ -70,7 +72,7 @@ class DrafterShape:
             "num_experts_per_tok": 1,
             "moe_intermediate_size": self.intermediate_size,
             "shared_expert_intermediate_size": 0,
-            "gating": True,
+            "gating": gated,
             "max_position_embeddings": 2048,
             "tie_word_embeddings": False,
             "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
@@ -89,7 +91,8 @@ class DrafterShape:
             target_layer_ids=tuple(config["dflash_config"]["target_layer_ids"]),
             mask_token_id=config["dflash_config"]["mask_token_id"],
             rope_theta=rope["rope_theta"],
-            partial_rotary_factor=rope["partial_rotary_factor"],
+            partial_rotary_factor=rope.get("partial_rotary_factor", 1.0),
+            gated=bool(config.get("gating", True)),
         )
 
 
@@ -114,7 +117,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 class Attention(nn.Module):
     """Block rows attend to the context's keys and values and to each other's; a gate may scale each head's output."""
 
-    def __init__(self, shape: DrafterShape, gated: bool = True) -> None:
+    def __init__(self, shape: DrafterShape, gated: bool) -> None:
         super().__init__()
         heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
@@ -173,13 +176,13 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One drafter layer.  In Laguna's style heads are gated, and the context passes through the layer's own input norm
-    as the block does; in Qwen3's there is no gate, and the context comes normalised already."""
+    """One drafter layer.  In Laguna's style heads may be gated, and the context passes through the layer's own input
+    norm as the block does; in Qwen3's there is no gate, and the context comes normalised already."""
 
     def __init__(self, shape: DrafterShape, laguna_style: bool = True) -> None:
         super().__init__()
         self.laguna_style = laguna_style
-        self.self_attn, self.mlp = Attention(shape, gated=laguna_style), Mlp(shape)
+        self.self_attn, self.mlp = Attention(shape, gated=laguna_style and shape.gated), Mlp(shape)
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 

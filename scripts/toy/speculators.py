@@ -26,16 +26,19 @@ SPLIT = ("q_proj", "k_proj", "v_proj")
 
 
 class SpeculatorsDrafter(Drafter):
-    """The drafter with its head; `vocabulary` [V'] int64 are the target's tokens that it can draft, rising."""
+    """The drafter with its head; `vocabulary` [V'] int64 are the target's tokens that it can draft, rising.
 
-    def __init__(self, shape: DrafterShape, vocabulary: torch.Tensor) -> None:
+    Without a head of its own it uses the target's.
+    """
+
+    def __init__(self, shape: DrafterShape, vocabulary: torch.Tensor, own_head: bool = True) -> None:
         nn.Module.__init__(self)
         self.shape = shape
         self.fc = linear(shape.hidden_size * len(shape.target_layer_ids), shape.hidden_size)
         self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(shape, laguna_style=False) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = linear(shape.hidden_size, len(vocabulary))
+        self.lm_head = linear(shape.hidden_size, len(vocabulary)) if own_head else None
         to_draft = torch.full((shape.vocab_size,), IGNORED)
         to_draft[vocabulary] = torch.arange(len(vocabulary))
         self.register_buffer("vocabulary", vocabulary, persistent=False)
@@ -57,10 +60,9 @@ class SpeculatorsDrafter(Drafter):
         out: torch.Tensor = self.norm(x)
         return out
 
-    def logits(self, hidden: torch.Tensor, _head: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V'] over the draft vocabulary; the target's head is not used."""
-        out: torch.Tensor = self.lm_head(hidden)
-        return out
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V'] over the draft vocabulary."""
+        return F.linear(hidden, head if self.lm_head is None else self.lm_head.weight)
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
         """The draft vocabulary's number of each token, `IGNORED` for one that it lacks."""
@@ -153,7 +155,7 @@ class SpeculatorsDrafter(Drafter):
         d2t = tensors.pop("d2t", torch.zeros(config["draft_vocab_size"], dtype=torch.int64))
         tensors.pop("t2d", None)
         tensors.pop("embed_tokens.weight", None)
-        drafter = cls(shape, d2t + torch.arange(len(d2t)))
+        drafter = cls(shape, d2t + torch.arange(len(d2t)), own_head="lm_head.weight" in tensors)
         for number in range(shape.num_hidden_layers):
             prefix = f"layers.{number}.self_attn"
             parts = [tensors.pop(f"{prefix}.{part}.weight") for part in SPLIT]
@@ -170,4 +172,5 @@ def choose_vocabulary(tokens: torch.Tensor, size: int, vocab_size: int) -> torch
 
 def start_head(drafter: SpeculatorsDrafter, head: torch.Tensor) -> None:
     """Begin with the target's rows of its head [V, H]."""
+    assert drafter.lm_head is not None
     drafter.lm_head.weight.data.copy_(F.embedding(drafter.get_buffer("vocabulary"), head))

@@ -1,6 +1,6 @@
-"""Run the toy pair in this process and write down every block of tokens that vLLM's drafter proposes.
+"""Run the toy teacher with a drafter in this process and write down every block of tokens that vLLM proposes.
 
-    python proposals_probe.py TOY_FOLDER GAMMA OUT.json
+    python proposals_probe.py TOY_FOLDER DRAFTER GAMMA OUT.json
 
 It wraps one method of vLLM's proposer on the instance (checked against 0.32.0), hence the process of its own.
 """
@@ -16,13 +16,13 @@ from typing import Any
 PROMPTS, TOKENS = 6, 48
 
 
-def main(toy: Path, gamma: int, out: Path) -> None:
+def main(toy: Path, drafter: Path, gamma: int, out: Path) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=str(toy / "teacher"),
-        speculative_config={"method": "dflash", "model": str(toy / "dflash"), "num_speculative_tokens": gamma},
+        speculative_config={"method": "dflash", "model": str(drafter), "num_speculative_tokens": gamma},
         dtype="float32",
         max_num_seqs=1,
         max_model_len=1024,
@@ -56,4 +56,4 @@ def main(toy: Path, gamma: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ import torch.nn.functional as F
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
 LAYERS, TOKENS, HEADS, DIM, EPS = 3, 5, 2, 32, 1e-6
-GAMMAS = (7, 3)
 
 
 def norm_per_layer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -52,35 +53,57 @@ def test_grouped_norm_follows_the_layer() -> None:
     assert grouped_rms_norm(keys.bfloat16(), weights.bfloat16(), EPS).dtype == torch.bfloat16
 
 
-@pytest.fixture(scope="module", params=GAMMAS, ids=lambda gamma: f"gamma{gamma}")
-def observed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[dict[str, list[int]]]]:
+def make_deep_speculators(folder: Path) -> Path:
+    """An untrained drafter of two layers in the speculators format whose proposals vary.  Its layers' norms differ, so
+    that one taken for the other is seen."""
+    from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter
+
+    toy = SpeculatorsDrafter.load(TOY / "dflash-speculators")
+    torch.manual_seed(0)
+    shape = replace(toy.shape, num_hidden_layers=2, num_attention_heads=6, target_layer_ids=(0, 2, 4, 5))
+    drafter = SpeculatorsDrafter(shape, toy.get_buffer("vocabulary")[::2])
+    for name, parameter in drafter.named_parameters():
+        parameter.data = torch.rand_like(parameter) + 0.5 if "norm" in name else 3 * parameter.data
+    drafter.save(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((TOY / "dflash-speculators" / file).read_bytes())
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("dflash", 7), ("dflash", 3), ("dflash-speculators", 7), ("deep", 5)],
+    ids=lambda case: f"{case[0]}-gamma{case[1]}",
+)
+def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM's drafter proposed at each step on a few prompts, in fp32 (see proposals_probe.py)."""
+    name, gamma = request.param
+    folder = make_deep_speculators(tmp_path_factory.mktemp("deep")) if name == "deep" else TOY / name
     out = tmp_path_factory.mktemp("proposals") / "proposals.json"
     probe = Path(__file__).with_name("proposals_probe.py")
     done = subprocess.run(
-        [sys.executable, str(probe), str(TOY), str(request.param), str(out)],
+        [sys.executable, str(probe), str(TOY), str(folder), str(gamma), str(out)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen: dict[str, list[dict[str, list[int]]]] = json.loads(out.read_text())
-    return seen
+    return {"drafter": folder, **json.loads(out.read_text())}
 
 
-def test_proposals_equal_plain_pytorch(observed: dict[str, list[dict[str, list[int]]]]) -> None:
+def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
     from transformers import LagunaForCausalLM
 
     from laguna_serve.scripts.toy.dflash import Drafter, TapReader
+    from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter
 
     teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
-    drafter = Drafter.load(TOY / "dflash")
+    folder = observed["drafter"]
+    drafter = Drafter.load(folder) if folder.name == "dflash" else SpeculatorsDrafter.load(folder)
     taps = TapReader(teacher, drafter.shape.target_layer_ids)
     embedding, head = teacher.model.embed_tokens.weight, teacher.lm_head.weight
-    steps = 0
+    steps, seen = 0, set()
     for request in observed["requests"]:
         tokens = [*request["prompt"], *request["output"]]
         with torch.no_grad():
@@ -93,6 +116,7 @@ def test_proposals_equal_plain_pytorch(observed: dict[str, list[dict[str, list[i
             gamma = len(proposed)
             expected = drafter.propose(tokens[anchor], hidden_states[:anchor], gamma, embedding, head)
             assert proposed == expected, f"step {steps}: the drafter saw another context than the reference"
+            seen.update(proposed)
             verified = tokens[anchor + 1 : anchor + 1 + gamma]
             accepted = next(
                 (i for i, (a, b) in enumerate(zip(proposed, verified, strict=False)) if a != b), len(verified)
@@ -100,3 +124,4 @@ def test_proposals_equal_plain_pytorch(observed: dict[str, list[dict[str, list[i
             anchor += accepted + 1
             steps += 1
     assert steps > 40
+    assert len(seen) > 20, "the same few tokens again and again prove little"
