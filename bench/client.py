@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -38,9 +38,19 @@ def open_session() -> aiohttp.ClientSession:
 
 
 class Client:
-    """Sends prompts to one endpoint. Temperature 0, end-of-sequence ignored: every answer has exactly `max_tokens`."""
+    """Sends prompts to one endpoint. End-of-sequence ignored: every answer has exactly `max_tokens`.
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, model_name: str, max_tokens: int) -> None:
+    Greedy, unless `sampling` says otherwise (fields of the request, such as temperature and seed).
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        base_url: str,
+        model_name: str,
+        max_tokens: int,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
         self._session = session
         self._url = base_url.rstrip("/") + "/v1/completions"
         self._body: dict[str, Any] = {
@@ -49,6 +59,7 @@ class Client:
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
+            **(sampling or {}),
         }
 
     async def run_round(self, prompts: Sequence[Prompt]) -> list[Record]:

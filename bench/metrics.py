@@ -28,7 +28,9 @@ NAMES = {
     "vllm:spec_decode_num_accepted_tokens_total": "accepted_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
     "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries",
     "vllm:prefix_cache_hits_total": "prefix_cache_hits",
+    "vllm:num_preemptions_total": "preemptions",
     "vllm:request_success_total": "requests",
 }
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
@@ -43,7 +45,9 @@ class Counters:
     accepted_tokens: int = 0
     generation_tokens: int = 0
     prompt_tokens: int = 0
+    prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    preemptions: int = 0
     requests: int = 0
     accepted_per_position: tuple[int, ...] = ()
 

@@ -80,6 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """The whole command; the last line of stdout is the result as JSON."""
     folder, target_folder = _find(args.drafter), _find(args.target)
+    if args.out is not None and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise CompactError(f"{args.out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
     check_fit(target, drafter)
     if drafter.format == args.to:
@@ -165,8 +167,6 @@ def format_parts(done: Conversion) -> str:
 
 def write(source: Path, out: Path, done: Conversion) -> None:
     """Weights, other files, and config.json last, so that a folder that has one is whole."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CompactError(f"{out}: expected an empty folder or none, got something else; choose another --out")
     check_space(out, sum(tensor.nbytes for tensor in done.tensors.values()))
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -37,5 +37,7 @@ def test_registering_twice_changes_nothing_and_imports_no_model() -> None:
         "models = ('vllm.model_executor.models.laguna', 'laguna_serve.plugins.models')\n"
         "print([m for m in sys.modules if m.startswith(models)])"
     ).splitlines()
-    names = "DFlashDraftModel DFlashLagunaForCausalLM LagunaForCausalLM LagunaSentinelForCausalLM"
+    names = (
+        "DFlashDraftModel DFlashLagunaForCausalLM LagunaDenseForCausalLM LagunaForCausalLM LagunaSentinelForCausalLM"
+    )
     assert lines[-4:] == [names, "True", "True", "[]"]

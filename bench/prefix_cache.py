@@ -1,0 +1,290 @@
+"""Does prefix caching cost a DFlash drafter its acceptance? Measured cold, warm, in chunks, in groups and preempted.
+
+Every scenario runs on engines started here; acceptance lengths come from vLLM's counters, intervals from the chunks of
+each request. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object
+(schema laguna_serve.prefix_cache/1). What is sent and why: prefix_traffic.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.client import Client, EndpointError, open_session
+from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.metrics import Counters, scrape_counters, settle_counters, summarise_acceptance
+from laguna_serve.bench.prefix_report import render_markdown, render_text
+from laguna_serve.bench.prefix_traffic import (
+    REFERENCE,
+    Comparison,
+    EngineSetting,
+    Scenario,
+    Traffic,
+    plan_second_turn,
+    plan_traffic,
+    sampling_of,
+)
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.prompts import PromptsError, load_prompts
+from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.bench.records import Record
+from laguna_serve.bench.stats import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.serving.engine import EngineConfig, EngineError
+
+SCHEMA = "laguna_serve.prefix_cache/1"
+# Acceptance "falls" when even the upper end of the interval of the ratio is below this.
+FALLS_BELOW = 0.95
+# Chunks of a stream and vLLM's counters must tell the same acceptance, or intervals from chunks mean nothing.
+AGREEMENT = 0.05
+EXAMPLES = """
+examples:
+  python bench/prefix_cache.py --model tests/toy/teacher --draft tests/toy/dflash \\
+      --prompts tests/toy/prompts.jsonl --out out/prefix
+  python bench/prefix_cache.py --model tests/toy/teacher --draft tests/toy/dflash-speculators --quick \\
+      --prompts tests/toy/prompts.jsonl --out out/prefix
+
+exit status:
+  0    held: acceptance falls nowhere
+  1    fell short: it falls somewhere, or a scenario could not be provoked
+  2    could not run: bad input, or an engine did not start
+  130  interrupted: what was measured is reported and marked partial
+"""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a scenario did: a record for every request, and how the counters moved."""
+
+    scenario: Scenario
+    records: list[Record]
+    moved: Counters
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Of every request the tokens that came in steps after the first, and these steps. One chunk is one step."""
+        return [(sum(r.chunk_tokens[1:]), len(r.chunk_tokens) - 1) for r in self.records]
+
+    @property
+    def chunk_length(self) -> float:
+        """Tokens per step by the chunks."""
+        tokens, steps = sum(t for t, _ in self.steps), sum(s for _, s in self.steps)
+        return tokens / max(1, steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv)
+    stop_on_signals()
+    outcomes: dict[str, Outcome] = {}
+    interrupted = False
+    progress = Progress()
+    try:
+        traffic = plan_traffic(load_prompts(Path(args.prompts)), args.num_prompts, args.small_blocks, args.block_size)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        environment = describe_environment(current_argv())
+        run_engines(args, traffic, out, progress, outcomes)
+    except KeyboardInterrupt:
+        if not outcomes:
+            print("prefix_cache.py: interrupted before anything was measured", file=sys.stderr)
+            return INTERRUPTED
+        interrupted = True
+        progress.say("interrupted: reporting what was measured")
+    except (PromptsError, EngineError, EndpointError, OSError) as error:
+        print(f"prefix_cache.py: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    result = assemble(args, environment, outcomes, traffic.comparisons, interrupted)
+    write_json(out / "prefix_cache.json", result)
+    write_text(out / "prefix_cache.md", render_markdown(result))
+    print(render_text(result))
+    print(json.dumps({**result, "scenarios": f"{len(outcomes)}, in the file"}, ensure_ascii=False, allow_nan=False))
+    if interrupted:
+        return INTERRUPTED
+    return HELD if all(comparison["verdict"] == "holds" for comparison in result["comparisons"]) else FELL_SHORT
+
+
+def run_engines(
+    args: argparse.Namespace, traffic: Traffic, out: Path, progress: Progress, outcomes: dict[str, Outcome]
+) -> None:
+    """Start one engine after the other and send each its scenarios; outcomes are filed as they come."""
+    for setting in traffic.engines:
+        scenarios = [scenario for scenario in traffic.scenarios if scenario.engine == setting.name]
+        with open_arm(make_spec(args, setting), out, progress.say) as arm:
+            asyncio.run(_run_scenarios(args, arm, setting, scenarios, traffic, progress, outcomes))
+
+
+async def _run_scenarios(
+    args: argparse.Namespace,
+    arm: Arm,
+    setting: EngineSetting,
+    scenarios: list[Scenario],
+    traffic: Traffic,
+    progress: Progress,
+    outcomes: dict[str, Outcome],
+) -> None:
+    async with open_session() as session:
+
+        async def send(scenario: Scenario) -> None:
+            progress.say(f"{scenario.name}: {len(scenario.prompts)} requests")
+            before = await scrape_counters(session, arm.base_url)
+            records: list[Record] = []
+            for prompts in scenario.rounds:
+                sending = []
+                for place, prompt in enumerate(prompts):
+                    sampling = sampling_of(scenario, place)
+                    client = Client(session, arm.base_url, arm.model_name or "", args.max_tokens, sampling)
+                    sending.append(client.run_round([prompt]))
+                records += [record for answered in await asyncio.gather(*sending) for record in answered]
+            failed = next((record.error for record in records if record.error is not None), None)
+            if failed is not None:
+                arm.check()
+                raise EndpointError(f"{scenario.name}: a request failed: {failed}")
+            tokens = sum(len(record.token_ids) for record in records)
+            after = await settle_counters(session, arm.base_url, before, tokens)
+            outcomes[scenario.name] = Outcome(scenario, records, after.since(before))
+
+        for scenario in scenarios:
+            await send(scenario)
+        if setting.name in (REFERENCE, "caching"):
+            answers = {record.prompt_id: record.text for record in outcomes["prompts"].records}
+            await send(plan_second_turn(traffic.shorts, answers, setting.name))
+
+
+def make_spec(args: argparse.Namespace, setting: EngineSetting) -> ArmSpec:
+    """The engine of a setting; its name is its log's, too."""
+    config = EngineConfig(
+        model=args.model,
+        draft=args.draft,
+        gamma=args.gamma,
+        dtype=args.dtype,
+        enforce_eager=not args.compiled,
+        prefix_caching=setting.prefix_caching,
+        seed=args.seed,
+        extra_args=setting.extra_args,
+    )
+    return ArmSpec(setting.name.replace(", ", "-").replace(" ", "-"), setting.name, config=config)
+
+
+def assemble(
+    args: argparse.Namespace,
+    environment: dict[str, Any],
+    outcomes: dict[str, Outcome],
+    comparisons: Sequence[Comparison],
+    interrupted: bool,
+) -> dict[str, Any]:
+    """The result object. Comparisons whose scenarios were not reached are left out of a partial result."""
+    reached = [c for c in comparisons if c.scenario in outcomes and c.against in outcomes]
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "model": args.model,
+        "draft": args.draft,
+        "max_tokens": args.max_tokens,
+        "partial": interrupted,
+        "comparisons": [compare(c, outcomes[c.scenario], outcomes[c.against], args.seed) for c in reached],
+        "scenarios": [describe(outcome) for outcome in outcomes.values()],
+    }
+
+
+def describe(outcome: Outcome) -> dict[str, Any]:
+    """One scenario: acceptance by the counters and by the chunks, hits, preemptions."""
+    acceptance, moved = summarise_acceptance(outcome.moved), outcome.moved
+    return {
+        "name": outcome.scenario.name,
+        "engine": outcome.scenario.engine,
+        "requests": len(outcome.records),
+        "prompt_tokens": moved.prompt_tokens,
+        "acceptance": None if acceptance is None else acceptance["length"],
+        "drafts": moved.drafts,
+        "per_position": None if acceptance is None else acceptance["per_position"],
+        "tokens_per_chunk": outcome.chunk_length,
+        "hit_rate": moved.prefix_cache_hits / moved.prefix_cache_queries if moved.prefix_cache_queries else 0.0,
+        "preemptions": moved.preemptions,
+    }
+
+
+def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: int) -> dict[str, Any]:
+    """The ratio of acceptance lengths with its interval, and the verdict.
+
+    Pairs are prompts, of a group all copies together, as they share what is cached. The tokens after the first chunk
+    stand for a rate's numerator, the steps for its seconds.
+    """
+    pairs = [
+        RoundPair(b, float(bs), a, float(as_)) for (a, as_), (b, bs) in zip(*_grouped(outcome, against), strict=True)
+    ]
+    low, high = bootstrap_speedup(pairs, seed)
+    lengths = [summarise_acceptance(side.moved) for side in (outcome, against)]
+    ratio = None if None in lengths else lengths[0]["length"] / lengths[1]["length"]  # type: ignore[index]
+    differing = sum(a.token_ids != b.token_ids for a, b in zip(outcome.records, against.records, strict=True))
+    provoked = comparison.provoked_by is None or getattr(outcome.moved, comparison.provoked_by) > 0
+    by_chunks = pool_speedup(pairs)
+    agrees = ratio is not None and abs(by_chunks / ratio - 1) <= AGREEMENT
+    verdict = "holds" if high >= FALLS_BELOW else "falls"
+    if not provoked:
+        verdict = f"not provoked: {comparison.provoked_by} stayed 0"
+    elif not agrees:
+        verdict = f"withheld: chunks say {by_chunks:.3f}, vLLM's counters {ratio}"
+    return {
+        **asdict(comparison),
+        "ratio": ratio,
+        "ratio_by_chunks": by_chunks,
+        "ci95": [low, high],
+        "pairs": len(pairs),
+        "differing": None if outcome.scenario.sampled else differing,
+        "verdict": verdict,
+    }
+
+
+def _grouped(outcome: Outcome, against: Outcome) -> list[list[tuple[int, int]]]:
+    """Tokens and steps of either side by prompt; a sampled scenario's rounds are its groups."""
+    if not outcome.scenario.sampled:
+        return [outcome.steps, against.steps]
+    sides = []
+    for side in (outcome, against):
+        steps, size = side.steps, len(side.scenario.rounds[0])
+        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
+        sides.append([(sum(t for t, _ in group), sum(s for _, s in group)) for group in groups])
+    return sides
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and complete the command line; argparse exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="bench/prefix_cache.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
+    parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
+    parser.add_argument("--gamma", metavar="N", type=int, help="tokens drafted per step (default: the drafter's most)")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
+    parser.add_argument("--num-prompts", metavar="N", type=int, help="joined prompts (default: 24)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per request (default: 96)")
+    parser.add_argument("--block-size", metavar="N", type=int, default=32, help="tokens in a KV block (%(default)s)")
+    blocks = "KV blocks of the small cache, in which not all long prompts fit together (default: %(default)s)"
+    parser.add_argument("--small-blocks", metavar="N", type=int, default=96, help=blocks)
+    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: the checkpoint's)")
+    parser.add_argument("--compiled", action="store_true", help="compile the model: slower to start five engines")
+    parser.add_argument("--seed", type=int, default=0, help="bootstrap and engines (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="8 prompts × 48 tokens, unless given")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    args = parser.parse_args(argv)
+    for name, value in {"num_prompts": 8 if args.quick else 24, "max_tokens": 48 if args.quick else 96}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in {"num_prompts": 4, "max_tokens": 8, "block_size": 1, "small_blocks": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+"""What is sent to which engine to see whether a drafter's context survives prefix caching.
+
+A DFlash drafter attends to keys and values made from the target's hidden states, which exist only for tokens that run
+through the target. A token that comes from the prefix cache does not: its draft keys and values are those that an
+earlier request wrote into the same block, if it did. Each scenario provokes one way in which they could be missing:
+hits on a prompt's own blocks, on blocks that were filled in pieces (chunked prefill), in decoding, with rejected drafts
+passing through (a second turn), by another member of a group, and after a request lost its blocks and came back
+(preemption).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from laguna_serve.bench.plan import Round
+from laguna_serve.bench.prompts import Prompt, PromptsError
+
+GROUP = 8
+SHORT_CHARACTERS, LONG_CHARACTERS = 700, 1800
+CHUNK_TOKENS = 128
+FOLLOW_UP = "\n\n\ndef main():\n    "
+REFERENCE = "no caching"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetting:
+    """One engine: its name in results, and what sets it apart."""
+
+    name: str
+    prefix_caching: bool
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Rounds of prompts for one engine. `sampled`: temperature 1 and a seed per place in the round; else greedy."""
+
+    name: str
+    engine: str
+    rounds: tuple[Round, ...]
+    sampled: bool = False
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """In order, a group's copies one by one."""
+        return [prompt for prompts in self.rounds for prompt in prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two scenarios over the same prompts, and what must have happened in the first for it to mean anything."""
+
+    name: str
+    scenario: str
+    against: str
+    provoked_by: str | None = None  # a field of Counters that must have moved
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Everything that is sent. Second turns need the first one's answers and are added when they are known."""
+
+    engines: tuple[EngineSetting, ...]
+    scenarios: tuple[Scenario, ...]
+    comparisons: tuple[Comparison, ...]
+    shorts: tuple[Prompt, ...] = field(default_factory=tuple)
+
+
+def join_prompts(prompts: Sequence[Prompt], characters: int, count: int) -> list[Prompt]:
+    """`count` longer prompts, each of whole prompts one after the other.
+
+    Raises:
+        PromptsError: the file has too few.
+    """
+    joined: list[Prompt] = []
+    text, ids = "", []
+    for prompt in prompts:
+        text += prompt.text + "\n\n"
+        ids.append(prompt.id)
+        if len(text) >= characters:
+            joined.append(Prompt("+".join(ids), text))
+            text, ids = "", []
+        if len(joined) == count:
+            return joined
+    expected = f"prompts enough for {count} of {characters} characters"
+    raise PromptsError(f"--prompts: expected {expected}, got enough for {len(joined)}; lower --num-prompts")
+
+
+def plan_traffic(prompts: Sequence[Prompt], count: int, blocks: int, block_size: int) -> Traffic:
+    """All scenarios over `count` short and half as many long prompts.
+
+    `blocks` of `block_size` tokens is the small KV cache under which requests lose their blocks.
+    """
+    shorts = join_prompts(prompts, SHORT_CHARACTERS, count)
+    longs = join_prompts(list(reversed(prompts)), LONG_CHARACTERS, max(2, count // 2))
+    alone = tuple((prompt,) for prompt in shorts)
+    long = tuple((prompt,) for prompt in longs)
+    together = (tuple(longs),)
+    groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(2, count // 4)])
+    size = ("--block-size", str(block_size))
+    chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
+    small = (*size, "--num-gpu-blocks-override", str(blocks))
+    engines = (
+        EngineSetting(REFERENCE, False, size),
+        EngineSetting("caching", True, size),
+        EngineSetting("caching, chunked", True, chunked),
+        EngineSetting("small cache", False, small),
+        EngineSetting("caching, small cache", True, small),
+    )
+    scenarios = [
+        Scenario("prompts", REFERENCE, alone),
+        Scenario("long prompts", REFERENCE, long),
+        Scenario("groups of 8", REFERENCE, groups, sampled=True),
+        Scenario("prompts, cold", "caching", alone),
+        Scenario("prompts, warm", "caching", alone),
+        Scenario("long prompts, cold", "caching", long),
+        Scenario("long prompts, warm", "caching", long),
+        Scenario("groups of 8, cold", "caching", groups, sampled=True),
+        Scenario("groups of 8, warm", "caching", groups, sampled=True),
+        Scenario("long prompts in chunks, cold", "caching, chunked", long),
+        Scenario("long prompts in chunks, warm", "caching, chunked", long),
+        Scenario("long prompts, preempted", "small cache", together),
+        Scenario("long prompts, preempted, caching", "caching, small cache", together),
+        Scenario("long prompts, preempted, warm", "caching, small cache", together),
+    ]
+    hits, lost = "prefix_cache_hits", "preemptions"
+    comparisons = (
+        Comparison("warm against cold", "prompts, warm", "prompts, cold", hits),
+        Comparison("cold against no caching", "prompts, cold", "prompts"),
+        Comparison("long, warm against cold", "long prompts, warm", "long prompts, cold", hits),
+        Comparison("long, cold against no caching", "long prompts, cold", "long prompts"),
+        Comparison("second turn against no caching", "second turn, warm", "second turn", hits),
+        Comparison("in chunks against whole", "long prompts in chunks, cold", "long prompts"),
+        Comparison("in chunks, warm against whole", "long prompts in chunks, warm", "long prompts", hits),
+        Comparison("group against no caching", "groups of 8, cold", "groups of 8", hits),
+        Comparison("group, warm against no caching", "groups of 8, warm", "groups of 8", hits),
+        Comparison("preempted against alone", "long prompts, preempted", "long prompts", lost),
+        Comparison("preempted, caching, against alone", "long prompts, preempted, caching", "long prompts", lost),
+        Comparison("preempted, warm, against alone", "long prompts, preempted, warm", "long prompts", lost),
+    )
+    return Traffic(engines, tuple(scenarios), comparisons, tuple(shorts))
+
+
+def plan_second_turn(shorts: Sequence[Prompt], answers: dict[str, str], engine: str) -> Scenario:
+    """A first prompt, its answer and the beginning of what comes next."""
+    rounds = tuple((Prompt(p.id, p.text + answers[p.id] + FOLLOW_UP),) for p in shorts if p.id in answers)
+    return Scenario("second turn" if engine == REFERENCE else "second turn, warm", engine, rounds)
+
+
+def sampling_of(scenario: Scenario, place: int) -> dict[str, Any] | None:
+    """The request's sampling fields for a place in its round."""
+    return {"temperature": 1.0, "seed": place} if scenario.sampled else None
