@@ -29,7 +29,6 @@ from laguna_serve.bench.prefix_traffic import (
     Traffic,
     plan_second_turn,
     plan_traffic,
-    sampling_of,
 )
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.prompts import PromptsError, load_prompts
@@ -135,13 +134,10 @@ async def _run_scenarios(
             progress.say(f"{scenario.name}: {len(scenario.prompts)} requests")
             before = await scrape_counters(session, arm.base_url)
             records: list[Record] = []
+            sampling = {"temperature": 1.0} if scenario.sampled else None
+            client = Client(session, arm.base_url, arm.model_name or "", args.max_tokens, sampling)
             for prompts in scenario.rounds:
-                sending = []
-                for place, prompt in enumerate(prompts):
-                    sampling = sampling_of(scenario, place)
-                    client = Client(session, arm.base_url, arm.model_name or "", args.max_tokens, sampling)
-                    sending.append(client.run_round([prompt]))
-                records += [record for answered in await asyncio.gather(*sending) for record in answered]
+                records += await client.run_round(prompts)
             failed = next((record.error for record in records if record.error is not None), None)
             if failed is not None:
                 arm.check()
@@ -269,8 +265,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", metavar="N", type=int, help="joined prompts (default: 24)")
     parser.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per request (default: 96)")
     parser.add_argument("--block-size", metavar="N", type=int, default=32, help="tokens in a KV block (%(default)s)")
-    blocks = "KV blocks of the small cache, in which not all long prompts fit together (default: %(default)s)"
-    parser.add_argument("--small-blocks", metavar="N", type=int, default=96, help=blocks)
+    blocks = "KV blocks of the small cache, in which not all prompts fit together (default: %(default)s)"
+    parser.add_argument("--small-blocks", metavar="N", type=int, default=160, help=blocks)
     parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: the checkpoint's)")
     parser.add_argument("--compiled", action="store_true", help="compile the model: slower to start five engines")
     parser.add_argument("--seed", type=int, default=0, help="bootstrap and engines (default: 0)")

@@ -21,10 +21,12 @@ from typing import Any
 from laguna_serve.scripts.dense.stages import Recipe
 from laguna_serve.scripts.dense.text import TextError
 from laguna_serve.scripts.pruning.environment import describe_environment
+from laguna_serve.scripts.pruning.text import TOY
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "laguna_serve.distillation/1"
+HELD_OUT_TOKENS = 65_536  # as scripts/pruning_curve.py takes
 DEFAULT = Recipe(seed=0, stage1_steps=800, stage2_steps=1200, rows=6, length=384)
 EXAMPLES = """examples:
   the toy family's student (about 20 minutes on two cores):
@@ -45,22 +47,15 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     from transformers import AutoTokenizer, LagunaForCausalLM
 
     from laguna_serve.scripts.dense import stages, student, text
+    from laguna_serve.scripts.pruning.text import read_rows
 
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = {
-        half: text.read_text(
-            args.text.replace("training", half) if args.text == "toy:training" else args.text, tokenizer, recipe.length
-        )
-        for half in ("training", "held-out")
-    }
-    chats = {
-        half: text.read_chats(
-            args.chats.replace("training", half) if args.chats == "toy:training" else args.chats, tokenizer
-        )
-        for half in ("training", "held-out")
-    }
+    training = text.read_text(args.text, tokenizer, recipe.length)
+    chats = text.read_chats(args.chats, tokenizer)
+    held_out = read_rows(_held_out(args.text), tokenizer, recipe.length, HELD_OUT_TOKENS).rows
+    held_out_chats = text.read_chats(_held_out(args.chats), tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     teacher = LagunaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -68,18 +63,18 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     sparse = [layer for layer, kind in enumerate(teacher.config.mlp_layer_types) if kind == "sparse"]
 
     started = time.monotonic()
-    usage = stages.count_usage(teacher, sparse, texts["training"], recipe)
+    usage = stages.count_usage(teacher, sparse, training, recipe)
     blocks = student.start_blocks(teacher, widths, usage).to(device)
-    logs = {"stage1": stages.train_blocks(teacher, blocks, texts["training"], recipe, work / "stage1.state")}
+    logs = {"stage1": stages.train_blocks(teacher, blocks, training, recipe, work / "stage1.state")}
     minutes = {"stage1": round((time.monotonic() - started) / 60, 1)}
     model = student.assemble_student(teacher, blocks, widths)
-    measured = {"after_stage1": stages.measure(teacher, model, texts["held-out"], chats["held-out"], recipe)}
+    measured = {"after_stage1": stages.measure(teacher, model, held_out, held_out_chats, recipe)}
     print(f"distill_dense: after stage 1: {_show(measured['after_stage1'])}", file=sys.stderr)
 
     started = time.monotonic()
-    logs["stage2"] = stages.train_student(teacher, model, chats["training"], recipe, work / "stage2.state")
+    logs["stage2"] = stages.train_student(teacher, model, chats, recipe, work / "stage2.state")
     minutes["stage2"] = round((time.monotonic() - started) / 60, 1)
-    measured["after_stage2"] = stages.measure(teacher, model, texts["held-out"], chats["held-out"], recipe)
+    measured["after_stage2"] = stages.measure(teacher, model, held_out, held_out_chats, recipe)
     print(f"distill_dense: after stage 2: {_show(measured['after_stage2'])}", file=sys.stderr)
 
     stored = getattr(torch, args.dtype)
@@ -89,6 +84,11 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     padded = true + sum(3 * (max(widths) - width) * teacher.config.hidden_size for width in widths)
     parameters = {"teacher": sum(p.numel() for p in teacher.parameters()), "true": true, "stored": padded}
     return {"widths": widths, "parameters": parameters, "minutes": minutes, "measured": measured, "logs": logs}
+
+
+def _held_out(source: str) -> str:
+    """The toy corpus has a half that nothing was trained on; of another source the same text is measured."""
+    return source.replace(":training", ":held-out") if source in TOY else source
 
 
 def _show(figures: dict[str, float]) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.dense.text import Chats, Text
+from laguna_serve.scripts.pruning.losses import mean_loss
 from laguna_serve.scripts.toy.training import Schedule, train
 
 USAGE_BATCHES = 8
@@ -140,17 +141,16 @@ def divergence(
 
 @torch.no_grad()
 def measure(
-    teacher: LagunaForCausalLM, student: LagunaForCausalLM, text: Text, chats: Chats, recipe: Recipe
+    teacher: LagunaForCausalLM, student: LagunaForCausalLM, rows: list[torch.Tensor], chats: Chats, recipe: Recipe
 ) -> dict[str, float]:
-    """Held-out figures: next-token loss on text of both models, KL and agreement of the likeliest token on chats."""
-    sums = {"loss_teacher": 0.0, "loss_student": 0.0, "kl": 0.0, "same_top_token": 0.0}
+    """Held-out figures: both models' next-token loss on rows of text, and on chats the KL and how often both models'
+    likeliest tokens are the same."""
+    sums = {"kl": 0.0, "same_top_token": 0.0}
     for number in range(USAGE_BATCHES):
-        rows = text.batch(f"held-out/{number}", recipe.rows, recipe.length).to(teacher.device)
-        for name, model in (("teacher", teacher), ("student", student)):
-            logits = model(input_ids=rows).logits[:, :-1].float()
-            sums[f"loss_{name}"] += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
         ids, spoken = (t.to(teacher.device) for t in chats.batch(f"held-out/{number}", recipe.rows, recipe.length))
         sums["kl"] += float(divergence(teacher, student, ids, spoken))
         best = [model(input_ids=ids).logits[:, :-1][spoken[:, 1:]].argmax(-1) for model in (teacher, student)]
         sums["same_top_token"] += float((best[0] == best[1]).float().mean())
-    return {name: total / USAGE_BATCHES for name, total in sums.items()}
+    placed = [row.to(teacher.device) for row in rows]
+    losses = {"loss_teacher": mean_loss(teacher, placed), "loss_student": mean_loss(student, placed)}
+    return losses | {name: total / USAGE_BATCHES for name, total in sums.items()}

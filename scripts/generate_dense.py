@@ -1,0 +1,139 @@
+"""Random weights for a dense Laguna's config, padded like the published student: for timing at full size without its
+download.
+
+Layers keep the widths given with --width, the rest of every layer is zeros.  Written in shards of a few layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laguna_serve.plugins.padding import is_dense
+from laguna_serve.scripts.pruning.folder import check_space, write_file, write_tensors
+from laguna_serve.scripts.pruning.headers import INDEX, CompactError
+from laguna_serve.serving.checkpoint import CheckpointError, read_config
+
+STD = 0.02
+LAYERS_PER_SHARD = 4
+EXAMPLES = """examples:
+  python scripts/generate_dense.py FOLDER_WITH_CONFIG --width 1-39=4608 --out student    the published student's shape
+  python scripts/generate_dense.py FOLDER_WITH_CONFIG --out unpadded                     no padding
+"""
+
+
+def build_shards(config: dict[str, Any], widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a stock checkpoint in bf16: embedding, layers a few at a time, last norm and head."""
+    H, D, stored = config["hidden_size"], config["head_dim"], config["intermediate_size"]
+    layers, kv = config["num_hidden_layers"], config["num_key_value_heads"]
+    heads = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
+    gates = [count * (1 if config.get("gating", True) in (True, "per-head") else D) for count in heads]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=STD, generator=generator)
+
+    yield {"model.embed_tokens.weight": draw(config["vocab_size"], H)}
+    for first in range(0, layers, LAYERS_PER_SHARD):
+        shard: dict[str, torch.Tensor] = {}
+        for layer in range(first, min(first + LAYERS_PER_SHARD, layers)):
+            prefix, width = f"model.layers.{layer}", widths[layer]
+            parts = {"self_attn.q_proj": draw(heads[layer] * D, H), "self_attn.o_proj": draw(H, heads[layer] * D)}
+            parts |= {f"self_attn.{name}_proj": draw(kv * D, H) for name in ("k", "v")}
+            if config.get("gating", True):
+                parts["self_attn.g_proj"] = draw(gates[layer], H)
+            parts |= {f"self_attn.{name}_norm": torch.ones(D, dtype=torch.bfloat16) for name in ("q", "k")}
+            parts |= {f"{name}_layernorm": torch.ones(H, dtype=torch.bfloat16) for name in ("input", "post_attention")}
+            for name in ("gate", "up"):
+                parts[f"mlp.{name}_proj"] = torch.cat([draw(width, H), torch.zeros(stored - width, H).bfloat16()])
+            parts["mlp.down_proj"] = torch.cat([draw(H, width), torch.zeros(H, stored - width).bfloat16()], dim=1)
+            shard |= {f"{prefix}.{name}.weight": tensor for name, tensor in parts.items()}
+        yield shard
+    last = {"model.norm.weight": torch.ones(H, dtype=torch.bfloat16)}
+    if not config.get("tie_word_embeddings"):
+        last["lm_head.weight"] = draw(config["vocab_size"], H)
+    yield last
+
+
+def parse_width(text: str) -> tuple[range, int]:
+    """LAYER=N or FIRST-LAST=N."""
+    place, separator, width = text.partition("=")
+    first, _, last = place.partition("-")
+    if not separator or not all(part.isdecimal() for part in (first, last or first, width)) or int(width) < 1:
+        raise argparse.ArgumentTypeError(f"expected LAYER=N or FIRST-LAST=N, got {text!r}; for example 1-39=4608")
+    return range(int(first), int(last or first) + 1), int(width)
+
+
+def choose_widths(config: dict[str, Any], asked: list[tuple[range, int]]) -> list[int]:
+    """The width of every layer.  Raises CompactError for one that the config has no place for."""
+    stored, layers = config["intermediate_size"], config["num_hidden_layers"]
+    widths = [stored] * layers
+    for place, width in asked:
+        if place.stop > layers or len(place) == 0 or width > stored:
+            expected = f"layers 0 to {layers - 1} and at most {stored}"
+            raise CompactError(f"--width: expected {expected}, got {place.start}-{place.stop - 1}={width}; correct it")
+        for layer in place:
+            widths[layer] = width
+    return widths
+
+
+def generate(config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
+    """Write the checkpoint; config.json comes last.  Returns the number of parameters."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    count = -(-config["num_hidden_layers"] // LAYERS_PER_SHARD) + 2
+    for number, shard in enumerate(build_shards(config, widths, seed), 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        check_space(out, sum(tensor.nbytes for tensor in shard.values()))
+        out.mkdir(parents=True, exist_ok=True)
+        write_tensors(out / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+        total += sum(tensor.numel() for tensor in shard.values())
+        print(f"generate_dense: {name}: {total:,} parameters so far", file=sys.stderr, flush=True)
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
+    for name, content in ((INDEX, index), ("config.json", config)):
+        text = json.dumps(content, indent=2) + "\n"
+        write_file(out / name, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+    return total
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="folder with the config.json of a dense Laguna")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, empty or not there")
+    width = "true width of a layer or of several, FIRST-LAST=N (repeatable; default: the stored one)"
+    parser.add_argument("--width", type=parse_width, action="append", default=[], metavar="LAYER=N", help=width)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    config = read_config(args.config)
+    if not is_dense(config):
+        raise CompactError(f"{args.config}: expected the config of a dense Laguna, got another; see tests/toy/dense")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise CompactError(f"{args.out}: expected an empty folder or none, got other files; choose another --out")
+    widths = choose_widths(config, args.width)
+    total = generate(config, widths, args.out, args.seed)
+    print(json.dumps({"out": str(args.out), "parameters": total, "widths": widths}))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (CompactError, CheckpointError) as error:
+        print(f"generate_dense: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("generate_dense: interrupted; remove the folder", file=sys.stderr)
+        sys.exit(130)
