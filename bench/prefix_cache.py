@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = False
     progress = Progress()
     try:
-        traffic = plan_traffic(load_prompts(Path(args.prompts)), args.num_prompts, args.small_blocks, args.block_size)
+        prompts, characters = load_prompts(Path(args.prompts)), (args.characters, 2 * args.characters)
+        traffic = plan_traffic(prompts, args.num_prompts, characters, args.small_blocks, args.block_size)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         environment = describe_environment(current_argv())
@@ -263,10 +264,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gamma", metavar="N", type=int, help="tokens drafted per step (default: the drafter's most)")
     parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     parser.add_argument("--num-prompts", metavar="N", type=int, help="joined prompts (default: 24)")
+    characters = "least length of a prompt, twice that of a long one; stay where the drafter is good (%(default)s)"
+    parser.add_argument("--characters", metavar="N", type=int, default=320, help=characters)
     parser.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per request (default: 96)")
     parser.add_argument("--block-size", metavar="N", type=int, default=32, help="tokens in a KV block (%(default)s)")
     blocks = "KV blocks of the small cache, in which not all prompts fit together (default: %(default)s)"
-    parser.add_argument("--small-blocks", metavar="N", type=int, default=160, help=blocks)
+    parser.add_argument("--small-blocks", metavar="N", type=int, default=64, help=blocks)
     parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: the checkpoint's)")
     parser.add_argument("--compiled", action="store_true", help="compile the model: slower to start five engines")
     parser.add_argument("--seed", type=int, default=0, help="bootstrap and engines (default: 0)")

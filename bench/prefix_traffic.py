@@ -17,7 +17,6 @@ from laguna_serve.bench.plan import Round
 from laguna_serve.bench.prompts import Prompt, PromptsError
 
 GROUP = 8
-SHORT_CHARACTERS, LONG_CHARACTERS = 700, 1800
 CHUNK_TOKENS = 128
 FOLLOW_UP = "\n\n\ndef main():\n    "
 REFERENCE = "no caching"
@@ -91,20 +90,24 @@ def join_prompts(prompts: Sequence[Prompt], characters: int, count: int) -> list
     raise PromptsError(f"--prompts: expected {expected}, got enough for {len(joined)}; lower --num-prompts")
 
 
-def plan_traffic(prompts: Sequence[Prompt], count: int, blocks: int, block_size: int) -> Traffic:
-    """All scenarios over `count` short and half as many long prompts.
+def plan_traffic(
+    prompts: Sequence[Prompt], count: int, characters: tuple[int, int], blocks: int, block_size: int
+) -> Traffic:
+    """All scenarios over `count` short and half as many long prompts, of at least so many characters each.
 
     `blocks` of `block_size` tokens is the small KV cache under which requests lose their blocks.
     """
-    shorts = join_prompts(prompts, SHORT_CHARACTERS, count)
-    longs = join_prompts(list(reversed(prompts)), LONG_CHARACTERS, max(2, count // 2))
+    shorts = join_prompts(prompts, characters[0], count)
+    longs = join_prompts(list(reversed(prompts)), characters[1], max(2, count // 2))
     alone = tuple((prompt,) for prompt in shorts)
     long = tuple((prompt,) for prompt in longs)
     together = (tuple(shorts),)
     groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(2, count // 4)])
     size = ("--block-size", str(block_size))
     chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
-    small = (*size, "--num-gpu-blocks-override", str(blocks))
+    # A request of the greatest length must fit, in the blocks of every group of layers.
+    longest = str(blocks * block_size // 4)
+    small = (*size, "--num-gpu-blocks-override", str(blocks), "--max-model-len", longest)
     engines = (
         EngineSetting(REFERENCE, False, size),
         EngineSetting("caching", True, size),

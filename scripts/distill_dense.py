@@ -26,7 +26,6 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "laguna_serve.distillation/1"
-HELD_OUT_TOKENS = 65_536  # as scripts/pruning_curve.py takes
 DEFAULT = Recipe(seed=0, stage1_steps=800, stage2_steps=1200, rows=6, length=384)
 EXAMPLES = """examples:
   the toy family's student (about 20 minutes on two cores):
@@ -54,7 +53,7 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     tokenizer = AutoTokenizer.from_pretrained(folder)
     training = text.read_text(args.text, tokenizer, recipe.length)
     chats = text.read_chats(args.chats, tokenizer)
-    held_out = read_rows(_held_out(args.text), tokenizer, recipe.length, HELD_OUT_TOKENS).rows
+    held_out = read_rows(_held_out(args.text), tokenizer, recipe.length, args.measure_tokens).rows
     held_out_chats = text.read_chats(_held_out(args.chats), tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -66,14 +65,14 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     usage = stages.count_usage(teacher, sparse, training, recipe)
     blocks = student.start_blocks(teacher, widths, usage).to(device)
     logs = {"stage1": stages.train_blocks(teacher, blocks, training, recipe, work / "stage1.state")}
-    minutes = {"stage1": round((time.monotonic() - started) / 60, 1)}
+    minutes = add_minutes(work, "stage1", started)
     model = student.assemble_student(teacher, blocks, widths)
     measured = {"after_stage1": stages.measure(teacher, model, held_out, held_out_chats, recipe)}
     print(f"distill_dense: after stage 1: {_show(measured['after_stage1'])}", file=sys.stderr)
 
     started = time.monotonic()
     logs["stage2"] = stages.train_student(teacher, model, chats, recipe, work / "stage2.state")
-    minutes["stage2"] = round((time.monotonic() - started) / 60, 1)
+    minutes = add_minutes(work, "stage2", started)
     measured["after_stage2"] = stages.measure(teacher, model, held_out, held_out_chats, recipe)
     print(f"distill_dense: after stage 2: {_show(measured['after_stage2'])}", file=sys.stderr)
 
@@ -84,6 +83,15 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     padded = true + sum(3 * (max(widths) - width) * teacher.config.hidden_size for width in widths)
     parameters = {"teacher": sum(p.numel() for p in teacher.parameters()), "true": true, "stored": padded}
     return {"widths": widths, "parameters": parameters, "minutes": minutes, "measured": measured, "logs": logs}
+
+
+def add_minutes(work: Path, stage: str, started: float) -> dict[str, float]:
+    """What every stage took so far, earlier runs that were stopped included."""
+    noted = work / "minutes.json"
+    minutes: dict[str, float] = json.loads(noted.read_text()) if noted.exists() else {}
+    minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
+    noted.write_text(json.dumps(minutes))
+    return minutes
 
 
 def _held_out(source: str) -> str:
@@ -155,6 +163,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage2-steps", type=int, default=DEFAULT.stage2_steps, help="default %(default)s")
     parser.add_argument("--rows", type=int, default=DEFAULT.rows, help="sequences in a batch (default %(default)s)")
     parser.add_argument("--length", type=int, default=DEFAULT.length, help="tokens in a sequence (default %(default)s)")
+    measured = "held-out tokens to measure the loss on (default %(default)s)"
+    parser.add_argument("--measure-tokens", type=int, default=65_536, metavar="N", help=measured)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored as (%(default)s)")
     parser.add_argument("--seed", type=int, default=DEFAULT.seed)
     args = parser.parse_args()
