@@ -1,7 +1,8 @@
 """Random weights for a dense Laguna's config, padded like the published student: for timing at full size without its
 download.
 
-Layers keep the widths given with --width, the rest of every layer is zeros.  Written in shards of a few layers.
+Layers keep the widths given with --width, the rest of every layer is zeros.  Written in shards of a few layers; the
+config's folder may hold a tokenizer, which is copied.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def choose_widths(config: dict[str, Any], asked: list[tuple[range, int]]) -> lis
     return widths
 
 
-def generate(config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
+def generate(source: Path, config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
     """Write the checkpoint; config.json comes last.  Returns the number of parameters."""
     weight_map: dict[str, str] = {}
     total = 0
@@ -96,6 +97,8 @@ def generate(config: dict[str, Any], widths: list[int], out: Path, seed: int) ->
         weight_map |= dict.fromkeys(shard, name)
         total += sum(tensor.numel() for tensor in shard.values())
         print(f"generate_dense: {name}: {total:,} parameters so far", file=sys.stderr, flush=True)
+    for path in sorted(source.glob("tokenizer*.json")) + sorted(source.glob("*.jinja")):
+        write_file(out / path.name, lambda partial, path=path: partial.write_bytes(path.read_bytes()))  # type: ignore[misc]
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     for name, content in ((INDEX, index), ("config.json", config)):
         text = json.dumps(content, indent=2) + "\n"
@@ -123,7 +126,7 @@ def main() -> int:
     if args.out.exists() and any(args.out.iterdir()):
         raise CompactError(f"{args.out}: expected an empty folder or none, got other files; choose another --out")
     widths = choose_widths(config, args.width)
-    total = generate(config, widths, args.out, args.seed)
+    total = generate(args.config, config, widths, args.out, args.seed)
     print(json.dumps({"out": str(args.out), "parameters": total, "widths": widths}))
     return 0
 

@@ -165,6 +165,62 @@ def test_weights_load_again_in_place(run_model: Any, unpadded: Path, tmp_path: P
     assert restored == report["tokens"]
 
 
+def full_size_config() -> dict[str, Any]:
+    """The published student's: 40 dense layers stored as 8192, of which all but the first have 4608 units."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    return {
+        "architectures": ["LagunaForCausalLM"],
+        "model_type": "laguna",
+        "dtype": "bfloat16",
+        "vocab_size": 100_352,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 48,
+        "num_attention_heads_per_layer": [48, 64, 64, 64] * 10,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "sliding_window": 512,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3] * 10,
+        "gating": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "mlp_layer_types": ["dense"] * 40,
+        "num_experts": 256,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "parameters"),
+    [
+        ("vllm.model_executor.models.laguna", {}, 3_855_462_400),
+        ("laguna_serve.plugins.models.dense", {}, 3_855_462_400),
+        (
+            "laguna_serve.plugins.models.dense",
+            {"intermediate_size_per_layer": [8192, *[4608] * 39]},
+            2_996_678_656,
+        ),
+    ],
+    ids=["stock", "ours without a scan", "ours unpadded"],
+)
+def test_full_size_parameters_on_the_meta_device(
+    path: str, changes: dict[str, Any], parameters: int, tmp_path: Path
+) -> None:
+    import importlib
+
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
+
+    (tmp_path / "config.json").write_text(json.dumps(full_size_config() | changes))
+    model_config = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="bfloat16")
+    config = VllmConfig(model_config=model_config, load_config=LoadConfig(load_format="dummy"))
+    module = importlib.import_module(path)
+    name = "LagunaDenseForCausalLM" if "dense" in path else "LagunaForCausalLM"
+    with set_current_vllm_config(config), torch.device("meta"):
+        model = getattr(module, name)(vllm_config=config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
 def make_mlp(runs: tuple[tuple[int, int], ...], stored: int, width: int) -> Any:
     """One layer by itself, its width perhaps rounded up as on a GPU."""
     from vllm.config import VllmConfig, set_current_vllm_config

@@ -1,0 +1,220 @@
+"""Acceptance under prefix caching: what is planned, how verdicts come about, and the real thing on real engines, with a
+drafter that was made to lose its context on a hit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laguna_serve.bench import prefix_cache
+from laguna_serve.bench.metrics import Counters
+from laguna_serve.bench.prefix_cache import Outcome, compare, describe
+from laguna_serve.bench.prefix_report import render_markdown, render_text
+from laguna_serve.bench.prefix_traffic import GROUP, Comparison, Scenario, join_prompts, plan_second_turn, plan_traffic
+from laguna_serve.bench.prompts import Prompt, PromptsError
+from laguna_serve.bench.records import Record
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+COMMAND = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash"), "--prompts", str(TOY / "prompts.jsonl")]
+# Once a prompt was begun behind its first token (a prefix hit), nothing of the context is written any more until one
+# is begun at the front: what would happen if the engine took a hit's draft context for written when it is not.
+DEFECT = """
+from laguna_serve.plugins.models import dflash_cpu
+
+def register():
+    drafter = dflash_cpu.DFlashLagunaForCausalLM
+    write = drafter.precompute_and_store_context_kv
+    state = {"lost": False}
+
+    def lose(self, states, positions, slots=None):
+        if slots is not None and len(positions) > 8:
+            state["lost"] = bool(positions[0] > 0)
+        if slots is None or not state["lost"]:
+            write(self, states, positions, slots)
+
+    drafter.precompute_and_store_context_kv = lose
+"""
+
+
+def outcome(steps: list[tuple[int, ...]], *, sampled: bool = False, drafts: int | None = None, **moved: int) -> Outcome:
+    """Requests by the tokens of their chunks, in one round if sampled; the counters agree unless told otherwise."""
+    prompts = tuple(Prompt(str(i), "x") for i in range(len(steps)))
+    rounds = tuple(prompts[i : i + 2] for i in range(0, len(prompts), 2)) if sampled else tuple((p,) for p in prompts)
+    records = [
+        Record(p.id, 0, 1, list(range(len(s))), list(s), [7] * sum(s)) for p, s in zip(prompts, steps, strict=True)
+    ]
+    counted = sum(len(s) - 1 for s in steps)
+    accepted = sum(sum(s[1:]) for s in steps) - counted
+    counters = Counters(drafts=drafts or counted, draft_tokens=7 * counted, accepted_tokens=accepted, **moved)
+    return Outcome(Scenario("s", "e", rounds, sampled), records, counters)
+
+
+def judge(after: Outcome, before: Outcome, provoked_by: str | None = None) -> dict[str, Any]:
+    return compare(Comparison("c", "s", "s", provoked_by), after, before, seed=0)
+
+
+GOOD = [(1, 4, 4, 3), (1, 3, 5, 4), (1, 4, 3, 5), (1, 5, 4, 4)] * 3
+BAD = [(1, 1, 2, 1), (1, 2, 1, 1), (1, 1, 1, 1), (1, 1, 2, 2)] * 3
+
+
+def test_lost_acceptance_falls() -> None:
+    found = judge(outcome(BAD), outcome(GOOD))
+    assert found["verdict"] == "falls"
+    assert found["ratio"] == pytest.approx((48 / 36) / (144 / 36), rel=1e-6)
+    assert found["ci95"][0] < found["ratio"] < found["ci95"][1] < 0.6
+
+
+def test_equal_acceptance_holds() -> None:
+    found = judge(outcome(GOOD), outcome(GOOD))
+    assert (found["verdict"], found["ratio"], found["ci95"], found["differing"]) == ("holds", 1.0, [1.0, 1.0], 0)
+
+
+def test_small_loss_within_the_noise_holds() -> None:
+    few = [(1, 4, 4, 3), (1, 1, 8, 4), (1, 4, 1, 8)]
+    assert judge(outcome(few), outcome(GOOD[:3]))["verdict"] == "holds"
+
+
+def test_scenario_that_did_not_happen_proves_nothing() -> None:
+    assert judge(outcome(GOOD), outcome(GOOD), "preemptions")["verdict"] == "not provoked: preemptions stayed 0"
+    assert judge(outcome(GOOD, preemptions=2), outcome(GOOD), "preemptions")["verdict"] == "holds"
+
+
+def test_chunks_that_contradict_the_counters_withhold_the_verdict() -> None:
+    assert judge(outcome(GOOD, drafts=90), outcome(GOOD))["verdict"].startswith("withheld: chunks say 1.000")
+
+
+def test_groups_are_paired_as_a_whole() -> None:
+    found = judge(outcome(GOOD, sampled=True), outcome(GOOD, sampled=True))
+    assert found["pairs"] == len(GOOD) / 2
+    assert found["differing"] is None
+
+
+def test_differing_tokens_are_counted() -> None:
+    other = outcome(GOOD)
+    other.records[3].token_ids[2] = 8
+    assert judge(other, outcome(GOOD))["differing"] == 1
+
+
+def test_scenario_is_described() -> None:
+    row = describe(outcome(GOOD, prefix_cache_queries=200, prefix_cache_hits=150, preemptions=3))
+    assert row["acceptance"] == pytest.approx(144 / 36)
+    assert row["tokens_per_chunk"] == pytest.approx(4)
+    assert (row["hit_rate"], row["preemptions"], row["requests"]) == (0.75, 3, 12)
+
+
+PROMPTS = [Prompt(f"p{i}", "x" * 100) for i in range(40)]
+
+
+def test_prompts_are_joined_to_length() -> None:
+    joined = join_prompts(PROMPTS, 250, 3)
+    assert [prompt.id for prompt in joined] == ["p0+p1+p2", "p3+p4+p5", "p6+p7+p8"]
+    assert all(len(prompt.text) >= 250 for prompt in joined)
+    with pytest.raises(PromptsError, match="expected prompts enough for 20 of 250 characters, got enough for 13"):
+        join_prompts(PROMPTS, 250, 20)
+
+
+def test_every_comparison_has_its_scenarios_on_the_right_engine() -> None:
+    traffic = plan_traffic(PROMPTS, 4, (150, 300), 64, 32)
+    names = {scenario.name for scenario in traffic.scenarios} | {"second turn", "second turn, warm"}
+    engines = {engine.name for engine in traffic.engines}
+    assert {c.scenario for c in traffic.comparisons} | {c.against for c in traffic.comparisons} <= names
+    assert {scenario.engine for scenario in traffic.scenarios} == engines
+    group = next(scenario for scenario in traffic.scenarios if scenario.sampled)
+    assert all(len(prompts) == GROUP and len({p.text for p in prompts}) == 1 for prompts in group.rounds)
+
+
+def test_second_turn_continues_the_answer() -> None:
+    turn = plan_second_turn([Prompt("a", "ask"), Prompt("b", "other")], {"a": "answer"}, "caching")
+    assert [prompt.text[:9] for prompt in turn.prompts] == ["askanswer"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-prompts", "2"], "--num-prompts: expected at least 4, got 2"),
+        (["--max-tokens", "1"], "expected at least 8"),
+    ],
+)
+def test_bad_flags_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        prefix_cache.main([*COMMAND, "--out", str(tmp_path), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = [*COMMAND[:-1], str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]
+    assert prefix_cache.main(command) == 2
+    assert "none.jsonl: expected a prompts file" in capsys.readouterr().err
+
+
+def test_reports_say_what_was_found() -> None:
+    comparison = judge(outcome(BAD), outcome(GOOD))
+    environment = {"cpu": "c", "cores": 2, "date": "d", "command": "python x", "versions": {"vllm": "1"}}
+    result = {
+        "environment": environment,
+        "model": "m",
+        "draft": "d",
+        "max_tokens": 8,
+        "partial": True,
+        "comparisons": [comparison],
+        "scenarios": [describe(outcome(GOOD))],
+    }
+    assert "falls" in render_text(result)
+    assert "partial" in render_text(result)
+    page = render_markdown(result)
+    assert "| c | 0.333 | " in page
+    assert "`python x`" in page
+
+
+@pytest.mark.vllm
+def test_acceptance_holds_on_real_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = prefix_cache.main([*COMMAND, "--quick", "--out", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [c["verdict"] for c in result["comparisons"]] == ["holds"] * 12
+    assert code == 0
+    scenarios = {row["name"]: row for row in json.loads((tmp_path / "prefix_cache.json").read_text())["scenarios"]}
+    assert scenarios["prompts, cold"]["hit_rate"] == 0
+    assert scenarios["prompts, warm"]["hit_rate"] > 0.5
+    assert scenarios["prompts, preempted"]["preemptions"] > 0
+    assert scenarios["prompts"]["acceptance"] > 2
+    for comparison in result["comparisons"]:
+        assert comparison["differing"] in (0, None), (
+            "fp32 or not, the same rows are computed in the same batches of one"
+        )
+
+
+@pytest.mark.vllm
+def test_lost_context_is_caught_on_real_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On engines whose drafter loses its context on a hit: acceptance falls, and tokens do not change."""
+    site = tmp_path / "site"
+    metadata = site / "context_defect-0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "context_defect.py").write_text(DEFECT)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: context_defect\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\ncontext_defect = context_defect:register\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    plan = prefix_cache.plan_traffic
+
+    def plan_two_engines(*arguments: Any) -> Any:
+        traffic = plan(*arguments)
+        wanted = tuple(engine for engine in traffic.engines if engine.name in ("no caching", "caching"))
+        kept = tuple(s for s in traffic.scenarios if s.engine in {e.name for e in wanted} and not s.sampled)
+        return replace(traffic, engines=wanted, scenarios=kept)
+
+    monkeypatch.setattr(prefix_cache, "plan_traffic", plan_two_engines)
+    code = prefix_cache.main([*COMMAND, "--quick", "--out", str(tmp_path / "out")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    verdicts = {comparison["name"]: comparison["verdict"] for comparison in result["comparisons"]}
+    assert code == 1
+    assert verdicts["warm against cold"] == "falls"
+    assert verdicts["cold against no caching"] == "holds"
+    warm = next(c for c in result["comparisons"] if c["name"] == "warm against cold")
+    assert warm["differing"] == 0
