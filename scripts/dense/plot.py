@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
-import itertools
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-INK, SOFT, FAINT, LINE = "#1f2933", "#5f6b78", "#d9dee4", "#0b7a75"
+from laguna_serve.scripts.figure import draw_figure
+
+LINE = "#0b7a75"
 LAYER_COLORS = "viridis"
 MOST_LABELS, LABEL_ROWS = 8, 20
 
@@ -41,7 +37,7 @@ def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
                 axes.annotate(label, (1.01, at), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5)
 
     title = "Stage 1: every dense block learns its sparse block's output"
-    _draw(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
+    draw_figure(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
 
 
 def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
@@ -56,32 +52,13 @@ def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
         axes.set_ylim(bottom=0)
 
     title = "Stage 2: the whole student learns the teacher's distribution"
-    _draw(path, title, "KL(teacher ‖ student), nats per assistant token", source, curves)
-
-
-def _draw(path: Path, title: str, measure: str, source: str, curves: Callable[[Axes], None]) -> None:
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
-        figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
-        curves(axes)
-        axes.text(0, 1.11, title, transform=axes.transAxes, fontweight="bold", fontsize=12)
-        axes.text(0, 1.035, measure, transform=axes.transAxes, color=SOFT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=SOFT, length=0, which="both")
-        axes.grid(axis="y", color=FAINT, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("step")
-        axes.set_xlim(left=0)
-        figure.text(0.1, 0.03, source, fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+    draw_figure(path, title, "KL(teacher ‖ student), nats per assistant token", source, curves)
 
 
 def _spread(values: list[float], ratio: float) -> list[float]:
     """Places for labels on a logarithmic axis: the values, pushed apart to at least this ratio."""
     places = list(values)
     order = sorted(range(len(values)), key=values.__getitem__)
-    for before, after in itertools.pairwise(order):
+    for before, after in pairwise(order):
         places[after] = max(places[after], places[before] * ratio)
     return places
