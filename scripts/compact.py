@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, read_shape
+from laguna_serve.scripts.files.folder import (
+    Output,
+    check_space,
+    copy_others,
+    open_output,
+    write_file,
+    write_tensors,
+)
+from laguna_serve.scripts.files.headers import INDEX, ITEM_BYTES
+from laguna_serve.scripts.files.progress import Progress
+from laguna_serve.scripts.files.stopping import check, stop_on_signals
 from laguna_serve.scripts.pruning.base import Base, check_config, read_base
 from laguna_serve.scripts.pruning.choice import choose_pruning
 from laguna_serve.scripts.pruning.count import (
@@ -23,18 +34,7 @@ from laguna_serve.scripts.pruning.count import (
     count_parameters,
     format_savings,
 )
-from laguna_serve.scripts.pruning.folder import (
-    Output,
-    check_space,
-    copy_others,
-    open_output,
-    write_file,
-    write_tensors,
-)
-from laguna_serve.scripts.pruning.headers import INDEX, ITEM_BYTES, CompactError
-from laguna_serve.scripts.pruning.progress import Progress
 from laguna_serve.scripts.pruning.shards import Advance, Job, Shard, build_tensors, plan_shards, tensor_bytes
-from laguna_serve.scripts.pruning.stopping import check, stop_on_signals
 from laguna_serve.scripts.pruning.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.pruning.zeroed import copy_zeroed
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config
@@ -100,7 +100,7 @@ def write_checkpoint(job: Job, shards: list[Shard], output: Output, source: dict
     try:
         output.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CompactError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
+        raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
     progress = Progress(sum(sizes.values()), sum(sizes.values()) - needed)
     if progress.done:
         progress.say(f"continuing: {len(shards) - len(todo)} of {len(shards)} files are done")
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals():
             return run(args)
-    except (CompactError, PruningError, CheckpointError) as error:
+    except (CheckpointError, PruningError) as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.drafters.agreement import TOLERANCE, measure_difference
 from laguna_serve.scripts.drafters.algebra import Conversion, Tensors, to_laguna, to_speculators
-from laguna_serve.scripts.pruning.folder import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
-from laguna_serve.scripts.pruning.headers import CompactError, open_file, read_headers
-from laguna_serve.scripts.pruning.stopping import stop_on_signals
+from laguna_serve.scripts.files.folder import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
+from laguna_serve.scripts.files.headers import open_file, read_headers
+from laguna_serve.scripts.files.stopping import stop_on_signals
 from laguna_serve.scripts.pruning.text import read_documents
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config, read_target
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """The whole command; the last line of stdout is the result as JSON."""
     folder, target_folder = _find(args.drafter), _find(args.target)
     if args.out is not None and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise CompactError(f"{args.out}: expected an empty folder or none, got something else; choose another --out")
+        raise CheckpointError(f"{args.out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
     check_fit(target, drafter)
     if drafter.format == args.to:
@@ -140,7 +140,7 @@ def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
             with safe_open(folder / headers[name].file, framework="pt") as file:
                 found[name] = file.get_tensor(name).clone()
     if EMBEDDING not in found:
-        raise CompactError(f"{folder}: expected tensor {EMBEDDING}, got none; is the download complete?")
+        raise CheckpointError(f"{folder}: expected tensor {EMBEDDING}, got none; is the download complete?")
     return found.get(HEADS[0], found[EMBEDDING]), found[EMBEDDING]
 
 
@@ -150,7 +150,7 @@ def choose_tokens(args: argparse.Namespace, target_folder: Path, drafter: Drafte
         return None
     if not 1 <= args.draft_vocab < drafter.target_vocab_size:
         limits = f"1 to {drafter.target_vocab_size - 1} tokens"
-        raise CompactError(f"--draft-vocab: expected {limits}, got {args.draft_vocab}; leave it out for all")
+        raise CheckpointError(f"--draft-vocab: expected {limits}, got {args.draft_vocab}; leave it out for all")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
@@ -171,7 +171,7 @@ def write(source: Path, out: Path, done: Conversion) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CompactError(f"{out}: expected to create it, got {error.strerror}; choose another") from None
+        raise CheckpointError(f"{out}: expected to create it, got {error.strerror}; choose another") from None
     write_tensors(out / "model.safetensors", done.tensors)
     for path in sorted(source.iterdir()):
         weights = path.name.endswith(WEIGHT_SUFFIXES)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals():
             return run(args)
-    except (CompactError, PruningError, CheckpointError) as error:
+    except (CheckpointError, PruningError) as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:

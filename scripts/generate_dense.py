@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from laguna_serve.plugins.padding import is_dense
-from laguna_serve.scripts.pruning.folder import check_space, write_file, write_tensors
-from laguna_serve.scripts.pruning.headers import INDEX, CompactError
+from laguna_serve.scripts.files.folder import check_space, write_file, write_tensors
+from laguna_serve.scripts.files.headers import INDEX
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
 
 STD = 0.02
@@ -72,13 +72,15 @@ def parse_width(text: str) -> tuple[range, int]:
 
 
 def choose_widths(config: dict[str, Any], asked: list[tuple[range, int]]) -> list[int]:
-    """The width of every layer.  Raises CompactError for one that the config has no place for."""
+    """The width of every layer.  Raises CheckpointError for one that the config has no place for."""
     stored, layers = config["intermediate_size"], config["num_hidden_layers"]
     widths = [stored] * layers
     for place, width in asked:
         if place.stop > layers or len(place) == 0 or width > stored:
             expected = f"layers 0 to {layers - 1} and at most {stored}"
-            raise CompactError(f"--width: expected {expected}, got {place.start}-{place.stop - 1}={width}; correct it")
+            raise CheckpointError(
+                f"--width: expected {expected}, got {place.start}-{place.stop - 1}={width}; correct it"
+            )
         for layer in place:
             widths[layer] = width
     return widths
@@ -122,9 +124,9 @@ def main() -> int:
     args = parse()
     config = read_config(args.config)
     if not is_dense(config):
-        raise CompactError(f"{args.config}: expected the config of a dense Laguna, got another; see tests/toy/dense")
+        raise CheckpointError(f"{args.config}: expected the config of a dense Laguna, got another; see tests/toy/dense")
     if args.out.exists() and any(args.out.iterdir()):
-        raise CompactError(f"{args.out}: expected an empty folder or none, got other files; choose another --out")
+        raise CheckpointError(f"{args.out}: expected an empty folder or none, got other files; choose another --out")
     widths = choose_widths(config, args.width)
     total = generate(args.config, config, widths, args.out, args.seed)
     print(json.dumps({"out": str(args.out), "parameters": total, "widths": widths}))
@@ -134,7 +136,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (CompactError, CheckpointError) as error:
+    except CheckpointError as error:
         print(f"generate_dense: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -18,9 +18,8 @@ from laguna_serve.scripts.dense.widths import (
     read_unpadded,
     write,
 )
-from laguna_serve.scripts.pruning.folder import open_output
-from laguna_serve.scripts.pruning.headers import CompactError
-from laguna_serve.scripts.pruning.stopping import stop_on_signals
+from laguna_serve.scripts.files.folder import open_output
+from laguna_serve.scripts.files.stopping import stop_on_signals
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 
 HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None, tool: str = "unpad") -> int:
     try:
         with stop_on_signals():
             return run(tool, args)
-    except (CompactError, PaddingError, CheckpointError) as error:
+    except (CheckpointError, PaddingError) as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:

@@ -25,19 +25,18 @@ from typing import Any
 import torch
 
 from laguna_serve.plugins.padding import WIDTHS_KEY, PaddingError, Units, is_dense, read_widths, scan_layers
-from laguna_serve.scripts.pruning.folder import Output, check_space, copy_others, write_file, write_tensors
-from laguna_serve.scripts.pruning.headers import (
+from laguna_serve.scripts.files.folder import Output, check_space, copy_others, write_file, write_tensors
+from laguna_serve.scripts.files.headers import (
     INDEX,
     ITEM_BYTES,
-    CompactError,
     Entry,
     check_unquantised,
     open_file,
     read_headers,
 )
-from laguna_serve.scripts.pruning.progress import Progress
-from laguna_serve.scripts.pruning.stopping import check
-from laguna_serve.serving.checkpoint import read_config
+from laguna_serve.scripts.files.progress import Progress
+from laguna_serve.scripts.files.stopping import check
+from laguna_serve.serving.checkpoint import CheckpointError, read_config
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
 ORIGIN_KEY = "unpadded_from"
@@ -102,22 +101,22 @@ def read_padded(folder: Path, name: str) -> Source:
     """A dense checkpoint in stock layout, with the padding found in its files.
 
     Raises:
-        CompactError, PaddingError, CheckpointError: it is something else, or nothing is padded.
+        CheckpointError, PaddingError: it is something else, or nothing is padded.
     """
     config = _read_dense(folder, name)
     if config.get(WIDTHS_KEY) is not None:
-        raise CompactError(f"{name}: expected stock layout, got an unpadded checkpoint; there is nothing to cut off")
+        raise CheckpointError(f"{name}: expected stock layout, got an unpadded checkpoint; there is nothing to cut off")
     tensors, fingerprint = read_headers(folder, name)
     paths = [folder / file for file in sorted({entry.file for entry in tensors.values()})]
     units = scan_layers(paths, int(config["num_hidden_layers"]))
     stored = {layer: found.stored for layer, found in units.items()}
     if set(stored.values()) != {config.get("intermediate_size")} or len(stored) != config["num_hidden_layers"]:
         expected = f"{config['num_hidden_layers']} layers of intermediate_size {config.get('intermediate_size')}"
-        raise CompactError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
+        raise CheckpointError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
     if all(found.is_whole for found in units.values()) and not any(
         found.broken is not None for found in units.values()
     ):
-        raise CompactError(f"{name}: expected padded layers, got none; serve it as it is")
+        raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
     return Source(folder, config, tensors, units, fingerprint, unpads=True)
 
 
@@ -125,12 +124,12 @@ def read_unpadded(folder: Path, name: str) -> Source:
     """A checkpoint that `unpad` wrote.
 
     Raises:
-        CompactError, PaddingError, CheckpointError: it is something else, or its tensors are not as its config says.
+        CheckpointError, PaddingError: it is something else, or its tensors are not as its config says.
     """
     config = _read_dense(folder, name)
     widths = read_widths(config, name)
     if widths is None:
-        raise CompactError(f"{name}: expected {WIDTHS_KEY} in config.json, got none; it is in stock layout already")
+        raise CheckpointError(f"{name}: expected {WIDTHS_KEY} in config.json, got none; it is in stock layout already")
     origin = config.get(ORIGIN_KEY) or {}
     kept = origin.get("kept_units", {}) if isinstance(origin, dict) else {}
     stored = int(config["intermediate_size"])
@@ -139,7 +138,7 @@ def read_unpadded(folder: Path, name: str) -> Source:
         runs = kept.get(str(layer), [[0, width]])
         if not _are_runs(runs, width, stored):
             expected = f"{ORIGIN_KEY}.kept_units of layer {layer} to be runs of {width} of {stored} units"
-            raise CompactError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
+            raise CheckpointError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
         units[layer] = Units(stored, tuple((start, stop) for start, stop in runs))
     tensors, fingerprint = read_headers(folder, name)
     source = Source(folder, config, tensors, units, fingerprint, unpads=False)
@@ -147,7 +146,9 @@ def read_unpadded(folder: Path, name: str) -> Source:
         found = source.find(tensor)
         if found is not None and entry.shape[found[1]] != found[0].width:
             expected = f"{tensor} of {found[0].width} units as config.json says"
-            raise CompactError(f"{name}: expected {expected}, got {entry.shape[found[1]]}; unpad the checkpoint again")
+            raise CheckpointError(
+                f"{name}: expected {expected}, got {entry.shape[found[1]]}; unpad the checkpoint again"
+            )
     return source
 
 
@@ -168,7 +169,7 @@ def _read_dense(folder: Path, name: str) -> dict[str, Any]:
     if not is_dense(config):
         got = config.get("model_type") or config.get("architectures") or "nothing"
         remedy = "for a mixture of experts there is `laguna compact`"
-        raise CompactError(f"{name}: expected a Laguna of dense layers alone, got {got!r} with others; {remedy}")
+        raise CheckpointError(f"{name}: expected a Laguna of dense layers alone, got {got!r} with others; {remedy}")
     return config
 
 
@@ -200,7 +201,7 @@ def write(source: Source, output: Output) -> None:
     try:
         output.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CompactError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
+        raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
     progress = Progress(sum(totals.values()), sum(totals.values()) - needed)
     if progress.done:
         progress.say(f"continuing: {len(totals) - len(todo)} of {len(totals)} files are done")

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 from laguna_serve.plugins.pruning import ExpertShape, read_shape
-from laguna_serve.scripts.pruning.headers import (
+from laguna_serve.scripts.files.headers import (
     INDEX,
     ITEM_BYTES,
-    CompactError,
     Entry,
     check_unquantised,
     open_files,
     read_headers,
 )
-from laguna_serve.serving.checkpoint import read_config
+from laguna_serve.serving.checkpoint import CheckpointError, read_config
 
 PLAIN = frozenset(("BF16", "F16", "F32"))
 QUANTISED = re.compile(r"(_scale|_scale_2|_scale_inv|_zero_point|_zeros|_packed|qweight|qzeros|g_idx|scales)$")
@@ -74,7 +73,7 @@ def expert_shapes(shape: ExpertShape, layer: int, fused: bool) -> dict[str, tupl
 
 
 def read_base(folder: Path, name: str) -> Base:
-    """Read every header and check it.  Raises CompactError or PruningError, naming what is wrong."""
+    """Read every header and check it.  Raises CheckpointError or PruningError, naming what is wrong."""
     config = read_config(folder)
     check_config(config, name)
     shape = read_shape(config, name)
@@ -91,7 +90,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config that is quantised or already pruned."""
     check_unquantised(config, name)
     if config.get("expert_pruning"):
-        raise CompactError(
+        raise CheckpointError(
             f"{name}: expected a base checkpoint, got one with expert_pruning; pass what it was made from"
         )
 
@@ -100,9 +99,9 @@ def _check_dtypes(base: Base) -> None:
     remedy = "pass the unquantised base (bf16, fp16 or fp32)"
     for name, entry in base.tensors.items():
         if QUANTISED.search(name):
-            raise CompactError(f"{base.name}: expected unquantised weights, got {name}; {remedy}")
+            raise CheckpointError(f"{base.name}: expected unquantised weights, got {name}; {remedy}")
         if entry.dtype not in ITEM_BYTES:
-            raise CompactError(f"{base.name}: expected unquantised weights, got {name} in {entry.dtype}; {remedy}")
+            raise CheckpointError(f"{base.name}: expected unquantised weights, got {name} in {entry.dtype}; {remedy}")
 
 
 def _check_experts(base: Base) -> None:
@@ -113,20 +112,22 @@ def _check_experts(base: Base) -> None:
             wanted.add(name)
             entry = base.tensors.get(name)
             if entry is None:
-                raise CompactError(f"{base.name}: expected tensor {name}, got none; is the download complete?")
+                raise CheckpointError(f"{base.name}: expected tensor {name}, got none; is the download complete?")
             if entry.shape != expected:
                 got = list(entry.shape)
-                raise CompactError(f"{base.name}: expected {name} {list(expected)}, got {got}; does config.json fit?")
+                raise CheckpointError(
+                    f"{base.name}: expected {name} {list(expected)}, got {got}; does config.json fit?"
+                )
             dtype = dtype or entry.dtype
             if entry.dtype not in PLAIN or entry.dtype != dtype:
                 expected_dtype = f"{name} in {dtype if dtype in PLAIN else 'BF16, F16 or F32'}"
-                raise CompactError(f"{base.name}: expected {expected_dtype}, got {entry.dtype}; convert it first")
+                raise CheckpointError(f"{base.name}: expected {expected_dtype}, got {entry.dtype}; convert it first")
     strays = [
         name for name in base.tensors if (match := EXPERTS.fullmatch(name)) and match[2] != BIAS and name not in wanted
     ]
     if strays:
         known = "one matrix per expert, or gate_up_proj and down_proj"
-        raise CompactError(f"{base.name}: expected experts as {known}, got {min(strays)} too; does config.json fit?")
+        raise CheckpointError(f"{base.name}: expected experts as {known}, got {min(strays)} too; does config.json fit?")
 
 
 Expert = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from laguna_serve.plugins.pruning import Pruning, gather_blocks
+from laguna_serve.scripts.files.headers import ITEM_BYTES, open_files
 from laguna_serve.scripts.pruning.base import Base, read_experts
-from laguna_serve.scripts.pruning.headers import ITEM_BYTES, open_files
 
 Advance = Callable[[int], None]
 # transformers' own names → those of the published checkpoints, for a base in its fused spelling.

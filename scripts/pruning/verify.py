@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
+from laguna_serve.scripts.files.headers import open_file, open_files
 from laguna_serve.scripts.pruning.base import read_experts
-from laguna_serve.scripts.pruning.headers import CompactError, open_file, open_files
 from laguna_serve.scripts.pruning.shards import Job, Shard, block_names, list_inputs
+from laguna_serve.serving.checkpoint import CheckpointError
 
 # Both sides multiply the same numbers in fp32 and add them up in another order: some 1e-6 of the largest output.
 TOLERANCE = 1e-5
@@ -25,7 +26,7 @@ ROUNDS = 2
 TOP_K = 8
 
 
-class DifferenceError(CompactError):
+class DifferenceError(CheckpointError):
     """What is on disk is not what the base and the mask make, as one line."""
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import Pruning
+from laguna_serve.scripts.files.headers import ITEM_BYTES
 from laguna_serve.scripts.pruning.base import EXPERTS, Base
-from laguna_serve.scripts.pruning.headers import ITEM_BYTES
 
 CHUNK_BYTES = 2**24
 

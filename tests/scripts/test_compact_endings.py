@@ -16,7 +16,7 @@ import pytest
 from compact_cases import config, weights, write_base, write_masks
 
 from laguna_serve.scripts import compact
-from laguna_serve.scripts.pruning import folder as folder_module
+from laguna_serve.scripts.files import folder as folder_module
 
 MIB = 2**20
 # Prints the peak beyond what is resident once everything is imported.

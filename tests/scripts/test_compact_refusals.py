@@ -14,7 +14,7 @@ from compact_cases import config, weights, write_base, write_masks
 from safetensors.torch import save_file
 
 from laguna_serve.scripts import compact
-from laguna_serve.scripts.pruning import folder as folder_module
+from laguna_serve.scripts.files import folder as folder_module
 
 QUERIES = "model.layers.0.self_attn.q_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"

@@ -24,12 +24,13 @@ def test_smoke_run_makes_a_family_and_is_not_repeated(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr[-3000:]
     assert json.loads(first.stdout.splitlines()[-1])["stages"]["continuations"]["prompts"] == 64
     made = {p.relative_to(tmp_path / "toy").as_posix() for p in (tmp_path / "toy").rglob("*.*")}
-    assert {"teacher/model.safetensors", "dflash/model.safetensors", "prompts.jsonl", "MANIFEST.json"} <= made
+    assert {f"{name}/model.safetensors" for name in ("teacher", "dflash", "dflash-speculators")} <= made
+    assert {"prompts.jsonl", "MANIFEST.json"} <= made
 
     again = make_toy(tmp_path, "--smoke")
     assert again.returncode == 0
     assert [
-        f"make_toy: {stage} is done" for stage in ("teacher", "continuations", "dflash")
+        f"make_toy: {stage} is done" for stage in ("teacher", "continuations", "dflash", "dflash-speculators")
     ] == again.stderr.splitlines()
 
     other = make_toy(tmp_path, "--smoke", "--seed", "1")

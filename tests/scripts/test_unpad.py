@@ -15,7 +15,7 @@ from compact_cases import config, read_tensors, weights, write_base
 from safetensors.torch import load_file, save_file
 
 from laguna_serve.scripts import unpad
-from laguna_serve.scripts.pruning import folder as folder_module
+from laguna_serve.scripts.files import folder as folder_module
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 LAYERS, STORED = 4, 24

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-from laguna_serve.scripts.pruning.stopping import check
+from laguna_serve.scripts.files.stopping import check
 
 GIB = 2**30
 UPDATE_S, SPARSE_S = 0.2, 5.0

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from laguna_serve.scripts.pruning.headers import CompactError
+from laguna_serve.serving.checkpoint import CheckpointError
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json")
 # Beside the tensors: headers, tokenizer, config and index.
@@ -70,13 +70,13 @@ def open_output(folder: Path, base: Path, arguments: dict[str, Any], journal: st
     """The folder to write into or to continue in; nothing is written yet.
 
     Raises:
-        CompactError: it lies in the base, holds something else, or was begun with other arguments.
+        CheckpointError: it lies in the base, holds something else, or was begun with other arguments.
     """
     resolved, source = folder.resolve(), base.resolve()
     if resolved == source or source in resolved.parents:
-        raise CompactError(f"{folder}: expected a folder outside the base, got one in {base}; choose another --out")
+        raise CheckpointError(f"{folder}: expected a folder outside the base, got one in {base}; choose another --out")
     if folder.exists() and not folder.is_dir():
-        raise CompactError(f"{folder}: expected a folder, got a file; choose another --out")
+        raise CheckpointError(f"{folder}: expected a folder, got a file; choose another --out")
     if not folder.exists() or not any(folder.iterdir()):
         return Output(folder, arguments, journal)
     return _continue(folder, arguments, journal)
@@ -90,30 +90,30 @@ def _continue(folder: Path, arguments: dict[str, Any], journal: str) -> Output:
             raise ValueError(noted["schema"])
         complete = bool(noted["complete"])
     except FileNotFoundError:
-        raise CompactError(
+        raise CheckpointError(
             f"{folder}: expected an empty folder or one to continue in, got other files; choose another --out"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompactError(
+        raise CheckpointError(
             f"{folder / journal}: expected a journal, got one that cannot be read ({error!r}); remove the folder"
         ) from None
     for key in sorted(arguments.keys() | begun.keys()):
         if arguments.get(key) != begun.get(key):
             expected, got = f"{key} {begun.get(key)!r} as begun", repr(arguments.get(key))
             remedy = "repeat the first command, choose another --out or remove the folder"
-            raise CompactError(f"{folder}: expected {expected}, got {got}; {remedy}")
+            raise CheckpointError(f"{folder}: expected {expected}, got {got}; {remedy}")
     output = Output(folder, begun, journal, finished)
     output.complete = complete and (folder / "config.json").is_file() and all(map(output.has, finished))
     return output
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises CompactError when the file system of the folder has less free than is still to be written."""
+    """Raises CheckpointError when the file system of the folder has less free than is still to be written."""
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SLACK_BYTES:
         expected = f"{needed + SLACK_BYTES:,} bytes free ({needed / 2**30:.2f} GiB)"
-        raise CompactError(f"{folder}: expected {expected}, got {free:,}; free some or choose another --out")
+        raise CheckpointError(f"{folder}: expected {expected}, got {free:,}; free some or choose another --out")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -126,7 +126,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write under another name, sync, and rename into place; nothing is left of a failure.
 
     Raises:
-        CompactError: the disk is full or refuses.
+        CheckpointError: the disk is full or refuses.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -140,7 +140,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
         what = "no space is left" if full else f"it failed ({error})"
         remedy = "free some and repeat the command: finished files are kept"
-        raise CompactError(f"{path}: expected to write it, got an error: {what}; {remedy}") from None
+        raise CheckpointError(f"{path}: expected to write it, got an error: {what}; {remedy}") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -12,12 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from laguna_serve.serving.checkpoint import CheckpointError
+
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "BOOL": 1}
-
-
-class CompactError(ValueError):
-    """A checkpoint or folder that a checkpoint tool cannot work on, as one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ def read_headers(folder: Path, name: str) -> tuple[dict[str, Entry], str]:
     """Every tensor of a checkpoint, and a fingerprint of its config and files.
 
     Raises:
-        CompactError: a file is missing or cut off, or the index does not fit the files.
+        CheckpointError: a file is missing or cut off, or the index does not fit the files.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     tensors: dict[str, Entry] = {}
@@ -62,7 +60,7 @@ def check_unquantised(config: dict[str, Any], name: str) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
-            raise CompactError(f"{name}: expected unquantised weights, got {key} of method {method!r}; {remedy}")
+            raise CheckpointError(f"{name}: expected unquantised weights, got {key} of method {method!r}; {remedy}")
 
 
 @contextmanager
@@ -72,7 +70,7 @@ def open_file(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CompactError(
+        raise CheckpointError(
             f"{path}: expected a whole safetensors file, got one that cannot be read ({error}); fetch it again"
         ) from None
 
@@ -89,7 +87,7 @@ def _list_files(folder: Path, name: str) -> list[str]:
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
             return ["model.safetensors"]
-        raise CompactError(f"{name}: expected model.safetensors or {INDEX}, got neither; fetch the weights")
+        raise CheckpointError(f"{name}: expected model.safetensors or {INDEX}, got neither; fetch the weights")
     return sorted(set(_read_weight_map(index).values()))
 
 
@@ -98,16 +96,16 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = [Path(file).name == file for file in weight_map.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompactError(f"{index}: expected an index with weight_map, got {error!r}; fetch it again") from None
+        raise CheckpointError(f"{index}: expected an index with weight_map, got {error!r}; fetch it again") from None
     if not names or not all(names):
-        raise CompactError(f"{index}: expected weight_map to name files beside it, got other paths; fetch it again")
+        raise CheckpointError(f"{index}: expected weight_map to name files beside it, got other paths; fetch it again")
     return dict(weight_map)
 
 
 def _read_header(folder: Path, file: str) -> dict[str, Entry]:
     path = folder / file
     if not path.is_file():
-        raise CompactError(f"{path}: expected a file that the index names, got none; fetch it again")
+        raise CheckpointError(f"{path}: expected a file that the index names, got none; fetch it again")
     with open_file(path) as opened:
         slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  safe_open is no mapping
         return {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
@@ -128,6 +126,6 @@ def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
     if listed != found:
         stray = min(listed.items() ^ found.items())[0]
         expected = f"each tensor in the file that the index names ({listed.get(stray, 'none')})"
-        raise CompactError(
+        raise CheckpointError(
             f"{folder}: expected {expected}, got {stray} in {found.get(stray, 'none')}; fetch both again"
         )
