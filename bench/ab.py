@@ -26,6 +26,7 @@ from laguna_serve.bench.report import render_markdown, render_text
 from laguna_serve.bench.result import assemble, shorten
 from laguna_serve.bench.run import MeasurementStoppedError, run_plan
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.serve import parse_gamma
 
 QUICK_PROMPTS = 16
 MIN_WARMUP = 4
@@ -195,7 +196,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "--candidate-model", metavar="M", help="the candidate's checkpoint, where it is another (pruned, unpadded)"
     )
     engines.add_argument("--draft", metavar="D", help="DFlash drafter checkpoint: the candidate's only difference")
-    engines.add_argument("--gamma", metavar="N", type=int, help="tokens drafted per step (default: the drafter's most)")
+    gamma = "tokens drafted per step, N or max (default: the drafter's most)"
+    engines.add_argument("--gamma", metavar="N", type=parse_gamma, help=gamma)
     engines.add_argument(
         "--baseline-args", metavar="…", default="", help="extra vLLM flags for the baseline, after an ="
     )

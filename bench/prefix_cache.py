@@ -36,6 +36,7 @@ from laguna_serve.bench.record import current_argv, describe_environment, write_
 from laguna_serve.bench.records import Record
 from laguna_serve.bench.stats import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.serve import parse_gamma
 
 SCHEMA = "laguna_serve.prefix_cache/1"
 # Acceptance "falls" when even the upper end of the interval of the ratio is below this.
@@ -213,9 +214,8 @@ def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: in
     Pairs are prompts, of a group all copies together, as they share what is cached. The tokens after the first chunk
     stand for a rate's numerator, the steps for its seconds.
     """
-    pairs = [
-        RoundPair(b, float(bs), a, float(as_)) for (a, as_), (b, bs) in zip(*_grouped(outcome, against), strict=True)
-    ]
+    sides = zip(_by_prompt(against), _by_prompt(outcome), strict=True)
+    pairs = [RoundPair(b, float(b_steps), a, float(a_steps)) for (b, b_steps), (a, a_steps) in sides]
     low, high = bootstrap_speedup(pairs, seed)
     lengths = [summarise_acceptance(side.moved) for side in (outcome, against)]
     ratio = None if None in lengths else lengths[0]["length"] / lengths[1]["length"]  # type: ignore[index]
@@ -239,16 +239,14 @@ def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: in
     }
 
 
-def _grouped(outcome: Outcome, against: Outcome) -> list[list[tuple[int, int]]]:
-    """Tokens and steps of either side by prompt; a sampled scenario's rounds are its groups."""
-    if not outcome.scenario.sampled:
-        return [outcome.steps, against.steps]
-    sides = []
-    for side in (outcome, against):
-        steps, size = side.steps, len(side.scenario.rounds[0])
-        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
-        sides.append([(sum(t for t, _ in group), sum(s for _, s in group)) for group in groups])
-    return sides
+def _by_prompt(outcome: Outcome) -> list[tuple[int, int]]:
+    """Tokens and steps of every prompt; the copies in a group count together, as they share what is cached."""
+    by_prompt: dict[str, list[int]] = {}
+    for prompt, (tokens, steps) in zip(outcome.scenario.prompts, outcome.steps, strict=True):
+        sums = by_prompt.setdefault(prompt.text, [0, 0])
+        sums[0] += tokens
+        sums[1] += steps
+    return [(tokens, steps) for tokens, steps in by_prompt.values()]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -261,7 +259,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
-    parser.add_argument("--gamma", metavar="N", type=int, help="tokens drafted per step (default: the drafter's most)")
+    gamma = "tokens drafted per step, N or max (default: the drafter's most)"
+    parser.add_argument("--gamma", metavar="N", type=parse_gamma, help=gamma)
     parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     parser.add_argument("--num-prompts", metavar="N", type=int, help="joined prompts (default: 24)")
     characters = "least length of a prompt, twice that of a long one; stay where the drafter is good (%(default)s)"

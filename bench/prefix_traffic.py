@@ -101,7 +101,9 @@ def plan_traffic(
     longs = join_prompts(list(reversed(prompts)), characters[1], max(2, count // 2))
     alone = tuple((prompt,) for prompt in shorts)
     long = tuple((prompt,) for prompt in longs)
-    together = (tuple(shorts),)
+    # Single prompts, as few tokens as can be, so that what grows in decoding outgrows what was admitted.
+    single = tuple((prompt,) for prompt in prompts[:count])
+    together = (tuple(prompts[:count]),)
     groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(2, count // 4)])
     size = ("--block-size", str(block_size))
     chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
@@ -118,18 +120,21 @@ def plan_traffic(
     scenarios = [
         Scenario("prompts", REFERENCE, alone),
         Scenario("long prompts", REFERENCE, long),
-        Scenario("groups of 8", REFERENCE, groups, sampled=True),
+        Scenario("single prompts", REFERENCE, single),
+        Scenario("groups of 8", REFERENCE, groups),
+        Scenario("groups of 8 sampled", REFERENCE, groups, sampled=True),
         Scenario("prompts, cold", "caching", alone),
         Scenario("prompts, warm", "caching", alone),
         Scenario("long prompts, cold", "caching", long),
         Scenario("long prompts, warm", "caching", long),
-        Scenario("groups of 8, cold", "caching", groups, sampled=True),
-        Scenario("groups of 8, warm", "caching", groups, sampled=True),
+        Scenario("groups of 8, cold", "caching", groups),
+        Scenario("groups of 8, warm", "caching", groups),
+        Scenario("groups of 8 sampled, warm", "caching", groups, sampled=True),
         Scenario("long prompts in chunks, cold", "caching, chunked", long),
         Scenario("long prompts in chunks, warm", "caching, chunked", long),
-        Scenario("prompts, preempted", "small cache", together),
-        Scenario("prompts, preempted, caching", "caching, small cache", together),
-        Scenario("prompts, preempted, warm", "caching, small cache", together),
+        Scenario("single prompts, preempted", "small cache", together),
+        Scenario("single prompts, preempted, caching", "caching, small cache", together),
+        Scenario("single prompts, preempted, warm", "caching, small cache", together),
     ]
     hits, lost = "prefix_cache_hits", "preemptions"
     comparisons = (
@@ -142,9 +147,10 @@ def plan_traffic(
         Comparison("in chunks, warm against whole", "long prompts in chunks, warm", "long prompts", hits),
         Comparison("group against no caching", "groups of 8, cold", "groups of 8", hits),
         Comparison("group, warm against no caching", "groups of 8, warm", "groups of 8", hits),
-        Comparison("preempted against alone", "prompts, preempted", "prompts", lost),
-        Comparison("preempted, caching, against alone", "prompts, preempted, caching", "prompts", lost),
-        Comparison("preempted, warm, against alone", "prompts, preempted, warm", "prompts", lost),
+        Comparison("sampled group, warm", "groups of 8 sampled, warm", "groups of 8 sampled", hits),
+        Comparison("preempted against alone", "single prompts, preempted", "single prompts", lost),
+        Comparison("preempted, caching, against alone", "single prompts, preempted, caching", "single prompts", lost),
+        Comparison("preempted, warm, against alone", "single prompts, preempted, warm", "single prompts", lost),
     )
     return Traffic(engines, tuple(scenarios), comparisons, tuple(shorts))
 

@@ -41,9 +41,9 @@ def register():
 
 
 def outcome(steps: list[tuple[int, ...]], *, sampled: bool = False, drafts: int | None = None, **moved: int) -> Outcome:
-    """Requests by the tokens of their chunks, in one round if sampled; the counters agree unless told otherwise."""
-    prompts = tuple(Prompt(str(i), "x") for i in range(len(steps)))
-    rounds = tuple(prompts[i : i + 2] for i in range(0, len(prompts), 2)) if sampled else tuple((p,) for p in prompts)
+    """Requests by the tokens of their chunks, sampled ones in pairs of copies; the counters agree unless told."""
+    prompts = tuple(Prompt(str(i), f"text {i // 2 if sampled else i}") for i in range(len(steps)))
+    rounds = tuple((prompt,) for prompt in prompts)
     records = [
         Record(p.id, 0, 1, list(range(len(s))), list(s), [7] * sum(s)) for p, s in zip(prompts, steps, strict=True)
     ]
@@ -176,12 +176,12 @@ def test_reports_say_what_was_found() -> None:
 def test_acceptance_holds_on_real_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = prefix_cache.main([*COMMAND, "--quick", "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [c["verdict"] for c in result["comparisons"]] == ["holds"] * 12
+    assert [c["verdict"] for c in result["comparisons"]] == ["holds"] * 13
     assert code == 0
     scenarios = {row["name"]: row for row in json.loads((tmp_path / "prefix_cache.json").read_text())["scenarios"]}
     assert scenarios["prompts, cold"]["hit_rate"] == 0
     assert scenarios["prompts, warm"]["hit_rate"] > 0.5
-    assert scenarios["prompts, preempted"]["preemptions"] > 0
+    assert scenarios["single prompts, preempted"]["preemptions"] > 0
     assert scenarios["prompts"]["acceptance"] > 2
     for comparison in result["comparisons"]:
         assert comparison["differing"] in (0, None), (
