@@ -11,20 +11,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, read_shape
+from laguna_serve.plugins.pruning import ExpertShape, Pruning, read_shape
 from laguna_serve.scripts.files.folder import (
     Output,
-    check_space,
+    begin,
     copy_others,
     open_output,
     write_file,
     write_tensors,
 )
 from laguna_serve.scripts.files.headers import INDEX, ITEM_BYTES
-from laguna_serve.scripts.files.progress import Progress
-from laguna_serve.scripts.files.stopping import check, stop_on_signals
+from laguna_serve.scripts.files.stopping import check
 from laguna_serve.scripts.pruning.base import Base, check_config, read_base
 from laguna_serve.scripts.pruning.choice import choose_pruning
 from laguna_serve.scripts.pruning.count import (
@@ -37,11 +36,11 @@ from laguna_serve.scripts.pruning.count import (
 from laguna_serve.scripts.pruning.shards import Advance, Job, Shard, build_tensors, plan_shards, tensor_bytes
 from laguna_serve.scripts.pruning.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.pruning.zeroed import copy_zeroed
+from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config
 
 SCHEMA = "laguna_serve.compact/1"
 ARCHITECTURE = "LagunaSentinelForCausalLM"
-HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = """examples:
   laguna compact poolside/Laguna-XS.2 --keep-mask group_keep_mask_10pct.npy \\
       --group-indices group_indices_importance_sorted.npy --out xs2-10pct
@@ -54,19 +53,12 @@ exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 inte
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse puts before it."""
-        self.exit(COULD_NOT_RUN, f"laguna: error: {message}; see `laguna compact --help`\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked for flags that need or exclude each other."""
-    parser = _Parser(
+    parser = Parser(
         prog="laguna compact",
         description="Make a smaller Laguna: of the routed experts only the blocks that a mask keeps are stored.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("base", metavar="BASE", help="Laguna checkpoint: a folder, or a hub id in the local cache")
     mask = parser.add_mutually_exclusive_group(required=True)
@@ -93,18 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def write_checkpoint(job: Job, shards: list[Shard], output: Output, source: dict[str, Any]) -> None:
     """Write what is not there yet; config.json and the index come last."""
-    todo = [shard for shard in shards if not output.has(shard.name)]
     sizes = {shard.name: sum(tensor_bytes(job, shard).values()) for shard in shards}
-    needed = sum(sizes[shard.name] for shard in todo)
-    check_space(output.folder, needed)
-    try:
-        output.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
-    progress = Progress(sum(sizes.values()), sum(sizes.values()) - needed)
-    if progress.done:
-        progress.say(f"continuing: {len(shards) - len(todo)} of {len(shards)} files are done")
-    output.start()
+    missing, progress = begin(output, sizes)
+    todo = [shard for shard in shards if shard.name in missing]
     for shard in todo:
         progress.label = shard.name
         write_shard(job, shard, output.folder / shard.name, progress.advance)
@@ -244,16 +227,7 @@ def report_savings(args: argparse.Namespace, savings: Savings, result: dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        with stop_on_signals():
-            return run(args)
-    except (CheckpointError, PruningError) as error:
-        print(f"laguna: error: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    except KeyboardInterrupt:
-        print("laguna: interrupted; the same command continues from the last finished file", file=sys.stderr)
-        return INTERRUPTED
+    return run_tool(run, parse(argv), "the same command continues from the last finished file")
 
 
 if __name__ == "__main__":

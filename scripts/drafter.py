@@ -7,25 +7,23 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.drafters.agreement import TOLERANCE, measure_difference
 from laguna_serve.scripts.drafters.algebra import Conversion, Tensors, to_laguna, to_speculators
 from laguna_serve.scripts.files.folder import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
 from laguna_serve.scripts.files.headers import open_file, read_headers
-from laguna_serve.scripts.files.stopping import stop_on_signals
 from laguna_serve.scripts.pruning.text import read_documents
+from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config, read_target
 from laguna_serve.serving.drafter import LAGUNA, SPECULATORS, Drafter
 from laguna_serve.serving.speculation import check_fit, open_drafter
 
 SCHEMA = "laguna_serve.drafter_convert/1"
-HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 HEADS, EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight"), "model.embed_tokens.weight"
 EXAMPLES = """examples:
   laguna drafter convert DRAFTER --to speculators --target MODEL --dry-run     what would carry over?
@@ -40,22 +38,15 @@ exit status: 0 done, 1 something does not carry over, 2 it could not run, 130 in
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse puts before it."""
-        self.exit(COULD_NOT_RUN, f"laguna: error: {message}; see `{self.prog} --help`\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked for flags that need or exclude each other."""
-    parser = _Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
+    parser = Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     convert = commands.add_parser(
         "convert",
         help="turn a drafter into the other format",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("drafter", metavar="IN", help="drafter: a folder, or a hub id in the local cache")
     convert.add_argument("--to", required=True, choices=(SPECULATORS, LAGUNA), help="the format that is wanted")
@@ -182,16 +173,7 @@ def write(source: Path, out: Path, done: Conversion) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        with stop_on_signals():
-            return run(args)
-    except (CheckpointError, PruningError) as error:
-        print(f"laguna: error: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    except KeyboardInterrupt:
-        print("laguna: interrupted; nothing is left that looks like a drafter", file=sys.stderr)
-        return INTERRUPTED
+    return run_tool(run, parse(argv), "nothing is left that looks like a drafter")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.dense.widths import (
@@ -19,10 +20,9 @@ from laguna_serve.scripts.dense.widths import (
     write,
 )
 from laguna_serve.scripts.files.folder import open_output
-from laguna_serve.scripts.files.stopping import stop_on_signals
+from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 
-HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify
   laguna unpad STUDENT --dry-run                  which layers are padded, and what would be saved?
@@ -41,18 +41,7 @@ exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 inte
 
 def parse(tool: str, description: str, examples: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of either tool."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            """One line, without the usage that argparse puts before it."""
-            self.exit(COULD_NOT_RUN, f"laguna: error: {message}; see `laguna {tool} --help`\n")
-
-    parser = Parser(
-        prog=f"laguna {tool}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=f"laguna {tool}", description=description, epilog=examples)
     parser.add_argument(
         "source", metavar="IN", help="dense Laguna checkpoint: a folder, or a hub id in the local cache"
     )
@@ -154,15 +143,7 @@ def main(argv: Sequence[str] | None = None, tool: str = "unpad") -> int:
         "pad": ("Give an unpadded dense Laguna its stock layout back, for engines that know one width.", PAD_EXAMPLES),
     }
     args = parse(tool, *about[tool], argv)
-    try:
-        with stop_on_signals():
-            return run(tool, args)
-    except (CheckpointError, PaddingError) as error:
-        print(f"laguna: error: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    except KeyboardInterrupt:
-        print("laguna: interrupted; the same command continues from the last finished file", file=sys.stderr)
-        return INTERRUPTED
+    return run_tool(partial(run, tool), args, "the same command continues from the last finished file")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from laguna_serve.plugins.padding import WIDTHS_KEY, PaddingError, Units, is_dense, read_widths, scan_layers
-from laguna_serve.scripts.files.folder import Output, check_space, copy_others, write_file, write_tensors
+from laguna_serve.scripts.files.folder import Output, begin, copy_others, write_file, write_tensors
 from laguna_serve.scripts.files.headers import (
     INDEX,
     ITEM_BYTES,
@@ -34,7 +34,6 @@ from laguna_serve.scripts.files.headers import (
     open_file,
     read_headers,
 )
-from laguna_serve.scripts.files.progress import Progress
 from laguna_serve.scripts.files.stopping import check
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
 
@@ -195,17 +194,7 @@ def write(source: Source, output: Output) -> None:
     totals = {
         file: sum(size for name, size in sizes.items() if source.tensors[name].file == file) for file in source.files
     }
-    todo = [file for file in source.files if not output.has(file)]
-    needed = sum(totals[file] for file in todo)
-    check_space(output.folder, needed)
-    try:
-        output.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
-    progress = Progress(sum(totals.values()), sum(totals.values()) - needed)
-    if progress.done:
-        progress.say(f"continuing: {len(totals) - len(todo)} of {len(totals)} files are done")
-    output.start()
+    todo, progress = begin(output, totals)
     for file in todo:
         progress.label = file
         _write_file(source, file, output.folder / file, progress.advance)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from laguna_serve.scripts.files.progress import Progress
 from laguna_serve.serving.checkpoint import CheckpointError
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json")
@@ -105,6 +106,26 @@ def _continue(folder: Path, arguments: dict[str, Any], journal: str) -> Output:
     output = Output(folder, begun, journal, finished)
     output.complete = complete and (folder / "config.json").is_file() and all(map(output.has, finished))
     return output
+
+
+def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], Progress]:
+    """Make the folder ours: the files (name → bytes) that are still to be written, and the progress over all of them.
+
+    Raises:
+        CheckpointError: too little space, or the folder cannot be created.
+    """
+    missing = [name for name in sizes if not output.has(name)]
+    needed = sum(sizes[name] for name in missing)
+    check_space(output.folder, needed)
+    try:
+        output.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
+    progress = Progress(sum(sizes.values()), sum(sizes.values()) - needed)
+    if progress.done:
+        progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
+    output.start()
+    return missing, progress
 
 
 def check_space(folder: Path, needed: int) -> None:
