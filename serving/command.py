@@ -133,6 +133,20 @@ def inspect(config: EngineConfig) -> Checkpoints:
     )
 
 
+def list_device_warnings(config: EngineConfig, device: Device) -> list[str]:
+    """What is not known to be well on this device, a line each.
+
+    On a CPU bench/prefix_cache.py finds a drafter's acceptance unchanged by prefix caching; a GPU has another model
+    runner in vLLM, of which others report that it falls.
+    """
+    if device.kind == "gpu" and config.draft is not None and config.prefix_caching:
+        return [
+            "prefix caching with a drafter has not been measured on a GPU yet, and may cost acceptance there"
+            " (vllm#47930): compare with bench/prefix_cache.py, or serve with --no-prefix-caching"
+        ]
+    return []
+
+
 def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device, port: int) -> list[str]:
     """The vLLM command line.
 

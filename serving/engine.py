@@ -23,7 +23,13 @@ import psutil
 
 from laguna_serve.serving.budget import BudgetError
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import EngineConfig, build_command, build_environment, inspect
+from laguna_serve.serving.command import (
+    EngineConfig,
+    build_command,
+    build_environment,
+    inspect,
+    list_device_warnings,
+)
 from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.engine_log import find_cause, find_phase, read_log
 
@@ -147,7 +153,7 @@ class Engine:
         except (BudgetError, CheckpointError) as error:
             raise EngineError(str(error)) from None
         self.gamma = checkpoints.gamma
-        for warning in checkpoints.warnings:
+        for warning in (*checkpoints.warnings, *list_device_warnings(config, device)):
             self._announce(f"warning: {warning}")
         self.base_url = f"http://{_format_host(_reachable(config.host))}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

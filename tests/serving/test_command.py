@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from laguna_serve.serving.command import (
     build_command,
     build_environment,
     inspect,
+    list_device_warnings,
     wanted_kv_bytes,
     wanted_weight_bytes,
 )
@@ -146,6 +148,15 @@ def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
     assert "--distributed-executor-backend" not in build(EngineConfig(model=str(target)), gpu)
     assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"} & build_environment({}, gpu, local=True).keys()
+
+
+def test_prefix_caching_with_a_drafter_is_not_taken_for_granted_on_a_gpu(target: Path, drafter: Path) -> None:
+    gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
+    config = EngineConfig(model=str(target), draft=str(drafter))
+    assert "vllm#47930" in list_device_warnings(config, gpu)[0]
+    assert list_device_warnings(config, CPU) == []
+    assert list_device_warnings(replace(config, prefix_caching=False), gpu) == []
+    assert list_device_warnings(replace(config, draft=None), gpu) == []
 
 
 @pytest.mark.parametrize("flag", [("--tensor-parallel-size", "2"), ("--tensor-parallel-size=2",), ("-tp", "2")])
