@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -59,9 +60,11 @@ def run(tool: str, args: argparse.Namespace) -> int:
     folder = find_folder(args.source)
     if folder is None:
         raise CheckpointError(f"{args.source}: expected a folder or a cached hub id, got neither; download it first")
+    started = time.monotonic()
     source = read_padded(folder, args.source) if tool == "unpad" else read_unpadded(folder, args.source)
+    read_s = round(time.monotonic() - started, 2)
     if args.dry_run:
-        result = summarise(tool, args, source)
+        result = summarise(tool, args, source) | {"read_s": read_s}
         print(format_summary(source, result))
         print(json.dumps({**result, "status": "dry run"}))
         return HELD
@@ -69,7 +72,7 @@ def run(tool: str, args: argparse.Namespace) -> int:
     status = "already complete" if output.complete else "written"
     if not output.complete:
         write(source, output)
-    result = summarise(tool, args, source) | {"status": status}
+    result = summarise(tool, args, source) | {"read_s": read_s, "status": status}
     print(format_summary(source, result))
     print(f"{'checkpoint':<15} {args.out}: {result['status']}")
     held = True
@@ -125,14 +128,16 @@ def format_summary(source: Source, result: dict[str, Any]) -> str:
             runs.append([layer, layer, width])
     widths = ", ".join(f"{a if a == b else f'{a}–{b}'}: {width}" for a, b, width in runs)
     saved = abs(result["bytes_saved"])
-    rows = (
+    rows = [
         ("layers", f"{widths} of {result['stored_width']} units"),
         ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
         (
             "saved" if source.unpads else "added",
             f"{saved / 2**30:.3f} GiB" if saved >= 2**30 else f"{saved / 2**20:.2f} MiB",
         ),
-    )
+    ]
+    if "read_s" in result and source.unpads:
+        rows.append(("found in", f"{result['read_s']} s"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
 
 

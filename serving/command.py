@@ -32,7 +32,10 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.
 # Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-# It holds one rank: with more it would wait for the others without a word.
+# Goes on drafting beside a sequence at the length limit; its docstring says why stock vLLM's does not.
+CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
+CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
+# The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
@@ -133,8 +136,8 @@ def inspect(config: EngineConfig) -> Checkpoints:
     )
 
 
-def list_device_warnings(config: EngineConfig, device: Device) -> list[str]:
-    """What is not known to be well on this device, a line each.
+def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
+    """What is otherwise on this device than was asked for or is known to be well, a line each.
 
     On a CPU bench/prefix_cache.py finds a drafter's acceptance unchanged by prefix caching; a GPU has another model
     runner in vLLM, of which others report that it falls.
@@ -144,6 +147,10 @@ def list_device_warnings(config: EngineConfig, device: Device) -> list[str]:
             "prefix caching with a drafter has not been measured on a GPU yet, and may cost acceptance there"
             " (vllm#47930): compare with bench/prefix_cache.py, or serve with --no-prefix-caching"
         ]
+    length, target = choose_max_model_len(config, checkpoints, device), checkpoints.target
+    if target is not None and length is not None and length < (config.max_model_len or target.max_model_len):
+        why = "the rest is room for the drafter's block, without which vLLM stops drafting for all requests"
+        return [f"longest sequence: {length} tokens instead of {config.max_model_len or target.max_model_len}; {why}"]
     return []
 
 
@@ -159,8 +166,11 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
     if device.kind == "cpu" and not _names_flag(config.extra_args, PARALLEL_FLAGS):
         command += ["--distributed-executor-backend", IN_PROCESS_EXECUTOR]
-    if config.max_model_len is not None:
-        command += ["--max-model-len", str(config.max_model_len)]
+    if device.kind == "cpu" and config.draft is not None:
+        command += ["--worker-cls", CPU_WORKER]
+    max_model_len = choose_max_model_len(config, checkpoints, device)
+    if max_model_len is not None:
+        command += ["--max-model-len", str(max_model_len)]
     if config.enforce_eager:
         command += ["--enforce-eager"]
     overrides = choose_overrides(config, checkpoints.target)
@@ -175,6 +185,21 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         kv_cache_gib=config.kv_cache_gib,
     )
     return [*command, *config.extra_args]
+
+
+def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | None:
+    """The longest sequence.  With a drafter on a CPU its last block of the KV cache has room for a draft behind it (γ + 1
+    tokens): one token more than was asked for, or as many fewer as it takes where the model ends there.
+    """
+    target, gamma = checkpoints.target, checkpoints.gamma
+    if device.kind != "cpu" or target is None or gamma is None:
+        return config.max_model_len
+    wanted, needed = config.max_model_len or target.max_model_len, gamma + 1
+    room = -wanted % CPU_BLOCK_SIZE
+    if room >= needed or wanted > target.max_model_len:
+        return config.max_model_len
+    raised = wanted + room + 1
+    return raised if raised + needed <= target.max_model_len else wanted + room - needed
 
 
 def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, object] | None:

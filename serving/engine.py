@@ -153,7 +153,7 @@ class Engine:
         except (BudgetError, CheckpointError) as error:
             raise EngineError(str(error)) from None
         self.gamma = checkpoints.gamma
-        for warning in (*checkpoints.warnings, *list_device_warnings(config, device)):
+        for warning in (*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)):
             self._announce(f"warning: {warning}")
         self.base_url = f"http://{_format_host(_reachable(config.host))}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -153,10 +153,48 @@ def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
 def test_prefix_caching_with_a_drafter_is_not_taken_for_granted_on_a_gpu(target: Path, drafter: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
     config = EngineConfig(model=str(target), draft=str(drafter))
-    assert "vllm#47930" in list_device_warnings(config, gpu)[0]
-    assert list_device_warnings(config, CPU) == []
-    assert list_device_warnings(replace(config, prefix_caching=False), gpu) == []
-    assert list_device_warnings(replace(config, draft=None), gpu) == []
+    checkpoints = inspect(config)
+    assert "vllm#47930" in list_device_warnings(config, checkpoints, gpu)[0]
+    assert list_device_warnings(replace(config, prefix_caching=False), checkpoints, gpu) == []
+    assert list_device_warnings(replace(config, draft=None), checkpoints, gpu) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        (None, 2040),
+        (2048, 2040),
+        (2041, 2040),
+        (2040, 2040),
+        (512, 513),
+        (505, 513),
+        (504, 504),
+        (400, 400),
+        (1920, 1921),
+    ],
+)
+def test_cpu_engine_leaves_room_for_a_draft_behind_the_longest_sequence(
+    target: Path, drafter: Path, asked: int | None, chosen: int
+) -> None:
+    """Blocks of 128, γ 7, a model of 2048: 8 places must be left in the last block, and positions for them."""
+    config = EngineConfig(model=str(target), draft=str(drafter), max_model_len=asked)
+    command = build(config)
+    given = int(flag(command, "--max-model-len"))
+    assert given == chosen
+    assert -given % 128 >= 8
+    assert given + 8 <= 2048
+    assert flag(command, "--worker-cls") == "laguna_serve.plugins.worker.CPUWorker"
+    warned = list_device_warnings(config, inspect(config), CPU)
+    assert bool(warned) == (chosen < (asked or 2048))
+
+
+def test_length_is_left_alone_without_a_drafter_and_on_a_gpu(target: Path, drafter: Path) -> None:
+    gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
+    assert "--max-model-len" not in build(EngineConfig(model=str(target)))
+    assert "--worker-cls" not in build(EngineConfig(model=str(target)))
+    command = build(EngineConfig(model=str(target), draft=str(drafter), max_model_len=512), gpu)
+    assert flag(command, "--max-model-len") == "512"
+    assert "--worker-cls" not in command
 
 
 @pytest.mark.parametrize("flag", [("--tensor-parallel-size", "2"), ("--tensor-parallel-size=2",), ("-tp", "2")])

@@ -1,0 +1,33 @@
+"""vLLM's CPU worker, with a drafter that goes on drafting beside a request at the length limit.
+
+vLLM's V1 model runner skips the drafter for a whole step when one sequence of the batch leaves no room for γ + 1 more
+tokens below the maximum length.  A DFlash drafter then never gets the keys and values of what that step computed, for
+any request: beside a request that ends at the limit, the others' prompts are missing from their context for good, and
+with prefix caching from that of later requests, too.  (On the toy pair τ falls from 3.69 to 1.58, and to 2.24
+afterwards.)  The V2 runner, which a CPU cannot run, drafts on and clamps.
+
+Here the room is counted up to the end of the last block, which exists anyway; the launcher chooses a length that leaves
+enough of it (serving/command.py), and with less nothing is changed.
+
+Checked against vLLM 0.32.0.  It can go when
+`tests/plugins/test_worker.py::test_stock_worker_loses_the_context_of_other_requests` fails.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.worker import cpu_worker
+
+
+class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
+    """Given to vLLM with --worker-cls; does nothing of its own without a drafter."""
+
+    def init_device(self) -> None:
+        """Make the model runner, and count the places behind the maximum length as room for drafts."""
+        super().init_device()
+        speculation = self.vllm_config.speculative_config
+        if speculation is None:
+            return
+        block, length = self.vllm_config.cache_config.block_size, self.model_runner.max_model_len
+        room = -length % block
+        if room >= speculation.num_speculative_tokens + 1:
+            self.model_runner.effective_drafter_max_model_len += room
