@@ -188,8 +188,8 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
 
 
 def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | None:
-    """The longest sequence.  With a drafter on a CPU its last block of the KV cache has room for a draft behind it (γ + 1
-    tokens): one token more than was asked for, or as many fewer as it takes where the model ends there.
+    """The longest sequence.  With a drafter on a CPU its last block of the KV cache has room for a draft behind it
+    (γ + 1 tokens): one token more than was asked for, or as many fewer as it takes where the model ends there.
     """
     target, gamma = checkpoints.target, checkpoints.gamma
     if device.kind != "cpu" or target is None or gamma is None:
