@@ -41,8 +41,8 @@ from laguna_serve.serving.serve import parse_gamma
 SCHEMA = "laguna_serve.prefix_cache/1"
 # Acceptance "falls" when even the upper end of the interval of the ratio is below this.
 FALLS_BELOW = 0.95
-# Chunks of a stream and vLLM's counters must tell about the same acceptance, or intervals from chunks mean nothing.  The
-# last chunk is cut off at max_tokens, where the counters still see what was accepted: some per cent at 10 steps.
+# Chunks of a stream and vLLM's counters must tell about the same acceptance, or intervals from chunks mean nothing.
+# The last chunk is cut off at max_tokens, where the counters still see what was accepted: some per cent at 10 steps.
 AGREEMENT = 0.1
 EXAMPLES = """
 examples:

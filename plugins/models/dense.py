@@ -22,7 +22,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf, filter_duplicate_safetensors_files
 from vllm.model_executor.models import laguna
 from vllm.platforms import current_platform
 
@@ -38,6 +38,7 @@ from laguna_serve.plugins.padding import (
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
+INDEX = "model.safetensors.index.json"
 # vLLM's load formats that read safetensors files from a folder.
 FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 SLOTS = {"gate_proj.weight": 0, "up_proj.weight": 1}
@@ -167,7 +168,9 @@ def _find_files(vllm_config: VllmConfig) -> list[Path]:
                 ignore_patterns=load.ignore_patterns,
             )
         )
-    return sorted(folder.glob("*.safetensors"))
+    files = sorted(str(path) for path in folder.glob("*.safetensors"))
+    # Some folders hold the same tensors twice; the index says which files vLLM will load.
+    return [Path(file) for file in filter_duplicate_safetensors_files(files, str(folder), INDEX)]
 
 
 def _log_widths(layers: list[Units], widths: list[int], hidden_size: int) -> None:

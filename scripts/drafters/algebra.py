@@ -76,6 +76,8 @@ def to_speculators(
     gate = _fold_gates(done, tensors, layers)
     if len(set(heads)) > 1:
         done.lost["heads per layer"] = f"{heads}: Qwen3's layers have equally many"
+    if not config.get("rope_parameters"):
+        done.lost["rotary embedding"] = "config.json has no rope_parameters, and the formats' defaults are not the same"
     if config.get("num_experts") and "sparse" in config.get("mlp_layer_types", []):
         done.lost["experts"] = "Qwen3's layers are dense"
     constant = _is_constant(tensors["hidden_norm.weight"])
@@ -209,7 +211,7 @@ def _check_vocabulary(done: Conversion, config: Mapping[str, Any], tensors: Tens
 def _speculators_config(config: Mapping[str, Any], verifier: str, drafted: int) -> dict[str, Any]:
     layers = {key: config[key] for key in SHARED_KEYS if config.get(key) is not None}
     kind = config["layer_types"][0]
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {}
     layers |= {
         "model_type": "qwen3",
         "hidden_act": "silu",

@@ -81,7 +81,8 @@ class DrafterShape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DrafterShape:
-        rope = config["rope_parameters"]["full_attention"]
+        rope = config["rope_parameters"]
+        rope = rope.get("full_attention", rope)
         names = [
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
             *("head_dim", "intermediate_size", "block_size", "rms_norm_eps"),

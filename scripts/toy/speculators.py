@@ -22,6 +22,7 @@ from torch import nn
 from laguna_serve.scripts.toy.dflash import IGNORED, Drafter, DrafterShape, Layer, Norm, linear
 
 PROPOSAL = "greedy"
+DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none
 SPLIT = ("q_proj", "k_proj", "v_proj")
 
 
@@ -141,7 +142,7 @@ class SpeculatorsDrafter(Drafter):
         """Read a checkpoint in this format, as fp32."""
         config = json.loads((folder / "config.json").read_text())
         layers = config["transformer_layer_config"]
-        rope = layers["rope_parameters"]
+        rope = layers.get("rope_parameters") or {"rope_theta": layers.get("rope_theta", DEFAULT_ROPE_THETA)}
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         shape = DrafterShape(
             **{name: layers[name] for name in (*names, "head_dim", "intermediate_size", "rms_norm_eps")},
