@@ -131,12 +131,15 @@ def train_student(
 def divergence(
     teacher: LagunaForCausalLM, student: LagunaForCausalLM, ids: torch.Tensor, spoken: torch.Tensor
 ) -> torch.Tensor:
-    """Mean forward KL(teacher ‖ student), nats, where the next token is marked in `spoken`; both [rows, length]."""
+    """Mean forward KL(teacher ‖ student), nats, where the next token is marked in `spoken`; both [rows, length].
+
+    A batch in which the assistant says nothing (rows shorter than the questions) has 0.
+    """
     predicted = spoken[:, 1:]
     with torch.no_grad():
         wanted = teacher(input_ids=ids).logits[:, :-1][predicted].float().log_softmax(-1)
     got = student(input_ids=ids).logits[:, :-1][predicted].float().log_softmax(-1)
-    return F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+    return F.kl_div(got, wanted, reduction="sum", log_target=True) / max(1, len(got))
 
 
 @torch.no_grad()
@@ -145,12 +148,13 @@ def measure(
 ) -> dict[str, float]:
     """Held-out figures: both models' next-token loss on rows of text, and on chats the KL and how often both models'
     likeliest tokens are the same."""
-    sums = {"kl": 0.0, "same_top_token": 0.0}
+    kl, same, count = 0.0, 0, 0
     for number in range(USAGE_BATCHES):
         ids, spoken = (t.to(teacher.device) for t in chats.batch(f"held-out/{number}", recipe.rows, recipe.length))
-        sums["kl"] += float(divergence(teacher, student, ids, spoken))
         best = [model(input_ids=ids).logits[:, :-1][spoken[:, 1:]].argmax(-1) for model in (teacher, student)]
-        sums["same_top_token"] += float((best[0] == best[1]).float().mean())
+        kl += float(divergence(teacher, student, ids, spoken)) * len(best[0])
+        same += int((best[0] == best[1]).sum())
+        count += len(best[0])
     placed = [row.to(teacher.device) for row in rows]
     losses = {"loss_teacher": mean_loss(teacher, placed), "loss_student": mean_loss(student, placed)}
-    return losses | {name: total / USAGE_BATCHES for name, total in sums.items()}
+    return losses | {"kl": kl / max(1, count), "same_top_token": same / max(1, count)}

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 RESULT = ROOT / "bench" / "results" / "toy-distillation"
 COMMAND = [sys.executable, str(ROOT / "scripts" / "distill_dense.py"), str(TOY / "teacher")]
-SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "400"]
+SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "220"]
 SHORT += ["--stage2-steps", "6", "--measure-tokens", "2048"]
 
 
@@ -95,6 +95,15 @@ def test_divergence_counts_the_assistants_tokens_alone(teacher: Any, tokenizer: 
         p, q = (model(input_ids=ids).logits[0, 4:7].double().log_softmax(-1) for model in (teacher, other))
     assert float(got) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert float(nothing) == pytest.approx(0, abs=1e-6)
+
+
+def test_batch_without_a_word_of_the_assistants_costs_nothing(teacher: Any) -> None:
+    other = LagunaForCausalLM(teacher.config)
+    ids = torch.randint(8, 512, (1, 12))
+    loss = stages.divergence(teacher, other, ids, torch.zeros(1, 12, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
 
 def spoken_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -197,7 +206,7 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     assert "the same command continues" in err
     resumed = run(*cut)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert "stage 1: resuming at step 200 of 400" in resumed.stderr
+    assert "stage 1: resuming at step 200 of 220" in resumed.stderr
     whole = run(*SHORT, "--work", str(tmp_path / "whole.work"), "--out", str(tmp_path / "whole"))
     assert whole.returncode == 0
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
