@@ -107,17 +107,18 @@ def _run_arms(plan: Plan, specs: dict[str, ArmSpec], out: Path, run: Run, progre
             progress.say("not enough free memory for both engines at once: measuring one arm after the other")
         if run.interleaved:
             candidate = stack.enter_context(open_arm(specs[CANDIDATE], out, progress.say))
-            asyncio.run(_measure(plan, [baseline, candidate], run, progress))
+            asyncio.run(measure(plan, [baseline, candidate], run, progress))
             return
-        asyncio.run(_measure(plan, [baseline], run, progress))
+        asyncio.run(measure(plan, [baseline], run, progress))
     with open_arm(specs[CANDIDATE], out, progress.say) as candidate:
-        asyncio.run(_measure(plan, [candidate], run, progress))
+        asyncio.run(measure(plan, [candidate], run, progress))
     if run.mismatched:
         with open_arm(specs[BASELINE], out, progress.say) as baseline:
             asyncio.run(_measure_probes(plan, baseline, run, progress))
 
 
-async def _measure(plan: Plan, arms: Sequence[Arm], run: Run, progress: Progress) -> None:
+async def measure(plan: Plan, arms: Sequence[Arm], run: Run, progress: Progress) -> None:
+    """Warm up, run every round on the arms that are up, and examine what differs; all of it is filed in `run`."""
     async with open_session() as session:
         drivers = {arm.name: await _connect(session, arm, plan, run.arms[arm.name]) for arm in arms}
         progress.say(f"warming up with {sum(map(len, plan.warmup))} prompts")

@@ -85,10 +85,37 @@ def bootstrap_speedup(
     for start in range(0, resamples, BLOCK):
         rows = min(BLOCK, resamples - start)
         sums = table[rng.integers(0, len(table), size=(rows, len(table)))].sum(axis=1)
-        ratios[start : start + rows] = (sums[:, 2] / sums[:, 3]) / (sums[:, 0] / sums[:, 1])
+        ratios[start : start + rows] = _pool(sums)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(ratios, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def bootstrap_ratio(
+    numerator: Sequence[RoundPair], denominator: Sequence[RoundPair], seed: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `pool_speedup(numerator) / pool_speedup(denominator)`.
+
+    Both lists are over the same rounds in the same order, and each draw takes the same rounds of both: what makes a
+    prompt easy to draft for makes it so in both.
+    """
+    tables = _as_table(numerator), _as_table(denominator)
+    rng = np.random.default_rng(seed)
+    count = len(tables[0])
+    ratios = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, BLOCK):
+        rows = min(BLOCK, RESAMPLES - start)
+        drawn = rng.integers(0, count, size=(rows, count))
+        speedups = [_pool(table[drawn].sum(axis=1)) for table in tables]
+        ratios[start : start + rows] = speedups[0] / speedups[1]
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _pool(sums: Floats) -> Floats:
+    """Speed-ups of rows of summed (baseline tokens, baseline s, candidate tokens, candidate s)."""
+    return (sums[:, 2] / sums[:, 3]) / (sums[:, 0] / sums[:, 1])
 
 
 def bound_mismatch_rate(mismatches: int, prompts: int, confidence: float = 0.95) -> float:

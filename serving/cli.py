@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from laguna_serve.serving import doctor, serve, tools
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineError
 
 EPILOG = """examples:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except (EngineError, doctor.DoctorError) as error:
+    except (CheckpointError, EngineError, doctor.DoctorError) as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

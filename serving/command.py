@@ -49,6 +49,7 @@ class EngineConfig:
         group_indices: file of the mask's groups; together with ``keep_mask``.
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
+        gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
         host: address to listen on.
         port: None picks a free one at start.
         served_model_name: name in requests; None takes the folder's name or the hub id.
@@ -67,6 +68,7 @@ class EngineConfig:
     group_indices: str | None = None
     draft: str | None = None
     gamma: int | None = None
+    gamma_schedule: tuple[tuple[int, int, int], ...] | None = None
     host: str = "127.0.0.1"
     port: int | None = None
     served_model_name: str | None = None
@@ -177,7 +179,10 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]
     if config.draft is not None and checkpoints.gamma is not None:
-        command += ["--speculative-config", json.dumps(describe(config.draft, checkpoints.gamma))]
+        command += [
+            "--speculative-config",
+            json.dumps(describe(config.draft, checkpoints.gamma, config.gamma_schedule)),
+        ]
     command += plan_memory(
         device,
         weight_bytes=wanted_weight_bytes(config, checkpoints),

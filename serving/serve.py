@@ -12,12 +12,15 @@ from pathlib import Path
 from types import FrameType
 
 from laguna_serve.serving.acceptance import ENOUGH_DRAFTS, Acceptance, format_acceptance, read_acceptance
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+from laguna_serve.serving.gamma_store import find_advice
 
 SCHEMA = "laguna_serve.serve/1"
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
 ACCEPTANCE_S = 5.0
+AUTO = "auto"
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
@@ -41,8 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--group-indices", metavar="G.npy", help="the mask's groups of atoms")
     draft = "DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id"
     parser.add_argument("--draft", metavar="D", help=draft)
-    gamma = "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1)"
-    parser.add_argument("--gamma", type=parse_gamma, metavar="N|max", help=gamma)
+    gamma = (
+        "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto: what"
+    )
+    gamma += " bench/gamma_sweep.py found for this model, drafter, device and vLLM"
+    parser.add_argument("--gamma", type=parse_gamma_or_auto, metavar="N|max|auto", help=gamma)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
@@ -88,13 +94,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration from the command line."""
+    """The engine's configuration from the command line.  Raises CheckpointError when --gamma auto finds nothing."""
+    draft, gamma, schedule = args.draft, args.gamma, None
+    if gamma == AUTO:
+        if draft is None:
+            raise CheckpointError("--gamma auto: expected --draft beside it, got none; name the drafter")
+        advice = find_advice(args.model, draft)
+        draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, None, None)
+        what = f"γ {gamma}" if draft is not None else "plain decoding is fastest here: the drafter is left out"
+        print(f"--gamma auto: {what}, by the sweep of {advice.date}: {list(advice.schedule)}", file=sys.stderr)
     return EngineConfig(
         model=args.model,
         keep_mask=args.keep_mask,
         group_indices=args.group_indices,
-        draft=args.draft,
-        gamma=args.gamma,
+        draft=draft,
+        gamma=gamma,
+        gamma_schedule=schedule,
         host=args.host,
         port=args.port or None,
         served_model_name=args.served_model_name,
@@ -152,6 +167,11 @@ def parse_gamma(text: str) -> int | None:
     if gamma < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1 or max, got {gamma}; leave --draft out to serve without")
     return gamma
+
+
+def parse_gamma_or_auto(text: str) -> int | str | None:
+    """A number of tokens, "max" (None), or "auto"."""
+    return AUTO if text == AUTO else parse_gamma(text)
 
 
 def default_log_path(port: int) -> Path:

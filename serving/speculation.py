@@ -10,8 +10,9 @@ For an engine that you start yourself, with plain vLLM:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder, read_target
 from laguna_serve.serving.drafter import SLIDING, SPECULATORS, Drafter, read_drafter
@@ -19,9 +20,7 @@ from laguna_serve.serving.drafter import SLIDING, SPECULATORS, Drafter, read_dra
 HALF_RANGE = ("float16", "half")
 
 
-def speculative_config(
-    draft: str, target: str | None = None, gamma: int | Literal["max"] = "max"
-) -> dict[str, str | int]:
+def speculative_config(draft: str, target: str | None = None, gamma: int | Literal["max"] = "max") -> dict[str, Any]:
     """vLLM's ``speculative_config`` for a DFlash drafter in either format.
 
     Args:
@@ -39,9 +38,12 @@ def speculative_config(
     return describe(draft, resolve_gamma(None if gamma == "max" else gamma, drafter))
 
 
-def describe(draft: str, gamma: int) -> dict[str, str | int]:
-    """vLLM's spelling of a drafter and γ that were checked."""
-    return {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
+def describe(draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None) -> dict[str, Any]:
+    """vLLM's spelling of a drafter and γ that were checked, and of γ by batch size where that differs."""
+    config: dict[str, Any] = {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
+    if schedule is not None and any(entry[2] != gamma for entry in schedule):
+        config["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
+    return config
 
 
 def open_drafter(folder: Path, name: str) -> Drafter:

@@ -1,0 +1,302 @@
+"""How many tokens should a drafter propose here? Every γ at every concurrency, measured against plain decoding.
+
+The baseline engine stays up for the whole sweep, a candidate engine is started per γ. What was measured is kept in
+DIR/points: the same command continues after an interruption, and a γ that fails does not lose the others. DIR gets
+sweep.json, sweep.md and sweep.png, and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout
+line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.client import EndpointError
+from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.gamma_model import Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma_report import render_markdown, render_text
+from laguna_serve.bench.plan import BASELINE, CANDIDATE, make_plan
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.bench.result import assemble, list_pairs
+from laguna_serve.bench.run import ArmRun, MeasurementStoppedError, Run, measure
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.gamma_store import Advice, store_advice
+from laguna_serve.serving.speculation import open_drafter
+
+SCHEMA = "laguna_serve.gamma_sweep/1"
+MIN_WARMUP = 4
+EXAMPLES = """
+examples:
+  python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash \\
+      --prompts tests/toy/prompts.jsonl --concurrency 1,4 --out out/sweep
+  python bench/gamma_sweep.py --model MODEL --draft DRAFTER --gammas 3,5,7 --quick --prompts FILE --out DIR
+
+then: laguna serve MODEL --draft DRAFTER --gamma auto
+
+exit status:
+  0    held: every γ was measured and no divergence is a defect
+  1    fell short: a γ failed, or a divergence is a defect
+  2    could not run: bad input, or the baseline did not start
+  130  interrupted: the same command continues
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv)
+    stop_on_signals()
+    progress = Progress()
+    try:
+        gammas = choose_gammas(args)
+        prompts = load_prompts(Path(args.prompts))
+        environment = describe_environment(current_argv())
+        points = open_points(args, environment)
+        failed = sweep(args, gammas, prompts, points, progress)
+    except KeyboardInterrupt:
+        print("gamma_sweep.py: interrupted; the same command continues with what is missing", file=sys.stderr)
+        return INTERRUPTED
+    except (PromptsError, CheckpointError, EngineError, EndpointError, MeasurementStoppedError, OSError) as error:
+        print(f"gamma_sweep.py: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    entries = [entry for entry in read_points(points) if entry["gamma"] in gammas]
+    if not entries:
+        print("gamma_sweep.py: no γ could be measured; see the logs beside the points", file=sys.stderr)
+        return COULD_NOT_RUN
+    result = conclude(args, environment, entries, failed)
+    publish(result, Path(args.out))
+    defects = sum(entry["parity"]["classes"]["defect"] for entry in entries)
+    return FELL_SHORT if failed or defects else HELD
+
+
+def choose_gammas(args: argparse.Namespace) -> list[int]:
+    """The γ to measure: those given, else 1 to the drafter's block − 1.
+
+    Raises:
+        CheckpointError: the drafter cannot be read, or was not trained for one of them.
+    """
+    folder = find_folder(args.draft)
+    if folder is None:
+        if args.gammas is None:
+            expected = "--gammas for a drafter that is not on this machine"
+            raise CheckpointError(f"{args.draft}: expected {expected}, got none; pass them")
+        return list(args.gammas)
+    most = open_drafter(folder, args.draft).max_gamma
+    gammas = list(args.gammas or range(1, most + 1))
+    if max(gammas) > most:
+        raise CheckpointError(
+            f"--gammas: expected at most {most}, the drafter's block − 1, got {max(gammas)}; lower it"
+        )
+    return gammas
+
+
+def open_points(args: argparse.Namespace, environment: dict[str, Any]) -> Path:
+    """The folder of finished measurements. Raises CheckpointError when it holds those of another sweep."""
+    folder = Path(args.out) / "points"
+    decisive = ("model", "draft", "prompts", "num_prompts", "max_tokens", "dtype", "eager", "seed")
+    wanted = {name: getattr(args, name) for name in decisive}
+    wanted |= {"versions": environment["versions"], "device": environment["device"]["name"]}
+    text = json.dumps(wanted, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    noted = folder / "sweep.sha256"
+    if noted.exists() and noted.read_text() != digest:
+        expected = "the points of this sweep"
+        raise CheckpointError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    noted.write_text(digest)
+    return folder
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """Every finished measurement, by γ and concurrency."""
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    return sorted(entries, key=lambda entry: (entry["gamma"], entry["concurrency"]))
+
+
+def sweep(
+    args: argparse.Namespace, gammas: list[int], prompts: list[Prompt], points: Path, progress: Progress
+) -> dict[int, str]:
+    """Measure what is missing. Returns γ → what went wrong, for those that failed."""
+    done = {(entry["gamma"], entry["concurrency"]) for entry in read_points(points)}
+    missing = {gamma: [c for c in args.concurrency if (gamma, c) not in done] for gamma in gammas}
+    missing = {gamma: concurrencies for gamma, concurrencies in missing.items() if concurrencies}
+    if done:
+        progress.say(f"continuing: {len(done)} points are there")
+    failed: dict[int, str] = {}
+    if not missing:
+        return failed
+    with ExitStack() as stack:
+        baseline = stack.enter_context(open_arm(make_spec(args, None), points, progress.say))
+        if not has_room_beside(baseline):
+            raise EngineError("memory: expected room for two engines, got too little; pass a smaller --kv-cache-gib")
+        for gamma, concurrencies in missing.items():
+            try:
+                with open_arm(make_spec(args, gamma), points, progress.say) as candidate:
+                    for concurrency in concurrencies:
+                        progress.say(f"γ {gamma}, concurrency {concurrency}")
+                        entry = measure_point(args, gamma, concurrency, prompts, (baseline, candidate), progress)
+                        write_json(points / f"gamma{gamma}-c{concurrency}.json", entry)
+            except (EngineError, EndpointError, MeasurementStoppedError) as error:
+                baseline.check()
+                failed[gamma] = str(error)
+                progress.say(f"γ {gamma} failed and is left out: {error}")
+    return failed
+
+
+def measure_point(
+    args: argparse.Namespace,
+    gamma: int,
+    concurrency: int,
+    prompts: list[Prompt],
+    arms: tuple[Arm, Arm],
+    progress: Progress,
+) -> dict[str, Any]:
+    """One A/B with both engines up; the figures of ab.py, the rounds, and the cost of a step."""
+    timed, warmup = split_prompts(prompts, args.num_prompts, max(MIN_WARMUP, concurrency))
+    plan = make_plan(
+        timed, warmup, max_tokens=args.max_tokens, concurrency=concurrency, control=concurrency, seed=args.seed
+    )
+    run = Run({arm.name: ArmRun(arm.spec.label) for arm in arms})
+    asyncio.run(measure(plan, arms, run, progress))
+    result = assemble(run, plan, {}, dtype=args.dtype, drafting=True, prompts_file=args.prompts)
+    if result["refused"]:
+        reasons = "; ".join(sorted({refusal["reason"] for refusal in result["refused"]}))
+        raise MeasurementStoppedError(f"γ {gamma}, concurrency {concurrency}: {reasons}")
+    pairs = [(p.baseline_tokens, p.baseline_s, p.candidate_tokens, p.candidate_s) for p in list_pairs(run).values()]
+    baseline, candidate = result["arms"][BASELINE], result["arms"][CANDIDATE]
+    return {
+        "gamma": gamma,
+        "concurrency": concurrency,
+        "speedup": result["speedup"]["point"],
+        "ci95": result["speedup"]["ci95"],
+        "tau": result["acceptance"]["length"],
+        "per_position": result["acceptance"]["per_position"],
+        "step_cost": candidate["chunk_gap_ms"]["mean"] / baseline["chunk_gap_ms"]["mean"],
+        "tok_per_s": {BASELINE: baseline["tok_per_s"], CANDIDATE: candidate["tok_per_s"]},
+        "parity": {key: value for key, value in result["parity"].items() if key != "divergences"},
+        "divergences": result["parity"]["divergences"],
+        "pairs": pairs,
+    }
+
+
+def make_spec(args: argparse.Namespace, gamma: int | None) -> ArmSpec:
+    """The baseline (None), or the candidate of a γ."""
+    config = EngineConfig(
+        model=args.model,
+        draft=None if gamma is None else args.draft,
+        gamma=gamma,
+        dtype=args.dtype,
+        enforce_eager=args.eager,
+        prefix_caching=False,
+        kv_cache_gib=args.kv_cache_gib,
+        seed=args.seed,
+    )
+    if gamma is None:
+        return ArmSpec(BASELINE, f"{args.model}; no drafter", config=config)
+    return ArmSpec(CANDIDATE, f"{args.model}; drafter {args.draft}, γ {gamma}", config=config)
+
+
+def conclude(
+    args: argparse.Namespace, environment: dict[str, Any], entries: list[dict[str, Any]], failed: dict[int, str]
+) -> dict[str, Any]:
+    """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`."""
+    by_concurrency: dict[int, list[Point]] = {}
+    for entry in entries:
+        by_concurrency.setdefault(entry["concurrency"], []).append(Point.from_json(entry))
+    choices = [choose_gamma(points, args.seed) for points in by_concurrency.values()]
+    models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
+    for entry in entries:
+        entry["predicted"] = models[entry["concurrency"]].speedup(entry["gamma"])
+    schedule = make_schedule(choices)
+    advice = Advice(args.model, args.draft, tuple(schedule), environment["date"])
+    stored = store_advice(advice)
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "model": args.model,
+        "draft": args.draft,
+        "workload": {"prompts": args.prompts, "num_prompts": args.num_prompts, "max_tokens": args.max_tokens},
+        "choices": [
+            {"concurrency": choice.concurrency, "gamma": choice.gamma, "reason": choice.reason} for choice in choices
+        ],
+        "schedule": {"num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule]},
+        "stored": stored.name,
+        "cost": {
+            str(concurrency): {"fixed": model.fixed, "per_token": model.per_token}
+            for concurrency, model in models.items()
+        },
+        "failed": {str(gamma): reason for gamma, reason in failed.items()},
+        "points": [{key: value for key, value in entry.items() if key != "pairs"} for entry in entries],
+    }
+
+
+def publish(result: dict[str, Any], out: Path) -> None:
+    """Write the files, then print the table and, last, the one-line object."""
+    write_json(out / "sweep.json", result)
+    write_text(out / "sweep.md", render_markdown(result))
+    try:
+        from laguna_serve.bench.gamma_plot import draw  # matplotlib takes a second to import
+    except ImportError as error:
+        print(f"gamma_sweep.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
+    else:
+        draw(result, out / "sweep.png")
+    print(render_text(result))
+    print(json.dumps({**result, "points": len(result["points"])}, ensure_ascii=False, allow_nan=False))
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Positive integers separated by commas, each once, rising."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected positive numbers like 1,3,7, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and complete the command line; argparse exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gamma_sweep.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
+    parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
+    gammas = "γ to measure, such as 1,3,7 (default: 1 to the drafter's block − 1)"
+    parser.add_argument("--gammas", metavar="N,…", type=parse_numbers, help=gammas)
+    parser.add_argument("--concurrency", metavar="N,…", type=parse_numbers, default=[1], help="default: 1")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
+    parser.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: 32)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per prompt (default: 96)")
+    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
+    parser.add_argument("--eager", action="store_true", help="no compilation: starts fast, runs slowly")
+    parser.add_argument("--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="16 prompts × 48 tokens, unless given")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    args = parser.parse_args(argv)
+    for name, value in {"num_prompts": 16 if args.quick else 32, "max_tokens": 48 if args.quick else 96}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.num_prompts < 8 * max(args.concurrency):
+        need = 8 * max(args.concurrency)
+        parser.error(
+            f"--num-prompts: expected at least {need}, 8 rounds of {max(args.concurrency)}, got {args.num_prompts}"
+        )
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""What a γ sweep found for a model, a drafter, a device and a vLLM: kept in the user's cache for `--gamma auto`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.device import find_device, find_vllm
+
+SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """``schedule``: vLLM's inclusive (first, last, K) ranges of batch sizes, K = 0 for plain decoding."""
+
+    model: str
+    draft: str
+    schedule: tuple[tuple[int, int, int], ...]
+    date: str
+
+    @property
+    def gamma(self) -> int:
+        """The largest K, 0 when speculation pays nowhere."""
+        return max(entry[2] for entry in self.schedule)
+
+
+def store_advice(advice: Advice) -> Path:
+    """Write it where `find_advice` looks; a later sweep of the same overwrites it."""
+    path = _place(advice.model, advice.draft)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(advice)) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def find_advice(model: str, draft: str) -> Advice:
+    """What was stored for this pair on this device with this vLLM.
+
+    Raises:
+        CheckpointError: nothing, or a file that cannot be read; the message says how to get one.
+    """
+    path = _place(model, draft)
+    remedy = SWEEP.format(model=model, draft=draft)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ranges = tuple((int(first), int(last), int(count)) for first, last, count in found["schedule"])
+        return Advice(found["model"], found["draft"], ranges, found["date"])
+    except FileNotFoundError:
+        expected = "a sweep of this model, drafter, device and vLLM"
+        raise CheckpointError(f"--gamma auto: expected {expected}, got none; run `{remedy}`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a sweep's schedule, got {error!r}; run `{remedy}` again") from None
+
+
+def _place(model: str, draft: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    install = find_vllm()
+    device = find_device(install)
+    parts = [_name(model), _name(draft), "none" if device is None else device.name]
+    parts.append("none" if install is None else install.version)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return cache / "laguna-serve" / "gamma" / f"{digest}.json"
+
+
+def _name(checkpoint: str) -> str:
+    """A folder by where it really lies, a hub id as it is."""
+    path = Path(checkpoint).expanduser()
+    return str(path.resolve()) if path.is_dir() else checkpoint
