@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,31 @@ def test_drafter_of_another_model_serves_and_its_acceptance_is_shown(tmp_path: P
     assert result["acceptance"]["drafts"] >= 200
     assert result["acceptance"]["length"] > 1.5
     assert "LagunaDenseForCausalLM" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def count_drafts(base_url: str) -> tuple[float, float]:
+    """Steps with a draft, and tokens drafted."""
+    with urllib.request.urlopen(f"{base_url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    found = dict(re.findall(r"^vllm:spec_decode_num_(drafts|draft_tokens)_total\{.*\} (\S+)$", text, re.MULTILINE))
+    return float(found["drafts"]), float(found["draft_tokens"])
+
+
+def test_schedule_by_batch_size_is_followed(tmp_path: Path) -> None:
+    """γ 7 for a request alone, none for four together; the tokens are the same."""
+    schedule = ((1, 1, 7), (2, 8, 0))
+    config = EngineConfig(str(TOY / "teacher"), draft=str(TOY / "dflash"), gamma=7, gamma_schedule=schedule)
+    prompts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()[:4]]
+    with Engine(replace(config, enforce_eager=True), log_path=tmp_path / "log") as engine:
+        assert complete(engine.base_url, engine.model_name, prompts[0], 48) == 48
+        alone = count_drafts(engine.base_url)
+        with ThreadPoolExecutor(4) as pool:
+            sent = [pool.submit(complete, engine.base_url, engine.model_name, prompt, 48) for prompt in prompts]
+            assert all(request.result() == 48 for request in sent)
+        together = count_drafts(engine.base_url)
+    assert alone[0] >= 6
+    assert alone[1] == 7 * alone[0]
+    assert together[0] - alone[0] <= 4, "but for the first one in and the last one out"
 
 
 def test_failure_of_vllm_is_quoted(tmp_path: Path) -> None:
