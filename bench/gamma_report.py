@@ -24,8 +24,8 @@ def render_markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['model']}, drafter {result['draft']}; {work['num_prompts']} prompts × {work['max_tokens']} tokens of"
         f" {work['prompts']}, greedy. Each point is an A/B against plain decoding, both engines up and taking turns;"
-        " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the time"
-        " that prompts take.",
+        " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
+        " time that prompts take.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
