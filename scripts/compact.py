@@ -37,7 +37,7 @@ from laguna_serve.scripts.pruning.shards import Advance, Job, Shard, build_tenso
 from laguna_serve.scripts.pruning.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.pruning.zeroed import copy_zeroed
 from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config
+from laguna_serve.serving.checkpoint import read_config, require_folder
 
 SCHEMA = "laguna_serve.compact/1"
 ARCHITECTURE = "LagunaSentinelForCausalLM"
@@ -187,9 +187,7 @@ def run_verify(job: Job, shards: list[Shard], out: Path) -> tuple[dict[str, Any]
 
 def run(args: argparse.Namespace) -> int:
     """The whole command; the last line of stdout is the result as JSON."""
-    folder = find_folder(args.base)
-    if folder is None:
-        raise CheckpointError(f"{args.base}: expected a folder or a cached hub id, got neither; download it first")
+    folder = require_folder(args.base)
     config = read_config(folder)
     check_config(config, args.base)
     shape = read_shape(config, args.base)

@@ -22,7 +22,7 @@ from laguna_serve.scripts.dense.stages import Recipe
 from laguna_serve.scripts.dense.text import TextError
 from laguna_serve.scripts.pruning.environment import describe_environment
 from laguna_serve.scripts.pruning.text import TOY
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "laguna_serve.distillation/1"
@@ -193,9 +193,7 @@ def open_work(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Path:
 
 def main() -> int:
     args = parse()
-    folder = find_folder(args.teacher)
-    if folder is None:
-        raise CheckpointError(f"{args.teacher}: expected a folder or a cached hub id, got neither; download it first")
+    folder = require_folder(args.teacher)
     recipe = replace(
         DEFAULT,
         seed=args.seed,

@@ -19,7 +19,7 @@ from laguna_serve.scripts.files.headers import open_file, read_headers
 from laguna_serve.scripts.pruning.text import read_documents
 from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config, read_target
+from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.drafter import LAGUNA, SPECULATORS, Drafter
 from laguna_serve.serving.speculation import check_fit, open_drafter
 
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """The whole command; the last line of stdout is the result as JSON."""
-    folder, target_folder = _find(args.drafter), _find(args.target)
+    folder, target_folder = require_folder(args.drafter), require_folder(args.target)
     if args.out is not None and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise CheckpointError(f"{args.out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
@@ -104,13 +104,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'drafter':<28} {args.out}")
     print(json.dumps({**result, "status": "dry run" if args.dry_run else "written"}))
     return HELD
-
-
-def _find(name: str) -> Path:
-    folder = find_folder(name)
-    if folder is None:
-        raise CheckpointError(f"{name}: expected a folder or a cached hub id, got neither; download it first")
-    return folder
 
 
 def read_tensors(folder: Path) -> Tensors:

@@ -18,7 +18,7 @@ from typing import Any
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, read_pruning, read_shape
 from laguna_serve.scripts.pruning.environment import describe_environment
 from laguna_serve.scripts.score_experts import RATIOS, hash_file, load_model
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config
+from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
 
 SCHEMA = "laguna_serve.pruning_loss/1"
 THREADS = 2  # forward passes alone come out the same every time
@@ -145,9 +145,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    folder = find_folder(args.teacher)
-    if folder is None:
-        raise CheckpointError(f"{args.teacher}: expected a folder or a cached hub id, got neither; download it first")
+    folder = require_folder(args.teacher)
     if args.seeds < 2:
         raise PruningError(f"--seeds: expected at least 2, for a spread, got {args.seeds}; 5 are usual")
     measured = measure(args, folder)

@@ -34,7 +34,7 @@ from laguna_serve.plugins.pruning import (
     rank_groups,
     read_shape,
 )
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder, read_config
+from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
 
 SCHEMA = "laguna_serve.expert_scores/1"
 RATIOS = (0.10, 0.25, 0.40)
@@ -158,9 +158,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    folder = find_folder(args.teacher)
-    if folder is None:
-        raise CheckpointError(f"{args.teacher}: expected a folder or a cached hub id, got neither; download it first")
+    folder = require_folder(args.teacher)
     shape = read_shape(read_config(folder), args.teacher)
     block_size = choose_block_size(args.block_size, shape)
     if args.atomic_scores is not None:

@@ -22,7 +22,7 @@ from laguna_serve.scripts.dense.widths import (
 )
 from laguna_serve.scripts.files.folder import open_output
 from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint import require_folder
 
 UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify
@@ -57,9 +57,7 @@ def parse(tool: str, description: str, examples: str, argv: Sequence[str] | None
 
 def run(tool: str, args: argparse.Namespace) -> int:
     """The whole command; the last line of stdout is the result as JSON."""
-    folder = find_folder(args.source)
-    if folder is None:
-        raise CheckpointError(f"{args.source}: expected a folder or a cached hub id, got neither; download it first")
+    folder = require_folder(args.source)
     started = time.monotonic()
     source = read_padded(folder, args.source) if tool == "unpad" else read_unpadded(folder, args.source)
     read_s = round(time.monotonic() - started, 2)

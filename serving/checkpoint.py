@@ -63,6 +63,14 @@ def find_folder(name: str) -> Path | None:
     return find_cached_snapshot(name)
 
 
+def require_folder(name: str) -> Path:
+    """As `find_folder`, for what reads the files itself: a hub id that is not cached is a CheckpointError, too."""
+    folder = find_folder(name)
+    if folder is None:
+        raise CheckpointError(f"{name}: expected a folder or a cached hub id, got neither; download it first")
+    return folder
+
+
 def find_cached_snapshot(hub_id: str) -> Path | None:
     """The snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))

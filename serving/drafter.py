@@ -31,7 +31,6 @@ class Attention:
     gate: int
     bias: bool
     layer_types: tuple[str, ...]
-    sliding_window: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,6 @@ def _read_attention(fields: Fields, layers: int, *, gate: int, bias: bool) -> At
         gate=gate,
         bias=bias,
         layer_types=tuple(kinds),
-        sliding_window=window if SLIDING in kinds else None,
     )
 
 

@@ -20,10 +20,7 @@ from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.memory import process_memory
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not (TOY / "dflash").is_dir(), reason="tests/toy is not there; scripts/make_toy.py makes it"),
-]
+pytestmark = pytest.mark.vllm
 
 LAUNCHER = """
 import json, sys, time
