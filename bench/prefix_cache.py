@@ -212,10 +212,11 @@ def describe(outcome: Outcome) -> dict[str, Any]:
 def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: int) -> dict[str, Any]:
     """The ratio of acceptance lengths with its interval, and the verdict.
 
-    Pairs are prompts, of a group all copies together, as they share what is cached. The tokens after the first chunk
-    stand for a rate's numerator, the steps for its seconds.
+    Pairs are prompts, of a greedy group all copies together, as they say the same; sampled copies are draws of their
+    own. The tokens after the first chunk stand for a rate's numerator, the steps for its seconds.
     """
-    sides = zip(_by_prompt(against), _by_prompt(outcome), strict=True)
+    samples = (side.steps if side.scenario.sampled else _by_prompt(side) for side in (against, outcome))
+    sides = zip(*samples, strict=True)
     pairs = [RoundPair(b, float(b_steps), a, float(a_steps)) for (b, b_steps), (a, a_steps) in sides]
     low, high = bootstrap_speedup(pairs, seed)
     lengths = [summarise_acceptance(side.moved) for side in (outcome, against)]
@@ -241,7 +242,7 @@ def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: in
 
 
 def _by_prompt(outcome: Outcome) -> list[tuple[int, int]]:
-    """Tokens and steps of every prompt; the copies in a group count together, as they share what is cached."""
+    """Tokens and steps of every prompt; the copies in a group count together."""
     by_prompt: dict[str, list[int]] = {}
     for prompt, (tokens, steps) in zip(outcome.scenario.prompts, outcome.steps, strict=True):
         sums = by_prompt.setdefault(prompt.text, [0, 0])

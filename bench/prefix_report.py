@@ -32,8 +32,8 @@ def render_markdown(result: dict[str, Any]) -> str:
         "# Acceptance under prefix caching",
         "",
         f"{result['model']}, drafter {result['draft']}; {result['max_tokens']} tokens per request, eager unless the"
-        " command says otherwise. Ratios of acceptance lengths; intervals are bootstrapped over prompts (of a group all"
-        " copies together).",
+        " command says otherwise. Ratios of acceptance lengths; intervals are bootstrapped over prompts (of a"
+        " greedy group all copies together, sampled copies one by one).",
         "",
         "| comparison | ratio | 95% interval | prompts whose tokens differ | verdict |",
         "|---|---|---|---|---|",

@@ -40,9 +40,11 @@ def register():
 """
 
 
-def outcome(steps: list[tuple[int, ...]], *, sampled: bool = False, drafts: int | None = None, **moved: int) -> Outcome:
-    """Requests by the tokens of their chunks, sampled ones in pairs of copies; the counters agree unless told."""
-    prompts = tuple(Prompt(str(i), f"text {i // 2 if sampled else i}") for i in range(len(steps)))
+def outcome(
+    steps: list[tuple[int, ...]], *, copies: int = 1, sampled: bool = False, drafts: int | None = None, **moved: int
+) -> Outcome:
+    """Requests by the tokens of their chunks, every prompt so many times; the counters agree unless told."""
+    prompts = tuple(Prompt(str(i), f"text {i // copies}") for i in range(len(steps)))
     rounds = tuple((prompt,) for prompt in prompts)
     records = [
         Record(p.id, 0, 1, list(range(len(s))), list(s), [7] * sum(s)) for p, s in zip(prompts, steps, strict=True)
@@ -87,9 +89,13 @@ def test_chunks_that_contradict_the_counters_withhold_the_verdict() -> None:
     assert judge(outcome(GOOD, drafts=90), outcome(GOOD))["verdict"].startswith("withheld: chunks say 1.000")
 
 
-def test_groups_are_paired_as_a_whole() -> None:
-    found = judge(outcome(GOOD, sampled=True), outcome(GOOD, sampled=True))
-    assert found["pairs"] == len(GOOD) / 2
+def test_greedy_groups_are_paired_as_a_whole() -> None:
+    assert judge(outcome(GOOD, copies=2), outcome(GOOD, copies=2))["pairs"] == len(GOOD) / 2
+
+
+def test_sampled_copies_are_draws_of_their_own() -> None:
+    found = judge(outcome(GOOD, copies=2, sampled=True), outcome(GOOD, copies=2, sampled=True))
+    assert found["pairs"] == len(GOOD)
     assert found["differing"] is None
 
 
