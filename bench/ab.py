@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec
 from laguna_serve.bench.arms import ArmSpec
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
@@ -25,8 +25,7 @@ from laguna_serve.bench.record import current_argv, describe_environment, write_
 from laguna_serve.bench.report import render_markdown, render_text
 from laguna_serve.bench.result import assemble, shorten
 from laguna_serve.bench.run import MeasurementStoppedError, run_plan
-from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.serve import parse_gamma
+from laguna_serve.serving.engine import EngineError
 
 QUICK_PROMPTS = 16
 MIN_WARMUP = 4
@@ -117,59 +116,11 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
     return plan, (make_spec(args, BASELINE), make_spec(args, CANDIDATE))
 
 
-def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:
-    """One arm from the command line. The baseline is the candidate without what --candidate-… and --draft give it."""
-    url = args.baseline_url if name == BASELINE else args.candidate_url
-    if url is not None:
-        return ArmSpec(name, f"running at {url}", url=url, model_name=args.model)
-    extra = tuple(shlex.split(args.baseline_args if name == BASELINE else args.candidate_args))
-    drafting = name == CANDIDATE and args.draft is not None
-    model = args.candidate_model or args.model if name == CANDIDATE else args.model
-    config = EngineConfig(
-        model=model,
-        draft=args.draft if drafting else None,
-        gamma=args.gamma if drafting else None,
-        dtype=args.dtype,
-        enforce_eager=args.eager,
-        prefix_caching=args.prefix_caching,
-        kv_cache_gib=args.kv_cache_gib,
-        seed=args.seed,
-        extra_args=extra,
-    )
-    gamma = "its trained maximum" if args.gamma is None else str(args.gamma)
-    parts = [model, f"drafter {args.draft}, γ {gamma}" if drafting else "no drafter"]
-    parts += ["eager"] if args.eager else []
-    parts += [shlex.join(extra)] if extra else []
-    return ArmSpec(name, "; ".join(parts), config=config)
-
-
-def find_dtype(args: argparse.Namespace) -> str:
-    """The models' dtype: as asked, else as the checkpoint says, else unknown (judged as strictly as float32)."""
-    if args.dtype != "auto":
-        return {"half": "float16", "float": "float32"}.get(args.dtype, str(args.dtype))
-    try:
-        config = json.loads((Path(args.model or "") / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "unknown"
-    return str(config.get("dtype") or config.get("torch_dtype") or "unknown")
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
     parser = _make_parser()
     args = parser.parse_args(argv)
-    by_url = args.baseline_url is not None
-    if by_url != (args.candidate_url is not None):
-        parser.error("--baseline-url and --candidate-url: expected both or neither, got one")
-    if by_url and any((args.draft, args.gamma, args.candidate_model, args.baseline_args, args.candidate_args)):
-        parser.error(
-            "--draft, --gamma, --candidate-model and extra args: expected none with URLs, as those servers already "
-            "run; drop them"
-        )
-    if not by_url and args.model is None:
-        parser.error("--model: expected a checkpoint, or two URLs, got neither")
-    if args.gamma is not None and args.draft is None:
-        parser.error("--gamma: expected --draft beside it, got none")
+    check_arm_flags(parser, args)
     for name in ("max_tokens", "concurrency", "num_prompts"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
@@ -188,37 +139,13 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    engines = parser.add_argument_group("engines to start here")
-    engines.add_argument(
-        "--model", metavar="M", help="target checkpoint, folder or hub id (with URLs: the served name)"
-    )
-    engines.add_argument(
-        "--candidate-model", metavar="M", help="the candidate's checkpoint, where it is another (pruned, unpadded)"
-    )
-    engines.add_argument("--draft", metavar="D", help="DFlash drafter checkpoint: the candidate's only difference")
-    gamma = "tokens drafted per step, N or max (default: the drafter's most)"
-    engines.add_argument("--gamma", metavar="N", type=parse_gamma, help=gamma)
-    engines.add_argument(
-        "--baseline-args", metavar="…", default="", help="extra vLLM flags for the baseline, after an ="
-    )
-    engines.add_argument(
-        "--candidate-args", metavar="…", default="", help="extra vLLM flags for the candidate, after an ="
-    )
-    engines.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
-    engines.add_argument("--eager", action="store_true", help="no compilation, no graphs: starts fast, runs slowly")
-    engines.add_argument("--prefix-caching", action="store_true", help="turn prefix caching on (default: off)")
-    engines.add_argument(
-        "--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)"
-    )
-    engines.add_argument("--sequential", action="store_true", help="one engine at a time, even if both would fit")
-    urls = parser.add_argument_group("or endpoints that already run")
-    urls.add_argument("--baseline-url", metavar="U", help="for example http://127.0.0.1:8000")
-    urls.add_argument("--candidate-url", metavar="U")
+    add_arm_flags(parser)
     work = parser.add_argument_group("what to measure")
     work.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     work.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: all)")
     work.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per prompt (default: 128)")
     work.add_argument("--concurrency", metavar="N", type=int, default=1, help="prompts sent together (default: 1)")
+    work.add_argument("--sequential", action="store_true", help="one engine at a time, even if both would fit")
     work.add_argument("--control", metavar="N", type=int, help="prompts the baseline runs twice (default: 16; 0: none)")
     work.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
     work.add_argument("--quick", action="store_true", help="16 prompts × 64 tokens, 4 controls, unless given")

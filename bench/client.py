@@ -93,20 +93,20 @@ class Client:
         raw.ended_ns = time.perf_counter_ns()
         return raw
 
-    async def probe(self, prompt: Prompt) -> Probe:
-        """Run one prompt again, not streamed, with the two best log-probabilities of every step.
+    async def probe(self, prompt: str | Sequence[int], logprobs: int = 2) -> Probe:
+        """Run one prompt (text or token ids), not streamed, with the best log-probabilities of every step.
 
         Raises:
             EndpointError: the request failed.
         """
-        body = {**self._body, "prompt": prompt.text, "logprobs": 2, "return_tokens_as_token_ids": True}
+        body = {**self._body, "prompt": prompt, "logprobs": logprobs, "return_tokens_as_token_ids": True}
         try:
             async with self._session.post(self._url, json=body) as response:
                 if response.status != 200:
-                    raise EndpointError(f"re-request: HTTP {response.status}: {(await response.text())[:200]}")
+                    raise EndpointError(f"request: HTTP {response.status}: {(await response.text())[:200]}")
                 return decode_probe(await response.json())
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
-            raise EndpointError(f"re-request: {type(error).__name__}: {error}") from error
+            raise EndpointError(f"request: {type(error).__name__}: {error}") from error
 
 
 async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.bench.arm_flags import parse_numbers
 from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.folder import claim_folder
 from laguna_serve.bench.gamma_model import Point, choose_gamma, fit_costs, make_schedule
 from laguna_serve.bench.gamma_report import render_markdown, render_text
 from laguna_serve.bench.plan import BASELINE, CANDIDATE, make_plan
@@ -104,16 +105,9 @@ def open_points(args: argparse.Namespace, environment: dict[str, Any]) -> Path:
     """The folder of finished measurements. Raises CheckpointError when it holds those of another sweep."""
     folder = Path(args.out) / "points"
     decisive = ("model", "draft", "prompts", "num_prompts", "max_tokens", "dtype", "eager", "seed")
-    wanted = {name: getattr(args, name) for name in decisive}
-    wanted |= {"versions": environment["versions"], "device": environment["device"]["name"]}
-    text = json.dumps(wanted, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    noted = folder / "sweep.sha256"
-    if noted.exists() and noted.read_text() != digest:
-        expected = "the points of this sweep"
-        raise CheckpointError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    noted.write_text(digest)
+    settings = {name: getattr(args, name) for name in decisive}
+    settings |= {"versions": environment["versions"], "device": (environment["device"] or {}).get("name")}
+    claim_folder(folder, settings)
     return folder
 
 
@@ -252,14 +246,6 @@ def publish(result: dict[str, Any], out: Path) -> None:
         draw(result, out / "sweep.png")
     print(render_text(result))
     print(json.dumps({**result, "points": len(result["points"])}, ensure_ascii=False, allow_nan=False))
-
-
-def parse_numbers(text: str) -> list[int]:
-    """Positive integers separated by commas, each once, rising."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected positive numbers like 1,3,7, got {text!r}")
-    return sorted({int(part) for part in parts})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

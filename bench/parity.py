@@ -31,10 +31,12 @@ LOGIT_SPACING = {"bfloat16": 2.0**-4, "float16": 2.0**-7, "float32": 2.0**-20}
 @dataclass(frozen=True, slots=True)
 class Probe:
     """One greedy answer with log-probabilities: `top[i]` maps token id → log-probability (nats) of the best two tokens
-    of step i, and of the chosen one."""
+    of step i, and of the chosen one. `prompt_ids` is the prompt as the engine read it."""
 
     token_ids: tuple[int, ...]
     top: tuple[dict[int, float], ...]
+    text: str = ""
+    prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def decode_probe(answer: dict[str, Any]) -> Probe:
         {int(name.removeprefix("token_id:")): float(value) for name, value in step.items()}
         for step in choice["logprobs"]["top_logprobs"]
     )
-    return Probe(token_ids=tuple(choice["token_ids"]), top=top)
+    prompt_ids = tuple(choice.get("prompt_token_ids") or ())
+    return Probe(tuple(choice["token_ids"]), top, text=choice["text"], prompt_ids=prompt_ids)
 
 
 def find_mismatch(baseline: Record, candidate: Record) -> Mismatch | None:
@@ -115,13 +118,18 @@ def measure_noise(pairs: Iterable[tuple[Probe, Probe]], dtype: str) -> float:
 
     The step where the answers part is left out, or a defect would excuse itself. Never below LOGIT_SPACING of `dtype`.
     """
-    noise = LOGIT_SPACING.get(dtype, LOGIT_SPACING["float32"])
-    for baseline, candidate in pairs:
-        common = count_common(baseline.token_ids, candidate.token_ids)
-        for ours, theirs in zip(baseline.top[:common], candidate.top[:common], strict=True):
-            for token in ours.keys() & theirs.keys():
-                noise = max(noise, abs(ours[token] - theirs[token]))
-    return noise
+    floor = LOGIT_SPACING.get(dtype, LOGIT_SPACING["float32"])
+    return max([floor, *(difference for pair in pairs for difference in list_differences(*pair))])
+
+
+def list_differences(baseline: Probe, candidate: Probe) -> list[float]:
+    """|difference| (nats) of both answers' log-probabilities of every token that both report, up to where they part."""
+    common = count_common(baseline.token_ids, candidate.token_ids)
+    return [
+        abs(ours[token] - theirs[token])
+        for ours, theirs in zip(baseline.top[:common], candidate.top[:common], strict=True)
+        for token in ours.keys() & theirs.keys()
+    ]
 
 
 def classify(

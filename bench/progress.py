@@ -33,15 +33,16 @@ class Progress:
         self._phase_start = time.monotonic()
         self._last = self._phase_start
 
-    def step(self, arm: str, done: int, total: int, tok_per_s: float) -> None:
-        """Report that `done` of `total` prompts (both arms together) are through."""
+    def step(self, arm: str, done: int, total: int, tok_per_s: float | None = None) -> None:
+        """Report that `done` of `total` prompts (all arms together) are through."""
         now = time.monotonic()
         last_one = done >= total
         if self._quiet or (not self._tty and now - self._last < SPARSE_S and not last_one):
             return
         self._last = now
         left_s = (now - self._phase_start) / max(done, 1) * (total - done)
-        text = f"  {arm:<9} {done}/{total} · {tok_per_s:.0f} tok/s · {left_s:.0f} s left"
+        rate = "" if tok_per_s is None else f" · {tok_per_s:.0f} tok/s"
+        text = f"  {arm:<9} {done}/{total}{rate} · {left_s:.0f} s left"
         if not self._tty:
             sys.stderr.write(text + "\n")
         else:

@@ -229,7 +229,7 @@ class Driver:
         """Run prompts again with log-probabilities; one that fails is left out, and its mismatch stays unexamined."""
         for prompt in prompts:
             try:
-                self._found.probes[prompt.id] = await self._client.probe(prompt)
+                self._found.probes[prompt.id] = await self._client.probe(prompt.text)
             except EndpointError:
                 self._arm.check()
 

@@ -79,7 +79,13 @@ def bootstrap_speedup(
     makes one prompt slow on both arms cancels, and prompts are the population that the interval speaks about. It says
     nothing about another day, host or prompt set.
     """
-    table = _as_table(pairs)
+    return bootstrap_table(_as_table(pairs), seed, resamples, confidence)
+
+
+def bootstrap_table(
+    table: Floats, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of (Σ column 2 ÷ Σ column 3) ÷ (Σ column 0 ÷ Σ column 1) over the rows [N, 4]."""
     rng = np.random.default_rng(seed)
     ratios = np.empty(resamples)
     for start in range(0, resamples, BLOCK):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = 256
+PROMPTS = 512
 EXAMPLES = """examples:
   python scripts/make_toy.py                         remake tests/toy (under 40 minutes on two cores)
   python scripts/make_toy.py --out /tmp/toy --smoke  a few steps of everything, to see that it works (3 minutes)

@@ -37,6 +37,7 @@ class Behaviour:
     count_drafts: bool = True
     die_after: int | None = None
     ids: bool = True
+    next_top: dict[int, float] = field(default_factory=lambda: {0: -0.1})
 
 
 class FakeEngine:
@@ -44,7 +45,7 @@ class FakeEngine:
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
-        self.seen: list[str] = []
+        self.seen: list[str | list[int]] = []
         self.url = ""
         self.counters = dict.fromkeys(
             ("drafts", "draft_tokens", "accepted", "generation", "prompt", "hits", "requests"), 0
@@ -128,6 +129,8 @@ class FakeEngine:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+        if isinstance(prompt, list):
+            return web.json_response(self._answer_ids())
         if behaviour.faults.get(prompt) == "http_500":
             return web.json_response({"error": {"message": "out of luck"}}, status=500)
         tokens = self.tokens_of(prompt, body["max_tokens"] - behaviour.shorten, again=not body.get("stream"))
@@ -137,6 +140,8 @@ class FakeEngine:
 
     def _answer_whole(self, prompt: str, tokens: list[int]) -> dict[str, Any]:
         behaviour = self.behaviour
+        for number, start in enumerate(range(0, len(tokens), behaviour.chunk_tokens)):
+            self._count_chunk(number, len(tokens[start : start + behaviour.chunk_tokens]))
         flip = min(behaviour.flips.get(prompt, len(tokens)), len(tokens))
         top = []
         for index, token in enumerate(tokens):
@@ -145,8 +150,17 @@ class FakeEngine:
             if behaviour.hide_second and index == flip:
                 second = {f"token_id:{token + 7}": -0.7 - behaviour.margin}
             top.append({f"token_id:{token}": -0.7 + (behaviour.noise if index < flip else 0.0), **second})
-        choice = {"text": "", "token_ids": tokens, "logprobs": {"top_logprobs": top}}
+        text = "".join(f" é{token}" for token in tokens)
+        ids = [byte + behaviour.prompt_shift for byte in prompt.encode()]
+        choice = {"text": text, "token_ids": tokens, "prompt_token_ids": ids, "logprobs": {"top_logprobs": top}}
         return {"choices": [choice], "usage": {"completion_tokens": len(tokens)}}
+
+    def _answer_ids(self) -> dict[str, Any]:
+        """One token after a prompt given as token ids, by `next_top`."""
+        top = {f"token_id:{token}": value for token, value in self.behaviour.next_top.items()}
+        best = max(self.behaviour.next_top, key=lambda token: self.behaviour.next_top[token])
+        choice = {"text": "", "token_ids": [best], "logprobs": {"top_logprobs": [top]}}
+        return {"choices": [choice], "usage": {"completion_tokens": 1}}
 
     async def _answer_stream(self, request: web.Request, prompt: str, tokens: list[int]) -> web.StreamResponse:
         behaviour, fault = self.behaviour, self.behaviour.faults.get(prompt)

@@ -1,0 +1,39 @@
+"""A folder that holds one measurement's parts, so that the same command can continue it and no other one can."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.serving.checkpoint import CheckpointError
+
+NOTE = "settings.sha256"
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder and note what its parts were measured with (JSON values).
+
+    Raises:
+        CheckpointError: it holds the parts of another measurement.
+    """
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+    noted = folder / NOTE
+    if noted.exists() and noted.read_text() != digest:
+        expected = "the parts of this measurement"
+        raise CheckpointError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    noted.write_text(digest)
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 of a file, or of a checkpoint folder's config and the sizes and times of its weights; "" for a name."""
+    found = Path(path).expanduser()
+    if found.is_file():
+        return hashlib.sha256(found.read_bytes()).hexdigest()
+    if not found.is_dir():
+        return ""
+    parts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(found.iterdir()) if p.is_file()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

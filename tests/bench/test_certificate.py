@@ -1,0 +1,245 @@
+"""What a certificate concludes from passes that are written out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from laguna_serve.bench import replay
+from laguna_serve.bench.certificate import (
+    AGAIN,
+    DEFECT,
+    IDENTICAL,
+    ROW_MATCHED,
+    UP_TO_TIES,
+    Load,
+    find_verdict,
+    judge_load,
+    judge_streams,
+)
+from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.parity import Probe
+from laguna_serve.bench.passes import Journal
+from laguna_serve.bench.records import Record
+from laguna_serve.bench.row_matched import write_blank_drafter
+from laguna_serve.serving.checkpoint import CheckpointError
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+PROMPTS = [f"p{i}" for i in range(12)]
+LENGTH = 8
+
+
+def answer(prompt_id: str, by: float = 0.0) -> Probe:
+    """Tokens 10, 11, …, each at −0.5 + `by` with the next id at −3 + `by`."""
+    tokens = tuple(range(10, 10 + LENGTH))
+    top = tuple({token: -0.5 + by, token + 1: -3.0 + by} for token in tokens)
+    return Probe(tokens, top, text=" ".join(map(str, tokens)), prompt_ids=(1, int(prompt_id[1:])))
+
+
+def everyone(by: float = 0.0) -> dict[str, Probe]:
+    return {prompt_id: answer(prompt_id, by) for prompt_id in PROMPTS}
+
+
+def shift(probe: Probe, by: float) -> Probe:
+    """The answer with every log-probability moved."""
+    return replace(probe, top=tuple({token: value + by for token, value in step.items()} for step in probe.top))
+
+
+def part(probe: Probe, index: int, ours: float, theirs: float) -> Probe:
+    """The answer with the next id chosen at `index`, at `theirs`, where the baseline's token has `ours`."""
+    token = probe.token_ids[index]
+    tokens = (*probe.token_ids[:index], token + 1, *probe.token_ids[index + 1 :])
+    top = (*probe.top[:index], {token: ours, token + 1: theirs}, *probe.top[index + 1 :])
+    return replace(probe, token_ids=tokens, top=top, text=" ".join(map(str, tokens)))
+
+
+def judge(
+    candidate: dict[str, Probe],
+    *,
+    baseline: dict[str, Probe] | None = None,
+    rows: float = 0.001,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    baseline = baseline or everyone()
+    controls = {AGAIN: baseline, ROW_MATCHED: {prompt_id: shift(probe, rows) for prompt_id, probe in baseline.items()}}
+    return judge_load(Load(4, baseline, candidate, controls), dtype, seed=0)
+
+
+def near_tie(ours: float = -0.7, margin: float = 0.001) -> tuple[dict[str, Probe], dict[str, Probe]]:
+    """Baseline and candidate that part at token 3 of p5, each preferring its own token by `margin`."""
+    baseline, candidate = everyone(), everyone(0.001)
+    tie = {13: ours, 14: ours - margin}
+    baseline["p5"] = replace(baseline["p5"], top=(*baseline["p5"].top[:3], tie, *baseline["p5"].top[4:]))
+    candidate["p5"] = part(candidate["p5"], 3, ours - margin, ours)
+    return baseline, candidate
+
+
+def test_equal_answers_are_identical() -> None:
+    load = judge(everyone(0.001))
+    assert find_verdict([load]) == (IDENTICAL, [])
+    assert load["noise"] == pytest.approx(0.001)
+    assert load["candidate"]["bound95"] == pytest.approx(1 - 0.05 ** (1 / 12))
+    assert load["drift"]["ratio"] == pytest.approx(1)
+
+
+def test_mismatch_within_the_controls_noise_is_a_near_tie() -> None:
+    baseline, candidate = near_tie()
+    load = judge(candidate, baseline=baseline)
+    assert find_verdict([load]) == (UP_TO_TIES, [])
+    (found,) = load["candidate"]["divergences"]
+    assert (found["prompt_id"], found["index"], found["classification"]) == ("p5", 3, "near_tie")
+    assert found["before"].endswith("12 1")
+    assert (found["baseline_text"], found["candidate_text"]) == ("3 14 15 16 17", "4 14 15 16 17")
+
+
+def test_mismatch_beyond_the_controls_noise_is_a_defect() -> None:
+    baseline, candidate = near_tie(margin=0.01)
+    verdict, reasons = find_verdict([judge(candidate, baseline=baseline)])
+    assert verdict == DEFECT
+    assert "at concurrency 4: 1 of 12 prompts differ beyond rounding (the first: prompt p5, token 3" in reasons[0]
+
+
+def test_candidate_cannot_excuse_itself_by_its_own_noise() -> None:
+    """Were noise read off the candidate, as its answers are a nat off, this mismatch would be rounding."""
+    baseline, candidate = near_tie(margin=0.5)
+    shifted = {prompt_id: shift(probe, -1.0) for prompt_id, probe in candidate.items()}
+    load = judge(shifted, baseline=baseline)
+    assert load["candidate"]["classes"]["defect"] == 1
+    assert find_verdict([load])[0] == DEFECT
+
+
+def test_accepted_token_that_was_not_the_argmax() -> None:
+    candidate = everyone(0.001)
+    probe = candidate["p7"]
+    candidate["p7"] = replace(probe, top=(*probe.top[:6], {16: -0.5, 99: -0.4}, *probe.top[7:]))
+    verdict, reasons = find_verdict([judge(candidate)])
+    assert verdict == DEFECT
+    assert "the candidate emitted 1 tokens that its own log-probabilities do not put first" in reasons[0]
+    assert "prompt p7, token 6" in reasons[0]
+
+
+def test_own_tie_is_no_defect() -> None:
+    candidate = everyone(0.001)
+    probe = candidate["p7"]
+    candidate["p7"] = replace(probe, top=(*probe.top[:6], {16: -0.499, 99: -0.499}, *probe.top[7:]))
+    assert find_verdict([judge(candidate)])[0] == IDENTICAL
+
+
+def test_drift_without_a_single_other_token_is_a_defect() -> None:
+    load = judge(everyone(0.004))
+    assert load["candidate"]["mismatches"] == 0
+    verdict, reasons = find_verdict([load])
+    assert verdict == DEFECT
+    assert "drift: the candidate's log-probabilities lie 4.00 times as far" in reasons[0]
+
+
+def test_prompt_read_as_other_tokens_is_a_defect() -> None:
+    candidate = everyone(0.001)
+    candidate["p2"] = replace(candidate["p2"], prompt_ids=(2, 2))
+    assert find_verdict([judge(candidate)])[0] == DEFECT
+
+
+def test_control_that_fails_itself_certifies_nothing() -> None:
+    controls = {AGAIN: everyone() | {"p3": part(answer("p3"), 2, -3.0, -0.5)}}
+    load = judge_load(Load(1, everyone(), everyone(), controls), "float32", seed=0)
+    verdict, reasons = find_verdict([load])
+    assert verdict == DEFECT
+    assert "the again control fails itself" in reasons[0]
+    assert load["drift"] is None
+
+
+def test_bit_for_bit_arms_do_not_drift() -> None:
+    assert judge(everyone(), rows=0.0)["drift"]["drifts"] is False
+    assert judge(everyone(0.001), rows=0.0)["drift"]["drifts"] is True
+
+
+def test_shorter_answer_is_a_defect() -> None:
+    candidate = everyone(0.001)
+    probe = candidate["p1"]
+    candidate["p1"] = replace(probe, token_ids=probe.token_ids[:5], top=probe.top[:5], text="10 11 12 13 14")
+    assert find_verdict([judge(candidate)])[0] == DEFECT
+
+
+def test_streamed_answers_are_held_against_the_examined_ones() -> None:
+    observed = everyone()
+    same = [Record(p, 0, 1, token_ids=list(a.token_ids), text=a.text) for p, a in observed.items()]
+    assert judge_streams(observed, same, 0.001) == {"prompts": 12, "differing": 0, "beyond_noise": 0}
+    same[4].token_ids[2] += 1
+    assert judge_streams(observed, same, 0.001)["beyond_noise"] == 1
+    assert judge_streams(observed, same, 2.0) == {"prompts": 12, "differing": 1, "beyond_noise": 0}
+
+
+def test_replay_asks_about_the_common_prefix_and_says_who_is_right() -> None:
+    baseline, candidate = near_tie()
+    loads = [judge(candidate, baseline=baseline)]
+    (prefix,) = replay.list_questions(loads, [baseline])
+    assert prefix == (1, 5, 10, 11, 12)
+    replay.attach(loads, [baseline], {prefix: {14: -0.6, 13: -0.8, 9: -5.0}})
+    divergences = loads[0]["candidate"]["divergences"]
+    assert divergences[0]["replay"] == {
+        "preferred": "candidate",
+        "margin": pytest.approx(0.2),
+        "top2": [(14, -0.6), (13, -0.8)],
+    }
+    summary = replay.summarise(divergences)
+    assert (summary["candidate"], summary["baseline"], summary["sign_test_p"]) == (1, 0, 1.0)
+
+
+def test_sign_test_by_hand() -> None:
+    sides = [{"replay": {"preferred": side}} for side in ["baseline"] * 9 + ["candidate"]]
+    assert replay.summarise(sides)["sign_test_p"] == pytest.approx(2 * 11 / 1024)
+    assert replay.summarise([])["sign_test_p"] is None
+
+
+def test_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "pass.jsonl"
+    journal = Journal(path)
+    with path.open("a") as file:
+        for prompt_id in ("p1", "p2"):
+            journal.add(file, prompt_id, replace(answer(prompt_id), text="\ud800 é"))
+        file.write('{"id": "p3", "prompt_ids": [1')
+    again = Journal(path)
+    assert again.answers == journal.answers
+    assert path.read_text().count("\n") == 2
+
+
+def test_folder_of_another_measurement_is_refused(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "parts", {"gamma": 7})
+    claim_folder(tmp_path / "parts", {"gamma": 7})
+    with pytest.raises(CheckpointError, match="expected the parts of this measurement, got another one's"):
+        claim_folder(tmp_path / "parts", {"gamma": 6})
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("hub/name") == ""
+
+
+@pytest.mark.parametrize("drafter", ["dflash", "dflash-speculators"])
+def test_blank_drafter_keeps_everything_but_the_weights(tmp_path: Path, drafter: str) -> None:
+    blank = tmp_path / "blank"
+    write_blank_drafter(TOY / drafter, blank, seed=0)
+    assert json.loads((blank / "config.json").read_text()) == json.loads((TOY / drafter / "config.json").read_text())
+    import torch  # bfloat16 has no name in NumPy
+
+    for path in (TOY / drafter).glob("*.safetensors"):
+        with safe_open(path, "pt") as ours, safe_open(blank / path.name, "pt") as theirs:
+            assert list(ours.keys()) == list(theirs.keys())
+            for name in ours.keys():  # noqa: SIM118  safe_open is no mapping
+                a, b = ours.get_tensor(name), theirs.get_tensor(name)
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                if a.is_floating_point():
+                    assert not torch.equal(a, b)
+                    spread = float(b.float().std())
+                    assert np.isclose(spread, 0.02, rtol=0.5) or b.numel() < 8
+                else:
+                    assert torch.equal(a, b)

@@ -1,0 +1,247 @@
+"""certify.py on stand-ins for the engines: order, resume, failures, verdicts and pages."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from ab_harness import PROMPTS, StandInEngine
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import arms, certify
+from laguna_serve.serving.engine import EngineConfig
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
+ROLES = ("baseline", "row-matched", "candidate", "reference")
+NEAR, FAR = 0.01, 0.5
+
+
+class RoleEngine(StandInEngine):
+    """A stand-in that behaves by its role in the certificate."""
+
+    roles: ClassVar[dict[str, Behaviour]] = {}
+    started_roles: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: EngineConfig, **_: Any) -> None:
+        self.role = find_role(config)
+        super().__init__(config)
+        self._fake = FakeEngine(type(self).roles.get(self.role, Behaviour()))
+        type(self).started_roles += (self.role,)
+
+
+def find_role(config: EngineConfig) -> str:
+    if config.draft is None:
+        return "reference" if config.dtype == "float32" else "baseline"
+    return "row-matched" if "random-drafter" in config.draft else "candidate"
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> type[RoleEngine]:
+    made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": ()})
+    monkeypatch.setattr(arms, "Engine", made)
+    monkeypatch.setattr(certify, "DEATH_S", 0.0)
+    return made
+
+
+@pytest.fixture
+def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run_certify(*more: str) -> tuple[int, dict[str, Any], str]:
+        flags = [
+            "--prompts",
+            str(prompts_file),
+            "--max-tokens",
+            "10",
+            "--concurrency",
+            "1,3",
+            "--out",
+            str(tmp_path / "c"),
+        ]
+        status = certify.main([*PAIR, *flags, *more])
+        captured = capsys.readouterr()
+        lines = captured.out.strip().splitlines()
+        return status, json.loads(lines[-1]) if lines else {}, " ".join((captured.out + captured.err).split())
+
+    return run_certify
+
+
+def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    status, result, output = run()
+    assert (status, result["verdict"]) == (0, "identical")
+    assert engines.started_roles == ("baseline", "row-matched", "candidate")  # nothing to replay
+    assert [load["concurrency"] for load in result["loads"]] == [1, 3]
+    for load in result["loads"]:
+        assert load["candidate"]["prompts"] == 14
+        assert load["candidate"]["tokens"] == 140
+        assert set(load["controls"]) == {"again", "row-matched"}
+    assert result["arms"]["candidate"]["acceptance"] > 2
+    assert "Identical: every token and byte of 14 prompts × 10 tokens at concurrency 1, 3" in output
+    assert "at most 19.26%" in output
+    assert "**Identical: every token" in (tmp_path / "c" / "certificate.md").read_text()
+    # Everything is there: no engine is started again.
+    assert run()[0] == 0
+    assert len(engines.started_roles) == 3
+
+
+def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    token = FakeEngine().tokens_of(PROMPTS[2], 10)[4]
+    tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}
+    engines.roles = {
+        "baseline": Behaviour(margin=NEAR),
+        "row-matched": Behaviour(margin=NEAR),
+        "candidate": Behaviour(**tie),
+        "reference": Behaviour(next_top={token + 1: -0.6, token: -0.65}),
+    }
+    status, result, output = run()
+    assert (status, result["verdict"]) == (0, "equal up to ties")
+    assert engines.started_roles == ROLES
+    found = result["loads"][0]["candidate"]["divergences"][0]
+    assert (found["prompt_id"], found["index"], found["classification"]) == ("p2", 4, "near_tie")
+    assert found["replay"]["preferred"] == "candidate"
+    assert found["replay"]["margin"] == pytest.approx(0.05)
+    assert result["replay"]["replayed"] == 2  # one per load
+    assert "the exact model prefers the candidate's by 0.05 nats" in output
+    page = (tmp_path / "c" / "certificate.html").read_text()
+    assert "Equal up to ties" in page
+    assert "Replayed, the exact model prefers the candidate&#39;s by 0.05 nats" in page
+
+
+def test_defect_fails(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    engines.roles = {
+        "baseline": Behaviour(margin=FAR),
+        "row-matched": Behaviour(margin=FAR),
+        "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=FAR),
+    }
+    status, result, output = run()
+    assert (status, result["verdict"]) == (1, "defect")
+    assert "1 of 14 prompts differ beyond rounding" in output
+    parser = Page()
+    parser.feed((tmp_path / "c" / "certificate.html").read_text())
+    assert parser.open == []
+    assert not parser.elsewhere
+
+
+class Page(HTMLParser):
+    """Whether every element is closed, and what is fetched from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elsewhere: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.elsewhere += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_stream_that_differs_from_what_was_examined_fails(engines: type[RoleEngine], run: Any) -> None:
+    """An arm that is right only while it is asked for log-probabilities."""
+    engines.roles = {"candidate": Behaviour(flips={PROMPTS[2]: 4}, flips_again={"none": 0}, margin=FAR)}
+    status, result, output = run()
+    assert status == 1
+    assert result["loads"][0]["candidate"]["mismatches"] == 0
+    assert "the candidate streams other tokens, beyond rounding" in output
+
+
+def test_prompts_with_markup_cannot_break_the_page(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "markup.jsonl"
+    file.write_text(json.dumps({"id": "</pre><script>alert(1)</script>", "prompt": PROMPTS[2]}) + "\n")
+    engines.roles = {"candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=FAR)}
+    assert run("--prompts", str(file))[0] == 1
+    assert "<script>" not in (tmp_path / "c" / "certificate.html").read_text()
+
+
+def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    engines.roles = {"candidate": Behaviour(die_after=9)}
+    status, _, output = run()
+    assert status == 2
+    assert "got signal 9: out of memory" in output
+    kept = (tmp_path / "c" / "passes" / "candidate-c1.jsonl").read_text().count("\n")
+    assert kept == 9
+    engines.roles = {}
+    status, result, _ = run()
+    assert (status, result["verdict"]) == (0, "identical")
+    assert engines.started_roles == ("baseline", "row-matched", "candidate", "candidate")
+
+
+def test_interruption_keeps_what_was_answered(
+    engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = certify.judge_load
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certify, "judge_load", interrupt)
+    status, _, output = run()
+    assert status == 130
+    assert "the same command continues" in output
+    monkeypatch.setattr(certify, "judge_load", judge)
+    assert run()[0] == 0
+    assert len(engines.started_roles) == 3
+
+
+def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
+    engines.roles = {"candidate": Behaviour(faults={PROMPTS[3]: "http_500"})}
+    status, _, output = run()
+    assert status == 2
+    assert "candidate: request: HTTP 500" in output
+
+
+def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngine], run: Any) -> None:
+    engines.roles = {
+        "baseline": Behaviour(margin=NEAR),
+        "row-matched": Behaviour(margin=NEAR),
+        "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=NEAR),
+        "reference": Behaviour(die_after=0),
+    }
+    status, result, output = run()
+    assert status == 0
+    assert result["replay"] is None
+    assert "No reference: " in output
+
+
+def test_endpoints_by_url(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompts", str(prompts_file), "--max-tokens", "8", "--concurrency", "2", "--out", str(tmp_path / "c")]
+    with FakeEngine(Behaviour()) as ours, FakeEngine(Behaviour(gamma=3, chunk_tokens=2)) as theirs:
+        status = certify.main(["--baseline-url", ours.url, "--candidate-url", theirs.url, *flags])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status, result["verdict"]) == (0, "identical")
+    assert result["missing"]["row-matched"] == "there is no drafter here to take the rows of"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-prompts", "99"], "expected at most 14, got 99"),
+        (["--max-tokens", "0"], "--max-tokens: expected at least 1, got 0"),
+        (["--concurrency", "0"], "expected positive numbers like 1,3,7, got '0'"),
+        (["--gamma", "9"], "gamma: expected 1 to 7"),
+        (["--prompts", "none.jsonl"], "none.jsonl: expected a prompts file"),
+    ],
+)
+def test_bad_input_is_refused_before_an_engine_starts(
+    engines: type[RoleEngine], run: Any, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    try:
+        status, _, output = run(*more)
+    except SystemExit as error:
+        status, output = int(str(error.code)), capsys.readouterr().err
+    assert status == 2
+    assert message in output
+    assert engines.started_roles == ()
+
+
+def test_passes_of_other_settings_are_refused(engines: type[RoleEngine], run: Any) -> None:
+    assert run()[0] == 0
+    status, _, output = run("--max-tokens", "11")
+    assert status == 2
+    assert "got another one's; choose another --out or remove it" in output
