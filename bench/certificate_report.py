@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.certificate import AGAIN, DEFECT, IDENTICAL, ROW_MATCHED
+from laguna_serve.bench.certificate import AGAIN, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
 
 WIDTH = 110
 # Divergences printed in text and Markdown; HTML and JSON have every one.
@@ -66,13 +66,8 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
     """What else was found, a sentence each."""
     notes = []
     for load in result["loads"]:
-        text = f"At concurrency {load['concurrency']} the noise is {load['noise']:.3g} nats"
-        if (drift := load["drift"]) is not None and drift["ratio"] is not None:
-            text += "; the candidate's log-probabilities lie {:.2f} times as far from the baseline's as the".format(
-                drift["ratio"]
-            )
-            text += " row-matched control's (95% interval {:.2f}–{:.2f}; a defect above 1.5)".format(*drift["ci95"])
-        notes.append(text + ".")
+        text = f"At concurrency {load['concurrency']} log-probabilities may differ by {load['noise']:.3g} nats"
+        notes.append(text + _tell_drift(load) + ".")
     if (replay := result["replay"]) is not None:
         p = replay["sign_test_p"]
         notes.append(
@@ -88,7 +83,8 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
     for name, arm in result["arms"].items():
         tau = "" if arm["acceptance"] is None else f"; {arm['acceptance']:.2f} tokens per step"
         notes.append(f"{name}: {arm['label']}{tau}.")
-    notes += [f"No {name}: {reason}." for name, reason in result["missing"].items()]
+    names = {"reference": "replay", ROW_MATCHED: ARM_NAMES[ROW_MATCHED]}
+    notes += [f"No {names[name]}: {reason}." for name, reason in result["missing"].items()]
     return notes
 
 
@@ -172,6 +168,17 @@ def _tell(item: Mapping[str, Any]) -> str:
             pairs = ", ".join(f"{token} at {value:.4f}" for token, value in item[f"{arm}_top2"])
             text += f"; {arm} chose {item[f'{arm}_token']} ({pairs})"
     return f"{text}; {item['exact']}" if item["exact"] else text
+
+
+def _tell_drift(load: Mapping[str, Any]) -> str:
+    found, drift = load["candidate"]["difference"], load["drift"]
+    if found is not None and found["max"] == 0:
+        return "; the candidate's are the baseline's to the bit"
+    if drift is None or drift["ratio"] is None:
+        return ""
+    text = "; the candidate's lie {:.2f} times as far from the baseline's as those of the row-matched control"
+    text += " (95% interval {:.2f}–{:.2f}; above {} it is a defect)"
+    return text.format(drift["ratio"], *drift["ci95"], DRIFT_RATIO)
 
 
 def _tell_replay(divergence: Mapping[str, Any]) -> str:

@@ -238,7 +238,7 @@ def _replay(
     """Ask the third path about every divergence. Returns the summary, or why there is none."""
     prefixes = list(list_questions(loads, baseline))
     if not prefixes:
-        return "nothing differs: there was nothing to replay"
+        return "nothing differs"
     if REFERENCE not in job.specs:
         return job.missing[REFERENCE]
     try:
@@ -348,6 +348,7 @@ def _make_row_matched(args: argparse.Namespace, specs: Mapping[str, ArmSpec], ou
     if folder is None:
         return f"{args.draft} is not on this machine"
     gamma = resolve_gamma(args.gamma, open_drafter(folder, args.draft))
+    eager = "; eager" if args.eager else ""
     base = replace(config, model=args.model, gamma=gamma, extra_args=tuple(shlex.split(args.baseline_args)))
     if args.row_matched == "synthetic":
         speculation = describe(args.draft, gamma) | {
@@ -355,11 +356,11 @@ def _make_row_matched(args: argparse.Namespace, specs: Mapping[str, ArmSpec], ou
             "synthetic_acceptance_length": 1.0,
         }
         extra = (*base.extra_args, "--speculative-config", json.dumps(speculation))
-        label = f"{args.model}; drafter {args.draft}, γ {gamma}, synthetic acceptance of length 1.0"
+        label = f"{args.model}; drafter {args.draft}, γ {gamma}, synthetic acceptance of length 1.0{eager}"
         return ArmSpec(ROW_MATCHED, label, config=replace(base, extra_args=extra))
     blank = out / "passes" / "random-drafter"
     write_blank_drafter(folder, blank, args.seed)
-    label = f"{args.model}; a drafter with random weights, γ {gamma}"
+    label = f"{args.model}; a drafter with random weights, γ {gamma}{eager}"
     return ArmSpec(ROW_MATCHED, label, config=replace(base, draft=str(blank)))
 
 

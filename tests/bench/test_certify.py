@@ -206,7 +206,7 @@ def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngin
     status, result, output = run()
     assert status == 0
     assert result["replay"] is None
-    assert "No reference: " in output
+    assert "No replay: " in output
 
 
 def test_endpoints_by_url(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
