@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -22,6 +22,9 @@ from laguna_serve.bench.records import RawStream, Record, decode_stream
 SILENCE_S = 600.0
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
+
+
+Decoded = TypeVar("Decoded")
 
 
 class EndpointError(RuntimeError):
@@ -99,12 +102,30 @@ class Client:
         Raises:
             EndpointError: the request failed.
         """
-        body = {**self._body, "prompt": prompt, "logprobs": logprobs, "return_tokens_as_token_ids": True}
+        extra = {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+        return await self._ask({**self._body, "prompt": prompt, **extra}, decode_probe)
+
+    async def sample(self, prompt: str, count: int) -> list[list[int]]:
+        """The token ids of `count` completions of one prompt, in one request.
+
+        Raises:
+            EndpointError: the request failed.
+        """
+        answers = await self._ask(
+            {**self._body, "prompt": prompt, "n": count}, lambda body: [c["token_ids"] for c in body["choices"]]
+        )
+        if any(len(answer) != self._body["max_tokens"] for answer in answers) or len(answers) != count:
+            lengths = sorted({len(answer) for answer in answers})
+            expected = f"expected {count} answers of {self._body['max_tokens']} token ids"
+            raise EndpointError(f"request: {expected}, got {len(answers)} of {lengths}")
+        return answers
+
+    async def _ask(self, body: dict[str, Any], decode: Callable[[dict[str, Any]], Decoded]) -> Decoded:
         try:
             async with self._session.post(self._url, json=body) as response:
                 if response.status != 200:
                     raise EndpointError(f"request: HTTP {response.status}: {(await response.text())[:200]}")
-                return decode_probe(await response.json())
+                return decode(await response.json())
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
             raise EndpointError(f"request: {type(error).__name__}: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 import zlib
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Behaviour:
     count_drafts: bool = True
     die_after: int | None = None
     ids: bool = True
+    sharpen: float = 0.0
     next_top: dict[int, float] = field(default_factory=lambda: {0: -0.1})
 
 
@@ -51,6 +53,7 @@ class FakeEngine:
             ("drafts", "draft_tokens", "accepted", "generation", "prompt", "hits", "requests"), 0
         )
         self.accepted_per_position = [0] * self.behaviour.gamma
+        self._random = random.Random(id(self))
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
@@ -131,6 +134,8 @@ class FakeEngine:
             return web.Response()
         if isinstance(prompt, list):
             return web.json_response(self._answer_ids())
+        if body.get("n"):
+            return web.json_response({"choices": [self._draw(body["max_tokens"]) for _ in range(body["n"])]})
         if behaviour.faults.get(prompt) == "http_500":
             return web.json_response({"error": {"message": "out of luck"}}, status=500)
         tokens = self.tokens_of(prompt, body["max_tokens"] - behaviour.shorten, again=not body.get("stream"))
@@ -154,6 +159,12 @@ class FakeEngine:
         ids = [byte + behaviour.prompt_shift for byte in prompt.encode()]
         choice = {"text": text, "token_ids": tokens, "prompt_token_ids": ids, "logprobs": {"top_logprobs": top}}
         return {"choices": [choice], "usage": {"completion_tokens": len(tokens)}}
+
+    def _draw(self, count: int) -> dict[str, Any]:
+        """A sampled completion over three tokens; a share of `sharpen` are the likeliest one instead."""
+        if self._random.random() < self.behaviour.sharpen:
+            return {"token_ids": [0] * count}
+        return {"token_ids": self._random.choices(range(3), (5, 3, 2), k=count)}
 
     def _answer_ids(self) -> dict[str, Any]:
         """One token after a prompt given as token ids, by `next_top`."""

@@ -1,0 +1,312 @@
+"""Under temperature, does speculation preserve the distribution? A two-sample test on many short completions.
+
+Every prompt is completed many times by the baseline, by the baseline again (the control) and by the candidate at every
+γ. Each pair of sets is tested prompt by prompt and as a whole (two_sample.py), corrected for prompts and for the number
+of γ. The power is simulated on what the baseline said: how large a share of completions would a bug have to turn into
+the likeliest one to be found? DIR gets sampling.json and sampling.md, and keeps the completions, so that the same
+command continues; the last stdout line is one JSON object (schema laguna_serve.sampling/1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laguna_serve.bench.arm_flags import parse_numbers
+from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
+from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.plan import BASELINE
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
+from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.bench.two_sample import Comparison, Completion, compare, find_power
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.speculation import open_drafter
+
+SCHEMA = "laguna_serve.sampling/1"
+AGAIN = "baseline again"
+# Completions asked for in one request: vLLM runs them as so many sequences.
+BATCH = 50
+# Enough for the least p-value of a prompt to stand Holm's correction for it.
+PERMUTATIONS = 20_000
+# Of the simulation of power: arms simulated per share, and permutations in each of their tests.
+TRIALS, TRIAL_PERMUTATIONS = 40, 2_000
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+WANTED_POWER = 0.8
+Sets = Mapping[str, list[list[Completion]]]
+EXAMPLES = """
+examples:
+  python bench/sampling.py --model tests/toy/teacher --draft tests/toy/dflash \\
+      --prompts tests/toy/prompts.jsonl --out out/sampling
+  python bench/sampling.py --model M --draft D --gammas 7 --temperature 0.7 --quick --prompts FILE --out DIR
+
+exit status:
+  0    held: no γ can be told from the baseline
+  1    fell short: some γ samples from another distribution, or the control fails
+  2    could not run: bad input, or an engine did not start or died
+  130  interrupted: the same command continues
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv)
+    stop_on_signals()
+    out = Path(args.out)
+    try:
+        environment = describe_environment(current_argv())
+        prompts = choose_prompts(args)
+        check_gammas(args)
+        claim_folder(out / "samples", list_settings(args, prompts, environment))
+        sets = draw(args, prompts, out / "samples", Progress())
+    except KeyboardInterrupt:
+        print("sampling.py: interrupted; the same command continues with what is missing", file=sys.stderr)
+        return INTERRUPTED
+    except (PromptsError, CheckpointError, EngineError, EndpointError, OSError) as error:
+        print(f"sampling.py: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    result = judge(args, environment, sets)
+    write_json(out / "sampling.json", result)
+    write_text(out / "sampling.md", render_markdown(result))
+    print(render_text(result))
+    print(json.dumps({**result, "comparisons": [shorten(c) for c in result["comparisons"]]}, ensure_ascii=False))
+    return FELL_SHORT if any(comparison["differs"] for comparison in result["comparisons"]) else HELD
+
+
+def choose_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The first prompts of the file. Raises PromptsError when there are too few."""
+    prompts = load_prompts(Path(args.prompts))
+    if args.num_prompts > len(prompts):
+        expected = f"expected at most {len(prompts)}, got {args.num_prompts}"
+        raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")
+    return prompts[: args.num_prompts]
+
+
+def check_gammas(args: argparse.Namespace) -> None:
+    """Raises CheckpointError for a γ that the drafter was not trained for, where it is on this machine."""
+    folder = find_folder(args.draft)
+    most = None if folder is None else open_drafter(folder, args.draft).max_gamma
+    if most is not None and max(args.gammas) > most:
+        expected = f"expected at most {most}, the drafter's block − 1, got {max(args.gammas)}"
+        raise CheckpointError(f"--gammas: {expected}; lower it")
+
+
+def list_settings(args: argparse.Namespace, prompts: list[Prompt], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about the completions."""
+    names = ("model", "draft", "temperature", "completions", "tokens", "dtype", "eager", "seed")
+    return {name: vars(args)[name] for name in names} | {
+        "prompts": [prompt.text for prompt in prompts],
+        "checkpoints": [fingerprint(args.model), fingerprint(args.draft)],
+        "versions": environment["versions"],
+    }
+
+
+def draw(args: argparse.Namespace, prompts: list[Prompt], folder: Path, progress: Progress) -> Sets:
+    """Every arm's completions by prompt; those that are in the folder are read."""
+    sets: dict[str, list[list[Completion]]] = {}
+    for index, gamma in enumerate([None, *args.gammas]):
+        names = [BASELINE, AGAIN] if gamma is None else [name_gamma(gamma)]
+        paths = {name: folder / f"{name.replace(' ', '-')}.json" for name in names}
+        if not all(path.exists() for path in paths.values()):
+            # Another seed for every engine, or their random numbers would be the same.
+            with open_arm(make_spec(args, gamma, args.seed + index), folder, progress.say) as arm:
+                for name, path in paths.items():
+                    drawn = asyncio.run(_draw_arm(args, arm, name, prompts, progress))
+                    write_text(path, json.dumps(drawn))
+        for name, path in paths.items():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            sets[name] = [[tuple(completion) for completion in completions] for completions in stored]
+    return sets
+
+
+async def _draw_arm(
+    args: argparse.Namespace, arm: Arm, name: str, prompts: list[Prompt], progress: Progress
+) -> list[list[list[int]]]:
+    progress.say(f"{name}: {len(prompts)} prompts × {args.completions} completions of {args.tokens} tokens")
+    progress.begin()
+    drawn = []
+    async with open_session() as session:
+        model_name = arm.model_name or await find_model_name(session, arm.base_url)
+        client = Client(session, arm.base_url, model_name, args.tokens, {"temperature": args.temperature})
+        for done, prompt in enumerate(prompts, start=1):
+            completions: list[list[int]] = []
+            while len(completions) < args.completions:
+                try:
+                    completions += await client.sample(prompt.text, min(BATCH, args.completions - len(completions)))
+                except EndpointError:
+                    arm.check()
+                    raise
+            drawn.append(completions)
+            progress.step(name, done, len(prompts))
+    return drawn
+
+
+def judge(args: argparse.Namespace, environment: dict[str, Any], sets: Sets) -> dict[str, Any]:
+    """Test the control and every γ against the baseline, and simulate the power."""
+    rng = np.random.default_rng(args.seed)
+    names = [AGAIN, *map(name_gamma, args.gammas)]
+    # The level is shared by the γ; the control stands by itself.
+    levels = {name: args.level if name == AGAIN else args.level / len(args.gammas) for name in names}
+    found = {name: compare(sets[BASELINE], sets[name], rng, PERMUTATIONS) for name in names}
+    pool = [[*a, *b] for a, b in zip(sets[BASELINE], sets[AGAIN], strict=True)]
+    level = args.level / len(args.gammas)
+    power = {
+        share: find_power(pool, share, level, rng, trials=TRIALS, permutations=TRIAL_PERMUTATIONS) for share in SHARES
+    }
+    detectable = next((share for share in SHARES if power[share] >= WANTED_POWER), None)
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "model": args.model,
+        "draft": args.draft,
+        "workload": {
+            "prompts": args.num_prompts,
+            "completions": args.completions,
+            "tokens": args.tokens,
+            "temperature": args.temperature,
+        },
+        "level": args.level,
+        "comparisons": [describe(name, found[name], levels[name]) for name in names],
+        "power": {str(share): value for share, value in power.items()},
+        "detectable_share": detectable,
+    }
+
+
+def describe(name: str, comparison: Comparison, level: float) -> dict[str, Any]:
+    """One comparison, JSON-ready."""
+    return {
+        "arm": name,
+        "pooled_p": comparison.pooled_p,
+        "least_adjusted_p": min(comparison.adjusted),
+        "p": comparison.least,
+        "level": level,
+        "differs": comparison.least <= level,
+        "p_values": comparison.p_values,
+    }
+
+
+def shorten(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison without the p-values of every prompt."""
+    return {key: value for key, value in comparison.items() if key != "p_values"}
+
+
+def render_text(result: Mapping[str, Any]) -> str:
+    """In columns."""
+    lines = [f"{'against the baseline':<22} {'all prompts':>12} {'least of one':>13}  verdict"]
+    lines += [
+        f"{row['arm']:<22} {row['pooled_p']:>12.4f} {row['least_adjusted_p']:>13.4f}  {_tell(row)}"
+        for row in result["comparisons"]
+    ]
+    return "\n".join([*lines, "", _tell_power(result)])
+
+
+def render_markdown(result: Mapping[str, Any]) -> str:
+    """The same as a page."""
+    work, environment = result["workload"], result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    scope = f"{work['prompts']} prompts × {work['completions']} completions of {work['tokens']} tokens at temperature"
+    lines = [
+        "# Does speculation preserve the distribution?",
+        "",
+        f"{result['model']}, drafter {result['draft']}; {scope} {work['temperature']}. p-values of permutation tests;"
+        " the least of one prompt is corrected for the number of prompts.",
+        "",
+        "| against the baseline | p, all prompts together | p, least of one prompt | verdict |",
+        "|--|--|--|--|",
+    ]
+    lines += [
+        f"| {row['arm']} | {row['pooled_p']:.4f} | {row['least_adjusted_p']:.4f} | {_tell(row)} |"
+        for row in result["comparisons"]
+    ]
+    lines += ["", _tell_power(result), "", "| share turned into the likeliest | found |", "|--|--|"]
+    lines += [f"| {float(share):.0%} | {value:.0%} |" for share, value in result["power"].items()]
+    where = f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}"
+    return "\n".join([*lines, "", f"`{environment['command']}` on {where}; {versions}."]) + "\n"
+
+
+def _tell(row: Mapping[str, Any]) -> str:
+    return f"another distribution (p {row['p']:.2g})" if row["differs"] else "not told apart"
+
+
+def _tell_power(result: Mapping[str, Any]) -> str:
+    share = result["detectable_share"]
+    if share is None:
+        return f"Power: below {WANTED_POWER:.0%} even for {SHARES[-1]:.0%} of completions; ask for more of them."
+    return (
+        f"Power: a bug that turns {share:.0%} of the completions into the likeliest one would be found in "
+        f"{result['power'][str(share)]:.0%} of such runs ({TRIALS} simulated; level {result['level']:g} over all γ)."
+    )
+
+
+def name_gamma(gamma: int) -> str:
+    """The candidate's name at a γ."""
+    return f"γ {gamma}"
+
+
+def make_spec(args: argparse.Namespace, gamma: int | None, seed: int) -> ArmSpec:
+    """The baseline (None), or the candidate of a γ."""
+    config = EngineConfig(
+        model=args.model,
+        draft=None if gamma is None else args.draft,
+        gamma=gamma,
+        dtype=args.dtype,
+        enforce_eager=args.eager,
+        prefix_caching=False,
+        kv_cache_gib=args.kv_cache_gib,
+        seed=seed,
+    )
+    if gamma is None:
+        return ArmSpec(BASELINE, f"{args.model}; no drafter", config=config)
+    return ArmSpec(f"gamma{gamma}", f"{args.model}; drafter {args.draft}, γ {gamma}", config=config)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and complete the command line; argparse exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="bench/sampling.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
+    parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
+    parser.add_argument("--gammas", metavar="N,…", type=parse_numbers, default=[1, 3, 7], help="default: 1,3,7")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
+    parser.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: 24)")
+    parser.add_argument("--completions", metavar="N", type=int, help="per prompt and arm (default: 600)")
+    parser.add_argument("--tokens", metavar="N", type=int, default=8, help="of a completion (default: 8)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="default: 1")
+    level = "how often a sound drafter may be called wrong, over all γ together (default: 0.01)"
+    parser.add_argument("--level", metavar="α", type=float, default=0.01, help=level)
+    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
+    parser.add_argument("--eager", action="store_true", help="no compilation: starts fast, runs slowly")
+    parser.add_argument("--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)")
+    parser.add_argument("--seed", type=int, default=0, help="engines and permutations (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="12 prompts × 300 completions, unless given")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    args = parser.parse_args(argv)
+    for name, value in {"num_prompts": 12 if args.quick else 24, "completions": 300 if args.quick else 600}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in {"num_prompts": 1, "completions": 20, "tokens": 2}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    if not args.temperature > 0:
+        parser.error(f"--temperature: expected more than 0, got {args.temperature:g}; greedy parity: bench/certify.py")
+    if not 0 < args.level < 1:
+        parser.error(f"--level: expected a probability between 0 and 1, got {args.level:g}")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""``laguna serve --exact``: greedy output that depends on the prompt alone, and the check that it does so here.
+
+A row of a matrix product may round otherwise in another company of rows. That is how batching, chunked prefill and
+speculation (γ + 1 rows verified at once) come to change greedy output. Exact serving asks the engine for kernels whose
+rows do not depend on their company (ENVIRONMENT), and then does not take its word for it: the running engine answers
+prompts alone, all together, and once more through prefill, and every token and every bit of every log-probability must
+be the same, or the engine is not served.
+
+What it cannot show is equality with an engine of another build, dtype or compile mode; bench/certify.py compares two.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+# CPU: attention otherwise splits a sequence's keys over threads by how many sequences there are (vLLM 0.32,
+# v1/attention/backends/cpu_attn.py). GPU: vLLM's batch-invariant kernels (docs/features/batch_invariance.md).
+ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH_INVARIANT": "1"}}
+PROMPTS = tuple(
+    f"def step_{lines}(value, limit={lines}):\n" + "".join(f"    value = value * {n} + limit\n" for n in range(lines))
+    for lines in range(1, 9)
+)
+COPIES = 2
+TOKENS = 24
+TIMEOUT_S = 300.0
+
+
+class ExactError(RuntimeError):
+    """An engine whose greedy output depends on more than the prompt; one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    top: tuple[Mapping[str, float], ...]
+
+
+def check_exact(base_url: str, model_name: str) -> int:
+    """Compare answers alone, together and through prefill, to the bit. Returns how many tokens were compared.
+
+    Raises:
+        ExactError: some differ; or the engine did not answer.
+    """
+    alone = [_complete(base_url, model_name, prompt) for prompt in PROMPTS]
+    crowd = [*range(len(PROMPTS))] * COPIES
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        together = list(pool.map(lambda index: _complete(base_url, model_name, PROMPTS[index]), crowd))
+    for index, answer in zip(crowd, together, strict=True):
+        _compare(alone[index], answer, f"among {len(crowd)} requests")
+    for answer in alone:
+        _compare_prefilled(answer, _prefill(base_url, model_name, answer))
+    return TOKENS * (len(crowd) + len(PROMPTS))
+
+
+def _compare(ours: _Answer, theirs: _Answer, how: str) -> None:
+    for index, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
+        if a != b:
+            raise ExactError(_tell(f"token {index} to be {a}, as alone, {how}, got {b}"))
+    for index, (x, y) in enumerate(zip(ours.top, theirs.top, strict=True)):
+        if x != y:
+            raise ExactError(_tell(f"the log-probabilities of token {index}, {how}, to be those alone ({x}), got {y}"))
+
+
+def _compare_prefilled(answer: _Answer, prefilled: Sequence[float]) -> None:
+    for index, (token, step, value) in enumerate(zip(answer.token_ids, answer.top, prefilled, strict=True)):
+        decoded = step[f"token_id:{token}"]
+        if decoded != value:
+            expected = f"the log-probability of token {index} to be the same decoded and prefilled ({decoded})"
+            raise ExactError(_tell(f"{expected}, got {value}"))
+
+
+def _tell(what: str) -> str:
+    return f"--exact: expected {what}; the kernels here depend on the batch: serve without --exact"
+
+
+def _complete(base_url: str, model_name: str, prompt: str) -> _Answer:
+    choice = _post(base_url, {"model": model_name, "prompt": prompt, "max_tokens": TOKENS, "logprobs": 2})
+    return _Answer(
+        tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"]), tuple(choice["logprobs"]["top_logprobs"])
+    )
+
+
+def _prefill(base_url: str, model_name: str, answer: _Answer) -> list[float]:
+    """The log-probabilities of an answer's tokens when prompt and answer are read at once."""
+    prompt = [*answer.prompt_ids, *answer.token_ids]
+    choice = _post(base_url, {"model": model_name, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0})
+    steps = choice["prompt_logprobs"][len(answer.prompt_ids) :]
+    return [steps[i][str(token)]["logprob"] for i, token in enumerate(answer.token_ids)]
+
+
+def _post(base_url: str, body: dict[str, Any]) -> dict[str, Any]:
+    body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    request = urllib.request.Request(
+        f"{base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
+            choice: dict[str, Any] = json.load(answer)["choices"][0]
+            return choice
+    except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
+        raise ExactError(f"--exact: expected the engine to answer the check, got {error}; see its log") from None

@@ -1,0 +1,141 @@
+"""sampling.py on stand-ins: verdicts, resume, refusals; and on real engines, sound and with a planted bias."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from ab_harness import StandInEngine
+from fake_engine import Behaviour, FakeEngine
+
+from laguna_serve.bench import arms, sampling
+from laguna_serve.serving.engine import EngineConfig
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
+# A plugin of vLLM's under which every draft with a fair chance is accepted, as if the drafter knew best.
+BIAS = """
+from vllm.v1.sample import rejection_sampler
+
+
+def register():
+    judge = rejection_sampler.rejection_sample
+
+    def accept(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named):
+        fair = target_logits.softmax(-1).gather(1, draft_token_ids.long()[:, None])[:, 0] > 0.3
+        target_logits[fair.nonzero()[:, 0], draft_token_ids[fair].long()] += 50
+        return judge(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named)
+
+    rejection_sampler.rejection_sample = accept
+"""
+
+
+class GammaEngine(StandInEngine):
+    """A stand-in that behaves by its γ."""
+
+    by_gamma: ClassVar[dict[int | None, Behaviour]] = {}
+    seeds: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(self, config: EngineConfig, **_: Any) -> None:
+        super().__init__(config)
+        self._fake = FakeEngine(type(self).by_gamma.get(config.gamma, Behaviour()))
+        type(self).seeds += (config.seed,)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> type[GammaEngine]:
+    made = type("Made", (GammaEngine,), {"by_gamma": {}, "seeds": ()})
+    monkeypatch.setattr(arms, "Engine", made)
+    monkeypatch.setattr(sampling, "TRIALS", 4)
+    return made
+
+
+@pytest.fixture
+def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run_sampling(*more: str) -> tuple[int, dict[str, Any], str]:
+        size = ["--num-prompts", "4", "--completions", "120", "--tokens", "4", "--gammas", "1,3", "--level", "0.001"]
+        status = sampling.main([*PAIR, "--prompts", str(prompts_file), *size, "--out", str(tmp_path / "s"), *more])
+        captured = capsys.readouterr()
+        lines = captured.out.strip().splitlines()
+        return status, json.loads(lines[-1]) if lines else {}, " ".join((captured.out + captured.err).split())
+
+    return run_sampling
+
+
+def test_sound_arms_are_not_told_apart(engines: type[GammaEngine], run: Any, tmp_path: Path) -> None:
+    status, result, output = run()
+    assert status == 0
+    assert [row["arm"] for row in result["comparisons"]] == ["baseline again", "γ 1", "γ 3"]
+    assert engines.seeds == (0, 1, 2)  # or the arms would draw the same numbers
+    assert result["power"]["0.2"] == 1.0
+    assert "Power: a bug that turns" in output
+    assert "| γ 3 | " in (tmp_path / "s" / "sampling.md").read_text()
+    assert run()[0] == 0
+    assert len(engines.seeds) == 3  # everything was there
+
+
+def test_sharpened_arm_is_found(engines: type[GammaEngine], run: Any) -> None:
+    engines.by_gamma = {3: Behaviour(sharpen=0.3)}
+    status, result, output = run()
+    assert status == 1
+    assert {row["arm"]: row["differs"] for row in result["comparisons"]} == {
+        "baseline again": False,
+        "γ 1": False,
+        "γ 3": True,
+    }
+    assert "another distribution" in output
+
+
+def test_engine_that_dies_keeps_the_other_arms(engines: type[GammaEngine], run: Any) -> None:
+    engines.by_gamma = {3: Behaviour(die_after=2)}
+    status, _, output = run()
+    assert status == 2
+    assert "got signal 9: out of memory" in output
+    engines.by_gamma = {}
+    assert run()[0] == 0
+    assert engines.seeds == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gammas", "9"], "--gammas: expected at most 7, the drafter's block − 1, got 9"),
+        (["--num-prompts", "15"], "--num-prompts: expected at most 14, got 15"),
+        (["--temperature", "0"], "greedy parity: bench/certify.py"),
+        (["--completions", "3"], "--completions: expected at least 20, got 3"),
+    ],
+)
+def test_bad_input_is_refused_before_an_engine_starts(
+    engines: type[GammaEngine], run: Any, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    try:
+        status, _, output = run(*more)
+    except SystemExit as error:
+        status, output = int(str(error.code)), capsys.readouterr().err
+    assert status == 2
+    assert message in output
+    assert engines.seeds == ()
+
+
+@pytest.mark.vllm
+def test_real_engines_sound_and_biased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampling, "TRIALS", 4)
+    size = ["--num-prompts", "10", "--completions", "200", "--tokens", "6", "--gammas", "7", "--eager"]
+    command = [*PAIR, "--prompts", str(TOY / "prompts.jsonl"), *size, "--level", "0.001"]
+    assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 0
+    site = tmp_path / "site"
+    metadata = site / "planted_bias-0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "planted_bias.py").write_text(BIAS)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted_bias\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted_bias = planted_bias:register\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    (tmp_path / "s" / "samples" / "γ-7.json").unlink()
+    capsys.readouterr()
+    assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["differs"] for row in result["comparisons"]] == [False, True]
