@@ -37,7 +37,6 @@ SCHEMA = "laguna_serve.sampling/1"
 AGAIN = "baseline again"
 # Completions asked for in one request: vLLM runs them as so many sequences.
 BATCH = 50
-# Enough for the least p-value of a prompt to stand Holm's correction for it.
 PERMUTATIONS = 20_000
 # Of the simulation of power: arms simulated per share, and permutations in each of their tests.
 TRIALS, TRIAL_PERMUTATIONS = 40, 2_000
@@ -157,12 +156,13 @@ def judge(args: argparse.Namespace, environment: dict[str, Any], sets: Sets) -> 
     names = [AGAIN, *map(name_gamma, args.gammas)]
     # The level is shared by the γ; the control stands by itself.
     levels = {name: args.level if name == AGAIN else args.level / len(args.gammas) for name in names}
-    found = {name: compare(sets[BASELINE], sets[name], rng, PERMUTATIONS) for name in names}
-    pool = [[*a, *b] for a, b in zip(sets[BASELINE], sets[AGAIN], strict=True)]
     level = args.level / len(args.gammas)
-    power = {
-        share: find_power(pool, share, level, rng, trials=TRIALS, permutations=TRIAL_PERMUTATIONS) for share in SHARES
-    }
+    # The least p-value that a test can give is 1 ÷ permutations: it must lie below the level after its corrections.
+    permutations = max(PERMUTATIONS, round(4 * args.num_prompts / level))
+    found = {name: compare(sets[BASELINE], sets[name], rng, permutations) for name in names}
+    pool = [[*a, *b] for a, b in zip(sets[BASELINE], sets[AGAIN], strict=True)]
+    trial = max(TRIAL_PERMUTATIONS, round(4 / level))
+    power = {share: find_power(pool, share, level, rng, trials=TRIALS, permutations=trial) for share in SHARES}
     detectable = next((share for share in SHARES if power[share] >= WANTED_POWER), None)
     return {
         "schema": SCHEMA,
