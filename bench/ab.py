@@ -16,6 +16,9 @@ from typing import Any
 
 from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec
 from laguna_serve.bench.arms import ArmSpec
+from laguna_serve.bench.certificate import DEFECT
+from laguna_serve.bench.certificate_report import summarise
+from laguna_serve.bench.certify import certify_beside
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.plan import BASELINE, CANDIDATE, Plan, make_plan
@@ -24,7 +27,8 @@ from laguna_serve.bench.prompts import PromptsError, load_prompts, split_prompts
 from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
 from laguna_serve.bench.report import render_markdown, render_text
 from laguna_serve.bench.result import assemble, shorten
-from laguna_serve.bench.run import MeasurementStoppedError, run_plan
+from laguna_serve.bench.run import MeasurementStoppedError, Run, run_plan
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineError
 
 QUICK_PROMPTS = 16
@@ -34,7 +38,7 @@ EXAMPLES = """
 examples:
   speculation against plain decoding, engines started and stopped here:
     python bench/ab.py --model tests/toy/teacher --draft tests/toy/dflash --gamma 7 \\
-        --prompts tests/toy/prompts.jsonl --out out/ab
+        --prompts tests/toy/prompts.jsonl --out out/ab --certify
   two settings of one engine (extra vLLM flags for one arm; here there is no drafter):
     python bench/ab.py --model tests/toy/teacher --candidate-args="--max-num-batched-tokens 512" \\
         --prompts tests/toy/prompts.jsonl --out out/flags
@@ -74,11 +78,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = assemble(
         run, plan, environment, dtype=find_dtype(args), drafting=args.draft is not None, prompts_file=args.prompts
     )
+    status = judge(result, run)
+    if args.certify and not run.stopped:
+        write_json(out / "ab.json", result)  # whatever becomes of the certificate
+        result["certificate"], certified = certify_arms(args, len(plan.prompts), environment)
+        status = max(status, certified)
     publish(result, out)
+    return status
+
+
+def judge(result: dict[str, Any], run: Run) -> int:
+    """The exit status of the A/B alone."""
     if run.interrupted:
         return INTERRUPTED
     defects = (result["parity"]["classes"] or {}).get("defect", 0)
     return FELL_SHORT if defects or result["refused"] or result["partial"] else HELD
+
+
+def certify_arms(args: argparse.Namespace, prompts: int, environment: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The certificate of the same arms in short, and its exit status."""
+    try:
+        found = certify_beside(args, prompts, environment)
+    except KeyboardInterrupt:
+        return {"verdict": None, "reasons": ["interrupted"]}, INTERRUPTED
+    except (CheckpointError, EngineError, EndpointError, OSError) as error:
+        return {"verdict": None, "reasons": [str(error)]}, COULD_NOT_RUN
+    short = {"verdict": found["verdict"], "summary": summarise(found), "reasons": found["reasons"]}
+    return short, FELL_SHORT if found["verdict"] == DEFECT else HELD
 
 
 def publish(result: dict[str, Any], out: Path) -> None:
@@ -93,6 +119,9 @@ def publish(result: dict[str, Any], out: Path) -> None:
         draw(result, out / "ab.png")
     print(render_text(result))
     print(f"files in {out}: ab.json, ab.md, ab.png")
+    if (certificate := result.get("certificate")) is not None:
+        told = certificate.get("summary") or f"none: {'; '.join(certificate['reasons'])}"
+        print(f"certificate {told}" + (f" ({out}/certificate/certificate.html)" if certificate["verdict"] else ""))
     print(json.dumps(shorten(result), ensure_ascii=False, allow_nan=False))
 
 
@@ -147,6 +176,8 @@ def _make_parser() -> argparse.ArgumentParser:
     work.add_argument("--concurrency", metavar="N", type=int, default=1, help="prompts sent together (default: 1)")
     work.add_argument("--sequential", action="store_true", help="one engine at a time, even if both would fit")
     work.add_argument("--control", metavar="N", type=int, help="prompts the baseline runs twice (default: 16; 0: none)")
+    certify = "then certify parity on the same prompts (bench/certify.py), with one page in DIR/certificate"
+    work.add_argument("--certify", action="store_true", help=certify)
     work.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
     work.add_argument("--quick", action="store_true", help="16 prompts × 64 tokens, 4 controls, unless given")
     work.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")

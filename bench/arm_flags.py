@@ -33,6 +33,8 @@ def add_arm_flags(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
     engines.add_argument("--eager", action="store_true", help="no compilation, no graphs: starts fast, runs slowly")
+    exact = "serve with --exact, checked at the start: the candidate alone, to see its cost, or both"
+    engines.add_argument("--exact", choices=("candidate", "both"), help=exact)
     engines.add_argument("--prefix-caching", action="store_true", help="turn prefix caching on (default: off)")
     engines.add_argument(
         "--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)"
@@ -47,10 +49,11 @@ def check_arm_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     by_url = args.baseline_url is not None
     if by_url != (args.candidate_url is not None):
         parser.error("--baseline-url and --candidate-url: expected both or neither, got one")
-    if by_url and any((args.draft, args.gamma, args.candidate_model, args.baseline_args, args.candidate_args)):
+    for_engines = (args.draft, args.gamma, args.candidate_model, args.baseline_args, args.candidate_args, args.exact)
+    if by_url and any(for_engines):
         parser.error(
-            "--draft, --gamma, --candidate-model and extra args: expected none with URLs, as those servers already "
-            "run; drop them"
+            "--draft, --gamma, --candidate-model, --exact and extra args: expected none with URLs, as those servers "
+            "already run; drop them"
         )
     if not by_url and args.model is None:
         parser.error("--model: expected a checkpoint, or two URLs, got neither")
@@ -75,11 +78,13 @@ def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:
         prefix_caching=args.prefix_caching,
         kv_cache_gib=args.kv_cache_gib,
         seed=args.seed,
+        exact=args.exact == "both" or (args.exact == "candidate" and name == CANDIDATE),
         extra_args=extra,
     )
     gamma = "its trained maximum" if args.gamma is None else str(args.gamma)
     parts = [model, f"drafter {args.draft}, γ {gamma}" if drafting else "no drafter"]
     parts += ["eager"] if args.eager else []
+    parts += ["exact"] if config.exact else []
     parts += [shlex.join(extra)] if extra else []
     return ArmSpec(name, "; ".join(parts), config=config)
 

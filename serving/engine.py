@@ -32,6 +32,7 @@ from laguna_serve.serving.command import (
 )
 from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.engine_log import find_cause, find_phase, read_log
+from laguna_serve.serving.exact import ExactError, check_exact
 
 __all__ = ["Engine", "EngineConfig", "EngineError"]
 
@@ -91,6 +92,8 @@ class Engine:
         try:
             self._start()
             self._wait_until_ready()
+            if self.config.exact:
+                self._check_exact()
         except BaseException:
             self.stop()
             raise
@@ -164,7 +167,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=build_environment(os.environ, device, local=checkpoints.local),
+                env=build_environment(os.environ, device, local=checkpoints.local, exact=config.exact),
                 start_new_session=True,
             )
 
@@ -186,6 +189,17 @@ class Engine:
             time.sleep(POLL_S)
         self.pids()
         self._announce(f"engine {self.model_name}: ready at {self.base_url} after {time.monotonic() - started:.0f} s")
+
+    def _check_exact(self) -> None:
+        self._announce(f"engine {self.model_name}: checking that its output depends on the prompt alone")
+        try:
+            tokens = check_exact(self.base_url, self.model_name)
+        except ExactError as error:
+            self.check()
+            raise EngineError(f"engine {self.model_name}: {error}") from None
+        self._announce(
+            f"engine {self.model_name}: exact: {tokens} tokens the same to the bit alone, together, prefilled"
+        )
 
     def _is_healthy(self) -> bool:
         """One GET /health.  http.client, as it knows no proxies."""

@@ -58,6 +58,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--kv-cache-gib", type=float, help="size of the KV cache (default: from the free memory)")
     parser.add_argument("--eager", action="store_true", help="no compilation: quick to start, slow to run")
     parser.add_argument("--no-prefix-caching", action="store_true", help="do not reuse equal prompt beginnings")
+    exact = "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
+    exact += " the start, and refused where the engine has none (costs and limits: README)"
+    parser.add_argument("--exact", action="store_true", help=exact)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="vLLM's log (default: in the user's cache folder, by port)")
     parser.set_defaults(run=run)
@@ -120,6 +123,7 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         prefix_caching=not args.no_prefix_caching,
         kv_cache_gib=args.kv_cache_gib,
         seed=args.seed,
+        exact=args.exact,
         extra_args=tuple(args.extra_args),
     )
 

@@ -11,7 +11,7 @@ import pytest
 from ab_harness import PROMPTS, StandInEngine
 from fake_engine import Behaviour, FakeEngine
 
-from laguna_serve.bench import arms, certify
+from laguna_serve.bench import ab, arms, certificate_run, certify
 from laguna_serve.serving.engine import EngineConfig
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
@@ -43,7 +43,7 @@ def find_role(config: EngineConfig) -> str:
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[RoleEngine]:
     made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": ()})
     monkeypatch.setattr(arms, "Engine", made)
-    monkeypatch.setattr(certify, "DEATH_S", 0.0)
+    monkeypatch.setattr(certificate_run, "DEATH_S", 0.0)
     return made
 
 
@@ -175,16 +175,16 @@ def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run
 def test_interruption_keeps_what_was_answered(
     engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = certify.judge_load
+    judge = certificate_run.judge_load
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(certify, "judge_load", interrupt)
+    monkeypatch.setattr(certificate_run, "judge_load", interrupt)
     status, _, output = run()
     assert status == 130
     assert "the same command continues" in output
-    monkeypatch.setattr(certify, "judge_load", judge)
+    monkeypatch.setattr(certificate_run, "judge_load", judge)
     assert run()[0] == 0
     assert len(engines.started_roles) == 3
 
@@ -245,3 +245,28 @@ def test_passes_of_other_settings_are_refused(engines: type[RoleEngine], run: An
     status, _, output = run("--max-tokens", "11")
     assert status == 2
     assert "got another one's; choose another --out or remove it" in output
+
+
+def test_ab_certifies_on_request(
+    engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompts", str(prompts_file), "--num-prompts", "9", "--max-tokens", "10", "--control", "2"]
+    command = [*PAIR, *flags, "--sequential", "--certify", "--out", str(tmp_path / "ab")]
+    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    assert ab.main(command) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["certificate"]["verdict"] == "identical"
+    assert json.loads((tmp_path / "ab" / "ab.json").read_text())["certificate"]["verdict"] == "identical"
+    assert (tmp_path / "ab" / "certificate" / "certificate.html").exists()
+    assert engines.started_roles == ("baseline", "candidate", "baseline", "row-matched", "candidate")
+
+
+def test_ab_keeps_its_figures_when_the_certificate_cannot_be_made(
+    engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompts", str(prompts_file), "--num-prompts", "9", "--max-tokens", "10", "--control", "2"]
+    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3), "row-matched": Behaviour(die_after=0)}
+    assert ab.main([*PAIR, *flags, "--sequential", "--certify", "--out", str(tmp_path / "ab")]) == 2
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["speedup"]["point"] is not None
+    assert "out of memory" in result["certificate"]["reasons"][0]
