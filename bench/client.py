@@ -105,6 +105,20 @@ class Client:
         extra = {"logprobs": logprobs, "return_tokens_as_token_ids": True}
         return await self._ask({**self._body, "prompt": prompt, **extra}, decode_probe)
 
+    async def score(self, prompt: str) -> list[float]:
+        """The loss (nats) of every token of a prompt after its first.
+
+        Raises:
+            EndpointError: the request failed.
+        """
+        body = {**self._body, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+
+        def decode(answer: dict[str, Any]) -> list[float]:
+            steps = answer["choices"][0]["prompt_logprobs"][1:]
+            return [-float(next(iter(step.values()))["logprob"]) for step in steps]
+
+        return await self._ask(body, decode)
+
     async def sample(self, prompt: str, count: int) -> list[list[int]]:
         """The token ids of `count` completions of one prompt, in one request.
 

@@ -3,13 +3,13 @@
 The baseline engine stays up for the whole sweep, a candidate engine is started per γ. What was measured is kept in
 DIR/points: the same command continues after an interruption, and a γ that fails does not lose the others. DIR gets
 sweep.json, sweep.md and sweep.png, and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout
-line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma_model.py.
+line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma_model.py; what the
+drafter's share of a step is: gamma_points.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Sequence
@@ -18,30 +18,33 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.arms import has_room_beside, open_arm
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.folder import claim_folder
+from laguna_serve.bench.gamma_mixed import compare_schedule
 from laguna_serve.bench.gamma_model import Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma_points import make_spec, measure_point
 from laguna_serve.bench.gamma_report import render_markdown, render_text
-from laguna_serve.bench.plan import BASELINE, CANDIDATE, make_plan
+from laguna_serve.bench.gamma_stack import measure_levers, parse_lever
 from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
 from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.result import assemble, list_pairs
-from laguna_serve.bench.run import ArmRun, MeasurementStoppedError, Run, measure
+from laguna_serve.bench.run import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gamma_store import Advice, store_advice
 from laguna_serve.serving.speculation import open_drafter
 
 SCHEMA = "laguna_serve.gamma_sweep/1"
-MIN_WARMUP = 4
 EXAMPLES = """
 examples:
   python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash \\
       --prompts tests/toy/prompts.jsonl --concurrency 1,4 --out out/sweep
   python bench/gamma_sweep.py --model MODEL --draft DRAFTER --gammas 3,5,7 --quick --prompts FILE --out DIR
+  python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4 --mixed \\
+      --stack fp8-kv prefix-caching chunked-prefill dense=tests/toy/dense \\
+      --prompts tests/toy/prompts.jsonl --out out/sweep
 
 then: laguna serve MODEL --draft DRAFTER --gamma auto
 
@@ -75,9 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gamma_sweep.py: no γ could be measured; see the logs beside the points", file=sys.stderr)
         return COULD_NOT_RUN
     result = conclude(args, environment, entries, failed)
+    problem, status = None, HELD
+    try:
+        extend(args, result, prompts, points, progress)
+    except KeyboardInterrupt:
+        problem, status = "interrupted; the same command continues with what is missing", INTERRUPTED
+    except (EngineError, EndpointError, MeasurementStoppedError) as error:
+        problem, status = str(error), COULD_NOT_RUN
     publish(result, Path(args.out))
-    defects = sum(entry["parity"]["classes"]["defect"] for entry in entries)
-    return FELL_SHORT if failed or defects else HELD
+    if problem is not None:
+        print(f"gamma_sweep.py: {problem}", file=sys.stderr)
+        return status
+    levers = result.get("stack", [])
+    parities = [*(entry["parity"] for entry in entries), *(lever["parity"] for lever in levers if not lever["failed"])]
+    defects = sum(parity["classes"]["defect"] for parity in parities)
+    return FELL_SHORT if failed or defects or any(lever["failed"] for lever in levers) else HELD
 
 
 def choose_gammas(args: argparse.Namespace) -> list[int]:
@@ -113,7 +128,7 @@ def open_points(args: argparse.Namespace, environment: dict[str, Any]) -> Path:
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
     """Every finished measurement, by γ and concurrency."""
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("gamma*-c*.json")]
     return sorted(entries, key=lambda entry: (entry["gamma"], entry["concurrency"]))
 
 
@@ -147,57 +162,17 @@ def sweep(
     return failed
 
 
-def measure_point(
-    args: argparse.Namespace,
-    gamma: int,
-    concurrency: int,
-    prompts: list[Prompt],
-    arms: tuple[Arm, Arm],
-    progress: Progress,
-) -> dict[str, Any]:
-    """One A/B with both engines up; the figures of ab.py, the rounds, and the cost of a step."""
-    timed, warmup = split_prompts(prompts, args.num_prompts, max(MIN_WARMUP, concurrency))
-    plan = make_plan(
-        timed, warmup, max_tokens=args.max_tokens, concurrency=concurrency, control=concurrency, seed=args.seed
-    )
-    run = Run({arm.name: ArmRun(arm.spec.label) for arm in arms})
-    asyncio.run(measure(plan, arms, run, progress))
-    result = assemble(run, plan, {}, dtype=args.dtype, drafting=True, prompts_file=args.prompts)
-    if result["refused"]:
-        reasons = "; ".join(sorted({refusal["reason"] for refusal in result["refused"]}))
-        raise MeasurementStoppedError(f"γ {gamma}, concurrency {concurrency}: {reasons}")
-    pairs = [(p.baseline_tokens, p.baseline_s, p.candidate_tokens, p.candidate_s) for p in list_pairs(run).values()]
-    baseline, candidate = result["arms"][BASELINE], result["arms"][CANDIDATE]
-    return {
-        "gamma": gamma,
-        "concurrency": concurrency,
-        "speedup": result["speedup"]["point"],
-        "ci95": result["speedup"]["ci95"],
-        "tau": result["acceptance"]["length"],
-        "per_position": result["acceptance"]["per_position"],
-        "step_cost": candidate["chunk_gap_ms"]["mean"] / baseline["chunk_gap_ms"]["mean"],
-        "tok_per_s": {BASELINE: baseline["tok_per_s"], CANDIDATE: candidate["tok_per_s"]},
-        "parity": {key: value for key, value in result["parity"].items() if key != "divergences"},
-        "divergences": result["parity"]["divergences"],
-        "pairs": pairs,
-    }
-
-
-def make_spec(args: argparse.Namespace, gamma: int | None) -> ArmSpec:
-    """The baseline (None), or the candidate of a γ."""
-    config = EngineConfig(
-        model=args.model,
-        draft=None if gamma is None else args.draft,
-        gamma=gamma,
-        dtype=args.dtype,
-        enforce_eager=args.eager,
-        prefix_caching=False,
-        kv_cache_gib=args.kv_cache_gib,
-        seed=args.seed,
-    )
-    if gamma is None:
-        return ArmSpec(BASELINE, f"{args.model}; no drafter", config=config)
-    return ArmSpec(CANDIDATE, f"{args.model}; drafter {args.draft}, γ {gamma}", config=config)
+def extend(
+    args: argparse.Namespace, result: dict[str, Any], prompts: list[Prompt], points: Path, progress: Progress
+) -> None:
+    """Add what was asked for beyond the sweep: levers at γ*, and the schedule against the best single γ."""
+    if args.stack:
+        gamma = next(choice["gamma"] for choice in result["choices"] if choice["concurrency"] == args.concurrency[0])
+        gamma = gamma or max(point["gamma"] for point in result["points"])  # γ* is plain decoding: show the most
+        result["stack"] = measure_levers(args, gamma, prompts, points, progress)
+    if args.mixed:
+        schedule = result["schedule"]["num_speculative_tokens_per_batch_size"]
+        result["mixed"] = compare_schedule(args, result["points"], schedule, prompts, points, progress)
 
 
 def conclude(
@@ -266,6 +241,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", metavar="N", type=int, help="output tokens per prompt (default: 96)")
     parser.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
     parser.add_argument("--eager", action="store_true", help="no compilation: starts fast, runs slowly")
+    stack = "then levers at the γ chosen for the first concurrency, each against its own plain decoding and the plain "
+    stack += "target: fp8-kv, prefix-caching, chunked-prefill, pruned=CHECKPOINT, dense=CHECKPOINT"
+    parser.add_argument("--stack", metavar="LEVER", nargs="+", type=parse_lever, default=[], help=stack)
+    mixed = "then the schedule against the best single γ, under a load that changes"
+    parser.add_argument("--mixed", action="store_true", help=mixed)
     parser.add_argument("--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)")
     parser.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
     parser.add_argument("--quick", action="store_true", help="16 prompts × 48 tokens, unless given")

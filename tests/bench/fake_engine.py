@@ -39,6 +39,7 @@ class Behaviour:
     die_after: int | None = None
     ids: bool = True
     sharpen: float = 0.0
+    loss: float = 2.5
     next_top: dict[int, float] = field(default_factory=lambda: {0: -0.1})
 
 
@@ -134,6 +135,9 @@ class FakeEngine:
             return web.Response()
         if isinstance(prompt, list):
             return web.json_response(self._answer_ids())
+        if body.get("prompt_logprobs") is not None:
+            steps = [None, *({str(byte): {"logprob": -behaviour.loss}} for byte in prompt.encode()[1:])]
+            return web.json_response({"choices": [{"text": "", "token_ids": [0], "prompt_logprobs": steps}]})
         if body.get("n"):
             return web.json_response({"choices": [self._draw(body["max_tokens"]) for _ in range(body["n"])]})
         if behaviour.faults.get(prompt) == "http_500":

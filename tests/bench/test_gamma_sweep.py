@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ab_harness import StandInEngine, stand_ins
+from ab_harness import PROMPTS, StandInEngine, stand_ins
 from fake_engine import Behaviour
 
 from laguna_serve.bench import gamma_plot, gamma_sweep
+from laguna_serve.bench.gamma_mixed import compare_schedule, find_best_single, make_mixed_plan
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.prompts import Prompt, load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import build_parser
 from laguna_serve.serving.engine import EngineConfig, EngineError
@@ -116,6 +121,96 @@ def test_other_sweep_is_not_continued(
     assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
 
 
+def test_levers_are_held_against_their_own_plain_decoding_and_the_plain_target(
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_picture: None,
+) -> None:
+    more = ["--gammas", "3", "--stack", "fp8-kv", "prefix-caching", f"dense={TOY / 'dense'}", "chunked-prefill"]
+    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)) as made:
+        start = made.__init__
+
+        def behave(engine: StandInEngine, config: EngineConfig, **named: Any) -> None:
+            start(engine, config, **named)
+            if "dense" in config.model:  # another model: other tokens and another loss, with and without a drafter
+                engine._fake.behaviour = replace(engine._fake.behaviour, flips={PROMPTS[4]: 3}, loss=2.6)
+            if "fp8" in config.extra_args:
+                raise EngineError("engine fake: no fp8 here")
+
+        monkeypatch.setattr(made, "__init__", behave)
+        assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
+        levers = {lever["lever"]: lever for lever in last_line(capsys)["stack"]}
+        assert levers["fp8-kv"]["failed"] == "engine fake: no fp8 here"
+        assert levers["prefix-caching"]["speedup"] > 1.5
+        assert levers["prefix-caching"]["differ_from_plain_target"] == 0
+        assert levers["prefix-caching"]["loss_change"] == 0
+        assert levers["dense"]["parity"]["mismatches"] == 0
+        assert levers["dense"]["differ_from_plain_target"] == 1
+        assert levers["dense"]["loss_change"] == pytest.approx(0.1)
+        page = (tmp_path / "out" / "sweep.md").read_text()
+        assert "| fp8-kv | 3 | failed |" in page
+        assert "lever fp8-kv failed: engine fake: no fp8 here" in page
+        # What was measured is kept; the one that failed is tried again.
+        started = made.started
+        assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
+        assert made.started == started + 1
+
+
+def test_schedule_is_held_against_the_best_single_gamma(
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_picture: None,
+) -> None:
+    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "1,3", "--mixed")) == 0
+    mixed = last_line(capsys)["mixed"]
+    assert mixed["skipped"] == "the schedule is a single γ"
+    assert "mixed load: not measured" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_schedule_is_measured_under_changing_load(
+    prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--gammas", "3", "--num-prompts", "14", "--max-tokens", "12", "--out", str(tmp_path)]
+    args = gamma_sweep.parse_args([*PAIR, "--prompts", str(prompts_file), *more])
+    args.concurrency = [1, 2]
+    rates = {"baseline": 100.0, "candidate": 150.0}
+    points = [{"gamma": 3, "concurrency": concurrency, "tok_per_s": rates} for concurrency in (1, 2)]
+    behaviour = Behaviour(delay_s=0.001, gamma=3, chunk_tokens=3)
+    with stand_ins(monkeypatch, behaviour, behaviour) as made:
+        prompts, schedule = load_prompts(prompts_file), [(1, 1, 3), (2, 2, 0)]
+        found = compare_schedule(args, points, schedule, prompts, tmp_path, Progress(quiet=True))
+        assert [config.gamma_schedule for config in made.configs] == [None, ((1, 1, 3), (2, 2, 0))]
+        assert [config.gamma for config in made.configs] == [3, 3]
+    assert (found["single"], found["rounds"]) == (3, 9)
+    assert found["ci95"][0] < found["speedup"] < found["ci95"][1]
+
+
+def test_best_single_gamma_needs_the_least_time_over_all_loads() -> None:
+    def point(gamma: int, concurrency: int, plain: float, rate: float) -> dict[str, Any]:
+        rates = {"baseline": plain, "candidate": rate}
+        return {"gamma": gamma, "concurrency": concurrency, "tok_per_s": rates}
+
+    points = [point(7, 1, 100, 200), point(7, 8, 400, 300), point(3, 1, 100, 150), point(3, 8, 400, 420)]
+    # Seconds for a token and eight: γ 7: 1/200 + 8/300, γ 3: 1/150 + 8/420, none: 1/100 + 8/400.
+    assert find_best_single(points) == 3
+    assert find_best_single([*points, point(5, 1, 100, 900)]) == 3  # not measured at 8
+    assert find_best_single([point(7, 1, 100, 80)]) == 0
+
+
+def test_mixed_rounds_take_every_concurrency_by_turns() -> None:
+    prompts = [Prompt(str(i), f"text {i}") for i in range(40)]
+    args = argparse.Namespace(concurrency=[1, 4], max_tokens=8, seed=0)
+    plan = make_mixed_plan(args, prompts)
+    assert [len(r) for r in plan.rounds] == [1, 4] * 8
+    assert len(plan.orders) == 16
+    assert plan.concurrency == 4
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -136,6 +231,8 @@ def test_bad_input_is_one_line(
     ("more", "message"),
     [
         (["--gammas", "1,x"], "expected positive numbers like 1,3,7, got '1,x'"),
+        (["--stack", "fp9"], "expected fp8-kv, prefix-caching, chunked-prefill, pruned=CHECKPOINT"),
+        (["--stack", "dense"], "or dense=CHECKPOINT, got 'dense'"),
         (["--concurrency", "2"], "--num-prompts: expected at least 16, 8 rounds of 2, got 9"),
     ],
 )
