@@ -38,10 +38,13 @@ class StandInEngine:
 
     def __init__(self, config: EngineConfig, **_: Any) -> None:
         self.command, self.model_name = ["vllm", config.model], "fake"
-        behaviour = type(self).behaviours[config.draft is not None]
-        self._fake = FakeEngine(behaviour)
+        self._fake = FakeEngine(self.choose(config))
         type(self).configs += (config,)
         type(self).started += 1
+
+    def choose(self, config: EngineConfig) -> Behaviour:
+        """How the engine of a configuration behaves: by whether it drafts."""
+        return type(self).behaviours[config.draft is not None]
 
     def __enter__(self) -> StandInEngine:
         self._fake.__enter__()

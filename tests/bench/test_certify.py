@@ -26,11 +26,10 @@ class RoleEngine(StandInEngine):
     roles: ClassVar[dict[str, Behaviour]] = {}
     started_roles: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: EngineConfig, **_: Any) -> None:
-        self.role = find_role(config)
-        super().__init__(config)
-        self._fake = FakeEngine(type(self).roles.get(self.role, Behaviour()))
-        type(self).started_roles += (self.role,)
+    def choose(self, config: EngineConfig) -> Behaviour:
+        role = find_role(config)
+        type(self).started_roles += (role,)
+        return type(self).roles.get(role, Behaviour())
 
 
 def find_role(config: EngineConfig) -> str:

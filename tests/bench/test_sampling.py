@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 from ab_harness import StandInEngine
-from fake_engine import Behaviour, FakeEngine
+from fake_engine import Behaviour
 
 from laguna_serve.bench import arms, sampling
 from laguna_serve.serving.engine import EngineConfig
@@ -38,10 +38,9 @@ class GammaEngine(StandInEngine):
     by_gamma: ClassVar[dict[int | None, Behaviour]] = {}
     seeds: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, config: EngineConfig, **_: Any) -> None:
-        super().__init__(config)
-        self._fake = FakeEngine(type(self).by_gamma.get(config.gamma, Behaviour()))
+    def choose(self, config: EngineConfig) -> Behaviour:
         type(self).seeds += (config.seed,)
+        return type(self).by_gamma.get(config.gamma, Behaviour())
 
 
 @pytest.fixture
