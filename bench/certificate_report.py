@@ -64,10 +64,7 @@ def list_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def list_notes(result: Mapping[str, Any]) -> list[str]:
     """What else was found, a sentence each."""
-    notes = []
-    for load in result["loads"]:
-        text = f"At concurrency {load['concurrency']} log-probabilities may differ by {load['noise']:.3g} nats"
-        notes.append(text + _tell_drift(load) + ".")
+    notes = [f"At concurrency {load['concurrency']} {_tell_differences(load)}." for load in result["loads"]]
     if (replay := result["replay"]) is not None:
         p = replay["sign_test_p"]
         notes.append(
@@ -75,11 +72,10 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
             f"{replay['baseline']}, with the candidate in {replay['candidate']}, with neither in {replay['neither']}"
             + ("." if p is None else f" (a fair coin is as lopsided with p = {p:.2g}).")
         )
-    for name, found in result["streams"].items():
-        notes.append(
-            f"Streamed without log-probabilities, as users send them: {found['differing']} of {found['prompts']} of "
-            f"the {name}'s answers differ from those examined."
-        )
+    streams = [
+        f"{found['differing']} of {found['prompts']} of the {name}'s" for name, found in result["streams"].items()
+    ]
+    notes.append(f"Streamed without log-probabilities, as users send them, {' and '.join(streams)} answers differ.")
     for name, arm in result["arms"].items():
         tau = "" if arm["acceptance"] is None else f"; {arm['acceptance']:.2f} tokens per step"
         notes.append(f"{name}: {arm['label']}{tau}.")
@@ -170,13 +166,15 @@ def _tell(item: Mapping[str, Any]) -> str:
     return f"{text}; {item['exact']}" if item["exact"] else text
 
 
-def _tell_drift(load: Mapping[str, Any]) -> str:
+def _tell_differences(load: Mapping[str, Any]) -> str:
     found, drift = load["candidate"]["difference"], load["drift"]
     if found is not None and found["max"] == 0:
-        return "; the candidate's are the baseline's to the bit"
+        where = ", where tokens agree" if load["candidate"]["mismatches"] else ""
+        return f"all {found['n']:,} log-probabilities of the candidate are the baseline's to the bit{where}"
+    text = f"rounding may move log-probabilities by {load['noise']:.3g} nats, as the controls show"
     if drift is None or drift["ratio"] is None:
-        return ""
-    text = "; the candidate's lie {:.2f} times as far from the baseline's as those of the row-matched control"
+        return text
+    text += "; the candidate's lie {:.2f} times as far from the baseline's as the row-matched control's"
     text += " (95% interval {:.2f}–{:.2f}; above {} it is a defect)"
     return text.format(drift["ratio"], *drift["ci95"], DRIFT_RATIO)
 

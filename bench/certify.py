@@ -113,7 +113,7 @@ def certify_beside(args: argparse.Namespace, prompts: int, environment: dict[str
         CheckpointError, EngineError, EndpointError, OSError: as `certify` and `make_job`.
     """
     given = vars(args) | {"num_prompts": prompts, "concurrency": [args.concurrency], "out": f"{args.out}/certificate"}
-    given |= {"row_matched": "random", "row_matched_url": None, "reference_url": None}
+    given |= {"row_matched": "random", "row_matched_url": None, "reference_url": None, "no_replay": False}
     job = make_job(argparse.Namespace(**given), environment)
     result = certify(job, environment, Progress())
     publish(result, job.out)
@@ -213,6 +213,8 @@ def _make_reference(args: argparse.Namespace, specs: Mapping[str, ArmSpec], _out
     if args.reference_url is not None:
         return ArmSpec(REFERENCE, f"running at {args.reference_url}", url=args.reference_url, model_name=args.model)
     config = specs[BASELINE].config
+    if args.no_replay:
+        return "not asked for"
     if config is None:
         return "the arms were given by URL, and no --reference-url"
     exact = replace(config, dtype="float32", enforce_eager=True, prefix_caching=False, exact=False)
@@ -232,6 +234,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     rows = "drafter with random weights, or vLLM's synthetic acceptance at length 1.0 (GPU; default: random)"
     controls.add_argument("--row-matched", choices=("random", "synthetic", "none"), default="random", help=rows)
     controls.add_argument("--row-matched-url", metavar="U", help="an endpoint that is that control")
+    replay = "leave the third path out: in float32 it takes twice a 16-bit model's memory"
+    controls.add_argument("--no-replay", action="store_true", help=replay)
     controls.add_argument("--reference-url", metavar="U", help="an endpoint of the exact model, for the replay")
     work = parser.add_argument_group("what to certify")
     work.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')

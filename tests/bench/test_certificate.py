@@ -105,6 +105,18 @@ def test_mismatch_beyond_the_controls_noise_is_a_defect() -> None:
     assert "at concurrency 4: 1 of 12 prompts differ beyond rounding (the first: prompt p5, token 3" in reasons[0]
 
 
+def test_where_the_controls_show_no_noise_nothing_is_a_near_tie() -> None:
+    baseline, candidate = near_tie(margin=1e-9)
+    load = judge(candidate, baseline=baseline, rows=0.0)
+    assert load["noise"] == 0
+    assert load["candidate"]["classes"]["defect"] == 1
+
+
+def test_without_a_row_matched_control_the_spacing_of_the_logits_is_the_noise() -> None:
+    load = judge_load(Load(1, everyone(), everyone(), {AGAIN: everyone()}), "bfloat16", seed=0)
+    assert load["noise"] == 2**-4
+
+
 def test_candidate_cannot_excuse_itself_by_its_own_noise() -> None:
     """Were noise read off the candidate, as its answers are a nat off, this mismatch would be rounding."""
     baseline, candidate = near_tie(margin=0.5)

@@ -91,7 +91,7 @@ def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tm
     tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}
     engines.roles = {
         "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR),
+        "row-matched": Behaviour(margin=NEAR, noise=0.02),
         "candidate": Behaviour(**tie),
         "reference": Behaviour(next_top={token + 1: -0.6, token: -0.65}),
     }
@@ -198,7 +198,7 @@ def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
 def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {
         "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR),
+        "row-matched": Behaviour(margin=NEAR, noise=0.02),
         "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=NEAR),
         "reference": Behaviour(die_after=0),
     }

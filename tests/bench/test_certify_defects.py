@@ -113,7 +113,7 @@ def test_one_weight_off_is_a_defect(sound: tuple[Path, dict[str, Any]], tmp_path
     tensors = load_file(path)
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] *= -1  # one sign of 6 million weights
     save_file(tensors, path, {"format": "pt"})
-    status, result = certify_like(sound, tmp_path / "out", "--candidate-model", str(wrong))
+    status, result = certify_like(sound, tmp_path / "out", "--candidate-model", str(wrong), "--no-replay")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("drift" in reason or "differ beyond rounding" in reason for reason in result["reasons"])
 
@@ -133,6 +133,6 @@ def test_accepted_token_that_was_not_the_argmax_is_a_defect(
     sound: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(NOT_THE_ARGMAX, tmp_path, monkeypatch)
-    status, result = certify_like(sound, tmp_path / "out")
+    status, result = certify_like(sound, tmp_path / "out", "--no-replay")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("own log-probabilities do not put first" in reason for reason in result["reasons"])
