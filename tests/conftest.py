@@ -1,8 +1,8 @@
-"""Engines that several tests share: one per configuration, started when the first test asks for it."""
+"""Engines that several tests share, started when the first test asks for one; and defects planted in engines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +18,19 @@ def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     config = EngineConfig(model=str(TOY / "teacher"), dtype="float32", enforce_eager=True, max_num_seqs=64)
     with Engine(config, log_path=tmp_path_factory.mktemp("engine") / "fp32.log") as engine:
         yield engine
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Give engines started in this test a plugin of vLLM's: the source of a module with a `register` function."""
+
+    def install(source: str) -> None:
+        site = tmp_path / "site"
+        metadata = site / "planted-0.dist-info"
+        metadata.mkdir(parents=True)
+        (site / "planted.py").write_text(source)
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 0\n")
+        (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted = planted:register\n")
+        monkeypatch.setenv("PYTHONPATH", str(site))
+
+    return install

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,6 @@ def certify_like(sound: tuple[Path, dict[str, Any]], out: Path, *more: str) -> t
     return status, json.loads((out / "certificate.json").read_text())
 
 
-def plant(defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = tmp_path / "site"
-    metadata = site / "planted_defect-0.dist-info"
-    metadata.mkdir(parents=True)
-    (site / "planted_defect.py").write_text(PLANT.replace("    DEFECT\n", defect))
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted_defect\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted_defect = planted_defect:register\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
-
-
 def test_sound_pair_is_certified(sound: tuple[Path, dict[str, Any]]) -> None:
     result = sound[1]
     assert result["verdict"] in ("identical", "equal up to ties")
@@ -119,9 +110,9 @@ def test_one_weight_off_is_a_defect(sound: tuple[Path, dict[str, Any]], tmp_path
 
 
 def test_off_by_one_position_is_a_defect(
-    sound: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sound: tuple[Path, dict[str, Any]], tmp_path: Path, plant: Callable[[str], None]
 ) -> None:
-    plant(OFF_BY_ONE, tmp_path, monkeypatch)
+    plant(PLANT.replace("    DEFECT\n", OFF_BY_ONE))
     status, result = certify_like(sound, tmp_path / "out")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("differ beyond rounding" in reason for reason in result["reasons"])
@@ -130,9 +121,9 @@ def test_off_by_one_position_is_a_defect(
 
 
 def test_accepted_token_that_was_not_the_argmax_is_a_defect(
-    sound: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sound: tuple[Path, dict[str, Any]], tmp_path: Path, plant: Callable[[str], None]
 ) -> None:
-    plant(NOT_THE_ARGMAX, tmp_path, monkeypatch)
+    plant(PLANT.replace("    DEFECT\n", NOT_THE_ARGMAX))
     status, result = certify_like(sound, tmp_path / "out", "--no-replay")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("own log-probabilities do not put first" in reason for reason in result["reasons"])

@@ -4,6 +4,7 @@ drafter that was made to lose its context on a hit."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,16 +198,13 @@ def test_acceptance_holds_on_real_engines(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.vllm
 def test_lost_context_is_caught_on_real_engines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    plant: Callable[[str], None],
 ) -> None:
     """On engines whose drafter loses its context on a hit: acceptance falls, and tokens do not change."""
-    site = tmp_path / "site"
-    metadata = site / "context_defect-0.dist-info"
-    metadata.mkdir(parents=True)
-    (site / "context_defect.py").write_text(DEFECT)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: context_defect\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\ncontext_defect = context_defect:register\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    plant(DEFECT)
     plan = prefix_cache.plan_traffic
 
     def plan_two_engines(*arguments: Any) -> Any:

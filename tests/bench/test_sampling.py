@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,19 +121,16 @@ def test_bad_input_is_refused_before_an_engine_starts(
 
 @pytest.mark.vllm
 def test_real_engines_sound_and_biased(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    plant: Callable[[str], None],
 ) -> None:
     monkeypatch.setattr(sampling, "TRIALS", 4)
     size = ["--num-prompts", "10", "--completions", "200", "--tokens", "6", "--gammas", "7", "--eager"]
     command = [*PAIR, "--prompts", str(TOY / "prompts.jsonl"), *size, "--level", "0.001"]
     assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 0
-    site = tmp_path / "site"
-    metadata = site / "planted_bias-0.dist-info"
-    metadata.mkdir(parents=True)
-    (site / "planted_bias.py").write_text(BIAS)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted_bias\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted_bias = planted_bias:register\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    plant(BIAS)
     (tmp_path / "s" / "samples" / "γ-7.json").unlink()
     capsys.readouterr()
     assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 1

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -95,20 +96,47 @@ def count_drafts(base_url: str) -> tuple[float, float]:
 
 
 def test_schedule_by_batch_size_is_followed(tmp_path: Path) -> None:
-    """γ 7 for a request alone, none for four together; the tokens are the same."""
+    """γ 7 for a request alone, none for four together. `exact` has compared the tokens of both, to the bit."""
     schedule = ((1, 1, 7), (2, 8, 0))
-    config = EngineConfig(str(TOY / "teacher"), draft=str(TOY / "dflash"), gamma=7, gamma_schedule=schedule)
+    config = EngineConfig(str(TOY / "teacher"), draft=str(TOY / "dflash"), gamma=7, gamma_schedule=schedule, exact=True)
     prompts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()[:4]]
     with Engine(replace(config, enforce_eager=True), log_path=tmp_path / "log") as engine:
+        before = count_drafts(engine.base_url)
         assert complete(engine.base_url, engine.model_name, prompts[0], 48) == 48
         alone = count_drafts(engine.base_url)
         with ThreadPoolExecutor(4) as pool:
             sent = [pool.submit(complete, engine.base_url, engine.model_name, prompt, 48) for prompt in prompts]
             assert all(request.result() == 48 for request in sent)
         together = count_drafts(engine.base_url)
-    assert alone[0] >= 6
-    assert alone[1] == 7 * alone[0]
+    assert alone[0] - before[0] >= 6
+    assert alone[1] - before[1] == 7 * (alone[0] - before[0])
     assert together[0] - alone[0] <= 4, "but for the first one in and the last one out"
+
+
+BATCH_DEPENDENT = """
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+
+def register():
+    compute = LogitsProcessor.forward
+
+    def forward(self, lm_head, hidden_states, *more):
+        logits = compute(self, lm_head, hidden_states, *more)
+        return logits if logits is None or len(logits) < 4 else logits * (1 + 2**-7)
+
+    LogitsProcessor.forward = forward
+"""
+
+
+def test_exact_engine_that_depends_on_the_batch_is_not_served(tmp_path: Path, plant: Callable[[str], None]) -> None:
+    """Planted in vLLM: logits of four rows and more are another number of ulps."""
+    plant(BATCH_DEPENDENT)
+    config = EngineConfig(model=str(TOY / "teacher"), enforce_eager=True, exact=True)
+    with (
+        pytest.raises(EngineError, match=r"--exact: expected .*the kernels here depend on the batch"),
+        Engine(config, log_path=tmp_path / "log"),
+    ):
+        pass
 
 
 def test_failure_of_vllm_is_quoted(tmp_path: Path) -> None:
