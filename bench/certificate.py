@@ -93,6 +93,16 @@ def judge_streams(observed: Answers, streamed: Sequence[Record], noise: float) -
     return {"prompts": len(streamed), "differing": differing, "beyond_noise": beyond}
 
 
+def find_not_own_best(answers: Answers) -> list[dict[str, Any]]:
+    """Every emitted token that its own step's log-probabilities do not put first. A tie is not one."""
+    return [
+        {"prompt_id": prompt_id, "index": index, "token": token, "top": sorted(step.items(), key=lambda kv: -kv[1])}
+        for prompt_id, probe in answers.items()
+        for index, (token, step) in enumerate(zip(probe.token_ids, probe.top, strict=True))
+        if token not in step or step[token] < max(step.values())
+    ]
+
+
 def _is_near(probe: Probe, index: int | None, token: int | None, noise: float) -> bool:
     if index is None or token is None or index >= len(probe.top) or token not in probe.top[index]:
         return False
@@ -119,7 +129,7 @@ def _compare(baseline: Answers, other: Answers, noise: float) -> dict[str, Any]:
         "defect_bound95": bound_mismatch_rate(classes["defect"], prompts),
         "first_index": min((d["index"] for d in divergences if d["index"] is not None), default=None),
         "difference": _summarise([value for found in _difference(baseline, other) for value in found]),
-        "not_own_best": _find_not_own_best(other),
+        "not_own_best": find_not_own_best(other),
         "other_prompts": sum(probe.prompt_ids != other[prompt_id].prompt_ids for prompt_id, probe in baseline.items()),
         "divergences": divergences,
     }
@@ -155,16 +165,6 @@ def _summarise(values: list[float]) -> dict[str, float | int] | None:
     p50, p99 = np.percentile(values, [50, 99])
     found = {"mean": float(np.mean(values)), "p50": float(p50), "p99": float(p99), "max": max(values)}
     return {**found, "n": len(values)}
-
-
-def _find_not_own_best(answers: Answers) -> list[dict[str, Any]]:
-    """Every emitted token that its own step's log-probabilities do not put first. A tie is not one."""
-    return [
-        {"prompt_id": prompt_id, "index": index, "token": token, "top": sorted(step.items(), key=lambda kv: -kv[1])}
-        for prompt_id, probe in answers.items()
-        for index, (token, step) in enumerate(zip(probe.token_ids, probe.top, strict=True))
-        if token not in step or step[token] < max(step.values())
-    ]
 
 
 def _find_drift(candidate: list[list[float]], control: list[list[float]], floor: float, seed: int) -> dict[str, Any]:

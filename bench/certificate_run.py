@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
-from laguna_serve.bench.certificate import AGAIN, ROW_MATCHED, Load, find_verdict, judge_load, judge_streams
+from laguna_serve.bench.certificate import (
+    AGAIN,
+    ROW_MATCHED,
+    Load,
+    find_not_own_best,
+    find_verdict,
+    judge_load,
+    judge_streams,
+)
 from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
 from laguna_serve.bench.metrics import scrape_counters, summarise_acceptance
 from laguna_serve.bench.passes import Journal, run_pass
@@ -27,6 +35,8 @@ SCHEMA = "laguna_serve.certificate/1"
 REFERENCE = "reference"
 # Prompts that are also streamed without log-probabilities, as users send them.
 STREAMED = 16
+# Tokens per step up to which a control counts as accepting nothing: random drafts hit now and then.
+MOST_ACCEPTED = 1.2
 # A dying engine is seen dead a moment after its connections broke.
 DEATH_S = 2.0
 
@@ -62,10 +72,13 @@ def certify(job: Job, environment: dict[str, Any], progress: Progress) -> dict[s
         if name in job.specs
     }
     baseline = [_read(job, BASELINE, concurrency) for concurrency in job.concurrencies]
+    missing = dict(job.missing)
+    if ROW_MATCHED in arms and (reason := _find_unfit(job, arms[ROW_MATCHED]["about"]["acceptance"])) is not None:
+        missing[ROW_MATCHED] = reason
     loads = []
     for concurrency, ours in zip(job.concurrencies, baseline, strict=True):
         controls = {AGAIN: _read(job, AGAIN, concurrency)}
-        if ROW_MATCHED in arms:
+        if ROW_MATCHED not in missing:
             controls[ROW_MATCHED] = _read(job, ROW_MATCHED, concurrency)
         loads.append(
             judge_load(Load(concurrency, ours, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
@@ -88,11 +101,22 @@ def certify(job: Job, environment: dict[str, Any], progress: Progress) -> dict[s
             "seed": job.seed,
         },
         "arms": {name: {"label": job.specs[name].label, **found["about"]} for name, found in arms.items()},
-        "missing": dict(job.missing) | ({REFERENCE: replay} if isinstance(replay, str) else {}),
+        "missing": missing | ({REFERENCE: replay} if isinstance(replay, str) else {}),
         "streams": streams,
         "replay": None if isinstance(replay, str) else replay,
         "loads": loads,
     }
+
+
+def _find_unfit(job: Job, acceptance: float | None) -> str | None:
+    """Why the row-matched control is none: it must accept next to nothing, and emit its target's first choices."""
+    if acceptance is None or acceptance > MOST_ACCEPTED:
+        found = "no draft" if acceptance is None else f"{acceptance:.2f} tokens per step"
+        return f"it should verify drafts and accept none, and shows {found}; left out"
+    for concurrency in job.concurrencies:
+        if wrong := find_not_own_best(_read(job, ROW_MATCHED, concurrency)):
+            return f"{len(wrong)} of its tokens are not its target's first choice; left out"
+    return None
 
 
 def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
-    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    engines.roles = {"row-matched": Behaviour(gamma=3), "candidate": Behaviour(gamma=3, chunk_tokens=3)}
     status, result, output = run()
     assert (status, result["verdict"]) == (0, "identical")
     assert engines.started_roles == ("baseline", "row-matched", "candidate")  # nothing to replay
@@ -91,7 +91,7 @@ def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tm
     tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}
     engines.roles = {
         "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR, noise=0.02),
+        "row-matched": Behaviour(margin=NEAR, noise=0.02, gamma=3),
         "candidate": Behaviour(**tie),
         "reference": Behaviour(next_top={token + 1: -0.6, token: -0.65}),
     }
@@ -139,6 +139,23 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("control", "reason"),
+    [
+        (Behaviour(gamma=3, chunk_tokens=3), "it should verify drafts and accept none, and shows 2.33 tokens per step"),
+        (Behaviour(), "it should verify drafts and accept none, and shows no draft"),
+        (Behaviour(gamma=3, noise=-1.0), "of its tokens are not its target's first choice"),
+    ],
+)
+def test_control_that_is_none_is_left_out(engines: type[RoleEngine], run: Any, control: Behaviour, reason: str) -> None:
+    engines.roles = {"row-matched": control, "candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    status, result, output = run()
+    assert status == 0
+    assert reason in result["missing"]["row-matched"]
+    assert set(result["loads"][0]["controls"]) == {"again"}
+    assert "No row-matched control: " in output
 
 
 def test_stream_that_differs_from_what_was_examined_fails(engines: type[RoleEngine], run: Any) -> None:
@@ -198,7 +215,7 @@ def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
 def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {
         "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR, noise=0.02),
+        "row-matched": Behaviour(margin=NEAR, noise=0.02, gamma=3),
         "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=NEAR),
         "reference": Behaviour(die_after=0),
     }
