@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from laguna_serve.serving import doctor, serve, tools
+from laguna_serve.serving import doctor, gateway_command, serve, tools
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineError
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, serve, tools):
+    for command in (doctor, serve, gateway_command, tools):
         command.add_parser(commands)
     return parser
 

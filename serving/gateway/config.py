@@ -1,0 +1,155 @@
+"""The gateway's configuration: one TOML file, validated whole before anything listens.
+
+[server]
+port = 8080
+
+[[models]]
+name = "laguna"
+affinity = "session"
+
+[[models.upstreams]]
+name = "a"
+url = "http://127.0.0.1:8000"
+max_in_flight = 64
+
+[[keys]]
+name = "agents"
+sha256 = "…"        # printf %s "$KEY" | sha256sum
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+MIB = 1 << 20
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; one line naming file, key and what was expected."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Server(_Table):
+    """Where the gateway listens, and what it takes."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
+    body_timeout_s: Seconds = 30.0
+    drain_s: Seconds = 60.0
+
+
+class Limits(_Table):
+    """How long requests may wait, for a slot and for the engine."""
+
+    max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    queue_timeout_s: Seconds = 30.0
+    connect_timeout_s: Seconds = 5.0
+    silence_timeout_s: Seconds = 300.0
+
+
+class Upstream(_Table):
+    """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared."""
+
+    name: Name
+    url: str
+    max_in_flight: Count = 64
+    weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        plain = (
+            parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or "@" in url)
+        )
+        if not plain or parts.path not in ("", "/"):
+            raise ValueError(f"expected http://host:port, got {url!r}")
+        return url.rstrip("/")
+
+
+class Model(_Table):
+    """A name in requests and the engines behind it. `affinity` keeps what belongs together on one engine: `session`
+    by the header X-Session-ID (or a key), `prefix` by how a prompt begins, `none` by load alone."""
+
+    name: Name
+    affinity: Literal["none", "session", "prefix"] = "none"
+    upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        _check_distinct("upstreams", [upstream.name for upstream in self.upstreams])
+        return self
+
+
+class Key(_Table):
+    """Who may ask: the SHA-256 of the key, never the key."""
+
+    name: Name
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    max_in_flight: Count | None = None
+
+
+class Config(_Table):
+    """Everything."""
+
+    server: Server = Server()
+    limits: Limits = Limits()
+    models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
+    keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        _check_distinct("models", [model.name for model in self.models])
+        _check_distinct("keys", [key.name for key in self.keys])
+        return self
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a file.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or a value is not what it must be.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
+    return parse_config(tables, str(path))
+
+
+def parse_config(tables: dict[str, Any], source: str) -> Config:
+    """Validate tables that were read from `source`. Raises ConfigError."""
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "expected no such key"
+        elif first["type"] == "missing":
+            message = "expected a value, got none"
+        else:
+            message = message if message.startswith("expected") else f"expected another value: {message}"
+            message += "" if ", got " in message else f", got {first['input']!r}"
+        raise ConfigError(f"{source}: {key}: {message}; see serving/gateway/config.py for what there is") from None
+
+
+def _check_distinct(what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"expected distinct names of {what}, got {name!r} twice")

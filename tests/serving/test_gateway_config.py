@@ -1,0 +1,174 @@
+"""The gateway's file and command: what is refused, with which words; reload, port and signals of the real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from gateway_fakes import Upstream
+
+from laguna_serve.serving.cli import main
+from laguna_serve.serving.gateway.config import ConfigError, load_config
+
+GOOD = """
+[server]
+port = 0
+
+[limits]
+max_queued = 8
+
+[[models]]
+name = "laguna/xs.2"
+affinity = "prefix"
+
+[[models.upstreams]]
+name = "a"
+url = "http://127.0.0.1:8000/"
+weight = 9
+
+[[models.upstreams]]
+name = "b"
+url = "http://[::1]:8001"
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "gateway.toml"
+    path.write_text(text)
+    return path
+
+
+def test_good_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    (model,) = config.models
+    assert [upstream.url for upstream in model.upstreams] == ["http://127.0.0.1:8000", "http://[::1]:8001"]
+    assert (model.upstreams[0].weight, config.limits.max_queued, config.limits.queue_timeout_s) == (9, 8, 30)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("max_queued = 8", "max_queue = 8", "limits.max_queue: expected no such key"),
+        ("max_queued = 8", "max_queued = -1", "limits.max_queued: expected another value: Input should be greater"),
+        (
+            "max_queued = 8",
+            'max_queued = "8"',
+            "limits.max_queued: expected another value: Input should be a valid integer",
+        ),
+        ("port = 0", "port = 70000", "server.port: expected another value"),
+        ('name = "laguna/xs.2"', "", "models.0.name: expected a value, got none"),
+        ('"prefix"', '"luck"', "models.0.affinity: expected another value"),
+        ('name = "b"', 'name = "a"', "expected distinct names of upstreams, got 'a' twice"),
+        ("http://127.0.0.1:8000/", "file:///etc/passwd", "expected http://host:port, got 'file:///etc/passwd'"),
+        ("http://127.0.0.1:8000/", "http://u:p@h:1", "expected http://host:port, got 'http://u:p@h:1'"),
+        ("http://127.0.0.1:8000/", "http://h:1/v1", "expected http://host:port, got 'http://h:1/v1'"),
+        ("weight = 9", "weight = 0", "models.0.upstreams.0.weight: expected another value"),
+        ("[server]", "[server", "expected TOML, got"),
+        (GOOD, "", "models: expected a value, got none"),
+        (GOOD, GOOD + '[[keys]]\nname = "k"\nsha256 = "secret"\n', "keys.0.sha256: expected another value"),
+    ],
+)
+def test_bad_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
+) -> None:
+    path = write(tmp_path, GOOD.replace(old, new))
+    assert main(["gateway", "--config", str(path), "--check"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "gateway.toml: " in err
+    assert len(err.splitlines()) == 1
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.toml: expected a configuration, got No such file or directory"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_check_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gateway", "--config", str(write(tmp_path, GOOD)), "--check"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == ["laguna/xs.2"]
+    assert main(["gateway", "--upstream", "http://h:1", "--model", "m", "--check"]) == 0
+    assert main(["gateway", "--check"]) == 2
+    assert "--config or --upstream: expected one of them" in capsys.readouterr().err
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server, server.stdout.readline().split()[2]
+        finally:
+            server.kill()
+
+
+def get(url: str) -> tuple[int, str | None]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.headers.get("x-upstream")
+    except urllib.error.HTTPError as error:
+        return error.code, None
+
+
+def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
+    with Upstream() as one, Upstream() as two:
+        text = '[server]\nport = 0\n[[models]]\nname = "m"\n[[models.upstreams]]\nname = "{}"\nurl = "{}"\n'
+        path = write(tmp_path, text.format("one", one.url))
+        with process("--config", str(path)) as (server, url):
+            assert get(f"{url}/v1/models") == (200, "one")
+            path.write_text(text.format("two", two.url))
+            server.send_signal(signal.SIGHUP)
+            assert server.stderr is not None
+            assert server.stderr.readline() == "gateway: configuration read again\n"
+            assert get(f"{url}/v1/models") == (200, "two")
+            path.write_text("models = 3")
+            server.send_signal(signal.SIGHUP)
+            assert "going on as before" in server.stderr.readline()
+            assert get(f"{url}/v1/models") == (200, "two")
+            server.send_signal(signal.SIGTERM)
+            out, _ = server.communicate(timeout=10)
+            assert server.returncode == 0
+            assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
+
+
+def test_second_signal_stops_at_once() -> None:
+    async def hang(_: object) -> None:
+        import asyncio
+
+        await asyncio.sleep(60)
+
+    with (
+        Upstream({"/v1/hang": hang}) as engine,
+        process("--upstream", engine.url, "--port", "0") as (server, url),
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client,
+    ):
+        client.sendall(b"GET /v1/hang HTTP/1.1\r\nhost: x\r\n\r\n")
+        deadline = time.monotonic() + 5
+        while not engine.seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(server.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        assert server.poll() is None, "it waits for the request"
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait(5)
+
+
+def test_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["gateway", "--upstream", "http://h:1", "--port", port]) == 2
+    assert "to be free" in capsys.readouterr().err
