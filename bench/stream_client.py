@@ -1,0 +1,99 @@
+"""The client of the gateway's benchmark: many streams at once, each event's way through measured to the microsecond.
+
+A bare protocol on uvloop: what the client costs is the same on every path, and little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+
+import uvloop
+
+SENT = re.compile(rb'"ns":(\d+)')
+END = b"0\r\n\r\n"
+BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' + b"word " * 200 + b'"}]}'
+
+
+@dataclass(slots=True)
+class Sample:
+    """What one round saw: ms from the request to its first event, and of every event from sent to received."""
+
+    ttft_ms: list[float] = field(default_factory=list)
+    chunk_ms: list[float] = field(default_factory=list)
+    errors: int = 0
+    wall_s: float = 0.0
+
+
+class _Stream(asyncio.Protocol):
+    """One connection, used again and again."""
+
+    def __init__(self, request: bytes, sample: Sample) -> None:
+        self._request, self.sample = request, sample
+        self._transport: asyncio.Transport | None = None
+        self._started, self._first = 0, True
+        self._done: asyncio.Future[bool] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic_ns()
+        for sent in SENT.findall(data):
+            if self._first:
+                self._first = False
+                self.sample.ttft_ms.append((now - self._started) / 1e6)
+            self.sample.chunk_ms.append((now - int(sent)) / 1e6)
+        if data.endswith(END) and self._done is not None and not self._done.done():
+            self._done.set_result(not self._first)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._done is not None and not self._done.done():
+            self._done.set_result(False)
+
+    async def ask(self) -> bool:
+        """Send the request; True when its stream came to its end."""
+        if self._transport is None:
+            return False
+        self._first, self._started = True, time.monotonic_ns()
+        self._done = asyncio.get_running_loop().create_future()
+        self._transport.write(self._request)
+        return await asyncio.wait_for(self._done, 60)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+def run_round(host: str, port: int, streams: int, requests: int) -> Sample:
+    """`requests` streams in all, `streams` at once, each connection kept."""
+    return uvloop.run(_run(host, port, streams, requests))
+
+
+async def _run(host: str, port: int, streams: int, requests: int) -> Sample:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+    )
+    request = head.format(host, len(BODY)).encode() + BODY
+    sample, left = Sample(), requests
+    loop = asyncio.get_running_loop()
+
+    async def work() -> None:
+        nonlocal left
+        _, stream = await loop.create_connection(lambda: _Stream(request, sample), host, port)
+        while left > 0:
+            left -= 1
+            if not await stream.ask():
+                sample.errors += 1
+                stream.close()
+                _, stream = await loop.create_connection(lambda: _Stream(request, sample), host, port)
+        stream.close()
+
+    started = time.monotonic()
+    await asyncio.gather(*(work() for _ in range(streams)))
+    sample.wall_s = time.monotonic() - started
+    return sample
