@@ -85,9 +85,11 @@ async def _check(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> 
             reason = f"/health: HTTP {response.status}"
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         healthy, reason = False, f"/health: {type(error).__name__}"
-    if healthy:
-        engine.note_success()
-    else:
-        engine.last_error = reason
+    was_up = engine.healthy is True and engine.is_up(pool.clock())
     engine.healthy = healthy
-    pool.wake()  # a slot may have come back with the engine
+    if not healthy:
+        engine.last_error = reason
+        return
+    engine.note_success()
+    if not was_up:
+        pool.welcome(engine)

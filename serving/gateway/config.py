@@ -80,8 +80,9 @@ class Upstream(_Table):
 
 
 class Model(_Table):
-    """A name in requests and the engines behind it. `affinity` keeps what belongs together on one engine: `session`
-    by the header X-Session-ID (or a key), `prefix` by how a prompt begins, `none` by load alone."""
+    """A name in requests and the engines behind it. `affinity` keeps what belongs together on one engine while that has
+    room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins; `none` goes by
+    load. Either way engines get shares by their weights."""
 
     name: Name
     affinity: Literal["none", "session", "prefix"] = "none"

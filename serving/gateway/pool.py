@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,10 +25,12 @@ MOST_COOL_DOWN_S = 30.0
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """An upstream's state. `healthy` is the last health check's word; None before the first."""
+    """An upstream's state. `healthy` is the last health check's word; None before the first. `turns` counts requests, for
+    shares by weight; it is moved on for an engine that was away (`Pool.welcome`)."""
 
     config: Upstream
     in_flight: int = 0
+    turns: float = 0.0
     healthy: bool | None = None
     failures: int = 0
     open_until: float = 0.0
@@ -99,6 +102,7 @@ class Pool:
             if free and (deadline is not None or not self._waiting):
                 engine = self._choose(free, affinity)
                 engine.in_flight += 1
+                engine.turns += 1
                 if len(free) > 1 or engine.has_slot():
                     self.wake()  # an engine that came back has room for more than the one who was woken
                 return engine
@@ -111,6 +115,12 @@ class Pool:
     def release(self, engine: Engine) -> None:
         """Give a slot back; the first in the queue is woken."""
         engine.in_flight -= 1
+        self.wake()
+
+    def welcome(self, engine: Engine) -> None:
+        """An engine is up that was not: it gets its share from now on, and nothing of what it missed."""
+        others = [other.turns / other.config.weight for other in self.engines if other is not engine]
+        engine.turns = max(engine.turns, max(others, default=0.0) * engine.config.weight)
         self.wake()
 
     def wake(self) -> None:
@@ -137,11 +147,17 @@ class Pool:
                 self._waiting.remove(future)
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
+        """By weight either way: of what belongs together the same one, else the one with the least to do for its
+        weight, and among idle ones the one that has had the least."""
         if affinity is not None:
-            return max(free, key=lambda engine: _score(affinity, engine.config.name))
-        return min(free, key=lambda engine: (engine.in_flight + 1) / engine.config.weight)
+            return max(free, key=lambda engine: _score(affinity, engine.config))
+        return min(
+            free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
+        )
 
 
-def _score(affinity: bytes, name: str) -> bytes:
-    """Rendezvous hashing: when an engine comes or goes, only what was its own moves."""
-    return hashlib.blake2b(affinity + b"\0" + name.encode(), digest_size=8).digest()
+def _score(affinity: bytes, upstream: Upstream) -> float:
+    """Weighted rendezvous hashing: when an engine comes or goes, only what was its own moves; each gets a share of the
+    keys as large as its weight."""
+    digest = hashlib.blake2b(affinity + b"\0" + upstream.name.encode(), digest_size=8).digest()
+    return -upstream.weight / math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))

@@ -91,11 +91,11 @@ class Relay:
         if self.draining:
             raise errors.draining()
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        with self.access.enter(headers):
+        with self.access.enter(headers) as key:
             body = await self._read_body(headers, receive)
             pool = self._find_pool(scope, body)
             watch()
-            affinity = _find_affinity(pool, headers, body)
+            affinity = _find_affinity(pool, headers, body, key)
             tried: set[Engine] = set()
             while True:
                 engine = await pool.acquire(affinity, frozenset(tried))
@@ -268,10 +268,11 @@ def _find_target(scope: Scope) -> str:
     return (path + b"?" + query if query else path).decode("latin-1")
 
 
-def _find_affinity(pool: Pool, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes | None:
+def _find_affinity(pool: Pool, headers: list[tuple[bytes, bytes]], body: bytes, key: str | None) -> bytes | None:
     kind = pool.model.affinity
     if kind == "session":
-        return next((value for name, value in headers if name == SESSION_HEADER), None)
+        session = next((value for name, value in headers if name == SESSION_HEADER), None)
+        return session if session is not None or key is None else key.encode()
     if kind == "prefix" and body:
         return body[:PREFIX_BYTES]
     return None

@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_reply
 
+from laguna_serve.serving.gateway.config import parse_config
+from laguna_serve.serving.gateway.pool import Pool
+
 BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
 COMPLETIONS = "/v1/completions"
 # A two-byte character and an event cut in the middle.
@@ -140,6 +143,64 @@ def test_session_stays_on_one_engine() -> None:
     with Upstream() as one, Upstream() as two, gateway(one, two, model={"affinity": "session"}) as front:
         for session in range(8):
             ups = {front.ask(COMPLETIONS, BODY, f"x-session-id: s{session}\r\n").header("x-upstream") for _ in range(3)}
+            assert len(ups) == 1
+        assert one.seen
+        assert two.seen
+
+
+def choose_many(weights: list[float], affinity: bool) -> list[float]:
+    """How often each upstream is chosen, 3000 requests one after the other."""
+    upstreams = [{"name": f"u{i}", "url": f"http://h:{i + 1}", "weight": w} for i, w in enumerate(weights)]
+    config = parse_config({"models": [{"name": "m", "upstreams": upstreams}]}, "test")
+    pool = Pool(config.models[0], config.limits)
+    pool.configure(config.models[0], config.limits)
+
+    async def run() -> None:
+        for i in range(3000):
+            pool.release(await pool.acquire(b"session %d" % i if affinity else None))
+
+    asyncio.run(run())
+    return [engine.turns for engine in pool.engines]
+
+
+@pytest.mark.parametrize("affinity", [False, True])
+def test_engines_get_shares_by_weight(affinity: bool) -> None:
+    shares = choose_many([9.0, 1.0], affinity)
+    assert shares[0] / 3000 == pytest.approx(0.9, abs=0.02)
+    assert choose_many([1.0, 1.0, 1.0], affinity) == pytest.approx([1000] * 3, abs=80)
+
+
+def test_engine_that_was_away_does_not_get_what_it_missed() -> None:
+    upstreams = [{"name": name, "url": "http://h:1"} for name in "ab"]
+    config = parse_config({"models": [{"name": "m", "upstreams": upstreams}]}, "test")
+    pool = Pool(config.models[0], config.limits)
+    pool.configure(config.models[0], config.limits)
+    one, two = pool.engines
+
+    async def run() -> None:
+        two.healthy = False
+        for _ in range(100):
+            pool.release(await pool.acquire(None))
+        two.healthy = True
+        pool.welcome(two)
+        before = one.turns
+        for _ in range(100):
+            pool.release(await pool.acquire(None))
+        assert one.turns - before == pytest.approx(50, abs=1)
+
+    asyncio.run(run())
+
+
+def test_key_stands_in_for_a_session() -> None:
+    names = [f"k{i}" for i in range(6)]
+    keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names]
+    with (
+        Upstream() as one,
+        Upstream() as two,
+        gateway(one, two, keys=keys, model={"affinity": "session"}) as front,
+    ):
+        for name in names:
+            ups = {front.ask(COMPLETIONS, BODY, f"x-api-key: {name}\r\n").header("x-upstream") for _ in range(3)}
             assert len(ups) == 1
         assert one.seen
         assert two.seen
