@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -31,15 +32,20 @@ class Metrics:
         self._requests = Counter("laguna_gateway_requests", help_text, labels, registry=self.registry)
         name, help_text = "laguna_gateway_request_seconds", "From the first byte in to the last one out."
         self._seconds = Histogram(name, help_text, registry=self.registry, buckets=SECONDS)
+        name, help_text = "laguna_gateway_ttft_seconds", "From the request to the first bytes of its answer's body."
+        self._first = Histogram(name, help_text, registry=self.registry, buckets=SECONDS)
 
     def watch(self, relay: HasPools) -> None:
         """Show the engines' state at every scrape."""
         self.registry.register(_Engines(relay))
 
-    def note(self, path: str, status: int, seconds: float) -> None:
-        """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""
+    def note(self, path: str, status: int, started_s: float, first_s: float | None) -> None:
+        """A request has ended that began at `started_s` and had its first bytes at `first_s` (perf_counter). Paths that
+        nobody serves share a label, or a scanner would make them without end."""
         self._requests.labels(path if path in KNOWN_PATHS else "other", str(status)).inc()
-        self._seconds.observe(seconds)
+        self._seconds.observe(time.perf_counter() - started_s)
+        if first_s is not None:
+            self._first.observe(first_s - started_s)
 
     def render(self) -> bytes:
         """The text of /metrics."""

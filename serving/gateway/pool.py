@@ -25,8 +25,11 @@ MOST_COOL_DOWN_S = 30.0
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """An upstream's state. `healthy` is the last health check's word, None before the first. `turns` counts requests for
-    shares by weight; it is moved on for an engine that was away (`Pool.welcome`)."""
+    """An upstream's state.
+
+    `healthy` is the last health check's word, None before the first. `turns` counts requests, for shares by weight; it
+    is moved on for an engine that was away (`Pool.welcome`).
+    """
 
     config: Upstream
     in_flight: int = 0

@@ -7,7 +7,9 @@ request is sent again, to another engine, only while its engine cannot be reache
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,6 +40,7 @@ NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
 REQUEST_ID = b"x-request-id"
+PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class _Envelope(msgspec.Struct):
@@ -73,8 +76,7 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         path: str = scope["path"]
-        started = time.perf_counter()
-        answer = _Answer(send, path)
+        answer = _Answer(send, path, _find_request_id(scope["headers"]))
         self.in_flight += 1
         try:
             async with _cancelled_on_disconnect(receive) as (body_parts, watch):
@@ -85,7 +87,7 @@ class Relay:
             answer.status = 499
         finally:
             self.in_flight -= 1
-            self._metrics.note(path, answer.status, time.perf_counter() - started)
+            self._metrics.note(path, answer.status, answer.started_s, answer.first_s)
 
     async def _handle(self, scope: Scope, answer: _Answer, receive: Receive, watch: Callable[[], None]) -> None:
         if self.draining:
@@ -120,12 +122,12 @@ class Relay:
                 scope["method"],
                 url,
                 data=body or None,
-                headers=_forward_headers(headers),
+                headers=_forward_headers(headers, answer.request_id),
                 timeout=self._timeout,
                 allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             ) as response:
-                await answer.start(response.status, _answer_headers(response, engine))
+                await answer.start(response.status, _answer_headers(response, engine, answer.request_id))
                 async for chunk, _ in response.content.iter_chunks():
                     if chunk:
                         await answer.pass_on(chunk)
@@ -185,11 +187,13 @@ class _ClientGoneError(Exception):
 class _Answer:
     """What has been sent to the client so far."""
 
-    __slots__ = ("_path", "_send", "_streams", "_tail", "started", "status")
+    __slots__ = ("_path", "_send", "_streams", "_tail", "first_s", "request_id", "started", "started_s", "status")
 
-    def __init__(self, send: Send, path: str) -> None:
-        self._send, self._path = send, path
+    def __init__(self, send: Send, path: str, request_id: bytes) -> None:
+        self._send, self._path, self.request_id = send, path, request_id
         self.started, self.status = False, 0
+        self.started_s = time.perf_counter()
+        self.first_s: float | None = None
         self._streams, self._tail = False, b""
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -199,6 +203,8 @@ class _Answer:
 
     async def pass_on(self, chunk: bytes) -> None:
         self._tail = chunk[-2:]
+        if self.first_s is None:
+            self.first_s = time.perf_counter()
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def end(self) -> None:
@@ -208,7 +214,7 @@ class _Answer:
         """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
         if not self.started:
             body = error.body(self._path)
-            headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
+            headers = [*error.headers(), (b"content-length", str(len(body)).encode()), (REQUEST_ID, self.request_id)]
             await self.start(error.status, headers)
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
         elif self._streams:
@@ -278,15 +284,24 @@ def _find_affinity(pool: Pool, headers: list[tuple[bytes, bytes]], body: bytes, 
     return None
 
 
-def _forward_headers(headers: list[tuple[bytes, bytes]]) -> CIMultiDict[str]:
+def _find_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The client's, where it is a plain word, or a new one."""
+    given = next((value for name, value in headers if name == REQUEST_ID), b"")
+    return given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+
+def _forward_headers(headers: list[tuple[bytes, bytes]], request_id: bytes) -> CIMultiDict[str]:
     """The client's headers for the engine; those that its Connection header names stay behind, too."""
-    dropped = set(NOT_FORWARDED)
+    dropped = {*NOT_FORWARDED, REQUEST_ID}
     for name, value in headers:
         if name == b"connection":
             dropped.update(part.strip().lower() for part in value.split(b","))
-    return CIMultiDict((n.decode("latin-1"), v.decode("latin-1")) for n, v in headers if n not in dropped)
+    kept = CIMultiDict((n.decode("latin-1"), v.decode("latin-1")) for n, v in headers if n not in dropped)
+    kept["X-Request-Id"] = request_id.decode()
+    return kept
 
 
-def _answer_headers(response: aiohttp.ClientResponse, engine: Engine) -> list[tuple[bytes, bytes]]:
-    found = [(name.lower(), value) for name, value in response.raw_headers if name.lower() not in HOP_BY_HOP]
-    return [*found, (b"x-upstream", engine.config.name.encode())]
+def _answer_headers(response: aiohttp.ClientResponse, engine: Engine, request_id: bytes) -> list[tuple[bytes, bytes]]:
+    dropped = {*HOP_BY_HOP, REQUEST_ID}
+    found = [(name.lower(), value) for name, value in response.raw_headers if name.lower() not in dropped]
+    return [*found, (REQUEST_ID, request_id), (b"x-upstream", engine.config.name.encode())]

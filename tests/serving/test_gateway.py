@@ -82,6 +82,18 @@ def test_request_passes_as_it_is() -> None:
         assert "user-agent" not in found
 
 
+def test_request_id_goes_in_and_comes_out() -> None:
+    with Upstream() as engine, gateway(engine) as front:
+        reply = front.ask("/x", headers="x-request-id: mine-1\r\n")
+        assert reply.header("x-request-id") == "mine-1"
+        assert dict(reply.json()["headers"])["x-request-id"] == "mine-1"
+        made = front.ask("/x", headers="x-request-id: no spaces allowed\r\n")
+        assert made.header("x-request-id") == dict(made.json()["headers"])["x-request-id"]
+        assert len(made.header("x-request-id") or "") == 32
+        refused = front.ask(COMPLETIONS, b'{"model": "none"}', "x-request-id: mine-2\r\n")
+        assert refused.header("x-request-id") == "mine-2"
+
+
 def test_answer_passes_as_it_is() -> None:
     async def odd(exchange: Exchange) -> None:
         headers = "content-type: application/json\r\nx-custom: é\r\nset-cookie: a=1\r\nset-cookie: b=2\r\n"
@@ -403,6 +415,7 @@ def test_metrics_tell_what_happened() -> None:
         text = front.ask("/metrics").body.decode()
         assert 'laguna_gateway_requests_total{path="/v1/completions",status="200"} 1.0' in text
         assert 'laguna_gateway_requests_total{path="other",status="200"} 1.0' in text
+        assert "laguna_gateway_ttft_seconds_count 2.0" in text
         assert 'laguna_gateway_upstream_up{model="m",upstream="a"} 1.0' in text
 
 
