@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 from fastapi import FastAPI, Response
 
+from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.metrics import Metrics
 from laguna_serve.serving.gateway.pool import Engine, Pool
@@ -21,14 +22,16 @@ HEALTH_TIMEOUT_S = 2.0
 KEEPALIVE_S = 3.0
 
 
-def create_app(config: Config) -> FastAPI:
-    """The application of a configuration. `app.state.relay` is there once it has started."""
+def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
+    """The application of a configuration; `log` stands in for stderr. `app.state.relay` is set when it has started."""
     metrics = Metrics()
+    if log is None:
+        log = AccessLog.on_stderr() if config.server.access_log else AccessLog()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_session() as session:
-            relay = Relay(config, session, metrics)
+            relay = Relay(config, session, metrics, log)
             metrics.watch(relay)
             app.state.relay = relay
             app.mount("/", relay)

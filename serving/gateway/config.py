@@ -48,6 +48,7 @@ class Server(_Table):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
     body_timeout_s: Seconds = 30.0
     drain_s: Seconds = 60.0
+    access_log: bool = False
 
 
 class Limits(_Table):

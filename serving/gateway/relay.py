@@ -21,6 +21,7 @@ from yarl import URL
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.access import Access
+from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.errors import GatewayError
 from laguna_serve.serving.gateway.metrics import Metrics
@@ -52,13 +53,14 @@ class _Envelope(msgspec.Struct):
 class Relay:
     """The ASGI application that relays."""
 
-    def __init__(self, config: Config, session: aiohttp.ClientSession, metrics: Metrics) -> None:
+    def __init__(self, config: Config, session: aiohttp.ClientSession, metrics: Metrics, log: AccessLog) -> None:
         self.pools: dict[str, Pool] = {}
         self.access = Access()
         self.draining = False
         self.in_flight = 0
         self._session = session
         self._metrics = metrics
+        self._log = log
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -88,14 +90,27 @@ class Relay:
         finally:
             self.in_flight -= 1
             self._metrics.note(path, answer.status, answer.started_s, answer.first_s)
+            self._log.write(
+                request_id=answer.request_id.decode(),
+                method=scope["method"],
+                path=path,
+                key=answer.key,
+                model=answer.model,
+                upstream=answer.upstream,
+                status=answer.status,
+                started_s=answer.started_s,
+                first_s=answer.first_s,
+            )
 
     async def _handle(self, scope: Scope, answer: _Answer, receive: Receive, watch: Callable[[], None]) -> None:
         if self.draining:
             raise errors.draining()
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         with self.access.enter(headers) as key:
+            answer.key = key
             body = await self._read_body(headers, receive)
             pool = self._find_pool(scope, body)
+            answer.model = pool.model.name
             watch()
             affinity = _find_affinity(pool, headers, body, key)
             tried: set[Engine] = set()
@@ -116,6 +131,7 @@ class Relay:
     async def _exchange(
         self, engine: Engine, scope: Scope, headers: list[tuple[bytes, bytes]], body: bytes, answer: _Answer
     ) -> None:
+        answer.upstream = engine.config.name
         url = URL(engine.config.url + _find_target(scope), encoded=True)
         try:
             async with self._session.request(
@@ -185,16 +201,17 @@ class _ClientGoneError(Exception):
 
 
 class _Answer:
-    """What has been sent to the client so far."""
-
-    __slots__ = ("_path", "_send", "_streams", "_tail", "first_s", "request_id", "started", "started_s", "status")
+    """What has been sent to the client so far, and what is known of the request."""
 
     def __init__(self, send: Send, path: str, request_id: bytes) -> None:
         self._send, self._path, self.request_id = send, path, request_id
+        self._streams, self._tail = False, b""
         self.started, self.status = False, 0
         self.started_s = time.perf_counter()
         self.first_s: float | None = None
-        self._streams, self._tail = False, b""
+        self.key: str | None = None
+        self.model: str | None = None
+        self.upstream: str | None = None
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.server import GatewayServer
@@ -149,14 +151,15 @@ def gateway(*upstreams: Upstream, limits: dict[str, Any] | None = None, **tables
     config = parse_config({"models": [model], "limits": limits or {}, **tables}, "test")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        app = create_app(config)
+        log = io.StringIO()
+        app = create_app(config, AccessLog(log))
         settings = uvicorn.Config(app, log_level="warning", server_header=False, date_header=False)
         ready = threading.Event()
         server = GatewayServer(settings, ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(10)
-        found = Gateway(listener.getsockname()[1], server, app)
+        found = Gateway(listener.getsockname()[1], server, app, log)
         deadline = time.monotonic() + 5
         while any(e.healthy is None for p in found.relay.pools.values() for e in p.engines):
             assert time.monotonic() < deadline
@@ -176,6 +179,7 @@ class Gateway:
     port: int
     server: GatewayServer
     app: Any
+    log: io.StringIO
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -419,6 +419,32 @@ def test_metrics_tell_what_happened() -> None:
         assert 'laguna_gateway_upstream_up{model="m",upstream="a"} 1.0' in text
 
 
+def test_access_log_tells_who_and_where_and_never_what() -> None:
+    keys = [{"name": "agents", "sha256": hashlib.sha256(b"secret").hexdigest()}]
+    body = json.dumps({"model": "m", "prompt": "private words"}).encode()
+    with Upstream() as engine, gateway(engine, keys=keys) as front:
+        front.ask(f"{COMPLETIONS}?q=private", body, "x-api-key: secret\r\nx-request-id: r1\r\n")
+        front.ask("/v1/models%1b[31m")
+        front.wait_idle()
+        text = front.log.getvalue()
+        assert "secret" not in text
+        assert "private" not in text
+        assert "\x1b" not in text
+        first, second = map(json.loads, text.splitlines())
+        told = {name: first[name] for name in ("request_id", "method", "path", "key", "model", "upstream", "status")}
+        assert told == {
+            "request_id": "r1",
+            "method": "POST",
+            "path": COMPLETIONS,
+            "key": "agents",
+            "model": "m",
+            "upstream": "a",
+            "status": 200,
+        }
+        assert 0 < first["ttft_ms"] <= first["total_ms"]
+        assert (second["status"], second["upstream"]) == (401, None)
+
+
 def test_many_at_once_leave_nothing_behind() -> None:
     with Upstream({COMPLETIONS: stream}) as engine, gateway(engine, upstream={"max_in_flight": 16}) as front:
         with ThreadPoolExecutor(32) as pool:
