@@ -28,7 +28,8 @@ def render_markdown(result: dict[str, Any]) -> str:
         f"{result['model']}, drafter {result['draft']}; {work['num_prompts']} prompts × {work['max_tokens']} tokens of"
         f" {work['prompts']}, greedy. Each point is an A/B against plain decoding, both engines up and taking turns;"
         " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
-        " time that prompts take.",
+        " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
+        " many sequences; too low where their attention costs more than that of one sequence's rows.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
