@@ -1,4 +1,4 @@
-"""``laguna serve``: one engine behind vLLM's OpenAI-compatible server, until Ctrl-C."""
+"""``laguna serve``: one engine behind the gateway, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from laguna_serve.serving.acceptance import ENOUGH_DRAFTS, Acceptance, format_acceptance, read_acceptance
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, require_port
 from laguna_serve.serving.gamma_store import find_advice
 
 SCHEMA = "laguna_serve.serve/1"
@@ -21,6 +23,10 @@ DEFAULT_PORT = 8000
 WATCH_S = 0.5
 ACCEPTANCE_S = 5.0
 AUTO = "auto"
+LOOPBACK = "127.0.0.1"
+QUEUE_FACTOR = 8
+# What streams get to finish after Ctrl-C; a second one ends them.
+DRAIN_S = 10.0
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
@@ -61,6 +67,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     exact = "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
     exact += " the start, and refused where the engine has none (costs and limits: README)"
     parser.add_argument("--exact", action="store_true", help=exact)
+    gateway = "the bare engine, without the gateway that otherwise stands in front of it"
+    parser.add_argument("--no-gateway", action="store_true", help=gateway)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="vLLM's log (default: in the user's cache folder, by port)")
     parser.set_defaults(run=run)
@@ -73,10 +81,16 @@ def run(args: argparse.Namespace) -> int:
     _handle_signals()
     started = time.monotonic()
     result: dict[str, object] = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
+    if not args.no_gateway and args.port:
+        require_port(args.host, args.port)  # before an engine is started for nothing
+    behind = config if args.no_gateway else replace(config, host=LOOPBACK, port=None)
     try:
-        with Engine(config, log_path=log_path, announce=_announce) as engine:
-            result |= {"url": engine.base_url, "model": engine.model_name}
-            print(format_greeting(engine), flush=True)
+        with (
+            Engine(behind, log_path=log_path, announce=_announce) as engine,
+            nullcontext(engine.base_url) if args.no_gateway else open_gateway(config, engine) as url,
+        ):
+            result |= {"url": url, "model": engine.model_name}
+            print(format_greeting(engine, url), flush=True)
             watch = AcceptanceWatch(engine.base_url, engine.gamma)
             try:
                 while True:
@@ -94,6 +108,24 @@ def run(args: argparse.Namespace) -> int:
             raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
     print(json.dumps({**result, "uptime_s": round(time.monotonic() - started, 1)}))
     return 1 if result["outcome"] == "died" else 0
+
+
+def open_gateway(config: EngineConfig, engine: Engine) -> AbstractContextManager[str]:
+    """The gateway in front of the one engine, at the address that was asked for."""
+    # FastAPI and aiohttp take half a second to import, which no other command needs.
+    from laguna_serve.serving.gateway.config import ConfigError, parse_config
+    from laguna_serve.serving.gateway.server import in_background
+
+    # The engine queues by itself, and better: it batches what waits.
+    upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": QUEUE_FACTOR * config.max_num_seqs}
+    server = {"host": config.host, "port": config.port or 0, "drain_s": DRAIN_S}
+    try:
+        front = parse_config(
+            {"server": server, "models": [{"name": engine.model_name, "upstreams": [upstream]}]}, "laguna serve"
+        )
+    except ConfigError as error:
+        raise EngineError(f"gateway: {error}; serve with --no-gateway") from None
+    return in_background(front)
 
 
 def read_config(args: argparse.Namespace) -> EngineConfig:
@@ -184,14 +216,14 @@ def default_log_path(port: int) -> Path:
     return cache / "laguna-serve" / f"serve-{port or os.getpid()}.log"
 
 
-def format_greeting(engine: Engine) -> str:
+def format_greeting(engine: Engine, url: str) -> str:
     """Where the server is, how to try it, where its log is."""
     body = json.dumps({"model": engine.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
     return "\n".join(
         (
-            f"serving {engine.model_name} at {engine.base_url}/v1  (Ctrl-C stops it)",
+            f"serving {engine.model_name} at {url}/v1  (Ctrl-C stops it)",
             f"log: {engine.log_path}",
-            f"try: curl {engine.base_url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            f"try: curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         )
     )
 

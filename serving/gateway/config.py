@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 MIB = 1 << 20
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -85,7 +86,7 @@ class Model(_Table):
     room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins; `none` goes by
     load. Either way engines get shares by their weights."""
 
-    name: Name
+    name: ModelName
     affinity: Literal["none", "session", "prefix"] = "none"
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
 
-from laguna_serve.serving.engine import find_port, require_port
+from laguna_serve.serving.engine import EngineError, find_port, require_port
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import Config, ConfigError
+
+# What a gateway that was told to stop at once may take for it.
+STOP_S = 5.0
 
 
 class GatewayServer(uvicorn.Server):
@@ -61,18 +66,61 @@ def serve(config: Config, announce: Callable[[str], None], reload: Callable[[], 
     Raises:
         EngineError: the port is taken.
     """
+    config = with_port(config)
+    url = find_url(config)
+    _make_server(config, lambda: announce(url), reload).run()
+    return url
+
+
+@contextlib.contextmanager
+def in_background(config: Config) -> Iterator[str]:
+    """A gateway in a thread of this process for as long as the block runs; yields its URL. When the block ends, streams
+    may finish within `server.drain_s`; a KeyboardInterrupt meanwhile ends them.
+
+    Raises:
+        EngineError: the port is taken.
+    """
+    config = with_port(config)
+    ready = threading.Event()
+    server = _make_server(config, ready.set, None)
+    thread = threading.Thread(target=server.run, name="gateway", daemon=True)
+    thread.start()
+    try:
+        while not ready.wait(0.1):
+            if not thread.is_alive():
+                raise EngineError(f"gateway: expected it to listen at {find_url(config)}, got an error; see above")
+        yield find_url(config)
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        try:
+            thread.join(config.server.drain_s)
+        finally:
+            server.force_exit = True
+            thread.join(STOP_S)
+
+
+def with_port(config: Config) -> Config:
+    """The configuration with the port that is listened on. Raises EngineError when it is taken."""
+    host, port = config.server.host, config.server.port
+    found = find_port(host) if port == 0 else require_port(host, port)
+    return config.model_copy(update={"server": config.server.model_copy(update={"port": found})})
+
+
+def find_url(config: Config) -> str:
+    """Where the gateway answers."""
     host = config.server.host
-    port = find_port(host) if config.server.port == 0 else require_port(host, config.server.port)
-    url = f"http://{host}:{port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
+
+
+def _make_server(config: Config, ready: Callable[[], None], reload: Callable[[], Config] | None) -> GatewayServer:
     settings = uvicorn.Config(
         create_app(config),
-        host=host,
-        port=port,
+        host=config.server.host,
+        port=config.server.port,
         log_level="warning",
         access_log=False,
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=round(config.server.drain_s),
     )
-    GatewayServer(settings, lambda: announce(url), reload).run()
-    return url
+    return GatewayServer(settings, ready, reload)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,6 +111,43 @@ def test_serve_runs_until_told_to_end(fake_vllm: Path, target: Path, tmp_path: P
     assert (result["outcome"], result["url"], result["log"]) == ("stopped", url, str(tmp_path / "log"))
     assert "engine teacher: ready at" in err
     wait_until_gone(read_pids(fake_vllm, 3), timeout_s=0)
+
+
+def ask_ready(url: str) -> int:
+    """The gateway's /ready, which an engine does not have."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_serve_puts_the_gateway_in_front(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
+    with serving(target, tmp_path) as server:
+        url = read_url(server)
+        deadline = time.monotonic() + 10
+        while ask_ready(url) != 200:
+            assert time.monotonic() < deadline
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+    assert server.returncode == 0
+
+
+def test_serve_without_the_gateway_is_the_bare_engine(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
+    with serving(target, tmp_path, "--no-gateway") as server:
+        assert ask_ready(read_url(server)) == 404
+
+
+def test_serve_refuses_a_taken_port_before_an_engine_starts(fake_vllm: Path, target: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [*LAGUNA, "serve", str(target), "--port", str(taken.getsockname()[1])]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 2
+    assert "to be free" in run.stderr
+    assert not fake_vllm.exists()
 
 
 def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
