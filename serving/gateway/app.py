@@ -12,6 +12,7 @@ from fastapi import FastAPI, Response
 
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.exposition import merge
 from laguna_serve.serving.gateway.metrics import Metrics
 from laguna_serve.serving.gateway.pool import Engine, Pool
 from laguna_serve.serving.gateway.relay import Relay
@@ -33,7 +34,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         async with _open_session() as session:
             relay = Relay(config, session, metrics, log)
             metrics.watch(relay)
-            app.state.relay = relay
+            app.state.relay, app.state.session = relay, session
             app.mount("/", relay)
             checks = asyncio.create_task(_check_forever(session, relay))
             try:
@@ -61,8 +62,12 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+        """For Prometheus: the gateway's own, then those of every engine that answers."""
+        relay: Relay = app.state.relay
+        engines = [(pool.model.name, engine) for pool in relay.pools.values() for engine in pool.engines]
+        texts = await asyncio.gather(*(_read_metrics(app.state.session, engine) for _, engine in engines))
+        found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
+        return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app
 
@@ -71,6 +76,16 @@ def _open_session() -> aiohttp.ClientSession:
     """Bytes stay as they are: nothing decompressed, no cookies kept; no redirect is followed (relay.py)."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     return aiohttp.ClientSession(connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
+
+
+async def _read_metrics(session: aiohttp.ClientSession, engine: Engine) -> str:
+    """An engine's metrics, or nothing."""
+    timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+    try:
+        async with session.get(f"{engine.config.url}/metrics", timeout=timeout) as response:
+            return await response.text() if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+        return ""
 
 
 async def _check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:

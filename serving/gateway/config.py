@@ -90,11 +90,6 @@ class Model(_Table):
     affinity: Literal["none", "session", "prefix"] = "none"
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        _check_distinct("upstreams", [upstream.name for upstream in self.upstreams])
-        return self
-
 
 class Key(_Table):
     """Who may ask: the SHA-256 of the key, never the key."""
@@ -115,6 +110,8 @@ class Config(_Table):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         _check_distinct("models", [model.name for model in self.models])
+        # Over all models, as logs and metrics name an engine by it.
+        _check_distinct("upstreams", [upstream.name for model in self.models for upstream in model.upstreams])
         _check_distinct("keys", [key.name for key in self.keys])
         return self
 

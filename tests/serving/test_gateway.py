@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_reply
+from prometheus_client.parser import text_string_to_metric_families
 
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.pool import Pool
@@ -417,6 +418,37 @@ def test_metrics_tell_what_happened() -> None:
         assert 'laguna_gateway_requests_total{path="other",status="200"} 1.0' in text
         assert "laguna_gateway_ttft_seconds_count 2.0" in text
         assert 'laguna_gateway_upstream_up{model="m",upstream="a"} 1.0' in text
+
+
+METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 100.0
+# HELP vllm:spec_decode_num_accepted_tokens_total Accepted.
+# TYPE vllm:spec_decode_num_accepted_tokens_total counter
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 250.0
+# HELP bare A sample without labels.
+# TYPE bare gauge
+bare 3.0
+"""
+
+
+def test_engines_metrics_are_shown_with_their_upstream() -> None:
+    async def show(exchange: Exchange) -> None:
+        await exchange.answer(METRICS.encode(), "content-type: text/plain\r\n")
+
+    with Upstream({"/metrics": show}) as one, Upstream({"/metrics": show}) as two, gateway(one, two) as front:
+        text = front.ask("/metrics").body.decode()
+        assert 'vllm:spec_decode_num_drafts_total{upstream="a",engine="0",model_name="m"} 100.0' in text
+        assert 'bare{upstream="b"} 3.0' in text
+        assert 'laguna_gateway_acceptance_length{model="m",upstream="a"} 3.5' in text
+        families = [family.name for family in text_string_to_metric_families(text)]
+        assert len(families) == len(set(families)), "a family stays together"
+        assert "laguna_gateway_requests" in families
+
+
+def test_engine_without_metrics_leaves_the_gateways_own() -> None:
+    with Upstream({"/metrics": reset_at_once}) as engine, gateway(engine) as front:
+        assert "laguna_gateway_upstream_up" in front.ask("/metrics").body.decode()
 
 
 def test_access_log_tells_who_and_where_and_never_what() -> None:

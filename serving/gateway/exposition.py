@@ -1,0 +1,57 @@
+"""The engines' own metrics under the gateway's address: every sample with its upstream as a label.
+
+Works on the text format (https://prometheus.io/docs/instrumenting/exposition_formats/) line by line; parsing vLLM's
+thousands of samples into objects would hold up the streams.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+.*)$")
+DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
+
+LENGTH = "laguna_gateway_acceptance_length"
+
+
+def merge(texts: Mapping[tuple[str, str], str]) -> str:
+    """One exposition of the engines' (by model and upstream), and their acceptance lengths as a gauge. A family's
+    samples stay together, as the format asks."""
+    headers: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    lengths: list[str] = []
+    for (model, upstream), text in texts.items():
+        family = ""
+        sums = dict.fromkeys((DRAFTS, ACCEPTED), 0.0)
+        for line in text.splitlines():
+            if line.startswith("# "):
+                kind, _, rest = line[2:].partition(" ")
+                family = rest.partition(" ")[0]
+                known = headers.setdefault(family, [])
+                if not any(other.startswith(f"# {kind} ") for other in known):
+                    known.append(line)
+            elif (match := SAMPLE.match(line)) is not None:
+                name, labels, value = match.groups()
+                if name in sums:
+                    sums[name] += float(value.split()[0])
+                label = f'upstream="{upstream}"'
+                samples.setdefault(family, []).append(f"{name}{{{label}{',' + labels if labels else ''}}} {value}")
+        if sums[DRAFTS]:
+            length = 1 + sums[ACCEPTED] / sums[DRAFTS]
+            lengths.append(
+                f'laguna_gateway_acceptance_length{{model="{_escape(model)}",upstream="{upstream}"}} {length}'
+            )
+    lines = [line for family, found in samples.items() for line in (*headers.get(family, ()), *found)]
+    if lengths:
+        help_text = "Tokens per speculative step since the engine started."
+        lines += [
+            f"# HELP laguna_gateway_acceptance_length {help_text}",
+            "# TYPE laguna_gateway_acceptance_length gauge",
+        ]
+        lines += lengths
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"')
