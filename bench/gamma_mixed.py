@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -14,6 +15,7 @@ from laguna_serve.bench.gamma_points import MIN_WARMUP, make_config, measure_pla
 from laguna_serve.bench.plan import BASELINE, CANDIDATE, Plan, Round, make_plan
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.prompts import Prompt, split_prompts
+from laguna_serve.bench.record import write_json
 from laguna_serve.serving.engine import EngineConfig
 
 Schedule = Sequence[tuple[int, int, int]]
@@ -46,9 +48,14 @@ def compare_schedule(
     Raises:
         EngineError, EndpointError, MeasurementStoppedError: it could not be made.
     """
-    single = find_best_single(points)
+    single, wanted = find_best_single(points), [list(entry) for entry in schedule]
     if len({entry[2] for entry in schedule}) == 1:
         return {"single": single, "skipped": "the schedule is a single γ", "speedup": None}
+    place = folder / "mixed.json"
+    if place.exists():
+        done: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        if (done["single"], done["schedule"]) == (single, wanted):
+            return done
     specs = (
         ArmSpec(BASELINE, f"γ {single} throughout", config=make_config(args, single or None)),
         ArmSpec(CANDIDATE, f"γ by batch size: {list(schedule)}", config=_make_scheduled(args, schedule)),
@@ -57,8 +64,9 @@ def compare_schedule(
     with open_arm(specs[0], folder, progress.say) as ours, open_arm(specs[1], folder, progress.say) as theirs:
         progress.say(f"mixed load: rounds of {', '.join(map(str, args.concurrency))} prompts by turns")
         result, _ = measure_plan(args, plan, (ours, theirs), progress, drafting=True)
-    return {
+    found = {
         "single": single,
+        "schedule": wanted,
         "skipped": None,
         "rounds": len(plan.rounds),
         "prompts": len(plan.prompts),
@@ -66,6 +74,8 @@ def compare_schedule(
         "ci95": result["speedup"]["ci95"],
         "parity": {key: value for key, value in result["parity"].items() if key != "divergences"},
     }
+    write_json(place, found)
+    return found
 
 
 def make_mixed_plan(args: argparse.Namespace, prompts: list[Prompt]) -> Plan:

@@ -91,8 +91,9 @@ def _measure_lever(
     found: dict[str, Any] = {"lever": lever.name, "checkpoint": lever.checkpoint, "gamma": gamma}
     try:
         with open_arm(specs[0], folder, progress.say) as ours, open_arm(specs[1], folder, progress.say) as theirs:
-            answers = asyncio.run(_ask(ours, prompts[: args.num_prompts], args.max_tokens))
             point = measure_point(args, gamma, 1, prompts, (ours, theirs), progress)
+            # After the timed prompts, or a prefix cache would know them.
+            answers = asyncio.run(_ask(ours, prompts[: args.num_prompts], args.max_tokens))
     except (EngineError, EndpointError, MeasurementStoppedError) as error:
         progress.say(f"lever {lever.name} failed and is left out: {error}")
         return {**found, "failed": str(error)}

@@ -186,6 +186,9 @@ def test_schedule_is_measured_under_changing_load(
         found = compare_schedule(args, points, schedule, prompts, tmp_path, Progress(quiet=True))
         assert [config.gamma_schedule for config in made.configs] == [None, ((1, 1, 3), (2, 2, 0))]
         assert [config.gamma for config in made.configs] == [3, 3]
+        again = compare_schedule(args, points, schedule, prompts, tmp_path, Progress(quiet=True))
+        assert again["speedup"] == found["speedup"]
+        assert made.started == 2, "what was measured is kept"
     assert (found["single"], found["rounds"]) == (3, 9)
     assert found["ci95"][0] < found["speedup"] < found["ci95"][1]
 
