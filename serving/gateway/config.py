@@ -46,6 +46,8 @@ class Server(_Table):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    head_timeout_s: Seconds = 10.0
+    max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
     body_timeout_s: Seconds = 30.0
     drain_s: Seconds = 60.0

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from laguna_serve.serving.engine import EngineError, find_port, require_port
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import Config, ConfigError
+from laguna_serve.serving.gateway.protocol import bound
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
@@ -113,14 +115,20 @@ def find_url(config: Config) -> str:
 
 
 def _make_server(config: Config, ready: Callable[[], None], reload: Callable[[], Config] | None) -> GatewayServer:
-    settings = uvicorn.Config(
-        create_app(config),
+    return GatewayServer(make_settings(create_app(config), config), ready, reload)
+
+
+def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
+    """uvicorn's: nothing logged or answered that the gateway does not mean to."""
+    return uvicorn.Config(
+        app,
         host=config.server.host,
         port=config.server.port,
+        http=bound(config.server.head_timeout_s, config.server.max_head_bytes),
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=round(config.server.drain_s),
     )
-    return GatewayServer(settings, ready, reload)

@@ -13,12 +13,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.server import GatewayServer
+from laguna_serve.serving.gateway.server import GatewayServer, make_settings
 
 Handler = Callable[["Exchange"], Awaitable[None]]
 SSE = "content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
@@ -109,7 +107,7 @@ class Upstream:
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next((int(v) for k, v in _headers(head) if k == "content-length"), 0)
+        length = next((int(v) for k, v in read_headers(head) if k == "content-length"), 0)
         exchange = Exchange(head, await reader.readexactly(length), writer, reader)
         path = exchange.line.split(" ")[1].partition("?")[0]
         if path == "/health":
@@ -133,11 +131,11 @@ class Upstream:
 
 async def echo(exchange: Exchange) -> None:
     """Everything about the request, as JSON."""
-    found = {"line": exchange.line, "headers": _headers(exchange.head), "body": exchange.body.decode("latin-1")}
+    found = {"line": exchange.line, "headers": read_headers(exchange.head), "body": exchange.body.decode("latin-1")}
     await exchange.answer(json.dumps(found).encode())
 
 
-def _headers(head: bytes) -> list[tuple[str, str]]:
+def read_headers(head: bytes) -> list[tuple[str, str]]:
     lines = head.decode("latin-1").split("\r\n")[1:]
     return [(k.lower(), v.strip()) for k, _, v in (line.partition(":") for line in lines if line)]
 
@@ -153,9 +151,8 @@ def gateway(*upstreams: Upstream, limits: dict[str, Any] | None = None, **tables
         listener.bind(("127.0.0.1", 0))
         log = io.StringIO()
         app = create_app(config, AccessLog(log))
-        settings = uvicorn.Config(app, log_level="warning", server_header=False, date_header=False)
         ready = threading.Event()
-        server = GatewayServer(settings, ready.set)
+        server = GatewayServer(make_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(10)
@@ -250,7 +247,7 @@ def read_reply(connection: socket.socket) -> Reply:
         if not line:
             return Reply(0, [], [], cut=True)
         head += line
-    reply = Reply(int(head.split(b" ")[1]), _headers(head), [])
+    reply = Reply(int(head.split(b" ")[1]), read_headers(head), [])
     if reply.header("transfer-encoding") == "chunked":
         while True:
             size = file.readline()

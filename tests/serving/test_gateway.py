@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_reply
+from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_headers, read_reply
 from prometheus_client.parser import text_string_to_metric_families
 
 from laguna_serve.serving.gateway.config import parse_config
@@ -396,6 +396,42 @@ def test_body_that_does_not_come_is_408() -> None:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc")
         assert read_reply(connection).status == 408
         assert engine.seen == []
+
+
+def test_head_that_does_not_come_ends_the_connection() -> None:
+    with Upstream() as engine, gateway(engine, server={"head_timeout_s": 0.2}) as front:
+        for sent in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ", make_request("/x") + b"GET /y HT"):
+            with front.connect() as connection:
+                connection.sendall(sent)
+                if sent.endswith(b"HT"):
+                    assert read_reply(connection).status == 200
+                started = time.monotonic()
+                assert b"408" in connection.recv(4096)
+                assert connection.recv(4096) == b""
+                assert time.monotonic() - started < 2
+
+
+def test_streams_outlive_the_heads_time_limit() -> None:
+    with (
+        Upstream({COMPLETIONS: slow(0.5)}) as engine,  # type: ignore[dict-item]
+        gateway(engine, server={"head_timeout_s": 0.2}) as front,
+    ):
+        assert front.ask(COMPLETIONS, BODY).status == 200
+
+
+def test_head_without_end_is_431() -> None:
+    with Upstream() as engine, gateway(engine, server={"max_head_bytes": 2048}) as front:
+        assert front.ask("/x", headers=f"x-long: {'a' * 1500}\r\n").status == 200
+        with front.connect() as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x-more: aaaaaaaaaaaaaaaa\r\n" * 200)
+            assert read_reply(connection).status == 431
+
+
+def test_upgrade_to_a_websocket_is_not_taken() -> None:
+    upgrade = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n"
+    with Upstream() as engine, gateway(engine) as front:
+        assert front.ask("/v1/realtime", headers=upgrade).status in (200, 400)
+        assert all(name != "upgrade" for exchange in engine.seen for name, _ in read_headers(exchange.head))
 
 
 def test_smuggled_request_is_refused() -> None:
