@@ -38,6 +38,7 @@ HOP_BY_HOP = frozenset(
     (*PROXY_HEADERS, b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+KEY_HEADERS = (b"authorization", b"x-api-key")
 SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
 REQUEST_ID = b"x-request-id"
@@ -138,7 +139,7 @@ class Relay:
                 scope["method"],
                 url,
                 data=body or None,
-                headers=_forward_headers(headers, answer.request_id),
+                headers=_forward_headers(headers, answer.request_id, keys_are_ours=answer.key is not None),
                 timeout=self._timeout,
                 allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
@@ -238,8 +239,8 @@ class _Answer:
             # A half event is ended first, or the error would be a part of it.
             gap = b"" if self._tail in (b"", b"\n\n") else b"\n\n"
             await self._send({"type": "http.response.body", "body": gap + error.event(self._path), "more_body": False})
-        else:
-            raise error  # the server cuts the connection: a body that is short of its length cannot be mended
+        # Else the answer stays open-ended, and the server cuts the connection: a body that is short of its length
+        # cannot be mended.
 
 
 @asynccontextmanager
@@ -307,9 +308,10 @@ def _find_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     return given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
 
-def _forward_headers(headers: list[tuple[bytes, bytes]], request_id: bytes) -> CIMultiDict[str]:
-    """The client's headers for the engine; those that its Connection header names stay behind, too."""
-    dropped = {*NOT_FORWARDED, REQUEST_ID}
+def _forward_headers(headers: list[tuple[bytes, bytes]], request_id: bytes, *, keys_are_ours: bool) -> CIMultiDict[str]:
+    """The client's headers for the engine. Those that its Connection header names stay behind, and a key that was for
+    the gateway."""
+    dropped = {*NOT_FORWARDED, REQUEST_ID, *(KEY_HEADERS if keys_are_ours else ())}
     for name, value in headers:
         if name == b"connection":
             dropped.update(part.strip().lower() for part in value.split(b","))
