@@ -1,0 +1,43 @@
+"""The gateway's benchmark, small: every event arrives on both paths, and what cannot work is told."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.bench import gateway
+
+SIZE = ["--streams", "1,3", "--requests", "3", "--rounds", "2", "--chunks", "5", "--gap-ms", "1"]
+
+
+def test_every_event_arrives_on_both_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway.main([*SIZE, "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [load["streams"] for load in result["loads"]] == [1, 3]
+    for load in result["loads"]:
+        assert set(load["paths"]) == {"direct", "laguna"}
+        for path in load["paths"].values():
+            assert path["errors"] == 0
+            assert path["events"] == path["events_expected"] == 2 * 3 * 5
+        assert load["paths"]["direct"]["added_ttft_ms"]["median"] == 0
+        assert load["gateway_rss_mib"] > 10
+    assert "| 3 | laguna |" in (tmp_path / "gateway.md").read_text()
+
+
+def test_peer_that_fails_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+    status = gateway.main([*SIZE, "--peer", f"gone=http://127.0.0.1:{port}", "--out", str(tmp_path)])
+    assert status == 2
+    assert "gateway.py: " in capsys.readouterr().err
+
+
+def test_peer_needs_a_url(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gateway.main(["--peer", "router", "--out", str(tmp_path)])
+    assert "expected NAME=http://host:port, got 'router'" in capsys.readouterr().err
