@@ -16,6 +16,7 @@ from laguna_serve.serving.gateway.exposition import merge
 from laguna_serve.serving.gateway.metrics import Metrics
 from laguna_serve.serving.gateway.pool import Engine, Pool
 from laguna_serve.serving.gateway.relay import Relay
+from laguna_serve.serving.gateway.shadow import Shadows
 
 HEALTH_EVERY_S = 2.0
 HEALTH_TIMEOUT_S = 2.0
@@ -32,7 +33,8 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_session() as session:
-            relay = Relay(config, session, metrics, log)
+            shadows = Shadows(session, metrics.registry)
+            relay = Relay(config, session, metrics, shadows, log)
             metrics.watch(relay)
             app.state.relay, app.state.session = relay, session
             app.mount("/", relay)
@@ -43,6 +45,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                 checks.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await checks
+                await shadows.stop()
 
     app = FastAPI(title="Laguna gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 

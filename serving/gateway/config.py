@@ -24,11 +24,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 MIB = 1 << 20
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+
+
+def _check_url(url: str) -> str:
+    """An engine's root; what is served under it is the request's to say."""
+    parts = urlsplit(url)
+    more = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in url
+    if parts.scheme not in ("http", "https") or not parts.hostname or more:
+        raise ValueError(f"expected http://host:port, got {url!r}")
+    return url.rstrip("/")
+
+
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Url = Annotated[str, AfterValidator(_check_url)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -67,20 +79,16 @@ class Upstream(_Table):
     """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared."""
 
     name: Name
-    url: str
+    url: Url
     max_in_flight: Count = 64
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
 
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        plain = (
-            parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or "@" in url)
-        )
-        if not plain or parts.path not in ("", "/"):
-            raise ValueError(f"expected http://host:port, got {url!r}")
-        return url.rstrip("/")
+
+class Shadow(_Table):
+    """An engine that gets a copy of every greedy request, whose answers nobody but the gateway sees."""
+
+    name: Name
+    url: Url
 
 
 class Model(_Table):
@@ -91,6 +99,7 @@ class Model(_Table):
     name: ModelName
     affinity: Literal["none", "session", "prefix"] = "none"
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
+    shadows: Annotated[tuple[Shadow, ...], Field(strict=False)] = ()
 
 
 class Key(_Table):
@@ -113,7 +122,8 @@ class Config(_Table):
     def _check_names(self) -> Self:
         _check_distinct("models", [model.name for model in self.models])
         # Over all models, as logs and metrics name an engine by it.
-        _check_distinct("upstreams", [upstream.name for model in self.models for upstream in model.upstreams])
+        engines = [engine for model in self.models for engine in (*model.upstreams, *model.shadows)]
+        _check_distinct("upstreams", [engine.name for engine in engines])
         _check_distinct("keys", [key.name for key in self.keys])
         return self
 

@@ -10,8 +10,8 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
@@ -26,6 +26,7 @@ from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.errors import GatewayError
 from laguna_serve.serving.gateway.metrics import Metrics
 from laguna_serve.serving.gateway.pool import Engine, Pool
+from laguna_serve.serving.gateway.shadow import Shadows
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -54,13 +55,16 @@ class _Envelope(msgspec.Struct):
 class Relay:
     """The ASGI application that relays."""
 
-    def __init__(self, config: Config, session: aiohttp.ClientSession, metrics: Metrics, log: AccessLog) -> None:
+    def __init__(
+        self, config: Config, session: aiohttp.ClientSession, metrics: Metrics, shadows: Shadows, log: AccessLog
+    ) -> None:
         self.pools: dict[str, Pool] = {}
         self.access = Access()
         self.draining = False
         self.in_flight = 0
         self._session = session
         self._metrics = metrics
+        self._shadows = shadows
         self._log = log
         self.configure(config)
 
@@ -113,21 +117,51 @@ class Relay:
             pool = self._find_pool(scope, body)
             answer.model = pool.model.name
             watch()
-            affinity = _find_affinity(pool, headers, body, key)
-            tried: set[Engine] = set()
-            while True:
-                engine = await pool.acquire(affinity, frozenset(tried))
-                try:
-                    await self._exchange(engine, scope, headers, body, answer)
-                    return
-                except aiohttp.ClientConnectorError as error:
-                    # Never reached: safe to try elsewhere.
-                    engine.note_failure(f"{type(error).__name__}", time.monotonic())
-                    tried.add(engine)
-                    if len(tried) == len(pool.engines):
-                        raise errors.engine_lost() from None
-                finally:
-                    pool.release(engine)
+            with self._shadowed(pool, scope["path"], body, answer):
+                await self._send(pool, _find_affinity(pool, headers, body, key), scope, headers, body, answer)
+
+    async def _send(
+        self,
+        pool: Pool,
+        affinity: bytes | None,
+        scope: Scope,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes,
+        answer: _Answer,
+    ) -> None:
+        """To an engine of the pool; to the next one only where the first was never reached."""
+        tried: set[Engine] = set()
+        while True:
+            engine = await pool.acquire(affinity, frozenset(tried))
+            try:
+                await self._exchange(engine, scope, headers, body, answer)
+                return
+            except aiohttp.ClientConnectorError as error:
+                engine.note_failure(f"{type(error).__name__}", time.monotonic())
+                tried.add(engine)
+                if len(tried) == len(pool.engines):
+                    raise errors.engine_lost() from None
+            finally:
+                pool.release(engine)
+
+    @contextmanager
+    def _shadowed(self, pool: Pool, path: str, body: bytes, answer: _Answer) -> Iterator[None]:
+        """Copies of the request run beside the block; they are given what it answered."""
+        if not pool.model.shadows:
+            yield
+            return
+        started = (
+            self._shadows.start(pool.model.name, shadow, path, body, answer.request_id) for shadow in pool.model.shadows
+        )
+        waiting = [future for future in started if future is not None]
+        answer.copy = bytearray() if waiting else None
+        try:
+            yield
+        finally:
+            whole = bytes(answer.copy) if answer.copy is not None and answer.complete and answer.status == 200 else None
+            for future in waiting:
+                if not future.done():
+                    future.set_result(whole)
 
     async def _exchange(
         self, engine: Engine, scope: Scope, headers: list[tuple[bytes, bytes]], body: bytes, answer: _Answer
@@ -207,7 +241,8 @@ class _Answer:
     def __init__(self, send: Send, path: str, request_id: bytes) -> None:
         self._send, self._path, self.request_id = send, path, request_id
         self._streams, self._tail = False, b""
-        self.started, self.status = False, 0
+        self.started, self.complete, self.status = False, False, 0
+        self.copy: bytearray | None = None
         self.started_s = time.perf_counter()
         self.first_s: float | None = None
         self.key: str | None = None
@@ -223,9 +258,12 @@ class _Answer:
         self._tail = chunk[-2:]
         if self.first_s is None:
             self.first_s = time.perf_counter()
+        if self.copy is not None:
+            self.copy += chunk
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def end(self) -> None:
+        self.complete = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: GatewayError) -> None:

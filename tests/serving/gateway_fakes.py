@@ -263,3 +263,11 @@ def read_reply(connection: socket.socket) -> Reply:
     reply.chunks.append(file.read(length))
     reply.cut = len(reply.body) < length
     return reply
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_headers, read_reply
+from gateway_fakes import SSE, Exchange, Upstream, gateway, make_request, read_headers, read_reply, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from laguna_serve.serving.gateway.config import parse_config
@@ -545,10 +545,3 @@ def test_stop_lets_streams_finish_and_takes_no_more() -> None:
             assert read_reply(kept).status in (0, 503)
             release.set()
             assert streaming.result(10).chunks == [b"data: 1\n\n", b"data: 2\n\n"]
-
-
-def wait_until(condition: object, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
