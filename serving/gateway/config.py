@@ -122,8 +122,8 @@ class Config(_Table):
     def _check_names(self) -> Self:
         _check_distinct("models", [model.name for model in self.models])
         # Over all models, as logs and metrics name an engine by it.
-        engines = [engine for model in self.models for engine in (*model.upstreams, *model.shadows)]
-        _check_distinct("upstreams", [engine.name for engine in engines])
+        upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
+        _check_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
         _check_distinct("keys", [key.name for key in self.keys])
         return self
 
