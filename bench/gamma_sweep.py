@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_gammas(args: argparse.Namespace) -> list[int]:
-    """The γ to measure: those given, else 1 to the drafter's block − 1.
+    """The γ to measure: those given, else 1 to the drafter's block − 1, of these three in a quick run.
 
     Raises:
         CheckpointError: the drafter cannot be read, or was not trained for one of them.
@@ -108,7 +108,8 @@ def choose_gammas(args: argparse.Namespace) -> list[int]:
             raise CheckpointError(f"{args.draft}: expected {expected}, got none; pass them")
         return list(args.gammas)
     most = open_drafter(folder, args.draft).max_gamma
-    gammas = list(args.gammas or range(1, most + 1))
+    default = sorted({1, (most + 1) // 2, most}) if args.quick else range(1, most + 1)
+    gammas = list(args.gammas or default)
     if max(gammas) > most:
         raise CheckpointError(
             f"--gammas: expected at most {most}, the drafter's block − 1, got {max(gammas)}; lower it"
@@ -248,7 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mixed", action="store_true", help=mixed)
     parser.add_argument("--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)")
     parser.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="16 prompts × 48 tokens, unless given")
+    parser.add_argument("--quick", action="store_true", help="16 prompts × 48 tokens, three γ, unless given")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
     args = parser.parse_args(argv)
     for name, value in {"num_prompts": 16 if args.quick else 32, "max_tokens": 48 if args.quick else 96}.items():

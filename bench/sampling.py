@@ -35,6 +35,7 @@ from laguna_serve.serving.speculation import open_drafter
 
 SCHEMA = "laguna_serve.sampling/1"
 AGAIN = "baseline again"
+DEFAULT_GAMMAS = (1, 3, 7)
 # Completions asked for in one request: vLLM runs them as so many sequences.
 BATCH = 50
 PERMUTATIONS = 20_000
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         environment = describe_environment(current_argv())
         prompts = choose_prompts(args)
-        check_gammas(args)
+        args.gammas = choose_gammas(args)
         claim_folder(out / "samples", list_settings(args, prompts, environment))
         sets = draw(args, prompts, out / "samples", Progress())
     except KeyboardInterrupt:
@@ -91,13 +92,22 @@ def choose_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts[: args.num_prompts]
 
 
-def check_gammas(args: argparse.Namespace) -> None:
-    """Raises CheckpointError for a γ that the drafter was not trained for, where it is on this machine."""
+def choose_gammas(args: argparse.Namespace) -> list[int]:
+    """The γ to test: those given, else 1, 3 and 7 as far as the drafter goes, and in a quick run its most.
+
+    Raises:
+        CheckpointError: the drafter cannot be read, or was not trained for one of them.
+    """
     folder = find_folder(args.draft)
-    most = None if folder is None else open_drafter(folder, args.draft).max_gamma
-    if most is not None and max(args.gammas) > most:
-        expected = f"expected at most {most}, the drafter's block − 1, got {max(args.gammas)}"
+    if folder is None:
+        return list(args.gammas or DEFAULT_GAMMAS)
+    most = open_drafter(folder, args.draft).max_gamma
+    default = [most] if args.quick else sorted({min(gamma, most) for gamma in DEFAULT_GAMMAS})
+    gammas = list(args.gammas or default)
+    if max(gammas) > most:
+        expected = f"expected at most {most}, the drafter's block − 1, got {max(gammas)}"
         raise CheckpointError(f"--gammas: {expected}; lower it")
+    return gammas
 
 
 def list_settings(args: argparse.Namespace, prompts: list[Prompt], environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +290,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
-    parser.add_argument("--gammas", metavar="N,…", type=parse_numbers, default=[1, 3, 7], help="default: 1,3,7")
+    gammas = "γ to test (default: 1,3,7 as far as the drafter goes)"
+    parser.add_argument("--gammas", metavar="N,…", type=parse_numbers, help=gammas)
     parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     parser.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: 24)")
     parser.add_argument("--completions", metavar="N", type=int, help="per prompt and arm (default: 600)")
@@ -292,10 +303,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no compilation: starts fast, runs slowly")
     parser.add_argument("--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)")
     parser.add_argument("--seed", type=int, default=0, help="engines and permutations (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="12 prompts × 300 completions, unless given")
+    quick = "8 prompts × 200 completions, the drafter's largest γ, unless given"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
     args = parser.parse_args(argv)
-    for name, value in {"num_prompts": 12 if args.quick else 24, "completions": 300 if args.quick else 600}.items():
+    for name, value in {"num_prompts": 8 if args.quick else 24, "completions": 200 if args.quick else 600}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, least in {"num_prompts": 1, "completions": 20, "tokens": 2}.items():

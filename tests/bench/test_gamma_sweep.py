@@ -247,6 +247,12 @@ def test_bad_flags_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("more", "gammas"), [([], [1, 2, 3, 4, 5, 6, 7]), (["--quick"], [1, 4, 7])])
+def test_gammas_by_default(more: list[str], gammas: list[int]) -> None:
+    args = gamma_sweep.parse_args([*PAIR, "--prompts", "p", "--out", "o", *more])
+    assert gamma_sweep.choose_gammas(args) == gammas
+
+
 def serve_config(*more: str) -> EngineConfig:
     args = build_parser().parse_args(["serve", str(TOY / "teacher"), *more])
     args.extra_args = []

@@ -119,6 +119,14 @@ def test_bad_input_is_refused_before_an_engine_starts(
     assert engines.seeds == ()
 
 
+@pytest.mark.parametrize(
+    ("more", "gammas"), [([], [1, 3, 7]), (["--quick"], [7]), (["--quick", "--gammas", "2,5"], [2, 5])]
+)
+def test_gammas_by_default(more: list[str], gammas: list[int]) -> None:
+    args = sampling.parse_args([*PAIR, "--prompts", "p", "--out", "o", *more])
+    assert sampling.choose_gammas(args) == gammas
+
+
 @pytest.mark.vllm
 def test_real_engines_sound_and_biased(
     tmp_path: Path,
