@@ -214,7 +214,7 @@ def render_text(result: Mapping[str, Any]) -> str:
     """In columns."""
     lines = [f"{'against the baseline':<22} {'all prompts':>12} {'least of one':>13}  verdict"]
     lines += [
-        f"{row['arm']:<22} {row['pooled_p']:>12.4f} {row['least_adjusted_p']:>13.4f}  {_tell(row)}"
+        f"{row['arm']:<22} {_show(row['pooled_p']):>12} {_show(row['least_adjusted_p']):>13}  {_tell(row)}"
         for row in result["comparisons"]
     ]
     return "\n".join([*lines, "", _tell_power(result)])
@@ -235,13 +235,17 @@ def render_markdown(result: Mapping[str, Any]) -> str:
         "|--|--|--|--|",
     ]
     lines += [
-        f"| {row['arm']} | {row['pooled_p']:.4f} | {row['least_adjusted_p']:.4f} | {_tell(row)} |"
+        f"| {row['arm']} | {_show(row['pooled_p'])} | {_show(row['least_adjusted_p'])} | {_tell(row)} |"
         for row in result["comparisons"]
     ]
     lines += ["", _tell_power(result), "", "| share turned into the likeliest | found |", "|--|--|"]
     lines += [f"| {float(share):.0%} | {value:.0%} |" for share, value in result["power"].items()]
     where = f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}"
     return "\n".join([*lines, "", f"`{environment['command']}` on {where}; {versions}."]) + "\n"
+
+
+def _show(p: float) -> str:
+    return f"{p:.4f}" if p >= 1e-4 else "<0.0001"
 
 
 def _tell(row: Mapping[str, Any]) -> str:
