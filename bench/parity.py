@@ -86,7 +86,7 @@ def decode_probe(answer: dict[str, Any]) -> Probe:
         for step in choice["logprobs"]["top_logprobs"]
     )
     prompt_ids = tuple(choice.get("prompt_token_ids") or ())
-    return Probe(tuple(choice["token_ids"]), top, text=choice["text"], prompt_ids=prompt_ids)
+    return Probe(tuple(choice["token_ids"]), top, text=choice.get("text") or "", prompt_ids=prompt_ids)
 
 
 def find_mismatch(baseline: Record, candidate: Record) -> Mismatch | None:

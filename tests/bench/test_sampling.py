@@ -134,8 +134,8 @@ def test_real_engines_sound_and_biased(
     capsys: pytest.CaptureFixture[str],
     plant: Callable[[str], None],
 ) -> None:
-    monkeypatch.setattr(sampling, "TRIALS", 4)
-    size = ["--num-prompts", "10", "--completions", "200", "--tokens", "6", "--gammas", "7", "--eager"]
+    monkeypatch.setattr(sampling, "TRIALS", 1)
+    size = ["--num-prompts", "6", "--completions", "100", "--tokens", "5", "--gammas", "7", "--eager"]
     command = [*PAIR, "--prompts", str(TOY / "prompts.jsonl"), *size, "--level", "0.001"]
     assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 0
     plant(BIAS)
