@@ -279,14 +279,14 @@ def test_client_that_waits_and_leaves_gives_its_place_back() -> None:
         assert len(engine.seen) == 1
 
 
-def test_client_that_leaves_aborts_the_engine_at_once() -> None:
+def test_client_that_leaves_aborts_the_engine_within_100_ms() -> None:
     with Upstream({COMPLETIONS: hold}) as engine, gateway(engine) as front:
         with front.connect() as connection:
             connection.sendall(make_request(COMPLETIONS, BODY))
             assert connection.recv(1)
             left = time.monotonic()
         wait_until(lambda: bool(engine.gone))
-        assert engine.gone[0] - left < 0.5  # 0.3 ms on an idle machine
+        assert engine.gone[0] - left < 0.1
         front.wait_idle()
 
 
