@@ -69,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.gammas = choose_gammas(args)
         claim_folder(out / "samples", list_settings(args, prompts, environment))
         sets = draw(args, prompts, out / "samples", Progress())
+        result = judge(args, environment, sets)
     except KeyboardInterrupt:
         print("sampling.py: interrupted; the same command continues with what is missing", file=sys.stderr)
         return INTERRUPTED
     except (PromptsError, CheckpointError, EngineError, EndpointError, OSError) as error:
         print(f"sampling.py: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    result = judge(args, environment, sets)
     write_json(out / "sampling.json", result)
     write_text(out / "sampling.md", render_markdown(result))
     print(render_text(result))
