@@ -13,7 +13,7 @@ from typing import cast
 
 import uvloop
 
-SENT = re.compile(rb'"ns":(\d+)')
+SENT = re.compile(rb'"ns(\d+) "')
 END = b"0\r\n\r\n"
 BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' + b"word " * 200 + b'"}]}'
 

@@ -15,8 +15,11 @@ import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 EMPTY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
-# An event of the size of a chat completion's chunk.
-PADDING = b'"object":"chat.completion.chunk","model":"fake","choices":[{"index":0,"delta":{"content":" word"}}]'
+# A chat completion's chunk. The time is in its text, where a relay that writes every event anew leaves it.
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"fake",'
+    b'"choices":[{"index":0,"delta":{"content":"ns%d "},"finish_reason":null}]}\n\n'
+)
 
 
 class StreamEngine(asyncio.Protocol):
@@ -54,7 +57,7 @@ class StreamEngine(asyncio.Protocol):
     def _send(self, left: int) -> None:
         if self._transport is None:
             return
-        event = b'data: {"ns":%d,%s}\n\n' % (time.monotonic_ns(), PADDING)
+        event = EVENT % time.monotonic_ns()
         self._transport.write(b"%x\r\n%s\r\n" % (len(event), event))
         if left > 1:
             self._timer = asyncio.get_running_loop().call_later(self._gap_s, self._send, left - 1)

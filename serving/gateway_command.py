@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.config
     url = serve(
         config,
-        lambda url: print(f"gateway at {url} for {names}  (Ctrl-C stops it)", flush=True),
+        lambda url, admin: print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True),
         None if path is None else lambda: load_config(path),
     )
     print(json.dumps({"schema": SCHEMA, "outcome": "stopped", "url": url}))

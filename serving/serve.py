@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         with (
             Engine(behind, log_path=log_path, announce=_announce) as engine,
-            nullcontext(engine.base_url) if args.no_gateway else open_gateway(config, engine) as url,
+            nullcontext((engine.base_url, None)) if args.no_gateway else open_gateway(config, engine) as (url, status),
         ):
             result |= {"url": url, "model": engine.model_name}
-            print(format_greeting(engine, url), flush=True)
+            print(format_greeting(engine, url, status), flush=True)
             watch = AcceptanceWatch(engine.base_url, engine.gamma)
             try:
                 while True:
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result["outcome"] == "died" else 0
 
 
-def open_gateway(config: EngineConfig, engine: Engine) -> AbstractContextManager[str]:
-    """The gateway in front of the one engine, at the address that was asked for."""
+def open_gateway(config: EngineConfig, engine: Engine) -> AbstractContextManager[tuple[str, str]]:
+    """The gateway in front of the one engine, at the address that was asked for; its URL and its status page's."""
     # FastAPI and aiohttp take half a second to import, which no other command needs.
     from laguna_serve.serving.gateway.config import ConfigError, parse_config
     from laguna_serve.serving.gateway.server import in_background
@@ -216,12 +216,13 @@ def default_log_path(port: int) -> Path:
     return cache / "laguna-serve" / f"serve-{port or os.getpid()}.log"
 
 
-def format_greeting(engine: Engine, url: str) -> str:
+def format_greeting(engine: Engine, url: str, status: str | None) -> str:
     """Where the server is, how to try it, where its log is."""
     body = json.dumps({"model": engine.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
     return "\n".join(
         (
             f"serving {engine.model_name} at {url}/v1  (Ctrl-C stops it)",
+            *([] if status is None else [f"status: {status}"]),
             f"log: {engine.log_path}",
             f"try: curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         )

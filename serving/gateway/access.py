@@ -1,58 +1,92 @@
-"""Who may ask: API keys by their SHA-256, compared in constant time, and how much each may have in flight."""
+"""Who may ask: API keys by their SHA-256, compared in constant time, and how much each may have in flight and ask for
+in a minute."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Key
+from laguna_serve.serving.gateway.headers import Headers
 
 
-@dataclass(slots=True)
-class _Holder:
+@dataclass(slots=True, eq=False)
+class Holder:
+    """A key and what is left of its limits; `tokens` fill up again through the minute (a token bucket)."""
+
     key: Key
-    digest: bytes
+    digest: bytes = b""
     in_flight: int = 0
+    tokens: float = 0.0
+    filled_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The key's, for logs."""
+        return self.key.name
 
 
 class Access:
     """The configured keys; without any, everybody may ask."""
 
-    def __init__(self) -> None:
-        self._holders: list[_Holder] = []
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._holders: list[Holder] = []
+        self._clock = clock
 
     def configure(self, keys: Sequence[Key]) -> None:
-        """Take the keys; what a key of the same name has in flight stays counted."""
+        """Take the keys; what a key of the same name has in flight, and has used of its minute, stays counted."""
         known = {holder.key.name: holder for holder in self._holders}
-        holders = [known.get(key.name) or _Holder(key, b"") for key in keys]
+        now = self._clock()
+        holders = [
+            known.get(key.name) or Holder(key, tokens=key.requests_per_minute or 0, filled_s=now) for key in keys
+        ]
         for holder, key in zip(holders, keys, strict=True):
+            if holder.key.requests_per_minute != key.requests_per_minute:
+                holder.tokens, holder.filled_s = key.requests_per_minute or 0, now
             holder.key, holder.digest = key, bytes.fromhex(key.sha256)
         self._holders = holders
 
-    @contextmanager
-    def enter(self, headers: Sequence[tuple[bytes, bytes]]) -> Iterator[str | None]:
-        """Hold a place under the request's key for as long as the block runs; yields the key's name.
+    def enter(self, headers: Headers) -> Holder | None:
+        """Take a place under the request's key; `leave` gives it back. None where no keys are set.
 
         Raises:
-            GatewayError: 401 no known key, 429 the key has as much in flight as it may.
+            GatewayError: 401 no known key, 429 the key has as much in flight, or has asked as often, as it may.
         """
         if not self._holders:
-            yield None
-            return
+            return None
         holder = self._find(headers)
-        if holder.key.max_in_flight is not None and holder.in_flight >= holder.key.max_in_flight:
+        key = holder.key
+        if key.max_in_flight is not None and holder.in_flight >= key.max_in_flight:
             raise errors.contended()
+        if key.requests_per_minute is not None:
+            self._spend(holder, key.requests_per_minute)
         holder.in_flight += 1
-        try:
-            yield holder.key.name
-        finally:
+        return holder
+
+    def check(self, headers: Headers) -> None:
+        """A known key must be there where keys are set. Raises GatewayError: 401."""
+        if self._holders:
+            self._find(headers)
+
+    def leave(self, holder: Holder | None) -> None:
+        """The request has ended."""
+        if holder is not None:
             holder.in_flight -= 1
 
-    def _find(self, headers: Sequence[tuple[bytes, bytes]]) -> _Holder:
+    def _spend(self, holder: Holder, per_minute: int) -> None:
+        now = self._clock()
+        holder.tokens = min(float(per_minute), holder.tokens + (now - holder.filled_s) * per_minute / 60)
+        holder.filled_s = now
+        if holder.tokens < 1:
+            raise errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute))
+        holder.tokens -= 1
+
+    def _find(self, headers: Headers) -> Holder:
         """OpenAI's clients send a bearer token, Anthropic's the header x-api-key."""
         found = None
         for name, value in headers:

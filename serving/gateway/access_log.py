@@ -20,7 +20,7 @@ class AccessLog:
         """The usual place."""
         return cls(sys.stderr)
 
-    def write(self, *, status: int, started_s: float, first_s: float | None, **about: str | int | None) -> None:
+    def write(self, *, status: int, started_s: float, first_s: float | None, **about: str | None) -> None:
         """A request has ended; times are of `time.perf_counter()`."""
         if self._stream is None:
             return

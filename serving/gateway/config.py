@@ -41,6 +41,9 @@ def _check_url(url: str) -> str:
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Url = Annotated[str, AfterValidator(_check_url)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+Range = tuple[int, int, Annotated[int, Field(ge=0)]]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -54,7 +57,8 @@ class _Table(BaseModel):
 
 
 class Server(_Table):
-    """Where the gateway listens, and what it takes."""
+    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `more_paths` are passed on
+    besides those that vLLM serves to clients."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
@@ -63,7 +67,25 @@ class Server(_Table):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
     body_timeout_s: Seconds = 30.0
     drain_s: Seconds = 60.0
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    more_paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
     access_log: bool = False
+
+
+class Admin(_Table):
+    """Where the admin routes and the status page are: 0 is a free port. Anywhere but on this machine they need a key
+    (its SHA-256)."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    sha256: Digest | None = None
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if self.sha256 is None and self.host not in LOOPBACK:
+            raise ValueError(f"expected a sha256 for a host other than {', '.join(LOOPBACK)}, got none")
+        return self
 
 
 class Limits(_Table):
@@ -76,12 +98,28 @@ class Limits(_Table):
 
 
 class Upstream(_Table):
-    """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared."""
+    """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
+    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, of (first, last, γ) by requests at
+    once: where its γ is 0, requests overflow to the model's engines that have none."""
 
     name: Name
     url: Url
     max_in_flight: Count = 64
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    gamma_schedule: Annotated[tuple[Annotated[Range, Field(strict=False)], ...], Field(strict=False)] = ()
+
+    def pays(self, requests: int) -> bool:
+        """Is speculation worth having with so many at once?"""
+        fitting = [gamma for first, _, gamma in self.gamma_schedule if first <= requests]
+        return not fitting or fitting[-1] > 0
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        ends = [0, *(last for _, last, _ in self.gamma_schedule)]
+        for (first, last, _), end in zip(self.gamma_schedule, ends, strict=False):
+            if not end < first <= last:
+                raise ValueError(f"expected ascending ranges (first, last, γ), got {first} to {last} after {end}")
+        return self
 
 
 class Shadow(_Table):
@@ -106,14 +144,16 @@ class Key(_Table):
     """Who may ask: the SHA-256 of the key, never the key."""
 
     name: Name
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Digest
     max_in_flight: Count | None = None
+    requests_per_minute: Count | None = None
 
 
 class Config(_Table):
     """Everything."""
 
     server: Server = Server()
+    admin: Admin = Admin()
     limits: Limits = Limits()
     models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
     keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()

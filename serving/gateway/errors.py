@@ -63,6 +63,11 @@ def unknown_model(model: str) -> GatewayError:
     return GatewayError(404, "not_found_error", f"The model `{model}` does not exist.")
 
 
+def unknown_path() -> GatewayError:
+    """No path that engines serve to clients."""
+    return GatewayError(404, "not_found_error", "path: expected one that engines serve to clients")
+
+
 def body_too_large(most: int) -> GatewayError:
     """The body is larger than the gateway takes."""
     return GatewayError(413, "invalid_request_error", f"body: expected at most {most} bytes, got more")
@@ -78,6 +83,11 @@ def contended() -> GatewayError:
     return GatewayError(429, "rate_limit_error", "expected a free slot, got a full queue; try again", RETRY_AFTER_S)
 
 
+def too_often(retry_after_s: int) -> GatewayError:
+    """The key has used up its requests of this minute."""
+    return GatewayError(429, "rate_limit_error", "expected fewer requests of this key, got too many", retry_after_s)
+
+
 def queue_timeout() -> GatewayError:
     """It waited too long for a slot."""
     return GatewayError(408, "timeout_error", "expected a slot within the queue's deadline, got none; try again")
@@ -91,6 +101,16 @@ def not_ready() -> GatewayError:
 def draining() -> GatewayError:
     """The gateway is about to stop."""
     return GatewayError(503, "service_unavailable_error", "the gateway is stopping", RETRY_AFTER_S)
+
+
+def stopped() -> GatewayError:
+    """The gateway stops before the answer is complete."""
+    return GatewayError(503, "service_unavailable_error", "the gateway stopped before the answer was complete")
+
+
+def failed() -> GatewayError:
+    """A defect of the gateway; its log has the traceback."""
+    return GatewayError(500, "api_error", "the gateway failed")
 
 
 def engine_lost() -> GatewayError:

@@ -7,12 +7,11 @@ thousands of samples into objects would hold up the streams.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+.*)$")
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
-
-LENGTH = "laguna_gateway_acceptance_length"
+TOKENS = "vllm:generation_tokens_total"
 
 
 def merge(texts: Mapping[tuple[str, str], str]) -> str:
@@ -51,6 +50,15 @@ def merge(texts: Mapping[tuple[str, str], str]) -> str:
         ]
         lines += lengths
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def sum_samples(text: str, names: Collection[str]) -> dict[str, float]:
+    """Of each of these metrics, the sum over its labels."""
+    sums = dict.fromkeys(names, 0.0)
+    for line in text.splitlines():
+        if line.startswith(tuple(names)) and (match := SAMPLE.match(line)) is not None and match[1] in sums:
+            sums[match[1]] += float(match[3].split()[0])
+    return sums
 
 
 def _escape(value: str) -> str:

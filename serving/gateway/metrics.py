@@ -1,25 +1,87 @@
-"""What Prometheus is told: requests by outcome and duration, and the state of every engine."""
+"""What Prometheus is told: requests by outcome, times and tokens of every engine, and the state of the engines.
+
+Written several times per event of a stream, so the numbers are plain attributes; they become samples at a scrape.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-
-from laguna_serve.serving.gateway.pool import Pool
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/embeddings")
 KNOWN_PATHS = frozenset((*OPENAI_PATHS, "/v1/messages", "/tokenize", "/detokenize", "/inference/v1/generate"))
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+STEP_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 4)
+ADDED_SECONDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2, 1e-1)
 
 
-class HasPools(Protocol):
-    """The relay, as far as it matters here."""
+class Distribution:
+    """A histogram: `add` is two machine words of work, where prometheus_client's takes a lock."""
 
-    pools: dict[str, Pool]
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def mean(self) -> float | None:
+        """Of all values; None without any."""
+        count = sum(self.counts)
+        return self.total / count if count else None
+
+    def list_buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as Prometheus has them."""
+        found, so_far = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            so_far += count
+            found.append((bound, float(so_far)))
+        return found
+
+
+class EngineStats:
+    """Of one engine, since the gateway has known it; seconds."""
+
+    __slots__ = ("added_chunk", "added_request", "first", "gap", "itl", "prompt_tokens", "tokens")
+
+    def __init__(self) -> None:
+        self.first = Distribution(SECONDS)
+        self.gap = Distribution(STEP_SECONDS)
+        self.itl = Distribution(STEP_SECONDS)
+        self.added_request = Distribution(ADDED_SECONDS)
+        self.added_chunk = Distribution(ADDED_SECONDS)
+        self.tokens = self.prompt_tokens = 0
+
+
+class ShownEngine(Protocol):
+    """An engine, as far as it matters here."""
+
+    stats: EngineStats
+    in_flight: int
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def up(self) -> bool: ...
+
+
+class ShownPool(Protocol):
+    """A model's engines, as far as they matter here."""
+
+    @property
+    def queued(self) -> int: ...
+    @property
+    def engines(self) -> Sequence[ShownEngine]: ...
 
 
 class Metrics:
@@ -27,45 +89,71 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        labels = ("path", "status")
-        help_text = "Requests by path and status."
-        self._requests = Counter("laguna_gateway_requests", help_text, labels, registry=self.registry)
-        name, help_text = "laguna_gateway_request_seconds", "From the first byte in to the last one out."
-        self._seconds = Histogram(name, help_text, registry=self.registry, buckets=SECONDS)
-        name, help_text = "laguna_gateway_ttft_seconds", "From the request to the first bytes of its answer's body."
-        self._first = Histogram(name, help_text, registry=self.registry, buckets=SECONDS)
+        self.seconds = Distribution(SECONDS)
+        self.requests: dict[tuple[str, str], int] = {}
+        self.pools: Mapping[str, ShownPool] = {}
+        self.registry.register(self)
 
-    def watch(self, relay: HasPools) -> None:
-        """Show the engines' state at every scrape."""
-        self.registry.register(_Engines(relay))
-
-    def note(self, path: str, status: int, started_s: float, first_s: float | None) -> None:
-        """A request has ended that began at `started_s` and had its first bytes at `first_s` (perf_counter). Paths that
-        nobody serves share a label, or a scanner would make them without end."""
-        self._requests.labels(path if path in KNOWN_PATHS else "other", str(status)).inc()
-        self._seconds.observe(time.perf_counter() - started_s)
-        if first_s is not None:
-            self._first.observe(first_s - started_s)
+    def note(self, path: str, status: int, seconds: float) -> None:
+        """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""
+        key = (path if path in KNOWN_PATHS else "other", str(status))
+        self.requests[key] = self.requests.get(key, 0) + 1
+        self.seconds.add(seconds)
 
     def render(self) -> bytes:
         """The text of /metrics."""
         return generate_latest(self.registry)
 
+    def collect(self) -> Iterator[Metric]:
+        """All of it, for a scrape."""
+        requests = CounterMetricFamily("laguna_gateway_requests", "Requests by path and status.", labels=_PATH)
+        for key, count in self.requests.items():
+            requests.add_metric(key, count)
+        yield requests
+        help_text = "From the first byte in to the last one out."
+        seconds = HistogramMetricFamily("laguna_gateway_request_seconds", help_text)
+        seconds.add_metric([], self.seconds.list_buckets(), self.seconds.total)
+        yield seconds
+        yield from self._collect_engines()
 
-class _Engines:
-    def __init__(self, relay: HasPools) -> None:
-        self._relay = relay
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        labels = ("model", "upstream")
-        help_text = "1 for an engine that may be sent requests."
-        up = GaugeMetricFamily("laguna_gateway_upstream_up", help_text, labels=labels)
-        busy = GaugeMetricFamily("laguna_gateway_upstream_in_flight", "Requests in an engine.", labels=labels)
-        queued = GaugeMetricFamily("laguna_gateway_queued", "Requests that wait for a slot.", labels=labels[:1])
-        for pool in self._relay.pools.values():
-            queued.add_metric([pool.model.name], pool.queued)
+    def _collect_engines(self) -> Iterator[Metric]:
+        queued = GaugeMetricFamily("laguna_gateway_queued", "Requests that wait for a slot.", labels=("model",))
+        gauges = {
+            "up": GaugeMetricFamily("laguna_gateway_upstream_up", "1: it may be sent requests.", labels=_ENGINE),
+            "in_flight": GaugeMetricFamily("laguna_gateway_upstream_in_flight", "Requests in it.", labels=_ENGINE),
+        }
+        counters = {
+            name: CounterMetricFamily(f"laguna_gateway_{name}", help_text, labels=_ENGINE)
+            for name, help_text in _COUNTERS.items()
+        }
+        histograms = {
+            name: HistogramMetricFamily(f"laguna_gateway_{metric}", help_text, labels=_ENGINE)
+            for name, (metric, help_text) in _HISTOGRAMS.items()
+        }
+        for model, pool in self.pools.items():
+            queued.add_metric([model], pool.queued)
             for engine in pool.engines:
-                names = [pool.model.name, engine.config.name]
-                up.add_metric(names, float(engine.is_up(pool.clock())))
-                busy.add_metric(names, engine.in_flight)
-        yield from (up, busy, queued)
+                labels = [model, engine.name]
+                gauges["up"].add_metric(labels, float(engine.up))
+                gauges["in_flight"].add_metric(labels, engine.in_flight)
+                counters["output_tokens"].add_metric(labels, engine.stats.tokens)
+                counters["prompt_tokens"].add_metric(labels, engine.stats.prompt_tokens)
+                for name, family in histograms.items():
+                    found: Distribution = getattr(engine.stats, name)
+                    family.add_metric(labels, found.list_buckets(), found.total)
+        yield queued
+        yield from (*gauges.values(), *counters.values(), *histograms.values())
+
+
+_PATH, _ENGINE = ("path", "status"), ("model", "upstream")
+_COUNTERS = {
+    "output_tokens": "Tokens of answers, where an answer tells its usage.",
+    "prompt_tokens": "Tokens of prompts, where an answer tells its usage.",
+}
+_HISTOGRAMS = {
+    "first": ("ttft_seconds", "From the request to the first bytes of its answer's body."),
+    "itl": ("itl_seconds", "Between two tokens: a stream's mean, where it tells its usage."),
+    "gap": ("chunk_gap_seconds", "Between two chunks of a stream."),
+    "added_request": ("added_request_seconds", "The gateway's own time per request, without waiting for a slot."),
+    "added_chunk": ("added_chunk_seconds", "The gateway's own time per chunk of an answer."),
+}

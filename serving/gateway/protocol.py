@@ -1,27 +1,48 @@
-"""uvicorn's HTTP protocol with bounds on what comes before a request is there: how long its head may take, how large it
-may be. Without them a client that sends a byte now and then, or headers without end, is kept for ever."""
+"""uvicorn's HTTP protocol, which takes requests for engines straight to the relay, and bounds what comes before a
+request is there: how long its head may take, how large it may be.
+
+uvicorn parses, keeps connections alive, queues pipelined requests and shuts down as always; only where it would start
+the application's task for a request, an exchange begins instead, and its answer is written in the call in which it
+comes. Leans on `HttpToolsProtocol._start_asgi_task` and `RequestResponseCycle`; checked against uvicorn 0.54.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import http
+from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from laguna_serve.serving.gateway import errors
+from laguna_serve.serving.gateway.errors import GatewayError
+from laguna_serve.serving.gateway.exchange import Exchange
+from laguna_serve.serving.gateway.headers import Headers, read_head
+from laguna_serve.serving.gateway.relay import Relay
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+# How long a client that was refused may go on sending a body: a connection closed under its hands would take the
+# answer with it.
+LINGER_S = 2.0
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
 
 
-class GuardedProtocol(HttpToolsProtocol):
-    """One connection. The bounds are class attributes: `bound` makes a class with others."""
+class GatewayProtocol(HttpToolsProtocol):
+    """One connection of a client. What is the gateway's own is given by `make_protocol`, as uvicorn makes instances."""
 
     head_timeout_s = 10.0
     max_head_bytes = 64 * 1024
+    own_paths: frozenset[str] = frozenset()
+    find_relay: Callable[[], Relay]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._head_bytes: int | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._answer: _Answer | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is awaited from here."""
@@ -29,12 +50,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No timer outlives its connection."""
+        """The client is gone. No timer outlives its connection."""
         self._end_head()
         super().connection_lost(exc)
+        if self._answer is not None:
+            self._answer.leave()
+            self._answer = None
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head are counted; those of a body are the application's to bound."""
+        """Bytes of a head are counted; those of a body are the relay's to bound."""
         if self._head_bytes is not None:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -53,6 +77,42 @@ class GuardedProtocol(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A part of a body; of the request that is being answered, it is kept whole."""
+        super().on_body(body)
+        if self._answer is not None and self._answer.cycle is self.cycle:
+            self._answer.grow()
+
+    def on_message_complete(self) -> None:
+        """The body is there."""
+        super().on_message_complete()
+        if self._answer is not None and self._answer.cycle is self.cycle:
+            self._answer.send()
+
+    def pause_writing(self) -> None:
+        """The client takes no more for now: neither does the engine's connection."""
+        super().pause_writing()
+        if self._answer is not None:
+            self._answer.exchange.pause()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        if self._answer is not None:
+            self._answer.exchange.resume()
+
+    def on_response_complete(self) -> None:
+        """The next request of this connection may begin."""
+        self._answer = None
+        super().on_response_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["path"] in self.own_paths:
+            super()._start_asgi_task(cycle, app)
+            return
+        self._answer = answer = _Answer(self, cycle)
+        answer.begin(self.find_relay())
+
     def _await_head(self) -> None:
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
@@ -70,7 +130,115 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def bound(head_timeout_s: float, max_head_bytes: int) -> type[GuardedProtocol]:
-    """A class with these bounds, as uvicorn makes the instances itself."""
-    bounds = {"head_timeout_s": head_timeout_s, "max_head_bytes": max_head_bytes}
-    return type("BoundProtocol", (GuardedProtocol,), bounds)
+class _Answer:
+    """The answer to one request, framed for its client: the exchange's sink."""
+
+    __slots__ = ("_body_timer", "_chunked", "_protocol", "_relay", "_silent", "_transport", "cycle", "exchange")
+    exchange: Exchange
+
+    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol, self.cycle, self._transport = protocol, cycle, protocol.transport
+        self._chunked = self._silent = False
+        self._body_timer: asyncio.TimerHandle | None = None
+
+    def begin(self, relay: Relay) -> None:
+        """The head is there; the body perhaps."""
+        scope = self.cycle.scope
+        self._relay = relay
+        headers: Any = scope["headers"]
+        head = read_head(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], headers)
+        self.exchange = relay.begin(head, self)
+        if self.exchange.finished:
+            return
+        if not self.cycle.more_body:
+            self.send()
+            return
+        if self.cycle.waiting_for_100_continue:
+            self._transport.write(CONTINUE)
+        self._body_timer = self._protocol.loop.call_later(relay.config.server.body_timeout_s, self._give_up)
+
+    def grow(self) -> None:
+        """More of the body has come."""
+        try:
+            self._relay.check_size(len(self.cycle.body))
+        except GatewayError as error:
+            self.exchange.fail(error)
+        self._protocol.flow.resume_reading()  # uvicorn waits for an application to take it
+
+    def send(self) -> None:
+        """The body is there."""
+        self._stop_waiting()
+        body = bytes(self.cycle.body)
+        self.cycle.body = bytearray()
+        self._relay.send(self.exchange, body)
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self._stop_waiting()
+        self.exchange.leave()
+
+    def start(self, status: int, headers: Headers) -> None:
+        """The head. Without a length the body is chunked, or ends with the connection for HTTP/1.0."""
+        cycle = self.cycle
+        cycle.response_started = True
+        self._silent = cycle.scope["method"] == "HEAD" or status in (204, 304)
+        parts = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        length = False
+        for name, value in headers:
+            length = length or name == b"content-length"
+            parts += (name, b": ", value, b"\r\n")
+        if not length and not self._silent:
+            self._chunked = cycle.scope["http_version"] == "1.1"
+            cycle.keep_alive = cycle.keep_alive and self._chunked
+            if self._chunked:
+                parts.append(b"transfer-encoding: chunked\r\n")
+        if cycle.more_body:
+            cycle.keep_alive = False  # refused before its body was there
+        if not cycle.keep_alive:
+            parts.append(b"connection: close\r\n")
+        parts.append(b"\r\n")
+        self._transport.write(b"".join(parts))
+
+    def write(self, data: bytes) -> None:
+        """A chunk."""
+        if self._chunked:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        elif not self._silent:
+            self._transport.write(data)
+
+    def end(self) -> None:
+        """The body is complete."""
+        self._stop_waiting()
+        if self._chunked:
+            self._transport.write(b"0\r\n\r\n")
+        self.cycle.response_complete = True
+        if self.cycle.more_body:
+            self._protocol.loop.call_later(LINGER_S, self._transport.close)
+        elif not self.cycle.keep_alive:
+            self._transport.close()
+        self._protocol.on_response_complete()
+
+    def cut(self) -> None:
+        """Close the connection in the middle."""
+        self._transport.abort()
+
+    def _give_up(self) -> None:
+        self.exchange.fail(errors.body_too_slow())
+
+    def _stop_waiting(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+
+
+def make_protocol(
+    head_timeout_s: float, max_head_bytes: int, own_paths: frozenset[str], find_relay: Callable[[], Relay]
+) -> type[GatewayProtocol]:
+    """A class with these bounds; paths in `own_paths` go to the application."""
+    given = {
+        "head_timeout_s": head_timeout_s,
+        "max_head_bytes": max_head_bytes,
+        "own_paths": own_paths,
+        "find_relay": staticmethod(find_relay),
+    }
+    return type("BoundProtocol", (GatewayProtocol,), given)

@@ -1,31 +1,30 @@
-"""Passes a request to an engine and its answer back, byte for byte and chunk by chunk.
+"""Takes requests and sends them on their way: who may ask, which model, which engine. What a request needs is parsed
+once, and of its body only `model` is read.
 
-A raw ASGI application: on this path nothing is parsed but the request's `model`, and nothing is built per chunk. A
-request is sent again, to another engine, only while its engine cannot be reached, so that none runs twice.
+An ASGI application, for any server; under the gateway's own (protocol.py) requests do not come this way but straight
+to `begin`, which saves a task and several switches per chunk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
-from contextlib import asynccontextmanager, contextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
-import aiohttp
 import msgspec
-from multidict import CIMultiDict
-from yarl import URL
 
 from laguna_serve.serving.gateway import errors
-from laguna_serve.serving.gateway.access import Access
+from laguna_serve.serving.gateway.access import Access, Holder
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.errors import GatewayError
+from laguna_serve.serving.gateway.exchange import Exchange, Sink
+from laguna_serve.serving.gateway.headers import Head, Headers, check_path, read_head
 from laguna_serve.serving.gateway.metrics import Metrics
-from laguna_serve.serving.gateway.pool import Engine, Pool
+from laguna_serve.serving.gateway.pool import Pool
 from laguna_serve.serving.gateway.shadow import Shadows
 
 Scope = MutableMapping[str, Any]
@@ -33,17 +32,11 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Of one connection, not of the message: RFC 9110, section 7.6.1. Accept-Encoding goes on, so that bytes stay bytes.
-PROXY_HEADERS = (b"proxy-authenticate", b"proxy-authorization", b"proxy-connection")
-HOP_BY_HOP = frozenset(
-    (*PROXY_HEADERS, b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
-)
-NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-KEY_HEADERS = (b"authorization", b"x-api-key")
 SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
-REQUEST_ID = b"x-request-id"
-PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+# Chunks that an ASGI server has not taken yet, before the engine is read no further.
+MOST_PENDING = 64
+REMEMBERED_ERRORS = 20
 
 
 class _Envelope(msgspec.Struct):
@@ -53,16 +46,14 @@ class _Envelope(msgspec.Struct):
 
 
 class Relay:
-    """The ASGI application that relays."""
+    """All requests of a gateway, and the pools that they go to."""
 
-    def __init__(
-        self, config: Config, session: aiohttp.ClientSession, metrics: Metrics, shadows: Shadows, log: AccessLog
-    ) -> None:
+    def __init__(self, config: Config, metrics: Metrics, shadows: Shadows, log: AccessLog) -> None:
         self.pools: dict[str, Pool] = {}
         self.access = Access()
         self.draining = False
-        self.in_flight = 0
-        self._session = session
+        self.exchanges: set[Exchange] = set()
+        self.last_errors: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_ERRORS)
         self._metrics = metrics
         self._shadows = shadows
         self._log = log
@@ -74,150 +65,101 @@ class Relay:
         pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
         for model in config.models:
             pools[model.name].configure(model, config.limits)
+        for name in self.pools.keys() - pools.keys():
+            self.pools[name].close()
         self.pools = pools
+        self._metrics.pools = pools
         self.access.configure(config.keys)
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=config.limits.connect_timeout_s, sock_read=config.limits.silence_timeout_s
-        )
+
+    def close(self) -> None:
+        """End what is still in flight, and the connections to the engines."""
+        for exchange in list(self.exchanges):
+            exchange.fail(errors.stopped())
+        for pool in self.pools.values():
+            pool.close()
+
+    def begin(self, head: Head, sink: Sink) -> Exchange:
+        """Take a request whose body is still to come; it may have been refused, and finished, already."""
+        holder: Holder | None = None
+        refusal: GatewayError | None = None
+        try:
+            if self.draining:
+                raise errors.draining()
+            holder = self.access.enter(head.headers)
+            check_path(head, self.config.server.more_paths)
+            announced = head.get(b"content-length")
+            if announced is not None and announced.isdigit():
+                self.check_size(int(announced))
+        except GatewayError as error:
+            refusal = error
+        exchange = Exchange(head, sink, holder, self._finish)
+        self.exchanges.add(exchange)
+        if refusal is not None:
+            exchange.fail(refusal)
+        return exchange
+
+    def check_size(self, size: int) -> None:
+        """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
+        if size > self.config.server.max_body_bytes:
+            raise errors.body_too_large(self.config.server.max_body_bytes)
+
+    def send(self, exchange: Exchange, body: bytes) -> None:
+        """The body is there."""
+        if exchange.finished:
+            return
+        try:
+            pool = self._find_pool(body)
+        except GatewayError as error:
+            exchange.fail(error)
+            return
+        if pool.model.shadows:
+            self._shadows.accompany(pool.model, exchange, body)
+        exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        path: str = scope["path"]
-        answer = _Answer(send, path, _find_request_id(scope["headers"]))
-        self.in_flight += 1
+        """One request of any ASGI server."""
+        raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+        head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"])
+        sink = _AsgiSink()
+        exchange = self.begin(head, sink)
+        reader = asyncio.create_task(self._feed(exchange, sink, receive))
         try:
-            async with _cancelled_on_disconnect(receive) as (body_parts, watch):
-                await self._handle(scope, answer, body_parts, watch)
-        except GatewayError as error:
-            await answer.fail(error)
-        except _ClientGoneError:
-            answer.status = 499
+            await sink.drain(send, exchange)
         finally:
-            self.in_flight -= 1
-            self._metrics.note(path, answer.status, answer.started_s, answer.first_s)
-            self._log.write(
-                request_id=answer.request_id.decode(),
-                method=scope["method"],
-                path=path,
-                key=answer.key,
-                model=answer.model,
-                upstream=answer.upstream,
-                status=answer.status,
-                started_s=answer.started_s,
-                first_s=answer.first_s,
-            )
+            exchange.leave()
+            reader.cancel()
 
-    async def _handle(self, scope: Scope, answer: _Answer, receive: Receive, watch: Callable[[], None]) -> None:
-        if self.draining:
-            raise errors.draining()
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        with self.access.enter(headers) as key:
-            answer.key = key
-            body = await self._read_body(headers, receive)
-            pool = self._find_pool(scope, body)
-            answer.model = pool.model.name
-            watch()
-            with self._shadowed(pool, scope["path"], body, answer):
-                await self._send(pool, _find_affinity(pool, headers, body, key), scope, headers, body, answer)
-
-    async def _send(
-        self,
-        pool: Pool,
-        affinity: bytes | None,
-        scope: Scope,
-        headers: list[tuple[bytes, bytes]],
-        body: bytes,
-        answer: _Answer,
-    ) -> None:
-        """To an engine of the pool; to the next one only where the first was never reached."""
-        tried: set[Engine] = set()
-        while True:
-            engine = await pool.acquire(affinity, frozenset(tried))
-            try:
-                await self._exchange(engine, scope, headers, body, answer)
-                return
-            except aiohttp.ClientConnectorError as error:
-                engine.note_failure(f"{type(error).__name__}", time.monotonic())
-                tried.add(engine)
-                if len(tried) == len(pool.engines):
-                    raise errors.engine_lost() from None
-            finally:
-                pool.release(engine)
-
-    @contextmanager
-    def _shadowed(self, pool: Pool, path: str, body: bytes, answer: _Answer) -> Iterator[None]:
-        """Copies of the request run beside the block; they are given what it answered."""
-        if not pool.model.shadows:
-            yield
-            return
-        started = (
-            self._shadows.start(pool.model.name, shadow, path, body, answer.request_id) for shadow in pool.model.shadows
-        )
-        waiting = [future for future in started if future is not None]
-        answer.copy = bytearray() if waiting else None
-        try:
-            yield
-        finally:
-            whole = bytes(answer.copy) if answer.copy is not None and answer.complete and answer.status == 200 else None
-            for future in waiting:
-                if not future.done():
-                    future.set_result(whole)
-
-    async def _exchange(
-        self, engine: Engine, scope: Scope, headers: list[tuple[bytes, bytes]], body: bytes, answer: _Answer
-    ) -> None:
-        answer.upstream = engine.config.name
-        url = URL(engine.config.url + _find_target(scope), encoded=True)
-        try:
-            async with self._session.request(
-                scope["method"],
-                url,
-                data=body or None,
-                headers=_forward_headers(headers, answer.request_id, keys_are_ours=answer.key is not None),
-                timeout=self._timeout,
-                allow_redirects=False,
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            ) as response:
-                await answer.start(response.status, _answer_headers(response, engine, answer.request_id))
-                async for chunk, _ in response.content.iter_chunks():
-                    if chunk:
-                        await answer.pass_on(chunk)
-                await answer.end()
-                engine.note_success()
-        except aiohttp.ClientConnectorError:
-            raise
-        except TimeoutError:
-            engine.note_failure("silent", time.monotonic())
-            raise errors.engine_silent() from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            engine.note_failure(f"{type(error).__name__}", time.monotonic())
-            raise errors.engine_lost() from None
-
-    async def _read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
-        most = self.config.server.max_body_bytes
-        announced = next((value for name, value in headers if name == b"content-length"), b"0")
-        if announced.isdigit() and int(announced) > most:
-            raise errors.body_too_large(most)
-        parts: list[bytes] = []
-        size = 0
+    async def _feed(self, exchange: Exchange, sink: _AsgiSink, receive: Receive) -> None:
+        """The body to the exchange, then watch for the client's going."""
         try:
             async with asyncio.timeout(self.config.server.body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientGoneError
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        raise errors.body_too_large(most)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
+                body = await self._read_body(receive)
+            self.send(exchange, body)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            exchange.leave()
         except TimeoutError:
-            raise errors.body_too_slow() from None
+            exchange.fail(errors.body_too_slow())
+        except GatewayError as error:
+            exchange.fail(error)
+        except ConnectionError:
+            exchange.leave()
+        finally:
+            sink.leave()
 
-    def _find_pool(self, scope: Scope, body: bytes) -> Pool:
+    async def _read_body(self, receive: Receive) -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError
+            body += message.get("body", b"")
+            self.check_size(len(body))
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _find_pool(self, body: bytes) -> Pool:
         """By the body's `model`; what names none goes to the only model, or to the first."""
-        _check_path(scope)
         name = None
         if body:
             try:
@@ -230,135 +172,81 @@ class Relay:
             raise errors.unknown_model(name[:128])
         return pool
 
-
-class _ClientGoneError(Exception):
-    """The client closed its connection."""
-
-
-class _Answer:
-    """What has been sent to the client so far, and what is known of the request."""
-
-    def __init__(self, send: Send, path: str, request_id: bytes) -> None:
-        self._send, self._path, self.request_id = send, path, request_id
-        self._streams, self._tail = False, b""
-        self.started, self.complete, self.status = False, False, 0
-        self.copy: bytearray | None = None
-        self.started_s = time.perf_counter()
-        self.first_s: float | None = None
-        self.key: str | None = None
-        self.model: str | None = None
-        self.upstream: str | None = None
-
-    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self.started, self.status = True, status
-        self._streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def pass_on(self, chunk: bytes) -> None:
-        self._tail = chunk[-2:]
-        if self.first_s is None:
-            self.first_s = time.perf_counter()
-        if self.copy is not None:
-            self.copy += chunk
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-    async def end(self) -> None:
-        self.complete = True
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def fail(self, error: GatewayError) -> None:
-        """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
-        if not self.started:
-            body = error.body(self._path)
-            headers = [*error.headers(), (b"content-length", str(len(body)).encode()), (REQUEST_ID, self.request_id)]
-            await self.start(error.status, headers)
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
-        elif self._streams:
-            # A half event is ended first, or the error would be a part of it.
-            gap = b"" if self._tail in (b"", b"\n\n") else b"\n\n"
-            await self._send({"type": "http.response.body", "body": gap + error.event(self._path), "more_body": False})
-        # Else the answer stays open-ended, and the server cuts the connection: a body that is short of its length
-        # cannot be mended.
+    def _finish(self, exchange: Exchange) -> None:
+        self.exchanges.discard(exchange)
+        self.access.leave(exchange.key)
+        self._metrics.note(exchange.head.path, exchange.status, time.perf_counter() - exchange.started_s)
+        about = {
+            "request_id": exchange.head.request_id.decode(),
+            "method": exchange.head.method,
+            "path": exchange.head.path,
+            "key": exchange.key.name if exchange.key is not None else None,
+            "model": exchange.model,
+            "upstream": exchange.engine.name if exchange.engine is not None else None,
+        }
+        self._log.write(
+            **about,
+            status=exchange.status,
+            error=exchange.error,
+            started_s=exchange.started_s,
+            first_s=exchange.first_s,
+        )
+        if exchange.error is not None:
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            self.last_errors.append({"time": when, **about, "status": exchange.status, "error": exchange.error})
 
 
-@asynccontextmanager
-async def _cancelled_on_disconnect(receive: Receive) -> AsyncIterator[tuple[Receive, Callable[[], None]]]:
-    """Yields a `receive` for the body, and a function that watches for the client's going once the body is read.
+class _AsgiSink:
+    """Keeps what is to be sent until an ASGI server takes it."""
 
-    The block is then cancelled and `_ClientGoneError` raised; the engine's connection is closed, which aborts its work.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    watcher: asyncio.Task[None] | None = None
-    gone = False
+    def __init__(self) -> None:
+        self._messages: deque[Message | None] = deque()
+        self._ready = asyncio.Event()
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
+    def start(self, status: int, headers: Headers) -> None:
+        self._put({"type": "http.response.start", "status": status, "headers": list(headers)})
 
-    def start() -> None:
-        nonlocal watcher
-        watcher = asyncio.create_task(watch())
+    def write(self, data: bytes) -> None:
+        self._put({"type": "http.response.body", "body": data, "more_body": True})
 
-    try:
-        yield receive, start
-    except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
-            raise _ClientGoneError from None
-        raise
-    finally:
-        if watcher is not None:
-            watcher.cancel()
+    def end(self) -> None:
+        self._put({"type": "http.response.body", "body": b"", "more_body": False})
+        self._put(None)
 
+    def cut(self) -> None:
+        # The answer stays open-ended: the server sees that, and cuts the connection.
+        self._put(None)
 
-def _check_path(scope: Scope) -> None:
-    """A path that could leave the engine's root, or be read differently by two servers, is refused."""
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    lowered = raw.lower()
-    segments = scope["path"].split("/")
-    if ".." in segments or "." in segments or b"%2f" in lowered or b"%5c" in lowered or b"\\" in raw or b"//" in raw:
-        raise errors.bad_request("path: expected a plain path, got one with dots, doubled or hidden slashes")
+    async def drain(self, send: Send, exchange: Exchange) -> None:
+        """Hand everything to the server until the end, or until the client has left."""
+        while True:
+            while self._messages:
+                if (message := self._messages.popleft()) is None:
+                    return
+                if len(self._messages) > MOST_PENDING:
+                    exchange.pause()
+                await send(message)
+                if not self._messages:
+                    exchange.resume()
+            if exchange.finished:
+                return
+            self._ready.clear()
+            await self._ready.wait()
 
+    def leave(self) -> None:
+        """There will be nothing more."""
+        self._put(None)
 
-def _find_target(scope: Scope) -> str:
-    """Path and query as the client wrote them."""
-    path: bytes = scope.get("raw_path") or scope["path"].encode()
-    query: bytes = scope["query_string"]
-    return (path + b"?" + query if query else path).decode("latin-1")
+    def _put(self, message: Message | None) -> None:
+        self._messages.append(message)
+        self._ready.set()
 
 
-def _find_affinity(pool: Pool, headers: list[tuple[bytes, bytes]], body: bytes, key: str | None) -> bytes | None:
+def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:
     kind = pool.model.affinity
     if kind == "session":
-        session = next((value for name, value in headers if name == SESSION_HEADER), None)
-        return session if session is not None or key is None else key.encode()
+        session = head.get(SESSION_HEADER)
+        return session if session is not None or holder is None else holder.name.encode()
     if kind == "prefix" and body:
         return body[:PREFIX_BYTES]
     return None
-
-
-def _find_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The client's, where it is a plain word, or a new one."""
-    given = next((value for name, value in headers if name == REQUEST_ID), b"")
-    return given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-
-
-def _forward_headers(headers: list[tuple[bytes, bytes]], request_id: bytes, *, keys_are_ours: bool) -> CIMultiDict[str]:
-    """The client's headers for the engine. Those that its Connection header names stay behind, and a key that was for
-    the gateway."""
-    dropped = {*NOT_FORWARDED, REQUEST_ID, *(KEY_HEADERS if keys_are_ours else ())}
-    for name, value in headers:
-        if name == b"connection":
-            dropped.update(part.strip().lower() for part in value.split(b","))
-    kept = CIMultiDict((n.decode("latin-1"), v.decode("latin-1")) for n, v in headers if n not in dropped)
-    kept["X-Request-Id"] = request_id.decode()
-    return kept
-
-
-def _answer_headers(response: aiohttp.ClientResponse, engine: Engine, request_id: bytes) -> list[tuple[bytes, bytes]]:
-    dropped = {*HOP_BY_HOP, REQUEST_ID}
-    found = [(name.lower(), value) for name, value in response.raw_headers if name.lower() not in dropped]
-    return [*found, (REQUEST_ID, request_id), (b"x-upstream", engine.config.name.encode())]

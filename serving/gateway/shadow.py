@@ -17,7 +17,9 @@ import aiohttp
 import msgspec
 from prometheus_client import CollectorRegistry, Counter
 
-from laguna_serve.serving.gateway.config import Shadow
+from laguna_serve.serving.gateway.config import Model, Shadow
+from laguna_serve.serving.gateway.exchange import Exchange
+from laguna_serve.serving.gateway.headers import Head
 
 MOST_AT_ONCE = 32
 MOST_BYTES = 8 << 20
@@ -40,23 +42,17 @@ class Shadows:
         name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
         self._outcomes = Counter(name, help_text, labels, registry=registry)
 
-    def start(
-        self, model: str, shadow: Shadow, path: str, body: bytes, request_id: bytes
-    ) -> asyncio.Future[bytes | None] | None:
-        """Send a copy, where the request is one that can be compared.
-
-        The future is to be given the request's own answer, or None if there was none.
-        """
-        if path not in PATHS or not _is_greedy(body):
-            return None
-        if len(self._tasks) >= MOST_AT_ONCE:
-            self._outcomes.labels(model, shadow.name, "left_out").inc()
-            return None
-        answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._compare(model, shadow, path, body, request_id.decode(), answer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return answer
+    def accompany(self, model: Model, exchange: Exchange, body: bytes) -> None:
+        """Send copies of a request to the model's shadows, where it is one that can be compared."""
+        if exchange.head.path not in PATHS or not _is_greedy(body):
+            return
+        for shadow in model.shadows:
+            if len(self._tasks) >= MOST_AT_ONCE:
+                self._outcomes.labels(model.name, shadow.name, "left_out").inc()
+                continue
+            task = asyncio.create_task(self._compare(model.name, shadow, exchange.head, body, exchange.keep_answer()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
         """Drop what is under way."""
@@ -65,18 +61,19 @@ class Shadows:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _compare(
-        self, model: str, shadow: Shadow, path: str, body: bytes, request_id: str, answer: asyncio.Future[bytes | None]
+        self, model: str, shadow: Shadow, head: Head, body: bytes, answer: asyncio.Future[bytes | None]
     ) -> None:
         outcome, where = "failed", None
+        request_id = head.request_id.decode()
         try:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
             headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-            url = shadow.url + path
+            url = shadow.url + head.path
             async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
                 theirs = await response.content.read(MOST_BYTES) if response.status == 200 else None
                 while theirs is not None and not response.content.at_eof() and len(theirs) < MOST_BYTES:
                     theirs += await response.content.read(MOST_BYTES)
-            ours = await answer
+            ours = await asyncio.shield(answer)  # other shadows wait for it too
             if ours is not None and theirs is not None:
                 where = find_difference(read_answer(ours), read_answer(theirs))
                 outcome = "equal" if where is None else "different"

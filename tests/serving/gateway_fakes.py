@@ -16,7 +16,7 @@ from typing import Any
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.server import GatewayServer, make_settings
+from laguna_serve.serving.gateway.server import GatewayServer, make_admin_settings, make_settings, with_ports
 
 Handler = Callable[["Exchange"], Awaitable[None]]
 SSE = "content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
@@ -152,11 +152,12 @@ def gateway(*upstreams: Upstream, limits: dict[str, Any] | None = None, **tables
         log = io.StringIO()
         app = create_app(config, AccessLog(log))
         ready = threading.Event()
-        server = GatewayServer(make_settings(app, config), ready.set)
+        config = with_ports(config)
+        server = GatewayServer(make_settings(app, config), make_admin_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(10)
-        found = Gateway(listener.getsockname()[1], server, app, log)
+        found = Gateway(listener.getsockname()[1], server, app, log, config.admin.port)
         deadline = time.monotonic() + 5
         while any(e.healthy is None for p in found.relay.pools.values() for e in p.engines):
             assert time.monotonic() < deadline
@@ -177,10 +178,11 @@ class Gateway:
     server: GatewayServer
     app: Any
     log: io.StringIO
+    admin_port: int
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        return self.relay._session._loop  # type: ignore[no-any-return]
+        return self.app.state.session._loop  # type: ignore[no-any-return]
 
     @property
     def relay(self) -> Any:
@@ -199,7 +201,11 @@ class Gateway:
 
     def busy(self) -> list[int]:
         pools = self.relay.pools.values()
-        counts = [self.relay.in_flight, *(p.queued for p in pools), *(e.in_flight for p in pools for e in p.engines)]
+        counts = [
+            len(self.relay.exchanges),
+            *(p.queued for p in pools),
+            *(e.in_flight for p in pools for e in p.engines),
+        ]
         return counts if any(counts) else []
 
     def connect(self) -> socket.socket:
@@ -209,6 +215,14 @@ class Gateway:
         """One request on a connection of its own."""
         with self.connect() as connection:
             connection.sendall(make_request(path, body, headers, method))
+            return read_reply(connection)
+
+    def ask_admin(self, path: str, body: Any = None, headers: str = "", host: str = "127.0.0.1") -> Reply:
+        """One request to the admin port; `body` is sent as JSON."""
+        data = None if body is None else json.dumps(body).encode()
+        request = make_request(path, data, f"content-type: application/json\r\n{headers}")
+        with socket.create_connection(("127.0.0.1", self.admin_port), timeout=10) as connection:
+            connection.sendall(request.replace(b"host: x", b"host: " + host.encode()))
             return read_reply(connection)
 
 

@@ -85,10 +85,10 @@ def test_request_passes_as_it_is() -> None:
 
 def test_request_id_goes_in_and_comes_out() -> None:
     with Upstream() as engine, gateway(engine) as front:
-        reply = front.ask("/x", headers="x-request-id: mine-1\r\n")
+        reply = front.ask("/v1/x", headers="x-request-id: mine-1\r\n")
         assert reply.header("x-request-id") == "mine-1"
         assert dict(reply.json()["headers"])["x-request-id"] == "mine-1"
-        made = front.ask("/x", headers="x-request-id: no spaces allowed\r\n")
+        made = front.ask("/v1/x", headers="x-request-id: no spaces allowed\r\n")
         assert made.header("x-request-id") == dict(made.json()["headers"])["x-request-id"]
         assert len(made.header("x-request-id") or "") == 32
         refused = front.ask(COMPLETIONS, b'{"model": "none"}', "x-request-id: mine-2\r\n")
@@ -114,9 +114,9 @@ def test_compressed_answer_and_redirect_are_not_touched() -> None:
     async def elsewhere(exchange: Exchange) -> None:
         await exchange.answer(b"", "location: http://example.invalid/\r\n", "307 Temporary Redirect")
 
-    with Upstream({"/a": squeezed, "/b": elsewhere}) as engine, gateway(engine) as front:
-        assert front.ask("/a").body == b"\x1f\x8bnot really"
-        assert front.ask("/b").status == 307
+    with Upstream({"/v1/a": squeezed, "/v1/b": elsewhere}) as engine, gateway(engine) as front:
+        assert front.ask("/v1/a").body == b"\x1f\x8bnot really"
+        assert front.ask("/v1/b").status == 307
 
 
 def test_unknown_model_is_refused_in_openais_form() -> None:
@@ -402,7 +402,7 @@ def test_body_that_does_not_come_is_408() -> None:
 
 def test_head_that_does_not_come_ends_the_connection() -> None:
     with Upstream() as engine, gateway(engine, server={"head_timeout_s": 0.2}) as front:
-        for sent in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ", make_request("/x") + b"GET /y HT"):
+        for sent in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ", make_request("/v1/x") + b"GET /v1/y HT"):
             with front.connect() as connection:
                 connection.sendall(sent)
                 if sent.endswith(b"HT"):
@@ -423,7 +423,7 @@ def test_streams_outlive_the_heads_time_limit() -> None:
 
 def test_head_without_end_is_431() -> None:
     with Upstream() as engine, gateway(engine, server={"max_head_bytes": 2048}) as front:
-        assert front.ask("/x", headers=f"x-long: {'a' * 1500}\r\n").status == 200
+        assert front.ask("/v1/x", headers=f"x-long: {'a' * 1500}\r\n").status == 200
         with front.connect() as connection:
             connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x-more: aaaaaaaaaaaaaaaa\r\n" * 200)
             assert read_reply(connection).status == 431
@@ -454,7 +454,7 @@ def test_metrics_tell_what_happened() -> None:
         text = front.ask("/metrics").body.decode()
         assert 'laguna_gateway_requests_total{path="/v1/completions",status="200"} 1.0' in text
         assert 'laguna_gateway_requests_total{path="other",status="200"} 1.0' in text
-        assert "laguna_gateway_ttft_seconds_count 2.0" in text
+        assert 'laguna_gateway_ttft_seconds_count{model="m",upstream="a"} 2.0' in text
         assert 'laguna_gateway_upstream_up{model="m",upstream="a"} 1.0' in text
 
 

@@ -1,0 +1,151 @@
+"""The admin application, on a port of its own: what the gateway is doing, as JSON and as a page, and the weights of its
+engines. Steering routes have vLLM's names, and go to all engines of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.resources
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import jinja2
+from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from laguna_serve.serving.gateway.config import LOOPBACK, Admin
+from laguna_serve.serving.gateway.status import describe
+from laguna_serve.serving.gateway.weights import PauseMode, StepError, UpdateRequest, WeightGroup
+
+# vLLM's routes that steer an engine without touching its weights, and those that only tell.
+STEERING = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
+CACHES = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
+TELLING = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
+Model = Annotated[str | None, Query(description="default: the only one")]
+
+
+def create_admin_app(state: Any, admin: Admin) -> FastAPI:
+    """The application beside the gateway's, whose `app.state` is given."""
+    groups: dict[str, WeightGroup] = {}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = importlib.resources.files(__package__).joinpath("status.html.j2").read_text(encoding="utf-8")
+    template = environment.from_string(page)
+    app = FastAPI(title="Laguna gateway, admin", docs_url=None, redoc_url=None)
+
+    def find_group(model: str | None) -> WeightGroup:
+        pools = state.relay.pools
+        if model is None and len(pools) > 1:
+            raise HTTPException(400, f"model: expected one of {sorted(pools)}, got none; add ?model=NAME")
+        name = next(iter(pools)) if model is None else model
+        if name not in pools:
+            raise HTTPException(404, f"model: expected one of {sorted(pools)}, got {name!r}")
+        group = groups.get(name)
+        if group is None or group.pool is not pools[name]:
+            group = groups[name] = WeightGroup(pools[name], state.session)
+        return group
+
+    @asynccontextmanager
+    async def alone(model: str | None) -> AsyncIterator[WeightGroup]:
+        group = find_group(model)
+        if group.lock.locked():
+            raise HTTPException(409, "expected one update at a time, got another one; wait for it")
+        async with group.lock:
+            yield group
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        """A page in a browser on this machine may not steer; nor may anybody without the key, where there is one."""
+        if request.method != "GET" and "origin" in request.headers:
+            return JSONResponse({"error": "expected no browser, got an Origin header"}, 403)
+        if admin.sha256 is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(hashlib.sha256(given).hexdigest(), admin.sha256):
+                return JSONResponse({"error": "expected the admin key as a bearer token"}, 401)
+        return await go_on(request)
+
+    if admin.host in LOOPBACK:
+        # Else a page could come by a name of its own that leads to this machine.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+
+    @app.exception_handler(StepError)
+    async def tell(request: Request, error: StepError) -> Response:
+        return JSONResponse({"error": str(error), "upstreams": {e.name: t for e, t in error.errors.items()}}, 502)
+
+    @app.get("/admin/status")
+    async def status() -> dict[str, Any]:
+        """Engines, load, acceptance, speed, weights and the last errors."""
+        return await describe(state, time.monotonic())
+
+    @app.get("/", response_class=HTMLResponse)
+    async def show() -> str:
+        """The same as a page."""
+        return template.render(status=await describe(state, time.monotonic()))
+
+    @app.post("/admin/update_weights")
+    async def apply(request: UpdateRequest, model: Model = None) -> Response:
+        """Pause, update, verify and resume all engines of a model, or leave all as they were."""
+        async with alone(model) as group:
+            report = await group.apply(request)
+        return JSONResponse(report, 200 if report["outcome"] == "updated" else 502)
+
+    @app.post("/pause")
+    async def pause(mode: PauseMode = "abort", model: Model = None) -> dict[str, Any]:
+        """Requests wait in the gateway until `/resume`."""
+        async with alone(model) as group:
+            await group.pause(mode)
+        return {"status": "paused"}
+
+    @app.post("/resume")
+    async def resume(model: Model = None) -> dict[str, Any]:
+        """Go on."""
+        async with alone(model) as group:
+            await group.resume()
+        return {"status": "resumed"}
+
+    @app.post("/start_weight_update")
+    async def start(model: Model = None) -> dict[str, Any]:
+        """Begin an update of the model."""
+        async with alone(model) as group:
+            await group.start(draft=False)
+        return {"message": "Weight update started"}
+
+    @app.post("/start_draft_weight_update")
+    async def start_draft(model: Model = None) -> dict[str, Any]:
+        """Begin an update of its drafter."""
+        async with alone(model) as group:
+            await group.start(draft=True)
+        return {"message": "Draft weight update started"}
+
+    @app.post("/update_weights")
+    async def update(update_info: Annotated[Any, Body(embed=True)], model: Model = None) -> dict[str, Any]:
+        """A part of the weights."""
+        async with alone(model) as group:
+            await group.update(update_info)
+        return {"message": "Weights updated"}
+
+    @app.post("/finish_weight_update")
+    async def finish(
+        weight_version: Annotated[str | None, Body(embed=True)] = None,
+        draft_version: Annotated[str | None, Body(embed=True)] = None,
+        model: Model = None,
+    ) -> dict[str, Any]:
+        """All engines have them; answers say so from now on."""
+        async with alone(model) as group:
+            await group.finish(weight_version)
+            group.settle(weight_version, draft_version)
+        return {"message": "Weight update finished"}
+
+    async def pass_on(request: Request) -> Response:
+        group = find_group(request.query_params.get("model"))
+        params = {name: value for name, value in request.query_params.items() if name != "model"}
+        body = await request.json() if await request.body() else None
+        answers = await group.call(request.url.path, group.pool.engines, body, params, request.method)
+        return JSONResponse({engine.name: answer for engine, answer in answers.items()})
+
+    for names, method in ((STEERING + CACHES, "POST"), (TELLING, "GET")):
+        for name in names:
+            app.add_api_route(f"/{name}", pass_on, methods=[method], description="As vLLM's, of every engine.")
+    return app

@@ -1,0 +1,98 @@
+"""What of a request's and an answer's head passes, and which paths do. Pure functions on bytes."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from laguna_serve.serving.gateway import errors
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+# Of one connection, not of the message: RFC 9110, section 7.6.1. Accept-Encoding goes on, so that bytes stay bytes.
+PROXY_HEADERS = (b"proxy-authenticate", b"proxy-authorization", b"proxy-connection")
+HOP_BY_HOP = frozenset(
+    (*PROXY_HEADERS, b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
+WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID}
+OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
+KEY_HEADERS = frozenset((b"authorization", b"x-api-key"))
+PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+# What vLLM serves to clients. Its other routes (pause, sleep, collective_rpc, profiling, …) steer the engine, and
+# are reached over the admin port or not at all. Checked against vLLM 0.32 and 0.33.
+PUBLIC = ("/v1/", "/v2/", "/cohere/", "/inference/v1/")
+SCORING = ("/score", "/rerank", "/pooling", "/classify", "/generative_scoring")
+PUBLIC_PATHS = frozenset(
+    ("/tokenize", "/detokenize", "/tokenizer_info", "/invocations", "/version", "/load", "/ping", *SCORING)
+)
+STEERING = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"))
+
+
+@dataclass(slots=True, frozen=True)
+class Head:
+    """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path."""
+
+    method: str
+    path: str
+    target: bytes
+    headers: Headers
+    request_id: bytes
+
+    def get(self, name: bytes) -> bytes | None:
+        """The first header of that name."""
+        return next((value for found, value in self.headers if found == name), None)
+
+
+def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers) -> Head:
+    """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
+    given = next((value for name, value in headers if name == REQUEST_ID), b"")
+    request_id = given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, request_id)
+
+
+def check_path(head: Head, more: Iterable[str]) -> None:
+    """A path must be one that engines serve to clients, or one of `more`.
+
+    Raises:
+        GatewayError: 400 it could leave the engine's root or be read differently by two servers, 404 it is none.
+    """
+    raw, path = head.target.partition(b"?")[0], head.path
+    if (b"%" in raw or b"." in raw or b"//" in raw or b"\\" in raw) and _is_hidden(raw.lower(), path):
+        raise errors.bad_request("path: expected a plain path, got one with dots, doubled or hidden slashes")
+    if not ((path.startswith(PUBLIC) or path in PUBLIC_PATHS) and path not in STEERING) and path not in more:
+        raise errors.unknown_path()
+
+
+def _is_hidden(raw: bytes, path: str) -> bool:
+    segments = path.split("/")
+    marks = (b"%2f", b"%5c", b"%00", b"\\", b"//")
+    return ".." in segments or "." in segments or any(mark in raw for mark in marks)
+
+
+def render_request(head: Head, body: bytes, authority: bytes, *, keys_are_ours: bool) -> bytes:
+    """The request for an engine. Headers that the client's Connection names stay behind, and a key that was for the
+    gateway."""
+    dropped = NOT_FORWARDED | KEY_HEADERS if keys_are_ours else NOT_FORWARDED
+    for name, value in head.headers:
+        if name == b"connection" and value.lower() != b"keep-alive":
+            dropped = dropped | {part.strip().lower() for part in value.split(b",")}
+    parts = [head.method.encode(), b" ", head.target, b" HTTP/1.1\r\nhost: ", authority, b"\r\n"]
+    for name, value in head.headers:
+        if name not in dropped:
+            parts += (name, b": ", value, b"\r\n")
+    if body or head.method in ("POST", "PUT", "PATCH"):
+        parts.append(b"content-length: %d\r\n" % len(body))
+    parts += (b"x-request-id: ", head.request_id, b"\r\n\r\n", body)
+    return b"".join(parts)
+
+
+def pass_headers(headers: Headers, request_id: bytes, upstream: bytes, weights: bytes, draft: bytes) -> Headers:
+    """An answer's headers for the client, names in lower case, with the gateway's own."""
+    found = [(lowered, value) for name, value in headers if (lowered := name.lower()) not in OURS]
+    found += ((REQUEST_ID, request_id), (UPSTREAM, upstream), (WEIGHTS, weights), (DRAFT, draft))
+    return found

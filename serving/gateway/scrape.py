@@ -1,0 +1,17 @@
+"""Reads an engine's metrics."""
+
+from __future__ import annotations
+
+import aiohttp
+
+TIMEOUT_S = 2.0
+
+
+async def read_metrics(session: aiohttp.ClientSession, url: str) -> str:
+    """The text that an engine shows, or nothing."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        async with session.get(f"{url}/metrics", timeout=timeout) as response:
+            return await response.text() if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,72 @@
+"""What the gateway is doing, for the admin port."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from laguna_serve.serving.gateway.exposition import ACCEPTED, DRAFTS, TOKENS, sum_samples
+from laguna_serve.serving.gateway.pool import Engine
+from laguna_serve.serving.gateway.relay import Relay
+from laguna_serve.serving.gateway.scrape import read_metrics
+
+# Speeds are over the time since the last look, where that is not longer ago.
+MOST_AGE_S = 60.0
+
+
+async def describe(state: Any, now: float) -> dict[str, Any]:
+    """Everything, JSON-ready; asks the engines for their counters. `now` in seconds of `time.monotonic`."""
+    relay: Relay = state.relay
+    engines = [engine for pool in relay.pools.values() for engine in pool.engines]
+    texts = await asyncio.gather(*(read_metrics(state.session, engine.config.url) for engine in engines))
+    speeds = {engine: _find_speeds(engine, text, now) for engine, text in zip(engines, texts, strict=True)}
+    models = {
+        name: {
+            "queued": pool.queued,
+            "paused": pool.paused,
+            "affinity": pool.model.affinity,
+            "upstreams": [_describe_engine(engine, speeds[engine], now) for engine in pool.engines],
+            "shadows": [shadow.name for shadow in pool.model.shadows],
+        }
+        for name, pool in relay.pools.items()
+    }
+    return {
+        "schema": "laguna_serve.gateway_status/1",
+        "draining": relay.draining,
+        "in_flight": len(relay.exchanges),
+        "models": models,
+        "last_errors": list(relay.last_errors)[::-1],
+    }
+
+
+def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> dict[str, Any]:
+    stats = engine.stats
+    state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down"
+    return {
+        "name": engine.name,
+        "url": engine.config.url,
+        "state": state,
+        "in_flight": engine.in_flight,
+        "max_in_flight": engine.config.max_in_flight,
+        "weight": engine.config.weight,
+        "requests": sum(stats.first.counts),
+        "output_tokens": stats.tokens,
+        "ttft_s": stats.first.mean,
+        "itl_s": stats.itl.mean,
+        **speeds,
+        "weight_version": engine.versions[0].decode(),
+        "draft_version": engine.versions[1].decode(),
+        "last_error": engine.last_error,
+    }
+
+
+def _find_speeds(engine: Engine, text: str, now: float) -> dict[str, float | None]:
+    """Tokens per second and per speculative step since the last look, or since the engine's start."""
+    sums = sum_samples(text, (TOKENS, DRAFTS, ACCEPTED))
+    before, engine.last_scrape = engine.last_scrape, (now, sums)
+    found: dict[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
+    if before is not None and 0 < now - before[0] <= MOST_AGE_S and before[1][TOKENS] <= sums[TOKENS]:
+        found["tok_per_s"] = (sums[TOKENS] - before[1][TOKENS]) / (now - before[0])
+    if sums[DRAFTS]:
+        found["acceptance_length"] = 1 + sums[ACCEPTED] / sums[DRAFTS]
+    return found

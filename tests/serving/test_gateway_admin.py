@@ -1,0 +1,314 @@
+"""The admin port: weights for all engines of a model or for none, what answers say of them, status and its page."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from gateway_fakes import SSE, Exchange, Gateway, Upstream, gateway, make_request, read_reply, wait_until
+
+PATH = "/v1/completions"
+BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
+STEPS = ("/pause", "/resume", "/start_weight_update", "/start_draft_weight_update", "/update_weights")
+FINISH, VERSION = "/finish_weight_update", "/weight_info"
+
+
+class RlEngine(Upstream):
+    """An engine with vLLM's routes for weights. `fail` names those that answer 500; `loaded` is what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.fail: set[str] = set()
+        self.version = "default"
+        self.loaded: list[Any] = []
+        self.claims: str | None = None
+        self.handlers = dict.fromkeys((*STEPS, FINISH, "/update_weight_version"), self.step)
+        self.handlers[VERSION] = self.tell
+        self.handlers[PATH] = self.complete
+
+    async def step(self, exchange: Exchange) -> None:
+        path = exchange.line.split(" ")[1]
+        route = path.partition("?")[0]
+        self.calls.append(path)
+        if route in self.fail:
+            await exchange.answer(b"no", status="500 No")
+            return
+        body = json.loads(exchange.body) if exchange.body else {}
+        if route == "/update_weights":
+            self.loaded.append(body["update_info"])
+        self.version = body.get("weight_version") or body.get("new_version") or self.version
+        await exchange.answer(b'{"message": "ok"}')
+
+    async def tell(self, exchange: Exchange) -> None:
+        await exchange.answer(json.dumps({"weight_version": self.claims or self.version}).encode())
+
+    async def complete(self, exchange: Exchange) -> None:
+        await exchange.answer(b"{}")
+
+    @property
+    def paused(self) -> bool:
+        steps = [call.partition("?")[0] for call in self.calls if call.startswith(("/pause", "/resume"))]
+        return steps[-1:] == ["/pause"]
+
+
+def update(front: Gateway, **body: Any) -> tuple[int, dict[str, Any]]:
+    reply = front.ask_admin("/admin/update_weights", {"weight_version": "7", "update": [{"names": ["w"]}], **body})
+    return reply.status, reply.json()
+
+
+def test_update_reaches_all_and_answers_say_so() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        assert front.ask(PATH, BODY).header("x-weight-version") == "default"
+        status, report = update(front, draft_version="d1", draft_update=[{"names": ["d"]}], mode="wait")
+        assert (status, report["outcome"]) == (200, "updated")
+        expected = ["/pause?mode=wait", "/start_weight_update", "/update_weights", FINISH]
+        expected += ["/start_draft_weight_update", "/update_weights", FINISH, "/resume"]
+        assert one.calls == two.calls == expected
+        assert one.loaded == two.loaded == [{"names": ["w"]}, {"names": ["d"]}]
+        for _ in range(2):
+            reply = front.ask(PATH, BODY)
+            assert (reply.header("x-weight-version"), reply.header("x-draft-version")) == ("7", "d1")
+
+
+def test_engine_that_does_not_pause_leaves_all_as_they_were() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        two.fail = {"/pause"}
+        status, report = update(front)
+        assert (status, report["outcome"]) == (502, "unchanged")
+        assert "b: HTTP 500" in report["error"]
+        assert one.loaded == two.loaded == []
+        assert not one.paused
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
+
+
+@pytest.mark.parametrize("where", ["/start_weight_update", "/update_weights", FINISH])
+def test_failed_update_without_a_way_back_serves_nothing(where: str) -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        two.fail = {where}
+        status, report = update(front)
+        assert (status, report["outcome"]) == (502, "unavailable")
+        assert front.ask(PATH, BODY).status == 503
+        assert front.ask("/ready").status == 503
+        two.fail = set()
+        status, report = update(front)
+        assert (status, report["outcome"]) == (200, "updated")
+        assert front.ask(PATH, BODY).header("x-weight-version") == "7"
+        assert not one.paused
+        assert not two.paused
+
+
+def test_failed_update_is_rolled_back() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        update(front)
+        one.loaded.clear()
+        two.claims = "broken"  # it says that it is done, and is not
+        back = {"update": [{"names": ["old"]}]}
+        status, report = update(front, weight_version="8", rollback=back)
+        assert (status, report["outcome"]) == (502, "reduced")
+        assert report["upstreams"]["a"] == {"weight_version": "7", "draft_version": "default", "fenced": None}
+        assert "half-way" in report["upstreams"]["b"]["fenced"]
+        assert one.loaded == [{"names": ["w"]}, {"names": ["old"]}]
+        assert one.version == "7"
+        for _ in range(3):
+            reply = front.ask(PATH, BODY)
+            assert (reply.header("x-upstream"), reply.header("x-weight-version")) == ("a", "7")
+        two.claims = None
+        assert update(front, weight_version="9")[1]["outcome"] == "updated"
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
+
+
+def test_all_that_can_be_rolled_back_is() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        one.fail = {"/start_draft_weight_update"}
+        back = {"update": [{"names": ["old"]}]}
+        status, report = update(front, draft_update=[{"names": ["d"]}], rollback=back)
+        assert (status, report["outcome"]) == (502, "rolled_back")
+        assert one.version == two.version == "default"
+        assert front.ask(PATH, BODY).header("x-weight-version") == "default"
+
+
+def test_requests_wait_while_weights_change() -> None:
+    with RlEngine() as one, gateway(one) as front, ThreadPoolExecutor(1) as pool:
+        assert front.ask_admin("/pause?mode=keep", {}).status == 200
+        waiting = pool.submit(front.ask, PATH, BODY)
+        wait_until(lambda: front.relay.pools["m"].queued == 1)
+        for path, body in (
+            ("/start_weight_update", {}),
+            ("/update_weights", {"update_info": {"names": ["w"]}}),
+            (FINISH, {"weight_version": "2"}),
+        ):
+            assert front.ask_admin(path, body).status == 200
+        assert not waiting.done()
+        assert front.ask_admin("/resume", {}).status == 200
+        assert waiting.result(5).header("x-weight-version") == "2"
+
+
+def test_step_that_fails_is_told_and_fences() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        front.ask_admin("/pause", {})
+        two.fail = {"/update_weights"}
+        front.ask_admin("/start_weight_update", {})
+        reply = front.ask_admin("/update_weights", {"update_info": {}})
+        assert reply.status == 502
+        assert "HTTP 500" in reply.json()["upstreams"]["b"]
+        front.ask_admin("/resume", {})
+        assert front.ask(PATH, BODY).status == 503
+
+
+def test_stream_over_an_update_says_so() -> None:
+    release = asyncio.Event()
+
+    async def long(exchange: Exchange) -> None:
+        await exchange.start(SSE)
+        await exchange.chunk(b"data: 1\n\n")
+        await release.wait()
+        await exchange.chunk(b"data: 2\n\n")
+        await exchange.end()
+
+    with RlEngine() as one, gateway(one, limits={"silence_timeout_s": 0.3}) as front:
+        one.handlers[PATH] = long
+        with front.connect() as connection:
+            connection.sendall(make_request(PATH, BODY))
+            wait_until(lambda: len(one.seen) == 1)
+            time.sleep(0.1)
+            front.ask_admin("/pause?mode=keep", {})
+            time.sleep(0.5)  # longer than an engine may be silent that is not paused
+            front.ask_admin("/start_weight_update", {})
+            front.ask_admin(FINISH, {"weight_version": "2"})
+            front.ask_admin("/resume", {})
+            one._loop.call_soon_threadsafe(release.set)
+            reply = read_reply(connection)
+        assert reply.header("x-weight-version") == "default"
+        comment = b": x-weight-version: 2, x-draft-version: default\n\n"
+        assert reply.body == b"data: 1\n\n" + comment + b"data: 2\n\n"
+
+
+def test_answer_whose_head_comes_after_an_update_names_both() -> None:
+    release = asyncio.Event()
+
+    async def late(exchange: Exchange) -> None:
+        await release.wait()
+        await exchange.answer(b"{}")
+
+    with RlEngine() as one, gateway(one) as front, ThreadPoolExecutor(1) as pool:
+        one.handlers[PATH] = late
+        waiting = pool.submit(front.ask, PATH, BODY)
+        wait_until(lambda: len(one.seen) >= 1 and any(e.line.startswith("POST /v1") for e in one.seen))
+        assert update(front)[0] == 200
+        one._loop.call_soon_threadsafe(release.set)
+        assert waiting.result(5).header("x-weight-version") == "default, 7"
+
+
+def test_engine_that_comes_back_with_old_weights_is_fenced() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        update(front)
+        two.healthy = False
+        wait_until(lambda: front.relay.pools["m"].engines[1].healthy is False)
+        two.version = "default"  # restarted from its checkpoint
+        two.healthy = True
+        wait_until(lambda: front.relay.pools["m"].engines[1].fenced is not None)
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(4)} == {"a"}
+
+
+def test_one_update_at_a_time() -> None:
+    entered = asyncio.Event()
+
+    async def slow(exchange: Exchange) -> None:
+        entered.set()
+        await asyncio.sleep(0.5)
+        await exchange.answer(b"{}")
+
+    with RlEngine() as one, gateway(one) as front, ThreadPoolExecutor(1) as pool:
+        one.handlers["/pause"] = slow
+        first = pool.submit(update, front)
+        wait_until(entered.is_set)
+        assert front.ask_admin("/admin/update_weights", {}).status == 409
+        assert first.result(5)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"weight_version": "a\r\nb"}, "weight_version"),
+        ({"mode": "now"}, "mode"),
+        ({"weights": []}, "weights"),
+    ],
+)
+def test_update_that_makes_no_sense_is_refused(body: dict[str, Any], told: str) -> None:
+    with RlEngine() as one, gateway(one) as front:
+        reply = front.ask_admin("/admin/update_weights", body)
+        assert reply.status == 422
+        assert told in reply.body.decode()
+        assert one.calls == []
+
+
+def test_model_that_is_not_there_is_refused() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        reply = front.ask_admin("/resume?model=none", {})
+        assert reply.status == 404
+        assert reply.json()["detail"] == "model: expected one of ['m'], got 'none'"
+
+
+def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        assert front.ask_admin("/weight_info").json() == {
+            "a": {"weight_version": "default"},
+            "b": {"weight_version": "default"},
+        }
+        seen = len(one.seen)
+        for path in (
+            "/pause",
+            "/collective_rpc",
+            "/update_weights",
+            "/sleep",
+            "/v1/load_lora_adapter",
+            "/admin/status",
+        ):
+            assert front.ask(path, b"{}").status == 404
+        assert len(one.seen) == seen
+        assert front.relay.pools["m"].paused is False
+
+
+def test_browsers_and_strange_hosts_may_not_steer() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        assert front.ask_admin("/pause", {}, "origin: http://evil.invalid\r\n").status == 403
+        assert front.ask_admin("/admin/status", None, host="evil.invalid").status == 400
+        assert one.calls == []
+
+
+def test_admin_key_is_needed_where_there_is_one() -> None:
+    admin = {"sha256": hashlib.sha256(b"root").hexdigest()}
+    with RlEngine() as one, gateway(one, admin=admin) as front:
+        assert front.ask_admin("/admin/status").status == 401
+        assert front.ask_admin("/admin/status", None, "authorization: Bearer root\r\n").status == 200
+
+
+def test_status_tells_engines_and_errors() -> None:
+    async def die(exchange: Exchange) -> None:
+        exchange.abort()
+
+    async def metrics(exchange: Exchange) -> None:
+        text = "vllm:spec_decode_num_drafts_total 10\nvllm:spec_decode_num_accepted_tokens_total 25\n"
+        await exchange.answer((text + 'vllm:generation_tokens_total{engine="0"} 100\n').encode(), "")
+
+    with RlEngine() as one, gateway(one) as front:
+        one.handlers["/v1/bad"] = die
+        one.handlers["/metrics"] = metrics
+        front.ask(PATH, BODY)
+        front.ask("/v1/bad", BODY, "x-request-id: lost-1\r\n")
+        front.wait_idle()
+        status = front.ask_admin("/admin/status").json()
+        (engine,) = status["models"]["m"]["upstreams"]
+        assert (engine["name"], engine["state"], engine["requests"]) == ("a", "up", 1)
+        assert engine["acceptance_length"] == 3.5
+        (error,) = status["last_errors"]
+        assert (error["request_id"], error["status"], error["upstream"]) == ("lost-1", 502, "a")
+        page = front.ask_admin("/").body.decode()
+        for shown in ("3.50", "lost-1", "the engine was lost", "/v1/bad", '<span class="state up">up</span>'):
+            assert shown in page
