@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
+
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
@@ -113,6 +115,9 @@ class Upstream:
         if path == "/health":
             await exchange.answer(b"", status="200 OK" if self.healthy else "503 Service Unavailable")
             return
+        if path == "/weight_info" and path not in self.handlers:
+            await exchange.answer(b"", status="404 Not Found")
+            return
         self.seen.append(exchange)
         watch = asyncio.create_task(reader.read(1))
         work = asyncio.create_task(self._handle(exchange, path))  # type: ignore[arg-type]
@@ -141,8 +146,11 @@ def read_headers(head: bytes) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def gateway(*upstreams: Upstream, limits: dict[str, Any] | None = None, **tables: Any) -> Iterator[Gateway]:
-    """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are."""
+def gateway(
+    *upstreams: Upstream, limits: dict[str, Any] | None = None, asgi: bool = False, **tables: Any
+) -> Iterator[Gateway]:
+    """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are. `asgi`: its application
+    under uvicorn's own protocol, as any ASGI server would run it."""
     model = {"name": "m", **tables.pop("model", {})}
     each = tables.pop("upstream", {})
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]
@@ -153,7 +161,9 @@ def gateway(*upstreams: Upstream, limits: dict[str, Any] | None = None, **tables
         app = create_app(config, AccessLog(log))
         ready = threading.Event()
         config = with_ports(config)
-        server = GatewayServer(make_settings(app, config), make_admin_settings(app, config), ready.set)
+        plain = uvicorn.Config(app, log_level="critical", ws="none", server_header=False)
+        settings = plain if asgi else make_settings(app, config)
+        server = GatewayServer(settings, make_admin_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(10)
