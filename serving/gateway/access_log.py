@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -20,7 +21,12 @@ class AccessLog:
         """The usual place."""
         return cls(sys.stderr)
 
-    def write(self, *, status: int, started_s: float, first_s: float | None, **about: str | None) -> None:
+    @property
+    def enabled(self) -> bool:
+        """Is anything written?"""
+        return self._stream is not None
+
+    def write(self, about: Mapping[str, str | int | None], started_s: float, first_s: float | None) -> None:
         """A request has ended; times are of `time.perf_counter()`."""
         if self._stream is None:
             return
@@ -28,7 +34,6 @@ class AccessLog:
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **about,
-            "status": status,
             "ttft_ms": None if first_s is None else round((first_s - started_s) * 1e3, 2),
             "total_ms": round((now - started_s) * 1e3, 2),
         }

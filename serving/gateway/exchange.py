@@ -39,6 +39,9 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """A chunk of the body."""
 
+    def flush(self) -> None:
+        """Nothing more for now: what was said is to be sent."""
+
     def end(self) -> None:
         """The body is complete."""
 
@@ -247,7 +250,13 @@ class Exchange:
             self.copy += data
         self._recent = (self._recent[1], data)
         self._sink.write(data)
-        engine.stats.added_chunk.add(time.perf_counter() - now)
+
+    def on_pause(self) -> None:
+        """Of the engine."""
+        assert self.engine is not None
+        assert self._connection is not None
+        self._sink.flush()
+        self.engine.stats.added_chunk.add(time.perf_counter() - self._connection.received_s)
 
     def on_end(self) -> None:
         """Of the engine."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ class Head:
 def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers) -> Head:
     """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
     given = next((value for name, value in headers if name == REQUEST_ID), b"")
-    request_id = given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    request_id = given if PLAIN_ID.fullmatch(given) else os.urandom(16).hex().encode()
     return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, request_id)
 
 

@@ -44,6 +44,9 @@ class Receiver(Protocol):
     def on_data(self, data: bytes) -> None:
         """A piece of the body, freed of its framing: a chunk, or the part of one that has arrived."""
 
+    def on_pause(self) -> None:
+        """All that has arrived by now was told."""
+
     def on_end(self) -> None:
         """The answer is complete."""
 
@@ -142,6 +145,8 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > MOST_HEAD_BYTES:
                 self.close()
                 self._fail(BrokenError("head without end"))
+        if self._receiver is not None:
+            self._receiver.on_pause()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Of the parser."""

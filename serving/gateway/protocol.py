@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import http
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: cl
 # answer with it.
 LINGER_S = 2.0
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+logger = logging.getLogger(__name__)
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
 
 
@@ -43,15 +45,19 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_bytes: int | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._answer: _Answer | None = None
+        self._relay = self.find_relay()
+        self._body_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is awaited from here."""
         super().connection_made(transport)
-        self._await_head()
+        self._head_bytes = 0
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone. No timer outlives its connection."""
         self._end_head()
+        self._end_body()
         super().connection_lost(exc)
         if self._answer is not None:
             self._answer.leave()
@@ -65,12 +71,13 @@ class GatewayProtocol(HttpToolsProtocol):
         # A head that is there by now is none of these bytes' business, however many they are.
         if self._head_bytes is not None and self._head_bytes > self.max_head_bytes:
             self._refuse(TOO_LARGE)
+        self._watch()
 
     def on_message_begin(self) -> None:
         """A later request on this connection: uvicorn's own timer has watched the time between."""
         super().on_message_begin()
         if self._head_bytes is None:
-            self._await_head()
+            self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
         """The head is there."""
@@ -87,6 +94,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """The body is there."""
         super().on_message_complete()
         if self._answer is not None and self._answer.cycle is self.cycle:
+            self._end_body()
             self._answer.send()
 
     def pause_writing(self) -> None:
@@ -104,6 +112,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The next request of this connection may begin."""
         self._answer = None
+        self._end_body()
         super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -111,17 +120,29 @@ class GatewayProtocol(HttpToolsProtocol):
             super()._start_asgi_task(cycle, app)
             return
         self._answer = answer = _Answer(self, cycle)
-        answer.begin(self.find_relay())
+        try:
+            answer.begin(self._relay)
+        except Exception:  # uvicorn would call it an invalid request
+            logger.exception("%s %s", cycle.scope["method"], cycle.scope["path"])
+            self.transport.abort()
 
-    def _await_head(self) -> None:
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
+    def _watch(self) -> None:
+        """Of what came in pieces, the rest must come in time. Most requests come whole, and need no timer."""
+        if self._head_bytes is not None and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
+        elif self._answer is not None and self._answer.incomplete and self._body_timer is None:
+            self._body_timer = self.loop.call_later(self._relay.config.server.body_timeout_s, self._answer.give_up)
 
     def _end_head(self) -> None:
         self._head_bytes = None
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _end_body(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
 
     def _refuse(self, answer: bytes) -> None:
         self._end_head()
@@ -133,13 +154,13 @@ class GatewayProtocol(HttpToolsProtocol):
 class _Answer:
     """The answer to one request, framed for its client: the exchange's sink."""
 
-    __slots__ = ("_body_timer", "_chunked", "_protocol", "_relay", "_silent", "_transport", "cycle", "exchange")
     exchange: Exchange
 
     def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol, self.cycle, self._transport = protocol, cycle, protocol.transport
         self._chunked = self._silent = False
-        self._body_timer: asyncio.TimerHandle | None = None
+        self._unsent: list[bytes] = []
+        self.incomplete = True
 
     def begin(self, relay: Relay) -> None:
         """The head is there; the body perhaps."""
@@ -155,7 +176,6 @@ class _Answer:
             return
         if self.cycle.waiting_for_100_continue:
             self._transport.write(CONTINUE)
-        self._body_timer = self._protocol.loop.call_later(relay.config.server.body_timeout_s, self._give_up)
 
     def grow(self) -> None:
         """More of the body has come."""
@@ -167,14 +187,13 @@ class _Answer:
 
     def send(self) -> None:
         """The body is there."""
-        self._stop_waiting()
+        self.incomplete = False
         body = bytes(self.cycle.body)
         self.cycle.body = bytearray()
         self._relay.send(self.exchange, body)
 
     def leave(self) -> None:
         """The client is gone."""
-        self._stop_waiting()
         self.exchange.leave()
 
     def start(self, status: int, headers: Headers) -> None:
@@ -197,20 +216,27 @@ class _Answer:
         if not cycle.keep_alive:
             parts.append(b"connection: close\r\n")
         parts.append(b"\r\n")
-        self._transport.write(b"".join(parts))
+        self._unsent += parts
 
     def write(self, data: bytes) -> None:
         """A chunk."""
         if self._chunked:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._unsent.append(b"%x\r\n%b\r\n" % (len(data), data))
         elif not self._silent:
+            self._unsent.append(data)
+
+    def flush(self) -> None:
+        """A system call for all that has come at once: it is what a chunk costs most."""
+        if self._unsent:
+            data = b"".join(self._unsent)
+            self._unsent.clear()
             self._transport.write(data)
 
     def end(self) -> None:
         """The body is complete."""
-        self._stop_waiting()
         if self._chunked:
-            self._transport.write(b"0\r\n\r\n")
+            self._unsent.append(b"0\r\n\r\n")
+        self.flush()
         self.cycle.response_complete = True
         if self.cycle.more_body:
             self._protocol.loop.call_later(LINGER_S, self._transport.close)
@@ -220,15 +246,15 @@ class _Answer:
 
     def cut(self) -> None:
         """Close the connection in the middle."""
-        self._transport.abort()
+        self.flush()
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()  # a client that takes nothing would keep it open
+        else:
+            self._transport.close()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """The body did not come."""
         self.exchange.fail(errors.body_too_slow())
-
-    def _stop_waiting(self) -> None:
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
 
 
 def make_protocol(

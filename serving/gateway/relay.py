@@ -8,6 +8,7 @@ to `begin`, which saves a task and several switches per chunk.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -37,6 +38,7 @@ PREFIX_BYTES = 512
 # Chunks that an ASGI server has not taken yet, before the engine is read no further.
 MOST_PENDING = 64
 REMEMBERED_ERRORS = 20
+logger = logging.getLogger(__name__)
 
 
 class _Envelope(msgspec.Struct):
@@ -109,12 +111,14 @@ class Relay:
             return
         try:
             pool = self._find_pool(body)
+            if pool.model.shadows:
+                self._shadows.accompany(pool.model, exchange, body)
+            exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
         except GatewayError as error:
             exchange.fail(error)
-            return
-        if pool.model.shadows:
-            self._shadows.accompany(pool.model, exchange, body)
-        exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
+        except Exception:
+            logger.exception("request %s", exchange.head.request_id.decode())
+            exchange.fail(errors.failed())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request of any ASGI server."""
@@ -176,6 +180,11 @@ class Relay:
         self.exchanges.discard(exchange)
         self.access.leave(exchange.key)
         self._metrics.note(exchange.head.path, exchange.status, time.perf_counter() - exchange.started_s)
+        if self._log.enabled or exchange.error is not None:
+            self._tell(exchange)
+
+    def _tell(self, exchange: Exchange) -> None:
+        """Who asked for what, and what became of it: never the query, a header or a body."""
         about = {
             "request_id": exchange.head.request_id.decode(),
             "method": exchange.head.method,
@@ -183,17 +192,12 @@ class Relay:
             "key": exchange.key.name if exchange.key is not None else None,
             "model": exchange.model,
             "upstream": exchange.engine.name if exchange.engine is not None else None,
+            "status": exchange.status,
+            "error": exchange.error,
         }
-        self._log.write(
-            **about,
-            status=exchange.status,
-            error=exchange.error,
-            started_s=exchange.started_s,
-            first_s=exchange.first_s,
-        )
+        self._log.write(about, exchange.started_s, exchange.first_s)
         if exchange.error is not None:
-            when = datetime.now(UTC).isoformat(timespec="seconds")
-            self.last_errors.append({"time": when, **about, "status": exchange.status, "error": exchange.error})
+            self.last_errors.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **about})
 
 
 class _AsgiSink:
@@ -212,6 +216,9 @@ class _AsgiSink:
     def end(self) -> None:
         self._put({"type": "http.response.body", "body": b"", "more_body": False})
         self._put(None)
+
+    def flush(self) -> None:
+        pass  # nothing is held back
 
     def cut(self) -> None:
         # The answer stays open-ended: the server sees that, and cuts the connection.

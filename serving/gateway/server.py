@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 import threading
@@ -49,6 +50,9 @@ class GatewayServer(uvicorn.Server):
             await asyncio.sleep(0.01)
         if self._reload is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
+        # What there is by now stays: the collector need not look at it again while streams wait.
+        gc.collect()
+        gc.freeze()
         self._ready()
 
     async def shutdown(self, sockets: object = None) -> None:
@@ -184,7 +188,7 @@ def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         ssl_keyfile=server.ssl_keyfile,
         http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: app.state.relay),
         ws="none",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         date_header=False,
