@@ -1,17 +1,21 @@
 """What does the gateway add? Streams through it against streams straight to a fast stand-in engine, by turns.
 
 Added latency is the difference of medians, of the time to the first event and of every event's way from the engine to
-the client, paired by round. Client, engine and gateway share this machine. Other relays that already run in front of
-the same engine can stand beside ours (--peer NAME=URL; start the engine alone with --engine-port to point them at it).
+the client, paired by round; the direct path is the stand-in's own ceiling. Client, engine and relays share this
+machine. Other relays stand beside ours in the same run: --start NAME=COMMAND runs one, with {engine} and {port} for the
+ports, and --peer NAME=URL takes one that runs already. Our gateway has keys, access log, affinity and admin port on.
 The last stdout line is one JSON object (schema laguna_serve.gateway_bench/1).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,12 +35,14 @@ from laguna_serve.serving.engine import EngineError, find_port
 
 SCHEMA = "laguna_serve.gateway_bench/1"
 DIRECT, OURS = "direct", "laguna"
-START_S = 15.0
+START_S = 90.0
+KEY = "sk-bench"
 EXAMPLES = """
 examples:
   python bench/gateway.py --out out/gateway
   python bench/gateway.py --streams 1,16,64,256 --rounds 15 --out out/gateway
-  python bench/gateway.py --engine-port 9000 --peer router=http://127.0.0.1:9100 --out DIR
+  python bench/gateway.py --out out/gateway --start "vllm-router=vllm-router --host 127.0.0.1 --port {port} \
+      --worker-urls http://127.0.0.1:{engine}"
 
 exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 """
@@ -54,13 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             engine = args.engine_port or find_port("127.0.0.1")
             module = "laguna_serve.bench.stream_engine"
-            stack.enter_context(_child(["-m", module, str(engine), str(args.chunks), str(args.gap_ms)], engine))
+            command = [sys.executable, "-m", module, str(engine), str(args.chunks), str(args.gap_ms)]
+            stack.enter_context(run_child(command, engine, out / "engine.log"))
             port = find_port("127.0.0.1")
-            command = ["-m", "laguna_serve.serving.cli", "gateway", "--upstream", f"http://127.0.0.1:{engine}"]
-            gateway = stack.enter_context(_child([*command, "--model", "fake", "--port", str(port)], port))
+            config = write_config(out, [engine])
+            command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(config)]
+            relays = {OURS: stack.enter_context(run_child([*command, "--port", str(port)], port, out / "gateway.log"))}
             paths = {DIRECT: ("127.0.0.1", engine), OURS: ("127.0.0.1", port)}
+            for name, line in args.start:
+                progress.say(f"starting {name}")
+                port = find_port("127.0.0.1")
+                started = [part.format(engine=engine, port=port) for part in shlex.split(line)]
+                relays[name] = stack.enter_context(run_child(started, port, out / f"{name}.log"))
+                paths[name] = ("127.0.0.1", port)
             paths |= {name: (urlsplit(url).hostname or "", urlsplit(url).port or 80) for name, url in args.peer}
-            loads = [measure(args, paths, streams, gateway, progress) for streams in args.streams]
+            loads = [measure(args, paths, streams, relays, progress) for streams in args.streams]
     except KeyboardInterrupt:
         print("gateway.py: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -85,29 +99,28 @@ def measure(
     args: argparse.Namespace,
     paths: Mapping[str, tuple[str, int]],
     streams: int,
-    gateway: psutil.Process,
+    relays: Mapping[str, psutil.Process],
     progress: Progress,
 ) -> dict[str, Any]:
     """Rounds of every path by turns at one number of streams."""
     requests = max(streams, args.requests)
     rounds: dict[str, list[Sample]] = {name: [] for name in paths}
-    cpu_s = 0.0
+    cpu_s = dict.fromkeys(relays, 0.0)
     progress.say(f"{streams} streams: {args.rounds} rounds of {requests} on {', '.join(paths)}")
     for index in range(-1, args.rounds):
         names = list(paths)
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            before = _cpu_s(gateway)
-            sample = run_round(*paths[name], streams, requests)
+            before = _measure(relays[name])[0] if name in relays else 0.0
+            sample = run_round(*paths[name], streams, requests, KEY)
             if index >= 0:  # the first round warms up
                 rounds[name].append(sample)
-                cpu_s += _cpu_s(gateway) - before if name == OURS else 0.0
-    return {
-        "streams": streams,
-        "requests_per_round": requests,
-        "gateway_cpu_us_per_chunk": cpu_s * 1e6 / (len(rounds[OURS]) * requests * args.chunks),
-        "gateway_rss_mib": gateway.memory_info().rss / 2**20,
-        "paths": {name: describe(samples, rounds[DIRECT], args.chunks) for name, samples in rounds.items()},
-    }
+                if name in relays:
+                    cpu_s[name] += _measure(relays[name])[0] - before
+    found = {name: describe(samples, rounds[DIRECT], args.chunks) for name, samples in rounds.items()}
+    for name, process in relays.items():
+        found[name]["cpu_us_per_event"] = cpu_s[name] * 1e6 / max(1, found[name]["events"])
+        found[name]["rss_mib"] = _measure(process)[1]
+    return {"streams": streams, "requests_per_round": requests, "paths": found}
 
 
 def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -> dict[str, Any]:
@@ -136,21 +149,9 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
 
 def render_text(result: Mapping[str, Any]) -> str:
     """In columns."""
-    header = ("streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "events/s")
-    lines = ["{:>7}  {:<10} {:>9} {:>20} {:>20} {:>9}".format(*header)]
-    for load in result["loads"]:
-        for name, path in load["paths"].items():
-            ttft, chunk = path["added_ttft_ms"], path["added_chunk_us"]
-            lines.append(
-                f"{load['streams']:>7}  {name:<10} {path['ttft_ms_p50']:>9.2f} "
-                f"{ttft['median']:>8.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f}) "
-                f"{chunk['median']:>9.0f} ({chunk['q25']:.0f}–{chunk['q75']:.0f}) {path['chunks_per_s']:>9,.0f}"
-            )
-        lines.append(
-            f"{'':>7}  gateway: {load['gateway_cpu_us_per_chunk']:.0f} µs of CPU per event, "
-            f"{load['gateway_rss_mib']:.0f} MiB resident"
-        )
-    return "\n".join(lines)
+    header = ("streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "CPU µs", "events/s", "failed")
+    layout = "{:>7}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>9} {:>6}"
+    return "\n".join(layout.format(*row) for row in (header, *_list_rows(result)))
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
@@ -160,41 +161,100 @@ def render_markdown(result: Mapping[str, Any]) -> str:
         "# What the gateway adds",
         "",
         f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, stand-in engine and relays on"
-        f" {environment['cores']} cores of {environment['cpu']}. Medians over rounds by turns, quartiles in brackets.",
+        f" {environment['cores']} cores of {environment['cpu']}, the relays by turns. Medians over rounds, quartiles in"
+        " brackets, times against the direct path's of the same round. CPU: of the relay, per event.",
         "",
-        "| streams | path | TTFT p50, ms | added TTFT, ms | added per event, µs | events/s | failed |",
-        "|--|--|--|--|--|--|--|",
+        "| streams | path | TTFT p50, ms | added TTFT, ms | added per event, µs | CPU, µs | events/s | failed | MiB |",
+        "|--|--|--|--|--|--|--|--|--|",
     ]
-    for load in result["loads"]:
-        for name, path in load["paths"].items():
-            ttft, chunk = path["added_ttft_ms"], path["added_chunk_us"]
-            lines.append(
-                f"| {load['streams']} | {name} | {path['ttft_ms_p50']:.2f} | "
-                f"{ttft['median']:.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f}) | "
-                f"{chunk['median']:.0f} ({chunk['q25']:.0f}–{chunk['q75']:.0f}) | {path['chunks_per_s']:,.0f} | "
-                f"{path['errors']} |"
-            )
+    memory = [path.get("rss_mib") for load in result["loads"] for path in load["paths"].values()]
+    for row, mib in zip(_list_rows(result), memory, strict=True):
+        lines.append(f"| {' | '.join(row)} | {'' if mib is None else f'{mib:.0f}'} |")
     return "\n".join([*lines, "", f"`{environment['command']}`, {environment['date']}."]) + "\n"
 
 
+def _list_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for load in result["loads"]:
+        for name, path in load["paths"].items():
+            ttft, chunk, cpu = path["added_ttft_ms"], path["added_chunk_us"], path.get("cpu_us_per_event")
+            yield (
+                str(load["streams"]),
+                name,
+                f"{path['ttft_ms_p50']:.2f}",
+                f"{ttft['median']:.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f})",
+                f"{chunk['median']:.0f} ({chunk['q25']:.0f}–{chunk['q75']:.0f})",
+                "" if cpu is None else f"{cpu:.0f}",
+                f"{path['chunks_per_s']:,.0f}",
+                str(path["errors"]),
+            )
+
+
+def write_config(folder: Path, engines: Sequence[int]) -> Path:
+    """A gateway's configuration with all that costs a request something."""
+    upstreams = "".join(
+        f"""
+        [[models.upstreams]]
+        name = "engine-{i}"
+        url = "http://127.0.0.1:{port}"
+        max_in_flight = 1024
+        """
+        for i, port in enumerate(engines)
+    )
+    text = f"""
+        server.access_log = true
+        [[keys]]
+        name = "bench"
+        sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
+        max_in_flight = 4096
+        requests_per_minute = 1000000
+        [[models]]
+        name = "fake"
+        affinity = "session"
+        {upstreams}
+        """
+    path = folder / "gateway.toml"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
 @contextmanager
-def _child(arguments: Sequence[str], port: int) -> Iterator[psutil.Process]:
-    """A Python process that listens on `port` when the block begins, and is gone when it ends."""
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL) as process:
+def run_child(command: Sequence[str], port: int, log: Path) -> Iterator[psutil.Process]:
+    """A process that listens on `port` when the block begins, and is gone when it ends. Raises EngineError."""
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             deadline = time.monotonic() + START_S
-            while not any(c.laddr.port == port for c in psutil.Process(process.pid).net_connections() if c.laddr):
+            while not _listens(process.pid, port):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise EngineError(f"{arguments[1]}: expected it to listen on {port}, got none")
+                    raise EngineError(f"{command[0]}: expected it to listen on {port}, got none; see {log}")
                 time.sleep(0.05)
             yield psutil.Process(process.pid)
         finally:
             process.terminate()
 
 
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _listens(pid: int, port: int) -> bool:
+    try:
+        return any(_has_port(process, port) for process in _list_family(psutil.Process(pid)))
+    except psutil.Error:
+        return False
+
+
+def _has_port(process: psutil.Process, port: int) -> bool:
+    return any(c.laddr and c.laddr.port == port and c.status == "LISTEN" for c in process.net_connections())
+
+
+def _list_family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _measure(process: psutil.Process) -> tuple[float, float]:
+    """CPU seconds and resident MiB of a relay, with its children."""
+    cpu_s = mib = 0.0
+    for one in _list_family(process):
+        times = one.cpu_times()
+        cpu_s += times.user + times.system
+        mib += one.memory_info().rss / 2**20
+    return cpu_s, mib
 
 
 def parse_peer(text: str) -> tuple[str, str]:
@@ -203,6 +263,14 @@ def parse_peer(text: str) -> tuple[str, str]:
     if not name or urlsplit(url).scheme != "http":
         raise argparse.ArgumentTypeError(f"expected NAME=http://host:port, got {text!r}")
     return name, url
+
+
+def parse_start(text: str) -> tuple[str, str]:
+    """`NAME=COMMAND`."""
+    name, _, command = text.partition("=")
+    if not name or "{port}" not in command or "{engine}" not in command:
+        raise argparse.ArgumentTypeError(f"expected NAME=COMMAND with {{port}} and {{engine}}, got {text!r}")
+    return name, command
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,6 +289,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", metavar="N", type=int, default=64, help="events per stream (%(default)s)")
     parser.add_argument("--gap-ms", metavar="MS", type=float, default=5.0, help="between events (%(default)s)")
     parser.add_argument("--engine-port", metavar="P", type=int, help="of the stand-in engine (default: a free one)")
+    start = "a relay to run beside ours, with {engine} and {port}; repeatable"
+    parser.add_argument("--start", metavar="NAME=COMMAND", type=parse_start, action="append", default=[], help=start)
     parser.add_argument(
         "--peer", metavar="NAME=URL", type=parse_peer, action="append", default=[], help="another relay"
     )

@@ -69,16 +69,17 @@ class _Stream(asyncio.Protocol):
             self._transport.close()
 
 
-def run_round(host: str, port: int, streams: int, requests: int) -> Sample:
+def run_round(host: str, port: int, streams: int, requests: int, key: str) -> Sample:
     """`requests` streams in all, `streams` at once, each connection kept."""
-    return uvloop.run(_run(host, port, streams, requests))
+    return uvloop.run(_run(host, port, streams, requests, key))
 
 
-async def _run(host: str, port: int, streams: int, requests: int) -> Sample:
+async def _run(host: str, port: int, streams: int, requests: int, key: str) -> Sample:
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(BODY)}\r\n\r\n"
     )
-    request = head.format(host, len(BODY)).encode() + BODY
+    request = head.encode() + BODY
     sample, left = Sample(), requests
     loop = asyncio.get_running_loop()
 
