@@ -189,7 +189,7 @@ def _list_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def write_config(folder: Path, engines: Sequence[int]) -> Path:
+def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
     """A gateway's configuration with all that costs a request something."""
     upstreams = "".join(
         f"""
@@ -201,7 +201,10 @@ def write_config(folder: Path, engines: Sequence[int]) -> Path:
         for i, port in enumerate(engines)
     )
     text = f"""
-        server.access_log = true
+        [server]
+        access_log = true
+        [admin]
+        port = {admin}
         [[keys]]
         name = "bench"
         sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"

@@ -277,7 +277,7 @@ class Exchange:
             self._sink.cut()
             self.leave()
             return
-        self.engine.note_failure(str(error), self._pool.clock())
+        self.engine.last_error = str(error)
         self.fail(errors.engine_silent() if isinstance(error, SilentError) else errors.engine_lost())
 
     def _at_boundary(self) -> bool:

@@ -1,4 +1,4 @@
-"""Asks every engine again and again whether it is well, and which weights it has."""
+"""Asks every engine again and again whether it is well, and which weights it has; closes what is idle."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
     """Until cancelled."""
     while True:
         pools = list(relay.pools.values())
+        for engine in (engine for pool in pools for engine in pool.engines):
+            engine.origin.expire()
         await asyncio.gather(*(_check(session, pool, engine) for pool in pools for engine in pool.engines))
         await asyncio.sleep(EVERY_S)
 

@@ -248,6 +248,13 @@ class Origin:
         connection.idle_since = asyncio.get_running_loop().time()
         self._idle.append(connection)
 
+    def expire(self) -> None:
+        """Close what has been idle too long to be used."""
+        oldest = asyncio.get_running_loop().time() - KEEPALIVE_S
+        for connection in [one for one in self._idle if one.idle_since < oldest]:
+            self._idle.remove(connection)
+            connection.close()
+
     def forget(self, connection: Connection) -> None:
         """It is lost."""
         if connection in self._idle:

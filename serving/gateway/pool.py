@@ -76,7 +76,7 @@ class Engine:
         return self.in_flight < self.config.max_in_flight
 
     def note_failure(self, reason: str, now: float) -> None:
-        """It could not be reached, or broke off."""
+        """It could not be reached. (One that breaks off is not left alone for it: the request may be to blame.)"""
         self.failures += 1
         self.last_error = reason
         if self.failures >= BREAK_AFTER:
