@@ -14,6 +14,8 @@ from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Key
 from laguna_serve.serving.gateway.headers import Headers
 
+ROUNDING = 1e-6
+
 
 @dataclass(slots=True, eq=False)
 class Holder:
@@ -82,8 +84,8 @@ class Access:
         now = self._clock()
         holder.tokens = min(float(per_minute), holder.tokens + (now - holder.filled_s) * per_minute / 60)
         holder.filled_s = now
-        if holder.tokens < 1:
-            raise errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute))
+        if holder.tokens < 1 - ROUNDING:
+            raise errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute - ROUNDING))
         holder.tokens -= 1
 
     def _find(self, headers: Headers) -> Holder:

@@ -24,6 +24,15 @@ from laguna_serve.serving.gateway.weights import PauseMode, StepError, UpdateReq
 STEERING = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
 CACHES = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
 TELLING = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "no model named where there are several, or a body that is no JSON"},
+    401: {"description": "no admin key"},
+    403: {"description": "from a page in a browser"},
+    404: {"description": "no such model"},
+    409: {"description": "another update is under way"},
+    502: {"description": "an engine failed; which, and how"},
+}
+Payload = dict[str, Any] | list[dict[str, Any]]
 Model = Annotated[str | None, Query(description="default: the only one")]
 
 
@@ -33,7 +42,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = importlib.resources.files(__package__).joinpath("status.html.j2").read_text(encoding="utf-8")
     template = environment.from_string(page)
-    app = FastAPI(title="Laguna gateway, admin", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Laguna gateway, admin", docs_url=None, redoc_url=None, responses=REFUSALS)
 
     def find_group(model: str | None) -> WeightGroup:
         pools = state.relay.pools
@@ -120,7 +129,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
         return {"message": "Draft weight update started"}
 
     @app.post("/update_weights")
-    async def update(update_info: Annotated[Any, Body(embed=True)], model: Model = None) -> dict[str, Any]:
+    async def update(update_info: Annotated[Payload, Body(embed=True)], model: Model = None) -> dict[str, Any]:
         """A part of the weights."""
         async with alone(model) as group:
             await group.update(update_info)

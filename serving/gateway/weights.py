@@ -82,7 +82,7 @@ class WeightGroup:
         """Begin an update on every engine. Raises StepError: those that were touched are fenced off."""
         await self._step("/start_draft_weight_update" if draft else "/start_weight_update")
 
-    async def update(self, info: Mapping[str, Any]) -> None:
+    async def update(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """One body of `/update_weights` to every engine. Raises StepError as `start`."""
         await self._step("/update_weights", {"update_info": info})
 
