@@ -19,7 +19,7 @@ EVENTS = 8
 GAP_S, SLOW_GAP_S = 0.001, 0.05
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 MODE = re.compile(rb'"mode": "(\w+)"')
-VERSION = re.compile(rb'"weight_version": "(\w+)"')
+VERSION = re.compile(rb'"weight_version": "([^"]+)"')
 DONE = b"data: [DONE]\n\n"
 
 

@@ -99,6 +99,10 @@ class WeightGroup:
 
     async def apply(self, request: UpdateRequest) -> dict[str, Any]:
         """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
+        if not request.update and any(engine.fenced for engine in self.pool.engines):
+            return self._report(
+                "unchanged", "update: expected the weights, as engines are fenced off, got a version alone"
+            )
         try:
             await self.pause(request.mode)
         except StepError as error:

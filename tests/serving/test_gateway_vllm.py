@@ -1,20 +1,26 @@
-"""Through the gateway and straight to a real engine: the same bodies, and the official clients work."""
+"""Through the gateway and straight to a real engine: the same bodies; clients and benchmarks work; it can be paused."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shutil
 import socket
+import subprocess
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import anthropic
 import openai
 import pytest
-from gateway_fakes import Gateway, Reply, Upstream, gateway, make_request, read_reply
+from gateway_fakes import Gateway, Reply, Upstream, gateway, make_request, read_reply, wait_until
 
+from laguna_serve.bench import crosscheck
 from laguna_serve.serving.engine import Engine
 
+TOY = Path(__file__).parents[1] / "toy"
 pytestmark = pytest.mark.vllm
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Complete:\ndef add(a, b):"}], "temperature": 0}
@@ -38,6 +44,8 @@ CASES: list[tuple[str, dict[str, Any] | bytes | None]] = [
     ("/v1/responses", {"model": "m", "input": "def f(", "temperature": 0, "max_output_tokens": 8, "store": False}),
     ("/tokenize", {"model": "m", "prompt": "def café(): pass"}),
     ("/detokenize", {"model": "m", "tokens": [10, 20, 30]}),
+    ("/inference/v1/generate", {"token_ids": [10, 20, 30], "sampling_params": {"temperature": 0, "max_tokens": 8}}),
+    ("/v1/completions", {**TEXT, "n": 8, "temperature": 1.0, "seed": 7, "return_token_ids": True, "priority": 0}),
     ("/v1/nowhere", {"model": "m"}),
 ]
 # What differs from one request to the next: ids, times, and what is derived from them.
@@ -88,3 +96,67 @@ def test_official_clients_work(front: Gateway, fp32_engine: Engine) -> None:
         message = other.messages.create(model=model, max_tokens=12, messages=messages)
         assert message.role == "assistant"
     front.wait_idle()
+
+
+def test_curl_works(front: Gateway, fp32_engine: Engine) -> None:
+    if (curl := shutil.which("curl")) is None:
+        pytest.skip("needs curl")
+    body = json.dumps({**TEXT, "model": fp32_engine.model_name, "stream": True})
+    command = [curl, "--silent", "--no-buffer", "--fail", f"{front.url}/v1/completions", "--data", body]
+    command += ["--header", "content-type: application/json", "--header", "expect: 100-continue"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("data: [DONE]\n\n")
+    front.wait_idle()
+
+
+def test_vllms_benchmark_works(front: Gateway, fp32_engine: Engine, tmp_path: Path) -> None:
+    dataset = tmp_path / "prompts.jsonl"
+    dataset.write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(6)))
+    args = argparse.Namespace(url=front.url, model=str(TOY / "teacher"), max_tokens=8, concurrency=3)
+    assert crosscheck._measure_theirs(args, fp32_engine.model_name, dataset, 6) > 0
+    front.wait_idle()
+
+
+def test_engines_metrics_are_shown(front: Gateway) -> None:
+    text = front.ask("/metrics").body.decode()
+    assert 'vllm:generation_tokens_total{upstream="a"' in text
+
+
+def test_paused_engine_goes_on_where_it_was(front: Gateway, fp32_engine: Engine) -> None:
+    body = json.dumps(
+        {**TEXT, "model": fp32_engine.model_name, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    ).encode()
+    whole = ask(front.port, "/v1/completions", body)
+    with socket.create_connection(("127.0.0.1", front.port), timeout=60) as connection:
+        connection.sendall(make_request("/v1/completions", body, "content-type: application/json\r\n"))
+        wait_until(lambda: any(exchange.chunks > 3 for exchange in list(front.relay.exchanges)))
+        assert front.ask_admin("/pause?mode=keep", {}).status == 200
+        assert front.ask_admin("/is_paused").json() == {"a": {"is_paused": True}}
+        assert front.relay.exchanges, "it is held in the middle"
+        assert front.ask_admin("/resume", {}).status == 200
+        held = read_reply(connection)
+    assert CHANGING.sub(b"", held.body) == CHANGING.sub(b"", whole.body)
+    front.wait_idle()
+
+
+def test_version_of_the_weights_is_the_engines(front: Gateway, fp32_engine: Engine) -> None:
+    body = json.dumps({**TEXT, "model": fp32_engine.model_name}).encode()
+    before = ask(front.port, "/v1/completions", body)
+    assert before.header("x-weight-version") == "default"
+    reply = front.ask_admin("/admin/update_weights", {"weight_version": "step-7", "mode": "wait"})
+    assert (reply.status, reply.json()["outcome"]) == (200, "updated")
+    after = ask(front.port, "/v1/completions", body)
+    assert after.header("x-weight-version") == "step-7"
+    assert front.ask_admin("/weight_info").json() == {"a": {"weight_version": "step-7"}}
+    assert CHANGING.sub(b"", after.body) == CHANGING.sub(b"", before.body)
+
+
+def test_update_that_the_engine_cannot_do_is_told(fp32_engine: Engine) -> None:
+    """Without a transfer engine there is no update; the model is not served with weights that may be broken."""
+    with gateway(Upstream(url=fp32_engine.base_url), model={"name": fp32_engine.model_name}) as front:
+        reply = front.ask_admin("/admin/update_weights", {"weight_version": "step-8", "update": [{"names": []}]})
+        assert (reply.status, reply.json()["outcome"]) == (502, "unavailable")
+        assert "/start_weight_update" in reply.json()["error"]
+        assert ask(front.port, "/v1/completions", b"{}").status == 503
+        reply = front.ask_admin("/admin/update_weights", {"weight_version": "default"})
+        assert (reply.status, reply.json()["outcome"]) == (502, "unchanged"), "a new name mends nothing"
