@@ -104,7 +104,7 @@ class SoakEngine(asyncio.Protocol):
 
 async def serve(port: int) -> None:
     """Listen until killed."""
-    server = await asyncio.get_running_loop().create_server(SoakEngine, "127.0.0.1", port)
+    server = await asyncio.get_running_loop().create_server(SoakEngine, "127.0.0.1", port, backlog=1024)
     async with server:
         await server.serve_forever()
 

@@ -15,6 +15,8 @@ import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 EMPTY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+# Connections that come at once; one too many is tried again a second later.
+BACKLOG = 4096
 # A chat completion's chunk. The time is in its text, where a relay that writes every event anew leaves it.
 EVENT = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"fake",'
@@ -67,7 +69,8 @@ class StreamEngine(asyncio.Protocol):
 
 async def serve(port: int, chunks: int, gap_s: float) -> None:
     """Listen until killed."""
-    server = await asyncio.get_running_loop().create_server(lambda: StreamEngine(chunks, gap_s), "127.0.0.1", port)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: StreamEngine(chunks, gap_s), "127.0.0.1", port, backlog=BACKLOG)
     async with server:
         await server.serve_forever()
 

@@ -12,6 +12,9 @@ EPILOG = """examples:
   laguna gateway --config gateway.toml
   laguna gateway --upstream http://127.0.0.1:8000 --model teacher --port 8080    (one engine, no file)
 
+The status page, and the routes that pause engines and give them new weights, are on the admin port that is printed
+(on this machine only, unless the file says otherwise).
+
 SIGHUP: read the file again, without dropping a request.
 SIGTERM or Ctrl-C: no new requests, those in flight are finished (server.drain_s); a second one stops at once.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
+
+import msgspec
+
+# Lines are written together, away from the moment in which requests end and others begin.
+WRITE_AFTER_S = 0.05
 
 
 class AccessLog:
@@ -15,6 +20,8 @@ class AccessLog:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._lines: list[dict[str, Any]] = []
+        self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
     def on_stderr(cls) -> AccessLog:
@@ -30,13 +37,22 @@ class AccessLog:
         """A request has ended; times are of `time.perf_counter()`."""
         if self._stream is None:
             return
-        now = time.perf_counter()
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **about,
+        times = {
             "ttft_ms": None if first_s is None else round((first_s - started_s) * 1e3, 2),
-            "total_ms": round((now - started_s) * 1e3, 2),
+            "total_ms": round((time.perf_counter() - started_s) * 1e3, 2),
         }
-        # One write per line, so that lines of several processes do not mix; the stream buffers nothing.
-        self._stream.write(json.dumps(line, ensure_ascii=True) + "\n")
-        self._stream.flush()
+        self._lines.append({"time": time.time(), **about, **times})
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(WRITE_AFTER_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what has come together, in one go, so that lines of several processes do not mix."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        lines, self._lines = self._lines, []
+        for line in lines:
+            line["time"] = datetime.fromtimestamp(line["time"], UTC).isoformat(timespec="milliseconds")
+        if self._stream is not None and lines:
+            self._stream.write("".join(msgspec.json.encode(line).decode() + "\n" for line in lines))
+            self._stream.flush()

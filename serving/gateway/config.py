@@ -2,19 +2,34 @@
 
 [server]
 port = 8080
+access_log = true
+
+[admin]                  # status page, weights; on this machine only, unless it has a key
+port = 8081
+
+[[keys]]                 # without any, everybody may ask
+name = "agents"
+sha256 = "…"             # printf %s "$KEY" | sha256sum
+max_in_flight = 32
+requests_per_minute = 600
 
 [[models]]
-name = "laguna"
+name = "laguna"          # as requests call it
 affinity = "session"
 
 [[models.upstreams]]
-name = "a"
+name = "dflash"
 url = "http://127.0.0.1:8000"
 max_in_flight = 64
+gamma_schedule = [[1, 8, 7], [9, 64, 0]]
 
-[[keys]]
-name = "agents"
-sha256 = "…"        # printf %s "$KEY" | sha256sum
+[[models.upstreams]]
+name = "plain"
+url = "http://127.0.0.1:8001"
+
+[[models.shadows]]       # gets copies of greedy requests; where its tokens differ is logged and counted
+name = "candidate"
+url = "http://127.0.0.1:8002"
 """
 
 from __future__ import annotations

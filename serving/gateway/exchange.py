@@ -18,7 +18,7 @@ from typing import Protocol
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.access import Holder
 from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.headers import REQUEST_ID, Head, Headers, pass_headers, render_request
+from laguna_serve.serving.gateway.headers import DRAFT, REQUEST_ID, WEIGHTS, Head, Headers, pass_headers, render_request
 from laguna_serve.serving.gateway.http1 import Connection, SilentError, StalledError, UnreachableError
 from laguna_serve.serving.gateway.pool import Engine, Pool
 
@@ -144,6 +144,8 @@ class Exchange:
             self.status = error.status
             body = error.body(self.head.path)
             headers = [*error.headers(), (b"content-length", b"%d" % len(body)), (REQUEST_ID, self.head.request_id)]
+            if self._pool is not None:
+                headers += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
             self._sink.start(error.status, headers)
             if self.head.method != "HEAD":
                 self._sink.write(body)
@@ -311,3 +313,4 @@ class Exchange:
         if self.answer is not None and self.copy is not None and not self.answer.done():
             self.answer.set_result(bytes(self.copy) if self.complete and self.status == 200 else None)
         self._on_finish(self)
+        del self._sink  # else the two would keep each other until the garbage collector comes

@@ -79,6 +79,7 @@ class Relay:
             exchange.fail(errors.stopped())
         for pool in self.pools.values():
             pool.close()
+        self._log.flush()
 
     def begin(self, head: Head, sink: Sink) -> Exchange:
         """Take a request whose body is still to come; it may have been refused, and finished, already."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import uvicorn
 
@@ -262,9 +262,9 @@ class Reply:
         return json.loads(self.body)
 
 
-def read_reply(connection: socket.socket) -> Reply:
-    """Read one answer."""
-    file = connection.makefile("rb")
+def read_reply(connection: socket.socket, file: BinaryIO | None = None) -> Reply:
+    """Read one answer; of several on one connection, all from one `file`."""
+    file = file or connection.makefile("rb")
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         line = file.readline()

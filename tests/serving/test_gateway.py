@@ -495,7 +495,7 @@ def test_access_log_tells_who_and_where_and_never_what() -> None:
     with Upstream() as engine, gateway(engine, keys=keys) as front:
         front.ask(f"{COMPLETIONS}?q=private", body, "x-api-key: secret\r\nx-request-id: r1\r\n")
         front.ask("/v1/models%1b[31m")
-        front.wait_idle()
+        wait_until(lambda: front.log.getvalue().count("\n") == 2)
         text = front.log.getvalue()
         assert "secret" not in text
         assert "private" not in text
@@ -545,3 +545,73 @@ def test_stop_lets_streams_finish_and_takes_no_more() -> None:
             assert read_reply(kept).status in (0, 503)
             release.set()
             assert streaming.result(10).chunks == [b"data: 1\n\n", b"data: 2\n\n"]
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    async def late(exchange: Exchange) -> None:
+        await asyncio.sleep(0.2)
+        await exchange.answer(b'"late"')
+
+    with Upstream({COMPLETIONS: late}) as engine, gateway(engine) as front, front.connect() as connection:
+        connection.sendall(make_request(COMPLETIONS, BODY) + make_request("/v1/models") + make_request("/health"))
+        file = connection.makefile("rb")
+        found = [read_reply(connection, file) for _ in range(3)]
+        assert [reply.status for reply in found] == [200, 200, 200]
+        assert found[0].body == b'"late"'
+        assert found[1].json()["line"] == "GET /v1/models HTTP/1.1"
+        assert found[2].body == b""
+        front.wait_idle()
+
+
+def test_client_of_http_1_0_gets_a_body_that_ends_with_the_connection() -> None:
+    with Upstream({COMPLETIONS: stream}) as engine, gateway(engine) as front, front.connect() as connection:
+        connection.sendall(make_request(COMPLETIONS, BODY).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head
+        assert body == b"".join(PIECES)
+        front.wait_idle()
+
+
+def test_head_has_no_body() -> None:
+    with Upstream() as engine, gateway(engine) as front, front.connect() as connection:
+        connection.sendall(make_request("/v1/models", method="HEAD") + make_request("/v1/models"))
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        assert answer.count(b"HTTP/1.1 200 OK") == 2
+        first = answer.split(b"\r\n\r\n")[1]
+        assert first.startswith(b"HTTP/1.1 200 OK"), "the second answer follows the first one's head"
+        front.wait_idle()
+
+
+def test_client_that_asks_first_is_told_to_go_on() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n"
+    with Upstream() as engine, gateway(engine) as front, front.connect() as connection:
+        connection.sendall(head)
+        assert connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"null")
+        reply = read_reply(connection)
+        assert reply.json()["body"] == "null"
+        assert all(name != "expect" for name, _ in reply.json()["headers"])
+
+
+def test_refusal_reaches_a_client_that_is_still_sending() -> None:
+    with Upstream() as engine, gateway(engine, server={"max_body_bytes": 2048}) as front:
+        with front.connect() as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 3000000\r\n\r\n")
+            connection.sendall(b"x" * 3_000_000)
+            reply = read_reply(connection)
+            assert reply.status == 413
+            assert reply.header("connection") == "close"
+        assert engine.seen == []
+        front.wait_idle()
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-evil: 1", "a\nx-evil: 1", "a\x00b"])
+def test_headers_cannot_be_injected(value: str) -> None:
+    with Upstream() as engine, gateway(engine) as front:
+        reply = front.ask("/v1/models", headers=f"x-request-id: {value}\r\n")
+        assert reply.status == 400 or all(name != "x-evil" for name, _ in reply.headers)
+        for exchange in engine.seen:
+            assert exchange.head.count(b"x-request-id") == 1

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ import pytest
 from gateway_fakes import Upstream
 
 from laguna_serve.serving.cli import main
-from laguna_serve.serving.gateway.config import ConfigError, load_config
+from laguna_serve.serving.gateway import config
+from laguna_serve.serving.gateway.config import ConfigError, load_config, parse_config
 
 GOOD = """
 [server]
@@ -172,3 +174,8 @@ def test_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         port = str(taken.getsockname()[1])
         assert main(["gateway", "--upstream", "http://h:1", "--port", port]) == 2
     assert "to be free" in capsys.readouterr().err
+
+
+def test_example_in_the_docs_is_valid() -> None:
+    text = (config.__doc__ or "").partition("\n")[2].replace('sha256 = "…"', f'sha256 = "{"0" * 64}"')
+    assert parse_config(tomllib.loads(text), "example").models[0].upstreams[0].pays(8)
