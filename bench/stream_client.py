@@ -14,6 +14,7 @@ from typing import cast
 import uvloop
 
 SENT = re.compile(rb'"ns(\d+) "')
+SETTLE_S = 0.1
 END = b"0\r\n\r\n"
 BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' + b"word " * 200 + b'"}]}'
 
@@ -83,18 +84,23 @@ async def _run(host: str, port: int, streams: int, requests: int, key: str) -> S
     sample, left = Sample(), requests
     loop = asyncio.get_running_loop()
 
-    async def work() -> None:
+    async def connect() -> _Stream:
+        _, made = await loop.create_connection(lambda: _Stream(request, sample), host, port)
+        return made
+
+    async def work(stream: _Stream) -> None:
         nonlocal left
-        _, stream = await loop.create_connection(lambda: _Stream(request, sample), host, port)
         while left > 0:
             left -= 1
             if not await stream.ask():
                 sample.errors += 1
                 stream.close()
-                _, stream = await loop.create_connection(lambda: _Stream(request, sample), host, port)
+                stream = await connect()
         stream.close()
 
+    connected = await asyncio.gather(*(connect() for _ in range(streams)))
+    await asyncio.sleep(SETTLE_S)  # until they are accepted, which is none of a request's time
     started = time.monotonic()
-    await asyncio.gather(*(work() for _ in range(streams)))
+    await asyncio.gather(*(work(stream) for stream in connected))
     sample.wall_s = time.monotonic() - started
     return sample

@@ -7,12 +7,11 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Key
-from laguna_serve.serving.gateway.headers import Headers
 
 ROUNDING = 1e-6
 
@@ -53,15 +52,15 @@ class Access:
             holder.key, holder.digest = key, bytes.fromhex(key.sha256)
         self._holders = holders
 
-    def enter(self, headers: Headers) -> Holder | None:
-        """Take a place under the request's key; `leave` gives it back. None where no keys are set.
+    def enter(self, named: Mapping[bytes, bytes]) -> Holder | None:
+        """Take a place under the key in the request's headers; `leave` gives it back. None where no keys are set.
 
         Raises:
             GatewayError: 401 no known key, 429 the key has as much in flight, or has asked as often, as it may.
         """
         if not self._holders:
             return None
-        holder = self._find(headers)
+        holder = self._find(named)
         key = holder.key
         if key.max_in_flight is not None and holder.in_flight >= key.max_in_flight:
             raise errors.contended()
@@ -70,10 +69,10 @@ class Access:
         holder.in_flight += 1
         return holder
 
-    def check(self, headers: Headers) -> None:
+    def check(self, named: Mapping[bytes, bytes]) -> None:
         """A known key must be there where keys are set. Raises GatewayError: 401."""
         if self._holders:
-            self._find(headers)
+            self._find(named)
 
     def leave(self, holder: Holder | None) -> None:
         """The request has ended."""
@@ -88,18 +87,17 @@ class Access:
             raise errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute - ROUNDING))
         holder.tokens -= 1
 
-    def _find(self, headers: Headers) -> Holder:
+    def _find(self, named: Mapping[bytes, bytes]) -> Holder:
         """OpenAI's clients send a bearer token, Anthropic's the header x-api-key."""
+        secret = named.get(b"x-api-key")
+        if secret is None:
+            kind, _, given = named.get(b"authorization", b"").partition(b" ")
+            secret = given.strip() if kind.lower() == b"bearer" else b""
+        digest = hashlib.sha256(secret).digest()
         found = None
-        for name, value in headers:
-            secret = value if name == b"x-api-key" else None
-            if name == b"authorization" and value[:7].lower() == b"bearer ":
-                secret = value[7:].strip()
-            if secret:
-                digest = hashlib.sha256(secret).digest()
-                for holder in self._holders:  # all of them, so that the time tells nothing
-                    if hmac.compare_digest(digest, holder.digest):
-                        found = holder
-        if found is None:
+        for holder in self._holders:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(digest, holder.digest):
+                found = holder
+        if found is None or not secret:
             raise errors.unauthorized()
         return found

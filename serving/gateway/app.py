@@ -62,7 +62,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     async def ready(request: Request) -> Response:
         """Every model has an engine that is up, and the gateway is not about to stop."""
         relay: Relay = app.state.relay
-        relay.access.check(request.headers.raw)
+        relay.access.check(dict(request.headers.raw))
         now = time.monotonic()
         pools = relay.pools.values()
         up = all(any(engine.healthy and engine.is_up(now) for engine in pool.engines) for pool in pools)
@@ -72,7 +72,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     async def show_metrics(request: Request) -> Response:
         """For Prometheus: the gateway's own, then those of every engine that answers."""
         relay: Relay = app.state.relay
-        relay.access.check(request.headers.raw)
+        relay.access.check(dict(request.headers.raw))
         engines = [(pool.model.name, engine) for pool in relay.pools.values() for engine in pool.engines]
         texts = await asyncio.gather(*(read_metrics(app.state.session, engine.config.url) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}

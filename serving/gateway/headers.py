@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway import errors
@@ -35,24 +35,23 @@ STEERING = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/infe
 
 @dataclass(slots=True, frozen=True)
 class Head:
-    """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path."""
+    """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has
+    the first header of every name."""
 
     method: str
     path: str
     target: bytes
     headers: Headers
+    named: Mapping[bytes, bytes]
     request_id: bytes
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first header of that name."""
-        return next((value for found, value in self.headers if found == name), None)
 
 
 def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers) -> Head:
     """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
-    given = next((value for name, value in headers if name == REQUEST_ID), b"")
+    named = dict(reversed(headers))
+    given = named.get(REQUEST_ID, b"")
     request_id = given if PLAIN_ID.fullmatch(given) else os.urandom(16).hex().encode()
-    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, request_id)
+    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id)
 
 
 def check_path(head: Head, more: Iterable[str]) -> None:
@@ -78,9 +77,9 @@ def render_request(head: Head, body: bytes, authority: bytes, *, keys_are_ours: 
     """The request for an engine. Headers that the client's Connection names stay behind, and a key that was for the
     gateway."""
     dropped = NOT_FORWARDED | KEY_HEADERS if keys_are_ours else NOT_FORWARDED
-    for name, value in head.headers:
-        if name == b"connection" and value.lower() != b"keep-alive":
-            dropped = dropped | {part.strip().lower() for part in value.split(b",")}
+    if b"connection" in head.named:
+        connections = b",".join(value for name, value in head.headers if name == b"connection")
+        dropped = dropped | {part.strip().lower() for part in connections.split(b",")}
     parts = [head.method.encode(), b" ", head.target, b" HTTP/1.1\r\nhost: ", authority, b"\r\n"]
     for name, value in head.headers:
         if name not in dropped:

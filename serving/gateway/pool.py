@@ -255,6 +255,8 @@ class Pool:
         """By weight either way: of what belongs together the same one, else the one with the least to do for its
         weight, and among idle ones the one that has had the least. Engines for which speculation pays at their load
         come first, then plain ones."""
+        if len(free) == 1:
+            return free[0]
         paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
         free = paying or [engine for engine in free if not engine.config.gamma_schedule] or free
         if affinity is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,30 @@ logger = logging.getLogger(__name__)
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
 
 
+class Turns:
+    """Lets one request begin per turn of the event loop, so that of many that come at once the first has its answer
+    before the last is read, and streams go on in between."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._taken = False
+
+    def enter(self, loop: asyncio.AbstractEventLoop, begin: Callable[[], None]) -> None:
+        """Call `begin` now if this turn is free, or in a later one."""
+        if self._taken:
+            self._waiting.append(begin)
+        else:
+            self._taken = True
+            loop.call_soon(self._go_on, loop)
+            begin()
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._taken = bool(self._waiting)
+        if self._taken:
+            loop.call_soon(self._go_on, loop)
+            self._waiting.popleft()()
+
+
 class GatewayProtocol(HttpToolsProtocol):
     """One connection of a client. What is the gateway's own is given by `make_protocol`, as uvicorn makes instances."""
 
@@ -39,6 +64,7 @@ class GatewayProtocol(HttpToolsProtocol):
     max_head_bytes = 64 * 1024
     own_paths: frozenset[str] = frozenset()
     find_relay: Callable[[], Relay]
+    turns: Turns
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -47,6 +73,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._answer: _Answer | None = None
         self._relay = self.find_relay()
         self._body_timer: asyncio.TimerHandle | None = None
+        self._held: list[bytes] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is awaited from here."""
@@ -64,6 +91,21 @@ class GatewayProtocol(HttpToolsProtocol):
             self._answer = None
 
     def data_received(self, data: bytes) -> None:
+        """A request that begins waits for its turn; what belongs to one that has begun does not."""
+        self._held.append(data)
+        if len(self._held) == 1:
+            if self._answer is None:
+                self.turns.enter(self.loop, self._take_held)
+            else:
+                self._take_held()
+
+    def _take_held(self) -> None:
+        held, self._held = self._held, []
+        for data in held:
+            if self.parser is not None:  # the connection is there
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
         """Bytes of a head are counted; those of a body are the relay's to bound."""
         if self._head_bytes is not None:
             self._head_bytes += len(data)
@@ -266,5 +308,6 @@ def make_protocol(
         "max_head_bytes": max_head_bytes,
         "own_paths": own_paths,
         "find_relay": staticmethod(find_relay),
+        "turns": Turns(),
     }
     return type("BoundProtocol", (GatewayProtocol,), given)

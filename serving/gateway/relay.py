@@ -88,9 +88,9 @@ class Relay:
         try:
             if self.draining:
                 raise errors.draining()
-            holder = self.access.enter(head.headers)
+            holder = self.access.enter(head.named)
             check_path(head, self.config.server.more_paths)
-            announced = head.get(b"content-length")
+            announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
                 self.check_size(int(announced))
         except GatewayError as error:
@@ -253,7 +253,7 @@ class _AsgiSink:
 def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:
     kind = pool.model.affinity
     if kind == "session":
-        session = head.get(SESSION_HEADER)
+        session = head.named.get(SESSION_HEADER)
         return session if session is not None or holder is None else holder.name.encode()
     if kind == "prefix" and body:
         return body[:PREFIX_BYTES]

@@ -30,7 +30,7 @@ def test_key_that_asks_too_often_is_told_when_to_come_back() -> None:
     models = [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]
     keys = parse_config({"models": models, "keys": [make_key("k", requests_per_minute=3)]}, "test").keys
     access.configure(keys)
-    headers = [(b"x-api-key", b"k")]
+    headers = {b"x-api-key": b"k"}
     for _ in range(3):
         access.leave(access.enter(headers))
     with pytest.raises(GatewayError) as caught:
