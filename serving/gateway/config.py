@@ -34,12 +34,22 @@ url = "http://127.0.0.1:8002"
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 MIB = 1 << 20
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
@@ -52,6 +62,16 @@ def _check_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or more:
         raise ValueError(f"expected http://host:port, got {url!r}")
     return url.rstrip("/")
+
+
+def _read_schedule(value: Any) -> Any:
+    """A schedule, or the sweep.json that has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))["schedule"]["num_speculative_tokens_per_batch_size"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"expected a schedule or a sweep.json, got {value!r}: {error!r}") from None
 
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -114,14 +134,16 @@ class Limits(_Table):
 
 class Upstream(_Table):
     """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
-    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, of (first, last, γ) by requests at
-    once: where its γ is 0, requests overflow to the model's engines that have none."""
+    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, its sweep.json or the (first, last,
+    γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
 
     name: Name
     url: Url
     max_in_flight: Count = 64
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
-    gamma_schedule: Annotated[tuple[Annotated[Range, Field(strict=False)], ...], Field(strict=False)] = ()
+    gamma_schedule: Annotated[
+        tuple[Annotated[Range, Field(strict=False)], ...], BeforeValidator(_read_schedule), Field(strict=False)
+    ] = ()
 
     def pays(self, requests: int) -> bool:
         """Is speculation worth having with so many at once?"""

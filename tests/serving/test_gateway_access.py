@@ -111,6 +111,19 @@ def test_requests_overflow_to_the_plain_engine_where_speculation_loses(fast: int
     assert choose({"fast": fast, "plain": plain}, [[1, 2, 7], [3, 4, 3], [5, 64, 0]]) == chosen
 
 
+def test_schedule_of_a_sweep_is_read(tmp_path: Path) -> None:
+    sweep = Path(__file__).parents[2] / "bench" / "results" / "toy-gamma-sweep" / "sweep.json"
+    upstream = {"name": "a", "url": "http://h:1", "gamma_schedule": str(sweep)}
+    (model,) = parse_config({"models": [{"name": "m", "upstreams": [upstream]}]}, "test").models
+    assert model.upstreams[0].gamma_schedule[0][0] == 1
+    assert model.upstreams[0].pays(1)
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"gamma_schedule: expected a schedule or a sweep\.json"):
+        parse_config(
+            {"models": [{"name": "m", "upstreams": [{**upstream, "gamma_schedule": str(tmp_path / "none.json")}]}]}, "t"
+        )
+
+
 def test_schedule_that_makes_no_sense_is_refused() -> None:
     upstream = {"name": "a", "url": "http://h:1", "gamma_schedule": [[1, 4, 7], [3, 8, 0]]}
     with pytest.raises(ValueError, match="expected ascending ranges"):
