@@ -134,8 +134,8 @@ class Limits(_Table):
 
 class Upstream(_Table):
     """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
-    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, its sweep.json or the (first, last,
-    γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
+    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first,
+    last, γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
 
     name: Name
     url: Url

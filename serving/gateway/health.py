@@ -30,7 +30,7 @@ async def _check(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> 
             healthy = response.status == 200
             reason = f"/health: HTTP {response.status}"
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        healthy, reason = False, f"/health: {type(error).__name__}"
+        healthy, reason = False, f"/health: expected an answer, got {type(error).__name__}"
     was_up = engine.healthy is True and engine.is_up(pool.clock())
     engine.healthy = healthy
     if not healthy:

@@ -62,9 +62,11 @@ def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float
 
 def _find_speeds(engine: Engine, text: str, now: float) -> dict[str, float | None]:
     """Tokens per second and per speculative step since the last look, or since the engine's start."""
+    found: dict[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
+    if not text:
+        return found
     sums = sum_samples(text, (TOKENS, DRAFTS, ACCEPTED))
     before, engine.last_scrape = engine.last_scrape, (now, sums)
-    found: dict[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
     if before is not None and 0 < now - before[0] <= MOST_AGE_S and before[1][TOKENS] <= sums[TOKENS]:
         found["tok_per_s"] = (sums[TOKENS] - before[1][TOKENS]) / (now - before[0])
     if sums[DRAFTS]:
