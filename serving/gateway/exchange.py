@@ -141,22 +141,27 @@ class Exchange:
             return
         self.error = error.message
         if self.status == 0:
-            self.status = error.status
-            body = error.body(self.head.path)
-            headers = [*error.headers(), (b"content-length", b"%d" % len(body)), (REQUEST_ID, self.head.request_id)]
-            if self._pool is not None:
-                headers += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
-            self._sink.start(error.status, headers)
-            if self.head.method != "HEAD":
-                self._sink.write(body)
-            self._sink.end()
-        elif self._streams:
+            self.reply(error.status, error.headers(), error.body(self.head.path))
+            return
+        if self._streams:
             # A half event is ended first, or the error would be a part of it.
             gap = b"" if self._at_boundary() else b"\n\n"
             self._sink.write(gap + error.event(self.head.path))
             self._sink.end()
         else:
             self._sink.cut()
+        self._finish()
+
+    def reply(self, status: int, headers: Headers, body: bytes) -> None:
+        """An answer of the gateway's own."""
+        self.status = status
+        found = [*headers, (b"content-length", b"%d" % len(body)), (REQUEST_ID, self.head.request_id)]
+        if self._pool is not None:
+            found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
+        self._sink.start(status, found)
+        if self.head.method != "HEAD":
+            self._sink.write(body)
+        self._sink.end()
         self._finish()
 
     def pause(self) -> None:

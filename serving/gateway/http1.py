@@ -7,6 +7,7 @@ socket and its reader; per event of a stream those cost more than all the rest (
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 import time
 from typing import Protocol, cast
@@ -17,6 +18,7 @@ import httptools
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
 MOST_HEAD_BYTES = 1 << 20
+logger = logging.getLogger(__name__)
 
 
 class UnreachableError(ConnectionError):
@@ -136,7 +138,9 @@ class Connection(asyncio.Protocol):
         self._active_s, self.received_s = self._loop.time(), time.perf_counter()
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if isinstance(error, httptools.HttpParserCallbackError):
+                logger.exception("an answer could not be handed on")
             self.close()
             self._fail(BrokenError("no HTTP"))
             return
@@ -159,8 +163,10 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status < 200:  # interim: the answer follows
             return
+        if self._receiver is None:  # an answer more than was asked for
+            self.close()
+            return
         self._head_bytes = None
-        assert self._receiver is not None
         self._receiver.on_head(status, self._headers)
         if self._bodiless:
             self._complete(reusable=False)  # the parser waits for the body

@@ -187,10 +187,25 @@ class GatewayProtocol(HttpToolsProtocol):
             self._body_timer = None
 
     def _refuse(self, answer: bytes) -> None:
+        """Of a later request while an earlier one is answered nothing can be said, or it would stand in that answer."""
+        if self._is_busy() and answer is TOO_SLOW:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
+            return
         self._end_head()
         if not self.transport.is_closing():
-            self.transport.write(answer)
+            if not self._is_busy():
+                self.transport.write(answer)
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP."""
+        if self._is_busy():
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
 
 class _Answer:

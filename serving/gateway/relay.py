@@ -33,6 +33,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+MODELS = "/v1/models"
 SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
 # Chunks that an ASGI server has not taken yet, before the engine is read no further.
@@ -59,6 +60,7 @@ class Relay:
         self._metrics = metrics
         self._shadows = shadows
         self._log = log
+        self._created = int(time.time())
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -111,6 +113,9 @@ class Relay:
         if exchange.finished:
             return
         try:
+            if exchange.head.path == MODELS and len(self.pools) > 1:
+                exchange.reply(200, [(b"content-type", b"application/json")], self._list_models())
+                return
             pool = self._find_pool(body)
             if pool.model.shadows:
                 self._shadows.accompany(pool.model, exchange, body)
@@ -176,6 +181,11 @@ class Relay:
         if (pool := self.pools.get(name)) is None:
             raise errors.unknown_model(name[:128])
         return pool
+
+    def _list_models(self) -> bytes:
+        """Of several models, where no engine knows all."""
+        about = {"object": "model", "created": self._created, "owned_by": "laguna"}
+        return msgspec.json.encode({"object": "list", "data": [{"id": name, **about} for name in self.pools]})
 
     def _finish(self, exchange: Exchange) -> None:
         self.exchanges.discard(exchange)

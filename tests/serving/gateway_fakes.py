@@ -21,6 +21,7 @@ from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.server import GatewayServer, make_admin_settings, make_settings, with_ports
 
 Handler = Callable[["Exchange"], Awaitable[None]]
+NOBODY = "http://127.0.0.1:9"
 SSE = "content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
 
 
@@ -154,7 +155,8 @@ def gateway(
     model = {"name": "m", **tables.pop("model", {})}
     each = tables.pop("upstream", {})
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]
-    config = parse_config({"models": [model], "limits": limits or {}, **tables}, "test")
+    more = [{"name": name, "upstreams": [{"name": f"{name}-a", "url": NOBODY}]} for name in tables.pop("others", ())]
+    config = parse_config({"models": [model, *more], "limits": limits or {}, **tables}, "test")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         log = io.StringIO()

@@ -615,3 +615,43 @@ def test_headers_cannot_be_injected(value: str) -> None:
         assert reply.status == 400 or all(name != "x-evil" for name, _ in reply.headers)
         for exchange in engine.seen:
             assert exchange.head.count(b"x-request-id") == 1
+
+
+def test_all_models_are_listed_where_there_are_several() -> None:
+    with Upstream() as engine, gateway(engine, others=["n"]) as front:
+        reply = front.ask("/v1/models")
+        assert [model["id"] for model in reply.json()["data"]] == ["m", "n"]
+        assert reply.json()["object"] == "list"
+        assert reply.header("x-request-id")
+        assert engine.seen == []
+        assert front.ask("/v1/models", method="HEAD").status == 200
+
+
+@pytest.mark.parametrize("more", [b"\x00 no request\r\n\r\n", b"GET /" + b"x" * 5000], ids=["garbage", "endless"])
+def test_what_follows_a_request_never_stands_in_its_answer(more: bytes) -> None:
+    with Upstream({COMPLETIONS: hold}) as engine, gateway(engine, server={"max_head_bytes": 2048}) as front:
+        with front.connect() as connection:
+            connection.sendall(make_request(COMPLETIONS, BODY))
+            wait_until(lambda: len(engine.seen) == 1)
+            time.sleep(0.1)
+            connection.sendall(more[:10])
+            time.sleep(0.1)
+            connection.sendall(more[10:])
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert answer.endswith(b"data: {}\n\n\r\n")
+        front.wait_idle()
+
+
+def test_request_that_trickles_in_behind_a_stream_lets_it_finish() -> None:
+    with (
+        Upstream({COMPLETIONS: slow(0.6)}) as engine,  # type: ignore[dict-item]
+        gateway(engine, server={"head_timeout_s": 0.2}) as front,
+        front.connect() as connection,
+    ):
+        connection.sendall(make_request(COMPLETIONS, BODY))
+        time.sleep(0.05)
+        connection.sendall(b"GET /v1/models HT")
+        file = connection.makefile("rb")
+        assert read_reply(connection, file).body == b"{}"
+        assert read_reply(connection, file).status == 408
