@@ -74,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 relays[name] = stack.enter_context(run_child(started, port, out / f"{name}.log"))
                 paths[name] = ("127.0.0.1", port)
             paths |= {name: (urlsplit(url).hostname or "", urlsplit(url).port or 80) for name, url in args.peer}
-            loads = [measure(args, paths, streams, relays, progress) for streams in args.streams]
+            kinds = [(streams, at_once) for streams in args.streams for at_once in (False, True)]
+            loads = [
+                measure(args, paths, streams, at_once, relays, progress)
+                for streams, at_once in kinds
+                if streams > 1 or not at_once
+            ]
     except KeyboardInterrupt:
         print("gateway.py: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -99,19 +104,21 @@ def measure(
     args: argparse.Namespace,
     paths: Mapping[str, tuple[str, int]],
     streams: int,
+    at_once: bool,
     relays: Mapping[str, psutil.Process],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Rounds of every path by turns at one number of streams."""
+    """Rounds of every path by turns at one number of streams, which begin one after the other or all in one moment."""
     requests = max(streams, args.requests)
+    spread_s = 0.0 if at_once else args.chunks * args.gap_ms / 1000
     rounds: dict[str, list[Sample]] = {name: [] for name in paths}
     cpu_s = dict.fromkeys(relays, 0.0)
-    progress.say(f"{streams} streams: {args.rounds} rounds of {requests} on {', '.join(paths)}")
+    progress.say(f"{streams} streams{' at once' * at_once}: {args.rounds} rounds of {requests} on {', '.join(paths)}")
     for index in range(-1, args.rounds):
         names = list(paths)
         for name in names[index % len(names) :] + names[: index % len(names)]:
             before = _measure(relays[name])[0] if name in relays else 0.0
-            sample = run_round(*paths[name], streams, requests, KEY)
+            sample = run_round(*paths[name], streams, requests, KEY, spread_s)
             if index >= 0:  # the first round warms up
                 rounds[name].append(sample)
                 if name in relays:
@@ -120,7 +127,7 @@ def measure(
     for name, process in relays.items():
         found[name]["cpu_us_per_event"] = cpu_s[name] * 1e6 / max(1, found[name]["events"])
         found[name]["rss_mib"] = _measure(process)[1]
-    return {"streams": streams, "requests_per_round": requests, "paths": found}
+    return {"streams": streams, "at_once": at_once, "requests_per_round": requests, "paths": found}
 
 
 def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
 def render_text(result: Mapping[str, Any]) -> str:
     """In columns."""
     header = ("streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "CPU µs", "events/s", "failed")
-    layout = "{:>7}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>9} {:>6}"
+    layout = "{:>11}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>9} {:>6}"
     return "\n".join(layout.format(*row) for row in (header, *_list_rows(result)))
 
 
@@ -162,7 +169,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, stand-in engine and relays on"
         f" {environment['cores']} cores of {environment['cpu']}, the relays by turns. Medians over rounds, quartiles in"
-        " brackets, times against the direct path's of the same round. CPU: of the relay, per event.",
+        " brackets, times against the direct path's of the same round. Streams begin one after the other, as those of"
+        " many clients do, or all in one moment (at once). CPU: of the relay, per event.",
         "",
         "| streams | path | TTFT p50, ms | added TTFT, ms | added per event, µs | CPU, µs | events/s | failed | MiB |",
         "|--|--|--|--|--|--|--|--|--|",
@@ -178,7 +186,7 @@ def _list_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         for name, path in load["paths"].items():
             ttft, chunk, cpu = path["added_ttft_ms"], path["added_chunk_us"], path.get("cpu_us_per_event")
             yield (
-                str(load["streams"]),
+                f"{load['streams']}{' at once' * load['at_once']}",
                 name,
                 f"{path['ttft_ms_p50']:.2f}",
                 f"{ttft['median']:.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f})",

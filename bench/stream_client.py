@@ -6,6 +6,7 @@ A bare protocol on uvloop: what the client costs is the same on every path, and 
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
 from dataclasses import dataclass, field
@@ -70,12 +71,12 @@ class _Stream(asyncio.Protocol):
             self._transport.close()
 
 
-def run_round(host: str, port: int, streams: int, requests: int, key: str) -> Sample:
-    """`requests` streams in all, `streams` at once, each connection kept."""
-    return uvloop.run(_run(host, port, streams, requests, key))
+def run_round(host: str, port: int, streams: int, requests: int, key: str, spread_s: float) -> Sample:
+    """`requests` streams in all, `streams` at once, each connection kept; the first of each begin within `spread_s`."""
+    return uvloop.run(_run(host, port, streams, requests, key, spread_s))
 
 
-async def _run(host: str, port: int, streams: int, requests: int, key: str) -> Sample:
+async def _run(host: str, port: int, streams: int, requests: int, key: str, spread_s: float) -> Sample:
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(BODY)}\r\n\r\n"
@@ -88,8 +89,9 @@ async def _run(host: str, port: int, streams: int, requests: int, key: str) -> S
         _, made = await loop.create_connection(lambda: _Stream(request, sample), host, port)
         return made
 
-    async def work(stream: _Stream) -> None:
+    async def work(stream: _Stream, wait_s: float) -> None:
         nonlocal left
+        await asyncio.sleep(wait_s)
         while left > 0:
             left -= 1
             if not await stream.ask():
@@ -101,6 +103,7 @@ async def _run(host: str, port: int, streams: int, requests: int, key: str) -> S
     connected = await asyncio.gather(*(connect() for _ in range(streams)))
     await asyncio.sleep(SETTLE_S)  # until they are accepted, which is none of a request's time
     started = time.monotonic()
-    await asyncio.gather(*(work(stream) for stream in connected))
+    rng = random.Random(streams)  # the same moments on every path
+    await asyncio.gather(*(work(stream, rng.uniform(0, spread_s)) for stream in connected))
     sample.wall_s = time.monotonic() - started
     return sample

@@ -69,7 +69,8 @@ class WeightGroup:
             raise
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
-        """Every engine goes on, or those given; one that cannot is fenced off."""
+        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
+        self._fence_touched()
         try:
             await self.call("/resume", self.pool.engines if engines is None else engines)
         except StepError as error:
@@ -117,7 +118,6 @@ class WeightGroup:
             self._fence_touched()
             return self._report(self._find_outcome(), str(error))
         finally:
-            self._fence_touched()  # given up in the middle
             await self.resume()
 
     async def call(

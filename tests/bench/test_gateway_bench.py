@@ -16,7 +16,7 @@ SIZE = ["--streams", "1,3", "--requests", "3", "--rounds", "2", "--chunks", "5",
 def test_every_event_arrives_on_both_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gateway.main([*SIZE, "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [load["streams"] for load in result["loads"]] == [1, 3]
+    assert [(load["streams"], load["at_once"]) for load in result["loads"]] == [(1, False), (3, False), (3, True)]
     for load in result["loads"]:
         assert set(load["paths"]) == {"direct", "laguna"}
         for path in load["paths"].values():
@@ -24,7 +24,7 @@ def test_every_event_arrives_on_both_paths(tmp_path: Path, capsys: pytest.Captur
             assert path["events"] == path["events_expected"] == 2 * 3 * 5
         assert load["paths"]["direct"]["added_ttft_ms"]["median"] == 0
         assert load["paths"]["laguna"]["rss_mib"] > 10
-    assert "| 3 | laguna |" in (tmp_path / "gateway.md").read_text()
+    assert "| 3 at once | laguna |" in (tmp_path / "gateway.md").read_text()
 
 
 def test_peer_that_fails_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,15 @@ def test_step_that_fails_is_told_and_fences() -> None:
         assert front.ask(PATH, BODY).status == 503
 
 
+def test_engines_that_go_on_in_the_middle_of_an_update_are_fenced() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        for path, body in (("/pause", {}), ("/start_weight_update", {}), ("/resume", {})):
+            assert front.ask_admin(path, body).status == 200
+        assert front.ask(PATH, BODY).status == 503
+        assert update(front)[1]["outcome"] == "updated"
+        assert front.ask(PATH, BODY).status == 200
+
+
 def test_stream_over_an_update_says_so() -> None:
     release = asyncio.Event()
 

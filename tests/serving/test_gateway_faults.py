@@ -202,10 +202,10 @@ def test_engine_that_fails_connections_is_tried_elsewhere_within_a_budget() -> N
 
 
 def test_burst_of_connections() -> None:
-    """As many as this machine lets one process have, up to 10,000: both ends are here, and the engine's."""
+    """As many as this machine lets one process have, up to 10,000: both ends are here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    count = min(10_000, (hard - 500) // 3)
+    count = min(10_000, (hard - 500) // 2)
     try:
         with Upstream() as engine, gateway(engine, server={"head_timeout_s": 120.0}) as front:
             connections: list[socket.socket] = []
