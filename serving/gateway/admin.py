@@ -18,7 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from laguna_serve.serving.gateway.config import LOOPBACK, Admin
 from laguna_serve.serving.gateway.status import describe
-from laguna_serve.serving.gateway.weights import PauseMode, StepError, UpdateRequest, WeightGroup
+from laguna_serve.serving.gateway.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 
 # vLLM's routes that steer an engine without touching its weights, and those that only tell.
 STEERING = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
@@ -137,8 +137,8 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
 
     @app.post("/finish_weight_update")
     async def finish(
-        weight_version: Annotated[str | None, Body(embed=True)] = None,
-        draft_version: Annotated[str | None, Body(embed=True)] = None,
+        weight_version: Annotated[Version | None, Body(embed=True)] = None,
+        draft_version: Annotated[Version | None, Body(embed=True)] = None,
         model: Model = None,
     ) -> dict[str, Any]:
         """All engines have them; answers say so from now on."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import aiohttp
 
-from laguna_serve.serving.gateway.pool import Engine, Pool
+from laguna_serve.serving.gateway.pool import VERSION, Engine, Pool
 from laguna_serve.serving.gateway.relay import Relay
 
 EVERY_S = 2.0
@@ -51,7 +52,7 @@ async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engi
             version = str((await response.json())["weight_version"]) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
         version = None
-    if pool.paused or version is None:
+    if pool.paused or version is None or not re.fullmatch(VERSION, version):
         return
     expected = pool.versions[0].decode()
     if not pool.updated:

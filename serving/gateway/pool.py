@@ -27,6 +27,8 @@ MOST_COOL_DOWN_S = 30.0
 # Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
 # are not to get every request several times.
 RETRY_SHARE, RETRY_BURST = 0.2, 10.0
+# What a version may be: it stands in headers and in streams.
+VERSION = r"^[A-Za-z0-9._:+-]{1,64}$"
 # As vLLM calls weights that were never updated.
 UNVERSIONED = (b"default", b"default")
 

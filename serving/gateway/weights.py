@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from laguna_serve.serving.gateway.pool import Engine, Pool
+from laguna_serve.serving.gateway.pool import VERSION, Engine, Pool
 
 TIMEOUT_S = 600.0
-Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:+-]{1,64}$")]
+Version = Annotated[str, StringConstraints(pattern=VERSION)]
 PauseMode = Literal["keep", "wait", "abort"]
 
 
