@@ -89,10 +89,11 @@ def serving(target: Path, tmp_path: Path, *more: str) -> Iterator[subprocess.Pop
 
 
 def read_url(server: subprocess.Popen[str]) -> str:
-    """The address from the three lines that greet the user; they are on stdout together."""
+    """The address from the four lines that greet the user; they are on stdout together."""
     assert server.stdout is not None
-    where, log, example = (server.stdout.readline() for _ in range(3))
+    where, status, log, example = (server.stdout.readline() for _ in range(4))
     url = where.split()[3].removesuffix("/v1")
+    assert status.startswith("status: http://127.0.0.1:")
     assert log.startswith("log: ")
     assert example.startswith(f"try: curl {url}/v1/completions ")
     return url
