@@ -157,7 +157,7 @@ def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_pat
     with serving(target, tmp_path) as server:
         connection = http.client.HTTPConnection(read_url(server).removeprefix("http://"), timeout=5)
         with suppress(http.client.HTTPException, OSError):
-            connection.request("POST", "/die")
+            connection.request("POST", "/v1/die")
             connection.getresponse()
         connection.close()
         out, err = server.communicate(timeout=30)

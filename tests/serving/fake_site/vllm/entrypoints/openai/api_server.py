@@ -3,7 +3,7 @@ in a session of its own, one orphaned.
 
 FAKE_VLLM picks what it does: "serve" (the default), "die" (logs as vLLM does when a worker fails, exits 1), "hang"
 (never answers), "stubborn" (serves, ignores SIGTERM).  FAKE_VLLM_PIDS names a file that gets the process ids, one per
-line.  POST /die ends it as if a worker had been killed.
+line.  Any POST ends it as if a worker had been killed.
 """
 
 import argparse
