@@ -24,9 +24,10 @@ STOP_GRACE_S = 0.5
 
 # A launcher that is killed from outside.
 LAUNCHER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from laguna_serve.serving.engine import Engine, EngineConfig
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 with Engine(EngineConfig(model=sys.argv[1]), log_path=Path(sys.argv[2]), stop_grace_s=0.5) as engine:
     print(engine._supervisor.pid, flush=True)
     time.sleep(60)
