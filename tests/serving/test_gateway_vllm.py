@@ -72,10 +72,11 @@ def test_body_is_the_engines(
 ) -> None:
     if isinstance(body, dict):
         body = json.dumps({**body, "model": fp32_engine.model_name}).encode()
-    for _ in range(5):
+    through = ask(front.port, path, body)
+    for _ in range(10):
+        # On a busy machine vLLM itself puts two tokens into one event now and then. The gateway is asked once: what it
+        # passed on must be what the engine says.
         direct = ask(urlsplit(fp32_engine.base_url).port or 0, path, body)
-        through = ask(front.port, path, body)
-        # On a busy machine vLLM itself puts two tokens into one event now and then.
         if CHANGING.sub(b"", through.body) == CHANGING.sub(b"", direct.body):
             break
     assert through.status == direct.status
