@@ -10,43 +10,26 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from typing import cast
 
-import httptools
 import uvloop
+
+from laguna_serve.bench.stream_engine import HEAD, StreamEngine
 
 EVENTS = 8
 GAP_S, SLOW_GAP_S = 0.001, 0.05
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 MODE = re.compile(rb'"mode": "(\w+)"')
 VERSION = re.compile(rb'"weight_version": "([^"]+)"')
 DONE = b"data: [DONE]\n\n"
 
 
-class SoakEngine(asyncio.Protocol):
+class SoakEngine(StreamEngine):
     """One connection."""
 
     version = b"default"
 
     def __init__(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        super().__init__(EVENTS, GAP_S)
         self._url = self._body = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client has left: its stream ends."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._transport = None
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
-        self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
         """Of the parser."""
@@ -78,14 +61,14 @@ class SoakEngine(asyncio.Protocol):
             self._transport.abort()
         else:
             self._transport.write(HEAD)
-            self._send(0, mode)
+            self._send_event(0, mode)
 
     def _whole(self, body: bytes) -> None:
         assert self._transport is not None
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
         self._transport.write(head + body)
 
-    def _send(self, index: int, mode: str) -> None:
+    def _send_event(self, index: int, mode: str) -> None:
         if self._transport is None:
             return
         event = b'data: {"event": %d}\n\n' % index
@@ -97,7 +80,7 @@ class SoakEngine(asyncio.Protocol):
         self._transport.write(b"%x\r\n%s\r\n" % (len(event), event))
         if index + 1 < EVENTS:
             gap = SLOW_GAP_S if mode == "slow" else GAP_S
-            self._timer = asyncio.get_running_loop().call_later(gap, self._send, index + 1, mode)
+            self._timer = asyncio.get_running_loop().call_later(gap, self._send_event, index + 1, mode)
         else:
             self._transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(DONE), DONE))
 
