@@ -24,6 +24,10 @@ CPU_ARCHITECTURES = {
 }
 
 
+# The name of weight_folder.py's engine in vLLM's --weight-transfer-config.
+TRANSFER_BACKEND = "folder"
+
+
 def architectures() -> dict[str, str]:
     """Architecture → "module:Class" for the platform that vLLM detects on this machine."""
     from vllm.platforms import current_platform
@@ -34,6 +38,11 @@ def architectures() -> dict[str, str]:
 def register() -> None:
     """Register our classes with vLLM; calling it again changes nothing."""
     from vllm import ModelRegistry
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     for architecture, path in architectures().items():
         ModelRegistry.register_model(architecture, path)
+    if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
+        )

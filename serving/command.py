@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.budget import plan_memory
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
@@ -38,6 +39,7 @@ CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class EngineConfig:
         kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
         seed: vLLM's seed for sampling.
         exact: kernels whose rows do not depend on their company, checked when the engine is up (exact.py).
+        weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
+            development routes, for which nothing asks a key: an engine for the loopback address.
         extra_args: appended to the command unchanged.
     """
 
@@ -82,6 +86,7 @@ class EngineConfig:
     kv_cache_gib: float | None = None
     seed: int = 0
     exact: bool = False
+    weight_updates: bool = False
     extra_args: tuple[str, ...] = ()
 
     @property
@@ -115,6 +120,9 @@ def inspect(config: EngineConfig) -> Checkpoints:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
         )
+    if config.weight_updates and config.host not in LOOPBACK:
+        remedy = "put the gateway in front of it"
+        raise CheckpointError(f"weight updates: expected an engine on the loopback, got {config.host}; {remedy}")
     check_pruning_files(config.keep_mask, config.group_indices)
     target_folder = find_folder(config.model)
     target = read_target(target_folder) if target_folder is not None else None
@@ -178,6 +186,8 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         command += ["--max-model-len", str(max_model_len)]
     if config.enforce_eager:
         command += ["--enforce-eager"]
+    if config.weight_updates:
+        command += ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND})]
     overrides = choose_overrides(config, checkpoints.target)
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]
@@ -242,7 +252,9 @@ def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
     return per_token * (config.max_model_len or target.max_model_len) * config.max_num_seqs
 
 
-def build_environment(base: Mapping[str, str], device: Device, *, local: bool, exact: bool = False) -> dict[str, str]:
+def build_environment(
+    base: Mapping[str, str], device: Device, *, local: bool, exact: bool = False, weight_updates: bool = False
+) -> dict[str, str]:
     """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
     On a CPU one core is left to the HTTP server, unless the caller has set OMP_NUM_THREADS.
@@ -258,6 +270,8 @@ def build_environment(base: Mapping[str, str], device: Device, *, local: bool, e
         environment["HF_HUB_OFFLINE"] = "1"
     if exact:
         environment |= ENVIRONMENT[device.kind]
+    if weight_updates:
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
     return environment
 
 

@@ -167,7 +167,13 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=build_environment(os.environ, device, local=checkpoints.local, exact=config.exact),
+                env=build_environment(
+                    os.environ,
+                    device,
+                    local=checkpoints.local,
+                    exact=config.exact,
+                    weight_updates=config.weight_updates,
+                ),
                 start_new_session=True,
             )
 

@@ -67,6 +67,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     exact = "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
     exact += " the start, and refused where the engine has none (costs and limits: README)"
     parser.add_argument("--exact", action="store_true", help=exact)
+    updates = "new weights may come from folders while it serves, through the gateway's admin port (README); not with"
+    updates += " --no-gateway beyond the loopback address, as vLLM's development routes ask for no key"
+    parser.add_argument("--weight-updates", action="store_true", help=updates)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
@@ -156,6 +159,7 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         kv_cache_gib=args.kv_cache_gib,
         seed=args.seed,
         exact=args.exact,
+        weight_updates=args.weight_updates,
         extra_args=tuple(args.extra_args),
     )
 

@@ -14,13 +14,13 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 @pytest.fixture(scope="session")
 def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The toy teacher in fp32, eager: what can be compared with transformers token for token. Its routes for pausing
-    and for weights are on."""
-    config = EngineConfig(model=str(TOY / "teacher"), dtype="float32", enforce_eager=True, max_num_seqs=64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-        with Engine(config, log_path=tmp_path_factory.mktemp("engine") / "fp32.log") as engine:
-            yield engine
+    """The toy teacher in fp32, eager: what can be compared with transformers token for token. It can be paused and
+    takes new weights; who gives it some gives it the old ones back."""
+    config = EngineConfig(
+        model=str(TOY / "teacher"), dtype="float32", enforce_eager=True, max_num_seqs=64, weight_updates=True
+    )
+    with Engine(config, log_path=tmp_path_factory.mktemp("engine") / "fp32.log") as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -42,6 +42,14 @@ class UpdateRequest(Update):
     rollback: Update | None = None
 
 
+# Keys and values of the old weights must not be attended to with the new ones: requests that are held in the middle
+# are computed again up to where they were.
+RESET = "/reset_prefix_cache"
+RESET_ALL = {"reset_running_requests": "true"}
+# vLLM closes the connection after an error without saying so; a step on a kept one would then fail, too.
+ONE_REQUEST = {"Connection": "close"}
+
+
 class StepError(Exception):
     """A step failed on some engines; `errors` by engine."""
 
@@ -90,6 +98,7 @@ class WeightGroup:
     async def finish(self, weight_version: str | None) -> None:
         """End it, and check that every engine says the same version. Raises StepError as `start`."""
         await self._step("/finish_weight_update", {"weight_version": weight_version})
+        await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
         if weight_version is not None:
             await self._guarded(lambda: self._verify(self.pool.engines, weight_version))
 
@@ -147,6 +156,7 @@ class WeightGroup:
             for body in bodies:
                 await self.call("/update_weights", engines, {"update_info": body})
             await self.call("/finish_weight_update", engines, {"weight_version": version})
+            await self.call(RESET, engines, params=RESET_ALL)
         if update.weight_version is not None:
             if not update.update:
                 self._touched |= set(engines)
@@ -187,8 +197,9 @@ class WeightGroup:
         """The answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         url = engine.config.url + path
+        given: dict[str, Any] = {"json": body, "params": params, "headers": ONE_REQUEST, "timeout": timeout}
         try:
-            async with self._session.request(method, url, json=body, params=params, timeout=timeout) as response:
+            async with self._session.request(method, url, **given) as response:
                 if response.status != 200:
                     return OSError(f"HTTP {response.status}: {(await response.text())[:200]}")
                 return await response.json(content_type=None)

@@ -3,7 +3,11 @@
 python model_probe.py MODEL PROMPTS.jsonl SETTINGS
 
 SETTINGS: a JSON object of arguments for vLLM's LLM, and
-"reload": checkpoints whose weights are then loaded in place, one after the other
+"reload": checkpoints whose weights are then loaded in place by vLLM itself, one after the other
+"updates": [{"folder": …, "draft": true or false}, …], versions that are then transferred, one after the other; one
+that is refused is reported
+"prompts": how many of the prompts; all when it is not given
+"unmended": a function of models/laguna_cpu.py that does nothing but what vLLM's own does
 
 With a drafter the parameters are the last loaded model's.
 """
@@ -33,7 +37,14 @@ def main(model: str, prompts_file: str, settings: str) -> None:
     with open(prompts_file, encoding="utf-8") as lines:
         prompts = [json.loads(line)["prompt"] for line in lines]
     arguments: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512} | json.loads(settings)
-    reloads = arguments.pop("reload", [])
+    if arguments.pop("unmended", None) == "process_experts":
+        from laguna_serve.plugins.models import laguna_cpu
+
+        laguna_cpu.process_experts = laguna_cpu.UnquantizedFusedMoEMethod.process_weights_after_loading
+    prompts = prompts[: arguments.pop("prompts", None)]
+    reloads, updates = arguments.pop("reload", []), arguments.pop("updates", [])
+    if updates:
+        arguments |= {"weight_transfer_config": {"backend": "folder"}, "disable_log_stats": False}
     llm = LLM(model=model, max_num_seqs=64, kv_cache_memory_bytes=2**29, seed=0, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
@@ -47,8 +58,28 @@ def main(model: str, prompts_file: str, settings: str) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         llm.reset_prefix_cache()
         report["tokens_after_reload"].append(generate())
+    report["accepted"] = [count_accepted(llm)] if updates else []
+    report["updates"] = []
+    for update in updates:
+        kind = "start_draft_weight_update" if update.pop("draft", False) else "start_weight_update"
+        llm.collective_rpc(kind)
+        try:
+            llm.collective_rpc("update_weights", args=(update,))
+            llm.collective_rpc("finish_weight_update")
+            refused = None
+        except Exception as error:
+            refused = f"{type(error).__name__}: {error}"
+        llm.reset_prefix_cache()
+        report["updates"].append({"refused": refused, "tokens": generate()})
+        report["accepted"].append(count_accepted(llm) - sum(report["accepted"]))
     report["parameters"] = held
     print("\n" + json.dumps(report))
+
+
+def count_accepted(llm: Any) -> int:
+    """Draft tokens that were accepted since the start."""
+    name = "vllm:spec_decode_num_accepted_tokens"
+    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
 
 
 if __name__ == "__main__":

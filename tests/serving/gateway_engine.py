@@ -10,6 +10,7 @@ from gateway_fakes import Exchange, Upstream
 PATH = "/v1/completions"
 STEPS = ("/pause", "/resume", "/start_weight_update", "/start_draft_weight_update", "/update_weights")
 FINISH, VERSION = "/finish_weight_update", "/weight_info"
+RESET = "/reset_prefix_cache"
 
 
 class RlEngine(Upstream):
@@ -22,7 +23,7 @@ class RlEngine(Upstream):
         self.version = "default"
         self.loaded: list[Any] = []
         self.claims: str | None = None
-        self.handlers = dict.fromkeys((*STEPS, FINISH, "/update_weight_version"), self.step)
+        self.handlers = dict.fromkeys((*STEPS, FINISH, RESET, "/update_weight_version"), self.step)
         self.handlers[VERSION] = self.tell
         self.handlers[PATH] = self.complete
 

@@ -27,8 +27,9 @@ def test_update_reaches_all_and_answers_say_so() -> None:
         assert front.ask(PATH, BODY).header("x-weight-version") == "default"
         status, report = update(front, draft_version="d1", draft_update=[{"names": ["d"]}], mode="wait")
         assert (status, report["outcome"]) == (200, "updated")
-        expected = ["/pause?mode=wait", "/start_weight_update", "/update_weights", FINISH]
-        expected += ["/start_draft_weight_update", "/update_weights", FINISH, "/resume"]
+        reset = "/reset_prefix_cache?reset_running_requests=true"
+        expected = ["/pause?mode=wait", "/start_weight_update", "/update_weights", FINISH, reset]
+        expected += ["/start_draft_weight_update", "/update_weights", FINISH, reset, "/resume"]
         assert one.calls == two.calls == expected
         assert one.loaded == two.loaded == [{"names": ["w"]}, {"names": ["d"]}]
         for _ in range(2):

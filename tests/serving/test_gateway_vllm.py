@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ import anthropic
 import openai
 import pytest
 from gateway_fakes import Gateway, Reply, Upstream, gateway, make_request, read_reply, wait_until
+from safetensors.torch import load_file, save_file
 
 from laguna_serve.bench import crosscheck
 from laguna_serve.serving.engine import Engine
@@ -52,6 +54,8 @@ CASES: list[tuple[str, dict[str, Any] | bytes | None]] = [
 CHANGING = re.compile(
     rb'"((?:[a-z_]*id|request_id|item_id|response_id))":\s*"[^"]*"|"(created|created_at|completed_at)":\s*[0-9.]+'
 )
+# That another version went on with a stream stands in a comment of it.
+COMMENT = re.compile(rb"^:.*\n\n", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -127,27 +131,45 @@ def test_engines_metrics_are_shown(front: Gateway) -> None:
     assert 'vllm:generation_tokens_total{upstream="a"' in text
 
 
-def test_paused_engine_goes_on_where_it_was(front: Gateway, fp32_engine: Engine) -> None:
-    body = json.dumps(
-        {**TEXT, "model": fp32_engine.model_name, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    ).encode()
-    whole = ask(front.port, "/v1/completions", body)
+def interrupt_stream(front: Gateway, engine: Engine, act: Callable[[], None]) -> tuple[bytes, bytes]:
+    """A long answer, and the same one with something done in the middle of it; without ids, times and comments."""
+    body = {**TEXT, "model": engine.model_name, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    data = json.dumps(body).encode()
+    whole = ask(front.port, "/v1/completions", data)
     with socket.create_connection(("127.0.0.1", front.port), timeout=60) as connection:
-        connection.sendall(make_request("/v1/completions", body, "content-type: application/json\r\n"))
+        connection.sendall(make_request("/v1/completions", data, "content-type: application/json\r\n"))
         wait_until(lambda: any(exchange.chunks > 3 for exchange in list(front.relay.exchanges)))
+        act()
+        held = read_reply(connection)
+    front.wait_idle()
+    return CHANGING.sub(b"", whole.body), COMMENT.sub(b"", CHANGING.sub(b"", held.body))
+
+
+def test_paused_engine_goes_on_where_it_was(front: Gateway, fp32_engine: Engine) -> None:
+    def pause() -> None:
         assert front.ask_admin("/pause?mode=keep", {}).status == 200
         assert front.ask_admin("/is_paused").json() == {"a": {"is_paused": True}}
         assert front.relay.exchanges, "it is held in the middle"
         assert front.ask_admin("/resume", {}).status == 200
-        held = read_reply(connection)
-    assert CHANGING.sub(b"", held.body) == CHANGING.sub(b"", whole.body)
-    front.wait_idle()
+
+    whole, held = interrupt_stream(front, fp32_engine, pause)
+    assert held == whole
+
+
+def test_stream_that_gets_the_same_weights_anew_goes_on_where_it_was(front: Gateway, fp32_engine: Engine) -> None:
+    def update() -> None:
+        weights = {"weight_version": "same", "update": [{"folder": str(TOY / "teacher")}], "mode": "keep"}
+        assert front.ask_admin("/admin/update_weights", weights).json()["outcome"] == "updated"
+        assert front.relay.exchanges, "it was held in the middle"
+
+    whole, held = interrupt_stream(front, fp32_engine, update)
+    assert held == whole
 
 
 def test_version_of_the_weights_is_the_engines(front: Gateway, fp32_engine: Engine) -> None:
     body = json.dumps({**TEXT, "model": fp32_engine.model_name}).encode()
     before = ask(front.port, "/v1/completions", body)
-    assert before.header("x-weight-version") == "default"
+    assert before.header("x-weight-version") not in (None, "step-7")
     reply = front.ask_admin("/admin/update_weights", {"weight_version": "step-7", "mode": "wait"})
     assert (reply.status, reply.json()["outcome"]) == (200, "updated")
     after = ask(front.port, "/v1/completions", body)
@@ -156,12 +178,45 @@ def test_version_of_the_weights_is_the_engines(front: Gateway, fp32_engine: Engi
     assert CHANGING.sub(b"", after.body) == CHANGING.sub(b"", before.body)
 
 
+def say(front: Gateway, model: str) -> tuple[str, str]:
+    """What is said to a fixed prompt, and by which version."""
+    reply = ask(front.port, "/v1/completions", json.dumps({**TEXT, "model": model}).encode())
+    return reply.json()["choices"][0]["text"], reply.header("x-weight-version") or ""
+
+
+def test_new_weights_are_served_and_a_broken_version_is_not(
+    front: Gateway, fp32_engine: Engine, tmp_path: Path
+) -> None:
+    new, broken = tmp_path / "new", tmp_path / "broken"
+    for folder in (new, broken):
+        folder.mkdir()
+    tensors = load_file(TOY / "teacher" / "model.safetensors")
+    save_file({name: -t if "o_proj" in name else t for name, t in tensors.items()}, new / "model.safetensors")
+    data = (new / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+    def update(version: str, folder: Path, fall_back: Path) -> tuple[int, str]:
+        body = {"weight_version": version, "update": [{"folder": str(folder)}], "mode": "wait"}
+        reply = front.ask_admin("/admin/update_weights", {**body, "rollback": {"update": [{"folder": str(fall_back)}]}})
+        return reply.status, reply.json()["outcome"]
+
+    model = fp32_engine.model_name
+    old_text, old_version = say(front, model)
+    assert update("new", new, TOY / "teacher") == (200, "updated")
+    new_text, version = say(front, model)
+    assert (new_text == old_text, version) == (False, "new")
+    assert update("broken", broken, new) == (502, "rolled_back")
+    assert say(front, model) == (new_text, "new")
+    assert update(old_version, TOY / "teacher", new) == (200, "updated")
+    assert say(front, model) == (old_text, old_version)
+
+
 def test_update_that_the_engine_cannot_do_is_told(fp32_engine: Engine) -> None:
-    """Without a transfer engine there is no update; the model is not served with weights that may be broken."""
+    """With nothing to fall back to, the model is not served with weights that may be broken."""
     with gateway(Upstream(url=fp32_engine.base_url), model={"name": fp32_engine.model_name}) as front:
         reply = front.ask_admin("/admin/update_weights", {"weight_version": "step-8", "update": [{"names": []}]})
         assert (reply.status, reply.json()["outcome"]) == (502, "unavailable")
-        assert "/start_weight_update" in reply.json()["error"]
+        assert "/update_weights" in reply.json()["error"]
         assert ask(front.port, "/v1/completions", b"{}").status == 503
         reply = front.ask_admin("/admin/update_weights", {"weight_version": "default"})
         assert (reply.status, reply.json()["outcome"]) == (502, "unchanged"), "a new name mends nothing"
