@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ import psutil
 
 from laguna_serve.bench.arm_flags import parse_numbers
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.gateway_report import render_markdown, render_text
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
 from laguna_serve.bench.stream_client import Sample, run_round
@@ -37,6 +40,7 @@ SCHEMA = "laguna_serve.gateway_bench/1"
 DIRECT, OURS = "direct", "laguna"
 START_S = 90.0
 KEY = "sk-bench"
+OWN_TIME = r"^laguna_gateway_added_chunk_seconds_{}{{[^}}]*}} ([0-9.e+-]+)$"
 EXAMPLES = """
 examples:
   python bench/gateway.py --out out/gateway
@@ -113,6 +117,7 @@ def measure(
     spread_s = 0.0 if at_once else args.chunks * args.gap_ms / 1000
     rounds: dict[str, list[Sample]] = {name: [] for name in paths}
     cpu_s = dict.fromkeys(relays, 0.0)
+    own_s, own_events = np.array(read_own_time(*paths[OURS]))
     progress.say(f"{streams} streams{' at once' * at_once}: {args.rounds} rounds of {requests} on {', '.join(paths)}")
     for index in range(-1, args.rounds):
         names = list(paths)
@@ -127,7 +132,18 @@ def measure(
     for name, process in relays.items():
         found[name]["cpu_us_per_event"] = cpu_s[name] * 1e6 / max(1, found[name]["events"])
         found[name]["rss_mib"] = _measure(process)[1]
+    own_s, own_events = np.array(read_own_time(*paths[OURS])) - (own_s, own_events)
+    found[OURS]["own_us_per_event"] = float(own_s * 1e6 / max(1.0, own_events))
     return {"streams": streams, "at_once": at_once, "requests_per_round": requests, "paths": found}
+
+
+def read_own_time(host: str, port: int) -> tuple[float, float]:
+    """Our gateway's own time over all chunks of answers so far, in seconds, and how many there were."""
+    request = urllib.request.Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=START_S) as answer:
+        text = answer.read().decode()
+    sums = {kind: sum(map(float, re.findall(OWN_TIME.format(kind), text, re.MULTILINE))) for kind in ("sum", "count")}
+    return sums["sum"], sums["count"]
 
 
 def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -> dict[str, Any]:
@@ -152,49 +168,6 @@ def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -
 def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
     low, middle, high = np.percentile(values, [25, 50, 75])
     return {"median": float(middle), "q25": float(low), "q75": float(high)}
-
-
-def render_text(result: Mapping[str, Any]) -> str:
-    """In columns."""
-    header = ("streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "CPU µs", "events/s", "failed")
-    layout = "{:>11}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>9} {:>6}"
-    return "\n".join(layout.format(*row) for row in (header, *_list_rows(result)))
-
-
-def render_markdown(result: Mapping[str, Any]) -> str:
-    """As a page."""
-    environment = result["environment"]
-    lines = [
-        "# What the gateway adds",
-        "",
-        f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, stand-in engine and relays on"
-        f" {environment['cores']} cores of {environment['cpu']}, the relays by turns. Medians over rounds, quartiles in"
-        " brackets, times against the direct path's of the same round. Streams begin one after the other, as those of"
-        " many clients do, or all in one moment (at once). CPU: of the relay, per event.",
-        "",
-        "| streams | path | TTFT p50, ms | added TTFT, ms | added per event, µs | CPU, µs | events/s | failed | MiB |",
-        "|--|--|--|--|--|--|--|--|--|",
-    ]
-    memory = [path.get("rss_mib") for load in result["loads"] for path in load["paths"].values()]
-    for row, mib in zip(_list_rows(result), memory, strict=True):
-        lines.append(f"| {' | '.join(row)} | {'' if mib is None else f'{mib:.0f}'} |")
-    return "\n".join([*lines, "", f"`{environment['command']}`, {environment['date']}."]) + "\n"
-
-
-def _list_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for load in result["loads"]:
-        for name, path in load["paths"].items():
-            ttft, chunk, cpu = path["added_ttft_ms"], path["added_chunk_us"], path.get("cpu_us_per_event")
-            yield (
-                f"{load['streams']}{' at once' * load['at_once']}",
-                name,
-                f"{path['ttft_ms_p50']:.2f}",
-                f"{ttft['median']:.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f})",
-                f"{chunk['median']:.0f} ({chunk['q25']:.0f}–{chunk['q75']:.0f})",
-                "" if cpu is None else f"{cpu:.0f}",
-                f"{path['chunks_per_s']:,.0f}",
-                str(path["errors"]),
-            )
 
 
 def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:

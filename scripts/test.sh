@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Set up, then every test, with those that start a real vLLM engine.
+# Set up, then every test, with those that start a real vLLM engine: two files at a time.
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh -m 'not vllm'         # any flag of pytest
+#   bash scripts/test.sh -n 0 -x -k weights    # in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
-exec .venv/bin/python -m pytest "$@"
+# By file, as a file's tests share what they start; in the order of collection, as the longest come early.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

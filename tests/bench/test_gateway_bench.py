@@ -24,6 +24,7 @@ def test_every_event_arrives_on_both_paths(tmp_path: Path, capsys: pytest.Captur
             assert path["events"] == path["events_expected"] == 2 * 3 * 5
         assert load["paths"]["direct"]["added_ttft_ms"]["median"] == 0
         assert load["paths"]["laguna"]["rss_mib"] > 10
+        assert 0 < load["paths"]["laguna"]["own_us_per_event"] < 1e5
     assert "| 3 at once | laguna |" in (tmp_path / "gateway.md").read_text()
 
 
