@@ -16,9 +16,11 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
     "serving": {"serving", "plugins"},
-    "evals": {"evals", "serving"},
+    # An evaluation is a measurement: it shares the benchmark's client, statistics and ways of ending.
+    "evals": {"evals", "bench", "serving"},
     "bench": {"bench", "serving"},
-    "scripts": {"scripts", "plugins", "kernels", "serving"},
+    # What is trained on is rewarded by what evaluates it.
+    "scripts": {"scripts", "evals", "plugins", "kernels", "serving"},
 }
 HTTP_ONLY = {"serving", "evals", "bench"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.

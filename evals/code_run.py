@@ -1,0 +1,131 @@
+"""Asks for every sample of every problem, extracts the program and grades it, while others are being asked for.
+
+Answers and grades are kept as they come (answers.jsonl, grades.jsonl): what is there is not asked or graded again, a
+request that failed is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.evals.endpoint import Endpoint, EndpointError
+from laguna_serve.evals.extract import STOPS, Form, extract_program
+from laguna_serve.evals.grading import Grade, Limits, grade
+from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.samples import Key, SampleLog
+
+INSTRUCTION = (
+    "Complete this Python function. Answer with the whole function in one Markdown code block.\n\n```python\n{}\n```"
+)
+ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is asked of the model. `temperature` 0 is greedy."""
+
+    form: Form = "chat"
+    samples: int = 1
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    seed: int = 0
+    concurrency: int = 8
+
+    def make_sampling(self, sample: int) -> dict[str, Any]:
+        """The request's fields for one sample; each has a seed of its own."""
+        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        if self.temperature > 0:
+            fields["seed"] = self.seed + sample
+        if self.form == "completion":
+            fields["stop"] = list(
+                STOPS[:4]
+            )  # OpenAI's own API takes four; the answer is cut at all of them in any case
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample: the answer's entry, and the grade where there is an answer."""
+
+    task_id: str
+    number: int
+    answer: dict[str, Any]
+    grade: Grade | None
+
+
+def make_prompt(problem: Problem, form: Form) -> str:
+    """What is sent: the prompt itself, or a message with it."""
+    return problem.prompt if form == "completion" else INSTRUCTION.format(problem.prompt.strip())
+
+
+async def run_samples(
+    endpoint: Endpoint,
+    problems: Sequence[Problem],
+    workload: Workload,
+    limits: Limits,
+    folder: Path,
+    report: Callable[[int, int], None],
+) -> list[Sample]:
+    """All samples, in the problems' order. `report` is told (done, total) after each that was not there before.
+
+    Raises:
+        JailError: the sandbox could not be set up.
+        OSError: the folder cannot be written.
+    """
+    keys = [(problem, (problem.task_id, number)) for problem in problems for number in range(workload.samples)]
+    with ExitStack() as stack:
+        answers, grades = SampleLog(folder / ANSWERS), SampleLog(folder / GRADES)
+        stack.callback(answers.close)
+        stack.callback(grades.close)
+        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading"))
+        missing = [(problem, key) for problem, key in reversed(keys) if key not in grades.entries]
+        total = len(missing)
+
+        async def work() -> None:
+            while missing:
+                problem, key = missing.pop()
+                text = await _answer(endpoint, problem, key, workload, answers)
+                if text is not None:
+                    program = extract_program(text, problem, workload.form)
+                    loop = asyncio.get_running_loop()
+                    verdict = await loop.run_in_executor(pool, grade, problem, program, limits)
+                    grades.add(key, {**asdict(verdict), "program": program})
+                finished.append(key)
+                report(len(finished), total)
+
+        finished: list[Key] = []
+        workers = [asyncio.create_task(work()) for _ in range(workload.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [Sample(*key, answers.entries[key], _read_grade(grades, key)) for _, key in keys]
+
+
+async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog) -> str | None:
+    """The sample's answer, kept or asked for; None when the request failed, which is noted."""
+    kept = answers.entries.get(key, {})
+    if "text" not in kept:
+        prompt = make_prompt(problem, workload.form)
+        try:
+            answer = await endpoint.ask(prompt, workload.form, workload.make_sampling(key[1]))
+        except EndpointError as error:
+            answers.add(key, {"error": str(error)})
+            return None
+        kept = asdict(answer)
+        answers.add(key, kept)
+    return str(kept["text"])
+
+
+def _read_grade(grades: SampleLog, key: Key) -> Grade | None:
+    entry = grades.entries.get(key)
+    return None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__})

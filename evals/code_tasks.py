@@ -1,0 +1,213 @@
+"""How many code problems does a model behind an OpenAI-compatible endpoint solve? Its programs are run, in a sandbox.
+
+Problems are in HumanEval's JSONL schema. Reported: pass@k (unbiased) and the mean share of tests passed, each with a
+95% interval over problems. DIR gets code_tasks.json and code_tasks.md, and keeps every answer and grade (answers.jsonl,
+grades.jsonl), so that the same command continues; the last stdout line is one JSON object (schema
+laguna_serve.code_tasks/1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.bench.arm_flags import parse_numbers
+from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.evals.code_report import render_markdown, render_text, summarise
+from laguna_serve.evals.code_run import Sample, Workload, run_samples
+from laguna_serve.evals.endpoint import Endpoint, EndpointError
+from laguna_serve.evals.grading import Grade, JailError, Limits, grade
+from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
+from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.serving.checkpoint import CheckpointError
+
+SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
+# Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
+WALL_PER_CPU = 2.5
+UNWALLED = (
+    "code_tasks.py: warning: without namespaces the model's programs can read and write the files that you can; do this"
+    " on a throwaway machine only"
+)
+EXAMPLES = """
+examples:
+  python evals/code_tasks.py --base-url http://127.0.0.1:8000 --out out/code
+  python evals/code_tasks.py --base-url URL --problems HumanEval.jsonl.gz --form completion \\
+      --samples 20 --temperature 0.8 --k 1,10 --out DIR
+  python evals/code_tasks.py --check-canonical --problems HumanEvalPlus.jsonl
+
+exit status:
+  0    held: every sample was answered and graded (with --check-canonical: every solution passes)
+  1    fell short: requests failed, and the same command asks them again (or: a solution fails)
+  2    could not run: bad input, no endpoint, or no sandbox
+  130  interrupted: the same command continues
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv)
+    stop_on_signals()
+    progress = Progress()
+    try:
+        problems = load_problems(Path(args.problems))
+        limits = make_limits(args)
+        return check_canonical(problems, limits, progress) if args.check_canonical else evaluate(args, problems, limits)
+    except KeyboardInterrupt:
+        print("code_tasks.py: interrupted; the same command continues with what is missing", file=sys.stderr)
+        return INTERRUPTED
+    except (ProblemsError, EndpointError, JailError, CheckpointError, OSError) as error:
+        print(f"code_tasks.py: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+
+
+def make_limits(args: argparse.Namespace) -> Limits:
+    """The sandbox's limits.
+
+    Raises:
+        JailError: there is no sandbox on this system, and nobody said to do without.
+    """
+    limits = Limits(cpu_s=args.timeout_s, wall_s=args.timeout_s * WALL_PER_CPU)
+    if args.without_namespaces:
+        print(UNWALLED, file=sys.stderr)
+        return replace(limits, namespaces=False)
+    if obstacle := find_obstacle():
+        remedy = "allow unprivileged user namespaces, or give --without-namespaces on a throwaway machine"
+        raise JailError(f"{obstacle}; {remedy}")
+    return limits
+
+
+def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) -> int:
+    """Ask, grade, report. Returns the exit status."""
+    out = Path(args.out)
+    environment = describe_environment(current_argv())
+    workload = Workload(args.form, args.samples, args.temperature, args.max_tokens, args.seed, args.concurrency)
+    model, samples = asyncio.run(_run(args, problems, workload, limits, out))
+    result = {
+        "schema": SCHEMA,
+        "environment": environment,
+        "base_url": args.base_url,
+        "model": model,
+        "problems_file": args.problems,
+        "workload": asdict(workload),
+        "limits": asdict(limits),
+        **summarise(samples, args.k),
+    }
+    write_json(out / "code_tasks.json", result)
+    write_text(out / "code_tasks.md", render_markdown(result))
+    print(render_text(result))
+    print(json.dumps({key: value for key, value in result.items() if key != "problems"}, ensure_ascii=False))
+    return FELL_SHORT if result["failed_requests"] else HELD
+
+
+async def _run(
+    args: argparse.Namespace, problems: list[Problem], workload: Workload, limits: Limits, out: Path
+) -> tuple[str, list[Sample]]:
+    progress = Progress()
+    key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    async with Endpoint(args.base_url, model=args.model, api_key=key) as endpoint:
+        settings = {name: value for name, value in asdict(workload).items() if name != "concurrency"}
+        walls = {"limits": asdict(limits), "problems": fingerprint(args.problems), "model": endpoint.model}
+        claim_folder(out, settings | walls)
+        progress.say(f"{endpoint.model}: {len(problems)} problems × {workload.samples} samples")
+        progress.begin()
+
+        def report(done: int, total: int) -> None:
+            progress.step("samples", done, total)
+
+        return endpoint.model, await run_samples(endpoint, problems, workload, limits, out, report)
+
+
+def check_canonical(problems: list[Problem], limits: Limits, progress: Progress) -> int:
+    """Grade the problems' own solutions. Returns the exit status."""
+    progress.begin()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        grades: list[Grade | None] = []
+        for verdict in pool.map(lambda problem: _grade_canonical(problem, limits), problems):
+            grades.append(verdict)
+            progress.step("solutions", len(grades), len(problems))
+    rows = list(zip(problems, grades, strict=True))
+    failing = [_describe_canonical(problem, verdict) for problem, verdict in rows if not (verdict and verdict.passed)]
+    for row in failing:
+        print(f"{row['task_id']}: {row['status']}: {row['detail']}")
+    tests = [verdict.tests_total for verdict in grades if verdict]
+    print(f"{len(problems) - len(failing)} of {len(problems)} canonical solutions pass; {sum(tests)} tests")
+    counts = {"problems": len(problems), "tests": sum(tests), "failing": failing}
+    print(json.dumps({"schema": CANONICAL_SCHEMA, **counts}, ensure_ascii=False))
+    return FELL_SHORT if failing else HELD
+
+
+def _grade_canonical(problem: Problem, limits: Limits) -> Grade | None:
+    solution = problem.canonical_solution
+    return None if solution is None else grade(problem, problem.prompt + solution, limits)
+
+
+def _describe_canonical(problem: Problem, verdict: Grade | None) -> dict[str, Any]:
+    if verdict is None:
+        return {"task_id": problem.task_id, "status": "missing", "detail": "no canonical_solution"}
+    return {"task_id": problem.task_id, "status": verdict.status, "detail": verdict.detail}
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line; argparse exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="evals/code_tasks.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base-url", metavar="URL", help="OpenAI-compatible endpoint, with or without /v1")
+    problems = "HumanEval's schema, .jsonl or .jsonl.gz (default: the problems that ship with the project)"
+    parser.add_argument("--problems", metavar="FILE", default=str(SHIPPED), help=problems)
+    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the first that is served)")
+    parser.add_argument("--form", choices=("chat", "completion"), default="chat", help="default: chat")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="per problem (default: 1)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--k", metavar="K,…", type=parse_numbers, default=[1], help="for pass@k (default: 1)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, default=1024, help="of an answer (default: 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next (default: 0)")
+    parser.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests in flight (default: 8)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    timeout = "CPU seconds that a program gets (default: 8)"
+    parser.add_argument("--timeout-s", metavar="S", type=int, default=8, help=timeout)
+    unwalled = "run programs without walls around files and processes, where the system allows no namespaces"
+    parser.add_argument("--without-namespaces", action="store_true", help=unwalled)
+    canonical = "grade the problems' own solutions instead of a model's; asks nobody"
+    parser.add_argument("--check-canonical", action="store_true", help=canonical)
+    parser.add_argument("--out", metavar="DIR", help="folder for answers, grades and the result files")
+    args = parser.parse_args(argv)
+    for name in ("samples", "max_tokens", "concurrency", "timeout_s"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if not args.check_canonical:
+        _check_asking(parser, args)
+    return args
+
+
+def _check_asking(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.base_url or not args.out:
+        parser.error("expected --base-url and --out, got none; give both, or --check-canonical")
+    if not args.base_url.startswith(("http://", "https://")):
+        parser.error(f"--base-url: expected http://… or https://…, got {args.base_url}")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature: expected 0 or more, got {args.temperature}")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error(f"--samples: expected 1 at temperature 0, got {args.samples} of the same; give --temperature")
+    if not 1 <= min(args.k) <= max(args.k) <= args.samples:
+        parser.error(f"--k: expected 1 to --samples ({args.samples}), got {','.join(map(str, args.k))}")
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        parser.error(f"--api-key-env: expected the key in ${args.api_key_env}, got nothing; set it")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""Asks one OpenAI-compatible endpoint for answers, one request per sample, on the official client.
+
+The client retries what is worth it (429, 5xx, lost connections) with backoff. What still fails raises, so that a caller
+can record a failure and ask again later: an answer that never came is not a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import openai
+
+Form = Literal["chat", "completion"]
+# Which weights answered, told by servers whose weights change while they serve.
+VERSION_HEADERS = ("X-Weight-Version", "X-Draft-Version")
+TIMEOUT_S = 600.0
+
+
+class EndpointError(RuntimeError):
+    """A request that gave no answer, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer. `finish_reason`: "stop", "length" (cut off at max_tokens), …; `tokens`: of the answer, None where the
+    endpoint does not say; `versions`: those of VERSION_HEADERS that the response carries."""
+
+    text: str
+    finish_reason: str | None = None
+    tokens: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class Endpoint:
+    """One model behind one endpoint, as an async context manager. `base_url` may end in /v1 or not.
+
+    Args:
+        model: name to send, None for the first that the endpoint lists (`model` has it after entering).
+        api_key: None where the endpoint wants none.
+        retries: requests that the client repeats by itself.
+    """
+
+    def __init__(
+        self, base_url: str, *, model: str | None = None, api_key: str | None = None, retries: int = 2
+    ) -> None:
+        root = base_url.rstrip("/")
+        self.base_url = root if root.endswith("/v1") else root + "/v1"
+        self.model = model or ""
+        self._client = openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=api_key or "none", max_retries=retries, timeout=TIMEOUT_S
+        )
+
+    async def __aenter__(self) -> Endpoint:
+        """Finds the model's name.
+
+        Raises:
+            EndpointError: the endpoint does not answer, or lists no model.
+        """
+        try:
+            if not self.model:
+                self.model = await self._find_model()
+        except BaseException:
+            await self._client.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def ask(self, prompt: str, form: Form, sampling: Mapping[str, Any]) -> Answer:
+        """One answer: to a user's message, or a raw completion. `sampling`: the request's other fields; those that are
+        not the OpenAI API's own go as they are.
+
+        Raises:
+            EndpointError: there is none.
+        """
+        try:
+            if form == "chat":
+                chat = await self._client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=dict(sampling)
+                )
+                body, headers = chat.parse(), chat.headers
+                text, reason = body.choices[0].message.content or "", body.choices[0].finish_reason
+                tokens = body.usage.completion_tokens if body.usage else None
+            else:
+                raw = await self._client.completions.with_raw_response.create(
+                    model=self.model, prompt=prompt, extra_body=dict(sampling)
+                )
+                completion, headers = raw.parse(), raw.headers
+                text, reason = completion.choices[0].text, completion.choices[0].finish_reason
+                tokens = completion.usage.completion_tokens if completion.usage else None
+        except openai.OpenAIError as error:
+            raise EndpointError(f"{self.base_url}: {_describe(error)}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {type(error).__name__}") from error
+        versions = {name: headers[name] for name in VERSION_HEADERS if name in headers}
+        return Answer(text, reason, tokens, versions)
+
+    async def _find_model(self) -> str:
+        try:
+            models = (await self._client.models.list()).data
+            return models[0].id
+        except openai.OpenAIError as error:
+            expected = f"expected a list of models, got {_describe(error)}"
+            raise EndpointError(f"{self.base_url}: {expected}; is the server up? --model names one") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise EndpointError(f"{self.base_url}: expected a list of models, got none; give --model") from error
+
+
+def _describe(error: openai.OpenAIError) -> str:
+    if isinstance(error, openai.APIStatusError):
+        return f"HTTP {error.status_code}: {error.response.text[:200]}"
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    return f"{type(error).__name__}: {error}{cause}"

@@ -1,0 +1,69 @@
+"""pass@k and the dense reward over problems, with 95% intervals. Pure.
+
+Problems are what the intervals speak about: another set of problems like these. They say nothing about another prompt
+format, or about another machine's numerics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from laguna_serve.bench.stats import RESAMPLES, bootstrap_table, bound_mismatch_rate
+
+EXACT, BOOTSTRAP = "Clopper–Pearson", "bootstrap over problems"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems, its two-sided 95% interval, and how that was found."""
+
+    point: float
+    ci95: tuple[float, float]
+    method: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def estimate_pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Probability that one of k samples passes, unbiased, from `passed` of `samples`: 1 − C(n−c, k) ÷ C(n, k).
+
+    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374, §2.1.
+
+    Raises:
+        ValueError: not 1 ≤ k ≤ samples, or not 0 ≤ passed ≤ samples.
+    """
+    if not 1 <= k <= samples or not 0 <= passed <= samples:
+        raise ValueError(f"pass@k: expected 1 ≤ k ≤ n and 0 ≤ c ≤ n, got k={k}, n={samples}, c={passed}")
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
+    """Mean pass@k over problems; `counts`: (samples, passed) of each.
+
+    The interval is exact (Clopper–Pearson) with one sample each, where problems simply pass or fail, and else a
+    percentile bootstrap over problems.
+    """
+    values = [estimate_pass_at_k(samples, passed, k) for samples, passed in counts]
+    if all(samples == 1 for samples, _ in counts):
+        total, passed = len(counts), sum(passed for _, passed in counts)
+        # Each side at 97.5%; the bound from below is the bound from above of the failures.
+        low = 1.0 - bound_mismatch_rate(total - passed, total, 0.975)
+        return Estimate(passed / total, (low, bound_mismatch_rate(passed, total, 0.975)), EXACT)
+    return average(values, seed)
+
+
+def average(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of one value per problem, with a percentile bootstrap interval over problems.
+
+    When all the values are the same the interval has no width: resampling cannot know what it has not seen.
+    """
+    table = np.ones((len(values), 4))
+    table[:, 2] = values  # the pooled ratio of (value, 1) ÷ (1, 1) is the mean
+    return Estimate(float(np.mean(values)), bootstrap_table(table, seed, RESAMPLES, 0.95), BOOTSTRAP)

@@ -1,0 +1,293 @@
+"""The process jail in which model-written code runs.
+
+Two processes for every program: the *player* runs the program in the jail (sandbox_jail.py: namespaces, limits, a
+filter of system calls) and serves calls of its function; the *judge* runs the tests, which it alone knows, and calls
+the player over a pipe that carries plain values only (sandbox_wire.py). What the program does to its own interpreter
+(asserts, builtins, __eq__, frames, exit) therefore reaches no verdict. The judge runs the problem's code alone: it has
+limits and the filter, but sees the file system and the installed packages, as HumanEval+'s tests want numpy.
+
+Both are killed from outside when the judge has ended or the time is up, and with the jail's first process everything
+in it. Where the system allows no user namespaces there is no jail: `find_obstacle` tells why. Without namespaces the
+limits and the filter (no network, no second process, no signals to others) still hold, but the program can read and
+write what the user can; callers must ask for that by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from laguna_serve.evals.problems import Problem
+
+# The children start without site-packages and without this project installed: they get its name and its folder.
+BOOT = """
+import sys, types
+for name, path in (("laguna_serve", []), ("laguna_serve.evals", [sys.argv.pop()])):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = path
+from laguna_serve.evals.sandbox_jail import main
+main()
+"""
+# -I would ignore the hash seed, without which sets are in another order each time; nothing else is in the environment.
+PYTHON = [sys.executable, "-P", "-s", "-S", "-c", BOOT]
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+# numpy's BLAS starts a thread per core otherwise.
+JUDGE_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+JUDGE_MEMORY_BYTES, JUDGE_FILES = 4 << 30, 256
+LIBRARIES = (
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/etc/ld.so.cache",
+    "/usr/share/zoneinfo",
+)
+PACKAGES = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
+# How long processes may take to start on a starved machine, to disappear when killed, and to end when done for.
+START_S, REAP_S, END_S = 60.0, 30.0, 1.0
+PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
+PROBE_PROGRAM = "def f():\n    return 1\n"
+
+
+class JailError(RuntimeError):
+    """The jail could not be set up: a fault of the system, never of the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program gets. `namespaces=False` gives up the walls around files and processes."""
+
+    wall_s: float = 20.0
+    cpu_s: int = 8
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    temporary_bytes: int = 32 << 20
+    open_files: int = 64
+    threads: int = 32
+    message_bytes: int = 16 << 20
+    output_bytes: int = 4096
+    namespaces: bool = True
+
+
+@dataclass(slots=True)
+class Trial:
+    """What came of a program and its tests. `ending`: the judge's last word, None if it had none; `exit_code`: the
+    player's, None if it was still running; `output`: the beginning of what both wrote to stdout and stderr."""
+
+    passed: int = 0
+    failed: int = 0
+    ending: str | None = None
+    detail: str = ""
+    timed_out: bool = False
+    exit_code: int | None = None
+    output: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipe:
+    reading: BinaryIO
+    writing: BinaryIO
+
+
+@dataclass(slots=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    ready_fd: int
+    output_fd: int
+    output: bytearray = field(default_factory=bytearray)
+    started: bool = False
+    # The process that we know is outside of the jail: told to end, it kills the jail's first one and buries it.
+    has_watcher: bool = False
+
+
+def run_trial(problem: Problem, program: str, limits: Limits) -> Trial:
+    """Run the problem's tests on a program. Blocking; may be called from several threads at once.
+
+    Raises:
+        JailError: the jail could not be set up.
+    """
+    directory: str | None = None
+    trial = Trial()
+    with contextlib.ExitStack() as stack:
+        if not limits.namespaces:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="jail-"))
+        player_config = {
+            "program": program,
+            "entry_point": problem.entry_point,
+            "directory": directory or "/tmp",
+            "environment": {"TMPDIR": directory} if directory else {},
+        }
+        judge_config = {
+            "test": problem.test,
+            "prompt": problem.prompt,
+            "entry_point": problem.entry_point,
+            "packages": [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))],
+            "directory": "/",
+            "environment": JUDGE_ENVIRONMENT,
+        }
+        report = stack.enter_context(_open_pipe())
+        ours, theirs = socket.socketpair()
+        # The children's ends are theirs alone, or nobody would see them end.
+        with ours, theirs, report.writing:
+            player = stack.enter_context(_start("player", player_config, limits, theirs.fileno(), -1))
+            judge = stack.enter_context(
+                _start("judge", judge_config, _loosen(limits), ours.fileno(), report.writing.fileno())
+            )
+        _listen(trial, player, judge, report.reading.fileno(), limits)
+        _stop(player, judge)
+        trial.output = bytes(player.output + judge.output)[: limits.output_bytes]
+    return trial
+
+
+@functools.cache
+def find_obstacle() -> str | None:
+    """Why the jail does not work here, or None; really tried, once."""
+    try:
+        trial = run_trial(PROBE, PROBE_PROGRAM, Limits())
+    except (JailError, OSError) as error:
+        return str(error)
+    if (trial.passed, trial.ending) != (1, "ended"):
+        return f"sandbox: expected a program of one line to run, got {trial}"
+    return None
+
+
+@contextlib.contextmanager
+def _open_pipe() -> Iterator[_Pipe]:
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0) as reader, open(writing, "wb", 0) as writer:
+        yield _Pipe(reader, writer)
+
+
+@contextlib.contextmanager
+def _start(role: str, config: dict[str, Any], limits: Limits, wire: int, report: int) -> Iterator[_Child]:
+    with _open_pipe() as ready, _open_pipe() as output:
+        fds = [ready.writing.fileno(), wire, report]
+        with tempfile.TemporaryFile() as file, ready.writing, output.writing:
+            file.write(json.dumps(config | _describe_walls(limits)).encode())
+            file.seek(0)
+            process = subprocess.Popen(
+                [*PYTHON, role, *map(str, fds), str(Path(__file__).resolve().parent)],
+                stdin=file,
+                stdout=output.writing,
+                stderr=output.writing,
+                env=ENVIRONMENT,
+                cwd="/",
+                pass_fds=[fd for fd in fds if fd >= 0],
+                start_new_session=True,
+            )
+        child = _Child(process, ready.reading.fileno(), output.reading.fileno(), has_watcher=limits.namespaces)
+        try:
+            yield child
+        finally:
+            _stop(child)
+
+
+def _loosen(limits: Limits) -> Limits:
+    """The judge's limits: it runs the problem's own code, which may be large and may use numpy."""
+    cpu_s = math.ceil(limits.wall_s) + 1
+    return replace(limits, cpu_s=cpu_s, memory_bytes=JUDGE_MEMORY_BYTES, open_files=JUDGE_FILES, namespaces=False)
+
+
+def _describe_walls(limits: Limits) -> dict[str, Any]:
+    names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
+    walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
+    return walls | {"namespaces": limits.namespaces, "as_root": os.getuid() == 0, **_list_paths()}
+
+
+@functools.cache
+def _list_paths() -> dict[str, list[Any]]:
+    """What of the file system the program may read: the standard library and the libraries under it, no package."""
+    roots = [os.path.dirname(os.__file__), *(prefix + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))]
+    readable: list[tuple[str, str]] = []
+    for path in sorted({*LIBRARIES, *roots}):
+        inside = any(path.startswith(known + "/") for known, _ in readable)
+        if os.path.exists(path) and not inside:
+            readable.append((path, os.path.realpath(path)))
+    hidden = {str(path) for root, _ in readable for pattern in PACKAGES for path in Path(root).glob(pattern)}
+    return {"readable": readable, "hidden": sorted(hidden)}
+
+
+def _listen(trial: Trial, player: _Child, judge: _Child, report: int, limits: Limits) -> None:
+    """Read what both say until the judge has ended or the time is up, which runs from when both have started.
+
+    Output beyond the limit is read and dropped.
+
+    Raises:
+        JailError: one of them did not start.
+    """
+    deadline, verdict = time.monotonic() + START_S, bytearray()
+    with selectors.DefaultSelector() as selector:
+        for child in (player, judge):
+            selector.register(child.output_fd, selectors.EVENT_READ, child)
+            selector.register(child.ready_fd, selectors.EVENT_READ, child)
+        selector.register(report, selectors.EVENT_READ)
+        while report in selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                data, child = os.read(key.fd, 1 << 16), key.data
+                if not data or (child and key.fd == child.ready_fd):
+                    selector.unregister(key.fd)
+                if child is None:
+                    _count(trial, data, verdict)
+                elif key.fd == child.output_fd:
+                    child.output += data[: limits.output_bytes - len(child.output)]
+                else:
+                    child.started = bool(data)
+                    deadline = time.monotonic() + limits.wall_s
+        trial.timed_out = report in selector.get_map()
+    for child in (player, judge):
+        if not child.started:
+            _stop(player, judge)
+            said = child.output.decode(errors="replace").strip()[-500:]
+            raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
+    if verdict:
+        said = json.loads(verdict)
+        trial.ending, trial.detail = said["ending"], said["detail"]
+    if trial.ending == "gone":
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            player.process.wait(END_S)
+    trial.exit_code = player.process.poll()
+
+
+def _count(trial: Trial, data: bytes, verdict: bytearray) -> None:
+    """Signs of single tests, then one JSON object."""
+    signs, brace, rest = (b"", b"{", data) if verdict else data.partition(b"{")
+    trial.passed += signs.count(b"+")
+    trial.failed += signs.count(b"-")
+    verdict += rest if verdict else brace + rest
+
+
+def _stop(*children: _Child) -> None:
+    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then."""
+    for child in children:
+        if child.process.returncode is None:
+            child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
+    deadline = time.monotonic() + REAP_S
+    for child in children:
+        try:
+            child.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.process.pid, signal.SIGKILL)
+            child.process.wait()
+        os.set_blocking(child.output_fd, False)
+        while time.monotonic() < deadline:
+            try:
+                if not os.read(child.output_fd, 1 << 16):
+                    break
+            except BlockingIOError:
+                time.sleep(0.001)

@@ -1,0 +1,214 @@
+"""The child's side of the sandbox: this process walls itself in, then plays or judges.
+
+With namespaces: a user, mount, process, network, IPC and host-name namespace of its own; the file system is Python's
+library and the system's shared ones, read-only, and a bounded /tmp in memory; there is no /proc; the program is not
+process 1, and with that one everything else inside dies. Namespaces or not: limits, no capabilities, no new privileges,
+and a filter of system calls (sandbox_filter.py). Linux ≥ 5.12.
+
+The interpreter is forked, not started anew, so one start pays for everything; nothing in its memory is secret.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+from laguna_serve.evals.sandbox_filter import install_filter
+
+# Exit status of a child that could not wall itself in.
+NOT_WALLED = 97
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1, 2, 4, 0x1000, 0x4000, 1 << 18, 2
+AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = -100, 0x8000, 1, 2
+SYS_PIVOT_ROOT, SYS_MOUNT_SETATTR = {"x86_64": 155, "aarch64": 41}, 442
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+CAPABILITY_VERSION = 0x20080522
+# Outside ids of jailed code when root starts it: far from any real user's, so that limits per user bind it alone.
+JAILED_ID = 1 << 30
+MAX_FILES = 4096
+OLD = "/old"
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    """Entry of the child: argv is role, ready fd, wire fd, report fd; stdin holds the configuration as JSON."""
+    role, ready, wire, report = sys.argv[1], *map(int, sys.argv[2:5])
+    with open(0, "rb") as file:
+        config = json.load(file)
+    os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
+    # Before the walls: the file system beyond them has none of it.
+    from laguna_serve.evals.sandbox_judge import judge
+    from laguna_serve.evals.sandbox_player import play
+
+    try:
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if config["namespaces"]:
+            isolate(config, [fd for fd in (ready, wire, report) if fd >= 0])
+        restrict(config)
+    except OSError as error:
+        os.write(2, str(error).encode())
+        os._exit(NOT_WALLED)
+    os.write(ready, b"1")
+    os.close(ready)
+    if role == "player":
+        play(config, wire)
+    elif role == "judge":
+        judge(config, wire, report)
+    # Not by way of atexit and threads, which the program may have left behind.
+    os._exit(0)
+
+
+def isolate(config: dict[str, Any], fds: list[int]) -> None:
+    """Go on in a process inside of new namespaces, the others keep watch. `fds` are the program's alone.
+
+    Raises:
+        OSError: the system allows no such namespaces; the message says which step failed.
+    """
+    _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, this one goes first
+    _enter_user_namespace()
+    _watch(os.fork(), fds)
+    # From here on process 1 of the new namespace. When the watcher is killed, it goes, and with it everything inside.
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    build_root(config)
+    _watch(os.fork(), fds)
+    if config["as_root"]:
+        os.setresgid(1, 1, 1)
+        os.setresuid(1, 1, 1)
+
+
+def _enter_user_namespace() -> None:
+    """Unshare, with ids mapped by a helper outside: as root a second, powerless id can be mapped for the program."""
+    asked, ask = os.pipe()
+    told, tell = os.pipe()
+    parent, uid, gid = os.getpid(), os.getuid(), os.getgid()
+    helper = os.fork()
+    if not helper:
+        try:
+            os.close(ask)
+            if os.read(asked, 1):
+                extra = f"1 {JAILED_ID} 1\n" if uid == 0 else ""
+                _write_outside(f"/proc/{parent}/setgroups", "deny")
+                _write_outside(f"/proc/{parent}/gid_map", f"0 {gid} 1\n{extra}")
+                _write_outside(f"/proc/{parent}/uid_map", f"0 {uid} 1\n{extra}")
+                os.write(tell, b"+")
+        except OSError as error:
+            os.write(tell, str(error).encode())
+        os._exit(0)
+    os.close(asked)
+    os.close(tell)
+    _call("unshare", NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS)
+    os.write(ask, b"+")
+    answer = os.read(told, 500)
+    os.waitpid(helper, 0)
+    os.close(ask)
+    os.close(told)
+    if answer != b"+":
+        raise OSError(f"mapping user ids: {answer.decode()}")
+
+
+def _watch(pid: int, fds: list[int]) -> None:
+    """In the parent of a fork: wait for the child and end as it did, kill it on SIGTERM. Returns in the child alone."""
+    if not pid:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
+    # Whoever is at the other end must see the program end.
+    for fd in fds:
+        os.close(fd)
+    while True:
+        ended, status = os.wait()
+        if ended == pid:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def build_root(config: dict[str, Any]) -> None:
+    """Make a file system of read-only libraries and a bounded /tmp, and leave the old one.
+
+    config["readable"]: [path, real path] pairs; config["hidden"]: folders within them to be empty.
+    """
+    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
+    os.mkdir("/tmp" + OLD)
+    _call("syscall", SYS_PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp" + OLD.encode())
+    os.chdir("/")
+    for path, real in config["readable"]:
+        _bind(OLD + real, path)
+    for path in config["hidden"]:
+        _mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=555")
+    for device in ("/dev/null", "/dev/urandom"):
+        _bind(OLD + device, device)
+    os.mkdir("/tmp")
+    size = f"size={config['temporary_bytes']},nr_inodes={MAX_FILES},mode=1777"
+    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
+    _call("umount2", OLD.encode(), MNT_DETACH)
+    os.rmdir(OLD)
+    _set_read_only("/", 0)
+    os.chdir("/tmp")
+
+
+def _bind(source: str, target: str) -> None:
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+    _mount(source, target, None, MS_BIND | MS_REC)
+    _set_read_only(target, AT_RECURSIVE)
+
+
+def _set_read_only(path: str, flags: int) -> None:
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, size)
+
+
+def restrict(config: dict[str, Any]) -> None:
+    """Limits, no capabilities, the filter; the environment is emptied.
+
+    Raises:
+        OSError: one of them cannot be had.
+    """
+    os.chdir(config["directory"])
+    limits = {
+        resource.RLIMIT_CPU: config["cpu_s"],
+        resource.RLIMIT_AS: config["memory_bytes"],
+        resource.RLIMIT_FSIZE: config["file_bytes"],
+        resource.RLIMIT_NOFILE: config["open_files"],
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if config["namespaces"]:  # elsewhere it would count every process of the user
+        limits[resource.RLIMIT_NPROC] = config["threads"]
+    for name, limit in limits.items():
+        resource.setrlimit(name, (limit, limit))
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    _call("capset", header, (ctypes.c_uint32 * 6)())
+    _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    install_filter(os.getpid())
+    os.environ.clear()
+    os.environ.update(config["environment"])
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind, data)]
+    try:
+        _call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
+    except OSError as error:
+        raise OSError(f"{error} ({target})") from error
+
+
+def _write_outside(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _call(name: str, *args: Any) -> None:
+    if getattr(libc, name)(*args) == -1:
+        raise OSError(f"{name}: {os.strerror(ctypes.get_errno())}")
