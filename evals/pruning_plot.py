@@ -1,0 +1,67 @@
+"""A pruning curve as a picture: what ranked and random masks add to the loss."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
+RANKED, RANDOM = "#0b7a75", "#c2410c"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write the PNG."""
+    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
+        figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
+        _draw_curves(axes, result)
+        _dress(axes, result)
+        data, environment = result["data"], result["environment"]
+        parts = [f"{data['scored_tokens']:,} tokens of {data['source']}", f"random masks per share: {result['seeds']}"]
+        parts += [f"{result['dtype']}, through vLLM", environment["date"][:10]]
+        figure.text(0.1, 0.03, "  ·  ".join(parts), fontsize=8.5, color=SOFT)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _draw_curves(axes: Axes, result: dict[str, Any]) -> None:
+    base, points = result["unpruned"]["nats_per_token"], result["points"]
+    shares = [0.0, *(point["share"] for point in points)]
+    means = [0.0, *(statistics.mean(point["random"]) - base for point in points)]
+    ranked = [0.0, *(point["ranked_delta"]["nats_per_token"] for point in points)]
+    for point in points:
+        draws = [loss - base for loss in point["random"]]
+        axes.scatter([point["share"]] * len(draws), draws, s=16, color=RANDOM, alpha=0.45, linewidths=0, zorder=3)
+        interval = point["ranked_delta"]["ci95"]
+        if interval is not None:
+            axes.vlines(point["share"], *interval, color=RANKED, linewidth=5, alpha=0.25, zorder=2)
+    for values, color, label in ((means, RANDOM, "random\n(mean)"), (ranked, RANKED, "ranked")):
+        axes.plot(shares, values, color=color, linewidth=1.8, marker="o", markersize=4, zorder=4)
+        place = (shares[-1], values[-1])
+        axes.annotate(label, place, xytext=(9, 0), textcoords="offset points", color=color, va="center")
+    axes.set_xticks(shares)
+
+
+def _dress(axes: Axes, result: dict[str, Any]) -> None:
+    base = result["unpruned"]["nats_per_token"]
+    measure = f"nats per token above {base:.4f} unpruned; dots: random masks, bars: 95% intervals of ranked ones"
+    axes.text(0, 1.11, "What pruning adds to the loss", transform=axes.transAxes, fontweight="bold", fontsize=12)
+    axes.text(0, 1.035, measure, transform=axes.transAxes, color=SOFT, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=SOFT, length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.2f}" if value else "0")
+    axes.set_xlabel("groups pruned")
