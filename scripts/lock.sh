@@ -5,4 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/requirements"
 plain=(--no-annotate --no-header --quiet --no-python-downloads)
 uv pip compile cpu.in "${plain[@]}" --universal --python-version 3.11 --excludes excluded.txt -o cpu.lock "$@"
+uv pip compile evals.in "${plain[@]}" --universal --python-version 3.11 --excludes evals-excluded.txt -o evals.lock "$@"
+uv pip compile spec_rl.in "${plain[@]}" --universal --python-version 3.11 -o spec_rl.lock "$@"
 uv pip compile gpu.in "${plain[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.12 -o gpu.lock "$@"

@@ -1,0 +1,212 @@
+"""Standard suites against an OpenAI-compatible endpoint: a thin bridge to lm-evaluation-harness and evalplus.
+
+GSM8K, MMLU, ARC-Challenge, HellaSwag, HumanEval, HumanEval+ and MBPP with the settings that the checkpoints' own pages
+used (evals/suites.toml; --list shows them). The harnesses run as commands in .venv-evals, which scripts/evals_env.sh
+makes (pinned releases, no torch); model-written code runs in this project's sandbox only. DIR gets a folder per suite
+with the harness's own results and log, and suites.json and suites.md with one table; --merge makes that table of
+several folders, also of runs made by hand with the two harnesses.
+
+Log-likelihoods need an endpoint whose /v1/completions answers `echo` with `logprobs`, as vLLM's does, and the model's
+own tokenizer: prompts are sent as token ids. OPENAI_API_KEY is sent if it is set. A prompt to be answered that does not
+fit the context ends a suite; one to be scored is cut at its beginning, and the table says how many were.
+
+Without --data the harness fetches its data sets from the hub. With it nothing is fetched; the files have the fields of
+the hub's data sets, as .jsonl or .parquet:
+    DIR/gsm8k/{train,test}             DIR/arc_challenge/{train,test}
+    DIR/hellaswag/{train,validation}   DIR/mmlu/SUBJECT/{dev,test}
+and, always from files, as .jsonl or .jsonl.gz:
+    DIR/humaneval/test   DIR/humaneval_plus/test   DIR/mbpp/test
+The last stdout line is one JSON object (schema laguna_serve.suites/1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from laguna_serve.bench.client import EndpointError, open_session
+from laguna_serve.bench.endings import COULD_NOT_RUN, HELD, INTERRUPTED, stop_on_signals
+from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.evals.grading import JailError
+from laguna_serve.evals.problems import ProblemsError, load_problems
+from laguna_serve.evals.suite_code import grade_samples, run_code_suite
+from laguna_serve.evals.suite_harness import Target, find_harness, run_lm_eval
+from laguna_serve.evals.suite_results import NOTE, read_scores
+from laguna_serve.evals.suite_settings import Suite, SuiteError, choose_suites, load_suites, render_list
+from laguna_serve.evals.suite_table import merge, render_markdown, render_text
+from laguna_serve.serving.checkpoint import CheckpointError
+
+SCHEMA = "laguna_serve.suites/1"
+EXAMPLES = """
+examples:
+  python evals/suites.py --list
+  python evals/suites.py --base-url http://127.0.0.1:8000 --suites gsm8k,mmlu-5,arc-challenge --out out/suites
+  python evals/suites.py --base-url URL --suites gsm8k --chat --limit 100 --data DIR --out out/suites
+  python evals/suites.py --samples evalplus.jsonl --problems HumanEvalPlus.jsonl.gz --model NAME --out out/plus
+  python evals/suites.py --merge out/teacher out/pruned --out out/merged
+
+exit status:
+  0    every suite has its result (a table has no verdict: nothing here falls short)
+  2    could not run: bad input, no environment, no endpoint, or a harness failed
+  130  interrupted: the same command continues
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv)
+    stop_on_signals()
+    try:
+        suites = load_suites()
+        if args.list:
+            print(render_list(list(suites.values())))
+            return HELD
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        if args.suites:
+            run_suites(args, choose_suites(args.suites, suites), out, Progress())
+        elif args.samples:
+            problems = load_problems(Path(args.problems))
+            grade_samples(Path(args.samples), problems, args.model, "humaneval-plus", out, Progress())
+        report(args, list(suites.values()), out)
+    except KeyboardInterrupt:
+        print("suites.py: interrupted; the same command continues with what is missing", file=sys.stderr)
+        return INTERRUPTED
+    except (SuiteError, ProblemsError, JailError, CheckpointError, EndpointError, OSError) as error:
+        print(f"suites.py: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    return HELD
+
+
+def run_suites(args: argparse.Namespace, suites: Sequence[Suite], out: Path, progress: Progress) -> None:
+    """Run those of the suites that have no result in `out` yet.
+
+    Raises:
+        SuiteError: bad input (before anything is sent), or a harness failed.
+    """
+    likelihoods = [suite.name for suite in suites if suite.run == "loglikelihood"]
+    if args.chat and likelihoods:
+        raise SuiteError(f"--chat: expected suites that generate, got {', '.join(likelihoods)}; run those without it")
+    if any(suite.run != "code" for suite in suites):
+        find_harness()
+    data = Path(args.data) if args.data else None
+    target, root = asyncio.run(describe_target(args))
+    if target.tokenizer is None and likelihoods:
+        expected = f"expected the model's folder or hub id for {', '.join(likelihoods)}, got none"
+        raise SuiteError(f"--tokenizer: {expected}, and the endpoint names none; give it")
+    for suite in suites:
+        folder = out / suite.name
+        claim_folder(folder, list_settings(suite, target, root, data))
+        note = folder / NOTE
+        if note.exists():
+            progress.say(f"{suite.name}: has its result in {folder}")
+            continue
+        cut = 0
+        if suite.run == "code":
+            run_code_suite(suite, target, data, folder, progress)
+        else:
+            cut = run_lm_eval(suite, target, data, folder, progress)
+        write_json(note, {"suite": suite.name, "model": target.model, "root": root, "cut_prompts": cut})
+
+
+async def describe_target(args: argparse.Namespace) -> tuple[Target, str]:
+    """What the endpoint says of its model, and where the model came from ("" if it does not say).
+
+    Raises:
+        EndpointError: no OpenAI-compatible server answers there.
+        SuiteError: it serves no model of that name, or does not say how long a prompt may be.
+    """
+    base_url = args.base_url.rstrip("/").removesuffix("/v1")
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with open_session() as session, session.get(f"{base_url}/v1/models", headers=headers) as response:
+            response.raise_for_status()
+            models = {str(model["id"]): model for model in (await response.json())["data"]}
+    except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+        expected = f"expected a list of models, got {type(error).__name__}: {error}"
+        raise EndpointError(f"{base_url}/v1/models: {expected}; is the engine up?") from error
+    name = args.model or next(iter(models), None)
+    if name not in models:
+        raise SuiteError(f"--model: expected one of {', '.join(models) or 'no models'}, got {name}; choose one of them")
+    model: dict[str, Any] = models[name]
+    length = args.max_length or model.get("max_model_len")
+    if length is None:
+        raise SuiteError(f"{base_url}: expected max_model_len of {name}, got none; give --max-length")
+    root = str(model.get("root") or "")
+    return Target(base_url, name, length, args.tokenizer or root or None, args.chat, args.concurrency, args.limit), root
+
+
+def list_settings(suite: Suite, target: Target, root: str, data: Path | None) -> dict[str, Any]:
+    """What decides about a suite's answers; the endpoint's address does not."""
+    files = sorted(data.glob(f"{suite.data.replace('{subject}', '*')}/*")) if data is not None else []
+    return {
+        "suite": [suite.task, suite.shots, suite.seed],
+        "model": [target.model, root, fingerprint(root) if root else ""],
+        "asked": [target.max_length, target.tokenizer, target.chat, target.limit],
+        "data": [[str(file.relative_to(data)), fingerprint(str(file))] for file in files] if data else [],
+    }
+
+
+def report(args: argparse.Namespace, suites: Sequence[Suite], out: Path) -> None:
+    """Read every result, print the table and write it into `out`."""
+    folders = [Path(folder) for folder in args.merge] if args.merge else [out]
+    table = merge({folder: read_scores(folder, suites) for folder in folders}, suites)
+    environment = describe_environment(current_argv())
+    result = {"schema": SCHEMA, "environment": environment, **table}
+    write_json(out / "suites.json", result)
+    write_text(out / "suites.md", render_markdown(table, environment["command"], environment["date"]))
+    print(render_text(table))
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; argparse exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="evals/suites.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--list", action="store_true", help="show the suites, their settings and sources")
+    job.add_argument("--suites", metavar="NAME,…", help="run these against --base-url")
+    job.add_argument("--samples", metavar="FILE", help="grade evalplus's samples (JSONL) against --problems")
+    job.add_argument("--merge", metavar="DIR", nargs="+", help="one table of the results in these folders")
+    parser.add_argument("--base-url", metavar="URL", help="the endpoint, such as http://127.0.0.1:8000")
+    parser.add_argument("--model", metavar="NAME", help="as the endpoint calls it (default: its first one)")
+    parser.add_argument("--chat", action="store_true", help="ask /v1/chat/completions; generating suites only")
+    parser.add_argument("--data", metavar="DIR", help="read the data sets from here and fetch nothing")
+    tokenizer = "for log-likelihoods: folder or hub id (default: what the endpoint names as the model's root)"
+    parser.add_argument("--tokenizer", metavar="T", help=tokenizer)
+    length = "tokens that prompt and answer may have together (default: what the endpoint says)"
+    parser.add_argument("--max-length", metavar="N", type=int, help=length)
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N questions of every task")
+    parser.add_argument("--concurrency", metavar="N", type=int, default=16, help="requests in flight (default: 16)")
+    parser.add_argument("--problems", metavar="FILE", help="of --samples: HumanEval's schema, .jsonl or .jsonl.gz")
+    parser.add_argument("--out", metavar="DIR", help="results go here")
+    args = parser.parse_args(argv)
+    needed = {"suites": ("base_url", "out"), "samples": ("problems", "model", "out"), "merge": ("out",)}
+    for job_name, names in needed.items():
+        for name in names:
+            if getattr(args, job_name) and not getattr(args, name):
+                parser.error(f"--{job_name}: expected --{name.replace('_', '-')} with it, got none; add it")
+    for name in ("limit", "concurrency", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
