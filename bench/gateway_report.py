@@ -8,8 +8,8 @@ from typing import Any
 
 def render_text(result: Mapping[str, Any]) -> str:
     """In columns."""
-    header = ("streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "own µs", "CPU µs")
-    header += ("events/s", "failed")
+    header = ["streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "own µs", "CPU µs"]
+    header += ["events/s", "failed"]
     layout = "{:>11}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>7} {:>9} {:>6}"
     return "\n".join(layout.format(*row) for row in (header, *_list_rows(result)))
 

@@ -61,7 +61,7 @@ def find_definitions(suite: Suite, harness_tasks: Path) -> list[Path]:
         found = [path for path in found if f'"{suite.tag}"' in path.read_text(encoding="utf-8")]
     if not found:
         expected = f"expected {suite.file} in {harness_tasks}, got nothing"
-        raise SuiteError(f"{suite.name}: {expected}; remove .venv-evals and run bash scripts/evals_env.sh")
+        raise SuiteError(f"{suite.name}: {expected}; remove .venv-evals and run bash scripts/client_env.sh evals")
     return found
 
 

@@ -57,14 +57,15 @@ class Target:
 
 
 def find_harness() -> Harness:
-    """What scripts/evals_env.sh installed.
+    """What scripts/client_env.sh installed.
 
     Raises:
         SuiteError: it was not made, or not to its end.
     """
     found = sorted(ENVIRONMENT.glob("lib/python3.*/site-packages/lm_eval/tasks"))
     if not found or not (ENVIRONMENT / ".stamp").is_file():
-        raise SuiteError(f"{ENVIRONMENT}: expected lm-eval and evalplus in it, got none; run bash scripts/evals_env.sh")
+        remedy = "run bash scripts/client_env.sh evals"
+        raise SuiteError(f"{ENVIRONMENT}: expected lm-eval and evalplus in it, got none; {remedy}")
     return Harness(ENVIRONMENT / "bin" / "python", found[0])
 
 

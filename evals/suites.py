@@ -1,7 +1,7 @@
 """Standard suites against an OpenAI-compatible endpoint: a thin bridge to lm-evaluation-harness and evalplus.
 
 GSM8K, MMLU, ARC-Challenge, HellaSwag, HumanEval, HumanEval+ and MBPP with the settings that the checkpoints' own pages
-used (evals/suites.toml; --list shows them). The harnesses run as commands in .venv-evals, which scripts/evals_env.sh
+used (evals/suites.toml; --list shows them). The harnesses run as commands in .venv-evals, which scripts/client_env.sh
 makes (pinned releases, no torch); model-written code runs in this project's sandbox only. DIR gets a folder per suite
 with the harness's own results and log, and suites.json and suites.md with one table; --merge makes that table of
 several folders, also of runs made by hand with the two harnesses.

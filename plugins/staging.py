@@ -92,7 +92,7 @@ def load_in_place(
     served = [_Served.of(module) for module in modules]
     try:
         _stage(modules)
-        model.load_weights(weights)
+        model.load_weights(weights)  # type: ignore[operator]
         _check_loaded(model, modules)
         for module in modules:
             if isinstance(method := getattr(module, "quant_method", None), QuantizeMethodBase):

@@ -40,12 +40,12 @@ class WeightFolderError(ValueError):
 
 
 @dataclass
-class FolderInitInfo(WeightTransferInitInfo):
+class FolderInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """`/init_weight_transfer_engine` has nothing to agree on; `{}` is its body, and it need not be called."""
 
 
 @dataclass
-class FolderUpdateInfo(WeightTransferUpdateInfo):
+class FolderUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One version.
 
     folder: where the safetensors are, as this engine's machine knows it.

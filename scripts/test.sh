@@ -7,5 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
+bash scripts/client_env.sh evals
+bash scripts/client_env.sh spec_rl
 # By file, as a file's tests share what they start; in the order of collection, as the longest come early.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
   -c "$root/scripts/requirements/cpu.lock" "$work"/*.whl >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
-modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' | wc -l)
+modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './evals/spec_rl/*' | wc -l)
 cd "$work"
 venv/bin/python - "$modules" <<'PYTHON'
 """Every module of the repository is in the wheel, and what runs beside an engine imports without one."""
@@ -21,7 +21,7 @@ import sys
 files = [f for f in importlib.metadata.files("laguna-serve") or [] if f.suffix == ".py"]
 assert len(files) == int(sys.argv[1]), f"wheel: expected {sys.argv[1]} modules, got {len(files)}; see pyproject.toml"
 names = sorted(".".join(f.with_suffix("").parts) for f in files)
-light = [n for n in names if n.split(".")[1] in {"bench", "serving"} or n == "laguna_serve.plugins.register"]
+light = [n for n in names if n.split(".")[1] in {"bench", "evals", "serving"} or n == "laguna_serve.plugins.register"]
 light = [n for n in light if n not in {"laguna_serve.bench.moe", "laguna_serve.bench.moe_layers"}]  # kernel benchmarks
 sources = {f.name for f in importlib.metadata.files("laguna-serve") or []}
 assert "cpu.cpp" in sources, "wheel: expected the CPU kernel's source, got none; see package-data in pyproject.toml"

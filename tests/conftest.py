@@ -17,7 +17,12 @@ def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The toy teacher in fp32, eager: what can be compared with transformers token for token. It can be paused and
     takes new weights; who gives it some gives it the old ones back."""
     config = EngineConfig(
-        model=str(TOY / "teacher"), dtype="float32", enforce_eager=True, max_num_seqs=64, weight_updates=True
+        model=str(TOY / "teacher"),
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=64,
+        weight_updates=True,
+        extra_args=("--enable-scale-out",),  # opens /inference/v1/generate
     )
     with Engine(config, log_path=tmp_path_factory.mktemp("engine") / "fp32.log") as engine:
         yield engine

@@ -29,7 +29,9 @@ HEAVY = {"torch", "vllm", "transformers", "triton"}
 
 
 def sources(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+    """A folder's modules, without those of a distribution of its own (evals/spec_rl)."""
+    others = {path.parent for path in (ROOT / folder).rglob("pyproject.toml")}
+    return sorted(path for path in (ROOT / folder).rglob("*.py") if not others & set(path.parents))
 
 
 def imported(path: Path) -> set[str]:

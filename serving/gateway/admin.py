@@ -53,7 +53,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
             raise HTTPException(404, f"model: expected one of {sorted(pools)}, got {name!r}")
         group = groups.get(name)
         if group is None or group.pool is not pools[name]:
-            group = groups[name] = WeightGroup(pools[name], state.session)
+            group = groups[name] = WeightGroup(pools[name], state.steps)
         return group
 
     @asynccontextmanager

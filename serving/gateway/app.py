@@ -31,10 +31,11 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _open_session() as session:
+        # vLLM closes a connection after an error without saying so: every step of an update has its own.
+        async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
             relay = Relay(config, metrics, shadows, log)
-            app.state.relay, app.state.session = relay, session
+            app.state.relay, app.state.session, app.state.steps = relay, session, steps
             app.mount("/", relay)
             checks = asyncio.create_task(check_forever(session, relay))
             try:
@@ -81,6 +82,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     return app
 
 
-def _open_session() -> aiohttp.ClientSession:
-    """For everything but the clients' requests: health checks, scrapes, shadows."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
+def _open_session(force_close: bool = False) -> aiohttp.ClientSession:
+    """For everything but the clients' requests: health checks, scrapes, shadows, updates of weights."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())

@@ -46,8 +46,6 @@ class UpdateRequest(Update):
 # are computed again up to where they were.
 RESET = "/reset_prefix_cache"
 RESET_ALL = {"reset_running_requests": "true"}
-# vLLM closes the connection after an error without saying so; a step on a kept one would then fail, too.
-ONE_REQUEST = {"Connection": "close"}
 
 
 class StepError(Exception):
@@ -60,7 +58,7 @@ class StepError(Exception):
 
 
 class WeightGroup:
-    """The engines of a model, as far as their weights go. One update at a time."""
+    """The engines of a model, as far as their weights go. One update at a time. `session` keeps no connection."""
 
     def __init__(self, pool: Pool, session: aiohttp.ClientSession) -> None:
         self.pool, self._session = pool, session
@@ -197,9 +195,8 @@ class WeightGroup:
         """The answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         url = engine.config.url + path
-        given: dict[str, Any] = {"json": body, "params": params, "headers": ONE_REQUEST, "timeout": timeout}
         try:
-            async with self._session.request(method, url, **given) as response:
+            async with self._session.request(method, url, json=body, params=params, timeout=timeout) as response:
                 if response.status != 200:
                     return OSError(f"HTTP {response.status}: {(await response.text())[:200]}")
                 return await response.json(content_type=None)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import threading
 import zlib
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from aiohttp import web
+from fake_server import FakeServer
 
 VOCABULARY = 1000
 
@@ -43,53 +42,27 @@ class Behaviour:
     next_top: dict[int, float] = field(default_factory=lambda: {0: -0.1})
 
 
-class FakeEngine:
+class FakeEngine(FakeServer):
     """Context manager; `url` is its address, `seen` the prompts in the order in which they came."""
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
+        super().__init__()
         self.behaviour = behaviour or Behaviour()
         self.seen: list[str | list[int]] = []
-        self.url = ""
         self.counters = dict.fromkeys(
             ("drafts", "draft_tokens", "accepted", "generation", "prompt", "hits", "requests"), 0
         )
         self.accepted_per_position = [0] * self.behaviour.gamma
         self._random = random.Random(id(self))
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
 
-    def __enter__(self) -> FakeEngine:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/health", self._health),
-                web.get("/metrics", self._metrics),
-                web.get("/v1/models", self._models),
-                web.post("/v1/completions", self._complete),
-            ]
-        )
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
+    def routes(self) -> list[web.RouteDef]:
+        """What it answers."""
+        return [
+            web.get("/health", self._health),
+            web.get("/metrics", self._metrics),
+            web.get("/v1/models", self._models),
+            web.post("/v1/completions", self._complete),
+        ]
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from aiohttp import web
+from fake_server import FakeServer
 
 BEGIN = 1
 
@@ -35,49 +34,22 @@ class Behaviour:
         return self.losses.get(token, token / 100)
 
 
-class FakeScorer:
+class FakeScorer(FakeServer):
     """Context manager; `url` is its address, `seen` the prompts in the order in which they came, `most` how many were
     in flight together. `mend` of its behaviour spoils answers."""
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
+        super().__init__()
         self.behaviour = behaviour or Behaviour()
         self.seen: list[list[int]] = []
-        self.url = ""
         self.most = self._now = 0
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
 
-    def __enter__(self) -> FakeScorer:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/v1/models", self._models),
-                web.post("/tokenize", self._tokenize),
-                web.post("/v1/completions", self._complete),
-            ]
-        )
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/models", self._models),
+            web.post("/tokenize", self._tokenize),
+            web.post("/v1/completions", self._complete),
+        ]
 
     def _refuse(self, request: web.Request) -> web.Response | None:
         key = self.behaviour.key

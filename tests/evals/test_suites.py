@@ -239,9 +239,9 @@ def test_missing_environment_and_endpoint(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harness: StubHarness
 ) -> None:
     (harness.folder / ".stamp").unlink()
-    assert "got none; run bash scripts/evals_env.sh" in run("gsm8k")[2]
+    assert "got none; run bash scripts/client_env.sh evals" in run("gsm8k")[2]
     monkeypatch.setattr(suite_harness, "ENVIRONMENT", tmp_path / "none")
-    assert "got none; run bash scripts/evals_env.sh" in run("gsm8k")[2]
+    assert "got none; run bash scripts/client_env.sh evals" in run("gsm8k")[2]
     dead = ["--base-url", "http://127.0.0.1:9", "--suites", "humaneval", "--out", str(tmp_path / "o")]
     assert suites.main(dead) == 2
     assert "is the engine up?" in capsys.readouterr().err

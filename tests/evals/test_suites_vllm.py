@@ -67,7 +67,7 @@ async def ask_scores(engine: Engine, pairs: list[tuple[str, str]]) -> list[float
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not MADE, reason="no .venv-evals: bash scripts/evals_env.sh makes it")
+@pytest.mark.skipif(not MADE, reason="no .venv-evals: bash scripts/client_env.sh evals makes it")
 def test_real_harness_on_local_data(
     fp32_engine: Engine, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make an environment for tools that only speak HTTP to an engine and pin other releases than it; does nothing when that
+# is done already.
+#
+#   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness and evalplus, for evals/suites.py
+#   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
+#   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { printf 'client_env: %s\n' "$*" >&2; exit 2; }
+
+# What of the repository is installed there, without dependencies: grading answers needs none.
+case ${1:-} in
+  evals) folder=.venv-evals ours=() ;;
+  spec_rl) folder=.venv-rl ours=(--editable . --editable evals/spec_rl) ;;
+  *) fail "name: expected evals or spec_rl, got '${1:-}'" ;;
+esac
+lock=scripts/requirements/$1.lock
+sources=("$lock")
+if [ ${#ours[@]} -gt 0 ]; then sources+=(pyproject.toml evals/spec_rl/pyproject.toml); fi
+wanted=$(cat "${sources[@]}" | sha256sum | cut -d' ' -f1)
+[ "$(cat "$folder/.stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+  fail "Python: expected 3.11 or newer, got $("$python" --version 2>&1 || true); name one with PYTHON=/path/to/python3"
+
+free_kib=$(df -Pk . | awk 'NR == 2 {print $4}')
+[ "$free_kib" -ge $((1024 * 1024)) ] || fail "disk: expected 1 GiB free in $PWD, got $((free_kib / 1024)) MiB; make room"
+
+rm -rf "$folder"
+said=$("$python" -m venv "$folder" 2>&1) ||
+  fail "venv: $("$python" --version) cannot make one: ${said##*$'\n'}; install its venv package (python3-venv on Debian)"
+# The folder ignores itself: no tool that walks the checkout takes it for the project's own.
+echo '*' >"$folder/.gitignore"
+
+log=$folder/install.log
+echo "client_env: installing $(grep -c == "$lock") locked packages into $folder (log in $log)" >&2
+pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --no-compile)
+if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
+  grep '^ERROR' "$log" | tail -n 3 >&2 || tail -n 5 "$log" >&2
+  fail "pip could not install $lock; the whole log is in $log"
+fi
+if [ ${#ours[@]} -gt 0 ]; then
+  "${pip[@]}" --no-build-isolation "${ours[@]}" >>"$log" 2>&1 || fail "pip could not install the project; see $log"
+fi
+echo "$wanted" >"$folder/.stamp"
