@@ -1,0 +1,178 @@
+"""Problems in HumanEval's schema as tasks: what the model is asked, and the reward of its answer.
+
+The reward is dense: the share of a problem's tests that pass. Model-written code runs in the sandbox of
+laguna_serve.evals.grading and nowhere else; grading waits in threads, so that rollouts in flight go on.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import verifiers.v1 as vf
+from pydantic import Field, model_validator
+
+from laguna_serve.evals.code_run import make_prompt
+from laguna_serve.evals.extract import extract_program
+from laguna_serve.evals.grading import Grade, grade
+from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
+from laguna_serve.evals.sandbox import Limits
+from laguna_serve.evals.splits import HELD_OUT_SHARE, split_problems
+
+DEFAULT_LIMITS = Limits()
+Judged = TypeVar("Judged")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer is worth, and whether there was a program in it."""
+
+    grade: Grade
+    extracted: bool
+
+
+class SpecRlData(vf.TaskData):
+    """One problem. `id` is its task id, `prompt` the question, `stub` the unfinished program in it."""
+
+    stub: str
+    entry_point: str
+    test: str
+    canonical_solution: str | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """The problem in the form that extraction and grading take."""
+        return Problem(self.id or "", self.stub, self.entry_point, self.test, self.canonical_solution)
+
+
+class SpecRlTaskConfig(vf.TaskConfig):
+    """How answers are graded."""
+
+    cpu_s: int = Field(DEFAULT_LIMITS.cpu_s, ge=1)
+    """CPU seconds that an answer gets for all of its tests; those that are left then have failed."""
+    wall_s: float = Field(DEFAULT_LIMITS.wall_s, gt=0)
+    """The same by the clock, for answers that wait."""
+    namespaces: bool = True
+    """False gives up the sandbox's walls around files and processes: for throwaway machines that allow no user
+    namespaces, as many containers do not."""
+    grading_workers: int = Field(os.cpu_count() or 1, ge=1)
+    """Answers graded at a time, per process of verifiers."""
+
+
+class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
+    """One problem with its tests."""
+
+    @property
+    def key(self) -> str:
+        """The task id: unlike the hash it stays when the wording of a prompt changes."""
+        return self.data.id or self.hash
+
+    @vf.reward
+    async def tests_passed(self, trace: vf.Trace) -> float:
+        """The share of the tests that pass, 0 to 1. Metrics without weight and `trace.info["grade"]` say more."""
+        # Not trace.last_reply: it is stripped, and an answer that is a function's body begins with its indentation.
+        answer = (trace.assistant_messages[-1].content or "") if trace.assistant_messages else ""
+        verdict = await self._in_thread(grade_answer, answer)
+        found = verdict.grade
+        trace.record_metrics({"passed": float(found.passed), "extracted": float(verdict.extracted)})
+        counts = {"tests_passed": found.tests_passed, "tests_total": found.tests_total}
+        trace.info["grade"] = {"status": found.status, "detail": found.detail, **counts}
+        return found.reward
+
+    async def validate(self, runtime: vf.Runtime) -> bool | None:
+        """Does the canonical solution pass? None where the problem has none."""
+        if self.data.canonical_solution is None:
+            return None
+        found = await self._in_thread(grade, self.data.stub + self.data.canonical_solution)
+        return found.passed
+
+    async def _in_thread(self, judge: Callable[[Problem, str, Limits], Judged], text: str) -> Judged:
+        pool = _pool(self.config.grading_workers)
+        limits = Limits(cpu_s=self.config.cpu_s, wall_s=self.config.wall_s, namespaces=self.config.namespaces)
+        return await asyncio.get_running_loop().run_in_executor(pool, judge, self.data.problem, text, limits)
+
+
+class SpecRlConfig(vf.TasksetConfig):
+    """Which problems are asked."""
+
+    problems: Path = SHIPPED
+    """JSON Lines in HumanEval's schema, .jsonl or .jsonl.gz."""
+    split: Literal["train", "held_out", "all"] = "train"
+    """A problem's side depends on its task id and `split_seed` alone."""
+    held_out_share: float = Field(HELD_OUT_SHARE, gt=0, lt=1)
+    """Expected share of the held-out problems."""
+    split_seed: int = 0
+    """Another seed, another split."""
+    task: SpecRlTaskConfig = SpecRlTaskConfig()
+
+    @model_validator(mode="after")
+    def _check_problems(self) -> Self:
+        # Here and not while loading: of a setting verifiers tells its user in one line, of an exception in a traceback.
+        choose_problems(self)
+        return self
+
+
+class SpecRlTaskset(vf.Taskset[SpecRlTask, SpecRlConfig]):
+    """The problems of one side of the split, in the file's order."""
+
+    def load(self) -> list[SpecRlTask]:
+        """One task per problem."""
+        return [SpecRlTask(describe(problem), self.config.task) for problem in choose_problems(self.config)]
+
+
+def choose_problems(config: SpecRlConfig) -> list[Problem]:
+    """The problems that the configuration names.
+
+    Raises:
+        ProblemsError: a file that cannot be read.
+        ValueError: a side of the split without a problem.
+    """
+    problems = load_problems(config.problems)
+    if config.split == "all":
+        return problems
+    train, held_out = split_problems(problems, config.held_out_share, config.split_seed)
+    return train if config.split == "train" else held_out
+
+
+def describe(problem: Problem) -> SpecRlData:
+    """A problem as a task's data; the question is that of evals/code_tasks.py, so that rewards can be compared."""
+    return SpecRlData(
+        id=problem.task_id,
+        prompt=make_prompt(problem, "chat"),
+        stub=problem.prompt,
+        entry_point=problem.entry_point,
+        test=problem.test,
+        canonical_solution=problem.canonical_solution,
+    )
+
+
+def grade_answer(problem: Problem, answer: str, limits: Limits) -> Verdict:
+    """Take the program out of a chat answer and run the tests on it. Blocks; both can take seconds."""
+    program = extract_program(answer, problem, "chat")
+    return Verdict(grade(problem, program, limits), _is_whole(program, problem.entry_point))
+
+
+def _is_whole(program: str, entry_point: str) -> bool:
+    """Does it parse and define the function that was asked for?"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model's invalid escape is no concern of ours
+        try:
+            tree = ast.parse(program)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return any(node.name == entry_point for node in functions)
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """One for all tasks of the process: what bounds the number of sandboxes."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="spec_rl-grading")
