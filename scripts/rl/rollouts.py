@@ -1,0 +1,69 @@
+"""Rollouts: groups of sampled completions of one prompt, with what the engine said of every token.
+
+They come through the gateway, which says with which version of the weights an answer was made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from laguna_serve.evals.syntax import reward_syntax
+
+TIMEOUT_S = 600.0
+
+
+class RolloutError(RuntimeError):
+    """The service did not give what was asked for; one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion: `logprobs` (nats) by the engine, one per token; `version` of the weights that made it."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reward: float
+    version: str
+
+
+async def sample_groups(
+    base_url: str, model_name: str, prompts: Sequence[str], *, group: int, max_tokens: int
+) -> list[list[Rollout]]:
+    """`group` completions at temperature 1 for every prompt, all requests at once.
+
+    Raises:
+        RolloutError: a request failed, or an answer lacks a field.
+    """
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+
+        async def ask(prompt: str) -> list[Rollout]:
+            body = {"model": model_name, "prompt": prompt, "n": group, "max_tokens": max_tokens, "temperature": 1.0}
+            body |= {"logprobs": 0, "return_token_ids": True}
+            try:
+                async with session.post(f"{base_url}/v1/completions", json=body) as response:
+                    if response.status != 200:
+                        raise RolloutError(f"rollouts: HTTP {response.status}: {(await response.text())[:200]}")
+                    version = response.headers.get("X-Weight-Version", "")
+                    return [read_choice(prompt, choice, version) for choice in (await response.json())["choices"]]
+            except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+                raise RolloutError(f"rollouts: {type(error).__name__}: {error}; see the engine's log") from error
+
+        return list(await asyncio.gather(*map(ask, prompts)))
+
+
+def read_choice(prompt: str, choice: dict[str, Any], version: str) -> Rollout:
+    """One of an answer's choices, rewarded."""
+    return Rollout(
+        prompt_ids=tuple(choice["prompt_token_ids"]),
+        token_ids=tuple(choice["token_ids"]),
+        logprobs=tuple(choice["logprobs"]["token_logprobs"]),
+        reward=reward_syntax(prompt, choice["text"]),
+        version=version,
+    )

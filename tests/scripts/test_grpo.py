@@ -1,0 +1,111 @@
+"""GRPO: advantages and loss by hand, the log-probabilities that count, and a real run that is continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laguna_serve.scripts import grpo
+from laguna_serve.scripts.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, find_mismatch, make_batch
+from laguna_serve.scripts.rl.rollouts import Rollout
+from laguna_serve.serving.checkpoint import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests" / "toy"
+
+
+def rollout(reward: float = 0.0, *, tokens: int = 2, prompt: int = 3, logprob: float = -1.0) -> Rollout:
+    return Rollout(tuple(range(5, 5 + prompt)), tuple(range(20, 20 + tokens)), (logprob,) * tokens, reward, "v")
+
+
+def test_advantages_compare_within_a_group() -> None:
+    assert find_advantages([rollout(1.0), rollout(0.0)]) == pytest.approx([1.0, -1.0], abs=3e-3)
+    assert find_advantages([rollout(0.5), rollout(0.5)]) == [0.0, 0.0]
+
+
+def test_batch_marks_what_was_sampled() -> None:
+    batch = make_batch([rollout(1.0, tokens=1, prompt=2), rollout(0.0, tokens=2, prompt=3)])
+    assert batch.tokens.tolist() == [[5, 6, 20, 0, 0], [5, 6, 7, 20, 21]]
+    assert batch.sampled.tolist() == [[False, True, False, False], [False, False, True, True]]
+    assert batch.behaviour.tolist() == [[0, -1, 0, 0], [0, 0, -1, -1]]
+
+
+def test_loss_raises_what_was_good_and_clips() -> None:
+    batch = make_batch([rollout(1.0), rollout(0.0)])
+    logprobs = batch.behaviour.clone().requires_grad_()
+    find_loss(logprobs, batch).backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    good, bad = logprobs.grad[0][batch.sampled[0]], logprobs.grad[1][batch.sampled[1]]
+    assert (good < 0).all()
+    assert (bad > 0).all()
+    assert not logprobs.grad[~batch.sampled].any()
+    far = (batch.behaviour + math.log(1 + 2 * CLIP)).requires_grad_()
+    find_loss(far, batch).backward()  # type: ignore[no-untyped-call]
+    assert far.grad is not None
+    assert not far.grad[0].any(), "a good completion that is far more likely by now is not pushed further"
+    assert far.grad[1][batch.sampled[1]].all(), "a bad one is pushed back from anywhere"
+
+
+def test_logprobs_do_not_see_the_padding() -> None:
+    from transformers import LagunaForCausalLM
+
+    model = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
+    short, long = rollout(1.0, tokens=3, prompt=4), rollout(0.0, tokens=9, prompt=12)
+    with torch.no_grad():
+        alone, padded = make_batch([short]), make_batch([short, long])
+        expected = find_logprobs(model, alone.tokens)[0]
+        found = find_logprobs(model, padded.tokens)[0, : expected.numel()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    known = make_batch([Rollout(short.prompt_ids, short.token_ids, tuple(expected[3:].tolist()), 1.0, "v")])
+    assert find_mismatch(expected[None], known) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"id": "a:1"}\n', '{"id": "a:1", "prompt": "x"}\n', "[]\n"])
+def test_unusable_prompts_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="prompts"):
+        grpo.read_prompts(path)
+
+
+def test_a_file_is_on_one_side() -> None:
+    prompts = grpo.read_prompts(TOY / "prompts.jsonl")
+    assert len(prompts.training) + len(prompts.held_out) == 512
+    assert 64 < len(prompts.held_out) < 192
+
+
+def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, str(ROOT / "scripts" / "grpo.py"), "--model", str(TOY / "teacher"), "--out", str(out)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500, check=False)
+    lines = done.stdout.strip().splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
+
+
+@pytest.mark.vllm
+def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "2", "--group", "4", "--max-tokens", "12"]
+    status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
+    assert status in (0, 1), said
+    status, result, said = run_grpo(out, *small, "--steps", "3", "--measure-every", "2")
+    assert status in (0, 1), said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["version"]) for line in log] == [(i, f"step-{i}") for i in range(4)]
+    steps = [line for line in log if "reward" in line]
+    assert len(steps) == 3
+    # The weights that sampled are the trainer's: after every update, and after the start from the saved state.
+    assert all(line["mismatch_nats"] < 1e-3 for line in steps)
+    assert all(1 <= line["acceptance_length"] <= 8 for line in steps)
+    assert result["held_out_reward"]["prompts"] > 0
+    assert {path.name for path in (out / "versions").iterdir()} == {"step-0", "step-2", "step-3"}
+    assert (out / "reward.png").stat().st_size > 10_000
+    status, _, said = run_grpo(out, *small, "--steps", "3", "--seed", "1")
+    assert status == 2
+    assert "another run's" in said
