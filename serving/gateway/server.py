@@ -137,6 +137,7 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
         finally:
             server.force_exit = True
             thread.join(STOP_S)
+            gc.unfreeze()  # what the rest of this process no longer needs may go again
 
 
 def with_ports(config: Config) -> Config:

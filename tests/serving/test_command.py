@@ -55,6 +55,7 @@ def test_defaults(target: Path) -> None:
         ({"max_model_len": 512}, ["--max-model-len", "512"]),
         ({"max_num_seqs": 3}, ["--max-num-seqs", "3"]),
         ({"enforce_eager": True}, ["--enforce-eager"]),
+        ({"weight_updates": True}, ["--weight-transfer-config", '{"backend": "folder"}']),
         ({"prefix_caching": False}, ["--no-enable-prefix-caching"]),
         ({"seed": 7}, ["--seed", "7"]),
         ({"served_model_name": "m"}, ["--served-model-name", "m"]),
@@ -134,6 +135,14 @@ def test_environment_is_private_and_offline_for_local_files() -> None:
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
     assert environment["PATH"] == "/bin"
     assert "HF_HUB_OFFLINE" not in build_environment(base, CPU, local=False)
+
+
+def test_engine_that_takes_new_weights_stays_on_the_loopback(target: Path) -> None:
+    """Whoever reaches vLLM's development routes can change its weights."""
+    assert "VLLM_SERVER_DEV_MODE" not in build_environment({}, CPU, local=True)
+    assert build_environment({}, CPU, local=True, weight_updates=True)["VLLM_SERVER_DEV_MODE"] == "1"
+    with pytest.raises(CheckpointError, match=r"expected an engine on the loopback, got 0\.0\.0\.0"):
+        inspect(EngineConfig(model=str(target), host="0.0.0.0", weight_updates=True))
 
 
 def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
