@@ -22,6 +22,7 @@ class FakeOpenAI(FakeServer):
         self.keys: list[str | None] = []
 
     def routes(self) -> list[web.RouteDef]:
+        """What it answers."""
         return [
             web.get("/v1/models", self._models),
             web.post("/v1/chat/completions", self._answer),

@@ -45,6 +45,7 @@ class FakeScorer(FakeServer):
         self.most = self._now = 0
 
     def routes(self) -> list[web.RouteDef]:
+        """What it answers."""
         return [
             web.get("/v1/models", self._models),
             web.post("/tokenize", self._tokenize),

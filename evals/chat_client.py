@@ -1,0 +1,51 @@
+"""Asks a vLLM endpoint's chat route for one greedy answer with token ids and log-probabilities, as bench/client.py does
+the completions route: the two give the same kind of Probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from laguna_serve.bench.client import Client
+from laguna_serve.bench.parity import Probe
+
+
+class ChatClient(Client):
+    """Sends every prompt as a user's message, through the server's chat template."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        base_url: str,
+        model_name: str,
+        max_tokens: int,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        super().__init__(session, base_url, model_name, max_tokens, sampling)
+        self._url = base_url.rstrip("/") + "/v1/chat/completions"
+
+    async def probe(self, prompt: str | Sequence[int], logprobs: int = 2) -> Probe:
+        """As a raw completion's.
+
+        Raises:
+            EndpointError: the request failed.
+        """
+        extra = {"logprobs": True, "top_logprobs": logprobs, "return_tokens_as_token_ids": True}
+        return await self._ask({**self._body, "messages": [{"role": "user", "content": prompt}], **extra}, decode_chat)
+
+
+def decode_chat(answer: dict[str, Any]) -> Probe:
+    """Read a chat answer, as parity.decode_probe reads a completion's.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or of another kind.
+    """
+    choice = answer["choices"][0]
+    top = tuple(
+        {int(item["token"].removeprefix("token_id:")): float(item["logprob"]) for item in [*step["top_logprobs"], step]}
+        for step in choice["logprobs"]["content"]
+    )
+    text, prompt_ids = choice["message"]["content"] or "", tuple(answer.get("prompt_token_ids") or ())
+    return Probe(tuple(choice["token_ids"]), top, text=text, prompt_ids=prompt_ids)
