@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import sys
@@ -190,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
 def list_decisive(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about a run; another run's folder is not continued."""
     names = ("model", "draft", "gamma", "prompts_per_step", "group", "max_tokens", "lr", "dtype", "seed")
-    return {name: vars(args)[name] for name in names} | {"prompts": str(args.prompts)}
+    return {name: vars(args)[name] for name in names} | {"prompts": os.path.relpath(args.prompts)}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
