@@ -12,6 +12,19 @@ from laguna_serve.bench.plan import BASELINE, CANDIDATE
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.serve import parse_gamma
 
+# What of them decides how an arm answers; the first three name checkpoints.
+ENGINE_FLAGS = (
+    "model",
+    "candidate_model",
+    "draft",
+    "gamma",
+    "baseline_args",
+    "candidate_args",
+    "dtype",
+    "eager",
+    "exact",
+)
+
 
 def add_arm_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, in two groups."""

@@ -19,7 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec, parse_numbers
+from laguna_serve.bench.arm_flags import (
+    ENGINE_FLAGS,
+    add_arm_flags,
+    check_arm_flags,
+    find_dtype,
+    make_spec,
+    parse_numbers,
+)
 from laguna_serve.bench.arms import ArmSpec
 from laguna_serve.bench.certificate import DEFECT, ROW_MATCHED
 from laguna_serve.bench.certificate_report import render_html, render_markdown, render_text
@@ -132,21 +139,8 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
         raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")
     prompts = prompts[: args.num_prompts or DEFAULT_PROMPTS]
     out = Path(args.out)
-    engines = (
-        "model",
-        "candidate_model",
-        "draft",
-        "gamma",
-        "baseline_args",
-        "candidate_args",
-        "dtype",
-        "eager",
-        "exact",
-    )
-    decisive = (*engines, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
-    checkpoints = {
-        name: fingerprint(path) for name in ("model", "candidate_model", "draft") if (path := vars(args)[name])
-    }
+    decisive = (*ENGINE_FLAGS, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
+    checkpoints = {name: fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := vars(args)[name])}
     claim_folder(
         out / "passes",
         {name: vars(args)[name] for name in decisive}

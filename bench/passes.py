@@ -6,7 +6,6 @@ in writing is dropped and its prompt sent again.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from laguna_serve.bench.client import Client
+from laguna_serve.bench.closed_loop import run_closed_loop
 from laguna_serve.bench.parity import Probe
 from laguna_serve.bench.prompts import Prompt
 
@@ -49,23 +49,14 @@ async def run_pass(
         EndpointError: a request failed; the others that are in flight are broken off.
     """
     waiting = [prompt for prompt in prompts if prompt.id not in journal.answers]
-    waiting.reverse()
     before = len(journal.answers)
     with journal.path.open("a", encoding="utf-8") as file:
 
-        async def work() -> None:
-            while waiting:
-                prompt = waiting.pop()
-                journal.add(file, prompt.id, await client.probe(prompt.text))
-                report(len(journal.answers) - before)
+        async def work(prompt: Prompt) -> None:
+            journal.add(file, prompt.id, await client.probe(prompt.text))
+            report(len(journal.answers) - before)
 
-        workers = [asyncio.create_task(work()) for _ in range(concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await run_closed_loop(waiting, concurrency, work)
 
 
 def _is_whole(line: str) -> bool:

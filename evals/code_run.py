@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.bench.closed_loop import run_closed_loop
 from laguna_serve.evals.endpoint import Endpoint, EndpointError
 from laguna_serve.evals.extract import STOPS, Form, extract_program
 from laguna_serve.evals.grading import Grade, Limits, grade
@@ -85,29 +86,21 @@ async def run_samples(
         stack.callback(answers.close)
         stack.callback(grades.close)
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading"))
-        missing = [(problem, key) for problem, key in reversed(keys) if key not in grades.entries]
-        total = len(missing)
-
-        async def work() -> None:
-            while missing:
-                problem, key = missing.pop()
-                text = await _answer(endpoint, problem, key, workload, answers)
-                if text is not None:
-                    program = extract_program(text, problem, workload.form)
-                    loop = asyncio.get_running_loop()
-                    verdict = await loop.run_in_executor(pool, grade, problem, program, limits)
-                    grades.add(key, {**asdict(verdict), "program": program})
-                finished.append(key)
-                report(len(finished), total)
-
+        missing = [(problem, key) for problem, key in keys if key not in grades.entries]
         finished: list[Key] = []
-        workers = [asyncio.create_task(work()) for _ in range(workload.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+
+        async def work(item: tuple[Problem, Key]) -> None:
+            problem, key = item
+            text = await _answer(endpoint, problem, key, workload, answers)
+            if text is not None:
+                program = extract_program(text, problem, workload.form)
+                loop = asyncio.get_running_loop()
+                verdict = await loop.run_in_executor(pool, grade, problem, program, limits)
+                grades.add(key, {**asdict(verdict), "program": program})
+            finished.append(key)
+            report(len(finished), len(missing))
+
+        await run_closed_loop(missing, workload.concurrency, work)
         return [Sample(*key, answers.entries[key], _read_grade(grades, key)) for _, key in keys]
 
 

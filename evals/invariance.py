@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec
+from laguna_serve.bench.arm_flags import ENGINE_FLAGS, add_arm_flags, check_arm_flags, find_dtype, make_spec
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.folder import claim_folder, fingerprint
@@ -195,20 +195,9 @@ def list_settings(
     args: argparse.Namespace, problems: Sequence[Problem], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides about the answers. The repeats too: adding some after a look would bend the tests."""
-    engines = (
-        "model",
-        "candidate_model",
-        "draft",
-        "gamma",
-        "baseline_args",
-        "candidate_args",
-        "dtype",
-        "eager",
-        "exact",
-    )
     work = ("prefix_caching", "baseline_url", "candidate_url", "form", "max_tokens", "repeats", "concurrency", "seed")
-    checkpoints = [fingerprint(path) for name in engines[:3] if (path := vars(args)[name])]
-    return {name: vars(args)[name] for name in (*engines, *work)} | {
+    checkpoints = [fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := vars(args)[name])]
+    return {name: vars(args)[name] for name in (*ENGINE_FLAGS, *work)} | {
         "problems": [asdict(problem) for problem in problems],
         "checkpoints": checkpoints,
         "versions": environment["versions"],

@@ -30,6 +30,7 @@ import aiohttp
 
 from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
 from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
+from laguna_serve.bench.closed_loop import run_closed_loop
 from laguna_serve.bench.passes import Journal
 from laguna_serve.bench.plan import ARMS
 from laguna_serve.bench.progress import Progress
@@ -203,7 +204,7 @@ async def _send(
     by_name = {arm.name: arm for arm in arms}
     failures: dict[str, str] = {}
     failed: Counter[str] = Counter()
-    waiting, done = list(reversed(requests)), 0
+    done = 0
     progress.begin()
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
@@ -211,29 +212,21 @@ async def _send(
         await stack.enter_async_context(kept.drafts.watch(session, arms))
         file = stack.enter_context(kept.journal.path.open("a", encoding="utf-8"))
 
-        async def work() -> None:
+        async def work(request: Request) -> None:
             nonlocal done
-            while waiting:
-                request = waiting.pop()
-                if failed[request.arm] >= MAX_FAILURES:
-                    failures[request.key] = f"not sent: the {request.arm} failed {MAX_FAILURES} times"
-                    continue
-                try:
-                    kept.journal.add(file, request.key, await clients[request.arm].probe(request.problem.prompt))
-                except EndpointError as error:
-                    failures[request.key] = str(error)
-                    failed[request.arm] += 1
-                    await _look_for_death(by_name[request.arm])
-                done += 1
-                progress.step(request.arm, done, len(requests))
+            if failed[request.arm] >= MAX_FAILURES:
+                failures[request.key] = f"not sent: the {request.arm} failed {MAX_FAILURES} times"
+                return
+            try:
+                kept.journal.add(file, request.key, await clients[request.arm].probe(request.problem.prompt))
+            except EndpointError as error:
+                failures[request.key] = str(error)
+                failed[request.arm] += 1
+                await _look_for_death(by_name[request.arm])
+            done += 1
+            progress.step(request.arm, done, len(requests))
 
-        workers = [asyncio.create_task(work()) for _ in range(job.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await run_closed_loop(requests, job.concurrency, work)
     return failures
 
 

@@ -7,7 +7,6 @@ such a request: rows that begin alike, or come again, are computed anew.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from laguna_serve.bench.client import EndpointError
+from laguna_serve.bench.closed_loop import run_closed_loop
 from laguna_serve.evals.loss_journal import Journal
 from laguna_serve.evals.loss_rows import Row
 
@@ -160,22 +160,13 @@ async def score_rows(
         EndpointError: a request failed; the others that are in flight are broken off.
     """
     waiting = [number for number in range(len(rows)) if number not in journal.nats]
-    waiting.reverse()
     before = len(journal.nats)
     with journal.open() as file:
 
-        async def work() -> None:
-            while waiting:
-                number = waiting.pop()
-                row = rows[number]
-                losses = await endpoint.score(row.tokens)
-                journal.add(file, number, row, math.fsum(losses[row.first - 1 :]))
-                report(len(journal.nats) - before)
+        async def work(number: int) -> None:
+            row = rows[number]
+            losses = await endpoint.score(row.tokens)
+            journal.add(file, number, row, math.fsum(losses[row.first - 1 :]))
+            report(len(journal.nats) - before)
 
-        workers = [asyncio.create_task(work()) for _ in range(concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await run_closed_loop(waiting, concurrency, work)
