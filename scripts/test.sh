@@ -9,5 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
 bash scripts/client_env.sh evals
 bash scripts/client_env.sh spec_rl
+# Two at a time: a thread that waits for another one must sleep, not spin on the core that it waits for.
+export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
 # By file, as a file's tests share what they start; in the order of collection, as the longest come early.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

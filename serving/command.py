@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.budget import plan_memory
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
@@ -40,6 +39,8 @@ CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# The transfer engine that plugins/register.py registers under this name.
+WEIGHT_TRANSFER = {"backend": "folder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if config.enforce_eager:
         command += ["--enforce-eager"]
     if config.weight_updates:
-        command += ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND})]
+        command += ["--weight-transfer-config", json.dumps(WEIGHT_TRANSFER)]
     overrides = choose_overrides(config, checkpoints.target)
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]

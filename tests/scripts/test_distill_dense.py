@@ -195,7 +195,7 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     """Stopped in stage 1 after a state was saved; the blocks at the end are those of a run in one go."""
     cut = [*SHORT, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
     with subprocess.Popen([*COMMAND, *cut], stderr=subprocess.PIPE, text=True) as first:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (tmp_path / "cut.work" / "stage1.state").exists():
             assert first.poll() is None
             assert time.monotonic() < deadline

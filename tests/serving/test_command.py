@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
+from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.budget import GIB
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.command import (
@@ -55,7 +56,7 @@ def test_defaults(target: Path) -> None:
         ({"max_model_len": 512}, ["--max-model-len", "512"]),
         ({"max_num_seqs": 3}, ["--max-num-seqs", "3"]),
         ({"enforce_eager": True}, ["--enforce-eager"]),
-        ({"weight_updates": True}, ["--weight-transfer-config", '{"backend": "folder"}']),
+        ({"weight_updates": True}, ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND})]),
         ({"prefix_caching": False}, ["--no-enable-prefix-caching"]),
         ({"seed": 7}, ["--seed", "7"]),
         ({"served_model_name": "m"}, ["--served-model-name", "m"]),
