@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
         "environment": environment,
         "base_url": args.base_url,
         "model": model,
-        "problems_file": args.problems,
+        "problems_file": os.path.relpath(args.problems),
         "workload": asdict(workload),
         "limits": asdict(limits),
         **summarise(samples, args.k),

@@ -47,12 +47,13 @@ def estimate_pass_at_k(samples: int, passed: int, k: int) -> float:
 def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
     """Mean pass@k over problems; `counts`: (samples, passed) of each.
 
-    The interval is exact (Clopper–Pearson) with one sample each, where problems simply pass or fail, and else a
+    The interval is exact (Clopper–Pearson) where problems simply pass or fail: with one sample each, and where all
+    are certain to fail or all to pass, of which resampling would make an interval without width.  Else it is a
     percentile bootstrap over problems.
     """
     values = [estimate_pass_at_k(samples, passed, k) for samples, passed in counts]
-    if all(samples == 1 for samples, _ in counts):
-        total, passed = len(counts), sum(passed for _, passed in counts)
+    if all(samples == 1 for samples, _ in counts) or set(values) in ({0.0}, {1.0}):
+        total, passed = len(values), round(sum(values))
         # Each side at 97.5%; the bound from below is the bound from above of the failures.
         low = 1.0 - bound_mismatch_rate(total - passed, total, 0.975)
         return Estimate(passed / total, (low, bound_mismatch_rate(passed, total, 0.975)), EXACT)

@@ -33,6 +33,13 @@ def test_single_samples_have_the_exact_interval() -> None:
     assert average_pass_at_k([(1, 1)] * 20, 1).ci95 == pytest.approx((0.025 ** (1 / 20), 1.0))
 
 
+def test_all_that_fail_or_pass_have_an_interval_with_width() -> None:
+    none, every = average_pass_at_k([(8, 0)] * 52, 1), average_pass_at_k([(8, 8)] * 52, 4)
+    assert (none.point, none.method, every.point) == (0.0, EXACT, 1.0)
+    assert none.ci95 == pytest.approx((0.0, 1 - 0.025 ** (1 / 52)))
+    assert every.ci95 == pytest.approx((0.025 ** (1 / 52), 1.0))
+
+
 def test_several_samples_are_resampled_over_problems() -> None:
     estimate = average_pass_at_k([(2, 2), (2, 0)] * 50, 1)
     assert (estimate.point, estimate.method) == (0.5, BOOTSTRAP)
