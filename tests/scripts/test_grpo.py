@@ -100,8 +100,8 @@ def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path
     assert [(line["step"], line["version"]) for line in log] == [(i, f"step-{i}") for i in range(4)]
     steps = [line for line in log if "reward" in line]
     assert len(steps) == 3
-    # The weights that sampled are the trainer's: after every update, and after the start from the saved state. Of a
-    # thousand tokens one may hang on two experts whose scores are equal but for rounding.
+    # The weights that sampled are the trainer's: after every update, and after the start from the saved state. With a
+    # drafter single tokens differ by more now and then (scripts/rl/policy.py), so one step of three may.
     assert sorted(line["mismatch_nats"] for line in steps)[-2] < 1e-3
     assert all(1 <= line["acceptance_length"] <= 8 for line in steps)
     assert result["held_out_reward"]["prompts"] > 0
