@@ -1,9 +1,10 @@
 """What does the gateway add? Streams through it against streams straight to a fast stand-in engine, by turns.
 
 Added latency is the difference of medians, of the time to the first event and of every event's way from the engine to
-the client, paired by round; the direct path is the stand-in's own ceiling. Client, engine and relays share this
-machine. Other relays stand beside ours in the same run: --start NAME=COMMAND runs one, with {engine} and {port} for the
-ports, and --peer NAME=URL takes one that runs already. Our gateway has keys, access log, affinity and admin port on.
+the client, paired by round. The direct path is the stand-in's own ceiling; a bare splice of two sockets shows what any
+relay adds on this machine, which client, engine and relays share. Other relays stand beside ours in the same run:
+--start NAME=COMMAND runs one, with {engine} and {port} for the ports, and --peer NAME=URL takes one that runs already.
+Our gateway has keys, access log, affinity and admin port on.
 The last stdout line is one JSON object (schema laguna_serve.gateway_bench/1).
 """
 
@@ -37,7 +38,7 @@ from laguna_serve.bench.stream_client import Sample, run_round
 from laguna_serve.serving.engine import EngineError, find_port
 
 SCHEMA = "laguna_serve.gateway_bench/1"
-DIRECT, OURS = "direct", "laguna"
+DIRECT, SPLICE, OURS = "direct", "splice", "laguna"
 START_S = 90.0
 KEY = "sk-bench"
 OWN_TIME = r"^laguna_gateway_added_chunk_seconds_{}{{[^}}]*}} ([0-9.e+-]+)$"
@@ -66,15 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = "laguna_serve.bench.stream_engine"
             command = [sys.executable, "-m", module, str(engine), str(args.chunks), str(args.gap_ms)]
             stack.enter_context(run_child(command, engine, out / "engine.log"))
-            port = find_port("127.0.0.1")
-            config = write_config(out, [engine])
-            command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(config)]
-            relays = {OURS: stack.enter_context(run_child([*command, "--port", str(port)], port, out / "gateway.log"))}
-            paths = {DIRECT: ("127.0.0.1", engine), OURS: ("127.0.0.1", port)}
-            for name, line in args.start:
+            python = [sys.executable, "-m"]
+            ours = [*python, "laguna_serve.serving.cli", "gateway", "--config", str(write_config(out, [engine]))]
+            commands = {
+                SPLICE: [*python, "laguna_serve.bench.splice", "{port}", "{engine}"],
+                OURS: [*ours, "--port", "{port}"],
+                **{name: shlex.split(line) for name, line in args.start},
+            }
+            paths, relays = {DIRECT: ("127.0.0.1", engine)}, dict[str, psutil.Process]()
+            for name, command in commands.items():
                 progress.say(f"starting {name}")
                 port = find_port("127.0.0.1")
-                started = [part.format(engine=engine, port=port) for part in shlex.split(line)]
+                started = [part.replace("{engine}", str(engine)).replace("{port}", str(port)) for part in command]
                 relays[name] = stack.enter_context(run_child(started, port, out / f"{name}.log"))
                 paths[name] = ("127.0.0.1", port)
             paths |= {name: (urlsplit(url).hostname or "", urlsplit(url).port or 80) for name, url in args.peer}
@@ -150,6 +154,8 @@ def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -
     """Medians of a path, and what it adds to the direct one, with the interquartile range over rounds."""
     ttft = np.array([np.median(sample.ttft_ms) for sample in samples])
     chunk = np.array([np.median(sample.chunk_ms) for sample in samples])
+    gap = np.array([np.median(sample.gap_ms) for sample in samples])
+    added_gap = gap - [np.median(sample.gap_ms) for sample in direct]
     added_ttft = ttft - [np.median(sample.ttft_ms) for sample in direct]
     added_chunk = chunk - [np.median(sample.chunk_ms) for sample in direct]
     return {
@@ -158,6 +164,7 @@ def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -
         "chunk_us_p50": float(np.median(chunk)) * 1e3,
         "added_ttft_ms": _spread(added_ttft),
         "added_chunk_us": _spread(added_chunk * 1e3),
+        "added_gap_us": _spread(added_gap * 1e3),
         "chunks_per_s": float(np.median([len(s.chunk_ms) / s.wall_s for s in samples])),
         "errors": sum(s.errors for s in samples),
         "events": sum(len(s.chunk_ms) for s in samples),
@@ -280,9 +287,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
     args = parser.parse_args(argv)
-    for name in ("requests", "rounds", "chunks"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    for name, least in {"requests": 1, "rounds": 1, "chunks": 2}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: expected at least {least}, got {getattr(args, name)}")
     return args
 
 

@@ -8,25 +8,26 @@ from typing import Any
 
 def render_text(result: Mapping[str, Any]) -> str:
     """In columns."""
-    header = ["streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "own µs", "CPU µs"]
-    header += ["events/s", "failed"]
-    layout = "{:>11}  {:<12} {:>8} {:>20} {:>20} {:>7} {:>7} {:>9} {:>6}"
+    header = ["streams", "path", "TTFT p50", "added TTFT, ms", "added per event, µs", "per gap, µs"]
+    header += ["own µs", "CPU µs", "events/s", "failed"]
+    layout = "{:>11}  {:<12} {:>8} {:>20} {:>20} {:>16} {:>6} {:>6} {:>8} {:>6}"
     return "\n".join(layout.format(*row) for row in (header, *_list_rows(result)))
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
     """As a page."""
     environment = result["environment"]
-    columns = ["streams", "path", "TTFT p50, ms", "added TTFT, ms", "added per event, µs", "own, µs", "CPU, µs"]
-    columns += ["events/s", "failed", "MiB"]
+    columns = ["streams", "path", "TTFT p50, ms", "added TTFT, ms", "added per event, µs", "per gap, µs"]
+    columns += ["own, µs", "CPU, µs", "events/s", "failed", "MiB"]
     lines = [
         "# What the gateway adds",
         "",
         f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, stand-in engine and relays on"
         f" {environment['cores']} cores of {environment['cpu']}, the relays by turns. Medians over rounds, quartiles in"
-        " brackets, times against the direct path's of the same round. Streams begin one after the other, as those of"
-        " many clients do, or all in one moment (at once). Own: from reading an event's bytes to writing them, as our"
-        " gateway's metrics say (a mean). CPU: of the relay, per event.",
+        " brackets, against the direct path in the same round. Splice: two sockets joined, unread. Streams begin one"
+        " after the other, as those of many clients do, or all in one moment (at once). Per event: its way from engine"
+        " to client. Per gap: the mean time between two events of a stream. Own: from reading an event's bytes to"
+        " writing them, as our gateway's metrics say (a mean). CPU: of the relay, per event.",
         "",
         f"| {' | '.join(columns)} |",
         "|--" * len(columns) + "|",
@@ -40,14 +41,18 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 def _list_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for load in result["loads"]:
         for name, path in load["paths"].items():
-            ttft, chunk = path["added_ttft_ms"], path["added_chunk_us"]
+            ttft = path["added_ttft_ms"]
             yield (
                 f"{load['streams']}{' at once' * load['at_once']}",
                 name,
                 f"{path['ttft_ms_p50']:.2f}",
                 f"{ttft['median']:.2f} ({ttft['q25']:.2f}–{ttft['q75']:.2f})",
-                f"{chunk['median']:.0f} ({chunk['q25']:.0f}–{chunk['q75']:.0f})",
+                *(_spread(path[key]) for key in ("added_chunk_us", "added_gap_us")),
                 *(f"{path[key]:.0f}" if key in path else "" for key in ("own_us_per_event", "cpu_us_per_event")),
                 f"{path['chunks_per_s']:,.0f}",
                 str(path["errors"]),
             )
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.0f} ({found['q25']:.0f}–{found['q75']:.0f})"

@@ -22,9 +22,11 @@ BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' +
 
 @dataclass(slots=True)
 class Sample:
-    """What one round saw: ms from the request to its first event, and of every event from sent to received."""
+    """What one round saw, in ms: per stream from the request to its first event, and the mean gap between two events;
+    per event from sent to received."""
 
     ttft_ms: list[float] = field(default_factory=list)
+    gap_ms: list[float] = field(default_factory=list)
     chunk_ms: list[float] = field(default_factory=list)
     errors: int = 0
     wall_s: float = 0.0
@@ -36,7 +38,7 @@ class _Stream(asyncio.Protocol):
     def __init__(self, request: bytes, sample: Sample) -> None:
         self._request, self.sample = request, sample
         self._transport: asyncio.Transport | None = None
-        self._started, self._first = 0, True
+        self._started_ns = self._first_ns = self._events = 0
         self._done: asyncio.Future[bool] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -45,12 +47,15 @@ class _Stream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.monotonic_ns()
         for sent in SENT.findall(data):
-            if self._first:
-                self._first = False
-                self.sample.ttft_ms.append((now - self._started) / 1e6)
+            if not self._events:
+                self._first_ns = now
+                self.sample.ttft_ms.append((now - self._started_ns) / 1e6)
+            self._events += 1
             self.sample.chunk_ms.append((now - int(sent)) / 1e6)
         if data.endswith(END) and self._done is not None and not self._done.done():
-            self._done.set_result(not self._first)
+            if self._events > 1:
+                self.sample.gap_ms.append((now - self._first_ns) / (self._events - 1) / 1e6)
+            self._done.set_result(self._events > 0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -61,7 +66,7 @@ class _Stream(asyncio.Protocol):
         """Send the request; True when its stream came to its end."""
         if self._transport is None:
             return False
-        self._first, self._started = True, time.monotonic_ns()
+        self._events, self._started_ns = 0, time.monotonic_ns()
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(self._request)
         return await asyncio.wait_for(self._done, 60)

@@ -10,7 +10,7 @@ body that fails (files missing, cut off, not those that were digested, tensors m
 answered with an error, and the engine goes on with the weights that it had: staging.py.
 
 Given to vLLM with `--weight-transfer-config '{"backend": "folder"}'`, which `laguna serve --weight-updates` does.
-Checked against vLLM 0.32.0.  One device: tensor and pipeline parallelism are refused.
+Run with vLLM 0.32.0, read against 0.26.  One device: tensor and pipeline parallelism are refused.
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ class FolderWeightTransferEngine(WeightTransferEngine[FolderInitInfo, FolderUpda
         """Raises WeightFolderError when no folder came."""
         if not self._received:
             raise WeightFolderError("update: expected a folder before its end, got none; call /update_weights first")
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:
+        """Always raises NotImplementedError: a trainer writes a folder instead. vLLM 0.26 demands the method."""
+        raise NotImplementedError("weights from a folder: write the folder and name it in /update_weights")
 
     def shutdown(self) -> None:
         """Nothing to release."""

@@ -118,14 +118,14 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     async def start(model: Model = None) -> dict[str, Any]:
         """Begin an update of the model."""
         async with alone(model) as group:
-            await group.start(draft=False)
+            await group.start("update")
         return {"message": "Weight update started"}
 
     @app.post("/start_draft_weight_update")
     async def start_draft(model: Model = None) -> dict[str, Any]:
         """Begin an update of its drafter."""
         async with alone(model) as group:
-            await group.start(draft=True)
+            await group.start("draft_update")
         return {"message": "Draft weight update started"}
 
     @app.post("/update_weights")
@@ -143,8 +143,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     ) -> dict[str, Any]:
         """All engines have them; answers say so from now on."""
         async with alone(model) as group:
-            await group.finish(weight_version)
-            group.settle(weight_version, draft_version)
+            await group.finish(weight_version, draft_version)
         return {"message": "Weight update finished"}
 
     async def pass_on(request: Request) -> Response:

@@ -9,7 +9,7 @@ brought back to it and checked; the others are fenced off, until an update succe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import aiohttp
@@ -20,6 +20,10 @@ from laguna_serve.serving.gateway.pool import VERSION, Engine, Pool
 TIMEOUT_S = 600.0
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
 PauseMode = Literal["keep", "wait", "abort"]
+# What an update brings: the model's weights, its drafter's, a name for the former. Named as the fields of `Update`.
+Part = Literal["update", "draft_update", "weight_version"]
+PARTS: Sequence[Part] = ("update", "draft_update", "weight_version")
+START: Mapping[Part, str] = {"update": "/start_weight_update", "draft_update": "/start_draft_weight_update"}
 
 
 class _Body(BaseModel):
@@ -46,6 +50,8 @@ class UpdateRequest(Update):
 # are computed again up to where they were.
 RESET = "/reset_prefix_cache"
 RESET_ALL = {"reset_running_requests": "true"}
+# vLLM 0.29 and newer have it; where it is missing, an update with a version is refused before anything is touched.
+VERSION_PATH = "/weight_info"
 
 
 class StepError(Exception):
@@ -62,7 +68,11 @@ class WeightGroup:
 
     def __init__(self, pool: Pool, session: aiohttp.ClientSession) -> None:
         self.pool, self._session = pool, session
-        self._touched: set[Engine] = set()
+        # Parts that an update began to change, until one has brought all engines to the same: such an engine is fenced
+        # off when requests go on.
+        self._changed: dict[Engine, set[Part]] = {}
+        self._open = set[Engine]()  # an update has been started, and not finished
+        self._part: Part = "update"  # of the steps that come one by one
         self.lock = asyncio.Lock()
 
     async def pause(self, mode: PauseMode) -> None:
@@ -76,7 +86,7 @@ class WeightGroup:
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
         """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
-        self._fence_touched()
+        self._fence_changed()
         try:
             await self.call("/resume", self.pool.engines if engines is None else engines)
         except StepError as error:
@@ -85,44 +95,46 @@ class WeightGroup:
         finally:
             self.pool.resume()
 
-    async def start(self, *, draft: bool) -> None:
-        """Begin an update on every engine. Raises StepError: those that were touched are fenced off."""
-        await self._step("/start_draft_weight_update" if draft else "/start_weight_update")
+    async def start(self, part: Part) -> None:
+        """Begin an update on every engine. Raises StepError: they are fenced off."""
+        self._part = part
+        await self._close(self.pool.engines)
+        self._open |= set(self.pool.engines)
+        await self._step(START[part])
 
     async def update(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """One body of `/update_weights` to every engine. Raises StepError as `start`."""
         await self._step("/update_weights", {"update_info": info})
 
-    async def finish(self, weight_version: str | None) -> None:
+    async def finish(self, weight_version: str | None, draft_version: str | None) -> None:
         """End it, and check that every engine says the same version. Raises StepError as `start`."""
         await self._step("/finish_weight_update", {"weight_version": weight_version})
+        self._open.difference_update(self.pool.engines)
         await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
         if weight_version is not None:
             await self._guarded(lambda: self._verify(self.pool.engines, weight_version))
-
-    def settle(self, weight_version: str | None, draft_version: str | None) -> None:
-        """All engines have the new version, and say so from now on."""
-        self._touched.clear()
-        self.pool.set_versions(weight_version, draft_version)
+        self._settle({self._part}, weight_version, draft_version)
 
     async def apply(self, request: UpdateRequest) -> dict[str, Any]:
         """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
-        if not request.update and any(engine.fenced for engine in self.pool.engines):
-            return self._report(
-                "unchanged", "update: expected the weights, as engines are fenced off, got a version alone"
-            )
+        parts = _list_parts(request)
+        if missing := self._list_needed() - parts:
+            told = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
+            return self._report("unchanged", f"update: {told}")
         try:
+            if request.weight_version is not None:
+                await self.call(VERSION_PATH, self.pool.engines, method="GET")  # what will be asked at the end
             await self.pause(request.mode)
         except StepError as error:
             return self._report("unchanged", str(error))
         try:
             await self._load(request, self.pool.engines)
-            self.settle(request.weight_version, request.draft_version)
+            self._settle(parts, request.weight_version, request.draft_version)
             return self._report("updated", None)
         except StepError as error:
             if request.rollback is not None:
                 await self._roll_back(request.rollback)
-            self._fence_touched()
+            self._fence_changed()
             return self._report(self._find_outcome(), str(error))
         finally:
             await self.resume()
@@ -143,51 +155,80 @@ class WeightGroup:
         return answers
 
     async def _load(self, update: Update, engines: Sequence[Engine]) -> None:
-        for bodies, version, start in (
-            (update.update, update.weight_version, "/start_weight_update"),
-            (update.draft_update, None, "/start_draft_weight_update"),
-        ):
-            if not bodies:
-                continue
-            self._touched |= set(engines)
-            await self.call(start, engines)
-            for body in bodies:
-                await self.call("/update_weights", engines, {"update_info": body})
-            await self.call("/finish_weight_update", engines, {"weight_version": version})
-            await self.call(RESET, engines, params=RESET_ALL)
+        await self._close(engines)
+        for part, start in START.items():
+            if bodies := getattr(update, part):
+                self._note_changed(engines, part)
+                self._open |= set(engines)
+                await self.call(start, engines)
+                for body in bodies:
+                    await self.call("/update_weights", engines, {"update_info": body})
+                version = update.weight_version if part == "update" else None
+                await self.call("/finish_weight_update", engines, {"weight_version": version})
+                self._open.difference_update(engines)
+                await self.call(RESET, engines, params=RESET_ALL)
         if update.weight_version is not None:
+            self._note_changed(engines, "weight_version")
             if not update.update:
-                self._touched |= set(engines)
                 await self.call("/update_weight_version", engines, {"new_version": update.weight_version})
             await self._verify(engines, update.weight_version)
 
     async def _roll_back(self, update: Update) -> None:
-        """Every touched engine on its own: one that cannot be brought back is no reason to give up another."""
+        """Every changed engine on its own: one that cannot be brought back is no reason to give up another."""
         weights, draft = self.pool.versions
         whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
-        for engine in list(self._touched):
+        for engine, changed in list(self._changed.items()):
+            if changed - _list_parts(whole):
+                continue
             try:
                 await self._load(whole, [engine])
             except StepError:
                 continue
-            self._touched.discard(engine)
+            del self._changed[engine]
+
+    async def _close(self, engines: Iterable[Engine]) -> None:
+        """End what was started and not finished: vLLM starts nothing else meanwhile. If it cannot be finished, it ends
+        by a body that says nothing, which is refused."""
+        for engine in self._open.intersection(engines):
+            await self._ask("POST", engine, "/finish_weight_update", {}, None)
+            await self._ask("POST", engine, "/update_weights", {"update_info": {}}, None)
+            self._open.discard(engine)
+
+    def _settle(self, parts: Collection[Part], weight_version: str | None, draft_version: str | None) -> None:
+        """All engines have these parts, and say so from now on; one that another part is still unknown of does not."""
+        left = {engine: changed.difference(parts) for engine, changed in self._changed.items()}
+        self._changed = {engine: changed for engine, changed in left.items() if changed}
+        self.pool.set_versions(weight_version, draft_version)
+        self._fence_changed()
+
+    def _list_needed(self) -> set[Part]:
+        """What an update must bring so that all engines are the same after it."""
+        needed = set[Part]()
+        for engine in self.pool.engines:
+            if engine.fenced:
+                needed |= self._changed.get(engine, {"update"})
+        return needed
+
+    def _note_changed(self, engines: Sequence[Engine], part: Part) -> None:
+        for engine in engines:
+            self._changed.setdefault(engine, set()).add(part)
 
     async def _step(self, path: str, body: Mapping[str, Any] | None = None) -> None:
-        self._touched |= set(self.pool.engines)
+        self._note_changed(self.pool.engines, self._part)
         await self._guarded(lambda: self.call(path, self.pool.engines, body))
 
     async def _guarded(self, step: Callable[[], Awaitable[Any]]) -> None:
         try:
             await step()
         except StepError:
-            self._fence_touched()
+            self._fence_changed()
             raise
 
     async def _verify(self, engines: Sequence[Engine], version: str) -> None:
-        answers = await self.call("/weight_info", engines, method="GET")
+        answers = await self.call(VERSION_PATH, engines, method="GET")
         found = {engine: answer.get("weight_version") for engine, answer in answers.items()}
         if wrong := {e: f"expected version {version}, got {v}" for e, v in found.items() if v != version}:
-            raise StepError("/weight_info", wrong)
+            raise StepError(VERSION_PATH, wrong)
 
     async def _ask(
         self, method: str, engine: Engine, path: str, body: Mapping[str, Any] | None, params: Mapping[str, str] | None
@@ -203,10 +244,9 @@ class WeightGroup:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return OSError(f"{type(error).__name__}: {error}")
 
-    def _fence_touched(self) -> None:
-        for engine in self._touched:
+    def _fence_changed(self) -> None:
+        for engine in self._changed:
             engine.fence("an update of its weights failed half-way")
-        self._touched.clear()
 
     def _find_outcome(self) -> str:
         """Of an update that failed."""
@@ -223,3 +263,7 @@ class WeightGroup:
             for engine in self.pool.engines
         }
         return {"outcome": outcome, "model": self.pool.model.name, "error": error, "upstreams": engines}
+
+
+def _list_parts(update: Update) -> set[Part]:
+    return {part for part in PARTS if getattr(update, part)}

@@ -18,7 +18,7 @@ def test_every_event_arrives_on_both_paths(tmp_path: Path, capsys: pytest.Captur
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(load["streams"], load["at_once"]) for load in result["loads"]] == [(1, False), (3, False), (3, True)]
     for load in result["loads"]:
-        assert set(load["paths"]) == {"direct", "laguna"}
+        assert set(load["paths"]) == {"direct", "splice", "laguna"}
         for path in load["paths"].values():
             assert path["errors"] == 0
             assert path["events"] == path["events_expected"] == 2 * 3 * 5

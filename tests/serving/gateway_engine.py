@@ -8,21 +8,28 @@ from typing import Any
 from gateway_fakes import Exchange, Upstream
 
 PATH = "/v1/completions"
-STEPS = ("/pause", "/resume", "/start_weight_update", "/start_draft_weight_update", "/update_weights")
+STARTS = ("/start_weight_update", "/start_draft_weight_update")
+STEPS = ("/pause", "/resume", *STARTS, "/update_weights")
 FINISH, VERSION = "/finish_weight_update", "/weight_info"
 RESET = "/reset_prefix_cache"
 
 
 class RlEngine(Upstream):
-    """An engine with vLLM's routes for weights. `fail` names those that answer 500; `loaded` is what it was sent."""
+    """An engine with vLLM's routes for weights. As in vLLM one update goes on at a time: it must be started, and ends
+    when it is finished or a part of it fails.
+
+    `fail` names the routes that answer 500, `fail_once` those that do the first time; `loaded` is what it was sent.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
         self.fail: set[str] = set()
+        self.fail_once: set[str] = set()
         self.version = "default"
         self.loaded: list[Any] = []
         self.claims: str | None = None
+        self.started = False
         self.handlers = dict.fromkeys((*STEPS, FINISH, RESET, "/update_weight_version"), self.step)
         self.handlers[VERSION] = self.tell
         self.handlers[PATH] = self.complete
@@ -31,17 +38,31 @@ class RlEngine(Upstream):
         path = exchange.line.split(" ")[1]
         route = path.partition("?")[0]
         self.calls.append(path)
-        if route in self.fail:
+        body = json.loads(exchange.body) if exchange.body else {}
+        fails = route in self.fail | self.fail_once
+        self.fail_once.discard(route)
+        if fails or not self.is_in_order(route) or body.get("update_info") == {}:
+            if route == "/update_weights":
+                self.started = False
             await exchange.answer(b"no", status="500 No")
             return
-        body = json.loads(exchange.body) if exchange.body else {}
-        if route == "/update_weights":
+        if route in STARTS:
+            self.started = True
+        elif route == "/update_weights":
             self.loaded.append(body["update_info"])
+        elif route == FINISH:
+            self.started = False
         self.version = body.get("weight_version") or body.get("new_version") or self.version
         await exchange.answer(b'{"message": "ok"}')
 
+    def is_in_order(self, route: str) -> bool:
+        return self.started == (route not in STARTS) if route in (*STARTS, "/update_weights", FINISH) else True
+
     async def tell(self, exchange: Exchange) -> None:
         await exchange.answer(json.dumps({"weight_version": self.claims or self.version}).encode())
+
+    async def refuse(self, exchange: Exchange) -> None:
+        await exchange.answer(b'{"detail": "Not Found"}', status="404 Not Found")
 
     async def complete(self, exchange: Exchange) -> None:
         await exchange.answer(b"{}")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from gateway_engine import FINISH, RlEngine
+from gateway_engine import FINISH, VERSION, RlEngine
 from gateway_fakes import SSE, Exchange, Gateway, gateway, make_request, read_reply, wait_until
 
 PATH = "/v1/completions"
@@ -84,14 +84,62 @@ def test_failed_update_is_rolled_back() -> None:
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
 
 
-def test_all_that_can_be_rolled_back_is() -> None:
+@pytest.mark.parametrize("where", ["/start_weight_update", "/update_weights", FINISH, "/start_draft_weight_update"])
+def test_all_that_can_be_rolled_back_is(where: str) -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
-        one.fail = {"/start_draft_weight_update"}
-        back = {"update": [{"names": ["old"]}]}
+        one.fail_once = {where}
+        back = {"update": [{"names": ["old"]}], "draft_update": [{"names": ["old d"]}]}
         status, report = update(front, draft_update=[{"names": ["d"]}], rollback=back)
         assert (status, report["outcome"]) == (502, "rolled_back")
         assert one.version == two.version == "default"
+        assert one.loaded[-2:] == two.loaded[-2:] == [{"names": ["old"]}, {"names": ["old d"]}]
         assert front.ask(PATH, BODY).header("x-weight-version") == "default"
+
+
+def test_way_back_without_the_drafter_is_none_for_a_drafter() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        one.fail_once = {"/start_draft_weight_update"}
+        back = {"update": [{"names": ["old"]}]}
+        assert update(front, draft_update=[{"names": ["d"]}], rollback=back)[1]["outcome"] == "unavailable"
+
+
+def test_drafter_that_failed_half_way_is_not_forgotten() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        draft = {"draft_update": [{"names": ["d"]}]}
+        one.fail = {FINISH}
+        assert update(front, weight_version=None, update=[], **draft)[1]["outcome"] == "unavailable"
+        one.fail = set()
+        status, report = update(front)
+        assert (status, report["outcome"]) == (502, "unchanged")
+        assert "expected draft_update, as engines are fenced off" in report["error"]
+        for path, body in (("/pause", {}), ("/start_weight_update", {}), (FINISH, {"weight_version": "8"})):
+            assert front.ask_admin(path, body).status == 200
+        front.ask_admin("/resume", {})
+        assert front.ask(PATH, BODY).status == 503
+        assert update(front, weight_version=None, update=[], **draft)[1]["outcome"] == "updated"
+        assert front.ask(PATH, BODY).status == 200
+
+
+def test_version_alone_is_rolled_back() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        two.fail = {"/update_weight_version"}
+        status, report = update(front, update=[], rollback={})
+        assert (status, report["outcome"]) == (502, "reduced")
+        assert (one.version, report["upstreams"]["a"]["fenced"]) == ("default", None)
+        two.fail = set()
+        assert update(front, update=[])[1]["outcome"] == "updated"
+        assert one.version == two.version == "7"
+
+
+def test_engine_that_cannot_tell_its_version_is_left_alone() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        one.handlers[VERSION] = one.refuse  # as before vLLM 0.29
+        status, report = update(front)
+        assert (status, report["outcome"]) == (502, "unchanged")
+        assert "/weight_info: a: HTTP 404" in report["error"]
+        assert one.calls == []
+        assert front.ask(PATH, BODY).status == 200
+        assert update(front, weight_version=None)[1]["outcome"] == "updated"
 
 
 def test_requests_wait_while_weights_change() -> None:

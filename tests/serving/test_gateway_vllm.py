@@ -218,6 +218,16 @@ def test_new_weights_are_served_and_a_broken_version_is_not(
     assert say(front, model) == (old_text, old_version)
 
 
+def test_update_that_was_never_finished_does_not_block_the_next(front: Gateway, fp32_engine: Engine) -> None:
+    for path in ("/pause?mode=keep", "/start_weight_update", "/resume"):
+        assert front.ask_admin(path, {}).status == 200
+    assert ask(front.port, "/v1/completions", b"{}").status == 503
+    version = front.relay.pools[fp32_engine.model_name].versions[0].decode()
+    weights = {"weight_version": version, "update": [{"folder": str(TOY / "teacher")}]}
+    assert front.ask_admin("/admin/update_weights", weights).json()["outcome"] == "updated"
+    assert say(front, fp32_engine.model_name)[1] == version
+
+
 def test_update_that_the_engine_cannot_do_is_told(fp32_engine: Engine) -> None:
     """With nothing to fall back to, the model is not served with weights that may be broken."""
     with gateway(Upstream(url=fp32_engine.base_url), model={"name": fp32_engine.model_name}) as front:
