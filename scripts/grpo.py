@@ -6,6 +6,9 @@ prompt; the trainer is plain PyTorch; every version goes back through the gatewa
 (evals/syntax.py) is one that a model of a few million parameters can raise.  A drafter, if one is given, speculates for
 the policy all along and stays as it was: its acceptance is noted per version.
 
+Before every step it is noted how far trainer and engine are apart on the sampled tokens, apart from those behind a tie
+of two experts (scripts/rl/mismatch.py): rounding alone, if the engine has the trainer's weights.
+
 DIR gets log.jsonl (a line per step), state.pt (to continue from), versions/ (checkpoints), and grpo.json, reward.png.
 The last stdout line is one JSON object (schema laguna_serve.grpo/1).
 """
@@ -116,7 +119,8 @@ def take_step(args: argparse.Namespace, service: Service, prompts: Prompts, trai
     service.push(trainer.version, folder, digests, previous)
     rewards = [rollout.reward for group in groups for rollout in group]
     seconds = {"rollouts": sampled - started, "learning": learnt - sampled, "push": time.monotonic() - learnt}
-    record = {"reward": sum(rewards) / len(rewards), "mismatch_nats": mismatch}
+    record: dict[str, Any] = {"reward": sum(rewards) / len(rewards), "mismatch_nats": mismatch.nats}
+    record["tied"] = {"tokens": mismatch.tied_tokens, "mismatch_nats": mismatch.tied_nats}
     if before is not None and after is not None and after.drafts > before.drafts:
         record["acceptance_length"] = 1 + (after.accepted - before.accepted) / (after.drafts - before.drafts)
     return record | {"tokens": sum(len(r.token_ids) for g in groups for r in g), "seconds": seconds}

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from laguna_serve.scripts.rl.policy import find_logprobs, find_loss, find_mismatch, make_batch, write_version
+from laguna_serve.scripts.rl.mismatch import Mismatch, watch_routers
+from laguna_serve.scripts.rl.policy import find_logprobs, find_loss, make_batch, write_version
 from laguna_serve.scripts.rl.rollouts import Rollout
 from laguna_serve.serving.checkpoint import CheckpointError
 
@@ -64,14 +65,15 @@ class Trainer:
         """What the present weights are called."""
         return f"step-{self.step}"
 
-    def learn(self, groups: Sequence[Sequence[Rollout]]) -> float:
-        """One step on groups of rollouts; how far (nats, at most) trainer and engine differed on a token before it."""
+    def learn(self, groups: Sequence[Sequence[Rollout]]) -> Mismatch:
+        """One step on groups of rollouts; how far trainer and engine were apart before it."""
         count = sum(len(rollout.token_ids) for group in groups for rollout in group)
-        mismatch = 0.0
+        mismatch = Mismatch()
         for batch in map(make_batch, groups):
-            logprobs = find_logprobs(self.model, batch.tokens)
+            with watch_routers(self.model) as routers:
+                logprobs = find_logprobs(self.model, batch.tokens)
             (find_loss(logprobs, batch) / count).backward()
-            mismatch = max(mismatch, find_mismatch(logprobs, batch))
+            mismatch.add(logprobs, batch, routers.find_tied(batch))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
