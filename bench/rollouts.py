@@ -39,6 +39,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.command import inspect
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.serve import parse_gamma
+from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 
 SCHEMA = "laguna_serve.rollouts/1"
 GROUP = 8
@@ -110,7 +111,7 @@ def prepare(args: argparse.Namespace, environment: dict[str, Any]) -> Job:
     if needed * work.rounds > len(prompts):
         expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"
         raise PromptsError(f"{args.prompts}: {expected}; add prompts, or lower --rounds or --batch")
-    names = ("model", "draft", "dtype", "eager", "no_prefix_caching", "kv_cache_gib")
+    names = ("model", "draft", "draft_sampling", "dtype", "eager", "no_prefix_caching", "kv_cache_gib")
     settings = {name: vars(args)[name] for name in names} | {
         "gamma": gamma,
         "max_num_seqs": choose_max_num_seqs(args),
@@ -131,6 +132,7 @@ def make_config(args: argparse.Namespace, *, drafting: bool) -> EngineConfig:
         model=args.model,
         draft=args.draft if drafting else None,
         gamma=args.gamma if drafting else None,
+        draft_sampling=args.draft_sampling if drafting else DRAFT_SAMPLING[0],
         dtype=args.dtype,
         max_num_seqs=choose_max_num_seqs(args),
         enforce_eager=args.eager,
@@ -226,6 +228,7 @@ def conclude(args: argparse.Namespace, job: Job, environment: dict[str, Any]) ->
         "environment": environment,
         "model": args.model,
         "draft": args.draft,
+        "draft_sampling": args.draft_sampling,
         "gamma": job.gamma,
         "device": job.work.device,
         "workload": {**asdict(job.work), "prompts": args.prompts, "prefix_caching": not args.no_prefix_caching},
@@ -264,6 +267,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
     gamma = "tokens drafted per step, N or max (default: the drafter's most)"
     parser.add_argument("--gamma", metavar="N", type=parse_gamma, help=gamma)
+    add_draft_sampling(parser)
     parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     versions = "checkpoint folders of later policies, in order; the tensors are the model's"
     parser.add_argument("--versions", metavar="FOLDER", nargs="+", default=[], help=versions)

@@ -41,7 +41,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# What a rollout costs",
         "",
-        f"{result['model']}, drafter {result['draft']}, γ {result['gamma']}; groups of {work['group']} completions of"
+        f"{result['model']}, drafter {result['draft']} ({result['draft_sampling']}), γ {result['gamma']};"
+        f" groups of {work['group']} completions of"
         f" one prompt ({work['prompts']}), {work['max_tokens']} tokens each at temperature {work['temperature']:g},"
         f" with the log-probability of every token. {work['rounds']} rounds per point and arm, taking turns; both"
         " engines up, the baseline without the drafter and otherwise the same.",

@@ -31,7 +31,7 @@ from laguna_serve.bench.record import current_argv, describe_environment, write_
 from laguna_serve.bench.two_sample import Comparison, Completion, compare, find_power
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.speculation import open_drafter
+from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling, open_drafter
 
 SCHEMA = "laguna_serve.sampling/1"
 AGAIN = "baseline again"
@@ -112,7 +112,7 @@ def choose_gammas(args: argparse.Namespace) -> list[int]:
 
 def list_settings(args: argparse.Namespace, prompts: list[Prompt], environment: Mapping[str, Any]) -> dict[str, Any]:
     """What decides about the completions."""
-    names = ("model", "draft", "temperature", "completions", "tokens", "dtype", "eager", "seed")
+    names = ("model", "draft", "draft_sampling", "temperature", "completions", "tokens", "dtype", "eager", "seed")
     return {name: vars(args)[name] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
         "checkpoints": [fingerprint(args.model), fingerprint(args.draft)],
@@ -179,6 +179,7 @@ def judge(args: argparse.Namespace, environment: dict[str, Any], sets: Sets) -> 
         "environment": environment,
         "model": args.model,
         "draft": args.draft,
+        "draft_sampling": args.draft_sampling,
         "workload": {
             "prompts": args.num_prompts,
             "completions": args.completions,
@@ -228,8 +229,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# Does speculation preserve the distribution?",
         "",
-        f"{result['model']}, drafter {result['draft']}; {scope} {work['temperature']}. p-values of permutation tests;"
-        " the least of one prompt is corrected for the number of prompts.",
+        f"{result['model']}, drafter {result['draft']} ({result['draft_sampling']}); {scope} {work['temperature']}."
+        " p-values of permutation tests; the least of one prompt is corrected for the number of prompts.",
         "",
         "| against the baseline | p, all prompts together | p, least of one prompt | verdict |",
         "|--|--|--|--|",
@@ -273,6 +274,7 @@ def make_spec(args: argparse.Namespace, gamma: int | None, seed: int) -> ArmSpec
         model=args.model,
         draft=None if gamma is None else args.draft,
         gamma=gamma,
+        draft_sampling=DRAFT_SAMPLING[0] if gamma is None else args.draft_sampling,
         dtype=args.dtype,
         enforce_eager=args.eager,
         prefix_caching=False,
@@ -296,6 +298,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")
     gammas = "γ to test (default: 1,3,7 as far as the drafter goes)"
     parser.add_argument("--gammas", metavar="N,…", type=parse_numbers, help=gammas)
+    add_draft_sampling(parser)
     parser.add_argument("--prompts", metavar="FILE", required=True, help='JSONL, one {"prompt": "…"} per line')
     parser.add_argument("--num-prompts", metavar="N", type=int, help="the first N prompts (default: 24)")
     parser.add_argument("--completions", metavar="N", type=int, help="per prompt and arm (default: 600)")

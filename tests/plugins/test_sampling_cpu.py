@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from laguna_serve.plugins.sampling_cpu import expand_kernel
+from laguna_serve.serving.speculation import DRAFT_SAMPLING
 
 pytestmark = pytest.mark.vllm
 
@@ -32,7 +33,10 @@ from vllm.v1.sample import rejection_sampler
 torch.manual_seed(0)
 V, G, N, T = 6, 3, 100_000, 0.7
 logits = torch.randn(G, V) * 1.5
-drafts = torch.tensor([3, 1, 2], dtype=torch.int32).repeat(N)
+drafts, draft_probs = torch.tensor([3, 1, 2], dtype=torch.int32).repeat(N), None
+if sys.argv[2] == "probabilistic":
+    draft_probs = torch.randn(G, V).softmax(-1).repeat(N, 1)
+    drafts = draft_probs.multinomial(1).flatten().int()
 cu = torch.arange(1, N + 1, dtype=torch.int32) * G
 sampling = SimpleNamespace(
     all_greedy=False, all_random=True, temperature=torch.full((N,), T), top_k=None, top_p=None, generators={}
@@ -40,9 +44,9 @@ sampling = SimpleNamespace(
 rejection_sampler.expand_batch_to_tokens(torch.full((N,), 9.0), cu, N * G)  # what the memory held before
 target = rejection_sampler.apply_sampling_constraints(logits.repeat(N, 1), cu, sampling)
 bonus = torch.full((N, 1), 5, dtype=torch.int32)
-out = rejection_sampler.rejection_sample(drafts, [G] * N, G, cu, None, target, bonus, sampling)
+out = rejection_sampler.rejection_sample(drafts, [G] * N, G, cu, draft_probs, target, bonus, sampling)
 first = torch.bincount(out[:, 0].long(), minlength=V)
-after = torch.bincount(out[out[:, 0] == 3, 1].long(), minlength=V)
+after = torch.bincount(out[out[:, 1] >= 0, 1].long(), minlength=V)
 expected = (logits / T).softmax(-1)
 print(json.dumps([(first / N).tolist(), (after / after.sum()).tolist(), expected[0].tolist(), expected[1].tolist()]))
 """
@@ -66,9 +70,9 @@ def test_every_token_gets_its_requests_value(dtype: torch.dtype) -> None:
     assert output.tolist() == [1, 1, 5, 5, 5, 2]
 
 
-def test_sampling_beside_a_draft_is_from_the_targets_distribution() -> None:
-
-    run = subprocess.run([sys.executable, "-c", PROBE, "mended"], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("drafts", DRAFT_SAMPLING)
+def test_sampling_beside_a_draft_is_from_the_targets_distribution(drafts: str) -> None:
+    run = subprocess.run([sys.executable, "-c", PROBE, "mended", drafts], capture_output=True, text=True, timeout=300)
     first, after, expected_first, expected_after = json.loads(run.stdout.splitlines()[-1])
     # Five standard errors of a share of 100,000, and of the 40,000 or so whose first draft is accepted.
     assert first == pytest.approx(expected_first, abs=0.008)
@@ -76,8 +80,7 @@ def test_sampling_beside_a_draft_is_from_the_targets_distribution() -> None:
 
 
 def test_stock_sampling_beside_a_draft_is_not() -> None:
-
-    run = subprocess.run([sys.executable, "-c", PROBE, "stock"], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", PROBE, "stock", "greedy"], capture_output=True, text=True, timeout=300)
     if run.returncode == 0:  # divided by whatever the memory held: it may also come to NaN, and to an error
         first, _, expected_first, _ = json.loads(run.stdout.splitlines()[-1])
         assert first != pytest.approx(expected_first, abs=0.008)

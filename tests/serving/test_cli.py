@@ -56,7 +56,7 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: 
 
 def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None:
     flags = "--gamma 3 --port 8001 --host 0.0.0.0 --max-model-len 512 --max-num-seqs 4 --dtype float32 --eager"
-    more = "--no-prefix-caching --kv-cache-gib 0.5 --served-model-name m --seed 9"
+    more = "--no-prefix-caching --kv-cache-gib 0.5 --served-model-name m --seed 9 --draft-sampling probabilistic"
     args = build_parser().parse_args(["serve", str(target), "--draft", str(drafter), *flags.split(), *more.split()])
     args.extra_args = ["--max-num-batched-tokens", "64"]
     config = read_config(args)
@@ -64,7 +64,7 @@ def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None
     assert (config.host, config.port, config.served_model_name) == ("0.0.0.0", 8001, "m")
     assert (config.max_model_len, config.max_num_seqs, config.dtype) == (512, 4, "float32")
     assert (config.enforce_eager, config.prefix_caching, config.kv_cache_gib, config.seed) == (True, False, 0.5, 9)
-    assert config.extra_args == ("--max-num-batched-tokens", "64")
+    assert (config.draft_sampling, config.extra_args) == ("probabilistic", ("--max-num-batched-tokens", "64"))
 
 
 def test_gamma_max_is_what_the_drafter_was_trained_for(target: Path, drafter: Path) -> None:

@@ -82,6 +82,15 @@ def test_draft_becomes_speculative_config(target: Path, drafter: Path, gamma: in
     }
 
 
+def test_drafts_are_drawn_where_that_is_asked(target: Path, drafter: Path) -> None:
+    config = EngineConfig(model=str(target), draft=str(drafter), draft_sampling="probabilistic")
+    assert json.loads(flag(build(config), "--speculative-config"))["draft_sample_method"] == "probabilistic"
+    with pytest.raises(CheckpointError, match="expected greedy or probabilistic, got 'gumbel'"):
+        inspect(replace(config, draft_sampling="gumbel"))
+    with pytest.raises(CheckpointError, match="expected a draft beside it, got probabilistic alone"):
+        inspect(replace(config, draft=None))
+
+
 def test_speculators_format_is_taken(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     draft = make_checkpoint("speculator", SPECULATORS)
     write_drafter_weights(draft)

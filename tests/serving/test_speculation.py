@@ -135,6 +135,8 @@ def test_config_for_plain_vllm(target: Path, drafter: Path) -> None:
     expected = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 7}
     assert speculative_config(str(drafter), str(target)) == expected
     assert speculative_config(str(drafter), gamma=2) == expected | {"num_speculative_tokens": 2}
+    drawn = speculative_config(str(drafter), sampling="probabilistic")
+    assert drawn == expected | {"draft_sample_method": "probabilistic"}
 
 
 def test_config_for_plain_vllm_is_checked(target: Path, make_checkpoint: MakeCheckpoint) -> None:
