@@ -35,6 +35,7 @@ from laguna_serve.scripts.rl.service import Service, UpdateRefusedError, open_se
 from laguna_serve.serving.acceptance import read_acceptance
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.speculation import add_draft_sampling
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.rl.trainer import Trainer
@@ -173,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         draft=args.draft,
         gamma=args.gamma,
+        draft_sampling=args.draft_sampling,
         dtype=args.dtype,
         enforce_eager=not args.compiled,
         max_num_seqs=args.max_num_seqs,
@@ -194,7 +196,8 @@ def run(args: argparse.Namespace) -> int:
 
 def list_decisive(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about a run; another run's folder is not continued."""
-    names = ("model", "draft", "gamma", "prompts_per_step", "group", "max_tokens", "lr", "dtype", "seed")
+    sizes = ("prompts_per_step", "group", "max_tokens")
+    names = ("model", "draft", "gamma", "draft_sampling", *sizes, "lr", "dtype", "seed")
     return {name: vars(args)[name] for name in names} | {"prompts": os.path.relpath(args.prompts)}
 
 
@@ -208,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="M", required=True, help="Laguna checkpoint to start from: a folder")
     parser.add_argument("--draft", metavar="D", help="DFlash drafter that speculates for it")
     parser.add_argument("--gamma", type=int, metavar="N", help="tokens proposed per step (default: the most)")
+    add_draft_sampling(parser)
     prompts = 'JSON Lines with "id" and "prompt"; a quarter of the files is held out (default: the toy prompts)'
     parser.add_argument("--prompts", type=Path, default=ROOT / "tests/toy/prompts.jsonl", help=prompts)
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for log, state and versions")

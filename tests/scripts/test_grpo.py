@@ -142,6 +142,7 @@ def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
     small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "2", "--group", "4", "--max-tokens", "12"]
+    small += ["--draft-sampling", "probabilistic"]
     status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
     assert status in (0, 1), said
     status, result, said = run_grpo(out, *small, "--steps", "3", "--measure-every", "2")
