@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class Access:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._holders: list[Holder] = []
+        # Keys that have been found, by a keyed hash, whose lookup tells by its time as little as a constant-time
+        # comparison: OpenSSL's SHA-256 alone takes 30 µs of a request that comes after a pause.
+        self._found: dict[bytes, Holder] = {}
+        self._salt = os.urandom(16)
         self._clock = clock
 
     def configure(self, keys: Sequence[Key]) -> None:
@@ -51,6 +56,7 @@ class Access:
                 holder.tokens, holder.filled_s = key.requests_per_minute or 0, now
             holder.key, holder.digest = key, bytes.fromhex(key.sha256)
         self._holders = holders
+        self._found.clear()
 
     def enter(self, named: Mapping[bytes, bytes]) -> Holder | None:
         """Take a place under the key in the request's headers; `leave` gives it back. None where no keys are set.
@@ -93,6 +99,9 @@ class Access:
         if secret is None:
             kind, _, given = named.get(b"authorization", b"").partition(b" ")
             secret = given.strip() if kind.lower() == b"bearer" else b""
+        known_by = hashlib.blake2b(secret, key=self._salt, digest_size=16).digest()
+        if (known := self._found.get(known_by)) is not None:
+            return known
         digest = hashlib.sha256(secret).digest()
         found = None
         for holder in self._holders:  # all of them, so that the time tells nothing
@@ -100,4 +109,5 @@ class Access:
                 found = holder
         if found is None or not secret:
             raise errors.unauthorized()
+        self._found[known_by] = found
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: He
     """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
     named = dict(reversed(headers))
     given = named.get(REQUEST_ID, b"")
-    request_id = given if PLAIN_ID.fullmatch(given) else os.urandom(16).hex().encode()
+    request_id = given if PLAIN_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
     return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id)
 
 

@@ -81,13 +81,13 @@ class Connection(asyncio.Protocol):
         assert self._receiver is None
         self._reset()
         self._receiver, self._bodiless, self._silence_s = receiver, bodiless, silence_s
-        self._active_s = self._loop.time()
-        self._timer = self._loop.call_later(silence_s, self._check_silence)
         if self._transport is None:
             # It was lost since it was taken.
             self._loop.call_soon(self._fail, BrokenError("connection lost"))
         else:
             self._transport.write(data)
+        self._active_s = self._loop.time()
+        self._timer = self._loop.call_later(silence_s, self._check_silence)
 
     def pause(self) -> None:
         """Read no more for now."""
