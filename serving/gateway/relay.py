@@ -131,10 +131,10 @@ class Relay:
         raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
         head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"])
         sink = _AsgiSink()
-        exchange = self.begin(head, sink)
+        sink.exchange = exchange = self.begin(head, sink)
         reader = asyncio.create_task(self._feed(exchange, sink, receive))
         try:
-            await sink.drain(send, exchange)
+            await sink.drain(send)
         finally:
             exchange.leave()
             reader.cancel()
@@ -212,7 +212,9 @@ class Relay:
 
 
 class _AsgiSink:
-    """Keeps what is to be sent until an ASGI server takes it."""
+    """Keeps what is to be sent until an ASGI server takes it; with too much of that the engine is read no further."""
+
+    exchange: Exchange | None = None
 
     def __init__(self) -> None:
         self._messages: deque[Message | None] = deque()
@@ -223,6 +225,8 @@ class _AsgiSink:
 
     def write(self, data: bytes) -> None:
         self._put({"type": "http.response.body", "body": data, "more_body": True})
+        if len(self._messages) > MOST_PENDING and self.exchange is not None:
+            self.exchange.pause()
 
     def end(self) -> None:
         self._put({"type": "http.response.body", "body": b"", "more_body": False})
@@ -235,14 +239,14 @@ class _AsgiSink:
         # The answer stays open-ended: the server sees that, and cuts the connection.
         self._put(None)
 
-    async def drain(self, send: Send, exchange: Exchange) -> None:
+    async def drain(self, send: Send) -> None:
         """Hand everything to the server until the end, or until the client has left."""
+        exchange = self.exchange
+        assert exchange is not None
         while True:
             while self._messages:
                 if (message := self._messages.popleft()) is None:
                     return
-                if len(self._messages) > MOST_PENDING:
-                    exchange.pause()
                 await send(message)
                 if not self._messages:
                     exchange.resume()
