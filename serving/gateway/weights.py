@@ -111,9 +111,11 @@ class WeightGroup:
         await self._step("/finish_weight_update", {"weight_version": weight_version})
         self._open.difference_update(self.pool.engines)
         await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
+        parts: set[Part] = {self._part}
         if weight_version is not None:
             await self._guarded(lambda: self._verify(self.pool.engines, weight_version))
-        self._settle({self._part}, weight_version, draft_version)
+            parts.add("weight_version")
+        self._settle(parts, weight_version, draft_version)
 
     async def apply(self, request: UpdateRequest) -> dict[str, Any]:
         """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""

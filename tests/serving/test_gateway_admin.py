@@ -120,6 +120,18 @@ def test_drafter_that_failed_half_way_is_not_forgotten() -> None:
         assert front.ask(PATH, BODY).status == 200
 
 
+def test_steps_one_by_one_put_a_failed_update_to_rights() -> None:
+    with RlEngine() as one, gateway(one) as front:
+        one.claims = "broken"
+        assert update(front)[1]["outcome"] == "unavailable"
+        one.claims = None
+        steps = [("/pause", {}), ("/start_weight_update", {}), ("/update_weights", {"update_info": {"names": ["w"]}})]
+        for path, body in (*steps, (FINISH, {"weight_version": "8"}), ("/resume", {})):
+            assert front.ask_admin(path, body).status == 200
+        reply = front.ask(PATH, BODY)
+        assert (reply.status, reply.header("x-weight-version")) == (200, "8")
+
+
 def test_version_alone_is_rolled_back() -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
         two.fail = {"/update_weight_version"}
