@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against the reference.  Run by ../test_sentinel_triton.py.
 
-The interpreter multiplies bf16 wrongly (triton 3.9), so that it is left to the GPU tests.
+Products are of a fixed order here (fixed_dot.py), so that row bits are the kernel's own doing on any processor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, Inputs, make_i
 
 from laguna_serve.kernels.sentinel_moe import gpu, sentinel_moe, sentinel_moe_reference
 
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter truncates to bf16 where a GPU rounds to nearest.
+TRUNCATED = TOLERANCE | {torch.bfloat16: 2 * TOLERANCE[torch.bfloat16]}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def assert_right(inputs: Inputs, **kwargs: Any) -> torch.Tensor:
     out = sentinel_moe(*inputs, **kwargs)
     assert out.dtype == inputs.x.dtype
-    assert relative_error(out, sentinel_moe_reference(*inputs)) < TOLERANCE[out.dtype]
+    assert relative_error(out, sentinel_moe_reference(*inputs)) < TRUNCATED[out.dtype]
     return out
 
 
