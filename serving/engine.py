@@ -27,12 +27,14 @@ from laguna_serve.serving.command import (
     EngineConfig,
     build_command,
     build_environment,
+    choose_settings,
     inspect,
     list_device_warnings,
 )
 from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.engine_log import find_cause, find_phase, read_log
 from laguna_serve.serving.exact import ExactError, check_exact
+from laguna_serve.serving.vendor_defaults import NO_CONTRACT
 
 __all__ = ["Engine", "EngineConfig", "EngineError"]
 
@@ -60,6 +62,7 @@ class Engine:
         base_url: "http://127.0.0.1:PORT", once entered.
         command: the vLLM command as started, once entered.
         model_name: what to send as "model".
+        chat: the chat flags that it was started with, once entered.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Engine:
         self.base_url = ""
         self.command: list[str] = []
         self.gamma: int | None = None
+        self.chat = NO_CONTRACT
         self._announce = announce or (lambda _line: None)
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._members: set[psutil.Process] = set()
@@ -156,6 +160,7 @@ class Engine:
         except (BudgetError, CheckpointError) as error:
             raise EngineError(str(error)) from None
         self.gamma = checkpoints.gamma
+        self.chat = checkpoints.chat
         for warning in (*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)):
             self._announce(f"warning: {warning}")
         self.base_url = f"http://{_format_host(_reachable(config.host))}:{port}"
@@ -173,6 +178,7 @@ class Engine:
                     local=checkpoints.local,
                     exact=config.exact,
                     weight_updates=config.weight_updates,
+                    settings=choose_settings(config, checkpoints, device),
                 ),
                 start_new_session=True,
             )

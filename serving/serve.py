@@ -18,6 +18,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, require_port
 from laguna_serve.serving.gamma_store import find_advice
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
+from laguna_serve.serving.vendor_defaults import ChatOptions, add_chat_options, describe_chat
 
 SCHEMA = "laguna_serve.serve/1"
 DEFAULT_PORT = 8000
@@ -72,6 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     updates = "new weights may come from folders while it serves, through the gateway's admin port (README); not with"
     updates += " --no-gateway beyond the loopback address, as vLLM's development routes ask for no key"
     parser.add_argument("--weight-updates", action="store_true", help=updates)
+    add_chat_options(parser)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
@@ -164,6 +166,7 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         seed=args.seed,
         exact=args.exact,
         weight_updates=args.weight_updates,
+        chat=ChatOptions(args.tool_call_parser, args.reasoning_parser, args.thinking),
         extra_args=tuple(args.extra_args),
     )
 
@@ -225,14 +228,19 @@ def default_log_path(port: int) -> Path:
 
 
 def format_greeting(engine: Engine, url: str, status: str | None) -> str:
-    """Where the server is, how to try it, where its log is."""
-    body = json.dumps({"model": engine.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
+    """Where the server is, what it can do in a chat, how to try it, where its log is."""
+    if engine.chat.template:
+        question = [{"role": "user", "content": "Write fibonacci(n) in Python."}]
+        path, body = "chat/completions", {"model": engine.model_name, "messages": question, "max_tokens": 64}
+    else:
+        path, body = "completions", {"model": engine.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64}
     return "\n".join(
         (
             f"serving {engine.model_name} at {url}/v1  (Ctrl-C stops it)",
             *([] if status is None else [f"status: {status}"]),
+            *describe_chat(engine.chat),
             f"log: {engine.log_path}",
-            f"try: curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            f"try: curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
         )
     )
 
