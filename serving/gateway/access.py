@@ -107,7 +107,9 @@ class Access:
         for holder in self._holders:  # all of them, so that the time tells nothing
             if hmac.compare_digest(digest, holder.digest):
                 found = holder
-        if found is None or not secret:
-            raise errors.unauthorized()
+        if not secret:
+            raise errors.missing_key()
+        if found is None:
+            raise errors.wrong_key()
         self._found[known_by] = found
         return found

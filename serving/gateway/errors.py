@@ -1,4 +1,9 @@
-"""What a client is told when the gateway cannot give it an engine's answer: one table, in each API's own form."""
+"""What a client gets when the gateway cannot give it an engine's answer: one table, in each API's own words and form.
+
+OpenAI's form is `{"error": {"message", "type", "param", "code"}}`, Anthropic's (/v1/messages) `{"type": "error",
+"error": {"type", "message"}}` with its error types by status (docs.claude.com, "Errors"), Cohere's (/cohere/)
+`{"message"}`. The last events of a broken stream are in the same forms; those of /v1/responses are in sse.py.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,31 @@ import json
 from dataclasses import dataclass
 
 RETRY_AFTER_S = 1
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(eq=False)
 class GatewayError(Exception):
-    """`status` is HTTP's, `kind` the error's type in OpenAI's spelling, `message` for people; never prompt or key."""
+    """`status` is HTTP's; `kind`, `code` and `param` are OpenAI's type, code and param; `message` is for people and
+    never has a prompt or a key."""
 
     status: int
     kind: str
     message: str
     retry_after_s: int | None = None
+    code: str | None = None
+    param: str | None = None
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Of the answer."""
@@ -27,97 +47,131 @@ class GatewayError(Exception):
         return found
 
     def body(self, path: str) -> bytes:
-        """The answer, as OpenAI's API has it, or Anthropic's under /v1/messages."""
+        """The answer, in the form of the API that `path` belongs to."""
         return json.dumps(self._describe(path)).encode()
 
     def event(self, path: str) -> bytes:
         """The last events of a stream that cannot go on."""
-        data = json.dumps(self._describe(path)).encode()
         if _is_messages(path):
-            return b"event: error\ndata: " + data + b"\n\n"
-        return b"data: " + data + b"\n\ndata: [DONE]\n\n"
+            return b"event: error\ndata: " + self.body(path) + b"\n\n"
+        if _is_cohere(path):
+            end = {"type": "message-end", "delta": {"error": self.message, "finish_reason": "ERROR"}}
+            return b"event: message-end\ndata: " + json.dumps(end).encode() + b"\n\n" + DONE
+        return b"data: " + self.body(path) + b"\n\n" + DONE
+
+    def describe(self) -> dict[str, str | None]:
+        """OpenAI's error object."""
+        return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
     def _describe(self, path: str) -> dict[str, object]:
         if _is_messages(path):
-            return {"type": "error", "error": {"type": "api_error", "message": self.message}}
-        error = {"message": self.message, "type": self.kind, "param": None, "code": self.status}
-        return {"error": error}
+            kind = ANTHROPIC_TYPES.get(self.status, "api_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        if _is_cohere(path):
+            return {"message": self.message}
+        return {"error": self.describe()}
 
 
 def _is_messages(path: str) -> bool:
     return path.startswith("/v1/messages")
 
 
-def unauthorized() -> GatewayError:
-    """No key, or one that is not known."""
-    return GatewayError(401, "authentication_error", "expected a known API key as a bearer token, got none")
+def _is_cohere(path: str) -> bool:
+    return path.startswith("/cohere/")
 
 
-def bad_request(message: str) -> GatewayError:
+def missing_key() -> GatewayError:
+    """No key."""
+    message = (
+        "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
+        "(i.e. Authorization: Bearer YOUR_KEY)."
+    )
+    return GatewayError(401, "invalid_request_error", message, code="missing_api_key")
+
+
+def wrong_key() -> GatewayError:
+    """A key that is not known."""
+    return GatewayError(401, "invalid_request_error", "Incorrect API key provided.", code="invalid_api_key")
+
+
+def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> GatewayError:
     """The request cannot be routed."""
-    return GatewayError(400, "invalid_request_error", message)
+    return GatewayError(400, "invalid_request_error", message, code=code, param=param)
 
 
 def unknown_model(model: str) -> GatewayError:
     """No such model here."""
-    return GatewayError(404, "not_found_error", f"The model `{model}` does not exist.")
+    message = f"The model `{model[:128]}` does not exist."
+    return GatewayError(404, "invalid_request_error", message, code="model_not_found", param="model")
 
 
-def unknown_path() -> GatewayError:
+def unknown_path(method: str, path: str) -> GatewayError:
     """No path that engines serve to clients."""
-    return GatewayError(404, "not_found_error", "path: expected one that engines serve to clients")
+    message = f"Unknown request URL: {method} {path[:128]}. Please check the URL for typos."
+    return GatewayError(404, "invalid_request_error", message, code="unknown_url")
 
 
 def body_too_large(most: int) -> GatewayError:
     """The body is larger than the gateway takes."""
-    return GatewayError(413, "invalid_request_error", f"body: expected at most {most} bytes, got more")
+    message = f"Request body is too large: the maximum is {most} bytes."
+    return GatewayError(413, "invalid_request_error", message, code="request_too_large")
 
 
 def body_too_slow() -> GatewayError:
     """The body did not arrive in time."""
-    return GatewayError(408, "timeout_error", "body: expected it within the time limit, got a part")
+    message = "Request timed out: its body did not arrive in time."
+    return GatewayError(408, "timeout_error", message, code="request_timeout")
 
 
 def contended() -> GatewayError:
     """Every slot is taken and the queue is full, or the key's share is used up."""
-    return GatewayError(429, "rate_limit_error", "expected a free slot, got a full queue; try again", RETRY_AFTER_S)
+    message = "Rate limit exceeded: too many requests at once. Please try again later."
+    return GatewayError(429, "rate_limit_error", message, RETRY_AFTER_S, code="rate_limit_exceeded")
 
 
 def too_often(retry_after_s: int) -> GatewayError:
     """The key has used up its requests of this minute."""
-    return GatewayError(429, "rate_limit_error", "expected fewer requests of this key, got too many", retry_after_s)
+    message = f"Rate limit exceeded: too many requests per minute. Please try again in {retry_after_s}s."
+    return GatewayError(429, "rate_limit_error", message, retry_after_s, code="rate_limit_exceeded")
 
 
 def queue_timeout() -> GatewayError:
     """It waited too long for a slot."""
-    return GatewayError(408, "timeout_error", "expected a slot within the queue's deadline, got none; try again")
+    message = "Request timed out while it was waiting in the queue. Please try again later."
+    return GatewayError(408, "timeout_error", message, code="request_timeout")
 
 
 def not_ready() -> GatewayError:
     """No engine of the model is healthy."""
-    return GatewayError(503, "service_unavailable_error", "expected a healthy engine, got none", RETRY_AFTER_S)
+    message = "The model is currently unavailable: none of its engines is healthy. Please try again later."
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable")
 
 
 def draining() -> GatewayError:
     """The gateway is about to stop."""
-    return GatewayError(503, "service_unavailable_error", "the gateway is stopping", RETRY_AFTER_S)
+    message = "The server is shutting down. Please try again later."
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable")
 
 
 def stopped() -> GatewayError:
     """The gateway stops before the answer is complete."""
-    return GatewayError(503, "service_unavailable_error", "the gateway stopped before the answer was complete")
+    message = "The server shut down before the response was complete."
+    return GatewayError(503, "server_error", message, code="server_error")
 
 
 def failed() -> GatewayError:
     """A defect of the gateway; its log has the traceback."""
-    return GatewayError(500, "api_error", "the gateway failed")
+    message = "The server had an error while processing your request. Please try again later."
+    return GatewayError(500, "server_error", message, code="server_error")
 
 
 def engine_lost() -> GatewayError:
     """The engine's connection broke."""
-    return GatewayError(502, "api_error", "the engine was lost before its answer was complete")
+    message = "The connection to the engine was lost before the response was complete."
+    return GatewayError(502, "server_error", message, code="server_error")
 
 
 def engine_silent() -> GatewayError:
-    """The engine said nothing for too long."""
-    return GatewayError(504, "timeout_error", "the engine said nothing for too long")
+    """The engine sent nothing for too long."""
+    message = "The engine sent nothing for too long."
+    return GatewayError(504, "server_error", message, code="server_error")

@@ -21,6 +21,7 @@ WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID}
 OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
 KEY_HEADERS = frozenset((b"authorization", b"x-api-key"))
+MODELS = "/v1/models"
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 # What vLLM serves to clients. Its other routes (pause, sleep, collective_rpc, profiling, …) steer the engine, and
@@ -61,15 +62,17 @@ def check_path(head: Head, more: Iterable[str]) -> None:
         GatewayError: 400 it could leave the engine's root or be read differently by two servers, 404 it is none.
     """
     raw, path = head.target.partition(b"?")[0], head.path
-    if (b"%" in raw or b"." in raw or b"//" in raw or b"\\" in raw) and _is_hidden(raw.lower(), path):
-        raise errors.bad_request("path: expected a plain path, got one with dots, doubled or hidden slashes")
+    if (b"%" in raw or b"." in raw or b"//" in raw or b"\\" in raw) and _is_hidden(head.method, raw.lower(), path):
+        raise errors.bad_request("Invalid URL: the path has dot segments, or slashes that are doubled or encoded.")
     if not ((path.startswith(PUBLIC) or path in PUBLIC_PATHS) and path not in STEERING) and path not in more:
-        raise errors.unknown_path()
+        raise errors.unknown_path(head.method, head.path)
 
 
-def _is_hidden(raw: bytes, path: str) -> bool:
+def _is_hidden(method: str, raw: bytes, path: str) -> bool:
     segments = path.split("/")
     marks = (b"%2f", b"%5c", b"%00", b"\\", b"//")
+    if method in ("GET", "HEAD") and path.startswith(MODELS + "/"):
+        marks = marks[1:]  # OpenAI's clients ask for org/name as org%2Fname; the answer is the gateway's own
     return ".." in segments or "." in segments or any(mark in raw for mark in marks)
 
 

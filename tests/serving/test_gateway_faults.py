@@ -15,9 +15,12 @@ import psutil
 import pytest
 from gateway_fakes import SSE, Exchange, Gateway, Reply, Upstream, gateway, make_request, read_reply, wait_until
 
+from laguna_serve.serving.gateway import errors
+
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
 DONE = b"data: [DONE]\n\n"
+MESSAGES = {502: errors.engine_lost().message, 504: errors.engine_silent().message}
 
 
 @contextlib.contextmanager
@@ -135,11 +138,11 @@ def test_engine_at_fault(fault: Callable[[Exchange], Awaitable[None]], status: i
         reply = front.ask(PATH, BODY)
         assert (reply.status, reply.cut) == (status, False)
         if status != 200:
-            assert reply.json()["error"]["code"] == code
+            assert reply.json()["error"]["message"] == MESSAGES[code]
             return
         assert reply.body.endswith(b"\n\n" + DONE)
         error = reply.body.removesuffix(b"\n\n" + DONE).rpartition(b"\n\n")[2]
-        assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == code
+        assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == MESSAGES[code]
         assert len(engine.seen) == 2, "it was sent once"
 
 
