@@ -1,102 +1,53 @@
 """The gateway's configuration: one TOML file, validated whole before anything listens.
 
-[server]
-port = 8080
-access_log = true
-
-[admin]                  # status page, weights; on this machine only, unless it has a key
-port = 8081
-
-[[keys]]                 # without any, everybody may ask
-name = "agents"
-sha256 = "…"             # printf %s "$KEY" | sha256sum
-max_in_flight = 32
-requests_per_minute = 600
-
-[[models]]
-name = "laguna"          # as requests call it
-affinity = "session"
-
-[[models.upstreams]]
-name = "dflash"
-url = "http://127.0.0.1:8000"
-max_in_flight = 64
-gamma_schedule = [[1, 8, 7], [9, 64, 0]]
-
-[[models.upstreams]]
-name = "plain"
-url = "http://127.0.0.1:8001"
-
-[[models.shadows]]       # gets copies of greedy requests; where its tokens differ is logged and counted
-name = "candidate"
-url = "http://127.0.0.1:8002"
+gateway.example.toml, beside this file, has every key with its default and what it does (`laguna gateway --example`
+prints it). Files that the configuration names (certificates, keys of engines, schedules) are read when it is
+validated, so that whatever is wrong with them is found by `--check`, at the start and at a reload alike.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.resources
+import ssl
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+
+from laguna_serve.serving.gateway import config_errors, endpoint
+from laguna_serve.serving.gateway.config_errors import ConfigError as ConfigError
+from laguna_serve.serving.gateway.config_types import (
+    Count,
+    Digest,
+    ModelName,
+    Name,
+    Network,
+    Origin,
+    Port,
+    Schedule,
+    Seconds,
+    Url,
+    UrlPath,
 )
 
 MIB = 1 << 20
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
-
-
-def _check_url(url: str) -> str:
-    """An engine's root; what is served under it is the request's to say."""
-    parts = urlsplit(url)
-    more = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in url
-    if parts.scheme not in ("http", "https") or not parts.hostname or more:
-        raise ValueError(f"expected http://host:port, got {url!r}")
-    return url.rstrip("/")
-
-
-def _read_schedule(value: Any) -> Any:
-    """A schedule, or the sweep.json that has it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(Path(value).read_text(encoding="utf-8"))["schedule"]["num_speculative_tokens_per_batch_size"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"expected a schedule or a sweep.json, got {value!r}: {error!r}") from None
-
-
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Url = Annotated[str, AfterValidator(_check_url)]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-Range = tuple[int, int, Annotated[int, Field(ge=0)]]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; one line naming file, key and what was expected."""
+ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # Values of a configuration are in no message of pydantic's own: some are secret.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
 class Server(_Table):
     """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `more_paths` are passed on
-    besides those that vLLM serves to clients."""
+    besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers in a browser. What
+    `trusted_proxies` say about whom a request is from is believed."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    port: Port = 8080
     head_timeout_s: Seconds = 10.0
     max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
@@ -104,8 +55,15 @@ class Server(_Table):
     drain_s: Seconds = 60.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-    more_paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    more_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()
+    allowed_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], Field(strict=False)] = ()
     access_log: bool = False
+
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Self:
+        endpoint.check_certificate(self.ssl_certfile, self.ssl_keyfile)
+        return self
 
 
 class Admin(_Table):
@@ -113,8 +71,8 @@ class Admin(_Table):
     (its SHA-256)."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 0
-    sha256: Digest | None = None
+    port: Port = 0
+    sha256: Digest | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
     def _check_key(self) -> Self:
@@ -124,26 +82,75 @@ class Admin(_Table):
 
 
 class Limits(_Table):
-    """How long requests may wait, for a slot and for the engine."""
+    """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies that
+    are not with an engine yet."""
 
     max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    max_queued_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 512 * MIB
     queue_timeout_s: Seconds = 30.0
     connect_timeout_s: Seconds = 5.0
     silence_timeout_s: Seconds = 300.0
 
 
-class Upstream(_Table):
+class Health(_Table):
+    """How engines are asked whether they are well: each every `interval_s`. One that refuses the connection is down at
+    once; one that gives another answer than 200, or none within `timeout_s`, after so many `failures` in a row."""
+
+    interval_s: Seconds = 2.0
+    timeout_s: Seconds = 5.0
+    failures: Annotated[int, Field(ge=1, le=1_000)] = 3
+    path: UrlPath = "/health"
+
+
+class Endpoint(_Table):
+    """How an engine is reached. The API key that it asks for is in a file or in the environment, never here. Over https
+    its certificate is checked against the system's authorities, or those in `tls_ca_file` alone."""
+
+    name: Name
+    url: Url
+    api_key_file: str | None = Field(default=None, repr=False)
+    api_key_env: str | None = Field(default=None, repr=False)
+    tls_ca_file: str | None = None
+    tls_verify: bool = True
+    _credential: SecretStr | None = PrivateAttr(default=None)
+    _tls: ssl.SSLContext | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _read_files(self) -> Self:
+        credential = endpoint.read_credential(self.api_key_file, self.api_key_env)
+        self._credential = None if credential is None else SecretStr(credential)
+        if self.url.startswith("https:"):
+            self._tls = endpoint.make_client_context(self.tls_ca_file, verify=self.tls_verify)
+        elif self.tls_ca_file is not None or not self.tls_verify:
+            raise ValueError("expected an https url beside tls_ca_file and tls_verify, got one of http")
+        return self
+
+    @property
+    def authorization(self) -> str | None:
+        """The header's value for this engine, where it asks for a key."""
+        return None if self._credential is None else f"Bearer {self._credential.get_secret_value()}"
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """For connections over https."""
+        return self._tls
+
+    def request_options(self) -> dict[str, Any]:
+        """What every request of the gateway's own to this engine needs, as aiohttp's arguments. Redirects are not
+        followed: they would lead the credential elsewhere."""
+        authorization = self.authorization
+        headers = {} if authorization is None else {"Authorization": authorization}
+        return {"headers": headers, "ssl": self._tls or True, "allow_redirects": False}
+
+
+class Upstream(Endpoint):
     """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
     speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first,
     last, γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
 
-    name: Name
-    url: Url
     max_in_flight: Count = 64
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
-    gamma_schedule: Annotated[
-        tuple[Annotated[Range, Field(strict=False)], ...], BeforeValidator(_read_schedule), Field(strict=False)
-    ] = ()
+    gamma_schedule: Schedule = ()
 
     def pays(self, requests: int) -> bool:
         """Is speculation worth having with so many at once?"""
@@ -159,11 +166,8 @@ class Upstream(_Table):
         return self
 
 
-class Shadow(_Table):
+class Shadow(Endpoint):
     """An engine that gets a copy of every greedy request, whose answers nobody but the gateway sees."""
-
-    name: Name
-    url: Url
 
 
 class Model(_Table):
@@ -181,64 +185,74 @@ class Key(_Table):
     """Who may ask: the SHA-256 of the key, never the key."""
 
     name: Name
-    sha256: Digest
+    sha256: Digest = Field(repr=False)
     max_in_flight: Count | None = None
     requests_per_minute: Count | None = None
 
 
 class Config(_Table):
-    """Everything."""
+    """The whole file."""
 
     server: Server = Server()
     admin: Admin = Admin()
     limits: Limits = Limits()
+    health: Health = Health()
     models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
     keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        _check_distinct("models", [model.name for model in self.models])
+    def _check_distinct(self) -> Self:
+        _require_distinct("models", [model.name for model in self.models])
         # Over all models, as logs and metrics name an engine by it.
         upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
-        _check_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
-        _check_distinct("keys", [key.name for key in self.keys])
+        _require_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
+        _require_distinct("keys", [key.name for key in self.keys])
+        by_digest: dict[str, str] = {}
+        for key in self.keys:
+            if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:
+                raise ValueError(f"expected distinct sha256 of keys, got one for both {other!r} and {key.name!r}")
+        hosts = (self.server.host, self.admin.host)
+        if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
+            raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
         return self
 
 
-def load_config(path: Path) -> Config:
-    """Read and validate a file.
+def load_config(path: Path, server: dict[str, Any] | None = None) -> Config:
+    """Read and validate a file; `server` has what the command line says instead of the file.
 
     Raises:
         ConfigError: it cannot be read, is no TOML, or a value is not what it must be.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
+    tables = read_tables(path)
+    if server and isinstance(tables.get("server", {}), dict):
+        tables["server"] = tables.get("server", {}) | server
     return parse_config(tables, str(path))
 
 
+def read_tables(path: Path) -> dict[str, Any]:
+    """A file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
+
+
 def parse_config(tables: dict[str, Any], source: str) -> Config:
-    """Validate tables that were read from `source`. Raises ConfigError."""
+    """Validate tables that were read from `source`. Raises ConfigError, which names all that is wrong."""
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "expected no such key"
-        elif first["type"] == "missing":
-            message = "expected a value, got none"
-        else:
-            message = message if message.startswith("expected") else f"expected another value: {message}"
-            message += "" if ", got " in message else f", got {first['input']!r}"
-        raise ConfigError(f"{source}: {key}: {message}; see serving/gateway/config.py for what there is") from None
+        raise ConfigError(config_errors.describe(error, Config, source)) from None
 
 
-def _check_distinct(what: str, names: list[str]) -> None:
+def read_example() -> str:
+    """The example configuration, which has every key."""
+    return importlib.resources.files(__package__).joinpath("gateway.example.toml").read_text(encoding="utf-8")
+
+
+def _require_distinct(what: str, names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"expected distinct names of {what}, got {name!r} twice")
