@@ -9,21 +9,24 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Key
+from laguna_serve.serving.gateway.errors import GatewayError
 
 ROUNDING = 1e-6
 
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """A key and what is left of its limits; `tokens` fill up again through the minute (a token bucket)."""
+    """A key and what is left of its limits; `tokens` fill up again through the minute (a token bucket). `refused`
+    counts the requests over its limits."""
 
     key: Key
-    digest: bytes = b""
+    digest: bytes = field(default=b"", repr=False)
     in_flight: int = 0
+    refused: int = 0
     tokens: float = 0.0
     filled_s: float = 0.0
 
@@ -43,6 +46,16 @@ class Access:
         self._found: dict[bytes, Holder] = {}
         self._salt = os.urandom(16)
         self._clock = clock
+
+    @property
+    def enabled(self) -> bool:
+        """Are there keys, of which a request needs one?"""
+        return bool(self._holders)
+
+    @property
+    def holders(self) -> Sequence[Holder]:
+        """The keys and their load."""
+        return self._holders
 
     def configure(self, keys: Sequence[Key]) -> None:
         """Take the keys; what a key of the same name has in flight, and has used of its minute, stays counted."""
@@ -69,7 +82,7 @@ class Access:
         holder = self._find(named)
         key = holder.key
         if key.max_in_flight is not None and holder.in_flight >= key.max_in_flight:
-            raise errors.contended()
+            raise self._refuse(holder, errors.key_in_flight(key.max_in_flight))
         if key.requests_per_minute is not None:
             self._spend(holder, key.requests_per_minute)
         holder.in_flight += 1
@@ -90,8 +103,15 @@ class Access:
         holder.tokens = min(float(per_minute), holder.tokens + (now - holder.filled_s) * per_minute / 60)
         holder.filled_s = now
         if holder.tokens < 1 - ROUNDING:
-            raise errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute - ROUNDING))
+            error = errors.too_often(math.ceil((1 - holder.tokens) * 60 / per_minute - ROUNDING))
+            raise self._refuse(holder, error)
         holder.tokens -= 1
+
+    def _refuse(self, holder: Holder, error: GatewayError) -> GatewayError:
+        """So that it is seen who is over a limit."""
+        holder.refused += 1
+        error.key = holder.name
+        return error
 
     def _find(self, named: Mapping[bytes, bytes]) -> Holder:
         """OpenAI's clients send a bearer token, Anthropic's the header x-api-key."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import importlib.resources
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +14,8 @@ from typing import Annotated, Any
 
 import jinja2
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from laguna_serve.serving.gateway.config import LOOPBACK, Admin
 from laguna_serve.serving.gateway.status import describe
@@ -25,13 +26,22 @@ STEERING = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "s
 CACHES = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
 TELLING = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "no model named where there are several, or a body that is no JSON"},
+    400: {"description": "no model named where there are several, a body that is no JSON, or a strange Host"},
     401: {"description": "no admin key"},
     403: {"description": "from a page in a browser"},
     404: {"description": "no such model"},
     409: {"description": "another update is under way"},
     502: {"description": "an engine failed; which, and how"},
 }
+NO_JSON = "The body is no JSON"
+STRANGE_HOST = (
+    "The Host header names another machine. The admin port answers to 127.0.0.1, ::1 and localhost alone, so that no"
+    " web page can reach it by a name of its own."
+)
+FROM_A_PAGE = (
+    "The request has an Origin header, as those of web pages have. Pages may not steer engines: send it from a program,"
+    " without that header."
+)
 Payload = dict[str, Any] | list[dict[str, Any]]
 Model = Annotated[str | None, Query(description="default: the only one")]
 
@@ -67,17 +77,27 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         """A page in a browser on this machine may not steer; nor may anybody without the key, where there is one."""
+        if admin.host in LOOPBACK and _read_host(request) not in LOOPBACK:
+            # Else a page could come by a name of its own that leads to this machine.
+            return JSONResponse({"error": STRANGE_HOST}, 400)
         if request.method != "GET" and "origin" in request.headers:
-            return JSONResponse({"error": "expected no browser, got an Origin header"}, 403)
+            return JSONResponse({"error": FROM_A_PAGE}, 403)
         if admin.sha256 is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(hashlib.sha256(given).hexdigest(), admin.sha256):
-                return JSONResponse({"error": "expected the admin key as a bearer token"}, 401)
+            kind, _, given = request.headers.get("authorization", "").partition(" ")
+            digest = hashlib.sha256(given.strip().encode("latin-1")).hexdigest()
+            if kind.lower() != "bearer" or not hmac.compare_digest(digest, admin.sha256):
+                message = "The admin port asks for its key: Authorization: Bearer KEY."
+                return JSONResponse({"error": message}, 401, {"www-authenticate": "Bearer"})
         return await go_on(request)
 
-    if admin.host in LOOPBACK:
-        # Else a page could come by a name of its own that leads to this machine.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    @app.exception_handler(RequestValidationError)
+    async def explain(request: Request, error: RequestValidationError) -> Response:
+        """400 for what is no JSON; 422 for JSON that is not what the route takes, with the places in it."""
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"error": f"{NO_JSON}: {first['ctx']['error']}"}, 400)
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        return JSONResponse({"error": "; ".join(faults)}, 422)
 
     @app.exception_handler(StepError)
     async def tell(request: Request, error: StepError) -> Response:
@@ -149,7 +169,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     async def pass_on(request: Request) -> Response:
         group = find_group(request.query_params.get("model"))
         params = {name: value for name, value in request.query_params.items() if name != "model"}
-        body = await request.json() if await request.body() else None
+        body = await _read_json(request)
         answers = await group.call(request.url.path, group.pool.engines, body, params, request.method)
         return JSONResponse({engine.name: answer for engine, answer in answers.items()})
 
@@ -157,3 +177,22 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
         for name in names:
             app.add_api_route(f"/{name}", pass_on, methods=[method], description="As vLLM's, of every engine.")
     return app
+
+
+async def _read_json(request: Request) -> dict[str, Any] | None:
+    """The body's object, None without a body. Raises HTTPException: 400 it is none."""
+    if not (data := await request.body()):
+        return None
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"{NO_JSON}: {error}") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "The body is no JSON object.")
+    return body
+
+
+def _read_host(request: Request) -> str:
+    """The Host header without its port, nor the brackets of an IPv6 address."""
+    host = request.headers.get("host", "").lower()
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

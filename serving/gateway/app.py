@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.cors import CorsMiddleware
 from laguna_serve.serving.gateway.errors import GatewayError
 from laguna_serve.serving.gateway.exposition import merge
 from laguna_serve.serving.gateway.health import check_forever
@@ -31,13 +32,14 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # vLLM closes a connection after an error without saying so: every step of an update has its own.
+        # vLLM closes a connection after an error without saying so: every step of an update has its own, and every
+        # health check.
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
             relay = Relay(config, metrics, shadows, log)
             app.state.relay, app.state.session, app.state.steps = relay, session, steps
             app.mount("/", relay)
-            checks = asyncio.create_task(check_forever(session, relay))
+            checks = asyncio.create_task(check_forever(steps, relay))
             try:
                 yield
             finally:
@@ -48,6 +50,8 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                 await shadows.stop()
 
     app = FastAPI(title="Laguna gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    app.add_middleware(CorsMiddleware, paths=OWN_PATHS, find=lambda: app.state.relay.cors)
 
     @app.exception_handler(GatewayError)
     async def refuse(request: Request, error: GatewayError) -> Response:
@@ -66,7 +70,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         relay.access.check(dict(request.headers.raw))
         now = time.monotonic()
         pools = relay.pools.values()
-        up = all(any(engine.healthy and engine.is_up(now) for engine in pool.engines) for pool in pools)
+        up = all(pool.is_ready(now) for pool in pools)
         return Response(status_code=200 if up and not relay.draining else 503)
 
     @app.get("/metrics")
@@ -75,7 +79,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         relay: Relay = app.state.relay
         relay.access.check(dict(request.headers.raw))
         engines = [(pool.model.name, engine) for pool in relay.pools.values() for engine in pool.engines]
-        texts = await asyncio.gather(*(read_metrics(app.state.session, engine.config.url) for _, engine in engines))
+        texts = await asyncio.gather(*(read_metrics(app.state.session, engine.config) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
         return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
 

@@ -28,7 +28,8 @@ DONE = b"data: [DONE]\n\n"
 @dataclass(eq=False)
 class GatewayError(Exception):
     """`status` is HTTP's; `kind`, `code` and `param` are OpenAI's type, code and param; `message` is for people and
-    never has a prompt or a key."""
+    never has a prompt or a key. `reason` is one word for logs and metrics, another one for every constructor below;
+    `key` is the name of the key whose limit it was."""
 
     status: int
     kind: str
@@ -36,6 +37,8 @@ class GatewayError(Exception):
     retry_after_s: int | None = None
     code: str | None = None
     param: str | None = None
+    reason: str = "other"
+    key: str | None = None
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Of the answer."""
@@ -86,92 +89,119 @@ def missing_key() -> GatewayError:
         "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
         "(i.e. Authorization: Bearer YOUR_KEY)."
     )
-    return GatewayError(401, "invalid_request_error", message, code="missing_api_key")
+    return GatewayError(401, "invalid_request_error", message, code="missing_api_key", reason="missing_key")
 
 
 def wrong_key() -> GatewayError:
     """A key that is not known."""
-    return GatewayError(401, "invalid_request_error", "Incorrect API key provided.", code="invalid_api_key")
+    return GatewayError(
+        401, "invalid_request_error", "Incorrect API key provided.", code="invalid_api_key", reason="wrong_key"
+    )
 
 
 def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> GatewayError:
     """The request cannot be routed."""
-    return GatewayError(400, "invalid_request_error", message, code=code, param=param)
+    return GatewayError(400, "invalid_request_error", message, code=code, param=param, reason="bad_request")
 
 
 def unknown_model(model: str) -> GatewayError:
     """No such model here."""
     message = f"The model `{model[:128]}` does not exist."
-    return GatewayError(404, "invalid_request_error", message, code="model_not_found", param="model")
+    return GatewayError(
+        404, "invalid_request_error", message, code="model_not_found", param="model", reason="unknown_model"
+    )
 
 
 def unknown_path(method: str, path: str) -> GatewayError:
     """No path that engines serve to clients."""
     message = f"Unknown request URL: {method} {path[:128]}. Please check the URL for typos."
-    return GatewayError(404, "invalid_request_error", message, code="unknown_url")
+    return GatewayError(404, "invalid_request_error", message, code="unknown_url", reason="unknown_path")
 
 
 def body_too_large(most: int) -> GatewayError:
     """The body is larger than the gateway takes."""
     message = f"Request body is too large: the maximum is {most} bytes."
-    return GatewayError(413, "invalid_request_error", message, code="request_too_large")
+    return GatewayError(413, "invalid_request_error", message, code="request_too_large", reason="body_too_large")
 
 
 def body_too_slow() -> GatewayError:
     """The body did not arrive in time."""
     message = "Request timed out: its body did not arrive in time."
-    return GatewayError(408, "timeout_error", message, code="request_timeout")
+    return GatewayError(408, "timeout_error", message, code="request_timeout", reason="body_too_slow")
 
 
 def contended() -> GatewayError:
-    """Every slot is taken and the queue is full, or the key's share is used up."""
+    """Every slot is taken and the queue is full."""
     message = "Rate limit exceeded: too many requests at once. Please try again later."
-    return GatewayError(429, "rate_limit_error", message, RETRY_AFTER_S, code="rate_limit_exceeded")
+    return GatewayError(
+        429, "rate_limit_error", message, RETRY_AFTER_S, code="rate_limit_exceeded", reason="queue_full"
+    )
+
+
+def queue_bytes_full() -> GatewayError:
+    """Bodies that wait, or still arrive, fill the memory that they may have."""
+    message = "Rate limit exceeded: too many bytes of requests are waiting. Please try again later."
+    code, reason = "rate_limit_exceeded", "queue_bytes_full"
+    return GatewayError(429, "rate_limit_error", message, RETRY_AFTER_S, code=code, reason=reason)
+
+
+def key_in_flight(most: int) -> GatewayError:
+    """The key has as many requests in flight as it may."""
+    message = f"Rate limit exceeded: this API key may have {most} requests at once. Please try again later."
+    code, reason = "rate_limit_exceeded", "key_in_flight"
+    return GatewayError(429, "rate_limit_error", message, RETRY_AFTER_S, code=code, reason=reason)
+
+
+def out_of_descriptors() -> GatewayError:
+    """The gateway may open no more files, so that no engine can be reached."""
+    message = "The server has run out of file descriptors. Please try again later."
+    code, reason = "service_unavailable", "out_of_descriptors"
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code=code, reason=reason)
 
 
 def too_often(retry_after_s: int) -> GatewayError:
     """The key has used up its requests of this minute."""
     message = f"Rate limit exceeded: too many requests per minute. Please try again in {retry_after_s}s."
-    return GatewayError(429, "rate_limit_error", message, retry_after_s, code="rate_limit_exceeded")
+    return GatewayError(429, "rate_limit_error", message, retry_after_s, code="rate_limit_exceeded", reason="key_rate")
 
 
 def queue_timeout() -> GatewayError:
     """It waited too long for a slot."""
     message = "Request timed out while it was waiting in the queue. Please try again later."
-    return GatewayError(408, "timeout_error", message, code="request_timeout")
+    return GatewayError(408, "timeout_error", message, code="request_timeout", reason="queue_timeout")
 
 
 def not_ready() -> GatewayError:
     """No engine of the model is healthy."""
     message = "The model is currently unavailable: none of its engines is healthy. Please try again later."
-    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable")
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="no_engine")
 
 
 def draining() -> GatewayError:
     """The gateway is about to stop."""
     message = "The server is shutting down. Please try again later."
-    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable")
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="draining")
 
 
 def stopped() -> GatewayError:
     """The gateway stops before the answer is complete."""
     message = "The server shut down before the response was complete."
-    return GatewayError(503, "server_error", message, code="server_error")
+    return GatewayError(503, "server_error", message, code="server_error", reason="stopped")
 
 
 def failed() -> GatewayError:
     """A defect of the gateway; its log has the traceback."""
     message = "The server had an error while processing your request. Please try again later."
-    return GatewayError(500, "server_error", message, code="server_error")
+    return GatewayError(500, "server_error", message, code="server_error", reason="failed")
 
 
 def engine_lost() -> GatewayError:
     """The engine's connection broke."""
     message = "The connection to the engine was lost before the response was complete."
-    return GatewayError(502, "server_error", message, code="server_error")
+    return GatewayError(502, "server_error", message, code="server_error", reason="engine_lost")
 
 
 def engine_silent() -> GatewayError:
     """The engine sent nothing for too long."""
     message = "The engine sent nothing for too long."
-    return GatewayError(504, "server_error", message, code="server_error")
+    return GatewayError(504, "server_error", message, code="server_error", reason="engine_silent")

@@ -17,10 +17,13 @@ from typing import Protocol
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.access import Holder
+from laguna_serve.serving.gateway.backlog import Backlog
+from laguna_serve.serving.gateway.cors import Cors
+from laguna_serve.serving.gateway.engine import Engine
 from laguna_serve.serving.gateway.errors import GatewayError
 from laguna_serve.serving.gateway.headers import DRAFT, REQUEST_ID, WEIGHTS, Head, Headers, pass_headers, render_request
 from laguna_serve.serving.gateway.http1 import Connection, SilentError, StalledError, UnreachableError
-from laguna_serve.serving.gateway.pool import Engine, Pool
+from laguna_serve.serving.gateway.pool import Pool
 
 OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d+)')
 PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d+)')
@@ -68,16 +71,24 @@ class Exchange:
         "_streams",
         "_task",
         "answer",
+        "backlog",
+        "cause",
         "chunks",
+        "client",
         "complete",
         "copy",
+        "cors",
         "engine",
         "error",
         "finished",
         "first_s",
+        "forwarded_for",
         "head",
+        "held",
+        "keys_are_ours",
         "last_s",
         "model",
+        "refusal",
         "started_s",
         "status",
     )
@@ -94,6 +105,13 @@ class Exchange:
         self.engine: Engine | None = None
         self.model: str | None = None
         self.error: str | None = None
+        self.refusal: GatewayError | None = None
+        self.cause: str | None = None
+        self.client, self.forwarded_for = head.peer, b""
+        self.cors: Cors | None = None
+        self.keys_are_ours = holder is not None
+        self.backlog: Backlog | None = None
+        self.held = 0
         self._pool: Pool | None = None
         self._body = b""
         self._affinity: bytes | None = None
@@ -126,8 +144,14 @@ class Exchange:
         connection = self.engine.origin.take() if self.engine is not None else None
         if connection is not None:
             self._go(connection)
-        else:
-            self._task = asyncio.get_running_loop().create_task(self._reach())
+            return
+        try:
+            if self.backlog is not None:
+                self.backlog.hold(self, len(body))
+        except GatewayError as error:
+            self.fail(error)
+            return
+        self._task = asyncio.get_running_loop().create_task(self._reach())
 
     def leave(self) -> None:
         """The client is gone: the engine's work is aborted, the slot freed."""
@@ -139,7 +163,7 @@ class Exchange:
         """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
         if self.finished:
             return
-        self.error = error.message
+        self.error, self.refusal = error.message, error
         if self.status == 0:
             self.reply(error.status, error.headers(), error.body(self.head.path))
             return
@@ -156,6 +180,8 @@ class Exchange:
         """An answer of the gateway's own."""
         self.status = status
         found = [*headers, (b"content-length", b"%d" % len(body)), (REQUEST_ID, self.head.request_id)]
+        if self.cors is not None:
+            found += self.cors.list_headers(self.head.named.get(b"origin"))
         if self._pool is not None:
             found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
         self._sink.start(status, found)
@@ -189,10 +215,13 @@ class Exchange:
                 try:
                     connection = engine.origin.take() or await engine.origin.connect(pool.limits.connect_timeout_s)
                 except UnreachableError as error:
-                    engine.note_failure(str(error), pool.clock())
-                    tried.add(engine)
                     pool.release(engine)
                     self.engine = None
+                    self.cause = f"{engine.name}: {error}"
+                    if error.shortage:
+                        raise errors.out_of_descriptors() from None
+                    engine.note_failure(str(error), pool.clock(), silent=error.silent)
+                    tried.add(engine)
                     if len(tried) == len(pool.engines) or not pool.may_retry():
                         raise errors.engine_lost() from None
                     await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))
@@ -213,10 +242,14 @@ class Exchange:
         assert self._pool is not None
         self._connection = connection
         self._said = self.engine.versions
+        origin = self.engine.origin
+        keys_are_ours = self.keys_are_ours or origin.has_credential
         data = render_request(
-            self.head, self._body, self.engine.origin.authority, keys_are_ours=self._holder is not None
+            self.head, self._body, origin.lines, origin.prefix, self.forwarded_for, keys_are_ours=keys_are_ours
         )
         self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
         connection.request(data, self, self._pool.limits.silence_timeout_s, bodiless=self.head.method == "HEAD")
         if self._paused:
             connection.pause()
@@ -234,6 +267,8 @@ class Exchange:
             weights, draft = self._said[0] + b", " + weights, self._said[1] + b", " + draft
             self._said = engine.versions
         found = pass_headers(headers, self.head.request_id, engine.config.name.encode(), weights, draft)
+        if self.cors is not None:
+            found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
         self._streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in found)
         self._sink.start(status, found)
 
@@ -285,6 +320,7 @@ class Exchange:
             self.leave()
             return
         self.engine.last_error = str(error)
+        self.cause = f"{self.engine.name}: {error}"
         self.fail(errors.engine_silent() if isinstance(error, SilentError) else errors.engine_lost())
 
     def _at_boundary(self) -> bool:
@@ -307,6 +343,9 @@ class Exchange:
 
     def _finish(self) -> None:
         self.finished = True
+        self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
         if self._task is not None:
             self._task.cancel()
             self._task = None

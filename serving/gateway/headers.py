@@ -18,7 +18,7 @@ HOP_BY_HOP = frozenset(
 )
 REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
 WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
-NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID}
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID, b"x-forwarded-for", b"forwarded"}
 OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
 KEY_HEADERS = frozenset((b"authorization", b"x-api-key"))
 MODELS = "/v1/models"
@@ -37,7 +37,7 @@ STEERING = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/infe
 @dataclass(slots=True, frozen=True)
 class Head:
     """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has
-    the first header of every name."""
+    the first header of every name, `peer` is the address at the other end of the connection."""
 
     method: str
     path: str
@@ -45,14 +45,15 @@ class Head:
     headers: Headers
     named: Mapping[bytes, bytes]
     request_id: bytes
+    peer: str = ""
 
 
-def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers) -> Head:
+def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers, peer: str = "") -> Head:
     """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
     named = dict(reversed(headers))
     given = named.get(REQUEST_ID, b"")
     request_id = given if PLAIN_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
-    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id)
+    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id, peer)
 
 
 def check_path(head: Head, more: Iterable[str]) -> None:
@@ -76,17 +77,21 @@ def _is_hidden(method: str, raw: bytes, path: str) -> bool:
     return ".." in segments or "." in segments or any(mark in raw for mark in marks)
 
 
-def render_request(head: Head, body: bytes, authority: bytes, *, keys_are_ours: bool) -> bytes:
-    """The request for an engine. Headers that the client's Connection names stay behind, and a key that was for the
-    gateway."""
+def render_request(
+    head: Head, body: bytes, lines: bytes, prefix: bytes = b"", forwarded_for: bytes = b"", *, keys_are_ours: bool
+) -> bytes:
+    """The request for an engine, whose own header `lines` (host, credential) come first. Headers that the client's
+    Connection names stay behind, and a key that was for the gateway."""
     dropped = NOT_FORWARDED | KEY_HEADERS if keys_are_ours else NOT_FORWARDED
     if b"connection" in head.named:
         connections = b",".join(value for name, value in head.headers if name == b"connection")
         dropped = dropped | {part.strip().lower() for part in connections.split(b",")}
-    parts = [head.method.encode(), b" ", head.target, b" HTTP/1.1\r\nhost: ", authority, b"\r\n"]
+    parts = [head.method.encode(), b" ", prefix, head.target, b" HTTP/1.1\r\n", lines]
     for name, value in head.headers:
         if name not in dropped:
             parts += (name, b": ", value, b"\r\n")
+    if forwarded_for:
+        parts += (b"x-forwarded-for: ", forwarded_for, b"\r\n")
     if body or head.method in ("POST", "PUT", "PATCH"):
         parts.append(b"content-length: %d\r\n" % len(body))
     parts += (b"x-request-id: ", head.request_id, b"\r\n\r\n", body)

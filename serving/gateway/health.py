@@ -1,54 +1,111 @@
-"""Asks every engine again and again whether it is well, and which weights it has; closes what is idle."""
+"""Asks every engine again and again whether it is well, and which weights it has; closes what is idle.
+
+Each engine is asked on its own, so that one that is late holds up no other. An engine under load may answer late by
+half a minute (vllm#24910, vllm#38157): only several misses in a row count, none while answers to requests come from it,
+and an engine that has merely been silent is still tried where a model has no other (engine.py). A connection that is
+refused counts at once. An engine that is down is asked more often, so that it is back as soon as it answers.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 
 import aiohttp
 
-from laguna_serve.serving.gateway.pool import VERSION, Engine, Pool
+from laguna_serve.serving.gateway.engine import Engine
+from laguna_serve.serving.gateway.http1 import LOCAL_SHORTAGE
+from laguna_serve.serving.gateway.pool import VERSION, Pool
 from laguna_serve.serving.gateway.relay import Relay
 
-EVERY_S = 2.0
-TIMEOUT_S = 2.0
+# How often an engine is asked that is not well, and how often it is looked whether that has changed.
+RECHECK_S = 0.5
+TICK_S = 0.25
+VERSION_TIMEOUT_S = 2.0
+logger = logging.getLogger(__name__)
 
 
 async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
-    """Until cancelled."""
-    while True:
-        pools = list(relay.pools.values())
-        for engine in (engine for pool in pools for engine in pool.engines):
-            engine.origin.expire()
-        await asyncio.gather(*(_check(session, pool, engine) for pool in pools for engine in pool.engines))
-        await asyncio.sleep(EVERY_S)
-
-
-async def _check(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    """Until cancelled. `session` keeps no connection: an engine that listens no more may still answer on an old one."""
+    checks: dict[Engine, asyncio.Task[None]] = {}
     try:
-        async with session.get(f"{engine.config.url}/health", timeout=timeout) as response:
-            healthy = response.status == 200
-            reason = f"/health: HTTP {response.status}"
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        healthy, reason = False, f"/health: expected an answer, got {type(error).__name__}"
-    was_up = engine.healthy is True and engine.is_up(pool.clock())
-    engine.healthy = healthy
-    if not healthy:
-        engine.last_error = reason
+        while True:
+            engines = {engine: pool for pool in relay.pools.values() for engine in pool.engines}
+            for engine in checks.keys() - engines.keys():
+                checks.pop(engine).cancel()
+            for engine, pool in engines.items():
+                engine.origin.expire()
+                if engine not in checks or checks[engine].done():
+                    checks[engine] = asyncio.create_task(_check_engine(session, relay, pool, engine))
+            await asyncio.sleep(TICK_S)
+    finally:
+        for check in checks.values():
+            check.cancel()
+        await asyncio.gather(*checks.values(), return_exceptions=True)
+
+
+async def _check_engine(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            await _check(session, relay, pool, engine)
+        except Exception:
+            logger.exception("engine %s: the health check failed in the gateway", engine.name)
+        ended_s = loop.time()
+        while (left_s := ended_s + _find_interval(relay, engine) - loop.time()) > 0:
+            await asyncio.sleep(min(left_s, TICK_S))
+
+
+def _find_interval(relay: Relay, engine: Engine) -> float:
+    """An engine that is down, or that could not be connected to, is asked more often."""
+    interval_s = relay.config.health.interval_s
+    is_well = engine.healthy is True and not engine.misses and not engine.failures
+    return interval_s if is_well else min(interval_s, RECHECK_S)
+
+
+async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> None:
+    health = relay.config.health
+    timeout = aiohttp.ClientTimeout(total=health.timeout_s)
+    began_s, answers = time.perf_counter(), engine.answers
+    url, options = engine.config.url + health.path, engine.config.request_options()
+    try:
+        async with session.get(url, timeout=timeout, **options) as response:
+            status = response.status
+    except TimeoutError:
+        is_alive = engine.answers > answers or any(
+            exchange.engine is engine and exchange.last_s > began_s for exchange in relay.exchanges
+        )
+        if not (is_alive or pool.paused):  # an engine that loads weights may be silent
+            engine.note_miss(f"{health.path}: no answer within {health.timeout_s:g} s", health.failures, silent=True)
         return
-    engine.note_success()
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
+            relay.journal.note_shortage(error.strerror or type(error).__name__)
+            return
+        is_refused = isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
+        reason = "connection refused" if is_refused else f"{type(error).__name__}"
+        engine.note_miss(f"{health.path}: {reason}", 1 if is_refused else health.failures, silent=False)
+        return
+    if status != 200:
+        engine.note_miss(f"{health.path}: HTTP {status}", health.failures, silent=False)
+        return
+    was_up = engine.healthy is True and engine.is_up(pool.clock())
     if not was_up:
         await _read_version(session, pool, engine)
+    engine.note_well()
+    if not was_up:
         pool.welcome(engine)
 
 
 async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:
     """An engine that has come (back): after an update it may have weights from before. Only engines with
     VLLM_SERVER_DEV_MODE=1 tell, and only those can be updated."""
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=VERSION_TIMEOUT_S)
+    url, options = f"{engine.config.url}/weight_info", engine.config.request_options()
     try:
-        async with session.get(f"{engine.config.url}/weight_info", timeout=timeout) as response:
+        async with session.get(url, timeout=timeout, **options) as response:
             version = str((await response.json())["weight_version"]) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
         version = None

@@ -7,7 +7,9 @@ socket and its reader; per event of a stream those cost more than all the rest (
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import re
 import ssl
 import time
 from typing import Protocol, cast
@@ -15,14 +17,34 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from laguna_serve.serving.gateway.config import Endpoint
+
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
 MOST_HEAD_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
 
+# This machine has run out of something: no fault of the engine's.
+LOCAL_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+
 class UnreachableError(ConnectionError):
-    """No connection could be made: nothing was sent."""
+    """No connection could be made: nothing was sent. `silent`: nobody answered in time; `shortage`: this machine has
+    no file descriptor or memory left for it."""
+
+    def __init__(self, error: OSError, timeout_s: float) -> None:
+        # Several addresses of a name: asyncio puts their errors into one text.
+        codes = {int(code) for code in re.findall(r"\[Errno (\d+)\]", str(error))} | {error.errno}
+        self.silent = isinstance(error, TimeoutError)
+        self.shortage = bool(codes & LOCAL_SHORTAGE)
+        if self.silent:
+            reason = f"no connection within {timeout_s:g} s"
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            reason = f"certificate: {error.verify_message}"
+        else:
+            reason = "connection refused" if errno.ECONNREFUSED in codes else error.strerror or type(error).__name__
+        super().__init__(reason)
 
 
 class BrokenError(ConnectionError):
@@ -225,9 +247,20 @@ class Origin:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._host = parts.hostname or ""
         self._port = parts.port or (80 if self._tls is None else 443)
-        self.authority = parts.netloc.encode()
-        self.silence_allowed = False
+        self._closed = False
+        self.prefix, self.authority = parts.path.rstrip("/").encode(), parts.netloc.encode()
+        # The header lines that every request to this engine has.
+        self.lines = b"host: " + self.authority + b"\r\n"
+        self.has_credential = self.silence_allowed = False
         self._idle: list[Connection] = []
+
+    def configure(self, endpoint: Endpoint) -> None:
+        """The credential and the authorities of a configuration that has the same URL."""
+        authorization = endpoint.authorization
+        self._tls, self.has_credential = endpoint.tls, authorization is not None
+        self.lines = b"host: " + self.authority + b"\r\n"
+        if authorization is not None:
+            self.lines += b"authorization: " + authorization.encode() + b"\r\n"
 
     def take(self) -> Connection | None:
         """An idle connection, if there is one."""
@@ -246,11 +279,14 @@ class Origin:
             async with asyncio.timeout(timeout_s):
                 _, made = await loop.create_connection(lambda: Connection(self), self._host, self._port, ssl=self._tls)
         except OSError as error:  # TimeoutError is one
-            raise UnreachableError(type(error).__name__) from None
+            raise UnreachableError(error, timeout_s) from None
         return made
 
     def keep(self, connection: Connection) -> None:
         """Its answer is complete; the next request may use it."""
+        if self._closed:
+            connection.close()
+            return
         connection.idle_since = asyncio.get_running_loop().time()
         self._idle.append(connection)
 
@@ -267,7 +303,8 @@ class Origin:
             self._idle.remove(connection)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle, and what will be."""
+        self._closed = True
         for connection in self._idle:
             connection.close()
         self._idle.clear()

@@ -5,11 +5,12 @@ Written several times per event of a stream, so the numbers are plain attributes
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/embeddings")
@@ -52,7 +53,7 @@ class Distribution:
 class EngineStats:
     """Of one engine, since the gateway has known it; seconds."""
 
-    __slots__ = ("added_chunk", "added_request", "first", "gap", "itl", "prompt_tokens", "tokens")
+    __slots__ = ("added_chunk", "added_request", "first", "gap", "itl", "losses", "prompt_tokens", "tokens")
 
     def __init__(self) -> None:
         self.first = Distribution(SECONDS)
@@ -60,7 +61,7 @@ class EngineStats:
         self.itl = Distribution(STEP_SECONDS)
         self.added_request = Distribution(ADDED_SECONDS)
         self.added_chunk = Distribution(ADDED_SECONDS)
-        self.tokens = self.prompt_tokens = 0
+        self.tokens = self.prompt_tokens = self.losses = 0
 
 
 class ShownEngine(Protocol):
@@ -84,21 +85,42 @@ class ShownPool(Protocol):
     def engines(self) -> Sequence[ShownEngine]: ...
 
 
+class ShownBacklog(Protocol):
+    """Bodies that are with no engine yet."""
+
+    @property
+    def total(self) -> int: ...
+
+
 class Metrics:
-    """One gateway's registry."""
+    """One gateway's registry. `backlog` and `pools` are the relay's; `reload_taken`: the last configuration that was
+    read was also taken; `reloaded_s`: when one was, in seconds of the epoch."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.seconds = Distribution(SECONDS)
         self.requests: dict[tuple[str, str], int] = {}
+        self.refusals: dict[tuple[str, str], int] = {}
         self.pools: Mapping[str, ShownPool] = {}
+        self.backlog: ShownBacklog | None = None
+        self.reload_taken, self.reloaded_s = True, time.time()
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # memory, open files and their limit
 
     def note(self, path: str, status: int, seconds: float) -> None:
         """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""
         key = (path if path in KNOWN_PATHS else "other", str(status))
         self.requests[key] = self.requests.get(key, 0) + 1
         self.seconds.add(seconds)
+
+    def note_refusal(self, reason: str, key: str) -> None:
+        """The gateway has not given a request an engine's answer, or not all of it."""
+        self.refusals[reason, key] = self.refusals.get((reason, key), 0) + 1
+
+    def note_reload(self, taken: bool) -> None:
+        """The configuration was read again, and taken or not."""
+        self.reload_taken = taken
+        self.reloaded_s = time.time() if taken else self.reloaded_s
 
     def render(self) -> bytes:
         """The text of /metrics."""
@@ -110,11 +132,29 @@ class Metrics:
         for key, count in self.requests.items():
             requests.add_metric(key, count)
         yield requests
+        help_text = (
+            "Requests that got an error of the gateway's own, by reason (key_rate, key_in_flight: the key's limits;"
+            " queue_full, queue_bytes_full, queue_timeout: no slot; no_engine, engine_lost, engine_silent: the engines;"
+            " unauthorized, unknown_model, ...) and by the name of the key, where one was known."
+        )
+        refusals = CounterMetricFamily("laguna_gateway_refusals", help_text, labels=("reason", "key"))
+        for refusal, count in self.refusals.items():
+            refusals.add_metric(refusal, count)
+        yield refusals
         help_text = "From the first byte in to the last one out."
         seconds = HistogramMetricFamily("laguna_gateway_request_seconds", help_text)
         seconds.add_metric([], self.seconds.list_buckets(), self.seconds.total)
         yield seconds
+        yield from self._collect_state()
         yield from self._collect_engines()
+
+    def _collect_state(self) -> Iterator[Metric]:
+        help_text = "Bytes of requests that arrive or wait for a slot; limits.max_queued_bytes bounds them."
+        yield GaugeMetricFamily("laguna_gateway_queued_bytes", help_text, self.backlog.total if self.backlog else 0)
+        name, help_text = "laguna_gateway_config_last_reload_successful", "1: the last configuration read was taken."
+        yield GaugeMetricFamily(name, help_text, float(self.reload_taken))
+        name = "laguna_gateway_config_last_reload_success_timestamp_seconds"
+        yield GaugeMetricFamily(name, "When a configuration was taken, since the epoch.", self.reloaded_s)
 
     def _collect_engines(self) -> Iterator[Metric]:
         queued = GaugeMetricFamily("laguna_gateway_queued", "Requests that wait for a slot.", labels=("model",))
@@ -138,6 +178,7 @@ class Metrics:
                 gauges["in_flight"].add_metric(labels, engine.in_flight)
                 counters["output_tokens"].add_metric(labels, engine.stats.tokens)
                 counters["prompt_tokens"].add_metric(labels, engine.stats.prompt_tokens)
+                counters["upstream_lost"].add_metric(labels, engine.stats.losses)
                 for name, family in histograms.items():
                     found: Distribution = getattr(engine.stats, name)
                     family.add_metric(labels, found.list_buckets(), found.total)
@@ -149,6 +190,7 @@ _PATH, _ENGINE = ("path", "status"), ("model", "upstream")
 _COUNTERS = {
     "output_tokens": "Tokens of answers, where an answer tells its usage.",
     "prompt_tokens": "Tokens of prompts, where an answer tells its usage.",
+    "upstream_lost": "Times that the engine was found down, by health checks or by connections that failed.",
 }
 _HISTOGRAMS = {
     "first": ("ttft_seconds", "From the request to the first bytes of its answer's body."),

@@ -1,8 +1,7 @@
-"""Which engine takes a request, and how long it may wait for one: slots, a bounded queue, health and a circuit breaker.
+"""Which engine takes a request, and how long it may wait for one: slots and a bounded queue.
 
 A slot is held from the choice of an engine to the last byte of its answer. Requests wait in the order in which they
-came. An engine that cannot be reached BREAK_AFTER times in a row is left alone for COOL_DOWN_S, doubled with every
-failed trial up to MOST_COOL_DOWN_S; a health check that succeeds closes the breaker at once.
+came. Where no engine is up, those that are down for silence alone are tried all the same: they may only be slow.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import asyncio
 import hashlib
 import heapq
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,77 +18,15 @@ from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Limits, Model, Upstream
+from laguna_serve.serving.gateway.engine import UNVERSIONED, Engine
 from laguna_serve.serving.gateway.http1 import Origin
-from laguna_serve.serving.gateway.metrics import EngineStats
 
-BREAK_AFTER = 3
-COOL_DOWN_S = 1.0
-MOST_COOL_DOWN_S = 30.0
 # Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
 # are not to get every request several times.
 RETRY_SHARE, RETRY_BURST = 0.2, 10.0
 # What a version may be: it stands in headers and in streams.
 VERSION = r"^[A-Za-z0-9._:+-]{1,64}$"
-# As vLLM calls weights that were never updated.
-UNVERSIONED = (b"default", b"default")
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """An upstream's state.
-
-    `healthy` is the last health check's word, None before the first. `turns` counts requests, for shares by weight; it
-    is moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
-    `fenced` one has other weights than it should, and is sent nothing.
-    """
-
-    config: Upstream
-    origin: Origin
-    stats: EngineStats = field(default_factory=EngineStats)
-    versions: tuple[bytes, bytes] = UNVERSIONED
-    in_flight: int = 0
-    turns: float = 0.0
-    healthy: bool | None = None
-    failures: int = 0
-    open_until: float = 0.0
-    last_error: str | None = None
-    fenced: str | None = None
-    last_scrape: tuple[float, dict[str, float]] | None = None
-
-    @property
-    def name(self) -> str:
-        """The configured one."""
-        return self.config.name
-
-    @property
-    def up(self) -> bool:
-        """May it be sent something now?"""
-        return self.is_up(time.monotonic())
-
-    def is_up(self, now: float) -> bool:
-        """May it be sent something? After a cool-down one failure more is enough to leave it alone again."""
-        return self.healthy is not False and self.fenced is None and now >= self.open_until
-
-    def fence(self, reason: str) -> None:
-        """Its weights are not those of the others: nothing is sent to it until an update succeeds."""
-        self.fenced = self.last_error = reason
-
-    def has_slot(self) -> bool:
-        """Is there room for one request more?"""
-        return self.in_flight < self.config.max_in_flight
-
-    def note_failure(self, reason: str, now: float) -> None:
-        """It could not be reached. (One that breaks off is not left alone for it: the request may be to blame.)"""
-        self.failures += 1
-        self.last_error = reason
-        if self.failures >= BREAK_AFTER:
-            times = min(self.failures - BREAK_AFTER, 10)
-            self.open_until = now + min(MOST_COOL_DOWN_S, COOL_DOWN_S * 2**times)
-
-    def note_success(self) -> None:
-        """It answered."""
-        self.failures = 0
-        self.open_until = 0.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -107,14 +45,21 @@ class Pool:
     _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
     _queued: int = 0
 
-    def configure(self, model: Model, limits: Limits) -> None:
-        """Take a configuration. An engine of the same name and URL keeps its state; those who wait look again."""
-        known: dict[tuple[str, str], Engine | None] = {(e.config.name, e.config.url): e for e in self.engines}
-        engines = [known.pop((u.name, u.url), None) or Engine(u, Origin(u.url)) for u in model.upstreams]
-        for gone in filter(None, known.values()):
-            gone.origin.close()
+    def plan(self, model: Model) -> list[Engine]:
+        """The engines that a configuration asks for; one of the same name and URL keeps its state. Changes nothing."""
+        known = {(engine.config.name, engine.config.url): engine for engine in self.engines}
+        return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
+
+    def configure(self, model: Model, limits: Limits, engines: list[Engine] | None = None) -> None:
+        """Take a configuration, with the engines that `plan` made for it; those who wait look again."""
+        engines = self.plan(model) if engines is None else engines
+        for gone in self.engines:
+            if gone not in engines:
+                gone.remove()
         for engine, upstream in zip(engines, model.upstreams, strict=True):
-            engine.config = upstream
+            if engine.config is not upstream:
+                engine.config = upstream
+                engine.origin.configure(upstream)
         self.model, self.limits, self.engines = model, limits, engines
         self._wake_all()
 
@@ -122,6 +67,11 @@ class Pool:
         """Close the connections that are idle."""
         for engine in self.engines:
             engine.origin.close()
+
+    def remove(self) -> None:
+        """The model is in the configuration no more. What is in flight, or waits, finishes."""
+        for engine in self.engines:
+            engine.remove()
 
     @property
     def queued(self) -> int:
@@ -142,6 +92,7 @@ class Pool:
         """
         now = self.clock()
         up = [engine for engine in self.engines if engine.is_up(now) and engine not in avoid]
+        up = up or [engine for engine in self.engines if engine.is_last_resort() and engine not in avoid]
         if not up:
             raise errors.not_ready()
         if self.paused or (self._queued and not woken):
@@ -186,12 +137,14 @@ class Pool:
     def pause(self) -> None:
         """Requests that come wait in the queue until `resume`; engines may be silent."""
         self.paused = True
+        logger.info("model %s paused: requests wait", self.model.name)
         for engine in self.engines:
             engine.origin.silence_allowed = True
 
     def resume(self) -> None:
         """Go on; those who waited look again."""
         self.paused = False
+        logger.info("model %s resumed", self.model.name)
         for engine in self.engines:
             engine.origin.silence_allowed = False
         self._wake_all()
@@ -205,14 +158,22 @@ class Pool:
         )
         for engine in self.engines:
             was_fenced = engine.fenced is not None
-            engine.versions, engine.fenced = self.versions, None
+            engine.versions = self.versions
+            engine.unfence()
             if was_fenced:
                 self.welcome(engine)
 
     def release(self, engine: Engine) -> None:
         """Give a slot back; the first in the queue is woken."""
-        engine.in_flight -= 1
+        engine.release()
         self.wake()
+
+    def is_ready(self, now: float) -> bool:
+        """Is there an engine that was well, and that a request would be sent to?"""
+        known = [engine for engine in self.engines if engine.seen_well]
+        return any(engine.healthy and engine.is_up(now) for engine in known) or (
+            not any(engine.is_up(now) for engine in self.engines) and any(engine.is_last_resort() for engine in known)
+        )
 
     def welcome(self, engine: Engine) -> None:
         """An engine is up that was not: it gets its share from now on, and nothing of what it missed."""
@@ -227,6 +188,12 @@ class Pool:
             if not future.done():
                 future.set_result(None)
                 return
+
+    def _make_engine(self, upstream: Upstream) -> Engine:
+        """Where weights have been updated, one that comes is sent nothing before it has said which it has."""
+        origin = Origin(upstream.url)
+        origin.configure(upstream)
+        return Engine(upstream, origin, healthy=False if self.updated else None, refused=self.updated)
 
     def _wake_all(self) -> None:
         for _ in range(len(self._waiting)):

@@ -25,6 +25,7 @@ from laguna_serve.serving.gateway.relay import Relay
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 # How long a client that was refused may go on sending a body: a connection closed under its hands would take the
 # answer with it.
 LINGER_S = 2.0
@@ -78,6 +79,11 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is awaited from here."""
         super().connection_made(transport)
+        if len(self.connections) > self._relay.max_connections:
+            self._relay.journal.note_too_many_connections(self._relay.max_connections)
+            transport.write(TOO_MANY)
+            transport.close()
+            return
         self._head_bytes = 0
         self._watch()
 
@@ -224,7 +230,8 @@ class _Answer:
         scope = self.cycle.scope
         self._relay = relay
         headers: Any = scope["headers"]
-        head = read_head(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], headers)
+        peer = scope["client"][0] if scope["client"] else ""
+        head = read_head(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], headers, peer)
         self.exchange = relay.begin(head, self)
         if self.exchange.finished:
             return
@@ -237,7 +244,7 @@ class _Answer:
     def grow(self) -> None:
         """More of the body has come."""
         try:
-            self._relay.check_size(len(self.cycle.body))
+            self._relay.hold(self.exchange, len(self.cycle.body))
         except GatewayError as error:
             self.exchange.fail(error)
         self._protocol.flow.resume_reading()  # uvicorn waits for an application to take it

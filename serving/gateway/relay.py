@@ -12,18 +12,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from laguna_serve.serving.gateway import errors
+from laguna_serve.serving.gateway import errors, open_files
 from laguna_serve.serving.gateway.access import Access, Holder
 from laguna_serve.serving.gateway.access_log import AccessLog
+from laguna_serve.serving.gateway.backlog import Backlog
+from laguna_serve.serving.gateway.client_address import Proxies
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.cors import Cors
 from laguna_serve.serving.gateway.errors import GatewayError
 from laguna_serve.serving.gateway.exchange import Exchange, Sink
 from laguna_serve.serving.gateway.headers import Head, Headers, check_path, read_head
+from laguna_serve.serving.gateway.journal import Journal
 from laguna_serve.serving.gateway.metrics import Metrics
 from laguna_serve.serving.gateway.pool import Pool
 from laguna_serve.serving.gateway.shadow import Shadows
@@ -38,7 +41,8 @@ SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
 # Chunks that an ASGI server has not taken yet, before the engine is read no further.
 MOST_PENDING = 64
-REMEMBERED_ERRORS = 20
+# Of a request that needs no key.
+MAX_OPTIONS_BYTES = 64 << 10
 logger = logging.getLogger(__name__)
 
 
@@ -55,25 +59,36 @@ class Relay:
         self.pools: dict[str, Pool] = {}
         self.access = Access()
         self.draining = False
+        self.backlog = Backlog(config.limits.max_queued_bytes)
+        metrics.backlog = self.backlog
         self.exchanges: set[Exchange] = set()
-        self.last_errors: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_ERRORS)
         self._metrics = metrics
         self._shadows = shadows
-        self._log = log
+        self.journal = Journal(metrics, log)
+        self.last_errors = self.journal.last_errors
         self._created = int(time.time())
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Take a configuration, at the start or in between. Requests in flight and in queues go on where they are."""
-        self.config = config
+        """Take a configuration, at the start or in between. Requests in flight and in queues go on where they are.
+        Whatever can fail is made before anything is replaced."""
         pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
+        engines = {model.name: pools[model.name].plan(model) for model in config.models}
+        cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
+        limit = open_files.find_limit()
+        open_files.warn_if_low(config, limit)
+
+        self.config = config
         for model in config.models:
-            pools[model.name].configure(model, config.limits)
+            pools[model.name].configure(model, config.limits, engines[model.name])
         for name in self.pools.keys() - pools.keys():
-            self.pools[name].close()
+            self.pools[name].remove()
         self.pools = pools
         self._metrics.pools = pools
         self.access.configure(config.keys)
+        self.cors, self._proxies = cors if cors.enabled else None, proxies
+        self.backlog.most = config.limits.max_queued_bytes
+        self.max_connections = open_files.find_max_connections(config, limit)
 
     def close(self) -> None:
         """End what is still in flight, and the connections to the engines."""
@@ -81,32 +96,48 @@ class Relay:
             exchange.fail(errors.stopped())
         for pool in self.pools.values():
             pool.close()
-        self._log.flush()
+        self.journal.flush()
 
     def begin(self, head: Head, sink: Sink) -> Exchange:
         """Take a request whose body is still to come; it may have been refused, and finished, already."""
         holder: Holder | None = None
         refusal: GatewayError | None = None
+        # Browsers send preflights without a key.
+        is_options = head.method == "OPTIONS"
         try:
             if self.draining:
                 raise errors.draining()
-            holder = self.access.enter(head.named)
+            if not is_options:
+                holder = self.access.enter(head.named)
             check_path(head, self.config.server.more_paths)
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
-                self.check_size(int(announced))
+                self.check_size(int(announced), is_options=is_options)
+                self.backlog.check(int(announced))
         except GatewayError as error:
             refusal = error
         exchange = Exchange(head, sink, holder, self._finish)
+        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.access.enabled
+        exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
         self.exchanges.add(exchange)
         if refusal is not None:
             exchange.fail(refusal)
+        elif self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
+            exchange.reply(*answer)
         return exchange
 
-    def check_size(self, size: int) -> None:
+    def check_size(self, size: int, *, is_options: bool = False) -> None:
         """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
-        if size > self.config.server.max_body_bytes:
-            raise errors.body_too_large(self.config.server.max_body_bytes)
+        most = min(self.config.server.max_body_bytes, self.config.limits.max_queued_bytes)
+        most = min(most, MAX_OPTIONS_BYTES) if is_options else most
+        if size > most:
+            raise errors.body_too_large(most)
+
+    def hold(self, exchange: Exchange, size: int) -> None:
+        """Of a request's body there are so many bytes by now. Raises GatewayError: 413, or 429 they are too many
+        together with all that wait."""
+        self.check_size(size, is_options=exchange.head.method == "OPTIONS")
+        self.backlog.hold(exchange, size)
 
     def send(self, exchange: Exchange, body: bytes) -> None:
         """The body is there."""
@@ -129,7 +160,8 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request of any ASGI server."""
         raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
-        head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"])
+        peer = scope["client"][0] if scope.get("client") else ""
+        head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"], peer)
         sink = _AsgiSink()
         sink.exchange = exchange = self.begin(head, sink)
         reader = asyncio.create_task(self._feed(exchange, sink, receive))
@@ -143,7 +175,7 @@ class Relay:
         """The body to the exchange, then watch for the client's going."""
         try:
             async with asyncio.timeout(self.config.server.body_timeout_s):
-                body = await self._read_body(receive)
+                body = await self._read_body(exchange, receive)
             self.send(exchange, body)
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -157,14 +189,14 @@ class Relay:
         finally:
             sink.leave()
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read_body(self, exchange: Exchange, receive: Receive) -> bytes:
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionError
             body += message.get("body", b"")
-            self.check_size(len(body))
+            self.hold(exchange, len(body))
             if not message.get("more_body", False):
                 return bytes(body)
 
@@ -190,25 +222,7 @@ class Relay:
     def _finish(self, exchange: Exchange) -> None:
         self.exchanges.discard(exchange)
         self.access.leave(exchange.key)
-        self._metrics.note(exchange.head.path, exchange.status, time.perf_counter() - exchange.started_s)
-        if self._log.enabled or exchange.error is not None:
-            self._tell(exchange)
-
-    def _tell(self, exchange: Exchange) -> None:
-        """Who asked for what, and what became of it: never the query, a header or a body."""
-        about = {
-            "request_id": exchange.head.request_id.decode(),
-            "method": exchange.head.method,
-            "path": exchange.head.path,
-            "key": exchange.key.name if exchange.key is not None else None,
-            "model": exchange.model,
-            "upstream": exchange.engine.name if exchange.engine is not None else None,
-            "status": exchange.status,
-            "error": exchange.error,
-        }
-        self._log.write(about, exchange.started_s, exchange.first_s)
-        if exchange.error is not None:
-            self.last_errors.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **about})
+        self.journal.note(exchange)
 
 
 class _AsgiSink:

@@ -5,24 +5,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from laguna_serve.serving.engine import EngineError, find_port, require_port
+from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.gateway import open_files
+from laguna_serve.serving.gateway.addresses import find_url
+from laguna_serve.serving.gateway.addresses import with_ports as with_ports
 from laguna_serve.serving.gateway.admin import create_admin_app
 from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
-from laguna_serve.serving.gateway.config import Admin, Config, ConfigError, Server
+from laguna_serve.serving.gateway.config import Config, ConfigError, Server
+from laguna_serve.serving.gateway.event_log import set_up_logging
 from laguna_serve.serving.gateway.protocol import make_protocol
 from laguna_serve.serving.gateway.relay import Relay
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
+# What is bound to listeners, and to connections that are open.
+FIXED: Mapping[str, Sequence[str]] = {
+    "server": (
+        "host",
+        "port",
+        "head_timeout_s",
+        "max_head_bytes",
+        "drain_s",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "access_log",
+    ),
+    "admin": ("host", "port", "sha256"),
+}
+logger = logging.getLogger(__name__)
 
 
 class GatewayServer(uvicorn.Server):
@@ -35,10 +54,11 @@ class GatewayServer(uvicorn.Server):
         admin: uvicorn.Config,
         ready: Callable[[], None],
         reload: Callable[[], Config] | None = None,
+        configured: Config | None = None,
     ) -> None:
         super().__init__(settings)
         self._admin = _AdminServer(admin)
-        self._ready, self._reload = ready, reload
+        self._ready, self._reload, self._configured = ready, reload, configured
 
     async def startup(self, sockets: object = None) -> None:
         """Listen, then say so. SIGHUP reads the configuration again."""
@@ -69,23 +89,42 @@ class GatewayServer(uvicorn.Server):
         return found
 
     def reload(self) -> None:
-        """Take the configuration as it is now; one that is wrong changes nothing. Where to listen stays."""
+        """Take the configuration as it is now, or, where anything is wrong with it, nothing of it."""
         assert self._reload is not None
         try:
             config = self._reload()
+            self.relay.configure(config)
         except ConfigError as error:
-            print(f"laguna: error: {error}; going on as before", file=sys.stderr, flush=True)
+            logger.error("%s; going on as before", error)
+            self.relay.journal.note_reload(taken=False)
             return
-        self.relay.configure(config)
-        print("gateway: configuration read again", file=sys.stderr, flush=True)
+        except Exception:
+            logger.exception("the configuration could not be taken; going on as before")
+            self.relay.journal.note_reload(taken=False)
+            return
+        self._renew_certificate(config.server)
+        self.relay.journal.note_reload(taken=True)
+        fixed = list_fixed_changes(self._configured, config) if self._configured is not None else []
+        told = f"; not changed before a restart: {', '.join(fixed)}" if fixed else ""
+        logger.info("configuration read again%s", told)
+
+    def _renew_certificate(self, server: Server) -> None:
+        """From the same files, for connections to come: certificates are replaced while their servers run."""
+        context, configured = self.config.ssl, self._configured
+        if context is None or configured is None:
+            return
+        files = (configured.server.ssl_certfile, configured.server.ssl_keyfile)
+        if files[0] is not None and files == (server.ssl_certfile, server.ssl_keyfile):
+            context.load_cert_chain(files[0], files[1])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        if self.started:
+        if self.started and not self.relay.draining:
             self.relay.draining = True
+            logger.info("stopping: no new requests, %d in flight", len(self.relay.exchanges))
 
 
 class _AdminServer(uvicorn.Server):
@@ -104,9 +143,11 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
     Raises:
         EngineError: a port is taken.
     """
-    config = with_ports(config)
-    url = find_url(config.server)
-    _make_server(config, lambda: announce(url, find_url(config.admin)), reload).run()
+    set_up_logging()
+    open_files.raise_limit()
+    listening = with_ports(config)
+    url = find_url(listening.server)
+    _make_server(listening, lambda: announce(url, find_url(listening.admin)), reload, config).run()
     return url
 
 
@@ -118,6 +159,8 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
     Raises:
         EngineError: a port is taken.
     """
+    set_up_logging()
+    open_files.raise_limit()
     config = with_ports(config)
     ready = threading.Event()
     server = _make_server(config, ready.set, None)
@@ -140,27 +183,24 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
             gc.unfreeze()  # what the rest of this process no longer needs may go again
 
 
-def with_ports(config: Config) -> Config:
-    """The configuration with the ports that are listened on. Raises EngineError when one is taken."""
-    server = config.server.model_copy(update={"port": _find_port(config.server)})
-    admin = config.admin.model_copy(update={"port": _find_port(config.admin)})
-    return config.model_copy(update={"server": server, "admin": admin})
+def list_fixed_changes(before: Config, after: Config) -> list[str]:
+    """The keys that differ and are read at the start alone."""
+    return [
+        f"{table}.{key}"
+        for table, keys in FIXED.items()
+        for key in keys
+        if getattr(getattr(before, table), key) != getattr(getattr(after, table), key)
+    ]
 
 
-def _find_port(address: Server | Admin) -> int:
-    return find_port(address.host) if address.port == 0 else require_port(address.host, address.port)
-
-
-def find_url(address: Server | Admin) -> str:
-    """Where the gateway, or its admin page, answers."""
-    scheme = "https" if isinstance(address, Server) and address.ssl_certfile else "http"
-    host = address.host
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{address.port}"
-
-
-def _make_server(config: Config, ready: Callable[[], None], reload: Callable[[], Config] | None) -> GatewayServer:
+def _make_server(
+    config: Config,
+    ready: Callable[[], None],
+    reload: Callable[[], Config] | None,
+    configured: Config | None = None,
+) -> GatewayServer:
     app = create_app(config)
-    return GatewayServer(make_settings(app, config), make_admin_settings(app, config), ready, reload)
+    return GatewayServer(make_settings(app, config), make_admin_settings(app, config), ready, reload, configured)
 
 
 def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
@@ -172,7 +212,7 @@ def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         port=admin.port,
         ws="none",
         lifespan="off",
-        log_level="warning",
+        log_config=None,
         access_log=False,
         server_header=False,
     )
@@ -189,7 +229,7 @@ def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         ssl_keyfile=server.ssl_keyfile,
         http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: app.state.relay),
         ws="none",
-        log_level="error",
+        log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,

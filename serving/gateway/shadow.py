@@ -67,9 +67,10 @@ class Shadows:
         request_id = head.request_id.decode()
         try:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-            headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+            options = shadow.request_options()
+            options["headers"] |= {"Content-Type": "application/json", "X-Request-Id": request_id}
             url = shadow.url + head.path
-            async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
+            async with self._session.post(url, data=body, timeout=timeout, **options) as response:
                 theirs = await response.content.read(MOST_BYTES) if response.status == 200 else None
                 while theirs is not None and not response.content.at_eof() and len(theirs) < MOST_BYTES:
                     theirs += await response.content.read(MOST_BYTES)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from laguna_serve.serving.gateway.access import Holder
+from laguna_serve.serving.gateway.engine import Engine
 from laguna_serve.serving.gateway.exposition import ACCEPTED, DRAFTS, TOKENS, sum_samples
-from laguna_serve.serving.gateway.pool import Engine
 from laguna_serve.serving.gateway.relay import Relay
 from laguna_serve.serving.gateway.scrape import read_metrics
 
@@ -18,7 +19,7 @@ async def describe(state: Any, now: float) -> dict[str, Any]:
     """Everything, JSON-ready; asks the engines for their counters. `now` in seconds of `time.monotonic`."""
     relay: Relay = state.relay
     engines = [engine for pool in relay.pools.values() for engine in pool.engines]
-    texts = await asyncio.gather(*(read_metrics(state.session, engine.config.url) for engine in engines))
+    texts = await asyncio.gather(*(read_metrics(state.session, engine.config) for engine in engines))
     speeds = {engine: _find_speeds(engine, text, now) for engine, text in zip(engines, texts, strict=True)}
     models = {
         name: {
@@ -34,14 +35,27 @@ async def describe(state: Any, now: float) -> dict[str, Any]:
         "schema": "laguna_serve.gateway_status/1",
         "draining": relay.draining,
         "in_flight": len(relay.exchanges),
+        "queued_bytes": relay.backlog.total,
         "models": models,
+        "keys": [_describe_key(holder) for holder in relay.access.holders],
         "last_errors": list(relay.last_errors)[::-1],
+    }
+
+
+def _describe_key(holder: Holder) -> dict[str, Any]:
+    """Never its digest."""
+    return {
+        "name": holder.name,
+        "in_flight": holder.in_flight,
+        "max_in_flight": holder.key.max_in_flight,
+        "requests_per_minute": holder.key.requests_per_minute,
+        "refused": holder.refused,
     }
 
 
 def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> dict[str, Any]:
     stats = engine.stats
-    state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down"
+    state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down" if engine.refused else "silent"
     return {
         "name": engine.name,
         "url": engine.config.url,

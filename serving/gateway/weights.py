@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from laguna_serve.serving.gateway.pool import VERSION, Engine, Pool
+from laguna_serve.serving.gateway.engine import Engine
+from laguna_serve.serving.gateway.pool import VERSION, Pool
 
 TIMEOUT_S = 600.0
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
@@ -237,9 +238,10 @@ class WeightGroup:
     ) -> Any:
         """The answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        url = engine.config.url + path
+        url, options = engine.config.url + path, engine.config.request_options()
+        options |= {"json": body, "params": params, "timeout": timeout}
         try:
-            async with self._session.request(method, url, json=body, params=params, timeout=timeout) as response:
+            async with self._session.request(method, url, **options) as response:
                 if response.status != 200:
                     return OSError(f"HTTP {response.status}: {(await response.text())[:200]}")
                 return await response.json(content_type=None)

@@ -1,0 +1,53 @@
+"""The gateway's own log: lines with time and level on stderr, and no flood of them in an outage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+
+# Of lines of one kind, so many in full within this time; of the rest only how many there were.
+FULL_LINES = 5
+WINDOW_S = 10.0
+
+
+def set_up_logging() -> None:
+    """Lines of this project, of the server and of the event loop on stderr; once per process."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s gateway: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    for name, level in (("laguna_serve", logging.INFO), ("uvicorn", logging.ERROR), ("asyncio", logging.ERROR)):
+        found = logging.getLogger(name)
+        if not found.handlers:
+            found.addHandler(handler)
+            found.setLevel(level)
+            found.propagate = False
+
+
+class BurstLog:
+    """Writes lines to a logger, the first few of a kind in every window, then their number."""
+
+    def __init__(self, logger: logging.Logger, window_s: float = WINDOW_S) -> None:
+        self._logger, self._window_s = logger, window_s
+        self._counts: dict[str, int] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def write(self, kind: str, message: str, *arguments: object) -> None:
+        """A line at level WARNING, or one more that is only counted. `kind` is of a bounded number of them."""
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        if count <= FULL_LINES:
+            self._logger.warning(message, *arguments)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._window_s, self.flush)
+
+    def flush(self) -> None:
+        """Say what was left out, and begin anew."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        counts, self._counts = self._counts, {}
+        for kind, count in counts.items():
+            if count > FULL_LINES:
+                self._logger.warning("%s: %d more in %g s", kind, count - FULL_LINES, self._window_s)

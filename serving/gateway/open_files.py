@@ -1,0 +1,52 @@
+"""The limit of open files: two per stream, where most systems begin with 1,024 in all (litellm#6284)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+
+from laguna_serve.serving.gateway.config import Config
+
+# Besides streams: listeners, log, health checks, scrapes, shadows.
+RESERVE = 64
+logger = logging.getLogger(__name__)
+
+
+def raise_limit() -> int:
+    """Raise this process's soft limit to the hard one. Returns the limit that holds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # some systems have a lower one beside it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return find_limit()
+
+
+def find_limit() -> int:
+    """The soft limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 30
+
+
+def count_slots(config: Config) -> int:
+    """Requests that may be in all engines at once."""
+    return sum(upstream.max_in_flight for model in config.models for upstream in model.upstreams)
+
+
+def find_max_connections(config: Config, limit: int) -> int:
+    """Connections of clients that leave enough for those to engines, or half where the limit is low."""
+    spare = max(limit - RESERVE, 2)
+    return spare - min(count_slots(config), spare // 2)
+
+
+def warn_if_low(config: Config, limit: int) -> None:
+    """One line where the engines' slots cannot all be used."""
+    needed = 2 * count_slots(config) + RESERVE
+    if limit < needed:
+        logger.warning(
+            "open files: expected a limit of at least %d for max_in_flight %d in all (two per stream), got %d; raise"
+            " the hard limit (ulimit -Hn, LimitNOFILE=) or lower max_in_flight",
+            needed,
+            count_slots(config),
+            limit,
+        )
