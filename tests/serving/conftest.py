@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 from serving_fakes import DRAFTER, FAKE_SITE, TARGET, MakeCheckpoint, write_drafter_weights
+
+from laguna_serve.serving.checkpoint import is_drafter
 
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
-    """make_checkpoint(name, config, **changes) writes a folder with config.json; a change to None removes the key."""
+    """make_checkpoint(name, config, **changes) writes a folder with config.json and, for a target, a file of weights
+    that holds none; a change to None removes the key."""
 
     def make(name: str, config: dict[str, Any], **changes: Any) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         merged = {key: value for key, value in {**config, **changes}.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(merged), encoding="utf-8")
+        if not is_drafter(merged):
+            save_file({}, folder / "model.safetensors")
         return folder
 
     return make

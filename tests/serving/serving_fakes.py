@@ -1,9 +1,16 @@
-"""Configs of small checkpoints, the stand-in vLLM's folder, and what tests ask about processes."""
+"""Configs of small checkpoints, the fake vLLM's folder, and what tests ask of servers and about processes."""
 
 from __future__ import annotations
 
+import http.client
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,7 @@ from safetensors.numpy import save_file
 from laguna_serve.serving.drafter import read_drafter
 from laguna_serve.serving.drafter_weights import expected_tensors
 
+LAGUNA = [sys.executable, "-m", "laguna_serve.serving.cli"]
 FAKE_SITE = Path(__file__).parent / "fake_site"
 
 TARGET: dict[str, Any] = {
@@ -97,3 +105,41 @@ def is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def post(base_url: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+    """The JSON of the answer, of an error too; None where there was none."""
+    data = json.dumps({} if body is None else body).encode()
+    request = urllib.request.Request(base_url + path, data, {"Content-Type": "application/json", **(headers or {})})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return json.load(error)
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+@contextmanager
+def serving(target: Path, tmp_path: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """`laguna serve` as a process, at a free port, with its log in the folder."""
+    command = [*LAGUNA, "serve", str(target), "--port", "0", "--log", str(tmp_path / "log"), *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def read_url(server: subprocess.Popen[str], *, gateway: bool = True) -> str:
+    """The address from the lines that greet the user; they are on stdout together."""
+    assert server.stdout is not None
+    where = server.stdout.readline()
+    url = where.split()[3].removesuffix("/v1")
+    if gateway:
+        assert server.stdout.readline().startswith("status: http://127.0.0.1:")
+    log, example = server.stdout.readline(), server.stdout.readline()
+    assert log.startswith("log: ")
+    assert example.startswith(f"try: curl {url}/v1/completions ")
+    return url

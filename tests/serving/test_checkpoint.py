@@ -13,7 +13,6 @@ from laguna_serve.serving.checkpoint import (
     CheckpointError,
     find_folder,
     read_target,
-    weight_bytes,
 )
 
 
@@ -79,9 +78,3 @@ def test_hub_id_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     (repository / "refs" / "main").write_text("abc", encoding="utf-8")
     (snapshot / "config.json").write_text(json.dumps(TARGET), encoding="utf-8")
     assert find_folder("poolside/Laguna-XS.2") == snapshot
-
-
-def test_weight_bytes_are_those_of_the_shards(target: Path) -> None:
-    for index in range(2):
-        (target / f"model-{index}.safetensors").write_bytes(b"x" * 100)
-    assert weight_bytes(target) == 200

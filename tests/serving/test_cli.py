@@ -7,19 +7,15 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from serving_fakes import read_pids, wait_until_gone
+from serving_fakes import LAGUNA, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving.cli import build_parser, main
 from laguna_serve.serving.serve import default_log_path, read_config
-
-LAGUNA = [sys.executable, "-m", "laguna_serve.serving.cli"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]], ids=" ".join)
@@ -78,29 +74,6 @@ def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert default_log_path(8001) == tmp_path / "laguna-serve" / "serve-8001.log"
 
 
-@contextmanager
-def serving(target: Path, tmp_path: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    command = [*LAGUNA, "serve", str(target), "--port", "0", "--log", str(tmp_path / "log"), *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            yield server
-        finally:
-            server.kill()
-
-
-def read_url(server: subprocess.Popen[str], *, gateway: bool = True) -> str:
-    """The address from the lines that greet the user; they are on stdout together."""
-    assert server.stdout is not None
-    where = server.stdout.readline()
-    url = where.split()[3].removesuffix("/v1")
-    if gateway:
-        assert server.stdout.readline().startswith("status: http://127.0.0.1:")
-    log, example = server.stdout.readline(), server.stdout.readline()
-    assert log.startswith("log: ")
-    assert example.startswith(f"try: curl {url}/v1/completions ")
-    return url
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_serve_runs_until_told_to_end(fake_vllm: Path, target: Path, tmp_path: Path, number: signal.Signals) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would stay
@@ -154,7 +127,7 @@ def test_serve_refuses_a_taken_port_before_an_engine_starts(fake_vllm: Path, tar
 
 
 def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
-    with serving(target, tmp_path) as server:
+    with serving(target, tmp_path, "--no-restart") as server:
         connection = http.client.HTTPConnection(read_url(server).removeprefix("http://"), timeout=5)
         with suppress(http.client.HTTPException, OSError):
             connection.request("POST", "/v1/die")

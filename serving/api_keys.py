@@ -1,0 +1,51 @@
+"""The API keys of ``laguna serve``: from a flag, a file or the environment.  They are in no message and no log."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from laguna_serve.serving.checkpoint import CheckpointError
+
+# Ours, then vLLM's name for the same thing.
+VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
+FILE_MARK = "@"
+
+
+def read_keys(given: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys given as KEY or @FILE (one per line), else that of the environment; none: everybody may ask.
+
+    Raises:
+        CheckpointError: a file cannot be read or holds no key, or a key cannot travel in a header.
+    """
+    keys = [key for text in given for key in (_read_file(text[1:]) if text.startswith(FILE_MARK) else [text])]
+    if not given:
+        keys = [environment[name] for name in VARIABLES if environment.get(name)][:1]
+    for key in keys:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise CheckpointError(
+                "--api-key: expected printable ASCII without spaces, got something else; choose another key"
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def describe_keys(keys: Sequence[str]) -> list[dict[str, str]]:
+    """The gateway's table of keys: names by order, digests."""
+    return [
+        {"name": f"api-key-{number}", "sha256": hashlib.sha256(key.encode()).hexdigest()}
+        for number, key in enumerate(keys, 1)
+    ]
+
+
+def _read_file(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "bytes that are no text"
+        raise CheckpointError(f"--api-key @{path}: expected a file of keys, got {reason}; check the path") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise CheckpointError(f"--api-key @{path}: expected a key per line, got none; write one into it")
+    return keys

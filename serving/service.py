@@ -1,0 +1,124 @@
+"""``laguna serve`` at work: an engine that is kept running, the gateway in front of it, until somebody ends both."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import FrameType
+
+from laguna_serve.serving.acceptance import AcceptanceWatch
+from laguna_serve.serving.command import EngineConfig
+from laguna_serve.serving.engine import Engine, EngineError
+from laguna_serve.serving.front import Front, FrontSettings, open_front
+from laguna_serve.serving.keeper import Keeper, RestartPolicy
+
+SCHEMA = "laguna_serve.serve/1"
+WATCH_S = 0.5
+
+
+def serve(
+    config: EngineConfig,
+    settings: FrontSettings | None,
+    api_key: str | None,
+    log_path: Path,
+    *,
+    restart: bool,
+    greet: Callable[[Engine, str, str | None], str],
+) -> int:
+    """Serves until a signal, or until the engine is given up; the exit status. The last line on stdout is JSON.
+
+    Args:
+        settings: of the gateway in front of the engine; None: there is none.
+        api_key: what the engine itself asks of requests.
+        greet: the lines for stdout once it answers, from the engine, the URL and the status page's.
+    Raises:
+        EngineError: the engine or the gateway could not be started, or was interrupted before it answered.
+    """
+    _handle_signals()
+    started = time.monotonic()
+    result: dict[str, object] = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
+
+    def make() -> Engine:
+        return Engine(config, log_path=log_path, announce=_announce, api_key=api_key)
+
+    keeper = Keeper(make, RestartPolicy(), _announce)
+    try:
+        with keeper, nullcontext() if settings is None else open_front(settings, keeper.engine.base_url) as front:
+            if front is not None and front.reloads:
+                signal.signal(signal.SIGHUP, lambda _number, _frame: front.reload())
+            url = keeper.engine.base_url if front is None else front.url
+            result |= {"url": url, "model": config.model_name}
+            print(greet(keeper.engine, url, None if front is None else front.status), flush=True)
+            died = _keep_serving(keeper, front, result, restart=restart)
+    except KeyboardInterrupt:
+        if "url" not in result:
+            raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
+        died = False  # a second signal, while the first was obeyed
+    result |= {"outcome": "died" if died else "stopped", "restarts": keeper.restarts}
+    result |= {"deaths": [death.describe() for death in keeper.deaths]}
+    print(json.dumps({**result, "uptime_s": round(time.monotonic() - started, 1)}))
+    return 1 if died else 0
+
+
+def _keep_serving(keeper: Keeper, front: Front | None, result: dict[str, object], *, restart: bool) -> bool:
+    """Until a signal (False), or until the engine has died for good (True)."""
+    watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
+    try:
+        while True:
+            _wait_for_death(keeper.engine, watch)
+            if front is not None:  # at once: to say why it died takes a moment
+                front.leave("it has died")
+            result["acceptance"] = watch.describe()
+            error = EngineError(keeper.engine.describe_death())
+            keeper.note_death(error)
+            if front is not None:
+                front.note_deaths([death.describe() for death in keeper.deaths])
+            if not restart:
+                raise error
+            keeper.revive()
+            if front is not None:
+                front.note_deaths([death.describe() for death in keeper.deaths])
+                front.succeed(keeper.engine.base_url)
+            watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
+            _announce(f"engine {keeper.engine.model_name}: serving again, restart {keeper.restarts}")
+    except EngineError as error:
+        print(f"laguna: error: {error}", file=sys.stderr, flush=True)
+        return True
+    except KeyboardInterrupt:
+        watch.read()
+        return False
+    finally:
+        result["acceptance"] = watch.describe() or result.get("acceptance")
+        if front is not None and keeper.away:
+            front.give_up()
+
+
+def _wait_for_death(engine: Engine, watch: AcceptanceWatch) -> None:
+    while not engine.is_dead():
+        with suppress(EngineError):  # it has died since: the next look sees it
+            engine.check()
+        watch.look()
+        time.sleep(WATCH_S)
+
+
+def _announce(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _handle_signals() -> None:
+    """Every polite way of ending us becomes a KeyboardInterrupt.
+
+    SIGINT too, as a shell script starts its background jobs with it ignored; SIGHUP not under nohup.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

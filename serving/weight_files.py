@@ -1,0 +1,108 @@
+"""Are a checkpoint's safetensors files all there, and whole?  From their names, sizes and headers; no tensor is read.
+
+An interrupted download leaves a shard out, a link of the hub's cache that leads nowhere, or a file that ends early.
+vLLM notices a minute after start-up, under other names.  Layout of a file: eight bytes with the length of the header
+(little-endian), the header (JSON: tensor → dtype, shape, data_offsets), the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from laguna_serve.serving.checkpoint import CheckpointError
+
+PATTERN = "*.safetensors"
+INDEX = "model.safetensors.index.json"
+# Formats that vLLM reads as well, and that are left to it.
+OTHERS = ("*.bin", "*.pt", "*.pth", "*.gguf")
+LENGTH_BYTES = 8
+# The format's own limit.
+MOST_HEADER_BYTES = 100_000_000
+FETCH = "fetch it again"
+
+
+def require_weights(folder: Path, *, complete: bool) -> None:
+    """Raises CheckpointError, in one line, for the first file that is missing or not whole.
+
+    `complete` is False for a snapshot of the hub's cache that was asked for by its hub id: what it lacks vLLM fetches.
+    """
+    files = list_weights(folder)
+    for path in files:
+        check_file(path)
+    missing = [name for name in list_indexed(folder) if not (folder / name).is_file()]
+    if missing and complete:
+        expected = f"expected {missing[0]}, which {INDEX} names"
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{folder}: {expected}{more}, got no such file; {FETCH}")
+    if not files and complete and not any(next(folder.glob(pattern), None) for pattern in OTHERS):
+        raise CheckpointError(f"{folder}: expected weights ({PATTERN}), got none; {FETCH}")
+
+
+def measure_weights(folder: Path) -> int:
+    """Bytes of the safetensors files.  Raises CheckpointError for a link that leads nowhere."""
+    return sum(_measure(path) for path in list_weights(folder))
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """The folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed."""
+    try:
+        names = os.listdir(folder)  # glob swallows a refusal
+    except OSError as error:
+        raise CheckpointError(f"{folder}: expected a folder to read, got {error.strerror}; check it") from None
+    return sorted(folder / name for name in names if Path(name).match(PATTERN))
+
+
+def list_indexed(folder: Path) -> list[str]:
+    """The files that an index names, each once; none without an index.  Raises CheckpointError when it is no index."""
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in found["weight_map"].values()})
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected an index of weights, got {error.strerror or error}; {FETCH}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: expected JSON with a weight_map, got something else; {FETCH}") from None
+    return names
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError unless a file has a header and as many bytes as that says."""
+    size = _measure(path)
+    expected = f"{path}: expected a whole safetensors file"
+    if size < LENGTH_BYTES:
+        raise CheckpointError(f"{expected}, got one of {size} bytes; {FETCH}")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            whole = length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES)
+            header = json.loads(file.read(length)) if whole else {}
+        ends = [int(about["data_offsets"][1]) for name, about in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise CheckpointError(f"{expected}, got {error.strerror or error}; check its permissions") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{expected}, got one whose header is no such JSON; {FETCH}") from None
+    if not whole:
+        raise CheckpointError(f"{expected}, got one cut off in its header, or another format; {FETCH}")
+    told = LENGTH_BYTES + length + max(ends, default=0)
+    if size != told:
+        raise CheckpointError(f"{expected} of {told} bytes, as its header says, got {size}; {FETCH}")
+
+
+def _measure(path: Path) -> int:
+    """A file's size; a folder, and a link that leads nowhere, are told apart from it."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            target = os.readlink(path)
+            why = f"a link to {target}, which is not there (an interrupted download, or a pruned cache)"
+            raise CheckpointError(f"{path}: expected weights, got {why}; {FETCH}") from None
+        raise CheckpointError(f"{path}: expected weights, got {error.strerror or error}; check it") from None
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected weights, got a folder; {FETCH}")
+    return found.st_size
