@@ -71,7 +71,7 @@ def check_path(head: Head, more: Iterable[str]) -> None:
 
 def _is_hidden(method: str, raw: bytes, path: str) -> bool:
     segments = path.split("/")
-    marks = (b"%2f", b"%5c", b"%00", b"\\", b"//")
+    marks: tuple[bytes, ...] = (b"%2f", b"%5c", b"%00", b"\\", b"//")
     if method in ("GET", "HEAD") and path.startswith(MODELS + "/"):
         marks = marks[1:]  # OpenAI's clients ask for org/name as org%2Fname; the answer is the gateway's own
     return ".." in segments or "." in segments or any(mark in raw for mark in marks)
