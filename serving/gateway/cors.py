@@ -46,20 +46,14 @@ class Cors:
         ]
 
     def answer_preflight(self, head: Head) -> tuple[int, Headers, bytes] | None:
-        """Status, headers and body of the answer; None where the request is no preflight."""
+        """Status, headers (beside `list_headers`) and body of the answer; None where the request is no preflight."""
         origin, method = head.named.get(b"origin"), head.named.get(b"access-control-request-method")
         if head.method != "OPTIONS" or origin is None or method is None:
             return None
-        vary = (b"vary", b"Origin, Access-Control-Request-Method, Access-Control-Request-Headers")
         if not (self._any or self._is_allowed(origin)):
             body = b"This origin is not one of server.allowed_origins."
-            return 403, [(b"content-type", b"text/plain; charset=utf-8"), vary], body
-        found = [
-            (name, value)
-            for name, value in self.list_headers(origin)
-            if name not in (b"vary", b"access-control-expose-headers")
-        ]
-        found += [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", MAX_AGE_S), vary]
+            return 403, [(b"content-type", b"text/plain; charset=utf-8")], body
+        found = [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", MAX_AGE_S)]
         # Named one by one: "*" would not cover Authorization.
         if (wanted := head.named.get(b"access-control-request-headers")) is not None:
             found.append((b"access-control-allow-headers", wanted))
@@ -88,7 +82,8 @@ class CorsMiddleware:
         head = read_head(scope["method"], path, path.encode(), scope["query_string"], scope["headers"])
         if (answer := cors.answer_preflight(head)) is not None:
             status, headers, body = answer
-            await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+            found = [*headers, *cors.list_headers(head.named.get(b"origin"))]
+            await send({"type": "http.response.start", "status": status, "headers": found})
             await send({"type": "http.response.body", "body": body})
             return
 

@@ -179,7 +179,9 @@ class Exchange:
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """An answer of the gateway's own."""
         self.status = status
-        found = [*headers, (b"content-length", b"%d" % len(body)), (REQUEST_ID, self.head.request_id)]
+        found = [*headers, (REQUEST_ID, self.head.request_id)]
+        if status != 204:
+            found.append((b"content-length", b"%d" % len(body)))
         if self.cors is not None:
             found += self.cors.list_headers(self.head.named.get(b"origin"))
         if self._pool is not None:
