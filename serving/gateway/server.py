@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +23,7 @@ from laguna_serve.serving.gateway.admin import create_admin_app
 from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
 from laguna_serve.serving.gateway.config import Config, ConfigError, Server
 from laguna_serve.serving.gateway.event_log import set_up_logging
+from laguna_serve.serving.gateway.http1 import LOCAL_SHORTAGE
 from laguna_serve.serving.gateway.protocol import make_protocol
 from laguna_serve.serving.gateway.relay import Relay
 
@@ -69,6 +70,7 @@ class GatewayServer(uvicorn.Server):
         if not self.started:
             return
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._note_loop_error)
         self._admin_task = asyncio.create_task(self._admin.serve())
         while not (self._admin.started or self._admin_task.done()):
             await asyncio.sleep(0.01)
@@ -97,6 +99,7 @@ class GatewayServer(uvicorn.Server):
         assert self._reload is not None
         try:
             config = self._reload()
+            self._renew_certificate(config.server)
             self.relay.configure(config)
         except ConfigError as error:
             logger.error("%s; going on as before", error)
@@ -106,7 +109,6 @@ class GatewayServer(uvicorn.Server):
             logger.exception("the configuration could not be taken; going on as before")
             self.relay.journal.note_reload(taken=False)
             return
-        self._renew_certificate(config.server)
         self.relay.journal.note_reload(taken=True)
         fixed = list_fixed_changes(self._configured, config) if self._configured is not None else []
         told = f"; not changed before a restart: {', '.join(fixed)}" if fixed else ""
@@ -120,6 +122,14 @@ class GatewayServer(uvicorn.Server):
         files = (configured.server.ssl_certfile, configured.server.ssl_keyfile)
         if files[0] is not None and files == (server.ssl_certfile, server.ssl_keyfile):
             context.load_cert_chain(files[0], files[1])
+
+    def _note_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What the loop cannot give to anybody: accepting connections without descriptors, again and again."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
+            self.relay.journal.note_shortage(error.strerror or type(error).__name__)
+        else:
+            loop.default_exception_handler(context)
 
     def schedule(self, act: Callable[[], None]) -> None:
         """From another thread, or a signal handler: do something soon, in the gateway's own thread."""
