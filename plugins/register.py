@@ -36,9 +36,10 @@ def architectures() -> dict[str, str]:
 
 
 def register() -> None:
-    """Register our classes with vLLM; calling it again changes nothing."""
+    """Register our classes with vLLM, and repair what it does on a CPU; calling it again changes nothing."""
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
 
     for architecture, path in architectures().items():
         ModelRegistry.register_model(architecture, path)
@@ -46,3 +47,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
         )
+    if current_platform.is_cpu():
+        from laguna_serve.plugins.repairs import apply_repairs
+
+        apply_repairs()

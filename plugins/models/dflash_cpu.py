@@ -3,8 +3,7 @@
 A drafter turns the target's hidden states into the keys and values of all its layers at once and normalises them with
 one call whose weights have a row per layer.  vLLM's CPU `rms_norm` takes the first row for every layer, and reads an
 expanded (stride 0) input as if it were contiguous, out of bounds: with two layers or more, acceptance falls to
-nothing and the text can be corrupted.  Here the mean square is taken once and each layer's row is applied to it.  A
-drafter also brings the sampler's mended kernel along (plugins/sampling_cpu.py), which nothing else needs.
+nothing and the text can be corrupted.  Here the mean square is taken once and each layer's row is applied to it.
 
 Checked against vLLM 0.32.0.  It can go when
 `tests/plugins/test_dflash.py::test_stock_grouped_norm_ignores_the_layer` fails.
@@ -18,8 +17,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import laguna_dflash, qwen3_dflash
-
-from laguna_serve.plugins.sampling_cpu import mend_sampling
 
 
 def grouped_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,7 +52,6 @@ class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: i
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        mend_sampling()
         self.model._project_context_kv = MethodType(project_context_kv, self.model)
         self.model._normalize_context_k = MethodType(normalize_context_k, self.model)
 
@@ -77,5 +73,4 @@ class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: igno
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        mend_sampling()
         self.model._normalize_context_k = MethodType(normalize_context_k, self.model)

@@ -1,0 +1,190 @@
+"""Put the cases of plugins/repairs to vLLM's sampling and print what comes out, as JSON.
+
+    python repair_probe.py stock|repaired
+
+In a process of its own, as repairs are for good.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import vllm._custom_ops  # noqa: F401
+from vllm.platforms import current_platform
+
+current_platform.import_kernels()
+current_platform.register_triton_kernel_overrides()
+
+from vllm import SamplingParams  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.v1.sample import logits_processor  # noqa: E402
+from vllm.v1.sample.logits_processor.state import BatchUpdate  # noqa: E402
+from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
+from vllm.v1.sample.rejection_sampler import RejectionSampler  # noqa: E402
+from vllm.v1.sample.sampler import Sampler  # noqa: E402
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
+
+if sys.argv[1] == "repaired":
+    from laguna_serve.plugins.repairs import apply_repairs
+
+    apply_repairs()
+    apply_repairs()
+
+VOCABULARY, STOP = 12, 7
+CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespace(max_num_seqs=8))
+
+
+def main() -> None:
+    cases = (top_k_in_a_prefill, refused, processed, min_tokens_behind_drafts, named_beside_drafts, named_and_likeliest,
+             cut_prompt, seeded)  # fmt: skip
+    print(json.dumps({case.__name__: case() for case in cases}))
+
+
+def sampling(batch: int, params: list[SamplingParams] | None = None, **changes: Any) -> SamplingMetadata:
+    """Metadata of a batch without any wish, with changes; the processors have seen `params`."""
+    built = logits_processor.build_logitsprocs(CONFIG, torch.device("cpu"), False, False)
+    if params is not None:
+        added = [(row, wish, [1], []) for row, wish in enumerate(params)]
+        for processor in built.all:
+            processor.update_state(BatchUpdate(batch_size=batch, removed=[], added=added, moved=[]))
+    plain = SamplingMetadata(
+        temperature=None, all_greedy=True, all_random=False, top_p=None, top_k=None, generators={},
+        max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=torch.zeros(batch),
+        presence_penalties=torch.zeros(batch), repetition_penalties=torch.ones(batch),
+        output_token_ids=[[] for _ in range(batch)], spec_token_ids=[[] for _ in range(batch)],
+        allowed_token_ids_mask=None, bad_words_token_ids={}, logitsprocs=built,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def drafts(tokens: list[list[int]]) -> SpecDecodeMetadata:
+    """Where the rows of requests with these drafts are: each request's own behind one another, its bonus row last."""
+    counts = [len(own) for own in tokens]
+    ends = torch.tensor(list(accumulate(count + 1 for count in counts)))
+    rows = torch.arange(int(ends[-1]))
+    return SpecDecodeMetadata(
+        draft_token_ids=torch.tensor([token for own in tokens for token in own], dtype=torch.int32),
+        num_draft_tokens=counts,
+        cu_num_draft_tokens=torch.tensor(list(accumulate(counts)), dtype=torch.int32),
+        cu_num_sampled_tokens=ends.int(),
+        target_logits_indices=rows[~torch.isin(rows, ends - 1)],
+        bonus_logits_indices=ends - 1,
+        logits_indices=rows,
+    )
+
+
+def peaks(tokens: list[int]) -> torch.Tensor:
+    """Logits whose likeliest token is given per row; the token before it comes next."""
+    logits = torch.zeros(len(tokens), VOCABULARY)
+    for row, token in enumerate(tokens):
+        logits[row, token], logits[row, token - 1] = 5.0, 4.0
+    return logits
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (RuntimeError, VLLMValidationError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def top_k_in_a_prefill() -> Any:
+    wish = sampling(1, temperature=torch.ones(1), all_greedy=False, all_random=True, top_k=torch.tensor([1]))
+    return outcome(lambda: RejectionSampler(Sampler())(drafts([[]]), None, peaks([3]), wish).sampled_token_ids.tolist())
+
+
+def refused() -> Any:
+    wishes = [SamplingParams(logit_bias={3: 1.0}), SamplingParams(min_p=0.1)]
+    return [outcome(lambda wish=wish: wish._validate_spec_decode(object())) for wish in wishes]
+
+
+def processed() -> Any:
+    """Tokens of a request whose bias makes 9 the likeliest everywhere, beside one without."""
+    wish = sampling(2, [SamplingParams(temperature=0, logit_bias={9: 50.0}), SamplingParams(temperature=0)])
+    logits = peaks([3, 4, 5, 3, 4, 5])
+    return RejectionSampler(Sampler())(drafts([[9, 9], [3, 4]]), None, logits, wish).sampled_token_ids.tolist()
+
+
+def min_tokens_behind_drafts() -> Any:
+    """Two tokens at least are wanted: with both drafts accepted the third may be a stop token, with no draft the
+    first may not."""
+    params = [SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[STOP]) for _ in range(2)]
+    wish = sampling(2, params)
+    logits = peaks([3, 4, STOP, STOP])
+    return RejectionSampler(Sampler())(drafts([[3, 4], []]), None, logits, wish).sampled_token_ids.tolist()
+
+
+def named_beside_drafts() -> Any:
+    wish = sampling(2, logprob_token_ids={0: [1, 2]}, max_num_logprobs=1)
+    logits = peaks([3, 9, 4, 5, 6])
+
+    def run() -> Any:
+        output = RejectionSampler(Sampler())(drafts([[3, 4], [5]]), None, logits, wish).logprobs_tensors
+        # The second request's rows, and the first one's third, are behind what it got: see its tokens [3, 9].
+        expected = logits.log_softmax(-1)[:2, [1, 2]]
+        return [output.logprob_token_ids.tolist(), torch.equal(output.logprobs[:2, 1:], expected)]
+
+    return outcome(run)
+
+
+def named_and_likeliest() -> Any:
+    """A request that names two tokens beside one that wants the three likeliest."""
+    output = Sampler()(peaks([3, 5]), sampling(2, logprob_token_ids={0: [1, 2]}, max_num_logprobs=3))
+    return [row[1:] for row in output.logprobs_tensors.logprob_token_ids.tolist()]
+
+
+def cut_prompt() -> Any:
+    """What the runner does to the generator of a request whose prompt goes on in the next step."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    before = generator.get_state()
+    batch = SimpleNamespace(num_reqs=1, generators={0: generator}, sampling_metadata=None)
+    runner = SimpleNamespace(
+        use_async_scheduling=False,
+        input_batch=batch,
+        discard_request_mask=SimpleNamespace(np=torch.tensor([True]).numpy()),
+        sampler=lambda logits, sampling_metadata: torch.rand(1, generator=batch.generators.get(0)),
+    )
+    batch.update_async_output_token_ids = lambda: None
+    GPUModelRunner._sample(runner, None, None)
+    try:
+        GPUModelRunner._bookkeeping_sync(runner, None, None, None, None, 0)
+    except RuntimeError as error:
+        return str(error)
+    except AttributeError:  # of what the runner lacks behind the place in question
+        return bool((generator.get_state() == before).all()) and batch.generators == {0: generator}
+
+
+def seeded() -> Any:
+    """Tokens of a seed without drafts, and with drafts that are right, wrong in the second place, and wrong at once."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, VOCABULARY) / 2
+
+    def wish() -> SamplingMetadata:
+        generators = {0: torch.Generator().manual_seed(6)}
+        return sampling(1, temperature=torch.ones(1), all_greedy=False, all_random=True, generators=generators)
+
+    plain = wish()
+    alone = [int(Sampler()(logits[row : row + 1], plain).sampled_token_ids) for row in range(4)]
+    runs = []
+    for accepted in (3, 1, 0):
+        guess = [token if row < accepted else (token + 1) % VOCABULARY for row, token in enumerate(alone[:3])]
+        drafted = wish()
+        output = RejectionSampler(Sampler())(drafts([guess]), None, logits.clone(), drafted).sampled_token_ids[0]
+        tokens = [token for token in output.tolist() if token >= 0]
+        # What comes next is drawn with the generator as it was left.
+        while len(tokens) < 4:
+            tokens.append(int(Sampler()(logits[len(tokens) : len(tokens) + 1], drafted).sampled_token_ids))
+        runs.append(tokens)
+    return [alone, runs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What stock vLLM's sampling does on a CPU to requests that it should serve, and what comes out of ours."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+@functools.cache
+def probe(kind: str) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("repair_probe.py")), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_stock_sampling_beside_drafts() -> None:
+    """Where a line fails, vLLM has repaired it: take it out of plugins/repairs/drafted_sampling.py."""
+    stock = probe("stock")
+    assert "max()" in stock["top_k_in_a_prefill"]
+    assert all("not yet supported with speculative decoding" in message for message in stock["refused"])
+    assert stock["processed"][0] != [9, 9, 9]
+    assert stock["min_tokens_behind_drafts"][0][2] != 7
+    assert "Error" in stock["named_beside_drafts"]
+    alone, beside_drafts = stock["seeded"]
+    assert alone not in beside_drafts
+
+
+def test_stock_logprob_token_ids_replace_the_neighbours() -> None:
+    """When this fails, vLLM gives each request its own columns: retire plugins/repairs/token_logprobs.py."""
+    assert probe("stock")["named_and_likeliest"][1] == [0, 0]
+
+
+def test_stock_runner_turns_a_generator_back() -> None:
+    """When this fails, vLLM's V1 runner spares a CPU's generators: retire plugins/repairs/seeds.py."""
+    assert "CPU Generator does not use offset" in probe("stock")["cut_prompt"]
+
+
+def test_top_k_in_a_step_without_drafts() -> None:
+    assert probe("repaired")["top_k_in_a_prefill"] == [[3]]
+
+
+def test_bias_and_min_p_are_taken_and_bias_is_on_every_row() -> None:
+    assert probe("repaired")["refused"] == [None, None]
+    assert probe("repaired")["processed"] == [[9, 9, 9], [3, 4, 5]]
+
+
+def test_min_tokens_counts_accepted_drafts() -> None:
+    assert probe("repaired")["min_tokens_behind_drafts"] == [[3, 4, 7], [6, -1, -1]]
+
+
+def test_named_tokens_have_their_logprobs_beside_drafts_and_neighbours_theirs() -> None:
+    ids, right = probe("repaired")["named_beside_drafts"]
+    assert ids[:2] == [[3, 1, 2], [9, 1, 2]]
+    assert [row[:2] for row in ids[3:5]] == [[5, 5], [6, 6]]
+    assert right
+    assert probe("repaired")["named_and_likeliest"][0][:2] == [1, 2]
+    assert probe("repaired")["named_and_likeliest"][1][:2] == [5, 4]
+
+
+def test_a_cut_prompt_leaves_the_generator_as_it_was() -> None:
+    assert probe("repaired")["cut_prompt"] is True
+
+
+def test_a_seed_gives_the_tokens_that_it_gives_without_drafts() -> None:
+    alone, beside_drafts = probe("repaired")["seeded"]
+    assert len(set(alone)) > 2
+    assert beside_drafts == [alone] * 3
