@@ -34,8 +34,9 @@ class Engine:
     more than silence; `refused`: it is down for more than silence. `turns` counts requests, for shares by weight; it is
     moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
-    One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away` for
-    that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (those before) are for people.
+    One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
+    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (those before) are for
+    people.
     """
 
     config: Upstream

@@ -85,8 +85,8 @@ async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engin
             relay.journal.note_shortage(error.strerror or type(error).__name__)
             return
         is_refused = isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
-        reason = "connection refused" if is_refused else f"{type(error).__name__}"
-        engine.note_miss(f"{health.path}: {reason}", 1 if is_refused else health.failures, silent=False)
+        enough = 1 if is_refused else health.failures
+        engine.note_miss(f"{health.path}: {_explain(error, is_refused)}", enough, silent=False)
         return
     if status != 200:
         engine.note_miss(f"{health.path}: HTTP {status}", health.failures, silent=False)
@@ -97,6 +97,14 @@ async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engin
     engine.note_well()
     if not was_up:
         pool.welcome(engine)
+
+
+def _explain(error: Exception, is_refused: bool) -> str:
+    if is_refused:
+        return "connection refused"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"certificate: {getattr(error.certificate_error, 'verify_message', 'not valid')}"
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:

@@ -163,7 +163,7 @@ def gateway(
         app = create_app(config, AccessLog(log))
         ready = threading.Event()
         config = with_ports(config)
-        plain = uvicorn.Config(app, log_level="critical", ws="none", server_header=False)
+        plain = uvicorn.Config(app, log_level="critical", ws="none", server_header=False, proxy_headers=False)
         settings = plain if asgi else make_settings(app, config)
         server = GatewayServer(settings, make_admin_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
