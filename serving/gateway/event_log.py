@@ -12,18 +12,20 @@ FULL_LINES = 5
 WINDOW_S = 10.0
 
 
+LEVELS = {"laguna_serve": logging.INFO, "uvicorn": logging.ERROR, "asyncio": logging.ERROR}
+
+
 def set_up_logging() -> None:
     """Lines of this project, of the server and of the event loop on stderr; once per process."""
     handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s gateway: %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    for name, level in (("laguna_serve", logging.INFO), ("uvicorn", logging.ERROR), ("asyncio", logging.ERROR)):
+    for name, level in LEVELS.items():
         found = logging.getLogger(name)
         if not found.handlers:
             found.addHandler(handler)
             found.setLevel(level)
-            found.propagate = False
 
 
 class BurstLog:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,17 @@ from safetensors.numpy import save_file
 from serving_fakes import DRAFTER, FAKE_SITE, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.checkpoint import is_drafter
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that runs in this process sets up its log, on a stderr that is gone after the test."""
+    loggers = [logging.getLogger(name) for name in ("laguna_serve", "uvicorn", "asyncio")]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        logger.handlers = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from gateway_engine import FINISH, VERSION, RlEngine
-from gateway_fakes import SSE, Exchange, Gateway, gateway, make_request, read_reply, wait_until
+from gateway_fakes import SSE, Exchange, Gateway, Reply, gateway, make_request, read_reply, wait_until
 
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
@@ -307,9 +309,46 @@ def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
 
 def test_browsers_and_strange_hosts_may_not_steer() -> None:
     with RlEngine() as one, gateway(one) as front:
-        assert front.ask_admin("/pause", {}, "origin: http://evil.invalid\r\n").status == 403
-        assert front.ask_admin("/admin/status", None, host="evil.invalid").status == 400
+        reply = front.ask_admin("/pause", {}, "origin: http://evil.invalid\r\n")
+        assert (reply.status, "Pages may not steer engines" in reply.json()["error"]) == (403, True)
+        reply = front.ask_admin("/admin/status", None, host="evil.invalid")
+        assert (reply.status, "names another machine" in reply.json()["error"]) == (400, True)
         assert one.calls == []
+        for host in ("127.0.0.1:8081", "localhost", "LOCALHOST:1", "[::1]:8081", "[::1]"):
+            assert front.ask_admin("/admin/status", None, host=host).status == 200
+
+
+@pytest.mark.parametrize("body", [b"xxx", b'{"a": ', b"\xff\xfe", b"[" * 100_000], ids=["word", "cut", "bytes", "deep"])
+def test_body_that_is_no_json_is_400(body: bytes) -> None:
+    paths = (
+        "/sleep",
+        "/wake_up",
+        "/reset_prefix_cache",
+        "/admin/update_weights",
+        "/update_weights",
+        "/finish_weight_update",
+    )
+    with RlEngine() as one, gateway(one) as front:
+        for path in paths:
+            reply = ask_raw(front, path, body)
+            assert reply.status == 400, path
+            assert re.search("no JSON|parsing the body", reply.body.decode())
+        assert one.calls == []
+
+
+@pytest.mark.parametrize("body", [b"3", b"[]", b'"x"'])
+def test_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with RlEngine() as one, gateway(one) as front:
+        assert ask_raw(front, "/sleep", body).status == 400
+        assert ask_raw(front, "/admin/update_weights", body).status == 422
+        assert one.calls == []
+
+
+def ask_raw(front: Gateway, path: str, body: bytes) -> Reply:
+    request = make_request(path, body, "content-type: application/json\r\n").replace(b"host: x", b"host: localhost")
+    with socket.create_connection(("127.0.0.1", front.admin_port), timeout=10) as connection:
+        connection.sendall(request)
+        return read_reply(connection)
 
 
 def test_admin_key_is_needed_where_there_is_one() -> None:

@@ -181,3 +181,19 @@ def test_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         port = str(taken.getsockname()[1])
         assert main(["gateway", "--upstream", "http://h:1", "--port", port]) == 2
     assert "to be free" in capsys.readouterr().err
+
+
+def test_flags_are_validated_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path, GOOD))
+    assert main(["gateway", "--config", path, "--port", "99999", "--check"]) == 2
+    assert "server.port: expected at most 65,535, got 99999" in capsys.readouterr().err
+    assert main(["gateway", "--config", path, "--host", "192.0.2.1", "--check"]) == 2
+    assert "port: expected to listen at 192.0.2.1:0" in capsys.readouterr().err
+
+
+def test_check_may_run_beside_the_gateway_itself(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["gateway", "--config", str(write(tmp_path, GOOD)), "--port", port, "--check"]) == 0
