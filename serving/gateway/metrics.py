@@ -106,7 +106,8 @@ class Metrics:
         self.backlog: ShownBacklog | None = None
         self.reload_taken, self.reloaded_s = True, time.time()
         self.registry.register(self)
-        ProcessCollector(registry=self.registry)  # memory, open files and their limit
+        # Memory, open files and their limit; by a name of their own, as engines have theirs under the usual one.
+        ProcessCollector(namespace="laguna_gateway", registry=self.registry)
 
     def note(self, path: str, status: int, seconds: float) -> None:
         """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""

@@ -464,6 +464,9 @@ vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 100.0
 # HELP vllm:spec_decode_num_accepted_tokens_total Accepted.
 # TYPE vllm:spec_decode_num_accepted_tokens_total counter
 vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 250.0
+# HELP process_open_fds Number of open file descriptors.
+# TYPE process_open_fds gauge
+process_open_fds 9.0
 # HELP bare A sample without labels.
 # TYPE bare gauge
 bare 3.0
@@ -481,7 +484,7 @@ def test_engines_metrics_are_shown_with_their_upstream() -> None:
         assert 'laguna_gateway_acceptance_length{model="m",upstream="a"} 3.5' in text
         families = [family.name for family in text_string_to_metric_families(text)]
         assert len(families) == len(set(families)), "a family stays together"
-        assert "laguna_gateway_requests" in families
+        assert {"laguna_gateway_requests", "laguna_gateway_process_max_fds", "process_open_fds"} <= set(families)
 
 
 def test_engine_without_metrics_leaves_the_gateways_own() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -73,3 +75,9 @@ def test_example_says_what_needs_a_restart() -> None:
             before = part[: part.index(line)].rstrip("\n").rpartition("\n")[2]
             marked = "(start)" in line or before.startswith("# (start)")
             assert marked == (key in FIXED[name]), line
+
+
+def test_example_is_in_the_wheel() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["laguna_serve.serving.gateway"]
+    assert any(fnmatch("gateway.example.toml", pattern) for pattern in patterns)
