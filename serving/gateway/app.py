@@ -11,6 +11,8 @@ import aiohttp
 from fastapi import FastAPI, Request, Response
 
 from laguna_serve.serving.gateway.access_log import AccessLog
+from laguna_serve.serving.gateway.asgi import RelayApp
+from laguna_serve.serving.gateway.catalog import Catalog
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.cors import CorsMiddleware
 from laguna_serve.serving.gateway.errors import GatewayError
@@ -36,9 +38,10 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         # health check.
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
-            relay = Relay(config, metrics, shadows, log)
+            catalog = Catalog(session)
+            relay = Relay(config, metrics, shadows, log, catalog)
             app.state.relay, app.state.session, app.state.steps = relay, session, steps
-            app.mount("/", relay)
+            app.mount("/", RelayApp(relay))
             checks = asyncio.create_task(check_forever(steps, relay))
             try:
                 yield
@@ -48,6 +51,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                     await checks
                 relay.close()
                 await shadows.stop()
+                await catalog.stop()
 
     app = FastAPI(title="Laguna gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -58,12 +62,12 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         headers = {name.decode(): value.decode() for name, value in error.headers()}
         return Response(error.body(request.url.path), error.status, headers)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """The gateway itself is alive."""
         return Response(status_code=200)
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready(request: Request) -> Response:
         """Every model has an engine that is up, and the gateway is not about to stop."""
         relay: Relay = app.state.relay
@@ -73,7 +77,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         up = all(pool.is_ready(now) for pool in pools)
         return Response(status_code=200 if up and not relay.draining else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def show_metrics(request: Request) -> Response:
         """For Prometheus: the gateway's own, then those of every engine that answers."""
         relay: Relay = app.state.relay

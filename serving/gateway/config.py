@@ -8,6 +8,7 @@ validated, so that whatever is wrong with them is found by `--check`, at the sta
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import ssl
 import tomllib
 from pathlib import Path
@@ -32,6 +33,7 @@ from laguna_serve.serving.gateway.config_types import (
 )
 
 MIB = 1 << 20
+logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
@@ -44,7 +46,8 @@ class _Table(BaseModel):
 class Server(_Table):
     """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `more_paths` are passed on
     besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers in a browser. What
-    `trusted_proxies` say about whom a request is from is believed."""
+    `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is kept for
+    `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s)."""
 
     host: str = "127.0.0.1"
     port: Port = 8080
@@ -52,6 +55,7 @@ class Server(_Table):
     max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
     body_timeout_s: Seconds = 30.0
+    keepalive_s: Seconds = 75.0
     drain_s: Seconds = 60.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -83,13 +87,26 @@ class Admin(_Table):
 
 class Limits(_Table):
     """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies that
-    are not with an engine yet."""
+    are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body. Before the first one
+    `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is not streamed is
+    silent until it is complete."""
 
     max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     max_queued_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 512 * MIB
     queue_timeout_s: Seconds = 30.0
     connect_timeout_s: Seconds = 5.0
-    silence_timeout_s: Seconds = 300.0
+    first_byte_timeout_s: Seconds | None = None
+    read_timeout_s: Seconds = 300.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """The name that `read_timeout_s` had in version 0.1."""
+        if not isinstance(given, dict) or "silence_timeout_s" not in given:
+            return given
+        logger.warning("limits.silence_timeout_s: its name is read_timeout_s now; rename it in the file")
+        renamed = {name: value for name, value in given.items() if name != "silence_timeout_s"}
+        return {"read_timeout_s": given["silence_timeout_s"], **renamed}
 
 
 class Health(_Table):
@@ -171,11 +188,14 @@ class Shadow(Endpoint):
 
 
 class Model(_Table):
-    """A name in requests and the engines behind it. `affinity` keeps what belongs together on one engine while that has
-    room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins; `none` goes by
-    load. Either way engines get shares by their weights."""
+    """A name in requests and the engines behind it. `aliases` are other names that these serve (--served-model-name,
+    --lora-modules); with several models, those that are not listed here are looked up in the engines' /v1/models.
+    `affinity` keeps what belongs together on one engine while that has room: `session` by the header X-Session-ID, else
+    by the API key, `prefix` by how a request begins; `none` goes by load. Either way engines get shares by their
+    weights."""
 
     name: ModelName
+    aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
     affinity: Literal["none", "session", "prefix"] = "none"
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
     shadows: Annotated[tuple[Shadow, ...], Field(strict=False)] = ()
@@ -202,7 +222,7 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _check_distinct(self) -> Self:
-        _require_distinct("models", [model.name for model in self.models])
+        _require_distinct("models", [name for model in self.models for name in (model.name, *model.aliases)])
         # Over all models, as logs and metrics name an engine by it.
         upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
         _require_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])

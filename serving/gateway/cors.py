@@ -59,7 +59,7 @@ class Cors:
             found.append((b"access-control-allow-headers", wanted))
         return 204, found, b""
 
-    def replace_headers(self, headers: Headers, origin: bytes | None) -> Headers:
+    def replace_headers(self, headers: Headers, origin: bytes | None) -> list[tuple[bytes, bytes]]:
         """An engine's answer's headers with these rules instead of its own; names in lower case."""
         kept = [(name, value) for name, value in headers if not name.startswith(PREFIX)]
         return [*kept, *self.list_headers(origin)]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laguna_serve.serving.gateway.config import Upstream
-from laguna_serve.serving.gateway.http1 import Origin
 from laguna_serve.serving.gateway.metrics import EngineStats
+from laguna_serve.serving.gateway.origin import Origin
 
 BREAK_AFTER = 3
 COOL_DOWN_S = 1.0

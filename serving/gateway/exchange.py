@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import re
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.access import Holder
@@ -21,47 +19,44 @@ from laguna_serve.serving.gateway.backlog import Backlog
 from laguna_serve.serving.gateway.cors import Cors
 from laguna_serve.serving.gateway.engine import Engine
 from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.headers import DRAFT, REQUEST_ID, WEIGHTS, Head, Headers, pass_headers, render_request
-from laguna_serve.serving.gateway.http1 import Connection, SilentError, StalledError, UnreachableError
+from laguna_serve.serving.gateway.headers import (
+    DRAFT,
+    REQUEST_ID,
+    UPSTREAM,
+    WEIGHTS,
+    Head,
+    Headers,
+    pass_headers,
+    render_request,
+)
+from laguna_serve.serving.gateway.http1 import (
+    Connection,
+    SilentError,
+    StaleError,
+    StalledError,
+    Waits,
+)
 from laguna_serve.serving.gateway.pool import Pool
+from laguna_serve.serving.gateway.reach import reach
+from laguna_serve.serving.gateway.sink import Sink
+from laguna_serve.serving.gateway.sse import EventStream, frame_events
+from laguna_serve.serving.gateway.usage import count_tokens
 
-OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d+)')
-PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d+)')
-# Before a request is sent to another engine: so that those of an engine that died do not arrive there all at once.
-RETRY_PAUSE_S = 0.02
 CLIENT_GONE = 499
+# Larger requests go on connections of their own: on a kept one, whose end may be under way, a request is remembered
+# until its answer begins.
+MAX_REMEMBERED_BYTES = 1 << 20
+Waited = TypeVar("Waited")
 logger = logging.getLogger(__name__)
 
 
-class Sink(Protocol):
-    """Where an answer goes: the client's connection."""
-
-    def start(self, status: int, headers: Headers) -> None:
-        """The head; names in lower case."""
-
-    def write(self, data: bytes) -> None:
-        """A chunk of the body."""
-
-    def flush(self) -> None:
-        """Nothing more for now: what was said is to be sent."""
-
-    def end(self) -> None:
-        """The body is complete."""
-
-    def cut(self) -> None:
-        """Close the connection in the middle: the body is short of its length, and cannot be mended."""
-
-
 class Exchange:
-    """A request and its answer. `body`, then whatever the engine and the client do; `on_finish` is called once."""
+    """A request and its answer; `on_finish` is called once. `key` is whose request it is."""
 
     __slots__ = (
-        "_affinity",
-        "_arrived_s",
         "_body",
         "_connection",
-        "_holder",
-        "_limits",
+        "_events",
         "_on_finish",
         "_paused",
         "_pool",
@@ -70,7 +65,9 @@ class Exchange:
         "_sink",
         "_streams",
         "_task",
+        "affinity",
         "answer",
+        "arrived_s",
         "backlog",
         "cause",
         "chunks",
@@ -85,6 +82,7 @@ class Exchange:
         "forwarded_for",
         "head",
         "held",
+        "key",
         "keys_are_ours",
         "last_s",
         "model",
@@ -93,9 +91,10 @@ class Exchange:
         "status",
     )
 
-    def __init__(self, head: Head, sink: Sink, holder: Holder | None, on_finish: Callable[[Exchange], None]) -> None:
-        self.head, self._sink, self._holder, self._on_finish = head, sink, holder, on_finish
-        self.started_s = self._arrived_s = time.perf_counter()
+    def __init__(self, head: Head, sink: Sink, on_finish: Callable[[Exchange], None]) -> None:
+        self.head, self._sink, self._on_finish = head, sink, on_finish
+        self.key: Holder | None = None
+        self.started_s = self.arrived_s = time.perf_counter()
         self.first_s: float | None = None
         self.last_s = 0.0
         self.status = self.chunks = 0
@@ -109,21 +108,17 @@ class Exchange:
         self.cause: str | None = None
         self.client, self.forwarded_for = head.peer, b""
         self.cors: Cors | None = None
-        self.keys_are_ours = holder is not None
+        self.keys_are_ours = False
         self.backlog: Backlog | None = None
         self.held = 0
         self._pool: Pool | None = None
         self._body = b""
-        self._affinity: bytes | None = None
+        self.affinity: bytes | None = None
         self._recent = (b"", b"")
         self._said: tuple[bytes, bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
-
-    @property
-    def key(self) -> Holder | None:
-        """Whose request it is."""
-        return self._holder
+        self._events: EventStream | None = None
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
         """What the client will have got: the body of a complete answer with status 200, or None."""
@@ -131,17 +126,21 @@ class Exchange:
             self.copy, self.answer = bytearray(), asyncio.get_running_loop().create_future()
         return self.answer
 
+    def wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
+        """Call `go_on` with what `wait` gives, unless the client leaves first."""
+        self._task = asyncio.get_running_loop().create_task(self._wait_for(wait, go_on))
+
     def send(self, pool: Pool, body: bytes, affinity: bytes | None) -> None:
         """To an engine of the pool; at once if one has a slot and a connection is open."""
-        self._arrived_s = time.perf_counter()
-        self._pool, self._body, self._affinity, self.model = pool, body, affinity, pool.model.name
+        self.arrived_s = time.perf_counter()
+        self._pool, self._body, self.affinity, self.model = pool, body, affinity, pool.model.name
         pool.note_request()
         try:
             self.engine = pool.take(affinity)
         except GatewayError as error:
             self.fail(error)
             return
-        connection = self.engine.origin.take() if self.engine is not None else None
+        connection = self.take_kept() if self.engine is not None else None
         if connection is not None:
             self._go(connection)
             return
@@ -151,7 +150,7 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
             return
-        self._task = asyncio.get_running_loop().create_task(self._reach())
+        self.wait_for(reach(self, pool, afresh=False), self._go)
 
     def leave(self) -> None:
         """The client is gone: the engine's work is aborted, the slot freed."""
@@ -167,10 +166,8 @@ class Exchange:
         if self.status == 0:
             self.reply(error.status, error.headers(), error.body(self.head.path))
             return
-        if self._streams:
-            # A half event is ended first, or the error would be a part of it.
-            gap = b"" if self._at_boundary() else b"\n\n"
-            self._sink.write(gap + error.event(self.head.path))
+        if self._events is not None and not self._events.broken_open:
+            self._sink.write(self._events.render_error(error, self.head.path))
             self._sink.end()
         else:
             self._sink.cut()
@@ -204,37 +201,11 @@ class Exchange:
         if self._connection is not None:
             self._connection.resume()
 
-    async def _reach(self) -> None:
-        """Wait for a slot and for a connection; go to the next engine where the first was never reached."""
-        assert self._pool is not None
-        pool, tried = self._pool, set[Engine]()
-        deadline = pool.clock() + pool.limits.queue_timeout_s
+    async def _wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
         try:
-            while True:
-                if self.engine is None:
-                    self.engine = await pool.acquire(self._affinity, frozenset(tried), deadline)
-                engine = self.engine
-                self._arrived_s = time.perf_counter()
-                try:
-                    connection = engine.origin.take() or await engine.origin.connect(pool.limits.connect_timeout_s)
-                except UnreachableError as error:
-                    pool.release(engine)
-                    self.engine = None
-                    self.cause = f"{engine.name}: {error}"
-                    if error.shortage:
-                        raise errors.out_of_descriptors() from None
-                    if engine.returns and not error.silent:
-                        engine.note_unreachable(str(error))
-                        continue
-                    engine.note_failure(str(error), pool.clock(), silent=error.silent)
-                    tried.add(engine)
-                    if len(tried) == len(pool.engines) or not pool.may_retry():
-                        raise errors.engine_lost() from None
-                    await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))
-                    continue
-                self._task = None
-                self._go(connection)
-                return
+            found = await wait
+            self._task = None
+            go_on(found)
         except GatewayError as error:
             self._task = None
             self.fail(error)
@@ -242,6 +213,11 @@ class Exchange:
             logger.exception("request %s", self.head.request_id.decode())
             self._task = None
             self.fail(errors.failed())
+
+    def take_kept(self) -> Connection | None:
+        """An idle connection to the engine, where this request may use one."""
+        assert self.engine is not None
+        return self.engine.origin.take() if len(self._body) <= MAX_REMEMBERED_BYTES else None
 
     def _go(self, connection: Connection) -> None:
         assert self.engine is not None
@@ -251,31 +227,39 @@ class Exchange:
         origin = self.engine.origin
         keys_are_ours = self.keys_are_ours or origin.has_credential
         data = render_request(
-            self.head, self._body, origin.lines, origin.prefix, self.forwarded_for, keys_are_ours=keys_are_ours
+            self.head, self._body, origin.lines, origin.site.prefix, self.forwarded_for, keys_are_ours=keys_are_ours
         )
-        self._body = b""
+        if not connection.kept:
+            self._body = b""
         if self.held and self.backlog is not None:
             self.backlog.release(self)
-        connection.request(data, self, self._pool.limits.silence_timeout_s, bodiless=self.head.method == "HEAD")
+        limits = self._pool.limits
+        waits = Waits(limits.first_byte_timeout_s, limits.read_timeout_s)
+        connection.request(data, self, waits, bodiless=self.head.method == "HEAD")
         if self._paused:
             connection.pause()
-        self.engine.stats.added_request.add(time.perf_counter() - self._arrived_s)
+        self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Of the engine."""
         engine = self.engine
         assert engine is not None
         assert self._said is not None
-        self.status = status
+        self.status, self._body = status, b""
         weights, draft = engine.versions
         if self._said is not engine.versions:
             # It ran before and after an update of the weights.
             weights, draft = self._said[0] + b", " + weights, self._said[1] + b", " + draft
             self._said = engine.versions
-        found = pass_headers(headers, self.head.request_id, engine.config.name.encode(), weights, draft)
+        found = pass_headers(headers, engine.origin.site)
         if self.cors is not None:
             found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
-        self._streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in found)
+        named = dict(found)
+        self._streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        if self._streams and self.head.method != "HEAD":
+            self._events, found = frame_events(self.head.path, found, named)
+        found += ((REQUEST_ID, self.head.request_id), (UPSTREAM, engine.name.encode()))
+        found += ((WEIGHTS, weights), (DRAFT, draft))
         self._sink.start(status, found)
 
     def on_data(self, data: bytes) -> None:
@@ -291,9 +275,16 @@ class Exchange:
             engine.stats.gap.add(now - self.last_s)
         self.last_s = now
         self.chunks += 1
-        if self._said is not engine.versions and self._streams and self._at_boundary():
-            self._said = engine.versions
-            self._sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
+        events = self._events
+        if events is not None:
+            if self._said is not engine.versions and not events.broken_open:
+                # What was written so far are whole events.
+                self._said = engine.versions
+                self._sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
+            if not (events.passes and data.endswith(b"\n\n")):
+                data = events.take(data)
+                if not data:
+                    return
         if self.copy is not None:
             self.copy += data
         self._recent = (self._recent[1], data)
@@ -310,9 +301,13 @@ class Exchange:
         """Of the engine."""
         assert self.engine is not None
         self.complete, self._connection = True, None
+        if self._events is not None and (rest := self._events.end()):
+            self._sink.write(rest)
         self._sink.end()
         self.engine.note_success()
-        self._count_tokens()
+        if self.status == 200:
+            spread_s = self.last_s - self.first_s if self._streams and self.first_s is not None else None
+            count_tokens(self.engine.stats, b"".join(self._recent), spread_s)
         self._finish()
 
     def on_error(self, error: OSError) -> None:
@@ -325,39 +320,24 @@ class Exchange:
             self._sink.cut()
             self.leave()
             return
+        if isinstance(error, StaleError) and self.status == 0:
+            self.wait_for(reach(self, self._pool, afresh=True), self._go)
+            return
         self.engine.last_error = str(error)
         self.cause = f"{self.engine.name}: {error}"
         self.fail(errors.engine_silent() if isinstance(error, SilentError) else errors.engine_lost())
 
-    def _at_boundary(self) -> bool:
-        """Nothing was sent, or whole events."""
-        tail = (self._recent[0][-1:] + self._recent[1])[-2:]
-        return tail in (b"", b"\n\n")
-
-    def _count_tokens(self) -> None:
-        """From the usage that an answer tells near its end."""
-        assert self.engine is not None
-        end = b"".join(self._recent)
-        if self.status != 200 or not (found := OUTPUT_TOKENS.findall(end)):
-            return
-        stats, tokens = self.engine.stats, int(found[-1])
-        stats.tokens += tokens
-        if prompt := PROMPT_TOKENS.findall(end):
-            stats.prompt_tokens += int(prompt[-1])
-        if self._streams and tokens > 1 and self.first_s is not None:
-            stats.itl.add((self.last_s - self.first_s) / (tokens - 1))
-
     def _finish(self) -> None:
         self.finished = True
-        self._body = b""
-        if self.held and self.backlog is not None:
-            self.backlog.release(self)
         if self._task is not None:
             self._task.cancel()
             self._task = None
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
+        self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
         if self.engine is not None and self._pool is not None:
             self._pool.release(self.engine)
         if self.answer is not None and self.copy is not None and not self.answer.done():

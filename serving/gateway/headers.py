@@ -8,20 +8,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway import errors
+from laguna_serve.serving.gateway.redirects import POINTING, Site, localize
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 # Of one connection, not of the message: RFC 9110, section 7.6.1. Accept-Encoding goes on, so that bytes stay bytes.
 PROXY_HEADERS = (b"proxy-authenticate", b"proxy-authorization", b"proxy-connection")
 HOP_BY_HOP = frozenset(
-    (*PROXY_HEADERS, b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+    (
+        *PROXY_HEADERS,
+        b"connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    )
 )
 REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
 WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID, b"x-forwarded-for", b"forwarded"}
 OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
 KEY_HEADERS = frozenset((b"authorization", b"x-api-key"))
-MODELS = "/v1/models"
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 # What vLLM serves to clients. Its other routes (pause, sleep, collective_rpc, profiling, …) steer the engine, and
@@ -72,7 +81,7 @@ def check_path(head: Head, more: Iterable[str]) -> None:
 def _is_hidden(method: str, raw: bytes, path: str) -> bool:
     segments = path.split("/")
     marks: tuple[bytes, ...] = (b"%2f", b"%5c", b"%00", b"\\", b"//")
-    if method in ("GET", "HEAD") and path.startswith(MODELS + "/"):
+    if method in ("GET", "HEAD") and path.startswith("/v1/models/"):
         marks = marks[1:]  # OpenAI's clients ask for org/name as org%2Fname; the answer is the gateway's own
     return ".." in segments or "." in segments or any(mark in raw for mark in marks)
 
@@ -84,8 +93,7 @@ def render_request(
     Connection names stay behind, and a key that was for the gateway."""
     dropped = NOT_FORWARDED | KEY_HEADERS if keys_are_ours else NOT_FORWARDED
     if b"connection" in head.named:
-        connections = b",".join(value for name, value in head.headers if name == b"connection")
-        dropped = dropped | {part.strip().lower() for part in connections.split(b",")}
+        dropped = dropped | read_connection(head.headers)
     parts = [head.method.encode(), b" ", prefix, head.target, b" HTTP/1.1\r\n", lines]
     for name, value in head.headers:
         if name not in dropped:
@@ -98,8 +106,20 @@ def render_request(
     return b"".join(parts)
 
 
-def pass_headers(headers: Headers, request_id: bytes, upstream: bytes, weights: bytes, draft: bytes) -> Headers:
-    """An answer's headers for the client, names in lower case, with the gateway's own."""
-    found = [(lowered, value) for name, value in headers if (lowered := name.lower()) not in OURS]
-    found += ((REQUEST_ID, request_id), (UPSTREAM, upstream), (WEIGHTS, weights), (DRAFT, draft))
-    return found
+def read_connection(headers: Headers) -> frozenset[bytes]:
+    """The headers that Connection names, in lower case: of this connection only. Names are in lower case."""
+    values = [value for name, value in headers if name == b"connection"]
+    return frozenset(part.strip().lower() for value in values for part in value.split(b","))
+
+
+def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
+    """An engine's answer's headers for the client, names in lower case: none of its connection's own, and none that
+    leads past the gateway."""
+    lowered = [(name.lower(), value) for name, value in headers]
+    named = read_connection(lowered)
+    dropped = OURS | named if named else OURS
+    return [
+        (name, localize(name, value, site) if name in POINTING else value)
+        for name, value in lowered
+        if name not in dropped
+    ]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import re
+import select
+import socket
 import ssl
+import struct
+import termios
 import time
-from typing import Protocol, cast
-from urllib.parse import urlsplit
+from typing import NamedTuple, Protocol, cast
 
 import httptools
 
-from laguna_serve.serving.gateway.config import Endpoint
-
-# vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
-KEEPALIVE_S = 3.0
+# A host that vanished without a word is found by the kernel, as an answer may take any time to begin.
+TCP_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", select.POLLIN)
 MOST_HEAD_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
@@ -51,12 +54,29 @@ class BrokenError(ConnectionError):
     """The connection ended, or what came was no HTTP, before the answer was complete."""
 
 
+class StaleError(BrokenError):
+    """The engine had closed the kept connection before the whole request reached it, so that it was not processed."""
+
+
 class SilentError(TimeoutError):
     """Nothing came for too long."""
 
 
 class StalledError(TimeoutError):
     """What came was not taken for too long."""
+
+
+class Waits(NamedTuple):
+    """How long an engine may be silent: before the first byte of a body (None: for ever), and between two. A client
+    may take nothing for as long as the latter."""
+
+    first_s: float | None = None
+    between_s: float = 300.0
+
+    @property
+    def shortest(self) -> float:
+        """When to look first."""
+        return self.between_s if self.first_s is None else min(self.first_s, self.between_s)
 
 
 class Receiver(Protocol):
@@ -78,16 +98,29 @@ class Receiver(Protocol):
         """BrokenError, SilentError or StalledError: there will be no more of it."""
 
 
+class Keeper(Protocol):
+    """Whose connections they are. While `silence_allowed` (the engine is paused) no answer is given up for it."""
+
+    silence_allowed: bool
+
+    def keep(self, connection: Connection) -> None:
+        """Its answer is complete; the next request may use it."""
+
+    def forget(self, connection: Connection) -> None:
+        """It is lost."""
+
+
 class Connection(asyncio.Protocol):
     """One connection to an engine; one request at a time."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Keeper) -> None:
         self._origin = origin
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None
         self.idle_since = self.received_s = 0.0
         self._reset()
 
@@ -95,21 +128,24 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes: int | None = 0
         self._bodiless = self._framed = self._paused = False
-        self._active_s, self._silence_s = 0.0, 0.0
+        self._active_s = 0.0
+        self._waits = Waits()
+        self._begun = self._unanswered = self._unread = False
 
-    def request(self, data: bytes, receiver: Receiver, silence_s: float, *, bodiless: bool) -> None:
+    def request(self, data: bytes, receiver: Receiver, waits: Waits, *, bodiless: bool) -> None:
         """Send a whole request, framed; `receiver` is told of its answer. `bodiless`: the answer will have no body,
         whatever its headers say (HEAD)."""
         assert self._receiver is None
         self._reset()
-        self._receiver, self._bodiless, self._silence_s = receiver, bodiless, silence_s
+        self._receiver, self._bodiless, self._waits = receiver, bodiless, waits
         if self._transport is None:
             # It was lost since it was taken.
-            self._loop.call_soon(self._fail, BrokenError("connection lost"))
+            self._loop.call_soon(self._fail, StaleError("connection lost"))
         else:
+            self._unanswered = self.kept
             self._transport.write(data)
         self._active_s = self._loop.time()
-        self._timer = self._loop.call_later(silence_s, self._check_silence)
+        self._timer = self._loop.call_later(waits.shortest, self._check_silence)
 
     def pause(self) -> None:
         """Read no more for now."""
@@ -135,20 +171,41 @@ class Connection(asyncio.Protocol):
             self._transport = None
 
     @property
-    def lost(self) -> bool:
-        """It cannot be used any more."""
-        return self._transport is None
+    def kept(self) -> bool:
+        """It has had a request before."""
+        return self.idle_since > 0
+
+    def is_usable(self) -> bool:
+        """It is open; an end that has arrived is seen though the event loop has not come to it."""
+        if self._transport is None:
+            return False
+        if self._socket is None:
+            return True
+        poll = select.poll()
+        poll.register(self._socket.fileno(), CLOSED)
+        return not poll.poll(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._socket = transport.get_extra_info("socket")
+        if self._socket is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_KEEPALIVE:
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def eof_received(self) -> None:
+        """The engine sends no more. What it had not received when it closed, it never will."""
+        self._unread = self._unanswered and self._has_unreceived()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine has closed, or died."""
         self._transport = None
         self._origin.forget(self)
-        if self._receiver is not None and self._head_bytes is None and not self._framed:
+        if self._receiver is not None and self._head_bytes is None and not self._framed and exc is None:
             self._complete()  # a body that ends where the connection does
+        elif self._unanswered and (self._unread or isinstance(exc, BrokenPipeError)):
+            self._fail(StaleError("connection closed before the request"))
         else:
             self._fail(BrokenError("connection lost"))
 
@@ -158,6 +215,7 @@ class Connection(asyncio.Protocol):
             self.close()  # nothing was asked
             return
         self._active_s, self.received_s = self._loop.time(), time.perf_counter()
+        self._unanswered = False
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -196,6 +254,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         """Of the parser."""
         if self._receiver is not None:
+            self._begun = True
             self._receiver.on_data(data)
 
     def on_message_complete(self) -> None:
@@ -226,85 +285,21 @@ class Connection(asyncio.Protocol):
         receiver, self._receiver = self._receiver, None
         return receiver
 
+    def _has_unreceived(self) -> bool:
+        """Has the engine's kernel acknowledged less than was sent? With its FIN it tells all that it has."""
+        if self._transport is None or self._socket is None:
+            return False
+        size = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return size > 0 or self._transport.get_write_buffer_size() > 0
+
     def _check_silence(self) -> None:
         """One timer for a whole answer, moved on instead of set anew with every chunk."""
         if self._origin.silence_allowed:
             self._active_s = self._loop.time()
-        left = self._active_s + self._silence_s - self._loop.time()
+        limit = self._waits.between_s if self._begun or self._paused else self._waits.first_s
+        left = self._waits.shortest if limit is None else self._active_s + limit - self._loop.time()
         if left > 0:
             self._timer = self._loop.call_later(left, self._check_silence)
         else:
             self.close()
             self._fail(StalledError("stalled") if self._paused else SilentError("silent"))
-
-
-class Origin:
-    """An engine's address, and the connections to it that are open and idle. While `silence_allowed` (the engine is
-    paused) no answer is given up for it."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host = parts.hostname or ""
-        self._port = parts.port or (80 if self._tls is None else 443)
-        self._closed = False
-        self.prefix, self.authority = parts.path.rstrip("/").encode(), parts.netloc.encode()
-        # The header lines that every request to this engine has.
-        self.lines = b"host: " + self.authority + b"\r\n"
-        self.has_credential = self.silence_allowed = False
-        self._idle: list[Connection] = []
-
-    def configure(self, endpoint: Endpoint) -> None:
-        """The credential and the authorities of a configuration that has the same URL."""
-        authorization = endpoint.authorization
-        self._tls, self.has_credential = endpoint.tls, authorization is not None
-        self.lines = b"host: " + self.authority + b"\r\n"
-        if authorization is not None:
-            self.lines += b"authorization: " + authorization.encode() + b"\r\n"
-
-    def take(self) -> Connection | None:
-        """An idle connection, if there is one."""
-        now = asyncio.get_running_loop().time()
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.lost and now - connection.idle_since < KEEPALIVE_S:
-                return connection
-            connection.close()
-        return None
-
-    async def connect(self, timeout_s: float) -> Connection:
-        """A new connection. Raises UnreachableError."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(timeout_s):
-                _, made = await loop.create_connection(lambda: Connection(self), self._host, self._port, ssl=self._tls)
-        except OSError as error:  # TimeoutError is one
-            raise UnreachableError(error, timeout_s) from None
-        return made
-
-    def keep(self, connection: Connection) -> None:
-        """Its answer is complete; the next request may use it."""
-        if self._closed:
-            connection.close()
-            return
-        connection.idle_since = asyncio.get_running_loop().time()
-        self._idle.append(connection)
-
-    def expire(self) -> None:
-        """Close what has been idle too long to be used."""
-        oldest = asyncio.get_running_loop().time() - KEEPALIVE_S
-        for connection in [one for one in self._idle if one.idle_since < oldest]:
-            self._idle.remove(connection)
-            connection.close()
-
-    def forget(self, connection: Connection) -> None:
-        """It is lost."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def close(self) -> None:
-        """Close what is idle, and what will be."""
-        self._closed = True
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engine import UNVERSIONED, Engine
-from laguna_serve.serving.gateway.http1 import Origin
+from laguna_serve.serving.gateway.origin import Origin
 
 # Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
 # are not to get every request several times.

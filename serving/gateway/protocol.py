@@ -9,56 +9,24 @@ comes. Leans on `HttpToolsProtocol._start_asgi_task` and `RequestResponseCycle`;
 from __future__ import annotations
 
 import asyncio
-import http
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from laguna_serve.serving.gateway import errors
-from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.exchange import Exchange
-from laguna_serve.serving.gateway.headers import Headers, read_head
+from laguna_serve.serving.gateway.answer import Answer
 from laguna_serve.serving.gateway.relay import Relay
+from laguna_serve.serving.gateway.strict_http import INVALID, StrictProtocol
+from laguna_serve.serving.gateway.turns import Turns
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-# How long a client that was refused may go on sending a body: a connection closed under its hands would take the
-# answer with it.
-LINGER_S = 2.0
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 logger = logging.getLogger(__name__)
-STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in http.HTTPStatus}
 
 
-class Turns:
-    """Lets one request begin per turn of the event loop, so that of many that come at once the first has its answer
-    before the last is read, and streams go on in between."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._taken = False
-
-    def enter(self, loop: asyncio.AbstractEventLoop, begin: Callable[[], None]) -> None:
-        """Call `begin` now if this turn is free, or in a later one."""
-        if self._taken:
-            self._waiting.append(begin)
-        else:
-            self._taken = True
-            loop.call_soon(self._go_on, loop)
-            begin()
-
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._taken = bool(self._waiting)
-        if self._taken:
-            loop.call_soon(self._go_on, loop)
-            self._waiting.popleft()()
-
-
-class GatewayProtocol(HttpToolsProtocol):
+class GatewayProtocol(StrictProtocol):
     """One connection of a client. What is the gateway's own is given by `make_protocol`, as uvicorn makes instances."""
 
     head_timeout_s = 10.0
@@ -71,9 +39,11 @@ class GatewayProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._head_bytes: int | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._answer: _Answer | None = None
+        self._answer: Answer | None = None
         self._relay = self.find_relay()
         self._body_timer: asyncio.TimerHandle | None = None
+        self._framing_bytes = 0
+        self.lingering = False
         self._held: list[bytes] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -91,9 +61,10 @@ class GatewayProtocol(HttpToolsProtocol):
         """The client is gone. No timer outlives its connection."""
         self._end_head()
         self._end_body()
+        self._held.clear()
         super().connection_lost(exc)
         if self._answer is not None:
-            self._answer.leave()
+            self._answer.exchange.leave()
             self._answer = None
 
     def data_received(self, data: bytes) -> None:
@@ -112,13 +83,17 @@ class GatewayProtocol(HttpToolsProtocol):
                 self._take(data)
 
     def _take(self, data: bytes) -> None:
-        """Bytes of a head are counted; those of a body are the relay's to bound."""
+        """Bytes of a head are counted, and those between two parts of a body (chunk extensions, trailers); those of the
+        body itself are the relay's to bound."""
         if self._head_bytes is not None:
             self._head_bytes += len(data)
+        self._framing_bytes += len(data)
         super().data_received(data)
-        # A head that is there by now is none of these bytes' business, however many they are.
+        # A head that has ended by now is not too large, however many bytes came with it.
         if self._head_bytes is not None and self._head_bytes > self.max_head_bytes:
             self._refuse(TOO_LARGE)
+        elif self._framing_bytes > self.max_head_bytes and self.is_receiving():
+            self.send_400_response(INVALID)
         self._watch()
 
     def on_message_begin(self) -> None:
@@ -130,17 +105,21 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is there."""
         self._end_head()
+        self._framing_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of a body; of the request that is being answered, it is kept whole."""
+        self._framing_bytes = 0
         super().on_body(body)
         if self._answer is not None and self._answer.cycle is self.cycle:
             self._answer.grow()
 
-    def on_message_complete(self) -> None:
+    def on_request_complete(self) -> None:
         """The body is there."""
-        super().on_message_complete()
+        super().on_request_complete()
+        if self.lingering:
+            self.transport.close()
         if self._answer is not None and self._answer.cycle is self.cycle:
             self._end_body()
             self._answer.send()
@@ -164,12 +143,14 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self.lingering or self.transport.is_closing():
+            return  # what follows the last request of a connection is nobody's
         if cycle.scope["path"] in self.own_paths:
             super()._start_asgi_task(cycle, app)
             return
-        self._answer = answer = _Answer(self, cycle)
+        self._answer = answer = Answer(self, cycle, self._relay)
         try:
-            answer.begin(self._relay)
+            answer.begin()
         except Exception:  # uvicorn would call it an invalid request
             logger.exception("%s %s", cycle.scope["method"], cycle.scope["path"])
             self.transport.abort()
@@ -180,6 +161,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
         elif self._answer is not None and self._answer.incomplete and self._body_timer is None:
             self._body_timer = self.loop.call_later(self._relay.config.server.body_timeout_s, self._answer.give_up)
+        elif self._answer is None and self.timeout_keep_alive_task is None and not self._is_busy():
+            # The rest of a body that was not awaited: uvicorn's timer ended when it came.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _end_head(self) -> None:
         self._head_bytes = None
@@ -204,121 +190,22 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP."""
-        if self._is_busy():
+        """What came is no HTTP. Behind a request it may not stand in that one's answer; within one it is the answer."""
+        answer = self._answer
+        if (
+            answer is not None
+            and answer.cycle is self.cycle
+            and answer.incomplete
+            and not answer.cycle.response_started
+        ):
+            answer.exchange.leave()
+        elif self.lingering or self._is_busy():
             self.transport.close()
-        else:
-            super().send_400_response(msg)
+            return
+        super().send_400_response(msg)
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
-
-
-class _Answer:
-    """The answer to one request, framed for its client: the exchange's sink."""
-
-    exchange: Exchange
-
-    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
-        self._protocol, self.cycle, self._transport = protocol, cycle, protocol.transport
-        self._chunked = self._silent = False
-        self._unsent: list[bytes] = []
-        self.incomplete = True
-
-    def begin(self, relay: Relay) -> None:
-        """The head is there; the body perhaps."""
-        scope = self.cycle.scope
-        self._relay = relay
-        headers: Any = scope["headers"]
-        peer = scope["client"][0] if scope["client"] else ""
-        head = read_head(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], headers, peer)
-        self.exchange = relay.begin(head, self)
-        if self.exchange.finished:
-            return
-        if not self.cycle.more_body:
-            self.send()
-            return
-        if self.cycle.waiting_for_100_continue:
-            self._transport.write(CONTINUE)
-
-    def grow(self) -> None:
-        """More of the body has come."""
-        try:
-            self._relay.hold(self.exchange, len(self.cycle.body))
-        except GatewayError as error:
-            self.exchange.fail(error)
-        self._protocol.flow.resume_reading()  # uvicorn waits for an application to take it
-
-    def send(self) -> None:
-        """The body is there."""
-        self.incomplete = False
-        body = bytes(self.cycle.body)
-        self.cycle.body = bytearray()
-        self._relay.send(self.exchange, body)
-
-    def leave(self) -> None:
-        """The client is gone."""
-        self.exchange.leave()
-
-    def start(self, status: int, headers: Headers) -> None:
-        """The head. Without a length the body is chunked, or ends with the connection for HTTP/1.0."""
-        cycle = self.cycle
-        cycle.response_started = True
-        self._silent = cycle.scope["method"] == "HEAD" or status in (204, 304)
-        parts = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        length = False
-        for name, value in headers:
-            length = length or name == b"content-length"
-            parts += (name, b": ", value, b"\r\n")
-        if not length and not self._silent:
-            self._chunked = cycle.scope["http_version"] == "1.1"
-            cycle.keep_alive = cycle.keep_alive and self._chunked
-            if self._chunked:
-                parts.append(b"transfer-encoding: chunked\r\n")
-        if cycle.more_body:
-            cycle.keep_alive = False  # refused before its body was there
-        if not cycle.keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts.append(b"\r\n")
-        self._unsent += parts
-
-    def write(self, data: bytes) -> None:
-        """A chunk."""
-        if self._chunked:
-            self._unsent.append(b"%x\r\n%b\r\n" % (len(data), data))
-        elif not self._silent:
-            self._unsent.append(data)
-
-    def flush(self) -> None:
-        """A system call for all that has come at once: it is what a chunk costs most."""
-        if self._unsent:
-            data = b"".join(self._unsent)
-            self._unsent.clear()
-            self._transport.write(data)
-
-    def end(self) -> None:
-        """The body is complete."""
-        if self._chunked:
-            self._unsent.append(b"0\r\n\r\n")
-        self.flush()
-        self.cycle.response_complete = True
-        if self.cycle.more_body:
-            self._protocol.loop.call_later(LINGER_S, self._transport.close)
-        elif not self.cycle.keep_alive:
-            self._transport.close()
-        self._protocol.on_response_complete()
-
-    def cut(self) -> None:
-        """Close the connection in the middle."""
-        self.flush()
-        if self._transport.get_write_buffer_size():
-            self._transport.abort()  # a client that takes nothing would keep it open
-        else:
-            self._transport.close()
-
-    def give_up(self) -> None:
-        """The body did not come."""
-        self.exchange.fail(errors.body_too_slow())
 
 
 def make_protocol(

@@ -1,61 +1,43 @@
 """Takes requests and sends them on their way: who may ask, which model, which engine. What a request needs is parsed
 once, and of its body only `model` is read.
 
-An ASGI application, for any server; under the gateway's own (protocol.py) requests do not come this way but straight
-to `begin`, which saves a task and several switches per chunk.
+Requests come from the gateway's own protocol (answer.py) or from any ASGI server (asgi.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
-from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
-import msgspec
 
 from laguna_serve.serving.gateway import errors, open_files
 from laguna_serve.serving.gateway.access import Access, Holder
 from laguna_serve.serving.gateway.access_log import AccessLog
 from laguna_serve.serving.gateway.backlog import Backlog
+from laguna_serve.serving.gateway.catalog import MODELS, Catalog
 from laguna_serve.serving.gateway.client_address import Proxies
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.cors import Cors
 from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.exchange import Exchange, Sink
-from laguna_serve.serving.gateway.headers import Head, Headers, check_path, read_head
+from laguna_serve.serving.gateway.exchange import Exchange
+from laguna_serve.serving.gateway.headers import Head, check_path
 from laguna_serve.serving.gateway.journal import Journal
 from laguna_serve.serving.gateway.metrics import Metrics
+from laguna_serve.serving.gateway.model_name import UnreadableError, read_model
 from laguna_serve.serving.gateway.pool import Pool
 from laguna_serve.serving.gateway.shadow import Shadows
+from laguna_serve.serving.gateway.sink import Sink
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-MODELS = "/v1/models"
+JSON = ((b"content-type", b"application/json"),)
 SESSION_HEADER = b"x-session-id"
 PREFIX_BYTES = 512
-# Chunks that an ASGI server has not taken yet, before the engine is read no further.
-MOST_PENDING = 64
 # Of a request that needs no key.
 MAX_OPTIONS_BYTES = 64 << 10
 logger = logging.getLogger(__name__)
 
 
-class _Envelope(msgspec.Struct):
-    """What routing needs of a body; everything else is skipped, not decoded."""
-
-    model: str | None = None
-
-
 class Relay:
     """All requests of a gateway, and the pools that they go to."""
 
-    def __init__(self, config: Config, metrics: Metrics, shadows: Shadows, log: AccessLog) -> None:
+    def __init__(self, config: Config, metrics: Metrics, shadows: Shadows, log: AccessLog, catalog: Catalog) -> None:
         self.pools: dict[str, Pool] = {}
         self.access = Access()
         self.draining = False
@@ -66,7 +48,7 @@ class Relay:
         self._shadows = shadows
         self.journal = Journal(metrics, log)
         self.last_errors = self.journal.last_errors
-        self._created = int(time.time())
+        self.catalog = catalog
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -85,6 +67,7 @@ class Relay:
             self.pools[name].remove()
         self.pools = pools
         self._metrics.pools = pools
+        self.catalog.configure(pools)
         self.access.configure(config.keys)
         self.cors, self._proxies = cors if cors.enabled else None, proxies
         self.backlog.most = config.limits.max_queued_bytes
@@ -100,29 +83,26 @@ class Relay:
 
     def begin(self, head: Head, sink: Sink) -> Exchange:
         """Take a request whose body is still to come; it may have been refused, and finished, already."""
-        holder: Holder | None = None
-        refusal: GatewayError | None = None
+        exchange = Exchange(head, sink, self._finish)
+        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.access.enabled
+        exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
+        self.exchanges.add(exchange)
         # Browsers send preflights without a key.
         is_options = head.method == "OPTIONS"
         try:
             if self.draining:
                 raise errors.draining()
             if not is_options:
-                holder = self.access.enter(head.named)
+                exchange.key = self.access.enter(head.named)
             check_path(head, self.config.server.more_paths)
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
                 self.check_size(int(announced), is_options=is_options)
                 self.backlog.check(int(announced))
         except GatewayError as error:
-            refusal = error
-        exchange = Exchange(head, sink, holder, self._finish)
-        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.access.enabled
-        exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
-        self.exchanges.add(exchange)
-        if refusal is not None:
-            exchange.fail(refusal)
-        elif self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
+            exchange.fail(error)
+            return exchange
+        if self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
             exchange.reply(*answer)
         return exchange
 
@@ -144,138 +124,67 @@ class Relay:
         if exchange.finished:
             return
         try:
-            if exchange.head.path == MODELS and len(self.pools) > 1:
-                exchange.reply(200, [(b"content-type", b"application/json")], self._list_models())
-                return
-            pool = self._find_pool(body)
-            if pool.model.shadows:
-                self._shadows.accompany(pool.model, exchange, body)
-            exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
+            if not (exchange.head.path.startswith(MODELS) and self._tell_models(exchange)):
+                self._route(exchange, body)
         except GatewayError as error:
             exchange.fail(error)
         except Exception:
             logger.exception("request %s", exchange.head.request_id.decode())
             exchange.fail(errors.failed())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request of any ASGI server."""
-        raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
-        peer = scope["client"][0] if scope.get("client") else ""
-        head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"], peer)
-        sink = _AsgiSink()
-        sink.exchange = exchange = self.begin(head, sink)
-        reader = asyncio.create_task(self._feed(exchange, sink, receive))
+    def _route(self, exchange: Exchange, body: bytes) -> None:
+        """By the body's `model`; what names none goes to the only model, or to the first. With one model, what it is
+        called otherwise is its engines' to know, and what is wrong with a body theirs to say."""
+        alone = next(iter(self.pools.values())) if len(self.pools) == 1 else None
         try:
-            await sink.drain(send)
-        finally:
-            exchange.leave()
-            reader.cancel()
+            name = read_model(body, exchange.head.named.get(b"content-type", b""))
+        except UnreadableError as error:
+            if alone is None:
+                raise errors.bad_request(str(error)) from None
+            name = None
+        if alone is not None:
+            self._dispatch(exchange, body, alone)
+        elif name is None:
+            self._dispatch(exchange, body, next(iter(self.pools.values())))
+        elif (pool := self.catalog.find(name)) is not None:
+            self._dispatch(exchange, body, pool)
+        else:
+            exchange.wait_for(self._search(name), lambda found: self._dispatch(exchange, body, found))
 
-    async def _feed(self, exchange: Exchange, sink: _AsgiSink, receive: Receive) -> None:
-        """The body to the exchange, then watch for the client's going."""
-        try:
-            async with asyncio.timeout(self.config.server.body_timeout_s):
-                body = await self._read_body(exchange, receive)
-            self.send(exchange, body)
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            exchange.leave()
-        except TimeoutError:
-            exchange.fail(errors.body_too_slow())
-        except GatewayError as error:
-            exchange.fail(error)
-        except ConnectionError:
-            exchange.leave()
-        finally:
-            sink.leave()
-
-    async def _read_body(self, exchange: Exchange, receive: Receive) -> bytes:
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionError
-            body += message.get("body", b"")
-            self.hold(exchange, len(body))
-            if not message.get("more_body", False):
-                return bytes(body)
-
-    def _find_pool(self, body: bytes) -> Pool:
-        """By the body's `model`; what names none goes to the only model, or to the first."""
-        name = None
-        if body:
-            try:
-                name = msgspec.json.decode(body, type=_Envelope).model
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                name = None  # the engine says what is wrong with it, in its own words
-        if name is None:
-            return next(iter(self.pools.values()))
-        if (pool := self.pools.get(name)) is None:
-            raise errors.unknown_model(name[:128])
+    async def _search(self, name: str) -> Pool:
+        if (pool := await self.catalog.search(name)) is None:
+            raise errors.unknown_model(name)
         return pool
 
-    def _list_models(self) -> bytes:
-        """Of several models, where no engine knows all."""
-        about = {"object": "model", "created": self._created, "owned_by": "laguna"}
-        return msgspec.json.encode({"object": "list", "data": [{"id": name, **about} for name in self.pools]})
+    def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool) -> None:
+        if pool.model.shadows:
+            self._shadows.accompany(pool.model, exchange, body)
+        exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
+
+    def _tell_models(self, exchange: Exchange) -> bool:
+        """Answer what the gateway knows of models by itself: one by its name, and all of them where no engine lists
+        all. False if this is for an engine."""
+        head = exchange.head
+        if head.method not in ("GET", "HEAD"):
+            return False
+        if head.path.startswith(MODELS + "/"):
+            name = head.path.removeprefix(MODELS + "/")
+            exchange.wait_for(self._render_model(name), lambda body: exchange.reply(200, JSON, body))
+            return True
+        if head.path != MODELS or (len(self.pools) == 1 and not self.config.models[0].aliases):
+            return False
+        exchange.wait_for(self.catalog.render_list(), lambda body: exchange.reply(200, JSON, body))
+        return True
+
+    async def _render_model(self, name: str) -> bytes:
+        if (body := await self.catalog.render_model(name)) is None:
+            raise errors.unknown_model(name)
+        return body
 
     def _finish(self, exchange: Exchange) -> None:
         self.exchanges.discard(exchange)
         self.access.leave(exchange.key)
         self.journal.note(exchange)
-
-
-class _AsgiSink:
-    """Keeps what is to be sent until an ASGI server takes it; with too much of that the engine is read no further."""
-
-    exchange: Exchange | None = None
-
-    def __init__(self) -> None:
-        self._messages: deque[Message | None] = deque()
-        self._ready = asyncio.Event()
-
-    def start(self, status: int, headers: Headers) -> None:
-        self._put({"type": "http.response.start", "status": status, "headers": list(headers)})
-
-    def write(self, data: bytes) -> None:
-        self._put({"type": "http.response.body", "body": data, "more_body": True})
-        if len(self._messages) > MOST_PENDING and self.exchange is not None:
-            self.exchange.pause()
-
-    def end(self) -> None:
-        self._put({"type": "http.response.body", "body": b"", "more_body": False})
-        self._put(None)
-
-    def flush(self) -> None:
-        pass  # nothing is held back
-
-    def cut(self) -> None:
-        # The answer stays open-ended: the server sees that, and cuts the connection.
-        self._put(None)
-
-    async def drain(self, send: Send) -> None:
-        """Hand everything to the server until the end, or until the client has left."""
-        exchange = self.exchange
-        assert exchange is not None
-        while True:
-            while self._messages:
-                if (message := self._messages.popleft()) is None:
-                    return
-                await send(message)
-                if not self._messages:
-                    exchange.resume()
-            if exchange.finished:
-                return
-            self._ready.clear()
-            await self._ready.wait()
-
-    def leave(self) -> None:
-        """There will be nothing more."""
-        self._put(None)
-
-    def _put(self, message: Message | None) -> None:
-        self._messages.append(message)
-        self._ready.set()
 
 
 def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:

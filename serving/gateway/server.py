@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from laguna_serve.serving.gateway.event_log import set_up_logging
 from laguna_serve.serving.gateway.http1 import LOCAL_SHORTAGE
 from laguna_serve.serving.gateway.protocol import make_protocol
 from laguna_serve.serving.gateway.relay import Relay
+from laguna_serve.serving.gateway.startup_check import UnfitServerError, check_protocol, check_uvicorn
+from laguna_serve.serving.gateway.strict_http import StrictProtocol
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
@@ -38,6 +41,7 @@ FIXED: Mapping[str, Sequence[str]] = {
         "port",
         "head_timeout_s",
         "max_head_bytes",
+        "keepalive_s",
         "drain_s",
         "ssl_certfile",
         "ssl_keyfile",
@@ -168,7 +172,7 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
     asks. Returns the URL.
 
     Raises:
-        EngineError: a port is taken.
+        EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
     """
     set_up_logging()
     open_files.raise_limit()
@@ -199,7 +203,7 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
     block ends, streams may finish within `server.drain_s`; a KeyboardInterrupt meanwhile ends them.
 
     Raises:
-        EngineError: a port is taken.
+        EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
     """
     set_up_logging()
     open_files.raise_limit()
@@ -242,7 +246,13 @@ def _make_server(
     configured: Config | None = None,
 ) -> GatewayServer:
     app = create_app(config)
-    return GatewayServer(make_settings(app, config), make_admin_settings(app, config), ready, reload, configured)
+    settings = make_settings(app, config)
+    try:
+        check_uvicorn()
+        check_protocol(settings)
+    except UnfitServerError as error:
+        raise EngineError(str(error)) from None
+    return GatewayServer(settings, make_admin_settings(app, config), ready, reload, configured)
 
 
 def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
@@ -252,6 +262,7 @@ def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         create_admin_app(app.state, admin),
         host=admin.host,
         port=admin.port,
+        http=StrictProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -269,6 +280,7 @@ def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         port=server.port,
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
+        timeout_keep_alive=math.ceil(server.keepalive_s),
         http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: app.state.relay),
         ws="none",
         log_config=None,

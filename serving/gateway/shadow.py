@@ -126,6 +126,6 @@ def _list_events(body: bytes) -> Iterator[dict[str, Any]]:
 def _is_greedy(body: bytes) -> bool:
     try:
         sampling = msgspec.json.decode(body, type=_Sampling)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return sampling.temperature == 0 and (sampling.n or 1) == 1

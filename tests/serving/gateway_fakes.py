@@ -148,10 +148,10 @@ def read_headers(head: bytes) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def gateway(
-    *upstreams: Upstream, limits: dict[str, Any] | None = None, asgi: bool = False, **tables: Any
+    *upstreams: Upstream, limits: dict[str, Any] | None = None, asgi: bool | type = False, **tables: Any
 ) -> Iterator[Gateway]:
     """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are. `asgi`: its application
-    under uvicorn's own protocol, as any ASGI server would run it."""
+    under uvicorn's own protocol, as any ASGI server would run it, or under the one that is given."""
     model = {"name": "m", **tables.pop("model", {})}
     each = tables.pop("upstream", {})
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]
@@ -163,7 +163,10 @@ def gateway(
         app = create_app(config, AccessLog(log))
         ready = threading.Event()
         config = with_ports(config)
-        plain = uvicorn.Config(app, log_level="critical", ws="none", server_header=False, proxy_headers=False)
+        http = asgi if isinstance(asgi, type) else "httptools"
+        plain = uvicorn.Config(
+            app, http=http, log_level="critical", ws="none", server_header=False, proxy_headers=False
+        )
         settings = plain if asgi else make_settings(app, config)
         server = GatewayServer(settings, make_admin_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -203,7 +203,7 @@ def test_stream_over_an_update_says_so() -> None:
         await exchange.chunk(b"data: 2\n\n")
         await exchange.end()
 
-    with RlEngine() as one, gateway(one, limits={"silence_timeout_s": 0.3}) as front:
+    with RlEngine() as one, gateway(one, limits={"read_timeout_s": 0.3, "first_byte_timeout_s": 0.3}) as front:
         one.handlers[PATH] = long
         with front.connect() as connection:
             connection.sendall(make_request(PATH, BODY))

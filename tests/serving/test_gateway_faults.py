@@ -132,7 +132,7 @@ FAULTS = [
 def test_engine_at_fault(fault: Callable[[Exchange], Awaitable[None]], status: int, code: int, asgi: bool) -> None:
     with (
         Upstream({PATH: after_warming(fault)}) as engine,
-        gateway(engine, limits={"silence_timeout_s": 0.3}, asgi=asgi) as front,
+        gateway(engine, limits={"read_timeout_s": 0.3, "first_byte_timeout_s": 0.3}, asgi=asgi) as front,
         nothing_left(front),
     ):
         reply = front.ask(PATH, BODY)
@@ -141,7 +141,8 @@ def test_engine_at_fault(fault: Callable[[Exchange], Awaitable[None]], status: i
             assert reply.json()["error"]["message"] == MESSAGES[code]
             return
         assert reply.body.endswith(b"\n\n" + DONE)
-        error = reply.body.removesuffix(b"\n\n" + DONE).rpartition(b"\n\n")[2]
+        *whole, error = reply.body.removesuffix(b"\n\n" + DONE).split(b"\n\n")
+        assert all(event in (b'data: {"t": 1}', b"data: 1") for event in whole), "no half event"
         assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == MESSAGES[code]
         assert len(engine.seen) == 2, "it was sent once"
 
@@ -183,7 +184,7 @@ def test_reader_that_is_slow_gets_everything_and_holds_up_the_engine(asgi: bool)
 def test_reader_that_takes_nothing_is_cut_off() -> None:
     with (
         Upstream({PATH: after_warming(flood)}) as engine,
-        gateway(engine, limits={"silence_timeout_s": 0.3}) as front,
+        gateway(engine, limits={"read_timeout_s": 0.3}) as front,
         nothing_left(front),
         front.connect() as connection,
     ):

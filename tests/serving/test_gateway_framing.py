@@ -8,7 +8,8 @@ import itertools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from laguna_serve.serving.gateway.http1 import BrokenError, Connection, Origin
+from laguna_serve.serving.gateway.http1 import BrokenError, Connection, Waits
+from laguna_serve.serving.gateway.origin import Origin
 
 TEXT = st.text(max_size=30).map(lambda text: f"data: {text}\n\n".encode())
 CHUNKS = st.lists(st.one_of(TEXT, st.binary(min_size=1, max_size=40)), max_size=8)
@@ -49,13 +50,16 @@ class Wire:
     def abort(self) -> None:
         pass
 
+    def get_extra_info(self, name: str) -> None:
+        pass
+
 
 def receive(packets: list[bytes], *, lost: bool = False) -> tuple[Told, Connection, Origin]:
     async def run() -> tuple[Told, Connection, Origin]:
         origin, told = Origin("http://h:1"), Told()
         connection = Connection(origin)
         connection.connection_made(Wire())  # type: ignore[arg-type]
-        connection.request(b"GET / HTTP/1.1\r\n\r\n", told, 60.0, bodiless=False)
+        connection.request(b"GET / HTTP/1.1\r\n\r\n", told, Waits(60.0, 60.0), bodiless=False)
         for packet in packets:
             if packet:
                 connection.data_received(packet)
@@ -131,4 +135,4 @@ def test_interim_answers_are_passed_over() -> None:
 def test_what_nobody_asked_for_closes_the_connection() -> None:
     told, connection, _ = receive([frame([b"x"]), b"HTTP/1.1 200 OK\r\n\r\n"])
     assert (told.end, told.data) == (1, [b"x"])
-    assert connection.lost
+    assert not connection.is_usable()

@@ -1,0 +1,102 @@
+"""uvicorn's HTTP protocol without three of its habits, for the gateway and its admin port.
+
+An offer to upgrade (h2c of JDK clients and curl, websockets) is ignored, as RFC 9110, section 7.8 allows: llhttp ends
+such a request with its head, so that its body would be lost, or read as a request of its own (uvicorn#2722). Trailers
+do not become headers. And what belonged to a connection is free when that is lost, without the garbage collector.
+Checked against uvicorn 0.54 (startup_check.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+INVALID = "Invalid HTTP request received."
+OFFERS = frozenset((b"upgrade", b"http2-settings"))
+
+
+class StrictProtocol(HttpToolsProtocol):
+    """One connection of a client."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._in_head = False
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of requests."""
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.logger.warning(INVALID)
+            self.send_400_response(INVALID)
+
+    def _feed(self, data: bytes) -> None:
+        """To the parser. Where that sees an offer to upgrade, a new one reads the head again without it."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                head = self._render_plain_head()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                data = head + data[offer.args[0] :]
+
+    def _render_plain_head(self) -> bytes:
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError("a tunnel")
+        parts = [method, b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(part for part in value.split(b",") if part.strip().lower() not in OFFERS)
+            if name not in OFFERS:
+                parts += (name, b": ", value, b"\r\n")
+        parts.append(b"\r\n")
+        return b"".join(parts)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of a head; what a body trails is of no use to anybody here."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._in_head = False
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is there, or what the parser takes for all of a request that offers an upgrade."""
+        if not self.parser.should_upgrade():
+            self.on_request_complete()
+
+    def on_request_complete(self) -> None:
+        """The body is there."""
+        super().on_message_complete()
+
+    def is_receiving(self) -> bool:
+        """Has a request begun whose end has not come?"""
+        return self.cycle is not None and self.cycle.more_body
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, and so is all that it sent."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        for cycle in (self.cycle, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None:
+                cycle.body = bytearray()
+                cycle.on_response = _do_nothing  # else the two would keep each other
+        self.pipeline.clear()
+
+
+def _do_nothing() -> None:
+    pass
