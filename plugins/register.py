@@ -36,7 +36,7 @@ def architectures() -> dict[str, str]:
 
 
 def register() -> None:
-    """Register our classes with vLLM, and repair what it does on a CPU; calling it again changes nothing."""
+    """Register our classes with vLLM, and repair what requests run into; calling it again changes nothing."""
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.platforms import current_platform
@@ -47,7 +47,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
         )
-    if current_platform.is_cpu():
-        from laguna_serve.plugins.repairs import apply_repairs
+    from laguna_serve.plugins.repairs import repair_front_end, repair_sampling
 
-        apply_repairs()
+    repair_front_end()
+    if current_platform.is_cpu():
+        repair_sampling()

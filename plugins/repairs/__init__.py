@@ -1,19 +1,39 @@
-"""Repairs of vLLM's sampling on a CPU: what one request may ask for no longer ends the engine, nor is it refused.
+"""Repairs of vLLM's serving: what one request asks for neither ends the engine nor is refused without need.
 
-One module per fault, each with the vLLM version it was checked against and the test that fails when it can go.  All
-are for model runner V1, the one that serves a CPU.  They replace attributes of vLLM's modules in every process that
-loads the plugin: the front end checks the parameters, the engine samples.
+One module per fault, each with the vLLM version it was checked against and the test that fails when it can go.  They
+replace attributes of vLLM's modules in every process that loads the plugin: the front end checks, the engine samples.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
 from typing import Any
 
+logger = logging.getLogger(__name__)
 
-def apply_repairs() -> None:
-    """Repair this process's vLLM; calling it again changes nothing.
+# What holds for every device, in the front end.
+FRONT_END = ("grammar_limits", "unsendable", "anthropic_errors")
+# Sequences that one prompt may ask for (`n`, beams): OpenAI's limit.  vLLM's own is 16,384, which one request of a few
+# bytes turns into hours of everybody's time.
+MOST_SEQUENCES = 128
 
-    The model runner's module brings every drafter's model along, and the front end needs neither: it is repaired when a
+
+def repair_front_end() -> None:
+    """Repair what checks requests and answers them; what another vLLM does not have is left, with a warning."""
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MOST_SEQUENCES))
+    for name in FRONT_END:
+        try:
+            importlib.import_module(f"{__name__}.{name}").apply()
+        except (ImportError, AttributeError) as error:
+            logger.warning("repair %s: expected vLLM 0.32's %s; it is left out", name, error)
+
+
+def repair_sampling() -> None:
+    """Repair model runner V1's sampling on a CPU; calling it again changes nothing.
+
+    The runner's module brings every drafter's model along, and the front end needs neither: it is repaired when a
     runner makes its sampler, and not imported before.
     """
     from vllm.v1.sample.sampler import Sampler

@@ -33,10 +33,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 
 if sys.argv[1] == "repaired":
-    from laguna_serve.plugins.repairs import apply_repairs
+    from laguna_serve.plugins.repairs import repair_sampling
 
-    apply_repairs()
-    apply_repairs()
+    repair_sampling()
+    repair_sampling()
 
 VOCABULARY, STOP = 12, 7
 CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespace(max_num_seqs=8))

@@ -1,0 +1,130 @@
+"""The generator of requests: what it makes up, what it calls wrong, and how it cuts a finding down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from laguna_serve.bench.fuzz import normalise
+from laguna_serve.bench.fuzz_client import check_batch, judge, open_session
+from laguna_serve.bench.fuzz_minimise import minimise
+from laguna_serve.bench.fuzz_requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.bench.fuzz_values import JUNK, VALUES
+
+OPENAPI = {
+    "paths": {
+        "/v1/completions": {
+            "post": {
+                "requestBody": {
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Completion"}}}
+                }
+            }
+        },
+        "/tokenize": {
+            "post": {
+                "requestBody": {
+                    "content": {
+                        "application/json": {
+                            "schema": {
+                                "anyOf": [{"$ref": "#/components/schemas/A"}, {"$ref": "#/components/schemas/B"}]
+                            }
+                        }
+                    }
+                }
+            }
+        },
+        "/scale_elastic_ep": {"post": {}},
+        "/health": {"get": {}},
+    },
+    "components": {
+        "schemas": {
+            "Completion": {
+                "properties": {"top_k": {"type": "integer"}, "brand_new": {"anyOf": [{"enum": ["a", "b"]}]}}
+            },
+            "A": {"properties": {"prompt": {}}},
+            "B": {"properties": {"messages": {}}},
+        }
+    },
+}
+ERROR = json.dumps({"error": {"message": "no", "type": "BadRequestError", "code": 400}}).encode()
+ANTHROPIC = json.dumps({"type": "error", "error": {"message": "no", "type": "invalid_request_error"}}).encode()
+
+
+def test_every_parameter_of_every_route_comes_alone_with_every_value() -> None:
+    parameters = list_parameters(OPENAPI)
+    assert {route: sorted(names) for route, names in parameters.items()} == {
+        "/v1/completions": ["brand_new", "top_k"],
+        "/tokenize": ["messages", "prompt"],
+        "/invocations": ["brand_new", "top_k"],
+    }
+    singles = [request for request in list_singles(parameters, "m") if request.route == "/v1/completions"]
+    values = [
+        request.body["top_k"] for request in singles if isinstance(request.body, dict) and "top_k" in request.body
+    ]
+    assert len(values) == len(VALUES["top_k"]) + len(JUNK)
+    assert "b" in [r.body["brand_new"] for r in singles if isinstance(r.body, dict) and "brand_new" in r.body]
+
+
+def test_equal_seeds_draw_equal_batches() -> None:
+    parameters = list_parameters(OPENAPI)
+    one, same, other = (repr(draw_batches(parameters, "m", seed_value=value, count=20)) for value in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "route", "wrong"),
+    [
+        (200, "application/json", b"{}", "/v1/completions", None),
+        (400, "application/json", ERROR, "/v1/completions", None),
+        (400, "application/json", ANTHROPIC, "/v1/messages", None),
+        (501, "application/json", ERROR, "/v1/systemone", None),
+        (400, "application/json", ERROR, "/v1/messages", "not Anthropic's"),
+        (400, "application/json", b'{"detail": "no"}', "/v1/completions", "without message"),
+        (400, "text/plain", b"no", "/v1/completions", "not JSON"),
+        (500, "application/json", ERROR, "/v1/completions", "status 500"),
+        (302, "text/plain", b"", "/v1/completions", "status 302"),
+        (200, "text/event-stream", b'data: {"choices": []}\n\ndata: [DONE]\n\n', "/v1/completions", None),
+        (200, "text/event-stream", b'data: {"error": {"code": 500}}\n\n', "/v1/completions", "within a stream"),
+        (200, "text/event-stream", b'data: {"error": {"code": 400}}\n\n', "/v1/completions", None),
+        (200, "text/event-stream", b"data: {\n\n", "/v1/completions", "not JSON"),
+    ],
+)
+def test_what_is_wrong_with_an_answer(status: int, kind: str, body: bytes, route: str, wrong: str | None) -> None:
+    verdict = judge(status, kind, body, route)
+    assert verdict is None if wrong is None else wrong in (verdict or "")
+
+
+def test_an_engine_that_is_not_there_is_dead() -> None:
+    async def run() -> list[str]:
+        async with open_session() as session:
+            _, wrong = await check_batch(session, "http://127.0.0.1:9", "m", [Request("/v1/completions", {})], [1])
+            return wrong
+
+    assert asyncio.run(run())[0].startswith("death")
+
+
+def test_a_finding_is_cut_down_to_what_shows_it() -> None:
+    bad = {"model": "m", "prompt": "x", "top_k": 5, "seed": 1, "stop": "x"}
+    batch = [
+        Request("/v1/completions", {"prompt": "x", "n": 2}),
+        Request("/v1/completions", bad),
+        Request("/ping", None),
+    ]
+    tried = []
+
+    async def persists(smaller: list[Request]) -> bool:
+        tried.append(smaller)
+        return any(isinstance(r.body, dict) and {"top_k", "seed"} <= r.body.keys() for r in smaller)
+
+    kept = {key: value for key, value in bad.items() if key != "stop"}
+    assert asyncio.run(minimise(batch, persists, most=14)) == [Request("/v1/completions", kept)]
+    tried.clear()
+    asyncio.run(minimise(batch, persists, most=3))
+    assert len(tried) == 3
+
+
+def test_findings_that_differ_in_numbers_are_one() -> None:
+    assert normalise("status 500: at 0x1234, 17 tokens") == normalise("status 500: at 0x9234, 3 tokens")

@@ -1,0 +1,72 @@
+"""What a client may send without harm: limits, and whose mistake an error says it is."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+@functools.cache
+def probe(kind: str) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("limits_probe.py")), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_stock_takes_any_number_in_a_schema() -> None:
+    """When this fails, vLLM has limits of its own: retire plugins/repairs/grammar_limits.py."""
+    stock = probe("stock")
+    assert set(stock["guidance"].values()) == {"taken"}
+    assert stock["outlines"] == "taken"
+    assert stock["properties"] == ["taken", "taken"]
+
+
+def test_stock_blames_itself_for_a_surrogate() -> None:
+    """When this fails, vLLM refuses what it cannot send: retire plugins/repairs/unsendable.py."""
+    assert probe("stock")["surrogate"] == ["UnicodeEncodeError", []]
+
+
+def test_stock_answers_messages_in_openais_form() -> None:
+    """When this fails, vLLM minds the route: retire plugins/repairs/anthropic_errors.py."""
+    assert [kind for _, kind, _ in probe("stock")["messages"][:2]] == [None, None]
+
+
+def test_numbers_that_a_grammar_counts_out_are_bounded() -> None:
+    answers = probe("repaired")["guidance"]
+    assert answers.pop("small") == "taken"
+    assert len(answers) == 6
+    for answer in answers.values():
+        assert answer.startswith("VLLMValidationError: structured outputs: ")
+        assert "at most 100000" in answer
+    assert "at most 1000 " in probe("repaired")["outlines"]
+
+
+def test_properties_of_an_object_are_bounded() -> None:
+    first, second = probe("repaired")["properties"]
+    assert first == "taken"
+    assert "at most 1000 properties, got 1001" in second
+
+
+def test_sequences_of_a_prompt_are_bounded() -> None:
+    assert probe("stock")["sequences"] == "taken"
+    assert "n must be at most 128" in probe("repaired")["sequences"]
+
+
+def test_a_surrogate_is_the_clients_mistake_and_its_request_forgotten() -> None:
+    assert probe("repaired")["surrogate"] == ["VLLMValidationError", [["r"]]]
+
+
+def test_errors_have_the_form_of_their_api() -> None:
+    anthropic, openai = probe("repaired")["messages"][:2], probe("repaired")["messages"][2:]
+    assert anthropic == [[400, "error", "invalid_request_error"]] * 2
+    assert [kind for _, kind, _ in openai] == [None, None]
