@@ -4,6 +4,7 @@
 #
 #   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness and evalplus, for evals/suites.py
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
+#   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.py
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,11 +15,14 @@ fail() { printf 'client_env: %s\n' "$*" >&2; exit 2; }
 case ${1:-} in
   evals) folder=.venv-evals ours=() ;;
   spec_rl) folder=.venv-rl ours=(--editable . --editable evals/spec_rl) ;;
-  *) fail "name: expected evals or spec_rl, got '${1:-}'" ;;
+  clients) folder=.venv-clients ours=(--editable .) ;;
+  *) fail "name: expected evals, spec_rl or clients, got '${1:-}'" ;;
 esac
 lock=scripts/requirements/$1.lock
 sources=("$lock")
-if [ ${#ours[@]} -gt 0 ]; then sources+=(pyproject.toml evals/spec_rl/pyproject.toml); fi
+if [ "$1" = clients ]; then sources+=(scripts/clients/package-lock.json); fi
+if [ ${#ours[@]} -gt 0 ]; then sources+=(pyproject.toml); fi
+if [ "$1" = spec_rl ]; then sources+=(evals/spec_rl/pyproject.toml); fi
 wanted=$(cat "${sources[@]}" | sha256sum | cut -d' ' -f1)
 [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
@@ -45,5 +49,15 @@ if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
 fi
 if [ ${#ours[@]} -gt 0 ]; then
   "${pip[@]}" --no-build-isolation "${ours[@]}" >>"$log" 2>&1 || fail "pip could not install the project; see $log"
+fi
+if [ "$1" = clients ]; then
+  command -v npm >/dev/null || fail "npm: expected Node with npm for the Node clients, got none; install them"
+  rm -rf .node-clients
+  mkdir .node-clients
+  echo '*' >.node-clients/.gitignore
+  cp scripts/clients/package.json scripts/clients/package-lock.json .node-clients
+  # Not npm ci: it insists on every platform's optional binaries, which not every registry has.
+  npm=(npm install --prefix .node-clients --no-audit --no-fund --no-update-notifier)
+  "${npm[@]}" >.node-clients/install.log 2>&1 || fail "npm could not install scripts/clients; see .node-clients/install.log"
 fi
 echo "$wanted" >"$folder/.stamp"

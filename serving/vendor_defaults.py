@@ -8,7 +8,10 @@ which we leave as it is).
 
 Checked against the sources of vLLM 0.26.0, 0.32.0 and 0.33.0:
 
-- Both parsers, all four flags and all three variables exist in each.
+- Both parsers, all five flags and all three variables exist in each.
+- vLLM finds the marks of thinking by asking a parser that was made without template variables, and this one then has
+  none to name (config/reasoning.py): without ``--reasoning-config`` every request with a budget of thoughts, such as an
+  Anthropic client's ``thinking: enabled``, is refused with 400.
 - ``VLLM_USE_DEEP_GEMM`` (default 1) governs FP8, MXFP4 and MXFP8 layers only: bf16 weights never reach DeepGEMM, and 0
   takes it out of the candidates in fused_moe/oracle/fp8.py.  The recipes say that it does not go together with a DFlash
   drafter, and of no version that it does.
@@ -34,6 +37,9 @@ NONE = "none"
 THINKING = ("on", "off", "template")
 AUTO_CHOICE, TOOL_PARSER = "--enable-auto-tool-choice", "--tool-call-parser"
 REASONING_PARSER, TEMPLATE_KWARGS = "--reasoning-parser", "--default-chat-template-kwargs"
+
+REASONING_CONFIG = "--reasoning-config"
+MARKS = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,14 @@ def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequen
     parser = given or (tool_parser.value if tool_parser is not None else None)
     if parser is not None and not names_flag(extra_args, AUTO_CHOICE, f"--no-{AUTO_CHOICE[2:]}"):
         flags.append(Setting(AUTO_CHOICE, None, "clients send tools without a tool_choice, which means auto"))
-    wanted = ((tool_parser, TOOL_PARSER), (reasoning_parser, REASONING_PARSER), (kwargs, TEMPLATE_KWARGS))
-    for setting, flag in wanted:
-        if setting is not None and not names_flag(extra_args, flag):
+    marks = None
+    if reasoning_parser is not None and reasoning_parser.value == POOLSIDE:
+        reason = "the parser does not tell vLLM the marks of thinking, which a budget of thoughts needs"
+        marks = Setting(REASONING_CONFIG, json.dumps(MARKS), reason)
+    # A parser of the user's own has its own marks.
+    replaced = ((TOOL_PARSER,), (REASONING_PARSER,), (REASONING_PARSER, REASONING_CONFIG), (TEMPLATE_KWARGS,))
+    for setting, names in zip((tool_parser, reasoning_parser, marks, kwargs), replaced, strict=True):
+        if setting is not None and not any(_names_part(extra_args, name) for name in names):
             flags.append(setting)
     return ChatContract(
         flags=tuple(flags),
@@ -195,6 +206,13 @@ def find_value(arguments: Sequence[str], flag: str) -> str | None:
         if name.replace("_", "-") == flag:
             value = inline if equals else next(iter(arguments[position + 1 : position + 2]), value)
     return value
+
+
+def _names_part(arguments: Sequence[str], flag: str) -> bool:
+    """Is the flag given, or one field of it (``--reasoning-config.reasoning_end_str``)?"""
+    return any(argument.replace("_", "-").startswith(flag + ".") for argument in arguments) or names_flag(
+        arguments, flag
+    )
 
 
 def _choose_tool_parser(release: Release, options: ChatOptions, notes: list[str]) -> Setting | None:

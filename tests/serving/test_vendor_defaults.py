@@ -28,7 +28,8 @@ CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 GPU = Device("gpu", "NVIDIA H200", 140 * GIB, 139 * GIB)
 AUTO = ["--enable-auto-tool-choice"]
 TOOLS = [*AUTO, "--tool-call-parser", "poolside_v1"]
-REASONING = ["--reasoning-parser", "poolside_v1"]
+MARKS = json.dumps({"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"})
+REASONING = ["--reasoning-parser", "poolside_v1", "--reasoning-config", MARKS]
 FP8_BLOCKS: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
@@ -136,6 +137,8 @@ def test_options_change_it(target: Path, options: dict[str, Any], expected: list
         (["--tool_call_parser=hermes"], [*AUTO, *REASONING]),
         (["--no-enable-auto-tool-choice"], [*TOOLS[1:], *REASONING]),
         (["--reasoning-parser=qwen3"], TOOLS),
+        (["--reasoning-config", "{}"], [*TOOLS, *REASONING[:2]]),
+        (["--reasoning-config.reasoning_end_str", "</think>"], [*TOOLS, *REASONING[:2]]),
         (["--default-chat-template-kwargs", "{}"], [*TOOLS, *REASONING]),
         (["--chat-template", PLAIN], []),
         (["--chat-template", "{file}"], [*TOOLS, *REASONING, *kwargs(enable_thinking=True)]),
@@ -181,7 +184,7 @@ def test_absent_flags_have_a_reason(target: Path) -> None:
 
 def test_every_flag_has_a_reason() -> None:
     contract = choose_chat_flags(Release("m", Abilities(True, True, True)), ChatOptions())
-    assert [setting.name for setting in contract.flags] == [*AUTO, TOOLS[1], REASONING[0], kwargs()[0]]
+    assert [setting.name for setting in contract.flags] == [*AUTO, TOOLS[1], *REASONING[::2], kwargs()[0]]
     assert all(setting.reason for setting in contract.flags)
 
 

