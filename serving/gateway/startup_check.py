@@ -81,6 +81,8 @@ def check_protocol(settings: uvicorn.Config) -> None:
 class _Probe:
     """A relay that refuses everything, and an application that must not be asked."""
 
+    max_connections = 1
+
     def __init__(self) -> None:
         self.begun: list[Exchange] = []
 
