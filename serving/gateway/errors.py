@@ -40,6 +40,11 @@ class GatewayError(Exception):
     reason: str = "other"
     key: str | None = None
 
+    def forget_origin(self) -> GatewayError:
+        """The same error, without the frames that it passed through."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Of the answer."""
         found = [(b"content-type", b"application/json")]

@@ -162,7 +162,8 @@ class Exchange:
         """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
         if self.finished:
             return
-        self.error, self.refusal = error.message, error
+        # Without its traceback, whose frames would keep this exchange and its body until the garbage collector comes.
+        self.error, self.refusal = error.message, error.forget_origin()
         if self.status == 0:
             self.reply(error.status, error.headers(), error.body(self.head.path))
             return

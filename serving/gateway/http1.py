@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, origin: Keeper) -> None:
         self._origin = origin
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -201,6 +201,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine has closed, or died."""
         self._transport = None
+        self._parser = None  # else the two would keep each other until the garbage collector comes
         self._origin.forget(self)
         if self._receiver is not None and self._head_bytes is None and not self._framed and exc is None:
             self._complete()  # a body that ends where the connection does
@@ -211,7 +212,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        if self._receiver is None:
+        if self._receiver is None or self._parser is None:
             self.close()  # nothing was asked
             return
         self._active_s, self.received_s = self._loop.time(), time.perf_counter()
@@ -240,6 +241,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Of the parser."""
+        assert self._parser is not None
         status = self._parser.get_status_code()
         if status < 200:  # interim: the answer follows
             return
@@ -262,7 +264,7 @@ class Connection(asyncio.Protocol):
         if self._head_bytes is not None:
             self._headers = []
         elif self._receiver is not None:
-            self._complete(reusable=self._framed and self._parser.should_keep_alive())
+            self._complete(reusable=self._framed and self._parser is not None and self._parser.should_keep_alive())
 
     def _complete(self, *, reusable: bool = False) -> None:
         receiver = self._release()
