@@ -19,6 +19,7 @@ from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import Limits, parse_config
 from laguna_serve.serving.gateway.server import in_background, make_settings
 from laguna_serve.serving.gateway.startup_check import UnfitServerError, check_protocol, check_uvicorn
+from laguna_serve.serving.gateway.strict_http import StrictProtocol
 
 CONFIG = parse_config({"models": [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]}, "test")
 
@@ -116,8 +117,8 @@ def test_old_name_of_the_read_timeout_is_taken_with_a_warning(caplog: pytest.Log
 KINDS = ("Exchange", "Answer", "BoundProtocol", "StrictProtocol", "RequestResponseCycle", "_AsgiSink", "Connection")
 
 
-@pytest.mark.parametrize("asgi", [False, True], ids=["direct", "asgi"])
-def test_what_clients_sent_is_free_without_the_garbage_collector(asgi: bool) -> None:
+@pytest.mark.parametrize("asgi", [False, StrictProtocol], ids=["direct", "asgi"])
+def test_what_clients_sent_is_free_without_the_garbage_collector(asgi: bool | type) -> None:
     """Uploads that are broken off, refused, too large, too slow, waiting in the queue, or answered half: nothing of
     them is in a reference cycle when their connection is gone."""
     tail = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\n" + b"a" * 100_000
