@@ -177,8 +177,7 @@ def test_end_that_a_client_of_http_1_0_cannot_see_is_a_reset() -> None:
     with Upstream({CHAT: handle}) as engine, gateway(engine) as front, front.connect() as connection:
         connection.sendall(make_request(CHAT, BODY).replace(b"HTTP/1.1", b"HTTP/1.0"))
         with pytest.raises(ConnectionResetError):
-            while connection.recv(65536):
-                pass
+            list(iter(lambda: connection.recv(65536), b""))
 
 
 def read_events(body: bytes) -> list[dict[str, Any]]:
@@ -232,9 +231,12 @@ def read_openai(path: str, url: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_openais_client_raises(path: str) -> None:
     first = event(CREATED, named=True) if path == RESPONSES else FIRST
-    with Upstream({path: serving(first, HALF)}) as engine, gateway(engine) as front:
-        with pytest.raises(openai.APIError, match=re.escape(LOST)):
-            read_openai(path, front.url)
+    with (
+        Upstream({path: serving(first, HALF)}) as engine,
+        gateway(engine) as front,
+        pytest.raises(openai.APIError, match=re.escape(LOST)),
+    ):
+        read_openai(path, front.url)
 
 
 def read_anthropic(url: str) -> None:
@@ -246,9 +248,12 @@ def test_anthropics_client_raises() -> None:
     start = {"id": "1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
     usage = {"input_tokens": 1, "output_tokens": 1}
     first = event({"type": "message_start", "message": {**start, "stop_sequence": None, "usage": usage}}, named=True)
-    with Upstream({MESSAGES: serving(first, b'event: ping\ndata: {"ty')}) as engine, gateway(engine) as front:
-        with pytest.raises(anthropic.APIError, match=re.escape(LOST)):
-            read_anthropic(front.url)
+    with (
+        Upstream({MESSAGES: serving(first, b'event: ping\ndata: {"ty')}) as engine,
+        gateway(engine) as front,
+        pytest.raises(anthropic.APIError, match=re.escape(LOST)),
+    ):
+        read_anthropic(front.url)
 
 
 @pytest.mark.parametrize(
