@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from laguna_serve.serving.gateway import errors
@@ -37,88 +38,55 @@ from laguna_serve.serving.gateway.http1 import (
     Waits,
 )
 from laguna_serve.serving.gateway.pool import Pool
-from laguna_serve.serving.gateway.reach import reach
+from laguna_serve.serving.gateway.reach import reach, take_kept
 from laguna_serve.serving.gateway.sink import Sink
 from laguna_serve.serving.gateway.sse import EventStream, frame_events
 from laguna_serve.serving.gateway.usage import count_tokens
 
 CLIENT_GONE = 499
-# Larger requests go on connections of their own: on a kept one, whose end may be under way, a request is remembered
-# until its answer begins.
-MAX_REMEMBERED_BYTES = 1 << 20
 Waited = TypeVar("Waited")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """A request and its answer; `on_finish` is called once. `key` is whose request it is."""
+    """A request and its answer; `on_finish` is called once. `key` is whose request it is, `client` where it is from."""
 
-    __slots__ = (
-        "_body",
-        "_connection",
-        "_events",
-        "_on_finish",
-        "_paused",
-        "_pool",
-        "_recent",
-        "_said",
-        "_sink",
-        "_streams",
-        "_task",
-        "affinity",
-        "answer",
-        "arrived_s",
-        "backlog",
-        "cause",
-        "chunks",
-        "client",
-        "complete",
-        "copy",
-        "cors",
-        "engine",
-        "error",
-        "finished",
-        "first_s",
-        "forwarded_for",
-        "head",
-        "held",
-        "key",
-        "keys_are_ours",
-        "last_s",
-        "model",
-        "refusal",
-        "started_s",
-        "status",
-    )
-
-    def __init__(self, head: Head, sink: Sink, on_finish: Callable[[Exchange], None]) -> None:
-        self.head, self._sink, self._on_finish = head, sink, on_finish
-        self.key: Holder | None = None
-        self.started_s = self.arrived_s = time.perf_counter()
-        self.first_s: float | None = None
-        self.last_s = 0.0
-        self.status = self.chunks = 0
-        self.complete = self.finished = self._streams = self._paused = False
-        self.copy: bytearray | None = None
-        self.answer: asyncio.Future[bytes | None] | None = None
-        self.engine: Engine | None = None
-        self.model: str | None = None
-        self.error: str | None = None
-        self.refusal: GatewayError | None = None
-        self.cause: str | None = None
-        self.client, self.forwarded_for = head.peer, b""
-        self.cors: Cors | None = None
-        self.keys_are_ours = False
-        self.backlog: Backlog | None = None
-        self.held = 0
-        self._pool: Pool | None = None
-        self._body = b""
-        self.affinity: bytes | None = None
-        self._recent = (b"", b"")
-        self._said: tuple[bytes, bytes] | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._connection: Connection | None = None
-        self._events: EventStream | None = None
+    head: Head
+    _sink: Sink
+    _on_finish: Callable[[Exchange], None]
+    key: Holder | None = None
+    keys_are_ours: bool = False
+    client: str = ""
+    forwarded_for: bytes = b""
+    cors: Cors | None = None
+    backlog: Backlog | None = None
+    held: int = 0
+    model: str | None = None
+    engine: Engine | None = None
+    affinity: bytes | None = None
+    status: int = 0
+    chunks: int = 0
+    complete: bool = False
+    finished: bool = False
+    error: str | None = None
+    refusal: GatewayError | None = None
+    cause: str | None = None
+    started_s: float = field(default_factory=time.perf_counter)
+    arrived_s: float = 0.0
+    first_s: float | None = None
+    last_s: float = 0.0
+    copy: bytearray | None = None
+    answer: asyncio.Future[bytes | None] | None = None
+    _pool: Pool | None = None
+    _body: bytes = b""
+    _task: asyncio.Task[None] | None = None
+    _connection: Connection | None = None
+    _paused: bool = False
+    _said: tuple[bytes, bytes] | None = None
+    _streams: bool = False
+    _events: EventStream | None = None
+    _recent: tuple[bytes, bytes] = (b"", b"")
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
         """What the client will have got: the body of a complete answer with status 200, or None."""
@@ -140,8 +108,7 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
             return
-        connection = self.take_kept() if self.engine is not None else None
-        if connection is not None:
+        if self.engine is not None and (connection := take_kept(self.engine, len(body))) is not None:
             self._go(connection)
             return
         try:
@@ -150,7 +117,7 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
             return
-        self.wait_for(reach(self, pool, afresh=False), self._go)
+        self.wait_for(reach(self, pool, len(body)), self._go)
 
     def leave(self) -> None:
         """The client is gone: the engine's work is aborted, the slot freed."""
@@ -215,11 +182,6 @@ class Exchange:
             self._task = None
             self.fail(errors.failed())
 
-    def take_kept(self) -> Connection | None:
-        """An idle connection to the engine, where this request may use one."""
-        assert self.engine is not None
-        return self.engine.origin.take() if len(self._body) <= MAX_REMEMBERED_BYTES else None
-
     def _go(self, connection: Connection) -> None:
         assert self.engine is not None
         assert self._pool is not None
@@ -242,7 +204,7 @@ class Exchange:
         self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
 
     def on_head(self, status: int, headers: Headers) -> None:
-        """Of the engine."""
+        """The engine answers."""
         engine = self.engine
         assert engine is not None
         assert self._said is not None
@@ -264,7 +226,7 @@ class Exchange:
         self._sink.start(status, found)
 
     def on_data(self, data: bytes) -> None:
-        """Of the engine."""
+        """A piece of the engine's answer."""
         engine = self.engine
         assert engine is not None
         assert self._connection is not None
@@ -292,17 +254,19 @@ class Exchange:
         self._sink.write(data)
 
     def on_pause(self) -> None:
-        """Of the engine."""
+        """The engine has sent no more for now."""
         assert self.engine is not None
         assert self._connection is not None
         self._sink.flush()
         self.engine.stats.added_chunk.add(time.perf_counter() - self._connection.received_s)
 
     def on_end(self) -> None:
-        """Of the engine."""
+        """The engine's answer is complete."""
         assert self.engine is not None
         self.complete, self._connection = True, None
         if self._events is not None and (rest := self._events.end()):
+            if self.copy is not None:
+                self.copy += rest
             self._sink.write(rest)
         self._sink.end()
         self.engine.note_success()
@@ -312,7 +276,7 @@ class Exchange:
         self._finish()
 
     def on_error(self, error: OSError) -> None:
-        """Of the engine, or a client that takes nothing."""
+        """The engine broke off or fell silent, or the client takes nothing."""
         assert self.engine is not None
         assert self._pool is not None
         self._connection = None
@@ -322,7 +286,7 @@ class Exchange:
             self.leave()
             return
         if isinstance(error, StaleError) and self.status == 0:
-            self.wait_for(reach(self, self._pool, afresh=True), self._go)
+            self.wait_for(reach(self, self._pool, len(self._body), afresh=True), self._go)
             return
         self.engine.last_error = str(error)
         self.cause = f"{self.engine.name}: {error}"

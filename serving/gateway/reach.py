@@ -15,6 +15,9 @@ from laguna_serve.serving.gateway.pool import Pool
 
 # Before a request is sent to another engine: so that those of an engine that died do not arrive there all at once.
 RETRY_PAUSE_S = 0.02
+# Larger requests go on connections of their own: on a kept one, whose end may be under way, a request is remembered
+# until its answer begins.
+MAX_REMEMBERED_BYTES = 1 << 20
 
 
 class Request(Protocol):
@@ -26,12 +29,14 @@ class Request(Protocol):
     arrived_s: float
     cause: str | None
 
-    def take_kept(self) -> Connection | None:
-        """An idle connection to that engine, where the request may use one."""
+
+def take_kept(engine: Engine, size: int) -> Connection | None:
+    """An idle connection to the engine, where a request with a body of this size may use one."""
+    return engine.origin.take() if size <= MAX_REMEMBERED_BYTES else None
 
 
-async def reach(request: Request, pool: Pool, *, afresh: bool) -> Connection:
-    """Wait for a slot, where the request has none yet, and for a connection; a new one if `afresh`.
+async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False) -> Connection:
+    """Wait for a slot, where the request has none yet, and for a connection; a new one if `afresh`. `size` is the body's.
 
     Raises:
         GatewayError: 503 no engine is up, 429 the queue is full, 408 no slot in time, 502 none could be reached.
@@ -44,7 +49,7 @@ async def reach(request: Request, pool: Pool, *, afresh: bool) -> Connection:
         engine = request.engine
         request.arrived_s = time.perf_counter()
         try:
-            kept = None if afresh else request.take_kept()
+            kept = None if afresh else take_kept(engine, size)
             return kept or await engine.origin.connect(pool.limits.connect_timeout_s)
         except UnreachableError as error:
             pool.release(engine)
