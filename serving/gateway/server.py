@@ -148,6 +148,9 @@ class GatewayServer(uvicorn.Server):
 
         asyncio.run_coroutine_threadsafe(run(), self._loop).result(CALL_S)
 
+    def _note_stop(self) -> None:
+        logger.info("stopping: no new requests, %d in flight", len(self.relay.exchanges))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
         if self.should_exit:
@@ -155,7 +158,8 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
         if self.started and not self.relay.draining:
             self.relay.draining = True
-            logger.info("stopping: no new requests, %d in flight", len(self.relay.exchanges))
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(self._note_stop)  # a signal may have come in the middle of a line
 
 
 class _AdminServer(uvicorn.Server):

@@ -146,8 +146,9 @@ def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
             assert "going on as before" in server.stderr.readline()
             assert get(f"{url}/v1/models") == (200, "two")
             server.send_signal(signal.SIGTERM)
-            out, _ = server.communicate(timeout=10)
+            out, err = server.communicate(timeout=10)
             assert server.returncode == 0
+            assert err.endswith(" INFO gateway: stopping: no new requests, 0 in flight\n")
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
 
 
