@@ -148,7 +148,7 @@ def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
             server.send_signal(signal.SIGTERM)
             out, err = server.communicate(timeout=10)
             assert server.returncode == 0
-            assert err.endswith(" INFO gateway: stopping: no new requests, 0 in flight\n")
+            assert " INFO gateway: stopping: no new requests, " in err
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
 
 

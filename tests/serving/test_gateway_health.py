@@ -17,7 +17,8 @@ from gateway_fakes import Exchange, Gateway, Upstream, gateway, make_request, re
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.engine import Engine
 from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.http1 import Origin, UnreachableError
+from laguna_serve.serving.gateway.http1 import UnreachableError
+from laguna_serve.serving.gateway.origin import Origin
 from laguna_serve.serving.gateway.pool import Pool
 
 PATH = "/v1/completions"

@@ -24,7 +24,8 @@ from laguna_serve.serving.gateway import open_files
 from laguna_serve.serving.gateway.backlog import Backlog
 from laguna_serve.serving.gateway.config import Config, parse_config
 from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.http1 import Origin, UnreachableError
+from laguna_serve.serving.gateway.http1 import UnreachableError
+from laguna_serve.serving.gateway.origin import Origin
 
 PATH = "/v1/completions"
 BODY = b'{"model": "m"}'

@@ -20,7 +20,8 @@ from gateway_fakes import Upstream, gateway, read_headers, wait_until
 from laguna_serve.serving.gateway.client_address import Proxies
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
 from laguna_serve.serving.gateway.headers import read_head
-from laguna_serve.serving.gateway.http1 import Origin, UnreachableError
+from laguna_serve.serving.gateway.http1 import UnreachableError
+from laguna_serve.serving.gateway.origin import Origin
 
 PATH = "/v1/completions"
 BODY = b'{"model": "m", "temperature": 0}'
