@@ -37,7 +37,7 @@ def expect(holds: object, what: str) -> None:
 
 def expect_call(name: object, arguments: object) -> str:
     """The forced tool call, as its parts."""
-    got = json.loads(arguments) if isinstance(arguments, str) else arguments
+    got: Any = json.loads(arguments) if isinstance(arguments, str) else arguments
     expect(name == "read" and isinstance(got, dict), f"a call of read, got {name!r}({got!r})")
     expect(isinstance(got["path"], str) and isinstance(got["count"], int), f"path and count, got {got!r}")
     return f"read({json.dumps(got)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from laguna_serve.scripts.clients.expectations import (
 )
 
 
-def langchain_checks(model: Any, broken: Any, forced: dict[str, Any], error: type[BaseException]) -> Checks:
-    """langchain-openai and langchain-anthropic."""
+def langchain_checks(models: Sequence[Any], forced: dict[str, Any], error: type[BaseException]) -> Checks:
+    """langchain-openai and langchain-anthropic: a model, and one whose engine is lost."""
+    model, broken = models
 
     def plain() -> str:
         answer = model.invoke(ASK)

@@ -13,6 +13,8 @@ from laguna_serve.scripts.clients.expectations import (
     CHAT_TOOL,
     FEW,
     FORCED,
+    KEY,
+    LOST,
     MANY,
     MESSAGES,
     MODEL,
@@ -20,6 +22,7 @@ from laguna_serve.scripts.clients.expectations import (
     SCHEMA,
     THINK,
     TOOL,
+    URL,
     Checks,
     expect,
     expect_call,
@@ -28,8 +31,14 @@ from laguna_serve.scripts.clients.expectations import (
 )
 
 
-def chat_checks(client: openai.OpenAI, broken: openai.OpenAI) -> Checks:
+def open_openai(base: str) -> openai.OpenAI:
+    """A client that tries once."""
+    return openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
+
+
+def list_chat_checks() -> Checks:
     """Chat completions of the OpenAI SDK."""
+    client, broken = open_openai(URL), open_openai(LOST)
     create: Any = client.chat.completions.create
     usual: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": FEW}
 
@@ -84,8 +93,9 @@ def _create(client: Any) -> Any:
     return client.chat.completions.create
 
 
-def responses_checks(client: openai.OpenAI, broken: openai.OpenAI) -> Checks:
+def list_responses_checks() -> Checks:
     """The OpenAI SDK's Responses."""
+    client, broken = open_openai(URL), open_openai(LOST)
     create: Any = client.responses.create
     usual: dict[str, Any] = {"model": MODEL, "input": ASK, "temperature": 0, "max_output_tokens": FEW, "store": False}
     tool: Any = {"type": "function", **TOOL}
@@ -140,8 +150,9 @@ def _until_failed(events: Any) -> Iterator[object]:
         yield event
 
 
-def anthropic_checks(client: anthropic.Anthropic, broken: anthropic.Anthropic) -> Checks:
+def list_anthropic_checks() -> Checks:
     """Messages of the Anthropic SDK."""
+    client, broken = (anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0) for base in (URL, LOST))
     create: Any = client.messages.create
     usual: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": FEW}
     tool = {"name": TOOL["name"], "description": TOOL["description"], "input_schema": PARAMETERS}
@@ -200,7 +211,5 @@ def anthropic_checks(client: anthropic.Anthropic, broken: anthropic.Anthropic) -
         "beta, cache_control": beta,
         "unknown model": lambda: refused(anthropic.NotFoundError, lambda: create(**{**usual, "model": "other"})),
         "bad parameter": lambda: refused(anthropic.BadRequestError, lambda: create(**{**usual, "temperature": 99})),
-        "engine lost": lambda: lost(
-            lambda: broken.messages.create(**{**usual, "max_tokens": MANY}, stream=True)  # type: ignore[return-value]
-        ),
+        "engine lost": lambda: lost(lambda: broken.messages.create(**{**usual, "max_tokens": MANY}, stream=True)),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,15 +86,16 @@ async def _forward(
         for name, value in answer.headers.items():
             if name.lower() not in HOP_BY_HOP:
                 response.headers.add(name, value)
-        await response.prepare(request)
-        pieces, beginning = 0, b""
         streams = answer.headers.get("content-type", "").startswith("text/event-stream")
-        async for piece in answer.content.iter_any():
-            await response.write(piece)
-            pieces, beginning = pieces + 1, beginning or piece
-            if streams and cut_after is not None and pieces >= cut_after and request.transport is not None:
-                request.transport.abort()
-                break
+        pieces, beginning = 0, b""
+        with contextlib.suppress(ConnectionError):  # a client may leave before the end
+            await response.prepare(request)
+            async for piece in answer.content.iter_any():
+                pieces, beginning = pieces + 1, beginning or piece
+                await response.write(piece)
+                if streams and cut_after is not None and pieces >= cut_after and request.transport is not None:
+                    request.transport.abort()
+                    break
         error = beginning[:300].decode(errors="replace") if answer.status >= 400 else ""
         recorder.requests.append(Request(request.method, request.path_qs, answer.status, error))
         return response

@@ -100,9 +100,8 @@ def parse() -> argparse.Namespace:
 @contextmanager
 def run_server(arguments: list[str], folder: Path) -> Iterator[str]:
     """`laguna serve` with these arguments, until the block ends; the URL that it greets with."""
-    command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", *arguments]
-    position = command.index("--")
-    command[position:position] = ["--port", "0", "--log", str(folder / "engine.log")]
+    where = ["--port", "0", "--log", str(folder / "engine.log")]
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", *where, *arguments]
     said = folder / "serve.out"
     with said.open("wb") as out:
         server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
@@ -126,12 +125,27 @@ def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
 
 
 def run_sdks(url: str, only: str | None) -> list[dict[str, Any]]:
-    """The checks of the SDKs; for a lost engine a second gateway stands before a proxy that breaks every stream."""
+    """The checks of the SDKs."""
+    checks = []
+    with open_environment(url) as environment:
+        if only in (None, "python"):
+            python = [str(PYTHON / "bin" / "python"), "-m", "laguna_serve.scripts.clients.sdks"]
+            checks += run_checks("Python SDKs", python, environment, ROOT)
+        if only in (None, "node"):
+            # Node finds packages beside the file that imports them.
+            shutil.copy(ROOT / "scripts" / "clients" / "sdks.mjs", NODE)
+            checks += run_checks("Node SDKs", ["node", "sdks.mjs"], environment, NODE)
+    return checks
+
+
+@contextmanager
+def open_environment(url: str) -> Iterator[dict[str, str]]:
+    """The variables of SDK checks; the lost engine is behind a second gateway and a proxy that breaks every stream."""
     with record(url, CUT_AFTER) as cutting:
         upstream = {"name": "lost", "url": cutting.url, "max_in_flight": 8}
         server, models = {"host": "127.0.0.1", "port": 0}, [{"name": "teacher", "upstreams": [upstream]}]
         with in_background(parse_config({"server": server, "models": models}, "clients")) as (lost, _status):
-            environment = {
+            yield {
                 **os.environ,
                 "CLIENTS_URL": url,
                 "CLIENTS_LOST_URL": lost,
@@ -142,15 +156,6 @@ def run_sdks(url: str, only: str | None) -> list[dict[str, Any]]:
                 "LANGSMITH_TRACING": "false",
                 "DO_NOT_TRACK": "1",
             }
-            checks = []
-            if only in (None, "python"):
-                python = [str(PYTHON / "bin" / "python"), "-m", "laguna_serve.scripts.clients.sdks"]
-                checks += run_checks("Python SDKs", python, environment, ROOT)
-            if only in (None, "node"):
-                # Node finds packages beside the file that imports them.
-                shutil.copy(ROOT / "scripts" / "clients" / "sdks.mjs", NODE)
-                checks += run_checks("Node SDKs", ["node", "sdks.mjs"], environment, NODE)
-            return checks
 
 
 def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:

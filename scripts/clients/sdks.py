@@ -27,31 +27,34 @@ from laguna_serve.scripts.clients.expectations import (
     URL,
 )
 from laguna_serve.scripts.clients.frameworks import instructor_checks, langchain_checks, litellm_checks, llm_checks
-from laguna_serve.scripts.clients.official import anthropic_checks, chat_checks, responses_checks
+from laguna_serve.scripts.clients.official import (
+    list_anthropic_checks,
+    list_chat_checks,
+    list_responses_checks,
+    open_openai,
+)
 
 
 def main() -> int:
     """Runs every check; exit status 0, as the report is for the caller to judge."""
-    ours, broken = (openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0) for base in (URL, LOST))
-    anthropics = [anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0) for base in (URL, LOST)]
     chain: dict[str, Any] = {"model": MODEL, "api_key": KEY, "temperature": 0, "max_tokens": FEW, "max_retries": 0}
     open_chain = [ChatOpenAI(base_url=f"{base}/v1", **chain) for base in (URL, LOST)]
     anthropic_chain = [ChatAnthropic(base_url=base, **chain) for base in (URL, LOST)]
     by_schema = {"extra_body": {"output_config": {"format": SCHEMA}}}
     with tempfile.TemporaryDirectory() as folder:
         clients = {
-            ("openai (chat)", "openai"): chat_checks(ours, broken),
-            ("openai (responses)", "openai"): responses_checks(ours, broken),
-            ("anthropic", "anthropic"): anthropic_checks(*anthropics),
+            ("openai (chat)", "openai"): list_chat_checks(),
+            ("openai (responses)", "openai"): list_responses_checks(),
+            ("anthropic", "anthropic"): list_anthropic_checks(),
             ("langchain-openai", "langchain-openai"): langchain_checks(
-                *open_chain, {"extra_body": FORCED}, openai.NotFoundError
+                open_chain, {"extra_body": FORCED}, openai.NotFoundError
             ),
             ("langchain-anthropic", "langchain-anthropic"): langchain_checks(
-                *anthropic_chain, by_schema, anthropic.NotFoundError
+                anthropic_chain, by_schema, anthropic.NotFoundError
             ),
             ("litellm (openai/)", "litellm"): litellm_checks("openai"),
             ("litellm (hosted_vllm/)", "litellm"): litellm_checks("hosted_vllm"),
-            ("instructor", "instructor"): instructor_checks(ours),
+            ("instructor", "instructor"): instructor_checks(open_openai(URL)),
             ("llm", "llm"): llm_checks(Path(folder)),
         }
         for (client, package), checks in clients.items():
