@@ -42,7 +42,7 @@ def list_agents(url: str, model: str) -> list[Agent]:
         **dict.fromkeys(("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL"), model),
         **dict.fromkeys(("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_TELEMETRY", "DISABLE_AUTOUPDATER"), "1"),
         "DISABLE_ERROR_REPORTING": "1",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "256",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "2048",
     }
     codex = f"""model = "{model}"
 model_provider = "laguna"

@@ -12,7 +12,7 @@ from typing import Any
 import instructor
 import litellm
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from laguna_serve.scripts.clients.expectations import (
     ASK,
@@ -24,7 +24,7 @@ from laguna_serve.scripts.clients.expectations import (
     MANY,
     MESSAGES,
     MODEL,
-    REGEX,
+    SCHEMA,
     URL,
     Checks,
     expect,
@@ -114,8 +114,8 @@ def instructor_checks(client: openai.OpenAI) -> Checks:
     class Read(BaseModel):
         """Reads a file"""
 
-        path: str
-        count: int
+        path: str = Field(max_length=8)
+        count: int = Field(ge=0, le=99)
 
     def ask(mode: instructor.Mode, **more: Any) -> str:
         patched: Any = instructor.from_openai(client, mode=mode)
@@ -124,13 +124,13 @@ def instructor_checks(client: openai.OpenAI) -> Checks:
         expect(isinstance(got, Read), f"a Read, got {got!r}")
         return repr(got)
 
-    regex = REGEX.replace("read", "Read", 1)
+    # The tool is named, beside which vLLM takes a schema but no regular expression.
+    schema = {**SCHEMA["schema"], "pattern": SCHEMA["schema"]["pattern"].replace("read", "Read", 1)}
+    schema["pattern"] = schema["pattern"].replace("{1,3}", "{1,2}")
+    forced = {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}}
     return {
-        "tool call": lambda: ask(instructor.Mode.TOOLS, extra_body={"structured_outputs": {"regex": regex}}),
-        "json schema": lambda: ask(
-            instructor.Mode.JSON_SCHEMA,
-            extra_body={"structured_outputs": {"regex": r'\{"path": "[a-z]{1,8}", "count": [0-9]{1,3}\}'}},
-        ),
+        "tool call": lambda: ask(instructor.Mode.TOOLS, extra_body={"response_format": forced}),
+        "json schema": lambda: ask(instructor.Mode.JSON_SCHEMA),
     }
 
 

@@ -154,9 +154,11 @@ def list_anthropic_checks() -> Checks:
     """Messages of the Anthropic SDK."""
     client, broken = (anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0) for base in (URL, LOST))
     create: Any = client.messages.create
-    usual: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": FEW}
+    # Newer releases have no argument for the temperature.
+    greedy = {"temperature": 0}
+    usual: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": FEW, "extra_body": greedy}
     tool = {"name": TOOL["name"], "description": TOOL["description"], "input_schema": PARAMETERS}
-    call = {**usual, "max_tokens": MANY, "tools": [tool], "extra_body": {"output_config": {"format": SCHEMA}}}
+    call = {**usual, "max_tokens": MANY, "tools": [tool], "extra_body": {**greedy, "output_config": {"format": SCHEMA}}}
 
     def models() -> str:
         names = [model.id for model in client.models.list()]
@@ -187,9 +189,9 @@ def list_anthropic_checks() -> Checks:
         return whole
 
     def thinking() -> str:
-        template = {"chat_template_kwargs": {"enable_thinking": True}}
+        body = {**greedy, "chat_template_kwargs": {"enable_thinking": True}}
         budget = {"type": "enabled", "budget_tokens": 1024}  # the API's smallest
-        message = create(**{**usual, "max_tokens": 1040}, thinking=budget, extra_body=template)
+        message = create(**{**usual, "max_tokens": 1040, "extra_body": body}, thinking=budget)
         expect(message.content[0].type == "thinking", f"a thinking block, got {message.content}")
         return repr(message.content[0].thinking[:30])
 
@@ -210,6 +212,8 @@ def list_anthropic_checks() -> Checks:
         "count_tokens": count_tokens,
         "beta, cache_control": beta,
         "unknown model": lambda: refused(anthropic.NotFoundError, lambda: create(**{**usual, "model": "other"})),
-        "bad parameter": lambda: refused(anthropic.BadRequestError, lambda: create(**{**usual, "temperature": 99})),
+        "bad parameter": lambda: refused(
+            anthropic.BadRequestError, lambda: create(**{**usual, "extra_body": {"temperature": 99}})
+        ),
         "engine lost": lambda: lost(lambda: broken.messages.create(**{**usual, "max_tokens": MANY}, stream=True)),
     }

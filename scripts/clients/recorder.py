@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from aiohttp import ClientSession, ClientTimeout, web
 
 HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "transfer-encoding"}
+END_OF_EVENT = b"\n\n"
 START_TIMEOUT_S = 60.0
 MAX_BODY = 64 << 20
 
@@ -40,7 +41,7 @@ def record(server: str, cut_after: int | None = None) -> Iterator[Recorder]:
 
     Args:
         server: its URL.
-        cut_after: the connection of an event stream is reset after that many pieces, as when an engine dies; or None.
+        cut_after: the connection of an event stream ends after that many events, as when an engine dies; or None.
     """
     recorder, ready, stop = Recorder(), threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(recorder, server, cut_after, ready, stop)), daemon=True)
@@ -87,15 +88,25 @@ async def _forward(
             if name.lower() not in HOP_BY_HOP:
                 response.headers.add(name, value)
         streams = answer.headers.get("content-type", "").startswith("text/event-stream")
-        pieces, beginning = 0, b""
+        events, beginning = 0, b""
         with contextlib.suppress(ConnectionError):  # a client may leave before the end
             await response.prepare(request)
             async for piece in answer.content.iter_any():
-                pieces, beginning = pieces + 1, beginning or piece
+                beginning = beginning or piece
+                if streams and cut_after is not None:
+                    *ends, _ = piece.split(END_OF_EVENT)
+                    if events + len(ends) >= cut_after:
+                        await response.write(END_OF_EVENT.join([*ends[: cut_after - events], b""]))
+                        _close(request)
+                        break
+                    events += len(ends)
                 await response.write(piece)
-                if streams and cut_after is not None and pieces >= cut_after and request.transport is not None:
-                    request.transport.abort()
-                    break
         error = beginning[:300].decode(errors="replace") if answer.status >= 400 else ""
         recorder.requests.append(Request(request.method, request.path_qs, answer.status, error))
         return response
+
+
+def _close(request: web.Request) -> None:
+    """Ends the connection without the end of the body; what has been written still goes out."""
+    if request.transport is not None:
+        request.transport.close()
