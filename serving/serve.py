@@ -34,6 +34,11 @@ its weights (--weight-updates) the new engine has the checkpoint's again, and ge
 An engine that is alive and silent is left alone, as a long prompt or a compilation looks the same: the status page
 shows it as down, and once you kill its processes it is started again.
 
+Bounds on requests, each answered with a 400: n and beams up to 128 (VLLM_MAX_N_SEQUENCES changes it); 1,000 properties
+in an object of a schema; repetitions and counts up to 100,000 in what xgrammar leaves to llguidance, 1,000 to outlines.
+On a GPU vLLM refuses logit_bias and min_p beside a drafter; on a CPU they work, and a seed gives the same tokens with
+and without one.
+
 exit status: 0 after Ctrl-C, 1 when the engine died and was not started again, 2 when it could not be started at first
 """
 

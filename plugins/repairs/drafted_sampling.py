@@ -46,7 +46,7 @@ from laguna_serve.plugins.repairs.token_logprobs import gather
 stock_build = processors.build_logitsprocs
 
 
-class BonusMinTokens(processors.MinTokensLogitsProcessor):
+class BonusMinTokens(processors.MinTokensLogitsProcessor):  # type: ignore[misc]
     """`min_tokens` on bonus rows, with the drafts before them counted."""
 
     def __init__(self, stock: processors.MinTokensLogitsProcessor, num_drafts: list[int]) -> None:
@@ -216,7 +216,8 @@ def _constrain(target: torch.Tensor, sampling_metadata: SamplingMetadata, counts
         None if values is None else values.repeat_interleave(repeats)
         for values in (sampling_metadata.top_k, sampling_metadata.top_p)
     )
-    return apply_top_k_top_p(target, top_k, top_p)
+    constrained: torch.Tensor = apply_top_k_top_p(target, top_k, top_p)
+    return constrained
 
 
 def _gather_logprobs(
