@@ -11,10 +11,12 @@ from laguna_serve.evals.code_run import Sample
 from laguna_serve.evals.pass_at_k import average, average_pass_at_k
 
 DETAIL_CHARS = 60
+# Statuses that say nothing of the program (grading.py).
+NOT_JUDGED = ("unjudged", "fault")
 
 
 def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k, mean reward, endings, weight versions and a row per problem.
+    """pass@k (strict, and as the published tests say), mean reward, endings, weight versions and a row per problem.
 
     Figures are withheld (None, with the reason in `refused`) while an answer is missing: a request that failed is
     neither passed nor failed.
@@ -22,18 +24,22 @@ def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
     groups = [(task_id, list(group)) for task_id, group in groupby(samples, key=lambda sample: sample.task_id)]
     graded = [sample.grade for sample in samples if sample.grade is not None]
     errors = [sample.answer["error"] for sample in samples if sample.grade is None]
-    result: dict[str, Any] = {"pass_at_k": None, "reward": None, "refused": []}
+    result: dict[str, Any] = {"pass_at_k": None, "published_pass_at_k": None, "reward": None, "refused": []}
     if errors:
         reason = f"{len(errors)} of {len(samples)} requests failed, one with {errors[0]}; the same command asks again"
-        result["refused"] = [{"figure": figure, "reason": reason} for figure in ("pass_at_k", "reward")]
+        figures = ("pass_at_k", "published_pass_at_k", "reward")
+        result["refused"] = [{"figure": figure, "reason": reason} for figure in figures]
     else:
         counts = [(len(group), sum(_passed(sample) for sample in group)) for _, group in groups]
         rewards = [sum(_reward(sample) for sample in group) / len(group) for _, group in groups]
+        published = [(len(group), sum(_passed_as_published(sample) for sample in group)) for _, group in groups]
         result["pass_at_k"] = {str(k): average_pass_at_k(counts, k).to_json() for k in ks}
+        result["published_pass_at_k"] = {str(k): average_pass_at_k(published, k).to_json() for k in ks}
         result["reward"] = average(rewards).to_json()
     versions = Counter(tuple(sample.answer["versions"].items()) for sample in samples if sample.grade)
     return result | {
         "statuses": dict(Counter(grade.status for grade in graded)),
+        "not_judged": sum(grade.status in NOT_JUDGED for grade in graded),
         "failed_requests": len(errors),
         "truncated": sum(sample.answer.get("finish_reason") == "length" for sample in samples),
         "versions": [{**dict(named), "samples": count} for named, count in versions.items() if named],
@@ -49,6 +55,7 @@ def _describe(task_id: str, group: Sequence[Sample]) -> dict[str, Any]:
         "samples": len(group),
         "graded": len(graded),
         "passed": sum(grade.passed for grade in graded),
+        "published": sum(grade.published for grade in graded),
         "reward": sum(grade.reward for grade in graded) / len(graded) if graded else None,
         "statuses": dict(Counter(grade.status for grade in graded)),
         "detail": worst.detail if worst else "",
@@ -57,6 +64,10 @@ def _describe(task_id: str, group: Sequence[Sample]) -> dict[str, Any]:
 
 def _passed(sample: Sample) -> bool:
     return sample.grade is not None and sample.grade.passed
+
+
+def _passed_as_published(sample: Sample) -> bool:
+    return sample.grade is not None and sample.grade.published
 
 
 def _reward(sample: Sample) -> float:
@@ -79,13 +90,18 @@ def tell_figures(result: Mapping[str, Any]) -> list[str]:
     """pass@k and reward in sentences, or why there are none."""
     if result["refused"]:
         return [f"No figures: {result['refused'][0]['reason']}."]
-    figures = {f"pass@{k}": value for k, value in result["pass_at_k"].items()} | {"reward": result["reward"]}
+    figures = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
+    figures |= {f"pass@{k} as published": value for k, value in result["published_pass_at_k"].items()}
+    figures |= {"reward": result["reward"]}
     lines = [
         f"{name} {value['point']:.3f}, 95% interval {value['ci95'][0]:.3f}–{value['ci95'][1]:.3f} ({value['method']})"
         for name, value in figures.items()
     ]
     endings = ", ".join(f"{count} {status}" for status, count in sorted(result["statuses"].items()))
-    return [*lines, f"Samples: {endings}; {result['truncated']} cut off at max_tokens"]
+    lines.append(f"Samples: {endings}; {result['truncated']} cut off at max_tokens")
+    if result["not_judged"]:
+        lines.append(f"{result['not_judged']} could not be judged (unjudged, fault): counted as not passed, not as wrong")
+    return lines
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.closed_loop import run_closed_loop
+from laguna_serve.evals.answers import grade_answer
 from laguna_serve.evals.endpoint import Endpoint, EndpointError
-from laguna_serve.evals.extract import STOPS, Form, extract_program
-from laguna_serve.evals.grading import Grade, Limits, grade
+from laguna_serve.evals.extract import STOPS, Form
+from laguna_serve.evals.grading import Grade, Limits
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.samples import Key, SampleLog
 
@@ -93,10 +94,9 @@ async def run_samples(
             problem, key = item
             text = await _answer(endpoint, problem, key, workload, answers)
             if text is not None:
-                program = extract_program(text, problem, workload.form)
                 loop = asyncio.get_running_loop()
-                verdict = await loop.run_in_executor(pool, grade, problem, program, limits)
-                grades.add(key, {**asdict(verdict), "program": program})
+                verdict = await loop.run_in_executor(pool, grade_answer, problem, text, workload.form, limits)
+                grades.add(key, {**asdict(verdict.grade), "program": verdict.program})
             finished.append(key)
             report(len(finished), len(missing))
 
@@ -121,4 +121,4 @@ async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Work
 
 def _read_grade(grades: SampleLog, key: Key) -> Grade | None:
     entry = grades.entries.get(key)
-    return None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__})
+    return None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})

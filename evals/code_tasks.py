@@ -1,7 +1,8 @@
 """How many code problems does a model behind an OpenAI-compatible endpoint solve? Its programs are run, in a sandbox.
 
-Problems are in HumanEval's JSONL schema. Reported: pass@k (unbiased) and the mean share of tests passed, each with a
-95% interval over problems. DIR gets code_tasks.json and code_tasks.md, and keeps every answer and grade (answers.jsonl,
+Problems are in HumanEval's JSONL schema. Reported: pass@k (unbiased; strict, and as the published tests say) and the mean
+share of tests passed, each with a 95% interval over problems. First, universal wrong answers (constants, empty values,
+NaN, exceptions, …) are tried on every problem: those that they pass are named. DIR gets code_tasks.json and code_tasks.md, and keeps every answer and grade (answers.jsonl,
 grades.jsonl), so that the same command continues; the last stdout line is one JSON object (schema
 laguna_serve.code_tasks/1).
 """
@@ -30,6 +31,8 @@ from laguna_serve.evals.endpoint import Endpoint, EndpointError
 from laguna_serve.evals.grading import Grade, JailError, Limits, grade
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.text import make_printable
+from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.checkpoint import CheckpointError
 
 SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problems = load_problems(Path(args.problems))
         limits = make_limits(args)
-        return check_canonical(problems, limits, progress) if args.check_canonical else evaluate(args, problems, limits)
+        return check_canonical(args, problems, limits, progress) if args.check_canonical else evaluate(args, problems, limits)
     except KeyboardInterrupt:
         print("code_tasks.py: interrupted; the same command continues with what is missing", file=sys.stderr)
         return INTERRUPTED
@@ -77,7 +80,12 @@ def make_limits(args: argparse.Namespace) -> Limits:
     Raises:
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
-    limits = Limits(cpu_s=args.timeout_s, wall_s=args.timeout_s * WALL_PER_CPU)
+    limits = Limits(
+        cpu_s=args.timeout_s,
+        wall_s=args.timeout_s * WALL_PER_CPU,
+        memory_bytes=args.memory_mib << 20,
+        packages=tuple(args.packages),
+    )
     if args.without_namespaces:
         print(UNWALLED, file=sys.stderr)
         return replace(limits, namespaces=False)
@@ -92,6 +100,7 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
     out = Path(args.out)
     environment = describe_environment(current_argv())
     workload = Workload(args.form, args.samples, args.temperature, args.max_tokens, args.seed, args.concurrency)
+    weaknesses = probe(args, problems, limits)
     model, samples = asyncio.run(_run(args, problems, workload, limits, out))
     result = {
         "schema": SCHEMA,
@@ -101,13 +110,35 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
         "problems_file": os.path.relpath(args.problems),
         "workload": asdict(workload),
         "limits": asdict(limits),
+        "weak_problems": None if weaknesses is None else list_weak(weaknesses),
         **summarise(samples, args.k),
     }
     write_json(out / "code_tasks.json", result)
     write_text(out / "code_tasks.md", render_markdown(result))
     print(render_text(result))
-    print(json.dumps({key: value for key, value in result.items() if key != "problems"}, ensure_ascii=False))
+    print(json.dumps({key: value for key, value in result.items() if key != "problems"}))
     return FELL_SHORT if result["failed_requests"] else HELD
+
+
+def probe(args: argparse.Namespace, problems: list[Problem], limits: Limits) -> list[Weakness] | None:
+    """Say which problems universal wrong answers pass; None where nobody wants to know."""
+    if args.skip_probes:
+        return None
+    progress = Progress()
+    progress.begin()
+
+    def report(done: int, total: int) -> None:
+        progress.step("universal wrong answers", done, total)
+
+    found = find_weaknesses(problems, limits, report)
+    for line in tell_weaknesses(found):
+        progress.say(line)
+    return found
+
+
+def list_weak(weaknesses: Sequence[Weakness]) -> list[dict[str, Any]]:
+    """The problems that a universal wrong answer passes, or that are at fault themselves."""
+    return [asdict(weakness) for weakness in weaknesses if weakness.published or weakness.strict or weakness.fault]
 
 
 async def _run(
@@ -128,7 +159,7 @@ async def _run(
         return endpoint.model, await run_samples(endpoint, problems, workload, limits, out, report)
 
 
-def check_canonical(problems: list[Problem], limits: Limits, progress: Progress) -> int:
+def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: Limits, progress: Progress) -> int:
     """Grade the problems' own solutions. Returns the exit status."""
     progress.begin()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -138,12 +169,13 @@ def check_canonical(problems: list[Problem], limits: Limits, progress: Progress)
             progress.step("solutions", len(grades), len(problems))
     rows = list(zip(problems, grades, strict=True))
     failing = [_describe_canonical(problem, verdict) for problem, verdict in rows if not (verdict and verdict.passed)]
+    weaknesses = [] if args.skip_probes else probe(args, problems, limits) or []
     for row in failing:
-        print(f"{row['task_id']}: {row['status']}: {row['detail']}")
+        print(f"{make_printable(row['task_id'])}: {row['status']}: {row['detail']}")
     tests = [verdict.tests_total for verdict in grades if verdict]
     print(f"{len(problems) - len(failing)} of {len(problems)} canonical solutions pass; {sum(tests)} tests")
-    counts = {"problems": len(problems), "tests": sum(tests), "failing": failing}
-    print(json.dumps({"schema": CANONICAL_SCHEMA, **counts}, ensure_ascii=False))
+    counts = {"problems": len(problems), "tests": sum(tests), "failing": failing, "weak": list_weak(weaknesses)}
+    print(json.dumps({"schema": CANONICAL_SCHEMA, **counts}))
     return FELL_SHORT if failing else HELD
 
 
@@ -180,13 +212,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
     timeout = "CPU seconds that a program gets (default: 8)"
     parser.add_argument("--timeout-s", metavar="S", type=int, default=8, help=timeout)
+    memory = "MiB of address space that a program gets (default: 512)"
+    parser.add_argument("--memory-mib", metavar="N", type=int, default=512, help=memory)
+    packages = "installed packages that programs may import, as numpy (with --memory-mib 1024 or more)"
+    parser.add_argument("--packages", metavar="NAME", nargs="+", default=[], help=packages)
+    skip = "do not try universal wrong answers on the problems first"
+    parser.add_argument("--skip-probes", action="store_true", help=skip)
     unwalled = "run programs without walls around files and processes, where the system allows no namespaces"
     parser.add_argument("--without-namespaces", action="store_true", help=unwalled)
     canonical = "grade the problems' own solutions instead of a model's; asks nobody"
     parser.add_argument("--check-canonical", action="store_true", help=canonical)
     parser.add_argument("--out", metavar="DIR", help="folder for answers, grades and the result files")
     args = parser.parse_args(argv)
-    for name in ("samples", "max_tokens", "concurrency", "timeout_s"):
+    for name in ("samples", "max_tokens", "concurrency", "timeout_s", "memory_mib"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not args.check_canonical:

@@ -4,6 +4,11 @@ Chat answers are Markdown: the code is in one or several fences, or bare, with o
 prompt or gives the function's body alone. Raw completions go on where the prompt ends, and are cut where HumanEval's
 harness cuts them (Chen et al. 2021, arXiv:2107.03374, §3.1). Nothing is repaired: code that does not parse is graded as
 it is, and fails.
+
+An answer is hostile input. Fences are found by a CommonMark parser (code_fences.py), Python is parsed a bounded number
+of times, and the characters handed to CPython's parser are at most WORK_PER_CHAR times the answer's. CPython's parser
+itself can be crashed by a text: whoever grades strangers' answers calls this in a process of its own
+(extract_worker.py).
 """
 
 from __future__ import annotations
@@ -12,15 +17,21 @@ import ast
 import re
 import textwrap
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
+from laguna_serve.evals.code_fences import PYTHON_NAMES, find_fences, list_readings
 from laguna_serve.evals.problems import Problem
 
 Form = Literal["chat", "completion"]
 # Where a raw completion ends: the next thing at the left margin is no longer the function.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-PYTHON_NAMES = {"", "py", "py3", "python", "python3"}
-FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<name>[^\s`{]*)[^`\n]*$")
+# A longer answer is no answer to a problem of one function.
+MAX_ANSWER_CHARS = 1 << 16
+WORK_PER_CHAR, WORK_FLOOR = 48, 1 << 16
+# How often code is looked for in an answer without fences: from how many lines on, and cut how many times each.
+MAX_STARTS, MAX_CUTS = 6, 12
+MAX_EARLIER_FENCES = 16
 DEFINITIONS = (
     ast.Import,
     ast.ImportFrom,
@@ -31,18 +42,85 @@ DEFINITIONS = (
     ast.AnnAssign,
 )
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+CODE_LINE = re.compile(r"(def|async def|class|import|from|@)\b")
+
+
+class ExtractionError(ValueError):
+    """An answer that is not looked into; the message says why."""
+
+
+class Parser:
+    """CPython's parser with a budget: once it is spent, nothing parses any more. `work`: characters handed over."""
+
+    def __init__(self, budget: int) -> None:
+        self.work, self._budget = 0, budget
+
+    def parse(self, code: str) -> ast.Module | SyntaxError | None:
+        """The tree, what CPython says is wrong, or None where it says nothing of use."""
+        self.work += len(code)
+        if self.work > self._budget:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's invalid escape is no concern of ours
+            try:
+                return ast.parse(code)
+            except SyntaxError as error:
+                return error
+            except (ValueError, RecursionError, MemoryError):
+                return None
+
+    def find_definitions(self, code: str) -> list[ast.stmt]:
+        """The statements at the left margin; none of code that does not parse."""
+        tree = self.parse(code)
+        return tree.body if isinstance(tree, ast.Module) else []
+
+    def defines(self, code: str, name: str) -> bool:
+        """Does it parse, and is there a function or class of this name (or an assignment to it) at its left margin?"""
+        return any(name in _list_names(node) for node in self.find_definitions(code))
+
+    def compiles(self, code: str) -> bool:
+        """Unlike parsing, this finds a `return` outside of the function."""
+        tree = self.parse(code)
+        try:
+            return isinstance(tree, ast.Module) and compile(tree, "answer", "exec") is not None
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
 
 
 def extract_program(answer: str, problem: Problem, form: Form) -> str:
-    """The whole program to grade."""
-    if form == "completion":
-        return problem.prompt + cut_at_stops(answer)
+    """The whole program to grade.
+
+    Raises:
+        ExtractionError: the answer is too long.
+    """
+    return read_program(answer, problem, form)[0]
+
+
+def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
+    """The whole program to grade, and whether it parses and defines the function.
+
+    Raises:
+        ExtractionError: the answer is too long.
+    """
     # A reasoning model behind a server without a reasoning parser.
-    text = answer.rpartition("</think>")[2].replace("\r\n", "\n")
-    code = _choose_fences(text, problem.entry_point)
-    if code is None:
-        code = _find_bare_code(text, problem)
-    return _complete(code, problem)
+    text = answer if form == "completion" else answer.rpartition("</think>")[2]
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ExtractionError(f"answer: expected at most {MAX_ANSWER_CHARS} characters, got {len(text)}")
+    parser = Parser(make_budget(text, problem))
+    if form == "completion":
+        program = problem.prompt + cut_at_stops(text)
+    else:
+        text = text.replace("\r\n", "\n")
+        code = _choose_fences(text, problem.entry_point, parser)
+        if code is None:
+            code = _find_bare_code(text, problem, parser)
+        program = _complete(code, problem, parser)
+    return program, Parser(len(program)).defines(program, problem.entry_point)
+
+
+def make_budget(text: str, problem: Problem) -> int:
+    """How many characters may be handed to CPython's parser for one answer."""
+    return WORK_PER_CHAR * (len(text) + len(problem.prompt)) + WORK_FLOOR
 
 
 def cut_at_stops(answer: str) -> str:
@@ -50,115 +128,121 @@ def cut_at_stops(answer: str) -> str:
     return answer[: min((at for stop in STOPS if (at := answer.find(stop)) >= 0), default=len(answer))]
 
 
-def find_fences(text: str) -> list[tuple[str, str]]:
-    """Every fenced block as (language, code), the fence's own indentation taken off; the last one may be unclosed."""
-    blocks: list[tuple[str, str]] = []
-    opened: re.Match[str] | None = None
-    lines: list[str] = []
-    for line in text.split("\n"):
-        fence = FENCE.match(line)
-        if opened is None:
-            opened, lines = fence, []
-        elif fence and not fence["name"] and fence["mark"].startswith(opened["mark"]):
-            blocks.append((opened["name"].lower(), "\n".join(lines) + "\n"))
-            opened = None
-        else:
-            lines.append(line.removeprefix(opened["indent"]))
-    if opened is not None:
-        blocks.append((opened["name"].lower(), "\n".join(lines) + "\n"))
-    return blocks
-
-
-def _choose_fences(text: str, entry_point: str) -> str | None:
+def _choose_fences(text: str, entry_point: str, parser: Parser) -> str | None:
     """The last Python block that defines the function, after the earlier blocks that only define things.
 
     A usage example behind the solution is left out, a helper in a fence of its own is kept. With no such block, the
     last one: it may be the function's body. None without fences.
     """
-    blocks = [code for name, code in find_fences(text) if name in PYTHON_NAMES and code.strip()]
-    if not blocks:
-        return None
-    defining = [index for index, code in enumerate(blocks) if _defines(code, entry_point)]
-    if not defining:
-        return blocks[-1]
-    earlier = [code for code in blocks[: defining[-1]] if _only_defines(code)]
-    return "\n".join([*earlier, blocks[defining[-1]]])
+    last: str | None = None
+    for reading in list_readings(text):
+        blocks = [code for name, code in reading if name in PYTHON_NAMES and code.strip()]
+        # The function's name is looked for first: hundreds of blocks are not parsed for nothing.
+        named = [index for index, code in enumerate(blocks) if _mentions(code, entry_point)]
+        for index in reversed(named[-MAX_EARLIER_FENCES:]):
+            if parser.defines(blocks[index], entry_point):
+                before = blocks[max(0, index - MAX_EARLIER_FENCES) : index]
+                earlier = [code for code in before if _only_defines(code, parser)]
+                return "\n".join([*earlier, blocks[index]])
+        if last is None and blocks:
+            last = blocks[named[-1] if named else -1]
+    return last
 
 
-def _find_bare_code(text: str, problem: Problem) -> str:
+def _find_bare_code(text: str, problem: Problem, parser: Parser) -> str:
     """Code without a fence: the whole text, or the longest run of whole lines that parses from the first line of code
     on. Text that is not code anywhere comes back as it is: it may be the function's body."""
-    if _parse(text) is not None:
+    if isinstance(parser.parse(text), ast.Module):
         return text
     lines = text.split("\n")
-    start = next((i for i, line in enumerate(lines) if re.match(r"(def|async def|class|import|from|@)\b", line)), None)
-    starts = [start] if start is not None else []
-    starts += [i for i, line in enumerate(lines) if re.match(rf"(async )?def {problem.entry_point}\b", line)]
-    for first in starts:
-        for last in range(len(lines), first, -1):
-            code = "\n".join(lines[first:last]) + "\n"
-            if _defines(code, problem.entry_point):
+    for first in _list_starts(lines, problem.entry_point):
+        for code in _cut_to_parse(lines[first:], parser):
+            if parser.defines(code, problem.entry_point):
                 return code
     return text
 
 
-def _complete(code: str, problem: Problem) -> str:
+def _list_starts(lines: list[str], entry_point: str) -> list[int]:
+    """Where the code may begin: at the first line that looks like code, or at the function itself."""
+    definition = re.compile(rf"(async )?def {entry_point}\b")
+    first = next((index for index, line in enumerate(lines) if CODE_LINE.match(line)), None)
+    functions = [index for index, line in enumerate(lines) if definition.match(line)]
+    half = (MAX_STARTS - 1) // 2
+    return [*([] if first is None else [first]), *dict.fromkeys([*functions[:half], *functions[-half:]])]
+
+
+def _cut_to_parse(lines: list[str], parser: Parser) -> Iterator[str]:
+    """The lines up to where they stop being Python: cut before the statement in which CPython finds an error, until
+    there is none."""
+    end = len(lines)
+    for _ in range(MAX_CUTS):
+        code = "\n".join(lines[:end]) + "\n"
+        found = parser.parse(code)
+        if isinstance(found, ast.Module):
+            yield code
+        if not isinstance(found, SyntaxError):
+            return
+        end = min(end, found.lineno or 0)
+        while end > 0 and (not lines[end - 1] or lines[end - 1][0].isspace()):
+            end -= 1
+        end -= 1  # the statement that begins at this line goes
+        if end <= 0:
+            return
+
+
+def _complete(code: str, problem: Problem, parser: Parser) -> str:
     """Add what the code leaves to the prompt: its imports and helpers, or all of it when the code is a body alone."""
-    if _has_definition(code, problem.entry_point):
+    if parser.defines(code, problem.entry_point) or _mentions(code, problem.entry_point):
         futures = "".join(line.rstrip("\n") + "\n" for line in FUTURE.findall(code))
         return futures + _find_header(problem) + FUTURE.sub("", code)
     prompt = problem.prompt if problem.prompt.endswith("\n") else problem.prompt + "\n"
     code = code.strip("\n") + "\n"
     # At the margin it is no body; or the first line alone has lost its indentation.
     bodies = [code] if code[0].isspace() else [textwrap.indent(code, "    "), "    " + code]
-    return next((prompt + body for body in bodies if _compiles(prompt + body)), code)
+    return next((prompt + body for body in bodies if parser.compiles(prompt + body)), code)
 
 
 def _find_header(problem: Problem) -> str:
     """The prompt's text before the function: imports and helpers that an answer may take for granted."""
     for text in (problem.prompt, problem.prompt.rstrip() + "\n    pass\n"):
-        tree = _parse(text)
-        for node in tree.body if tree else []:
+        for node in Parser(len(text)).find_definitions(text):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == problem.entry_point:
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 return "".join(problem.prompt.splitlines(keepends=True)[: first - 1])
     return ""
 
 
-def _defines(code: str, name: str) -> bool:
-    """Does it parse, and is there a function of this name (or an assignment to it) at its left margin?"""
-    tree = _parse(code)
-    for node in tree.body if tree else []:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
-            return True
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return True
-    return False
+def _list_names(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Assign(targets=targets):
+            return {target.id for target in targets if isinstance(target, ast.Name)}
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr()):
+            return {name}
+    return set()
 
 
-def _has_definition(code: str, name: str) -> bool:
-    """As `_defines`, but of code that may not parse too: an answer cut off in the middle."""
-    return _defines(code, name) or re.search(rf"^(async )?def {name}\b", code, re.MULTILINE) is not None
+def _mentions(code: str, name: str) -> bool:
+    """Is a function or class of this name begun, or something assigned to it, at the left margin? Of code that may not
+    parse too: an answer cut off in the middle."""
+    return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}[ \t]*[:=]", code, re.MULTILINE) is not None
 
 
-def _only_defines(code: str) -> bool:
-    tree = _parse(code)
-    return tree is not None and all(isinstance(node, DEFINITIONS) for node in tree.body)
+def _only_defines(code: str, parser: Parser) -> bool:
+    body = parser.find_definitions(code)
+    return bool(body) and all(isinstance(node, DEFINITIONS) for node in body)
 
 
-def _compiles(code: str) -> bool:
-    """Unlike parsing, this finds a `return` outside of the function."""
-    tree = _parse(code)
-    try:
-        return tree is not None and compile(tree, "answer", "exec") is not None
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-
-
-def _parse(code: str) -> ast.Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a model's invalid escape is no concern of ours
-        try:
-            return ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+__all__ = [
+    "MAX_ANSWER_CHARS",
+    "STOPS",
+    "ExtractionError",
+    "Form",
+    "cut_at_stops",
+    "extract_program",
+    "find_fences",
+    "make_budget",
+    "read_program",
+]

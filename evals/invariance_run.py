@@ -36,7 +36,7 @@ from laguna_serve.bench.plan import ARMS
 from laguna_serve.bench.progress import Progress
 from laguna_serve.evals.chat_client import ChatClient
 from laguna_serve.evals.draft_counts import DraftCounts
-from laguna_serve.evals.extract import extract_program
+from laguna_serve.evals.extract_worker import read_safely
 from laguna_serve.evals.grading import Grade, Limits, grade
 from laguna_serve.evals.invariance_verdict import CONFIRM, Case, Comparison
 from laguna_serve.evals.problems import Problem
@@ -258,7 +258,7 @@ def compare(
         for problem in problems
     }
     programs = {
-        problem.task_id: tuple(extract_program(answer.text, problem, job.form) for answer in answers[problem.task_id])
+        problem.task_id: tuple(read_safely(answer.text, problem, job.form).program for answer in answers[problem.task_id])
         for problem in problems
     }
     grade_all(job, problems, programs, kept.grades, progress)

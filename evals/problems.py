@@ -2,7 +2,8 @@
 
 Each line is an object with `task_id`, `prompt` (the beginning of a program that ends in an unfinished function),
 `entry_point` (the function's name), `test` (Python that defines `check(candidate)`) and, if there is one,
-`canonical_solution` (what completes the prompt). Other fields are passed over. Bad input is refused before anything is
+`canonical_solution` (what completes the prompt) and `open_ended` (true: answers of other lengths than the canonical
+solution's may be right). Other fields are passed over. Bad input is refused before anything is
 sent, with the file and the line: an evaluation that skips problems silently measures something else.
 """
 
@@ -26,13 +27,15 @@ class ProblemsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem. `prompt` + `canonical_solution` is a whole program; `test` defines `check(candidate)`."""
+    """One problem. `prompt` + `canonical_solution` is a whole program; `test` defines `check(candidate)`. `open_ended`:
+    there are many right answers, of other lengths than the canonical solution's."""
 
     task_id: str
     prompt: str
     entry_point: str
     test: str
     canonical_solution: str | None
+    open_ended: bool = False
 
 
 def load_problems(path: Path) -> list[Problem]:
@@ -83,8 +86,11 @@ def _parse_line(where: str, line: str) -> Problem:
         raise ProblemsError(f'{where}: expected a text as "canonical_solution", got {_show(canonical)}; fix it')
     if not item["entry_point"].isidentifier():
         raise ProblemsError(f'{where}: expected a function\'s name as "entry_point", got {_show(item["entry_point"])}')
+    open_ended = item.get("open_ended", False)
+    if not isinstance(open_ended, bool):
+        raise ProblemsError(f'{where}: expected true or false as "open_ended", got {_show(open_ended)}; fix it')
     _require_check(where, item["test"])
-    return Problem(item["task_id"], item["prompt"], item["entry_point"], item["test"], canonical)
+    return Problem(item["task_id"], item["prompt"], item["entry_point"], item["test"], canonical, open_ended)
 
 
 def _require_check(where: str, test: str) -> None:

@@ -19,7 +19,7 @@ def solve(problem: Problem) -> Grade:
 
 @pytest.mark.parametrize(("problem", "tests"), [(ADD, 6), (DECODE, 20), (PLUS, 4)], ids=["add", "decode", "plus"])
 def test_canonical_solution_passes(problem: Problem, tests: int) -> None:
-    assert solve(problem) == Grade(1.0, True, tests, tests, "passed", "")
+    assert solve(problem) == Grade(1.0, True, tests, tests, "passed", "", published=True)
 
 
 def test_share_counts_the_tests_in_loops_and_helpers() -> None:
@@ -223,8 +223,8 @@ threading.Thread(target=work, daemon=True).start()
 {WRONG}""",
     "own wire replaced": f"""
 import json
-from laguna_serve.evals import sandbox_wire
-sandbox_wire.read_exception = None
+from laguna_serve.evals.sandbox import proxies
+proxies.describe_exception = None
 json.dumps = lambda *args, **named: '["done", true, []]'
 {WRONG}""",
     "exception that lies about itself": """

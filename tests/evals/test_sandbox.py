@@ -17,9 +17,8 @@ import psutil
 import pytest
 from humaneval_like import ADD, make_problem
 
-from laguna_serve.evals import sandbox, sandbox_filter
-from laguna_serve.evals.grading import Grade, count_tests, grade
-from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial
+from laguna_serve.evals.grading import Grade, forget_baselines, grade
+from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, seccomp, supervisor
 
 pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
 
@@ -124,7 +123,7 @@ def test_file_system_holds_the_library_alone(tmp_path: Path) -> None:
 import os
 def f():
     home = [attempt(os.listdir, path) for path in ({str(Path.home() / ".ssh")!r}, {str(tmp_path)!r}, "/proc", "/sys")]
-    files = [attempt(open, path) for path in ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(sandbox.__file__))!r})]
+    files = [attempt(open, path) for path in ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(supervisor.__file__))!r})]
     os.symlink({str(tmp_path / "secret")!r}, "/tmp/link")
     return home + files + [attempt(open, "/tmp/link"), attempt(os.link, "/etc/ld.so.cache", "/tmp/hard")]
 """
@@ -200,11 +199,10 @@ def f():
 
 def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
-    jail = Path(sandbox.__file__).parent
-    for path in jail.glob("sandbox_*.py"):
+    for path in Path(supervisor.__file__).parent.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "sandbox_filter.py").write_text("def install_filter(pid):\n    pass\n")
-    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    (tmp_path / "seccomp.py").write_text("def install_filter(pid):\n    pass\n")
+    monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
     program = """
 import os, signal, time
 def f():
@@ -272,7 +270,7 @@ def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch
     def paths() -> dict[str, list[object]]:
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
-    monkeypatch.setattr(sandbox, "_list_paths", paths)
+    monkeypatch.setattr(supervisor, "_list_paths", paths)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         grade(ADD, "def add(a, b):\n    return a + b\n")
     find_obstacle.cache_clear()
@@ -283,13 +281,13 @@ def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch
 
 
 def test_filter_refuses_a_machine_whose_numbers_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_filter.platform, "machine", lambda: "riscv64")
-    with pytest.raises(sandbox_filter.FilterError, match="expected x86_64 or aarch64, got riscv64"):
-        sandbox_filter.install_filter(1)
+    monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
+    with pytest.raises(seccomp.FilterError, match="expected x86_64 or aarch64, got riscv64"):
+        seccomp.install_filter(1)
 
 
 def test_canonical_count_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    count_tests.cache_clear()
+    forget_baselines()
     runs = []
     monkeypatch.setattr("laguna_serve.evals.grading.run_trial", lambda *args: runs.append(args) or run_trial(*args))
     for _ in range(3):

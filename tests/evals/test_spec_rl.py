@@ -211,7 +211,9 @@ def test_command_reports_the_rewards(tmp_path: Path) -> None:
     for number, (_, share) in enumerate(ANSWERS):
         trace = found[f"T/{number}"]
         assert trace["rewards"]["tests_passed"] == {"score": share, "weight": 1.0}, number
-        assert trace["metrics"] == {"passed": float(share == 1), "extracted": float(number != 7)}
+        passed = float(share == 1)
+        metrics = {"passed": passed, "published": passed, "extracted": float(number != 7), "judged": 1.0}
+        assert trace["metrics"] == metrics
     assert found["T/4"]["info"]["grade"]["tests_passed"] == 2
     assert "class Any" in found["T/6"]["nodes"][-1]["message"]["content"], "the trace keeps the answer"
     assert read_tokens(found["T/0"]) == (PROMPT_IDS, ANSWER_IDS, [LOGPROB] * len(ANSWER_IDS))

@@ -6,22 +6,19 @@ laguna_serve.evals.grading and nowhere else; grading waits in threads, so that r
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import verifiers.v1 as vf
 from pydantic import Field, model_validator
 
+from laguna_serve.evals.answers import Verdict, grade_answer
 from laguna_serve.evals.code_run import make_prompt
-from laguna_serve.evals.extract import extract_program
 from laguna_serve.evals.grading import Grade, grade
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
 from laguna_serve.evals.sandbox import Limits
@@ -31,14 +28,6 @@ DEFAULT_LIMITS = Limits()
 Judged = TypeVar("Judged")
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What an answer is worth, and whether there was a program in it."""
-
-    grade: Grade
-    extracted: bool
-
-
 class SpecRlData(vf.TaskData):
     """One problem. `id` is its task id, `prompt` the question, `stub` the unfinished program in it."""
 
@@ -46,11 +35,13 @@ class SpecRlData(vf.TaskData):
     entry_point: str
     test: str
     canonical_solution: str | None = None
+    open_ended: bool = False
 
     @property
     def problem(self) -> Problem:
         """The problem in the form that extraction and grading take."""
-        return Problem(self.id or "", self.stub, self.entry_point, self.test, self.canonical_solution)
+        fields = (self.stub, self.entry_point, self.test, self.canonical_solution, self.open_ended)
+        return Problem(self.id or "", *fields)
 
 
 class SpecRlTaskConfig(vf.TaskConfig):
@@ -63,6 +54,10 @@ class SpecRlTaskConfig(vf.TaskConfig):
     namespaces: bool = True
     """False gives up the sandbox's walls around files and processes: for throwaway machines that allow no user
     namespaces, as many containers do not."""
+    packages: tuple[str, ...] = ()
+    """Installed packages that an answer may import, as ["numpy"]; numpy wants memory_mib of 1024 or more."""
+    memory_mib: int = Field(DEFAULT_LIMITS.memory_bytes >> 20, ge=64)
+    """MiB of address space that an answer gets."""
     grading_workers: int = Field(os.cpu_count() or 1, ge=1)
     """Answers graded at a time, per process of verifiers."""
 
@@ -80,9 +75,11 @@ class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
         """The share of the tests that pass, 0 to 1. Metrics without weight and `trace.info["grade"]` say more."""
         # Not trace.last_reply: it is stripped, and an answer that is a function's body begins with its indentation.
         answer = (trace.assistant_messages[-1].content or "") if trace.assistant_messages else ""
-        verdict = await self._in_thread(grade_answer, answer)
+        verdict = await self._in_thread(_grade_chat, answer)
         found = verdict.grade
-        trace.record_metrics({"passed": float(found.passed), "extracted": float(verdict.extracted)})
+        shares = {"passed": found.passed, "published": found.published, "extracted": verdict.extracted}
+        judged = found.status not in ("unjudged", "fault")
+        trace.record_metrics({name: float(value) for name, value in (shares | {"judged": judged}).items()})
         counts = {"tests_passed": found.tests_passed, "tests_total": found.tests_total}
         trace.info["grade"] = {"status": found.status, "detail": found.detail, **counts}
         return found.reward
@@ -96,7 +93,14 @@ class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
 
     async def _in_thread(self, judge: Callable[[Problem, str, Limits], Judged], text: str) -> Judged:
         pool = _pool(self.config.grading_workers)
-        limits = Limits(cpu_s=self.config.cpu_s, wall_s=self.config.wall_s, namespaces=self.config.namespaces)
+        config = self.config
+        limits = Limits(
+            cpu_s=config.cpu_s,
+            wall_s=config.wall_s,
+            memory_bytes=config.memory_mib << 20,
+            namespaces=config.namespaces,
+            packages=config.packages,
+        )
         return await asyncio.get_running_loop().run_in_executor(pool, judge, self.data.problem, text, limits)
 
 
@@ -151,25 +155,13 @@ def describe(problem: Problem) -> SpecRlData:
         entry_point=problem.entry_point,
         test=problem.test,
         canonical_solution=problem.canonical_solution,
+        open_ended=problem.open_ended,
     )
 
 
-def grade_answer(problem: Problem, answer: str, limits: Limits) -> Verdict:
-    """Take the program out of a chat answer and run the tests on it. Blocks; both can take seconds."""
-    program = extract_program(answer, problem, "chat")
-    return Verdict(grade(problem, program, limits), _is_whole(program, problem.entry_point))
-
-
-def _is_whole(program: str, entry_point: str) -> bool:
-    """Does it parse and define the function that was asked for?"""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a model's invalid escape is no concern of ours
-        try:
-            tree = ast.parse(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    return any(node.name == entry_point for node in functions)
+def _grade_chat(problem: Problem, answer: str, limits: Limits) -> Verdict:
+    """Blocks for seconds: the program is taken out of the answer by one process, and run by others."""
+    return grade_answer(problem, answer, "chat", limits)
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""The child's side of the sandbox: this process walls itself in, then plays or judges.
+"""The child's side of the sandbox: this process walls itself in, then works or grades.
 
 With namespaces: a user, mount, process, network, IPC and host-name namespace of its own; the file system is Python's
 library and the system's shared ones, read-only, and a bounded /tmp in memory; there is no /proc; the program is not
 process 1, and with that one everything else inside dies. Namespaces or not: limits, no capabilities, no new privileges,
-and a filter of system calls (sandbox_filter.py). Linux ≥ 5.12.
+and a filter of system calls (seccomp.py). Linux ≥ 5.12.
 
 The interpreter is forked, not started anew, so one start pays for everything; nothing in its memory is secret.
 """
@@ -18,7 +18,7 @@ import signal
 import sys
 from typing import Any
 
-from laguna_serve.evals.sandbox_filter import install_filter
+from laguna_serve.evals.sandbox.seccomp import install_filter
 
 # Exit status of a child that could not wall itself in.
 NOT_WALLED = 97
@@ -43,11 +43,14 @@ def main() -> None:
         config = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
     # Before the walls: the file system beyond them has none of it.
-    from laguna_serve.evals.sandbox_judge import judge
-    from laguna_serve.evals.sandbox_player import play
+    if role == "worker":
+        from laguna_serve.evals.sandbox.worker import play
+    else:
+        from laguna_serve.evals.sandbox.grader import judge
 
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, these two go first
         if config["namespaces"]:
             isolate(config, [fd for fd in (ready, wire, report) if fd >= 0])
         restrict(config)
@@ -56,9 +59,9 @@ def main() -> None:
         os._exit(NOT_WALLED)
     os.write(ready, b"1")
     os.close(ready)
-    if role == "player":
+    if role == "worker":
         play(config, wire)
-    elif role == "judge":
+    else:
         judge(config, wire, report)
     # Not by way of atexit and threads, which the program may have left behind.
     os._exit(0)
@@ -70,7 +73,6 @@ def isolate(config: dict[str, Any], fds: list[int]) -> None:
     Raises:
         OSError: the system allows no such namespaces; the message says which step failed.
     """
-    _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, this one goes first
     _enter_user_namespace()
     _watch(os.fork(), fds)
     # From here on process 1 of the new namespace. When the watcher is killed, it goes, and with it everything inside.

@@ -1,12 +1,12 @@
 """The process jail in which model-written code runs.
 
-Two processes for every program: the *player* runs the program in the jail (sandbox_jail.py: namespaces, limits, a
-filter of system calls) and serves calls of its function; the *judge* runs the tests, which it alone knows, and calls
-the player over a pipe that carries plain values only (sandbox_wire.py). What the program does to its own interpreter
-(asserts, builtins, __eq__, frames, exit) therefore reaches no verdict. The judge runs the problem's code alone: it has
+Two processes for every program: the *worker* runs the program in the jail (jail.py: namespaces, limits, a filter of
+system calls) and serves calls of its function; the *grader* runs the tests, which it alone knows, and calls the worker
+over a pipe that carries values and references, never code (rpc.py). What the program does to its own interpreter
+(asserts, builtins, __eq__, frames, exit) therefore reaches no verdict. The grader runs the problem's code alone: it has
 limits and the filter, but sees the file system and the installed packages, as HumanEval+'s tests want numpy.
 
-Both are killed from outside when the judge has ended or the time is up, and with the jail's first process everything
+Both are killed from outside when the grader has ended or the time is up, and with the jail's first process everything
 in it. Where the system allows no user namespaces there is no jail: `find_obstacle` tells why. Without namespaces the
 limits and the filter (no network, no second process, no signals to others) still hold, but the program can read and
 write what the user can; callers must ask for that by name.
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
+import re
 import selectors
 import signal
 import socket
@@ -36,18 +38,21 @@ from laguna_serve.evals.problems import Problem
 # The children start without site-packages and without this project installed: they get its name and its folder.
 BOOT = """
 import sys, types
-for name, path in (("laguna_serve", []), ("laguna_serve.evals", [sys.argv.pop()])):
+folder = sys.argv.pop()
+for name, path in (("laguna_serve", []), ("laguna_serve.evals", []), ("laguna_serve.evals.sandbox", [folder])):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = path
-from laguna_serve.evals.sandbox_jail import main
+from laguna_serve.evals.sandbox.jail import main
 main()
 """
 # -I would ignore the hash seed, without which sets are in another order each time; nothing else is in the environment.
 PYTHON = [sys.executable, "-P", "-s", "-S", "-c", BOOT]
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 # numpy's BLAS starts a thread per core otherwise.
-JUDGE_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-JUDGE_MEMORY_BYTES, JUDGE_FILES = 4 << 30, 256
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
+# Where the packages that a program may import are mounted.
+PACKAGES_FOLDER = "/packages"
 LIBRARIES = (
     "/lib",
     "/lib32",
@@ -61,6 +66,7 @@ LIBRARIES = (
 PACKAGES = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
 # How long processes may take to start on a starved machine, to disappear when killed, and to end when done for.
 START_S, REAP_S, END_S = 60.0, 30.0, 1.0
+CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
 PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
 PROBE_PROGRAM = "def f():\n    return 1\n"
 
@@ -71,7 +77,8 @@ class JailError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program gets. `namespaces=False` gives up the walls around files and processes."""
+    """What one program gets. `namespaces=False` gives up the walls around files and processes. `packages`: names of
+    installed packages that the program may import, as ("numpy",); numpy wants memory_bytes of 1 GiB or more."""
 
     wall_s: float = 20.0
     cpu_s: int = 8
@@ -83,17 +90,25 @@ class Limits:
     message_bytes: int = 16 << 20
     output_bytes: int = 4096
     namespaces: bool = True
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class Trial:
-    """What came of a program and its tests. `ending`: the judge's last word, None if it had none; `exit_code`: the
-    player's, None if it was still running; `output`: the beginning of what both wrote to stdout and stderr."""
+    """What came of a program and its tests. `weak`: tests passed for want of anything to check; `unjudged`: those of
+    which nothing can be said; `unmet`: 1 where the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls, to compare
+    other programs with; `probes`: which universal wrong answers pass, as published and strictly; `exit_code`: the
+    worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and stderr."""
 
     passed: int = 0
+    weak: int = 0
     failed: int = 0
+    unjudged: int = 0
+    unmet: int = 0
     ending: str | None = None
     detail: str = ""
+    record: dict[str, Any] | None = None
+    probes: dict[str, list[bool]] | None = None
     timed_out: bool = False
     exit_code: int | None = None
     output: bytes = b""
@@ -116,8 +131,12 @@ class _Child:
     has_watcher: bool = False
 
 
-def run_trial(problem: Problem, program: str, limits: Limits) -> Trial:
+def run_trial(
+    problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None = None, probes: bool = False
+) -> Trial:
     """Run the problem's tests on a program. Blocking; may be called from several threads at once.
+
+    `baseline`: the record of the canonical solution's trial. `probes`: run the tests on universal wrong answers instead.
 
     Raises:
         JailError: the jail could not be set up.
@@ -127,31 +146,38 @@ def run_trial(problem: Problem, program: str, limits: Limits) -> Trial:
     with contextlib.ExitStack() as stack:
         if not limits.namespaces:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="jail-"))
-        player_config = {
+        installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        inside = [PACKAGES_FOLDER] if limits.namespaces else installed
+        worker_config = {
             "program": program,
             "entry_point": problem.entry_point,
+            "shared": sorted(set(CLASS.findall(problem.prompt + "\n" + problem.test)) - {problem.entry_point}),
+            "packages": inside if limits.packages else [],
             "directory": directory or "/tmp",
-            "environment": {"TMPDIR": directory} if directory else {},
+            "environment": ({"TMPDIR": directory} if directory else {}) | (ONE_THREAD if limits.packages else {}),
         }
-        judge_config = {
+        grader_config = {
             "test": problem.test,
             "prompt": problem.prompt,
             "entry_point": problem.entry_point,
-            "packages": [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))],
+            "open_ended": problem.open_ended,
+            "baseline": baseline,
+            "probes": probes,
+            "packages": installed,
             "directory": "/",
-            "environment": JUDGE_ENVIRONMENT,
+            "environment": ONE_THREAD,
         }
         report = stack.enter_context(_open_pipe())
         ours, theirs = socket.socketpair()
         # The children's ends are theirs alone, or nobody would see them end.
         with ours, theirs, report.writing:
-            player = stack.enter_context(_start("player", player_config, limits, theirs.fileno(), -1))
-            judge = stack.enter_context(
-                _start("judge", judge_config, _loosen(limits), ours.fileno(), report.writing.fileno())
+            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), -1))
+            grader = stack.enter_context(
+                _start("grader", grader_config, _loosen(limits), ours.fileno(), report.writing.fileno())
             )
-        _listen(trial, player, judge, report.reading.fileno(), limits)
-        _stop(player, judge)
-        trial.output = bytes(player.output + judge.output)[: limits.output_bytes]
+        _listen(trial, worker, grader, report.reading.fileno(), limits)
+        _stop(worker, grader)
+        trial.output = bytes(worker.output + grader.output)[: limits.output_bytes]
     return trial
 
 
@@ -199,15 +225,36 @@ def _start(role: str, config: dict[str, Any], limits: Limits, wire: int, report:
 
 
 def _loosen(limits: Limits) -> Limits:
-    """The judge's limits: it runs the problem's own code, which may be large and may use numpy."""
+    """The grader's limits: it runs the problem's own code, which may be large and may use numpy."""
     cpu_s = math.ceil(limits.wall_s) + 1
-    return replace(limits, cpu_s=cpu_s, memory_bytes=JUDGE_MEMORY_BYTES, open_files=JUDGE_FILES, namespaces=False)
+    return replace(limits, cpu_s=cpu_s, memory_bytes=GRADER_MEMORY_BYTES, open_files=GRADER_FILES, namespaces=False)
 
 
 def _describe_walls(limits: Limits) -> dict[str, Any]:
     names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
     walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
-    return walls | {"namespaces": limits.namespaces, "as_root": os.getuid() == 0, **_list_paths()}
+    paths = _list_paths()
+    readable = [*paths["readable"], *_find_packages(limits.packages)]
+    return walls | {"namespaces": limits.namespaces, "as_root": os.getuid() == 0, **paths, "readable": readable}
+
+
+@functools.cache
+def _find_packages(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Where packages are to be mounted, and where they are.
+
+    Raises:
+        JailError: one of them is not installed.
+    """
+    found: list[tuple[str, str]] = []
+    for name in names:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise JailError(f"packages: expected installed ones, got {name!r}; install it, or leave it out")
+        origin = Path(spec.origin)
+        path = origin.parent if spec.submodule_search_locations else origin
+        beside = path.parent / f"{name}.libs"  # shared libraries of a wheel
+        found += [(f"{PACKAGES_FOLDER}/{each.name}", str(each)) for each in (path, beside) if each.exists()]
+    return found
 
 
 @functools.cache
@@ -223,8 +270,8 @@ def _list_paths() -> dict[str, list[Any]]:
     return {"readable": readable, "hidden": sorted(hidden)}
 
 
-def _listen(trial: Trial, player: _Child, judge: _Child, report: int, limits: Limits) -> None:
-    """Read what both say until the judge has ended or the time is up, which runs from when both have started.
+def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: Limits) -> None:
+    """Read what both say until the grader has ended or the time is up, which runs from when both have started.
 
     Output beyond the limit is read and dropped.
 
@@ -233,7 +280,7 @@ def _listen(trial: Trial, player: _Child, judge: _Child, report: int, limits: Li
     """
     deadline, verdict = time.monotonic() + START_S, bytearray()
     with selectors.DefaultSelector() as selector:
-        for child in (player, judge):
+        for child in (worker, grader):
             selector.register(child.output_fd, selectors.EVENT_READ, child)
             selector.register(child.ready_fd, selectors.EVENT_READ, child)
         selector.register(report, selectors.EVENT_READ)
@@ -250,25 +297,29 @@ def _listen(trial: Trial, player: _Child, judge: _Child, report: int, limits: Li
                     child.started = bool(data)
                     deadline = time.monotonic() + limits.wall_s
         trial.timed_out = report in selector.get_map()
-    for child in (player, judge):
+    for child in (worker, grader):
         if not child.started:
-            _stop(player, judge)
+            _stop(worker, grader)
             said = child.output.decode(errors="replace").strip()[-500:]
             raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
-    if verdict:
+    with contextlib.suppress(ValueError):  # the grader was killed while it wrote
         said = json.loads(verdict)
         trial.ending, trial.detail = said["ending"], said["detail"]
+        trial.record, trial.probes = said.get("record"), said.get("probes")
     if trial.ending == "gone":
         with contextlib.suppress(subprocess.TimeoutExpired):
-            player.process.wait(END_S)
-    trial.exit_code = player.process.poll()
+            worker.process.wait(END_S)
+    trial.exit_code = worker.process.poll()
 
 
 def _count(trial: Trial, data: bytes, verdict: bytearray) -> None:
     """Signs of single tests, then one JSON object."""
     signs, brace, rest = (b"", b"{", data) if verdict else data.partition(b"{")
     trial.passed += signs.count(b"+")
+    trial.weak += signs.count(b"!")
     trial.failed += signs.count(b"-")
+    trial.unjudged += signs.count(b"?")
+    trial.unmet += signs.count(b"~")
     verdict += rest if verdict else brace + rest
 
 

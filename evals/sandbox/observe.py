@@ -1,0 +1,301 @@
+"""What the grader notes about a run beyond the tests' own outcome, and compares with the canonical solution's run.
+
+A published test can hold for want of anything to check: an empty answer in a loop, a NaN in `if abs(a - b) > tol`, an
+argument that the program emptied. Each such finding is a *weakness* of the test that is just under way: it counts as
+passed in the published sense and not in the strict one. With the canonical solution's record at hand the program has to
+call for call give a value of a compatible kind; without, the findings that speak for themselves are left.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import decimal
+import fractions
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from laguna_serve.evals.sandbox.proxies import ProgramStopIterationError, Remote, is_used
+from laguna_serve.evals.sandbox.values import ITEMS, KEYS, VALUES, is_finite
+
+# How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
+MAX_CALLS, MAX_LOOKED = 20_000, 100_000
+RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY, FUNCTION, OBJECT = (
+    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection", "function", "object"),
+)
+COLLECTIONS = (list, tuple, set, frozenset, range, collections.deque, array.array, KEYS, VALUES, ITEMS)
+NUMBERS = (int, float, complex, decimal.Decimal, fractions.Fraction)
+# Where a test takes one for the other: a match or None for a truth value, a truth value for a number.
+ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER})
+REFERENCES = frozenset(("object", "yours", "coroutine", "agen"))
+Kind = list[Any]
+
+
+def find_family(value: Any) -> str:
+    """The family of a value: within one, a test may take one type for another."""
+    if isinstance(value, Remote):
+        kind = type(value)
+        if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            return MANY
+        return FUNCTION if hasattr(kind, "__call__") else OBJECT  # noqa: B004
+    if value is None:
+        return NOTHING
+    for family, kinds in ((TRUTH, bool), (NUMBER, NUMBERS), (TEXT, str), (MAPPING, dict), (MANY, COLLECTIONS)):
+        if isinstance(value, kinds):  # type: ignore[arg-type]
+            return family
+    if isinstance(value, bytes | bytearray | memoryview):
+        return BYTES
+    if type(value).__module__ == "numpy":
+        if getattr(value, "ndim", 0):
+            return MANY
+        return TRUTH if value.dtype.kind == "b" else TEXT if value.dtype.kind in "US" else NUMBER
+    return type(value).__name__
+
+
+def describe_kind(value: Any, changed: bool) -> Kind:
+    """[family, length or None, number of distinct items or None, all numbers finite, arguments changed]."""
+    family, length, distinct = find_family(value), None, None
+    if family in (MANY, MAPPING) and not isinstance(value, Remote):
+        length = len(value)
+        try:
+            distinct = len(set(value))
+        except TypeError:
+            distinct = None
+    elif family in (TEXT, BYTES):
+        length = min(len(value), 1)
+    return [family, length, distinct, all(map(is_finite, look_into(value))), changed]
+
+
+def look_into(value: Any) -> Iterator[Any]:
+    """What a value consists of, to a bounded extent."""
+    waiting, seen = [value], 0
+    while waiting and seen < MAX_LOOKED:
+        part = waiting.pop()
+        seen += 1
+        if isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset | collections.deque):
+            waiting += part
+        elif type(part).__module__ == "numpy" and getattr(part, "ndim", 0) and part.dtype.kind in "fc":
+            waiting += part.ravel()[:MAX_LOOKED].tolist()
+        else:
+            yield part
+
+
+def is_compatible(kind: Kind, expected: Kind, open_ended: bool) -> bool:
+    """May an answer of this kind stand where the canonical solution gives one of the other?"""
+    family, length, distinct, finite, _ = kind
+    wanted, wanted_length, wanted_distinct, wanted_finite, _ = expected
+    if family != wanted:
+        return any({family, wanted} <= alike for alike in ALIKE)
+    if wanted_finite and not finite:
+        return False
+    if length is None or wanted_length is None or length == wanted_length:
+        return True
+    if bool(length) != bool(wanted_length):
+        return False
+    return open_ended or (distinct is not None and distinct == wanted_distinct)
+
+
+def show_kind(kind: Kind) -> str:
+    """In words."""
+    family, length, _, finite, _ = kind
+    said = f"a {family}" if family not in (RAISED, NOTHING) else {RAISED: "an exception", NOTHING: "None"}[family]
+    if family in (MANY, MAPPING) and length is not None:
+        said += f" of {length}"
+    elif family in (TEXT, BYTES) and not length:
+        said = f"no {family}"
+    return said if finite else said + " that is not finite"
+
+
+def make_key(items: Any, named: Any, nodes: list[Any]) -> str:
+    """What tells one call from another: its arguments; of what cannot be sent only that there is something."""
+    plain = [[node[0], None, node[2]] if node[0] in REFERENCES else node for node in nodes]
+    text = json.dumps([items, named, plain], separators=(",", ":"), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Observer:
+    """Notes the calls of one run. `baseline`: the record of the canonical solution's run, or None. `note`: told of
+    each weakness."""
+
+    def __init__(self, baseline: dict[str, Any] | None, test: str, open_ended: bool, note: Callable[[str], None]) -> None:
+        self.baseline = baseline
+        self.calls = 0
+        self.kinds: dict[str, Kind] = {}
+        self.weaknesses: set[str] = set()
+        self.answers: dict[int, Any] = {}
+        self.entry_is_class = False
+        self._tell = note
+        self._open_ended = open_ended
+        self._mentions_nan = "nan" in test.lower()
+        self._seen: collections.Counter[str] = collections.Counter()
+
+    def expect(self, key: str) -> Kind | None:
+        """What the canonical solution gave for the call that is about to be noted, if that is known."""
+        kinds: dict[str, Kind] = self.baseline["kinds"] if self.baseline else {}
+        return kinds.get(f"{key}.{self._seen[key]}")
+
+    def may_change(self, key: str) -> bool:
+        """Are changes of the arguments written back? Where the canonical solution makes none they are not."""
+        expected = self.expect(key)
+        return expected is None or bool(expected[4])
+
+    def add_answer(self, key: str, value: Any, changed: bool) -> None:
+        """Note what a call has given."""
+        kind = describe_kind(value, changed)
+        if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT):
+            self.answers[id(value)] = value
+        self._compare(key, kind)
+        if self.baseline is None and not kind[3] and not self._mentions_nan and _has_nan(value):
+            self.note("nan", "expected a number, got NaN")
+
+    def add_exception(self, key: str, changed: bool) -> None:
+        """Note that a call has raised."""
+        self._compare(key, [RAISED, None, None, True, changed])
+
+    def _compare(self, key: str, kind: Kind) -> None:
+        self.calls += 1
+        expected = self.expect(key)
+        if len(self.kinds) < MAX_CALLS:
+            self.kinds[f"{key}.{self._seen[key]}"] = kind
+        self._seen[key] += 1
+        if expected is not None and not is_compatible(kind, expected, self._open_ended):
+            wanted = f"expected {show_kind(expected)}, as the canonical solution gives"
+            self.note("kind", f"{wanted}, got {show_kind(kind)}")
+
+    def note(self, kind: str, text: str, line: int = 0) -> None:
+        """Note a weakness, unless the canonical solution's run had it too."""
+        name = f"{kind}@{line}"
+        if self.baseline is not None and name in self.baseline["weaknesses"]:
+            return
+        self.weaknesses.add(name)
+        self._tell(f"{text} (test line {line})" if line else text)
+
+    def is_answer(self, value: Any) -> bool:
+        """Is it what a call has given?"""
+        return self.answers.get(id(value)) is value and value is not None
+
+    def close(self) -> None:
+        """At the end of the tests: answers that nobody looked at, and calls that were not made."""
+        if self.baseline is not None:
+            if self.calls < self.baseline["calls"]:
+                wanted = f"expected {self.baseline['calls']} calls, as the canonical solution gets"
+                self.note("calls", f"{wanted}, got {self.calls}")
+            return
+        for value in self.answers.values():
+            if isinstance(value, Remote) and not is_used(value) and type(value).__name__ not in ("Match", "Pattern"):
+                self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
+
+    def make_record(self, passed: int) -> dict[str, Any]:
+        """What the canonical solution's run leaves for those of others."""
+        return {"passed": passed, "calls": self.calls, "kinds": self.kinds, "weaknesses": sorted(self.weaknesses)}
+
+
+def _has_nan(value: Any) -> bool:
+    for part in look_into(value):
+        try:
+            if isinstance(part, float | complex | decimal.Decimal) and part != part:
+                return True
+        except decimal.DecimalException:
+            return True
+    return False
+
+
+class Watcher:
+    """Stands in the rewritten tests (instrument.py) where emptiness could satisfy them. `read_original`: an argument as
+    it was before the program had it."""
+
+    stop_iteration = (StopIteration, ProgramStopIterationError)
+
+    def __init__(self, observer: Observer, read_original: Callable[[Any], Any]) -> None:
+        self._observer, self._read_original = observer, read_original
+
+    def original(self, _: int, value: Any) -> Any:
+        """What an oracle reads of an argument."""
+        if isinstance(value, list | tuple) and not self._observer.is_answer(value):
+            found = self._read_original(value)
+            if found is value:
+                parts = [self._read_original(part) for part in value]
+                if any(new is not old for new, old in zip(parts, value, strict=True)):
+                    return type(value)(parts) if type(value) in (list, tuple) else value
+            return found
+        return self._read_original(value)
+
+    def loop(self, line: int, items: Iterable[Any]) -> Iterator[Any]:
+        """A loop of tests over an answer must be entered."""
+        entered = False
+        for item in items:
+            entered = True
+            yield item
+        if not entered and self._is_from_program(items):
+            self._observer.note("loop", "expected an answer to loop over, got an empty one", line)
+
+    def all(self, line: int, items: Iterable[Any]) -> bool:
+        """The builtin."""
+        entered = False
+        for item in items:
+            entered = True
+            if not item:
+                return False
+        if not entered:
+            self._observer.note("all", "expected something to check, got nothing", line)
+        return True
+
+    def all_of(self, line: int, value: Any, *args: Any, **named: Any) -> Any:
+        """`value.all(…)`, of an array; or numpy.all."""
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and not isinstance(value, Remote):
+            checked = args[0] if value is numpy and args else value
+            if value is not numpy and not hasattr(value, "all"):
+                return value.all(*args, **named)
+            if numpy.size(checked) == 0:
+                self._observer.note("all", "expected something to check, got an empty array", line)
+        return value.all(*args, **named)
+
+    def compare(self, line: int, function: Callable[..., Any], first: Any, second: Any, *args: Any, **named: Any) -> Any:
+        """numpy's comparisons: of nothing with something they hold."""
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and getattr(function, "__module__", "").startswith("numpy"):
+            try:
+                sizes = numpy.size(first), numpy.size(second)
+            except Exception:
+                sizes = (1, 1)
+            if 0 in sizes and sizes[0] != sizes[1]:
+                self._observer.note("compare", "expected as many numbers, got an empty answer", line)
+        return function(first, second, *args, **named)
+
+    def zip(self, line: int, *items: Any, **named: Any) -> Iterator[Any]:
+        """The builtin; an answer must not be the shorter one."""
+        iterators = [iter(item) for item in items]
+        strict = bool(named.get("strict"))
+        while True:
+            row = []
+            for index, iterator in enumerate(iterators):
+                try:
+                    row.append(next(iterator))
+                except StopIteration:
+                    self._end_zip(line, items, iterators, index, strict)
+                    return
+            if not row:
+                return
+            yield tuple(row)
+
+    def _end_zip(self, line: int, items: tuple[Any, ...], iterators: list[Any], ended: int, strict: bool) -> None:
+        others = iterators[ended + 1 :] if ended == 0 else []
+        if ended and strict:
+            raise ValueError(f"zip() argument {ended + 1} is shorter than argument {ended}")
+        if strict and any(next(other, self) is not self for other in others):
+            raise ValueError("zip() argument 2 is longer than argument 1")
+        if self._is_from_program(items[ended]):
+            lengths = [len(item) for item in items if hasattr(type(item), "__len__") and not isinstance(item, Remote)]
+            taken = [len(items[ended])] if hasattr(type(items[ended]), "__len__") else []
+            longer = any(next(other, self) is not self for other in others) if not taken else False
+            if ended > 0 or longer or (taken and lengths and max(lengths) > taken[0]):
+                self._observer.note("zip", "expected as many items as are compared, got fewer", line)
+
+    def _is_from_program(self, items: Any) -> bool:
+        return isinstance(items, Remote) or self._observer.is_answer(items)

@@ -1,0 +1,262 @@
+"""The tests' end of the pipe: the program's function as a value, and what its calls may do to the tests' own objects.
+
+The program may call back what it was given. Of the tests' objects it reaches public attributes and special methods of
+instances, and calls functions; never their frames, globals, modules or classes' insides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import io
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+from laguna_serve.evals.sandbox.objects import ObjectPeer
+from laguna_serve.evals.sandbox.observe import Observer, make_key
+from laguna_serve.evals.sandbox.proxies import (
+    ASYNC_SPECIALS,
+    SPECIALS,
+    ProgramStopIterationError,
+    Remote,
+    operate_on,
+)
+from laguna_serve.evals.sandbox.rpc import CHANGEABLE, Call, PeerExit, PeerGone, Unsendable
+from laguna_serve.evals.sandbox.values import Decoder, Node
+from laguna_serve.evals.sandbox.worker import MISSING
+
+SPACE, ENTRY = 0, 1
+# Objects whose attributes lead out of the tests: only these may be read of them.
+GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+CLOSED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, *GENERATORS)
+OF_CLOSED = frozenset(("__name__", "__qualname__", "__doc__", "send", "throw", "close", "asend", "athrow", "aclose"))
+ALWAYS = frozenset(("__name__", "__doc__"))
+REAL = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+REAL_INPUT = builtins.input
+WRITTEN_CHARS = 1 << 20
+# Exceptions that end an interpreter reach the tests only where they name them.
+EXITS = ("SystemExit", "KeyboardInterrupt")
+
+
+class RemoteProgram(ObjectPeer):
+    """The program. `test` is the tests' source."""
+
+    MISSING = object()
+
+    def __init__(self, fd: int, message_bytes: int, observer: Observer, test: str) -> None:
+        super().__init__(fd, message_bytes)
+        self._observer, self._test = observer, test
+        self._random_state = self._follow_random()
+        self._originals: dict[int, tuple[Any, list[Node], int, list[Any]]] = {}
+        self._key, self._changed = "", False
+
+    def begin(self, node: Node, shared: dict[str, Any]) -> Any:
+        """The program's function, as the tests call it."""
+        self.shared = {name: kind for name, kind in shared.items() if isinstance(kind, type)}
+        try:
+            candidate = self.resolve(str(node[0]), node[1], [])
+        except (LookupError, TypeError, ValueError) as error:
+            raise PeerGone(f"expected a program, got {str(node)[:60]}") from error
+        self._observer.entry_is_class = isinstance(candidate, type) or bool(node[1]["class"])
+        return candidate
+
+    def read_global(self, name: str) -> Any:
+        """What the program calls by that name, or MISSING."""
+        value = self.call(SPACE, "global", (name,), {})
+        return self.MISSING if isinstance(value, str) and value == MISSING else value
+
+    # What the program may ask for.
+
+    def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
+        """Serve what is harmless."""
+        if operation in ("getattr", "setattr", "delattr"):
+            return self._reach(value, operation, args)
+        if operation == "signature" or operation in ("", "await") or operation in SPECIALS or operation in ASYNC_SPECIALS:
+            return operate_on(value, operation, args, named, _run_apart)
+        raise TypeError(f"expected a call or a special method, got {operation[:40]}")
+
+    def _reach(self, value: Any, operation: str, args: list[Any]) -> Any:
+        name = args[0]
+        if not isinstance(name, str):
+            raise TypeError("attribute name must be string")
+        closed = isinstance(value, CLOSED)
+        if operation == "getattr" and (name in OF_CLOSED if closed else not name.startswith("_") or name in ALWAYS):
+            found = getattr(value, name)
+            if isinstance(found, types.ModuleType | types.FrameType | types.CodeType):
+                raise Unsendable(f"expected a value that can be sent, got a {type(found).__name__}")
+            return found
+        if closed or name.startswith("_"):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return operate_on(value, operation, args, {}, _run_apart)
+
+    def compare(self, remote: Remote, operation: str, other: Any) -> Any:
+        """What an object of the program says of itself and a plain value decides no test, unless the problem asks for
+        its class."""
+        if isinstance(other, Remote) or self._observer.entry_is_class:
+            return super().compare(remote, operation, other)
+        said = f"{type(remote).__name__} compares itself with a value of type {type(other).__name__}"
+        raise Unsendable(f"expected a plain value to compare, got an object: {said}")
+
+    def is_exit(self, names: list[str]) -> bool:
+        """SystemExit is taken for what it is where the tests name it."""
+        known = names[0].rpartition(":")[2]
+        return super().is_exit(names) and not (known in EXITS and known in self._test)
+
+    # The calls of its function.
+
+    def call(self, number: int, operation: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """As it is, but that StopIteration of a function ends no loop of the tests', and the entry is observed."""
+        observed = number == ENTRY and not operation
+        outer = self._key, self._changed
+        self._key, self._changed = "", False
+        try:
+            value = super().call(number, operation, args, named)
+            if observed:
+                self._observer.add_answer(self._key, value, self._changed)
+            return value
+        except (PeerGone, Unsendable):
+            raise
+        except (StopIteration, StopAsyncIteration) as error:
+            if observed:
+                self._observer.add_exception(self._key, self._changed)
+            if operation in ("__next__", "__anext__"):
+                raise
+            raise ProgramStopIterationError(f"{type(error).__name__}: {error}") from None
+        except (Exception, PeerExit, SystemExit, KeyboardInterrupt):
+            if observed:
+                self._observer.add_exception(self._key, self._changed)
+            raise
+        finally:
+            self._key, self._changed = outer
+
+    def list_options(self, call: Call) -> dict[str, Any]:
+        """Streams that the tests have replaced, and the state of `random` where they have set it."""
+        if call.number == ENTRY and not call.operation:
+            self._key = make_key(call.items, call.named, call.encoder.nodes)
+        options: dict[str, Any] = {}
+        captured = [name for name in ("stdout", "stderr") if getattr(sys, name) is not REAL[name]]
+        if captured:
+            options["captured"] = captured
+        if sys.stdin is not REAL["stdin"] and isinstance(sys.stdin, io.StringIO):
+            at = sys.stdin.tell()
+            options["stdin"] = sys.stdin.read(WRITTEN_CHARS)
+            sys.stdin.seek(at)
+        if builtins.input is not REAL_INPUT:
+            options["input"] = self.export(builtins.input)
+        if (state := self._random_state()) is not None:
+            options["random"] = state
+        return options
+
+    def take_options(self, options: dict[str, Any]) -> None:
+        """What the program wrote and read."""
+        written = options.get("written", {})
+        for name in ("stdout", "stderr"):
+            text = written.get(name)
+            if text and getattr(sys, name) is not REAL[name]:
+                getattr(sys, name).write(str(text)[:WRITTEN_CHARS])
+        if "read" in options and isinstance(sys.stdin, io.StringIO):
+            sys.stdin.read(int(options["read"]))
+
+    def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """What the program wrote before it called back."""
+        self.take_options(options)
+        return dict
+
+    def take_changes(self, call: Call, decoder: Decoder) -> None:
+        """Write back what a call has changed; where the canonical solution changes nothing, into copies."""
+        self._changed = bool(call.changes)
+        if not call.changes or call.number != ENTRY or call.operation:
+            super().take_changes(call, decoder)
+            return
+        if not self._observer.may_change(self._key):
+            copies = self._copy(call.encoder.nodes)
+            decoder.replace_own(copies)
+            for index, node in call.changes.items():
+                decoder.fill(copies[index], node)
+            return
+        for index, node in enumerate(call.encoder.nodes):
+            if node[0] in CHANGEABLE:
+                value = call.encoder.objects[index]
+                self._originals[id(value)] = (value, call.encoder.nodes, index, [])
+        super().take_changes(call, decoder)
+
+    def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
+        """The result; an argument that is itself the answer has no original any more."""
+        value = super().take_result(call, item, decoder)
+        self._originals.pop(id(value), None)
+        return value
+
+    def read_original(self, value: Any) -> Any:
+        """An argument as it was before the last call that changed it."""
+        found = self._originals.get(id(value))
+        if found is None or found[0] is not value:
+            return value
+        _, nodes, index, copies = found
+        if not copies:
+            copies += self._copy(nodes)
+        return copies[index]
+
+    def _copy(self, nodes: list[Node]) -> list[Any]:
+        """The objects of a call's nodes once more."""
+        return Decoder(nodes, self._resolve_own, self.bounds).objects
+
+    def _resolve_own(self, tag: str, extra: Any, values: list[Any]) -> Any:
+        if tag == "yours":
+            return self._proxies[int(extra)]
+        if tag == "object":
+            return self.exported[extra["number"]]
+        if tag in ("coroutine", "agen"):
+            return self.exported[int(extra)]
+        return self.resolve(tag, extra, values)
+
+    def _follow_random(self) -> Callable[[], Any]:
+        """Follow `random.seed` of the tests: from then on the program's generator is where the tests' is, each time
+        that they have changed theirs."""
+        state: dict[str, Any] = {"followed": False, "sent": None}
+        seed, setstate = random.seed, random.setstate
+
+        def follow(function: Callable[..., None]) -> Callable[..., None]:
+            def wrapper(*args: Any, **named: Any) -> None:
+                function(*args, **named)
+                state["followed"], state["sent"] = True, None
+
+            return wrapper
+
+        def read() -> Any:
+            if not state["followed"]:
+                return None
+            now = random.getstate()
+            if now == state["sent"]:
+                return None
+            state["sent"] = now
+            return [now[0], list(now[1]), now[2]]
+
+        random.seed, random.setstate = follow(seed), follow(setstate)
+        return read
+
+
+def _run_apart(awaitable: Any) -> Any:
+    """Run a coroutine of the tests' while their own event loop waits for the program."""
+    result: list[Any] = []
+
+    async def wait() -> Any:
+        return await awaitable
+
+    def work() -> None:
+        try:
+            result.append((asyncio.run(wait()), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+

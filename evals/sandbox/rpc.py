@@ -1,0 +1,288 @@
+"""Calls over a pipe between the grader (the tests) and the worker (the program under test).
+
+Both ends are a `Peer`: it calls a function of the other side, and while it waits it serves calls of its own functions,
+so that functions, iterators and objects may be passed either way: they stay where they are, and the other side has a
+proxy of them (proxies.py). What a call changed in the objects that it was given is written back into the caller's, and
+an answer may be one of them. Frames are bounded in size. What values may travel, and in what form: values.py.
+
+Messages, JSON lists: ["call", number, operation, items, named items, nodes, options] with operation "" for a plain call;
+["done" | "raised", item | description, {own node: content}, nodes, options]; ["unsendable", text].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from laguna_serve.evals.sandbox.values import (
+    MUTABLE,
+    Bounds,
+    Decoder,
+    Encoder,
+    MalformedError,
+    Node,
+    UnsendableError,
+)
+
+UNREADABLE = (LookupError, TypeError, ValueError, RecursionError, OverflowError, AttributeError, MalformedError)
+TEXT_CHARS = 500
+CHANGEABLE = frozenset((*MUTABLE, "record"))
+
+
+# The three below must pass through a test's `except Exception`.
+class PeerGone(BaseException):
+    """The other side ended, or said something that is no message."""
+
+
+class Unsendable(BaseException):
+    """A value or an operation that cannot cross: nothing can be said about it."""
+
+
+class PeerExit(BaseException):
+    """The other side's call raised SystemExit or the like, which must not end this side."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call that is under way: what was sent, and the objects that it stands for."""
+
+    number: int
+    operation: str
+    encoder: Encoder
+    items: list[Any]
+    named: dict[str, Any]
+    changes: dict[int, Node] = field(default_factory=dict)
+
+
+class Peer:
+    """One end of the pipe. Numbers of this side's objects begin at 0."""
+
+    def __init__(self, fd: int, message_bytes: int) -> None:
+        self._fd, self._message_bytes = fd, message_bytes
+        # Half of the bytes of a message: what it could have held as plain numbers.
+        self.bounds = Bounds(message_bytes // 2)
+        self.exported: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    # What the two ends do differently.
+
+    def refer(self, value: Any) -> tuple[Node, list[Any]] | None:
+        """The node and the children of an object without a form of its own, or None."""
+        raise NotImplementedError
+
+    def resolve(self, tag: str, extra: Any, values: list[Any]) -> Any:
+        """The value of a node that `refer` made on the other side."""
+        raise NotImplementedError
+
+    def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
+        """What the other side asks of an object of this one."""
+        raise NotImplementedError
+
+    def describe_error(self, error: BaseException) -> dict[str, Any]:
+        """An exception, for the other side; its values are left to `encode`."""
+        raise NotImplementedError
+
+    def make_error(self, description: dict[str, Any], decode: Callable[[Any], Any], call: Call) -> BaseException:
+        """The other side's exception, as one of this side."""
+        raise NotImplementedError
+
+    def list_options(self, call: Call) -> dict[str, Any]:
+        """What travels with a call besides its arguments."""
+        return {}
+
+    def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Take the options of a call that is served; the result gives those of the answer."""
+        return dict
+
+    def take_options(self, options: dict[str, Any]) -> None:
+        """Take the options of an answer."""
+
+    def take_changes(self, call: Call, decoder: Decoder) -> None:
+        """Write back what a call has changed."""
+        for index, node in call.changes.items():
+            decoder.fill(call.encoder.objects[index], node)
+
+    # Calls.
+
+    def export(self, value: Any) -> int:
+        """The number of an object of this side; the same each time."""
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self.exported)
+            self.exported.append(value)
+        return number
+
+    def call(self, number: int, operation: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call an object of the other side, or operate on it.
+
+        Raises:
+            Unsendable: an argument or the result cannot be sent.
+            Exception: what the other side raised.
+            PeerExit, PeerGone: see there.
+        """
+        encoder = Encoder(self.refer)
+        try:
+            items = [encoder.encode(arg) for arg in args]
+            call = Call(number, operation, encoder, items, {key: encoder.encode(arg) for key, arg in named.items()})
+            self._send(["call", number, operation, items, call.named, encoder.nodes, self.list_options(call)])
+        except UnsendableError as error:
+            raise Unsendable(str(error)) from error
+        while True:
+            message = self.receive()
+            if message[0] == "call":
+                self._serve(message)
+                continue
+            return self._finish(call, message)
+
+    def _finish(self, call: Call, message: list[Any]) -> Any:
+        """Take an answer: the result, or what was raised."""
+        try:
+            kind, said, *rest = message
+            if kind == "unsendable":
+                raise Unsendable(str(said)[:TEXT_CHARS])
+            changes, nodes, options = rest
+            call.changes = {int(index): node for index, node in changes.items()}
+            sent = call.encoder.nodes
+            if any(sent[index][0] not in CHANGEABLE or node[0] != sent[index][0] for index, node in call.changes.items()):
+                raise ValueError("changes of what cannot change")
+            self.take_options(options)
+            decoder = Decoder(nodes, self.resolve, self.bounds, call.encoder.objects)
+            self.take_changes(call, decoder)
+            if kind == "done":
+                return self.take_result(call, said, decoder)
+            if kind != "raised":
+                raise ValueError(f"a message of kind {str(kind)[:20]}")
+            error = self.make_error(said, decoder.decode, call)
+        except UnsendableError as trouble:
+            raise Unsendable(str(trouble)) from trouble
+        except UNREADABLE as trouble:
+            raise PeerGone(f"expected an answer, got {str(message)[:60]}") from trouble
+        raise error
+
+    def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
+        """The result of a call."""
+        return decoder.decode(item)
+
+    def serve(self) -> None:
+        """Serve calls until the other side closes (PeerGone)."""
+        while True:
+            self._serve(self.receive())
+
+    def say(self, kind: str, value: Any) -> None:
+        """Send a message that is no call."""
+        self._send([kind, value])
+
+    def _serve(self, message: list[Any]) -> None:
+        """Run one of our functions for the other side, and answer."""
+        try:
+            kind, number, operation, items, named, nodes, options = message
+            decoder = Decoder(nodes, self.resolve, self.bounds)
+            args, keywords = [decoder.decode(item) for item in items], {}
+            for name, item in named.items():
+                keywords[str(name)] = decoder.decode(item)
+            if kind != "call" or isinstance(number, bool) or number < 0:
+                raise ValueError("no call")
+            value = self.exported[number]
+        except UnsendableError as error:
+            return self._send(["unsendable", str(error)])
+        except UNREADABLE as error:
+            raise PeerGone(f"expected a call, got {str(message)[:60]}") from error
+        leave = self.enter(options)
+        try:
+            try:
+                result, error = self.operate(value, str(operation), args, keywords), None
+            finally:
+                more = leave()
+            self._answer(decoder, result, error, more)
+        except (PeerGone, Unsendable) as trouble:
+            if isinstance(trouble, PeerGone):
+                raise
+            self._send(["unsendable", str(trouble)])
+        except UnsendableError as trouble:
+            self._send(["unsendable", str(trouble)])
+        except BaseException as trouble:
+            try:
+                self._answer(decoder, None, trouble, more)
+            except UnsendableError as second:
+                self._send(["unsendable", str(second)])
+        return None
+
+    def _answer(self, decoder: Decoder, result: Any, error: BaseException | None, options: dict[str, Any]) -> None:
+        known = {id(value): index for index, value in enumerate(decoder.objects) if decoder.nodes[index][0] != "yours"}
+        encoder = Encoder(self.refer, known)
+        if error is None:
+            said = encoder.encode(result)
+        else:
+            description = self.describe_error(error)
+            said = {name: _encode_or_drop(encoder, value) for name, value in description.items()}
+        changes = {}
+        for index, node in enumerate(decoder.nodes):
+            if node[0] in CHANGEABLE:
+                now = encoder.encode_content(decoder.objects[index], node)
+                if not _is_same(now, node):
+                    changes[index] = now
+        self._send(["done" if error is None else "raised", said, changes, encoder.nodes, options])
+
+    # The pipe.
+
+    def receive(self) -> list[Any]:
+        """The next message: a list that begins with its kind.
+
+        Raises:
+            PeerGone: the other side ended or said something else.
+        """
+        size = int.from_bytes(self._read(4), "big")
+        if size > self._message_bytes:
+            raise PeerGone(f"expected a message of at most {self._message_bytes} bytes, got one of {size}")
+        try:
+            message = json.loads(self._read(size))
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise PeerGone(f"expected a message, got bytes that are none ({type(error).__name__})") from error
+        if not isinstance(message, list) or not message:
+            raise PeerGone(f"expected a message, got a {type(message).__name__}")
+        return message
+
+    def _send(self, message: list[Any]) -> None:
+        data = json.dumps(message, separators=(",", ":")).encode()
+        if len(data) > self._message_bytes:
+            raise UnsendableError(f"expected a value of at most {self._message_bytes} bytes, got {len(data)}")
+        view = memoryview(len(data).to_bytes(4, "big") + data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise PeerGone("the other side has ended") from error
+
+    def _read(self, size: int) -> bytes:
+        parts = bytearray()
+        try:
+            while len(parts) < size:
+                part = os.read(self._fd, min(size - len(parts), 1 << 20))
+                if not part:
+                    raise PeerGone("the other side has ended")
+                parts += part
+        except OSError as error:
+            raise PeerGone("the other side has ended") from error
+        return bytes(parts)
+
+
+def _is_same(now: Node, before: Node) -> bool:
+    """Are they the same content, 1 and True and 1.0 told apart?"""
+    if now[0] != before[0] or now[1] != before[1]:
+        return False
+    if now[2] is before[2]:
+        return True
+    return now[2] == before[2] and list(map(type, now[2])) == list(map(type, before[2]))
+
+
+def _encode_or_drop(encoder: Encoder, value: Any) -> Any:
+    """A list's items, or whatever else: what cannot be sent is left out as None."""
+    if isinstance(value, dict):
+        return {str(name): _encode_or_drop(encoder, part) for name, part in value.items()}
+    try:
+        return encoder.encode(value)
+    except (UnsendableError, RecursionError):
+        return None

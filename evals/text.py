@@ -1,0 +1,25 @@
+"""Text of strangers (a program's messages, a model's names) in a form that a terminal, a log and JSON can take."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control characters (C0, C1 and DEL), halves of surrogate pairs, private use, unassigned, and what reorders or hides
+# text (bidirectional marks, zero width): category Cc, Cs, Co, Cn, Cf; line and paragraph separators: Zl, Zp.
+ESCAPED = frozenset(("Cc", "Cs", "Co", "Cn", "Cf", "Zl", "Zp"))
+
+
+def make_printable(text: str) -> str:
+    """The text in one line: line ends and tabs become blanks, what a terminal would act on is written as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    if char in "\n\r\t":
+        return " "
+    if unicodedata.category(char) not in ESCAPED:
+        return char
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
