@@ -97,13 +97,14 @@ def convert_mbpp(line: str, where: str) -> Problem:
     try:
         row = json.loads(line)
         text, code, tests = row.get("text") or row["prompt"], row["code"], row["test_list"]
+        code = code.replace("\r\n", "\n").replace("\r", "\n")
         functions = {node.name: node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
-        called = {node.id for node in ast.walk(ast.parse(tests[0])) if isinstance(node, ast.Name)}
+        called = {node.id for node in ast.walk(ast.parse("\n".join(tests))) if isinstance(node, ast.Name)}
         function = next(functions[name] for name in functions if name in called)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, StopIteration) as error:
         expected = "expected MBPP's text, code and test_list, the tests calling the code's function"
         raise SuiteError(f"{where}: {expected}, got {type(error).__name__}: {error}; export the set again") from None
-    setup = "\n".join(row.get("test_imports") or [row.get("test_setup_code") or ""])
+    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
     checks = "\n".join(f"    {line}" for line in [f"{function.name} = candidate", *map(str.strip, tests)])
     listed = "\n".join(tests)
     return Problem(
@@ -111,7 +112,8 @@ def convert_mbpp(line: str, where: str) -> Problem:
         prompt=f'"""\n{text}\n{listed}\n"""\ndef {function.name}({ast.unparse(function.args)}):\n',
         entry_point=function.name,
         test=f"{setup}\n\ndef check(candidate):\n{checks}\n".lstrip(),
-        canonical_solution=None,
+        # The prompt ends in the function's first line; the reference solution is a whole program of its own.
+        canonical_solution=f"    pass\n\n\n{code.rstrip()}\n",
     )
 
 

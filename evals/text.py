@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
-
-# Control characters (C0, C1 and DEL), halves of surrogate pairs, private use, unassigned, and what reorders or hides
-# text (bidirectional marks, zero width): category Cc, Cs, Co, Cn, Cf; line and paragraph separators: Zl, Zp.
-ESCAPED = frozenset(("Cc", "Cs", "Co", "Cn", "Cf", "Zl", "Zp"))
-
 
 def make_printable(text: str) -> str:
     """The text in one line: line ends and tabs become blanks, what a terminal would act on is written as an escape."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
     return "".join(_escape(char) for char in text)
 
@@ -19,7 +13,8 @@ def make_printable(text: str) -> str:
 def _escape(char: str) -> str:
     if char in "\n\r\t":
         return " "
-    if unicodedata.category(char) not in ESCAPED:
+    # Not printable: control characters, halves of surrogate pairs, what reorders or hides text, odd blanks.
+    if char.isprintable():
         return char
     code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

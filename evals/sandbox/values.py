@@ -156,9 +156,8 @@ def _describe(value: Any, form: type, tag: str = "") -> tuple[str, Any, list[Any
     if kind is not None:
         return FORMS[kind](value)
     if type(value).__module__ == "numpy":
-        scalar = not hasattr(value, "__len__") or value.ndim == 0
-        plain = value if scalar else value.copy(order="C")
-        return "ndarray", [value.dtype.str, list(value.shape), plain.tobytes().hex(), scalar], []
+        tag = "ndarray" if isinstance(value, sys.modules["numpy"].ndarray) else "npscalar"
+        return tag, [value.dtype.str, list(value.shape), value.tobytes().hex()], []
     raise UnsendableError(f"expected a value that can be sent, got one of type {type(value).__name__}")
 
 
@@ -405,7 +404,8 @@ def _measure(node: Node) -> int:
     if tag == "range":
         start, stop, step = (item if isinstance(item, int) else SMALL_INT for item in items)
         return _count_range(start, stop, step)
-    return 1 + len(items) + (len(extra) // 16 if isinstance(extra, str) else 0)
+    texts = extra if isinstance(extra, list) else [extra]
+    return 1 + len(items) + sum(len(text) // 16 for text in texts if isinstance(text, str))
 
 
 def _count_range(start: int, stop: int, step: int) -> int:
@@ -475,12 +475,11 @@ def _fill_ndarray(value: Any, _: list[Any], extra: Any) -> None:
 def _make_ndarray(extra: Any) -> Any:
     import numpy
 
-    kind, shape, data, scalar = extra
+    kind, shape, data = extra
     dtype = numpy.dtype(kind)
     if dtype.kind not in NUMPY_KINDS:
         raise MalformedError(f"an array of {kind!r}")
-    made = numpy.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
-    return made[()] if scalar else made
+    return numpy.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
 
 
 # tag: (an empty object, how it is filled: object, decoded items, extra)
@@ -552,6 +551,7 @@ IMMUTABLE: dict[str, Callable[[Any, list[Any]], Any]] = {
     "uuid": lambda extra, _: uuid.UUID(hex=extra),
     "path": lambda extra, _: pathlib.PosixPath(extra),
     "purepath": lambda extra, _: pathlib.PurePosixPath(extra),
+    "npscalar": lambda extra, _: _make_ndarray(extra)[()],
     "ellipsis": lambda _, __: ...,
     "notimplemented": lambda _, __: NotImplemented,
     "type": lambda extra, _: TYPES[extra],

@@ -211,9 +211,9 @@ def test_sandbox_that_breaks_is_no_zero(run: Run, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise JailError("sandbox: expected its processes to start, got nothing")
 
-    monkeypatch.setattr("laguna_serve.evals.code_run.grade", fail)
+    monkeypatch.setattr("laguna_serve.evals.answers.grade", fail)
     with FakeOpenAI(solve) as server:
-        status, _, output = run(server.url)
+        status, _, output = run(server.url, "--skip-probes")
     assert status == 2
     assert "expected its processes to start" in output
     assert read(tmp_path / "out" / "grades.jsonl") == []

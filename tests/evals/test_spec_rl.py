@@ -212,7 +212,7 @@ def test_command_reports_the_rewards(tmp_path: Path) -> None:
         trace = found[f"T/{number}"]
         assert trace["rewards"]["tests_passed"] == {"score": share, "weight": 1.0}, number
         passed = float(share == 1)
-        metrics = {"passed": passed, "published": passed, "extracted": float(number != 7), "judged": 1.0}
+        metrics = {"passed": passed, "published": passed, "extracted": float(number != 7), "judged": float(number != 6)}
         assert trace["metrics"] == metrics
     assert found["T/4"]["info"]["grade"]["tests_passed"] == 2
     assert "class Any" in found["T/6"]["nodes"][-1]["message"]["content"], "the trace keeps the answer"
