@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec
-from laguna_serve.bench.arms import ArmSpec
+from laguna_serve.bench.arms import ArmSpec, check_specs
 from laguna_serve.bench.certificate import DEFECT
 from laguna_serve.bench.certificate_report import summarise
-from laguna_serve.bench.certify import certify_beside
+from laguna_serve.bench.certify import certify_beside, list_own_specs
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.plan import BASELINE, CANDIDATE, Plan, make_plan
@@ -130,6 +130,7 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
 
     Raises:
         PromptsError: the prompts file cannot be used.
+        EngineError: an arm could not be started; with --certify also the certificate's own.
     """
     prompts = load_prompts(Path(args.prompts))
     count = min(QUICK_PROMPTS, len(prompts)) if args.quick and args.num_prompts is None else args.num_prompts
@@ -142,7 +143,9 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
         control=args.control,
         seed=args.seed,
     )
-    return plan, (make_spec(args, BASELINE), make_spec(args, CANDIDATE))
+    specs = make_spec(args, BASELINE), make_spec(args, CANDIDATE)
+    check_specs([*specs, *(list_own_specs(args) if args.certify else [])])
+    return plan, specs
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

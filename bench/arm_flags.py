@@ -72,6 +72,11 @@ def check_arm_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--model: expected a checkpoint, or two URLs, got neither")
     if args.gamma is not None and args.draft is None:
         parser.error("--gamma: expected --draft beside it, got none")
+    for name in ("baseline_args", "candidate_args"):
+        try:
+            shlex.split(getattr(args, name))
+        except ValueError as error:
+            parser.error(f"--{name.replace('_', '-')}: expected flags as in a shell, got {str(error).lower()}")
 
 
 def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.launch import check_launches
 from laguna_serve.serving.memory import process_memory
 
 # The second engine may be this much larger than the first (a drafter, larger graphs).
@@ -71,6 +72,16 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
     log_path = out / f"{spec.name}.log"
     with Engine(spec.config, log_path=log_path, announce=lambda line: announce(f"  {spec.name:<9} {line}")) as engine:
         yield Arm(spec, engine.base_url, engine.model_name, engine)
+
+
+def check_specs(specs: Iterable[ArmSpec]) -> None:
+    """Refuse what can be refused of engines that are not started yet: checkpoints, drafters and γ, weights, memory, and
+    vLLM's own flags. Of endpoints that already run nothing is known.
+
+    Raises:
+        EngineError: the first engine that could not be started.
+    """
+    check_launches([spec.config for spec in specs if spec.config is not None])
 
 
 def has_room_beside(arm: Arm) -> bool:

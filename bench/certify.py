@@ -27,13 +27,13 @@ from laguna_serve.bench.arm_flags import (
     make_spec,
     parse_numbers,
 )
-from laguna_serve.bench.arms import ArmSpec
+from laguna_serve.bench.arms import ArmSpec, check_specs
 from laguna_serve.bench.certificate import DEFECT, ROW_MATCHED
 from laguna_serve.bench.certificate_report import render_html, render_markdown, render_text
 from laguna_serve.bench.certificate_run import REFERENCE, Job, certify
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
 from laguna_serve.bench.plan import BASELINE, CANDIDATE
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.prompts import PromptsError, load_prompts
@@ -127,11 +127,22 @@ def certify_beside(args: argparse.Namespace, prompts: int, environment: dict[str
     return result
 
 
+def list_own_specs(args: argparse.Namespace) -> list[ArmSpec]:
+    """The arms that a certificate beside an A/B starts besides the A/B's, as far as they can be checked before."""
+    reference = _make_reference(
+        argparse.Namespace(**vars(args) | {"reference_url": None, "no_replay": False}),
+        {BASELINE: make_spec(args, BASELINE)},
+        Path(args.out),
+    )
+    return [reference] if isinstance(reference, ArmSpec) else []
+
+
 def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
     """Everything that can be refused before an engine starts.
 
     Raises:
         PromptsError, CheckpointError: an input cannot be used, or the folder holds another certificate's passes.
+        EngineError: an engine could not be started.
     """
     prompts = load_prompts(Path(args.prompts))
     if args.num_prompts is not None and args.num_prompts > len(prompts):
@@ -139,6 +150,10 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
         raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")
     prompts = prompts[: args.num_prompts or DEFAULT_PROMPTS]
     out = Path(args.out)
+    specs = {BASELINE: make_spec(args, BASELINE), CANDIDATE: make_spec(args, CANDIDATE)}
+    begun = is_begun(out / "passes")
+    if not begun:
+        check_specs(specs.values())
     decisive = (*ENGINE_FLAGS, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
     checkpoints = {name: fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := vars(args)[name])}
     claim_folder(
@@ -147,7 +162,6 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
         | {"prompts": [prompt.text for prompt in prompts], "concurrency": args.concurrency, "checkpoints": checkpoints}
         | {"versions": environment["versions"], "device": (environment["device"] or {}).get("name")},
     )
-    specs = {BASELINE: make_spec(args, BASELINE), CANDIDATE: make_spec(args, CANDIDATE)}
     missing: dict[str, str] = {}
     for name, make in ((ROW_MATCHED, _make_row_matched), (REFERENCE, _make_reference)):
         spec = make(args, specs, out)
@@ -155,6 +169,8 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
             specs[name] = spec
         else:
             missing[name] = spec
+    if not begun:
+        check_specs(spec for name, spec in specs.items() if name in (ROW_MATCHED, REFERENCE))
     return Job(
         specs=specs,
         missing=missing,

@@ -28,6 +28,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     noted.write_text(digest)
 
 
+def is_begun(folder: Path) -> bool:
+    """A measurement has been begun there: what can be refused before engines start was looked at then, and nothing may
+    be left to start."""
+    return (folder / NOTE).exists()
+
+
 def fingerprint(path: str) -> str:
     """SHA-256 of a file, or of a checkpoint folder's config and the sizes and times of its weights; "" for a name."""
     found = Path(path).expanduser()

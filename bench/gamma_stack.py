@@ -71,6 +71,18 @@ def measure_levers(
     return [_measure_lever(args, lever, gamma, prompts, plain, folder, progress) for lever in args.stack]
 
 
+def list_lever_specs(args: argparse.Namespace, gamma: int) -> list[ArmSpec]:
+    """The engines of every lever at a γ."""
+    return [spec for lever in args.stack for spec in _make_specs(args, lever, gamma)]
+
+
+def _make_specs(args: argparse.Namespace, lever: Lever, gamma: int) -> list[ArmSpec]:
+    return [
+        ArmSpec(arm, f"{lever.name}; γ {tokens or 0}", config=lever.apply(make_config(args, tokens)))
+        for arm, tokens in ((BASELINE, None), (CANDIDATE, gamma))
+    ]
+
+
 def _measure_lever(
     args: argparse.Namespace,
     lever: Lever,
@@ -84,10 +96,7 @@ def _measure_lever(
     if done is not None and done["checkpoint"] == lever.checkpoint:
         return done
     progress.say(f"lever {lever.name}, γ {gamma}")
-    specs = [
-        ArmSpec(arm, f"{lever.name}; γ {tokens or 0}", config=lever.apply(make_config(args, tokens)))
-        for arm, tokens in ((BASELINE, None), (CANDIDATE, gamma))
-    ]
+    specs = _make_specs(args, lever, gamma)
     found: dict[str, Any] = {"lever": lever.name, "checkpoint": lever.checkpoint, "gamma": gamma}
     try:
         with open_arm(specs[0], folder, progress.say) as ours, open_arm(specs[1], folder, progress.say) as theirs:

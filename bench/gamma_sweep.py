@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import has_room_beside, open_arm
+from laguna_serve.bench.arms import check_specs, has_room_beside, open_arm
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder
+from laguna_serve.bench.folder import claim_folder, is_begun
 from laguna_serve.bench.gamma_mixed import compare_schedule
 from laguna_serve.bench.gamma_model import Point, choose_gamma, fit_costs, make_schedule
 from laguna_serve.bench.gamma_points import make_spec, measure_point
 from laguna_serve.bench.gamma_report import render_markdown, render_text
-from laguna_serve.bench.gamma_stack import measure_levers, parse_lever
+from laguna_serve.bench.gamma_stack import list_lever_specs, measure_levers, parse_lever
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
 from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         gammas = choose_gammas(args)
         prompts = load_prompts(Path(args.prompts))
+        if not is_begun(Path(args.out) / "points"):
+            check_specs([*(make_spec(args, gamma) for gamma in (None, *gammas)), *list_lever_specs(args, max(gammas))])
         environment = describe_environment(current_argv())
         points = open_points(args, environment)
         failed = sweep(args, gammas, prompts, points, progress)

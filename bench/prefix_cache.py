@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, open_arm
 from laguna_serve.bench.client import Client, EndpointError, open_session
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.metrics import Counters, scrape_counters, settle_counters, summarise_acceptance
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prompts, characters = load_prompts(Path(args.prompts)), (args.characters, 2 * args.characters)
         traffic = plan_traffic(prompts, args.num_prompts, characters, args.small_blocks, args.block_size)
+        check_specs(make_spec(args, setting) for setting in traffic.engines)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         environment = describe_environment(current_argv())

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
 from laguna_serve.bench.client import EndpointError, open_session
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
 from laguna_serve.bench.guards import MIN_PAIRS
 from laguna_serve.bench.plan import BASELINE, CANDIDATE
 from laguna_serve.bench.progress import Progress
@@ -99,11 +99,14 @@ def prepare(args: argparse.Namespace, environment: dict[str, Any]) -> Job:
 
     Raises:
         PromptsError, CheckpointError: something does not fit.
+        EngineError: an engine could not be started.
     """
     device = (environment["device"] or {}).get("kind", "cpu")
     work = Work(args.group, args.max_tokens, args.temperature, args.rounds, args.seed, device)
     gamma = inspect(make_config(args, drafting=True)).gamma
     assert gamma is not None, "there is a draft"
+    if not is_begun(Path(args.out) / "points"):
+        check_specs(make_specs(args, gamma))
     versions = open_versions(args.model, args.versions)
     batches = sorted({*args.batch, *([args.version_batch] if versions else [])})
     prompts = load_prompts(Path(args.prompts))
@@ -124,6 +127,13 @@ def prepare(args: argparse.Namespace, environment: dict[str, Any]) -> Job:
     folder = Path(args.out) / "points"
     claim_folder(folder, settings)
     return Job(work, prompts, gamma, batches, versions, args.version_batch, folder)
+
+
+def make_specs(args: argparse.Namespace, gamma: int) -> tuple[ArmSpec, ArmSpec]:
+    """The plain engine, and the one that drafts."""
+    plain = ArmSpec(BASELINE, f"{args.model}; no drafter", config=make_config(args, drafting=False))
+    label = f"{args.model}; drafter {args.draft}, γ {gamma}"
+    return plain, ArmSpec(CANDIDATE, label, config=make_config(args, drafting=True))
 
 
 def make_config(args: argparse.Namespace, *, drafting: bool) -> EngineConfig:
@@ -162,9 +172,7 @@ def measure_missing(args: argparse.Namespace, job: Job, progress: Progress) -> N
         return
     if len(batches) + len(versions) < len(job.batches) + len(job.versions):
         progress.say(f"continuing: {len(batches) + len(versions)} points are missing")
-    plain = ArmSpec(BASELINE, f"{args.model}; no drafter", config=make_config(args, drafting=False))
-    label = f"{args.model}; drafter {args.draft}, γ {job.gamma}"
-    speculating = ArmSpec(CANDIDATE, label, config=make_config(args, drafting=True))
+    plain, speculating = make_specs(args, job.gamma)
     with ExitStack() as stack:
         baseline = stack.enter_context(open_arm(plain, job.folder, progress.say))
         if not has_room_beside(baseline):

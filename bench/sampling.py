@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, open_arm
 from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
 from laguna_serve.bench.plan import BASELINE
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = describe_environment(current_argv())
         prompts = choose_prompts(args)
         args.gammas = choose_gammas(args)
+        if not is_begun(out / "samples"):
+            check_specs(make_spec(args, gamma, args.seed) for gamma in (None, *args.gammas))
         claim_folder(out / "samples", list_settings(args, prompts, environment))
         sets = draw(args, prompts, out / "samples", Progress())
         result = judge(args, environment, sets)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.arm_flags import ENGINE_FLAGS, add_arm_flags, check_arm_flags, find_dtype, make_spec
+from laguna_serve.bench.arms import check_specs
 from laguna_serve.bench.client import EndpointError
 from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
+from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
 from laguna_serve.bench.plan import ARMS, CANDIDATE
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
@@ -152,6 +153,7 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
 
     Raises:
         ProblemsError, CheckpointError: an input cannot be used, or the folder holds other answers.
+        EngineError: an engine could not be started.
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
     problems = load_problems(Path(args.problems))
@@ -159,11 +161,14 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
         expected = f"expected at most {len(problems)}, got {args.num_problems}"
         raise ProblemsError(f"--num-problems: {expected}; the file has no more problems")
     problems = problems[: args.num_problems]
-    limits = choose_limits(args.without_namespaces)
+    specs = {name: make_spec(args, name) for name in ARMS}
     folder = Path(args.out) / "answers"
+    if not is_begun(folder):
+        check_specs(specs.values())
+    limits = choose_limits(args.without_namespaces)
     claim_folder(folder, list_settings(args, problems, environment))
     return Job(
-        specs={name: make_spec(args, name) for name in ARMS},
+        specs=specs,
         problems=problems,
         form=args.form,
         max_tokens=args.max_tokens,

@@ -24,6 +24,7 @@ from laguna_serve.serving.command import (
 )
 from laguna_serve.serving.device import Device, find_device, find_vllm
 from laguna_serve.serving.vendor_defaults import ChatContract
+from laguna_serve.serving.vllm_flags import check_flags
 from laguna_serve.serving.weight_files import require_weights
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
@@ -101,13 +102,17 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
 
 
 def check_launches(configs: Iterable[EngineConfig]) -> None:
-    """Everything that `plan_launch` would refuse, of engines that are started later.
+    """Everything that `plan_launch` would refuse, of engines that are started later; and vLLM's word on flags that were
+    handed to it unread.
 
     Raises:
         EngineError: the first of them that cannot be started.
     """
-    for config in configs:
-        plan_launch(config)
+    planned = [(config, plan_launch(config)) for config in configs]
+    try:
+        check_flags([launch.command for config, launch in planned if config.extra_args])
+    except CheckpointError as error:
+        raise EngineError(str(error)) from None
 
 
 def check_launch(config: EngineConfig) -> Checkpoints:

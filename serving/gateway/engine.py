@@ -35,8 +35,7 @@ class Engine:
     moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
     One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
-    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (those before) are for
-    people.
+    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people.
     """
 
     config: Upstream

@@ -10,6 +10,8 @@ from ab_harness import PROMPTS, Answer, RunAb, common_flags
 from fake_engine import Behaviour, FakeEngine
 
 from laguna_serve.bench import ab, plot
+from laguna_serve.serving import launch
+from laguna_serve.serving.device import Device
 
 
 @pytest.fixture
@@ -24,6 +26,12 @@ def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Drawing takes longer than everything else together; tests that look at the picture say so."""
     if "draws" not in request.fixturenames:
         monkeypatch.setattr(plot, "draw", lambda _result, path: path.write_bytes(b""))
+
+
+@pytest.fixture(autouse=True)
+def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are fake here, so whether there is memory for real ones does not matter."""
+    monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a roomy one", 64 << 30, 64 << 30))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from fake_engine import Behaviour, FakeEngine
 
 from laguna_serve.bench import ab
 
+TEACHER = Path(__file__).resolve().parents[1] / "toy" / "teacher"
+
 
 @pytest.mark.usefixtures("draws")
 def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path) -> None:
@@ -125,6 +127,6 @@ def test_quick_is_a_default_that_flags_override() -> None:
 def test_quick_takes_sixteen_prompts_at_most(tmp_path: Path, flags: list[str], timed: int) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(30)))
-    plan, _ = ab.prepare(ab.parse_args(["--model", "m", "--prompts", str(path), "--out", "o", *flags]))
+    plan, _ = ab.prepare(ab.parse_args(["--model", str(TEACHER), "--prompts", str(path), "--out", "o", *flags]))
     assert len(plan.prompts) == timed
     assert len(plan.warmup) == 4

@@ -329,6 +329,7 @@ def compare_engines(
     def run(ours: Manners, theirs: Manners) -> tuple[list[str], int, dict[str, Any]]:
         made = type("Made", (StandInEngine,), {"started": [], "manners": (ours, theirs)})
         monkeypatch.setattr(arms, "Engine", made)
+        monkeypatch.setattr(arms, "check_launches", lambda _configs: None)
         files = ["--problems", str(problems_file), "--out", str(tmp_path / "out")]
         status = invariance.main([*files, "--model", "M", "--draft", "D", "--form", "completion"])
         return made.started, status, json.loads(capsys.readouterr().out.splitlines()[-1])

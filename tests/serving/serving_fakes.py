@@ -108,7 +108,7 @@ def is_alive(pid: int) -> bool:
 
 
 def post(base_url: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
-    """The JSON of the answer, of an error too; None where there was none."""
+    """The JSON of the answer, of an error with its `status`; None where there was none."""
     data = json.dumps({} if body is None else body).encode()
     request = urllib.request.Request(base_url + path, data, {"Content-Type": "application/json", **(headers or {})})
     try:
@@ -116,7 +116,7 @@ def post(base_url: str, path: str, body: Any = None, headers: dict[str, str] | N
             return json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
-            return json.load(error)
+            return {"status": error.code, **json.load(error)}
     except (OSError, http.client.HTTPException):
         return None
 

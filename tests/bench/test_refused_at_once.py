@@ -1,0 +1,157 @@
+"""Whatever can be refused is refused before the first engine starts, by every command that starts several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laguna_serve.bench import ab, arms, certify, gamma_sweep, prefix_cache, rollouts, sampling
+from laguna_serve.evals import invariance
+from laguna_serve.serving import launch
+from laguna_serve.serving.device import Device
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+PROMPTS = ["--prompts", str(TOY / "prompts.jsonl")]
+Main = Callable[[list[str]], int]
+# The command, its other arguments, and what γ is called there.
+COMMANDS: dict[str, tuple[Main, list[str], str]] = {
+    "ab": (ab.main, [*PROMPTS, "--quick"], "--gamma"),
+    "ab-certify": (ab.main, [*PROMPTS, "--quick", "--certify", "--sequential"], "--gamma"),
+    "certify": (certify.main, [*PROMPTS, "--quick"], "--gamma"),
+    "gamma_sweep": (gamma_sweep.main, [*PROMPTS, "--quick"], "--gammas"),
+    "sampling": (sampling.main, [*PROMPTS, "--quick"], "--gammas"),
+    "rollouts": (rollouts.main, [*PROMPTS], "--gamma"),
+    "prefix_cache": (prefix_cache.main, [*PROMPTS, "--quick"], "--gamma"),
+    "invariance": (invariance.main, ["--form", "completion", "--without-namespaces"], "--gamma"),
+}
+each_command = pytest.mark.parametrize("command", COMMANDS)
+each_arm = pytest.mark.parametrize("name", ["ab", "ab-certify", "certify", "invariance"])
+
+
+class NoEngine:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused; give the line that says why."""
+    monkeypatch.setattr(arms, "Engine", NoEngine)
+
+    def run(command: str, *flags: str, model: Path = TOY / "teacher", draft: Path | None = TOY / "dflash") -> str:
+        main, more, _ = COMMANDS[command]
+        pair = ["--model", str(model), *([] if draft is None else ["--draft", str(draft)])]
+        try:
+            status = main([*pair, *more, "--out", str(tmp_path / "out"), *flags])
+        except SystemExit as error:  # argparse, after its usage
+            status = int(error.code or 0)
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2, lines
+        assert not any("Traceback" in line for line in lines)
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a toy checkpoint with some of its config changed."""
+
+    def make(name: str, **changes: Any) -> Path:
+        folder = tmp_path / f"changed-{name}"
+        shutil.copytree(TOY / name, folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return folder
+
+    return make
+
+
+@each_command
+def test_gamma_beyond_the_block(refuse: Callable[..., str], command: str) -> None:
+    flag = COMMANDS[command][2]
+    assert "expected 1 to 7" in (line := refuse(command, flag, "9")) or "expected at most 7" in line
+
+
+@each_command
+def test_drafter_that_does_not_fit(refuse: Callable[..., str], copy: Callable[..., Path], command: str) -> None:
+    ids = json.loads((TOY / "dflash" / "config.json").read_text())["dflash_config"]
+    misfit = copy("dflash", dflash_config=ids | {"target_layer_ids": [1, 3, 4, 99]})
+    assert "expected target layer ids from 0 to 5, got [99]" in refuse(command, draft=misfit)
+
+
+@each_command
+def test_target_as_a_drafter(refuse: Callable[..., str], command: str) -> None:
+    assert "expected a DFlash drafter, got LagunaForCausalLM" in refuse(command, draft=TOY / "teacher")
+
+
+@each_command
+@pytest.mark.parametrize("what", ["model", "draft"])
+def test_weights_that_are_cut_off(
+    refuse: Callable[..., str], copy: Callable[..., Path], command: str, what: str
+) -> None:
+    broken = copy("teacher" if what == "model" else "dflash")
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "expected a whole safetensors file" in refuse(command, **{what: broken})
+
+
+@each_command
+@pytest.mark.parametrize("what", ["model", "draft"])
+def test_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path, command: str, what: str) -> None:
+    assert "expected an existing folder or a hub id" in refuse(command, **{what: tmp_path / "none"})
+
+
+@each_command
+def test_memory_that_cannot_suffice(refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a small one", 1 << 30, 1 << 30))
+    assert refuse(command).split(": ", 1)[1].startswith("memory of a small one: expected ")
+
+
+@each_arm
+@pytest.mark.parametrize("arm", ["baseline", "candidate"])
+def test_flags_that_are_the_launchers(refuse: Callable[..., str], name: str, arm: str) -> None:
+    assert "--port: expected it from the launcher" in refuse(name, f"--{arm}-args=--port 9")
+
+
+@each_arm
+@pytest.mark.parametrize("arm", ["baseline", "candidate"])
+def test_flags_with_an_open_quote(refuse: Callable[..., str], name: str, arm: str) -> None:
+    assert f"--{arm}-args: expected flags as in a shell, got no closing quotation" in refuse(name, f"--{arm}-args='")
+
+
+@each_arm
+def test_other_candidate_that_is_not_there(refuse: Callable[..., str], tmp_path: Path, name: str) -> None:
+    line = refuse(name, "--candidate-model", str(tmp_path / "none"))
+    assert "none: expected an existing folder or a hub id" in line
+
+
+def test_levers_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path) -> None:
+    line = refuse("gamma_sweep", "--stack", f"pruned={tmp_path / 'none'}")
+    assert "none: expected an existing folder or a hub id" in line
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nonsense 3", "unrecognized arguments: --nonsense"),
+        ("--max-num-batched-tokens many", "argument --max-num-batched-tokens"),
+    ],
+)
+def test_flags_that_vllm_does_not_know(refuse: Callable[..., str], flags: str, message: str) -> None:
+    line = refuse("ab", f"--candidate-args={flags}")
+    assert line.startswith("ab.py: vLLM's flags: expected those that it knows, got ")
+    assert message in line
+
+
+@pytest.mark.vllm
+def test_sound_flags_pass() -> None:
+    flags = ["--candidate-args=--max-num-batched-tokens 512 --no-enable-prefix-caching", *PROMPTS, "--out", "o"]
+    plan, _ = ab.prepare(ab.parse_args(["--model", str(TOY / "teacher"), *flags]))
+    assert plan.prompts
