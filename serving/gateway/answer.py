@@ -48,7 +48,7 @@ class Answer:
 
     def __init__(self, client: Client, cycle: RequestResponseCycle, relay: Relay) -> None:
         self._client, self.cycle, self._transport, self._relay = client, cycle, client.transport, relay
-        self._chunked = self._silent = False
+        self._chunked = self._silent = self._ends_with_connection = False
         self._unsent: list[bytes] = []
         self.incomplete = True
 
@@ -93,6 +93,7 @@ class Answer:
             parts += (name, b": ", value, b"\r\n")
         if not length and not self._silent:
             self._chunked = cycle.scope["http_version"] == "1.1"
+            self._ends_with_connection = not self._chunked
             cycle.keep_alive = cycle.keep_alive and self._chunked
             if self._chunked:
                 parts.append(b"transfer-encoding: chunked\r\n")
@@ -136,7 +137,7 @@ class Answer:
         """Close the connection in the middle. A client of HTTP/1.0 would take its end for the body's: it is reset."""
         self.flush()
         self.cycle.body = bytearray()
-        if not self._chunked and not self.cycle.keep_alive:
+        if self._ends_with_connection:
             self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         if self._transport.get_write_buffer_size():
             self._transport.abort()  # a client that takes nothing would keep it open

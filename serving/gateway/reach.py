@@ -36,7 +36,8 @@ def take_kept(engine: Engine, size: int) -> Connection | None:
 
 
 async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False) -> Connection:
-    """Wait for a slot, where the request has none yet, and for a connection; a new one if `afresh`. `size` is the body's.
+    """Wait for a slot, where the request has none yet, and for a connection; a new one if `afresh`, or if the body has
+    too many bytes (`size`) to be remembered.
 
     Raises:
         GatewayError: 503 no engine is up, 429 the queue is full, 408 no slot in time, 502 none could be reached.
