@@ -121,6 +121,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
+        self._poll = select.poll()
         self.idle_since = self.received_s = 0.0
         self._reset()
 
@@ -177,19 +178,14 @@ class Connection(asyncio.Protocol):
 
     def is_usable(self) -> bool:
         """It is open; an end that has arrived is seen though the event loop has not come to it."""
-        if self._transport is None:
-            return False
-        if self._socket is None:
-            return True
-        poll = select.poll()
-        poll.register(self._socket.fileno(), CLOSED)
-        return not poll.poll(0)
+        return self._transport is not None and not self._poll.poll(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._socket = transport.get_extra_info("socket")
         if self._socket is not None:
+            self._poll.register(self._socket.fileno(), CLOSED)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in TCP_KEEPALIVE:
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -167,8 +167,7 @@ class Relay:
         head = exchange.head
         if head.method not in ("GET", "HEAD"):
             return False
-        if head.path.startswith(MODELS + "/"):
-            name = head.path.removeprefix(MODELS + "/")
+        if head.path.startswith(MODELS + "/") and (name := head.path.removeprefix(MODELS + "/")):
             exchange.wait_for(self._render_model(name), lambda body: exchange.reply(200, JSON, body))
             return True
         if head.path != MODELS or (len(self.pools) == 1 and not self.config.models[0].aliases):

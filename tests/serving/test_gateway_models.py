@@ -243,6 +243,8 @@ def test_model_by_its_name(name: str) -> None:
             with front_of() as front:
                 reply = front.ask(f"{MODELS}/{name}")
                 assert (reply.status, reply.json()["id"]) == (200, name.replace("%2F", "/"))
+                for other in ("/v1/models/", "/v1/modelsx", "/v1/models?x"):
+                    assert front.ask(other).json().get("id") is None
                 missing = front.ask(f"{MODELS}/nobody%2Fthere")
                 assert (missing.status, missing.json()["error"]["code"]) == (404, "model_not_found")
 
