@@ -1,10 +1,10 @@
 """Everything a client can send, to an engine with a drafter or without: does it live, and answer as its API says?
 
-First every parameter of every route with every value of a list, alone (bench/fuzz_values.py); then batches of unlike
-requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave.  After each batch /health must
-answer 200 and a greedy request give the tokens that it gave at the start.  What is wrong is cut down to the smallest
-batch that still shows it; after a death the run goes on with a new engine, and with `--resume` where an earlier run
-into the same folder stopped.  The parameters come from the engine's own /openapi.json.
+Every parameter of every route with every value of a list, alone (bench/fuzz_values.py), and in between batches of
+unlike requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave.  After each batch
+/health must answer 200 and a greedy request give the tokens that it gave at the start.  What is wrong is cut down to
+the smallest batch that still shows it; after a death the run goes on with a new engine, and with `--resume` where an
+earlier run into the same folder stopped.  The parameters come from the engine's own /openapi.json.
 
 OUT/fuzz.json has every finding, OUT/sent.jsonl all requests in order.  The last stdout line is one JSON object (schema
 laguna_serve.fuzz/1).  Needs hypothesis, which the locked environments have.
@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,18 @@ class Fuzz:
             self._engine = None
 
     def _list_batches(self, parameters: dict[str, dict[str, Any]], model: str) -> Iterator[list[Request]]:
-        """Every parameter alone, then what is drawn, from where an earlier run stopped; without an end."""
+        """Parameters alone, in an order drawn by seed, and drawn batches between; from where an earlier run stopped."""
         singles = list_singles(parameters, model)
-        alone = [singles[start : start + SINGLES_TOGETHER] for start in range(0, len(singles), SINGLES_TOGETHER)]
-        start = self._totals["batches"]
-        yield from alone[start:]
-        number, place = divmod(max(0, start - len(alone)), BATCHES_PER_ROUND)
-        for seed_value in count(self._args.seed * 1_000_003 + number):
-            yield from draw_batches(parameters, model, seed_value=seed_value, count=BATCHES_PER_ROUND)[place:]
-            place = 0
+        random.Random(self._args.seed).shuffle(singles)
+        alone = (singles[start : start + SINGLES_TOGETHER] for start in range(0, len(singles), SINGLES_TOGETHER))
+
+        def draw() -> Iterator[list[Request]]:
+            for seed_value in count(self._args.seed * 1_000_003):
+                yield from draw_batches(parameters, model, seed_value=seed_value, count=BATCHES_PER_ROUND)
+
+        drawn = draw()
+        mixed = chain(chain.from_iterable(zip(alone, drawn, strict=False)), drawn)
+        return islice(mixed, self._totals["batches"], None)
 
     async def _start(self) -> Engine:
         """The engine, started if it is not running."""

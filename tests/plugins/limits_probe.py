@@ -17,6 +17,8 @@ import vllm.entrypoints.launchers.app as launcher
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm import SamplingParams
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -119,11 +121,37 @@ def messages() -> list[Any]:
     return [[answer.status_code, answer.json().get("type"), answer.json()["error"]["type"]] for answer in answers]
 
 
+def unreadable() -> list[Any]:
+    """The status for an attribute that is not there, met in reading a request, and in the server's own code."""
+    answers = []
+    for read in (True, False):
+        try:
+            params: Any = backend_guidance.has_guidance_unsupported_json_features(NoWalk()) if read else wish(json={})
+            answers.append(params.nothing)
+        except Exception as error:
+            answers.append(error_response.create_error_response(error).error.code)
+    return answers
+
+
+class NoWalk(dict[str, Any]):
+    """A schema that cannot be walked."""
+
+    def values(self) -> Any:
+        raise AttributeError("'list' object has no attribute 'get'")
+
+
+def dead_end() -> str:
+    """What a request comes to that the engine has ended with an error."""
+    config = SimpleNamespace(kv_transfer_config=None, ec_transfer_config=None)
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+    return outcome(lambda: GenerateBaseServing._raise_if_error(serving, "error", "r")).split(":")[0]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "repaired":
         from laguna_serve.plugins.repairs import repair_front_end
 
         repair_front_end()
         repair_front_end()
-    cases = (messages, surrogate, sequences, properties, guidance, outlines)
+    cases = (unreadable, dead_end, messages, surrogate, sequences, properties, guidance, outlines)
     print(json.dumps({case.__name__: case() for case in cases}))

@@ -36,6 +36,12 @@ def test_stock_blames_itself_for_a_surrogate() -> None:
     assert probe("stock")["surrogate"] == ["UnicodeEncodeError", []]
 
 
+def test_stock_blames_itself_for_what_it_cannot_read() -> None:
+    """When this fails, vLLM knows whose mistake it is: retire plugins/repairs/client_errors.py."""
+    assert probe("stock")["unreadable"] == [500, 500]
+    assert probe("stock")["dead_end"] == "GenerationError"
+
+
 def test_stock_answers_messages_in_openais_form() -> None:
     """When this fails, vLLM minds the route: retire plugins/repairs/anthropic_errors.py."""
     assert [kind for _, kind, _ in probe("stock")["messages"][:2]] == [None, None]
@@ -70,3 +76,8 @@ def test_errors_have_the_form_of_their_api() -> None:
     anthropic, openai = probe("repaired")["messages"][:2], probe("repaired")["messages"][2:]
     assert anthropic == [[400, "error", "invalid_request_error"]] * 2
     assert [kind for _, kind, _ in openai] == [None, None]
+
+
+def test_what_cannot_be_read_is_the_clients_mistake_and_nothing_else_is() -> None:
+    assert probe("repaired")["unreadable"] == [400, 500]
+    assert probe("repaired")["dead_end"] == "VLLMValidationError"
