@@ -33,6 +33,7 @@ from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.record import current_argv, describe_environment, write_json
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine_log import find_cause, read_log
+from laguna_serve.serving.vendor_defaults import ChatOptions
 
 SCHEMA = "laguna_serve.fuzz/1"
 SINGLES_TOGETHER, BATCHES_PER_ROUND, REPORT_EVERY = 8, 50, 50
@@ -172,6 +173,7 @@ class Fuzz:
             dtype="float32",
             enforce_eager=True,
             max_num_seqs=16,
+            chat=ChatOptions(),
             extra_args=("--max-num-batched-tokens", str(STEP_TOKENS)),
         )
         engine = Engine(config, log_path=self._out / f"engine-{self._totals['starts']}.log")

@@ -21,6 +21,7 @@ import pytest
 from laguna_serve.bench.fuzz_client import ask_control, check_batch, open_session
 from laguna_serve.bench.fuzz_requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.vendor_defaults import ChatOptions
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 pytestmark = pytest.mark.vllm
@@ -50,6 +51,8 @@ WISHES: dict[str, dict[str, Any]] = {
     "truncated": {"truncate_prompt_tokens": 4},
     "repetition_detection": {"repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 3}},
     "cut prompt": {"prompt": LONG},
+    "thinking budget": {"prompt": "<think>" + PROMPT, "thinking_token_budget": 9, "skip_special_tokens": False},
+    "no budget": {"prompt": "<think>" + PROMPT, "thinking_token_budget": 0, "skip_special_tokens": False},
     "seed": {"temperature": 0.9, "seed": 1},
     "seed with several answers": {"temperature": 0.8, "seed": 5, "n": 3},
     "seed with a cut prompt": {"temperature": 1, "seed": 1, "prompt": LONG},
@@ -73,6 +76,7 @@ def start(draft: str | None, log: Path) -> Engine:
         dtype="float32",
         enforce_eager=True,
         max_num_seqs=16,
+        chat=ChatOptions(),
         extra_args=("--max-num-batched-tokens", "256"),
     )
     return Engine(config, log_path=log)
@@ -174,5 +178,6 @@ def test_whatever_is_sent_is_answered_and_changes_nothing(kind: str, request: py
                     break
         return found
 
-    assert asyncio.run(run()) == []
+    found = asyncio.run(run())
+    assert [wrong for wrong, _ in found] == [], found
     engine.check()
