@@ -129,6 +129,7 @@ class Served:
     def __init__(self, url: str, greeting: str) -> None:
         self.greeting = greeting
         self.clients: dict[str, dict[str, str | None]] = {}
+        self.log = ""
         self.whole = {name: post(url, path, body) for name, (path, body) in CASES.items()}
         self.events = {name: post(url, path, body | {"stream": True}) for name, (path, body) in CASES.items()}
         self.unsaid = post(url, CHAT, UNSAID)
@@ -193,6 +194,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
         folder = tmp_path_factory.mktemp(arm)
         with run_server([*arguments, "--eager", "--max-num-seqs", "4"], folder) as url:
             found[arm] = Served(url, (folder / "serve.out").read_text())
+            found[arm].log = (folder / "engine.log").read_text()
             if arm == "plain":
                 found[arm].clients = check_clients(url)
     return found
@@ -326,6 +328,11 @@ def test_messages_use_tools_and_think(served: Served) -> None:
         started = [event["content_block"] for event in served.events[name] if event["type"] == "content_block_start"]
         assert started[0]["type"] == "thinking"
     assert served.counted > 100
+
+
+def test_system_messages_between_turns_stay_in_place(served: Served) -> None:
+    """Else vLLM says so at the start: an agent's every reminder would move to the front, and miss the prefix cache."""
+    assert "system-first ordering" not in served.log
 
 
 @pytest.mark.parametrize("arm", ["drafter", "release"])
