@@ -37,10 +37,11 @@ DEATHS = {
 class Stream:
     """A streaming client that reads to the end in a thread."""
 
-    def __init__(self, url: str, path: str = COMPLETIONS) -> None:
+    def __init__(self, url: str, path: str = COMPLETIONS, body: Any = None) -> None:
         self.data = b""
         self._begun = threading.Event()
-        request = urllib.request.Request(url + path, b'{"stream": true}', {"Content-Type": "application/json"})
+        data = json.dumps(body or {"stream": True}).encode()
+        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
         self._answer = urllib.request.urlopen(request, timeout=60)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
