@@ -100,7 +100,9 @@ def tell_figures(result: Mapping[str, Any]) -> list[str]:
     endings = ", ".join(f"{count} {status}" for status, count in sorted(result["statuses"].items()))
     lines.append(f"Samples: {endings}; {result['truncated']} cut off at max_tokens")
     if result["not_judged"]:
-        lines.append(f"{result['not_judged']} could not be judged (unjudged, fault): counted as not passed, not as wrong")
+        lines.append(
+            f"{result['not_judged']} could not be judged (unjudged, fault): counted as not passed, not as wrong"
+        )
     return lines
 
 

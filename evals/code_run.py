@@ -121,4 +121,6 @@ async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Work
 
 def _read_grade(grades: SampleLog, key: Key) -> Grade | None:
     entry = grades.entries.get(key)
-    return None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
+    return (
+        None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
+    )

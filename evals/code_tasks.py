@@ -1,10 +1,10 @@
 """How many code problems does a model behind an OpenAI-compatible endpoint solve? Its programs are run, in a sandbox.
 
-Problems are in HumanEval's JSONL schema. Reported: pass@k (unbiased; strict, and as the published tests say) and the mean
-share of tests passed, each with a 95% interval over problems. First, universal wrong answers (constants, empty values,
-NaN, exceptions, …) are tried on every problem: those that they pass are named. DIR gets code_tasks.json and code_tasks.md, and keeps every answer and grade (answers.jsonl,
-grades.jsonl), so that the same command continues; the last stdout line is one JSON object (schema
-laguna_serve.code_tasks/1).
+Problems are in HumanEval's JSONL schema. First, universal wrong answers (constants, empty values, NaN, exceptions, …)
+are tried on every problem, and those that they pass are named. Reported: pass@k (unbiased; strict, and as the published
+tests say) and the mean share of tests passed, each with a 95% interval over problems. DIR gets code_tasks.json and
+code_tasks.md, and keeps every answer and grade (answers.jsonl, grades.jsonl), so that the same command continues; the
+last stdout line is one JSON object (schema laguna_serve.code_tasks/1).
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problems = load_problems(Path(args.problems))
         limits = make_limits(args)
-        return check_canonical(args, problems, limits, progress) if args.check_canonical else evaluate(args, problems, limits)
+        return (
+            check_canonical(args, problems, limits, progress)
+            if args.check_canonical
+            else evaluate(args, problems, limits)
+        )
     except KeyboardInterrupt:
         print("code_tasks.py: interrupted; the same command continues with what is missing", file=sys.stderr)
         return INTERRUPTED

@@ -258,7 +258,9 @@ def compare(
         for problem in problems
     }
     programs = {
-        problem.task_id: tuple(read_safely(answer.text, problem, job.form).program for answer in answers[problem.task_id])
+        problem.task_id: tuple(
+            read_safely(answer.text, problem, job.form).program for answer in answers[problem.task_id]
+        )
         for problem in problems
     }
     grade_all(job, problems, programs, kept.grades, progress)

@@ -44,9 +44,7 @@ def find_weakness(problem: Problem, limits: Limits) -> Weakness:
     return Weakness(problem.task_id, passed[0], passed[1] if not baseline.fault else (), fault)
 
 
-def find_weaknesses(
-    problems: Sequence[Problem], limits: Limits, report: Callable[[int, int], None]
-) -> list[Weakness]:
+def find_weaknesses(problems: Sequence[Problem], limits: Limits, report: Callable[[int, int], None]) -> list[Weakness]:
     """Every problem's, in order. `report` is told (done, total) after each."""
     found = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -5,8 +5,8 @@ test: instrument.py. A test that raises has failed and the next one follows. An 
 of the innermost `for`, outside of loops the whole of check: what was not reached has not passed.
 
 Signs on the report's pipe, one per test: "+" passed; "!" passed as published, but for want of anything to check
-(observe.py); "-" failed; "?" cannot be judged: something cannot cross between the processes. And "~": of no single test,
-but the run as a whole lacks something that the canonical solution's has.
+(observe.py); "-" failed; "?" cannot be judged: something cannot cross between the processes. And "~": of no single
+test, but the run as a whole lacks something that the canonical solution's has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from laguna_serve.evals.sandbox.instrument import ITERATION, TEST, WATCH, rewrite
 from laguna_serve.evals.sandbox.names import find_missing
 from laguna_serve.evals.sandbox.observe import Observer, Watcher
-from laguna_serve.evals.sandbox.probes import PROBES, PROBE_S, OutOfTime, ProbeCandidate
+from laguna_serve.evals.sandbox.probes import PROBE_S, PROBES, OutOfTime, ProbeCandidate
 from laguna_serve.evals.sandbox.remote_program import RemoteProgram
 from laguna_serve.evals.sandbox.rpc import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.worker import describe
@@ -111,7 +111,7 @@ class Guard:
         return True
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """The problem's own code does not load."""
 
 
@@ -128,7 +128,7 @@ class Run:
         """The prompt's definitions and the tests, rewritten.
 
         Raises:
-            Fault: they do not load.
+            FaultError: they do not load.
         """
         self.space = load_prompt(self._config["prompt"])
         self.space[TEST] = Guard(self.tally, counts=True)
@@ -138,13 +138,13 @@ class Run:
             tree = rewrite(self._config["test"], self._config["entry_point"])
             self.code = compile(tree, "test.py", "exec")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise Fault(f"expected tests that compile, got {describe(error)}") from error
+            raise FaultError(f"expected tests that compile, got {describe(error)}") from error
 
     def run(self, candidate: Any) -> None:
         """Run `check`.
 
         Raises:
-            Fault: the tests do not load.
+            FaultError: the tests do not load.
         """
         self.space[self._config["entry_point"]] = candidate
         try:
@@ -152,7 +152,7 @@ class Run:
         except (Unsendable, PeerGone):
             raise
         except SWALLOWED as error:
-            raise Fault(f"expected tests that load, got {describe(error)}") from error
+            raise FaultError(f"expected tests that load, got {describe(error)}") from error
         seed_random(SEED)  # the canonical solution and the program get the same tests
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(SEED)
@@ -190,7 +190,7 @@ def judge(config: dict[str, Any], wire_fd: int, report_fd: int) -> None:
         return tally.close("gone", str(error))
     except Unsendable as error:
         tally.add_failure(error)
-    except Fault as error:
+    except FaultError as error:
         return tally.close("fault", str(error))
     return tally.close("ended", record=run.observer.make_record(tally.counts[PASSED] + tally.counts[WEAK]))
 
@@ -216,7 +216,7 @@ def load_prompt(prompt: str) -> dict[str, Any]:
         try:
             exec(code, space)
         except Exception as error:
-            raise Fault(f"expected a prompt that loads, got {describe(error)}") from error
+            raise FaultError(f"expected a prompt that loads, got {describe(error)}") from error
         break
     space["__name__"] = "test"
     return space
@@ -249,4 +249,3 @@ def probe(config: dict[str, Any], report_fd: int) -> None:
         found[name] = [published, published and not unmet and not counts[WEAK] and counts[PASSED] >= wanted]
     sys.stdout = said
     Tally(report_fd, "").close("ended", probes=found)
-

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 TEST, ITERATION, WATCH = "_guard_test", "_guard_iteration", "_watch"
-ALL_OF = frozenset(("all", "allclose", "isclose", "array_equal", "array_equiv"))
 COMPARING = frozenset(
-    ("allclose", "isclose", "assert_allclose", "assert_almost_equal", "assert_approx_equal", "assert_array_equal")
-    + ("assert_array_almost_equal", "assert_array_less", "assert_equal", "assert_array_max_ulp")
+    (
+        *("allclose", "isclose", "assert_allclose", "assert_almost_equal", "assert_approx_equal", "assert_equal"),
+        *("assert_array_equal", "assert_array_almost_equal", "assert_array_less", "assert_array_max_ulp"),
+    )
 )
 
 
@@ -44,15 +45,18 @@ def rewrite(test: str, entry_point: str) -> ast.Module:
     tree = ast.parse(test)
     asserting = find_asserting(tree)
     for node in list(_walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.name == "check" or node.name in asserting):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (
+            node.name == "check" or node.name in asserting
+        ):
             _Watching(node, {"candidate", entry_point}).rewrite()
-    tree = _StopNames().visit(tree)
+    _StopNames().visit(tree)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
             body = [_guard(statement, asserting) for statement in node.body]
             guarded = any(_is_guard(part, TEST) for statement in body for part in _walk(statement))
             node.body = body if guarded else [_wrap(TEST, body, node)]
-    return ast.fix_missing_locations(tree)
+    ast.fix_missing_locations(tree)
+    return tree
 
 
 def find_asserting(tree: ast.Module) -> set[str]:
@@ -209,7 +213,7 @@ class _Watching(ast.NodeTransformer):
         plain = not any(isinstance(arg, ast.Starred) for arg in node.args)
         if name in COMPARING and plain and len(node.args) >= 2:
             return _watch("compare", [node.func, *node.args], node, node.keywords)
-        if name == "all" and isinstance(node.func, ast.Attribute) and _may_be_array(node):
+        if name == "all" and isinstance(node.func, ast.Attribute):  # `x.all()`; `np.all(x)` too
             return _watch("all_of", [node.func.value, *node.args], node, node.keywords)
         if name == "all" and isinstance(node.func, ast.Name) and plain and len(node.args) == 1:
             return _watch("all", node.args, node)
@@ -238,11 +242,6 @@ class _Originals(ast.NodeTransformer):
         if node.id in self._names and isinstance(node.ctx, ast.Load):
             return _watch("original", [node], node)
         return node
-
-
-def _may_be_array(node: ast.Call) -> bool:
-    """`x.all()`; `np.all(x)` too."""
-    return isinstance(node.func, ast.Attribute)
 
 
 def _list_names(node: ast.AST) -> set[str]:

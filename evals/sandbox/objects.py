@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from laguna_serve.evals.sandbox.forms import MalformedError, Node, list_attributes
 from laguna_serve.evals.sandbox.proxies import (
     AsyncRunner,
     Remote,
@@ -22,10 +23,10 @@ from laguna_serve.evals.sandbox.proxies import (
     make_exception,
     make_exception_class,
     make_proxy,
+    mark_used,
     run_remotely,
 )
 from laguna_serve.evals.sandbox.rpc import Call, Peer, PeerExit
-from laguna_serve.evals.sandbox.values import MalformedError, Node, list_attributes
 
 Referred = tuple[Node, list[Any]]
 
@@ -44,6 +45,7 @@ class ObjectPeer(Peer):
     def refer(self, value: Any) -> Referred | None:
         """A proxy goes back as the other side's object; instances of shared classes and exceptions are copied."""
         if isinstance(value, Remote):
+            mark_used(value)
             return ["yours", get_number(value), []], []
         if isinstance(value, types.ModuleType | types.FrameType | types.CodeType | types.TracebackType):
             return None
@@ -122,4 +124,5 @@ class ObjectPeer(Peer):
 
     def compare(self, remote: Remote, operation: str, other: Any) -> Any:
         """A comparison with an object of the other side."""
+        mark_used(remote)
         return self.call(get_number(remote), operation, (other,), {})

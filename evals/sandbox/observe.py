@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from laguna_serve.evals.sandbox.forms import ITEMS, KEYS, VALUES, is_finite
 from laguna_serve.evals.sandbox.proxies import ProgramStopIterationError, Remote, is_used
-from laguna_serve.evals.sandbox.values import ITEMS, KEYS, VALUES, is_finite
 
 # How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
 MAX_CALLS, MAX_LOOKED = 20_000, 100_000
@@ -44,12 +44,12 @@ def find_family(value: Any) -> str:
     if value is None:
         return NOTHING
     for family, kinds in ((TRUTH, bool), (NUMBER, NUMBERS), (TEXT, str), (MAPPING, dict), (MANY, COLLECTIONS)):
-        if isinstance(value, kinds):  # type: ignore[arg-type]
+        if isinstance(value, kinds):
             return family
     if isinstance(value, bytes | bytearray | memoryview):
         return BYTES
     if type(value).__module__ == "numpy":
-        if getattr(value, "ndim", 0):
+        if getattr(value, "ndim", None):
             return MANY
         return TRUTH if value.dtype.kind == "b" else TEXT if value.dtype.kind in "US" else NUMBER
     return type(value).__name__
@@ -79,8 +79,9 @@ def look_into(value: Any) -> Iterator[Any]:
             waiting += [*part.keys(), *part.values()]
         elif isinstance(part, list | tuple | set | frozenset | collections.deque):
             waiting += part
-        elif type(part).__module__ == "numpy" and getattr(part, "ndim", 0) and part.dtype.kind in "fc":
-            waiting += part.ravel()[:MAX_LOOKED].tolist()
+        elif type(part).__module__ == "numpy" and hasattr(part, "tolist"):
+            numbers = part.ravel()[:MAX_LOOKED].tolist() if part.dtype.kind in "fc" else []
+            waiting += numbers
         else:
             yield part
 
@@ -122,7 +123,9 @@ class Observer:
     """Notes the calls of one run. `baseline`: the record of the canonical solution's run, or None. `note`: told of
     each weakness."""
 
-    def __init__(self, baseline: dict[str, Any] | None, test: str, open_ended: bool, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, baseline: dict[str, Any] | None, test: str, open_ended: bool, note: Callable[[str], None]
+    ) -> None:
         self.baseline = baseline
         self.calls = 0
         self.kinds: dict[str, Kind] = {}
@@ -187,7 +190,8 @@ class Observer:
                 self.note("calls", f"{wanted}, got {self.calls}")
             return
         for value in self.answers.values():
-            if isinstance(value, Remote) and not is_used(value) and type(value).__name__ not in ("Match", "Pattern"):
+            looked_at = not isinstance(value, Remote) or is_used(value) or type(value).__name__ in ("Match", "Pattern")
+            if not looked_at and not (self.entry_is_class and find_family(value) == OBJECT):
                 self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
 
     def make_record(self, passed: int) -> dict[str, Any]:
@@ -256,7 +260,9 @@ class Watcher:
                 self._observer.note("all", "expected something to check, got an empty array", line)
         return value.all(*args, **named)
 
-    def compare(self, line: int, function: Callable[..., Any], first: Any, second: Any, *args: Any, **named: Any) -> Any:
+    def compare(
+        self, line: int, function: Callable[..., Any], first: Any, second: Any, *args: Any, **named: Any
+    ) -> Any:
         """numpy's comparisons: of nothing with something they hold."""
         numpy = sys.modules.get("numpy")
         if numpy is not None and getattr(function, "__module__", "").startswith("numpy"):

@@ -47,8 +47,10 @@ def _iterate(*args: Any, **named: Any) -> Iterator[Any]:
     return iter(())
 
 
+CONSTANTS: tuple[Any, ...] = (None, True, False, 0, 1, -1, 0.0, "", "a", b"", ())
 PROBES: dict[str, Callable[..., Any]] = {
-    **{f"return {value!r}": _constant(value) for value in (None, True, False, 0, 1, -1, 0.0, "", "a", b"", (), {})},
+    **{f"return {value!r}": _constant(value) for value in CONSTANTS},
+    "return {}": lambda *args, **named: {},
     "return []": lambda *args, **named: [],
     "return [[]]": lambda *args, **named: [[]],
     "return ([],)": lambda *args, **named: ([],),

@@ -19,7 +19,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from laguna_serve.evals.sandbox.rpc import Peer
 
-_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "xor", "or")
+_BINARY = (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "divmod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "xor",
+    "or",
+)
 ASYNC_SPECIALS = ("__aenter__", "__aexit__", "__anext__")
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 SPECIALS = (
@@ -80,7 +95,7 @@ class Remote:
 
 def operate(remote: Remote, operation: str, *args: Any, **named: Any) -> Any:
     """Have the other side do something with an object of its own."""
-    object.__setattr__(remote, "_remote_used", True)
+    mark_used(remote)
     peer: Peer = object.__getattribute__(remote, "_remote_peer")
     return peer.call(object.__getattribute__(remote, "_remote_number"), operation, args, named)
 
@@ -89,6 +104,11 @@ def get_number(remote: Remote) -> int:
     """Its number on the other side."""
     number: int = object.__getattribute__(remote, "_remote_number")
     return number
+
+
+def mark_used(remote: Remote) -> None:
+    """Something is asked of it."""
+    object.__setattr__(remote, "_remote_used", True)
 
 
 def is_used(remote: Remote) -> bool:

@@ -75,7 +75,12 @@ class RemoteProgram(ObjectPeer):
         """Serve what is harmless."""
         if operation in ("getattr", "setattr", "delattr"):
             return self._reach(value, operation, args)
-        if operation == "signature" or operation in ("", "await") or operation in SPECIALS or operation in ASYNC_SPECIALS:
+        if (
+            operation == "signature"
+            or operation in ("", "await")
+            or operation in SPECIALS
+            or operation in ASYNC_SPECIALS
+        ):
             return operate_on(value, operation, args, named, _run_apart)
         raise TypeError(f"expected a call or a special method, got {operation[:40]}")
 
@@ -259,4 +264,3 @@ def _run_apart(awaitable: Any) -> Any:
     if error is not None:
         raise error
     return value
-

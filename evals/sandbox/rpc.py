@@ -5,8 +5,8 @@ so that functions, iterators and objects may be passed either way: they stay whe
 proxy of them (proxies.py). What a call changed in the objects that it was given is written back into the caller's, and
 an answer may be one of them. Frames are bounded in size. What values may travel, and in what form: values.py.
 
-Messages, JSON lists: ["call", number, operation, items, named items, nodes, options] with operation "" for a plain call;
-["done" | "raised", item | description, {own node: content}, nodes, options]; ["unsendable", text].
+Messages are JSON lists: ["call", number, operation, items, named items, nodes, options], the operation "" for a plain
+call; ["done" | "raised", item | description, {own node: content}, nodes, options]; ["unsendable", text].
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class Peer:
             changes, nodes, options = rest
             call.changes = {int(index): node for index, node in changes.items()}
             sent = call.encoder.nodes
-            if any(sent[index][0] not in CHANGEABLE or node[0] != sent[index][0] for index, node in call.changes.items()):
+            if any(
+                sent[index][0] not in CHANGEABLE or node[0] != sent[index][0] for index, node in call.changes.items()
+            ):
                 raise ValueError("changes of what cannot change")
             self.take_options(options)
             decoder = Decoder(nodes, self.resolve, self.bounds, call.encoder.objects)
@@ -186,17 +188,17 @@ class Peer:
             if kind != "call" or isinstance(number, bool) or number < 0:
                 raise ValueError("no call")
             value = self.exported[number]
-        except UnsendableError as error:
-            return self._send(["unsendable", str(error)])
-        except UNREADABLE as error:
-            raise PeerGone(f"expected a call, got {str(message)[:60]}") from error
+        except UnsendableError as trouble:
+            return self._send(["unsendable", str(trouble)])
+        except UNREADABLE as trouble:
+            raise PeerGone(f"expected a call, got {str(message)[:60]}") from trouble
         leave = self.enter(options)
         try:
             try:
-                result, error = self.operate(value, str(operation), args, keywords), None
+                result = self.operate(value, str(operation), args, keywords)
             finally:
                 more = leave()
-            self._answer(decoder, result, error, more)
+            self._answer(decoder, result, None, more)
         except (PeerGone, Unsendable) as trouble:
             if isinstance(trouble, PeerGone):
                 raise

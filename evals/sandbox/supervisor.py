@@ -95,10 +95,14 @@ class Limits:
 
 @dataclass(slots=True)
 class Trial:
-    """What came of a program and its tests. `weak`: tests passed for want of anything to check; `unjudged`: those of
-    which nothing can be said; `unmet`: 1 where the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls, to compare
-    other programs with; `probes`: which universal wrong answers pass, as published and strictly; `exit_code`: the
-    worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and stderr."""
+    """What came of a program and its tests.
+
+    `weak`: tests passed for want of anything to check; `unjudged`: those of which nothing can be said; `unmet`: 1 where
+    the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls,
+    to compare other programs with; `probes`: which universal wrong answers pass, as published and strictly;
+    `exit_code`: the worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and
+    stderr.
+    """
 
     passed: int = 0
     weak: int = 0
@@ -136,7 +140,7 @@ def run_trial(
 ) -> Trial:
     """Run the problem's tests on a program. Blocking; may be called from several threads at once.
 
-    `baseline`: the record of the canonical solution's trial. `probes`: run the tests on universal wrong answers instead.
+    `baseline`: the record of the canonical solution's trial. `probes`: universal wrong answers run instead.
 
     Raises:
         JailError: the jail could not be set up.
@@ -297,15 +301,17 @@ def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: L
                     child.started = bool(data)
                     deadline = time.monotonic() + limits.wall_s
         trial.timed_out = report in selector.get_map()
+    if verdict:
+        with contextlib.suppress(ValueError):  # the grader was killed while it wrote
+            said = json.loads(verdict)
+            trial.ending, trial.detail = said["ending"], said["detail"]
+            trial.record, trial.probes = said.get("record"), said.get("probes")
     for child in (worker, grader):
-        if not child.started:
+        # The grader may have come to its end without the worker: the tests do not load, or it ran probes.
+        if not child.started and trial.ending in (None, "gone"):
             _stop(worker, grader)
             said = child.output.decode(errors="replace").strip()[-500:]
             raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
-    with contextlib.suppress(ValueError):  # the grader was killed while it wrote
-        said = json.loads(verdict)
-        trial.ending, trial.detail = said["ending"], said["detail"]
-        trial.record, trial.probes = said.get("record"), said.get("probes")
     if trial.ending == "gone":
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(END_S)

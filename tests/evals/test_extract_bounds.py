@@ -135,7 +135,8 @@ def test_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("code", ["import time\ntime.sleep(999)", "while True: pass", "x = bytearray(1 << 40)"])
 def test_reader_that_stalls_or_grows_is_ended(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     # In the place of a text that does this to CPython's parser, of which none is known in this version.
-    stuck = f"import laguna_serve.evals.extract_worker as w\ndef read(*_):\n    exec({code!r})\nw.read_program = read\nw.serve()"
+    stuck = "import laguna_serve.evals.extract_worker as w\n"
+    stuck += f"def read(*_):\n    exec({code!r})\nw.read_program = read\nw.serve()"
     monkeypatch.setattr(extract_worker, "PYTHON", [sys.executable, "-P", "-c", stuck])
     monkeypatch.setattr(extract_worker, "WALL_S", 1.0)
     monkeypatch.setattr(extract_worker, "START_S", 2.0)

@@ -123,7 +123,8 @@ def test_file_system_holds_the_library_alone(tmp_path: Path) -> None:
 import os
 def f():
     home = [attempt(os.listdir, path) for path in ({str(Path.home() / ".ssh")!r}, {str(tmp_path)!r}, "/proc", "/sys")]
-    files = [attempt(open, path) for path in ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(supervisor.__file__))!r})]
+    paths = ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(supervisor.__file__))!r})
+    files = [attempt(open, path) for path in paths]
     os.symlink({str(tmp_path / "secret")!r}, "/tmp/link")
     return home + files + [attempt(open, "/tmp/link"), attempt(os.link, "/etc/ld.so.cache", "/tmp/hard")]
 """

@@ -32,7 +32,7 @@ def make(body: str, canonical: str | None) -> Problem:
 
 @pytest.fixture(scope="module")
 def fooled() -> dict[str, tuple[Grade, Grade | None]]:
-    """Every case's grade of the wrong program and of the right one; several at once, as most of the time is starting."""
+    """Every case's grade of the wrong program and of the right one; several at once, as they mostly start processes."""
 
     def work(case: dict[str, str]) -> tuple[Grade, Grade | None]:
         problem = make(case["test"], case.get("canonical"))
@@ -164,7 +164,7 @@ def test_insides_of_the_tests_are_out_of_reach(program: str) -> None:
     for given in ("(i for i in range(3))", "N()", "lambda: 1"):
         problem = make(f"{body}raise RuntimeError('got ' + repr(candidate({given})))", None)
         found = grade(problem, program, LIMITS)
-        assert "got " not in found.detail.replace("expected a", ""), found
+        assert "RuntimeError: got" not in found.detail, found
 
 
 def test_grader_is_bounded() -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from laguna_serve.evals.answers import Verdict, grade_answer
 from laguna_serve.evals.code_run import make_prompt
-from laguna_serve.evals.grading import Grade, grade
+from laguna_serve.evals.grading import grade
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
 from laguna_serve.evals.sandbox import Limits
 from laguna_serve.evals.splits import HELD_OUT_SHARE, split_problems

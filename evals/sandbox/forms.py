@@ -1,0 +1,337 @@
+"""The forms of types: what a value of each consists of on the wire, and how one is made from it.
+
+Decoding builds these types alone. A subclass of a program's travels as its nearest base here: the bases' own methods
+are used, what a subclass overrides plays no part.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import datetime
+import decimal
+import fractions
+import keyword
+import math
+import pathlib
+import sys
+import types
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+Node = list[Any]
+ARRAY_CODES = frozenset("bBuhHiIlLqQfd")
+NUMPY_KINDS = frozenset("biufcSUmM")
+EMPTY: dict[Any, Any] = {}
+KEYS, VALUES, ITEMS = type(EMPTY.keys()), type(EMPTY.values()), type(EMPTY.items())
+
+
+class UnsendableError(Exception):
+    """A value that has no form, or is too large."""
+
+
+class MalformedError(Exception):
+    """Nodes that `Encoder` did not make."""
+
+
+def find_form(value: Any, kind: type) -> type | None:
+    """The type as which a value travels: its own, or the nearest base that has a form."""
+    if isinstance(value, type):
+        return type if TYPES.get(value.__name__) is value else None
+    if kind in FORMS:
+        return kind
+    for base in kind.__mro__:
+        if base in FORMS and base is not type:
+            return base
+    module = kind.__module__
+    if module == "numpy" and "numpy" in sys.modules and _is_plain_numpy(value):
+        return sys.modules["numpy"].ndarray  # type: ignore[no-any-return]
+    return None
+
+
+def _is_plain_numpy(value: Any) -> bool:
+    numpy = sys.modules["numpy"]
+    return isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in NUMPY_KINDS
+
+
+def describe(value: Any, form: type, tag: str = "") -> tuple[str, Any, list[Any]]:
+    """Tag, extra and children. `tag`: the one that the object had, where it is described again."""
+    if tag == "record":
+        return "record", type(value).__name__, list_attributes(value)
+    if form in FORMS:
+        return FORMS[form](value)
+    kind = next((base for base in type(value).__mro__ if base in FORMS), None)
+    if kind is not None:
+        return FORMS[kind](value)
+    if type(value).__module__ == "numpy":
+        tag = "ndarray" if isinstance(value, sys.modules["numpy"].ndarray) else "npscalar"
+        return tag, [value.dtype.str, list(value.shape), value.tobytes().hex()], []
+    raise UnsendableError(f"expected a value that can be sent, got one of type {type(value).__name__}")
+
+
+def list_attributes(value: Any) -> list[Any]:
+    """An object's own attributes, names and values alternating, slots among them."""
+    pairs = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                pairs[name] = getattr(value, name)
+    return [part for pair in pairs.items() for part in pair]
+
+
+def _tuple(value: Any) -> tuple[str, Any, list[Any]]:
+    fields = getattr(type(value), "_fields", None)
+    if isinstance(fields, tuple) and len(fields) == len(value) and all(isinstance(name, str) for name in fields):
+        return "namedtuple", [type(value).__name__, *fields], list(tuple.__iter__(value))
+    return "tuple", None, list(tuple.__iter__(value))
+
+
+def _defaultdict(value: Any) -> tuple[str, Any, list[Any]]:
+    factory = value.default_factory
+    name = factory.__name__ if isinstance(factory, type) and TYPES.get(factory.__name__) is factory else None
+    return "defaultdict", name, _pairs(value)
+
+
+def _pairs(value: Any) -> list[Any]:
+    return [part for pair in dict.items(value) for part in pair]
+
+
+def _zone(value: Any) -> Any:
+    """A time zone: its name, its offset from UTC in seconds, or None."""
+    if value.tzinfo is None:
+        return None
+    key = getattr(value.tzinfo, "key", None)
+    if isinstance(key, str):
+        return key
+    offset = value.utcoffset()
+    return None if offset is None else offset.total_seconds()
+
+
+def _date(value: datetime.date) -> tuple[str, Any, list[Any]]:
+    return "date", [value.year, value.month, value.day], []
+
+
+def _datetime(value: datetime.datetime) -> tuple[str, Any, list[Any]]:
+    fields = [value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond]
+    return "datetime", [fields, value.fold, _zone(value)], []
+
+
+def _time(value: datetime.time) -> tuple[str, Any, list[Any]]:
+    return "time", [[value.hour, value.minute, value.second, value.microsecond], value.fold, _zone(value)], []
+
+
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(bool, bytearray, bytes, complex, dict, enumerate, filter, float, frozenset, int, list, map, memoryview),
+        *(object, range, reversed, set, slice, str, tuple, type, zip, type(None), type(...), types.SimpleNamespace),
+        *(collections.Counter, collections.OrderedDict, collections.defaultdict, collections.deque, array.array),
+        *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction),
+        *(uuid.UUID, pathlib.PurePosixPath, pathlib.PosixPath),
+    )
+}
+# The bases' own methods: what a subclass overrides plays no part.
+FORMS: dict[type, Callable[[Any], tuple[str, Any, list[Any]]]] = {
+    str: lambda v: ("str", str.__str__(v), []),
+    bool: lambda v: ("bool", bool(v), []),
+    float: lambda v: ("float", float.__float__(v), []),
+    int: lambda v: ("int", hex(int.__int__(v)), []),
+    list: lambda v: ("list", None, list(list.__iter__(v))),
+    tuple: _tuple,
+    collections.Counter: lambda v: ("counter", None, _pairs(v)),
+    collections.defaultdict: _defaultdict,
+    collections.OrderedDict: lambda v: (
+        "odict",
+        None,
+        [part for key in collections.OrderedDict.__iter__(v) for part in (key, dict.__getitem__(v, key))],
+    ),
+    dict: lambda v: ("dict", None, _pairs(v)),
+    set: lambda v: ("set", None, list(set.__iter__(v))),
+    frozenset: lambda v: ("frozenset", None, list(frozenset.__iter__(v))),
+    collections.deque: lambda v: ("deque", v.maxlen, list(collections.deque.__iter__(v))),
+    KEYS: lambda v: ("keys", None, list(v)),
+    VALUES: lambda v: ("values", None, list(v)),
+    ITEMS: lambda v: ("items", None, [part for pair in v for part in pair]),
+    complex: lambda v: ("complex", [v.real, v.imag], []),
+    bytes: lambda v: ("bytes", bytes(v).hex(), []),
+    bytearray: lambda v: ("bytearray", bytes(v).hex(), []),
+    memoryview: lambda v: ("memoryview", bytes(v).hex(), []),
+    array.array: lambda v: ("array", [v.typecode, v.tobytes().hex()], []),
+    range: lambda v: ("range", None, [v.start, v.stop, v.step]),
+    slice: lambda v: ("slice", None, [v.start, v.stop, v.step]),
+    decimal.Decimal: lambda v: ("decimal", decimal.Decimal.__str__(v), []),
+    fractions.Fraction: lambda v: ("fraction", None, [v.numerator, v.denominator]),
+    datetime.datetime: _datetime,
+    datetime.date: _date,
+    datetime.time: _time,
+    datetime.timedelta: lambda v: ("timedelta", [v.days, v.seconds, v.microseconds], []),
+    uuid.UUID: lambda v: ("uuid", v.hex, []),
+    pathlib.PosixPath: lambda v: ("path", str(v), []),
+    pathlib.PurePosixPath: lambda v: ("purepath", str(v), []),
+    type(...): lambda v: ("ellipsis", None, []),
+    type(NotImplemented): lambda v: ("notimplemented", None, []),
+    types.SimpleNamespace: lambda v: ("namespace", None, [part for pair in vars(v).items() for part in pair]),
+    type: lambda v: ("type", v.__name__, []),
+}
+
+
+def set_attributes(value: Any, parts: list[Any]) -> None:
+    """Replace an object's own attributes."""
+    own = getattr(value, "__dict__", None)
+    if own is not None:
+        own.clear()
+    for name, part in zip(parts[::2], parts[1::2], strict=True):
+        object.__setattr__(value, name, part)
+
+
+def _fill_dict(value: Any, parts: list[Any], _: Any) -> None:
+    dict.clear(value)
+    for key, part in zip(parts[::2], parts[1::2], strict=True):
+        dict.__setitem__(value, key, part)
+
+
+def _fill_ordered(value: Any, parts: list[Any], _: Any) -> None:
+    value.clear()
+    for key, part in zip(parts[::2], parts[1::2], strict=True):
+        value[key] = part
+
+
+def _fill_list(value: Any, parts: list[Any], _: Any) -> None:
+    value[:] = parts
+
+
+def _fill_set(value: Any, parts: list[Any], _: Any) -> None:
+    value.clear()
+    value.update(parts)
+
+
+def _fill_deque(value: Any, parts: list[Any], _: Any) -> None:
+    value.clear()
+    value.extend(parts)
+
+
+def _fill_bytes(value: Any, _: list[Any], extra: Any) -> None:
+    value[:] = bytes.fromhex(extra)
+
+
+def _fill_array(value: Any, _: list[Any], extra: Any) -> None:
+    del value[:]
+    value.frombytes(bytes.fromhex(extra[1]))
+
+
+def _fill_namespace(value: Any, parts: list[Any], _: Any) -> None:
+    vars(value).clear()
+    vars(value).update(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _make_array(extra: Any) -> Any:
+    if extra[0] not in ARRAY_CODES:
+        raise MalformedError(f"an array of {extra[0]!r}")
+    return array.array(extra[0])
+
+
+def _fill_ndarray(value: Any, _: list[Any], extra: Any) -> None:
+    fresh = _make_ndarray(extra)
+    value[...] = fresh
+
+
+def _make_ndarray(extra: Any) -> Any:
+    import numpy
+
+    kind, shape, data = extra
+    dtype = numpy.dtype(kind)
+    if dtype.kind not in NUMPY_KINDS:
+        raise MalformedError(f"an array of {kind!r}")
+    return numpy.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
+
+
+# tag: (an empty object, how it is filled: object, decoded items, extra)
+MUTABLE: dict[str, tuple[Callable[[Any], Any], Callable[[Any, list[Any], Any], None]]] = {
+    "list": (lambda _: [], _fill_list),
+    "dict": (lambda _: {}, _fill_dict),
+    "set": (lambda _: set(), _fill_set),
+    "odict": (lambda _: collections.OrderedDict(), _fill_ordered),
+    "counter": (lambda _: collections.Counter(), _fill_dict),
+    "defaultdict": (lambda extra: collections.defaultdict(None if extra is None else TYPES[extra]), _fill_dict),
+    "deque": (lambda extra: collections.deque(maxlen=extra), _fill_deque),
+    "bytearray": (lambda _: bytearray(), _fill_bytes),
+    "array": (_make_array, _fill_array),
+    "namespace": (lambda _: types.SimpleNamespace(), _fill_namespace),
+    "ndarray": (_make_ndarray, _fill_ndarray),
+}
+_named: dict[tuple[str, ...], Any] = {}
+
+
+def _make_namedtuple(extra: Any, values: list[Any]) -> Any:
+    key = tuple(map(str, extra))
+    if any(not name.isidentifier() or keyword.iskeyword(name) for name in key) or len(key) != len(values) + 1:
+        return tuple(values)
+    if key not in _named:
+        _named[key] = collections.namedtuple(key[0], key[1:], rename=True)
+    return _named[key](*values)
+
+
+def _make_zone(zone: Any) -> datetime.tzinfo | None:
+    if zone is None:
+        return None
+    if isinstance(zone, str):
+        import zoneinfo
+
+        return zoneinfo.ZoneInfo(zone)
+    return datetime.timezone(datetime.timedelta(seconds=zone))
+
+
+def _make_fraction(_: Any, values: list[Any]) -> Any:
+    return fractions.Fraction(*values)
+
+
+def _make_decimal(extra: Any, _: list[Any]) -> Any:
+    return decimal.Decimal(extra)
+
+
+IMMUTABLE: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "bool": lambda extra, _: bool(extra),
+    "str": lambda extra, _: str(extra),
+    "float": lambda extra, _: float(extra),
+    "int": lambda extra, _: int(extra, 16),
+    "tuple": lambda _, values: tuple(values),
+    "namedtuple": _make_namedtuple,
+    "frozenset": lambda _, values: frozenset(values),
+    "keys": lambda _, values: dict.fromkeys(values).keys(),
+    "values": lambda _, values: dict(enumerate(values)).values(),
+    "items": lambda _, values: dict(zip(values[::2], values[1::2], strict=True)).items(),
+    "complex": lambda extra, _: complex(float(extra[0]), float(extra[1])),
+    "bytes": lambda extra, _: bytes.fromhex(extra),
+    "memoryview": lambda extra, _: memoryview(bytes.fromhex(extra)),
+    "range": lambda _, values: range(*values),
+    "slice": lambda _, values: slice(*values),
+    "decimal": _make_decimal,
+    "fraction": _make_fraction,
+    "date": lambda extra, _: datetime.date(*extra),
+    "datetime": lambda extra, _: datetime.datetime(*extra[0]).replace(tzinfo=_make_zone(extra[2]), fold=extra[1]),
+    "time": lambda extra, _: datetime.time(*extra[0]).replace(tzinfo=_make_zone(extra[2]), fold=extra[1]),
+    "timedelta": lambda extra, _: datetime.timedelta(*extra),
+    "uuid": lambda extra, _: uuid.UUID(hex=extra),
+    "path": lambda extra, _: pathlib.PosixPath(extra),
+    "purepath": lambda extra, _: pathlib.PurePosixPath(extra),
+    "npscalar": lambda extra, _: _make_ndarray(extra)[()],
+    "ellipsis": lambda _, __: ...,
+    "notimplemented": lambda _, __: NotImplemented,
+    "type": lambda extra, _: TYPES[extra],
+}
+
+
+def is_finite(value: Any) -> bool:
+    """False of a number that is infinite or none."""
+    try:
+        return not isinstance(value, int | float | complex | decimal.Decimal) or _is_finite_number(value)
+    except (OverflowError, decimal.DecimalException):
+        return True
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, complex):
+        return math.isfinite(value.real) and math.isfinite(value.imag)
+    return bool(value.is_finite()) if isinstance(value, decimal.Decimal) else math.isfinite(value)
