@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from laguna_serve.plugins.layers import SPARSE, LayersError, resolve_layer_kinds
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WIDTHS_KEY = "intermediate_size_per_layer"
 # A GPU's matrix units work on tiles; a width that is a multiple of a larger tile wastes less of them.
@@ -150,11 +152,13 @@ def read_widths(config: Mapping[str, Any], name: str) -> list[int] | None:
 
 
 def is_dense(config: Mapping[str, Any]) -> bool:
-    """Whether a Laguna config.json describes dense layers alone."""
-    kinds = config.get("mlp_layer_types")
-    if config.get("model_type") != "laguna" or not isinstance(kinds, list) or not kinds:
+    """Whether a Laguna config.json describes dense layers alone, in any of its spellings (layers.py)."""
+    if config.get("model_type") != "laguna":
         return False
-    return all(kind == "dense" for kind in kinds) or config.get("num_experts") == 0
+    try:
+        return SPARSE not in resolve_layer_kinds(config)
+    except LayersError as error:
+        raise PaddingError(f"config.json: {error}; fetch it again") from None
 
 
 def round_width(width: int, most: int) -> int:

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from laguna_serve.plugins.layers import SPARSE, LayersError, read_setting, resolve_layer_kinds
+
 
 class PruningError(ValueError):
     """A mask, a permutation or a config that does not describe a pruned Laguna, as one line."""
@@ -87,14 +89,15 @@ def read_shape(config: Mapping[str, Any], name: str) -> ExpertShape:
         raise PruningError(f"{name}: expected model_type 'laguna', got {got!r}; pass the base Laguna checkpoint")
     values: dict[str, int] = {}
     for key in ("num_hidden_layers", "num_experts", "moe_intermediate_size", "hidden_size"):
-        value = config.get(key)
+        value = read_setting(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PruningError(f"{name}: expected {key} to be a positive integer, got {value!r}; fetch it again")
         values[key] = value
-    kinds = config.get("mlp_layer_types")
-    if not isinstance(kinds, list) or len(kinds) != values["num_hidden_layers"]:
-        raise PruningError(f"{name}: expected mlp_layer_types to name every layer, got {kinds!r}; fetch it again")
-    layers = tuple(number for number, kind in enumerate(kinds) if kind == "sparse")
+    try:
+        kinds = resolve_layer_kinds(config)
+    except LayersError as error:
+        raise PruningError(f"{name}: {error}; fetch it again") from None
+    layers = tuple(number for number, kind in enumerate(kinds) if kind == SPARSE)
     if not layers:
         raise PruningError(f"{name}: expected sparse layers, got a model without any; there is nothing to prune")
     return ExpertShape(layers, values["num_experts"], values["moe_intermediate_size"], values["hidden_size"])

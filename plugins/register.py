@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "LagunaForCausalLM": "laguna_serve.plugins.models.laguna:LagunaForCausalLM",
     "LagunaDenseForCausalLM": "laguna_serve.plugins.models.dense:LagunaDenseForCausalLM",
     "LagunaSentinelForCausalLM": "laguna_serve.plugins.models.sentinel:LagunaSentinelForCausalLM",
+    "DFlashLagunaForCausalLM": "laguna_serve.plugins.models.dflash:DFlashLagunaForCausalLM",
 }
 CPU_ARCHITECTURES = {
     "LagunaForCausalLM": "laguna_serve.plugins.models.laguna_cpu:LagunaForCausalLM",

@@ -20,7 +20,7 @@ from laguna_serve.scripts.pruning.text import read_documents
 from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
-from laguna_serve.serving.drafter import LAGUNA, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
 from laguna_serve.serving.speculation import check_fit, open_drafter
 
 SCHEMA = "laguna_serve.drafter_convert/1"
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         vocabulary = choose_tokens(args, target_folder, drafter)
         done = to_speculators(config, tensors, head, vocabulary, target_folder.name)
     else:
-        done = to_laguna(config, tensors, head, embedding)
+        done = to_laguna(config, tensors, head, embedding, target.num_layers)
     print(format_parts(done))
     result: dict[str, Any] = {"schema": SCHEMA, "drafter": args.drafter, "to": args.to, "target": args.target}
     result |= {"out": str(args.out or "") or None, "carried": done.carried, "lost": done.lost, "difference": None}

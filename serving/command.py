@@ -6,6 +6,7 @@ Pure apart from reading the checkpoint's files: nothing is started and nothing o
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,11 @@ from laguna_serve.serving.checkpoint import (
     read_config,
     read_target,
 )
+from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
 from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import Drafter
 from laguna_serve.serving.exact import ENVIRONMENT
+from laguna_serve.serving.planning.support import check_support, check_use, choose_kv_dtype
+from laguna_serve.serving.planning.weights import estimate_bytes, estimate_drafter_bytes
 from laguna_serve.serving.release import assume_release, read_release
 from laguna_serve.serving.speculation import (
     DRAFT_SAMPLING,
@@ -42,6 +45,7 @@ from laguna_serve.serving.vendor_defaults import (
     choose_chat_flags,
     choose_environment,
     find_value,
+    names_flag,
 )
 from laguna_serve.serving.weight_files import measure_weights
 
@@ -58,6 +62,9 @@ CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# vLLM then takes the longest sequence that fits the KV cache.
+FITTED = "auto"
+KV_DTYPE = "--kv-cache-dtype"
 # The transfer engine that plugins/register.py registers under this name.
 WEIGHT_TRANSFER = {"backend": "folder"}
 
@@ -141,8 +148,11 @@ class Checkpoints:
     configs: tuple[dict[str, Any], ...] = ()
 
 
-def inspect(config: EngineConfig) -> Checkpoints:
-    """Reads and checks target, drafter and γ.  Raises CheckpointError with one line."""
+def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
+    """Reads and checks target, drafter and γ.  Raises CheckpointError with one line.
+
+    ``weights`` is False for a plan, which needs no more of a drafter than its config.json.
+    """
     if config.gamma is not None and config.draft is None:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
@@ -162,7 +172,11 @@ def inspect(config: EngineConfig) -> Checkpoints:
     target_folder = find_folder(config.model)
     target = read_target(target_folder) if target_folder is not None else None
     draft_folder = find_folder(config.draft) if config.draft is not None else None
-    drafter = open_drafter(draft_folder, config.draft or "") if draft_folder is not None else None
+    drafter = None
+    if draft_folder is not None:
+        drafter = open_drafter(draft_folder, config.draft or "") if weights else read_drafter(draft_folder)
+    if target is not None:
+        check_use(target, config.keep_mask)
     warnings: list[str] = []
     if target is not None and drafter is not None:
         check_fit(target, drafter)
@@ -178,12 +192,24 @@ def inspect(config: EngineConfig) -> Checkpoints:
         target=target,
         drafter=drafter,
         gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
-        weight_bytes=sum(measure_weights(folder) for folder in folders),
+        weight_bytes=_weigh(target, drafter, target_folder, draft_folder),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),
         configs=tuple(read_config(folder) for folder in folders),
     )
+
+
+def _weigh(
+    target: Target | None, drafter: Drafter | None, target_folder: Path | None, draft_folder: Path | None
+) -> int:
+    """Bytes of the weights: of those that are here, else of those that config.json describes."""
+    found = 0
+    if target is not None and target_folder is not None:
+        found += measure_weights(target_folder) or estimate_bytes(target)
+    if drafter is not None and draft_folder is not None:
+        found += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
+    return found
 
 
 def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:
@@ -209,16 +235,26 @@ def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device:
     On a CPU bench/prefix_cache.py finds a drafter's acceptance unchanged by prefix caching; a GPU has another model
     runner in vLLM, of which others report that it falls.
     """
-    if device.kind == "gpu" and config.draft is not None and config.prefix_caching:
-        return [
-            "prefix caching with a drafter has not been measured on a GPU yet, and may cost acceptance there"
-            " (vllm#47930): compare with bench/prefix_cache.py, or serve with --no-prefix-caching"
-        ]
+    if device.kind == "gpu":
+        return _list_gpu_notes(config, checkpoints, device)
     length, target = choose_max_model_len(config, checkpoints, device), checkpoints.target
-    if target is not None and length is not None and length < (config.max_model_len or target.max_model_len):
+    if target is not None and isinstance(length, int) and length < (config.max_model_len or target.max_model_len):
         why = "the rest is room for the drafter's block, without which vLLM stops drafting for all requests"
         return [f"longest sequence: {length} tokens instead of {config.max_model_len or target.max_model_len}; {why}"]
     return []
+
+
+def _list_gpu_notes(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
+    notes = []
+    if choose_max_model_len(config, checkpoints, device) == FITTED:
+        limit = "" if checkpoints.target is None else f", at most the model's {checkpoints.target.max_model_len}"
+        notes.append(f"longest sequence: what one of them can have in the memory left{limit} (--max-model-len sets it)")
+    if config.draft is not None and config.prefix_caching:
+        notes.append(
+            "prefix caching with a drafter has not been measured on a GPU yet, and may cost acceptance there"
+            " (vllm#47930): compare with bench/prefix_cache.py, or serve with --no-prefix-caching"
+        )
+    return notes
 
 
 def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device, port: int) -> list[str]:
@@ -226,8 +262,10 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
 
     Raises:
         BudgetError: not enough free memory.
+        CheckpointError: the device does not run what the checkpoints store.
     """
-    command = [sys.executable, "-m", SERVER_MODULE, "--model", _expand(config.model), "--host", config.host]
+    check_support(checkpoints.target, checkpoints.drafter, device)
+    command = [sys.executable, "-m", SERVER_MODULE, "--model", locate(config.model), "--host", config.host]
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
@@ -248,8 +286,11 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if config.draft is not None and checkpoints.gamma is not None:
         command += [
             "--speculative-config",
-            json.dumps(describe(config.draft, checkpoints.gamma, config.gamma_schedule, config.draft_sampling)),
+            json.dumps(describe(locate(config.draft), checkpoints.gamma, config.gamma_schedule, config.draft_sampling)),
         ]
+    if checkpoints.target is not None and not names_flag(config.extra_args, KV_DTYPE):
+        chosen = choose_kv_dtype(checkpoints.target, device)
+        command += [] if chosen is None else [KV_DTYPE, chosen[0]]
     command += plan_memory(
         device,
         weight_bytes=wanted_weight_bytes(config, checkpoints),
@@ -259,11 +300,17 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     return [*command, *checkpoints.chat.arguments, *config.extra_args]
 
 
-def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | None:
-    """The longest sequence.  With a drafter on a CPU its last block of the KV cache has room for a draft behind it
+def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | str | None:
+    """The longest sequence.
+
+    On a GPU, where none is asked for, it is what one sequence can have in the memory that is left, which vLLM works
+    out: with the model's own length it does not start where that does not fit.  With a drafter on a CPU the last block
+    of the KV cache has room for a draft behind it
     (γ + 1 tokens): one token more than was asked for, or as many fewer as it takes where the model ends there.
     """
     target, gamma = checkpoints.target, checkpoints.gamma
+    if device.kind == "gpu" and config.max_model_len is None:
+        return None if names_flag(config.extra_args, "--max-model-len") else FITTED
     if device.kind != "cpu" or target is None or gamma is None:
         return config.max_model_len
     wanted, needed = config.max_model_len or target.max_model_len, gamma + 1
@@ -280,20 +327,36 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
     A base with pruning files is cut down while it is loaded.  A dense model is loaded at its layers' true widths,
     unless several ranks are asked for, which our class does not do, or the user names a class.
     """
+    overrides = dict(target.overrides) if target is not None else {}
     if config.keep_mask is not None and config.group_indices is not None:
         files = {"keep_mask": config.keep_mask, "group_indices": config.group_indices}
         absolute = {name: os.path.abspath(_expand(path)) for name, path in files.items()}
-        return {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
-    taken = _names_flag(config.extra_args, (*PARALLEL_FLAGS, "--hf-overrides", "--quantization", "-q"))
+        return {**overrides, "architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
+    if _names_flag(config.extra_args, ("--hf-overrides",)):
+        return None
+    taken = _names_flag(config.extra_args, (*PARALLEL_FLAGS, "--quantization", "-q"))
     if target is not None and target.dense and target.plain and not taken:
-        return {"architectures": ["LagunaDenseForCausalLM"]}
-    return None
+        overrides["architectures"] = ["LagunaDenseForCausalLM"]
+    return overrides or None
 
 
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
-    """The weights as they will lie in memory: those on disk, twice that when 16 bits are widened to 32."""
+    """The weights as they will lie in a device's memory: those on disk, twice that when 16 bits are widened to 32, and
+    a part of them where several devices share a model."""
     stored = checkpoints.target.dtype if checkpoints.target is not None else config.dtype
-    return checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
+    whole = checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
+    return whole // count_ranks(config.extra_args)
+
+
+def count_ranks(arguments: Sequence[str]) -> int:
+    """Devices that share the model, by vLLM's flags; 1 where they cannot be read, of which vLLM will say why."""
+    given = [find_value(arguments, flag) or "1" for flag in PARALLEL_FLAGS]
+    return math.prod(int(value) for value in given if value.isdecimal() and value != "0")
+
+
+def locate(name: str) -> str:
+    """A checkpoint for vLLM: its folder, of a folder of the hub's cache the snapshot; a hub id as it is."""
+    return str(find_folder(name)) if os.path.isdir(_expand(name)) else _expand(name)
 
 
 def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:

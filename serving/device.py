@@ -34,12 +34,20 @@ class VllmInstall:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the engine computes on.  Bytes are those of the first GPU, or of the machine's memory on a CPU."""
+    """What the engine computes on.
+
+    Attributes:
+        total_bytes, free_bytes: of the first GPU, or of the machine's memory on a CPU.
+        capability: compute capability of a GPU × 10 (90 for 9.0); None where the driver does not tell.
+        isa: instructions of a CPU, as /proc/cpuinfo calls them.
+    """
 
     kind: Literal["cpu", "gpu"]
     name: str
     total_bytes: int
     free_bytes: int
+    capability: int | None = None
+    isa: tuple[str, ...] = ()
 
 
 def find_vllm() -> VllmInstall | None:
@@ -60,32 +68,56 @@ def find_device(install: VllmInstall | None) -> Device | None:
     gpu = None if install is not None and install.for_cpu else find_gpu()
     if gpu is None and install is not None and not install.for_cpu:
         return None
-    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes())
+    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes(), isa=read_cpu_flags())
 
 
 def find_gpu() -> Device | None:
     """The first visible NVIDIA GPU according to ``nvidia-smi``, which is installed wherever the driver is."""
+    line = _query_gpu("name,memory.total,memory.free")
+    try:
+        name, total_mib, free_mib = (field.strip() for field in (line or "").rsplit(",", 2))
+        return Device("gpu", name, int(total_mib) * MIB, int(free_mib) * MIB, capability=_read_capability())
+    except ValueError:
+        return None
+
+
+def _read_capability() -> int | None:
+    """Asked for by itself: drivers before R510 do not know the field, and answer no query that names it."""
+    major, _, minor = (_query_gpu("compute_cap") or "").strip().partition(".")
+    return int(major) * 10 + int(minor) if major.isdigit() and minor.isdigit() else None
+
+
+def _query_gpu(fields: str) -> str | None:
+    """nvidia-smi's line about the first visible GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible.partition(',')[0]}")
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-        name, total_mib, free_mib = (field.strip() for field in answer.splitlines()[0].rsplit(",", 2))
-        return Device("gpu", name, int(total_mib) * MIB, int(free_mib) * MIB)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
 
 def read_cpu_name() -> str:
     """The processor's model name, or "cpu" where the kernel does not tell."""
+    return _read_cpuinfo("model name") or "cpu"
+
+
+def read_cpu_flags() -> tuple[str, ...]:
+    """The processor's instructions; none where the kernel does not tell."""
+    return tuple((_read_cpuinfo("flags") or _read_cpuinfo("Features") or "").split())
+
+
+def _read_cpuinfo(key: str) -> str | None:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-            return next(names, "cpu")
+            return next(
+                (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None
+            )
     except OSError:
-        return "cpu"
+        return None
 
 
 def describe(device: Device) -> dict[str, Any]:
@@ -95,4 +127,5 @@ def describe(device: Device) -> dict[str, Any]:
         "name": device.name,
         "total_bytes": device.total_bytes,
         "free_bytes": device.free_bytes,
+        **({} if device.capability is None else {"capability": device.capability / 10}),
     }

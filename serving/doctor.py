@@ -1,4 +1,5 @@
-"""``laguna doctor``: is this installation able to serve, and if not, what to do about it.
+"""``laguna doctor``: is this installation able to serve, and if not, what to do about it; with a model, what serving it
+would take, before anything is started (planning/).
 
 The answers come from a fresh interpreter, as vLLM starts one (probe.py): vLLM logs and swallows a plugin's import
 failure and has Laguna classes of its own, so that a broken installation starts, and then computes something else or
@@ -15,7 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.serving import serve
+from laguna_serve.serving.command import EngineConfig
 from laguna_serve.serving.device import Device, describe, find_device, find_vllm
+from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.plan import make_plan
+from laguna_serve.serving.planning.report import describe_plan, format_plan
+from laguna_serve.serving.serve import add_model_options
 
 SCHEMA = "laguna_serve.doctor/1"
 PROBE_TIMEOUT_S = 300.0
@@ -24,9 +31,20 @@ INSTALL_US = "pip install --no-deps -e . in the project's folder"
 EPILOG = """examples:
   laguna doctor            a table, then the same as one JSON line
   laguna doctor --json     the JSON line alone
+  laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash
+  laguna doctor Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
 
-exit status: 0 when all is well, 1 when something is off, 2 when the check could not run
+exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run
 """
+# What of the command line of `laguna serve` a plan takes over as it is.
+UNUSED: dict[str, Any] = {
+    "host": None,
+    "port": None,
+    "served_model_name": None,
+    "exact": False,
+    "weight_updates": False,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +61,28 @@ class DoctorError(RuntimeError):
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``laguna doctor``."""
-    text = "Check the installation: versions, device, plugin, and which class serves each architecture."
+    text = "Check the installation: versions, device, plugin, and which class serves each architecture. With a model:"
+    text += " what it is, whether the device runs it, what it takes, how long its context can be, and the command."
     parser = commands.add_parser(
         "doctor",
-        help="check the installation",
+        help="check the installation, or plan a model",
         description=text,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("model", nargs="?", help="checkpoint folder or hub id to plan for; its weights are not needed")
+    add_model_options(parser)
+    parser.add_argument("--as-device", metavar="NAME", help=f"plan for another device: {', '.join(GPUS)}")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, **UNUSED)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the check and prints it; the exit status says how it went."""
+    if args.model is not None:
+        return run_plan(serve.read_config(args), args.as_device, as_json=args.json)
+    if args.as_device is not None or args.draft is not None:
+        raise DoctorError("doctor: expected a model with these flags, got none; name it first")
     report = run_probe()
     install = find_vllm()
     device = find_device(install)
@@ -72,6 +98,23 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result))
     return 1 if problems else 0
+
+
+def run_plan(config: EngineConfig, as_device: str | None, *, as_json: bool) -> int:
+    """Prints what serving this would take; nothing is started.  1 when it cannot be served so."""
+    if as_device is not None:
+        device: Device | None = plan_for(as_device)
+    else:
+        device = find_device(find_vllm())
+    if device is None:
+        raise DoctorError(
+            f"device: expected an NVIDIA GPU for this build of vLLM, got none; name one: {'|'.join(GPUS)}"
+        )
+    plan = make_plan(config, device, planned=as_device is not None)
+    if not as_json:
+        print(format_plan(plan))
+    print(json.dumps(describe_plan(plan)))
+    return 1 if plan.refusals else 0
 
 
 def run_probe() -> dict[str, Any]:

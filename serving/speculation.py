@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder, read_target
-from laguna_serve.serving.drafter import SLIDING, SPECULATORS, Drafter, read_drafter
+from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter, read_drafter
 
 HALF_RANGE = ("float16", "half")
 # How drafts are chosen where tokens are sampled: the drafter's likeliest token, or one drawn from its distribution,
@@ -69,7 +70,7 @@ def add_draft_sampling(parser: argparse._ActionsContainer) -> None:
 
 def open_drafter(folder: Path, name: str) -> Drafter:
     """Read a drafter's config and check its weights, those of a hub id only where they were fetched already."""
-    from laguna_serve.serving.drafter_weights import check_weights  # NumPy: not where nothing is drafted
+    from laguna_serve.serving.checkpoint.drafter_weights import check_weights  # NumPy: not where nothing is drafted
 
     drafter = read_drafter(folder)
     if Path(name).expanduser().is_dir() or next(folder.glob("*.safetensors"), None) is not None:
@@ -97,6 +98,9 @@ def check_fit(target: Target, drafter: Drafter) -> None:
     elif drafter.draft_vocab_size != target.vocab_size:
         limit = f"to draft all of the target's {target.vocab_size} tokens, whose head it shares"
         raise CheckpointError(f"{subject}: expected {limit}, got {drafter.draft_vocab_size}; {remedy}")
+    if drafter.target_layers not in (None, target.num_layers):
+        layers = f"a target of {drafter.target_layers} layers, as its num_target_layers says"
+        raise CheckpointError(f"{subject}: expected {layers}, got {target.num_layers}; {remedy}")
     _check_layer_ids(target, drafter, subject, remedy)
     if not 0 <= drafter.mask_token_id < target.vocab_size:
         limits = f"a mask token from 0 to {target.vocab_size - 1}"
@@ -130,7 +134,7 @@ def resolve_gamma(gamma: int | None, drafter: Drafter | None) -> int:
     if drafter is None:
         if gamma is None:
             raise CheckpointError(
-                "gamma: expected a number for a drafter that is not on this machine, got none; pass it"
+                "gamma: expected a number for a drafter that is not on this machine, got none; pass it, or fetch it"
             )
         return gamma
     if drafter.max_gamma < 1:

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models import laguna
 from vllm.platforms import current_platform
 
+from laguna_serve.plugins.layers import DENSE
 from laguna_serve.plugins.padding import (
     WIDTHS_KEY,
     PaddingError,
@@ -106,6 +107,7 @@ class LagunaDenseForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         _refuse_what_is_not_supported(vllm_config)
+        config.mlp_layer_types = [DENSE] * config.num_hidden_layers  # whichever key said so
         layers = _find_layers(vllm_config)
         widths = [units.width for units in layers]
         if not current_platform.is_cpu():

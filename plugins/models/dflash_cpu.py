@@ -1,4 +1,4 @@
-"""DFlash drafters on a CPU: vLLM's own two classes with their grouped norms mended.
+"""DFlash drafters on a CPU: their two classes with vLLM's grouped norms fixed.
 
 A drafter turns the target's hidden states into the keys and values of all its layers at once and normalises them with
 one call whose weights have a row per layer.  vLLM's CPU `rms_norm` takes the first row for every layer, and reads an
@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models import laguna_dflash, qwen3_dflash
+from vllm.model_executor.models import qwen3_dflash
+
+from laguna_serve.plugins.models import dflash
 
 
 def grouped_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -47,7 +49,7 @@ def project_context_kv(
     return keys, values
 
 
-class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: ignore[misc]
+class DFlashLagunaForCausalLM(dflash.DFlashLagunaForCausalLM):
     """The Laguna-style drafter (full vocabulary, embedding and head shared with the target)."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -29,6 +29,16 @@ from typing import Any
 
 import torch
 
+from laguna_serve.plugins.layers import SPARSE, resolve_layer_kinds
+from laguna_serve.scripts.drafters.layout import (
+    SHARED_KEYS,
+    describe_laguna,
+    read_block_size,
+    read_layer_types,
+    read_rope,
+)
+from laguna_serve.serving.checkpoint import read_dtype
+
 Tensors = dict[str, torch.Tensor]
 QKV = re.compile(r"layers\.(\d+)\.self_attn\.qkv_proj\.weight")
 KNOWN_LAGUNA = re.compile(
@@ -38,10 +48,6 @@ KNOWN_LAGUNA = re.compile(
 KNOWN_SPECULATORS = re.compile(
     r"d2t|t2d|(fc|hidden_norm|norm|lm_head|embed_tokens|layers\.\d+\.(input_layernorm|post_attention_layernorm"
     r"|mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj|self_attn\.[qk]_norm))\.weight"
-)
-SHARED_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "layer_types", "sliding_window"),
 )
 
 
@@ -76,9 +82,7 @@ def to_speculators(
     gate = _fold_gates(done, tensors, layers)
     if len(set(heads)) > 1:
         done.lost["heads per layer"] = f"{heads}: Qwen3's layers have equally many"
-    if not config.get("rope_parameters"):
-        done.lost["rotary embedding"] = "config.json has no rope_parameters, and the formats' defaults are not the same"
-    if config.get("num_experts") and "sparse" in config.get("mlp_layer_types", []):
+    if SPARSE in resolve_layer_kinds(config):
         done.lost["experts"] = "Qwen3's layers are dense"
     constant = _is_constant(tensors["hidden_norm.weight"])
     if constant:
@@ -112,8 +116,10 @@ def to_speculators(
     return done
 
 
-def to_laguna(config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor, embedding: torch.Tensor) -> Conversion:
-    """From the speculators format; head and embedding [V, H] are the target's."""
+def to_laguna(
+    config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor, embedding: torch.Tensor, target_layers: int
+) -> Conversion:
+    """From the speculators format; head and embedding [V, H] and the number of layers are the target's."""
     done = Conversion()
     layers = config["transformer_layer_config"]
     taps = len(config["aux_hidden_state_layer_ids"])
@@ -150,7 +156,7 @@ def to_laguna(config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor, e
     for tap in range(taps):
         done.tensors[f"aux_hidden_norms.{tap}.weight"] = torch.ones(width, dtype=tensors["fc.weight"].dtype)
     done.carried["output gate"] = "none, as before (gating: false)"
-    done.config = _laguna_config(config)
+    done.config = _laguna_config(config, target_layers)
     return done
 
 
@@ -209,21 +215,20 @@ def _check_vocabulary(done: Conversion, config: Mapping[str, Any], tensors: Tens
 
 
 def _speculators_config(config: Mapping[str, Any], verifier: str, drafted: int) -> dict[str, Any]:
-    layers = {key: config[key] for key in SHARED_KEYS if config.get(key) is not None}
-    kind = config["layer_types"][0]
-    rope = config.get("rope_parameters") or {}
+    layers = {key: config[key] for key in (*SHARED_KEYS, "sliding_window") if config.get(key) is not None}
     layers |= {
         "model_type": "qwen3",
         "hidden_act": "silu",
         "attention_bias": False,
-        "rope_parameters": rope.get(kind, rope),
+        "layer_types": read_layer_types(config),
+        "num_attention_heads": _heads(config)[0],
+        "rope_parameters": read_rope(config),
     }
-    layers["num_attention_heads"] = _heads(config)[0]
-    dflash = config["dflash_config"]
-    proposal = {"proposal_type": "greedy", "speculative_tokens": config["block_size"] - 1}
+    dflash, block_size = config["dflash_config"], read_block_size(config)
+    proposal = {"proposal_type": "greedy", "speculative_tokens": block_size - 1}
     return {
         "architectures": ["DFlashSpeculator"],
-        "dtype": config.get("dtype", "bfloat16"),
+        "dtype": read_dtype(dict(config)),
         "speculators_model_type": "dflash",
         "speculators_config": {
             "algorithm": "dflash",
@@ -234,42 +239,28 @@ def _speculators_config(config: Mapping[str, Any], verifier: str, drafted: int) 
         "transformer_layer_config": layers,
         "draft_vocab_size": drafted,
         "target_hidden_size": config["hidden_size"],
-        "block_size": config["block_size"],
+        "block_size": block_size,
         "mask_token_id": dflash["mask_token_id"],
         "aux_hidden_state_layer_ids": [layer + 1 for layer in dflash["target_layer_ids"]],
         "sliding_window_non_causal": not dflash.get("causal", False),
     }
 
 
-def _laguna_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _laguna_config(config: Mapping[str, Any], target_layers: int) -> dict[str, Any]:
     layers = config["transformer_layer_config"]
-    count = layers["num_hidden_layers"]
     rope = layers.get("rope_parameters") or {"rope_type": "default", "rope_theta": layers.get("rope_theta", 1e6)}
-    rope = {"partial_rotary_factor": 1.0, **rope}
-    dflash = {
-        "target_layer_ids": [layer - 1 for layer in config["aux_hidden_state_layer_ids"]],
-        "mask_token_id": config["mask_token_id"],
-        "causal": not config.get("sliding_window_non_causal", True),
-    }
-    return {
-        "architectures": ["DFlashLagunaForCausalLM"],
-        "model_type": "laguna",
-        "dtype": config.get("dtype") or layers.get("dtype") or "bfloat16",
-        **{key: layers[key] for key in SHARED_KEYS if layers.get(key) is not None},
-        "block_size": config["block_size"],
-        "draft_vocab_size": layers["vocab_size"],
-        "num_attention_heads_per_layer": [layers["num_attention_heads"]] * count,
-        "layer_types": layers.get("layer_types") or ["full_attention"] * count,
-        "mlp_layer_types": ["dense"] * count,
-        "num_experts": 0,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": layers["intermediate_size"],
-        "shared_expert_intermediate_size": 0,
-        "gating": False,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
-        "dflash_config": dflash,
-    }
+    return describe_laguna(
+        layers,
+        layer_types=read_layer_types(layers),
+        layer_ids=[layer - 1 for layer in config["aux_hidden_state_layer_ids"]],
+        num_target_layers=target_layers,
+        block_size=config["block_size"],
+        mask_token_id=config["mask_token_id"],
+        causal=not config.get("sliding_window_non_causal", True),
+        gated=False,
+        rope={"partial_rotary_factor": 1.0, **rope},
+        dtype=read_dtype({**config, **layers}),
+    )
 
 
 def _heads(config: Mapping[str, Any]) -> list[int]:

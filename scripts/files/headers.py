@@ -56,10 +56,10 @@ def read_headers(folder: Path, name: str) -> tuple[dict[str, Entry], str]:
 
 def check_unquantised(config: dict[str, Any], name: str) -> None:
     """Refuse a quantised checkpoint's config."""
-    remedy = "pass the unquantised base (bf16, fp16 or fp32)"
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
+            remedy = "pass the unquantised base (bf16, fp16 or fp32); a quantised one is served whole, as it is"
             raise CheckpointError(f"{name}: expected unquantised weights, got {key} of method {method!r}; {remedy}")
 
 

@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from laguna_serve.plugins.layers import FULL, SLIDING
+from laguna_serve.scripts.drafters.layout import describe_laguna, read_block_size, read_layer_types, read_rope
+
+MAX_POSITIONS = 2048
 IGNORED = -100  # a label that no loss counts
 
 
@@ -31,6 +35,7 @@ class DrafterShape:
     hidden_size: int
     target_layer_ids: tuple[int, ...]
     mask_token_id: int
+    num_target_layers: int | None = None
     num_hidden_layers: int = 2
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
@@ -41,6 +46,8 @@ class DrafterShape:
     partial_rotary_factor: float = 0.5
     rms_norm_eps: float = 1e-6
     gated: bool = True
+    causal: bool = False
+    sliding_window: int | None = None
     token_ids: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,52 +55,50 @@ class DrafterShape:
         return self.block_size - 1
 
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json."""
-        shape = asdict(self)
-        rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
-        rope["partial_rotary_factor"] = shape.pop("partial_rotary_factor")
-        dflash = {
-            "target_layer_ids": list(shape.pop("target_layer_ids")),
-            "mask_token_id": shape.pop("mask_token_id"),
-            "causal": False,
-        }
-        gated = shape.pop("gated")
-        return {
-            "architectures": ["DFlashLagunaForCausalLM"],
-            "model_type": "laguna",
-            "dtype": "bfloat16",
-            **shape.pop("token_ids"),
-            **shape,
-            "draft_vocab_size": self.vocab_size,
-            "num_attention_heads_per_layer": [self.num_attention_heads] * self.num_hidden_layers,
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "mlp_layer_types": ["dense"] * self.num_hidden_layers,
-            "num_experts": 0,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": self.intermediate_size,
-            "shared_expert_intermediate_size": 0,
-            "gating": gated,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
-            "dflash_config": dflash,
-        }
+        """The checkpoint's config.json, in the published layout."""
+        return (
+            describe_laguna(
+                asdict(self) | {"max_position_embeddings": MAX_POSITIONS},
+                layer_types=[FULL if self.sliding_window is None else SLIDING] * self.num_hidden_layers,
+                layer_ids=self.target_layer_ids,
+                num_target_layers=self.num_target_layers,
+                block_size=self.block_size,
+                mask_token_id=self.mask_token_id,
+                causal=self.causal,
+                gated=self.gated,
+                rope={
+                    "rope_type": "default",
+                    "rope_theta": self.rope_theta,
+                    "partial_rotary_factor": self.partial_rotary_factor,
+                },
+            )
+            | self.token_ids
+        )
+
+    def make_mask(self, length: int, gamma: int) -> torch.Tensor:
+        """[γ + 1, length + γ + 1] bool: which of the positions a block behind `length` tokens may look at."""
+        distance = torch.arange(length, length + gamma + 1)[:, None] - torch.arange(length + gamma + 1)
+        mask = torch.ones_like(distance, dtype=torch.bool) if not self.causal else distance >= 0
+        return mask if self.sliding_window is None else mask & (distance < self.sliding_window)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DrafterShape:
-        rope = config["rope_parameters"]
-        rope = rope.get("full_attention", rope)
+        rope, dflash = read_rope(config), config["dflash_config"]
         names = [
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "intermediate_size", "block_size", "rms_norm_eps"),
+            *("head_dim", "intermediate_size", "rms_norm_eps"),
         ]
         return cls(
             **{name: config[name] for name in names},
-            target_layer_ids=tuple(config["dflash_config"]["target_layer_ids"]),
-            mask_token_id=config["dflash_config"]["mask_token_id"],
+            target_layer_ids=tuple(dflash["target_layer_ids"]),
+            mask_token_id=dflash["mask_token_id"],
+            num_target_layers=dflash.get("num_target_layers"),
+            block_size=read_block_size(config),
             rope_theta=rope["rope_theta"],
             partial_rotary_factor=rope.get("partial_rotary_factor", 1.0),
             gated=bool(config.get("gating", True)),
+            causal=bool(dflash.get("causal")),
+            sliding_window=config["sliding_window"] if SLIDING in read_layer_types(config) else None,
         )
 
 
@@ -258,7 +263,7 @@ class Drafter(nn.Module):
         block = torch.full((1, gamma + 1), self.shape.mask_token_id)
         block[0, 0] = anchor
         rows = torch.arange(length, length + gamma + 1)[None]
-        mask = torch.ones(1, gamma + 1, length + gamma + 1, dtype=torch.bool)
+        mask = self.shape.make_mask(length, gamma)[None]
         x = self(F.embedding(block, embedding), rows, hidden_states[None], torch.arange(length)[None], mask)
         out: torch.Tensor = x[0, 1:]
         return out

@@ -36,6 +36,7 @@ def drafter_shape(teacher: LagunaForCausalLM) -> DrafterShape:
         hidden_size=config.hidden_size,
         target_layer_ids=(1, 3, 4, 5),
         mask_token_id=vocabulary.MASK,
+        num_target_layers=config.num_hidden_layers,
         intermediate_size=640,
         token_ids={name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 pytestmark = pytest.mark.vllm
-TOY = Path(__file__).resolve().parent.parent / "toy"
+TESTS = Path(__file__).resolve().parent.parent
+TOY = TESTS / "toy"
+PUBLISHED = TESTS / "fixtures" / "releases" / "Laguna-XS-2.1-DFlash"
 LAYERS, TOKENS, HEADS, DIM, EPS = 3, 5, 2, 32, 1e-6
 
 
@@ -70,22 +72,51 @@ def make_deep_speculators(folder: Path) -> Path:
     return folder
 
 
+def make_published(folder: Path) -> Path:
+    """An untrained drafter whose config.json has the keys of Laguna-XS-2.1-DFlash and no other, at the toy's sizes:
+    causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone."""
+    from laguna_serve.scripts.toy.dflash import Drafter, DrafterShape
+
+    config = json.loads((PUBLISHED / "config.json").read_text())
+    toy = json.loads((TOY / "dflash" / "config.json").read_text())
+    sizes = {key: toy[key] for key in config if isinstance(config[key], int) and key in toy}
+    window = {"layer_types": config["layer_types"][: toy["num_hidden_layers"]], "sliding_window": 16}
+    taps = {"eagle_aux_hidden_state_layer_ids": toy["eagle_aux_hidden_state_layer_ids"]}
+    dflash = config["dflash_config"] | {
+        key: toy["dflash_config"][key] for key in ("mask_token_id", "num_target_layers", "target_layer_ids")
+    }
+    config |= {**sizes, **window, **taps, "dflash_config": dflash}
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    drafter = Drafter(DrafterShape.from_config(config))
+    for name, parameter in drafter.named_parameters():
+        parameter.data = torch.rand_like(parameter) + 0.5 if "norm" in name else 3 * parameter.data
+    drafter.save(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((TOY / "dflash" / file).read_bytes())
+    return folder
+
+
+MAKERS = {"deep": make_deep_speculators, "published": make_published}
+
+
 @pytest.fixture(
     scope="module",
-    params=[("dflash", 7), ("dflash", 3), ("dflash-speculators", 7), ("deep", 5)],
+    params=[("dflash", 7), ("dflash", 3), ("dflash-speculators", 7), ("deep", 5), ("published", 15)],
     ids=lambda case: f"{case[0]}-gamma{case[1]}",
 )
 def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM's drafter proposed at each step on a few prompts, in fp32 (see proposals_probe.py)."""
     name, gamma = request.param
-    folder = make_deep_speculators(tmp_path_factory.mktemp("deep")) if name == "deep" else TOY / name
+    folder = MAKERS[name](tmp_path_factory.mktemp(name)) if name in MAKERS else TOY / name
     out = tmp_path_factory.mktemp("proposals") / "proposals.json"
     probe = Path(__file__).with_name("proposals_probe.py")
     done = subprocess.run(
         [sys.executable, str(probe), str(TOY), str(folder), str(gamma), str(out)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,7 +131,8 @@ def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
 
     teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
     folder = observed["drafter"]
-    drafter = Drafter.load(folder) if folder.name == "dflash" else SpeculatorsDrafter.load(folder)
+    speculators = "speculators_model_type" in json.loads((folder / "config.json").read_text())
+    drafter = SpeculatorsDrafter.load(folder) if speculators else Drafter.load(folder)
     taps = TapReader(teacher, drafter.shape.target_layer_ids)
     embedding, head = teacher.model.embed_tokens.weight, teacher.lm_head.weight
     steps, seen = 0, set()
@@ -125,3 +157,43 @@ def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
             steps += 1
     assert steps > 40
     assert len(seen) > 20, "the same few tokens again and again prove little"
+
+
+def read_draft_config(drafter: Path) -> Any:
+    """The drafter's config as vLLM holds it once it has checked target and drafter."""
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+
+    target = ModelConfig(model=str(TOY / "teacher"), max_model_len=512)
+    draft = SpeculativeConfig(
+        method="dflash",
+        model=str(drafter),
+        num_speculative_tokens=7,
+        target_model_config=target,
+        target_parallel_config=ParallelConfig(),
+    )
+    return draft.draft_model_config.hf_config
+
+
+def test_stock_drops_the_published_theta(tmp_path: Path) -> None:
+    """When this fails, transformers or vLLM reads `rope_theta` alone: retire `plugins/models/dflash.py`."""
+    config = read_draft_config(make_published(tmp_path / "published"))
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000.0
+
+
+def test_published_theta_is_kept(tmp_path: Path) -> None:
+    from laguna_serve.plugins.models.dflash import complete_config
+
+    config = read_draft_config(make_published(tmp_path / "published"))
+    complete_config(config)
+    rope = {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 1.0}
+    assert config.rope_parameters == {"full_attention": rope, "sliding_attention": rope}
+
+
+def test_rope_said_in_full_stays() -> None:
+    from laguna_serve.plugins.models.dflash import complete_config
+
+    config = read_draft_config(TOY / "dflash")
+    before = json.loads(json.dumps(config.rope_parameters))
+    complete_config(config)
+    assert config.rope_parameters == before
+    assert before["sliding_attention"]["partial_rotary_factor"] == 0.5

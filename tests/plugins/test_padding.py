@@ -208,6 +208,12 @@ def test_widths_that_cannot_be_are_refused(widths: Any) -> None:
         ({"mlp_layer_types": ["dense", "sparse"], "num_experts": 0}, True),
         ({"mlp_layer_types": None}, False),
         ({"model_type": "llama"}, False),
+        ({"mlp_layer_types": None, "num_experts": 0}, True),
+        ({"mlp_layer_types": None, "mlp_only_layers": [0, 1]}, True),
+        ({"mlp_layer_types": None, "mlp_only_layers": [0]}, False),
+        ({"mlp_layer_types": None, "mlp_only_layers": [], "decoder_sparse_step": 1}, False),
+        ({"mlp_layer_types": None, "decoder_sparse_step": 0}, True),
+        ({"mlp_layer_types": ["dense", "sparse"], "mlp_only_layers": [0, 1], "decoder_sparse_step": 1}, True),
     ],
 )
 def test_dense_models_are_told_from_others(changes: dict[str, Any], dense: bool) -> None:

@@ -31,9 +31,9 @@ def test_target_is_read(target: Path) -> None:
             "got LlamaForCausalLM, model_type 'llama'",
         ),
         (DRAFTER, {}, "expected a Laguna model, got a DFlash drafter"),
-        (TARGET, {"hidden_size": None}, "expected hidden_size to be an integer, got nothing"),
+        (TARGET, {"hidden_size": "160"}, "expected hidden_size to be an integer, got '160'"),
     ],
-    ids=["llama", "drafter", "no-hidden-size"],
+    ids=["llama", "drafter", "hidden-size"],
 )
 def test_target_that_is_not_laguna_is_named(
     make_checkpoint: MakeCheckpoint, config: dict[str, Any], changes: dict[str, Any], message: str

@@ -171,7 +171,7 @@ def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
 
 def test_prefix_caching_with_a_drafter_is_not_taken_for_granted_on_a_gpu(target: Path, drafter: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
-    config = EngineConfig(model=str(target), draft=str(drafter))
+    config = EngineConfig(model=str(target), draft=str(drafter), max_model_len=1024)
     checkpoints = inspect(config)
     assert "vllm#47930" in list_device_warnings(config, checkpoints, gpu)[0]
     assert list_device_warnings(replace(config, prefix_caching=False), checkpoints, gpu) == []

@@ -10,6 +10,8 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
 import psutil
 import pytest
 from serving_fakes import FAKE_SITE
@@ -21,7 +23,7 @@ OURS = ARCHITECTURES | CPU_ARCHITECTURES
 
 
 class Environment:
-    """A virtual environment that holds this project's serving and plugins, psutil, and the stand-in for vLLM."""
+    """A virtual environment with this project's serving and plugins, what serving imports, and the mock of vLLM."""
 
     def __init__(self, folder: Path) -> None:
         venv.EnvBuilder(symlinks=True).create(folder)
@@ -29,7 +31,8 @@ class Environment:
         self.site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         self.variables = {"PATH": str(folder / "bin")}
         self.register = self.site / "laguna_serve" / "plugins" / "register.py"
-        self.link("psutil", Path(psutil.__file__).parent)
+        for package in (psutil, jinja2, markupsafe):
+            self.link(package.__name__, Path(package.__file__).parent)
         self.link("laguna_serve/serving", ROOT / "serving")
         self.install_plugin()
         self.add_distribution(
@@ -41,9 +44,10 @@ class Environment:
         (self.site / name).symlink_to(target)
 
     def install_plugin(self) -> None:
-        """Our entry point's own file, and an empty class for each architecture that it registers."""
+        """Our entry point's file, what serving shares with the plugins, and an empty class for every architecture."""
         self.register.parent.mkdir()
-        self.register.write_text((ROOT / "plugins" / "register.py").read_text(encoding="utf-8"), encoding="utf-8")
+        for own in (self.register, self.register.with_name("layers.py")):
+            own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"

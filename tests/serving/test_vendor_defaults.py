@@ -34,7 +34,10 @@ FP8_BLOCKS: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
     "config_groups": {
-        "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}}
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        }
     },
 }
 NVFP4: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """DFlash drafters in both published formats, as their config.json describes them.
 
 - ``DFlashLagunaForCausalLM``: Laguna's own layers; embedding and head are the target's, the whole vocabulary is
-  drafted; ``dflash_config.target_layer_ids`` count the target's layers from 0.
+  drafted; ``dflash_config`` holds block_size, and target_layer_ids that count the target's layers from 0.  Published
+  drafters leave out what transformers' LagunaConfig has defaults for, and say ``rope_theta`` alone.
 - speculators (https://github.com/vllm-project/speculators): Qwen3's layers and a head of its own, mostly over a reduced
   vocabulary whose token i is the target's i + d2t[i]; ``aux_hidden_state_layer_ids`` count the layers from 1.
 
@@ -15,10 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving.checkpoint import CheckpointError, Fields, is_drafter, read_config, read_dtype
+from laguna_serve.plugins.layers import DEFAULTS, FULL, SLIDING
+from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.folder import read_config
+from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
+from laguna_serve.serving.checkpoint.target import is_drafter, read_dtype, read_gate_width, read_heads
 
 LAGUNA, SPECULATORS = "laguna", "speculators"
-FULL, SLIDING = "full_attention", "sliding_attention"
+ARCHITECTURE = "DFlashLagunaForCausalLM"
+# What transformers' Qwen3Config has for it; DEFAULTS is LagunaConfig's.
+QWEN3_MAX_POSITIONS = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,9 @@ class Drafter:
     Attributes:
         format: "laguna" or "speculators".
         layer_ids: of the target's layers, in the file's own numbering, which begins at ``first_layer_id``.
+        target_layers: how many layers the target has for which it was trained, where the file says so.
         block_size: the block that it was trained on: the last accepted token and the proposals.
+        causal: whether a place of the block sees those behind it, where the file says so.
         verifier: the model that it was trained for, where the file says so.
     """
 
@@ -57,8 +66,10 @@ class Drafter:
     block_size: int
     max_model_len: int
     dtype: str
-    quantised: bool
+    quantisation: Quantisation | None
     attention: Attention
+    target_layers: int | None = None
+    causal: bool | None = None
     verifier: str | None = None
 
     @property
@@ -68,7 +79,7 @@ class Drafter:
 
     @property
     def num_layers(self) -> int:
-        """Its own."""
+        """Layers of the drafter itself."""
         return len(self.attention.heads)
 
     @property
@@ -76,15 +87,21 @@ class Drafter:
         """Keys and values of one token over all of its layers."""
         return 2 * self.num_layers * self.attention.kv_heads * self.attention.head_dim
 
+    @property
+    def mixed(self) -> bool:
+        """Sliding and full attention in one drafter."""
+        return len(set(self.attention.layer_types)) > 1
+
 
 def read_drafter(folder: Path) -> Drafter:
     """Reads and checks a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
         found = ", ".join(config.get("architectures") or ["no architectures"])
-        raise CheckpointError(
-            f"{folder}: expected a DFlash drafter, got {found}; pass a DFlash checkpoint as the draft"
-        )
+        remedy = "pass a DFlash checkpoint as the draft"
+        if config.get("model_type") == "laguna":
+            remedy = "that is a base model: pass it as the model, and its DFlash drafter as the draft"
+        raise CheckpointError(f"{folder}: expected a DFlash drafter, got {found}; {remedy}")
     if "speculators_model_type" in config:
         return _read_speculators(folder, config)
     return _read_laguna(folder, config)
@@ -92,13 +109,13 @@ def read_drafter(folder: Path) -> Drafter:
 
 def _read_laguna(folder: Path, config: dict[str, Any]) -> Drafter:
     architectures = config.get("architectures")
-    if architectures != ["DFlashLagunaForCausalLM"]:
+    if architectures != [ARCHITECTURE]:
         remedy = "pass one in that format or in speculators'"
-        raise CheckpointError(f"{folder}: expected DFlashLagunaForCausalLM, got {architectures}; {remedy}")
-    fields = Fields(folder, config)
+        raise CheckpointError(f"{folder}: expected {ARCHITECTURE}, got {architectures}; {remedy}")
+    fields = Fields(folder, config, defaults=DEFAULTS)
     dflash = Fields(folder, config.get("dflash_config"), "dflash_config.")
-    layers = fields.integer("num_hidden_layers")
-    attention = _read_attention(fields, layers, gate=_gate_width(config), bias=bool(config.get("attention_bias")))
+    layers = fields.positive("num_hidden_layers")
+    attention = _read_attention(fields, layers, gate=read_gate_width(fields), bias=bool(config.get("attention_bias")))
     if len(set(attention.layer_types)) > 1:
         raise fields.mismatch("layer_types", "of one kind, as vLLM's Laguna drafter needs", list(attention.layer_types))
     if dflash.config.get("sample_from_anchor"):
@@ -106,20 +123,53 @@ def _read_laguna(folder: Path, config: dict[str, Any]) -> Drafter:
     return Drafter(
         name=str(folder),
         format=LAGUNA,
-        target_vocab_size=fields.integer("vocab_size"),
-        draft_vocab_size=fields.integer("draft_vocab_size"),
-        target_hidden_size=fields.integer("hidden_size"),
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
-        layer_ids=dflash.integers("target_layer_ids"),
+        target_vocab_size=fields.positive("vocab_size"),
+        draft_vocab_size=fields.positive("draft_vocab_size", default=fields.positive("vocab_size")),
+        target_hidden_size=fields.positive("hidden_size"),
+        hidden_size=fields.positive("hidden_size"),
+        intermediate_size=fields.positive("intermediate_size"),
+        layer_ids=_read_layer_ids(fields, dflash),
         first_layer_id=0,
         mask_token_id=dflash.integer("mask_token_id"),
-        block_size=fields.integer("block_size"),
-        max_model_len=fields.integer("max_position_embeddings"),
+        block_size=_read_block_size(fields, dflash),
+        max_model_len=fields.positive("max_position_embeddings"),
         dtype=read_dtype(config),
-        quantised=bool(config.get("quantization_config")),
+        quantisation=read_quantisation(folder, config),
         attention=attention,
+        target_layers=dflash.positive("num_target_layers") if "num_target_layers" in dflash.config else None,
+        causal=_read_causal(dflash),
     )
+
+
+def _read_block_size(fields: Fields, dflash: Fields) -> int:
+    """In ``dflash_config`` where Laguna's are published, at the top where others are."""
+    inner, outer = dflash.config.get("block_size"), fields.config.get("block_size")
+    if inner is None:
+        if outer is None:
+            raise dflash.mismatch("block_size", "an integer", None)
+        return fields.positive("block_size")
+    size = dflash.positive("block_size")
+    if outer is not None and outer != inner:
+        raise fields.mismatch("block_size", f"the {inner} of dflash_config.block_size", outer)
+    return size
+
+
+def _read_layer_ids(fields: Fields, dflash: Fields) -> tuple[int, ...]:
+    """``target_layer_ids``, beside which the same may be said in EAGLE's way, from 1 on: vLLM takes those first."""
+    ids = dflash.integers("target_layer_ids")
+    if "eagle_aux_hidden_state_layer_ids" in fields.config:
+        depths = fields.integers("eagle_aux_hidden_state_layer_ids")
+        if depths != tuple(layer + 1 for layer in ids):
+            expected = f"dflash_config.target_layer_ids {list(ids)}, each plus 1"
+            raise fields.mismatch("eagle_aux_hidden_state_layer_ids", expected, list(depths))
+    return ids
+
+
+def _read_causal(dflash: Fields) -> bool | None:
+    causal = dflash.config.get("causal")
+    if causal is not None and not isinstance(causal, bool):
+        raise dflash.mismatch("causal", "true or false", causal)
+    return causal
 
 
 def _read_speculators(folder: Path, config: dict[str, Any]) -> Drafter:
@@ -136,56 +186,46 @@ def _read_speculators(folder: Path, config: dict[str, Any]) -> Drafter:
         )
     if config.get("sample_from_anchor"):
         raise fields.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
-    count = layers.integer("num_hidden_layers")
+    count = layers.positive("num_hidden_layers")
     speculators = config.get("speculators_config")
     verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
     return Drafter(
         name=str(folder),
         format=SPECULATORS,
-        target_vocab_size=layers.integer("vocab_size"),
-        draft_vocab_size=fields.integer("draft_vocab_size"),
-        target_hidden_size=fields.integer("target_hidden_size", layers.integer("hidden_size")),
-        hidden_size=layers.integer("hidden_size"),
-        intermediate_size=layers.integer("intermediate_size"),
+        target_vocab_size=layers.positive("vocab_size"),
+        draft_vocab_size=fields.positive("draft_vocab_size", default=layers.positive("vocab_size")),
+        target_hidden_size=fields.positive("target_hidden_size", layers.positive("hidden_size")),
+        hidden_size=layers.positive("hidden_size"),
+        intermediate_size=layers.positive("intermediate_size"),
         layer_ids=fields.integers("aux_hidden_state_layer_ids"),
         first_layer_id=1,
         mask_token_id=fields.integer("mask_token_id"),
-        block_size=fields.integer("block_size"),
-        max_model_len=layers.integer("max_position_embeddings", default=32768),
+        block_size=fields.positive("block_size"),
+        max_model_len=layers.positive("max_position_embeddings", default=QWEN3_MAX_POSITIONS),
         dtype=read_dtype(config | layers.config),
-        quantised=bool(config.get("quantization_config") or layers.config.get("quantization_config")),
+        quantisation=read_quantisation(folder, config) or read_quantisation(folder, layers.config),
         attention=_read_attention(layers, count, gate=0, bias=bool(layers.config.get("attention_bias"))),
         verifier=verifier.get("name_or_path") if isinstance(verifier, dict) else None,
     )
 
 
 def _read_attention(fields: Fields, layers: int, *, gate: int, bias: bool) -> Attention:
-    heads = fields.config.get("num_attention_heads_per_layer")
-    if heads is None:
-        heads = [fields.integer("num_attention_heads")] * layers
-    elif not isinstance(heads, list) or len(heads) != layers:
-        raise fields.mismatch("num_attention_heads_per_layer", f"{layers} integers", heads)
     kinds = fields.config.get("layer_types")
-    if kinds is None and gate == 0:
+    if kinds is None:
         kinds = [FULL] * layers
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise fields.mismatch("layer_types", f"{layers} of {FULL!r} and {SLIDING!r}", kinds)
     window = fields.config.get("sliding_window")
     if SLIDING in kinds and not isinstance(window, int):
         raise fields.mismatch("sliding_window", f"an integer, as layer_types has {SLIDING!r}", window)
+    windows = fields.config.get("sliding_windows")
+    if windows is not None and (not isinstance(windows, list) or set(windows) - {window}):
+        raise fields.mismatch("sliding_windows", f"sliding_window's {window} in every layer, as vLLM has one", windows)
     return Attention(
-        heads=tuple(heads),
-        kv_heads=fields.integer("num_key_value_heads"),
-        head_dim=fields.integer("head_dim"),
+        heads=read_heads(fields, layers),
+        kv_heads=fields.positive("num_key_value_heads"),
+        head_dim=fields.positive("head_dim"),
         gate=gate,
         bias=bias,
         layer_types=tuple(kinds),
     )
-
-
-def _gate_width(config: dict[str, Any]) -> int:
-    """Values per head of Laguna's output gate: three spellings exist (``LagunaAttention`` in vLLM's laguna.py)."""
-    gating = config.get("gating", True)
-    if not gating:
-        return 0
-    return 1 if gating in (True, "per-head") else int(config.get("head_dim", 0))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.drafter import LAGUNA, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
+from laguna_serve.serving.checkpoint.fields import CheckpointError
 
 PLAIN = ("BF16", "F16", "F32")
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
@@ -43,7 +43,7 @@ def check_weights(folder: Path, drafter: Drafter) -> None:
         if any(next(folder.glob(pattern), None) is not None for pattern in OTHER_WEIGHTS):
             return
         raise CheckpointError(f"{folder}: expected the drafter's weights (*.safetensors), got none; {FETCH}")
-    if drafter.quantised:
+    if drafter.quantisation is not None:
         return  # other names and shapes, as many as there are methods: left to vLLM
     if drafter.format == LAGUNA and SEPARATE in found:
         expected = "layers.0.self_attn.qkv_proj.weight, queries, keys and values in one"

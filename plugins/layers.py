@@ -1,0 +1,103 @@
+"""Which of a Laguna's layers are dense, and how it rotates, from its config.json alone.
+
+Plain Python, for the plugins, the launcher and the tools alike.  Four spellings say which layers are dense:
+`mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`.  vLLM from 0.29 on reads the first, as
+transformers' LagunaConfig completes it, and the last: a config that has none of them is layer 0 dense and the rest
+sparse, whatever the others say.  Older vLLMs read the others.  The rotary embedding has three: `rope_parameters` (flat,
+or one per kind of layer), `rope_theta` with `rope_scaling`, and `rope_theta` alone, which transformers drops.
+
+Read in transformers 5.19.0 (models/laguna/configuration_laguna.py) and vLLM 0.26.0 and 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DENSE, SPARSE = "dense", "sparse"
+FULL, SLIDING = "full_attention", "sliding_attention"
+# What LagunaConfig has for keys that a config.json leaves out.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 100352,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
+DEFAULT_ROPE: dict[str, dict[str, Any]] = {
+    FULL: {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+}
+
+
+class LayersError(ValueError):
+    """A config.json whose layers cannot be told, as one line without its subject."""
+
+
+def read_setting(config: Mapping[str, Any], key: str) -> Any:
+    """A key's value, or LagunaConfig's default."""
+    value = config.get(key)
+    return DEFAULTS[key] if value is None else value
+
+
+def resolve_layer_kinds(config: Mapping[str, Any]) -> list[str]:
+    """The kind of every layer, dense or sparse.
+
+    A model is dense when any of the keys says so of all layers: tools that make a dense model out of a mixture do not
+    change every key.  Otherwise `mlp_layer_types` goes before the older keys.
+
+    Raises:
+        LayersError: a list of another length or with other words.
+    """
+    count, experts = read_setting(config, "num_hidden_layers"), read_setting(config, "num_experts")
+    stated, older = config.get("mlp_layer_types"), _read_older_keys(config, count)
+    if stated is not None and (
+        not isinstance(stated, list) or len(stated) != count or not set(stated) <= {DENSE, SPARSE}
+    ):
+        raise LayersError(f"expected mlp_layer_types to be {count} of {DENSE!r} and {SPARSE!r}, got {stated!r}")
+    dense = [DENSE] * count
+    if experts == 0 or dense in (stated, older):
+        return dense
+    return list(stated or older or [DENSE, *[SPARSE] * (count - 1)])
+
+
+def _read_older_keys(config: Mapping[str, Any], count: int) -> list[str] | None:
+    """The layers' kinds by `mlp_only_layers` and `decoder_sparse_step` (every how many layers one is sparse); None
+    without either."""
+    only, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step")
+    if only is None and step is None:
+        return None
+    only, step = ([0] if only is None else only), (1 if step is None else step)
+    if not isinstance(only, list) or not all(type(layer) is int and 0 <= layer < count for layer in only):
+        raise LayersError(f"expected mlp_only_layers to be layers from 0 to {count - 1}, got {only!r}")
+    if type(step) is not int or step < 0:
+        raise LayersError(f"expected decoder_sparse_step to be an integer from 0 on, got {step!r}")
+    sparse = [step > 0 and layer not in only and (layer + 1) % step == 0 for layer in range(count)]
+    return [SPARSE if kind else DENSE for kind in sparse]
+
+
+def stock_layer_kinds(config: Mapping[str, Any]) -> list[str]:
+    """The same as vLLM 0.32 takes it, with transformers' LagunaConfig."""
+    count = read_setting(config, "num_hidden_layers")
+    if read_setting(config, "num_experts") == 0:
+        return [DENSE] * count
+    return list(config.get("mlp_layer_types") or [DENSE, *[SPARSE] * (count - 1)])
+
+
+def find_dropped_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rotary parameters of a config that says `rope_theta` alone, which transformers' LagunaConfig drops in favour
+    of its own defaults (theta 10,000 in sliding layers); None for a config that says them otherwise, or not at all."""
+    theta = config.get("rope_theta")
+    if theta is None or config.get("rope_parameters") or config.get("rope_scaling"):
+        return None
+    factor = config.get("partial_rotary_factor")
+    partial = 1.0 if factor is None else float(factor)
+    return {"rope_type": "default", "rope_theta": float(theta), "partial_rotary_factor": partial}

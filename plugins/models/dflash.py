@@ -1,0 +1,40 @@
+"""The Laguna-format DFlash drafter with the rotary embedding that its config.json names.
+
+Published drafters say `rope_theta: 500000` and no `rope_parameters`.  From transformers 5.17 on LagunaConfig drops that
+key in favour of its own defaults, under which sliding layers, which is all that these drafters have, rotate with a
+theta of 10,000: keys and queries other than those it was trained with, and proposals that are seldom accepted.  vLLM's
+--hf-overrides do not reach a drafter's config, hence a class.  A drafter that leaves `draft_vocab_size` out drafts
+every token, which vLLM asks to be said.
+
+Checked against vLLM 0.32.0 with transformers 5.19.0.  It can go when
+`tests/plugins/test_dflash.py::test_stock_drops_the_published_theta` fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models import laguna_dflash
+
+from laguna_serve.plugins.layers import DEFAULT_ROPE, find_dropped_rope
+
+
+def complete_config(config: Any) -> None:
+    """Writes what a drafter's config.json says, and LagunaConfig did not take over, into its Hugging Face config."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or {kind: rope.get(kind) for kind in DEFAULT_ROPE} == DEFAULT_ROPE:
+        # Not rope_scaling, which transformers answers with its own defaults, and would have read.
+        stated = find_dropped_rope({key: getattr(config, key, None) for key in ("rope_theta", "partial_rotary_factor")})
+        if stated is not None:
+            config.rope_parameters = {kind: dict(stated) for kind in DEFAULT_ROPE}
+    if getattr(config, "draft_vocab_size", None) is None:
+        config.draft_vocab_size = config.vocab_size
+
+
+class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: ignore[misc]
+    """vLLM's class on a completed config."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        complete_config(vllm_config.speculative_config.draft_model_config.hf_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)

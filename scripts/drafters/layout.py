@@ -1,0 +1,79 @@
+"""The config.json of a drafter in Laguna's format, as Poolside publishes them, and what older layouts say elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_dropped_rope
+
+SHARED_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+)
+
+
+def describe_laguna(
+    sizes: Mapping[str, Any],
+    *,
+    layer_types: Sequence[str],
+    layer_ids: Sequence[int],
+    num_target_layers: int | None,
+    block_size: int,
+    mask_token_id: int,
+    causal: bool,
+    gated: bool,
+    rope: Mapping[str, Any],
+    dtype: str = "bfloat16",
+) -> dict[str, Any]:
+    """A config.json in the published layout.
+
+    ``rope`` is said in full and not as ``rope_theta`` alone, which transformers drops (plugins/layers.py).
+
+    Args:
+        sizes: SHARED_KEYS, and sliding_window where a layer slides.
+        layer_ids: the target's layers that are tapped, counted from 0.
+        num_target_layers: how many layers the target has; None where that is not known.
+        rope: rotary parameters of every layer.
+    """
+    dflash: dict[str, Any] = {"block_size": block_size, "mask_token_id": mask_token_id}
+    if num_target_layers is not None:
+        dflash["num_target_layers"] = num_target_layers
+    window = {"sliding_window": sizes["sliding_window"]} if sizes.get("sliding_window") else {}
+    return {
+        "architectures": ["DFlashLagunaForCausalLM"],
+        "model_type": "laguna",
+        "torch_dtype": dtype,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        **{key: sizes[key] for key in SHARED_KEYS if sizes.get(key) is not None},
+        **window,
+        "layer_types": list(layer_types),
+        "gating": "per-head" if gated else False,
+        "draft_vocab_size": sizes["vocab_size"],
+        "num_experts": 0,
+        "rope_parameters": {FULL: dict(rope), SLIDING: dict(rope)},
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layer_ids],
+        "dflash_config": {**dflash, "target_layer_ids": list(layer_ids), "causal": causal},
+    }
+
+
+def read_block_size(config: Mapping[str, Any]) -> int:
+    """In ``dflash_config``, or at the top, where other drafters have it."""
+    inner = config["dflash_config"].get("block_size")
+    return int(config["block_size"] if inner is None else inner)
+
+
+def read_layer_types(config: Mapping[str, Any]) -> list[str]:
+    """ "full_attention" or "sliding_attention" of every layer."""
+    return list(config.get("layer_types") or [FULL] * config["num_hidden_layers"])
+
+
+def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of the layers, all of one kind, whichever way the config says them."""
+    stated = find_dropped_rope(config)
+    if stated is not None:
+        return stated
+    kind = read_layer_types(config)[0]
+    found = config.get("rope_parameters") or DEFAULT_ROPE
+    return dict(found.get(kind, found))

@@ -1,0 +1,25 @@
+"""What a checkpoint's files say about it, before anything is started."""
+
+from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.folder import (
+    check_pruning_files,
+    find_cached_snapshot,
+    find_folder,
+    read_config,
+    require_folder,
+)
+from laguna_serve.serving.checkpoint.target import Target, is_drafter, read_dtype, read_target
+
+__all__ = [
+    "CheckpointError",
+    "Fields",
+    "Target",
+    "check_pruning_files",
+    "find_cached_snapshot",
+    "find_folder",
+    "is_drafter",
+    "read_config",
+    "read_dtype",
+    "read_target",
+    "require_folder",
+]

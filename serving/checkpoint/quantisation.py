@@ -1,0 +1,115 @@
+"""How a checkpoint's weights are quantised, as its config.json says it.
+
+Laguna's quantised releases are compressed-tensors (https://github.com/vllm-project/compressed-tensors): `config_groups`
+say how the modules they target are stored, `ignore` which are not, and `kv_cache_scheme` asks for a KV cache in FP8.
+What of it runs on which device is support.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.serving.checkpoint.fields import CheckpointError
+
+FP8, NVFP4, INT4, OTHER = "fp8", "nvfp4", "int4", "other"
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS = {"float-quantized": FP8, "nvfp4-pack-quantized": NVFP4, "pack-quantized": INT4}
+# Bytes of a stored weight with its scales: 128×128 blocks; 16 values with an FP8 scale; 4 or 8 bits and a bf16 scale.
+FP8_BYTES, NVFP4_BYTES = 1 + 2 / 128**2, 1 / 2 + 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Modules stored alike: ``bits`` a weight, in groups (or blocks) of ``group_size``."""
+
+    targets: tuple[str, ...]
+    bits: int
+    group_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """A quantised checkpoint.
+
+    Attributes:
+        method: quant_method, "compressed-tensors" or another that vLLM may know.
+        kind: FP8, NVFP4 or INT4 for the three forms of the releases, OTHER for the rest.
+        name: the format's own name ("float-quantized", …), or the method's.
+        groups: in the config's order.
+        ignore: modules that stay unquantised: names, or regular expressions after "re:".
+        fp8_kv_cache: the checkpoint asks for a KV cache in FP8.
+    """
+
+    method: str
+    kind: str
+    name: str
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    fp8_kv_cache: bool
+
+    def find_group(self, module: str) -> Group | None:
+        """How a linear module's weights are stored; None for one that is not quantised."""
+        if any(_matches(pattern, module) for pattern in self.ignore):
+            return None
+        return next((group for group in self.groups if any(_matches(t, module) for t in group.targets)), None)
+
+    def weight_bytes(self, module: str) -> float:
+        """Bytes of one of a linear module's weights, scales included; 2 for one that is not quantised."""
+        group = self.find_group(module)
+        if group is None:
+            return 2.0
+        if self.kind == FP8:
+            return FP8_BYTES
+        if self.kind == NVFP4:
+            return NVFP4_BYTES
+        return group.bits / 8 + (2 / group.group_size if group.group_size else 0)
+
+
+def read_quantisation(folder: Path, config: dict[str, Any]) -> Quantisation | None:
+    """What a config says of its quantisation; None for a plain checkpoint.
+
+    Raises:
+        CheckpointError: a description that cannot be read.
+    """
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(method, str):
+        remedy = "fetch it again"
+        raise CheckpointError(f"{folder}: expected quantization_config with a quant_method, got {found!r}; {remedy}")
+    scheme = found.get("kv_cache_scheme") or {}
+    fp8_kv_cache = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
+    if method != COMPRESSED_TENSORS:
+        return Quantisation(method, OTHER, method, (), (), fp8_kv_cache)
+    groups = found.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        expected = "quantization_config.config_groups to say how modules are stored"
+        raise CheckpointError(f"{folder}: expected {expected}, got {groups!r}; fetch it again")
+    name = str(found.get("format") or next(iter(groups.values())).get("format"))
+    return Quantisation(
+        method=method,
+        kind=FORMATS.get(name, OTHER),
+        name=name,
+        groups=tuple(_read_group(folder, key, group) for key, group in groups.items()),
+        ignore=tuple(found.get("ignore") or ()),
+        fp8_kv_cache=fp8_kv_cache,
+    )
+
+
+def _read_group(folder: Path, key: str, group: dict[str, Any]) -> Group:
+    weights, targets = group.get("weights"), group.get("targets")
+    if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not isinstance(targets, list):
+        expected = f"quantization_config.config_groups.{key} to have targets and weights.num_bits"
+        raise CheckpointError(f"{folder}: expected {expected}, got {group!r}; fetch it again")
+    return Group(tuple(targets), weights["num_bits"], weights.get("group_size"))
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """compressed-tensors' rule: a regular expression from the name's beginning, a name, or a class of modules."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return pattern in (module, "Linear")

@@ -1,0 +1,201 @@
+"""The model that is served, as its config.json describes it, with transformers' defaults for what it leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.plugins.layers import (
+    DEFAULTS,
+    DENSE,
+    FULL,
+    SLIDING,
+    SPARSE,
+    LayersError,
+    find_dropped_rope,
+    resolve_layer_kinds,
+    stock_layer_kinds,
+)
+from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.folder import read_config
+from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
+
+STOCK = "LagunaForCausalLM"
+PER_HEAD, PER_ELEMENT = "per-head", "per-element"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model that is served.
+
+    Attributes:
+        dtype: that of the unquantised tensors, in torch's spelling.
+        mlp_kinds: "dense" or "sparse" of every layer.
+        attention_kinds: "full_attention" or "sliding_attention" of every layer.
+        heads: query heads of every layer.
+        gate_width: values of the output gate per head: 1, head_dim, or 0 without a gate.
+        sliding_window: tokens that a sliding layer sees; None where there is no such layer.
+        overrides: what vLLM must be told because it reads the config otherwise than it is meant (--hf-overrides).
+        pruned: of the experts only some blocks are stored.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    max_model_len: int
+    dtype: str
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    shared_expert_size: int
+    mlp_kinds: tuple[str, ...]
+    attention_kinds: tuple[str, ...]
+    heads: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    gate_width: int
+    sliding_window: int | None
+    tied: bool
+    quantisation: Quantisation | None
+    overrides: dict[str, Any]
+    pruned: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """No layer is a mixture of experts."""
+        return SPARSE not in self.mlp_kinds
+
+    @property
+    def plain(self) -> bool:
+        """In stock layout and unquantised, as transformers and vLLM themselves read it."""
+        return self.architecture == STOCK and self.quantisation is None
+
+    @property
+    def kv_values_per_layer(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values of one token over all layers, as if every layer kept the whole context."""
+        return self.num_layers * self.kv_values_per_layer
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that keep the whole context."""
+        return self.attention_kinds.count(FULL)
+
+    @property
+    def sliding_layers(self) -> int:
+        """Layers that keep a window of it."""
+        return self.attention_kinds.count(SLIDING)
+
+
+def read_target(folder: Path) -> Target:
+    """Reads and checks a Laguna model's config."""
+    config = read_config(folder)
+    if is_drafter(config):
+        raise CheckpointError(f"{folder}: expected a Laguna model, got a DFlash drafter; pass it as the draft instead")
+    architectures = config.get("architectures") or []
+    if config.get("model_type") != "laguna" and not any(name.startswith("Laguna") for name in architectures):
+        found = ", ".join([*architectures, f"model_type {config.get('model_type')!r}"])
+        raise CheckpointError(f"{folder}: expected a Laguna model, got {found}; start other models with vLLM itself")
+    if isinstance(config.get("text_config"), dict):
+        remedy = "move its fields up: vLLM's Laguna does not read it and would build its own defaults"
+        raise CheckpointError(
+            f"{folder}: expected the model's fields at the top of config.json, got text_config; {remedy}"
+        )
+    fields = Fields(folder, config, defaults=DEFAULTS)
+    layers = fields.positive("num_hidden_layers")
+    attention = _read_attention(fields, layers)
+    overrides: dict[str, Any] = {}
+    try:
+        kinds = resolve_layer_kinds(config)
+    except LayersError as error:
+        raise CheckpointError(f"{folder}: {error}; fetch it again") from None
+    if kinds != stock_layer_kinds(config):
+        overrides["mlp_layer_types"] = kinds
+    rope = find_dropped_rope(config)
+    if rope is not None:
+        overrides["rope_parameters"] = rope
+    if config.get("sliding_window") == 0 and SLIDING not in attention:
+        # vLLM 0.32 makes None of 0, which LagunaConfig of transformers 5.19 does not take; nothing slides.
+        overrides["sliding_window"] = DEFAULTS["sliding_window"]
+    return Target(
+        name=str(folder),
+        architecture=architectures[0] if architectures else STOCK,
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=fields.positive("hidden_size"),
+        intermediate_size=fields.positive("intermediate_size"),
+        num_layers=layers,
+        max_model_len=fields.positive("max_position_embeddings"),
+        dtype=read_dtype(config),
+        num_experts=fields.integer("num_experts") if SPARSE in kinds else 0,
+        experts_per_token=fields.integer("num_experts_per_tok"),
+        expert_size=fields.integer("moe_intermediate_size"),
+        shared_expert_size=fields.integer("shared_expert_intermediate_size"),
+        mlp_kinds=tuple(kinds),
+        attention_kinds=attention,
+        heads=read_heads(fields, layers),
+        num_kv_heads=fields.positive("num_key_value_heads"),
+        head_dim=fields.positive("head_dim"),
+        gate_width=read_gate_width(fields),
+        sliding_window=fields.positive("sliding_window") if SLIDING in attention else None,
+        tied=bool(config.get("tie_word_embeddings")),
+        quantisation=read_quantisation(folder, config),
+        overrides=overrides,
+        pruned=bool(config.get("expert_pruning")),
+    )
+
+
+def _read_attention(fields: Fields, layers: int) -> tuple[str, ...]:
+    kinds = fields.config.get("layer_types")
+    if kinds is None:
+        return (FULL,) * layers
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
+        raise fields.mismatch("layer_types", f"{layers} of {FULL!r} and {SLIDING!r}", kinds)
+    return tuple(kinds)
+
+
+def read_heads(fields: Fields, layers: int) -> tuple[int, ...]:
+    """Query heads of every layer: their own, or the one number for all."""
+    heads = fields.config.get("num_attention_heads_per_layer")
+    if heads is None:
+        return (fields.positive("num_attention_heads"),) * layers
+    if not isinstance(heads, list) or len(heads) != layers or not all(type(n) is int and n > 0 for n in heads):
+        raise fields.mismatch("num_attention_heads_per_layer", f"{layers} integers", heads)
+    return tuple(heads)
+
+
+def read_gate_width(fields: Fields) -> int:
+    """Values per head of Laguna's output gate.  Three spellings exist (``LagunaAttention`` in vLLM's laguna.py)."""
+    gating = fields.config.get("gating", True)
+    if not gating:
+        return 0
+    if gating not in (True, PER_HEAD, PER_ELEMENT):
+        raise fields.mismatch("gating", f"true, false, {PER_HEAD!r} or {PER_ELEMENT!r}", gating)
+    return fields.positive("head_dim") if gating == PER_ELEMENT else 1
+
+
+def read_dtype(config: dict[str, Any]) -> str:
+    """The dtype that a config names, in torch's spelling."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+
+
+def is_drafter(config: dict[str, Any]) -> bool:
+    """True for a DFlash drafter in either format."""
+    architectures = config.get("architectures") or []
+    return (
+        "speculators_model_type" in config
+        or isinstance(config.get("dflash_config"), dict)
+        or any(name.startswith("DFlash") for name in architectures)
+    )
+
+
+def count_dense_layers(target: Target) -> int:
+    """Layers with one feed-forward network instead of experts."""
+    return target.mlp_kinds.count(DENSE)

@@ -1,0 +1,224 @@
+"""Everything that can be said of an engine before it is started: what it loads, what that takes, what will run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
+from laguna_serve.serving.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
+from laguna_serve.serving.command import (
+    KV_DTYPE,
+    Checkpoints,
+    EngineConfig,
+    build_command,
+    build_environment,
+    choose_overrides,
+    choose_settings,
+    count_ranks,
+    inspect,
+    list_device_warnings,
+    wanted_weight_bytes,
+)
+from laguna_serve.serving.device import Device
+from laguna_serve.serving.planning.kv import (
+    KvLayout,
+    choose_batched_tokens,
+    estimate_activations,
+    plan_layout,
+)
+from laguna_serve.serving.planning.support import (
+    Verdict,
+    choose_kv_dtype,
+    judge_drafter,
+    judge_target,
+    kv_value_bytes,
+)
+from laguna_serve.serving.vendor_defaults import find_value
+from laguna_serve.serving.weight_files import measure_weights
+
+DEFAULT_PORT = 8000
+SPECULATORS_CLASS = "DFlashDraftModel"
+VLLM = "vLLM's own"
+# CUDA graphs of a layer over all batch sizes that are captured, roughly; vLLM measures them when it starts.
+GRAPH_BYTES_PER_LAYER = 8 << 20
+# The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
+VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a device's memory goes to, in bytes; ``kv`` is what is left, 0 where nothing is."""
+
+    weights: int
+    activations: int
+    graphs: int
+    context: int
+    kv: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An engine that could be started, or not.
+
+    Attributes:
+        planned: the device is one that was named, not this machine's.
+        refusals: why it cannot be started, a line each.
+        context: longest context of one sequence, and of `max_num_seqs` at once; None where nothing is known.
+        environment, unset: what the engine's environment has otherwise than this process's.
+        weights_here: the weights are on this machine, and their size is theirs and not config.json's.
+    """
+
+    config: EngineConfig
+    device: Device
+    planned: bool
+    checkpoints: Checkpoints
+    target_verdict: Verdict | None
+    drafter_verdict: Verdict | None
+    classes: Mapping[str, str]
+    layout: KvLayout | None
+    memory: Memory | None
+    context: tuple[int, int] | None
+    kv_dtype: tuple[str, str] | None
+    weights_here: bool
+    command: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def vendor_gamma(self) -> tuple[int, ...]:
+        """What Poolside recommends for this model's drafter; empty where it says nothing."""
+        names = [Path(name).name.lower() for name in (self.config.draft or "", self.config.model)]
+        found = (gamma for name in names for key, gamma in VENDOR_GAMMA.items() if f"laguna-{key}" in name)
+        return next(found, ()) if self.config.draft is not None else ()
+
+
+def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) -> Plan:
+    """The plan of a configuration on a device.
+
+    Raises:
+        CheckpointError: target or drafter cannot be read, or do not fit each other.
+    """
+    checkpoints = inspect(config, weights=False)
+    target, drafter = checkpoints.target, checkpoints.drafter
+    refusals: list[str] = []
+    command: tuple[str, ...] = ()
+    try:
+        command = tuple(build_command(config, checkpoints, device, config.port or DEFAULT_PORT))
+    except (BudgetError, CheckpointError) as error:
+        refusals.append(str(error))
+    layout = memory = context = None
+    if target is not None:
+        layout = _lay_out(config, checkpoints, device)
+        memory = _share_memory(config, checkpoints, device, command)
+        limit = config.max_model_len or target.max_model_len
+        longest = [layout.longest(memory.kv, count, limit) for count in (1, config.max_num_seqs)]
+        context = longest[0], longest[1]
+        if command and not context[0]:
+            refusals.append(_describe_no_room(device, memory))
+        elif command and device.kind == "gpu" and config.max_model_len is not None and context[0] < limit:
+            fits = f"{device.name} has room for {context[0]}"
+            refusals.append(f"--max-model-len: expected a length that fits, got {limit}, and {fits}; lower it")
+    base = {} if planned else dict(os.environ)
+    environment = build_environment(
+        base,
+        device,
+        local=checkpoints.local,
+        exact=config.exact,
+        weight_updates=config.weight_updates,
+        settings=choose_settings(config, checkpoints, device),
+    )
+    return Plan(
+        config=config,
+        device=device,
+        planned=planned,
+        checkpoints=checkpoints,
+        target_verdict=None if target is None else judge_target(target, device),
+        drafter_verdict=None if drafter is None else judge_drafter(drafter, device),
+        classes=find_classes(config, checkpoints, device),
+        layout=layout,
+        memory=memory,
+        context=context,
+        kv_dtype=None if target is None else choose_kv_dtype(target, device),
+        weights_here=_has_weights(config),
+        command=() if refusals else command,
+        environment={name: value for name, value in environment.items() if base.get(name) != value},
+        unset=tuple(sorted(base.keys() - environment.keys())),
+        refusals=tuple(refusals),
+        warnings=(*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
+    )
+
+
+def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> dict[str, str]:
+    """Architecture → the class that serves it, for target and drafter."""
+    known = ARCHITECTURES | CPU_ARCHITECTURES if device.kind == "cpu" else ARCHITECTURES
+    names = []
+    if checkpoints.target is not None:
+        overrides = choose_overrides(config, checkpoints.target) or {}
+        chosen = overrides.get("architectures")
+        names.append(str(chosen[0]) if isinstance(chosen, list) else checkpoints.target.architecture)
+    if checkpoints.drafter is not None:
+        names.append(ARCHITECTURE if checkpoints.drafter.format != SPECULATORS else SPECULATORS_CLASS)
+    return {name: known.get(name, VLLM) for name in names}
+
+
+def _lay_out(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> KvLayout:
+    target = checkpoints.target
+    assert target is not None
+    value_bytes = kv_value_bytes(target, device, config.dtype, find_value(config.extra_args, KV_DTYPE))
+    return plan_layout(
+        target,
+        checkpoints.drafter,
+        device,
+        value_bytes=value_bytes,
+        batched_tokens=_count_batched(config, device),
+        ranks=count_ranks(config.extra_args),
+    )
+
+
+def _count_batched(config: EngineConfig, device: Device) -> int:
+    given = find_value(config.extra_args, "--max-num-batched-tokens") or ""
+    return int(given) if given.isdecimal() else choose_batched_tokens(device)
+
+
+def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device, command: tuple[str, ...]) -> Memory:
+    target = checkpoints.target
+    assert target is not None
+    weights = wanted_weight_bytes(config, checkpoints)
+    given = find_value(command, "--kv-cache-memory-bytes")
+    if device.kind == "cpu":
+        return Memory(weights, 0, 0, 0, int(given or 0))
+    activations = estimate_activations(
+        target,
+        batched_tokens=_count_batched(config, device),
+        sequences=config.max_num_seqs,
+        rows=1 + (checkpoints.gamma or 0),
+    )
+    graphs = (
+        0 if config.enforce_eager else GRAPH_BYTES_PER_LAYER * (target.num_layers + _count_layers(checkpoints.drafter))
+    )
+    share = float(find_value(command, "--gpu-memory-utilization") or MAX_GPU_SHARE)
+    left = int(device.total_bytes * share) - weights - activations - graphs - GPU_CONTEXT_BYTES
+    return Memory(weights, activations, graphs, GPU_CONTEXT_BYTES, int(given) if given else max(0, left))
+
+
+def _count_layers(drafter: Drafter | None) -> int:
+    return 0 if drafter is None else drafter.num_layers
+
+
+def _describe_no_room(device: Device, memory: Memory) -> str:
+    used = f"{(memory.weights + memory.activations + memory.graphs + memory.context) / 2**30:.1f} GiB"
+    got = f"weights and buffers of about {used} of {device.total_bytes / 2**30:.1f} GiB"
+    remedy = "take a larger GPU, a quantised release, or several with -- --tensor-parallel-size N"
+    return f"memory of {device.name}: expected room for a KV cache, got {got}; {remedy}"
+
+
+def _has_weights(config: EngineConfig) -> bool:
+    folders = [find_folder(name) for name in (config.model, config.draft) if name is not None]
+    return all(folder is not None and measure_weights(folder) > 0 for folder in folders)

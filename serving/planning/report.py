@@ -1,0 +1,181 @@
+"""A plan for people, and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from laguna_serve.serving.checkpoint.drafter import Drafter
+from laguna_serve.serving.checkpoint.quantisation import Quantisation
+from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
+from laguna_serve.serving.device import describe
+from laguna_serve.serving.planning.plan import Plan
+from laguna_serve.serving.planning.support import Verdict, describe_kind
+from laguna_serve.serving.planning.weights import count_active, count_drafter, count_parameters
+from laguna_serve.serving.vendor_defaults import describe_chat
+
+SCHEMA = "laguna_serve.plan/1"
+GIB = 1 << 30
+WIDTH = 13
+
+
+def format_command(plan: Plan) -> str:
+    """The command with its environment, for a POSIX shell."""
+    variables = [part for name in plan.unset for part in ("-u", name)]
+    variables += [f"{name}={value}" for name, value in sorted(plan.environment.items())]
+    return shlex.join(["env", *variables, *plan.command])
+
+
+def format_plan(plan: Plan) -> str:
+    """A line for each thing that is known, the command last."""
+    rows = list(_list_rows(plan))
+    lines = [f"{name:<{WIDTH}} {text}" for name, text in rows]
+    lines += [f"{'warning':<{WIDTH}} {warning}" for warning in plan.warnings]
+    lines += [f"{'refused':<{WIDTH}} {refusal}" for refusal in plan.refusals]
+    if plan.command:
+        lines.append(f"{'command':<{WIDTH}} {format_command(plan)}")
+    return "\n".join(lines)
+
+
+def _list_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    device, target, drafter = plan.device, plan.checkpoints.target, plan.checkpoints.drafter
+    label = "a plan for a device that was named; nothing of this machine" if plan.planned else "this machine"
+    capability = "" if device.capability is None else f", compute capability {device.capability / 10}"
+    yield "device", f"{device.name}{capability}, {device.total_bytes / GIB:.1f} GiB ({label})"
+    if target is None:
+        yield "model", f"{plan.config.model}: not on this machine; vLLM downloads it, and nothing of it is known here"
+    else:
+        yield from _list_target(plan, target)
+    if drafter is not None:
+        yield from _list_drafter(plan, drafter)
+    for name, path in plan.classes.items():
+        yield "class", f"{name}: {path}"
+    yield from _list_memory(plan)
+    for line in describe_chat(plan.checkpoints.chat):
+        yield "chat", line
+    yield "runner", describe_runner(plan)
+
+
+def _list_target(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
+    yield "model", target.name
+    dense = count_dense_layers(target)
+    if target.dense:
+        mlp = "all dense"
+    else:
+        mlp = f"{dense} dense, {target.num_layers - dense} sparse of {target.num_experts} experts, "
+        mlp += f"{target.experts_per_token} per token"
+    window = f", {target.sliding_layers} of them over {target.sliding_window} tokens" if target.sliding_layers else ""
+    yield "layers", f"{target.num_layers}{window}; {mlp}"
+    yield "parameters", f"{count_parameters(target):,}, {count_active(target):,} of them per token"
+    yield "weights", _describe_weights(target.quantisation, plan.target_verdict)
+
+
+def _list_drafter(plan: Plan, drafter: Drafter) -> Iterator[tuple[str, str]]:
+    kind = "sliding" if "sliding_attention" in drafter.attention.layer_types else "full"
+    mixed = "mixed" if drafter.mixed else kind
+    text = f"{drafter.format} format, {drafter.num_layers} layers ({mixed} attention)"
+    text += f", {count_drafter(drafter):,} parameters"
+    yield "drafter", f"{text}: it fits the model" if plan.checkpoints.target is not None else text
+    yield "draft weights", _describe_weights(drafter.quantisation, plan.drafter_verdict)
+    vendor = " or ".join(map(str, plan.vendor_gamma))
+    recommended = f"; Poolside recommends {vendor}" if vendor else ""
+    yield "gamma", f"{plan.checkpoints.gamma} of at most {drafter.max_gamma} (block {drafter.block_size}){recommended}"
+
+
+def _describe_weights(quantisation: Quantisation | None, verdict: Verdict | None) -> str:
+    name = "unquantised" if quantisation is None else describe_kind(quantisation)
+    if verdict is None:
+        return name
+    return f"{name}: {verdict.how}, {verdict.reason}" + (f"; {verdict.remedy}" if verdict.remedy else "")
+
+
+def _list_memory(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory, layout, target = plan.memory, plan.layout, plan.checkpoints.target
+    if memory is None or layout is None or target is None or plan.context is None:
+        return
+    source = "" if plan.weights_here else " by config.json"
+    parts = [f"weights {memory.weights / GIB:.1f} GiB{source}"]
+    if plan.device.kind == "gpu":
+        parts.append(f"activations about {memory.activations / GIB:.1f}")
+        parts.append(f"CUDA graphs about {memory.graphs / GIB:.1f}, context {memory.context / GIB:.1f}")
+    yield "memory", f"{', '.join(parts)}; left for the KV cache {memory.kv / GIB:.1f} GiB"
+    wanted = plan.config.max_model_len or target.max_model_len
+    sequence = layout.sequence_bytes(wanted) / GIB
+    yield (
+        "KV cache",
+        f"{layout.token_bytes:,} bytes per token of a long sequence; {sequence:.2f} GiB for {wanted:,} tokens",
+    )
+    if plan.kv_dtype is not None:
+        yield "KV dtype", f"{plan.kv_dtype[0]}: {plan.kv_dtype[1]}"
+    one, many = plan.context
+    full = "the whole" if one == wanted else f"{wanted:,} do not fit"
+    yield "context", f"{one:,} tokens for one sequence ({full}), {many:,} for {plan.config.max_num_seqs} at once"
+
+
+def describe_runner(plan: Plan) -> str:
+    """Which of vLLM's two model runners computes."""
+    chosen = plan.environment.get("VLLM_USE_V2_MODEL_RUNNER")
+    if chosen is not None:
+        return f"vLLM's V{2 if chosen == '1' else 1} model runner (VLLM_USE_V2_MODEL_RUNNER={chosen})"
+    return "vLLM's V2 model runner where Triton is installed, as with vLLM's own wheels, else V1"
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as a JSON object; bytes and tokens are integers."""
+    target, drafter, layout = plan.checkpoints.target, plan.checkpoints.drafter, plan.layout
+    return {
+        "schema": SCHEMA,
+        "ok": not plan.refusals,
+        "refusals": list(plan.refusals),
+        "warnings": list(plan.warnings),
+        "device": describe(plan.device) | {"planned": plan.planned},
+        "model": plan.config.model,
+        "draft": plan.config.draft,
+        "classes": dict(plan.classes),
+        "target": None if target is None else _describe_target(plan, target),
+        "drafter": None if drafter is None else _describe_drafter(plan, drafter),
+        "memory": None if plan.memory is None else asdict(plan.memory) | {"weights_here": plan.weights_here},
+        "kv_cache": None
+        if layout is None or target is None
+        else {
+            "bytes_per_token": layout.token_bytes,
+            "bytes_per_sequence": layout.sequence_bytes(plan.config.max_model_len or target.max_model_len),
+            "dtype": None if plan.kv_dtype is None else plan.kv_dtype[0],
+        },
+        "context": None if plan.context is None else {"one": plan.context[0], "all": plan.context[1]},
+        "max_num_seqs": plan.config.max_num_seqs,
+        "chat": [asdict(setting) for setting in plan.checkpoints.chat.flags],
+        "runner": describe_runner(plan),
+        "environment": dict(plan.environment),
+        "command": list(plan.command),
+    }
+
+
+def _describe_target(plan: Plan, target: Target) -> dict[str, Any]:
+    return {
+        "architecture": target.architecture,
+        "layers": target.num_layers,
+        "dense_layers": count_dense_layers(target),
+        "sliding_layers": target.sliding_layers,
+        "experts": target.num_experts,
+        "max_model_len": target.max_model_len,
+        "parameters": count_parameters(target),
+        "active_parameters": count_active(target),
+        "quantisation": None if target.quantisation is None else target.quantisation.kind,
+        "verdict": None if plan.target_verdict is None else asdict(plan.target_verdict),
+    }
+
+
+def _describe_drafter(plan: Plan, drafter: Drafter) -> dict[str, Any]:
+    return {
+        "format": drafter.format,
+        "layers": drafter.num_layers,
+        "parameters": count_drafter(drafter),
+        "block_size": drafter.block_size,
+        "gamma": plan.checkpoints.gamma,
+        "vendor_gamma": list(plan.vendor_gamma),
+        "quantisation": None if drafter.quantisation is None else drafter.quantisation.kind,
+        "verdict": None if plan.drafter_verdict is None else asdict(plan.drafter_verdict),
+    }

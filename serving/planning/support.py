@@ -1,0 +1,176 @@
+"""What of a checkpoint's numbers runs on which device with vLLM 0.32, as a table.
+
+Read in vLLM 0.32.0: quantization/compressed_tensors (which scheme a capability gets), fused_moe/oracle/{fp8,nvfp4,
+int_wna16}.py and the `_supports_*` methods of the kernels they choose from, platforms/cuda.py and cpu.py;
+tests/serving/test_support.py asks the same code again.  On a CPU every quantised kernel for experts that vLLM has needs
+AMX, and a router without Laguna's selection bias; linear layers are another matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
+from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
+from laguna_serve.serving.checkpoint.target import Target
+from laguna_serve.serving.device import Device
+
+PLAIN = "plain"
+NATIVE, WEIGHT_ONLY, REFUSED, UNKNOWN = "native", "weight-only", "refused", "unknown"
+# The instructions that decide what of quantised weights a CPU computes with, as /proc/cpuinfo calls them.
+AMX, AVX512 = "amx_tile", "avx512f"
+LEAST_CAPABILITY = 80
+QUANTISED_ON_CPU = "serve the bf16 release here, or this one on a GPU of compute capability 8.0 or later"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of some numbers on a device; ``remedy`` is empty where they are served."""
+
+    how: str
+    reason: str
+    remedy: str = ""
+
+    @property
+    def served(self) -> bool:
+        """Whether vLLM starts with them."""
+        return self.how != REFUSED
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRow:
+    """From that compute capability (× 10) on."""
+
+    kind: str
+    capability: int
+    verdict: Verdict
+
+
+MARLIN = "Marlin: stored small, computed in bf16"
+# Of a kind's rows the last whose capability the device reaches holds.
+GPU_ROWS = (
+    GpuRow(PLAIN, 0, Verdict(REFUSED, "no bf16 below compute capability 8.0, and fp16 overflows", "take a newer GPU")),
+    GpuRow(PLAIN, 80, Verdict(NATIVE, "bf16")),
+    GpuRow(
+        FP8, 0, Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU")
+    ),
+    GpuRow(FP8, 80, Verdict(WEIGHT_ONLY, f"no FP8 arithmetic below 8.9; {MARLIN}")),
+    GpuRow(FP8, 89, Verdict(NATIVE, "FP8 arithmetic, a scale per 128×128 block")),
+    GpuRow(
+        NVFP4,
+        0,
+        Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
+    ),
+    GpuRow(NVFP4, 80, Verdict(WEIGHT_ONLY, f"no FP4 arithmetic below 10.0; {MARLIN} (Poolside names Blackwell alone)")),
+    GpuRow(NVFP4, 100, Verdict(NATIVE, "FP4 arithmetic")),
+    GpuRow(
+        INT4,
+        0,
+        Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
+    ),
+    GpuRow(INT4, 80, Verdict(WEIGHT_ONLY, MARLIN)),
+)
+KV_FP8_CAPABILITY = 89
+
+
+def judge_target(target: Target, device: Device) -> Verdict:
+    """What becomes of the model's weights."""
+    return judge(target.quantisation, device, experts=not target.dense)
+
+
+def judge_drafter(drafter: Drafter, device: Device) -> Verdict:
+    """What becomes of a drafter's weights.
+
+    vLLM's Laguna drafter reads `qkv_proj.weight` itself, for the keys and values of all layers at once, and so cannot
+    have it quantised (https://github.com/vllm-project/vllm/issues/51581); Qwen3's asks the quantisation for them.
+    """
+    quantisation = drafter.quantisation
+    if quantisation is not None and drafter.format == LAGUNA:
+        fused = [f"model.layers.{layer}.self_attn.qkv_proj" for layer in range(drafter.num_layers)]
+        if quantisation.kind == OTHER or any(quantisation.find_group(name) for name in fused):
+            reason = "vLLM's Laguna drafter cannot have quantised queries, keys and values (vllm#51581)"
+            remedy = "take the bf16 drafter, which goes with a quantised model as well"
+            return Verdict(REFUSED, reason, remedy)
+    return judge(quantisation, device, experts=False)
+
+
+def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -> Verdict:
+    """What becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
+    kind = PLAIN if quantisation is None else quantisation.kind
+    if kind == OTHER and quantisation is not None:
+        return Verdict(UNKNOWN, f"{quantisation.name} is no format of Laguna's releases: vLLM decides when it loads it")
+    if device.kind == "cpu":
+        return _judge_cpu(kind, device.isa, experts)
+    capability = LEAST_CAPABILITY if device.capability is None else device.capability
+    return [row.verdict for row in GPU_ROWS if row.kind == kind and row.capability <= capability][-1]
+
+
+def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> Verdict:
+    if kind == PLAIN:
+        return Verdict(NATIVE, "bf16")
+    if kind == NVFP4:
+        return Verdict(REFUSED, "vLLM has no FP4 kernel for a CPU", QUANTISED_ON_CPU)
+    if experts:
+        reason = "vLLM's quantised experts on a CPU know routers without Laguna's selection bias alone"
+        return Verdict(REFUSED, reason, QUANTISED_ON_CPU)
+    if kind == FP8 and AMX not in isa:
+        return Verdict(REFUSED, "vLLM's FP8 layers on a CPU need AMX", QUANTISED_ON_CPU)
+    return Verdict(WEIGHT_ONLY if kind == INT4 else NATIVE, "vLLM's CPU kernels")
+
+
+def check_support(target: Target | None, drafter: Drafter | None, device: Device) -> None:
+    """Raises CheckpointError for what the device does not run: weights, or a drafter's kinds of attention."""
+    verdicts = [] if target is None else [(target.name, target.quantisation, judge_target(target, device))]
+    verdicts += [] if drafter is None else [(drafter.name, drafter.quantisation, judge_drafter(drafter, device))]
+    for name, quantisation, verdict in verdicts:
+        if not verdict.served:
+            kind = "bf16" if quantisation is None else describe_kind(quantisation)
+            expected = f"expected weights that {device.name} runs"
+            raise CheckpointError(f"{name}: {expected}, got {kind}: {verdict.reason}; {verdict.remedy}")
+
+    if drafter is not None and drafter.mixed and device.kind == "cpu":
+        expected = "expected layers of one kind on a CPU, whose model runner (V1) has one window for a drafter"
+        remedy = "serve it on a GPU, or without the drafter"
+        raise CheckpointError(f"{drafter.name}: {expected}, got sliding and full attention; {remedy}")
+
+
+def check_use(target: Target, keep_mask: str | None) -> None:
+    """Raises CheckpointError for a quantised base whose experts are to be pruned."""
+    if keep_mask is not None and target.quantisation is not None:
+        remedy = "prune the bf16 release, or serve this one whole, without the mask"
+        expected = "expected an unquantised base for --keep-mask, as blocks of experts are cut out of plain weights"
+        raise CheckpointError(f"{target.name}: {expected}, got {describe_kind(target.quantisation)}; {remedy}")
+
+
+def describe_kind(quantisation: Quantisation) -> str:
+    """For people: "FP8 (float-quantized)"."""
+    return quantisation.name if quantisation.kind == OTHER else f"{quantisation.kind.upper()} ({quantisation.name})"
+
+
+def choose_kv_dtype(target: Target, device: Device) -> tuple[str, str] | None:
+    """``--kv-cache-dtype`` and why, where vLLM's own choice does not run; None where it does.
+
+    A checkpoint whose `kv_cache_scheme` asks for it gets a KV cache in FP8 (e4m3) by vLLM's "auto".
+    """
+    if target.quantisation is None or not target.quantisation.fp8_kv_cache:
+        return None
+    if device.kind == "cpu":
+        if AVX512 in device.isa:
+            return None
+        return "bfloat16", "the FP8 KV cache that the checkpoint asks for needs AVX-512 on a CPU"
+    if device.capability is None or device.capability >= KV_FP8_CAPABILITY:
+        return None
+    return "bfloat16", "the FP8 KV cache that the checkpoint asks for needs compute capability 8.9"
+
+
+def kv_value_bytes(target: Target, device: Device, dtype: str, chosen: str | None = None) -> int:
+    """Bytes of a value in the KV cache; ``chosen`` is the user's --kv-cache-dtype."""
+    if chosen not in (None, "auto"):
+        return 1 if chosen.startswith(("fp8", "int8")) else 2
+    if chosen is None and choose_kv_dtype(target, device) is not None:
+        return 2
+    if target.quantisation is not None and target.quantisation.fp8_kv_cache:
+        return 1
+    served = target.dtype if dtype == "auto" else dtype
+    return 4 if served in ("float32", "float") else 2

@@ -1,0 +1,293 @@
+"""Plans of every published release on every kind of device, and the arithmetic behind them against vLLM's own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, read_tensors, weigh
+
+from laguna_serve.serving import cli
+from laguna_serve.serving.checkpoint import CheckpointError, read_target
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.command import EngineConfig
+from laguna_serve.serving.device import Device
+from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
+from laguna_serve.serving.planning.plan import Plan, make_plan
+from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
+from laguna_serve.serving.planning.weights import (
+    count_drafter,
+    count_parameters,
+    estimate_bytes,
+    estimate_drafter_bytes,
+)
+
+TOY = Path(__file__).resolve().parent.parent / "toy"
+GIB = 1 << 30
+CPU = Device("cpu", "cpu", 64 * GIB, 64 * GIB, isa=("avx2", "avx512f"))
+
+
+def plan(target: str, draft: str | None = None, device: str = "h100-80gb", **options: Any) -> Plan:
+    config = EngineConfig(folder(target), draft=None if draft is None else folder(draft), **options)
+    return make_plan(config, plan_for(device), planned=True)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_parameters_and_bytes_are_those_of_the_headers(name: str) -> None:
+    target = read_target(Path(folder(name)))
+    assert estimate_bytes(target) == pytest.approx(weigh(name), rel=1e-4)
+    if target.quantisation is None:
+        assert count_parameters(target) == sum(_count(shape) for _, shape in read_tensors(name).values())
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafters_parameters_are_those_of_the_headers(name: str) -> None:
+    drafter = read_drafter(Path(folder(name)))
+    assert count_drafter(drafter) == pytest.approx(sum(_count(s) for _, s in read_tensors(name).values()), rel=1e-3)
+    assert estimate_drafter_bytes(drafter) == pytest.approx(weigh(name), rel=1e-3)
+
+
+def _count(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+@pytest.mark.parametrize("device", [*GPUS, "cpu"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_release_is_planned_everywhere(name: str, device: str) -> None:
+    """The essentials: class, numbers, drafter, γ, memory, context, and a command or the reason against one."""
+    draft = find_drafter(name)
+    config = EngineConfig(folder(name), draft=None if draft is None else folder(draft))
+    made = make_plan(config, CPU if device == "cpu" else plan_for(device), planned=True)
+    found = json.loads(json.dumps(describe_plan(made)))
+    ours = "laguna_cpu" if device == "cpu" else "laguna"
+    assert found["classes"]["LagunaForCausalLM"] == f"laguna_serve.plugins.models.{ours}:LagunaForCausalLM"
+    assert found["target"]["quantisation"] == find_kind(name)
+    assert found["memory"]["weights"] == pytest.approx(weigh(name) + (weigh(draft) if draft else 0), rel=1e-3)
+    if draft is not None:
+        assert found["drafter"]["gamma"] == found["drafter"]["block_size"] - 1
+        assert found["drafter"]["gamma"] == (7 if "XS.2" in name else 15)
+        assert found["drafter"]["gamma"] in found["drafter"]["vendor_gamma"]
+    assert found["ok"] == bool(found["command"]) == (found["context"]["one"] > 0)
+    if found["ok"]:
+        assert found["target"]["verdict"]["how"] in ("native", "weight-only")
+        assert found["context"]["all"] <= found["context"]["one"] <= found["target"]["max_model_len"]
+        assert found["memory"]["weights"] < made.device.total_bytes
+    else:
+        assert all(": expected " in refusal and "; " in refusal for refusal in found["refusals"])
+    text = format_plan(made)
+    assert all(len(line) > 13 for line in text.splitlines())
+    assert ("refused" in text) is not found["ok"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "how"),
+    [
+        ("Laguna-XS.2", "a100-80gb", "native"),
+        ("Laguna-XS.2-FP8", "a100-80gb", "weight-only"),
+        ("Laguna-XS.2-FP8", "l40s", "native"),
+        ("Laguna-XS-2.1-FP8", "h100-80gb", "native"),
+        ("Laguna-XS-2.1-NVFP4", "h100-80gb", "weight-only"),
+        ("Laguna-XS-2.1-NVFP4", "rtx5090", "native"),
+        ("Laguna-S-2.1-NVFP4", "b200", "native"),
+        ("Laguna-XS-2.1-INT4", "rtx3090", "weight-only"),
+    ],
+)
+def test_numbers_run_where_vllm_has_kernels_for_them(name: str, device: str, how: str) -> None:
+    verdict = plan(name, device=device).target_verdict
+    assert verdict is not None
+    assert (verdict.how, verdict.served) == (how, True)
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if find_kind(name) is not None])
+def test_quantised_releases_are_refused_on_a_cpu(name: str) -> None:
+    made = make_plan(EngineConfig(folder(name)), replace(CPU, isa=("amx_tile", "avx512f")))
+    assert made.command == ()
+    assert "expected weights that cpu runs, got " in made.refusals[0]
+    assert "; serve the bf16 release here, or this one on a GPU" in made.refusals[0]
+
+
+def test_xs2_on_80_gb_has_room_for_less_than_its_context() -> None:
+    alone, drafted = plan("Laguna-XS.2"), plan("Laguna-XS.2", "Laguna-XS.2-speculator.dflash")
+    assert alone.layout is not None
+    assert drafted.layout is not None
+    assert alone.layout.token_bytes * 262_144 == 10 * GIB
+    assert drafted.layout.token_bytes * 262_144 == 15 * GIB
+    assert alone.context is not None
+    assert drafted.context is not None
+    assert 80_000 < drafted.context[0] < alone.context[0] < 262_144
+    assert "--max-model-len auto" in format_command(alone)
+    assert "262,144 do not fit" in format_plan(alone)
+    assert plan("Laguna-XS.2", device="h200").context == (262_144, pytest.approx(25_000, rel=0.3))
+
+
+def test_length_that_does_not_fit_is_refused() -> None:
+    refusal = plan("Laguna-XS.2", max_model_len=262_144).refusals[0]
+    assert refusal.startswith("--max-model-len: expected a length that fits, got 262144, and NVIDIA H100 80GB has room")
+    assert plan("Laguna-XS.2", max_model_len=65_536).refusals == ()
+
+
+def test_several_gpus_share_a_model() -> None:
+    assert "memory of NVIDIA H200" in plan("Laguna-S-2.1", device="h200").refusals[0]
+    shared = plan("Laguna-S-2.1", device="h200", extra_args=("--tensor-parallel-size", "2"))
+    assert shared.refusals == ()
+    assert shared.memory is not None
+    assert shared.memory.weights == pytest.approx(weigh("Laguna-S-2.1") / 2, rel=1e-3)
+
+
+def test_fp8_kv_cache_is_left_out_where_there_is_none() -> None:
+    for device, value in (("a100-80gb", "bfloat16"), ("h100-80gb", None)):
+        command = list(plan("Laguna-XS-2.1-FP8", device=device).command)
+        given = command[command.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in command else None
+        assert given == value
+    small, large = (plan("Laguna-XS-2.1-FP8", device=device).layout for device in ("h100-80gb", "a100-80gb"))
+    assert small is not None
+    assert large is not None
+    assert 2 * small.token_bytes == large.token_bytes
+
+
+def test_command_is_one_that_a_shell_runs(tmp_path: Path) -> None:
+    spaced = tmp_path / "two words"
+    spaced.symlink_to(folder("Laguna-XS.2"))
+    made = make_plan(EngineConfig(str(spaced)), plan_for("h200"), planned=True)
+    assert str(spaced) in shlex.split(format_command(made))
+    assert shlex.split(format_command(made))[0] == "env"
+    assert sys.executable in shlex.split(format_command(made))
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
+    status = cli.main(["doctor", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err
+
+
+def test_doctor_plans_for_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    draft = folder("Laguna-XS-2.1-DFlash")
+    status, lines, _ = doctor(capsys, folder("Laguna-XS-2.1"), "--draft", draft, "--as-device", "h200", "--gamma", "7")
+    assert status == 0
+    assert "(a plan for a device that was named; nothing of this machine)" in lines[0]
+    rows = {line[:13].strip(): line[14:] for line in lines[:-1]}
+    assert rows["gamma"] == "7 of at most 15 (block 16); Poolside recommends 15"
+    assert rows["chat"].startswith("tool calls: on (poolside_v1); thinking: o")
+    assert rows["command"].startswith("env ")
+    found = json.loads(lines[-1])
+    assert (found["schema"], found["device"]["planned"], found["drafter"]["gamma"]) == ("laguna_serve.plan/1", True, 7)
+
+
+def test_doctor_refuses_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines, _ = doctor(capsys, folder("Laguna-M.1"), "--as-device", "rtx4090", "--json")
+    assert (status, len(lines)) == (1, 1)
+    assert json.loads(lines[0])["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--as-device", "h200"], "doctor: expected a model with these flags, got none; name it first"),
+        ([folder("Laguna-XS.2"), "--as-device", "tpu"], "--as-device: expected one of a100-40gb, "),
+        (
+            [folder("Laguna-XS.2"), "--draft", folder("Laguna-XS.2"), "--as-device", "h200"],
+            "that is a base model: pass",
+        ),
+        ([folder("Laguna-XS-2.1-DFlash"), "--as-device", "h200"], "got a DFlash drafter; pass it as the draft instead"),
+        (
+            [folder("Laguna-XS-2.1"), "--draft", folder("Laguna-S-2.1-DFlash"), "--as-device", "h200"],
+            "expected the target's hidden size 2048, got 3072; take a drafter trained for ",
+        ),
+    ],
+)
+def test_doctor_names_what_is_wrong_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    status, lines, error = doctor(capsys, *arguments)
+    assert (status, lines) == (2, [])
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_pruning_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mask.npy").touch()
+    mask = str(tmp_path / "mask.npy")
+    with pytest.raises(
+        CheckpointError, match=r"expected an unquantised base for --keep-mask.*got FP8 .*; prune the bf16"
+    ):
+        plan("Laguna-XS.2-FP8", keep_mask=mask, group_indices=mask)
+
+
+def run_laguna(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_dry_run_says_what_would_be_started(tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    arguments = ["--draft", str(TOY / "dflash"), "--dry-run", "--port", "0", "--log", str(log)]
+    done = run_laguna("serve", str(TOY / "teacher"), *arguments)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert json.loads(last)["ok"] is True
+    assert table[-1].startswith("command       env ")
+    assert not log.exists()
+
+
+def test_dry_run_refuses_with_status_2(tmp_path: Path) -> None:
+    done = run_laguna("serve", folder("Laguna-XS-2.1-NVFP4"), "--dry-run", "--port", "0")
+    assert done.returncode == 2
+    assert "expected weights (*.safetensors), got none" in done.stdout + done.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_kv_arithmetic_is_vllms(name: str, kind: str) -> None:
+    """Blocks that vLLM wants for one sequence, from its own groups of the same layers."""
+    draft = find_drafter(name)
+    drafter = None if draft is None else read_drafter(Path(folder(draft)))
+    target, device = read_target(Path(folder(name))), replace(CPU, kind="gpu") if kind == "gpu" else CPU
+    batched = choose_batched_tokens(device)
+    for tokens in (1, 500, 4096, 100_000, target.max_model_len):
+        layout = plan_layout(target, drafter, device, value_bytes=2, batched_tokens=batched)
+        assert layout.sequence_bytes(tokens) == _ask_vllm(target, drafter, layout.block, tokens, batched, kind)
+
+
+def _ask_vllm(target: Any, drafter: Any, block: int, tokens: int, batched: int, kind: str) -> int:
+    import torch
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    sizes = {"block_size": block, "num_kv_heads": target.num_kv_heads, "head_size": target.head_dim}
+    full = FullAttentionSpec(**sizes, dtype=torch.bfloat16)
+    window = SlidingWindowSpec(**sizes, dtype=torch.bfloat16, sliding_window=target.sliding_window or 1)
+    specs = {
+        f"layers.{number}": full if name == "full_attention" else window
+        for number, name in enumerate(target.attention_kinds)
+    }
+    layers = 0 if drafter is None else drafter.num_layers
+    specs |= {f"layers.{target.num_layers + number}": full for number in range(layers)}
+    config = _configure(tokens, batched, ahead=kind == "gpu")
+    groups = kv_cache_utils.get_kv_cache_groups(config, specs)
+    return int(kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups))
+
+
+def _configure(tokens: int, batched: int, *, ahead: bool) -> Any:
+    """vLLM's configuration as far as those two functions read it."""
+    from types import SimpleNamespace
+
+    from vllm.config import VllmConfig
+
+    config: Any = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=tokens)
+    config.cache_config.kv_cache_layout = "LBNHC"
+    config.scheduler_config.max_num_batched_tokens = batched
+    config.scheduler_config.async_scheduling = ahead
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    return config
