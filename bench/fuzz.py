@@ -227,7 +227,7 @@ class Fuzz:
 def read_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """Which of the instruction sets that matter to a CPU engine this processor has; family and model before them."""
     fields = dict(re.findall(r"^(cpu family|model|flags|Features)\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE))
-    flags = fields.get("flags", fields.get("Features", "")).split()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
     name = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     return name + [flag for flag in flags if flag in INSTRUCTION_SETS]
 
