@@ -53,7 +53,7 @@ class KvLayout:
         return self.total_bytes(tokens, 1)
 
     def total_bytes(self, tokens: int, sequences: int) -> int:
-        """What so many sequences of that length take: in sliding groups a window's worth each, and what is in flight."""
+        """What so many sequences of that length take: a window each in sliding groups, and what is in flight."""
         # One block more than a window takes, as it begins anywhere in a block.
         held = self.full * sequences * ceil(tokens / self.block)
         if sequences == 1:

@@ -151,6 +151,28 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"num_experts": 0},
+        {"mlp_only_layers": list(range(LAYERS)), "decoder_sparse_step": 1},
+        {"decoder_sparse_step": 0},
+        {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)], "mlp_only_layers": list(range(LAYERS))},
+    ],
+    ids=["num_experts", "mlp_only_layers", "decoder_sparse_step", "contradicted"],
+)
+def test_dense_in_any_spelling_is_unpadded_and_padded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: dict[str, Any]
+) -> None:
+    source = padded(tmp_path / "in")
+    change_config(source, **{"mlp_layer_types": None, **spelling})
+    code, result = run(capsys, "unpad", source, "--out", tmp_path / "trimmed", "--verify")
+    assert (code, result["widths"]) == (0, [24, 17, 11, 5])
+    assert run(capsys, "pad", tmp_path / "trimmed", "--out", tmp_path / "again", "--verify")[0] == 0
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "again"))
+    assert after == before
+
+
 def test_what_cannot_be_unpadded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     source = padded(tmp_path / "in")
