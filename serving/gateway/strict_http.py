@@ -1,8 +1,9 @@
-"""uvicorn's HTTP protocol without three of its habits, for the gateway and its admin port.
+"""uvicorn's HTTP protocol without four of its habits, for the gateway and its admin port.
 
 An offer to upgrade (h2c of JDK clients and curl, websockets) is ignored, as RFC 9110, section 7.8 allows: llhttp ends
 such a request with its head, so that its body would be lost, or read as a request of its own (uvicorn#2722). Trailers
-do not become headers. And what belonged to a connection is free when that is lost, without the garbage collector.
+do not become headers. A client that has sent its next request is still read, within bounds, so that its going is
+noticed. And what belonged to a connection is free when that is lost, without the garbage collector.
 Checked against uvicorn 0.54 (startup_check.py).
 """
 
@@ -14,6 +15,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 INVALID = "Invalid HTTP request received."
+# Requests that wait behind one of the same connection before that is read no further; their bodies are bounded by
+# uvicorn's HIGH_WATER_LIMIT, their heads by the gateway's.
+MAX_PIPELINED = 4
 OFFERS = frozenset((b"upgrade", b"http2-settings"))
 
 
@@ -73,6 +77,8 @@ class StrictProtocol(HttpToolsProtocol):
         self._in_head = False
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if 0 < len(self.pipeline) <= MAX_PIPELINED:
+                self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         """The body is there, or what the parser takes for all of a request that offers an upgrade."""

@@ -203,6 +203,17 @@ def test_client_that_leaves_in_a_stream(asgi: bool) -> None:
         wait_until(lambda: bool(engine.gone))
 
 
+def test_client_that_has_sent_its_next_request_and_leaves() -> None:
+    with Upstream({PATH: after_warming(stalled)}) as engine, gateway(engine) as front, nothing_left(front):
+        with front.connect() as connection:
+            connection.sendall(make_request(PATH, BODY))
+            assert connection.recv(1)
+            connection.sendall(make_request(PATH, BODY))
+            time.sleep(0.1)
+        wait_until(lambda: bool(engine.gone))
+        assert len(engine.seen) == 2, "the warming and the first: the next never began"
+
+
 def test_engine_that_fails_connections_is_tried_elsewhere_within_a_budget() -> None:
     dead = Upstream(url="http://127.0.0.1:9")
     with Upstream() as engine, gateway(dead, engine) as front:
