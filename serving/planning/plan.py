@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 from laguna_serve.serving.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
@@ -157,6 +156,9 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
 
 def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> dict[str, str]:
     """Architecture → the class that serves it, for target and drafter."""
+    # Here, as the doctor's check of the installation must run where the plugin is broken.
+    from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
+
     known = ARCHITECTURES | CPU_ARCHITECTURES if device.kind == "cpu" else ARCHITECTURES
     names = []
     if checkpoints.target is not None:

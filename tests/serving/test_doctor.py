@@ -44,10 +44,12 @@ class Environment:
         (self.site / name).symlink_to(target)
 
     def install_plugin(self) -> None:
-        """Our entry point's file, what serving shares with the plugins, and an empty class for every architecture."""
+        """Our entry point's file and what serving shares with it; empty classes and repairs, as the mock has no vLLM."""
         self.register.parent.mkdir()
         for own in (self.register, self.register.with_name("layers.py")):
             own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
+        repairs = "def repair_front_end(): pass\ndef repair_sampling(): pass\n"
+        self.register.with_name("repairs.py").write_text(repairs, encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"
