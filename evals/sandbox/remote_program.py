@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import importlib
 import io
 import random
 import sys
@@ -27,7 +28,7 @@ from laguna_serve.evals.sandbox.proxies import (
 )
 from laguna_serve.evals.sandbox.rpc import CHANGEABLE, Call, PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.values import Decoder, Node
-from laguna_serve.evals.sandbox.worker import MISSING
+from laguna_serve.evals.sandbox.worker import MODULE, VALUE
 
 SPACE, ENTRY = 0, 1
 # Objects whose attributes lead out of the tests: only these may be read of them.
@@ -65,9 +66,13 @@ class RemoteProgram(ObjectPeer):
         return candidate
 
     def read_global(self, name: str) -> Any:
-        """What the program calls by that name, or MISSING."""
-        value = self.call(SPACE, "global", (name,), {})
-        return self.MISSING if isinstance(value, str) and value == MISSING else value
+        """What the program calls by that name, or MISSING. A module of the standard library is the tests' own."""
+        match self.call(SPACE, "global", (name,), {}):
+            case (kind, value) if kind == VALUE:
+                return value
+            case (kind, str(module)) if kind == MODULE and module.partition(".")[0] in sys.stdlib_module_names:
+                return importlib.import_module(module)
+        return self.MISSING
 
     # What the program may ask for.
 

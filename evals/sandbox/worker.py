@@ -16,7 +16,8 @@ from laguna_serve.evals.sandbox.proxies import make_proxy, operate_on
 from laguna_serve.evals.sandbox.rpc import TEXT_CHARS, Call, PeerGone
 
 NAME = "solution"
-MISSING = "missing"
+# What a name of the program's stands for.
+MISSING, MODULE, VALUE = "missing", "module", "value"
 # Of a program's output, what a test may read.
 CAPTURED_CHARS = 1 << 20
 # How `input` looks to a program that a test hands its own.
@@ -62,8 +63,15 @@ class WorkerPeer(ObjectPeer):
     def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
         """Everything that the tests ask for; "global" gives one of the program's names."""
         if operation == "global":
-            return self._space.get(args[0], MISSING) if value is self._space else MISSING
+            return self._find_global(args[0])
         return operate_on(value, operation, args, named, self.runner.run)
+
+    def _find_global(self, name: str) -> tuple[str, Any]:
+        """One of the program's names; a module is named, as the tests have it too."""
+        if name not in self._space:
+            return MISSING, None
+        found = self._space[name]
+        return (MODULE, found.__name__) if isinstance(found, types.ModuleType) else (VALUE, found)
 
     def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Streams and the state of `random` that the tests have replaced or set."""

@@ -43,8 +43,10 @@ def ask(program: str, limits: Limits = LIMITS) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After every test: no process of ours that was not there before, and no temporary folder."""
+    # A folder of this test's own: others run beside it.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
     def children() -> set[int]:
         return {child.pid for child in psutil.Process().children(recursive=True)}
