@@ -193,7 +193,8 @@ def grade_samples(
             lines.append(json.dumps({"task_id": sample[0].task_id, "solution": sample[1], **asdict(verdict)}) + "\n")
             progress.step("graded", done, len(samples))
     write_text(folder / "samples.jsonl", "".join(lines))
-    counts = [(len(verdicts), sum(verdict.passed for verdict in verdicts)) for verdicts in grades.values()]
+    # As published: a suite's figure is there to be compared with others'.
+    counts = [(len(verdicts), sum(verdict.published for verdict in verdicts)) for verdicts in grades.values()]
     path = folder / "samples.json"
     write_json(path, {"schema": SAMPLES_SCHEMA, "suite": suite, "model": model, "counts": counts})
     return path
