@@ -22,6 +22,8 @@ from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.checkpoint.drafter_weights import expected_tensors
 
 LAGUNA = [sys.executable, "-m", "laguna_serve.serving.cli"]
+# A real engine may take minutes to start again on a busy machine.
+TIMEOUT_S = 400.0
 FAKE_SITE = Path(__file__).parent / "fake_site"
 
 TARGET: dict[str, Any] = {
@@ -112,7 +114,7 @@ def post(base_url: str, path: str, body: Any = None, headers: dict[str, str] | N
     data = json.dumps({} if body is None else body).encode()
     request = urllib.request.Request(base_url + path, data, {"Content-Type": "application/json", **(headers or {})})
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         with error:

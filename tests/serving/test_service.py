@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fakes import post, read_pids, read_url, serving, wait_until_gone
+from serving_fakes import TIMEOUT_S, post, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving import service
 from laguna_serve.serving.cli import main
@@ -42,7 +42,7 @@ class Stream:
         self._begun = threading.Event()
         data = json.dumps(body or {"stream": True}).encode()
         request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-        self._answer = urllib.request.urlopen(request, timeout=60)
+        self._answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         assert self._begun.wait(30)
@@ -54,7 +54,7 @@ class Stream:
 
     def read_end(self) -> list[str]:
         """Its events, once it has ended."""
-        self._thread.join(60)
+        self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive(), "the stream goes on"
         return self.data.decode().split("\n\n")[:-1]
 

@@ -105,7 +105,7 @@ def test_updated_weights_are_not_served_from_the_checkpoint(tmp_path: Path) -> N
             time.sleep(0.5)  # a health check or two, none of which may take the fence away
         status = read_status(admin)
         assert status["state"] == "fenced"
-        assert status["last_error"] == "weights: expected version step-2, got the checkpoint's after a restart"
+        assert status["last_error"].startswith("weights: expected version step-2, got ")
         assert post(admin, "/admin/update_weights", update)["outcome"] == "updated"
         deadline = time.monotonic() + 30
         while (answer := post(url, COMPLETIONS, body)).get("status") == 503:
