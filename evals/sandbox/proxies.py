@@ -8,15 +8,16 @@ below the nearest class that both sides have.
 
 from __future__ import annotations
 
-import asyncio
 import builtins
-import inspect
 import sys
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
+    import inspect
+
     from laguna_serve.evals.sandbox.rpc import Peer
 
 _BINARY = (
@@ -234,6 +235,8 @@ def _get_code(value: Any) -> types.SimpleNamespace:
 
 def describe_signature(value: Any) -> list[list[Any]]:
     """A function's parameters: name, kind, whether there is a default, and the default where it is plain."""
+    import inspect  # as asyncio below: each process would pay for it, few need it
+
     plain = (bool, int, float, str, type(None), tuple, list, dict)
     return [
         [name, int(p.kind), p.default is not p.empty, p.default if isinstance(p.default, plain) else None]
@@ -243,6 +246,8 @@ def describe_signature(value: Any) -> list[list[Any]]:
 
 def make_signature(parameters: Any) -> inspect.Signature:
     """The signature that was described."""
+    import inspect
+
     made = []
     for name, kind, has_default, default in parameters:
         empty = inspect.Parameter.empty
@@ -259,6 +264,8 @@ class AsyncRunner:
     def run(self, awaitable: Any) -> Any:
         """Run one."""
         if self._runner is None:
+            import asyncio
+
             self._runner = asyncio.Runner()
 
         async def wait() -> Any:

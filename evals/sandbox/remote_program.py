@@ -6,13 +6,11 @@ instances, and calls functions; never their frames, globals, modules or classes'
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import importlib
 import io
 import random
 import sys
-import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -251,6 +249,9 @@ class RemoteProgram(ObjectPeer):
 
 def _run_apart(awaitable: Any) -> Any:
     """Run a coroutine of the tests' while their own event loop waits for the program."""
+    import asyncio
+    import threading
+
     result: list[Any] = []
 
     async def wait() -> Any:
