@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -21,21 +22,28 @@ MOST_SEQUENCES = 128
 
 
 def repair_front_end() -> None:
-    """Repair what checks requests and answers them; what another vLLM does not have is left, with a warning."""
+    """Repair what checks requests and answers them, on every device."""
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MOST_SEQUENCES))
     for name in FRONT_END:
-        try:
-            importlib.import_module(f"{__name__}.{name}").apply()
-        except (ImportError, AttributeError) as error:
-            logger.warning("repair %s: expected vLLM 0.32's %s; it is left out", name, error)
+        _attempt(name, lambda name=name: importlib.import_module(f"{__name__}.{name}").apply())  # type: ignore[misc]
 
 
 def repair_sampling() -> None:
-    """Repair model runner V1's sampling on a CPU; calling it again changes nothing.
+    """Repair model runner V1's sampling on a CPU; calling it again changes nothing."""
+    _attempt("sampling", _repair_sampling)
 
-    The runner's module brings every drafter's model along, and the front end needs neither: it is repaired when a
-    runner makes its sampler, and not imported before.
-    """
+
+def _attempt(name: str, repair: Callable[[], None]) -> None:
+    """What another vLLM does not have is left as it is, with a warning: our classes do not need it."""
+    try:
+        repair()
+    except (ImportError, AttributeError) as error:
+        logger.warning("repair of %s: expected the modules of vLLM 0.32, got %s; it is left out", name, error)
+
+
+def _repair_sampling() -> None:
+    """The runner's module brings every drafter's model along, and the front end needs neither: it is repaired when a
+    runner makes its sampler, and not imported before."""
     from vllm.v1.sample.sampler import Sampler
 
     from laguna_serve.plugins.repairs import drafted_sampling, token_logprobs
