@@ -32,6 +32,7 @@ class Catalog:
         self._pools: Mapping[str, Pool] = {}
         self._configured: dict[str, Pool] = {}
         self._listed: dict[str, dict[str, Card]] = {}
+        self._nameless: set[str] = set()
         self._asked_s = -GOOD_FOR_S
         self._asking: asyncio.Task[None] | None = None
         self._created = int(time.time())
@@ -55,6 +56,10 @@ class Catalog:
         if self._clock() - self._asked_s > GOOD_FOR_S:
             return None
         return next((self._pools[model] for model, cards in self._listed.items() if name in cards), None)
+
+    def is_nameless(self, pool: Pool) -> bool:
+        """Have all of its engines answered, when they were last asked, and none listed a model?"""
+        return pool.model.name in self._nameless
 
     async def search(self, name: str) -> Pool | None:
         """The model of a name; engines are asked for one that is not known."""
@@ -98,15 +103,18 @@ class Catalog:
             asked = [(name, engine) for name, pool in pools.items() for engine in pool.engines if engine.up]
             lists = await asyncio.gather(*(self._ask(engine) for _, engine in asked))
             listed: dict[str, dict[str, Card]] = {}
+            silent = set()
             for (name, _), cards in zip(asked, lists, strict=True):
-                listed.setdefault(name, {}).update(cards)
+                listed.setdefault(name, {}).update(cards or {})
+                silent |= {name} if cards is None else set()
             if pools == self._pools:
                 self._listed, self._asked_s = listed, self._clock()
+                self._nameless = {name for name, cards in listed.items() if not cards and name not in silent}
         finally:
             self._asking = None
 
-    async def _ask(self, engine: Engine) -> dict[str, Card]:
-        """What an engine lists; nothing if it does not answer in order."""
+    async def _ask(self, engine: Engine) -> dict[str, Card] | None:
+        """What an engine lists; None if it does not answer."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         try:
             async with self._session.get(
@@ -117,7 +125,12 @@ class Catalog:
                     body += data
                     if len(body) > MAX_LIST_BYTES:
                         return {}
-                cards = msgspec.json.decode(body)["data"] if response.status == 200 else []
+                if response.status != 200:
+                    return None if response.status >= 500 else {}
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+        try:
+            cards = msgspec.json.decode(body)["data"]
             return {card["id"]: card for card in cards[:MAX_NAMES] if isinstance(card["id"], str)}
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return {}

@@ -134,7 +134,7 @@ class Relay:
 
     def _route(self, exchange: Exchange, body: bytes) -> None:
         """By the body's `model`; what names none goes to the only model, or to the first. With one model, what it is
-        called otherwise is its engines' to know, and what is wrong with a body theirs to say."""
+        called otherwise is its engines' to know if they know names, and what is wrong with a body theirs to say."""
         alone = next(iter(self.pools.values())) if len(self.pools) == 1 else None
         try:
             name = read_model(body, exchange.head.named.get(b"content-type", b""))
@@ -142,17 +142,18 @@ class Relay:
             if alone is None:
                 raise errors.bad_request(str(error)) from None
             name = None
-        if alone is not None:
-            self._dispatch(exchange, body, alone)
-        elif name is None:
+        if not name and (alone is not None or name is None):
             self._dispatch(exchange, body, next(iter(self.pools.values())))
         elif (pool := self.catalog.find(name)) is not None:
             self._dispatch(exchange, body, pool)
         else:
-            exchange.wait_for(self._search(name), lambda found: self._dispatch(exchange, body, found))
+            exchange.wait_for(self._search(name, alone), lambda found: self._dispatch(exchange, body, found))
 
-    async def _search(self, name: str) -> Pool:
+    async def _search(self, name: str, alone: Pool | None) -> Pool:
+        """An engine that lists no models would answer to any name, so that the only model's own is asked for then."""
         if (pool := await self.catalog.search(name)) is None:
+            pool = alone if alone is not None and not self.catalog.is_nameless(alone) else None
+        if pool is None:
             raise errors.unknown_model(name)
         return pool
 

@@ -81,7 +81,8 @@ def test_gamma_beyond_the_block(refuse: Callable[..., str], command: str) -> Non
 @each_command
 def test_drafter_that_does_not_fit(refuse: Callable[..., str], copy: Callable[..., Path], command: str) -> None:
     ids = json.loads((TOY / "dflash" / "config.json").read_text())["dflash_config"]
-    misfit = copy("dflash", dflash_config=ids | {"target_layer_ids": [1, 3, 4, 99]})
+    changes = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5, 100]}
+    misfit = copy("dflash", dflash_config=ids | {"target_layer_ids": [1, 3, 4, 99]}, **changes)
     assert "expected target layer ids from 0 to 5, got [99]" in refuse(command, draft=misfit)
 
 

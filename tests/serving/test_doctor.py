@@ -44,7 +44,7 @@ class Environment:
         (self.site / name).symlink_to(target)
 
     def install_plugin(self) -> None:
-        """Our entry point's file and what serving shares with it; empty classes and repairs, as the mock has no vLLM."""
+        """Our entry point's file and what serving shares with it; empty classes and repairs: the mock has no vLLM."""
         self.register.parent.mkdir()
         for own in (self.register, self.register.with_name("layers.py")):
             own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
