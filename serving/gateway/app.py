@@ -35,10 +35,10 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # vLLM closes a connection after an error without saying so: every step of an update has its own, and every
-        # health check.
+        # health check and list of models.
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
-            catalog = Catalog(session)
+            catalog = Catalog(steps)
             relay = Relay(config, metrics, shadows, log, catalog)
             app.state.relay, app.state.session, app.state.steps = relay, session, steps
             app.mount("/", RelayApp(relay))

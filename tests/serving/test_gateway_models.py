@@ -181,12 +181,22 @@ def test_bodies_of_any_kind_reach_their_model() -> None:
 
 
 def test_one_model_leaves_names_and_bodies_to_its_engine() -> None:
-    with Listing("A") as a, gateway(a) as front:
-        for body in (b'{"model": "any"}', b'{"model": 5}', b'{"model": ""}', b"{", b"\xff"):
+    with Listing("A", "m") as a, gateway(a) as front:
+        for body in (b'{"model": "m"}', b'{"model": 5}', b'{"model": ""}', b"{", b"\xff"):
             assert post(front, body).json() == {"engine": "A"}
         assert a.asked == 0
+        assert post(front, b'{"model": "any"}').json() == {"engine": "A"}, "it knows its names"
         assert post(front, b'{"a":' * 100_000).status == 400
         assert post(front, b"[" * 100_000).status == 400
+
+
+@pytest.mark.parametrize("answer", [b"{}", b'{"data": []}', b"no JSON"])
+def test_engine_that_knows_no_names_is_asked_for_the_models_own(answer: bytes) -> None:
+    with Listing("A") as a, gateway(a) as front:
+        a.answer_to_list = answer
+        refused = post(front, b'{"model": "any"}')
+        assert (refused.status, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert post(front, b'{"model": "m"}').json() == {"engine": "A"}
 
 
 def test_aliases_lead_to_their_model() -> None:
