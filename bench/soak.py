@@ -198,8 +198,8 @@ class Soak:
         raise EngineError("gateway: expected it to be ready, got 503 for 10 s")
 
     async def _settle(self, before: int) -> int:
-        """Open files once idle connections have been closed."""
-        for _ in range(100):
+        """Open files once idle connections have been closed: the last are aiohttp's to engines, after 15 s."""
+        for _ in range(200):
             if (found := self._gateway.num_fds()) <= before:
                 break
             await asyncio.sleep(0.1)
