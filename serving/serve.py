@@ -13,7 +13,7 @@ from pathlib import Path
 from laguna_serve.serving.api_keys import read_keys
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.command import LOOPBACK
-from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.gamma_store import find_advice
 from laguna_serve.serving.launch import find_port, plan_launch, require_device, require_port
@@ -136,8 +136,12 @@ def run(args: argparse.Namespace) -> int:
 
 def rehearse(config: EngineConfig, api_key: str | None) -> int:
     """Everything that is checked before a start, and the plan; nothing is started."""
-    launch = plan_launch(config, api_key)
-    plan = replace(make_plan(config, require_device()), command=tuple(launch.command))
+    plan = make_plan(config, require_device())
+    try:
+        plan = replace(plan, command=tuple(plan_launch(config, api_key).command))
+    except EngineError as error:  # the plan may have said so already
+        refusals = tuple(dict.fromkeys((*plan.refusals, str(error))))
+        plan = replace(plan, command=(), refusals=refusals)
     print(format_plan(plan))
     print(json.dumps(describe_plan(plan)))
     return 2 if plan.refusals else 0

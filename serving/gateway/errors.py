@@ -90,17 +90,14 @@ def _is_cohere(path: str) -> bool:
 
 def missing_key() -> GatewayError:
     """No key."""
-    message = (
-        "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
-        "(i.e. Authorization: Bearer YOUR_KEY)."
-    )
+    message = "No API key was given. Send one in the header Authorization: Bearer KEY."
     return GatewayError(401, "invalid_request_error", message, code="missing_api_key", reason="missing_key")
 
 
 def wrong_key() -> GatewayError:
     """A key that is not known."""
     return GatewayError(
-        401, "invalid_request_error", "Incorrect API key provided.", code="invalid_api_key", reason="wrong_key"
+        401, "invalid_request_error", "The API key is not valid.", code="invalid_api_key", reason="wrong_key"
     )
 
 
@@ -119,7 +116,7 @@ def unknown_model(model: str) -> GatewayError:
 
 def unknown_path(method: str, path: str) -> GatewayError:
     """No path that engines serve to clients."""
-    message = f"Unknown request URL: {method} {path[:128]}. Please check the URL for typos."
+    message = f"There is no route {method} {path[:128]}."
     return GatewayError(404, "invalid_request_error", message, code="unknown_url", reason="unknown_path")
 
 

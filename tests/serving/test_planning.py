@@ -239,10 +239,23 @@ def test_dry_run_says_what_would_be_started(tmp_path: Path) -> None:
     assert not log.exists()
 
 
-def test_dry_run_refuses_with_status_2(tmp_path: Path) -> None:
-    done = run_laguna("serve", folder("Laguna-XS-2.1-NVFP4"), "--dry-run", "--port", "0")
-    assert done.returncode == 2
-    assert "expected weights (*.safetensors), got none" in done.stdout + done.stderr
+@pytest.mark.parametrize("name", TARGETS)
+def test_dry_run_says_what_doctor_says(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Of every release, here without its weights, which is one more thing to refuse."""
+    draft = find_drafter(name)
+    arguments = [folder(name)] if draft is None else [folder(name), "--draft", folder(draft)]
+    cli.main(["doctor", *arguments])
+    examined = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert cli.main(["serve", *arguments, "--dry-run", "--port", "0"]) == 2
+    *_, line = capsys.readouterr().out.splitlines()
+    rehearsed = json.loads(line)
+    missing = set(rehearsed["refusals"]) - set(examined["refusals"])
+    assert len(missing) <= 1
+    assert all("got none; fetch it again" in refusal for refusal in missing)
+    assert set(examined["refusals"]) <= set(rehearsed["refusals"])
+    different = {"refusals", "ok", "command", "device", "environment", "memory"}  # free memory moves, ports differ
+    for key in examined.keys() - different:
+        assert rehearsed[key] == examined[key], key
 
 
 @pytest.mark.vllm
