@@ -7,7 +7,7 @@ the smallest batch that still shows it; after a death the run goes on with a new
 earlier run into the same folder stopped.  The parameters come from the engine's own /openapi.json.
 
 OUT/fuzz.json has every finding, OUT/sent.jsonl all requests in order.  The last stdout line is one JSON object (schema
-laguna_serve.fuzz/1).  Needs hypothesis, which the locked environments have.
+laguna_serve.fuzz/1).  Needs hypothesis: the locked environments have it, for others it is the extra `fuzz`.
 """
 
 from __future__ import annotations

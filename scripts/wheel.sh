@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m build --wheel --no-isolation --outdir "$work" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
-  -c "$root/scripts/requirements/cpu.lock" "$work"/*.whl >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
+  -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[fuzz]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
 modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './evals/spec_rl/*' | wc -l)
 cd "$work"
 venv/bin/python - "$modules" <<'PYTHON'

@@ -15,7 +15,15 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 # What holds for every device, in the front end.
-FRONT_END = ("grammar_limits", "unsendable", "client_errors", "anthropic_errors", "inline_system", "response_nulls")
+FRONT_END = (
+    "grammar_limits",
+    "unsendable",
+    "client_errors",
+    "anthropic_errors",
+    "inline_system",
+    "response_nulls",
+    "response_stream_errors",
+)
 # Sequences that one prompt may ask for (`n`, beams): OpenAI's limit.  vLLM's own is 16,384, which one request of a few
 # bytes turns into hours of everybody's time.
 MOST_SEQUENCES = 128
