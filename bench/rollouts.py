@@ -36,8 +36,8 @@ from laguna_serve.bench.rollouts_report import render_markdown, render_text
 from laguna_serve.bench.rollouts_weights import give_version, open_versions
 from laguna_serve.bench.run import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import inspect
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.inspection import inspect
 from laguna_serve.serving.serve import parse_gamma
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 

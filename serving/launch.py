@@ -13,16 +13,10 @@ from dataclasses import dataclass
 
 from laguna_serve.serving.budget import BudgetError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.command import (
-    Checkpoints,
-    EngineConfig,
-    build_command,
-    build_environment,
-    choose_settings,
-    inspect,
-    list_device_warnings,
-)
+from laguna_serve.serving.command import build_command, build_environment, choose_settings, list_device_warnings
 from laguna_serve.serving.device import Device, find_device, find_vllm
+from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.inspection import Checkpoints, inspect
 from laguna_serve.serving.vendor_defaults import ChatContract
 from laguna_serve.serving.vllm_flags import check_flags
 from laguna_serve.serving.weight_files import require_weights

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from laguna_serve.serving.api_keys import read_keys
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import LOOPBACK
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.gamma_store import find_advice
+from laguna_serve.serving.inspection import LOOPBACK
 from laguna_serve.serving.launch import find_port, plan_launch, require_device, require_port
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from laguna_serve.serving.acceptance import AcceptanceWatch
-from laguna_serve.serving.command import EngineConfig
 from laguna_serve.serving.engine import Engine, EngineError
+from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.front import Front, FrontSettings, open_front
 from laguna_serve.serving.keeper import Keeper, RestartPolicy
 

@@ -12,18 +12,17 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
 from laguna_serve.serving.command import (
     KV_DTYPE,
-    Checkpoints,
-    EngineConfig,
     build_command,
     build_environment,
     choose_overrides,
     choose_settings,
     count_ranks,
-    inspect,
     list_device_warnings,
     wanted_weight_bytes,
 )
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.kv import (
     KvLayout,
     choose_batched_tokens,

@@ -15,15 +15,15 @@ from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.budget import GIB
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.command import (
-    EngineConfig,
     build_command,
     build_environment,
-    inspect,
     list_device_warnings,
     wanted_kv_bytes,
     wanted_weight_bytes,
 )
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.inspection import inspect
 
 CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 

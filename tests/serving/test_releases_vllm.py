@@ -14,7 +14,8 @@ from laguna_serve.plugins.layers import DEFAULT_ROPE, DEFAULTS, resolve_layer_ki
 from laguna_serve.plugins.register import register
 from laguna_serve.serving.checkpoint import read_target
 from laguna_serve.serving.checkpoint.drafter import read_drafter
-from laguna_serve.serving.command import EngineConfig, choose_overrides
+from laguna_serve.serving.command import choose_overrides
+from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.speculation import check_fit, describe
 
 pytestmark = pytest.mark.vllm

@@ -13,8 +13,10 @@ from serving_fakes import TARGET, MakeCheckpoint
 from laguna_serve.serving.budget import GIB
 from laguna_serve.serving.chat_template import Abilities, probe_template
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import EngineConfig, build_command, build_environment, choose_settings, inspect
+from laguna_serve.serving.command import build_command, build_environment, choose_settings
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.inspection import inspect
 from laguna_serve.serving.release import Release
 from laguna_serve.serving.vendor_defaults import (
     ChatOptions,
