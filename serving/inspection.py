@@ -14,7 +14,7 @@ from laguna_serve.serving.checkpoint import (
     read_config,
     read_target,
 )
-from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
+from laguna_serve.serving.drafter import Drafter, read_drafter
 from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use
 from laguna_serve.serving.planning.weights import estimate_bytes, estimate_drafter_bytes

@@ -20,6 +20,7 @@ FRONT_END = (
     "unsendable",
     "client_errors",
     "anthropic_errors",
+    "anthropic_streams",
     "inline_system",
     "response_nulls",
     "response_stream_errors",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from laguna_serve.serving.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
 from laguna_serve.serving.command import (
     KV_DTYPE,
     build_command,
@@ -21,6 +20,7 @@ from laguna_serve.serving.command import (
     wanted_weight_bytes,
 )
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.drafter import ARCHITECTURE, SPECULATORS, Drafter
 from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.kv import (

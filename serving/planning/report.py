@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.quantisation import Quantisation
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
 from laguna_serve.serving.device import describe
+from laguna_serve.serving.drafter import Drafter
 from laguna_serve.serving.planning.plan import Plan
 from laguna_serve.serving.planning.support import Verdict, describe_kind
 from laguna_serve.serving.planning.weights import count_active, count_drafter, count_parameters

@@ -15,8 +15,8 @@ from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, re
 
 from laguna_serve.serving import cli
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
-from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.drafter import read_drafter
 from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout

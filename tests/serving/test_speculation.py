@@ -10,7 +10,7 @@ import pytest
 from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
-from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.drafter import read_drafter
 from laguna_serve.serving.speculation import check_fit, list_warnings, resolve_gamma, speculative_config
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
