@@ -39,7 +39,7 @@ def find_family(value: Any) -> str:
         kind = type(value)
         if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             return MANY
-        return FUNCTION if hasattr(kind, "__call__") else OBJECT  # noqa: B004
+        return FUNCTION if callable(value) else OBJECT
     if value is None:
         return NOTHING
     for family, kinds in ((TRUTH, bool), (NUMBER, NUMBERS), (TEXT, str), (MAPPING, dict), (MANY, COLLECTIONS)):

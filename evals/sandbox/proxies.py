@@ -125,6 +125,8 @@ def describe_class(kind: type) -> dict[str, Any]:
         if name in SHOWN or getattr(kind, name, None) is not OBJECT_SPECIALS.get(name)
     ]
     specials = [name for name in specials if getattr(kind, name, None) is not None]
+    if not any("__call__" in vars(base) for base in kind.__mro__):  # else it is the class's class that has it
+        specials.remove("__call__")
     function = issubclass(kind, types.FunctionType | types.BuiltinFunctionType | types.MethodType)
     unhashable = getattr(kind, "__hash__", None) is None
     return {"name": kind.__name__, "specials": specials, "function": function, "unhashable": unhashable}

@@ -143,7 +143,7 @@ def forward(
     logprobs = None
     if sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids:
         processed = self.is_processed_logprobs_mode
-        rows = torch.empty_like(logits, dtype=torch.float32)
+        rows = logits.to(torch.float32, copy=True)
         rows[metadata.target_logits_indices] = target if processed else raw_target
         rows[metadata.bonus_logits_indices] = (
             processed_bonus if processed else logits[metadata.bonus_logits_indices].to(torch.float32)
