@@ -157,7 +157,8 @@ def test_engine_that_is_removed_is_drained(caplog: pytest.LogCaptureFixture) -> 
         wait_until(lambda: engine.in_flight == 0)
         assert engine.origin._idle == []
         assert front.ask(PATH, b'{"model": "m"}').header("x-upstream") == "b"
-    assert caplog.messages[:2] == ["engine a removed; requests in flight: 1", "engine a drained"]
+    of_engine = [message for message in caplog.messages if message.startswith("engine a ")]
+    assert of_engine == ["engine a removed; requests in flight: 1", "engine a drained"]
 
 
 def test_certificate_is_renewed_at_a_reload(tmp_path: Path) -> None:
