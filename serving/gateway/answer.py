@@ -67,18 +67,19 @@ class Answer:
             self._transport.write(CONTINUE)
 
     def grow(self) -> None:
-        """More of the body has come."""
+        """More of the body has come, and not all of it."""
         try:
             self._relay.hold(self.exchange, len(self.cycle.body))
         except GatewayError as error:
             self.exchange.fail(error)
-        self._client.flow.resume_reading()  # uvicorn waits for an application to take it
+        self._client.flow.resume_reading()  # uvicorn pauses until an application takes it
 
     def send(self) -> None:
         """The body is there."""
         self.incomplete = False
         body = bytes(self.cycle.body)
         self.cycle.body = bytearray()
+        self._client.flow.resume_reading()
         self._relay.send(self.exchange, body)
 
     def start(self, status: int, headers: Headers) -> None:

@@ -35,7 +35,6 @@ from laguna_serve.serving.gateway.http1 import (
     SilentError,
     StaleError,
     StalledError,
-    Waits,
 )
 from laguna_serve.serving.gateway.pool import Pool
 from laguna_serve.serving.gateway.reach import reach, take_kept
@@ -196,9 +195,7 @@ class Exchange:
             self._body = b""
         if self.held and self.backlog is not None:
             self.backlog.release(self)
-        limits = self._pool.limits
-        waits = Waits(limits.first_byte_timeout_s, limits.read_timeout_s)
-        connection.request(data, self, waits, bodiless=self.head.method == "HEAD")
+        connection.request(data, self, self._pool.waits, bodiless=self.head.method == "HEAD")
         if self._paused:
             connection.pause()
         self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)

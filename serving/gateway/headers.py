@@ -30,7 +30,8 @@ REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
 WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID, b"x-forwarded-for", b"forwarded"}
 OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
-KEY_HEADERS = frozenset((b"authorization", b"x-api-key"))
+NOT_FORWARDED_NOR_KEYS = NOT_FORWARDED | {b"authorization", b"x-api-key"}
+NONE = frozenset[bytes]()
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 # What vLLM serves to clients. Its other routes (pause, sleep, collective_rpc, profiling, …) steer the engine, and
@@ -91,7 +92,7 @@ def render_request(
 ) -> bytes:
     """The request for an engine, whose own header `lines` (host, credential) come first. Headers that the client's
     Connection names stay behind, and a key that was for the gateway."""
-    dropped = NOT_FORWARDED | KEY_HEADERS if keys_are_ours else NOT_FORWARDED
+    dropped = NOT_FORWARDED_NOR_KEYS if keys_are_ours else NOT_FORWARDED
     if b"connection" in head.named:
         dropped = dropped | read_connection(head.headers)
     parts = [head.method.encode(), b" ", prefix, head.target, b" HTTP/1.1\r\n", lines]
@@ -109,6 +110,8 @@ def render_request(
 def read_connection(headers: Headers) -> frozenset[bytes]:
     """The headers that Connection names, in lower case: of this connection only. Names are in lower case."""
     values = [value for name, value in headers if name == b"connection"]
+    if not values:
+        return NONE
     return frozenset(part.strip().lower() for value in values for part in value.split(b","))
 
 

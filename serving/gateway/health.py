@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 
@@ -22,40 +23,48 @@ from laguna_serve.serving.gateway.relay import Relay
 
 # How often an engine is asked that is not well, and how often it is looked whether that has changed.
 RECHECK_S = 0.5
-TICK_S = 0.25
 VERSION_TIMEOUT_S = 2.0
 logger = logging.getLogger(__name__)
 
 
 async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
     """Until cancelled. `session` keeps no connection: an engine that listens no more may still answer on an old one."""
-    checks: dict[Engine, asyncio.Task[None]] = {}
+    loop = asyncio.get_running_loop()
+    checks: dict[Engine, asyncio.Task[float]] = {}
     try:
         while True:
             engines = {engine: pool for pool in relay.pools.values() for engine in pool.engines}
             for engine in checks.keys() - engines.keys():
                 checks.pop(engine).cancel()
+            pause_s = RECHECK_S
             for engine, pool in engines.items():
                 engine.origin.expire()
-                if engine not in checks or checks[engine].done():
-                    checks[engine] = asyncio.create_task(_check_engine(session, relay, pool, engine))
-            await asyncio.sleep(TICK_S)
+                left_s = _find_wait(relay, engine, checks.get(engine), loop.time())
+                if left_s <= 0:
+                    checks[engine] = loop.create_task(_check_engine(session, relay, pool, engine))
+                else:
+                    pause_s = min(pause_s, left_s)
+            await asyncio.sleep(pause_s)
     finally:
         for check in checks.values():
             check.cancel()
         await asyncio.gather(*checks.values(), return_exceptions=True)
 
 
-async def _check_engine(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            await _check(session, relay, pool, engine)
-        except Exception:
-            logger.exception("engine %s: the health check failed in the gateway", engine.name)
-        ended_s = loop.time()
-        while (left_s := ended_s + _find_interval(relay, engine) - loop.time()) > 0:
-            await asyncio.sleep(min(left_s, TICK_S))
+async def _check_engine(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> float:
+    """Ask once. When that ended, by the loop's clock."""
+    try:
+        await _check(session, relay, pool, engine)
+    except Exception:
+        logger.exception("engine %s: the health check failed in the gateway", engine.name)
+    return asyncio.get_running_loop().time()
+
+
+def _find_wait(relay: Relay, engine: Engine, last: asyncio.Task[float] | None, now: float) -> float:
+    """Seconds until the engine is to be asked; without end while it is being asked."""
+    if last is None:
+        return 0.0
+    return last.result() + _find_interval(relay, engine) - now if last.done() else math.inf
 
 
 def _find_interval(relay: Relay, engine: Engine) -> float:

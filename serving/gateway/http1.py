@@ -122,6 +122,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._poll = select.poll()
+        self._waits = Waits()
         self.idle_since = self.received_s = 0.0
         self._reset()
 
@@ -130,7 +131,6 @@ class Connection(asyncio.Protocol):
         self._head_bytes: int | None = 0
         self._bodiless = self._framed = self._paused = False
         self._active_s = 0.0
-        self._waits = Waits()
         self._begun = self._unanswered = self._unread = False
 
     def request(self, data: bytes, receiver: Receiver, waits: Waits, *, bodiless: bool) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from laguna_serve.serving.gateway import errors
 from laguna_serve.serving.gateway.config import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engine import UNVERSIONED, Engine
+from laguna_serve.serving.gateway.http1 import Waits
 from laguna_serve.serving.gateway.origin import Origin
 
 # Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
@@ -40,10 +41,14 @@ class Pool:
     paused: bool = False
     versions: tuple[bytes, bytes] = UNVERSIONED
     updated: bool = False
+    waits: Waits = field(init=False)
     _retries: float = RETRY_BURST
     _tickets: Iterator[int] = field(default_factory=itertools.count)
     _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
     _queued: int = 0
+
+    def __post_init__(self) -> None:
+        self._take_limits(self.limits)
 
     def plan(self, model: Model) -> list[Engine]:
         """The engines that a configuration asks for; one of the same name and URL keeps its state. Changes nothing."""
@@ -60,7 +65,8 @@ class Pool:
             if engine.config is not upstream:
                 engine.config = upstream
                 engine.origin.configure(upstream)
-        self.model, self.limits, self.engines = model, limits, engines
+        self.model, self.engines = model, engines
+        self._take_limits(limits)
         self._wake_all()
 
     def close(self) -> None:
@@ -216,6 +222,10 @@ class Pool:
             if not future.done():
                 future.set_result(None)
                 return
+
+    def _take_limits(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waits = Waits(limits.first_byte_timeout_s, limits.read_timeout_s)
 
     def _make_engine(self, upstream: Upstream) -> Engine:
         """Where weights have been updated, one that comes is sent nothing before it has said which it has."""

@@ -89,6 +89,8 @@ class GatewayProtocol(StrictProtocol):
             self._head_bytes += len(data)
         self._framing_bytes += len(data)
         super().data_received(data)
+        if self._answer is not None and self._answer.incomplete:
+            self._answer.grow()
         # A head that has ended by now is not too large, however many bytes came with it.
         if self._head_bytes is not None and self._head_bytes > self.max_head_bytes:
             self._refuse(TOO_LARGE)
@@ -109,11 +111,9 @@ class GatewayProtocol(StrictProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body; of the request that is being answered, it is kept whole."""
+        """A part of a body."""
         self._framing_bytes = 0
         super().on_body(body)
-        if self._answer is not None and self._answer.cycle is self.cycle:
-            self._answer.grow()
 
     def on_request_complete(self) -> None:
         """The body is there."""

@@ -71,6 +71,7 @@ class Relay:
         self.access.configure(config.keys)
         self.cors, self._proxies = cors if cors.enabled else None, proxies
         self.backlog.most = config.limits.max_queued_bytes
+        self._most_body_bytes = min(config.server.max_body_bytes, config.limits.max_queued_bytes)
         self.max_connections = open_files.find_max_connections(config, limit)
 
     def close(self) -> None:
@@ -108,8 +109,7 @@ class Relay:
 
     def check_size(self, size: int, *, is_options: bool = False) -> None:
         """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
-        most = min(self.config.server.max_body_bytes, self.config.limits.max_queued_bytes)
-        most = min(most, MAX_OPTIONS_BYTES) if is_options else most
+        most = min(self._most_body_bytes, MAX_OPTIONS_BYTES) if is_options else self._most_body_bytes
         if size > most:
             raise errors.body_too_large(most)
 
@@ -124,6 +124,7 @@ class Relay:
         if exchange.finished:
             return
         try:
+            self.check_size(len(body), is_options=exchange.head.method == "OPTIONS")
             if not (exchange.head.path.startswith(MODELS) and self._tell_models(exchange)):
                 self._route(exchange, body)
         except GatewayError as error:

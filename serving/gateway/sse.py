@@ -124,7 +124,9 @@ def frame_events(
     if named.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
         return None, headers
     events = ResponseStream() if path.startswith(RESPONSES) else EventStream()
-    return events, [(name, value) for name, value in headers if name != b"content-length"]
+    if b"content-length" in named:
+        headers = [(name, value) for name, value in headers if name != b"content-length"]
+    return events, headers
 
 
 def _render(event: dict[str, Any]) -> bytes:

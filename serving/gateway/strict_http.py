@@ -9,8 +9,6 @@ Checked against uvicorn 0.54 (startup_check.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,30 +22,26 @@ OFFERS = frozenset((b"upgrade", b"http2-settings"))
 class StrictProtocol(HttpToolsProtocol):
     """One connection of a client."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._in_head = False
-
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
         self._unset_keepalive_if_required()
         try:
-            self._feed(data)
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    data = self._refuse_upgrade() + data[offer.args[0] :]
         except httptools.HttpParserError:
             self.logger.warning(INVALID)
             self.send_400_response(INVALID)
 
-    def _feed(self, data: bytes) -> None:
-        """To the parser. Where that sees an offer to upgrade, a new one reads the head again without it."""
-        while True:
-            try:
-                self.parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as offer:
-                head = self._render_plain_head()
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-                data = head + data[offer.args[0] :]
+    def _refuse_upgrade(self) -> bytes:
+        """The head without the offer to upgrade that the parser stopped at, for a new parser."""
+        head = self._render_plain_head()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return head
 
     def _render_plain_head(self) -> bytes:
         method = self.parser.get_method()
@@ -62,21 +56,11 @@ class StrictProtocol(HttpToolsProtocol):
         parts.append(b"\r\n")
         return b"".join(parts)
 
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        self._in_head = True
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Of a head; what a body trails is of no use to anybody here."""
-        if self._in_head:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        """The head is there."""
-        self._in_head = False
+        """The head is there. What a body trails goes to a list of its own, which nobody reads."""
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            self.headers = []
             if 0 < len(self.pipeline) <= MAX_PIPELINED:
                 self.flow.resume_reading()
 
