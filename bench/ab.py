@@ -14,22 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import add_arm_flags, check_arm_flags, find_dtype, make_spec
-from laguna_serve.bench.arms import ArmSpec, check_specs
-from laguna_serve.bench.certificate import DEFECT
-from laguna_serve.bench.certificate_report import summarise
+from laguna_serve.bench.certificate.report import summarise
+from laguna_serve.bench.certificate.verdict import DEFECT
 from laguna_serve.bench.certify import certify_beside, list_own_specs
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.plan import BASELINE, CANDIDATE, Plan, make_plan
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import PromptsError, load_prompts, split_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.report import render_markdown, render_text
-from laguna_serve.bench.result import assemble, shorten
-from laguna_serve.bench.run import MeasurementStoppedError, Run, run_plan
+from laguna_serve.bench.harness.arm_options import add_arm_flags, check_arm_flags, find_dtype, make_spec
+from laguna_serve.bench.harness.arms import ArmSpec, check_specs
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.report import render_markdown, render_text
+from laguna_serve.bench.harness.result import assemble, shorten
+from laguna_serve.bench.harness.runner import MeasurementStoppedError, Run, run_plan
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 QUICK_PROMPTS = 16
 MIN_WARMUP = 4
@@ -62,7 +64,7 @@ On a GPU one engine fills the memory unless --kv-cache-gib is given; the arms ar
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     try:
         plan, specs = prepare(args)
         out = Path(args.out)
@@ -112,7 +114,7 @@ def publish(result: dict[str, Any], out: Path) -> None:
     write_json(out / "ab.json", result)
     write_text(out / "ab.md", render_markdown(result))
     try:
-        from laguna_serve.bench.plot import draw  # matplotlib is optional, and takes a second to import
+        from laguna_serve.bench.harness.plot import draw  # matplotlib is optional, and takes a second to import
     except ImportError as error:
         print(f"ab.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
     else:

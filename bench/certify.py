@@ -19,7 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import (
+from laguna_serve.bench.certificate.report import render_html, render_markdown, render_text
+from laguna_serve.bench.certificate.row_matched import write_blank_drafter
+from laguna_serve.bench.certificate.runner import REFERENCE, Job, certify
+from laguna_serve.bench.certificate.verdict import DEFECT, ROW_MATCHED
+from laguna_serve.bench.harness.arm_options import (
     ENGINE_FLAGS,
     add_arm_flags,
     check_arm_flags,
@@ -27,20 +31,18 @@ from laguna_serve.bench.arm_flags import (
     make_spec,
     parse_numbers,
 )
-from laguna_serve.bench.arms import ArmSpec, check_specs
-from laguna_serve.bench.certificate import DEFECT, ROW_MATCHED
-from laguna_serve.bench.certificate_report import render_html, render_markdown, render_text
-from laguna_serve.bench.certificate_run import REFERENCE, Job, certify
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
-from laguna_serve.bench.plan import BASELINE, CANDIDATE
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import PromptsError, load_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.row_matched import write_blank_drafter
+from laguna_serve.bench.harness.arms import ArmSpec, check_specs
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import describe, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
@@ -70,7 +72,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     progress = Progress()
     try:
         environment = describe_environment(current_argv())

@@ -20,11 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.metrics import scrape_counters
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
-from laguna_serve.bench.run import wall_s
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.runner import wall_s
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.counters import scrape_counters
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 MARK = 0.05
 
@@ -45,7 +48,7 @@ class CrosscheckError(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
     args = _make_parser().parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     try:
         prompts, warmup = split_prompts(load_prompts(Path(args.prompts)), args.num_prompts, 4)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Everything a client can send, to an engine with a drafter or without: does it live, and answer as its API says?
 
-Every parameter of every route with every value of a list, alone (bench/fuzz_values.py), and in between batches of
+Every parameter of every route with every value of a list, alone (bench/fuzzing/values.py), and in between batches of
 unlike requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave.  After each batch
 /health must answer 200 and a greedy request give the tokens that it gave at the start.  What is wrong is cut down to
 the smallest batch that still shows it; after a death the run goes on with a new engine, and with `--resume` where an
@@ -25,14 +25,16 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.fuzz_client import Answer, ask_control, check_batch, open_session
-from laguna_serve.bench.fuzz_minimise import minimise
-from laguna_serve.bench.fuzz_requests import Request, draw_batches, list_parameters, list_singles
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json
+from laguna_serve.bench.fuzzing.client import Answer, ask_control, check_batch, open_session
+from laguna_serve.bench.fuzzing.minimise import minimise
+from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine_log import find_cause, read_log
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.vendor_defaults import ChatOptions
 
 SCHEMA = "laguna_serve.fuzz/1"
@@ -55,7 +57,7 @@ exit status: 0 nothing found, 1 something found, 2 could not run, 130 interrupte
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     fuzz = Fuzz(args, out, Progress())

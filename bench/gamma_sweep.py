@@ -17,23 +17,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import check_specs, has_room_beside, open_arm
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, is_begun
-from laguna_serve.bench.gamma_mixed import compare_schedule
-from laguna_serve.bench.gamma_model import Point, choose_gamma, fit_costs, make_schedule
-from laguna_serve.bench.gamma_points import make_spec, measure_point
-from laguna_serve.bench.gamma_report import render_markdown, render_text
-from laguna_serve.bench.gamma_stack import list_lever_specs, measure_levers, parse_lever
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.run import MeasurementStoppedError
+from laguna_serve.bench.gamma.ablations import list_lever_specs, measure_levers, parse_lever
+from laguna_serve.bench.gamma.cost_model import Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma.mixed_load import compare_schedule
+from laguna_serve.bench.gamma.points import make_spec, measure_point
+from laguna_serve.bench.gamma.report import render_markdown, render_text
+from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.bench.harness.arms import check_specs, has_room_beside, open_arm
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gamma_store import Advice, store_advice
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, is_begun
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import open_drafter
 
 SCHEMA = "laguna_serve.gamma_sweep/1"
@@ -59,7 +62,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     progress = Progress()
     try:
         gammas = choose_gammas(args)
@@ -217,7 +220,7 @@ def publish(result: dict[str, Any], out: Path) -> None:
     write_json(out / "sweep.json", result)
     write_text(out / "sweep.md", render_markdown(result))
     try:
-        from laguna_serve.bench.gamma_plot import draw  # matplotlib takes a second to import
+        from laguna_serve.bench.gamma.plot import draw  # matplotlib takes a second to import
     except ImportError as error:
         print(f"gamma_sweep.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
     else:

@@ -29,13 +29,15 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 
-from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.gateway_report import render_markdown, render_text
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.stream_client import Sample, run_round
+from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.bench.relay.load_client import Sample, run_round
+from laguna_serve.bench.relay.report import render_markdown, render_text
 from laguna_serve.serving.engine import EngineError, find_port
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.gateway_bench/1"
 DIRECT, SPLICE, OURS = "direct", "splice", "laguna"
@@ -56,7 +58,7 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     progress = Progress()
     try:
         environment = describe_environment(current_argv())
@@ -64,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             engine = args.engine_port or find_port("127.0.0.1")
-            module = "laguna_serve.bench.stream_engine"
+            module = "laguna_serve.bench.relay.mock_engine"
             command = [sys.executable, "-m", module, str(engine), str(args.chunks), str(args.gap_ms)]
             stack.enter_context(run_child(command, engine, out / "engine.log"))
             python = [sys.executable, "-m"]
             ours = [*python, "laguna_serve.serving.cli", "gateway", "--config", str(write_config(out, [engine]))]
             commands = {
-                SPLICE: [*python, "laguna_serve.bench.splice", "{port}", "{engine}"],
+                SPLICE: [*python, "laguna_serve.bench.relay.splice", "{port}", "{engine}"],
                 OURS: [*ours, "--port", "{port}"],
                 **{name: shlex.split(line) for name, line in args.start},
             }

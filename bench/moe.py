@@ -23,11 +23,13 @@ from typing import Any
 import psutil
 import torch
 
-from laguna_serve.bench import moe_layers as layers
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.moe_layers import Batch, Layer, Router, Shape
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.stats import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.moe_layer import layers
+from laguna_serve.bench.moe_layer.layers import Batch, Layer, Router, Shape
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.moe/1"
 EXAMPLES = """
@@ -49,7 +51,7 @@ class MoeBenchError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = _parse(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     rows: list[dict[str, Any]] = []
     interrupted = False
     try:
@@ -255,7 +257,7 @@ def publish(result: dict[str, Any], out: Path) -> None:
     table = render(result)
     write_json(out / "moe.json", result)
     write_text(out / "moe.md", f"```text\n{table}\n```\n")
-    from laguna_serve.bench.moe_plot import draw  # takes a second to import
+    from laguna_serve.bench.moe_layer.plot import draw  # takes a second to import
 
     draw(result, out / "moe.png")
     print(table)

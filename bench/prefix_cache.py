@@ -16,12 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, open_arm
-from laguna_serve.bench.client import Client, EndpointError, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.metrics import Counters, scrape_counters, settle_counters, summarise_acceptance
-from laguna_serve.bench.prefix_report import render_markdown, render_text
-from laguna_serve.bench.prefix_traffic import (
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, open_arm
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.prefix.report import render_markdown, render_text
+from laguna_serve.bench.prefix.traffic import (
     REFERENCE,
     Comparison,
     EngineSetting,
@@ -30,12 +28,17 @@ from laguna_serve.bench.prefix_traffic import (
     plan_second_turn,
     plan_traffic,
 )
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import PromptsError, load_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.records import Record
-from laguna_serve.bench.stats import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.serving.client.completions import Client, open_session
+from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters, summarise_acceptance
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.serve import parse_gamma
 
 SCHEMA = "laguna_serve.prefix_cache/1"
@@ -82,7 +85,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     outcomes: dict[str, Outcome] = {}
     interrupted = False
     progress = Progress()

@@ -20,24 +20,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
-from laguna_serve.bench.client import EndpointError, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
-from laguna_serve.bench.guards import MIN_PAIRS
-from laguna_serve.bench.plan import BASELINE, CANDIDATE
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.rollouts_model import PAYS, PRICE, summarise_point
-from laguna_serve.bench.rollouts_points import Driver, Work, measure_point, plan_point
-from laguna_serve.bench.rollouts_report import render_markdown, render_text
-from laguna_serve.bench.rollouts_weights import give_version, open_versions
-from laguna_serve.bench.run import MeasurementStoppedError
+from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.runner import MeasurementStoppedError
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.bench.harness.validity import MIN_PAIRS
+from laguna_serve.bench.rollout.break_even import PAYS, PRICE, summarise_point
+from laguna_serve.bench.rollout.points import Driver, Work, measure_point, plan_point
+from laguna_serve.bench.rollout.report import render_markdown, render_text
+from laguna_serve.bench.rollout.weights import give_version, open_versions
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.inspection import inspect
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.serve import parse_gamma
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 
@@ -77,7 +81,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     try:
         environment = describe_environment(current_argv())
         job = prepare(args, environment)
@@ -252,7 +256,7 @@ def publish(result: dict[str, Any], out: Path) -> None:
     write_json(out / "rollouts.json", result)
     write_text(out / "rollouts.md", render_markdown(result))
     try:
-        from laguna_serve.bench.rollouts_plot import draw  # matplotlib takes a second to import
+        from laguna_serve.bench.rollout.plot import draw  # matplotlib takes a second to import
     except ImportError as error:
         print(f"rollouts.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
     else:

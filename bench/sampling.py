@@ -19,18 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.arms import Arm, ArmSpec, check_specs, open_arm
-from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
-from laguna_serve.bench.plan import BASELINE
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.two_sample import Comparison, Completion, compare, find_power
+from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, open_arm
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.schedule import BASELINE
+from laguna_serve.bench.stats.two_sample import Comparison, Completion, compare, find_power
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling, open_drafter
 
 SCHEMA = "laguna_serve.sampling/1"
@@ -61,7 +65,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out = Path(args.out)
     try:
         environment = describe_environment(current_argv())

@@ -26,12 +26,14 @@ import aiohttp
 import numpy as np
 import psutil
 
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
 from laguna_serve.bench.gateway import KEY, run_child, write_config
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
-from laguna_serve.bench.soak_engine import DONE, EVENTS
+from laguna_serve.bench.relay.faulty_engine import DONE, EVENTS
 from laguna_serve.serving.engine import EngineError, find_port
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.gateway_soak/1"
 WHOLE = b"".join(b'data: {"event": %d}\n\n' % index for index in range(EVENTS))
@@ -53,7 +55,7 @@ exit status: 0 held, 1 a request ended otherwise than it must or something was l
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out = Path(args.out)
     try:
         environment = describe_environment(current_argv())
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             engines = [find_port("127.0.0.1") for _ in range(2)]
             for port in engines:
-                command = [sys.executable, "-m", "laguna_serve.bench.soak_engine", str(port)]
+                command = [sys.executable, "-m", "laguna_serve.bench.relay.faulty_engine", str(port)]
                 stack.enter_context(run_child(command, port, out / "engine.log"))
             port, admin = find_port("127.0.0.1"), find_port("127.0.0.1")
             config = write_config(out, engines, admin)

@@ -1,5 +1,5 @@
-"""Asks a vLLM endpoint's chat route for one greedy answer with token ids and log-probabilities, as bench/client.py does
-the completions route: the two give the same kind of Probe."""
+"""Asks a vLLM endpoint's chat route for one greedy answer with token ids and log-probabilities, as
+serving/client/completions.py does the completions route: the two give the same kind of Probe."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from laguna_serve.bench.client import Client
-from laguna_serve.bench.parity import Probe
+from laguna_serve.serving.client.completions import Client
+from laguna_serve.serving.client.logprobs import Probe
 
 
 class ChatClient(Client):

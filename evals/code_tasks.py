@@ -20,11 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import parse_numbers
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.evals.code_report import render_markdown, render_text, summarise
 from laguna_serve.evals.code_run import Sample, Workload, run_samples
 from laguna_serve.evals.endpoint import Endpoint, EndpointError
@@ -34,6 +30,12 @@ from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.evals.text import make_printable
 from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
@@ -60,7 +62,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     progress = Progress()
     try:
         problems = load_problems(Path(args.problems))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import aiohttp
 
-from laguna_serve.bench.arms import Arm
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.metrics import Counters, scrape_counters
+from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.serving.client.counters import Counters, scrape_counters
+from laguna_serve.serving.client.errors import EndpointError
 
 
 class DraftCounts:

@@ -18,14 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.arm_flags import ENGINE_FLAGS, add_arm_flags, check_arm_flags, find_dtype, make_spec
-from laguna_serve.bench.arms import check_specs
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint, is_begun
-from laguna_serve.bench.plan import ARMS, CANDIDATE
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
+from laguna_serve.bench.harness.arm_options import ENGINE_FLAGS, add_arm_flags, check_arm_flags, find_dtype, make_spec
+from laguna_serve.bench.harness.arms import check_specs
+from laguna_serve.bench.harness.schedule import ARMS, CANDIDATE
 from laguna_serve.evals.grading import JailError, Limits
 from laguna_serve.evals.invariance_report import render_markdown, render_text
 from laguna_serve.evals.invariance_run import Job, Outcome, run
@@ -33,7 +28,14 @@ from laguna_serve.evals.invariance_verdict import EXPLAINED, INVARIANT, NOISE, U
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.invariance/1"
 # Beyond this many repeats the labellings are too many to count one by one.
@@ -64,7 +66,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out = Path(args.out)
     try:
         environment = describe_environment(current_argv())

@@ -28,18 +28,19 @@ from typing import Literal
 
 import aiohttp
 
-from laguna_serve.bench.arms import Arm, ArmSpec, has_room_beside, open_arm
-from laguna_serve.bench.client import Client, EndpointError, find_model_name, open_session
-from laguna_serve.bench.closed_loop import run_closed_loop
-from laguna_serve.bench.passes import Journal
-from laguna_serve.bench.plan import ARMS
-from laguna_serve.bench.progress import Progress
+from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.evals.chat_client import ChatClient
 from laguna_serve.evals.draft_counts import DraftCounts
 from laguna_serve.evals.extract_worker import read_safely
 from laguna_serve.evals.grading import Grade, Limits, grade
 from laguna_serve.evals.invariance_verdict import CONFIRM, Case, Comparison
 from laguna_serve.evals.problems import Problem
+from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.progress import Progress
 
 # An arm that failed this many requests is given up.
 MAX_FAILURES = 5

@@ -2,7 +2,7 @@
 
 Answers are compared at four levels: token ids, text, the extracted program, the reward (with passed or not). Every
 distinct program of a problem is graded once, so the levels nest: rewards can differ only where programs do. A fifth
-count, *unexplained*, takes only those pairs of answers whose tokens part beyond rounding (bench/parity.py's class
+count, *unexplained*, takes only those pairs of answers whose tokens part beyond rounding (bench/stats/parity.py's class
 "defect"; ties and near ties are explained). Per level, three counts of problems: the baseline parts from itself, the
 candidate from itself, and some answer of the one arm from some answer of the other; the last with its 95% upper bound.
 
@@ -36,11 +36,12 @@ from typing import Any
 
 import numpy as np
 
-from laguna_serve.bench.parity import Mismatch, Probe, Verdict, classify, find_mismatch, list_differences, measure_noise
-from laguna_serve.bench.records import Record
-from laguna_serve.bench.stats import bootstrap_table, bound_mismatch_rate
+from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
+from laguna_serve.bench.stats.parity import Mismatch, Verdict, classify, find_mismatch, list_differences, measure_noise
 from laguna_serve.evals.exchangeability import Bools, find_apart_p, find_scatter_p, is_apart, is_unsteady
 from laguna_serve.evals.grading import Grade
+from laguna_serve.serving.client.logprobs import Probe
+from laguna_serve.serving.client.records import Record
 
 INVARIANT, EXPLAINED, NOISE = "invariant", "explained", "noise"
 UNCLEAR, DIFFERS, UNTOLD = "unclear", "differs", "could not tell"

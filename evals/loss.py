@@ -23,11 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.client import EndpointError, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
 from laguna_serve.evals.loss_endpoint import ScoringEndpoint, check_vocabulary, open_endpoint, score_rows
 from laguna_serve.evals.loss_journal import Journal
 from laguna_serve.evals.loss_mean import average, to_bits_per_byte
@@ -42,6 +37,14 @@ from laguna_serve.evals.loss_rows import (
     read_documents,
 )
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.loss/1"
 USUAL_LENGTH = 512
@@ -86,7 +89,7 @@ class Cut:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out = Path(args.out)
     try:
         source = read_source(args)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.closed_loop import run_closed_loop
 from laguna_serve.evals.loss_journal import Journal
 from laguna_serve.evals.loss_rows import Row
+from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.errors import EndpointError
 
 # In place of −∞, which JSON does not have, vLLM answers this.
 CLAMPED = -9999.0

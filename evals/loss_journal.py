@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from laguna_serve.bench.record import write_text
 from laguna_serve.evals.loss_rows import Row
+from laguna_serve.serving.kit.files import write_text
 
 
 class Journal:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laguna_serve.bench.stats import Floats, bootstrap_table
+from laguna_serve.bench.stats.intervals import Floats, bootstrap_table
 from laguna_serve.evals.loss_rows import Row
 
 MIN_DOCUMENTS = 10

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laguna_serve.bench.stats import RESAMPLES, bootstrap_table, bound_mismatch_rate
+from laguna_serve.bench.stats.intervals import RESAMPLES, bootstrap_table, bound_mismatch_rate
 
 EXACT, BOOTSTRAP = "Clopper–Pearson", "bootstrap over problems"
 

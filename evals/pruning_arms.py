@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from laguna_serve.bench.arms import Arm, ArmSpec, open_arm
-from laguna_serve.bench.client import EndpointError, open_session
-from laguna_serve.bench.folder import claim_folder, fingerprint
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import write_text
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
 from laguna_serve.evals.loss_endpoint import open_endpoint, score_rows
 from laguna_serve.evals.loss_journal import Journal
 from laguna_serve.evals.loss_rows import Row, RowsError, choose_evenly, cut_rows
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 
 INDICES, SCORES = "group_indices_importance_sorted.npy", "group_scores_importance_sorted.npy"
 # A document's last row may be short; with less context than this its loss tells little about the model.

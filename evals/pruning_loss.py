@@ -19,11 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.client import EndpointError
-from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
 from laguna_serve.evals.loss_mean import average, subtract
 from laguna_serve.evals.loss_rows import Row, RowsError, read_documents
 from laguna_serve.evals.pruning_arms import (
@@ -40,7 +35,14 @@ from laguna_serve.evals.pruning_arms import (
 )
 from laguna_serve.evals.pruning_plot import draw
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.pruning_loss_endpoint/1"
 SHARES = (0.10, 0.20, 0.25, 0.40)
@@ -62,7 +64,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     out, progress = Path(args.out), Progress()
     try:
         environment = describe_environment(current_argv())

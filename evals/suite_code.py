@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import write_json, write_text
 from laguna_serve.evals.grading import Grade, JailError, grade
 from laguna_serve.evals.problems import Problem, load_problems
 from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.evals.suite_harness import Target, find_harness, run_logged
 from laguna_serve.evals.suite_settings import Suite, SuiteError
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
 
 SAMPLES_SCHEMA = "laguna_serve.suite_samples/1"
 # evalplus refuses a file without these, but reads only the prompt and the function's name when it asks a model.

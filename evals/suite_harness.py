@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.progress import SPARSE_S, Progress
 from laguna_serve.evals.suite_data import write_tasks
 from laguna_serve.evals.suite_settings import Suite, SuiteError
+from laguna_serve.serving.kit.progress import SPARSE_S, Progress
 
 ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-evals"
 POLL_S = 0.2

@@ -32,11 +32,6 @@ from typing import Any
 
 import aiohttp
 
-from laguna_serve.bench.client import EndpointError, open_session
-from laguna_serve.bench.endings import COULD_NOT_RUN, HELD, INTERRUPTED, stop_on_signals
-from laguna_serve.bench.folder import claim_folder, fingerprint
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.record import current_argv, describe_environment, write_json, write_text
 from laguna_serve.evals.grading import JailError
 from laguna_serve.evals.problems import ProblemsError, load_problems
 from laguna_serve.evals.suite_code import grade_samples, run_code_suite
@@ -45,6 +40,14 @@ from laguna_serve.evals.suite_results import NOTE, read_scores
 from laguna_serve.evals.suite_settings import Suite, SuiteError, choose_suites, load_suites, render_list
 from laguna_serve.evals.suite_table import merge, render_markdown, render_text
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD, INTERRUPTED
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.suites/1"
 EXAMPLES = """
@@ -65,7 +68,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    stop_on_signals()
+    interrupt_on_signals()
     try:
         suites = load_suites()
         if args.list:

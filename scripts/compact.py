@@ -23,7 +23,6 @@ from laguna_serve.scripts.files.folder import (
     write_tensors,
 )
 from laguna_serve.scripts.files.headers import INDEX, ITEM_BYTES
-from laguna_serve.scripts.files.stopping import check
 from laguna_serve.scripts.pruning.base import Base, check_config, read_base
 from laguna_serve.scripts.pruning.choice import choose_pruning
 from laguna_serve.scripts.pruning.count import (
@@ -36,8 +35,10 @@ from laguna_serve.scripts.pruning.count import (
 from laguna_serve.scripts.pruning.shards import Advance, Job, Shard, build_tensors, plan_shards, tensor_bytes
 from laguna_serve.scripts.pruning.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.pruning.zeroed import copy_zeroed
-from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
+from laguna_serve.scripts.tool import run_tool
 from laguna_serve.serving.checkpoint import read_config, require_folder
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
+from laguna_serve.serving.kit.signals import check_signals
 
 SCHEMA = "laguna_serve.compact/1"
 ARCHITECTURE = "LagunaSentinelForCausalLM"
@@ -92,7 +93,7 @@ def write_checkpoint(job: Job, shards: list[Shard], output: Output, source: dict
         progress.label = shard.name
         write_shard(job, shard, output.folder / shard.name, progress.advance)
         output.note(shard.name)
-        check()
+        check_signals()
     progress.finish()
     for name in copy_others(job.base.folder, output):
         output.note(name)
@@ -170,7 +171,7 @@ def run_verify(job: Job, shards: list[Shard], out: Path) -> tuple[dict[str, Any]
     """Compare, and say how it went: what goes into the result, and whether it held."""
 
     def say(text: str) -> None:
-        check()
+        check_signals()
         print(f"  {text}", file=sys.stderr)
 
     try:

@@ -20,9 +20,9 @@ from typing import Any
 
 from laguna_serve.scripts.dense.stages import Recipe
 from laguna_serve.scripts.dense.text import TextError
-from laguna_serve.scripts.pruning.environment import describe_environment
 from laguna_serve.scripts.pruning.text import TOY
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "laguna_serve.distillation/1"
@@ -202,7 +202,11 @@ def main() -> int:
         rows=args.rows,
         length=args.length,
     )
-    result: dict[str, Any] = {"schema": SCHEMA, "environment": describe_environment(), "teacher": args.teacher}
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "environment": describe_environment(current_argv()),
+        "teacher": args.teacher,
+    }
     result |= {"recipe": asdict(recipe) | {"text": args.text, "chats": args.chats}}
     result |= distil(args, recipe, folder, open_work(args, recipe, folder))
     result = round_floats(result)

@@ -17,10 +17,11 @@ from laguna_serve.scripts.drafters.algebra import Conversion, Tensors, to_laguna
 from laguna_serve.scripts.files.folder import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
 from laguna_serve.scripts.files.headers import open_file, read_headers
 from laguna_serve.scripts.pruning.text import read_documents
-from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
+from laguna_serve.scripts.tool import run_tool
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.drafter import LAGUNA, SPECULATORS, Drafter
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
 from laguna_serve.serving.speculation import check_fit, open_drafter
 
 SCHEMA = "laguna_serve.drafter_convert/1"

@@ -20,7 +20,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -29,12 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laguna_serve.evals.splits import is_held_out
-from laguna_serve.scripts.pruning.environment import describe_environment
 from laguna_serve.scripts.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.rl.service import Service, UpdateRefusedError, open_service
 from laguna_serve.serving.acceptance import read_acceptance
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import add_draft_sampling
 
 if TYPE_CHECKING:
@@ -185,7 +185,12 @@ def run(args: argparse.Namespace) -> int:
     with open_service(config, args.out / "engine.log", announce) as service:
         log = train(args, service, prompts, trainer)
     held_out = [line["held_out_reward"] for line in log if "held_out_reward" in line]
-    result = {"schema": SCHEMA, "environment": describe_environment(), "run": list_decisive(args), "log": log}
+    result = {
+        "schema": SCHEMA,
+        "environment": describe_environment(current_argv()),
+        "run": list_decisive(args),
+        "log": log,
+    }
     result["held_out_reward"] = {"first": held_out[0], "last": held_out[-1], "prompts": len(prompts.held_out)}
     (args.out / "grpo.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     draw_runs([args.out], args.out / "reward.png")
@@ -237,8 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_signals()
     try:
         return run(args)
     except (CheckpointError, EngineError, RolloutError, UpdateRefusedError, OSError) as error:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.serving.kit.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
 EXAMPLES = """examples:
@@ -127,9 +129,7 @@ def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
     started = time.monotonic()
     result = STAGES[name](recipe, work, out)
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
-    partial = work / f"{name}.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(work / f"{name}.json")
+    write_text(work / f"{name}.json", json.dumps(result))
 
 
 def write_manifest(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:

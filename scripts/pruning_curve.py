@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, read_pruning, read_shape
-from laguna_serve.scripts.pruning.environment import describe_environment
 from laguna_serve.scripts.score_experts import RATIOS, hash_file, load_model
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
+from laguna_serve.serving.kit.environment import current_argv, describe_environment
 
 SCHEMA = "laguna_serve.pruning_loss/1"
 THREADS = 2  # forward passes alone come out the same every time
@@ -150,7 +150,7 @@ def main() -> int:
         raise PruningError(f"--seeds: expected at least 2, for a spread, got {args.seeds}; 5 are usual")
     measured = measure(args, folder)
     model = {"name": args.teacher, "indices_sha256": hash_file(args.masks / INDICES)}
-    result = {"schema": SCHEMA, "environment": describe_environment(), "model": model, **measured}
+    result = {"schema": SCHEMA, "environment": describe_environment(current_argv()), "model": model, **measured}
     write_result(result, args.out)
     print(format_table(result))
     print(json.dumps(result))

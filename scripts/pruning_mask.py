@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import PruningError, rank_groups
-from laguna_serve.scripts.tool import HELD, Parser, run_tool
+from laguna_serve.scripts.tool import run_tool
+from laguna_serve.serving.kit.cli import HELD, Parser
+from laguna_serve.serving.kit.files import WriteError, write_stream
 
 SCHEMA = "laguna_serve.pruning_mask/1"
 EXAMPLES = """examples:
@@ -49,13 +51,10 @@ def read_scores(path: Path) -> npt.NDArray[np.float32]:
 
 def run(args: argparse.Namespace) -> int:
     keep = rank_groups(read_scores(args.scores), args.share)
-    partial = args.out.with_name(args.out.name + ".part")
     try:
-        with partial.open("wb") as file:
-            np.save(file, keep)
-        partial.replace(args.out)
-    except OSError as error:
-        raise PruningError(f"{args.out}: expected a file to write, got {error.strerror}; check --out") from None
+        write_stream(args.out, lambda file: np.save(file, keep))
+    except WriteError as error:
+        raise PruningError(f"{error}; check --out") from None
     result: dict[str, Any] = {"schema": SCHEMA, "out": str(args.out), "groups": keep.size}
     print(json.dumps({**result, "pruned_groups": int((~keep).sum())}))
     return HELD

@@ -35,6 +35,7 @@ from laguna_serve.plugins.pruning import (
     read_shape,
 )
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
+from laguna_serve.serving.kit.files import write_stream
 
 SCHEMA = "laguna_serve.expert_scores/1"
 RATIOS = (0.10, 0.25, 0.40)
@@ -109,10 +110,7 @@ def write_artefacts(out: Path, files: dict[str, npt.NDArray[Any]], made: dict[st
     digests = {}
     for name, array in files.items():
         path = out / f"{name}.npy"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.save(file, array)
-        partial.replace(path)
+        write_stream(path, lambda file, array=array: np.save(file, array))  # type: ignore[misc]
         digests[path.name] = hash_file(path)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     manifest = {"schema": SCHEMA, **made, "python": platform.python_version(), "versions": versions, "sha256": digests}

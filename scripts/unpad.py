@@ -21,8 +21,9 @@ from laguna_serve.scripts.dense.widths import (
     write,
 )
 from laguna_serve.scripts.files.folder import open_output
-from laguna_serve.scripts.tool import FELL_SHORT, HELD, Parser, run_tool
+from laguna_serve.scripts.tool import run_tool
 from laguna_serve.serving.checkpoint import require_folder
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
 
 UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify

@@ -5,15 +5,16 @@ Acceptance length τ = 1 + accepted ÷ drafts, from the counters that vLLM keeps
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
+from laguna_serve.serving.client.counters import read_samples
+from laguna_serve.serving.client.errors import EndpointError
+
 TIMEOUT_S = 2.0
-COUNTER = re.compile(r"^vllm:spec_decode_num_(drafts|accepted_tokens)_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 # With a worthless drafter a step of γ = 7 costs 1.67 plain steps (toy pair, two cores): a shorter length loses.
 BREAK_EVEN = 1.7
 ENOUGH_DRAFTS = 200
@@ -39,14 +40,15 @@ def read_acceptance(base_url: str) -> Acceptance | None:
     try:
         with urllib.request.urlopen(f"{base_url}/metrics", timeout=TIMEOUT_S) as answer:
             text = answer.read().decode("utf-8", "replace")
-    except (OSError, ValueError, urllib.error.URLError):
+        samples = read_samples(text)
+    except (OSError, ValueError, EndpointError):  # URLError is an OSError
         return None
     sums: dict[str, float] = {}
-    for name, value in COUNTER.findall(text):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    if sums.keys() != {"drafts", "accepted_tokens"}:
+    for sample in samples:
+        sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    if DRAFTS not in sums or ACCEPTED not in sums:
         return None
-    return Acceptance(int(sums["drafts"]), int(sums["accepted_tokens"]))
+    return Acceptance(int(sums[DRAFTS]), int(sums[ACCEPTED]))
 
 
 def format_acceptance(acceptance: Acceptance, gamma: int) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from laguna_serve.serving import doctor, gateway_command, serve, tools
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.cli import Parser
 
 EPILOG = """examples:
   laguna doctor
@@ -22,20 +22,9 @@ EPILOG = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse puts before it."""
-        self.exit(2, f"laguna: error: {message}; see `{self.prog} --help`\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
-    parser = _Parser(
-        prog="laguna",
-        description="Serve Laguna models with vLLM.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (doctor, serve, gateway_command, tools):
         command.add_parser(commands)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.device import find_device, find_vllm
+from laguna_serve.serving.kit.files import write_text
 
 SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
 
@@ -33,9 +34,7 @@ def store_advice(advice: Advice) -> Path:
     """Write it where `find_advice` looks; a later sweep of the same overwrites it."""
     path = _place(advice.model, advice.draft)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(advice)) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(asdict(advice)) + "\n")
     return path
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 HTTP_ONLY = {"serving", "evals", "bench"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
-KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layers.py"}
+KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
 HEAVY = {"torch", "vllm", "transformers", "triton"}
 
 

@@ -34,8 +34,8 @@ from laguna_serve.scripts.files.headers import (
     open_file,
     read_headers,
 )
-from laguna_serve.scripts.files.stopping import check
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
 ORIGIN_KEY = "unpadded_from"
@@ -199,7 +199,7 @@ def write(source: Source, output: Output) -> None:
         progress.label = file
         _write_file(source, file, output.folder / file, progress.advance)
         output.note(file)
-        check()
+        check_signals()
     progress.finish()
     for name in copy_others(source.folder, output):
         output.note(name)
@@ -239,7 +239,7 @@ def count_negative_zeros(source: Source) -> int:
                 if found is not None and not found[0].is_whole:
                     cut = found[0].padding.trim(opened.get_tensor(name), found[1])
                     count += int(torch.count_nonzero(cut.signbit()))
-                    check()
+                    check_signals()
     return count
 
 
@@ -257,7 +257,7 @@ def compare(source: Source, out: Path) -> None:
                 wanted, got = source.change(name, before.get_tensor(name)), after.get_tensor(name)
                 if (wanted.dtype, wanted.shape) != (got.dtype, got.shape) or not torch.equal(_bits(wanted), _bits(got)):
                     raise PaddingError(f"{out / file}: expected {name} of the source, got other values; make it again")
-                check()
+                check_signals()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from laguna_serve.scripts.files.progress import Progress
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit import files
+from laguna_serve.serving.kit.progress import ByteProgress
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json")
 # Beside the tensors: headers, tokenizer, config and index.
@@ -108,7 +107,7 @@ def _continue(folder: Path, arguments: dict[str, Any], journal: str) -> Output:
     return output
 
 
-def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], Progress]:
+def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], ByteProgress]:
     """Make the folder ours: the files (name → bytes) that are still to be written, and the progress over all of them.
 
     Raises:
@@ -121,7 +120,7 @@ def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], Progress]:
         output.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
-    progress = Progress(sum(sizes.values()), sum(sizes.values()) - needed)
+    progress = ByteProgress(sum(sizes.values()), sum(sizes.values()) - needed)
     if progress.done:
         progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
     output.start()
@@ -144,27 +143,22 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name, sync, and rename into place; nothing is left of a failure.
+    """Write a file that appears whole or not at all.
 
     Raises:
         CheckpointError: the disk is full or refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
+
+    def write_tensors_too(partial: Path) -> None:
+        try:
+            write(partial)
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC if files.is_disk_full(error) else errno.EIO, str(error)) from None
+
     try:
-        write(partial)
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except (OSError, EOFError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
-        what = "no space is left" if full else f"it failed ({error})"
-        remedy = "free some and repeat the command: finished files are kept"
-        raise CheckpointError(f"{path}: expected to write it, got an error: {what}; {remedy}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        files.write_file(path, write_tensors_too)
+    except files.WriteError as error:
+        raise CheckpointError(f"{error}: finished files are kept") from None
 
 
 def copy_others(base: Path, output: Output) -> list[str]:
@@ -180,17 +174,3 @@ def copy_others(base: Path, output: Output) -> list[str]:
 
 def _schema(journal: str) -> str:
     return f"laguna_serve.{Path(journal).stem}_journal/1"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

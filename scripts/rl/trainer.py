@@ -17,6 +17,7 @@ from laguna_serve.scripts.rl.mismatch import Mismatch, watch_routers
 from laguna_serve.scripts.rl.policy import find_logprobs, find_loss, make_batch, write_version
 from laguna_serve.scripts.rl.rollouts import Rollout
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.files import write_stream
 
 STATE = "state.pt"
 CLIP_NORM = 1.0
@@ -94,6 +95,4 @@ class Trainer:
         write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         state |= {"log": json.dumps(self.log), "decisive": json.dumps(self.decisive, sort_keys=True)}
-        part = self.out / f"{STATE}.part"
-        torch.save(state, part)
-        part.replace(self.out / STATE)
+        write_stream(self.out / STATE, lambda file: torch.save(state, file))

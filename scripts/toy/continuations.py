@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.scripts.toy.corpus import Module, conversation, cuts, functions
+from laguna_serve.serving.kit.files import write_stream
 
 COUNT = 4800
 CHAT_SHARE = 0.15
@@ -27,9 +28,7 @@ class Continuations:
     lengths: torch.Tensor
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        torch.save({name: getattr(self, name) for name in self.__slots__}, partial)
-        partial.replace(path)
+        write_stream(path, lambda file: torch.save({name: getattr(self, name) for name in self.__slots__}, file))
 
     @classmethod
     def load(cls, path: Path) -> Continuations:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from laguna_serve.serving.kit.files import write_stream
+
 THREADS = 2  # fixed, because the order of a sum depends on it
 WARM_UP_STEPS = 100
 FINAL_LR_SHARE = 0.05
@@ -87,9 +89,6 @@ def train(
                 flush=True,
             )
         if done % SAVE_EVERY == 0:
-            partial = state_file.with_suffix(".partial")
-            torch.save(
-                {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}, partial
-            )
-            partial.replace(state_file)
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}
+            write_stream(state_file, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
     return log

@@ -9,7 +9,8 @@ import pytest
 from ab_harness import PROMPTS, Answer, RunAb, common_flags
 from fake_engine import Behaviour, FakeEngine
 
-from laguna_serve.bench import ab, plot
+from laguna_serve.bench import ab
+from laguna_serve.bench.harness import plot
 from laguna_serve.serving import launch
 from laguna_serve.serving.device import Device
 

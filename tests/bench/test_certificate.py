@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from laguna_serve.bench import replay
-from laguna_serve.bench.certificate import (
+from laguna_serve.bench.certificate import rescoring
+from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.certificate.row_matched import write_blank_drafter
+from laguna_serve.bench.certificate.verdict import (
     AGAIN,
     DEFECT,
     IDENTICAL,
@@ -23,12 +25,10 @@ from laguna_serve.bench.certificate import (
     judge_load,
     judge_streams,
 )
-from laguna_serve.bench.folder import claim_folder, fingerprint
-from laguna_serve.bench.parity import Probe
-from laguna_serve.bench.passes import Journal
-from laguna_serve.bench.records import Record
-from laguna_serve.bench.row_matched import write_blank_drafter
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.logprobs import Probe
+from laguna_serve.serving.client.records import Record
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PROMPTS = [f"p{i}" for i in range(12)]
@@ -190,23 +190,23 @@ def test_streamed_answers_are_held_against_the_examined_ones() -> None:
 def test_replay_asks_about_the_common_prefix_and_says_who_is_right() -> None:
     baseline, candidate = near_tie()
     loads = [judge(candidate, baseline=baseline)]
-    (prefix,) = replay.list_questions(loads, [baseline])
+    (prefix,) = rescoring.list_questions(loads, [baseline])
     assert prefix == (1, 5, 10, 11, 12)
-    replay.attach(loads, [baseline], {prefix: {14: -0.6, 13: -0.8, 9: -5.0}})
+    rescoring.attach(loads, [baseline], {prefix: {14: -0.6, 13: -0.8, 9: -5.0}})
     divergences = loads[0]["candidate"]["divergences"]
     assert divergences[0]["replay"] == {
         "preferred": "candidate",
         "margin": pytest.approx(0.2),
         "top2": [(14, -0.6), (13, -0.8)],
     }
-    summary = replay.summarise(divergences)
+    summary = rescoring.summarise(divergences)
     assert (summary["candidate"], summary["baseline"], summary["sign_test_p"]) == (1, 0, 1.0)
 
 
 def test_sign_test_by_hand() -> None:
     sides = [{"replay": {"preferred": side}} for side in ["baseline"] * 9 + ["candidate"]]
-    assert replay.summarise(sides)["sign_test_p"] == pytest.approx(2 * 11 / 1024)
-    assert replay.summarise([])["sign_test_p"] is None
+    assert rescoring.summarise(sides)["sign_test_p"] == pytest.approx(2 * 11 / 1024)
+    assert rescoring.summarise([])["sign_test_p"] is None
 
 
 def test_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from ab_harness import PROMPTS, StandInEngine
 from fake_engine import Behaviour, FakeEngine
 
-from laguna_serve.bench import ab, arms, certificate_run, certify
+from laguna_serve.bench import ab, certify
+from laguna_serve.bench.certificate import runner
+from laguna_serve.bench.harness import arms
 from laguna_serve.serving.engine import EngineConfig
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
@@ -42,7 +44,7 @@ def find_role(config: EngineConfig) -> str:
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[RoleEngine]:
     made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": ()})
     monkeypatch.setattr(arms, "Engine", made)
-    monkeypatch.setattr(certificate_run, "DEATH_S", 0.0)
+    monkeypatch.setattr(runner, "DEATH_S", 0.0)
     return made
 
 
@@ -191,16 +193,16 @@ def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run
 def test_interruption_keeps_what_was_answered(
     engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = certificate_run.judge_load
+    judge = runner.judge_load
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(certificate_run, "judge_load", interrupt)
+    monkeypatch.setattr(runner, "judge_load", interrupt)
     status, _, output = run()
     assert status == 130
     assert "the same command continues" in output
-    monkeypatch.setattr(certificate_run, "judge_load", judge)
+    monkeypatch.setattr(runner, "judge_load", judge)
     assert run()[0] == 0
     assert len(engines.started_roles) == 3
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from laguna_serve.bench.fuzz import normalise, read_isa
-from laguna_serve.bench.fuzz_client import check_batch, judge, open_session
-from laguna_serve.bench.fuzz_minimise import minimise
-from laguna_serve.bench.fuzz_requests import Request, draw_batches, list_parameters, list_singles
-from laguna_serve.bench.fuzz_values import JUNK, VALUES
+from laguna_serve.bench.fuzzing.client import check_batch, judge, open_session
+from laguna_serve.bench.fuzzing.minimise import minimise
+from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.bench.fuzzing.values import JUNK, VALUES
 
 OPENAPI = {
     "paths": {

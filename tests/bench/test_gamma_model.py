@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from laguna_serve.bench.gamma_model import Choice, CostModel, Point, choose_gamma, fit_costs, make_schedule
-from laguna_serve.bench.stats import RoundPair, bootstrap_ratio, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.gamma.cost_model import Choice, CostModel, Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_ratio, bootstrap_speedup, pool_speedup
 
 
 def point(gamma: int, speedup: float, spread: float = 0.02, *, cost: float = 1.5, seed: int = 0) -> Point:

@@ -12,14 +12,16 @@ import pytest
 from ab_harness import PROMPTS, StandInEngine, stand_ins
 from fake_engine import Behaviour
 
-from laguna_serve.bench import gamma_plot, gamma_sweep
-from laguna_serve.bench.gamma_mixed import compare_schedule, find_best_single, make_mixed_plan
-from laguna_serve.bench.progress import Progress
-from laguna_serve.bench.prompts import Prompt, load_prompts
+from laguna_serve.bench import gamma_sweep
+from laguna_serve.bench.gamma import plot as gamma_plot
+from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
+from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import build_parser
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.gamma_store import Advice, find_advice, store_advice
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.serve import read_config
 
 TOY = Path(__file__).resolve().parents[1] / "toy"

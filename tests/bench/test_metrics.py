@@ -8,8 +8,9 @@ import threading
 import pytest
 from fake_engine import Behaviour, FakeEngine
 
-from laguna_serve.bench.client import EndpointError, open_session
-from laguna_serve.bench.metrics import Counters, parse_counters, scrape_counters, settle_counters
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.counters import Counters, parse_counters, scrape_counters, settle_counters
+from laguna_serve.serving.client.errors import EndpointError
 
 EXPOSITION = """\
 # TYPE vllm:generation_tokens_total counter

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from laguna_serve.bench import moe, moe_layers
-from laguna_serve.bench.moe_layers import Batch, Router, Shape
+from laguna_serve.bench import moe
+from laguna_serve.bench.moe_layer import layers as moe_layers
+from laguna_serve.bench.moe_layer.layers import Batch, Router, Shape
 
 SMALL = ["--device", "cpu", "--experts", "16", "--hidden", "64", "--intermediate", "64", "--block", "16", "--topk", "2"]
 SHAPE = Shape(16, 64, 64, 16, 2, torch.float32, torch.device("cpu"))

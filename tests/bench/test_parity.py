@@ -6,17 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laguna_serve.bench.parity import (
+from laguna_serve.bench.stats.parity import (
     LOGIT_SPACING,
     Mismatch,
-    Probe,
     classify,
     count_common,
-    decode_probe,
     find_mismatch,
     measure_noise,
 )
-from laguna_serve.bench.records import Record
+from laguna_serve.serving.client.logprobs import Probe, decode_probe
+from laguna_serve.serving.client.records import Record
 
 
 def record(*token_ids: int, text: str = "") -> Record:

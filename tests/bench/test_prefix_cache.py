@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from laguna_serve.bench import prefix_cache
-from laguna_serve.bench.metrics import Counters
+from laguna_serve.bench.harness.prompts import PromptsError
+from laguna_serve.bench.prefix.report import render_markdown, render_text
+from laguna_serve.bench.prefix.traffic import GROUP, Comparison, Scenario, join_prompts, plan_second_turn, plan_traffic
 from laguna_serve.bench.prefix_cache import Outcome, compare, describe
-from laguna_serve.bench.prefix_report import render_markdown, render_text
-from laguna_serve.bench.prefix_traffic import GROUP, Comparison, Scenario, join_prompts, plan_second_turn, plan_traffic
-from laguna_serve.bench.prompts import Prompt, PromptsError
-from laguna_serve.bench.records import Record
+from laguna_serve.serving.client.counters import Counters
+from laguna_serve.serving.client.records import Prompt, Record
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 COMMAND = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash"), "--prompts", str(TOY / "prompts.jsonl")]

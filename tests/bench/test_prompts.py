@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.plan import make_plan
-from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.schedule import make_plan
+from laguna_serve.serving.client.records import Prompt
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.record import describe_environment, write_json
+from laguna_serve.serving.kit.environment import describe_environment
+from laguna_serve.serving.kit.files import write_json
 
 
 def test_the_environment_says_where_and_with_what() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.bench import ab, arms, certify, gamma_sweep, prefix_cache, rollouts, sampling
+from laguna_serve.bench import ab, certify, gamma_sweep, prefix_cache, rollouts, sampling
+from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
 from laguna_serve.serving import launch
 from laguna_serve.serving.device import Device

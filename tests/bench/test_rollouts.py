@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 from rollout_engine import START, RolloutEngine, RolloutStandIn, tell_time
 
-from laguna_serve.bench import arms, metrics, rollouts, rollouts_plot, rollouts_points
-from laguna_serve.bench.metrics import Counters
-from laguna_serve.bench.rollouts_model import LOSES, PAYS, UNTOLD, summarise_point
-from laguna_serve.bench.rollouts_points import Turn
+from laguna_serve.bench import rollouts
+from laguna_serve.bench.harness import arms
+from laguna_serve.bench.rollout import plot as rollouts_plot
+from laguna_serve.bench.rollout import points as rollouts_points
+from laguna_serve.bench.rollout.break_even import LOSES, PAYS, UNTOLD, summarise_point
+from laguna_serve.bench.rollout.points import Turn
+from laguna_serve.serving.client import counters as metrics
+from laguna_serve.serving.client.counters import Counters
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 TEACHER = TOY / "teacher"

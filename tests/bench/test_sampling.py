@@ -11,7 +11,8 @@ import pytest
 from ab_harness import StandInEngine
 from fake_engine import Behaviour
 
-from laguna_serve.bench import arms, sampling
+from laguna_serve.bench import sampling
+from laguna_serve.bench.harness import arms
 from laguna_serve.serving.engine import EngineConfig
 
 TOY = Path(__file__).resolve().parents[1] / "toy"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from laguna_serve.bench import soak
+from laguna_serve.bench.relay.faulty_engine import DONE
 from laguna_serve.bench.soak import WHOLE, check_stream, check_version
-from laguna_serve.bench.soak_engine import DONE
 
 ERROR = b'data: {"error": {"code": 502}}\n\n'
 

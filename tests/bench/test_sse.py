@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laguna_serve.bench.records import RawStream, decode_stream
-from laguna_serve.bench.sse import SseParser
+from laguna_serve.serving.client.records import RawStream, decode_stream
+from laguna_serve.serving.client.sse import SseParser
 
 
 def parse(chunks: list[bytes]) -> list[bytes]:

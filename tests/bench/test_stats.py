@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laguna_serve.bench.metrics import Counters, summarise_acceptance
-from laguna_serve.bench.stats import (
+from laguna_serve.bench.stats.intervals import (
     RoundPair,
     bootstrap_speedup,
     bound_mismatch_rate,
@@ -17,6 +16,7 @@ from laguna_serve.bench.stats import (
     summarise,
     token_gaps_ms,
 )
+from laguna_serve.serving.client.counters import Counters, summarise_acceptance
 
 MS = 1_000_000
 

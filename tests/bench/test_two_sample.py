@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from laguna_serve.bench.two_sample import Completion, adjust, compare, find_power, sharpen
+from laguna_serve.bench.stats.two_sample import Completion, adjust, compare, find_power, sharpen
 
 ONE: list[list[Completion]] = [[(1, 1)] * 30]
 OTHER: list[list[Completion]] = [[(2, 2)] * 30]

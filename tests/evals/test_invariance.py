@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_arm import FakeArm, Manners
 
-from laguna_serve.bench import arms
+from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance, invariance_run
 from laguna_serve.evals.grading import Grade, Limits
 from laguna_serve.evals.problems import Problem

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_scorer import Behaviour, FakeScorer
 
-from laguna_serve.bench import arms
+from laguna_serve.bench.harness import arms
 from laguna_serve.evals import pruning_arms, pruning_loss
 from laguna_serve.evals.pruning_arms import Plan, ToolError, list_plans, run_script
 from laguna_serve.serving.engine import EngineConfig, EngineError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.bench.client import open_session
 from laguna_serve.evals import suite_harness, suites
+from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.engine import Engine
 
 MADE = (suite_harness.ENVIRONMENT / ".stamp").is_file()

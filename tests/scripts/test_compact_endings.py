@@ -158,7 +158,7 @@ def test_full_disk_leaves_finished_files(
     assert compact.main(command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("laguna: error")]
     assert len(errors) == 1
-    assert "no space is left" in errors[0]
+    assert "no space left" in errors[0]
     out = tmp_path / "out"
     assert [p.name[:11] for p in sorted(out.iterdir())] == ["compact.jso", "model-00001", "model-00002"]
     assert compact.main([*command, "--verify"]) == 0

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.bench.fuzz_client import ask_control, check_batch, open_session
-from laguna_serve.bench.fuzz_requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.bench.fuzzing.client import ask_control, check_batch, open_session
+from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.vendor_defaults import ChatOptions
 

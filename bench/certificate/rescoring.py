@@ -1,0 +1,95 @@
+"""The third path: which token does the exact model prefer where two arms part?
+
+The common prefix is teacher-forced, as token ids, through another engine (the baseline's checkpoint in float32, without
+a drafter, eager): one prefill, no speculation, no batch of others, and rounding far below that of bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import comb
+from typing import Any
+
+from laguna_serve.serving.client.completions import Client
+from laguna_serve.serving.client.logprobs import Probe
+
+# As many log-probabilities as vLLM gives (--max-logprobs).
+LOGPROBS = 20
+# Divergences replayed per arm and load; the first ones in the order of the prompts.
+MOST = 50
+
+Prefix = tuple[int, ...]
+Step = dict[int, float]
+
+
+def list_questions(loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]]) -> dict[Prefix, None]:
+    """The distinct prefixes to ask about, of `judge_load`'s results and the baseline's answers at the same loads."""
+    return dict.fromkeys(prefix for _, prefix in _find_prefixes(loads, baseline))
+
+
+async def ask(client: Client, prefixes: Sequence[Prefix], report: Callable[[int], None]) -> dict[Prefix, Step]:
+    """The exact model's log-probabilities (nats) of the next token after each prefix, the best LOGPROBS of them.
+
+    Args:
+        client: with `max_tokens` 1.
+    Raises:
+        EndpointError: a request failed.
+    """
+    steps: dict[Prefix, Step] = {}
+    for done, prefix in enumerate(prefixes, start=1):
+        steps[prefix] = (await client.probe(prefix, LOGPROBS)).top[0]
+        report(done)
+    return steps
+
+
+def attach(
+    loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]], steps: Mapping[Prefix, Step]
+) -> None:
+    """Give each replayed divergence a `replay`: who is preferred ("baseline", "candidate", "neither"), by how much the
+    two tokens differ (nats; None where one is not among the best), and the best two."""
+    for divergence, prefix in _find_prefixes(loads, baseline):
+        if (step := steps.get(prefix)) is not None:
+            divergence["replay"] = _judge(step, divergence["baseline_token"], divergence["candidate_token"])
+
+
+def summarise(divergences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How often the exact model sided with whom, and the two-sided sign test's p: rounding sides with neither."""
+    sides = [d["replay"]["preferred"] for d in divergences if d.get("replay") is not None]
+    baseline, candidate = sides.count("baseline"), sides.count("candidate")
+    return {
+        "replayed": len(sides),
+        "baseline": baseline,
+        "candidate": candidate,
+        "neither": sides.count("neither"),
+        "sign_test_p": _sign_test(baseline, candidate),
+    }
+
+
+def _find_prefixes(
+    loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]]
+) -> Iterator[tuple[dict[str, Any], Prefix]]:
+    for load, answers in zip(loads, baseline, strict=True):
+        for found in (load["candidate"], *load["controls"].values()):
+            for divergence in found["divergences"][:MOST]:
+                if divergence["baseline_token"] is not None and divergence["candidate_token"] is not None:
+                    probe = answers[divergence["prompt_id"]]
+                    yield divergence, (*probe.prompt_ids, *probe.token_ids[: divergence["index"]])
+
+
+def _judge(step: Step, baseline_token: int, candidate_token: int) -> dict[str, Any]:
+    best = sorted(step.items(), key=lambda item: -item[1])
+    ours, theirs = step.get(baseline_token), step.get(candidate_token)
+    preferred = {baseline_token: "baseline", candidate_token: "candidate"}.get(best[0][0], "neither")
+    return {
+        "preferred": preferred,
+        "margin": None if ours is None or theirs is None else abs(ours - theirs),
+        "top2": best[:2],
+    }
+
+
+def _sign_test(left: int, right: int) -> float | None:
+    """Probability that a fair coin splits at least this unevenly; None without tosses."""
+    n, k = left + right, min(left, right)
+    if n == 0:
+        return None
+    return float(min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n))

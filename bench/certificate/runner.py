@@ -1,0 +1,224 @@
+"""Carries a certificate out: makes the passes that are missing, one engine after the other, judges them, replays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.bench.certificate.passes import Journal, run_pass
+from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
+from laguna_serve.bench.certificate.verdict import (
+    AGAIN,
+    ROW_MATCHED,
+    Load,
+    find_not_own_best,
+    find_verdict,
+    judge_load,
+    judge_streams,
+)
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt, Record
+from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.progress import Progress
+
+SCHEMA = "laguna_serve.certificate/1"
+REFERENCE = "reference"
+# Prompts that are also streamed without log-probabilities, as users send them.
+STREAMED = 16
+# Tokens per step up to which a control counts as accepting nothing: random drafts hit now and then.
+MOST_ACCEPTED = 1.2
+# A dying engine is seen dead a moment after its connections broke.
+DEATH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is certified. `missing` says of a control or path that cannot be had why (its name → the reason)."""
+
+    specs: Mapping[str, ArmSpec]
+    missing: Mapping[str, str]
+    prompts: Sequence[Prompt]
+    max_tokens: int
+    concurrencies: Sequence[int]
+    dtype: str
+    seed: int
+    out: Path
+
+    @property
+    def passes(self) -> Path:
+        """Where answers are kept."""
+        return self.out / "passes"
+
+
+def certify(job: Job, environment: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Make the passes that are missing, judge them, and replay what differs.
+
+    Raises:
+        EngineError, EndpointError, OSError: a pass could not be made; what was answered is kept.
+    """
+    arms = {
+        name: _run_arm(job, name, job.specs[name], progress)
+        for name in (BASELINE, ROW_MATCHED, CANDIDATE)
+        if name in job.specs
+    }
+    baseline = [_read(job, BASELINE, concurrency) for concurrency in job.concurrencies]
+    missing = dict(job.missing)
+    if ROW_MATCHED in arms and (reason := _find_unfit(job, arms[ROW_MATCHED]["about"]["acceptance"])) is not None:
+        missing[ROW_MATCHED] = reason
+    loads = []
+    for concurrency, ours in zip(job.concurrencies, baseline, strict=True):
+        controls = {AGAIN: _read(job, AGAIN, concurrency)}
+        if ROW_MATCHED not in missing:
+            controls[ROW_MATCHED] = _read(job, ROW_MATCHED, concurrency)
+        loads.append(
+            judge_load(Load(concurrency, ours, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
+        )
+    replay = _replay(job, loads, baseline, progress)
+    streams, reasons = _judge_streams(job, loads, baseline, arms)
+    verdict, reasons = find_verdict(loads, reasons)
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict,
+        "reasons": reasons,
+        "environment": environment,
+        "workload": {
+            "prompts": len(job.prompts),
+            "max_tokens": job.max_tokens,
+            "concurrency": list(job.concurrencies),
+            "dtype": job.dtype,
+            "temperature": 0,
+            "ignore_eos": True,
+            "seed": job.seed,
+        },
+        "arms": {name: {"label": job.specs[name].label, **found["about"]} for name, found in arms.items()},
+        "missing": missing | ({REFERENCE: replay} if isinstance(replay, str) else {}),
+        "streams": streams,
+        "replay": None if isinstance(replay, str) else replay,
+        "loads": loads,
+    }
+
+
+def _find_unfit(job: Job, acceptance: float | None) -> str | None:
+    """Why the row-matched control is none: it must accept next to nothing, and emit its target's first choices."""
+    if acceptance is None or acceptance > MOST_ACCEPTED:
+        found = "no draft" if acceptance is None else f"{acceptance:.2f} tokens per step"
+        return f"it should verify drafts and accept none, and shows {found}; left out"
+    for concurrency in job.concurrencies:
+        if wrong := find_not_own_best(_read(job, ROW_MATCHED, concurrency)):
+            return f"{len(wrong)} of its tokens are not its target's first choice; left out"
+    return None
+
+
+def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> dict[str, Any]:
+    """Make an arm's passes, unless all are there. Returns what is known of it, and its streamed answers."""
+    done = job.passes / f"{name}.json"
+    if done.exists():
+        progress.say(f"{name}: all passes are there")
+    else:
+        with open_arm(spec, job.passes, progress.say) as arm:
+            found = asyncio.run(_make_passes(job, arm, progress))
+        write_json(done, found)
+    found = json.loads(done.read_text(encoding="utf-8"))
+    return {"about": found["about"], "streamed": [Record(**record) for record in found["streamed"]]}
+
+
+async def _make_passes(job: Job, arm: Arm, progress: Progress) -> dict[str, Any]:
+    async with open_session() as session:
+        model_name = arm.model_name or await find_model_name(session, arm.base_url)
+        client = Client(session, arm.base_url, model_name, job.max_tokens)
+        before = await scrape_counters(session, arm.base_url)
+        for concurrency in job.concurrencies:
+            for kind in (arm.name, AGAIN) if arm.name == BASELINE else (arm.name,):
+                await _make_pass(job, client, arm, kind, concurrency, progress)
+        acceptance = summarise_acceptance((await scrape_counters(session, arm.base_url)).since(before))
+        streamed: list[Record] = []
+        if arm.name != ROW_MATCHED:
+            progress.say(f"{arm.name}: {min(STREAMED, len(job.prompts))} prompts streamed, as users send them")
+            streamed = await client.run_closed_loop(job.prompts[:STREAMED], job.concurrencies[0])
+            if failed := next((record for record in streamed if record.error is not None), None):
+                arm.check()
+                raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}")
+    about = {"command": arm.command, "acceptance": None if acceptance is None else acceptance["length"]}
+    fields = ("prompt_id", "started_ns", "ended_ns", "token_ids", "text")
+    return {"about": about, "streamed": [{name: getattr(record, name) for name in fields} for record in streamed]}
+
+
+async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency: int, progress: Progress) -> None:
+    journal = Journal(_journal_path(job, kind, concurrency))
+    prompts = list(job.prompts)
+    if kind == AGAIN:
+        random.Random(job.seed).shuffle(prompts)  # other prompts share a batch than did the first time
+    missing = len(prompts) - len(journal.answers)
+    if missing:
+        progress.say(f"{kind}: {missing} prompts, {concurrency} at once")
+    progress.begin()
+    try:
+        await run_pass(client, prompts, concurrency, journal, lambda done: progress.step(kind, done, missing))
+    except EndpointError as error:
+        await asyncio.sleep(DEATH_S)
+        arm.check()
+        raise EndpointError(f"{arm.name}: {error}") from error
+
+
+def _replay(
+    job: Job, loads: Sequence[dict[str, Any]], baseline: Sequence[Mapping[str, Any]], progress: Progress
+) -> dict[str, Any] | str:
+    """Ask the third path about every divergence. Returns the summary, or why there is none."""
+    prefixes = list(list_questions(loads, baseline))
+    if not prefixes:
+        return "nothing differs"
+    if REFERENCE not in job.specs:
+        return job.missing[REFERENCE]
+    try:
+        with open_arm(job.specs[REFERENCE], job.passes, progress.say) as arm:
+            progress.say(f"replaying {len(prefixes)} prefixes")
+            progress.begin()
+            steps = asyncio.run(_ask(arm, prefixes, progress))
+    except (EngineError, EndpointError) as error:
+        progress.say(f"the replay failed, the certificate goes on without it: {error}")
+        return str(error)
+    attach(loads, baseline, steps)
+    return summarise([d for load in loads for d in load["candidate"]["divergences"]])
+
+
+async def _ask(
+    arm: Arm, prefixes: list[tuple[int, ...]], progress: Progress
+) -> dict[tuple[int, ...], dict[int, float]]:
+    async with open_session() as session:
+        model_name = arm.model_name or await find_model_name(session, arm.base_url)
+        client = Client(session, arm.base_url, model_name, 1)
+        return await ask(client, prefixes, lambda done: progress.step(arm.name, done, len(prefixes)))
+
+
+def _judge_streams(
+    job: Job, loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    noise, reasons, streams = loads[0]["noise"], [], {}
+    observed = {BASELINE: baseline[0], CANDIDATE: _read(job, CANDIDATE, job.concurrencies[0])}
+    for name, answers in observed.items():
+        streams[name] = judge_streams(answers, arms[name]["streamed"], noise)
+        if count := streams[name]["beyond_noise"]:
+            reasons.append(
+                f"the {name} streams other tokens, beyond rounding, than it gives with log-probabilities on {count} of "
+                f"{streams[name]['prompts']} prompts"
+            )
+    return streams, reasons
+
+
+def _read(job: Job, kind: str, concurrency: int) -> dict[str, Any]:
+    answers = Journal(_journal_path(job, kind, concurrency)).answers
+    return {prompt.id: answers[prompt.id] for prompt in job.prompts}
+
+
+def _journal_path(job: Job, kind: str, concurrency: int) -> Path:
+    return job.passes / f"{kind}-c{concurrency}.jsonl"

@@ -1,0 +1,1 @@
+"""Requests at random for a running engine, and the smallest one that goes wrong."""

@@ -1,0 +1,65 @@
+"""What will be sent, and in which order: decided before the first request, from the seed alone.
+
+A round is `concurrency` prompts sent together to one arm. Both arms run every round one after the other, never at once,
+as they share a machine. Which arm goes first alternates at random but evenly, so that a drift of the machine (heat,
+another job) favours neither. Rounds are the unit of pairing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from laguna_serve.serving.client.records import Prompt
+
+BASELINE = "baseline"
+CANDIDATE = "candidate"
+ARMS = (BASELINE, CANDIDATE)
+
+Round = tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Timed rounds with the order of the arms in each, warm-up rounds, and how many rounds the control repeats."""
+
+    rounds: tuple[Round, ...]
+    orders: tuple[tuple[str, str], ...]
+    warmup: tuple[Round, ...]
+    control: tuple[Round, ...]
+    max_tokens: int
+    concurrency: int
+    seed: int
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The timed prompts in order."""
+        return [prompt for prompts in self.rounds for prompt in prompts]
+
+
+def make_plan(
+    timed: Sequence[Prompt], warmup: Sequence[Prompt], *, max_tokens: int, concurrency: int, control: int, seed: int
+) -> Plan:
+    """Lay out a run. `control`: how many of the first timed prompts the baseline runs again (rounded up to rounds)."""
+    rounds = _cut(timed, concurrency)
+    return Plan(
+        rounds=rounds,
+        orders=_draw_orders(len(rounds), seed),
+        warmup=_cut(warmup, concurrency),
+        control=rounds[: -(-control // concurrency)],
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        seed=seed,
+    )
+
+
+def _cut(prompts: Sequence[Prompt], size: int) -> tuple[Round, ...]:
+    return tuple(tuple(prompts[start : start + size]) for start in range(0, len(prompts), size))
+
+
+def _draw_orders(count: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """Half the rounds each way (one more of either if odd), shuffled."""
+    orders = [ARMS if index % 2 == 0 else (CANDIDATE, BASELINE) for index in range(count)]
+    random.Random(seed).shuffle(orders)
+    return tuple(orders)

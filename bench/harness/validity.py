@@ -1,0 +1,110 @@
+"""Which figures may not be reported, and why.
+
+A figure that these guards withhold is null in the JSON and "refused" in the table. The rules, per arm: a request
+failed; the prefix cache served timed prompts; the engine served somebody else meanwhile. Between arms: they saw
+different prompt tokens or gave different lengths; a configured drafter never drafted; the run was cut short (someone
+who may stop when the figures look good would bias them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from laguna_serve.bench.harness.runner import ArmRun, Run
+from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan
+from laguna_serve.serving.client.counters import Counters
+
+# Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
+MIN_PAIRS = 8
+
+SPEEDUP = "speedup"
+INTERVAL = "speedup.ci95"
+ACCEPTANCE = "acceptance"
+PARITY = "parity"
+BOUND = "parity.bound95"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Refusal:
+    """`figure` as a path in the JSON ("arms.baseline" stands for its tok_per_s, ttft_ms, itl_ms and e2e_ms)."""
+
+    figure: str
+    reason: str
+
+
+def find_refusals(run: Run, plan: Plan, drafting: bool) -> list[Refusal]:
+    """Every figure to withhold, each with each of its reasons. `drafting`: the candidate was given a drafter."""
+    found = [*_judge_arms(run), *_judge_pairs(run), *_judge_ending(run, plan)]
+    if drafting and (moved := count_moved(run.arms[CANDIDATE])) is not None and moved.drafts == 0:
+        reason = "a drafter was configured but never drafted"
+        found += [Refusal(ACCEPTANCE, reason), Refusal(SPEEDUP, reason)]
+    return list(dict.fromkeys(found))
+
+
+def count_moved(arm: ArmRun) -> Counters | None:
+    """What the arm's counters gained over the timed rounds; None when the run ended before they were read again."""
+    return None if arm.before is None or arm.after is None else arm.after.since(arm.before)
+
+
+def _judge_arms(run: Run) -> Iterator[Refusal]:
+    for name in ARMS:
+        arm = run.arms[name]
+        figures = [f"arms.{name}", SPEEDUP] + ([ACCEPTANCE] if name == CANDIDATE else [])
+        failed = [record for record in arm.records.values() if record.error is not None]
+        if failed:
+            reason = f"{len(failed)} of the {name}'s requests failed (prompt {failed[0].prompt_id}: {failed[0].error})"
+            yield from (Refusal(figure, reason) for figure in [*figures, BOUND])
+        for reason in _find_faults(name, arm, bool(failed)):
+            yield from (Refusal(figure, reason) for figure in figures)
+
+
+def _find_faults(name: str, arm: ArmRun, failed: bool) -> Iterator[str]:
+    moved = count_moved(arm)
+    if moved is None:
+        return
+    if moved.prefix_cache_hits:
+        yield f"the prefix cache served {moved.prefix_cache_hits} tokens of the {name}'s timed prompts"
+    if failed or arm.cut:
+        return  # what a failed or broken-off request added to the counters is unknown
+    tokens = sum(len(record.token_ids) for record in arm.records.values())
+    if moved.generation_tokens > tokens or moved.requests > len(arm.records):
+        yield (
+            f"the {name} served more than this benchmark's requests: {moved.generation_tokens} tokens in "
+            f"{moved.requests} requests counted, {tokens} in {len(arm.records)} sent here"
+        )
+    elif moved.generation_tokens < tokens:
+        yield (
+            f"the {name}'s counters cover {moved.generation_tokens} of {tokens} tokens: "
+            "they were reset, or are not those of the engine that answered"
+        )
+
+
+def _judge_pairs(run: Run) -> Iterator[Refusal]:
+    baseline, candidate = (run.arms[name].records for name in ARMS)
+    shared = [
+        (baseline[prompt_id], candidate[prompt_id])
+        for prompt_id in baseline.keys() & candidate.keys()
+        if baseline[prompt_id].error is None and candidate[prompt_id].error is None
+    ]
+    inputs = sum(ours.prompt_sha256 != theirs.prompt_sha256 for ours, theirs in shared)
+    if inputs:
+        reason = f"the arms saw different prompt tokens on {inputs} prompts"
+        yield from (Refusal(figure, reason) for figure in (SPEEDUP, PARITY, BOUND))
+    lengths = sum(len(ours.token_ids) != len(theirs.token_ids) for ours, theirs in shared)
+    if lengths:
+        yield Refusal(SPEEDUP, f"the arms' answers differ in length on {lengths} prompts")
+
+
+def _judge_ending(run: Run, plan: Plan) -> Iterator[Refusal]:
+    pairs = len(run.arms[BASELINE].rounds.keys() & run.arms[CANDIDATE].rounds.keys())
+    counted = all(count_moved(run.arms[name]) is not None for name in ARMS)
+    if pairs < len(plan.rounds) or not counted:
+        reason = f"the run ended early ({run.stopped}): {pairs} of {len(plan.rounds)} rounds ran on both arms"
+        reason += "" if counted else ", and not all counters could be read after them"
+        yield from (Refusal(figure, reason) for figure in (SPEEDUP, ACCEPTANCE))
+    elif pairs < MIN_PAIRS:
+        yield Refusal(INTERVAL, f"an interval needs at least {MIN_PAIRS} pairs of rounds, got {pairs}")
+    for name in ARMS:
+        if not run.arms[name].rounds:
+            yield Refusal(f"arms.{name}", f"the run ended early ({run.stopped}): the {name} ran no round")

@@ -1,0 +1,1 @@
+"""Traffic that meets the prefix cache, and what is reported about it."""

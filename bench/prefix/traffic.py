@@ -1,0 +1,163 @@
+"""What is sent to which engine to see whether a drafter's context survives prefix caching.
+
+A DFlash drafter attends to keys and values made from the target's hidden states, which exist only for tokens that run
+through the target. A token that comes from the prefix cache does not: its draft keys and values are those that an
+earlier request wrote into the same block, if it did. Each scenario provokes one way in which they could be missing:
+hits on a prompt's own blocks, on blocks that were filled in pieces (chunked prefill), in decoding, with rejected drafts
+passing through (a second turn), by another member of a group, and after a request lost its blocks and came back
+(preemption).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from laguna_serve.bench.harness.prompts import PromptsError
+from laguna_serve.bench.harness.schedule import Round
+from laguna_serve.serving.client.records import Prompt
+
+GROUP = 8
+CHUNK_TOKENS = 128
+FOLLOW_UP = "\n\n\ndef main():\n    "
+REFERENCE = "no caching"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetting:
+    """One engine: its name in results, and what sets it apart."""
+
+    name: str
+    prefix_caching: bool
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Rounds of prompts for one engine, greedy unless `sampled` at temperature 1.
+
+    Sampled requests carry no seed: on a CPU vLLM 0.32 dies of one whose prompt is prefilled in pieces ("CPU Generator
+    does not use offset").
+    """
+
+    name: str
+    engine: str
+    rounds: tuple[Round, ...]
+    sampled: bool = False
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """In order, a group's copies one by one."""
+        return [prompt for prompts in self.rounds for prompt in prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two scenarios over the same prompts, and what must have happened in the first for it to mean anything."""
+
+    name: str
+    scenario: str
+    against: str
+    provoked_by: str | None = None  # a field of Counters that must have moved
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Everything that is sent. Second turns need the first one's answers and are added when they are known."""
+
+    engines: tuple[EngineSetting, ...]
+    scenarios: tuple[Scenario, ...]
+    comparisons: tuple[Comparison, ...]
+    shorts: tuple[Prompt, ...] = field(default_factory=tuple)
+
+
+def join_prompts(prompts: Sequence[Prompt], characters: int, count: int) -> list[Prompt]:
+    """`count` longer prompts, each of whole prompts one after the other.
+
+    Raises:
+        PromptsError: the file has too few.
+    """
+    joined: list[Prompt] = []
+    text, ids = "", []
+    for prompt in prompts:
+        text += prompt.text + "\n\n"
+        ids.append(prompt.id)
+        if len(text) >= characters:
+            joined.append(Prompt("+".join(ids), text))
+            text, ids = "", []
+        if len(joined) == count:
+            return joined
+    expected = f"prompts enough for {count} of {characters} characters"
+    raise PromptsError(f"--prompts: expected {expected}, got enough for {len(joined)}; lower --num-prompts")
+
+
+def plan_traffic(
+    prompts: Sequence[Prompt], count: int, characters: tuple[int, int], blocks: int, block_size: int
+) -> Traffic:
+    """All scenarios over `count` short and half as many long prompts, of at least so many characters each.
+
+    `blocks` of `block_size` tokens is the small KV cache under which requests lose their blocks.
+    """
+    shorts = join_prompts(prompts, characters[0], count)
+    longs = join_prompts(list(reversed(prompts)), characters[1], max(2, count // 2))
+    alone = tuple((prompt,) for prompt in shorts)
+    long = tuple((prompt,) for prompt in longs)
+    # Single prompts, as few tokens as can be, so that what grows in decoding outgrows what was admitted.
+    single = tuple((prompt,) for prompt in prompts[:count])
+    together = (tuple(prompts[:count]),)
+    groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(4, count // 2)])
+    few_groups = groups[: max(2, count // 4)]  # enough where copies say the same; sampled ones scatter
+    size = ("--block-size", str(block_size))
+    chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
+    # A request of the greatest length must fit, in the blocks of every group of layers.
+    longest = str(blocks * block_size // 4)
+    small = (*size, "--num-gpu-blocks-override", str(blocks), "--max-model-len", longest)
+    engines = (
+        EngineSetting(REFERENCE, False, size),
+        EngineSetting("caching", True, size),
+        EngineSetting("caching, chunked", True, chunked),
+        EngineSetting("small cache", False, small),
+        EngineSetting("caching, small cache", True, small),
+    )
+    scenarios = [
+        Scenario("prompts", REFERENCE, alone),
+        Scenario("long prompts", REFERENCE, long),
+        Scenario("single prompts", REFERENCE, single),
+        Scenario("groups of 8", REFERENCE, few_groups),
+        Scenario("groups of 8 sampled", REFERENCE, groups, sampled=True),
+        Scenario("prompts, cold", "caching", alone),
+        Scenario("prompts, warm", "caching", alone),
+        Scenario("long prompts, cold", "caching", long),
+        Scenario("long prompts, warm", "caching", long),
+        Scenario("groups of 8, cold", "caching", few_groups),
+        Scenario("groups of 8, warm", "caching", few_groups),
+        Scenario("groups of 8 sampled, warm", "caching", groups, sampled=True),
+        Scenario("long prompts in chunks, cold", "caching, chunked", long),
+        Scenario("long prompts in chunks, warm", "caching, chunked", long),
+        Scenario("single prompts, preempted", "small cache", together),
+        Scenario("single prompts, preempted, caching", "caching, small cache", together),
+        Scenario("single prompts, preempted, warm", "caching, small cache", together),
+    ]
+    hits, lost = "prefix_cache_hits", "preemptions"
+    comparisons = (
+        Comparison("warm against cold", "prompts, warm", "prompts, cold", hits),
+        Comparison("cold against no caching", "prompts, cold", "prompts"),
+        Comparison("long, warm against cold", "long prompts, warm", "long prompts, cold", hits),
+        Comparison("long, cold against no caching", "long prompts, cold", "long prompts"),
+        Comparison("second turn against no caching", "second turn, warm", "second turn", hits),
+        Comparison("in chunks against whole", "long prompts in chunks, cold", "long prompts"),
+        Comparison("in chunks, warm against whole", "long prompts in chunks, warm", "long prompts", hits),
+        Comparison("group against no caching", "groups of 8, cold", "groups of 8", hits),
+        Comparison("group, warm against no caching", "groups of 8, warm", "groups of 8", hits),
+        Comparison("sampled group, warm", "groups of 8 sampled, warm", "groups of 8 sampled", hits),
+        Comparison("preempted against alone", "single prompts, preempted", "single prompts", lost),
+        Comparison("preempted, caching, against alone", "single prompts, preempted, caching", "single prompts", lost),
+        Comparison("preempted, warm, against alone", "single prompts, preempted, warm", "single prompts", lost),
+    )
+    return Traffic(engines, tuple(scenarios), comparisons, tuple(shorts))
+
+
+def plan_second_turn(shorts: Sequence[Prompt], answers: dict[str, str], engine: str) -> Scenario:
+    """A first prompt, its answer and the beginning of what comes next."""
+    rounds = tuple((Prompt(p.id, p.text + answers[p.id] + FOLLOW_UP),) for p in shorts if p.id in answers)
+    return Scenario("second turn" if engine == REFERENCE else "second turn, warm", engine, rounds)

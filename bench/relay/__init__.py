@@ -1,0 +1,1 @@
+"""Load and mock engines for measuring a relay: what the gateway adds."""

@@ -1,0 +1,1 @@
+"""Rollouts for reinforcement learning: sampled groups, weight updates, and where speculation breaks even."""

@@ -1,0 +1,150 @@
+"""One point of what rollouts cost: rounds of groups through both arms in turn, and all that was counted meanwhile.
+
+A round is `batch` sequences that are sent at once and waited for, as a trainer's step does: groups of completions of
+one shared prompt, a request each. Its prompts are new in the round, and the prefix cache is emptied before every turn:
+a group may share its prompt's keys and values, and nothing is carried over from earlier rounds.
+
+Device-seconds are, on a CPU, the processor time of the engine's processes (core-seconds, waiting loops included; the
+kernel counts in steps of 10 ms) and, on a GPU, wall time times one device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import aiohttp
+import psutil
+
+from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.bench.harness.prompts import split_prompts
+from laguna_serve.bench.harness.runner import MeasurementStoppedError
+from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.rollout.weights import empty_cache
+from laguna_serve.serving.client.completions import Client
+from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.progress import Progress
+
+WARMUP_ROUNDS = 2
+# What trainers ask for: the log-probability of each token that was drawn, without alternatives.
+LOGPROBS = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What every point has in common. `group`: completions per prompt; `device`: "cpu" or "gpu"."""
+
+    group: int
+    max_tokens: int
+    temperature: float
+    rounds: int
+    seed: int
+    device: str
+
+    def split(self, batch: int) -> tuple[int, int]:
+        """(requests, sequences of each) of so many sequences: whole groups, or one smaller group."""
+        return (1, batch) if batch < self.group else (batch // self.group, self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One arm's half of a round: tokens that came back, what they took, and how the counters moved."""
+
+    tokens: int
+    wall_s: float
+    device_s: float
+    moved: Counters
+
+    @classmethod
+    def from_json(cls, item: Mapping[str, Any]) -> Turn:
+        """Of a stored one."""
+        moved = {**item["moved"], "accepted_per_position": tuple(item["moved"]["accepted_per_position"])}
+        return cls(item["tokens"], item["wall_s"], item["device_s"], Counters(**moved))
+
+
+class Driver:
+    """One arm with an open session."""
+
+    def __init__(self, session: aiohttp.ClientSession, arm: Arm, work: Work) -> None:
+        assert arm.engine is not None, "device-seconds are read from processes that were started here"
+        self.arm, self._session, self._work, self._engine = arm, session, work, arm.engine
+        sampling = {"temperature": work.temperature, "logprobs": LOGPROBS}
+        self._client = Client(session, arm.base_url, arm.engine.model_name, work.max_tokens, sampling)
+
+    async def run(self, prompts: Sequence[Prompt], sequences: int) -> Turn:
+        """A group of `sequences` completions of each prompt, all at once.
+
+        Raises:
+            EngineError, EndpointError: the engine died, or a request failed.
+            MeasurementStoppedError: the counters do not show this traffic alone.
+        """
+        tokens = len(prompts) * sequences * self._work.max_tokens
+        try:
+            await empty_cache(self._session, self.arm)
+            before = await scrape_counters(self._session, self.arm.base_url)
+            cpu_s, started = read_cpu_s(self._engine.pids()), time.perf_counter()
+            await asyncio.gather(*(self._client.sample(prompt.text, sequences) for prompt in prompts))
+            wall_s = time.perf_counter() - started
+            cpu_s = read_cpu_s(self._engine.pids()) - cpu_s
+            after = await settle_counters(self._session, self.arm.base_url, before, tokens)
+        except EndpointError:
+            self.arm.check()
+            raise
+        moved = after.since(before)
+        if moved.generation_tokens != tokens:
+            raise MeasurementStoppedError(
+                f"{self.arm.name}: expected {tokens} tokens counted, got {moved.generation_tokens}; does somebody else "
+                "use this engine?"
+            )
+        return Turn(tokens, wall_s, wall_s if self._work.device == "gpu" else cpu_s, moved)
+
+
+def read_cpu_s(pids: Iterable[int]) -> float:
+    """Processor time that these processes have used, in seconds; those that are gone are left out."""
+    total = 0.0
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:
+    """The rounds of a batch size, from the file's first prompts, with the order of the arms in each."""
+    requests, _ = work.split(batch)
+    timed, warmup = split_prompts(prompts, work.rounds * requests, WARMUP_ROUNDS * requests)
+    return make_plan(timed, warmup, max_tokens=work.max_tokens, concurrency=requests, control=0, seed=work.seed)
+
+
+async def measure_point(
+    work: Work, batch: int, prompts: Sequence[Prompt], drivers: Mapping[str, Driver], progress: Progress
+) -> dict[str, Any]:
+    """Warm both arms up, then let them take turns. Returns the turns of both, JSON-ready.
+
+    Raises:
+        EngineError, EndpointError: an engine died, or a request failed.
+        MeasurementStoppedError: somebody else used an engine, or the drafter never drafted.
+    """
+    plan, (requests, sequences) = plan_point(work, batch, prompts), work.split(batch)
+    for name in ARMS:
+        for group in plan.warmup:
+            await drivers[name].run(group, sequences)
+    turns: dict[str, list[Turn]] = {name: [] for name in ARMS}
+    progress.begin()
+    for index, (group, order) in enumerate(zip(plan.rounds, plan.orders, strict=True)):
+        for name in order:
+            turns[name].append(await drivers[name].run(group, sequences))
+            done, total = 2 * index + 1 + (name == order[1]), 2 * len(plan.rounds)
+            progress.step(name, done, total, turns[name][-1].tokens / turns[name][-1].wall_s)
+    if not sum(turn.moved.drafts for turn in turns[CANDIDATE]):
+        raise MeasurementStoppedError(f"{CANDIDATE}: expected drafts, got none counted; is the drafter served?")
+    if sum(turn.moved.drafts for turn in turns[BASELINE]):
+        raise MeasurementStoppedError(f"{BASELINE}: expected plain decoding, got drafts counted; is it served plainly?")
+    stored = {name: [asdict(turn) for turn in turns[name]] for name in ARMS}
+    return {"batch": batch, "requests": requests, "sequences_per_request": sequences, "turns": stored}

@@ -1,0 +1,111 @@
+"""Later versions of a policy for engines that are running, by vLLM's own routes; the drafter stays as it is.
+
+The steps are those of vllm/entrypoints/rl/online/api_router.py (0.32): pause, start, the folder, finish, empty the
+prefix cache, resume. An engine takes them when it was started with `EngineConfig(weight_updates=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.drafter_weights import read_headers
+
+TIMEOUT_S = 600.0
+
+
+def open_versions(model: str, folders: Sequence[str]) -> dict[str, Path]:
+    """Name → folder of every version, in the order given; a version is called like its folder.
+
+    Raises:
+        CheckpointError: a folder is not there, two have one name, or the tensors are not those of the model.
+    """
+    versions: dict[str, Path] = {}
+    for given in folders:
+        path = Path(given).expanduser().resolve()
+        if not path.is_dir():
+            raise CheckpointError(f"--versions {given}: expected a checkpoint folder, got none; check the path")
+        if path.name in versions:
+            raise CheckpointError(f"--versions {given}: expected folders of different names, got two; rename one")
+        versions[path.name] = path
+    own = find_folder(model) if versions else None
+    expected = {name: header.shape for name, header in read_headers(own).items()} if own is not None else {}
+    for path in versions.values():
+        _check_tensors(path, {name: header.shape for name, header in read_headers(path).items()}, expected)
+    return versions
+
+
+def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if not found:
+        raise CheckpointError(f"{path}: expected *.safetensors in it, got none; write the version first")
+    for name in sorted(expected.keys() | found.keys()) if expected else ():
+        if expected.get(name) != found.get(name):
+            wanted, got = (str(list(s[name])) if name in s else "none" for s in (expected, found))
+            remedy = "a version has the model's own architecture"
+            raise CheckpointError(f"{path}: expected tensor {name} {wanted}, got {got}; {remedy}")
+
+
+async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, folder: Path) -> None:
+    """Let the arm's engine serve a version from here on, and check that it says so.
+
+    Raises:
+        EngineError, EndpointError: the engine died, or refused a step.
+    """
+    await _post(session, arm, "/pause", params={"mode": "wait"})
+    await _post(session, arm, "/start_weight_update")
+    await _post(session, arm, "/update_weights", {"update_info": {"folder": str(folder)}})
+    await _post(session, arm, "/finish_weight_update", {"weight_version": name})
+    await empty_cache(session, arm)
+    await _post(session, arm, "/resume")
+    told = (await _request(session, arm, "GET", "/weight_info")).get("weight_version")
+    if told != name:
+        raise EndpointError(f"{arm.name}: expected version {name} after the update, got {told!r}; restart the engine")
+
+
+async def empty_cache(session: aiohttp.ClientSession, arm: Arm) -> None:
+    """Forget the keys and values of every earlier prompt.
+
+    Raises:
+        EngineError, EndpointError: the engine died, or did not do it.
+    """
+    answer = await _post(session, arm, "/reset_prefix_cache", params={"reset_running_requests": "true"})
+    if answer.get("success") is not True:
+        raise EndpointError(f"{arm.name}: /reset_prefix_cache: expected success, got {answer}; is something running?")
+
+
+async def _post(
+    session: aiohttp.ClientSession,
+    arm: Arm,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    params: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    return await _request(session, arm, "POST", path, body, params)
+
+
+async def _request(
+    session: aiohttp.ClientSession,
+    arm: Arm,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    params: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    url = arm.base_url + path
+    try:
+        async with session.request(method, url, json=body, params=params, timeout=timeout) as response:
+            if response.status != 200:
+                reason = f"HTTP {response.status}: {(await response.text())[:300]}"
+                raise EndpointError(f"{arm.name}: {path}: expected HTTP 200, got {reason}")
+            answer: dict[str, Any] = await response.json()
+            return answer
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        arm.check()
+        raise EndpointError(f"{arm.name}: {path}: expected an answer, got {type(error).__name__}: {error}") from error

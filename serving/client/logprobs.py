@@ -1,0 +1,32 @@
+"""Answers with the log-probabilities of the passes that chose their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One greedy answer with log-probabilities: `top[i]` maps token id → log-probability (nats) of the best two tokens
+    of step i, and of the chosen one. `prompt_ids` is the prompt as the engine read it."""
+
+    token_ids: tuple[int, ...]
+    top: tuple[dict[int, float], ...]
+    text: str = ""
+    prompt_ids: tuple[int, ...] = ()
+
+
+def decode_probe(answer: dict[str, Any]) -> Probe:
+    """Read a completion answered with `return_token_ids`, `logprobs` and `return_tokens_as_token_ids` ("token_id:7").
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or of another kind.
+    """
+    choice = answer["choices"][0]
+    top = tuple(
+        {int(name.removeprefix("token_id:")): float(value) for name, value in step.items()}
+        for step in choice["logprobs"]["top_logprobs"]
+    )
+    prompt_ids = tuple(choice.get("prompt_token_ids") or ())
+    return Probe(tuple(choice["token_ids"]), top, text=choice.get("text") or "", prompt_ids=prompt_ids)

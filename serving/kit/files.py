@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all: written under another name, synced, renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class WriteError(OSError):
+    """A file could not be written; one line that says which, why and what to do. Nothing is left of the attempt."""
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make the file at the path that it is given, then sync it and rename it to `path`.
+
+    Raises:
+        WriteError: the disk is full or refuses. Errors of `write` other than OSError and EOFError pass.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, EOFError) as error:
+        raise _explain(path, error) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The same where `write` wants an open file, as np.save and torch.save take one. Raises WriteError."""
+
+    def open_and_write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            write(file)
+
+    write_file(path, open_and_write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8. Raises WriteError."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, one line per top-level key. Raises WriteError; ValueError for NaN, as JSON has none."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False, allow_nan=False)}" for key, item in value.items()
+    ]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Is there no room, or no quota, left? Also as safetensors' Rust side says it."""
+    return (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error)
+
+
+def _explain(path: Path, error: Exception) -> WriteError:
+    if is_disk_full(error):
+        return WriteError(f"{path}: expected to write it, got no space left; free some and repeat the command")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    return WriteError(f"{path}: expected to write it, got {reason}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: at once, or where it is safe."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_received: list[int] = []
+
+
+def interrupt_on_signals() -> None:
+    """Make Ctrl-C and SIGTERM alike raise KeyboardInterrupt in the main thread.
+
+    A shell starts background jobs with SIGINT ignored, and a program inherits that: it is undone here, as SIGTERM is
+    passed on as SIGINT, the signal for which asyncio.run cancels its main task in good order.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+@contextmanager
+def defer_signals() -> Iterator[None]:
+    """While this lasts, SIGINT and SIGTERM make `check_signals` raise KeyboardInterrupt; then the handlers are as
+    before. A second signal raises at once.
+
+    An exception that a signal handler raises in the midst of a library's own code can be swallowed there or come out
+    as another one (seen with safetensors), so the handler only takes note.
+    """
+    before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _received.clear()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_signals() -> None:
+    """Raises KeyboardInterrupt once a signal has come."""
+    if _received:
+        raise KeyboardInterrupt
+
+
+def _note(number: int, _frame: Any) -> None:
+    _received.append(number)
+    if len(_received) > 1:
+        raise KeyboardInterrupt
