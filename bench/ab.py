@@ -19,19 +19,18 @@ from laguna_serve.bench.certificate.verdict import DEFECT
 from laguna_serve.bench.certify import certify_beside, list_own_specs
 from laguna_serve.bench.harness.arm_options import add_arm_flags, check_arm_flags, find_dtype, make_spec
 from laguna_serve.bench.harness.arms import ArmSpec, check_specs
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import load_prompts, split_prompts
 from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import assemble, shorten
-from laguna_serve.bench.harness.runner import MeasurementStoppedError, Run, run_plan
+from laguna_serve.bench.harness.runner import Run, run_plan
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 QUICK_PROMPTS = 16
 MIN_WARMUP = 4
@@ -64,19 +63,16 @@ On a GPU one engine fills the memory unless --kv-cache-gib is given; the arms ar
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
-    try:
-        plan, specs = prepare(args)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment(current_argv())
-        run = run_plan(plan, specs, out, args.sequential, Progress())
-    except KeyboardInterrupt:
-        print("ab.py: interrupted before anything was measured", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, EngineError, EndpointError, MeasurementStoppedError, OSError) as error:
-        print(f"ab.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("ab.py", lambda: measure(args), interrupted="nothing was measured")
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run both arms, write the result and print it. Returns the exit status."""
+    plan, specs = prepare(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(current_argv())
+    run = run_plan(plan, specs, out, args.sequential, Progress())
     result = assemble(
         run, plan, environment, dtype=find_dtype(args), drafting=args.draft is not None, prompts_file=args.prompts
     )
@@ -167,11 +163,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/ab.py",
         description="Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arm_flags(parser)
     work = parser.add_argument_group("what to measure")

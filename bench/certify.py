@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +33,12 @@ from laguna_serve.bench.harness.arm_options import (
 from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.checkpoint import find_folder
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import describe, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
@@ -72,18 +68,14 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
-    progress = Progress()
-    try:
-        environment = describe_environment(current_argv())
-        job = make_job(args, environment)
-        result = certify(job, environment, progress)
-    except KeyboardInterrupt:
-        print("certify.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, CheckpointError, EngineError, EndpointError, OSError) as error:
-        print(f"certify.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("certify.py", lambda: measure(args), interrupted=CONTINUES)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Certify, write the certificate and print it. Returns the exit status."""
+    environment = describe_environment(current_argv())
+    job = make_job(args, environment)
+    result = certify(job, environment, Progress())
     publish(result, job.out)
     print(render_text(result))
     print(f"files in {job.out}: certificate.html, certificate.md, certificate.json")
@@ -235,11 +227,10 @@ def _make_reference(args: argparse.Namespace, specs: Mapping[str, ArmSpec], _out
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/certify.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arm_flags(parser)
     controls = parser.add_argument_group("controls and third path")

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import load_prompts, split_prompts
 from laguna_serve.bench.harness.runner import wall_s
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters
-from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
-from laguna_serve.serving.kit.signals import interrupt_on_signals
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import write_text
 
 MARK = 0.05
 
@@ -41,27 +41,24 @@ main(parser.parse_args())
 """
 
 
-class CrosscheckError(RuntimeError):
+class CrosscheckError(CommandError, RuntimeError):
     """One of the two sides could not measure."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
     args = _make_parser().parse_args(argv)
-    interrupt_on_signals()
-    try:
-        prompts, warmup = split_prompts(load_prompts(Path(args.prompts)), args.num_prompts, 4)
-        with tempfile.TemporaryDirectory() as folder:
-            result = compare(args, prompts, warmup, Path(folder))
-    except KeyboardInterrupt:
-        print("crosscheck.py: interrupted; nothing to report", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, EndpointError, CrosscheckError, OSError) as error:
-        print(f"crosscheck.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("crosscheck.py", lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run both clients, print what they say and write it. Returns the exit status."""
+    prompts, warmup = split_prompts(load_prompts(Path(args.prompts)), args.num_prompts, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(args, prompts, warmup, Path(folder))
     _print(result)
     if args.out is not None:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return HELD if result["held"] else FELL_SHORT
 
@@ -153,7 +150,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/crosscheck.py",
         description="Compare this client's tok/s with vLLM's own serving benchmark on one running endpoint.",
         epilog="example: python bench/crosscheck.py --url http://127.0.0.1:8000 --model tests/toy/teacher "

@@ -30,11 +30,10 @@ from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine_log import find_cause, read_log
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.vendor_defaults import ChatOptions
 
 SCHEMA = "laguna_serve.fuzz/1"
@@ -57,29 +56,26 @@ exit status: 0 nothing found, 1 something found, 2 could not run, 130 interrupte
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("fuzz.py", lambda: run(args), interrupted="--resume continues")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send requests until the time is over; what was found by then is written. Returns the exit status."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     fuzz = Fuzz(args, out, Progress())
-    status = HELD
     try:
         asyncio.run(fuzz.run())
-    except KeyboardInterrupt:
-        print("fuzz.py: interrupted", file=sys.stderr)
-        status = INTERRUPTED
-    except EngineError as error:
-        print(f"fuzz.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
     finally:
         fuzz.close()
-    result = fuzz.report()
+        result = fuzz.report()
     print(json.dumps({key: value for key, value in result.items() if key != "statuses"}))
-    return status or (FELL_SHORT if result["findings"] else HELD)
+    return FELL_SHORT if result["findings"] else HELD
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fuzz.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")

@@ -24,19 +24,18 @@ from laguna_serve.bench.gamma.points import make_spec, measure_point
 from laguna_serve.bench.gamma.report import render_markdown, render_text
 from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.bench.harness.arms import check_specs, has_room_beside, open_arm
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gamma_store import Advice, store_advice
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, is_begun
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import open_drafter
 
 SCHEMA = "laguna_serve.gamma_sweep/1"
@@ -62,38 +61,27 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("gamma_sweep.py", lambda: run(args), interrupted=CONTINUES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is missing, choose γ, write the result and print it. Returns the exit status."""
     progress = Progress()
-    try:
-        gammas = choose_gammas(args)
-        prompts = load_prompts(Path(args.prompts))
-        if not is_begun(Path(args.out) / "points"):
-            check_specs([*(make_spec(args, gamma) for gamma in (None, *gammas)), *list_lever_specs(args, max(gammas))])
-        environment = describe_environment(current_argv())
-        points = open_points(args, environment)
-        failed = sweep(args, gammas, prompts, points, progress)
-    except KeyboardInterrupt:
-        print("gamma_sweep.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, CheckpointError, EngineError, EndpointError, MeasurementStoppedError, OSError) as error:
-        print(f"gamma_sweep.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    gammas = choose_gammas(args)
+    prompts = load_prompts(Path(args.prompts))
+    if not is_begun(Path(args.out) / "points"):
+        check_specs([*(make_spec(args, gamma) for gamma in (None, *gammas)), *list_lever_specs(args, max(gammas))])
+    environment = describe_environment(current_argv())
+    points = open_points(args, environment)
+    failed = sweep(args, gammas, prompts, points, progress)
     entries = [entry for entry in read_points(points) if entry["gamma"] in gammas]
     if not entries:
-        print("gamma_sweep.py: no γ could be measured; see the logs beside the points", file=sys.stderr)
-        return COULD_NOT_RUN
+        raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
     result = conclude(args, environment, entries, failed)
-    problem, status = None, HELD
     try:
         extend(args, result, prompts, points, progress)
-    except KeyboardInterrupt:
-        problem, status = "interrupted; the same command continues with what is missing", INTERRUPTED
-    except (EngineError, EndpointError, MeasurementStoppedError) as error:
-        problem, status = str(error), COULD_NOT_RUN
-    publish(result, Path(args.out))
-    if problem is not None:
-        print(f"gamma_sweep.py: {problem}", file=sys.stderr)
-        return status
+    finally:
+        publish(result, Path(args.out))
     levers = result.get("stack", [])
     parities = [*(entry["parity"] for entry in entries), *(lever["parity"] for lever in levers if not lever["failed"])]
     defects = sum(parity["classes"]["defect"] for parity in parities)
@@ -231,11 +219,10 @@ def publish(result: dict[str, Any], out: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/gamma_sweep.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")

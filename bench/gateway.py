@@ -33,11 +33,10 @@ from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.bench.relay.load_client import Sample, run_round
 from laguna_serve.bench.relay.report import render_markdown, render_text
 from laguna_serve.serving.engine import EngineError, find_port
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.gateway_bench/1"
 DIRECT, SPLICE, OURS = "direct", "splice", "laguna"
@@ -58,44 +57,41 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("gateway.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every path, write the result and print it. Returns the exit status."""
     progress = Progress()
-    try:
-        environment = describe_environment(current_argv())
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            engine = args.engine_port or find_port("127.0.0.1")
-            module = "laguna_serve.bench.relay.mock_engine"
-            command = [sys.executable, "-m", module, str(engine), str(args.chunks), str(args.gap_ms)]
-            stack.enter_context(run_child(command, engine, out / "engine.log"))
-            python = [sys.executable, "-m"]
-            ours = [*python, "laguna_serve.serving.cli", "gateway", "--config", str(write_config(out, [engine]))]
-            commands = {
-                SPLICE: [*python, "laguna_serve.bench.relay.splice", "{port}", "{engine}"],
-                OURS: [*ours, "--port", "{port}"],
-                **{name: shlex.split(line) for name, line in args.start},
-            }
-            paths, relays = {DIRECT: ("127.0.0.1", engine)}, dict[str, psutil.Process]()
-            for name, command in commands.items():
-                progress.say(f"starting {name}")
-                port = find_port("127.0.0.1")
-                started = [part.replace("{engine}", str(engine)).replace("{port}", str(port)) for part in command]
-                relays[name] = stack.enter_context(run_child(started, port, out / f"{name}.log"))
-                paths[name] = ("127.0.0.1", port)
-            paths |= {name: (urlsplit(url).hostname or "", urlsplit(url).port or 80) for name, url in args.peer}
-            kinds = [(streams, at_once) for streams in args.streams for at_once in (False, True)]
-            loads = [
-                measure(args, paths, streams, at_once, relays, progress)
-                for streams, at_once in kinds
-                if streams > 1 or not at_once
-            ]
-    except KeyboardInterrupt:
-        print("gateway.py: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (EngineError, OSError, TimeoutError) as error:
-        print(f"gateway.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    environment = describe_environment(current_argv())
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        engine = args.engine_port or find_port("127.0.0.1")
+        module = "laguna_serve.bench.relay.mock_engine"
+        command = [sys.executable, "-m", module, str(engine), str(args.chunks), str(args.gap_ms)]
+        stack.enter_context(run_child(command, engine, out / "engine.log"))
+        python = [sys.executable, "-m"]
+        ours = [*python, "laguna_serve.serving.cli", "gateway", "--config", str(write_config(out, [engine]))]
+        commands = {
+            SPLICE: [*python, "laguna_serve.bench.relay.splice", "{port}", "{engine}"],
+            OURS: [*ours, "--port", "{port}"],
+            **{name: shlex.split(line) for name, line in args.start},
+        }
+        paths, relays = {DIRECT: ("127.0.0.1", engine)}, dict[str, psutil.Process]()
+        for name, command in commands.items():
+            progress.say(f"starting {name}")
+            port = find_port("127.0.0.1")
+            started = [part.replace("{engine}", str(engine)).replace("{port}", str(port)) for part in command]
+            relays[name] = stack.enter_context(run_child(started, port, out / f"{name}.log"))
+            paths[name] = ("127.0.0.1", port)
+        paths |= {name: (urlsplit(url).hostname or "", urlsplit(url).port or 80) for name, url in args.peer}
+        kinds = [(streams, at_once) for streams in args.streams for at_once in (False, True)]
+        loads = [
+            measure(args, paths, streams, at_once, relays, progress)
+            for streams, at_once in kinds
+            if streams > 1 or not at_once
+        ]
     result = {
         "schema": SCHEMA,
         "environment": environment,
@@ -268,11 +264,10 @@ def parse_start(text: str) -> tuple[str, str]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/gateway.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--streams", metavar="N,…", type=parse_numbers, default=[1, 16], help="default: 1,16")
     parser.add_argument(

@@ -26,10 +26,10 @@ import torch
 from laguna_serve.bench.moe_layer import layers
 from laguna_serve.bench.moe_layer.layers import Batch, Layer, Router, Shape
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_json, write_text
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.moe/1"
 EXAMPLES = """
@@ -44,30 +44,31 @@ CALLS_CPU, REPLAYS_GPU = 40, 30
 LAYERS_GPU = 3  # 4.8 GB at full size, against 50 MB of second-level cache
 
 
-class MoeBenchError(ValueError):
+class MoeBenchError(CommandError, ValueError):
     """The benchmark cannot run as asked, as one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = _parse(argv)
-    interrupt_on_signals()
+    others = (torch.OutOfMemoryError,)
+    return run_command("moe.py", lambda: run(args), others=others, interrupted="nothing was measured")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every row, write the result and print it. Returns the exit status."""
     rows: list[dict[str, Any]] = []
     interrupted = False
+    shape = make_shape(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    header = describe(args, shape)
     try:
-        shape = make_shape(args)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        header = describe(args, shape)
         rows.extend(measure(args, shape, header))
     except KeyboardInterrupt:
         if not rows:
-            print("moe.py: interrupted before anything was measured", file=sys.stderr)
-            return INTERRUPTED
+            raise
         interrupted = True
-    except (MoeBenchError, OSError, torch.OutOfMemoryError) as error:
-        print(f"moe.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
     refused = [f"{_name(row)}: {row['refused']}" for row in rows if row["refused"]]
     result = {"schema": SCHEMA, **header, "rows": rows, "refused": refused, "partial": interrupted}
     publish(result, out)
@@ -331,11 +332,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
         return int(text)
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/moe.py",
         description="Time the sentinel MoE kernel against the bandwidth floor and vLLM's fused MoE.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tokens", metavar="LIST", type=list_of(int, 1, 65537), default=[1, 2, 4, 8, 16, 64, 256])

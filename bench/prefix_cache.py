@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, open_arm
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.prefix.report import render_markdown, render_text
 from laguna_serve.bench.prefix.traffic import (
     REFERENCE,
@@ -33,12 +32,11 @@ from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
-from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.serve import parse_gamma
 
 SCHEMA = "laguna_serve.prefix_cache/1"
@@ -85,27 +83,27 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("prefix_cache.py", lambda: run(args), interrupted="nothing was measured")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send the traffic, compare, write the result and print it. Returns the exit status."""
     outcomes: dict[str, Outcome] = {}
     interrupted = False
     progress = Progress()
+    prompts, characters = load_prompts(Path(args.prompts)), (args.characters, 2 * args.characters)
+    traffic = plan_traffic(prompts, args.num_prompts, characters, args.small_blocks, args.block_size)
+    check_specs(make_spec(args, setting) for setting in traffic.engines)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(current_argv())
     try:
-        prompts, characters = load_prompts(Path(args.prompts)), (args.characters, 2 * args.characters)
-        traffic = plan_traffic(prompts, args.num_prompts, characters, args.small_blocks, args.block_size)
-        check_specs(make_spec(args, setting) for setting in traffic.engines)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment(current_argv())
         run_engines(args, traffic, out, progress, outcomes)
     except KeyboardInterrupt:
         if not outcomes:
-            print("prefix_cache.py: interrupted before anything was measured", file=sys.stderr)
-            return INTERRUPTED
+            raise
         interrupted = True
         progress.say("interrupted: reporting what was measured")
-    except (PromptsError, EngineError, EndpointError, OSError) as error:
-        print(f"prefix_cache.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
     result = assemble(args, environment, outcomes, traffic.comparisons, interrupted)
     write_json(out / "prefix_cache.json", result)
     write_text(out / "prefix_cache.md", render_markdown(result))
@@ -257,11 +255,10 @@ def _by_prompt(outcome: Outcome) -> list[tuple[int, int]]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/prefix_cache.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")

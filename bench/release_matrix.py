@@ -8,7 +8,6 @@ started, and nothing of this machine enters but the version of the code.  Memory
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from laguna_serve.serving.device import Device
 from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.kit.cli import Parser
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan
@@ -128,7 +128,7 @@ def _shorten(refusal: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--releases", type=Path, default=RELEASES, help="folder of folders with a config.json")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
     args = parser.parse_args()

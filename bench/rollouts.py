@@ -23,7 +23,6 @@ from typing import Any
 from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
 from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.bench.rollout.break_even import PAYS, PRICE, summarise_point
@@ -32,16 +31,14 @@ from laguna_serve.bench.rollout.report import render_markdown, render_text
 from laguna_serve.bench.rollout.weights import give_version, open_versions
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.completions import open_session
-from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.inspection import inspect
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.serve import parse_gamma
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
 
@@ -81,18 +78,15 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
-    try:
-        environment = describe_environment(current_argv())
-        job = prepare(args, environment)
-        measure_missing(args, job, Progress())
-        result = conclude(args, job, environment)
-    except KeyboardInterrupt:
-        print("rollouts.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, CheckpointError, EngineError, EndpointError, MeasurementStoppedError, OSError) as error:
-        print(f"rollouts.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("rollouts.py", lambda: measure(args), interrupted=CONTINUES)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure what is missing, write the result and print it. Returns the exit status."""
+    environment = describe_environment(current_argv())
+    job = prepare(args, environment)
+    measure_missing(args, job, Progress())
+    result = conclude(args, job, environment)
     publish(result, Path(args.out))
     points = [*result["points"], *result["versions"]]
     return HELD if all(point["verdict"] == PAYS for point in points) else FELL_SHORT
@@ -267,11 +261,10 @@ def publish(result: dict[str, Any], out: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/rollouts.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--model", metavar="M", required=True, help="the policy, as the drafter knows it: folder or hub id"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling, open_drafter
 
 SCHEMA = "laguna_serve.sampling/1"
@@ -65,23 +63,20 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("sampling.py", lambda: measure(args), interrupted=CONTINUES)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Draw what is missing, compare, write the result and print it. Returns the exit status."""
     out = Path(args.out)
-    try:
-        environment = describe_environment(current_argv())
-        prompts = choose_prompts(args)
-        args.gammas = choose_gammas(args)
-        if not is_begun(out / "samples"):
-            check_specs(make_spec(args, gamma, args.seed) for gamma in (None, *args.gammas))
-        claim_folder(out / "samples", list_settings(args, prompts, environment))
-        sets = draw(args, prompts, out / "samples", Progress())
-        result = judge(args, environment, sets)
-    except KeyboardInterrupt:
-        print("sampling.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (PromptsError, CheckpointError, EngineError, EndpointError, OSError) as error:
-        print(f"sampling.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    environment = describe_environment(current_argv())
+    prompts = choose_prompts(args)
+    args.gammas = choose_gammas(args)
+    if not is_begun(out / "samples"):
+        check_specs(make_spec(args, gamma, args.seed) for gamma in (None, *args.gammas))
+    claim_folder(out / "samples", list_settings(args, prompts, environment))
+    sets = draw(args, prompts, out / "samples", Progress())
+    result = judge(args, environment, sets)
     write_json(out / "sampling.json", result)
     write_text(out / "sampling.md", render_markdown(result))
     print(render_text(result))
@@ -294,11 +289,10 @@ def make_spec(args: argparse.Namespace, gamma: int | None, seed: int) -> ArmSpec
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/sampling.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="M", required=True, help="target checkpoint, folder or hub id")
     parser.add_argument("--draft", metavar="D", required=True, help="DFlash drafter checkpoint")

@@ -29,11 +29,10 @@ import psutil
 from laguna_serve.bench.gateway import KEY, run_child, write_config
 from laguna_serve.bench.relay.faulty_engine import DONE, EVENTS
 from laguna_serve.serving.engine import EngineError, find_port
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.gateway_soak/1"
 WHOLE = b"".join(b'data: {"event": %d}\n\n' % index for index in range(EVENTS))
@@ -55,27 +54,24 @@ exit status: 0 held, 1 a request ended otherwise than it must or something was l
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("soak.py", lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Start gateway and engines, send the load, write what was found and print it. Returns the exit status."""
     out = Path(args.out)
-    try:
-        environment = describe_environment(current_argv())
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            engines = [find_port("127.0.0.1") for _ in range(2)]
-            for port in engines:
-                command = [sys.executable, "-m", "laguna_serve.bench.relay.faulty_engine", str(port)]
-                stack.enter_context(run_child(command, port, out / "engine.log"))
-            port, admin = find_port("127.0.0.1"), find_port("127.0.0.1")
-            config = write_config(out, engines, admin)
-            command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(config)]
-            gateway = stack.enter_context(run_child([*command, "--port", str(port)], port, out / "gateway.log"))
-            result = asyncio.run(Soak(port, admin, gateway, args, Progress()).run())
-    except KeyboardInterrupt:
-        print("soak.py: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (EngineError, OSError) as error:
-        print(f"soak.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    environment = describe_environment(current_argv())
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        engines = [find_port("127.0.0.1") for _ in range(2)]
+        for port in engines:
+            command = [sys.executable, "-m", "laguna_serve.bench.relay.faulty_engine", str(port)]
+            stack.enter_context(run_child(command, port, out / "engine.log"))
+        port, admin = find_port("127.0.0.1"), find_port("127.0.0.1")
+        config = write_config(out, engines, admin)
+        command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(config)]
+        gateway = stack.enter_context(run_child([*command, "--port", str(port)], port, out / "gateway.log"))
+        result = asyncio.run(Soak(port, admin, gateway, args, Progress()).run())
     result = {"schema": SCHEMA, "environment": environment, **result}
     write_json(out / "soak.json", result)
     write_text(out / "soak.md", render_markdown(result))
@@ -257,7 +253,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and complete the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench/soak.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", metavar="N", type=int, default=216_000, help="in all (default: %(default)s)")

@@ -19,6 +19,7 @@ from typing import Any
 from laguna_serve.serving import serve
 from laguna_serve.serving.device import Device, describe, find_device, find_vllm
 from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan
@@ -55,7 +56,7 @@ class Problem:
     remedy: str
 
 
-class DoctorError(RuntimeError):
+class DoctorError(CommandError, RuntimeError):
     """The check itself could not be run, as one line."""
 
 

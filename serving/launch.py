@@ -17,6 +17,7 @@ from laguna_serve.serving.command import build_command, build_environment, choos
 from laguna_serve.serving.device import Device, find_device, find_vllm
 from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.inspection import Checkpoints, inspect
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.vendor_defaults import ChatContract
 from laguna_serve.serving.vllm_flags import check_flags
 from laguna_serve.serving.weight_files import require_weights
@@ -39,7 +40,7 @@ KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
 ENGINE_KEY = "VLLM_API_KEY"
 
 
-class EngineError(RuntimeError):
+class EngineError(CommandError, RuntimeError):
     """An engine that cannot be started or has died; one line, quoting the cause from the log where there is one."""
 
 

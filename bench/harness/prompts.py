@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.errors import CommandError
 
 SYNTHETIC_LINE = "def warm_up_{index}(value):\n    return value + {index}\n\n"
 
 
-class PromptsError(ValueError):
+class PromptsError(CommandError, ValueError):
     """A prompts file that cannot be used; the message names the file and the line."""
 
 

@@ -20,6 +20,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
 
 # An endpoint that fails this many rounds in a row is taken for dead.
@@ -74,7 +75,7 @@ class Run:
         ]
 
 
-class MeasurementStoppedError(RuntimeError):
+class MeasurementStoppedError(CommandError, RuntimeError):
     """The run cannot go on; what was measured stays."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.serving.kit.errors import CommandError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(CommandError, ValueError):
     """A checkpoint that cannot be served, as one line."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from laguna_serve.serving.kit.errors import CommandError
 
-class EndpointError(RuntimeError):
+
+class EndpointError(CommandError, RuntimeError):
     """An endpoint that gave no answer, or not the one that its API promises; one line."""

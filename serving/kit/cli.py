@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 # It held; it ran and what it checks did not hold; it could not run; it was interrupted.
 HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+CONTINUES = "the same command continues with what is missing"
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,18 +32,18 @@ def run_command(
     name: str,
     body: Callable[[], int],
     *,
-    errors: tuple[type[Exception], ...] = (),
+    others: tuple[type[Exception], ...] = (),
     interrupted: str = "nothing was written",
 ) -> int:
     """Run a command's body; its exit status.
 
     Args:
         name: as the user typed it (`ab.py`, `laguna`), in front of every message.
-        errors: what ends it with COULD_NOT_RUN and one line; OSError does too.
+        others: what ends it with COULD_NOT_RUN and one line, besides CommandError and OSError.
         interrupted: what becomes of the work after Ctrl-C or SIGTERM, for the one line that is then printed.
     """
     interrupt_on_signals()
-    expected: tuple[type[Exception], ...] = (*errors, OSError)
+    expected: tuple[type[Exception], ...] = (CommandError, OSError, *others)
     try:
         return body()
     except KeyboardInterrupt:

@@ -118,7 +118,7 @@ def test_impossible_request_is_one_line(
         pytest.skip("there is a CUDA device")
     assert run(tmp_path, *flags) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"moe.py: {message}")
+    assert captured.err.startswith(f"moe.py: error: {message}")
     assert captured.err.count("\n") == 1
 
 

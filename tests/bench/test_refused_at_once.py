@@ -148,7 +148,7 @@ def test_levers_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_pat
 )
 def test_flags_that_vllm_does_not_know(refuse: Callable[..., str], flags: str, message: str) -> None:
     line = refuse("ab", f"--candidate-args={flags}")
-    assert line.startswith("ab.py: vLLM's flags: expected those that it knows, got ")
+    assert line.startswith("ab.py: error: vLLM's flags: expected those that it knows, got ")
     assert message in line
 
 
