@@ -60,9 +60,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--port", type=int, help=f"0 picks a free one (default: {DEFAULT_PORT})")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's name or the hub id)")
     exact = "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
-    exact += " the start, and refused where the engine has none (costs and limits: README)"
+    exact += " the start, and refused where the engine has none (costs and limits: docs/speculation.md)"
     parser.add_argument("--exact", action="store_true", help=exact)
-    updates = "new weights may come from folders while it serves, through the gateway's admin port (README); not with"
+    updates = (
+        "new weights may come from folders while it serves, through the gateway's admin port (docs/rl.md); not with"
+    )
     updates += " --no-gateway beyond the loopback address, as vLLM's development routes ask for no key"
     parser.add_argument("--weight-updates", action="store_true", help=updates)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
