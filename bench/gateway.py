@@ -1,7 +1,7 @@
-"""What does the gateway add? Streams through it against streams straight to a fast stand-in engine, by turns.
+"""What does the gateway add? Streams through it against streams straight to a fast mock engine, interleaved.
 
 Added latency is the difference of medians, of the time to the first event and of every event's way from the engine to
-the client, paired by round. The direct path is the stand-in's own ceiling; a bare splice of two sockets shows what any
+the client, paired by round. The direct path is the mock's own ceiling; a bare splice of two sockets shows what any
 relay adds on this machine, which client, engine and relays share. Other relays stand beside ours in the same run:
 --start NAME=COMMAND runs one, with {engine} and {port} for the ports, and --peer NAME=URL takes one that runs already.
 Our gateway has keys, access log, affinity and admin port on.
@@ -114,7 +114,7 @@ def measure(
     relays: Mapping[str, psutil.Process],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Rounds of every path by turns at one number of streams, which begin one after the other or all in one moment."""
+    """Interleaved rounds of every path at one number of streams, which begin one after the other or all at once."""
     requests = max(streams, args.requests)
     spread_s = 0.0 if at_once else args.chunks * args.gap_ms / 1000
     rounds: dict[str, list[Sample]] = {name: [] for name in paths}
@@ -276,7 +276,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", metavar="N", type=int, default=11, help="of every path (%(default)s)")
     parser.add_argument("--chunks", metavar="N", type=int, default=64, help="events per stream (%(default)s)")
     parser.add_argument("--gap-ms", metavar="MS", type=float, default=5.0, help="between events (%(default)s)")
-    parser.add_argument("--engine-port", metavar="P", type=int, help="of the stand-in engine (default: a free one)")
+    parser.add_argument("--engine-port", metavar="P", type=int, help="of the mock engine (default: a free one)")
     start = "a relay to run beside ours, with {engine} and {port}; repeatable"
     parser.add_argument("--start", metavar="NAME=COMMAND", type=parse_start, action="append", default=[], help=start)
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Many requests of every kind through the gateway, with faults, departures, updates of weights and reloads all along:
 does each end as it must, and does the gateway stay as it was?
 
-Two stand-in engines (soak_engine.py) fail to order. Checked of every request: its status, every byte of its events and
-how it ends; at the end: nothing in flight, no socket more than at the start, and memory that does not grow. The default
+Two mock engines (relay/faulty_engine.py) fail to order. Checked of every request: its status, every byte of its events
+and how it ends; at the end: nothing in flight, no socket more than at the start, and memory that does not grow. The default
 is what an hour brings at 60 requests per second. The last stdout line is one JSON object (schema
 laguna_serve.gateway_soak/1).
 """
@@ -169,7 +169,7 @@ class Soak:
         return check_stream(answer, whole=kind == "stream")
 
     async def _update(self, session: aiohttp.ClientSession) -> None:
-        """New weights, and the configuration read again, by turns."""
+        """New weights, and the configuration read again, alternately."""
         while True:
             await asyncio.sleep(UPDATE_EVERY_S)
             body = {"weight_version": f"v{self._updates}", "update": [{"names": []}]}

@@ -194,7 +194,7 @@ def main() -> int:
         print(f"make_toy: {name} …", file=sys.stderr, flush=True)
         stage = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", name], check=False)
         if stage.returncode:
-            print(f"make_toy: {name} failed; mend it and run the same command again to continue", file=sys.stderr)
+            print(f"make_toy: {name} failed; fix it and run the same command again to continue", file=sys.stderr)
             return 2
     manifest = write_manifest(recipe, work, args.out)
     size_mib = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file()) / 2**20

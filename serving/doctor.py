@@ -180,10 +180,10 @@ def _diagnose_plugin(report: dict[str, Any]) -> list[Problem]:
         problems.append(Problem(what, "add laguna_serve to VLLM_PLUGINS or unset it"))
     if entry_point["error"] is not None:
         what = f"plugin: expected {entry_point['value']} to import, got {entry_point['error']}"
-        problems.append(Problem(what, f"mend that file, or {INSTALL_US}"))
+        problems.append(Problem(what, f"fix that file, or {INSTALL_US}"))
     elif report["register_error"] is not None:
         what = f"plugin: expected vLLM to load its plugins, got {report['register_error']}"
-        problems.append(Problem(what, f"mend that file, or {INSTALL_US}"))
+        problems.append(Problem(what, f"fix that file, or {INSTALL_US}"))
     return problems
 
 
@@ -194,7 +194,7 @@ def _diagnose_architectures(report: dict[str, Any]) -> list[Problem]:
         # "vllm" stands for any class of vLLM's own: its files move between versions.
         if actual != expected and not (expected == "vllm" and str(actual).startswith("vllm.")):
             what = f"{name}: expected {expected}, got {actual or classes['error']}"
-            problems.append(Problem(what, "see which other plugin registers it, or mend the file named"))
+            problems.append(Problem(what, "see which other plugin registers it, or fix the file named"))
     return problems
 
 

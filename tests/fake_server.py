@@ -1,4 +1,4 @@
-"""The frame of every stand-in for an HTTP service: real HTTP on the loopback address, in a thread of the test."""
+"""The frame of every mock of an HTTP service: real HTTP on the loopback address, in a thread of the test."""
 
 from __future__ import annotations
 

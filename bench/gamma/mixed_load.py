@@ -63,7 +63,7 @@ def compare_schedule(
     )
     plan = make_mixed_plan(args, prompts)
     with open_arm(specs[0], folder, progress.say) as ours, open_arm(specs[1], folder, progress.say) as theirs:
-        progress.say(f"mixed load: rounds of {', '.join(map(str, args.concurrency))} prompts by turns")
+        progress.say(f"mixed load: rounds of {', '.join(map(str, args.concurrency))} prompts, interleaved")
         result, _ = measure_plan(args, plan, (ours, theirs), progress, drafting=True)
     found = {
         "single": single,
@@ -80,7 +80,7 @@ def compare_schedule(
 
 
 def make_mixed_plan(args: argparse.Namespace, prompts: list[Prompt]) -> Plan:
-    """Rounds of every concurrency by turns, CYCLES times or as long as there are prompts."""
+    """Interleaved rounds of every concurrency, CYCLES times or as long as there are prompts."""
     count = min(len(prompts), CYCLES * sum(args.concurrency))
     timed, warmup = split_prompts(prompts, count, max(MIN_WARMUP, *args.concurrency))
     plan = make_plan(timed, warmup, max_tokens=args.max_tokens, concurrency=1, control=0, seed=args.seed)

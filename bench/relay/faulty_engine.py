@@ -1,4 +1,4 @@
-"""A stand-in engine that fails to order, for the soak of the gateway.
+"""A mock engine that fails to order, for the soak of the gateway.
 
 The request's body says how it is to be answered: "mode" is whole, stream, kill, truncate, garbage, reset or slow.
 Streams are EVENTS numbered events. It has vLLM's routes for weights. Its own process:

@@ -1,4 +1,4 @@
-"""A fast stand-in for an engine: streams of server-sent events that carry the time at which each was sent.
+"""A fast mock engine: streams of server-sent events that carry the time at which each was sent.
 
 Its own process, so that it costs the client nothing: python -m laguna_serve.bench.relay.mock_engine PORT CHUNKS GAP_MS
 """

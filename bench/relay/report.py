@@ -22,8 +22,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# What the gateway adds",
         "",
-        f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, stand-in engine and relays on"
-        f" {environment['cores']} cores of {environment['cpu']}, the relays by turns. Medians over rounds, quartiles in"
+        f"Streams of {result['chunks']} events, {result['gap_ms']} ms apart; client, mock engine and relays on"
+        f" {environment['cores']} cores of {environment['cpu']}, interleaved. Medians over rounds, quartiles in"
         " brackets, against the direct path in the same round. Splice: two sockets joined, unread. Streams begin one"
         " after the other, as those of many clients do, or all in one moment (at once). Per event: its way from engine"
         " to client. Per gap: the mean time between two events of a stream. Own: from reading an event's bytes to"

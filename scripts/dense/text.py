@@ -133,5 +133,5 @@ def _read_jsonl(source: str) -> list[list[dict[str, str]]]:
             conversations.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
         except (ValueError, KeyError, TypeError):
             expected = '{"messages": [{"role": …, "content": …}, …]}'
-            raise TextError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; mend it") from None
+            raise TextError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None
     return conversations

@@ -78,5 +78,5 @@ def _read_jsonl(source: str, text: str) -> list[str]:
             documents.append(str(record["text"] if "text" in record else record["prompt"]))
         except (ValueError, KeyError, TypeError):
             expected = 'an object with "text" or "prompt"'
-            raise PruningError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; mend it") from None
+            raise PruningError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None
     return documents

@@ -1,4 +1,4 @@
-"""What the ab.py tests share: prompts, flags, and a stand-in for the engine launcher."""
+"""What the ab.py tests share: prompts, flags, and a mock of the engine launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""certify.py on stand-ins for the engines: order, resume, failures, verdicts and pages."""
+"""certify.py on mock engines: order, resume, failures, verdicts and pages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEAR, FAR = 0.01, 0.5
 
 
 class RoleEngine(StandInEngine):
-    """A stand-in that behaves by its role in the certificate."""
+    """A mock that behaves by its role in the certificate."""
 
     roles: ClassVar[dict[str, Behaviour]] = {}
     started_roles: ClassVar[tuple[str, ...]] = ()

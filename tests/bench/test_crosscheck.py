@@ -1,4 +1,4 @@
-"""bench/crosscheck.py, with a stand-in for vLLM's benchmark that measures what it is told to."""
+"""bench/crosscheck.py, with a mock of vLLM's benchmark that measures what it is told to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep on stand-ins for the engines: resume, failures, what is stored and found again; and once for real."""
+"""The sweep on mock engines: resume, failures, what is stored and found again; and once for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rollout costs, on stand-ins: figures, break-even, versions, resume, refusals; and once on real engines."""
+"""What a rollout costs, on mocks: figures, break-even, versions, resume, refusals; and once on real engines."""
 
 from __future__ import annotations
 

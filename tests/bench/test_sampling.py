@@ -1,4 +1,4 @@
-"""sampling.py on stand-ins: verdicts, resume, refusals; and on real engines, sound and with a planted bias."""
+"""sampling.py on mocks: verdicts, resume, refusals; and on real engines, sound and with a planted bias."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def register():
 
 
 class GammaEngine(StandInEngine):
-    """A stand-in that behaves by its γ."""
+    """A mock that behaves by its γ."""
 
     by_gamma: ClassVar[dict[int | None, Behaviour]] = {}
     seeds: ClassVar[tuple[int, ...]] = ()

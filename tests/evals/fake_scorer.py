@@ -28,7 +28,7 @@ class Behaviour:
     die_after: int | None = None
     key: str | None = None
     losses: dict[int, float] = field(default_factory=dict)
-    mend: Callable[[list[Any]], Any] = keep
+    spoil: Callable[[list[Any]], Any] = keep
 
     def loss(self, token: int) -> float:
         return self.losses.get(token, token / 100)
@@ -36,7 +36,7 @@ class Behaviour:
 
 class FakeScorer(FakeServer):
     """Context manager; `url` is its address, `seen` the prompts in the order in which they came, `most` how many were
-    in flight together. `mend` of its behaviour spoils answers."""
+    in flight together. `spoil` of its behaviour spoils answers."""
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
         super().__init__()
@@ -88,4 +88,4 @@ class FakeScorer(FakeServer):
         await asyncio.sleep(0.002)
         self._now -= 1
         steps: list[Any] = [None, *({str(t): {"logprob": -self.behaviour.loss(t), "rank": 1}} for t in tokens[1:])]
-        return web.json_response({"choices": [{"text": "", "prompt_logprobs": self.behaviour.mend(steps)}]})
+        return web.json_response({"choices": [{"text": "", "prompt_logprobs": self.behaviour.spoil(steps)}]})

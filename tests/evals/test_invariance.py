@@ -324,7 +324,7 @@ class StandInEngine:
 def compare_engines(
     tmp_path: Path, problems_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """Run invariance.py on stand-ins for engines; give the names of those started, in order, status and last line."""
+    """Run invariance.py on mock engines; give the names of those started, in order, status and last line."""
 
     def run(ours: Manners, theirs: Manners) -> tuple[list[str], int, dict[str, Any]]:
         made = type("Made", (StandInEngine,), {"started": [], "manners": (ours, theirs)})

@@ -257,10 +257,10 @@ def test_file_that_is_not_there(run: Run, tmp_path: Path) -> None:
     [
         (Behaviour(losses={3: 9999.0}), "expected finite losses, got 9999 nats at token 2 of 3 (id 3)"),
         (Behaviour(losses={3: math.nan}), "expected finite losses, got nan nats at token 2 of 3 (id 3)"),
-        (Behaviour(mend=lambda steps: steps[:-1]), "expected vLLM's answer, got another one"),
-        (Behaviour(mend=lambda steps: None), "expected vLLM's answer, got another one"),
+        (Behaviour(spoil=lambda steps: steps[:-1]), "expected vLLM's answer, got another one"),
+        (Behaviour(spoil=lambda steps: None), "expected vLLM's answer, got another one"),
         (
-            Behaviour(mend=lambda steps: [None, *steps[:0:-1]]),
+            Behaviour(spoil=lambda steps: [None, *steps[:0:-1]]),
             "expected vLLM's answer, got another one (KeyError('2'))",
         ),
     ],

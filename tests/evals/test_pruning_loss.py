@@ -1,4 +1,4 @@
-"""pruning_loss.py on stand-ins for the engine and the tools: the curve, its verdict, resume; and the tools for real."""
+"""pruning_loss.py on mock engines and the tools: the curve, its verdict, resume; and the tools for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts/bootstrap.sh says when something is missing: run in a copy, with stand-ins for what it calls."""
+"""What scripts/bootstrap.sh says when something is missing: run in a copy, with mocks of what it calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts/client_env.sh says when something is missing: run in a copy, with a stand-in for Python."""
+"""What scripts/client_env.sh says when something is missing: run in a copy, with a mock of Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ esac
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A repository with nothing but what the script reads, and the stand-in."""
+    """A repository with nothing but what the script reads, and the mock."""
     shutil.copytree(ROOT / "scripts" / "requirements", tmp_path / "scripts" / "requirements")
     shutil.copy(ROOT / "scripts" / "client_env.sh", tmp_path / "scripts")
     (tmp_path / "python").write_text(FAKE_PYTHON)

@@ -147,8 +147,8 @@ def test_rows_are_filled_with_whole_conversations(tmp_path: Path, tokenizer: Any
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "in line 1; mend it"),
-        ('{"messages": [{"role": "user"}]}', "in line 1; mend it"),
+        ("{", "in line 1; fix it"),
+        ('{"messages": [{"role": "user"}]}', "in line 1; fix it"),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',
             "expected conversations with an assistant's turn, got none",

@@ -58,7 +58,7 @@ def drafter(make_checkpoint: MakeCheckpoint) -> Path:
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Engines started by this test run the stand-in; returns the file to which its processes write their ids."""
+    """Engines started by this test run the mock; returns the file to which its processes write their ids."""
     pids = tmp_path / "pids"
     monkeypatch.setenv("PYTHONPATH", str(FAKE_SITE))
     monkeypatch.setenv("FAKE_VLLM_PIDS", str(pids))

@@ -1,4 +1,4 @@
-"""A stand-in for an engine with vLLM's routes for weights."""
+"""A mock of an engine with vLLM's routes for weights."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_plugin_that_fails_to_import_is_named(environment: Environment) -> None:
     what, remedy = only_problem(environment)
     assert "expected laguna_serve.plugins.register:register to import, got RuntimeError: boom (" in what
     assert "register.py:" in what
-    assert remedy.startswith("mend that file")
+    assert remedy.startswith("fix that file")
 
 
 def test_plugin_that_fails_to_register_is_named(environment: Environment) -> None:

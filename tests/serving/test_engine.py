@@ -1,4 +1,4 @@
-"""Start, failure and end of an engine, with a stand-in for vLLM whose children only die of SIGKILL."""
+"""Start, failure and end of an engine, with a mock of vLLM whose children only die of SIGKILL."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_silent_engine_times_out(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "hang")
-    # On a busy machine the stand-in may not have come further than its imports.
+    # On a busy machine the mock may not have come further than its imports.
     message = "expected an answer within 3 s, got none while (importing vLLM|loading weights); see "
     with pytest.raises(EngineError, match=message), start(target, tmp_path, ready_timeout_s=3.0):
         pass

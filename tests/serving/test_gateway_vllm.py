@@ -236,4 +236,4 @@ def test_update_that_the_engine_cannot_do_is_told(fp32_engine: Engine) -> None:
         assert "/update_weights" in reply.json()["error"]
         assert ask(front.port, "/v1/completions", b"{}").status == 503
         reply = front.ask_admin("/admin/update_weights", {"weight_version": "default"})
-        assert (reply.status, reply.json()["outcome"]) == (502, "unchanged"), "a new name mends nothing"
+        assert (reply.status, reply.json()["outcome"]) == (502, "unchanged"), "a new name fixes nothing"
