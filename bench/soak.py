@@ -2,8 +2,8 @@
 does each end as it must, and does the gateway stay as it was?
 
 Two mock engines (relay/faulty_engine.py) fail to order. Checked of every request: its status, every byte of its events
-and how it ends; at the end: nothing in flight, no socket more than at the start, and memory that does not grow. The default
-is what an hour brings at 60 requests per second. The last stdout line is one JSON object (schema
+and how it ends; at the end: nothing in flight, no socket more than at the start, and memory that does not grow. The
+default is what an hour brings at 60 requests per second. The last stdout line is one JSON object (schema
 laguna_serve.gateway_soak/1).
 """
 
