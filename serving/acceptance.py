@@ -10,8 +10,8 @@ import time
 import urllib.request
 from dataclasses import dataclass
 
-from laguna_serve.serving.client.counters import read_samples
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.exposition import read_samples
 
 TIMEOUT_S = 2.0
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
 
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.exposition import read_samples
 
 SETTLE_S = 5.0
 POLL_S = 0.05
@@ -58,18 +57,6 @@ class Counters:
             **{name: getattr(self, name) - getattr(before, name) for name in NAMES.values()},
             accepted_per_position=tuple(self.accepted_per_position[i] - earlier[i] for i in positions),
         )
-
-
-def read_samples(text: str) -> list[Sample]:
-    """The samples of a Prometheus exposition.
-
-    Raises:
-        EndpointError: it is none.
-    """
-    try:
-        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    except (ValueError, TypeError, LookupError) as error:
-        raise EndpointError(f"/metrics: expected a Prometheus exposition, got {error}") from None
 
 
 def parse_counters(text: str) -> Counters:
