@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.scripts.dense.stages import Recipe
-from laguna_serve.scripts.dense.text import TextError
 from laguna_serve.scripts.pruning.text import TOY
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,9 +145,7 @@ def parse_width(text: str) -> tuple[int, int]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("teacher", help="Laguna checkpoint: a folder, or a hub id that is in the local cache")
     parser.add_argument("--out", type=Path, required=True, help="folder for the student")
     parser.add_argument("--report", type=Path, help="folder for distillation.json and the pictures (default: --out)")
@@ -217,13 +215,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from laguna_serve.scripts.dense.student import WidthError
-
-    try:
-        sys.exit(main())
-    except (CheckpointError, TextError, WidthError) as error:
-        print(f"distill_dense: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("distill_dense: interrupted; the same command continues from the last saved step", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_command("distill_dense", main, interrupted="the same command continues from the last saved step"))

@@ -20,6 +20,7 @@ from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.files.folder import check_space, write_file, write_tensors
 from laguna_serve.scripts.files.headers import INDEX
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.kit.cli import Parser, run_command
 
 STD = 0.02
 LAYERS_PER_SHARD = 4
@@ -109,9 +110,7 @@ def generate(source: Path, config: dict[str, Any], widths: list[int], out: Path,
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("config", type=Path, help="folder with the config.json of a dense Laguna")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, empty or not there")
     width = "true width of a layer or of several, FIRST-LAST=N (repeatable; default: the stored one)"
@@ -134,11 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except CheckpointError as error:
-        print(f"generate_dense: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("generate_dense: interrupted; remove the folder", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_command("generate_dense", main, interrupted="remove the folder"))

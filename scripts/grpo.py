@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 from laguna_serve.evals.splits import is_held_out
 from laguna_serve.scripts.rl.rollouts import Rollout, RolloutError, sample_groups
-from laguna_serve.scripts.rl.service import Service, UpdateRefusedError, open_service
+from laguna_serve.scripts.rl.service import Service, open_service
 from laguna_serve.serving.acceptance import read_acceptance
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
-from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.speculation import add_draft_sampling
 
 if TYPE_CHECKING:
@@ -207,12 +207,7 @@ def list_decisive(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scripts/grpo.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--model", metavar="M", required=True, help="Laguna checkpoint to start from: a folder")
     parser.add_argument("--draft", metavar="D", help="DFlash drafter that speculates for it")
     parser.add_argument("--gamma", type=int, metavar="N", help="tokens proposed per step (default: the most)")
@@ -242,15 +237,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    interrupt_on_signals()
-    try:
-        return run(args)
-    except (CheckpointError, EngineError, RolloutError, UpdateRefusedError, OSError) as error:
-        print(f"grpo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("grpo: interrupted; the same command continues from the last saved step", file=sys.stderr)
-        return 130
+    return run_command("grpo", lambda: run(args), interrupted="the same command continues from the last saved step")
 
 
 if __name__ == "__main__":

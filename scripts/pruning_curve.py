@@ -17,7 +17,8 @@ from typing import Any
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, read_pruning, read_shape
 from laguna_serve.scripts.score_experts import RATIOS, hash_file, load_model
-from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
+from laguna_serve.serving.checkpoint import read_config, require_folder
+from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 
 SCHEMA = "laguna_serve.pruning_loss/1"
@@ -129,9 +130,7 @@ def write_result(result: dict[str, Any], out: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("teacher", help="Laguna checkpoint: a folder, or a hub id that is in the local cache")
     parser.add_argument("--masks", type=Path, required=True, help="folder that score_experts.py wrote")
     text = "text to measure on: .txt, .jsonl with text or prompt, or toy:held-out (default)"
@@ -158,11 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (PruningError, CheckpointError) as error:
-        print(f"pruning_curve: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("pruning_curve: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_command("pruning_curve", main, others=(PruningError,), interrupted="nothing was written"))

@@ -34,7 +34,8 @@ from laguna_serve.plugins.pruning import (
     rank_groups,
     read_shape,
 )
-from laguna_serve.serving.checkpoint import CheckpointError, read_config, require_folder
+from laguna_serve.serving.checkpoint import read_config, require_folder
+from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.files import write_stream
 
 SCHEMA = "laguna_serve.expert_scores/1"
@@ -136,9 +137,7 @@ def say(text: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("teacher", help="Laguna checkpoint: a folder, or a hub id that is in the local cache")
     parser.add_argument("--out", type=Path, required=True, help="folder for the artefacts")
     text = "calibration text: .txt, .jsonl with text or prompt, or toy:training (default)"
@@ -170,11 +169,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (PruningError, CheckpointError) as error:
-        print(f"score_experts: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("score_experts: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_command("score_experts", main, others=(PruningError,), interrupted="nothing was written"))

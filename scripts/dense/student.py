@@ -20,11 +20,13 @@ from torch import nn
 from transformers import LagunaConfig, LagunaForCausalLM
 from transformers.models.laguna.modeling_laguna import LagunaMLP
 
+from laguna_serve.serving.kit.errors import CommandError
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 INIT_STD = 0.02
 
 
-class WidthError(ValueError):
+class WidthError(CommandError, ValueError):
     """A width that the student cannot have, as one line."""
 
 

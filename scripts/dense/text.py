@@ -17,11 +17,12 @@ import torch
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.pruning.text import TOY, read_documents
 from laguna_serve.scripts.toy import corpus
+from laguna_serve.serving.kit.errors import CommandError
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
 
 
-class TextError(ValueError):
+class TextError(CommandError, ValueError):
     """A source that cannot be distilled on, as one line."""
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import aiohttp
 
 from laguna_serve.evals.syntax import reward_syntax
+from laguna_serve.serving.kit.errors import CommandError
 
 TIMEOUT_S = 600.0
 
 
-class RolloutError(RuntimeError):
+class RolloutError(CommandError, RuntimeError):
     """The service did not give what was asked for; one line."""
 
 

@@ -14,13 +14,14 @@ from typing import Any
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.server import in_background
+from laguna_serve.serving.kit.errors import CommandError
 
 UPDATE_S = 600.0
 # Requests beyond those that run wait in the engine, which batches them; the gateway only counts them.
 IN_FLIGHT = 4096
 
 
-class UpdateRefusedError(RuntimeError):
+class UpdateRefusedError(CommandError, RuntimeError):
     """New weights were not taken; the message says by what the model is served now."""
 
 
