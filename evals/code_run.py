@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.evals.answers import grade_answer
-from laguna_serve.evals.endpoint import Endpoint, EndpointError
 from laguna_serve.evals.extract import STOPS, Form
 from laguna_serve.evals.grading import Grade, Limits
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.samples import Key, SampleLog
 from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.openai_endpoint import Endpoint
 
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one Markdown code block.\n\n```python\n{}\n```"

@@ -23,13 +23,14 @@ from typing import Any
 from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.evals.code_report import render_markdown, render_text, summarise
 from laguna_serve.evals.code_run import Sample, Workload, run_samples
-from laguna_serve.evals.endpoint import Endpoint, EndpointError
 from laguna_serve.evals.grading import Grade, JailError, Limits, grade
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.evals.text import make_printable
 from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text

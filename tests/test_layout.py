@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -23,6 +24,22 @@ MAY_IMPORT = {
     "scripts": {"scripts", "evals", "plugins", "kernels", "serving"},
 }
 HTTP_ONLY = {"serving", "evals", "bench"}
+# The ground floor of serving, which the rest of it and all the others stand on.
+GROUND_FLOOR = ("serving/kit", "serving/client", "serving/checkpoint")
+LEAVES = {"laguna_serve.serving.device", "laguna_serve.serving.memory", "laguna_serve.plugins.layers"}
+# Each has one home: exit statuses, progress, whole files, the palette of figures, and so on.
+HOMES = {
+    r"^HELD\b.*=": "serving/kit/cli.py",
+    r"^class \w*Progress\b": "serving/kit/progress.py",
+    r"os\.fsync\(": "serving/kit/files.py",
+    r"^class EndpointError\b": "serving/client/errors.py",
+    r"^class SseParser\b": "serving/client/sse.py",
+    r"text_string_to_metric_families\(": "serving/client/exposition.py",
+    r"^def describe_environment\b": "serving/kit/environment.py",
+}
+MOST_FILES = 12
+# Still flat, to be given rooms.
+FLAT = {"evals", "serving", "serving/gateway", "scripts", "evals/sandbox"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
 KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
 HEAVY = {"torch", "vllm", "transformers", "triton"}
@@ -96,3 +113,36 @@ def test_http_side_imports_no_engine(folder: str) -> None:
 def test_no_file_shadows_the_standard_library(folder: str) -> None:
     for path in sources(folder):
         assert path.stem not in sys.stdlib_module_names, f"{path}: breaks `python {folder}/…`, whose folder comes first"
+
+
+@pytest.mark.parametrize("folder", GROUND_FLOOR)
+def test_ground_floor_imports_nothing_above_it(folder: str) -> None:
+    ground = tuple(f"laguna_serve.{name.replace('/', '.')}" for name in GROUND_FLOOR)
+    for path in sources(folder):
+        above = {
+            name
+            for name in imported(path)
+            if name.startswith("laguna_serve.") and not name.startswith((*ground, *LEAVES))
+        }
+        assert not above, f"{path}: imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("pattern", HOMES)
+def test_what_all_share_exists_once(pattern: str) -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in sources(folder)
+        if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert found == {HOMES[pattern]}
+
+
+def test_folders_are_not_crowded() -> None:
+    crowded = {
+        folder.relative_to(ROOT).as_posix()
+        for top in FOLDERS
+        for folder in {path.parent for path in sources(top)}
+        if sum(path.name != "__init__.py" for path in sources(top) if path.parent == folder) > MOST_FILES
+    }
+    assert crowded <= FLAT, f"more than {MOST_FILES} files: give them a room"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from fake_openai import FakeOpenAI
 
-from laguna_serve.evals.endpoint import Answer, Endpoint, EndpointError, Form
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.openai_endpoint import Answer, Endpoint, Form
 
 VERSIONS = {"X-Weight-Version": "7", "X-Draft-Version": "3"}
 

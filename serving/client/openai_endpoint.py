@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 import openai
 
+from laguna_serve.serving.client.errors import EndpointError
+
 Form = Literal["chat", "completion"]
 # Which weights answered, told by servers whose weights change while they serve.
 VERSION_HEADERS = ("X-Weight-Version", "X-Draft-Version")
 TIMEOUT_S = 600.0
-
-
-class EndpointError(RuntimeError):
-    """A request that gave no answer, in one line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,188 @@
+"""serving/kit: how commands end, files that appear whole or not at all, and progress on and off a terminal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.serving.kit import progress
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, INTERRUPTED, Parser, run_command
+from laguna_serve.serving.kit.environment import describe_environment
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
+from laguna_serve.serving.kit.signals import check_signals, defer_signals
+
+
+def fail(error: BaseException) -> Callable[[], int]:
+    """A command's body that raises."""
+
+    def body() -> int:
+        raise error
+
+    return body
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> object:
+    """run_command sets the process's signal handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CommandError("--n: expected 1, got 2; correct it"), "--n: expected 1, got 2; correct it"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), "a.json: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (ZeroDivisionError("division"), "division"),
+    ],
+)
+def test_expected_error_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("x.py", fail(error), others=(ZeroDivisionError,)) == COULD_NOT_RUN
+    assert capsys.readouterr().err == f"x.py: error: {line}\n"
+
+
+def test_fault_of_our_own_is_not_hidden() -> None:
+    with pytest.raises(KeyError):
+        run_command("x.py", fail(KeyError("a")))
+
+
+def test_status_of_the_body_is_the_commands() -> None:
+    assert run_command("x.py", lambda: FELL_SHORT) == FELL_SHORT
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_interrupts_though_the_shell_had_it_ignored(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(number, signal.SIG_IGN)
+
+    def body() -> int:
+        os.kill(os.getpid(), number)
+        return FELL_SHORT
+
+    assert run_command("x.py", body, interrupted="the same command continues") == INTERRUPTED
+    assert capsys.readouterr().err == "x.py: interrupted; the same command continues\n"
+
+
+def test_deferred_signal_waits_and_a_second_one_does_not() -> None:
+    with defer_signals():
+        check_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            check_signals()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with defer_signals():
+        check_signals()  # those of before are over
+
+
+def test_parser_says_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="scripts/x.py")
+    parser.add_argument("--n", type=int, required=True)
+    with pytest.raises(SystemExit) as ending:
+        parser.parse_args(["--n", "many"])
+    assert ending.value.code == COULD_NOT_RUN
+    expected = "x.py: error: argument --n: invalid int value: 'many'; see `scripts/x.py --help`\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+
+    def write_half(partial: Path) -> None:
+        partial.write_text("aft")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WriteError, match=r"a\.txt: expected to write it, got no space left; free some"):
+        write_file(path, write_half)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, lambda partial: (partial.write_text("aft"), (_ for _ in ()).throw(KeyboardInterrupt))[1])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "before")]
+
+
+def test_file_that_the_system_refuses_is_an_error_in_one_line(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    code = (
+        "import pathlib, sys\n"
+        "from laguna_serve.serving.kit.files import write_text\n"
+        "from laguna_serve.serving.kit.cli import run_command\n"
+        "sys.exit(run_command('x.py', lambda: write_text(pathlib.Path(sys.argv[1]), 'a' * 100000)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "big.txt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert done.returncode == COULD_NOT_RUN
+    assert done.stderr.count("\n") == 1
+    assert "no space left" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.Progress()
+    shown.begin()
+    for done in range(1, 26):
+        now[0] += 1.0
+        shown.step("baseline", done, 25, 400.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "  baseline  10/25 · 400 tok/s · 15 s left",
+        "  baseline  20/25 · 400 tok/s · 5 s left",
+        "  baseline  25/25 · 400 tok/s · 0 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_redrawn_and_gives_the_cursor_back() -> None:
+    code = (
+        "from laguna_serve.serving.kit.progress import Progress\n"
+        "p = Progress(); p.begin()\n"
+        "p.step('baseline', 1, 3); p.say('a [line] between'); p.step('baseline', 3, 3)\n"
+        "p.begin(); p.step('candidate', 1, 3)\n"
+    )
+    own, child = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=child, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    os.close(child)
+    text = b""
+    while True:
+        try:
+            text += (data := os.read(own, 65536))
+        except OSError:  # what is left of a terminal whose other side is closed
+            break
+        if not data:
+            break
+    os.close(own)
+    assert b"a [line] between" in text
+    assert text.count(b"baseline  3/3") >= 1
+    assert text.rfind(b"\x1b[?25h") > text.rfind(b"\x1b[?25l"), "the cursor is shown again"
+
+
+def test_the_environment_says_where_and_with_what() -> None:
+    found = describe_environment(["python", "bench/ab.py", "--out", "a folder"])
+    assert found["command"] == "python bench/ab.py --out 'a folder'"
+    assert found["cores"] >= 1
+    assert found["memory_gib"] > 0
+    assert {"laguna-serve", "numpy", "aiohttp"} <= found["versions"].keys()
+    json.dumps(found)
