@@ -8,8 +8,6 @@ parity.py), and why one may be withheld in guards.py.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,16 @@ from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
+from laguna_serve.serving.kit.cli import (
+    COULD_NOT_RUN,
+    FELL_SHORT,
+    HELD,
+    INTERRUPTED,
+    Parser,
+    add_json_flag,
+    print_result,
+    run_command,
+)
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -81,7 +88,7 @@ def measure(args: argparse.Namespace) -> int:
         write_json(out / "ab.json", result)  # whatever becomes of the certificate
         result["certificate"], certified = certify_arms(args, len(plan.prompts), environment)
         status = max(status, certified)
-    publish(result, out)
+    publish(result, out, always_json=args.json)
     return status
 
 
@@ -105,22 +112,18 @@ def certify_arms(args: argparse.Namespace, prompts: int, environment: dict[str, 
     return short, FELL_SHORT if found["verdict"] == DEFECT else HELD
 
 
-def publish(result: dict[str, Any], out: Path) -> None:
-    """Write the files, then print the table and, last, the one-line object."""
+def publish(result: dict[str, Any], out: Path, *, always_json: bool) -> None:
+    """Write the files and print the result."""
     write_json(out / "ab.json", result)
     write_text(out / "ab.md", render_markdown(result))
-    try:
-        from laguna_serve.bench.harness.plot import draw  # matplotlib is optional, and takes a second to import
-    except ImportError as error:
-        print(f"ab.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
-    else:
-        draw(result, out / "ab.png")
-    print(render_text(result))
-    print(f"files in {out}: ab.json, ab.md, ab.png")
+    from laguna_serve.bench.harness.plot import draw  # takes a second to import
+
+    draw(result, out / "ab.png")
+    text = render_text(result)
     if (certificate := result.get("certificate")) is not None:
-        told = certificate.get("summary") or f"none: {'; '.join(certificate['reasons'])}"
-        print(f"certificate {told}" + (f" ({out}/certificate/certificate.html)" if certificate["verdict"] else ""))
-    print(json.dumps(shorten(result), ensure_ascii=False, allow_nan=False))
+        summary = certificate.get("summary") or f"none: {'; '.join(certificate['reasons'])}"
+        text += f"\ncertificate {summary}" + (" (certificate/certificate.html)" if certificate["verdict"] else "")
+    print_result(text, shorten(result), out, always_json=always_json)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
@@ -181,6 +184,7 @@ def _make_parser() -> argparse.ArgumentParser:
     work.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
     work.add_argument("--quick", action="store_true", help="16 prompts × 64 tokens, 4 controls, unless given")
     work.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(work)
     return parser
 
 

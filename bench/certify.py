@@ -34,7 +34,7 @@ from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -77,9 +77,7 @@ def measure(args: argparse.Namespace) -> int:
     job = make_job(args, environment)
     result = certify(job, environment, Progress())
     publish(result, job.out)
-    print(render_text(result))
-    print(f"files in {job.out}: certificate.html, certificate.md, certificate.json")
-    print(json.dumps(shorten(result), ensure_ascii=False, allow_nan=False))
+    print_result(render_text(result), shorten(result), job.out, always_json=args.json)
     return FELL_SHORT if result["verdict"] == DEFECT else HELD
 
 
@@ -248,6 +246,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     work.add_argument("--seed", type=int, default=0, help="order of the repeat, random drafter, bootstrap, engines")
     work.add_argument("--quick", action="store_true", help="32 prompts × 48 tokens at 1,4, unless given")
     work.add_argument("--out", metavar="DIR", required=True, help="folder for the certificate")
+    add_json_flag(work)
     args = parser.parse_args(argv)
     check_arm_flags(parser, args)
     defaults = {

@@ -30,7 +30,7 @@ from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine_log import find_cause, read_log
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json
 from laguna_serve.serving.kit.progress import Progress
@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     finally:
         fuzz.close()
         result = fuzz.report()
-    print(json.dumps({key: value for key, value in result.items() if key != "statuses"}))
+    text = f"{result['requests']:,} requests in {result['minutes']:.1f} min: {len(result['findings'])} findings"
+    line = {key: value for key, value in result.items() if key != "statuses"}
+    print_result(text, line, out, always_json=args.json)
     return FELL_SHORT if result["findings"] else HELD
 
 
@@ -85,6 +87,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the drawn batches")
     parser.add_argument("--out", required=True, help="folder for the results")
+    add_json_flag(parser)
     parser.add_argument("--resume", action="store_true", help="go on where a run into the same folder stopped")
     return parser.parse_args(argv)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gamma_store import Advice, store_advice
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         extend(args, result, prompts, points, progress)
     finally:
-        publish(result, Path(args.out))
+        publish(result, Path(args.out), always_json=args.json)
     levers = result.get("stack", [])
     parities = [*(entry["parity"] for entry in entries), *(lever["parity"] for lever in levers if not lever["failed"])]
     defects = sum(parity["classes"]["defect"] for parity in parities)
@@ -203,18 +202,15 @@ def conclude(
     }
 
 
-def publish(result: dict[str, Any], out: Path) -> None:
-    """Write the files, then print the table and, last, the one-line object."""
+def publish(result: dict[str, Any], out: Path, *, always_json: bool) -> None:
+    """Write the files and print the result."""
     write_json(out / "sweep.json", result)
     write_text(out / "sweep.md", render_markdown(result))
-    try:
-        from laguna_serve.bench.gamma.plot import draw  # matplotlib takes a second to import
-    except ImportError as error:
-        print(f"gamma_sweep.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
-    else:
-        draw(result, out / "sweep.png")
-    print(render_text(result))
-    print(json.dumps({**result, "points": len(result["points"])}, ensure_ascii=False, allow_nan=False))
+    from laguna_serve.bench.gamma.plot import draw  # takes a second to import
+
+    draw(result, out / "sweep.png")
+    line = {**result, "points": len(result["points"])}
+    print_result(render_text(result), line, out, always_json=always_json)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -243,6 +239,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="order of the arms, bootstrap, engines (default: 0)")
     parser.add_argument("--quick", action="store_true", help="16 prompts × 48 tokens, three γ, unless given")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name, value in {"num_prompts": 16 if args.quick else 32, "max_tokens": 48 if args.quick else 96}.items():
         if getattr(args, name) is None:

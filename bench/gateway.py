@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import shlex
 import subprocess
@@ -33,7 +32,7 @@ from laguna_serve.bench.harness.arm_options import parse_numbers
 from laguna_serve.bench.relay.load_client import Sample, run_round
 from laguna_serve.bench.relay.report import render_markdown, render_text
 from laguna_serve.serving.engine import EngineError, find_port
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -101,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(out / "gateway.json", result)
     write_text(out / "gateway.md", render_markdown(result))
-    print(render_text(result))
-    print(json.dumps(result, ensure_ascii=False))
+    print_result(render_text(result), result, out, always_json=args.json)
     return FELL_SHORT if any(path["errors"] for load in loads for path in load["paths"].values()) else HELD
 
 
@@ -283,6 +281,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peer", metavar="NAME=URL", type=parse_peer, action="append", default=[], help="another relay"
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name, least in {"requests": 1, "rounds": 1, "chunks": 2}.items():
         if getattr(args, name) < least:

@@ -12,7 +12,6 @@ On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU sing
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ import torch
 from laguna_serve.bench.moe_layer import layers
 from laguna_serve.bench.moe_layer.layers import Batch, Layer, Router, Shape
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_json, write_text
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
     refused = [f"{_name(row)}: {row['refused']}" for row in rows if row["refused"]]
     result = {"schema": SCHEMA, **header, "rows": rows, "refused": refused, "partial": interrupted}
-    publish(result, out)
+    publish(result, out, always_json=args.json)
     if interrupted:
         return INTERRUPTED
     return FELL_SHORT if refused else HELD
@@ -253,17 +252,15 @@ def describe(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     }
 
 
-def publish(result: dict[str, Any], out: Path) -> None:
-    """Write the files, then print the table and, last, the one-line object."""
+def publish(result: dict[str, Any], out: Path, *, always_json: bool) -> None:
+    """Write the files and print the result."""
     table = render(result)
     write_json(out / "moe.json", result)
     write_text(out / "moe.md", f"```text\n{table}\n```\n")
     from laguna_serve.bench.moe_layer.plot import draw  # takes a second to import
 
     draw(result, out / "moe.png")
-    print(table)
-    print(f"files in {out}: moe.json, moe.md, moe.png")
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    print_result(table, result, out, always_json=always_json)
 
 
 def render(result: dict[str, Any]) -> str:
@@ -351,6 +348,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-vllm", action="store_true", help="our kernel alone")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for moe.json, moe.md and moe.png")
+    add_json_flag(parser)
     return parser.parse_args(argv)
 
 

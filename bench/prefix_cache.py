@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from laguna_serve.serving.client.counters import Counters, scrape_counters, sett
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -107,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
     result = assemble(args, environment, outcomes, traffic.comparisons, interrupted)
     write_json(out / "prefix_cache.json", result)
     write_text(out / "prefix_cache.md", render_markdown(result))
-    print(render_text(result))
-    print(json.dumps({**result, "scenarios": f"{len(outcomes)}, in the file"}, ensure_ascii=False, allow_nan=False))
+    line = {**result, "scenarios": f"{len(outcomes)}, in the file"}
+    print_result(render_text(result), line, out, always_json=args.json)
     if interrupted:
         return INTERRUPTED
     return HELD if all(comparison["verdict"] == "holds" for comparison in result["comparisons"]) else FELL_SHORT
@@ -277,6 +276,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="bootstrap and engines (default: 0)")
     parser.add_argument("--quick", action="store_true", help="8 prompts × 48 tokens, unless given")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name, value in {"num_prompts": 8 if args.quick else 24, "max_tokens": 48 if args.quick else 96}.items():
         if getattr(args, name) is None:

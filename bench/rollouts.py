@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.inspection import inspect
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -87,7 +86,7 @@ def measure(args: argparse.Namespace) -> int:
     job = prepare(args, environment)
     measure_missing(args, job, Progress())
     result = conclude(args, job, environment)
-    publish(result, Path(args.out))
+    publish(result, Path(args.out), always_json=args.json)
     points = [*result["points"], *result["versions"]]
     return HELD if all(point["verdict"] == PAYS for point in points) else FELL_SHORT
 
@@ -245,18 +244,14 @@ def conclude(args: argparse.Namespace, job: Job, environment: dict[str, Any]) ->
     }
 
 
-def publish(result: dict[str, Any], out: Path) -> None:
+def publish(result: dict[str, Any], out: Path, *, always_json: bool) -> None:
     """Write the files, then print the tables and, last, the one-line object."""
     write_json(out / "rollouts.json", result)
     write_text(out / "rollouts.md", render_markdown(result))
-    try:
-        from laguna_serve.bench.rollout.plot import draw  # matplotlib takes a second to import
-    except ImportError as error:
-        print(f"rollouts.py: no picture: {error}; install matplotlib to get one", file=sys.stderr)
-    else:
-        draw(result, out / "rollouts.png")
-    print(render_text(result))
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    from laguna_serve.bench.rollout.plot import draw  # takes a second to import
+
+    draw(result, out / "rollouts.png")
+    print_result(render_text(result), result, out, always_json=always_json)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -295,6 +290,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--price-per-hour", metavar="X", type=float, help=price)
     parser.add_argument("--seed", type=int, default=0, help="engines, order of the arms, bootstrap (default: 0)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args

@@ -28,7 +28,7 @@ from laguna_serve.serving.client.completions import Client, find_model_name, ope
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace) -> int:
     result = judge(args, environment, sets)
     write_json(out / "sampling.json", result)
     write_text(out / "sampling.md", render_markdown(result))
-    print(render_text(result))
-    print(json.dumps({**result, "comparisons": [shorten(c) for c in result["comparisons"]]}, ensure_ascii=False))
+    line = {**result, "comparisons": [shorten(comparison) for comparison in result["comparisons"]]}
+    print_result(render_text(result), line, out, always_json=args.json)
     return FELL_SHORT if any(comparison["differs"] for comparison in result["comparisons"]) else HELD
 
 
@@ -313,6 +313,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     quick = "8 prompts × 200 completions, the drafter's largest γ, unless given"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name, value in {"num_prompts": 8 if args.quick else 24, "completions": 200 if args.quick else 600}.items():
         if getattr(args, name) is None:

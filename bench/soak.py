@@ -29,7 +29,7 @@ import psutil
 from laguna_serve.bench.gateway import KEY, run_child, write_config
 from laguna_serve.bench.relay.faulty_engine import DONE, EVENTS
 from laguna_serve.serving.engine import EngineError, find_port
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
@@ -75,8 +75,8 @@ def measure(args: argparse.Namespace) -> int:
     result = {"schema": SCHEMA, "environment": environment, **result}
     write_json(out / "soak.json", result)
     write_text(out / "soak.md", render_markdown(result))
-    print(render_text(result))
-    print(json.dumps({name: value for name, value in result.items() if name != "samples"}, ensure_ascii=False))
+    line = {name: value for name, value in result.items() if name != "samples"}
+    print_result(render_text(result), line, out, always_json=args.json)
     return FELL_SHORT if result["failures"] else HELD
 
 
@@ -260,6 +260,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", metavar="N", type=int, default=32, help="at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of requests (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name in ("requests", "streams"):
         if getattr(args, name) < 1:

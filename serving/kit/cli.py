@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from laguna_serve.serving.kit.errors import CommandError
@@ -52,6 +54,20 @@ def run_command(
     except expected as error:
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return COULD_NOT_RUN
+
+
+def add_json_flag(parser: argparse._ActionsContainer) -> None:
+    """--json, for `print_result`."""
+    parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
+
+
+def print_result(text: str, line: Mapping[str, Any], out: Path, *, always_json: bool) -> None:
+    """The end of a command: its table and the folder of its files; then, for programs, one JSON object on the last
+    line of stdout, where that is no terminal, or `always_json`."""
+    print(text)
+    print(f"files in {out}")
+    if always_json or not sys.stdout.isatty():
+        print(json.dumps(line, ensure_ascii=False, allow_nan=False))
 
 
 def explain(error: Exception) -> str:
