@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 from laguna_serve.serving.kit import progress
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, INTERRUPTED, Parser, run_command
+from laguna_serve.serving.kit.cli import (
+    COULD_NOT_RUN,
+    FELL_SHORT,
+    INTERRUPTED,
+    Parser,
+    print_result,
+    run_command,
+)
 from laguna_serve.serving.kit.environment import describe_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
@@ -98,6 +105,15 @@ def test_parser_says_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert ending.value.code == COULD_NOT_RUN
     expected = "x.py: error: argument --n: invalid int value: 'many'; see `scripts/x.py --help`\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(("terminal", "asked", "lines"), [(False, False, 3), (True, False, 2), (True, True, 3)])
+def test_json_line_is_for_programs(
+    terminal: bool, asked: bool, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    print_result("1.64×", {"speedup": 1.64}, Path("out"), always_json=asked)
+    assert capsys.readouterr().out.splitlines() == ["1.64×", "files in out", '{"speedup": 1.64}'][:lines]
 
 
 def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
