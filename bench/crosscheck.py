@@ -25,6 +25,7 @@ from laguna_serve.bench.endings import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUP
 from laguna_serve.bench.metrics import scrape_counters
 from laguna_serve.bench.prompts import Prompt, PromptsError, load_prompts, split_prompts
 from laguna_serve.bench.run import wall_s
+from laguna_serve.serving.vendor_defaults import PLAIN_SAMPLING
 
 MARK = 0.05
 
@@ -124,6 +125,8 @@ def _measure_theirs(args: argparse.Namespace, name: str, dataset: Path, count: i
     flags += ["--dataset-name", "custom", "--dataset-path", str(dataset), "--num-prompts", str(count)]
     flags += ["--custom-output-len", str(args.max_tokens), "--skip-chat-template", "--disable-shuffle"]
     flags += ["--max-concurrency", str(args.concurrency), "--temperature", "0", "--ignore-eos", "--disable-tqdm"]
+    for name, value in PLAIN_SAMPLING.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
     flags += ["--ready-check-timeout-sec", "0", "--save-result", "--result-dir", str(result.parent)]
     flags += ["--result-filename", result.name]
     done = subprocess.run([sys.executable, "-c", VLLM_BENCH, *flags], capture_output=True, text=True)

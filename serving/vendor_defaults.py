@@ -40,6 +40,16 @@ REASONING_PARSER, TEMPLATE_KWARGS = "--reasoning-parser", "--default-chat-templa
 
 REASONING_CONFIG = "--reasoning-config"
 MARKS = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+# What a request says beside its temperature to be sampled from the model's own distribution: vLLM takes each field that
+# it leaves out from generation_config.json (`ModelConfig.get_diff_sampling_param`; XS.2's has `top_k: 20`).
+PLAIN_SAMPLING: dict[str, float] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
