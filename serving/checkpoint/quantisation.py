@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields, show
 
@@ -119,7 +119,7 @@ def _read_group(folder: Path, key: str, group: dict[str, Any]) -> Group:
     return Group(tuple(targets), fields.positive("num_bits"), None if size is None or size < 1 else size)
 
 
-def _are_patterns(names: object) -> bool:
+def _are_patterns(names: object) -> TypeGuard[list[str]]:
     """Are these names of modules, or regular expressions after "re:"?"""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return False
