@@ -25,6 +25,7 @@ from laguna_serve.bench.harness.runner import wall_s
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
@@ -124,6 +125,8 @@ def _measure_theirs(args: argparse.Namespace, name: str, dataset: Path, count: i
     flags += ["--dataset-name", "custom", "--dataset-path", str(dataset), "--num-prompts", str(count)]
     flags += ["--custom-output-len", str(args.max_tokens), "--skip-chat-template", "--disable-shuffle"]
     flags += ["--max-concurrency", str(args.concurrency), "--temperature", "0", "--ignore-eos", "--disable-tqdm"]
+    for name, value in PLAIN_SAMPLING.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
     flags += ["--ready-check-timeout-sec", "0", "--save-result", "--result-dir", str(result.parent)]
     flags += ["--result-filename", result.name]
     done = subprocess.run([sys.executable, "-c", VLLM_BENCH, *flags], capture_output=True, text=True)

@@ -60,9 +60,10 @@ def resolve_layer_kinds(config: Mapping[str, Any]) -> list[str]:
     count, experts = read_setting(config, "num_hidden_layers"), read_setting(config, "num_experts")
     stated, older = config.get("mlp_layer_types"), _read_older_keys(config, count)
     if stated is not None and (
-        not isinstance(stated, list) or len(stated) != count or not set(stated) <= {DENSE, SPARSE}
+        not isinstance(stated, list) or len(stated) != count or any(kind not in (DENSE, SPARSE) for kind in stated)
     ):
-        raise LayersError(f"expected mlp_layer_types to be {count} of {DENSE!r} and {SPARSE!r}, got {stated!r}")
+        got = f"{len(stated)} of {sorted(set(map(str, stated)))}" if isinstance(stated, list) else repr(stated)
+        raise LayersError(f"expected mlp_layer_types to be {count} of {DENSE!r} and {SPARSE!r}, got {got}")
     dense = [DENSE] * count
     if experts == 0 or dense in (stated, older):
         return dense

@@ -7,6 +7,7 @@ controls, the ``generation`` tag), without transformers.  A template is asked, n
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,9 +67,9 @@ def read_template(folder: Path) -> str | None:
     Raises:
         CheckpointError: tokenizer_config.json or chat_template.json cannot be read.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    template = read_file(folder / "chat_template.jinja")
+    if template is not None:
+        return template
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_object(folder / name).get("chat_template")
         if isinstance(template, list):  # several, by name
@@ -79,16 +80,30 @@ def read_template(folder: Path) -> str | None:
     return None
 
 
+def read_file(path: Path) -> str | None:
+    """A checkpoint's text; None when there is no such file.  Raises CheckpointError when it is something else."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        got = f"a link to {os.readlink(path)}, which is not there"
+    except OSError as error:
+        got = (error.strerror or type(error).__name__).lower()
+    except UnicodeDecodeError as error:
+        got = f"other bytes ({error.reason})"
+    raise CheckpointError(f"{path}: expected a file of UTF-8, got {got}; fetch it again")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, empty when there is no such file.  Raises CheckpointError when it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    text = read_file(path)
+    if text is None:
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: expected JSON, got a file that cannot be read ({error}); fetch it again"
-        ) from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got another text ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; fetch it again")
     return value

@@ -17,7 +17,7 @@ from laguna_serve.serving.device import Device
 from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.exact import ENVIRONMENT
 from laguna_serve.serving.inspection import Checkpoints
-from laguna_serve.serving.planning.support import check_support, choose_kv_dtype
+from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype
 from laguna_serve.serving.speculation import describe
 from laguna_serve.serving.vendor_defaults import Setting, choose_environment, find_value, names_flag
 
@@ -32,7 +32,8 @@ IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
-PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
+TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
+PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
@@ -81,6 +82,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         CheckpointError: the device does not run what the checkpoints store.
     """
     check_support(checkpoints.target, checkpoints.drafter, device)
+    check_split(checkpoints.target, checkpoints.drafter, count_ranks(config.extra_args, TENSOR_FLAGS))
     command = [sys.executable, "-m", SERVER_MODULE, "--model", locate(config.model), "--host", config.host]
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
@@ -164,9 +166,9 @@ def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
     return whole // count_ranks(config.extra_args)
 
 
-def count_ranks(arguments: Sequence[str]) -> int:
+def count_ranks(arguments: Sequence[str], flags: Sequence[str] = PARALLEL_FLAGS) -> int:
     """Devices that share the model, by vLLM's flags; 1 where they cannot be read, of which vLLM will say why."""
-    given = [find_value(arguments, flag) or "1" for flag in PARALLEL_FLAGS]
+    given = [find_value(arguments, flag) or "1" for flag in flags]
     return math.prod(int(value) for value in given if value.isdecimal() and value != "0")
 
 

@@ -32,7 +32,7 @@ INSTALL_US = "pip install --no-deps -e . in the project's folder"
 EPILOG = """examples:
   laguna doctor            a table, then the same as one JSON line
   laguna doctor --json     the JSON line alone
-  laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash
+  laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash --gamma 7
   laguna doctor Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
 
 exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run

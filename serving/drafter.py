@@ -20,7 +20,13 @@ from laguna_serve.plugins.layers import DEFAULTS, FULL, SLIDING
 from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
-from laguna_serve.serving.checkpoint.target import is_drafter, read_dtype, read_gate_width, read_heads
+from laguna_serve.serving.checkpoint.target import (
+    is_drafter,
+    read_architectures,
+    read_dtype,
+    read_gate_width,
+    read_heads,
+)
 
 LAGUNA, SPECULATORS = "laguna", "speculators"
 ARCHITECTURE = "DFlashLagunaForCausalLM"
@@ -97,7 +103,7 @@ def read_drafter(folder: Path) -> Drafter:
     """Reads and checks a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
-        found = ", ".join(config.get("architectures") or ["no architectures"])
+        found = ", ".join(read_architectures(folder, config) or ["no architectures"])
         remedy = "pass a DFlash checkpoint as the draft"
         if config.get("model_type") == "laguna":
             remedy = "that is a base model: pass it as the model, and its DFlash drafter as the draft"
@@ -108,13 +114,13 @@ def read_drafter(folder: Path) -> Drafter:
 
 
 def _read_laguna(folder: Path, config: dict[str, Any]) -> Drafter:
-    architectures = config.get("architectures")
+    architectures = read_architectures(folder, config)
     if architectures != [ARCHITECTURE]:
         remedy = "pass one in that format or in speculators'"
         raise CheckpointError(f"{folder}: expected {ARCHITECTURE}, got {architectures}; {remedy}")
     fields = Fields(folder, config, defaults=DEFAULTS)
     dflash = Fields(folder, config.get("dflash_config"), "dflash_config.")
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.layers()
     attention = _read_attention(fields, layers, gate=read_gate_width(fields), bias=bool(config.get("attention_bias")))
     if len(set(attention.layer_types)) > 1:
         raise fields.mismatch("layer_types", "of one kind, as vLLM's Laguna drafter needs", list(attention.layer_types))
@@ -186,7 +192,7 @@ def _read_speculators(folder: Path, config: dict[str, Any]) -> Drafter:
         )
     if config.get("sample_from_anchor"):
         raise fields.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
-    count = layers.positive("num_hidden_layers")
+    count = layers.layers()
     speculators = config.get("speculators_config")
     verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
     return Drafter(
@@ -205,16 +211,12 @@ def _read_speculators(folder: Path, config: dict[str, Any]) -> Drafter:
         dtype=read_dtype(config | layers.config),
         quantisation=read_quantisation(folder, config) or read_quantisation(folder, layers.config),
         attention=_read_attention(layers, count, gate=0, bias=bool(layers.config.get("attention_bias"))),
-        verifier=verifier.get("name_or_path") if isinstance(verifier, dict) else None,
+        verifier=Fields(folder, verifier, "speculators_config.verifier.").name("name_or_path") if verifier else None,
     )
 
 
 def _read_attention(fields: Fields, layers: int, *, gate: int, bias: bool) -> Attention:
-    kinds = fields.config.get("layer_types")
-    if kinds is None:
-        kinds = [FULL] * layers
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
-        raise fields.mismatch("layer_types", f"{layers} of {FULL!r} and {SLIDING!r}", kinds)
+    kinds = fields.kinds("layer_types", layers, (FULL, SLIDING)) or (FULL,) * layers
     window = fields.config.get("sliding_window")
     if SLIDING in kinds and not isinstance(window, int):
         raise fields.mismatch("sliding_window", f"an integer, as layer_types has {SLIDING!r}", window)
@@ -227,5 +229,5 @@ def _read_attention(fields: Fields, layers: int, *, gate: int, bias: bool) -> At
         head_dim=fields.positive("head_dim"),
         gate=gate,
         bias=bias,
-        layer_types=tuple(kinds),
+        layer_types=kinds,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,9 @@ def read_given_template(given: str) -> str:
     """The template in a file, or the text itself if it is one (vLLM: it holds a brace or a line break)."""
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"expected a file of UTF-8, got other bytes ({error.reason})"
+        raise CheckpointError(f"chat template {given}: {what}; check the path") from None
     except OSError as error:
         if any(mark in given for mark in "{}\n"):
             return given
@@ -83,9 +87,10 @@ def assume_release(hub_id: str) -> Release:
 
 def _find_missing_tokens(folder: Path) -> tuple[str, ...]:
     """Of REASONING_TOKENS; none without a tokenizer.json, as vLLM has other ways to read a tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
+    path = folder / "tokenizer.json"
+    if not os.path.lexists(path):
         return ()
-    tokenizer = read_object(folder / "tokenizer.json")
+    tokenizer = read_object(path)
     added = {entry.get("content") for entry in tokenizer.get("added_tokens") or [] if isinstance(entry, dict)}
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

@@ -70,7 +70,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
     file = "the gateway's whole configuration (serving/gateway/config.py); the engine is added to the model of its"
-    file += " name; SIGHUP reads it again; --host, --port and --allow-origin go before it"
+    file += " name; SIGHUP reads it again, and without a file ends the server; --host, --port and --allow-origin go"
+    file += " before it"
     parser.add_argument("--gateway-config", type=Path, metavar="FILE", help=file)
     key = "clients must give it; repeatable; @FILE has one per line; default: $LAGUNA_API_KEY, else $VLLM_API_KEY."
     key += " A key on the command line is seen by this machine's users, one in a file or the environment is not"

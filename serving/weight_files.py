@@ -9,8 +9,10 @@ vLLM notices a minute after start-up, under other names.  Layout of a file: eigh
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from laguna_serve.serving.checkpoint import CheckpointError
 
@@ -46,6 +48,20 @@ def measure_weights(folder: Path) -> int:
     return sum(_measure(path) for path in list_weights(folder))
 
 
+def count_values(folder: Path) -> int:
+    """Floating-point values in the safetensors files: the parameters of an unquantised checkpoint.
+
+    Raises:
+        CheckpointError: a file that is not whole.
+    """
+    return sum(
+        math.prod(about["shape"])
+        for path in list_weights(folder)
+        for about in check_file(path).values()
+        if str(about["dtype"]).startswith(("F", "BF"))
+    )
+
+
 def list_weights(folder: Path) -> list[Path]:
     """The folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed."""
     try:
@@ -65,13 +81,17 @@ def list_indexed(folder: Path) -> list[str]:
         names = sorted({str(name) for name in found["weight_map"].values()})
     except OSError as error:
         raise CheckpointError(f"{path}: expected an index of weights, got {error.strerror or error}; {FETCH}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: expected JSON with a weight_map, got something else; {FETCH}") from None
     return names
 
 
-def check_file(path: Path) -> None:
-    """Raises CheckpointError unless a file has a header and as many bytes as that says."""
+def check_file(path: Path) -> dict[str, dict[str, Any]]:
+    """What a file's header says of every tensor: its dtype, shape and data_offsets.
+
+    Raises:
+        CheckpointError: the file has no header, or not as many bytes as that says.
+    """
     size = _measure(path)
     expected = f"{path}: expected a whole safetensors file"
     if size < LENGTH_BYTES:
@@ -81,16 +101,21 @@ def check_file(path: Path) -> None:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             whole = length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES)
             header = json.loads(file.read(length)) if whole else {}
-        ends = [int(about["data_offsets"][1]) for name, about in header.items() if name != "__metadata__"]
+        tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+        ends = [int(about["data_offsets"][1]) for about in tensors.values()]
+        whole_numbers = all(type(size) is int for about in tensors.values() for size in about["shape"])
+        if not whole_numbers or not all("dtype" in about for about in tensors.values()):
+            raise ValueError("no shape or dtype")
     except OSError as error:
         raise CheckpointError(f"{expected}, got {error.strerror or error}; check its permissions") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{expected}, got one whose header is no such JSON; {FETCH}") from None
     if not whole:
         raise CheckpointError(f"{expected}, got one cut off in its header, or another format; {FETCH}")
     told = LENGTH_BYTES + length + max(ends, default=0)
     if size != told:
         raise CheckpointError(f"{expected} of {told} bytes, as its header says, got {size}; {FETCH}")
+    return tensors
 
 
 def _measure(path: Path) -> int:

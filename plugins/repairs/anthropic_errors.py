@@ -9,6 +9,7 @@ Checked against vLLM 0.32.0.  It can go when
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -57,11 +58,15 @@ def translate_error_response(response: Any) -> Any:
 
 
 def apply() -> None:
-    """Replace vLLM's functions in the process that builds the application; elsewhere their modules are not there."""
-    if (router := sys.modules.get(ROUTER)) is not None:
-        router.translate_error_response = translate_error_response  # type: ignore[attr-defined]
+    """Replace vLLM's functions in the process that builds the application; elsewhere its module is not there.
+
+    The routes' module is imported here: plugins are loaded before the application imports it.
+    """
     module = sys.modules.get(APPLICATION)
-    if module is None or getattr(module.init_exception_handler, "minds_the_route", False):
+    if module is None:
+        return
+    importlib.import_module(ROUTER).translate_error_response = translate_error_response  # type: ignore[attr-defined]
+    if getattr(module.init_exception_handler, "minds_the_route", False):
         return
     stock = module.init_exception_handler
 

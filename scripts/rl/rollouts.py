@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from laguna_serve.evals.syntax import reward_syntax
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.errors import CommandError
 
 TIMEOUT_S = 600.0
@@ -36,7 +37,7 @@ class Rollout:
 async def sample_groups(
     base_url: str, model_name: str, prompts: Sequence[str], *, group: int, max_tokens: int
 ) -> list[list[Rollout]]:
-    """`group` completions at temperature 1 for every prompt, all requests at once.
+    """`group` completions at temperature 1 for every prompt, from the whole vocabulary, all requests at once.
 
     Raises:
         RolloutError: a request failed, or an answer lacks a field.
@@ -46,7 +47,7 @@ async def sample_groups(
 
         async def ask(prompt: str) -> list[Rollout]:
             body = {"model": model_name, "prompt": prompt, "n": group, "max_tokens": max_tokens, "temperature": 1.0}
-            body |= {"logprobs": 0, "return_token_ids": True}
+            body |= {"logprobs": 0, "return_token_ids": True, **PLAIN_SAMPLING}
             try:
                 async with session.post(f"{base_url}/v1/completions", json=body) as response:
                     if response.status != 200:

@@ -7,9 +7,20 @@ from typing import Any
 
 from laguna_serve.serving.kit.errors import CommandError
 
+# Of a value that is not as expected, as much as a line has room for.
+MOST_SHOWN = 120
+# Sizes of layers and of vocabularies are far below; a number above it is a mistake, and would be computed with.
+MOST, MOST_LAYERS = 1 << 40, 10_000
+
 
 class CheckpointError(CommandError, ValueError):
     """A checkpoint that cannot be served, as one line."""
+
+
+def show(value: object) -> str:
+    """A value of a file for a message: one line in ASCII, its middle left out where it is long."""
+    text = ascii(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 20]} … {text[-17:]}"
 
 
 class Fields:
@@ -32,6 +43,8 @@ class Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.mismatch(key, "an integer", value)
+        if value > MOST:
+            raise self.mismatch(key, f"at most {MOST}", value)
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
@@ -41,6 +54,13 @@ class Fields:
             raise self.mismatch(key, "a positive integer", value)
         return value
 
+    def layers(self) -> int:
+        """How many there are."""
+        count = self.positive("num_hidden_layers")
+        if count > MOST_LAYERS:
+            raise self.mismatch("num_hidden_layers", f"at most {MOST_LAYERS}", count)
+        return count
+
     def integers(self, key: str) -> tuple[int, ...]:
         """A list."""
         value = self.config.get(key)
@@ -48,9 +68,26 @@ class Fields:
             raise self.mismatch(key, "a list of integers", value)
         return tuple(value)
 
+    def name(self, key: str) -> str | None:
+        """A text, where it is there."""
+        value = self.config.get(key)
+        if not (value is None or (isinstance(value, str) and value.isprintable())):
+            raise self.mismatch(key, "a name", value)
+        return value
+
+    def kinds(self, key: str, count: int, allowed: tuple[str, ...]) -> tuple[str, ...] | None:
+        """A word of `allowed` for each of `count` layers; None where the key is not there."""
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or any(word not in allowed for word in value):
+            words = " and ".join(map(repr, allowed))
+            raise self.mismatch(key, f"{count} of {words}", value)
+        return tuple(value)
+
     def mismatch(self, key: str, expected: str, got: object) -> CheckpointError:
         """The error that names a field."""
-        what = "nothing" if got is None else repr(got)
+        what = "nothing" if got is None else show(got)
         return CheckpointError(
             f"{self.folder}: expected {self.prefix}{key} to be {expected}, got {what}; fetch it again"
         )

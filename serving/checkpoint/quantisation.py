@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields, show
 
 FP8, NVFP4, INT4, OTHER = "fp8", "nvfp4", "int4", "other"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -78,9 +78,11 @@ def read_quantisation(folder: Path, config: dict[str, Any]) -> Quantisation | No
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if not isinstance(method, str):
+    if not isinstance(method, str) or not method.isprintable():
         remedy = "fetch it again"
-        raise CheckpointError(f"{folder}: expected quantization_config with a quant_method, got {found!r}; {remedy}")
+        raise CheckpointError(
+            f"{folder}: expected quantization_config with a quant_method, got {show(found)}; {remedy}"
+        )
     scheme = found.get("kv_cache_scheme") or {}
     fp8_kv_cache = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
     if method != COMPRESSED_TENSORS:
@@ -88,24 +90,45 @@ def read_quantisation(folder: Path, config: dict[str, Any]) -> Quantisation | No
     groups = found.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         expected = "quantization_config.config_groups to say how modules are stored"
-        raise CheckpointError(f"{folder}: expected {expected}, got {groups!r}; fetch it again")
-    name = str(found.get("format") or next(iter(groups.values())).get("format"))
+        raise CheckpointError(f"{folder}: expected {expected}, got {show(groups)}; fetch it again")
+    ignore = found.get("ignore") or []
+    if not _are_patterns(ignore):
+        expected = "quantization_config.ignore to be a list of modules"
+        raise CheckpointError(f"{folder}: expected {expected}, got {show(ignore)}; fetch it again")
+    name = found.get("format") or next(iter(groups.values())).get("format")
+    if not isinstance(name, str) or not name.isprintable():
+        expected = "quantization_config.format to be a name"
+        raise CheckpointError(f"{folder}: expected {expected}, got {show(name)}; fetch it again")
     return Quantisation(
         method=method,
         kind=FORMATS.get(name, OTHER),
         name=name,
         groups=tuple(_read_group(folder, key, group) for key, group in groups.items()),
-        ignore=tuple(found.get("ignore") or ()),
+        ignore=tuple(ignore),
         fp8_kv_cache=fp8_kv_cache,
     )
 
 
 def _read_group(folder: Path, key: str, group: dict[str, Any]) -> Group:
     weights, targets = group.get("weights"), group.get("targets")
-    if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not isinstance(targets, list):
+    if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not _are_patterns(targets):
         expected = f"quantization_config.config_groups.{key} to have targets and weights.num_bits"
-        raise CheckpointError(f"{folder}: expected {expected}, got {group!r}; fetch it again")
-    return Group(tuple(targets), weights["num_bits"], weights.get("group_size"))
+        raise CheckpointError(f"{folder}: expected {expected}, got {show(group)}; fetch it again")
+    fields = Fields(folder, weights, f"quantization_config.config_groups.{key}.weights.")
+    size = fields.integer("group_size") if "group_size" in fields.config else None
+    return Group(tuple(targets), fields.positive("num_bits"), None if size is None or size < 1 else size)
+
+
+def _are_patterns(names: object) -> TypeGuard[list[str]]:
+    """Are these names of modules, or regular expressions after "re:"?"""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    try:
+        for name in names:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+    except re.error:
+        return False
+    return True
 
 
 def _matches(pattern: str, module: str) -> bool:

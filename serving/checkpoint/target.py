@@ -17,7 +17,7 @@ from laguna_serve.plugins.layers import (
     resolve_layer_kinds,
     stock_layer_kinds,
 )
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields, show
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
 
@@ -100,9 +100,9 @@ def read_target(folder: Path) -> Target:
     config = read_config(folder)
     if is_drafter(config):
         raise CheckpointError(f"{folder}: expected a Laguna model, got a DFlash drafter; pass it as the draft instead")
-    architectures = config.get("architectures") or []
+    architectures = read_architectures(folder, config)
     if config.get("model_type") != "laguna" and not any(name.startswith("Laguna") for name in architectures):
-        found = ", ".join([*architectures, f"model_type {config.get('model_type')!r}"])
+        found = ", ".join([*architectures, f"model_type {show(config.get('model_type'))}"])
         raise CheckpointError(f"{folder}: expected a Laguna model, got {found}; start other models with vLLM itself")
     if isinstance(config.get("text_config"), dict):
         remedy = "move its fields up: vLLM's Laguna does not read it and would build its own defaults"
@@ -110,7 +110,7 @@ def read_target(folder: Path) -> Target:
             f"{folder}: expected the model's fields at the top of config.json, got text_config; {remedy}"
         )
     fields = Fields(folder, config, defaults=DEFAULTS)
-    layers = fields.positive("num_hidden_layers")
+    layers = fields.layers()
     attention = _read_attention(fields, layers)
     overrides: dict[str, Any] = {}
     try:
@@ -153,12 +153,7 @@ def read_target(folder: Path) -> Target:
 
 
 def _read_attention(fields: Fields, layers: int) -> tuple[str, ...]:
-    kinds = fields.config.get("layer_types")
-    if kinds is None:
-        return (FULL,) * layers
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
-        raise fields.mismatch("layer_types", f"{layers} of {FULL!r} and {SLIDING!r}", kinds)
-    return tuple(kinds)
+    return fields.kinds("layer_types", layers, (FULL, SLIDING)) or (FULL,) * layers
 
 
 def read_heads(fields: Fields, layers: int) -> tuple[int, ...]:
@@ -188,12 +183,25 @@ def read_dtype(config: dict[str, Any]) -> str:
 
 def is_drafter(config: dict[str, Any]) -> bool:
     """True for a DFlash drafter in either format."""
-    architectures = config.get("architectures") or []
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
     return (
         "speculators_model_type" in config
         or isinstance(config.get("dflash_config"), dict)
-        or any(name.startswith("DFlash") for name in architectures)
+        or any(isinstance(name, str) and name.startswith("DFlash") for name in names)
     )
+
+
+def read_architectures(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The classes that a config names; empty without any."""
+    names = config.get("architectures")
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        raise CheckpointError(
+            f"{folder}: expected architectures to be a list of classes, got {show(names)}; fetch it again"
+        )
+    return names
 
 
 def count_dense_layers(target: Target) -> int:

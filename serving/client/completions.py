@@ -17,6 +17,7 @@ import aiohttp
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 
 # A request that says nothing for this long is dead, not slow.
 SILENCE_S = 600.0
@@ -39,7 +40,9 @@ def open_session() -> aiohttp.ClientSession:
 class Client:
     """Sends prompts to one endpoint. End-of-sequence ignored: every answer has exactly `max_tokens`.
 
-    Greedy, unless `sampling` says otherwise (fields of the request, such as temperature and seed).
+    Greedy, unless `sampling` says otherwise (fields of the request, such as temperature and seed). What it does not say
+    is vLLM's neutral value, never that of the model's generation_config.json: a `top_k` of the release's would be
+    measured unseen.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Client:
         self._body: dict[str, Any] = {
             "model": model_name,
             "max_tokens": max_tokens,
+            **PLAIN_SAMPLING,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,

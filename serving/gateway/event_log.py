@@ -12,7 +12,12 @@ FULL_LINES = 5
 WINDOW_S = 10.0
 
 
-LEVELS = {"laguna_serve": logging.INFO, "uvicorn": logging.ERROR, "asyncio": logging.ERROR}
+LEVELS = {
+    "laguna_serve": logging.INFO,
+    "uvicorn": logging.ERROR,
+    "asyncio": logging.ERROR,
+    "python_multipart": logging.ERROR,  # warns of a form that cannot be read, which its sender is told
+}
 
 
 def set_up_logging() -> None:

@@ -88,6 +88,8 @@ class GatewayServer(uvicorn.Server):
     async def shutdown(self, sockets: object = None) -> None:
         """Finish what is in flight; the admin page shows it to the end."""
         await super().shutdown(sockets)  # type: ignore[arg-type]
+        if self.force_exit:  # uvicorn leaves the application to the loop's end, which cancels it with a traceback
+            await self.lifespan.shutdown()
         self.relay.close()
         self._admin.should_exit = self._admin.force_exit = True
         await self._admin_task

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from laguna_serve.serving.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
-from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.command import (
     KV_DTYPE,
     build_command,
     build_environment,
+    choose_max_model_len,
     choose_overrides,
     choose_settings,
     count_ranks,
@@ -37,7 +38,7 @@ from laguna_serve.serving.planning.support import (
     kv_value_bytes,
 )
 from laguna_serve.serving.vendor_defaults import find_value
-from laguna_serve.serving.weight_files import measure_weights
+from laguna_serve.serving.weight_files import count_values, measure_weights
 
 DEFAULT_PORT = 8000
 SPECULATORS_CLASS = "DFlashDraftModel"
@@ -66,9 +67,11 @@ class Plan:
     Attributes:
         planned: the device is one that was named, not this machine's.
         refusals: why it cannot be started, a line each.
+        length: the longest sequence that is asked for; None where nothing is known.
         context: longest context of one sequence, and of `max_num_seqs` at once; None where nothing is known.
         environment, unset: what the engine's environment has otherwise than this process's.
         weights_here: the weights are on this machine, and their size is theirs and not config.json's.
+        stored: how many parameters the model's files hold; None without them, or where they are quantised.
     """
 
     config: EngineConfig
@@ -80,9 +83,11 @@ class Plan:
     classes: Mapping[str, str]
     layout: KvLayout | None
     memory: Memory | None
+    length: int | None
     context: tuple[int, int] | None
     kv_dtype: tuple[str, str] | None
     weights_here: bool
+    stored: int | None
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
@@ -111,18 +116,18 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         command = tuple(build_command(config, checkpoints, device, config.port or DEFAULT_PORT))
     except (BudgetError, CheckpointError) as error:
         refusals.append(str(error))
-    layout = memory = context = None
+    layout = memory = length = context = None
     if target is not None:
         layout = _lay_out(config, checkpoints, device)
         memory = _share_memory(config, checkpoints, device, command)
-        limit = config.max_model_len or target.max_model_len
-        longest = [layout.longest(memory.kv, count, limit) for count in (1, config.max_num_seqs)]
+        length = _find_length(config, checkpoints, device, target)
+        longest = [layout.longest(memory.kv, count, length) for count in (1, config.max_num_seqs)]
         context = longest[0], longest[1]
         if command and not context[0]:
             refusals.append(_describe_no_room(device, memory))
-        elif command and device.kind == "gpu" and config.max_model_len is not None and context[0] < limit:
+        elif command and device.kind == "gpu" and config.max_model_len is not None and context[0] < length:
             fits = f"{device.name} has room for {context[0]}"
-            refusals.append(f"--max-model-len: expected a length that fits, got {limit}, and {fits}; lower it")
+            refusals.append(f"--max-model-len: expected a length that fits, got {length}, and {fits}; lower it")
     base = {} if planned else dict(os.environ)
     environment = build_environment(
         base,
@@ -142,9 +147,11 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         classes=find_classes(config, checkpoints, device),
         layout=layout,
         memory=memory,
+        length=length,
         context=context,
         kv_dtype=None if target is None else choose_kv_dtype(target, device),
         weights_here=_has_weights(config),
+        stored=_count_stored(config, target),
         command=() if refusals else command,
         environment={name: value for name, value in environment.items() if base.get(name) != value},
         unset=tuple(sorted(base.keys() - environment.keys())),
@@ -207,6 +214,19 @@ def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device
     share = float(find_value(command, "--gpu-memory-utilization") or MAX_GPU_SHARE)
     left = int(device.total_bytes * share) - weights - activations - graphs - GPU_CONTEXT_BYTES
     return Memory(weights, activations, graphs, GPU_CONTEXT_BYTES, int(given) if given else max(0, left))
+
+
+def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device, target: Target) -> int:
+    """The longest sequence that vLLM is told of; the model's own where it is told none, or works it out."""
+    length = choose_max_model_len(config, checkpoints, device)
+    return length if isinstance(length, int) else target.max_model_len
+
+
+def _count_stored(config: EngineConfig, target: Target | None) -> int | None:
+    folder = find_folder(config.model)
+    if target is None or target.quantisation is not None or folder is None:
+        return None
+    return count_values(folder) or None
 
 
 def _count_layers(drafter: Drafter | None) -> int:

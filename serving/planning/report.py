@@ -17,7 +17,7 @@ from laguna_serve.serving.planning.weights import count_active, count_drafter, c
 from laguna_serve.serving.vendor_defaults import describe_chat
 
 SCHEMA = "laguna_serve.plan/1"
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 WIDTH = 13
 
 
@@ -68,7 +68,8 @@ def _list_target(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         mlp += f"{target.experts_per_token} per token"
     window = f", {target.sliding_layers} of them over {target.sliding_window} tokens" if target.sliding_layers else ""
     yield "layers", f"{target.num_layers}{window}; {mlp}"
-    yield "parameters", f"{count_parameters(target):,}, {count_active(target):,} of them per token"
+    total, active = _count(plan, target)
+    yield "parameters", f"{total:,}" + ("" if active is None else f", {active:,} of them per token")
     yield "weights", _describe_weights(target.quantisation, plan.target_verdict)
 
 
@@ -92,26 +93,36 @@ def _describe_weights(quantisation: Quantisation | None, verdict: Verdict | None
 
 
 def _list_memory(plan: Plan) -> Iterator[tuple[str, str]]:
-    memory, layout, target = plan.memory, plan.layout, plan.checkpoints.target
-    if memory is None or layout is None or target is None or plan.context is None:
+    memory, layout = plan.memory, plan.layout
+    if memory is None or layout is None or plan.length is None or plan.context is None:
         return
     source = "" if plan.weights_here else " by config.json"
-    parts = [f"weights {memory.weights / GIB:.1f} GiB{source}"]
+    parts = [f"weights {_size(memory.weights)}{source}"]
     if plan.device.kind == "gpu":
         parts.append(f"activations about {memory.activations / GIB:.1f}")
         parts.append(f"CUDA graphs about {memory.graphs / GIB:.1f}, context {memory.context / GIB:.1f}")
-    yield "memory", f"{', '.join(parts)}; left for the KV cache {memory.kv / GIB:.1f} GiB"
-    wanted = plan.config.max_model_len or target.max_model_len
-    sequence = layout.sequence_bytes(wanted) / GIB
+    yield "memory", f"{', '.join(parts)}; left for the KV cache {_size(memory.kv)}"
+    sequence = _size(layout.sequence_bytes(plan.length))
     yield (
         "KV cache",
-        f"{layout.token_bytes:,} bytes per token of a long sequence; {sequence:.2f} GiB for {wanted:,} tokens",
+        f"{layout.token_bytes:,} bytes per token of a long sequence; {sequence} for {plan.length:,} tokens",
     )
     if plan.kv_dtype is not None:
         yield "KV dtype", f"{plan.kv_dtype[0]}: {plan.kv_dtype[1]}"
     one, many = plan.context
-    full = "the whole" if one == wanted else f"{wanted:,} do not fit"
+    full = "the whole" if one == plan.length else f"{plan.length:,} do not fit"
     yield "context", f"{one:,} tokens for one sequence ({full}), {many:,} for {plan.config.max_num_seqs} at once"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def _count(plan: Plan, target: Target) -> tuple[int, int | None]:
+    """Parameters, and those of a token, which for pruned experts depend on the token: what the files hold, as experts
+    and layers may be stored narrower than config.json says."""
+    total = count_parameters(target) if plan.stored is None else plan.stored
+    return total, None if target.pruned else count_active(target) - (count_parameters(target) - total)
 
 
 def describe_runner(plan: Plan) -> str:
@@ -138,10 +149,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "drafter": None if drafter is None else _describe_drafter(plan, drafter),
         "memory": None if plan.memory is None else asdict(plan.memory) | {"weights_here": plan.weights_here},
         "kv_cache": None
-        if layout is None or target is None
+        if layout is None or plan.length is None
         else {
             "bytes_per_token": layout.token_bytes,
-            "bytes_per_sequence": layout.sequence_bytes(plan.config.max_model_len or target.max_model_len),
+            "bytes_per_sequence": layout.sequence_bytes(plan.length),
             "dtype": None if plan.kv_dtype is None else plan.kv_dtype[0],
         },
         "context": None if plan.context is None else {"one": plan.context[0], "all": plan.context[1]},
@@ -161,8 +172,8 @@ def _describe_target(plan: Plan, target: Target) -> dict[str, Any]:
         "sliding_layers": target.sliding_layers,
         "experts": target.num_experts,
         "max_model_len": target.max_model_len,
-        "parameters": count_parameters(target),
-        "active_parameters": count_active(target),
+        "parameters": _count(plan, target)[0],
+        "active_parameters": _count(plan, target)[1],
         "quantisation": None if target.quantisation is None else target.quantisation.kind,
         "verdict": None if plan.target_verdict is None else asdict(plan.target_verdict),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.fields import CheckpointError, show
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
 from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.device import Device
@@ -99,7 +99,9 @@ def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -
     """What becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
     kind = PLAIN if quantisation is None else quantisation.kind
     if kind == OTHER and quantisation is not None:
-        return Verdict(UNKNOWN, f"{quantisation.name} is no format of Laguna's releases: vLLM decides when it loads it")
+        return Verdict(
+            UNKNOWN, f"{show(quantisation.name)} is no format of Laguna's releases: vLLM decides when it loads it"
+        )
     if device.kind == "cpu":
         return _judge_cpu(kind, device.isa, experts)
     capability = LEAST_CAPABILITY if device.capability is None else device.capability
@@ -133,6 +135,36 @@ def check_support(target: Target | None, drafter: Drafter | None, device: Device
         expected = "expected layers of one kind on a CPU, whose model runner (V1) has one window for a drafter"
         remedy = "serve it on a GPU, or without the drafter"
         raise CheckpointError(f"{drafter.name}: {expected}, got sliding and full attention; {remedy}")
+
+
+def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> None:
+    """Raises CheckpointError for what tensor parallelism cannot cut into `ranks` equal parts.
+
+    vLLM asserts each of these while it builds the layers, in every rank (models/laguna.py, distributed/utils.py of
+    0.32); a drafter is cut like its target.  Heads of keys and values may also be fewer than the ranks, which then
+    share one.
+    """
+    remedy = f"take another --tensor-parallel-size than {ranks}"
+    for part in (target, drafter):
+        if part is None or ranks == 1:
+            continue
+        heads, kv_heads = (
+            (part.heads, part.num_kv_heads)
+            if isinstance(part, Target)
+            else (part.attention.heads, part.attention.kv_heads)
+        )
+        widths = {"intermediate_size": part.intermediate_size}
+        widths |= {f"query heads of layer {layer}": count for layer, count in enumerate(heads)}
+        if isinstance(part, Target) and not part.dense:
+            widths |= {"moe_intermediate_size": part.expert_size}
+            widths |= {"shared_expert_intermediate_size": part.shared_expert_size}
+        for name, width in widths.items():
+            if width % ranks:
+                expected = f"expected {name} to be divisible by {ranks} GPUs"
+                raise CheckpointError(f"{part.name}: {expected}, got {width}; {remedy}")
+        if kv_heads % ranks and ranks % kv_heads:
+            expected = f"expected {kv_heads} heads of keys and values to be shared evenly by the GPUs"
+            raise CheckpointError(f"{part.name}: {expected}, got {ranks} of them; {remedy}")
 
 
 def check_use(target: Target, keep_mask: str | None) -> None:

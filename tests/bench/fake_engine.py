@@ -12,6 +12,8 @@ from typing import Any
 from aiohttp import web
 from fake_server import FakeServer
 
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+
 VOCABULARY = 1000
 
 
@@ -43,7 +45,11 @@ class Behaviour:
 
 
 class FakeEngine(FakeServer):
-    """Context manager; `url` is its address, `seen` the prompts in the order in which they came."""
+    """Context manager; `url` is its address, `seen` the prompts in the order in which they came.
+
+    A request that leaves a sampling parameter to the server is refused: it would be measured under whatever the model's
+    generation_config.json says.
+    """
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
         super().__init__()
@@ -98,8 +104,15 @@ class FakeEngine(FakeServer):
         flip = flips.get(prompt, count)
         return [token + (index >= flip) for index, token in enumerate(tokens)]
 
+    async def _read(self, request: web.Request) -> dict[str, Any]:
+        body: dict[str, Any] = await request.json()
+        left = {"temperature", *PLAIN_SAMPLING} - body.keys()
+        if left:
+            raise web.HTTPBadRequest(text=f"left to the server: {sorted(left)}")
+        return body
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        body = await self._read(request)
         behaviour, prompt = self.behaviour, body["prompt"]
         self.seen.append(prompt)
         if behaviour.die_after is not None and len(self.seen) > behaviour.die_after:

@@ -49,7 +49,7 @@ class RolloutEngine(FakeEngine):
         return web.json_response({"weight_version": self.version})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        body = await self._read(request)
         self.seen.append(body["prompt"])
         self.bodies.append(body)
         if self.behaviour.die_after is not None and len(self.seen) > self.behaviour.die_after:

@@ -18,6 +18,7 @@ count, tokens = int(flags["--num-prompts"]), int(flags["--custom-output-len"])
 assert len(open(flags["--dataset-path"]).readlines()) == count
 assert flags["--served-model-name"] == "fake"
 assert "--ignore-eos" in sys.argv and "--disable-shuffle" in sys.argv and flags["--temperature"] == "0"
+assert {"--top-p", "--top-k", "--min-p", "--repetition-penalty"} < flags.keys()
 found = {"completed": count - LOST, "total_output_tokens": (count - LOST) * tokens, "output_throughput": RATE}
 (pathlib.Path(flags["--result-dir"]) / flags["--result-filename"]).write_text(json.dumps(found))
 """

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import vllm.entrypoints.anthropic.api_router  # noqa: F401
 import vllm.entrypoints.launchers.app as launcher
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -115,9 +114,17 @@ def messages() -> list[Any]:
     def route(body: dict[str, int]) -> None:
         raise VLLMValidationError("no", parameter="x")
 
+    # As the server does: the routes are imported after the plugins are loaded.
+    from vllm.entrypoints.anthropic import api_router
+
+    @app.post("/v1/messages/own")
+    def own() -> Any:
+        return api_router.translate_error_response(error_response.create_error_response(VLLMValidationError("no")))
+
     launcher.init_exception_handler(app)
     client = TestClient(app)
     answers = [client.post(path, json=body) for path in ("/v1/messages", "/v1/completions") for body in (5, {"a": 1})]
+    answers.append(client.post("/v1/messages/own"))
     return [[answer.status_code, answer.json().get("type"), answer.json()["error"]["type"]] for answer in answers]
 
 

@@ -73,8 +73,9 @@ def test_a_surrogate_is_the_clients_mistake_and_its_request_forgotten() -> None:
 
 
 def test_errors_have_the_form_of_their_api() -> None:
-    anthropic, openai = probe("repaired")["messages"][:2], probe("repaired")["messages"][2:]
-    assert anthropic == [[400, "error", "invalid_request_error"]] * 2
+    answers = probe("repaired")["messages"]
+    anthropic, openai = [*answers[:2], answers[4]], answers[2:4]
+    assert anthropic == [[400, "error", "invalid_request_error"]] * 3
     assert [kind for _, kind, _ in openai] == [None, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import subprocess
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from aiohttp import web
+from fake_server import FakeServer
 
 from laguna_serve.scripts import grpo
 from laguna_serve.scripts.rl.mismatch import Mismatch, watch_routers
 from laguna_serve.scripts.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
-from laguna_serve.scripts.rl.rollouts import Rollout
+from laguna_serve.scripts.rl.rollouts import Rollout, sample_groups
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
@@ -54,6 +58,31 @@ def test_loss_raises_what_was_good_and_clips() -> None:
     assert far.grad is not None
     assert not far.grad[0].any(), "a good completion that is far more likely by now is not pushed further"
     assert far.grad[1][batch.sampled[1]].all(), "a bad one is pushed back from anywhere"
+
+
+class Sampler(FakeServer):
+    """Answers every group; `bodies` are the requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies: list[dict[str, Any]] = []
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/v1/completions", self._complete)]
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        choice = {"prompt_token_ids": [5], "token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}, "text": "a"}
+        return web.json_response({"choices": [choice] * body["n"]}, headers={"X-Weight-Version": "v"})
+
+
+def test_rollouts_are_sampled_as_the_loss_takes_them() -> None:
+    with Sampler() as service:
+        groups = asyncio.run(sample_groups(service.url, "m", ["p"], group=2, max_tokens=1))
+    assert [[r.version for r in group] for group in groups] == [["v", "v"]]
+    (body,) = service.bodies
+    assert body == body | PLAIN_SAMPLING | {"temperature": 1.0}, "a release's top_k would cut the policy off"
 
 
 @pytest.fixture(scope="module")

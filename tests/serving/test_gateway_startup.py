@@ -7,6 +7,7 @@ import gc
 import logging
 import socket
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import Limits, parse_config
-from laguna_serve.serving.gateway.server import in_background, make_settings
+from laguna_serve.serving.gateway.event_log import set_up_logging
+from laguna_serve.serving.gateway.server import in_background, make_settings, open_background
 from laguna_serve.serving.gateway.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.strict_http import StrictProtocol
 
@@ -171,3 +173,24 @@ def test_what_clients_sent_is_free_without_the_garbage_collector(asgi: bool | ty
             gc.set_debug(0)
             gc.garbage.clear()
             gc.enable()
+
+
+@pytest.fixture
+def server_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What uvicorn logs, whatever was set up for it before."""
+    caplog.set_level(logging.ERROR, "uvicorn.error")
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+
+
+def test_a_forced_end_is_no_error(server_log: pytest.LogCaptureFixture) -> None:
+    with open_background(CONFIG) as background:
+        background.server.force_exit = True  # as when requests are still in flight after drain_s
+    assert server_log.text == ""
+
+
+def test_a_form_that_cannot_be_read_is_its_senders_to_know() -> None:
+    """The parser warns of each in a line of its own: a way to fill the log."""
+    set_up_logging()
+    assert not logging.getLogger("python_multipart.multipart").isEnabledFor(logging.WARNING)

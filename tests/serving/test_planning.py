@@ -22,6 +22,7 @@ from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
 from laguna_serve.serving.planning.plan import Plan, make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
+from laguna_serve.serving.planning.support import check_split
 from laguna_serve.serving.planning.weights import (
     count_drafter,
     count_parameters,
@@ -114,6 +115,55 @@ def test_quantised_releases_are_refused_on_a_cpu(name: str) -> None:
     assert made.command == ()
     assert "expected weights that cpu runs, got " in made.refusals[0]
     assert "; serve the bf16 release here, or this one on a GPU" in made.refusals[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "ranks", "message"),
+    [
+        ("Laguna-XS.2", None, ("-tp", "3"), "expected intermediate_size to be divisible by 3 GPUs, got 8192"),
+        ("Laguna-XS.2", None, ("-tp=64",), "expected query heads of layer 0 to be divisible by 64 GPUs, got 48"),
+        ("Laguna-XS-2.1", "Laguna-XS-2.1-DFlash", ("-tp", "2"), None),
+        ("Laguna-XS.2", None, ("-tp", "16"), None),
+        ("Laguna-XS.2", None, ("-pp", "3"), None),
+    ],
+)
+def test_what_gpus_cannot_share_evenly_is_refused(
+    model: str, draft: str | None, ranks: tuple[str, ...], message: str | None
+) -> None:
+    refusals = plan(model, draft, "h200", extra_args=ranks).refusals
+    assert (refusals == ()) == (message is None)
+    if message is not None:
+        assert message in refusals[0]
+        assert "; take another --tensor-parallel-size than " in refusals[0]
+
+
+def test_a_drafter_is_shared_as_its_target_is() -> None:
+    target, drafter = read_target(Path(folder("Laguna-XS.2"))), read_drafter(Path(folder(DRAFTERS[0])))
+    check_split(target, drafter, 4)
+    six = replace(drafter, attention=replace(drafter.attention, heads=(6,) * drafter.num_layers))
+    with pytest.raises(CheckpointError, match=f"{drafter.name}: expected query heads of layer 0 to be divisible by 4"):
+        check_split(target, six, 4)
+    three = replace(drafter, attention=replace(drafter.attention, kv_heads=3))
+    with pytest.raises(CheckpointError, match=r"expected 3 heads of keys and values to be shared evenly .* got 4 of"):
+        check_split(target, three, 4)
+
+
+def test_what_is_told_is_what_is_served() -> None:
+    """On a CPU a drafter needs room behind the longest sequence; pruned experts are stored narrower."""
+    made = make_plan(EngineConfig(str(TOY / "teacher"), draft=str(TOY / "dflash")), CPU)
+    assert made.length == 2040
+    assert made.context is not None
+    assert made.context[0] == 2040
+    assert made.command[made.command.index("--max-model-len") + 1] == "2040"
+    assert "2,040 tokens for one sequence (the whole)" in format_plan(made)
+    assert "6,227,824, 2,459,504 of them per token" in format_plan(made)
+    assert "0.0 GiB" not in format_plan(made)
+    target = made.checkpoints.target
+    assert target is not None
+    checkpoints = replace(made.checkpoints, target=replace(target, pruned=True))
+    pruned = replace(made, stored=4_999_024, checkpoints=checkpoints)
+    assert "parameters    4,999,024\n" in format_plan(pruned)
+    assert describe_plan(pruned)["target"]["active_parameters"] is None
 
 
 def test_xs2_on_80_gb_has_room_for_less_than_its_context() -> None:

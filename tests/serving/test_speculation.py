@@ -10,7 +10,9 @@ import pytest
 from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
+from laguna_serve.serving.device import Device
 from laguna_serve.serving.drafter import read_drafter
+from laguna_serve.serving.planning.support import check_support
 from laguna_serve.serving.speculation import check_fit, list_warnings, resolve_gamma, speculative_config
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -216,3 +218,34 @@ def test_mixed_layers_are_named(make_checkpoint: MakeCheckpoint, target: Path) -
     kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512}
     mixed = make_checkpoint("mixed", SPECULATORS, transformer_layer_config={**layers, **kinds})
     assert "V2 model runner" in warnings(target, mixed)[0]
+
+
+def test_mixed_layers_are_refused_on_a_cpu_alone(make_checkpoint: MakeCheckpoint) -> None:
+    layers = SPECULATORS["transformer_layer_config"]
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512}
+    mixed = read_drafter(make_checkpoint("mixed", SPECULATORS, transformer_layer_config={**layers, **kinds}))
+    check_support(None, mixed, Device("gpu", "gpu", 1, 1, capability=90))
+    with pytest.raises(CheckpointError, match=r"expected layers of one kind on a CPU.*got sliding and full"):
+        check_support(None, mixed, Device("cpu", "cpu", 1, 1))
+
+
+def test_a_drafter_of_another_depth_is_refused(make_checkpoint: MakeCheckpoint, target: Path) -> None:
+    dflash = {**DRAFTER["dflash_config"], "num_target_layers": 7}
+    other = read_drafter(make_checkpoint("drafter", DRAFTER, dflash_config=dflash))
+    with pytest.raises(CheckpointError, match="expected a target of 7 layers, as its num_target_layers says, got 6; "):
+        check_fit(read_target(target), other)
+
+
+@pytest.mark.parametrize(("inner", "outer", "agree"), [(8, 8, True), (8, 4, False), (None, 8, True), (8, None, True)])
+def test_two_block_sizes_must_agree(
+    make_checkpoint: MakeCheckpoint, inner: int | None, outer: int | None, agree: bool
+) -> None:
+    dflash = {**DRAFTER["dflash_config"], "block_size": inner}
+    folder = make_checkpoint("drafter", DRAFTER, dflash_config=dflash, block_size=outer)
+    if agree:
+        assert read_drafter(folder).block_size == 8
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"expected block_size to be the 8 of dflash_config.block_size, got 4"
+        ):
+            read_drafter(folder)
