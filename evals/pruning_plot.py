@@ -6,30 +6,23 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
-RANKED, RANDOM = "#0b7a75", "#c2410c"
+from laguna_serve.serving.kit.figures import BAD, GOOD, note_source, open_figure, style_axes
+
+RANKED, RANDOM = GOOD, BAD
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG."""
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
+    with open_figure(path, figsize=(7.5, 4.2)) as (figure, axes):
         figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
         _draw_curves(axes, result)
         _dress(axes, result)
         data, environment = result["data"], result["environment"]
         parts = [f"{data['scored_tokens']:,} tokens of {data['source']}", f"random masks per share: {result['seeds']}"]
         parts += [f"{result['dtype']}, through vLLM", environment["date"][:10]]
-        figure.text(0.1, 0.03, "  ·  ".join(parts), fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        note_source(figure, 0.1, parts)
 
 
 def _draw_curves(axes: Axes, result: dict[str, Any]) -> None:
@@ -53,13 +46,7 @@ def _draw_curves(axes: Axes, result: dict[str, Any]) -> None:
 def _dress(axes: Axes, result: dict[str, Any]) -> None:
     base = result["unpruned"]["nats_per_token"]
     measure = f"nats per token above {base:.4f} unpruned; dots: random masks, bars: 95% intervals of ranked ones"
-    axes.text(0, 1.11, "What pruning adds to the loss", transform=axes.transAxes, fontweight="bold", fontsize=12)
-    axes.text(0, 1.035, measure, transform=axes.transAxes, color=SOFT, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=SOFT, length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
+    style_axes(axes, "What pruning adds to the loss", measure)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
+from laguna_serve.serving.kit.figures import note_source, open_figure, style_axes
 
 
 def draw_figure(
@@ -20,19 +15,10 @@ def draw_figure(
 ) -> None:
     """Write a PNG: `curves` draws into the axes, with `along` to the right; `measure` says what is drawn, `source` of
     what."""
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=150)
+    with open_figure(path, figsize=(7.5, 4.2)) as (figure, axes):
         figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
         curves(axes)
-        axes.text(0, 1.11, title, transform=axes.transAxes, fontweight="bold", fontsize=12)
-        axes.text(0, 1.035, measure, transform=axes.transAxes, color=SOFT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=SOFT, length=0, which="both")
-        axes.grid(axis="y", color=FAINT, linewidth=0.6)
-        axes.set_axisbelow(True)
+        style_axes(axes, title, measure)
         axes.set_xlabel(along)
         axes.set_xlim(left=0)
-        figure.text(0.1, 0.03, source, fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        note_source(figure, 0.1, [source])

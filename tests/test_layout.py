@@ -35,6 +35,8 @@ HOMES = {
     r"^class EndpointError\b": "serving/client/errors.py",
     r"^class SseParser\b": "serving/client/sse.py",
     r"text_string_to_metric_families\(": "serving/client/exposition.py",
+    r"^INK\b": "serving/kit/figures.py",
+    r"matplotlib as mpl": "serving/kit/figures.py",
     r"^def describe_environment\b": "serving/kit/environment.py",
 }
 MOST_FILES = 12

@@ -5,28 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
+from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
+
 COLORS = ("#0b7a75", "#c2410c", "#4c51bf", "#b7791f", "#702459", "#2f855a")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG."""
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(figsize=(7.5, 4.4), dpi=150)
+    with open_figure(path, figsize=(7.5, 4.4)) as (figure, axes):
         figure.subplots_adjust(left=0.09, right=0.82, top=0.83, bottom=0.19)
         _draw_points(axes, result)
         work, environment = result["workload"], result["environment"]
         parts = [f"{work['num_prompts']} prompts × {work['max_tokens']} tokens", environment["cpu"]]
-        figure.text(0.09, 0.03, "  ·  ".join([*parts, environment["date"][:10]]), fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        note_source(figure, 0.09, [*parts, environment["date"][:10]])
 
 
 def _draw_points(axes: Axes, result: dict[str, Any]) -> None:
@@ -46,13 +39,7 @@ def _draw_points(axes: Axes, result: dict[str, Any]) -> None:
             label, (1.015, speedups[-1]), xycoords=("axes fraction", "data"), color=color, va="center", size=9
         )
     axes.axhline(1, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(0, 1.11, "What γ brings", transform=axes.transAxes, fontweight="bold", fontsize=12)
-    found = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
-    axes.text(0, 1.035, found, transform=axes.transAxes, color=SOFT, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=SOFT, length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
+    measure = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
+    style_axes(axes, "What γ brings", measure)
     axes.set_xticks(sorted({point["gamma"] for point in result["points"]}))
     axes.set_xlabel("γ, tokens drafted per step")

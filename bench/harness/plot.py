@@ -5,44 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-INK, SOFT, FAINT, STEM = "#1f2933", "#5f6b78", "#d9dee4", "#c3ccd5"
-FASTER, SLOWER, BAND, BARS = "#0b7a75", "#c2410c", "#bfe3e0", "#3d6fb4"
+from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
+
+STEM, BAND, BARS = "#c3ccd5", "#bfe3e0", "#3d6fb4"
 REFUSED = "refused: the reasons are in the table"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG. Figures that were withheld are said to be, not drawn."""
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 5), width_ratios=[2, 1], dpi=150)
+    with open_figure(path, 1, 2, figsize=(11, 5), width_ratios=[2, 1]) as (figure, axes):
         figure.subplots_adjust(left=0.065, right=0.98, top=0.85, bottom=0.19, wspace=0.17)
         _draw_speedup(axes[0], result)
         _draw_acceptance(axes[1], result)
-        figure.text(0.065, 0.035, _describe(result), fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        note_source(figure, 0.065, _describe(result))
 
 
-def _describe(result: dict[str, Any]) -> str:
+def _describe(result: dict[str, Any]) -> list[str]:
     work, environment = result["workload"], result["environment"]
     device = environment["device"]["name"] if environment["device"] is not None else environment["cpu"]
     parts = [f"{work['prompts']} prompts × {work['max_tokens']} tokens", f"concurrency {work['concurrency']}", "greedy"]
     parts += [device, environment["date"][:10], *(["PARTIAL RUN"] if result["partial"] else [])]
-    return "  ·  ".join(parts)
+    return parts
 
 
 def _draw_speedup(axes: Axes, result: dict[str, Any]) -> None:
     speedup = result["speedup"]
     unit = "prompt" if result["workload"]["concurrency"] == 1 else "round"
     if speedup["point"] is None:
-        _style(axes, f"Speedup per {unit}", "")
+        style_axes(axes, f"Speedup per {unit}", "")
         _say(axes, REFUSED)
         return
     if speedup["ci95"]:
@@ -50,14 +43,14 @@ def _draw_speedup(axes: Axes, result: dict[str, Any]) -> None:
         axes.axhspan(*speedup["ci95"], color=BAND, linewidth=0, zorder=0)
     else:
         found = f"pooled {speedup['point']:.2f}× (line), interval refused"
-    _style(axes, f"Speedup per {unit}", found)
+    style_axes(axes, f"Speedup per {unit}", found)
     ratios = sorted(item["speedup"] for item in speedup["per_round"])
     ranks = range(1, len(ratios) + 1)
     size = max(5.0, min(28.0, 1500 / len(ratios)))
     axes.axhline(1.0, color=SOFT, linewidth=1, zorder=2)
-    axes.axhline(speedup["point"], color=FASTER if speedup["point"] >= 1 else SLOWER, linewidth=1.5, zorder=3)
+    axes.axhline(speedup["point"], color=GOOD if speedup["point"] >= 1 else BAD, linewidth=1.5, zorder=3)
     axes.vlines(ranks, 1.0, ratios, color=STEM, linewidth=min(1.2, 80 / len(ratios)), zorder=1)
-    axes.scatter(ranks, ratios, s=size, color=[FASTER if ratio >= 1 else SLOWER for ratio in ratios], zorder=4)
+    axes.scatter(ranks, ratios, s=size, color=[GOOD if ratio >= 1 else BAD for ratio in ratios], zorder=4)
     axes.set_ylim(0, max(1.1, *ratios) * 1.08)
     axes.set_xlim(0.5 - 0.01 * len(ratios), 0.5 + 1.01 * len(ratios))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -71,10 +64,10 @@ def _draw_acceptance(axes: Axes, result: dict[str, Any]) -> None:
     title = "Accepted drafts by position"
     if not acceptance["per_position"]:
         refused = any(item["figure"] == "acceptance" for item in result["refused"])
-        _style(axes, title, "")
+        style_axes(axes, title, "")
         _say(axes, REFUSED if refused else "the candidate drafted nothing")
         return
-    _style(axes, title, f"{acceptance['length']:.2f} tokens per step")
+    style_axes(axes, title, f"{acceptance['length']:.2f} tokens per step")
     ranks = range(1, len(acceptance["per_position"]) + 1)
     axes.bar(ranks, acceptance["per_position"], width=0.68, color=BARS)
     for rank, share in zip(ranks, acceptance["per_position"], strict=True):
@@ -84,16 +77,6 @@ def _draw_acceptance(axes: Axes, result: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("position in the draft")
     axes.set_ylabel("share of drafts that got this far")
-
-
-def _style(axes: Axes, title: str, found: str) -> None:
-    axes.text(0, 1.095, title, transform=axes.transAxes, fontweight="bold", fontsize=12)
-    axes.text(0, 1.035, found, transform=axes.transAxes, color=SOFT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=SOFT, length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _say(axes: Axes, text: str) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
+from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
+
 SHADES = ("#12355b", "#1f6f9f", "#0b7a75", "#c2410c", "#7a5195", "#5f6b78")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG: a row of two panels for each routing."""
     kinds = list(dict.fromkeys(row["routing"] for row in result["rows"]))
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 0.9 + 4 * len(kinds)), dpi=150, squeeze=False)
+    size = (11, 0.9 + 4 * len(kinds))
+    with open_figure(path, len(kinds), 2, figsize=size, squeeze=False) as (figure, axes):
         for (left, right), kind in zip(axes, kinds, strict=True):
             rows = [row for row in result["rows"] if row["routing"] == kind and not row["refused"]]
             if rows:
@@ -34,10 +30,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         device = environment["cpu"] if settings["device"] == "cpu" else settings["device"]
         floor = f"floor {result['bandwidth_gb_s']['floor']:.1f} GB/s"
         figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1), w_pad=2.5, h_pad=2)
-        text = "  ·  ".join((about, device, floor, environment["date"][:10]))
-        figure.text(0.02, 0.12 / figure.get_figheight(), text, fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        parts = [about, device, floor, environment["date"][:10]]
+        note_source(figure, 0.02, parts, bottom=0.12 / figure.get_figheight())
 
 
 def _draw_times(axes: Axes, rows: list[dict[str, Any]], kind: str) -> None:
@@ -73,9 +67,4 @@ def _style(axes: Axes, rows: list[dict[str, Any]], title: str, note: str) -> Non
     axes.xaxis.set_major_locator(FixedLocator(tokens))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(count) for count in tokens])
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
-    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8.5, color=SOFT)
-    axes.grid(color=FAINT, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(SOFT)
+    style_axes(axes, title, note)

@@ -6,24 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from laguna_serve.bench.rollout.break_even import LOSES, PAYS, START
+from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 
-INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
-FASTER, SLOWER, BAND, LIMIT = "#0b7a75", "#c2410c", "#f3d9c9", "#c2410c"
-COLORS = {PAYS: FASTER, LOSES: SLOWER}
+BAND, LIMIT = "#f3d9c9", BAD
+COLORS = {PAYS: GOOD, LOSES: BAD}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write the PNG."""
-    with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), dpi=150)
+    with open_figure(path, 1, 2, figsize=(11, 4.8)) as (figure, axes):
         figure.subplots_adjust(left=0.065, right=0.98, top=0.83, bottom=0.21, wspace=0.18)
         _draw_ratios(axes[0], result["points"])
         if result["versions"]:
@@ -32,13 +26,11 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         else:
             batches = [str(point["batch"]) for point in result["points"]]
             _draw_acceptance(axes[1], result["points"], batches, "batch: sequences in flight")
-        figure.text(0.065, 0.03, _describe(result), fontsize=8.5, color=SOFT)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        note_source(figure, 0.065, _describe(result))
 
 
 def _draw_ratios(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    _style(axes, "Speculative ÷ plain tok/s", "95% intervals; orange: slower, grey: cannot be told")
+    style_axes(axes, "Speculative ÷ plain tok/s", "95% intervals; orange: slower, grey: cannot be told")
     axes.axhline(1, color=SOFT, linewidth=1, zorder=1)
     for rank, point in enumerate(points):
         ratio, color = point["ratio"], COLORS.get(point["verdict"], SOFT)
@@ -57,7 +49,7 @@ def _draw_ratios(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_acceptance(axes: Axes, points: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
     at = f", batch {points[0]['batch']}" if label == "policy version" else ""
-    _style(
+    style_axes(
         axes, f"τ against its break-even{at}", "tokens per speculative step; below the band speculation does not pay"
     )
     ranks = list(range(len(points)))
@@ -66,7 +58,7 @@ def _draw_acceptance(axes: Axes, points: Sequence[Mapping[str, Any]], names: Seq
     axes.fill_between(ranks, [e["ci95"][0] for e in even], [e["ci95"][1] for e in even], color=BAND, linewidth=0)
     axes.plot(ranks, [e["point"] for e in even], color=LIMIT, linewidth=1.4, marker="_", label="break-even τ")
     axes.errorbar(
-        ranks, [t["length"] for t in tau], yerr=spread, fmt="o-", color=FASTER, markersize=6, capsize=4, label="τ"
+        ranks, [t["length"] for t in tau], yerr=spread, fmt="o-", color=GOOD, markersize=6, capsize=4, label="τ"
     )
     axes.legend(frameon=False, loc="lower left", ncols=2)
     axes.set_xlim(-0.5, len(points) - 0.5)
@@ -76,19 +68,9 @@ def _draw_acceptance(axes: Axes, points: Sequence[Mapping[str, Any]], names: Seq
     axes.set_xlabel(label)
 
 
-def _describe(result: Mapping[str, Any]) -> str:
+def _describe(result: Mapping[str, Any]) -> list[str]:
     work, environment = result["workload"], result["environment"]
     device = environment["device"]["name"] if environment["device"] is not None else environment["cpu"]
     parts = [f"γ {result['gamma']}", f"groups of {work['group']} × {work['max_tokens']} tokens"]
     parts += [f"temperature {work['temperature']:g}", f"{work['rounds']} rounds", device, environment["date"][:10]]
-    return "  ·  ".join(parts)
-
-
-def _style(axes: Axes, title: str, found: str) -> None:
-    axes.text(0, 1.105, title, transform=axes.transAxes, fontweight="bold", fontsize=12)
-    axes.text(0, 1.035, found, transform=axes.transAxes, color=SOFT, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=SOFT, length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
+    return parts

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from laguna_serve.scripts.figure import SOFT, draw_figure
+from laguna_serve.scripts.figure import draw_figure
+from laguna_serve.serving.kit.figures import SOFT
 
 COLOR = "#0b7a75"
 
