@@ -36,7 +36,7 @@ HOMES = {
     r"^class SseParser\b": "serving/client/sse.py",
     r"text_string_to_metric_families\(": "serving/client/exposition.py",
     r"^INK\b": "serving/kit/figures.py",
-    r"matplotlib as mpl": "serving/kit/figures.py",
+    r"mpl\.use\(": "serving/kit/figures.py",
     r"^def describe_environment\b": "serving/kit/environment.py",
 }
 MOST_FILES = 12
