@@ -5,7 +5,7 @@ library and the system's shared ones, read-only, and a bounded /tmp in memory; t
 process 1, and with that one everything else inside dies. Namespaces or not: limits, no capabilities, no new privileges,
 and a filter of system calls (seccomp.py). Linux ≥ 5.12.
 
-The interpreter is forked, not started anew, so one start pays for everything; nothing in its memory is secret.
+The interpreter is forked (forkserver.py), not started anew: nothing in its memory is secret.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import json
 import os
 import resource
 import signal
-import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from laguna_serve.evals.sandbox.seccomp import install_filter
 
@@ -36,20 +36,21 @@ OLD = "/old"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main() -> None:
-    """Entry of the child: argv is role, ready fd, wire fd, report fd; stdin holds the configuration as JSON."""
-    role, ready, wire, report = sys.argv[1], *map(int, sys.argv[2:5])
+def main(
+    parent: int, work: Callable[[dict[str, Any], int, int], None], ready: int, wire: int, report: int
+) -> NoReturn:
+    """Entry of the child, a fork of `parent`: stdin holds the configuration as JSON, `work` is done inside.
+
+    Dumpable while the walls are built: others' files in /proc/self cannot be written, as of the server that it is from.
+    """
     with open(0, "rb") as file:
         config = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
-    # Before the walls: the file system beyond them has none of it.
-    if role == "worker":
-        from laguna_serve.evals.sandbox.worker import play
-    else:
-        from laguna_serve.evals.sandbox.grader import judge
-
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            raise OSError("the fork server has ended")
+        _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
         _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, these two go first
         if config["namespaces"]:
             isolate(config, [fd for fd in (ready, wire, report) if fd >= 0])
@@ -59,10 +60,7 @@ def main() -> None:
         os._exit(NOT_WALLED)
     os.write(ready, b"1")
     os.close(ready)
-    if role == "worker":
-        play(config, wire)
-    else:
-        judge(config, wire, report)
+    work(config, wire, report)
     # Not by way of atexit and threads, which the program may have left behind.
     os._exit(0)
 

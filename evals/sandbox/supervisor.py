@@ -24,7 +24,6 @@ import re
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,22 +33,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.sandbox.servers import ONE_THREAD, START_S, Process, ServerError, spawn
 
-# The children start without site-packages and without this project installed: they get its name and its folder.
-BOOT = """
-import sys, types
-folder = sys.argv.pop()
-for name, path in (("laguna_serve", []), ("laguna_serve.evals", []), ("laguna_serve.evals.sandbox", [folder])):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = path
-from laguna_serve.evals.sandbox.jail import main
-main()
-"""
-# -I would ignore the hash seed, without which sets are in another order each time; nothing else is in the environment.
-PYTHON = [sys.executable, "-P", "-s", "-S", "-c", BOOT]
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-# numpy's BLAS starts a thread per core otherwise.
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
 # Where the packages that a program may import are mounted.
 PACKAGES_FOLDER = "/packages"
@@ -64,8 +49,8 @@ LIBRARIES = (
     "/usr/share/zoneinfo",
 )
 PACKAGES = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
-# How long processes may take to start on a starved machine, to disappear when killed, and to end when done for.
-START_S, REAP_S, END_S = 60.0, 30.0, 1.0
+# How long processes may take to disappear when killed, and to end when done for.
+REAP_S, END_S = 30.0, 1.0
 CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
 PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
 PROBE_PROGRAM = "def f():\n    return 1\n"
@@ -126,7 +111,7 @@ class _Pipe:
 
 @dataclass(slots=True)
 class _Child:
-    process: subprocess.Popen[bytes]
+    process: Process
     ready_fd: int
     output_fd: int
     output: bytearray = field(default_factory=bytearray)
@@ -145,6 +130,13 @@ def run_trial(
     Raises:
         JailError: the jail could not be set up.
     """
+    try:
+        return _run(problem, program, limits, baseline, probes)
+    except ServerError as error:
+        raise JailError(str(error)) from error
+
+
+def _run(problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None, probes: bool) -> Trial:
     directory: str | None = None
     trial = Trial()
     with contextlib.ExitStack() as stack:
@@ -175,9 +167,11 @@ def run_trial(
         ours, theirs = socket.socketpair()
         # The children's ends are theirs alone, or nobody would see them end.
         with ours, theirs, report.writing:
-            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), -1))
+            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), []))
+            reporting = [report.writing.fileno()]
+            imported = ("numpy",) if "numpy" in problem.test else ()
             grader = stack.enter_context(
-                _start("grader", grader_config, _loosen(limits), ours.fileno(), report.writing.fileno())
+                _start("grader", grader_config, _loosen(limits), ours.fileno(), reporting, imported)
             )
         _listen(trial, worker, grader, report.reading.fileno(), limits)
         _stop(worker, grader)
@@ -205,27 +199,25 @@ def _open_pipe() -> Iterator[_Pipe]:
 
 
 @contextlib.contextmanager
-def _start(role: str, config: dict[str, Any], limits: Limits, wire: int, report: int) -> Iterator[_Child]:
+def _start(
+    role: str, config: dict[str, Any], limits: Limits, wire: int, report: list[int], packages: tuple[str, ...] = ()
+) -> Iterator[_Child]:
+    """A child of a role. `packages`: those that the fork server is to have imported."""
+    folders = tuple(config["packages"]) if packages else ()
     with _open_pipe() as ready, _open_pipe() as output:
-        fds = [ready.writing.fileno(), wire, report]
-        with tempfile.TemporaryFile() as file, ready.writing, output.writing:
+        with open(os.memfd_create("config"), "w+b") as file, ready.writing, output.writing:
             file.write(json.dumps(config | _describe_walls(limits)).encode())
             file.seek(0)
-            process = subprocess.Popen(
-                [*PYTHON, role, *map(str, fds), str(Path(__file__).resolve().parent)],
-                stdin=file,
-                stdout=output.writing,
-                stderr=output.writing,
-                env=ENVIRONMENT,
-                cwd="/",
-                pass_fds=[fd for fd in fds if fd >= 0],
-                start_new_session=True,
-            )
+            fds = [file.fileno(), output.writing.fileno(), ready.writing.fileno(), wire, *report]
+            process = spawn(role, fds, Path(__file__).resolve().parent, folders, packages)
         child = _Child(process, ready.reading.fileno(), output.reading.fileno(), has_watcher=limits.namespaces)
         try:
             yield child
         finally:
-            _stop(child)
+            try:
+                _stop(child)
+            finally:
+                process.close()
 
 
 def _loosen(limits: Limits) -> Limits:
@@ -313,8 +305,9 @@ def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: L
             said = child.output.decode(errors="replace").strip()[-500:]
             raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
     if trial.ending == "gone":
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutError):
             worker.process.wait(END_S)
+    grader.process.poll()  # raises where its server has ended: nothing is known of the program then
     trial.exit_code = worker.process.poll()
 
 
@@ -330,17 +323,20 @@ def _count(trial: Trial, data: bytes, verdict: bytearray) -> None:
 
 
 def _stop(*children: _Child) -> None:
-    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then."""
+    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then.
+
+    Raises:
+        ServerError: a fork server has ended, which ends them too.
+    """
     for child in children:
-        if child.process.returncode is None:
-            child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
+        child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
     deadline = time.monotonic() + REAP_S
     for child in children:
         try:
             child.process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
+        except TimeoutError:
+            child.process.send_signal(signal.SIGKILL)
+            child.process.wait(REAP_S)
         os.set_blocking(child.output_fd, False)
         while time.monotonic() < deadline:
             try:
