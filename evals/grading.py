@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import JailError, Limits, Trial, run_trial
@@ -84,7 +85,10 @@ def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Gr
     return Grade(0.0, False, 0, max(1, find_baseline(problem, limits).tests), "broken", _clean(detail))
 
 
-_baselines: OrderedDict[tuple[Problem, Limits], Baseline] = OrderedDict()
+_Key = tuple[Problem, Limits]
+_baselines: OrderedDict[_Key, Baseline] = OrderedDict()
+# Held while a canonical solution runs: several candidates of one problem wait for one run.
+_running: WeakValueDictionary[_Key, Any] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -98,19 +102,27 @@ def find_baseline(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Baseline
         return Baseline()
     key = (problem, limits)
     with _lock:
-        if key in _baselines:
-            _baselines.move_to_end(key)
-            return _baselines[key]
-    for _ in range(BASELINE_TRIES):
-        trial = run_trial(problem, problem.prompt + problem.canonical_solution, limits)
-        baseline, settled = _judge_canonical(trial, limits)
+        running = _running.setdefault(key, threading.Lock())
+    with running:
+        with _lock:
+            if key in _baselines:
+                _baselines.move_to_end(key)
+                return _baselines[key]
+        baseline, settled = _run_canonical(problem, problem.prompt + problem.canonical_solution, limits)
         if settled:
             with _lock:
                 _baselines[key] = baseline
                 while len(_baselines) > KEPT_BASELINES:
                     _baselines.popitem(last=False)
-            break
     return baseline
+
+
+def _run_canonical(problem: Problem, program: str, limits: Limits) -> tuple[Baseline, bool]:
+    for _ in range(BASELINE_TRIES):
+        baseline, settled = _judge_canonical(run_trial(problem, program, limits), limits)
+        if settled:
+            break
+    return baseline, settled
 
 
 def forget_baselines() -> None:
