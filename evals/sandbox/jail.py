@@ -36,9 +36,7 @@ OLD = "/old"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(
-    parent: int, work: Callable[[dict[str, Any], int, int], None], ready: int, wire: int, report: int
-) -> NoReturn:
+def main(parent: int, work: Callable[[dict[str, Any], int, int], None], ready: int, wire: int, report: int) -> NoReturn:
     """Entry of the child, a fork of `parent`: stdin holds the configuration as JSON, `work` is done inside.
 
     Dumpable while the walls are built: others' files in /proc/self cannot be written, as of the server that it is from.
