@@ -1,11 +1,11 @@
-"""Run as a script: how many canonical solutions of a problems file are graded per second, by several checkouts in turns.
+"""Run as a script: how many canonical solutions of a problems file several checkouts grade per second, interleaved.
 
     python grading_speed.py HumanEval.jsonl --arm before=OLD/.venv/bin/python --arm after=.venv/bin/python --out FILE
 
 Each arm is a process of its own, by the Python of a checkout's environment, and stays for all rounds. In every round
-each arm grades the problems once with each number of workers, arms and their order alternating, so that a busy moment of
-the machine meets them alike. The canonical solution's own run, which is made once for each problem, and the start of
-what serves many gradings, are not timed. `answers`: the program is taken out of a Markdown answer first. Ratios are those of one
+each arm grades the problems once with each number of workers; the arms' order alternates, so that a busy moment of the
+machine meets them alike. The canonical solution's own run, made once for each problem, and the start of what serves
+many gradings are not timed. `answers`: the program is taken out of a Markdown answer first. Ratios are those of one
 round, to the first arm. Prints one JSON object.
 """
 
@@ -25,7 +25,7 @@ KINDS = ("programs", "answers")
 
 
 def serve(file: Path, count: int) -> None:
-    """An arm: a number of workers and a kind of work a line on stdin, seconds on stdout. Runs in older checkouts, too."""
+    """An arm: kind of work and number of workers a line on stdin, seconds on stdout. Runs in older checkouts, too."""
     from laguna_serve.evals.grading import Limits, grade
     from laguna_serve.evals.problems import load_problems
 
