@@ -22,6 +22,13 @@ from typing import Any
 Node = list[Any]
 ARRAY_CODES = frozenset("bBuhHiIlLqQfd")
 NUMPY_KINDS = frozenset("biufcSUmM")
+# Their subclasses are what they override: those stay objects of the program's.
+EXACT = frozenset(
+    (
+        *(collections.ChainMap, collections.UserDict, collections.UserList, collections.UserString),
+        types.MappingProxyType,
+    )
+)
 EMPTY: dict[Any, Any] = {}
 KEYS, VALUES, ITEMS = type(EMPTY.keys()), type(EMPTY.values()), type(EMPTY.items())
 
@@ -41,7 +48,7 @@ def find_form(value: Any, kind: type) -> type | None:
     if kind in FORMS:
         return kind
     for base in kind.__mro__:
-        if base in FORMS and base is not type:
+        if base in FORMS and base is not type and base not in EXACT:
             return base
     module = kind.__module__
     if module == "numpy" and "numpy" in sys.modules and _is_plain_numpy(value):
@@ -60,7 +67,7 @@ def describe(value: Any, form: type, tag: str = "") -> tuple[str, Any, list[Any]
         return "record", type(value).__name__, list_attributes(value)
     if form in FORMS:
         return FORMS[form](value)
-    kind = next((base for base in type(value).__mro__ if base in FORMS), None)
+    kind = next((base for base in type(value).__mro__ if base in FORMS and base not in EXACT), None)
     if kind is not None:
         return FORMS[kind](value)
     if type(value).__module__ == "numpy":
@@ -128,7 +135,7 @@ TYPES: dict[str, type] = {
         *(object, range, reversed, set, slice, str, tuple, type, zip, type(None), type(...), types.SimpleNamespace),
         *(collections.Counter, collections.OrderedDict, collections.defaultdict, collections.deque, array.array),
         *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction),
-        *(uuid.UUID, pathlib.PurePosixPath, pathlib.PosixPath),
+        *(uuid.UUID, pathlib.PurePosixPath, pathlib.PosixPath, *EXACT),
     )
 }
 # The bases' own methods: what a subclass overrides plays no part.
@@ -153,6 +160,11 @@ FORMS: dict[type, Callable[[Any], tuple[str, Any, list[Any]]]] = {
     KEYS: lambda v: ("keys", None, list(v)),
     VALUES: lambda v: ("values", None, list(v)),
     ITEMS: lambda v: ("items", None, [part for pair in v for part in pair]),
+    collections.ChainMap: lambda v: ("chainmap", None, list(v.maps)),
+    collections.UserDict: lambda v: ("userdict", None, _pairs(v.data)),
+    collections.UserList: lambda v: ("userlist", None, list(v.data)),
+    collections.UserString: lambda v: ("userstring", str(v.data), []),
+    types.MappingProxyType: lambda v: ("mappingproxy", None, [part for pair in v.items() for part in pair]),
     complex: lambda v: ("complex", [v.real, v.imag], []),
     bytes: lambda v: ("bytes", bytes(v).hex(), []),
     bytearray: lambda v: ("bytearray", bytes(v).hex(), []),

@@ -22,9 +22,9 @@ from typing import Any
 from laguna_serve.evals.sandbox.instrument import ITERATION, TEST, WATCH, rewrite
 from laguna_serve.evals.sandbox.names import find_missing
 from laguna_serve.evals.sandbox.observe import Observer
+from laguna_serve.evals.sandbox.pipe import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.probes import PROBE_S, PROBES, OutOfTime, ProbeCandidate
 from laguna_serve.evals.sandbox.remote_program import RemoteProgram
-from laguna_serve.evals.sandbox.rpc import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.watcher import Watcher
 from laguna_serve.evals.sandbox.worker import describe
 

@@ -52,6 +52,18 @@ def _fill_deque(value: Any, parts: list[Any], _: Any) -> None:
     value.extend(parts)
 
 
+def _fill_chain(value: Any, parts: list[Any], _: Any) -> None:
+    value.maps[:] = parts
+
+
+def _fill_user_dict(value: Any, parts: list[Any], extra: Any) -> None:
+    _fill_dict(value.data, parts, extra)
+
+
+def _fill_user_list(value: Any, parts: list[Any], _: Any) -> None:
+    value.data[:] = parts
+
+
 def _fill_bytes(value: Any, _: list[Any], extra: Any) -> None:
     value[:] = bytes.fromhex(extra)
 
@@ -96,6 +108,9 @@ MUTABLE: dict[str, tuple[Callable[[Any], Any], Callable[[Any, list[Any], Any], N
     "counter": (lambda _: collections.Counter(), _fill_dict),
     "defaultdict": (lambda extra: collections.defaultdict(None if extra is None else TYPES[extra]), _fill_dict),
     "deque": (lambda extra: collections.deque(maxlen=extra), _fill_deque),
+    "chainmap": (lambda _: collections.ChainMap(), _fill_chain),
+    "userdict": (lambda _: collections.UserDict(), _fill_user_dict),
+    "userlist": (lambda _: collections.UserList(), _fill_user_list),
     "bytearray": (lambda _: bytearray(), _fill_bytes),
     "array": (_make_array, _fill_array),
     "namespace": (lambda _: types.SimpleNamespace(), _fill_namespace),
@@ -142,6 +157,8 @@ IMMUTABLE: dict[str, Callable[[Any, list[Any]], Any]] = {
     "keys": lambda _, values: dict.fromkeys(values).keys(),
     "values": lambda _, values: dict(enumerate(values)).values(),
     "items": lambda _, values: dict(zip(values[::2], values[1::2], strict=True)).items(),
+    "userstring": lambda extra, _: collections.UserString(str(extra)),
+    "mappingproxy": lambda _, values: types.MappingProxyType(dict(zip(values[::2], values[1::2], strict=True))),
     "complex": lambda extra, _: complex(float(extra[0]), float(extra[1])),
     "bytes": lambda extra, _: bytes.fromhex(extra),
     "memoryview": lambda extra, _: memoryview(bytes.fromhex(extra)),

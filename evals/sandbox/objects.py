@@ -17,6 +17,7 @@ from laguna_serve.evals.sandbox.exceptions import (
     make_exception_class,
 )
 from laguna_serve.evals.sandbox.forms import MalformedError, Node, list_attributes
+from laguna_serve.evals.sandbox.pipe import PeerExit
 from laguna_serve.evals.sandbox.proxies import (
     AsyncRunner,
     Remote,
@@ -28,7 +29,7 @@ from laguna_serve.evals.sandbox.proxies import (
     mark_used,
     run_remotely,
 )
-from laguna_serve.evals.sandbox.rpc import Call, Peer, PeerExit
+from laguna_serve.evals.sandbox.rpc import Call, Peer
 
 Referred = tuple[Node, list[Any]]
 

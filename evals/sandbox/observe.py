@@ -13,21 +13,36 @@ import collections
 import decimal
 import fractions
 import json
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from laguna_serve.evals.sandbox.forms import ITEMS, KEYS, VALUES, is_finite
-from laguna_serve.evals.sandbox.proxies import Remote, is_used
+from laguna_serve.evals.sandbox.proxies import Remote, get_number, is_used
 
 # How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
 MAX_CALLS, MAX_LOOKED = 20_000, 100_000
-RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY, FUNCTION, OBJECT = (
-    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection", "function", "object"),
+RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY = (
+    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection"),
 )
-COLLECTIONS = (list, tuple, set, frozenset, range, collections.deque, array.array, KEYS, VALUES, ITEMS)
+FUNCTION, OBJECT, CALLABLE = "function", "object", "callable object"
+MAPPINGS = (dict, collections.ChainMap, collections.UserDict, types.MappingProxyType)
+COLLECTIONS = (
+    collections.UserList,
+    list,
+    tuple,
+    set,
+    frozenset,
+    range,
+    collections.deque,
+    array.array,
+    KEYS,
+    VALUES,
+    ITEMS,
+)
 NUMBERS = (int, float, complex, decimal.Decimal, fractions.Fraction)
 # Where a test takes one for the other: a match or None for a truth value, a truth value for a number.
-ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER})
+ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER}, {CALLABLE, FUNCTION}, {CALLABLE, OBJECT})
 REFERENCES = frozenset(("object", "yours", "coroutine", "agen"))
 Kind = list[Any]
 
@@ -38,10 +53,18 @@ def find_family(value: Any) -> str:
         kind = type(value)
         if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             return MANY
-        return FUNCTION if callable(value) else OBJECT
+        if isinstance(value, types.FunctionType):
+            return FUNCTION
+        return CALLABLE if callable(value) else OBJECT
     if value is None:
         return NOTHING
-    for family, kinds in ((TRUTH, bool), (NUMBER, NUMBERS), (TEXT, str), (MAPPING, dict), (MANY, COLLECTIONS)):
+    for family, kinds in (
+        (TRUTH, bool),
+        (NUMBER, NUMBERS),
+        (TEXT, (str, collections.UserString)),
+        (MAPPING, MAPPINGS),
+        (MANY, COLLECTIONS),
+    ):
         if isinstance(value, kinds):
             return family
     if isinstance(value, bytes | bytearray | memoryview):
@@ -117,6 +140,23 @@ def make_key(items: Any, named: Any, nodes: list[Any]) -> str:
     return f"{hash(text):x}"  # the same in every grader: they are started with one hash seed
 
 
+class Stream:
+    """An iterator of the program's: what it has given so far. `kind`: the answer's, `expected`: the canonical one's."""
+
+    def __init__(self, kind: Kind, expected: Kind | None) -> None:
+        self.kind, self.expected, self.count = kind, expected, 0
+        self.items: set[Any] | None = set()
+
+    def add(self, item: Any) -> None:
+        """Count one."""
+        self.count += 1
+        try:
+            if self.items is not None and len(self.items) < MAX_LOOKED:
+                self.items.add(None if isinstance(item, Remote) else item)
+        except TypeError:
+            self.items = None
+
+
 class Observer:
     """Notes the calls of one run. `baseline`: the record of the canonical solution's run, or None. `note`: told of
     each weakness."""
@@ -129,11 +169,25 @@ class Observer:
         self.kinds: dict[str, Kind] = {}
         self.weaknesses: set[str] = set()
         self.answers: dict[int, Any] = {}
-        self.entry_is_class = False
+        self._entry_is_class = False
+        self._late = False
+        self._streams: dict[int, Stream] = {}
         self._tell = note
         self._open_ended = open_ended
         self._mentions_nan = "nan" in test.lower()
         self._seen: collections.Counter[str] = collections.Counter()
+        given = {kind[0] for kind in baseline["kinds"].values()} if baseline else set()
+        # What a function gives whose work is what it changes or prints is nobody's business.
+        self._is_procedure = NOTHING in given and given <= {NOTHING, RAISED}
+
+    @property
+    def entry_is_class(self) -> bool:
+        """Does the problem ask for a class? As the canonical solution says, or without one the program."""
+        return self._entry_is_class and (self.baseline is None or bool(self.baseline["entry_is_class"]))
+
+    def set_entry(self, is_class: bool) -> None:
+        """What the program defines by the name."""
+        self._entry_is_class = is_class
 
     def expect(self, key: str) -> Kind | None:
         """What the canonical solution gave for the call that is about to be noted, if that is known."""
@@ -145,10 +199,17 @@ class Observer:
         expected = self.expect(key)
         return expected is None or bool(expected[4])
 
+    def add_late_change(self) -> bool:
+        """Note that an argument changes after its call; False where the canonical solution's run has none of that."""
+        self._late = True
+        return self.baseline is None or bool(self.baseline["late"])
+
     def add_answer(self, key: str, value: Any, changed: bool) -> None:
         """Note what a call has given."""
         kind = describe_kind(value, changed)
-        if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT):
+        if isinstance(value, Remote):
+            self._streams[get_number(value)] = Stream(kind, self.expect(key))
+        if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT, CALLABLE):
             self.answers[id(value)] = value
         self._compare(key, kind)
         if self.baseline is None and not kind[3] and not self._mentions_nan and _has_nan(value):
@@ -164,9 +225,37 @@ class Observer:
         if len(self.kinds) < MAX_CALLS:
             self.kinds[f"{key}.{self._seen[key]}"] = kind
         self._seen[key] += 1
+        if self._is_procedure and kind[0] != RAISED and expected is not None and expected[0] == NOTHING:
+            return
+        self._require(kind, expected)
+
+    def _require(self, kind: Kind, expected: Kind | None) -> None:
         if expected is not None and not is_compatible(kind, expected, self._open_ended):
             wanted = f"expected {show_kind(expected)}, as the canonical solution gives"
             self.note("kind", f"{wanted}, got {show_kind(kind)}")
+
+    # Answers that are read item by item: how long they are shows when they have ended.
+
+    def follow(self, number: int, iterator: Any) -> None:
+        """An iterator has been taken of the program's object of that number."""
+        stream = self._streams.get(number)
+        if stream is not None and isinstance(iterator, Remote) and get_number(iterator) != number:
+            self._streams[get_number(iterator)] = Stream(stream.kind, stream.expected)
+
+    def add_item(self, number: int, item: Any) -> None:
+        """It has given an item."""
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.add(item)
+
+    def end_stream(self, number: int) -> None:
+        """It has no more."""
+        stream = self._streams.pop(number, None)
+        if stream is None:
+            return
+        stream.kind[1:3] = [stream.count, None if stream.items is None else len(stream.items)]
+        if stream.expected is not None and stream.expected[0] in (MANY, MAPPING, OBJECT, CALLABLE):
+            self._require([MANY, *stream.kind[1:]], [MANY, *stream.expected[1:]])
 
     def note(self, kind: str, text: str, line: int = 0) -> None:
         """Note a weakness, unless the canonical solution's run had it too."""
@@ -189,12 +278,13 @@ class Observer:
             return
         for value in self.answers.values():
             looked_at = not isinstance(value, Remote) or is_used(value) or type(value).__name__ in ("Match", "Pattern")
-            if not looked_at and not (self.entry_is_class and find_family(value) == OBJECT):
+            if not looked_at and not (self.entry_is_class and find_family(value) in (OBJECT, CALLABLE)):
                 self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
 
     def make_record(self, passed: int) -> dict[str, Any]:
         """What the canonical solution's run leaves for those of others."""
-        return {"passed": passed, "calls": self.calls, "kinds": self.kinds, "weaknesses": sorted(self.weaknesses)}
+        noted = {"kinds": self.kinds, "weaknesses": sorted(self.weaknesses), "entry_is_class": self._entry_is_class}
+        return {"passed": passed, "calls": self.calls, "late": self._late, **noted}
 
 
 def _has_nan(value: Any) -> bool:
