@@ -291,7 +291,8 @@ def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: L
                     child.output += data[: limits.output_bytes - len(child.output)]
                 else:
                     child.started = bool(data)
-                    deadline = time.monotonic() + limits.wall_s
+                    if worker.started and grader.started:
+                        deadline = time.monotonic() + limits.wall_s
         trial.timed_out = report in selector.get_map()
     if verdict:
         with contextlib.suppress(ValueError):  # the grader was killed while it wrote

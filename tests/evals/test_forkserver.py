@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ ASK = make_problem("raise RuntimeError(repr(candidate()))")
 LIMITS = Limits(cpu_s=4, wall_s=30)
 OPEN_FILES = """
 import os
+import signal
 def f():
     def is_open(fd):
         try:
@@ -217,3 +219,16 @@ def test_candidates_of_one_problem_wait_for_one_canonical_run(monkeypatch: pytes
 def test_servers_are_out_of_the_terminals_reach() -> None:
     grade(ADD, ADD.prompt + "    return a + b\n", LIMITS)
     assert os.getsid(0) not in {os.getsid(server.pid) for server in list_servers()}
+
+
+def test_time_runs_from_when_both_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = servers.Server.__init__
+
+    def start_slowly(self: servers.Server, role: str, *rest: object) -> None:
+        real(self, role, *rest)  # type: ignore[arg-type]
+        if role == "grader":
+            os.kill(self._process.pid, signal.SIGSTOP)
+            threading.Timer(2.5, os.kill, (self._process.pid, signal.SIGCONT)).start()
+
+    monkeypatch.setattr(servers.Server, "__init__", start_slowly)
+    assert grade(ADD, "def add(a, b):\n    return a + b\n", Limits(cpu_s=4, wall_s=2.0)).tests_passed == 6
