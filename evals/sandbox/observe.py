@@ -53,7 +53,8 @@ def find_family(value: Any) -> str:
         kind = type(value)
         if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             return MANY
-        if isinstance(value, types.FunctionType):
+        shown: Any = value  # a proxy of a function says that it is one
+        if isinstance(shown, types.FunctionType):
             return FUNCTION
         return CALLABLE if callable(value) else OBJECT
     if value is None:

@@ -21,6 +21,15 @@ RIGHT = {
     ("not any", "an answer at its second look"),
     ("asked for", "one of few constants"),
 }
+# Pairs that are always among those that the tests try.
+ALWAYS = (
+    ("not any", "an empty iterator"),
+    ("not any", "an empty generator"),
+    ("not any", "a callable object with every answer"),
+    ("functions of functions", "a metaclass that lies"),
+    ("two answers, then their oracles", "earlier arguments changed later"),
+    ("an oracle in the check", "arguments changed while the answer is read"),
+)
 Pair = tuple[str, str]
 
 
@@ -54,8 +63,8 @@ def read_cheats() -> dict[str, str]:
 def list_pairs(every: int) -> list[Pair]:
     """Each `every`th pair of a form and a program; every form and every program is among them."""
     forms, cheats = list(read_forms()), list(read_cheats())
-    pairs = [(form, cheat) for i, form in enumerate(forms) for j, cheat in enumerate(cheats) if (i + j) % every == 0]
-    return [pair for pair in pairs if pair not in RIGHT]
+    chosen = [(f, c) for i, f in enumerate(forms) for j, c in enumerate(cheats) if (i + j) % every == 0]
+    return [pair for pair in dict.fromkeys([*ALWAYS, *chosen]) if pair not in RIGHT]
 
 
 def grade_pairs(pairs: Iterable[Pair], workers: int = 2) -> dict[Pair, Grade]:
