@@ -213,7 +213,7 @@ def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.M
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
     for path in Path(supervisor.__file__).parent.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "seccomp.py").write_text("def install_filter(pid):\n    pass\n")
+    (tmp_path / "seccomp.py").write_text("def install_filter(pid, own_files=True):\n    pass\n")
     monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
     program = """
 import os, signal, time
