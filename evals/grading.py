@@ -38,7 +38,8 @@ class Grade:
     `status`: "passed"; "weak", as published alone; "failed", a test did; "broken", the program does not load or lacks
     the function; "died", its process ended; "timeout"; "unjudged", a test needs what cannot cross between the
     processes; "fault", of the problem: its canonical solution does not pass its tests, or they do not load.
-    `detail`: the first thing that went wrong, printable, in one line.
+    `detail`: the first thing that went wrong, printable, in one line. `walls`: those that were up around the program
+    (docs/threat-model.md).
     """
 
     reward: float
@@ -48,6 +49,7 @@ class Grade:
     status: str
     detail: str
     published: bool = False
+    walls: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +70,16 @@ def grade(problem: Problem, program: str, limits: Limits = DEFAULT_LIMITS) -> Gr
     baseline = find_baseline(problem, limits)
     trial = run_trial(problem, program, limits, baseline.record)
     reached = trial.passed + trial.weak + trial.failed + trial.unjudged
-    ended = trial.ending == "ended"
+    ended = trial.ending == "ended" and not trial.breach
     published = ended and not trial.failed and not trial.unjudged and reached > 0
     if baseline.fault:
         total = max(reached, 1)
-        return Grade(0.0, False, trial.passed, total, "fault", _clean(baseline.fault), published)
+        return Grade(0.0, False, trial.passed, total, "fault", _clean(baseline.fault), published, trial.walls)
     if published and not trial.weak and not trial.unmet and trial.passed >= baseline.tests:
-        return Grade(1.0, True, trial.passed, trial.passed, "passed", "", True)
+        return Grade(1.0, True, trial.passed, trial.passed, "passed", "", True, trial.walls)
     total = max(baseline.tests, reached if trial.passed < reached else reached + 1)
     status, detail = _explain(trial, limits, baseline)
-    return Grade(trial.passed / total, False, trial.passed, total, status, _clean(detail), published)
+    return Grade(trial.passed / total, False, trial.passed, total, status, _clean(detail), published, trial.walls)
 
 
 def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Grade:
@@ -143,6 +145,8 @@ def _judge_canonical(trial: Trial, limits: Limits) -> tuple[Baseline, bool]:
 
 def _explain(trial: Trial, limits: Limits, baseline: Baseline) -> tuple[str, str]:
     """Status and detail of a program that has not passed."""
+    if trial.breach:
+        return "died", trial.breach
     if trial.timed_out or trial.exit_code == 128 + signal.SIGXCPU or _is_out_of_time(trial):
         return "timeout", f"expected an end within {limits.cpu_s} s of CPU and {limits.wall_s:g} s, got none"
     match trial.ending:
