@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -49,7 +49,7 @@ class Grade:
     status: str
     detail: str
     published: bool = False
-    walls: str = ""
+    walls: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

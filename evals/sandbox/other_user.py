@@ -1,8 +1,8 @@
 """Started as root and without namespaces: the program becomes a user that nobody else is.
 
-As such it owns no file, may signal and look into no process, and limits per user bind it alone. An id that is not mapped
-(a container of one user), or root without the right to change its own, leaves it root without capabilities; Landlock and
-the filter of system calls stand then alone.
+As such it owns no file, may signal and look into no process, and limits per user bind it alone. Where no other id is
+mapped (a container of one user), or root may not change its own, it stays root, without capabilities; Landlock and the
+filter of system calls stand then alone.
 """
 
 from __future__ import annotations

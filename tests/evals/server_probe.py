@@ -17,7 +17,7 @@ from laguna_serve.evals.sandbox import Limits
 
 PR_CAPBSET_DROP, CAPABILITIES = 24, 64
 ASK = Problem("x", "", "f", "def check(candidate):\n    raise RuntimeError(repr(candidate()))\n", None)
-LIMITS = Limits(cpu_s=4, wall_s=30, namespaces=False)
+LIMITS = Limits(cpu_s=4, wall_s=30, walls="none")
 PROGRAM = """
 def f():
     said = set()

@@ -17,7 +17,7 @@ import pytest
 from humaneval_like import ADD, PLUS, make_problem
 
 from laguna_serve.evals.grading import forget_baselines, grade
-from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, servers, stop_servers
+from laguna_serve.evals.sandbox import JailError, Limits, Walls, find_obstacle, run_trial, servers, stop_servers
 
 pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
 
@@ -71,9 +71,9 @@ def test_servers_are_started_once() -> None:
     assert len(first) == 2, "one for each role"
 
 
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_program_has_its_own_descriptors_alone(namespaces: bool) -> None:
-    limits = Limits(cpu_s=4, wall_s=30, namespaces=namespaces)
+@pytest.mark.parametrize("walls", ["namespaces", "none"])
+def test_program_has_its_own_descriptors_alone(walls: Walls) -> None:
+    limits = Limits(cpu_s=4, wall_s=30, walls=walls)
     with ThreadPoolExecutor(4) as pool:  # while the server has those of others
         said = set(pool.map(lambda _: ask(OPEN_FILES, limits), range(12)))
     assert said == {"[0, 1, 2, 4]"}, "its input, its output twice, and the pipe to the tests"

@@ -266,7 +266,7 @@ def test_programs_in_threads_do_not_disturb_each_other() -> None:
 
 
 def test_without_namespaces_the_filter_still_holds() -> None:
-    limits = Limits(cpu_s=2, wall_s=6, namespaces=False)
+    limits = Limits(cpu_s=2, wall_s=6, walls="none")
     assert grade(ADD, ADD.prompt + str(ADD.canonical_solution), limits).passed
     program = f"""
 import os, signal, socket, tempfile
