@@ -2,7 +2,7 @@
 
 It gives the program its namespaces and its view of the file system, in the place of the jail's own code (jail.py), and
 one interpreter is started for each program: no fork server may stand outside of the wall. Landlock, limits and filter
-are put up inside. Version 0.4 or newer. https://github.com/containers/bubblewrap
+are put up inside. Version 0.5 or newer. https://github.com/containers/bubblewrap
 """
 
 from __future__ import annotations
@@ -87,14 +87,16 @@ def make_command(config: dict[str, Any], scratch: str) -> list[str]:
         command += [part for name in KEPT for part in ("--cap-add", name)]
     else:
         command.append("--unshare-user")
-    for path, real in config["readable"]:
+    python = os.path.realpath(sys.executable)  # without the project's environment: what that was made of
+    bound = [*config["readable"], (python, python), (CODE, str(Path(__file__).resolve().parent))]
+    # Folders on the way are bwrap's own, for its user alone.
+    for parent in sorted({str(each) for path, _ in bound for each in Path(path).parents} - {"/"}):
+        command += ["--perms", "0755", "--dir", parent]
+    for path, real in bound:
         command += ["--ro-bind", real, path]
     for path in config["hidden"]:
         command += ["--tmpfs", path, "--remount-ro", path]
     for device in ("/dev/null", "/dev/urandom"):
         command += ["--dev-bind", device, device]
-    # Without the project's environment: the interpreter that it was made of.
-    python = os.path.realpath(sys.executable)
-    command += ["--ro-bind", python, python, "--ro-bind", str(Path(__file__).resolve().parent), CODE]
     command += ["--bind", scratch, "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*command, python, "-P", "-s", "-S", "-c", ENTRY]

@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 from laguna_serve.evals.sandbox.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
 from laguna_serve.evals.sandbox.other_user import (
-    DAC_READ_SEARCH,
     FIRST_ID,
     change_user,
+    find_reading_capability,
     is_open_to_others,
     set_capabilities,
 )
@@ -191,12 +191,13 @@ def restrict(config: dict[str, Any]) -> list[str]:
     if mode not in ("namespaces", "judge"):
         needed = [*list_readable(config), os.path.dirname(config["directory"])]
         within_reach = mode == "bubblewrap" or all(map(is_open_to_others, needed))
+        # A library in root's own folder is out of another user's reach otherwise; Landlock still says what is read.
+        reading = 0 if within_reach or config["user"] is None else find_reading_capability()
         if config["user"] is None:
             threads += 0 if mode == "bubblewrap" else count_threads(os.getuid()) + OTHERS_THREADS
         elif (within_reach or ruleset) and change_user(config["user"], config["directory"]):
             walls.append("own-user")
-            # A library in root's own folder is out of this user's reach otherwise; Landlock still says what is read.
-            kept = 0 if within_reach else DAC_READ_SEARCH
+            kept = reading
             _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # changing users has cleared it
     limits = {
         resource.RLIMIT_CPU: config["cpu_s"],

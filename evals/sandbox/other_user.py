@@ -17,9 +17,9 @@ from collections.abc import Iterable
 # Far from any real user's.
 FIRST_ID, IDS = 1 << 30, 1 << 28
 PR_SET_KEEPCAPS, CAPABILITY_VERSION = 8, 0x20080522
-DAC_READ_SEARCH = 1 << 2
-# CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID.
-NEEDED = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 7
+DAC_OVERRIDE, DAC_READ_SEARCH = 1 << 1, 1 << 2
+# CHOWN, FOWNER, SETGID, SETUID.
+NEEDED = DAC_OVERRIDE | 1 << 0 | 1 << 3 | 1 << 6 | 1 << 7
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,6 +44,11 @@ def read_capabilities() -> int:
     """Those in effect."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+
+
+def find_reading_capability() -> int:
+    """The least that lets another user read what only root may; most containers have but the greater one."""
+    return DAC_READ_SEARCH if read_capabilities() & DAC_READ_SEARCH else DAC_OVERRIDE
 
 
 def change_user(user: int, folder: str) -> bool:

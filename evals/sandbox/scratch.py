@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_ENTRIES, MAX_DEPTH = 4096, 32
+MAX_ENTRIES, MAX_DEPTH = 512, 32
 BLOCK_BYTES = 512
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
