@@ -41,6 +41,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 MAX_FILES = 4096
 # How many threads the user's other programs may start while a program runs that counts as theirs.
 OTHERS_THREADS = 256
+# Queued signals and timers, of which the user has a number in all.
+MAX_SIGNALS = 256
 OLD = "/old"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -207,6 +209,7 @@ def restrict(config: dict[str, Any]) -> list[str]:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: MAX_SIGNALS,
     }
     if mode != "judge":  # numpy's threads are its own affair
         limits[resource.RLIMIT_NPROC] = threads

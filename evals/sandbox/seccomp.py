@@ -39,15 +39,24 @@ CLONE_THREAD, AF_UNIX, SOCK_STREAM, SOCK_TYPE, MSG_OOB = 0x00010000, 1, 1, 0xF, 
 # Opening neither for reading nor for writing (3) is no access to Landlock; truncating a file opened for reading is one
 # that it knows only since its third version.
 O_ACCMODE, O_TRUNC = 0o3, 0o1000
+TRUNCATES = O_ACCMODE | O_TRUNC
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32 = 0x40000000
 # From here on numbers are those of calls that are newer than Linux 5.1.
 FIRST_NEW = 424
 # Offsets in struct seccomp_data: number, architecture, low word of the first argument (both machines: little endian).
 NUMBER, ARCH, ARGUMENT = 0, 4, 16
-LOAD, AND, IF_EQUAL, IF_AT_LEAST, IF_SET, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+LOAD, AND, JUMP, IF_EQUAL, IF_AT_LEAST, IF_SET, RETURN = 0x20, 0x54, 0x05, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL_PROCESS, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+INSTRUCTION, FULL, HIGH = 8, 0xFFFFFFFF, 4
+
+
+def _pack(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+PERMIT, DENY, LACK = _pack(RETURN, ALLOW), _pack(RETURN, REFUSE | errno.EPERM), _pack(RETURN, REFUSE | errno.ENOSYS)
 
 
 class FilterError(OSError):
@@ -66,72 +75,83 @@ def install_filter(pid: int, own_files: bool = True) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     code = build_filter(machine, pid, own_files)
     buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    program = struct.pack("HxxxxxxP", len(code) // INSTRUCTION, ctypes.addressof(buffer))
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0):
         raise FilterError(f"system-call filter: {os.strerror(ctypes.get_errno())}")
 
 
 def build_filter(machine: str, pid: int, own_files: bool) -> bytes:
-    """The filter as BPF: plain permissions first, then one block for each call whose argument decides."""
+    """The filter as BPF: a search for the call's number, at whose end is what becomes of it."""
     column = list(AUDIT_ARCH).index(machine)
-    refuse, allow = _pack(RETURN, REFUSE | errno.EPERM), _pack(RETURN, ALLOW)
-    missing = _pack(RETURN, REFUSE | errno.ENOSYS)
-    code = [
-        _pack(LOAD, ARCH),
-        _pack(IF_EQUAL, AUDIT_ARCH[machine], 1, 0),
-        _pack(RETURN, KILL_PROCESS),
-        _pack(LOAD, NUMBER),
-        # The x32 numbers of x86-64 would be another way to the same calls.
-        _pack(IF_AT_LEAST, X32, 0, 1),
-        _pack(RETURN, KILL_PROCESS),
-    ]
+    bodies: dict[int, bytes] = {}
 
     def add(numbers: tuple[int | None, int | None], *body: bytes) -> None:
         if (number := numbers[column]) is not None:
-            code.extend((_pack(IF_EQUAL, number, 0, len(body)), *body))
-
-    def one_of(argument: int, values: Iterable[int]) -> list[bytes]:
-        tests = [part for value in values for part in (_pack(IF_EQUAL, value, 0, 1), allow)]
-        return [_pack(LOAD, _low(argument)), *tests, refuse]
+            bodies[number] = b"".join(body)
 
     for numbers in (ALLOWED | (ATTRIBUTES if own_files else {})).values():
-        add(numbers, allow)
+        add(numbers, PERMIT)
     for numbers in OWN.values():
-        add(numbers, *one_of(0, (pid,)))
+        add(numbers, _one_of(0, (pid,)))
     for numbers in OWN_OR_ZERO.values():
-        add(numbers, *one_of(0, (0, pid)))
+        add(numbers, _one_of(0, (0, pid)))
     for numbers, argument, values in CHOSEN.values():
-        add(numbers, *one_of(argument, values))
-    # The C library falls back to clone, whose flags a filter can read.
-    add(CLONE3, missing)
-    add(CLONE, _pack(LOAD, _low(0)), _pack(IF_SET, CLONE_THREAD, 0, 1), allow, refuse)
-    # A datagram socket takes an address at any time.
-    add(
-        SOCKETPAIR,
-        _pack(LOAD, _low(0)),
-        _pack(IF_EQUAL, AF_UNIX, 1, 0),
-        refuse,
-        _pack(LOAD, _low(1)),
-        _pack(AND, SOCK_TYPE),
-        _pack(IF_EQUAL, SOCK_STREAM, 0, 1),
-        allow,
-        refuse,
-    )
-    without_address = (_pack(LOAD, _low(4)), _pack(IF_EQUAL, 0, 1, 0), refuse)
-    without_address += (_pack(LOAD, _low(4) + 4), _pack(IF_EQUAL, 0, 1, 0), refuse)
-    add(SENDTO, *without_address, _pack(LOAD, _low(3)), _pack(IF_SET, MSG_OOB, 0, 1), refuse, allow)
+        add(numbers, _one_of(argument, values))
+    add(CLONE, _unless_set(0, CLONE_THREAD, DENY), PERMIT)
+    # A pair of datagram sockets would take an address at any time.
+    add(SOCKETPAIR, _unless_equal(0, AF_UNIX, DENY), _unless_equal(1, SOCK_STREAM, DENY, SOCK_TYPE), PERMIT)
+    without_address = _unless_equal(4, 0, DENY) + _unless_equal(4, 0, DENY, word=HIGH)
+    add(SENDTO, without_address, _unless_equal(3, 0, DENY, MSG_OOB), PERMIT)
     for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
-        access = (_pack(LOAD, _low(argument)), _pack(AND, O_ACCMODE), _pack(IF_EQUAL, O_ACCMODE, 0, 1), refuse)
-        truncation = (_pack(LOAD, _low(argument)), _pack(AND, O_ACCMODE | O_TRUNC), _pack(IF_EQUAL, O_TRUNC, 0, 1))
-        add(numbers, *access, *truncation, refuse, allow)
-    code += [_pack(IF_AT_LEAST, FIRST_NEW, 0, 1), missing, refuse]
-    return b"".join(code)
+        refusals = [_if_equal(argument, O_ACCMODE, DENY, O_ACCMODE), _if_equal(argument, O_TRUNC, DENY, TRUNCATES)]
+        add(numbers, *refusals, PERMIT)
+    add(CLONE3, LACK)  # clone is taken instead, whose flags a filter can read
+    return b"".join(
+        [
+            _pack(LOAD, ARCH),
+            _pack(IF_EQUAL, AUDIT_ARCH[machine], 1, 0),
+            _pack(RETURN, KILL_PROCESS),
+            _pack(LOAD, NUMBER),
+            _search(_list_ranges(bodies)),
+        ]
+    )
 
 
-def _low(argument: int) -> int:
-    """The offset of an argument's low word."""
-    return ARGUMENT + 8 * argument
+def _list_ranges(bodies: dict[int, bytes]) -> list[tuple[int, bytes]]:
+    """What becomes of every number: the first ones of ranges, and the code for a range."""
+    ranges: list[tuple[int, bytes]] = []
+    for number in range(max(FIRST_NEW, *bodies) + 2):
+        body = bodies.get(number, DENY if number < FIRST_NEW else LACK)
+        if not ranges or ranges[-1][1] != body:
+            ranges.append((number, body))
+    # The x32 numbers of x86-64 would be another way to the same calls.
+    return [*ranges, (X32, _pack(RETURN, KILL_PROCESS))]
 
 
-def _pack(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    return struct.pack("HBBI", code, if_true, if_false, value)
+def _search(ranges: list[tuple[int, bytes]]) -> bytes:
+    """A binary search, which the kernel also walks once for every number that there is (as it remembers the result)."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    left, right = _search(ranges[:middle]), _search(ranges[middle:])
+    return _pack(IF_AT_LEAST, ranges[middle][0], 0, 1) + _pack(JUMP, len(left) // INSTRUCTION) + left + right
+
+
+def _one_of(argument: int, values: Iterable[int]) -> bytes:
+    """Permit where the argument is one of the values."""
+    tests = [_pack(IF_EQUAL, value, 0, 1) + PERMIT for value in values]
+    return b"".join((_pack(LOAD, ARGUMENT + 8 * argument), *tests, DENY))
+
+
+def _if_equal(argument: int, value: int, body: bytes, mask: int = FULL) -> bytes:
+    """The body, which must return, where the masked argument is the value."""
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(AND, mask) + _pack(IF_EQUAL, value, 0, 1) + body
+
+
+def _unless_equal(argument: int, value: int, body: bytes, mask: int = FULL, word: int = 0) -> bytes:
+    load = _pack(LOAD, ARGUMENT + 8 * argument + word)
+    return load + _pack(AND, mask) + _pack(IF_EQUAL, value, 1, 0) + body
+
+
+def _unless_set(argument: int, flag: int, body: bytes) -> bytes:
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(IF_SET, flag, 1, 0) + body

@@ -1,8 +1,9 @@
 """Run as a script by test_escapes.py: hostile programs behind walls, and what came of it, as one JSON object.
 
-argv: the walls ("landlock-1": as of its first version), or "control", without any and without the filter of system
-calls: what is then to succeed, or the suite would see nothing; or "orphan" and the walls: a program that will not end,
-and its processes' ids. Here are the victims, and here it is looked at what has happened to them.
+argv: the walls ("landlock-1": as of its first version; "landlock-root": root stays root); or "control", without any
+and without the filter of system calls: what is then to succeed, or the suite would see nothing; or "orphan" and the
+walls: a program that will not end, and its processes' ids. Here are the victims, and here it is looked at what has
+happened to them.
 """
 
 from __future__ import annotations
@@ -279,6 +280,9 @@ def main() -> None:
         return leave_orphan(cast("Walls", sys.argv[2]))
     elif wanted == "landlock-1":
         supervisor.find_version = lambda: 1
+        found = attack("landlock")
+    elif wanted == "landlock-root":
+        supervisor.choose_id = lambda: None
         found = attack("landlock")
     else:
         found = attack(choose_walls(cast("Wanted", wanted)))
