@@ -186,7 +186,7 @@ def grade_samples(
     lines = []
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for done, (sample, verdict) in enumerate(
-            zip(samples, pool.map(lambda sample: grade(*sample, limits), samples), strict=True), start=1
+            zip(samples, pool.map(lambda sample: grade(sample[0], sample[1], limits), samples), strict=True), start=1
         ):
             grades[sample[0].task_id].append(verdict)
             lines.append(json.dumps({"task_id": sample[0].task_id, "solution": sample[1], **asdict(verdict)}) + "\n")

@@ -265,7 +265,7 @@ def test_programs_in_threads_do_not_disturb_each_other() -> None:
     assert sorted(found.reward for found in grades) == [0.0] * 4 + [2 / 6] * 4 + [1.0] * 4
 
 
-def test_without_namespaces_the_filter_still_holds() -> None:
+def test_without_walls_the_filter_still_holds() -> None:
     limits = Limits(cpu_s=2, wall_s=6, walls="none")
     assert grade(ADD, ADD.prompt + str(ADD.canonical_solution), limits).passed
     program = f"""
