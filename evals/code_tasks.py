@@ -172,7 +172,7 @@ def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: L
     tests = [verdict.tests_total for verdict in grades if verdict]
     print(f"{len(problems) - len(failing)} of {len(problems)} canonical solutions pass; {sum(tests)} tests")
     counts = {"problems": len(problems), "tests": sum(tests), "failing": failing, "weak": list_weak(weaknesses)}
-    print(json.dumps({"schema": CANONICAL_SCHEMA, **counts}))
+    print(json.dumps({"schema": CANONICAL_SCHEMA, "walls": limits.walls, **counts}))
     return FELL_SHORT if failing else HELD
 
 

@@ -90,7 +90,7 @@ def make_command(config: dict[str, Any], scratch: str) -> list[str]:
     python = os.path.realpath(sys.executable)  # without the project's environment: what that was made of
     bound = [*config["readable"], (python, python), (CODE, str(Path(__file__).resolve().parent))]
     # Folders on the way are bwrap's own, for its user alone.
-    for parent in sorted({str(each) for path, _ in bound for each in Path(path).parents} - {"/"}):
+    for parent in sorted({str(each) for path, _ in bound for each in Path(path).parents} - {"/"} | {"/dev"}):
         command += ["--perms", "0755", "--dir", parent]
     for path, real in bound:
         command += ["--ro-bind", real, path]

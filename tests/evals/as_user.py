@@ -1,6 +1,6 @@
 """Run a command as someone else: `python as_user.py USER command …`, as root. USER is "ordinary", without privileges;
 or "container-root" or "container-user", in what a container leaves of root's capabilities and of the kernel: neither
-may make a namespace or mount anything.
+may make a namespace or mount anything; or "old-container-user", who has no Landlock either.
 
 The interpreter or the repository may lie in a folder that only root may enter (/root): in a mount namespace of its own,
 such a folder is replaced by an empty one with nothing but what the command needs.
@@ -24,6 +24,7 @@ NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 0x1000, 0x4000, 1 << 18
 # SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP.
 CONTAINER, CAPABILITIES = (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31), 64
 PR_CAPBSET_DROP, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 24, 22, 2
+LANDLOCK = (444, 445, 446)
 # unshare, setns, mount, pivot_root, clone, clone3.
 NUMBERS = {"x86_64": (272, 308, 165, 155, 56, 435), "aarch64": (97, 268, 40, 41, 220, 435)}
 ANY_NAMESPACE = 0x7E020000
@@ -57,12 +58,12 @@ def open_up(paths: list[Path]) -> None:
         os.close(fd)
 
 
-def refuse_namespaces() -> None:
-    """From now on, and for every process that is started: as in most containers."""
+def refuse_namespaces(others: tuple[int, ...]) -> None:
+    """From now on, and for every process that is started, as in most containers; and `others`."""
     *numbers, clone, clone3 = NUMBERS[platform.machine()]
     refuse, missing = (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x00050000 | errno.ENOSYS)
     code = [(0x20, 0, 0, 0)]
-    for number in numbers:
+    for number in (*numbers, *others):
         code += [(0x15, 0, 1, number), refuse]
     code += [(0x15, 0, 1, clone3), missing]
     code += [(0x15, 0, 3, clone), (0x20, 0, 0, 16), (0x45, 0, 1, ANY_NAMESPACE), refuse, (0x06, 0, 0, 0x7FFF0000)]
@@ -94,8 +95,8 @@ def main() -> None:
         needed = {Path(prefix).resolve() for prefix in (sys.base_prefix, sys.base_exec_prefix, sys.prefix, ROOT)}
         open_up(sorted(needed))
     os.chdir("/")
-    if user.startswith("container"):
-        refuse_namespaces()
+    if "container" in user:
+        refuse_namespaces(LANDLOCK if user.startswith("old") else ())
         drop_capabilities()
     if user != "container-root":
         os.setgroups([])

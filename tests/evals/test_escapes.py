@@ -160,6 +160,36 @@ def test_program_ends_with_its_host(user: str, walls: str) -> None:
         time.sleep(0.01)
 
 
+CODE_TASKS = ["-m", "laguna_serve.evals.code_tasks", "--check-canonical", "--skip-probes"]
+
+
+def check_canonical(user: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command that grades the shipped problems' own solutions, as a user."""
+    command = make_command(user)[: -len(RUN)] if user != "itself" else []
+    return subprocess.run([*command, sys.executable, *CODE_TASKS, *flags], capture_output=True, text=True, timeout=300)
+
+
+def test_command_takes_the_walls_that_a_container_leaves() -> None:
+    if not find_version():
+        pytest.skip("this kernel has no Landlock")
+    done = check_canonical("container-user")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["walls"] == "landlock"
+
+
+def test_command_gives_no_figures_without_walls() -> None:
+    done = check_canonical("old-container-user")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("code_tasks.py: namespaces: ")
+    assert len(done.stderr.splitlines()) == 1
+    for text in ("Operation not permitted", "expected a kernel with Landlock", "install bubblewrap", "(none)"):
+        assert text in done.stderr
+    forced = check_canonical("old-container-user", "--walls", "none")
+    assert forced.returncode == 0
+    assert "warning: without walls" in forced.stderr
+    assert json.loads(forced.stdout.splitlines()[-1])["walls"] == "none"
+
+
 def is_alive(pid: int, created: float) -> bool:
     try:
         process = psutil.Process(pid)

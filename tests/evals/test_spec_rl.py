@@ -158,6 +158,19 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@needs_verifiers
+def test_no_walls_no_rewards(tmp_path: Path) -> None:
+    with FakeVllm() as server:
+        config = str(ROOT / "evals" / "spec_rl" / "eval.toml")
+        command = [str(BIN / "vf-eval"), "@", config, "--client.base-url", f"{server.url}/v1", "--output-dir"]
+        command += [str(tmp_path), "--env.taskset.task.walls", "bubblewrap"]
+        environment = make_env(tmp_path) | {"PATH": str(BIN)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert server.seen == []
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "bubblewrap: sandbox: expected bubblewrap to be installed, got no bwrap; allow unprivileged user" in said
+
+
 @pytest.mark.vllm
 @needs_verifiers
 @needs_sandbox

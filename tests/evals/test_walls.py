@@ -65,6 +65,11 @@ RIGHT = {
         shutil.copyfile(path / 'd', path / 'e')
         return sorted(os.listdir(path)) == ['d', 'e'] and pathlib.Path(path, 'e').read_text() == 'z'
 """,
+    "devices": """
+    import os
+    with open(os.devnull, 'w') as out, open(os.devnull) as nothing, open('/dev/urandom', 'rb') as chance:
+        return out.write('x') == 1 and nothing.read() == '' and len(chance.read(9)) == 9
+""",
     "a data base": """
     import sqlite3
     for name in (':memory:', 'base'):
