@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from laguna_serve.evals.sandbox.supervisor import JailError, Walls, find_obstacle
+from laguna_serve.evals.sandbox.supervisor import REMEDY, WallError, Walls, find_obstacle
 
 Wanted = Literal["auto", "namespaces", "bubblewrap", "landlock", "none"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)
 IN_ORDER: tuple[Walls, ...] = ("namespaces", "bubblewrap", "landlock")
-REMEDY = (
-    "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"
-    " do without walls (none), where a program can give itself any reward"
-)
 UNWALLED = (
     "warning: without walls the model's programs can read and write the files that you can, and forge their verdicts;"
     " do this on a throwaway machine only"
@@ -27,7 +23,7 @@ def choose_walls(wanted: Wanted = "auto") -> Walls:
     """The walls to use; "none" only where that was asked for.
 
     Raises:
-        JailError: none of those that are wanted can be had here; the message says why, and what to do.
+        WallError: none of those that are wanted can be had here; the message says why, and what to do.
     """
     if wanted == "none":
         return wanted
@@ -37,4 +33,4 @@ def choose_walls(wanted: Wanted = "auto") -> Walls:
         if obstacle is None:
             return walls
         obstacles.append(f"{walls}: {obstacle}")
-    raise JailError(f"{'; '.join(obstacles)}; {REMEDY}")
+    raise WallError(f"{'; '.join(obstacles)}; {REMEDY}")

@@ -34,6 +34,7 @@ from typing import Any, BinaryIO, Literal
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox.bubblewrap import Enclosed, is_installed
+from laguna_serve.evals.sandbox.jail import NOT_WALLED
 from laguna_serve.evals.sandbox.landlock import find_version
 from laguna_serve.evals.sandbox.other_user import choose_id
 from laguna_serve.evals.sandbox.report import KEY_BYTES, ForgedError, Seal
@@ -59,8 +60,13 @@ REAP_S, END_S = 30.0, 1.0
 CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
 # Where no mount bounds what a program writes: how often it is measured, and the share that one file may have.
 MEASURE_S, FILE_SHARE = 0.05, 8
+OBSTACLE_TRIES = 3
 # What the judge says of single tests (grader.py), and where it is counted.
 SIGNS = {b"+": "passed", b"!": "weak", b"-": "failed", b"?": "unjudged", b"~": "unmet"}
+REMEDY = (
+    "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"
+    " do without walls (none), where a program can give itself any reward"
+)
 Walls = Literal["namespaces", "bubblewrap", "landlock", "none"]
 PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
 PROBE_PROGRAM = "def f():\n    return 1\n"
@@ -68,6 +74,10 @@ PROBE_PROGRAM = "def f():\n    return 1\n"
 
 class JailError(RuntimeError):
     """The jail could not be set up: a fault of the system, never of the program."""
+
+
+class WallError(JailError):
+    """Because this system, or this user on it, cannot have the walls that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +159,8 @@ def run_trial(
         return _run(problem, program, limits, baseline, probes)
     except ServerError as error:
         raise JailError(str(error)) from error
+    except WallError as error:
+        raise WallError(f"{error}; {REMEDY}") from None
 
 
 def _run(problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None, probes: bool) -> Trial:
@@ -202,14 +214,20 @@ def _run(problem: Problem, program: str, limits: Limits, baseline: dict[str, Any
 
 @functools.cache
 def find_obstacle(walls: Walls = "namespaces") -> str | None:
-    """Why these walls cannot be had here, or None; really tried, once."""
-    try:
-        trial = run_trial(PROBE, PROBE_PROGRAM, Limits(walls=walls))
-    except (JailError, OSError) as error:
-        return str(error)
-    if (trial.passed, trial.ending) != (1, "ended"):
-        return f"sandbox: expected a program of one line to run, got {trial}"
-    return None
+    """Why these walls cannot be had here, or None; really tried, and anew where a busy machine may be to blame."""
+    obstacle = None
+    for _ in range(OBSTACLE_TRIES):
+        try:
+            trial = _run(PROBE, PROBE_PROGRAM, Limits(walls=walls), None, probes=False)
+        except WallError as error:
+            return str(error)
+        except (JailError, OSError) as error:
+            obstacle = str(error)
+            continue
+        if (trial.passed, trial.ending) == (1, "ended"):
+            return None
+        obstacle = f"sandbox: expected a program of one line to run, got {trial}"
+    return obstacle
 
 
 @contextlib.contextmanager
@@ -268,9 +286,9 @@ def _describe_walls(limits: Limits, role: str) -> dict[str, Any]:
     mode = limits.walls if role == "worker" else "judge"
     landlock = find_version() if mode not in ("judge", "none") else 0
     if mode == "landlock" and not landlock:
-        raise JailError("sandbox: expected a kernel with Landlock (Linux 5.13 or newer, lsm=…,landlock), got none")
+        raise WallError("sandbox: expected a kernel with Landlock (Linux 5.13 or newer, lsm=…,landlock), got none")
     if mode == "bubblewrap" and not is_installed():
-        raise JailError("sandbox: expected bubblewrap to be installed, got no bwrap")
+        raise WallError("sandbox: expected bubblewrap to be installed, got no bwrap")
     names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
     walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
     paths = _list_paths()
@@ -357,7 +375,8 @@ def _listen(
         if not child.started and trial.ending in (None, "gone"):
             _stop(worker, grader)
             said = child.output.decode(errors="replace").strip()[-500:]
-            raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
+            kind = WallError if child.process.poll() == NOT_WALLED else JailError
+            raise kind(f"sandbox: expected its processes to start, got {said or 'nothing'}")
     trial.walls = worker.started.decode()
     if trial.ending == "gone":
         with contextlib.suppress(TimeoutError):

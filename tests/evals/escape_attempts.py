@@ -478,6 +478,11 @@ def count_threads() -> int:
 
 def litter() -> None:
     """A tree that a simple clean-up fails on or leaves behind."""
+    top = os.open(".", os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("x" * 200)
+        os.chdir("x" * 200)
+    os.fchdir(top)
     os.symlink(WORLD["folder"], "link-to-folder")
     os.symlink(WORLD["loot"], "link-to-file")
     os.symlink("loop", "loop")
@@ -503,8 +508,4 @@ def litter() -> None:
             os.chmod(path, mode)
         except OSError:
             continue
-    top = os.open(".", os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("x" * 200)
-        os.chdir("x" * 200)
     os.fchmod(top, 0)

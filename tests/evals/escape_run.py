@@ -29,6 +29,7 @@ from humaneval_like import ADD, make_problem
 from laguna_serve.evals.grading import grade
 from laguna_serve.evals.problems import SHIPPED
 from laguna_serve.evals.sandbox import Limits, Walls, Wanted, choose_walls, run_trial, stop_servers, supervisor
+from laguna_serve.evals.sandbox.other_user import choose_id
 
 ATTEMPTS = Path(__file__).with_name("escape_attempts.py")
 # The program's answer is what the judge writes.
@@ -210,7 +211,8 @@ def attack(walls: Walls, kinds: tuple[str, ...] = ()) -> dict[str, Any]:
             found["up"], found["said"] = trial.walls, f"{trial.ending}: {trial.detail}"
             if kinds:
                 return found
-            found["threads"], _ = ask(world, "count_threads()", limits)
+            if supervisor.choose_id is choose_id:  # the kernel counts none of root's threads: memory alone bounds them
+                found["threads"], _ = ask(world, "count_threads()", limits)
             found["graded"] = grade(ADD, SOLUTION, limits).reward
             forged = grade(ADD, f"import json\n{FORGERY}", limits)
             found["forged"] = [forged.passed, forged.tests_passed]

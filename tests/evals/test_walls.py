@@ -164,6 +164,16 @@ def test_walls_that_the_system_lacks_are_refused(monkeypatch: pytest.MonkeyPatch
         grade(ADD, "", Limits(walls="bubblewrap"))
 
 
+def test_grade_without_walls_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def readable() -> dict[str, list[object]]:
+        return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
+
+    make_limits("namespaces")
+    monkeypatch.setattr(supervisor, "_list_paths", readable)
+    with pytest.raises(JailError, match=r"No such file.*; allow unprivileged user namespaces, install bubblewrap or"):
+        grade(ADD, "")
+
+
 def test_landlock_that_the_kernel_refuses_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def readable() -> dict[str, list[object]]:
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
@@ -324,6 +334,6 @@ def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: 
         return spawn(role, fds, *rest)
 
     monkeypatch.setattr(supervisor, "spawn", forge)
-    found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", make_limits("namespaces"))
+    found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", Limits(walls=choose_walls()))
     assert (found.passed, found.published, found.reward, found.status) == (False, False, 0.0, "died")
     assert "report: expected a line by the judge" in found.detail
