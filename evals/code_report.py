@@ -40,6 +40,7 @@ def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
     return result | {
         "statuses": dict(Counter(grade.status for grade in graded)),
         "not_judged": sum(grade.status in NOT_JUDGED for grade in graded),
+        "walls": dict(Counter(grade.walls for grade in graded if grade.walls)),
         "failed_requests": len(errors),
         "truncated": sum(sample.answer.get("finish_reason") == "length" for sample in samples),
         "versions": [{**dict(named), "samples": count} for named, count in versions.items() if named],
@@ -99,6 +100,7 @@ def tell_figures(result: Mapping[str, Any]) -> list[str]:
     ]
     endings = ", ".join(f"{count} {status}" for status, count in sorted(result["statuses"].items()))
     lines.append(f"Samples: {endings}; {result['truncated']} cut off at max_tokens")
+    lines += [f"Programs ran behind: {walls} ({count} of them)" for walls, count in sorted(result["walls"].items())]
     if result["not_judged"]:
         lines.append(
             f"{result['not_judged']} could not be judged (unjudged, fault): counted as not passed, not as wrong"

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from laguna_serve.evals.code_report import render_markdown, render_text, summari
 from laguna_serve.evals.code_run import Sample, Workload, run_samples
 from laguna_serve.evals.grading import Grade, JailError, Limits, grade
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
-from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.sandbox import UNWALLED, WANTED, choose_walls
+from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.evals.text import make_printable
 from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -41,10 +42,6 @@ from laguna_serve.serving.kit.signals import interrupt_on_signals
 SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
 WALL_PER_CPU = 2.5
-UNWALLED = (
-    "code_tasks.py: warning: without namespaces the model's programs can read and write the files that you can; do this"
-    " on a throwaway machine only"
-)
 EXAMPLES = """
 examples:
   python evals/code_tasks.py --base-url http://127.0.0.1:8000 --out out/code
@@ -87,19 +84,15 @@ def make_limits(args: argparse.Namespace) -> Limits:
     Raises:
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
-    limits = Limits(
+    if args.walls == "none":
+        print(f"code_tasks.py: {UNWALLED}", file=sys.stderr)
+    return Limits(
         cpu_s=args.timeout_s,
         wall_s=args.timeout_s * WALL_PER_CPU,
         memory_bytes=args.memory_mib << 20,
         packages=tuple(args.packages),
+        walls=choose_walls(args.walls),
     )
-    if args.without_namespaces:
-        print(UNWALLED, file=sys.stderr)
-        return replace(limits, namespaces=False)
-    if obstacle := find_obstacle():
-        remedy = "allow unprivileged user namespaces, or give --without-namespaces on a throwaway machine"
-        raise JailError(f"{obstacle}; {remedy}")
-    return limits
 
 
 def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) -> int:
@@ -182,7 +175,7 @@ def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: L
     tests = [verdict.tests_total for verdict in grades if verdict]
     print(f"{len(problems) - len(failing)} of {len(problems)} canonical solutions pass; {sum(tests)} tests")
     counts = {"problems": len(problems), "tests": sum(tests), "failing": failing, "weak": list_weak(weaknesses)}
-    print(json.dumps({"schema": CANONICAL_SCHEMA, **counts}))
+    print(json.dumps({"schema": CANONICAL_SCHEMA, "walls": limits.walls, **counts}))
     return FELL_SHORT if failing else HELD
 
 
@@ -225,8 +218,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packages", metavar="NAME", nargs="+", default=[], help=packages)
     skip = "do not try universal wrong answers on the problems first"
     parser.add_argument("--skip-probes", action="store_true", help=skip)
-    unwalled = "run programs without walls around files and processes, where the system allows no namespaces"
-    parser.add_argument("--without-namespaces", action="store_true", help=unwalled)
+    parser.add_argument("--walls", choices=WANTED, default="auto", help=HELP)
     canonical = "grade the problems' own solutions instead of a model's; asks nobody"
     parser.add_argument("--check-canonical", action="store_true", help=canonical)
     parser.add_argument("--out", metavar="DIR", help="folder for answers, grades and the result files")

@@ -7,6 +7,7 @@ memory, and a worker that exceeds them ends and is replaced.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -50,7 +51,8 @@ class Worker:
 
     def read(self, answer: str, problem: Problem, form: Form) -> Extracted:
         """Have one answer read; afterwards `alive` says whether the worker can serve another."""
-        request = {"answer": answer, "form": form, "problem": asdict(problem)}
+        # Not the tests, which may be large and are of no use to it.
+        request = {"answer": answer, "form": form, "prompt": problem.prompt, "entry_point": problem.entry_point}
         wall_s = WALL_S + (0 if self._served else START_S)
         try:
             reply = json.loads(self._exchange(json.dumps(request).encode() + b"\n", wall_s))
@@ -126,6 +128,23 @@ def _take() -> Worker:
             return worker
 
 
+def stop_workers() -> None:
+    """End those that are idle."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            _idle.get_nowait().close()
+
+
+def _forget() -> None:
+    """In a fork of the host: the workers are the host's."""
+    global _idle
+    _idle = queue.SimpleQueue()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(stop_workers)
+
+
 def serve() -> None:
     """The worker's side: a request a line on stdin, a reply a line on stdout, until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -146,7 +165,8 @@ def _limit_cpu() -> None:
 def _serve_one(line: bytes, sink: BinaryIO) -> None:
     request = json.loads(line)
     try:
-        program, defines = read_program(request["answer"], Problem(**request["problem"]), request["form"])
+        problem = Problem("", request["prompt"], request["entry_point"], "", None)
+        program, defines = read_program(request["answer"], problem, request["form"])
         found = Extracted(program, defines)
     except (ExtractionError, MemoryError, RecursionError) as error:
         found = Extracted("", False, str(error) or f"answer: {type(error).__name__} while it was read")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import JailError, Limits, Trial, run_trial
@@ -37,7 +38,8 @@ class Grade:
     `status`: "passed"; "weak", as published alone; "failed", a test did; "broken", the program does not load or lacks
     the function; "died", its process ended; "timeout"; "unjudged", a test needs what cannot cross between the
     processes; "fault", of the problem: its canonical solution does not pass its tests, or they do not load.
-    `detail`: the first thing that went wrong, printable, in one line.
+    `detail`: the first thing that went wrong, printable, in one line. `walls`: those that were up around the program
+    (docs/threat-model.md).
     """
 
     reward: float
@@ -47,6 +49,7 @@ class Grade:
     status: str
     detail: str
     published: bool = False
+    walls: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,16 @@ def grade(problem: Problem, program: str, limits: Limits = DEFAULT_LIMITS) -> Gr
     baseline = find_baseline(problem, limits)
     trial = run_trial(problem, program, limits, baseline.record)
     reached = trial.passed + trial.weak + trial.failed + trial.unjudged
-    ended = trial.ending == "ended"
+    ended = trial.ending == "ended" and not trial.breach
     published = ended and not trial.failed and not trial.unjudged and reached > 0
     if baseline.fault:
         total = max(reached, 1)
-        return Grade(0.0, False, trial.passed, total, "fault", _clean(baseline.fault), published)
+        return Grade(0.0, False, trial.passed, total, "fault", _clean(baseline.fault), published, trial.walls)
     if published and not trial.weak and not trial.unmet and trial.passed >= baseline.tests:
-        return Grade(1.0, True, trial.passed, trial.passed, "passed", "", True)
+        return Grade(1.0, True, trial.passed, trial.passed, "passed", "", True, trial.walls)
     total = max(baseline.tests, reached if trial.passed < reached else reached + 1)
     status, detail = _explain(trial, limits, baseline)
-    return Grade(trial.passed / total, False, trial.passed, total, status, _clean(detail), published)
+    return Grade(trial.passed / total, False, trial.passed, total, status, _clean(detail), published, trial.walls)
 
 
 def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Grade:
@@ -84,7 +87,10 @@ def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Gr
     return Grade(0.0, False, 0, max(1, find_baseline(problem, limits).tests), "broken", _clean(detail))
 
 
-_baselines: OrderedDict[tuple[Problem, Limits], Baseline] = OrderedDict()
+_Key = tuple[Problem, Limits]
+_baselines: OrderedDict[_Key, Baseline] = OrderedDict()
+# Held while a canonical solution runs: several candidates of one problem wait for one run.
+_running: WeakValueDictionary[_Key, Any] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -98,19 +104,27 @@ def find_baseline(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Baseline
         return Baseline()
     key = (problem, limits)
     with _lock:
-        if key in _baselines:
-            _baselines.move_to_end(key)
-            return _baselines[key]
-    for _ in range(BASELINE_TRIES):
-        trial = run_trial(problem, problem.prompt + problem.canonical_solution, limits)
-        baseline, settled = _judge_canonical(trial, limits)
+        running = _running.setdefault(key, threading.Lock())
+    with running:
+        with _lock:
+            if key in _baselines:
+                _baselines.move_to_end(key)
+                return _baselines[key]
+        baseline, settled = _run_canonical(problem, problem.prompt + problem.canonical_solution, limits)
         if settled:
             with _lock:
                 _baselines[key] = baseline
                 while len(_baselines) > KEPT_BASELINES:
                     _baselines.popitem(last=False)
-            break
     return baseline
+
+
+def _run_canonical(problem: Problem, program: str, limits: Limits) -> tuple[Baseline, bool]:
+    for _ in range(BASELINE_TRIES):
+        baseline, settled = _judge_canonical(run_trial(problem, program, limits), limits)
+        if settled:
+            break
+    return baseline, settled
 
 
 def forget_baselines() -> None:
@@ -131,6 +145,8 @@ def _judge_canonical(trial: Trial, limits: Limits) -> tuple[Baseline, bool]:
 
 def _explain(trial: Trial, limits: Limits, baseline: Baseline) -> tuple[str, str]:
     """Status and detail of a program that has not passed."""
+    if trial.breach:
+        return "died", trial.breach
     if trial.timed_out or trial.exit_code == 128 + signal.SIGXCPU or _is_out_of_time(trial):
         return "timeout", f"expected an end within {limits.cpu_s} s of CPU and {limits.wall_s:g} s, got none"
     match trial.ending:

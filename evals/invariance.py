@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from laguna_serve.evals.invariance_report import render_markdown, render_text
 from laguna_serve.evals.invariance_run import Job, Outcome, run
 from laguna_serve.evals.invariance_verdict import EXPLAINED, INVARIANT, NOISE, UNTOLD, judge
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
-from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.sandbox import UNWALLED, WANTED, Wanted, choose_walls
+from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError
@@ -41,10 +42,6 @@ SCHEMA = "laguna_serve.invariance/1"
 # Beyond this many repeats the labellings are too many to count one by one.
 MOST_REPEATS = 6
 LINE_DIVERGENCES = 3
-UNWALLED = (
-    "invariance.py: warning: without namespaces the model's programs can read and write the files that you can; do this"
-    " on a throwaway machine only"
-)
 EXAMPLES = """
 examples:
   speculation against plain decoding, engines started and stopped here:
@@ -115,6 +112,7 @@ def assemble(args: argparse.Namespace, job: Job, environment: Mapping[str, Any],
             "dtype": job.dtype,
             "temperature": 0,
             "seed": job.seed,
+            "walls": job.limits.walls,
             "interleaved": outcome.interleaved,
         },
         "arms": {
@@ -167,7 +165,7 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
     folder = Path(args.out) / "answers"
     if not is_begun(folder):
         check_specs(specs.values())
-    limits = choose_limits(args.without_namespaces)
+    limits = choose_limits(args.walls)
     claim_folder(folder, list_settings(args, problems, environment))
     return Job(
         specs=specs,
@@ -183,19 +181,15 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
     )
 
 
-def choose_limits(without_namespaces: bool) -> Limits:
+def choose_limits(walls: Wanted) -> Limits:
     """The sandbox's limits.
 
     Raises:
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
-    if without_namespaces:
-        print(UNWALLED, file=sys.stderr)
-        return replace(Limits(), namespaces=False)
-    if obstacle := find_obstacle():
-        remedy = "allow unprivileged user namespaces, or give --without-namespaces on a throwaway machine"
-        raise JailError(f"{obstacle}; {remedy}")
-    return Limits()
+    if walls == "none":
+        print(f"invariance.py: {UNWALLED}", file=sys.stderr)
+    return Limits(walls=choose_walls(walls))
 
 
 def list_settings(
@@ -233,8 +227,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     concurrency = "requests in flight, both arms together (default: 4)"
     work.add_argument("--concurrency", metavar="N", type=int, default=4, help=concurrency)
     work.add_argument("--seed", type=int, default=0, help="order of the requests, bootstrap, engines (default: 0)")
-    unwalled = "run programs without walls around files and processes, where the system allows no namespaces"
-    work.add_argument("--without-namespaces", action="store_true", help=unwalled)
+    work.add_argument("--walls", choices=WANTED, default="auto", help=HELP)
     work.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
     args = parser.parse_args(argv)
     check_arm_flags(parser, args)

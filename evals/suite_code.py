@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from laguna_serve.evals.grading import Grade, JailError, grade
+from laguna_serve.evals.grading import Grade, Limits, grade
 from laguna_serve.evals.problems import Problem, load_problems
-from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.sandbox import choose_walls
 from laguna_serve.evals.suite_harness import Target, find_harness, run_logged
 from laguna_serve.evals.suite_settings import Suite, SuiteError
 from laguna_serve.serving.kit.files import write_json, write_text
@@ -177,17 +177,16 @@ def grade_samples(
 
     Raises:
         SuiteError: a line is no sample, or a problem has none.
-        JailError: there is no sandbox on this system.
+        JailError: no walls can be had on this system.
     """
     samples = load_samples(file, problems)
-    if obstacle := find_obstacle():
-        raise JailError(obstacle)
+    limits = Limits(walls=choose_walls())
     progress.begin()
     grades: dict[str, list[Grade]] = defaultdict(list)
     lines = []
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for done, (sample, verdict) in enumerate(
-            zip(samples, pool.map(lambda sample: grade(*sample), samples), strict=True), start=1
+            zip(samples, pool.map(lambda sample: grade(sample[0], sample[1], limits), samples), strict=True), start=1
         ):
             grades[sample[0].task_id].append(verdict)
             lines.append(json.dumps({"task_id": sample[0].task_id, "solution": sample[1], **asdict(verdict)}) + "\n")
@@ -196,5 +195,7 @@ def grade_samples(
     # As published: a suite's figure is there to be compared with others'.
     counts = [(len(verdicts), sum(verdict.published for verdict in verdicts)) for verdicts in grades.values()]
     path = folder / "samples.json"
-    write_json(path, {"schema": SAMPLES_SCHEMA, "suite": suite, "model": model, "counts": counts})
+    write_json(
+        path, {"schema": SAMPLES_SCHEMA, "suite": suite, "model": model, "walls": limits.walls, "counts": counts}
+    )
     return path

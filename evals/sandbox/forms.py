@@ -11,7 +11,6 @@ import collections
 import datetime
 import decimal
 import fractions
-import keyword
 import math
 import pathlib
 import sys
@@ -23,6 +22,13 @@ from typing import Any
 Node = list[Any]
 ARRAY_CODES = frozenset("bBuhHiIlLqQfd")
 NUMPY_KINDS = frozenset("biufcSUmM")
+# Their subclasses are what they override: those stay objects of the program's.
+EXACT = frozenset(
+    (
+        *(collections.ChainMap, collections.UserDict, collections.UserList, collections.UserString),
+        types.MappingProxyType,
+    )
+)
 EMPTY: dict[Any, Any] = {}
 KEYS, VALUES, ITEMS = type(EMPTY.keys()), type(EMPTY.values()), type(EMPTY.items())
 
@@ -42,7 +48,7 @@ def find_form(value: Any, kind: type) -> type | None:
     if kind in FORMS:
         return kind
     for base in kind.__mro__:
-        if base in FORMS and base is not type:
+        if base in FORMS and base is not type and base not in EXACT:
             return base
     module = kind.__module__
     if module == "numpy" and "numpy" in sys.modules and _is_plain_numpy(value):
@@ -61,7 +67,7 @@ def describe(value: Any, form: type, tag: str = "") -> tuple[str, Any, list[Any]
         return "record", type(value).__name__, list_attributes(value)
     if form in FORMS:
         return FORMS[form](value)
-    kind = next((base for base in type(value).__mro__ if base in FORMS), None)
+    kind = next((base for base in type(value).__mro__ if base in FORMS and base not in EXACT), None)
     if kind is not None:
         return FORMS[kind](value)
     if type(value).__module__ == "numpy":
@@ -129,7 +135,7 @@ TYPES: dict[str, type] = {
         *(object, range, reversed, set, slice, str, tuple, type, zip, type(None), type(...), types.SimpleNamespace),
         *(collections.Counter, collections.OrderedDict, collections.defaultdict, collections.deque, array.array),
         *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction),
-        *(uuid.UUID, pathlib.PurePosixPath, pathlib.PosixPath),
+        *(uuid.UUID, pathlib.PurePosixPath, pathlib.PosixPath, *EXACT),
     )
 }
 # The bases' own methods: what a subclass overrides plays no part.
@@ -154,6 +160,11 @@ FORMS: dict[type, Callable[[Any], tuple[str, Any, list[Any]]]] = {
     KEYS: lambda v: ("keys", None, list(v)),
     VALUES: lambda v: ("values", None, list(v)),
     ITEMS: lambda v: ("items", None, [part for pair in v for part in pair]),
+    collections.ChainMap: lambda v: ("chainmap", None, list(v.maps)),
+    collections.UserDict: lambda v: ("userdict", None, _pairs(v.data)),
+    collections.UserList: lambda v: ("userlist", None, list(v.data)),
+    collections.UserString: lambda v: ("userstring", str(v.data), []),
+    types.MappingProxyType: lambda v: ("mappingproxy", None, [part for pair in v.items() for part in pair]),
     complex: lambda v: ("complex", [v.real, v.imag], []),
     bytes: lambda v: ("bytes", bytes(v).hex(), []),
     bytearray: lambda v: ("bytearray", bytes(v).hex(), []),
@@ -174,152 +185,6 @@ FORMS: dict[type, Callable[[Any], tuple[str, Any, list[Any]]]] = {
     type(NotImplemented): lambda v: ("notimplemented", None, []),
     types.SimpleNamespace: lambda v: ("namespace", None, [part for pair in vars(v).items() for part in pair]),
     type: lambda v: ("type", v.__name__, []),
-}
-
-
-def set_attributes(value: Any, parts: list[Any]) -> None:
-    """Replace an object's own attributes."""
-    own = getattr(value, "__dict__", None)
-    if own is not None:
-        own.clear()
-    for name, part in zip(parts[::2], parts[1::2], strict=True):
-        object.__setattr__(value, name, part)
-
-
-def _fill_dict(value: Any, parts: list[Any], _: Any) -> None:
-    dict.clear(value)
-    for key, part in zip(parts[::2], parts[1::2], strict=True):
-        dict.__setitem__(value, key, part)
-
-
-def _fill_ordered(value: Any, parts: list[Any], _: Any) -> None:
-    value.clear()
-    for key, part in zip(parts[::2], parts[1::2], strict=True):
-        value[key] = part
-
-
-def _fill_list(value: Any, parts: list[Any], _: Any) -> None:
-    value[:] = parts
-
-
-def _fill_set(value: Any, parts: list[Any], _: Any) -> None:
-    value.clear()
-    value.update(parts)
-
-
-def _fill_deque(value: Any, parts: list[Any], _: Any) -> None:
-    value.clear()
-    value.extend(parts)
-
-
-def _fill_bytes(value: Any, _: list[Any], extra: Any) -> None:
-    value[:] = bytes.fromhex(extra)
-
-
-def _fill_array(value: Any, _: list[Any], extra: Any) -> None:
-    del value[:]
-    value.frombytes(bytes.fromhex(extra[1]))
-
-
-def _fill_namespace(value: Any, parts: list[Any], _: Any) -> None:
-    vars(value).clear()
-    vars(value).update(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _make_array(extra: Any) -> Any:
-    if extra[0] not in ARRAY_CODES:
-        raise MalformedError(f"an array of {extra[0]!r}")
-    return array.array(extra[0])
-
-
-def _fill_ndarray(value: Any, _: list[Any], extra: Any) -> None:
-    fresh = _make_ndarray(extra)
-    value[...] = fresh
-
-
-def _make_ndarray(extra: Any) -> Any:
-    import numpy
-
-    kind, shape, data = extra
-    dtype = numpy.dtype(kind)
-    if dtype.kind not in NUMPY_KINDS:
-        raise MalformedError(f"an array of {kind!r}")
-    return numpy.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
-
-
-# tag: (an empty object, how it is filled: object, decoded items, extra)
-MUTABLE: dict[str, tuple[Callable[[Any], Any], Callable[[Any, list[Any], Any], None]]] = {
-    "list": (lambda _: [], _fill_list),
-    "dict": (lambda _: {}, _fill_dict),
-    "set": (lambda _: set(), _fill_set),
-    "odict": (lambda _: collections.OrderedDict(), _fill_ordered),
-    "counter": (lambda _: collections.Counter(), _fill_dict),
-    "defaultdict": (lambda extra: collections.defaultdict(None if extra is None else TYPES[extra]), _fill_dict),
-    "deque": (lambda extra: collections.deque(maxlen=extra), _fill_deque),
-    "bytearray": (lambda _: bytearray(), _fill_bytes),
-    "array": (_make_array, _fill_array),
-    "namespace": (lambda _: types.SimpleNamespace(), _fill_namespace),
-    "ndarray": (_make_ndarray, _fill_ndarray),
-}
-_named: dict[tuple[str, ...], Any] = {}
-
-
-def _make_namedtuple(extra: Any, values: list[Any]) -> Any:
-    key = tuple(map(str, extra))
-    if any(not name.isidentifier() or keyword.iskeyword(name) for name in key) or len(key) != len(values) + 1:
-        return tuple(values)
-    if key not in _named:
-        _named[key] = collections.namedtuple(key[0], key[1:], rename=True)
-    return _named[key](*values)
-
-
-def _make_zone(zone: Any) -> datetime.tzinfo | None:
-    if zone is None:
-        return None
-    if isinstance(zone, str):
-        import zoneinfo
-
-        return zoneinfo.ZoneInfo(zone)
-    return datetime.timezone(datetime.timedelta(seconds=zone))
-
-
-def _make_fraction(_: Any, values: list[Any]) -> Any:
-    return fractions.Fraction(*values)
-
-
-def _make_decimal(extra: Any, _: list[Any]) -> Any:
-    return decimal.Decimal(extra)
-
-
-IMMUTABLE: dict[str, Callable[[Any, list[Any]], Any]] = {
-    "bool": lambda extra, _: bool(extra),
-    "str": lambda extra, _: str(extra),
-    "float": lambda extra, _: float(extra),
-    "int": lambda extra, _: int(extra, 16),
-    "tuple": lambda _, values: tuple(values),
-    "namedtuple": _make_namedtuple,
-    "frozenset": lambda _, values: frozenset(values),
-    "keys": lambda _, values: dict.fromkeys(values).keys(),
-    "values": lambda _, values: dict(enumerate(values)).values(),
-    "items": lambda _, values: dict(zip(values[::2], values[1::2], strict=True)).items(),
-    "complex": lambda extra, _: complex(float(extra[0]), float(extra[1])),
-    "bytes": lambda extra, _: bytes.fromhex(extra),
-    "memoryview": lambda extra, _: memoryview(bytes.fromhex(extra)),
-    "range": lambda _, values: range(*values),
-    "slice": lambda _, values: slice(*values),
-    "decimal": _make_decimal,
-    "fraction": _make_fraction,
-    "date": lambda extra, _: datetime.date(*extra),
-    "datetime": lambda extra, _: datetime.datetime(*extra[0]).replace(tzinfo=_make_zone(extra[2]), fold=extra[1]),
-    "time": lambda extra, _: datetime.time(*extra[0]).replace(tzinfo=_make_zone(extra[2]), fold=extra[1]),
-    "timedelta": lambda extra, _: datetime.timedelta(*extra),
-    "uuid": lambda extra, _: uuid.UUID(hex=extra),
-    "path": lambda extra, _: pathlib.PosixPath(extra),
-    "purepath": lambda extra, _: pathlib.PurePosixPath(extra),
-    "npscalar": lambda extra, _: _make_ndarray(extra)[()],
-    "ellipsis": lambda _, __: ...,
-    "notimplemented": lambda _, __: NotImplemented,
-    "type": lambda extra, _: TYPES[extra],
 }
 
 

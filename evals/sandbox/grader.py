@@ -4,9 +4,9 @@ The model's code never runs here, so it can neither see the tests nor change wha
 test: instrument.py. A test that raises has failed and the next one follows. An exception elsewhere ends the iteration
 of the innermost `for`, outside of loops the whole of check: what was not reached has not passed.
 
-Signs on the report's pipe, one per test: "+" passed; "!" passed as published, but for want of anything to check
-(observe.py); "-" failed; "?" cannot be judged: something cannot cross between the processes. And "~": of no single
-test, but the run as a whole lacks something that the canonical solution's has.
+Signs on the report's channel, one per test and sealed (report.py): "+" passed; "!" passed as published, but for want
+of anything to check (observe.py); "-" failed; "?" cannot be judged: something cannot cross between the processes. And
+"~": of no single test, but the run as a whole lacks something that the canonical solution's has.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 
 from laguna_serve.evals.sandbox.instrument import ITERATION, TEST, WATCH, rewrite
 from laguna_serve.evals.sandbox.names import find_missing
-from laguna_serve.evals.sandbox.observe import Observer, Watcher
+from laguna_serve.evals.sandbox.observe import Observer
+from laguna_serve.evals.sandbox.pipe import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.probes import PROBE_S, PROBES, OutOfTime, ProbeCandidate
 from laguna_serve.evals.sandbox.remote_program import RemoteProgram
-from laguna_serve.evals.sandbox.rpc import PeerExit, PeerGone, Unsendable
+from laguna_serve.evals.sandbox.report import Seal
+from laguna_serve.evals.sandbox.watcher import Watcher
 from laguna_serve.evals.sandbox.worker import describe
 
 SWALLOWED = (Exception, Unsendable, PeerExit, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -36,8 +38,9 @@ SEED, seed_random = 0, random.seed
 class Tally:
     """What has passed and failed so far, told to the host test by test: it may kill the grader at any time."""
 
-    def __init__(self, fd: int, test: str) -> None:
-        self._fd, self._lines = fd, test.splitlines()
+    def __init__(self, fd: int, config: dict[str, Any]) -> None:
+        self._fd, self._lines = fd, config["test"].splitlines()
+        self._seal = Seal(bytes.fromhex(config["key"]))
         self._details: dict[bytes, str] = {}
         self._pending: list[str] = []
         self.counts = {PASSED: 0, WEAK: 0, FAILED: 0, UNJUDGED: 0, UNMET: 0}
@@ -66,8 +69,7 @@ class Tally:
         self.counts[sign] += 1
         if detail:
             self._details.setdefault(sign, detail)
-        if self._fd >= 0:
-            os.write(self._fd, sign)
+        self._say(sign)
 
     def _locate(self, error: BaseException) -> str:
         trace, number = error.__traceback__, 0
@@ -83,10 +85,13 @@ class Tally:
         if self._pending:
             self._add(UNMET, self._pending[0])
         first = next((self._details[sign] for sign in (FAILED, UNJUDGED, WEAK, UNMET) if sign in self._details), "")
-        text = json.dumps({"ending": ending, "detail": detail or first, **more}).encode()
-        view = memoryview(text)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        self._say(json.dumps({"ending": ending, "detail": detail or first, **more}).encode())
+
+    def _say(self, text: bytes) -> None:
+        if self._fd >= 0:
+            view = memoryview(self._seal.close(text))
+            while view:
+                view = view[os.write(self._fd, view) :]
 
 
 class Guard:
@@ -120,7 +125,7 @@ class Run:
 
     def __init__(self, config: dict[str, Any], report_fd: int) -> None:
         self._config = config
-        self.tally = Tally(report_fd, config["test"])
+        self.tally = Tally(report_fd, config)
         self.observer = Observer(config["baseline"], config["test"], config["open_ended"], self.tally.note)
         self.space: dict[str, Any] = {}
 
@@ -248,4 +253,4 @@ def probe(config: dict[str, Any], report_fd: int) -> None:
         published = counts[PASSED] + counts[WEAK] > 0 and not counts[FAILED] + counts[UNJUDGED]
         found[name] = [published, published and not unmet and not counts[WEAK] and counts[PASSED] >= wanted]
     sys.stdout = said
-    Tally(report_fd, "").close("ended", probes=found)
+    Tally(report_fd, config).close("ended", probes=found)

@@ -2,22 +2,33 @@
 
 With namespaces: a user, mount, process, network, IPC and host-name namespace of its own; the file system is Python's
 library and the system's shared ones, read-only, and a bounded /tmp in memory; there is no /proc; the program is not
-process 1, and with that one everything else inside dies. Namespaces or not: limits, no capabilities, no new privileges,
-and a filter of system calls (seccomp.py). Linux ≥ 5.12.
+process 1, and with that one everything else inside dies. Linux ≥ 5.12. Under bubblewrap that program has made the same.
+Without namespaces: Landlock leaves the same files (landlock.py), and started by root the program becomes a user of its
+own (other_user.py). In every mode: limits, no capabilities, no new privileges, a filter of system calls (seccomp.py),
+and Landlock as a second wall where the kernel has it. Which is which, and what is left open: docs/threat-model.md.
 
-The interpreter is forked, not started anew, so one start pays for everything; nothing in its memory is secret.
+The interpreter is forked (forkserver.py), not started anew: nothing in its memory is secret.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import resource
 import signal
-import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+from laguna_serve.evals.sandbox.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
+from laguna_serve.evals.sandbox.other_user import (
+    FIRST_ID,
+    change_user,
+    find_reading_capability,
+    is_open_to_others,
+    set_capabilities,
+)
 from laguna_serve.evals.sandbox.seccomp import install_filter
 
 # Exit status of a child that could not wall itself in.
@@ -27,42 +38,40 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1, 2, 
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = -100, 0x8000, 1, 2
 SYS_PIVOT_ROOT, SYS_MOUNT_SETATTR = {"x86_64": 155, "aarch64": 41}, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
-CAPABILITY_VERSION = 0x20080522
-# Outside ids of jailed code when root starts it: far from any real user's, so that limits per user bind it alone.
-JAILED_ID = 1 << 30
 MAX_FILES = 4096
+# How many threads the user's other programs may start while a program runs that counts as theirs.
+OTHERS_THREADS = 256
+# Queued signals and timers, of which the user has a number in all.
+MAX_SIGNALS = 256
 OLD = "/old"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main() -> None:
-    """Entry of the child: argv is role, ready fd, wire fd, report fd; stdin holds the configuration as JSON."""
-    role, ready, wire, report = sys.argv[1], *map(int, sys.argv[2:5])
+def main(parent: int, work: Callable[[dict[str, Any], int, int], None], ready: int, wire: int, report: int) -> NoReturn:
+    """Entry of the child, a fork of `parent`: stdin holds the configuration as JSON, `work` is done inside.
+
+    Dumpable while the walls are built: others' files in /proc/self cannot be written, as of the server that it is from.
+    """
     with open(0, "rb") as file:
         config = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
-    # Before the walls: the file system beyond them has none of it.
-    if role == "worker":
-        from laguna_serve.evals.sandbox.worker import play
-    else:
-        from laguna_serve.evals.sandbox.grader import judge
-
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, these two go first
-        if config["namespaces"]:
+        if os.getppid() != parent:
+            raise OSError("the fork server has ended")
+        _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+        if config["mode"] != "bubblewrap":  # whose command has done it
+            _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, these two go first
+        if config["mode"] == "namespaces":
             isolate(config, [fd for fd in (ready, wire, report) if fd >= 0])
-        restrict(config)
+        walls = restrict(config)
     except OSError as error:
         os.write(2, str(error).encode())
         os._exit(NOT_WALLED)
-    os.write(ready, b"1")
+    os.write(ready, " ".join(walls).encode())
     os.close(ready)
-    if role == "worker":
-        play(config, wire)
-    else:
-        judge(config, wire, report)
+    work(config, wire, report)
     # Not by way of atexit and threads, which the program may have left behind.
     os._exit(0)
 
@@ -94,7 +103,7 @@ def _enter_user_namespace() -> None:
         try:
             os.close(ask)
             if os.read(asked, 1):
-                extra = f"1 {JAILED_ID} 1\n" if uid == 0 else ""
+                extra = f"1 {FIRST_ID} 1\n" if uid == 0 else ""
                 _write_outside(f"/proc/{parent}/setgroups", "deny")
                 _write_outside(f"/proc/{parent}/gid_map", f"0 {gid} 1\n{extra}")
                 _write_outside(f"/proc/{parent}/uid_map", f"0 {uid} 1\n{extra}")
@@ -170,13 +179,28 @@ def _set_read_only(path: str, flags: int) -> None:
     _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, size)
 
 
-def restrict(config: dict[str, Any]) -> None:
-    """Limits, no capabilities, the filter; the environment is emptied.
+def restrict(config: dict[str, Any]) -> list[str]:
+    """Limits, Landlock, no capabilities, the filter; the environment is emptied. Returns which walls are up.
 
     Raises:
         OSError: one of them cannot be had.
     """
+    mode, kept = config["mode"], 0
+    walls = [mode] if mode in ("namespaces", "bubblewrap") else []
     os.chdir(config["directory"])
+    ruleset = make_ruleset(config) if config["landlock"] else None
+    threads = config["threads"]
+    if mode not in ("namespaces", "judge"):
+        needed = [*list_readable(config), os.path.dirname(config["directory"])]
+        within_reach = mode == "bubblewrap" or all(map(is_open_to_others, needed))
+        # A library in root's own folder is out of another user's reach otherwise; Landlock still says what is read.
+        reading = 0 if within_reach or config["user"] is None else find_reading_capability()
+        if config["user"] is None:
+            threads += 0 if mode == "bubblewrap" else count_threads(os.getuid()) + OTHERS_THREADS
+        elif (within_reach or ruleset) and change_user(config["user"], config["directory"]):
+            walls.append("own-user")
+            kept = reading
+            _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # changing users has cleared it
     limits = {
         resource.RLIMIT_CPU: config["cpu_s"],
         resource.RLIMIT_AS: config["memory_bytes"],
@@ -185,17 +209,56 @@ def restrict(config: dict[str, Any]) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: MAX_SIGNALS,
     }
-    if config["namespaces"]:  # elsewhere it would count every process of the user
-        limits[resource.RLIMIT_NPROC] = config["threads"]
+    if mode != "judge":  # numpy's threads are its own affair
+        limits[resource.RLIMIT_NPROC] = threads
     for name, limit in limits.items():
         resource.setrlimit(name, (limit, limit))
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    _call("capset", header, (ctypes.c_uint32 * 6)())
+    if ruleset:
+        ruleset.enforce()
+        walls.append(f"landlock-{config['landlock']}")
+    set_capabilities(kept)
     _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-    install_filter(os.getpid())
+    install_filter(os.getpid(), own_files=mode not in ("landlock", "none"))
     os.environ.clear()
     os.environ.update(config["environment"])
+    return [*walls, "filter"]
+
+
+def make_ruleset(config: dict[str, Any]) -> Ruleset:
+    """The files that a program may open.
+
+    Raises:
+        OSError: there is no Landlock, or one of the paths.
+    """
+    ruleset = Ruleset(config["landlock"])
+    if config["mode"] == "landlock":
+        for path in list_readable(config):
+            ruleset.allow_except(path, config["hidden"])
+        for path in config["packages"]:  # an import looks for its name there
+            ruleset.allow(path, LIST)
+    else:
+        ruleset.allow("/", READ)
+    ruleset.allow("/dev/null", READ | WRITE_FILE)
+    ruleset.allow("/dev/urandom", READ)
+    ruleset.allow(config["directory"], WRITE)
+    return ruleset
+
+
+def list_readable(config: dict[str, Any]) -> list[str]:
+    """The real paths of what a program may read."""
+    return sorted({real for _, real in config["readable"]})
+
+
+def count_threads(user: int) -> int:
+    """Those that the limit per user counts: the user's own, whoever started them."""
+    found = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{name}").st_uid == user:
+                found += os.stat(f"/proc/{name}/task").st_nlink - 2
+    return found
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

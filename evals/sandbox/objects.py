@@ -10,23 +10,26 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from laguna_serve.evals.sandbox.exceptions import (
+    describe_exception,
+    list_lineage,
+    make_exception,
+    make_exception_class,
+)
 from laguna_serve.evals.sandbox.forms import MalformedError, Node, list_attributes
+from laguna_serve.evals.sandbox.pipe import PeerExit
 from laguna_serve.evals.sandbox.proxies import (
     AsyncRunner,
     Remote,
     describe_class,
-    describe_exception,
     get_number,
     is_async,
     iterate_remotely,
-    list_lineage,
-    make_exception,
-    make_exception_class,
     make_proxy,
     mark_used,
     run_remotely,
 )
-from laguna_serve.evals.sandbox.rpc import Call, Peer, PeerExit
+from laguna_serve.evals.sandbox.rpc import Call, Peer
 
 Referred = tuple[Node, list[Any]]
 

@@ -13,22 +13,36 @@ import collections
 import decimal
 import fractions
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from laguna_serve.evals.sandbox.forms import ITEMS, KEYS, VALUES, is_finite
-from laguna_serve.evals.sandbox.proxies import ProgramStopIterationError, Remote, is_used
+from laguna_serve.evals.sandbox.proxies import Remote, get_number, is_used
 
 # How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
 MAX_CALLS, MAX_LOOKED = 20_000, 100_000
-RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY, FUNCTION, OBJECT = (
-    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection", "function", "object"),
+RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY = (
+    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection"),
 )
-COLLECTIONS = (list, tuple, set, frozenset, range, collections.deque, array.array, KEYS, VALUES, ITEMS)
+FUNCTION, OBJECT, CALLABLE = "function", "object", "callable object"
+MAPPINGS = (dict, collections.ChainMap, collections.UserDict, types.MappingProxyType)
+COLLECTIONS = (
+    collections.UserList,
+    list,
+    tuple,
+    set,
+    frozenset,
+    range,
+    collections.deque,
+    array.array,
+    KEYS,
+    VALUES,
+    ITEMS,
+)
 NUMBERS = (int, float, complex, decimal.Decimal, fractions.Fraction)
 # Where a test takes one for the other: a match or None for a truth value, a truth value for a number.
-ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER})
+ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER}, {CALLABLE, FUNCTION}, {CALLABLE, OBJECT})
 REFERENCES = frozenset(("object", "yours", "coroutine", "agen"))
 Kind = list[Any]
 
@@ -39,10 +53,19 @@ def find_family(value: Any) -> str:
         kind = type(value)
         if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             return MANY
-        return FUNCTION if callable(value) else OBJECT
+        shown: Any = value  # a proxy of a function says that it is one
+        if isinstance(shown, types.FunctionType):
+            return FUNCTION
+        return CALLABLE if callable(value) else OBJECT
     if value is None:
         return NOTHING
-    for family, kinds in ((TRUTH, bool), (NUMBER, NUMBERS), (TEXT, str), (MAPPING, dict), (MANY, COLLECTIONS)):
+    for family, kinds in (
+        (TRUTH, bool),
+        (NUMBER, NUMBERS),
+        (TEXT, (str, collections.UserString)),
+        (MAPPING, MAPPINGS),
+        (MANY, COLLECTIONS),
+    ):
         if isinstance(value, kinds):
             return family
     if isinstance(value, bytes | bytearray | memoryview):
@@ -118,6 +141,23 @@ def make_key(items: Any, named: Any, nodes: list[Any]) -> str:
     return f"{hash(text):x}"  # the same in every grader: they are started with one hash seed
 
 
+class Stream:
+    """An iterator of the program's: what it has given so far. `kind`: the answer's, `expected`: the canonical one's."""
+
+    def __init__(self, kind: Kind, expected: Kind | None) -> None:
+        self.kind, self.expected, self.count = kind, expected, 0
+        self.items: set[Any] | None = set()
+
+    def add(self, item: Any) -> None:
+        """Count one."""
+        self.count += 1
+        try:
+            if self.items is not None and len(self.items) < MAX_LOOKED:
+                self.items.add(None if isinstance(item, Remote) else item)
+        except TypeError:
+            self.items = None
+
+
 class Observer:
     """Notes the calls of one run. `baseline`: the record of the canonical solution's run, or None. `note`: told of
     each weakness."""
@@ -130,11 +170,25 @@ class Observer:
         self.kinds: dict[str, Kind] = {}
         self.weaknesses: set[str] = set()
         self.answers: dict[int, Any] = {}
-        self.entry_is_class = False
+        self._entry_is_class = False
+        self._late = False
+        self._streams: dict[int, Stream] = {}
         self._tell = note
         self._open_ended = open_ended
         self._mentions_nan = "nan" in test.lower()
         self._seen: collections.Counter[str] = collections.Counter()
+        given = {kind[0] for kind in baseline["kinds"].values()} if baseline else set()
+        # What a function gives whose work is what it changes or prints is nobody's business.
+        self._is_procedure = NOTHING in given and given <= {NOTHING, RAISED}
+
+    @property
+    def entry_is_class(self) -> bool:
+        """Does the problem ask for a class? As the canonical solution says, or without one the program."""
+        return self._entry_is_class and (self.baseline is None or bool(self.baseline["entry_is_class"]))
+
+    def set_entry(self, is_class: bool) -> None:
+        """What the program defines by the name."""
+        self._entry_is_class = is_class
 
     def expect(self, key: str) -> Kind | None:
         """What the canonical solution gave for the call that is about to be noted, if that is known."""
@@ -146,10 +200,17 @@ class Observer:
         expected = self.expect(key)
         return expected is None or bool(expected[4])
 
+    def add_late_change(self) -> bool:
+        """Note that an argument changes after its call; False where the canonical solution's run has none of that."""
+        self._late = True
+        return self.baseline is None or bool(self.baseline["late"])
+
     def add_answer(self, key: str, value: Any, changed: bool) -> None:
         """Note what a call has given."""
         kind = describe_kind(value, changed)
-        if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT):
+        if isinstance(value, Remote):
+            self._streams[get_number(value)] = Stream(kind, self.expect(key))
+        if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT, CALLABLE):
             self.answers[id(value)] = value
         self._compare(key, kind)
         if self.baseline is None and not kind[3] and not self._mentions_nan and _has_nan(value):
@@ -165,9 +226,37 @@ class Observer:
         if len(self.kinds) < MAX_CALLS:
             self.kinds[f"{key}.{self._seen[key]}"] = kind
         self._seen[key] += 1
+        if self._is_procedure and kind[0] != RAISED and expected is not None and expected[0] == NOTHING:
+            return
+        self._require(kind, expected)
+
+    def _require(self, kind: Kind, expected: Kind | None) -> None:
         if expected is not None and not is_compatible(kind, expected, self._open_ended):
             wanted = f"expected {show_kind(expected)}, as the canonical solution gives"
             self.note("kind", f"{wanted}, got {show_kind(kind)}")
+
+    # Answers that are read item by item: how long they are shows when they have ended.
+
+    def follow(self, number: int, iterator: Any) -> None:
+        """An iterator has been taken of the program's object of that number."""
+        stream = self._streams.get(number)
+        if stream is not None and isinstance(iterator, Remote) and get_number(iterator) != number:
+            self._streams[get_number(iterator)] = Stream(stream.kind, stream.expected)
+
+    def add_item(self, number: int, item: Any) -> None:
+        """It has given an item."""
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.add(item)
+
+    def end_stream(self, number: int) -> None:
+        """It has no more."""
+        stream = self._streams.pop(number, None)
+        if stream is None:
+            return
+        stream.kind[1:3] = [stream.count, None if stream.items is None else len(stream.items)]
+        if stream.expected is not None and stream.expected[0] in (MANY, MAPPING, OBJECT, CALLABLE):
+            self._require([MANY, *stream.kind[1:]], [MANY, *stream.expected[1:]])
 
     def note(self, kind: str, text: str, line: int = 0) -> None:
         """Note a weakness, unless the canonical solution's run had it too."""
@@ -190,12 +279,13 @@ class Observer:
             return
         for value in self.answers.values():
             looked_at = not isinstance(value, Remote) or is_used(value) or type(value).__name__ in ("Match", "Pattern")
-            if not looked_at and not (self.entry_is_class and find_family(value) == OBJECT):
+            if not looked_at and not (self.entry_is_class and find_family(value) in (OBJECT, CALLABLE)):
                 self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
 
     def make_record(self, passed: int) -> dict[str, Any]:
         """What the canonical solution's run leaves for those of others."""
-        return {"passed": passed, "calls": self.calls, "kinds": self.kinds, "weaknesses": sorted(self.weaknesses)}
+        noted = {"kinds": self.kinds, "weaknesses": sorted(self.weaknesses), "entry_is_class": self._entry_is_class}
+        return {"passed": passed, "calls": self.calls, "late": self._late, **noted}
 
 
 def _has_nan(value: Any) -> bool:
@@ -206,101 +296,3 @@ def _has_nan(value: Any) -> bool:
         except decimal.DecimalException:
             return True
     return False
-
-
-class Watcher:
-    """Stands in the rewritten tests (instrument.py) where emptiness could satisfy them. `read_original`: an argument as
-    it was before the program had it."""
-
-    stop_iteration = (StopIteration, ProgramStopIterationError)
-
-    def __init__(self, observer: Observer, read_original: Callable[[Any], Any]) -> None:
-        self._observer, self._read_original = observer, read_original
-
-    def original(self, _: int, value: Any) -> Any:
-        """What an oracle reads of an argument."""
-        if isinstance(value, list | tuple) and not self._observer.is_answer(value):
-            found = self._read_original(value)
-            if found is value:
-                parts = [self._read_original(part) for part in value]
-                if any(new is not old for new, old in zip(parts, value, strict=True)):
-                    return type(value)(parts) if type(value) in (list, tuple) else value
-            return found
-        return self._read_original(value)
-
-    def loop(self, line: int, items: Iterable[Any]) -> Iterator[Any]:
-        """A loop of tests over an answer must be entered."""
-        entered = False
-        for item in items:
-            entered = True
-            yield item
-        if not entered and self._is_from_program(items):
-            self._observer.note("loop", "expected an answer to loop over, got an empty one", line)
-
-    def all(self, line: int, items: Iterable[Any]) -> bool:
-        """The builtin."""
-        entered = False
-        for item in items:
-            entered = True
-            if not item:
-                return False
-        if not entered:
-            self._observer.note("all", "expected something to check, got nothing", line)
-        return True
-
-    def all_of(self, line: int, value: Any, *args: Any, **named: Any) -> Any:
-        """`value.all(…)`, of an array; or numpy.all."""
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and not isinstance(value, Remote):
-            checked = args[0] if value is numpy and args else value
-            if value is not numpy and not hasattr(value, "all"):
-                return value.all(*args, **named)
-            if numpy.size(checked) == 0:
-                self._observer.note("all", "expected something to check, got an empty array", line)
-        return value.all(*args, **named)
-
-    def compare(
-        self, line: int, function: Callable[..., Any], first: Any, second: Any, *args: Any, **named: Any
-    ) -> Any:
-        """numpy's comparisons: of nothing with something they hold."""
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and getattr(function, "__module__", "").startswith("numpy"):
-            try:
-                sizes = numpy.size(first), numpy.size(second)
-            except Exception:
-                sizes = (1, 1)
-            if 0 in sizes and sizes[0] != sizes[1]:
-                self._observer.note("compare", "expected as many numbers, got an empty answer", line)
-        return function(first, second, *args, **named)
-
-    def zip(self, line: int, *items: Any, **named: Any) -> Iterator[Any]:
-        """The builtin; an answer must not be the shorter one."""
-        iterators = [iter(item) for item in items]
-        strict = bool(named.get("strict"))
-        while True:
-            row = []
-            for index, iterator in enumerate(iterators):
-                try:
-                    row.append(next(iterator))
-                except StopIteration:
-                    self._end_zip(line, items, iterators, index, strict)
-                    return
-            if not row:
-                return
-            yield tuple(row)
-
-    def _end_zip(self, line: int, items: tuple[Any, ...], iterators: list[Any], ended: int, strict: bool) -> None:
-        others = iterators[ended + 1 :] if ended == 0 else []
-        if ended and strict:
-            raise ValueError(f"zip() argument {ended + 1} is shorter than argument {ended}")
-        if strict and any(next(other, self) is not self for other in others):
-            raise ValueError("zip() argument 2 is longer than argument 1")
-        if self._is_from_program(items[ended]):
-            lengths = [len(item) for item in items if hasattr(type(item), "__len__") and not isinstance(item, Remote)]
-            taken = [len(items[ended])] if hasattr(type(items[ended]), "__len__") else []
-            longer = any(next(other, self) is not self for other in others) if not taken else False
-            if ended > 0 or longer or (taken and lengths and max(lengths) > taken[0]):
-                self._observer.note("zip", "expected as many items as are compared, got fewer", line)
-
-    def _is_from_program(self, items: Any) -> bool:
-        return isinstance(items, Remote) or self._observer.is_answer(items)

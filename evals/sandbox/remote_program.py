@@ -17,6 +17,7 @@ from typing import Any
 
 from laguna_serve.evals.sandbox.objects import ObjectPeer
 from laguna_serve.evals.sandbox.observe import Observer, make_key
+from laguna_serve.evals.sandbox.pipe import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.proxies import (
     ASYNC_SPECIALS,
     SPECIALS,
@@ -24,11 +25,12 @@ from laguna_serve.evals.sandbox.proxies import (
     Remote,
     operate_on,
 )
-from laguna_serve.evals.sandbox.rpc import CHANGEABLE, Call, PeerExit, PeerGone, Unsendable
+from laguna_serve.evals.sandbox.rpc import CHANGEABLE, Call
 from laguna_serve.evals.sandbox.values import Decoder, Node
 from laguna_serve.evals.sandbox.worker import MODULE, VALUE
 
 SPACE, ENTRY = 0, 1
+NEXT = ("__next__", "__anext__")
 # Objects whose attributes lead out of the tests: only these may be read of them.
 GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 CLOSED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, *GENERATORS)
@@ -60,7 +62,7 @@ class RemoteProgram(ObjectPeer):
             candidate = self.resolve(str(node[0]), node[1], [])
         except (LookupError, TypeError, ValueError) as error:
             raise PeerGone(f"expected a program, got {str(node)[:60]}") from error
-        self._observer.entry_is_class = isinstance(candidate, type) or bool(node[1]["class"])
+        self._observer.set_entry(isinstance(candidate, type) or bool(node[1]["class"]))
         return candidate
 
     def read_global(self, name: str) -> Any:
@@ -125,13 +127,18 @@ class RemoteProgram(ObjectPeer):
             value = super().call(number, operation, args, named)
             if observed:
                 self._observer.add_answer(self._key, value, self._changed)
+            elif operation == "__iter__":
+                self._observer.follow(number, value)
+            elif operation in NEXT:
+                self._observer.add_item(number, value)
             return value
         except (PeerGone, Unsendable):
             raise
         except (StopIteration, StopAsyncIteration) as error:
             if observed:
                 self._observer.add_exception(self._key, self._changed)
-            if operation in ("__next__", "__anext__"):
+            if operation in NEXT:
+                self._observer.end_stream(number)
                 raise
             raise ProgramStopIterationError(f"{type(error).__name__}: {error}") from None
         except (Exception, PeerExit, SystemExit, KeyboardInterrupt):
@@ -191,6 +198,10 @@ class RemoteProgram(ObjectPeer):
                 value = call.encoder.objects[index]
                 self._originals[id(value)] = (value, call.encoder.nodes, index, [])
         super().take_changes(call, decoder)
+
+    def may_change_kept(self) -> bool:
+        """Where the canonical solution makes no late changes, nobody does."""
+        return self._observer.add_late_change()
 
     def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
         """The result; an argument that is itself the answer has no original any more."""

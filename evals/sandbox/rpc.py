@@ -7,16 +7,17 @@ an answer may be one of them. Frames are bounded in size. What values may travel
 
 Messages are JSON lists: ["call", number, operation, items, named items, nodes, options], the operation "" for a plain
 call; ["done" | "raised", item | description, {own node: content}, nodes, options]; ["unsendable", text].
+Options "kept" and "keep" are of arguments that outlive their call (kept.py).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from laguna_serve.evals.sandbox.kept import MAX_KEPT, TAGS, Kept, count_references
+from laguna_serve.evals.sandbox.pipe import PeerGone, Pipe, Unsendable
 from laguna_serve.evals.sandbox.values import (
     MUTABLE,
     Bounds,
@@ -32,19 +33,6 @@ TEXT_CHARS = 500
 CHANGEABLE = frozenset((*MUTABLE, "record"))
 
 
-# The three below must pass through a test's `except Exception`.
-class PeerGone(BaseException):
-    """The other side ended, or said something that is no message."""
-
-
-class Unsendable(BaseException):
-    """A value or an operation that cannot cross: nothing can be said about it."""
-
-
-class PeerExit(BaseException):
-    """The other side's call raised SystemExit or the like, which must not end this side."""
-
-
 @dataclass(slots=True)
 class Call:
     """One call that is under way: what was sent, and the objects that it stands for."""
@@ -57,15 +45,16 @@ class Call:
     changes: dict[int, Node] = field(default_factory=dict)
 
 
-class Peer:
+class Peer(Pipe):
     """One end of the pipe. Numbers of this side's objects begin at 0."""
 
     def __init__(self, fd: int, message_bytes: int) -> None:
-        self._fd, self._message_bytes = fd, message_bytes
+        super().__init__(fd, message_bytes)
         # Half of the bytes of a message: what it could have held as plain numbers.
         self.bounds = Bounds(message_bytes // 2)
         self.exported: list[Any] = []
         self._numbers: dict[int, int] = {}
+        self._kept_here, self._kept_there = Kept(), Kept()
 
     # What the two ends do differently.
 
@@ -100,6 +89,10 @@ class Peer:
     def take_options(self, options: dict[str, Any]) -> None:
         """Take the options of an answer."""
 
+    def may_change_kept(self) -> bool:
+        """Are later changes of kept arguments written into the caller's?"""
+        return True
+
     def take_changes(self, call: Call, decoder: Decoder) -> None:
         """Write back what a call has changed."""
         for index, node in call.changes.items():
@@ -127,7 +120,10 @@ class Peer:
         try:
             items = [encoder.encode(arg) for arg in args]
             call = Call(number, operation, encoder, items, {key: encoder.encode(arg) for key, arg in named.items()})
-            self._send(["call", number, operation, items, call.named, encoder.nodes, self.list_options(call)])
+            options = self.list_options(call)
+            if changes := self._kept_there.list_changes():
+                options = {**options, "kept": changes}
+            self.send(["call", number, operation, items, call.named, encoder.nodes, options])
         except UnsendableError as error:
             raise Unsendable(str(error)) from error
         while True:
@@ -153,6 +149,7 @@ class Peer:
             self.take_options(options)
             decoder = Decoder(nodes, self.resolve, self.bounds, call.encoder.objects)
             self.take_changes(call, decoder)
+            self._take_kept(call, options)
             if kind == "done":
                 return self.take_result(call, said, decoder)
             if kind != "raised":
@@ -163,6 +160,15 @@ class Peer:
         except UNREADABLE as trouble:
             raise PeerGone(f"expected an answer, got {str(message)[:60]}") from trouble
         raise error
+
+    def _take_kept(self, call: Call, options: dict[str, Any]) -> None:
+        """What has become of arguments that the other side has kept, and those that it keeps of this call."""
+        if changes := options.get("kept"):
+            self._kept_there.take(changes, self.may_change_kept())
+        for index in options.get("keep", []):
+            if len(self._kept_there) >= MAX_KEPT or index < 0:
+                raise ValueError("expected the number of an argument that may be kept")
+            self._kept_there.add(call.encoder.objects[index], call.encoder.nodes[index][0])
 
     def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
         """The result of a call."""
@@ -175,7 +181,7 @@ class Peer:
 
     def say(self, kind: str, value: Any) -> None:
         """Send a message that is no call."""
-        self._send([kind, value])
+        self.send([kind, value])
 
     def _serve(self, message: list[Any]) -> None:
         """Run one of our functions for the other side, and answer."""
@@ -188,29 +194,45 @@ class Peer:
             if kind != "call" or isinstance(number, bool) or number < 0:
                 raise ValueError("no call")
             value = self.exported[number]
+            self._kept_here.take(options.get("kept", {}))
         except UnsendableError as trouble:
-            return self._send(["unsendable", str(trouble)])
+            return self.send(["unsendable", str(trouble)])
         except UNREADABLE as trouble:
             raise PeerGone(f"expected a call, got {str(message)[:60]}") from trouble
         leave = self.enter(options)
+        indices = [index for index, node in enumerate(nodes) if node[0] in TAGS][:MAX_KEPT]
+        before = count_references(map(decoder.objects.__getitem__, indices))
         try:
             try:
                 result = self.operate(value, str(operation), args, keywords)
             finally:
                 more = leave()
-            self._answer(decoder, result, None, more)
+            after = count_references(map(decoder.objects.__getitem__, indices))
+            kept = [index for index, was, now in zip(indices, before, after, strict=True) if now > was]
+            self._answer(decoder, result, None, {**more, **self._keep(decoder, kept)})
         except (PeerGone, Unsendable) as trouble:
             if isinstance(trouble, PeerGone):
                 raise
-            self._send(["unsendable", str(trouble)])
+            self.send(["unsendable", str(trouble)])
         except UnsendableError as trouble:
-            self._send(["unsendable", str(trouble)])
+            self.send(["unsendable", str(trouble)])
         except BaseException as trouble:
             try:
                 self._answer(decoder, None, trouble, more)
             except UnsendableError as second:
-                self._send(["unsendable", str(second)])
+                self.send(["unsendable", str(second)])
         return None
+
+    def _keep(self, decoder: Decoder, indices: list[int]) -> dict[str, Any]:
+        """The options of an answer that tell of kept arguments: changes of earlier ones, and new ones."""
+        options: dict[str, Any] = {}
+        if changes := self._kept_here.list_changes():
+            options["kept"] = changes
+        if keep := indices[: MAX_KEPT - len(self._kept_here)]:
+            options["keep"] = keep
+            for index in keep:
+                self._kept_here.add(decoder.objects[index], decoder.nodes[index][0])
+        return options
 
     def _answer(self, decoder: Decoder, result: Any, error: BaseException | None, options: dict[str, Any]) -> None:
         known = {id(value): index for index, value in enumerate(decoder.objects) if decoder.nodes[index][0] != "yours"}
@@ -226,49 +248,7 @@ class Peer:
                 now = encoder.encode_content(decoder.objects[index], node)
                 if not _is_same(now, node):
                     changes[index] = now
-        self._send(["done" if error is None else "raised", said, changes, encoder.nodes, options])
-
-    # The pipe.
-
-    def receive(self) -> list[Any]:
-        """The next message: a list that begins with its kind.
-
-        Raises:
-            PeerGone: the other side ended or said something else.
-        """
-        size = int.from_bytes(self._read(4), "big")
-        if size > self._message_bytes:
-            raise PeerGone(f"expected a message of at most {self._message_bytes} bytes, got one of {size}")
-        try:
-            message = json.loads(self._read(size))
-        except (ValueError, RecursionError, MemoryError) as error:
-            raise PeerGone(f"expected a message, got bytes that are none ({type(error).__name__})") from error
-        if not isinstance(message, list) or not message:
-            raise PeerGone(f"expected a message, got a {type(message).__name__}")
-        return message
-
-    def _send(self, message: list[Any]) -> None:
-        data = json.dumps(message, separators=(",", ":")).encode()
-        if len(data) > self._message_bytes:
-            raise UnsendableError(f"expected a value of at most {self._message_bytes} bytes, got {len(data)}")
-        view = memoryview(len(data).to_bytes(4, "big") + data)
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            raise PeerGone("the other side has ended") from error
-
-    def _read(self, size: int) -> bytes:
-        parts = bytearray()
-        try:
-            while len(parts) < size:
-                part = os.read(self._fd, min(size - len(parts), 1 << 20))
-                if not part:
-                    raise PeerGone("the other side has ended")
-                parts += part
-        except OSError as error:
-            raise PeerGone("the other side has ended") from error
-        return bytes(parts)
+        self.send(["done" if error is None else "raised", said, changes, encoder.nodes, options])
 
 
 def _is_same(now: Node, before: Node) -> bool:

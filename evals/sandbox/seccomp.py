@@ -1,9 +1,14 @@
-"""A system-call filter (seccomp) for model-written code: one process, no network, no signals to others.
+"""A system-call filter (seccomp) for model-written code: what a computation in one process needs, and nothing else.
 
-It needs no privilege, so it holds where namespaces cannot be had, too. Refused (EPERM): starting processes (threads are
-allowed), sockets other than a pair of one's own, signals to another process, memory outside of the address-space limit
-(memfd, System V shared memory), new namespaces and mounts, tracing, keys, io_uring, bpf and their like.
-Numbers of x86-64 and aarch64 are from Linux' syscall tables; https://docs.kernel.org/userspace-api/seccomp_filter.html.
+An allow-list: a call that is not named is refused (EPERM; those newer than Linux 5.1: ENOSYS, upon which the C library
+falls back to older ones). So there is no second process, no network, no signal or priority of another process, no
+memory outside of the address-space limit, no tracing, keys, queues, mounts, io_uring, bpf. Where an argument decides,
+it is looked at: signals go to the process itself alone, also by way of a file's owner (F_SETOWN, F_NOTIFY, leases);
+sockets are connected pairs, and what is sent takes no address; an `ioctl` asks, and sets nothing on a device.
+
+It needs no privilege. Where the program sees the user's files (no namespaces), it must not change their modes, owners,
+times and attributes either: Landlock has no say in that.
+Which calls: system_calls.py; https://docs.kernel.org/userspace-api/seccomp_filter.html.
 """
 
 from __future__ import annotations
@@ -13,76 +18,53 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Iterable
 
-# name: (x86-64, aarch64); None where the machine lacks the call.
-DENIED: dict[str, tuple[int | None, int | None]] = {
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "socket": (41, 198),
-    "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438),
-    "setsid": (112, 157),
-    "setpgid": (109, 154),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsmount": (432, 432),
-    "mount_setattr": (442, 442),
-    "open_by_handle_at": (304, 265),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "personality": (135, 92),
+from laguna_serve.evals.sandbox.system_calls import ALLOWED, ATTRIBUTES, OWN, OWN_OR_ZERO
+
+# Which argument must have one of which values.
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks, F_GETOWN, F_OFD_*, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS.
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 9, 36, 37, 38, 1030, 1032, 1034)
+# TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
+IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_GET_SECCOMP, PR_CAPBSET_READ, PR_GET_NO_NEW_PRIVS, PR_SET_VMA.
+PRCTL = (3, 15, 16, 21, 23, 39, 0x53564D41)
+CHOSEN: dict[str, tuple[tuple[int | None, int | None], int, tuple[int, ...]]] = {
+    "fcntl": ((72, 25), 1, FCNTL),
+    "ioctl": ((16, 29), 1, IOCTL),
+    "prctl": ((157, 167), 0, PRCTL),
 }
-CLONE, CLONE3 = (56, 220), (435, 435)
-# The first argument must be this process (for prlimit64: or 0, which means the same).
-KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
+CLONE, CLONE3, SOCKETPAIR, SENDTO, OPEN, OPENAT = (56, 220), (435, 435), (53, 199), (44, 206), (2, None), (257, 56)
+CLONE_THREAD, AF_UNIX, SOCK_STREAM, SOCK_TYPE, MSG_OOB = 0x00010000, 1, 1, 0xF, 1
+# Opening neither for reading nor for writing (3) is no access to Landlock; truncating a file opened for reading is one
+# that it knows only since its third version.
+O_ACCMODE, O_TRUNC = 0o3, 0o1000
+TRUNCATES = O_ACCMODE | O_TRUNC
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32 = 0x40000000
-CLONE_THREAD = 0x00010000
+# From here on numbers are those of calls that are newer than Linux 5.1.
+FIRST_NEW = 424
 # Offsets in struct seccomp_data: number, architecture, low word of the first argument (both machines: little endian).
 NUMBER, ARCH, ARGUMENT = 0, 4, 16
-LOAD, JUMP, IF_EQUAL, IF_AT_LEAST, IF_SET, RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
+LOAD, AND, JUMP, IF_EQUAL, IF_AT_LEAST, IF_SET, RETURN = 0x20, 0x54, 0x05, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL_PROCESS, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+INSTRUCTION, FULL, HIGH = 8, 0xFFFFFFFF, 4
+
+
+def _pack(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+PERMIT, DENY, LACK = _pack(RETURN, ALLOW), _pack(RETURN, REFUSE | errno.EPERM), _pack(RETURN, REFUSE | errno.ENOSYS)
 
 
 class FilterError(OSError):
     """The kernel takes no filter, or the machine's numbers are not known."""
 
 
-def install_filter(pid: int) -> None:
-    """Put this process, whose id it sees as `pid`, under the filter for good.
+def install_filter(pid: int, own_files: bool = True) -> None:
+    """Put this process, whose id it sees as `pid`, under the filter for good. `own_files`: it sees no one else's.
 
     Raises:
         FilterError: it cannot be.
@@ -91,45 +73,85 @@ def install_filter(pid: int) -> None:
     if machine not in AUDIT_ARCH:
         raise FilterError(f"system-call filter: expected x86_64 or aarch64, got {machine}")
     libc = ctypes.CDLL(None, use_errno=True)
-    code = build_filter(machine, pid)
+    code = build_filter(machine, pid, own_files)
     buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    program = struct.pack("HxxxxxxP", len(code) // INSTRUCTION, ctypes.addressof(buffer))
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0):
         raise FilterError(f"system-call filter: {os.strerror(ctypes.get_errno())}")
 
 
-def build_filter(machine: str, pid: int) -> bytes:
-    """The filter as BPF: a first part of plain refusals, then one block for each call whose argument decides."""
+def build_filter(machine: str, pid: int, own_files: bool) -> bytes:
+    """The filter as BPF: a search for the call's number, at whose end is what becomes of it."""
     column = list(AUDIT_ARCH).index(machine)
-    refuse, allow = _pack(RETURN, REFUSE | errno.EPERM), _pack(RETURN, ALLOW)
-    code = [
-        _pack(LOAD, ARCH),
-        _pack(IF_EQUAL, AUDIT_ARCH[machine], 1, 0),
-        _pack(RETURN, KILL_PROCESS),
-        _pack(LOAD, NUMBER),
-        # The x32 numbers of x86-64 would be another way to the same calls.
-        _pack(IF_AT_LEAST, X32, 0, 1),
-        _pack(RETURN, KILL_PROCESS),
-        # The C library falls back to clone, whose flags a filter can read.
-        _pack(IF_EQUAL, CLONE3[column], 0, 1),
-        _pack(RETURN, REFUSE | errno.ENOSYS),
-    ]
-    for numbers in DENIED.values():
+    bodies: dict[int, bytes] = {}
+
+    def add(numbers: tuple[int | None, int | None], *body: bytes) -> None:
         if (number := numbers[column]) is not None:
-            code += [_pack(IF_EQUAL, number, 0, 1), refuse]
-    code += [
-        _pack(IF_EQUAL, CLONE[column], 0, 4),
-        _pack(LOAD, ARGUMENT),
-        _pack(IF_SET, CLONE_THREAD, 0, 1),
-        allow,
-        refuse,
-    ]
-    for numbers, own in ((KILL, (pid,)), (TGKILL, (pid,)), (PRLIMIT, (0, pid))):
-        block = [_pack(IF_EQUAL, value, 0, 1) + allow for value in own]
-        code += [_pack(IF_EQUAL, numbers[column], 0, 2 + 2 * len(own)), _pack(LOAD, ARGUMENT), *block, refuse]
-    code.append(allow)
-    return b"".join(code)
+            bodies[number] = b"".join(body)
+
+    for numbers in (ALLOWED | (ATTRIBUTES if own_files else {})).values():
+        add(numbers, PERMIT)
+    for numbers in OWN.values():
+        add(numbers, _one_of(0, (pid,)))
+    for numbers in OWN_OR_ZERO.values():
+        add(numbers, _one_of(0, (0, pid)))
+    for numbers, argument, values in CHOSEN.values():
+        add(numbers, _one_of(argument, values))
+    add(CLONE, _unless_set(0, CLONE_THREAD, DENY), PERMIT)
+    # A pair of datagram sockets would take an address at any time.
+    add(SOCKETPAIR, _unless_equal(0, AF_UNIX, DENY), _unless_equal(1, SOCK_STREAM, DENY, SOCK_TYPE), PERMIT)
+    without_address = _unless_equal(4, 0, DENY) + _unless_equal(4, 0, DENY, word=HIGH)
+    add(SENDTO, without_address, _unless_equal(3, 0, DENY, MSG_OOB), PERMIT)
+    for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
+        refusals = [_if_equal(argument, O_ACCMODE, DENY, O_ACCMODE), _if_equal(argument, O_TRUNC, DENY, TRUNCATES)]
+        add(numbers, *refusals, PERMIT)
+    add(CLONE3, LACK)  # clone is taken instead, whose flags a filter can read
+    return b"".join(
+        [
+            _pack(LOAD, ARCH),
+            _pack(IF_EQUAL, AUDIT_ARCH[machine], 1, 0),
+            _pack(RETURN, KILL_PROCESS),
+            _pack(LOAD, NUMBER),
+            _search(_list_ranges(bodies)),
+        ]
+    )
 
 
-def _pack(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    return struct.pack("HBBI", code, if_true, if_false, value)
+def _list_ranges(bodies: dict[int, bytes]) -> list[tuple[int, bytes]]:
+    """What becomes of every number: the first ones of ranges, and the code for a range."""
+    ranges: list[tuple[int, bytes]] = []
+    for number in range(max(FIRST_NEW, *bodies) + 2):
+        body = bodies.get(number, DENY if number < FIRST_NEW else LACK)
+        if not ranges or ranges[-1][1] != body:
+            ranges.append((number, body))
+    # The x32 numbers of x86-64 would be another way to the same calls.
+    return [*ranges, (X32, _pack(RETURN, KILL_PROCESS))]
+
+
+def _search(ranges: list[tuple[int, bytes]]) -> bytes:
+    """A binary search, which the kernel also walks once for every number that there is (as it remembers the result)."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    left, right = _search(ranges[:middle]), _search(ranges[middle:])
+    return _pack(IF_AT_LEAST, ranges[middle][0], 0, 1) + _pack(JUMP, len(left) // INSTRUCTION) + left + right
+
+
+def _one_of(argument: int, values: Iterable[int]) -> bytes:
+    """Permit where the argument is one of the values."""
+    tests = [_pack(IF_EQUAL, value, 0, 1) + PERMIT for value in values]
+    return b"".join((_pack(LOAD, ARGUMENT + 8 * argument), *tests, DENY))
+
+
+def _if_equal(argument: int, value: int, body: bytes, mask: int = FULL) -> bytes:
+    """The body, which must return, where the masked argument is the value."""
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(AND, mask) + _pack(IF_EQUAL, value, 0, 1) + body
+
+
+def _unless_equal(argument: int, value: int, body: bytes, mask: int = FULL, word: int = 0) -> bytes:
+    load = _pack(LOAD, ARGUMENT + 8 * argument + word)
+    return load + _pack(AND, mask) + _pack(IF_EQUAL, value, 1, 0) + body
+
+
+def _unless_set(argument: int, flag: int, body: bytes) -> bytes:
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(IF_SET, flag, 1, 0) + body

@@ -7,9 +7,9 @@ over a pipe that carries values and references, never code (rpc.py). What the pr
 limits and the filter, but sees the file system and the installed packages, as HumanEval+'s tests want numpy.
 
 Both are killed from outside when the grader has ended or the time is up, and with the jail's first process everything
-in it. Where the system allows no user namespaces there is no jail: `find_obstacle` tells why. Without namespaces the
-limits and the filter (no network, no second process, no signals to others) still hold, but the program can read and
-write what the user can; callers must ask for that by name.
+in it. What keeps the program from files and processes is the caller's choice (`Limits.walls`): namespaces that the jail
+makes, those that bubblewrap makes, or Landlock. What cannot be had here is refused, and `find_obstacle` tells why;
+choice.py takes the first that can. docs/threat-model.md says who is kept out of what by which of them.
 """
 
 from __future__ import annotations
@@ -21,35 +21,26 @@ import json
 import math
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.sandbox.bubblewrap import Enclosed, is_installed
+from laguna_serve.evals.sandbox.jail import NOT_WALLED
+from laguna_serve.evals.sandbox.landlock import find_version
+from laguna_serve.evals.sandbox.other_user import choose_id
+from laguna_serve.evals.sandbox.report import KEY_BYTES, ForgedError, Seal
+from laguna_serve.evals.sandbox.scratch import Scratch, make_scratch
+from laguna_serve.evals.sandbox.servers import ONE_THREAD, START_S, Process, ServerError, spawn
 
-# The children start without site-packages and without this project installed: they get its name and its folder.
-BOOT = """
-import sys, types
-folder = sys.argv.pop()
-for name, path in (("laguna_serve", []), ("laguna_serve.evals", []), ("laguna_serve.evals.sandbox", [folder])):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = path
-from laguna_serve.evals.sandbox.jail import main
-main()
-"""
-# -I would ignore the hash seed, without which sets are in another order each time; nothing else is in the environment.
-PYTHON = [sys.executable, "-P", "-s", "-S", "-c", BOOT]
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-# numpy's BLAS starts a thread per core otherwise.
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
 # Where the packages that a program may import are mounted.
 PACKAGES_FOLDER = "/packages"
@@ -64,9 +55,19 @@ LIBRARIES = (
     "/usr/share/zoneinfo",
 )
 PACKAGES = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
-# How long processes may take to start on a starved machine, to disappear when killed, and to end when done for.
-START_S, REAP_S, END_S = 60.0, 30.0, 1.0
+# How long processes may take to disappear when killed, and to end when done for.
+REAP_S, END_S = 30.0, 1.0
 CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
+# Where no mount bounds what a program writes: how often it is measured, and the share that one file may have.
+MEASURE_S, FILE_SHARE = 0.05, 8
+OBSTACLE_TRIES = 3
+# What the judge says of single tests (grader.py), and where it is counted.
+SIGNS = {b"+": "passed", b"!": "weak", b"-": "failed", b"?": "unjudged", b"~": "unmet"}
+REMEDY = (
+    "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"
+    " do without walls (none), where a program can give itself any reward"
+)
+Walls = Literal["namespaces", "bubblewrap", "landlock", "none"]
 PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
 PROBE_PROGRAM = "def f():\n    return 1\n"
 
@@ -75,10 +76,15 @@ class JailError(RuntimeError):
     """The jail could not be set up: a fault of the system, never of the program."""
 
 
+class WallError(JailError):
+    """Because this system, or this user on it, cannot have the walls that were asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program gets. `namespaces=False` gives up the walls around files and processes. `packages`: names of
-    installed packages that the program may import, as ("numpy",); numpy wants memory_bytes of 1 GiB or more."""
+    """What one program gets. `walls`: around files and processes; "none" gives them up, so that a program can do what
+    the user can, its own reward included. `packages`: names of installed packages that the program may import, as
+    ("numpy",); numpy wants memory_bytes of 1 GiB or more."""
 
     wall_s: float = 20.0
     cpu_s: int = 8
@@ -89,7 +95,7 @@ class Limits:
     threads: int = 32
     message_bytes: int = 16 << 20
     output_bytes: int = 4096
-    namespaces: bool = True
+    walls: Walls = "namespaces"
     packages: tuple[str, ...] = ()
 
 
@@ -101,7 +107,8 @@ class Trial:
     the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls,
     to compare other programs with; `probes`: which universal wrong answers pass, as published and strictly;
     `exit_code`: the worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and
-    stderr.
+    stderr; `walls`: those that the worker has said to be up before it ran the program; `breach`: what the program was
+    ended for, having written too much or a report in the judge's name.
     """
 
     passed: int = 0
@@ -116,6 +123,8 @@ class Trial:
     timed_out: bool = False
     exit_code: int | None = None
     output: bytes = b""
+    walls: str = ""
+    breach: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +135,12 @@ class _Pipe:
 
 @dataclass(slots=True)
 class _Child:
-    process: subprocess.Popen[bytes]
+    process: Process | Enclosed
     ready_fd: int
     output_fd: int
     output: bytearray = field(default_factory=bytearray)
-    started: bool = False
+    # What it said when its walls were up: which ones.
+    started: bytes = b""
     # The process that we know is outside of the jail: told to end, it kills the jail's first one and buries it.
     has_watcher: bool = False
 
@@ -145,22 +155,35 @@ def run_trial(
     Raises:
         JailError: the jail could not be set up.
     """
-    directory: str | None = None
+    try:
+        return _run(problem, program, limits, baseline, probes)
+    except ServerError as error:
+        raise JailError(str(error)) from error
+    except WallError as error:
+        raise WallError(f"{error}; {REMEDY}") from None
+
+
+def _run(problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None, probes: bool) -> Trial:
+    scratch: Scratch | None = None
     trial = Trial()
     with contextlib.ExitStack() as stack:
-        if not limits.namespaces:
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="jail-"))
+        if limits.walls != "namespaces":
+            scratch = stack.enter_context(make_scratch(limits.temporary_bytes))
         installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        inside = [PACKAGES_FOLDER] if limits.namespaces else installed
+        mounted = limits.walls in ("namespaces", "bubblewrap")
+        inside = [PACKAGES_FOLDER] if mounted else installed
+        directory = scratch.path if scratch and not mounted else "/tmp"
         worker_config = {
             "program": program,
             "entry_point": problem.entry_point,
             "shared": sorted(set(CLASS.findall(problem.prompt + "\n" + problem.test)) - {problem.entry_point}),
             "packages": inside if limits.packages else [],
-            "directory": directory or "/tmp",
-            "environment": ({"TMPDIR": directory} if directory else {}) | (ONE_THREAD if limits.packages else {}),
+            "directory": directory,
+            "environment": ({} if mounted else {"TMPDIR": directory}) | (ONE_THREAD if limits.packages else {}),
         }
+        key = secrets.token_bytes(KEY_BYTES)
         grader_config = {
+            "key": key.hex(),
             "test": problem.test,
             "prompt": problem.prompt,
             "entry_point": problem.entry_point,
@@ -171,30 +194,40 @@ def run_trial(
             "directory": "/",
             "environment": ONE_THREAD,
         }
-        report = stack.enter_context(_open_pipe())
+        # Sockets: what /proc shows of a pipe can be opened anew, at either end.
+        report, reporter = socket.socketpair()
+        stack.enter_context(report)
         ours, theirs = socket.socketpair()
         # The children's ends are theirs alone, or nobody would see them end.
-        with ours, theirs, report.writing:
-            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), -1))
+        with ours, theirs, reporter:
+            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), [], scratch=scratch))
+            reporting = [reporter.fileno()]
+            imported = ("numpy",) if "numpy" in problem.test else ()
             grader = stack.enter_context(
-                _start("grader", grader_config, _loosen(limits), ours.fileno(), report.writing.fileno())
+                _start("grader", grader_config, _loosen(limits), ours.fileno(), reporting, imported)
             )
-        _listen(trial, worker, grader, report.reading.fileno(), limits)
+        _listen(trial, worker, grader, report.fileno(), limits, Seal(key), scratch)
         _stop(worker, grader)
         trial.output = bytes(worker.output + grader.output)[: limits.output_bytes]
     return trial
 
 
 @functools.cache
-def find_obstacle() -> str | None:
-    """Why the jail does not work here, or None; really tried, once."""
-    try:
-        trial = run_trial(PROBE, PROBE_PROGRAM, Limits())
-    except (JailError, OSError) as error:
-        return str(error)
-    if (trial.passed, trial.ending) != (1, "ended"):
-        return f"sandbox: expected a program of one line to run, got {trial}"
-    return None
+def find_obstacle(walls: Walls = "namespaces") -> str | None:
+    """Why these walls cannot be had here, or None; really tried, and anew where a busy machine may be to blame."""
+    obstacle = None
+    for _ in range(OBSTACLE_TRIES):
+        try:
+            trial = _run(PROBE, PROBE_PROGRAM, Limits(walls=walls), None, probes=False)
+        except WallError as error:
+            return str(error)
+        except (JailError, OSError) as error:
+            obstacle = str(error)
+            continue
+        if (trial.passed, trial.ending) == (1, "ended"):
+            return None
+        obstacle = f"sandbox: expected a program of one line to run, got {trial}"
+    return obstacle
 
 
 @contextlib.contextmanager
@@ -205,41 +238,67 @@ def _open_pipe() -> Iterator[_Pipe]:
 
 
 @contextlib.contextmanager
-def _start(role: str, config: dict[str, Any], limits: Limits, wire: int, report: int) -> Iterator[_Child]:
+def _start(
+    role: str,
+    config: dict[str, Any],
+    limits: Limits,
+    wire: int,
+    report: list[int],
+    packages: tuple[str, ...] = (),
+    scratch: Scratch | None = None,
+) -> Iterator[_Child]:
+    """A child of a role. `packages`: those that the fork server is to have imported; `scratch`: a worker's folder."""
+    config = config | _describe_walls(limits, role)
+    mode = config["mode"]
+    folders = tuple(config["packages"]) if packages else ()
     with _open_pipe() as ready, _open_pipe() as output:
-        fds = [ready.writing.fileno(), wire, report]
-        with tempfile.TemporaryFile() as file, ready.writing, output.writing:
-            file.write(json.dumps(config | _describe_walls(limits)).encode())
+        with open(os.memfd_create("config"), "w+b") as file, ready.writing, output.writing:
+            file.write(json.dumps(config).encode())
             file.seek(0)
-            process = subprocess.Popen(
-                [*PYTHON, role, *map(str, fds), str(Path(__file__).resolve().parent)],
-                stdin=file,
-                stdout=output.writing,
-                stderr=output.writing,
-                env=ENVIRONMENT,
-                cwd="/",
-                pass_fds=[fd for fd in fds if fd >= 0],
-                start_new_session=True,
-            )
-        child = _Child(process, ready.reading.fileno(), output.reading.fileno(), has_watcher=limits.namespaces)
+            fds = [file.fileno(), output.writing.fileno(), ready.writing.fileno(), wire, *report]
+            process: Process | Enclosed
+            if scratch and mode == "bubblewrap":
+                process = Enclosed(config, scratch.path, fds)
+            else:
+                process = spawn(role, fds, Path(__file__).resolve().parent, folders, packages)
+        child = _Child(process, ready.reading.fileno(), output.reading.fileno(), has_watcher=mode == "namespaces")
         try:
             yield child
         finally:
-            _stop(child)
+            try:
+                _stop(child)
+            finally:
+                process.close()
 
 
 def _loosen(limits: Limits) -> Limits:
     """The grader's limits: it runs the problem's own code, which may be large and may use numpy."""
     cpu_s = math.ceil(limits.wall_s) + 1
-    return replace(limits, cpu_s=cpu_s, memory_bytes=GRADER_MEMORY_BYTES, open_files=GRADER_FILES, namespaces=False)
+    return replace(limits, cpu_s=cpu_s, memory_bytes=GRADER_MEMORY_BYTES, open_files=GRADER_FILES)
 
 
-def _describe_walls(limits: Limits) -> dict[str, Any]:
+def _describe_walls(limits: Limits, role: str) -> dict[str, Any]:
+    """What the jail is to put up around a process; the grader has limits and a filter alone.
+
+    Raises:
+        JailError: this system lacks it.
+    """
+    mode = limits.walls if role == "worker" else "judge"
+    landlock = find_version() if mode not in ("judge", "none") else 0
+    if mode == "landlock" and not landlock:
+        raise WallError("sandbox: expected a kernel with Landlock (Linux 5.13 or newer, lsm=…,landlock), got none")
+    if mode == "bubblewrap" and not is_installed():
+        raise WallError("sandbox: expected bubblewrap to be installed, got no bwrap")
     names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
     walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
     paths = _list_paths()
     readable = [*paths["readable"], *_find_packages(limits.packages)]
-    return walls | {"namespaces": limits.namespaces, "as_root": os.getuid() == 0, **paths, "readable": readable}
+    as_root = os.getuid() == 0
+    user = choose_id() if as_root and mode not in ("namespaces", "judge") else None
+    if mode in ("bubblewrap", "landlock", "none"):
+        walls["file_bytes"] = min(limits.file_bytes, limits.temporary_bytes // FILE_SHARE)
+    more = {"mode": mode, "landlock": landlock, "as_root": as_root, "user": user}
+    return walls | more | {**paths, "readable": readable}
 
 
 @functools.cache
@@ -274,7 +333,9 @@ def _list_paths() -> dict[str, list[Any]]:
     return {"readable": readable, "hidden": sorted(hidden)}
 
 
-def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: Limits) -> None:
+def _listen(
+    trial: Trial, worker: _Child, grader: _Child, report: int, limits: Limits, seal: Seal, scratch: Scratch | None
+) -> None:
     """Read what both say until the grader has ended or the time is up, which runs from when both have started.
 
     Output beyond the limit is read and dropped.
@@ -282,65 +343,84 @@ def _listen(trial: Trial, worker: _Child, grader: _Child, report: int, limits: L
     Raises:
         JailError: one of them did not start.
     """
-    deadline, verdict = time.monotonic() + START_S, bytearray()
+    deadline, unread = time.monotonic() + START_S, bytearray()
+    period = MEASURE_S if scratch else START_S
+    measured = time.monotonic()
     with selectors.DefaultSelector() as selector:
         for child in (worker, grader):
             selector.register(child.output_fd, selectors.EVENT_READ, child)
             selector.register(child.ready_fd, selectors.EVENT_READ, child)
         selector.register(report, selectors.EVENT_READ)
         while report in selector.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(min(left, period)):
                 data, child = os.read(key.fd, 1 << 16), key.data
                 if not data or (child and key.fd == child.ready_fd):
                     selector.unregister(key.fd)
                 if child is None:
-                    _count(trial, data, verdict)
+                    _read_report(trial, data, unread, seal)
                 elif key.fd == child.output_fd:
                     child.output += data[: limits.output_bytes - len(child.output)]
                 else:
-                    child.started = bool(data)
-                    deadline = time.monotonic() + limits.wall_s
+                    child.started = data
+                    if worker.started and grader.started:
+                        deadline = time.monotonic() + limits.wall_s
+            if scratch and not trial.breach and time.monotonic() - measured > MEASURE_S:
+                if excess := scratch.find_excess():
+                    trial.breach = f"temporary files: {excess}"
+                    worker.process.send_signal(signal.SIGKILL)
+                measured = time.monotonic()
         trial.timed_out = report in selector.get_map()
-    if verdict:
-        with contextlib.suppress(ValueError):  # the grader was killed while it wrote
-            said = json.loads(verdict)
-            trial.ending, trial.detail = said["ending"], said["detail"]
-            trial.record, trial.probes = said.get("record"), said.get("probes")
     for child in (worker, grader):
         # The grader may have come to its end without the worker: the tests do not load, or it ran probes.
         if not child.started and trial.ending in (None, "gone"):
             _stop(worker, grader)
             said = child.output.decode(errors="replace").strip()[-500:]
-            raise JailError(f"sandbox: expected its processes to start, got {said or 'nothing'}")
+            kind = WallError if child.process.poll() == NOT_WALLED else JailError
+            raise kind(f"sandbox: expected its processes to start, got {said or 'nothing'}")
+    trial.walls = worker.started.decode()
     if trial.ending == "gone":
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutError):
             worker.process.wait(END_S)
+    grader.process.poll()  # raises where its server has ended: nothing is known of the program then
     trial.exit_code = worker.process.poll()
 
 
-def _count(trial: Trial, data: bytes, verdict: bytearray) -> None:
-    """Signs of single tests, then one JSON object."""
-    signs, brace, rest = (b"", b"{", data) if verdict else data.partition(b"{")
-    trial.passed += signs.count(b"+")
-    trial.weak += signs.count(b"!")
-    trial.failed += signs.count(b"-")
-    trial.unjudged += signs.count(b"?")
-    trial.unmet += signs.count(b"~")
-    verdict += rest if verdict else brace + rest
+def _read_report(trial: Trial, data: bytes, unread: bytearray, seal: Seal) -> None:
+    """Signs of single tests, then one JSON object, each sealed; a line by anyone else voids them all."""
+    unread += data
+    while not trial.breach and (end := unread.find(b"\n")) >= 0:
+        line = bytes(unread[:end])
+        del unread[: end + 1]
+        try:
+            text = seal.open(line)
+        except ForgedError as error:
+            trial.passed = trial.weak = 0
+            trial.ending, trial.breach = None, f"report: {error}"
+            return
+        if text.startswith(b"{"):
+            said = json.loads(text)
+            trial.ending, trial.detail = said["ending"], said["detail"]
+            trial.record, trial.probes = said.get("record"), said.get("probes")
+            continue
+        name = SIGNS[text]
+        setattr(trial, name, getattr(trial, name) + 1)
 
 
 def _stop(*children: _Child) -> None:
-    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then."""
+    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then.
+
+    Raises:
+        ServerError: a fork server has ended, which ends them too.
+    """
     for child in children:
-        if child.process.returncode is None:
-            child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
+        child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
     deadline = time.monotonic() + REAP_S
     for child in children:
         try:
             child.process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
+        except TimeoutError:
+            child.process.send_signal(signal.SIGKILL)
+            child.process.wait(REAP_S)
         os.set_blocking(child.output_fd, False)
         while time.monotonic() < deadline:
             try:

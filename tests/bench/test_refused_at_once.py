@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "sampling": (sampling.main, [*PROMPTS, "--quick"], "--gammas"),
     "rollouts": (rollouts.main, [*PROMPTS], "--gamma"),
     "prefix_cache": (prefix_cache.main, [*PROMPTS, "--quick"], "--gamma"),
-    "invariance": (invariance.main, ["--form", "completion", "--without-namespaces"], "--gamma"),
+    "invariance": (invariance.main, ["--form", "completion", "--walls", "none"], "--gamma"),
 }
 each_command = pytest.mark.parametrize("command", COMMANDS)
 each_arm = pytest.mark.parametrize("name", ["ab", "ab-certify", "certify", "invariance"])

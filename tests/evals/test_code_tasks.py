@@ -18,7 +18,7 @@ from humaneval_like import ADD, DECODE, PLUS
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox import JailError, find_obstacle
+from laguna_serve.evals.sandbox import JailError, choice, find_obstacle
 from laguna_serve.serving.engine import Engine
 
 pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
@@ -196,15 +196,19 @@ def test_canonical_solutions_are_checked(tmp_path: Path, capsys: pytest.CaptureF
     assert code_tasks.main(["--check-canonical", "--problems", str(path)]) == 0
 
 
-def test_system_without_namespaces_is_refused_or_warned_about(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_tasks, "find_obstacle", lambda: "sandbox: unshare: Operation not permitted")
+def test_system_without_walls_is_refused_or_warned_about(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(choice, "find_obstacle", lambda _: "Operation not permitted")
     with FakeOpenAI(solve) as server:
         status, _, output = run(server.url)
         assert (status, server.seen) == (2, [])
-        assert "Operation not permitted; allow unprivileged user namespaces, or give --without-namespaces" in output
-        status, result, output = run(server.url, "--without-namespaces")
+        assert "landlock: Operation not permitted; allow unprivileged user namespaces, install bubblewrap or" in output
+        status, result, output = run(server.url, "--walls", "none")
     assert (status, result["pass_at_k"]["1"]["point"]) == (0, 1.0)
-    assert "warning: without namespaces" in output
+    assert "warning: without walls" in output
+    assert set(result["walls"]) <= {"filter", "own-user filter"}
+    assert sum(result["walls"].values()) == len(read(tmp_path / "out" / "grades.jsonl"))
 
 
 def test_sandbox_that_breaks_is_no_zero(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance, invariance_run
 from laguna_serve.evals.grading import Grade, Limits
 from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.sandbox import choice
 from laguna_serve.serving.engine import Engine, EngineConfig
 
 COUNT = 9
@@ -47,7 +48,7 @@ def _grade_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """The programs are this file's own: graded in this process, fast, unless an engine wrote them."""
     if "vllm" not in request.keywords:
         monkeypatch.setattr(invariance_run, "grade", grade_here)
-        monkeypatch.setattr(invariance, "find_obstacle", lambda: None)
+        monkeypatch.setattr(choice, "find_obstacle", lambda _: None)
 
 
 def grade_here(problem: Problem, program: str, _limits: Limits) -> Grade:
@@ -287,12 +288,12 @@ def test_bad_input_is_refused_before_anything_is_sent(
 def test_without_a_sandbox_nothing_is_asked_unless_wanted(
     compare: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(invariance, "find_obstacle", lambda: "sandbox: expected user namespaces, got EPERM")
+    monkeypatch.setattr(choice, "find_obstacle", lambda walls: f"expected {walls}, got EPERM")
     ours = serve(say(RIGHT))
     status, _, output = compare(ours, ours)
     assert (status, ours.seen) == (2, [])
     assert "got EPERM; allow unprivileged user namespaces" in output
-    status, _, output = compare(ours, ours, "--without-namespaces")
+    status, _, output = compare(ours, ours, "--walls", "none")
     assert status == 0
     assert "on a throwaway machine only" in output
 

@@ -18,7 +18,7 @@ import pytest
 from humaneval_like import ADD, make_problem
 
 from laguna_serve.evals.grading import Grade, forget_baselines, grade
-from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, seccomp, supervisor
+from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, seccomp, stop_servers, supervisor
 
 pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
 
@@ -42,9 +42,15 @@ def ask(program: str, limits: Limits = LIMITS) -> str:
     return found.detail.rpartition("RuntimeError: ")[2]
 
 
+def is_server(process: psutil.Process) -> bool:
+    """Is a process a fork server itself, not what it has forked?"""
+    return process.ppid() == os.getpid() and any("forkserver" in text for text in process.cmdline())
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """After every test: no process of ours that was not there before, and no temporary folder."""
+    """After every test: no process but our fork servers that was not there before, none without them, and no temporary
+    folder."""
     # A folder of this test's own: others run beside it.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
@@ -56,7 +62,10 @@ def _nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 
     before = children(), folders()
     yield
-    assert children() <= before[0]
+    servers = {child.pid for child in psutil.Process().children() if is_server(child)}
+    assert children() - servers <= before[0], "with its jail"
+    stop_servers()
+    assert children() <= before[0] - servers
     assert folders() <= before[1]
 
 
@@ -204,7 +213,7 @@ def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.M
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
     for path in Path(supervisor.__file__).parent.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "seccomp.py").write_text("def install_filter(pid):\n    pass\n")
+    (tmp_path / "seccomp.py").write_text("def install_filter(pid, own_files=True):\n    pass\n")
     monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
     program = """
 import os, signal, time
@@ -225,8 +234,9 @@ def f():
     return pid, forks < 40
 """
     assert ask(program) == repr(("BlockingIOError", True))
-    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in commands if str(tmp_path) in command]
+    # The fork servers alone are left.
+    processes = [process.info for process in psutil.process_iter(["cmdline", "ppid"])]
+    assert {info["ppid"] for info in processes if str(tmp_path) in (info["cmdline"] or [])} == {os.getpid()}
 
 
 def test_output_is_capped() -> None:
@@ -255,8 +265,8 @@ def test_programs_in_threads_do_not_disturb_each_other() -> None:
     assert sorted(found.reward for found in grades) == [0.0] * 4 + [2 / 6] * 4 + [1.0] * 4
 
 
-def test_without_namespaces_the_filter_still_holds() -> None:
-    limits = Limits(cpu_s=2, wall_s=6, namespaces=False)
+def test_without_walls_the_filter_still_holds() -> None:
+    limits = Limits(cpu_s=2, wall_s=6, walls="none")
     assert grade(ADD, ADD.prompt + str(ADD.canonical_solution), limits).passed
     program = f"""
 import os, signal, socket, tempfile

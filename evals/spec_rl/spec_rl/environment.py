@@ -10,7 +10,7 @@ import asyncio
 
 import verifiers.v1 as vf
 
-from laguna_serve.evals.sandbox import JailError, find_obstacle
+from laguna_serve.evals.sandbox import choose_walls
 from spec_rl.taskset import SpecRlConfig
 
 
@@ -30,11 +30,8 @@ class SpecRlEnv(vf.Env[SpecRlEnvConfig]):
             JailError: there is no sandbox on this system, and the configuration does not say to do without.
         """
         settings = self.taskset.config
-        if not isinstance(settings, SpecRlConfig) or not settings.task.namespaces:
-            return
-        if obstacle := await asyncio.to_thread(find_obstacle):
-            remedy = "allow unprivileged user namespaces, or set taskset.task.namespaces = false on a throwaway machine"
-            raise JailError(f"{obstacle}; {remedy}")
+        if isinstance(settings, SpecRlConfig):
+            await asyncio.to_thread(choose_walls, settings.task.walls)
 
     async def run(self, task: vf.Task, agents: vf.Agents) -> None:
         """Ask for the answer; verifiers scores it."""

@@ -21,7 +21,7 @@ from laguna_serve.evals.answers import Verdict, grade_answer
 from laguna_serve.evals.code_run import make_prompt
 from laguna_serve.evals.grading import grade
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
-from laguna_serve.evals.sandbox import Limits
+from laguna_serve.evals.sandbox import Limits, Wanted, choose_walls
 from laguna_serve.evals.splits import HELD_OUT_SHARE, split_problems
 
 DEFAULT_LIMITS = Limits()
@@ -51,9 +51,10 @@ class SpecRlTaskConfig(vf.TaskConfig):
     """CPU seconds that an answer gets for all of its tests; those that are left then have failed."""
     wall_s: float = Field(DEFAULT_LIMITS.wall_s, gt=0)
     """The same by the clock, for answers that wait."""
-    namespaces: bool = True
-    """False gives up the sandbox's walls around files and processes: for throwaway machines that allow no user
-    namespaces, as many containers do not."""
+    walls: Wanted = "auto"
+    """What keeps answers from your files and processes: namespaces, bubblewrap or landlock; auto, the first that works
+    here, and no reward where none does. "none" gives rewards all the same, which an answer can forge: for throwaway
+    machines."""
     packages: tuple[str, ...] = ()
     """Installed packages that an answer may import, as ["numpy"]; numpy wants memory_mib of 1024 or more."""
     memory_mib: int = Field(DEFAULT_LIMITS.memory_bytes >> 20, ge=64)
@@ -81,7 +82,7 @@ class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
         judged = found.status not in ("unjudged", "fault")
         trace.record_metrics({name: float(value) for name, value in (shares | {"judged": judged}).items()})
         counts = {"tests_passed": found.tests_passed, "tests_total": found.tests_total}
-        trace.info["grade"] = {"status": found.status, "detail": found.detail, **counts}
+        trace.info["grade"] = {"status": found.status, "detail": found.detail, "walls": found.walls, **counts}
         return found.reward
 
     async def validate(self, runtime: vf.Runtime) -> bool | None:
@@ -98,7 +99,7 @@ class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
             cpu_s=config.cpu_s,
             wall_s=config.wall_s,
             memory_bytes=config.memory_mib << 20,
-            namespaces=config.namespaces,
+            walls=await asyncio.to_thread(choose_walls, config.walls),
             packages=config.packages,
         )
         return await asyncio.get_running_loop().run_in_executor(pool, judge, self.data.problem, text, limits)

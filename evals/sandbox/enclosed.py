@@ -1,0 +1,15 @@
+"""The entry of a worker that bubblewrap has started (bubblewrap.py), in the place of a fork server's fork."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from laguna_serve.evals.sandbox import jail
+from laguna_serve.evals.sandbox.worker import play
+
+
+def main() -> None:
+    """argv: the descriptors of its pipes, ready and wire; stdin holds the configuration."""
+    ready, wire = map(int, sys.argv[1:3])
+    jail.main(os.getppid(), lambda config, wire, _: play(config, wire), ready, wire, -1)
