@@ -87,10 +87,14 @@ def agrees(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def agrees_specially(name: str, value: Any, expected: Any, tolerance: float, arguments: list[Any]) -> bool | None:
-    """What evalplus says of functions of which more than one value is right; None of all others."""
-    if name == "find_zero":
+    """What evalplus says of functions of which more than one value is right; None of all others. `name`: of the set and
+    of the function, as "Mbpp/Diff"."""
+    if name == "HumanEval/find_zero":
         (factors, *_) = arguments
         return bool(abs(sum(factor * math.pow(value, power) for power, factor in enumerate(factors))) <= tolerance)
+    data_set, _, name = name.partition("/")
+    if data_set != "Mbpp":
+        return None
     if name in SETS:
         return set(value) == set(expected) or None
     if name in NOT_NONE:
@@ -114,14 +118,14 @@ def agrees_specially(name: str, value: Any, expected: Any, tolerance: float, arg
 
 
 def assert_right(name: str, value: Any, expected: Any, tolerance: float, arguments: list[Any]) -> None:
-    """One test.
+    """One test; `name` as agrees_specially takes it.
 
     Raises:
         AssertionError: the value is not right for these arguments.
     """
     verdict = agrees_specially(name, value, expected, tolerance, arguments)
     right = agrees(value, expected, tolerance) if verdict is None else verdict
-    assert right, f"{name}: expected {str(expected)[:60]}, got {str(value)[:60]}"
+    assert right, f"expected {str(expected)[:60]}, got {str(value)[:60]}"
 
 
 def read_inputs(text: str, shapes: list[str]) -> list[list[Any]]:

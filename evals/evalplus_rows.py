@@ -43,7 +43,7 @@ def check(candidate):
         expected = _REFERENCE(*copy_all(arguments))
         if not tolerance and is_floats(expected):
             tolerance = OF_FLOATS
-        assert_right({entry_point!r}, candidate(*arguments), expected, tolerance, arguments)
+        assert_right({name!r}, candidate(*arguments), expected, tolerance, arguments)
 """
 
 
@@ -71,6 +71,7 @@ def read_evalplus(where: str, row: dict[str, Any], _: str) -> Problem:
         raise ProblemsError(f"{where}: {expected}, got {error}; fix it") from None
     parts = {
         "entry_point": row["entry_point"],
+        "name": f"{row['task_id'].partition('/')[0]}/{row['entry_point']}",
         "program": program,
         "shapes": _find_shapes(row["task_id"]),
         "tolerance": tolerance,
@@ -91,7 +92,7 @@ def read_evalplus(where: str, row: dict[str, Any], _: str) -> Problem:
 
 def _find_shapes(task_id: str) -> list[str]:
     name, _, number = task_id.partition("/")
-    found = (word for word, numbers in SHAPES.items() if name == "Mbpp" and int(number) in numbers)
+    found = (word for word, numbers in SHAPES.items() if name == "Mbpp" and number in map(str, numbers))
     return next(found, ".").split()
 
 
