@@ -19,12 +19,13 @@ from pathlib import Path
 
 from laguna_serve.bench.progress import Progress
 from laguna_serve.bench.record import write_json, write_text
+from laguna_serve.evals import suite_harness
 from laguna_serve.evals.answers import grade_base
 from laguna_serve.evals.grading import Grade, JailError, Limits, grade
 from laguna_serve.evals.problem import Problem, ProblemsError
 from laguna_serve.evals.protocols import PROTOCOLS, SLOW_CPU_S, check_asking
 from laguna_serve.evals.sandbox import find_obstacle
-from laguna_serve.evals.suite_harness import ENVIRONMENT, Target, run_logged
+from laguna_serve.evals.suite_harness import Target, run_logged
 from laguna_serve.evals.suite_settings import Suite, SuiteError
 
 SAMPLES_SCHEMA = "laguna_serve.suite_samples/1"
@@ -52,7 +53,7 @@ def find_problems(suite: Suite, data: Path | None) -> Path:
         for name in names:
             if (path := data / suite.data / name).is_file():
                 return path
-    if suite.data == "humaneval" and (packaged := sorted(ENVIRONMENT.glob(PACKAGED))):
+    if suite.data == "humaneval" and (packaged := sorted(suite_harness.ENVIRONMENT.glob(PACKAGED))):
         return packaged[0]
     got = f"{suite.name}: expected --data with" if data is None else f"--data: expected {data}/"
     place = f" {suite.data}" if data is None else suite.data

@@ -17,6 +17,7 @@ from laguna_serve.evals.suite_settings import SuiteError, load_suites
 
 # Left by lm-eval 0.4.13 and evalplus 0.3.1 against the toy teacher and on made-up samples; without the long fields.
 RESULTS = Path(__file__).resolve().parent / "suite_results"
+PUBLISHED = Path(__file__).resolve().parent / "published"
 ARC = json.loads((RESULTS / "results_arc.json").read_text())
 ADD = {
     "task_id": "T/add",
@@ -231,6 +232,24 @@ def test_local_data_take_the_place_of_the_hubs(harness: StubHarness, run: Any, t
     }
     write_jsonl(data / "arc_challenge" / "test.jsonl", {"other": 1})
     assert "got another one's" in run("arc-challenge", "--data", str(data))[2]
+
+
+def test_local_mmlu_pro_is_one_file_for_all_subjects(harness: StubHarness, run: Any, tmp_path: Path) -> None:
+    assert run("mmlu-pro-5", "--data", str(PUBLISHED))[0] == 0
+    arguments = harness.calls[0]["arguments"]
+    assert arguments[arguments.index("--tasks") + 1] == "mmlu_pro"
+    assert arguments[arguments.index("--num_fewshot") + 1] == "5"
+    folder = Path(arguments[arguments.index("--include_path") + 1])
+    files = {split: str(PUBLISHED / "mmlu_pro" / f"{split}.jsonl") for split in ("validation", "test")}
+    assert sorted(path.stem for path in folder.iterdir()) == ["mmlu_pro_biology", "mmlu_pro_law"]
+    assert json.loads((folder / "mmlu_pro_law.yaml").read_text()) == {
+        "include": str(harness.tasks / "mmlu_pro" / "mmlu_pro_law.yaml"),
+        "task": "mmlu_pro_law",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "validation_split": None,
+    }
 
 
 def test_local_mmlu_wants_every_subject_of_its_part(harness: StubHarness, run: Any, tmp_path: Path) -> None:
