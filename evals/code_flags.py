@@ -63,6 +63,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     parser.add_argument("--problems", metavar="FILE", default=str(SHIPPED), help=problems)
     parser.add_argument("--split", choices=SPLITS, default="", help="of MBPP's files (default: all rows)")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N problems")
+    parser.add_argument("--only", metavar="ID", nargs="+", help="only these problems, by task id")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="", help="prompts and stop words, see below")
     parser.add_argument("--prompt-file", metavar="FILE", help=PROMPT_FILE)
     parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the first that is served)")

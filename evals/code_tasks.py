@@ -71,6 +71,10 @@ def choose_problems(args: argparse.Namespace) -> list[Problem]:
     """
     path = Path(args.problems)
     problems = load_problems(path, args.protocol, args.split)[: args.limit]
+    if unknown := set(args.only or ()) - {problem.task_id for problem in problems}:
+        expected = f"expected task ids of {path.name}, such as {problems[0].task_id}"
+        raise ProblemsError(f"--only: {expected}, got {', '.join(sorted(unknown))}")
+    problems = [problem for problem in problems if not args.only or problem.task_id in args.only]
     form = find_form(next(read_rows(path))[1])
     args.protocol = choose_protocol(form, args.protocol)
     args.timeout_s = args.timeout_s or (SLOW_CPU_S if form in SLOW else CPU_S)
@@ -117,7 +121,8 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
         "base_url": args.base_url,
         "model": model,
         "problems_file": os.path.relpath(args.problems),
-        "file": describe_file(Path(args.problems)) | {"split": args.split or None, "limit": args.limit},
+        "file": describe_file(Path(args.problems))
+        | {"split": args.split or None, "limit": args.limit, "only": args.only},
         "prompt_file": describe_file(Path(args.prompt_file)) if args.prompt_file else None,
         "workload": asdict(workload),
         "limits": asdict(limits),
@@ -162,7 +167,7 @@ async def _run(
     async with Endpoint(args.base_url, model=args.model, api_key=key) as endpoint:
         settings = {name: value for name, value in asdict(workload).items() if name != "concurrency"}
         walls = {"limits": asdict(limits), "problems": fingerprint(args.problems), "model": endpoint.model}
-        chosen = {name: getattr(args, name) for name in ("split", "limit", "prompt_file")}
+        chosen = {name: getattr(args, name) for name in ("split", "limit", "only", "prompt_file")}
         claim_folder(out, settings | walls | chosen)
         progress.say(f"{endpoint.model}: {len(problems)} problems × {workload.samples} samples")
         progress.begin()
@@ -182,7 +187,7 @@ def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: L
         progress.step("solutions", done, total)
 
     folder = Path(args.out) if args.out else None
-    file = describe_file(Path(args.problems)) | {"split": args.split or None, "limit": args.limit}
+    file = describe_file(Path(args.problems)) | {"split": args.split or None, "limit": args.limit, "only": args.only}
     settings = {"file": file, "protocol": args.protocol, "limits": asdict(limits)}
     if folder is not None:
         claim_folder(folder, settings)

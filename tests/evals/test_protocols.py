@@ -188,6 +188,10 @@ def test_thinking_reaches_the_template_and_another_folder_is_wanted(run: Any) ->
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: expected a JSON object, got Expecting"),
         (["--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--split", "test"], "--split: expected a file of MBPP with it"),
+        (
+            ["--only", "HumanEval/9"],
+            "--only: expected task ids of HumanEval.jsonl, such as HumanEval/0, got HumanEval/9",
+        ),
         (["--prompt-file", "/no/file"], "/no/file: expected a prompt, got"),
     ],
 )
@@ -216,5 +220,7 @@ def test_canonical_run_is_kept_and_continued(tmp_path: Path, capsys: pytest.Capt
     log.write_text("".join(json.dumps(entry) + "\n" for entry in kept[:2]))
     assert code_tasks.main(command) == 0
     assert json.loads((out / "canonical.json").read_text())["tests"] == 13
+    assert code_tasks.main([*command[:-2], "--only", "Mbpp/12", "--out", str(tmp_path / "one")]) == 0
+    assert json.loads((tmp_path / "one" / "canonical.json").read_text())["tests_of"] == {"Mbpp/12": 3}
     assert code_tasks.main([*command[:-4], "--split", "train", "--out", str(out)]) == 2
     assert "got another one's" in capsys.readouterr().err

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from laguna_serve.evals import weak_tests
 from laguna_serve.evals.answers import grade_answer
-from laguna_serve.evals.evalplus_rows import SHAPES
+from laguna_serve.evals.evalplus_rows import SHAPES, read_evalplus
 from laguna_serve.evals.grading import Limits, find_baseline, grade
 from laguna_serve.evals.mbpp_splits import SPLITS
 from laguna_serve.evals.problems import ProblemsError, find_form, load_problems, read_rows
-from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.sandbox import find_obstacle, run_trial
+from laguna_serve.evals.weak_tests import find_weakness
 
 FILES = Path(__file__).resolve().parent / "published"
 FORMS = {
@@ -173,6 +175,32 @@ def test_zero_of_a_polynomial_is_any_zero(body: str, published: bool) -> None:
 )
 def test_arguments_are_what_mbpp_plus_means(problem: Any, program: str, published: bool) -> None:
     assert grade(problem, program, LIMITS).published is published
+
+
+@jailed
+def test_universal_wrong_answers_are_tried_on_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base inputs sort most of them out; what passes those is tried on all."""
+    tests: list[str] = []
+
+    def note(problem: Any, *rest: Any, **more: Any) -> Any:
+        tests.append(problem.test)
+        return run_trial(problem, *rest, **more)
+
+    monkeypatch.setattr(weak_tests, "run_trial", note)
+    assert find_weakness(VOWELS, LIMITS).published == ()
+    assert tests == [VOWELS.base_test]
+    weak = load_weak()
+    tests.clear()
+    found = find_weakness(weak, LIMITS)
+    assert tests == [weak.base_test, weak.test]
+    assert found.published == ()  # the plus inputs sort them out
+    assert find_weakness(replace(weak, test=weak.base_test, base_test=""), LIMITS).published != ()
+
+
+def load_weak() -> Any:
+    """A problem whose base inputs all want 0."""
+    row = dict(next(row for _, row in read_rows(PLUS) if row["entry_point"] == "count_vowels"))
+    return read_evalplus("here", row | {"base_input": [[""], ["xyz"]]}, "evalplus")
 
 
 def test_shapes_name_each_problem_once() -> None:
