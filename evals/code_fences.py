@@ -3,18 +3,26 @@
 Only what decides where a fence is stays enabled: fences, lists and block quotes. Without inline rules, links, HTML and
 tables nothing in the parser is more than linear in the text (its nesting is bounded by MAX_NESTING), and a fence may be
 indented as deeply as a model likes.
+
+CommonMark ends a block of code at the next fence, also where that stands in a docstring of the code: models write such
+docstrings. So a block of Python is read once more with a rule of its own, to which a fence within a string in triple
+quotes is text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
 
 PYTHON_NAMES = {"", "py", "py3", "python", "python3"}
 MAX_NESTING = 20
-# How many closing fences are tried as the end of a block whose docstring holds fences of its own.
-MAX_REJOINED = 8
+OPENING = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})(.*)")
+# What decides where strings begin and end in a line of Python, and in a line of a string in triple quotes.
+TOKEN = re.compile(r"""'{3}|"{3}|'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?|#""")
+IN_STRING = {quote: re.compile(rf"\\.|{quote}") for quote in ("'''", '"""')}
 
 Block = tuple[str, str]
 
@@ -25,33 +33,64 @@ def find_fences(text: str) -> list[Block]:
 
 
 def list_readings(text: str) -> Iterator[list[Block]]:
-    """The blocks of a text in the ways in which it may be meant, the most literal first: CommonMark's; with every fence
-    at its word, as models forget to indent the code within a list; with fences inside of a block's docstring."""
+    """The blocks of a text in the ways in which it may be meant, the likeliest first: with fences in the strings of
+    Python as text; CommonMark's; and the first with every fence at its word, as models forget to indent the code within
+    a list."""
+    strings = any(quote in text for quote in IN_STRING)
+    if strings:
+        yield _find(text, ["fence", "list", "blockquote"], strings=True)
     yield find_fences(text)
-    yield _find(text, ["fence"])
-    yield _rejoin(text)
+    yield _find(text, ["fence"], strings)
 
 
-def _find(text: str, rules: list[str]) -> list[Block]:
+def _find(text: str, rules: list[str], strings: bool = False) -> list[Block]:
     parser = MarkdownIt("zero", {"maxNesting": MAX_NESTING}).enable(rules)
     parser.core.ruler.disable(["inline", "text_join"])
-    blocks = []
-    for token in parser.parse(text):
-        if token.type == "fence":
-            words = token.info.split(maxsplit=1)
-            blocks.append((words[0].lower() if words else "", token.content))
-    return blocks
+    if strings:
+        parser.block.ruler.at("fence", read_python_fence, {"alt": ["paragraph", "reference", "blockquote", "list"]})
+    return [(_find_language(token.info), token.content) for token in parser.parse(text) if token.type == "fence"]
 
 
-def _rejoin(text: str) -> list[Block]:
-    """From the last fence with Python's name to each of the plain fences behind it, the farthest first."""
-    lines = text.split("\n")
-    marks = [(index, line.strip()) for index, line in enumerate(lines) if line.lstrip().startswith("```")]
-    opened = [at for at, (_, mark) in enumerate(marks) if mark.strip("`").strip().lower() in PYTHON_NAMES - {""}]
-    if not opened:
-        return []
-    first = marks[opened[-1]][0]
-    indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
-    closing = [index for index, mark in marks[opened[-1] + 1 :] if not mark.strip("`")][:MAX_REJOINED]
-    code = [line.removeprefix(indent) for line in lines[first + 1 :]]
-    return [("python", "\n".join(code[: index - first - 1]) + "\n") for index in reversed(closing)]
+def _find_language(info: str) -> str:
+    words = info.split(maxsplit=1)
+    return words[0].lower() if words else ""
+
+
+def read_python_fence(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """markdown-it's block rule for a fence that begins in line `start`; in Python a fence within a string in triple
+    quotes does not end it."""
+    opening = OPENING.match(state.src, state.bMarks[start] + state.tShift[start], state.eMarks[start])
+    if opening is None:
+        return False
+    if silent:
+        return True
+    run, info = opening[1], opening[2].strip()
+    is_python = _find_language(info) in PYTHON_NAMES
+    number, quote, closed = start + 1, "", False
+    while number < end and not closed:
+        line = state.src[state.bMarks[number] + state.tShift[number] : state.eMarks[number]]
+        if line and state.sCount[number] < state.blkIndent:
+            break  # the list item or quotation that holds the block has ended
+        closed = not quote and len(line.rstrip()) >= len(run) and not line.strip().strip(run[0])
+        if is_python and not closed:
+            quote = find_open_string(line, quote)
+        number += 1
+    state.line = number
+    token = state.push("fence", "code", 0)
+    token.info, token.markup, token.map = info, run, [start, number]
+    token.content = state.getLines(start + 1, number - closed, state.sCount[start], True)
+    return True
+
+
+def find_open_string(line: str, quote: str) -> str:
+    """The triple quotes that are open behind a line of Python, where `quote` were before it; "" for none."""
+    at = 0
+    while True:
+        found = (IN_STRING[quote] if quote else TOKEN).search(line, at)
+        if found is None or found[0] == "#":
+            return quote
+        at = found.end()
+        if quote:
+            quote = "" if found[0] == quote else quote
+        elif found[0] in IN_STRING:
+            quote = found[0]

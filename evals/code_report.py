@@ -16,7 +16,8 @@ NOT_JUDGED = ("unjudged", "fault")
 
 
 def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k (strict, and as the published tests say), mean reward, endings, weight versions and a row per problem.
+    """pass@k (strict, as the published tests say, and of the base tests where there are such), mean reward, endings,
+    weight versions and a row per problem.
 
     Figures are withheld (None, with the reason in `refused`) while an answer is missing: a request that failed is
     neither passed nor failed.
@@ -25,6 +26,7 @@ def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
     graded = [sample.grade for sample in samples if sample.grade is not None]
     errors = [sample.answer["error"] for sample in samples if sample.grade is None]
     result: dict[str, Any] = {"pass_at_k": None, "published_pass_at_k": None, "reward": None, "refused": []}
+    has_base = any(sample.base is not None for sample in samples)
     if errors:
         reason = f"{len(errors)} of {len(samples)} requests failed, one with {errors[0]}; the same command asks again"
         figures = ("pass_at_k", "published_pass_at_k", "reward")
@@ -36,6 +38,9 @@ def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
         result["pass_at_k"] = {str(k): average_pass_at_k(counts, k).to_json() for k in ks}
         result["published_pass_at_k"] = {str(k): average_pass_at_k(published, k).to_json() for k in ks}
         result["reward"] = average(rewards).to_json()
+        if has_base:
+            base = [(len(group), sum(bool(sample.base) for sample in group)) for _, group in groups]
+            result["base_pass_at_k"] = {str(k): average_pass_at_k(base, k).to_json() for k in ks}
     versions = Counter(tuple(sample.answer["versions"].items()) for sample in samples if sample.grade)
     return result | {
         "statuses": dict(Counter(grade.status for grade in graded)),
@@ -51,9 +56,11 @@ def summarise(samples: Sequence[Sample], ks: Sequence[int]) -> dict[str, Any]:
 def _describe(task_id: str, group: Sequence[Sample]) -> dict[str, Any]:
     graded = [sample.grade for sample in group if sample.grade is not None]
     worst = next((grade for grade in graded if not grade.passed), None)
+    base = {"base": sum(bool(sample.base) for sample in group)} if group[0].base is not None else {}
     return {
         "task_id": task_id,
         "samples": len(group),
+        **base,
         "graded": len(graded),
         "passed": sum(grade.passed for grade in graded),
         "published": sum(grade.published for grade in graded),
@@ -87,12 +94,17 @@ def render_text(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *tell_figures(result)])
 
 
+def _tell_template(template: Mapping[str, Any]) -> str:
+    return "".join(f", {name} {value}" for name, value in template.items())
+
+
 def tell_figures(result: Mapping[str, Any]) -> list[str]:
     """pass@k and reward in sentences, or why there are none."""
     if result["refused"]:
         return [f"No figures: {result['refused'][0]['reason']}."]
     figures = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
     figures |= {f"pass@{k} as published": value for k, value in result["published_pass_at_k"].items()}
+    figures |= {f"pass@{k} of the base tests": value for k, value in result.get("base_pass_at_k", {}).items()}
     figures |= {"reward": result["reward"]}
     lines = [
         f"{name} {value['point']:.3f}, 95% interval {value['ci95'][0]:.3f}–{value['ci95'][1]:.3f} ({value['method']})"
@@ -113,7 +125,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     work, environment = result["workload"], result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     kind = "greedy" if not work["temperature"] else f"temperature {work['temperature']:g}, seed {work['seed']}"
-    scope = f"{work['samples']} samples of each, {kind}, {work['form']} format, at most {work['max_tokens']} tokens."
+    scope = f"{work['samples']} samples of each, {kind}, {work['form']} form,"
+    scope += f" protocol {work['protocol']}{_tell_template(work['template'])}, at most {work['max_tokens']} tokens."
     lines = [
         "# Code problems",
         "",

@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laguna_serve.evals.answers import grade_answer
 from laguna_serve.evals.extract import STOPS, Form
 from laguna_serve.evals.grading import Grade, Limits
-from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.problem import Problem
 from laguna_serve.evals.samples import Key, SampleLog
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
@@ -32,7 +32,8 @@ ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of the model. `temperature` 0 is greedy."""
+    """What is asked of the model. `temperature` 0 is greedy; `template`: fields for the chat template, as
+    {"enable_thinking": true}; `protocol`: protocols.py's, whose prompts the problems have."""
 
     form: Form = "chat"
     samples: int = 1
@@ -40,32 +41,38 @@ class Workload:
     max_tokens: int = 1024
     seed: int = 0
     concurrency: int = 8
+    protocol: str = "project"
+    template: dict[str, Any] = field(default_factory=dict)
 
-    def make_sampling(self, sample: int) -> dict[str, Any]:
+    def make_sampling(self, problem: Problem, sample: int) -> dict[str, Any]:
         """The request's fields for one sample; each has a seed of its own."""
         fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         if self.temperature > 0:
             fields["seed"] = self.seed + sample
         if self.form == "completion":
-            fields["stop"] = list(
-                STOPS[:4]
-            )  # OpenAI's own API takes four; the answer is cut at all of them in any case
+            # OpenAI's own API takes four; the answer is cut at all of them in any case.
+            fields["stop"] = list((problem.stops or STOPS)[:4])
+        elif self.template:
+            fields["chat_template_kwargs"] = self.template
         return fields
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the answer's entry, and the grade where there is an answer."""
+    """One sample: the answer's entry, and the grade where there is an answer; `base`: as Verdict's."""
 
     task_id: str
     number: int
     answer: dict[str, Any]
     grade: Grade | None
+    base: bool | None = None
 
 
 def make_prompt(problem: Problem, form: Form) -> str:
-    """What is sent: the prompt itself, or a message with it."""
-    return problem.prompt if form == "completion" else INSTRUCTION.format(problem.prompt.strip())
+    """What is sent: the prompt itself, or a message with it; or what the problem's protocol has in place of it."""
+    if form == "completion":
+        return problem.asked or problem.prompt
+    return problem.message or INSTRUCTION.format(problem.prompt.strip())
 
 
 async def run_samples(
@@ -97,12 +104,12 @@ async def run_samples(
             if text is not None:
                 loop = asyncio.get_running_loop()
                 verdict = await loop.run_in_executor(pool, grade_answer, problem, text, workload.form, limits)
-                grades.add(key, {**asdict(verdict.grade), "program": verdict.program})
+                grades.add(key, {**asdict(verdict.grade), "program": verdict.program, "base": verdict.base})
             finished.append(key)
             report(len(finished), len(missing))
 
         await run_closed_loop(missing, workload.concurrency, work)
-        return [Sample(*key, answers.entries[key], _read_grade(grades, key)) for _, key in keys]
+        return [_make_sample(key, answers, grades) for _, key in keys]
 
 
 async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog) -> str | None:
@@ -111,7 +118,7 @@ async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Work
     if "text" not in kept:
         prompt = make_prompt(problem, workload.form)
         try:
-            answer = await endpoint.ask(prompt, workload.form, workload.make_sampling(key[1]))
+            answer = await endpoint.ask(prompt, workload.form, workload.make_sampling(problem, key[1]))
         except EndpointError as error:
             answers.add(key, {"error": str(error)})
             return None
@@ -120,8 +127,9 @@ async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Work
     return str(kept["text"])
 
 
-def _read_grade(grades: SampleLog, key: Key) -> Grade | None:
+def _make_sample(key: Key, answers: SampleLog, grades: SampleLog) -> Sample:
     entry = grades.entries.get(key)
-    return (
-        None if entry is None else Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
-    )
+    if entry is None:
+        return Sample(*key, answers.entries[key], None)
+    grade = Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
+    return Sample(*key, answers.entries[key], grade, entry.get("base"))

@@ -1,10 +1,11 @@
 """How many code problems does a model behind an OpenAI-compatible endpoint solve? Its programs are run, in a sandbox.
 
-Problems are in HumanEval's JSONL schema. First, universal wrong answers (constants, empty values, NaN, exceptions, …)
-are tried on every problem, and those that they pass are named. Reported: pass@k (unbiased; strict, and as the published
-tests say) and the mean share of tests passed, each with a 95% interval over problems. DIR gets code_tasks.json and
-code_tasks.md, and keeps every answer and grade (answers.jsonl, grades.jsonl), so that the same command continues; the
-last stdout line is one JSON object (schema laguna_serve.code_tasks/1).
+Problems come from the files that their authors publish (--help lists them). First, universal wrong answers (constants,
+empty values, NaN, exceptions, …) are tried on every problem, and those that they pass are named. Reported: pass@k
+(unbiased; strict, as the published tests say, and of evalplus's sets on the base tests) and the mean share of tests
+passed, each with a 95% interval over problems. DIR gets code_tasks.json and code_tasks.md, and keeps every answer and
+grade (answers.jsonl, grades.jsonl), so that the same command continues; the last stdout line is one JSON object (schema
+laguna_serve.code_tasks/1).
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.evals.code_canonical import check_solutions, describe_file, summarise_solutions
+from laguna_serve.evals.code_flags import parse_args
 from laguna_serve.evals.code_report import render_markdown, render_text, summarise
 from laguna_serve.evals.code_run import Sample, Workload, run_samples
-from laguna_serve.evals.grading import Grade, JailError, Limits, grade
-from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
-from laguna_serve.evals.sandbox import UNWALLED, WANTED, choose_walls
-from laguna_serve.evals.sandbox.choice import HELP
+from laguna_serve.evals.cruxeval_rows import fill_asked
+from laguna_serve.evals.grading import JailError, Limits
+from laguna_serve.evals.problems import Problem, ProblemsError, find_form, load_problems, read_rows
+from laguna_serve.evals.protocols import CPU_S, PROTOCOLS, SLOW, SLOW_CPU_S, check_asking, choose_protocol
+from laguna_serve.evals.sandbox import UNWALLED, choose_walls
 from laguna_serve.evals.text import make_printable
 from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -42,40 +44,43 @@ from laguna_serve.serving.kit.signals import interrupt_on_signals
 SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
 WALL_PER_CPU = 2.5
-EXAMPLES = """
-examples:
-  python evals/code_tasks.py --base-url http://127.0.0.1:8000 --out out/code
-  python evals/code_tasks.py --base-url URL --problems HumanEval.jsonl.gz --form completion \\
-      --samples 20 --temperature 0.8 --k 1,10 --out DIR
-  python evals/code_tasks.py --check-canonical --problems HumanEvalPlus.jsonl
-
-exit status:
-  0    held: every sample was answered and graded (with --check-canonical: every solution passes)
-  1    fell short: requests failed, and the same command asks them again (or: a solution fails)
-  2    could not run: bad input, no endpoint, or no sandbox
-  130  interrupted: the same command continues
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     interrupt_on_signals()
-    progress = Progress()
     try:
-        problems = load_problems(Path(args.problems))
+        problems = choose_problems(args)
         limits = make_limits(args)
-        return (
-            check_canonical(args, problems, limits, progress)
-            if args.check_canonical
-            else evaluate(args, problems, limits)
-        )
+        return (check_canonical if args.check_canonical else evaluate)(args, problems, limits)
     except KeyboardInterrupt:
         print("code_tasks.py: interrupted; the same command continues with what is missing", file=sys.stderr)
         return INTERRUPTED
     except (ProblemsError, EndpointError, JailError, CheckpointError, OSError) as error:
         print(f"code_tasks.py: {error}", file=sys.stderr)
         return COULD_NOT_RUN
+
+
+def choose_problems(args: argparse.Namespace) -> list[Problem]:
+    """The problems that are asked. What was left open of `args` is filled in: protocol, max_tokens and timeout_s.
+
+    Raises:
+        ProblemsError: the file cannot be used, or not in this way.
+    """
+    path = Path(args.problems)
+    problems = load_problems(path, args.protocol, args.split)[: args.limit]
+    if unknown := set(args.only or ()) - {problem.task_id for problem in problems}:
+        expected = f"expected task ids of {path.name}, such as {problems[0].task_id}"
+        raise ProblemsError(f"--only: {expected}, got {', '.join(sorted(unknown))}")
+    problems = [problem for problem in problems if not args.only or problem.task_id in args.only]
+    form = find_form(next(read_rows(path))[1])
+    args.protocol = choose_protocol(form, args.protocol)
+    args.timeout_s = args.timeout_s or (SLOW_CPU_S if form in SLOW else CPU_S)
+    args.max_tokens = args.max_tokens or PROTOCOLS[args.protocol].max_tokens
+    if not args.check_canonical:
+        check_asking(args.protocol, args.form)
+    return fill_asked(problems, Path(args.prompt_file)) if args.prompt_file else problems
 
 
 def make_limits(args: argparse.Namespace) -> Limits:
@@ -99,7 +104,10 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
     """Ask, grade, report. Returns the exit status."""
     out = Path(args.out)
     environment = describe_environment(current_argv())
-    workload = Workload(args.form, args.samples, args.temperature, args.max_tokens, args.seed, args.concurrency)
+    workload = Workload(
+        *(args.form, args.samples, args.temperature, args.max_tokens, args.seed, args.concurrency),
+        *(args.protocol, args.template),
+    )
     weaknesses = probe(args, problems, limits)
     model, samples = asyncio.run(_run(args, problems, workload, limits, out))
     result = {
@@ -108,6 +116,9 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
         "base_url": args.base_url,
         "model": model,
         "problems_file": os.path.relpath(args.problems),
+        "file": describe_file(Path(args.problems))
+        | {"split": args.split or None, "limit": args.limit, "only": args.only},
+        "prompt_file": describe_file(Path(args.prompt_file)) if args.prompt_file else None,
         "workload": asdict(workload),
         "limits": asdict(limits),
         "weak_problems": None if weaknesses is None else list_weak(weaknesses),
@@ -122,7 +133,9 @@ def evaluate(args: argparse.Namespace, problems: list[Problem], limits: Limits) 
 
 def probe(args: argparse.Namespace, problems: list[Problem], limits: Limits) -> list[Weakness] | None:
     """Say which problems universal wrong answers pass; None where nobody wants to know."""
-    if args.skip_probes:
+    # A constant may well be the right value.
+    problems = [problem for problem in problems if problem.kind == "function"]
+    if args.skip_probes or not problems:
         return None
     progress = Progress()
     progress.begin()
@@ -149,7 +162,8 @@ async def _run(
     async with Endpoint(args.base_url, model=args.model, api_key=key) as endpoint:
         settings = {name: value for name, value in asdict(workload).items() if name != "concurrency"}
         walls = {"limits": asdict(limits), "problems": fingerprint(args.problems), "model": endpoint.model}
-        claim_folder(out, settings | walls)
+        chosen = {name: getattr(args, name) for name in ("split", "limit", "only", "prompt_file")}
+        claim_folder(out, settings | walls | chosen)
         progress.say(f"{endpoint.model}: {len(problems)} problems × {workload.samples} samples")
         progress.begin()
 
@@ -159,91 +173,29 @@ async def _run(
         return endpoint.model, await run_samples(endpoint, problems, workload, limits, out, report)
 
 
-def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: Limits, progress: Progress) -> int:
+def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: Limits) -> int:
     """Grade the problems' own solutions. Returns the exit status."""
+    environment, progress = describe_environment(current_argv()), Progress()
     progress.begin()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        grades: list[Grade | None] = []
-        for verdict in pool.map(lambda problem: _grade_canonical(problem, limits), problems):
-            grades.append(verdict)
-            progress.step("solutions", len(grades), len(problems))
-    rows = list(zip(problems, grades, strict=True))
-    failing = [_describe_canonical(problem, verdict) for problem, verdict in rows if not (verdict and verdict.passed)]
+
+    def report(done: int, total: int) -> None:
+        progress.step("solutions", done, total)
+
+    folder = Path(args.out) if args.out else None
+    file = describe_file(Path(args.problems)) | {"split": args.split or None, "limit": args.limit, "only": args.only}
+    settings = {"file": file, "protocol": args.protocol, "limits": asdict(limits)}
+    if folder is not None:
+        claim_folder(folder, settings)
+    result = summarise_solutions(check_solutions(problems, limits, folder, report))
     weaknesses = [] if args.skip_probes else probe(args, problems, limits) or []
-    for row in failing:
+    for row in result["failing"]:
         print(f"{make_printable(row['task_id'])}: {row['status']}: {row['detail']}")
-    tests = [verdict.tests_total for verdict in grades if verdict]
-    print(f"{len(problems) - len(failing)} of {len(problems)} canonical solutions pass; {sum(tests)} tests")
-    counts = {"problems": len(problems), "tests": sum(tests), "failing": failing, "weak": list_weak(weaknesses)}
-    print(json.dumps({"schema": CANONICAL_SCHEMA, "walls": limits.walls, **counts}))
-    return FELL_SHORT if failing else HELD
-
-
-def _grade_canonical(problem: Problem, limits: Limits) -> Grade | None:
-    solution = problem.canonical_solution
-    return None if solution is None else grade(problem, problem.prompt + solution, limits)
-
-
-def _describe_canonical(problem: Problem, verdict: Grade | None) -> dict[str, Any]:
-    if verdict is None:
-        return {"task_id": problem.task_id, "status": "missing", "detail": "no canonical_solution"}
-    return {"task_id": problem.task_id, "status": verdict.status, "detail": verdict.detail}
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
-        prog="evals/code_tasks.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--base-url", metavar="URL", help="OpenAI-compatible endpoint, with or without /v1")
-    problems = "HumanEval's schema, .jsonl or .jsonl.gz (default: the problems that ship with the project)"
-    parser.add_argument("--problems", metavar="FILE", default=str(SHIPPED), help=problems)
-    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the first that is served)")
-    parser.add_argument("--form", choices=("chat", "completion"), default="chat", help="default: chat")
-    parser.add_argument("--samples", metavar="N", type=int, default=1, help="per problem (default: 1)")
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--k", metavar="K,…", type=parse_numbers, default=[1], help="for pass@k (default: 1)")
-    parser.add_argument("--max-tokens", metavar="N", type=int, default=1024, help="of an answer (default: 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next (default: 0)")
-    parser.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests in flight (default: 8)")
-    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
-    timeout = "CPU seconds that a program gets (default: 8)"
-    parser.add_argument("--timeout-s", metavar="S", type=int, default=8, help=timeout)
-    memory = "MiB of address space that a program gets (default: 512)"
-    parser.add_argument("--memory-mib", metavar="N", type=int, default=512, help=memory)
-    packages = "installed packages that programs may import, as numpy (with --memory-mib 1024 or more)"
-    parser.add_argument("--packages", metavar="NAME", nargs="+", default=[], help=packages)
-    skip = "do not try universal wrong answers on the problems first"
-    parser.add_argument("--skip-probes", action="store_true", help=skip)
-    parser.add_argument("--walls", choices=WANTED, default="auto", help=HELP)
-    canonical = "grade the problems' own solutions instead of a model's; asks nobody"
-    parser.add_argument("--check-canonical", action="store_true", help=canonical)
-    parser.add_argument("--out", metavar="DIR", help="folder for answers, grades and the result files")
-    args = parser.parse_args(argv)
-    for name in ("samples", "max_tokens", "concurrency", "timeout_s", "memory_mib"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if not args.check_canonical:
-        _check_asking(parser, args)
-    return args
-
-
-def _check_asking(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not args.base_url or not args.out:
-        parser.error("expected --base-url and --out, got none; give both, or --check-canonical")
-    if not args.base_url.startswith(("http://", "https://")):
-        parser.error(f"--base-url: expected http://… or https://…, got {args.base_url}")
-    if not 0 <= args.temperature < float("inf"):
-        parser.error(f"--temperature: expected 0 or more, got {args.temperature}")
-    if args.samples > 1 and args.temperature == 0:
-        parser.error(f"--samples: expected 1 at temperature 0, got {args.samples} of the same; give --temperature")
-    if not 1 <= min(args.k) <= max(args.k) <= args.samples:
-        parser.error(f"--k: expected 1 to --samples ({args.samples}), got {','.join(map(str, args.k))}")
-    if args.api_key_env and not os.environ.get(args.api_key_env):
-        parser.error(f"--api-key-env: expected the key in ${args.api_key_env}, got nothing; set it")
+    print(f"{result['passing']} of {len(problems)} canonical solutions pass; {result['tests']} tests")
+    result = {"schema": CANONICAL_SCHEMA, **settings, **result, "weak": list_weak(weaknesses)}
+    if folder is not None:
+        write_json(folder / "canonical.json", result | {"environment": environment})
+    print(json.dumps({key: value for key, value in result.items() if key != "tests_of"}))
+    return FELL_SHORT if result["failing"] else HELD
 
 
 if __name__ == "__main__":

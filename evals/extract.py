@@ -2,8 +2,9 @@
 
 Chat answers are Markdown: the code is in one or several fences, or bare, with or without prose around it, repeats the
 prompt or gives the function's body alone. Raw completions go on where the prompt ends, and are cut where HumanEval's
-harness cuts them (Chen et al. 2021, arXiv:2107.03374, §3.1). Nothing is repaired: code that does not parse is graded as
-it is, and fails.
+harness cuts them (Chen et al. 2021, arXiv:2107.03374, §3.1), or at the first of the stop words of the problem's
+protocol, as bigcode-evaluation-harness and evalplus do. Where a value is asked for (CRUXEval), the program returns what
+the answer's assertion claims. Nothing is repaired: code that does not parse is graded as it is, and fails.
 
 An answer is hostile input. Fences are found by a CommonMark parser (code_fences.py), Python is parsed a bounded number
 of times, and the characters handed to CPython's parser are at most WORK_PER_CHAR times the answer's. CPython's parser
@@ -17,11 +18,12 @@ import ast
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from laguna_serve.evals.code_fences import PYTHON_NAMES, find_fences, list_readings
-from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.code_fences import OPENING, PYTHON_NAMES, find_fences, list_readings
+from laguna_serve.evals.cruxeval_rows import find_value, is_literal
+from laguna_serve.evals.problem import Problem
 
 Form = Literal["chat", "completion"]
 # Where a raw completion ends: the next thing at the left margin is no longer the function.
@@ -97,24 +99,27 @@ def extract_program(answer: str, problem: Problem, form: Form) -> str:
 
 
 def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
-    """The whole program to grade, and whether it parses and defines the function.
+    """The whole program to grade, and whether it parses and defines the function; of a value, whether it is written
+    out as the task asks.
 
     Raises:
-        ExtractionError: the answer is too long.
+        ExtractionError: the answer is too long, or there is no value in it.
     """
     # A reasoning model behind a server without a reasoning parser.
     text = answer if form == "completion" else answer.rpartition("</think>")[2]
     if len(text) > MAX_ANSWER_CHARS:
         raise ExtractionError(f"answer: expected at most {MAX_ANSWER_CHARS} characters, got {len(text)}")
+    if problem.kind == "value":
+        value = find_value(text)
+        if value is None:
+            raise ExtractionError("answer: expected an assertion or a value, got neither")
+        return f"def {problem.entry_point}():\n    return {value}\n", is_literal(value)
     parser = Parser(make_budget(text, problem))
     if form == "completion":
-        program = problem.prompt + cut_at_stops(text)
+        program = (problem.asked or problem.prompt) + cut_at_stops(text, problem.stops or STOPS)
     else:
         text = text.replace("\r\n", "\n")
-        code = _choose_fences(text, problem.entry_point, parser)
-        if code is None:
-            code = _find_bare_code(text, problem, parser)
-        program = _complete(code, problem, parser)
+        program = _complete(_find_code(text, problem, parser), problem, parser)
     return program, Parser(len(program)).defines(program, problem.entry_point)
 
 
@@ -123,16 +128,40 @@ def make_budget(text: str, problem: Problem) -> int:
     return WORK_PER_CHAR * (len(text) + len(problem.prompt)) + WORK_FLOOR
 
 
-def cut_at_stops(answer: str) -> str:
-    """A raw completion up to the first stop sequence."""
-    return answer[: min((at for stop in STOPS if (at := answer.find(stop)) >= 0), default=len(answer))]
+def cut_at_stops(answer: str, stops: Sequence[str] = STOPS) -> str:
+    """A raw completion up to the first stop sequence, wherever it stands: also within a string."""
+    return answer[: min((at for stop in stops if (at := answer.find(stop)) >= 0), default=len(answer))]
 
 
-def _choose_fences(text: str, entry_point: str, parser: Parser) -> str | None:
-    """The last Python block that defines the function, after the earlier blocks that only define things.
+def _find_code(text: str, problem: Problem, parser: Parser) -> str:
+    """The code of an answer: bare around fences of its docstring, else of its fences, else bare."""
+    code = _find_code_around_fences(text, problem, parser)
+    if code is None:
+        code, defines = _choose_fences(text, problem.entry_point, parser)
+        if code is None or not (defines or _mentions(code, problem.entry_point)):
+            bare = _find_bare_code(text, problem, parser)
+            code = bare if code is None or parser.defines(bare, problem.entry_point) else code
+    return code
+
+
+def _find_code_around_fences(text: str, problem: Problem, parser: Parser) -> str | None:
+    """Bare code that begins before the first fence and has it inside, in a string; None where there is none."""
+    lines = text.split("\n")
+    fence = next((index for index, line in enumerate(lines) if OPENING.match(line.lstrip())), None)
+    if fence is None:
+        return None
+    for first in _list_starts(lines[:fence], problem.entry_point)[:1]:
+        for code in _cut_to_parse(lines[first:], parser):
+            if code.count("\n") > fence - first and parser.defines(code, problem.entry_point):
+                return code
+    return None
+
+
+def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | None, bool]:
+    """The last Python block that defines the function, after the earlier blocks that only define things, and True.
 
     A usage example behind the solution is left out, a helper in a fence of its own is kept. With no such block, the
-    last one: it may be the function's body. None without fences.
+    last one (it may be the function's body) and False. None without fences.
     """
     last: str | None = None
     for reading in list_readings(text):
@@ -143,10 +172,10 @@ def _choose_fences(text: str, entry_point: str, parser: Parser) -> str | None:
             if parser.defines(blocks[index], entry_point):
                 before = blocks[max(0, index - MAX_EARLIER_FENCES) : index]
                 earlier = [code for code in before if _only_defines(code, parser)]
-                return "\n".join([*earlier, blocks[index]])
+                return "\n".join([*earlier, blocks[index]]), True
         if last is None and blocks:
             last = blocks[named[-1] if named else -1]
-    return last
+    return last, False
 
 
 def _find_bare_code(text: str, problem: Problem, parser: Parser) -> str:

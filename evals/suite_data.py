@@ -30,7 +30,8 @@ def write_tasks(suite: Suite, data: Path, harness_tasks: Path, folder: Path) -> 
     tasks: dict[str, Any] = {}
     read: list[Path] = []
     for definition in definitions:
-        # A pattern's definitions are named after their subjects: mmlu_anatomy.yaml reads …/anatomy/.
+        # A pattern's definitions are named after their subjects: mmlu_anatomy.yaml reads …/anatomy/; MMLU-Pro's one
+        # file, each the questions of its category.
         many = "*" in suite.file
         subject = definition.stem.removeprefix("mmlu_")
         files = {split: find_file(data / suite.data.format(subject=subject), split) for split in suite.splits}
@@ -41,7 +42,7 @@ def write_tasks(suite: Suite, data: Path, harness_tasks: Path, folder: Path) -> 
             "dataset_path": BUILDERS[next(iter(files.values())).suffix],
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
-            "validation_split": "validation" if "validation" in suite.splits else None,
+            "validation_split": "validation" if suite.splits[-1] == "validation" else None,
         }
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in tasks.items():

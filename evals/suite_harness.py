@@ -1,7 +1,7 @@
-"""Runs lm-evaluation-harness and evalplus as the user would: as commands, from an environment of their own.
+"""Runs lm-evaluation-harness as the user would: as a command, from an environment of its own.
 
-They pin other releases than the engine's environment, so nothing of them is imported here.  What they write goes to a
-log; what they leave is read by suite_results.py.
+It pins other releases than the engine's environment, so nothing of it is imported here.  What it writes goes to a log;
+what it leaves is read by suite_results.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Target:
         max_length: tokens that the model takes; the harness's own default of 2048 would silently cut longer prompts.
         tokenizer: folder or hub id, for log-likelihoods.
         limit: the first N questions of every task, or None.
+        template: fields for the chat template, as {"enable_thinking": True}.
+        max_tokens: of an answer; None for the task's own number.
     """
 
     base_url: str
@@ -54,6 +56,8 @@ class Target:
     chat: bool
     concurrency: int
     limit: int | None
+    template: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
 
 
 def find_harness() -> Harness:
@@ -106,15 +110,24 @@ def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
     else:
         # As text: of token ids the harness would silently cut what does not fit; of a text the endpoint complains.
         arguments["tokenizer_backend"] = None
+    if target.template.get("enable_thinking"):
+        # Where the server does not take thoughts out of an answer: what stands behind them is the answer.
+        arguments["think_end_token"] = "</think>"
     command = ["--model", "local-chat-completions" if target.chat else "local-completions"]
     command += ["--model_args", json.dumps(arguments), "--tasks", suite.task]
     command += ["--num_fewshot", str(suite.shots), "--seed", f"0,1234,1234,{suite.seed}"]
     command += ["--output_path", str(folder), "--log_samples", "--use_cache", str(folder / "answers")]
+    generation: dict[str, Any] = {}
     if target.chat:
         command += ["--apply_chat_template"]
+        generation |= {"chat_template_kwargs": target.template} if target.template else {}
     elif suite.run == "generate":
         # The harness's own models put no token before a prompt; vLLM does unless it is told.
-        command += ["--gen_kwargs", "add_special_tokens=False"]
+        generation["add_special_tokens"] = False
+    if target.max_tokens is not None and suite.run == "generate":
+        generation["max_gen_toks"] = target.max_tokens
+    if generation:
+        command += ["--gen_kwargs", json.dumps(generation)]
     if target.limit is not None:
         command += ["--limit", str(target.limit)]
     return command

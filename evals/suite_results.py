@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.evals.mbpp_splits import describe_split
 from laguna_serve.evals.pass_at_k import average_pass_at_k
 from laguna_serve.evals.suite_code import SAMPLES_SCHEMA
 from laguna_serve.evals.suite_settings import Suite, SuiteError
@@ -38,6 +40,7 @@ class Score:
         n: questions asked.
         settings: what else decides about the number.
         date: seconds since 1970 of its file.
+        versions: of lm-evaluation-harness's tasks that are in the number, the group's own among them.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Score:
     settings: dict[str, Any]
     file: str
     date: float
+    versions: dict[str, Any] = field(default_factory=dict)
 
 
 def read_scores(folder: Path, suites: Sequence[Suite]) -> list[Score]:
@@ -83,9 +87,11 @@ def _read_lm_eval(body: dict[str, Any], path: Path, suites: Sequence[Suite]) -> 
         leaves = _find_leaves(task, parts)
         shots = body["n-shot"][leaves[0]]
         suite = next((s for s in suites if s.run != "code" and (s.task, s.shots) == (task, shots)), None)
+        names = dict.fromkeys([task, *parts.get(task, ()), *leaves])
+        versions = {name: body["versions"][name] for name in names if body["versions"].get(name) is not None}
         settings = {
             "harness": f"lm-eval {body['lm_eval_version']}",
-            "task_version": body["versions"].get(task, body["versions"][leaves[0]]),
+            "task_version": _tell_versions(task, leaves, versions),
             "shots": shots,
             "seed": body["config"]["fewshot_seed"],
             "chat": chat,
@@ -107,7 +113,17 @@ def _read_lm_eval(body: dict[str, Any], path: Path, suites: Sequence[Suite]) -> 
                 settings=settings,
                 file=str(path),
                 date=body["date"],
+                versions=versions,
             )
+
+
+def _tell_versions(task: str, leaves: Sequence[str], versions: dict[str, Any]) -> str:
+    """As "1", or of a group "2, its 14 tasks 3.1"."""
+    if list(leaves) == [task]:
+        return str(versions.get(task, "unknown"))
+    counts = Counter(str(versions.get(leaf, "unknown")) for leaf in leaves)
+    own = [f"{versions[task]}"] if task in versions else []
+    return ", ".join(own + [f"its {count} tasks {version}" for version, count in counts.items()])
 
 
 def _find_leaves(task: str, parts: dict[str, list[str]]) -> list[str]:
@@ -154,7 +170,9 @@ def _read_samples(body: dict[str, Any], path: Path, _: Sequence[Suite]) -> Itera
     if body["schema"] != SAMPLES_SCHEMA:
         raise ValueError(f"schema {body['schema']!r}")
     settings = {"harness": "evalplus's samples, graded in our sandbox"}
-    yield _make_pass_score(body["model"], body["suite"], body["counts"], settings, path)
+    counts = {"plus": body["counts"], "base": body["base_counts"]} if "base_counts" in body else {"": body["counts"]}
+    for part, found in counts.items():
+        yield _make_pass_score(body["model"], body["suite"], found, settings, path, part)
 
 
 def _read_code_tasks(body: dict[str, Any], path: Path, _: Sequence[Suite]) -> Iterator[Score]:
@@ -162,21 +180,36 @@ def _read_code_tasks(body: dict[str, Any], path: Path, _: Sequence[Suite]) -> It
         raise ValueError(f"schema {body['schema']!r}")
     if body["refused"]:
         raise ValueError(body["refused"][0]["reason"])
-    suite = _read_note(path).get("suite") or f"code, {Path(body['problems_file']).name}"
-    asked = {name: body["workload"][name] for name in ("form", "temperature", "max_tokens", "samples")}
-    settings = {"harness": "code_tasks.py", **asked}
+    file = body.get("file") or {"name": Path(body["problems_file"]).name, "split": None}
+    suite = _read_note(path).get("suite") or f"code, {file['name']}"
+    work = body["workload"]
+    asked = {name: work[name] for name in ("protocol", "form", "temperature", "max_tokens", "samples") if name in work}
+    settings = {
+        "harness": "code_tasks.py",
+        **asked,
+        **work.get("template", {}),
+        "split": describe_split(file["split"]) if file["split"] else None,
+        "data": f"{file['name']} ({file['sha256'][:12]})" if "sha256" in file else file["name"],
+        "prompt_file": (body.get("prompt_file") or {}).get("sha256"),
+    }
+    rows = body["problems"]
     # What compares with others' figures is the verdict of the tests as published; results before it had one only.
-    counts = [(row["samples"], row.get("published", row["passed"])) for row in body["problems"]]
-    yield _make_pass_score(body["model"], suite, counts, settings, path)
+    plus = [(row["samples"], row.get("published", row["passed"])) for row in rows]
+    has_base = bool(rows) and "base" in rows[0]
+    yield _make_pass_score(body["model"], suite, plus, settings, path, "plus" if has_base else "")
+    if has_base:
+        base = [(row["samples"], row["base"]) for row in rows]
+        yield _make_pass_score(body["model"], suite, base, settings, path, "base")
 
 
 def _make_pass_score(
-    model: str, suite: str, counts: Sequence[Sequence[int]], settings: dict[str, Any], path: Path
+    model: str, suite: str, counts: Sequence[Sequence[int]], settings: dict[str, Any], path: Path, part: str = ""
 ) -> Score:
-    """pass@1 over problems, from (samples, passed) of each."""
+    """pass@1 over problems, from (samples, passed) of each; `part`: of evalplus's two, "base" or "plus"."""
     estimate = average_pass_at_k([(samples, passed) for samples, passed in counts], 1)
     date = path.stat().st_mtime
-    return Score(model, suite, "pass@1", estimate.point, estimate.ci95, len(counts), settings, str(path), date)
+    metric = f"pass@1 {part}".rstrip()
+    return Score(model, suite, metric, estimate.point, estimate.ci95, len(counts), settings, str(path), date)
 
 
 def _find_interval(value: float, stderr: Any, n: int, counted: bool) -> tuple[float, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ def merge(found: Mapping[Path, Sequence[Score]], suites: Sequence[Suite]) -> dic
             columns[column] = None
             cells.setdefault((score.suite, score.metric), {})[column] = score
     order = {(suite.name, key.removesuffix(",none")): at for at, (suite, key) in enumerate(_list_scores(suites))}
+
+    def place(key: tuple[str, str]) -> tuple[int, tuple[str, str]]:
+        # A code suite's name goes on with how it was asked.
+        return order.get((re.split("[:,]", key[0])[0], key[1]), len(order)), key
+
     rows = [
         {
             "suite": suite,
@@ -33,7 +39,7 @@ def merge(found: Mapping[Path, Sequence[Score]], suites: Sequence[Suite]) -> dic
             "cells": {column: _describe(score) for column, score in row.items()},
             "differ": _find_differences(list(row.values())),
         }
-        for (suite, metric), row in sorted(cells.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+        for (suite, metric), row in sorted(cells.items(), key=lambda item: place(item[0]))
     ]
     return {"columns": list(columns), "rows": rows}
 
@@ -48,6 +54,7 @@ def _describe(score: Score) -> dict[str, Any]:
         "ci95": score.ci95,
         "n": score.n,
         "settings": score.settings,
+        "task_versions": score.versions,
         "file": score.file,
     }
 

