@@ -17,7 +17,7 @@ import selectors
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import BinaryIO
 
 from laguna_serve.evals.extract import ExtractionError, Form, read_program
@@ -52,7 +52,8 @@ class Worker:
     def read(self, answer: str, problem: Problem, form: Form) -> Extracted:
         """Have one answer read; afterwards `alive` says whether the worker can serve another."""
         # Not the tests, which may be large and are of no use to it.
-        request = {"answer": answer, "form": form, "prompt": problem.prompt, "entry_point": problem.entry_point}
+        asked = replace(problem, test="", base_test="", canonical_solution=None)
+        request = {"answer": answer, "form": form, "problem": asdict(asked)}
         wall_s = WALL_S + (0 if self._served else START_S)
         try:
             reply = json.loads(self._exchange(json.dumps(request).encode() + b"\n", wall_s))
@@ -165,7 +166,7 @@ def _limit_cpu() -> None:
 def _serve_one(line: bytes, sink: BinaryIO) -> None:
     request = json.loads(line)
     try:
-        problem = Problem("", request["prompt"], request["entry_point"], "", None)
+        problem = Problem(**request["problem"] | {"stops": tuple(request["problem"]["stops"])})
         program, defines = read_program(request["answer"], problem, request["form"])
         found = Extracted(program, defines)
     except (ExtractionError, MemoryError, RecursionError) as error:
