@@ -46,9 +46,8 @@ def judged() -> dict[str, tuple[Grade, Grade, str]]:
         said = ""
         for program in (parts["program"], PROMPT + parts["canonical"]):
             text = f"{program}\n{problem.test}\ncheck(f)\n"
-            done = subprocess.run(
-                [sys.executable, "-c", PLAIN], input=text, capture_output=True, text=True, check=False
-            )
+            command = [sys.executable, "-c", PLAIN, text]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
             said += done.stderr if done.returncode else ""
         alone = make_problem(parts["test"], None)
         return grade(problem, parts["program"], LIMITS), grade(alone, parts["program"], LIMITS), said
