@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from laguna_serve.evals.answers import Verdict, grade_answer
 from laguna_serve.evals.code_run import make_prompt
 from laguna_serve.evals.grading import grade
+from laguna_serve.evals.problem import Kind
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
 from laguna_serve.evals.sandbox import Limits, Wanted, choose_walls
 from laguna_serve.evals.splits import HELD_OUT_SHARE, split_problems
@@ -29,19 +30,21 @@ Judged = TypeVar("Judged")
 
 
 class SpecRlData(vf.TaskData):
-    """One problem. `id` is its task id, `prompt` the question, `stub` the unfinished program in it."""
+    """One problem. `id` is its task id, `prompt` the question, `stub` the unfinished program in it, `kind` what an
+    answer is: a function, or the value that an assertion lacks (CRUXEval)."""
 
     stub: str
     entry_point: str
     test: str
     canonical_solution: str | None = None
     open_ended: bool = False
+    kind: Kind = "function"
 
     @property
     def problem(self) -> Problem:
         """The problem in the form that extraction and grading take."""
         fields = (self.stub, self.entry_point, self.test, self.canonical_solution, self.open_ended)
-        return Problem(self.id or "", *fields)
+        return Problem(self.id or "", *fields, kind=self.kind)
 
 
 class SpecRlTaskConfig(vf.TaskConfig):
@@ -157,6 +160,7 @@ def describe(problem: Problem) -> SpecRlData:
         test=problem.test,
         canonical_solution=problem.canonical_solution,
         open_ended=problem.open_ended,
+        kind=problem.kind,
     )
 
 
