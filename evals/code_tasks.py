@@ -191,7 +191,7 @@ def check_canonical(args: argparse.Namespace, problems: list[Problem], limits: L
     for row in result["failing"]:
         print(f"{make_printable(row['task_id'])}: {row['status']}: {row['detail']}")
     print(f"{result['passing']} of {len(problems)} canonical solutions pass; {result['tests']} tests")
-    result = {"schema": CANONICAL_SCHEMA, **settings, **result, "weak": list_weak(weaknesses)}
+    result = {"schema": CANONICAL_SCHEMA, "walls": limits.walls, **settings, **result, "weak": list_weak(weaknesses)}
     if folder is not None:
         write_json(folder / "canonical.json", result | {"environment": environment})
     print(json.dumps({key: value for key, value in result.items() if key != "tests_of"}))
