@@ -14,6 +14,7 @@ from laguna_serve.evals.problems import SHIPPED
 from laguna_serve.evals.protocols import CPU_S, PROTOCOLS, SLOW_CPU_S
 from laguna_serve.evals.sandbox import WANTED
 from laguna_serve.evals.sandbox.choice import HELP
+from laguna_serve.serving.kit.cli import Parser
 
 FORMS = """
 files (--problems), as their authors publish them; which of them it is is read from its fields:
@@ -54,11 +55,10 @@ exit status:
 
 def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Parse and check the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evals/code_tasks.py",
         description=description,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base-url", metavar="URL", help="OpenAI-compatible endpoint, with or without /v1")
     problems = "one of the files below (default: the problems that ship with the project)"

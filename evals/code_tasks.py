@@ -31,15 +31,12 @@ from laguna_serve.evals.protocols import CPU_S, PROTOCOLS, SLOW, SLOW_CPU_S, che
 from laguna_serve.evals.sandbox import UNWALLED, choose_walls
 from laguna_serve.evals.text import make_printable
 from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Endpoint
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA, CANONICAL_SCHEMA = "laguna_serve.code_tasks/1", "laguna_serve.code_canonical/1"
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
@@ -49,17 +46,14 @@ WALL_PER_CPU = 2.5
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv, __doc__)
-    interrupt_on_signals()
-    try:
-        problems = choose_problems(args)
-        limits = make_limits(args)
-        return (check_canonical if args.check_canonical else evaluate)(args, problems, limits)
-    except KeyboardInterrupt:
-        print("code_tasks.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (ProblemsError, EndpointError, JailError, CheckpointError, OSError) as error:
-        print(f"code_tasks.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("code_tasks.py", lambda: run(args), others=(JailError,), interrupted=CONTINUES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Grade a model's answers, or the problems' own solutions. Returns the exit status."""
+    problems = choose_problems(args)
+    limits = make_limits(args)
+    return (check_canonical if args.check_canonical else evaluate)(args, problems, limits)
 
 
 def choose_problems(args: argparse.Namespace) -> list[Problem]:

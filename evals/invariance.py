@@ -10,7 +10,6 @@ in, so that the same command continues; the last stdout line is one JSON object 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,15 +27,20 @@ from laguna_serve.evals.invariance_verdict import EXPLAINED, INVARIANT, NOISE, U
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.sandbox import UNWALLED, WANTED, Wanted, choose_walls
 from laguna_serve.evals.sandbox.choice import HELP
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import (
+    CONTINUES,
+    COULD_NOT_RUN,
+    FELL_SHORT,
+    HELD,
+    Parser,
+    add_json_flag,
+    print_result,
+    run_command,
+)
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.invariance/1"
 # Beyond this many repeats the labellings are too many to count one by one.
@@ -63,24 +67,19 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("invariance.py", lambda: measure(args), others=(JailError,), interrupted=CONTINUES)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Ask both arms, judge, write the result and print it. Returns the exit status."""
     out = Path(args.out)
-    try:
-        environment = describe_environment(current_argv())
-        job = make_job(args, environment)
-        outcome = run(job, Progress())
-        result = assemble(args, job, environment, outcome)
-        write_json(out / "invariance.json", result)
-        write_text(out / "invariance.md", render_markdown(result))
-    except KeyboardInterrupt:
-        print("invariance.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (ProblemsError, CheckpointError, EngineError, EndpointError, JailError, OSError) as error:
-        print(f"invariance.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    print(render_text(result))
-    print(f"files in {out}: invariance.md, invariance.json, answers/answers.jsonl")
-    print(json.dumps(shorten(result), ensure_ascii=False, allow_nan=False))
+    environment = describe_environment(current_argv())
+    job = make_job(args, environment)
+    outcome = run(job, Progress())
+    result = assemble(args, job, environment, outcome)
+    write_json(out / "invariance.json", result)
+    write_text(out / "invariance.md", render_markdown(result))
+    print_result(render_text(result), shorten(result), out, always_json=args.json)
     if result["verdict"] == UNTOLD:
         return COULD_NOT_RUN
     return HELD if result["verdict"] in (INVARIANT, EXPLAINED, NOISE) else FELL_SHORT
@@ -208,11 +207,10 @@ def list_settings(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evals/invariance.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arm_flags(parser)
     work = parser.add_argument_group("what to compare")
@@ -229,6 +227,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     work.add_argument("--seed", type=int, default=0, help="order of the requests, bootstrap, engines (default: 0)")
     work.add_argument("--walls", choices=WANTED, default="auto", help=HELP)
     work.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(work)
     args = parser.parse_args(argv)
     check_arm_flags(parser, args)
     for name in ("num_problems", "max_tokens", "concurrency"):

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +34,12 @@ from laguna_serve.evals.loss_rows import (
     read_array,
     read_documents,
 )
-from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.completions import open_session
-from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.loss/1"
 USUAL_LENGTH = 512
@@ -89,23 +84,19 @@ class Cut:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("loss.py", lambda: run(args), interrupted=CONTINUES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score what is missing, write the result and print it. Returns the exit status."""
     out = Path(args.out)
-    try:
-        source = read_source(args)
-        environment = describe_environment(current_argv())
-        result = asyncio.run(measure(args, source, Progress()))
-    except KeyboardInterrupt:
-        print("loss.py: interrupted; the same command continues with the rows that are missing", file=sys.stderr)
-        return INTERRUPTED
-    except (RowsError, CheckpointError, EndpointError, OSError) as error:
-        print(f"loss.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    source = read_source(args)
+    environment = describe_environment(current_argv())
+    result = asyncio.run(measure(args, source, Progress()))
     result = {"schema": SCHEMA, "environment": environment, **result}
     write_json(out / "loss.json", result)
     write_text(out / "loss.md", render_markdown(result))
-    print(render_text(result))
-    print(json.dumps(result, ensure_ascii=False))
+    print_result(render_text(result), result, out, always_json=args.json)
     return HELD
 
 
@@ -227,11 +218,10 @@ def _tell_data(result: dict[str, Any]) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evals/loss.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base-url", metavar="URL", required=True, help="vLLM or a gateway, with or without /v1")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -239,6 +229,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--text", metavar="FILE", help=text)
     source.add_argument("--tokens", metavar="FILE.npy", help="token ids, an integer array [N, L]")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     parser.add_argument("--model", metavar="NAME", help="served model name (default: the endpoint's first)")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     length = f"text: tokens in a row (default: the most that the endpoint takes, at most {USUAL_LENGTH})"

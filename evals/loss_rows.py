@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from laguna_serve.serving.kit.errors import CommandError
 
-class RowsError(ValueError):
+
+class RowsError(CommandError, ValueError):
     """A text or a token array that a loss cannot be measured on, as one line."""
 
 

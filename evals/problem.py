@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from laguna_serve.serving.kit.errors import CommandError
+
 # What an answer is: a function (as text, or going on from the prompt), or the value that one assertion lacks.
 Kind = Literal["function", "value"]
 
 
-class ProblemsError(ValueError):
+class ProblemsError(CommandError, ValueError):
     """A problems file that cannot be used; the message names the file and the line."""
 
 

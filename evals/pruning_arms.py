@@ -22,6 +22,7 @@ from laguna_serve.evals.loss_rows import Row, RowsError, choose_evenly, cut_rows
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
@@ -32,7 +33,7 @@ SHORTEST = 16
 CONCURRENCY = 8
 
 
-class ToolError(RuntimeError):
+class ToolError(CommandError, RuntimeError):
     """One of the project's tools failed; one line, its own."""
 
 

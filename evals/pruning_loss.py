@@ -12,21 +12,18 @@ laguna_serve.pruning_loss_endpoint/1). scripts/pruning_curve.py draws the curve 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from laguna_serve.evals.loss_mean import average, subtract
-from laguna_serve.evals.loss_rows import Row, RowsError, read_documents
+from laguna_serve.evals.loss_rows import Row, read_documents
 from laguna_serve.evals.pruning_arms import (
     INDICES,
     SCORES,
     Plan,
     Setting,
-    ToolError,
     find_mask,
     list_plans,
     list_settings,
@@ -35,14 +32,11 @@ from laguna_serve.evals.pruning_arms import (
 )
 from laguna_serve.evals.pruning_plot import draw
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
-from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.pruning_loss_endpoint/1"
 SHARES = (0.10, 0.20, 0.25, 0.40)
@@ -64,29 +58,25 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
+    return run_command("pruning_loss.py", lambda: run(args), interrupted=CONTINUES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is missing, judge, write the result and print it. Returns the exit status."""
     out, progress = Path(args.out), Progress()
-    try:
-        environment = describe_environment(current_argv())
-        setting = prepare(args)
-        plans = list_plans(args.shares, args.seeds)
-        losses: dict[str, dict[int, float]] = {}
-        for done, plan in enumerate(plans, start=1):
-            rows, losses[plan.name] = measure_plan(setting, plan, progress)
-            progress.say(f"{done}/{len(plans)} {plan.name}: {average(rows, losses[plan.name]).nats:.4f} nats per token")
-        measured = judge(args, setting, rows, losses)
-    except KeyboardInterrupt:
-        print("pruning_loss.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (RowsError, CheckpointError, ToolError, EngineError, EndpointError, OSError) as error:
-        print(f"pruning_loss.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    environment = describe_environment(current_argv())
+    setting = prepare(args)
+    plans = list_plans(args.shares, args.seeds)
+    losses: dict[str, dict[int, float]] = {}
+    for done, plan in enumerate(plans, start=1):
+        rows, losses[plan.name] = measure_plan(setting, plan, progress)
+        progress.say(f"{done}/{len(plans)} {plan.name}: {average(rows, losses[plan.name]).nats:.4f} nats per token")
+    measured = judge(args, setting, rows, losses)
     result = {"schema": SCHEMA, "environment": environment, **measured}
     write_json(out / "pruning_loss.json", result)
     write_text(out / "pruning_loss.md", render_markdown(result))
     draw(result, out / "pruning_loss.png")
-    print(render_text(result))
-    print(json.dumps(result, ensure_ascii=False))
+    print_result(render_text(result), result, out, always_json=args.json)
     return HELD if all(point["ranked_is_better"] for point in result["points"]) else FELL_SHORT
 
 
@@ -203,11 +193,10 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evals/pruning_loss.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="M", required=True, help="Laguna checkpoint, unpruned: folder or hub id")
     masks = "what scripts/score_experts.py wrote (default: the folder masks beside the model's)"
@@ -220,6 +209,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", metavar="N", type=int, default=171, help="evenly spaced rows (default: 171)")
     parser.add_argument("--dtype", default="float32", help="vLLM's --dtype (default: float32)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     for name, least in {"seeds": 1, "length": 16, "rows": 1}.items():
         if getattr(args, name) < least:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from laguna_serve.evals.mbpp_splits import SPLITS, describe_split
 from laguna_serve.evals.protocols import PROTOCOLS
+from laguna_serve.serving.kit.errors import CommandError
 
 SHIPPED = Path(__file__).resolve().parent / "suites.toml"
 RUNS = ("loglikelihood", "generate", "code")
 OPTIONAL = {"file", "tag", "files"}
 
 
-class SuiteError(ValueError):
+class SuiteError(CommandError, ValueError):
     """A suite that cannot be run or a result that cannot be read; one line with the remedy."""
 
 

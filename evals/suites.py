@@ -28,7 +28,6 @@ import asyncio
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,19 @@ import aiohttp
 
 from laguna_serve.evals.code_flags import add_template_flags, read_template
 from laguna_serve.evals.grading import JailError
-from laguna_serve.evals.problems import ProblemsError, load_problems
+from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.suite_code import check_suite, grade_samples, name_run, run_code_suite
 from laguna_serve.evals.suite_harness import Target, find_harness, run_lm_eval
 from laguna_serve.evals.suite_results import NOTE, read_scores
 from laguna_serve.evals.suite_settings import Suite, SuiteError, choose_suites, load_suites, render_list
 from laguna_serve.evals.suite_table import merge, render_markdown, render_text
-from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD, INTERRUPTED
+from laguna_serve.serving.kit.cli import CONTINUES, HELD, Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
-from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 SCHEMA = "laguna_serve.suites/1"
 EXAMPLES = """
@@ -74,26 +71,23 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    interrupt_on_signals()
-    try:
-        suites = load_suites()
-        if args.list:
-            print(render_list(list(suites.values())))
-            return HELD
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        if args.suites:
-            run_suites(args, choose_suites(args.suites, suites), out, Progress())
-        elif args.samples:
-            problems = load_problems(Path(args.problems))
-            grade_samples(Path(args.samples), problems, args.model, out, Progress())
-        report(args, list(suites.values()), out)
-    except KeyboardInterrupt:
-        print("suites.py: interrupted; the same command continues with what is missing", file=sys.stderr)
-        return INTERRUPTED
-    except (SuiteError, ProblemsError, JailError, CheckpointError, EndpointError, OSError) as error:
-        print(f"suites.py: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
+    return run_command("suites.py", lambda: run(args), others=(JailError,), interrupted=CONTINUES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the suites, run some, or grade samples; then the table. Returns the exit status."""
+    suites = load_suites()
+    if args.list:
+        print(render_list(list(suites.values())))
+        return HELD
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.suites:
+        run_suites(args, choose_suites(args.suites, suites), out, Progress())
+    elif args.samples:
+        problems = load_problems(Path(args.problems))
+        grade_samples(Path(args.samples), problems, args.model, out, Progress())
+    report(args, list(suites.values()), out)
     return HELD
 
 
@@ -188,11 +182,10 @@ def report(args: argparse.Namespace, suites: Sequence[Suite], out: Path) -> None
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse exits with status 2 on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evals/suites.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from laguna_serve.evals.sandbox.supervisor import REMEDY, WallError, Walls, find_obstacle
+from laguna_serve.evals.sandbox.supervisor import REMEDY, find_obstacle
+from laguna_serve.evals.sandbox.trial import WallError, Walls
 
 Wanted = Literal["auto", "namespaces", "bubblewrap", "landlock", "none"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)

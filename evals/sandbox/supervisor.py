@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -30,31 +29,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox.bubblewrap import Enclosed, is_installed
 from laguna_serve.evals.sandbox.jail import NOT_WALLED
 from laguna_serve.evals.sandbox.landlock import find_version
+from laguna_serve.evals.sandbox.library import PACKAGES_FOLDER, find_packages, list_paths
 from laguna_serve.evals.sandbox.other_user import choose_id
 from laguna_serve.evals.sandbox.report import KEY_BYTES, ForgedError, Seal
 from laguna_serve.evals.sandbox.scratch import Scratch, make_scratch
 from laguna_serve.evals.sandbox.servers import ONE_THREAD, START_S, Process, ServerError, spawn
+from laguna_serve.evals.sandbox.trial import JailError, Limits, Trial, WallError, Walls
 
 GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
-# Where the packages that a program may import are mounted.
-PACKAGES_FOLDER = "/packages"
-LIBRARIES = (
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib32",
-    "/usr/lib64",
-    "/etc/ld.so.cache",
-    "/usr/share/zoneinfo",
-)
-PACKAGES = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
 # How long processes may take to disappear when killed, and to end when done for.
 REAP_S, END_S = 30.0, 1.0
 CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
@@ -67,64 +55,8 @@ REMEDY = (
     "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"
     " do without walls (none), where a program can give itself any reward"
 )
-Walls = Literal["namespaces", "bubblewrap", "landlock", "none"]
 PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate() == 1\n", None)
 PROBE_PROGRAM = "def f():\n    return 1\n"
-
-
-class JailError(RuntimeError):
-    """The jail could not be set up: a fault of the system, never of the program."""
-
-
-class WallError(JailError):
-    """Because this system, or this user on it, cannot have the walls that were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one program gets. `walls`: around files and processes; "none" gives them up, so that a program can do what
-    the user can, its own reward included. `packages`: names of installed packages that the program may import, as
-    ("numpy",); numpy wants memory_bytes of 1 GiB or more."""
-
-    wall_s: float = 20.0
-    cpu_s: int = 8
-    memory_bytes: int = 512 << 20
-    file_bytes: int = 16 << 20
-    temporary_bytes: int = 32 << 20
-    open_files: int = 64
-    threads: int = 32
-    message_bytes: int = 16 << 20
-    output_bytes: int = 4096
-    walls: Walls = "namespaces"
-    packages: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Trial:
-    """What came of a program and its tests.
-
-    `weak`: tests passed for want of anything to check; `unjudged`: those of which nothing can be said; `unmet`: 1 where
-    the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls,
-    to compare other programs with; `probes`: which universal wrong answers pass, as published and strictly;
-    `exit_code`: the worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and
-    stderr; `walls`: those that the worker has said to be up before it ran the program; `breach`: what the program was
-    ended for, having written too much or a report in the judge's name.
-    """
-
-    passed: int = 0
-    weak: int = 0
-    failed: int = 0
-    unjudged: int = 0
-    unmet: int = 0
-    ending: str | None = None
-    detail: str = ""
-    record: dict[str, Any] | None = None
-    probes: dict[str, list[bool]] | None = None
-    timed_out: bool = False
-    exit_code: int | None = None
-    output: bytes = b""
-    walls: str = ""
-    breach: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,46 +223,14 @@ def _describe_walls(limits: Limits, role: str) -> dict[str, Any]:
         raise WallError("sandbox: expected bubblewrap to be installed, got no bwrap")
     names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
     walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
-    paths = _list_paths()
-    readable = [*paths["readable"], *_find_packages(limits.packages)]
+    paths = list_paths()
+    readable = [*paths["readable"], *find_packages(limits.packages)]
     as_root = os.getuid() == 0
     user = choose_id() if as_root and mode not in ("namespaces", "judge") else None
     if mode in ("bubblewrap", "landlock", "none"):
         walls["file_bytes"] = min(limits.file_bytes, limits.temporary_bytes // FILE_SHARE)
     more = {"mode": mode, "landlock": landlock, "as_root": as_root, "user": user}
     return walls | more | {**paths, "readable": readable}
-
-
-@functools.cache
-def _find_packages(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Where packages are to be mounted, and where they are.
-
-    Raises:
-        JailError: one of them is not installed.
-    """
-    found: list[tuple[str, str]] = []
-    for name in names:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None or spec.origin is None:
-            raise JailError(f"packages: expected installed ones, got {name!r}; install it, or leave it out")
-        origin = Path(spec.origin)
-        path = origin.parent if spec.submodule_search_locations else origin
-        beside = path.parent / f"{name}.libs"  # shared libraries of a wheel
-        found += [(f"{PACKAGES_FOLDER}/{each.name}", str(each)) for each in (path, beside) if each.exists()]
-    return found
-
-
-@functools.cache
-def _list_paths() -> dict[str, list[Any]]:
-    """What of the file system the program may read: the standard library and the libraries under it, no package."""
-    roots = [os.path.dirname(os.__file__), *(prefix + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))]
-    readable: list[tuple[str, str]] = []
-    for path in sorted({*LIBRARIES, *roots}):
-        inside = any(path.startswith(known + "/") for known, _ in readable)
-        if os.path.exists(path) and not inside:
-            readable.append((path, os.path.realpath(path)))
-    hidden = {str(path) for root, _ in readable for pattern in PACKAGES for path in Path(root).glob(pattern)}
-    return {"readable": readable, "hidden": sorted(hidden)}
 
 
 def _listen(

@@ -112,7 +112,7 @@ def test_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path
 @each_command
 def test_memory_that_cannot_suffice(refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a small one", 1 << 30, 1 << 30))
-    assert refuse(command).split(": ", 1)[1].startswith("memory of a small one: expected ")
+    assert refuse(command).split(": ", 1)[1].startswith("error: memory of a small one: expected ")
 
 
 @each_arm

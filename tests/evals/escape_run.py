@@ -28,7 +28,7 @@ from humaneval_like import ADD, make_problem
 
 from laguna_serve.evals.grading import grade
 from laguna_serve.evals.problems import SHIPPED
-from laguna_serve.evals.sandbox import Limits, Walls, Wanted, choose_walls, run_trial, stop_servers, supervisor
+from laguna_serve.evals.sandbox import Limits, Trial, Walls, Wanted, choose_walls, run_trial, stop_servers, supervisor
 from laguna_serve.evals.sandbox.other_user import choose_id
 
 ATTEMPTS = Path(__file__).with_name("escape_attempts.py")
@@ -185,7 +185,7 @@ class Victims:
 STRAY = ("/tmp", "/var/tmp", "/dev", "/dev/shm", tempfile.gettempdir(), os.path.dirname(os.__file__))
 
 
-def ask(world: dict[str, Any], expression: str, limits: Limits) -> tuple[Any, supervisor.Trial]:
+def ask(world: dict[str, Any], expression: str, limits: Limits) -> tuple[Any, Trial]:
     """What an expression is worth to the hostile program; None where it did not say."""
     told = f"WORLD.update(json.loads({json.dumps(world)!r}))\n"
     trial = run_trial(ASK, f"{ATTEMPTS.read_text()}\n{told}\ndef f():\n    return {expression}\n", limits)

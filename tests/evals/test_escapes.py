@@ -179,7 +179,7 @@ def test_command_takes_the_walls_that_a_container_leaves() -> None:
 def test_command_gives_no_figures_without_walls() -> None:
     done = check_canonical("old-container-user")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("code_tasks.py: namespaces: ")
+    assert done.stderr.startswith("code_tasks.py: error: namespaces: ")
     assert len(done.stderr.splitlines()) == 1
     for text in ("Operation not permitted", "expected a kernel with Landlock", "install bubblewrap", "(none)"):
         assert text in done.stderr

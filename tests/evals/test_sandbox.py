@@ -283,7 +283,7 @@ def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch
     def paths() -> dict[str, list[object]]:
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
-    monkeypatch.setattr(supervisor, "_list_paths", paths)
+    monkeypatch.setattr(supervisor, "list_paths", paths)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         grade(ADD, "def add(a, b):\n    return a + b\n")
     find_obstacle.cache_clear()

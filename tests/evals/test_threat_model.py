@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from laguna_serve.evals.sandbox.supervisor import Walls
+from laguna_serve.evals.sandbox.trial import Walls
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "threat-model.md").read_text(encoding="utf-8")
