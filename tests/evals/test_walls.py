@@ -169,7 +169,7 @@ def test_grade_without_walls_is_refused_with_a_remedy(monkeypatch: pytest.Monkey
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
     make_limits("namespaces")
-    monkeypatch.setattr(supervisor, "_list_paths", readable)
+    monkeypatch.setattr(supervisor, "list_paths", readable)
     with pytest.raises(JailError, match=r"No such file.*; allow unprivileged user namespaces, install bubblewrap or"):
         grade(ADD, "")
 
@@ -179,7 +179,7 @@ def test_landlock_that_the_kernel_refuses_is_no_verdict(monkeypatch: pytest.Monk
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
     make_limits("landlock")
-    monkeypatch.setattr(supervisor, "_list_paths", readable)
+    monkeypatch.setattr(supervisor, "list_paths", readable)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         run_trial(ADD, "", Limits(walls="landlock"))
 
