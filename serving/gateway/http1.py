@@ -118,7 +118,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
+        # Outlives an answer: setting and cancelling one per request costs more than looking in vain now and then.
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._poll = select.poll()
@@ -146,7 +148,9 @@ class Connection(asyncio.Protocol):
             self._unanswered = self.kept
             self._transport.write(data)
         self._active_s = self._loop.time()
-        self._timer = self._loop.call_later(waits.shortest, self._check_silence)
+        due_s = self._active_s + waits.shortest
+        if self._timer is None or due_s < self._due_s:
+            self._look_at(due_s)
 
     def pause(self) -> None:
         """Read no more for now."""
@@ -167,6 +171,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection."""
+        self._look_no_more()
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -196,6 +201,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine has closed, or died."""
+        self._look_no_more()
         self._transport = None
         self._parser = None  # else the two would keep each other until the garbage collector comes
         self._origin.forget(self)
@@ -277,9 +283,6 @@ class Connection(asyncio.Protocol):
             receiver.on_error(error)
 
     def _release(self) -> Receiver | None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         receiver, self._receiver = self._receiver, None
         return receiver
 
@@ -290,14 +293,26 @@ class Connection(asyncio.Protocol):
         size = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
         return size > 0 or self._transport.get_write_buffer_size() > 0
 
+    def _look_at(self, due_s: float) -> None:
+        self._look_no_more()
+        self._due_s, self._timer = due_s, self._loop.call_at(due_s, self._check_silence)
+
+    def _look_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _check_silence(self) -> None:
-        """One timer for a whole answer, moved on instead of set anew with every chunk."""
+        """One timer for all of a connection's answers, moved on instead of set anew with every chunk."""
+        self._timer = None
+        if self._receiver is None:
+            return
         if self._origin.silence_allowed:
             self._active_s = self._loop.time()
         limit = self._waits.between_s if self._begun or self._paused else self._waits.first_s
         left = self._waits.shortest if limit is None else self._active_s + limit - self._loop.time()
         if left > 0:
-            self._timer = self._loop.call_later(left, self._check_silence)
+            self._look_at(self._loop.time() + left)
         else:
             self.close()
             self._fail(StalledError("stalled") if self._paused else SilentError("silent"))

@@ -117,6 +117,28 @@ def test_silence_counts_from_the_first_byte_of_the_body(waits: Waits, begun: boo
     on_a_kept_connection(steps)
 
 
+def test_silence_of_one_answer_is_not_counted_for_the_next() -> None:
+    """The timer is kept with the connection: it comes due in the middle of a later answer."""
+
+    async def steps(origin: Origin, peer: socket.socket) -> None:
+        waits = Waits(None, 2.0)
+        for pause_s in (1.5, 0.7):
+            connection = origin.take()
+            assert connection is not None
+            told = Told()
+            connection.request(REQUEST, told, waits, bodiless=False)
+            await asyncio.to_thread(take_request, peer)
+            if pause_s == 1.5:
+                peer.sendall(ANSWER)
+            await asyncio.sleep(pause_s)
+            if pause_s != 1.5:
+                assert not told.end.done()
+                peer.sendall(ANSWER)
+            assert await asyncio.wait_for(told.end, 5) is None
+
+    on_a_kept_connection(steps)
+
+
 def test_request_on_a_connection_that_is_lost_meanwhile_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(connection: Connection) -> bool:
         """Between the check and the request."""
