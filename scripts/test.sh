@@ -12,4 +12,4 @@ bash scripts/client_env.sh spec_rl
 # Two at a time: a thread that waits for another one must sleep, not spin on the core that it waits for.
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
 # By file, as a file's tests share what they start; in the order of collection, as the longest come early.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
