@@ -68,7 +68,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("certify.py", lambda: measure(args), interrupted=CONTINUES)
+    return run_command("certify.py", lambda: measure(args), measures=True, interrupted=CONTINUES)
 
 
 def measure(args: argparse.Namespace) -> int:

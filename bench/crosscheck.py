@@ -49,7 +49,7 @@ class CrosscheckError(CommandError, RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
     args = _make_parser().parse_args(argv)
-    return run_command("crosscheck.py", lambda: measure(args))
+    return run_command("crosscheck.py", lambda: measure(args), measures=True)
 
 
 def measure(args: argparse.Namespace) -> int:

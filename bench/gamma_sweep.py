@@ -60,7 +60,7 @@ exit status:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("gamma_sweep.py", lambda: run(args), interrupted=CONTINUES)
+    return run_command("gamma_sweep.py", lambda: run(args), measures=True, interrupted=CONTINUES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("gateway.py", lambda: run(args))
+    return run_command("gateway.py", lambda: run(args), measures=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = _parse(argv)
     others = (torch.OutOfMemoryError,)
-    return run_command("moe.py", lambda: run(args), others=others, interrupted="nothing was measured")
+    return run_command("moe.py", lambda: run(args), measures=True, others=others, interrupted="nothing was measured")
 
 
 def run(args: argparse.Namespace) -> int:

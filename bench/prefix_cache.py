@@ -82,7 +82,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("prefix_cache.py", lambda: run(args), interrupted="nothing was measured")
+    return run_command("prefix_cache.py", lambda: run(args), measures=True, interrupted="nothing was measured")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("rollouts.py", lambda: measure(args), interrupted=CONTINUES)
+    return run_command("rollouts.py", lambda: measure(args), measures=True, interrupted=CONTINUES)
 
 
 def measure(args: argparse.Namespace) -> int:

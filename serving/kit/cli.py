@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.load import OtherLoad
 from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 # It held; it ran and what it checks did not hold; it could not run; it was interrupted.
@@ -36,6 +37,7 @@ def run_command(
     *,
     others: tuple[type[Exception], ...] = (),
     interrupted: str = "nothing was written",
+    measures: bool = False,
 ) -> int:
     """Run a command's body; its exit status.
 
@@ -43,11 +45,16 @@ def run_command(
         name: as the user typed it (`ab.py`, `laguna`), in front of every message.
         others: what ends it with COULD_NOT_RUN and one line, besides CommandError and OSError.
         interrupted: what becomes of the work after Ctrl-C or SIGTERM, for the one line that is then printed.
+        measures: it times something; where other processes used the processors meanwhile, a warning says so.
     """
     interrupt_on_signals()
     expected: tuple[type[Exception], ...] = (CommandError, OSError, *others)
+    load = OtherLoad() if measures else None
     try:
-        return body()
+        status = body()
+        if load is not None and (warning := load.describe()) is not None:
+            print(f"{name}: warning: {warning}", file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
         return INTERRUPTED

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving.kit import progress
+from laguna_serve.serving.kit import load, progress
 from laguna_serve.serving.kit.cli import (
     COULD_NOT_RUN,
     FELL_SHORT,
@@ -69,6 +69,33 @@ def test_fault_of_our_own_is_not_hidden() -> None:
 
 def test_status_of_the_body_is_the_commands() -> None:
     assert run_command("x.py", lambda: FELL_SHORT) == FELL_SHORT
+
+
+def test_load_of_others_is_warned_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 s on 4 processors, of which this command used 8 s: the rest is others'."""
+    now, busy, own = [100.0], [1000.0], [50.0]
+    monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(load, "read_busy_s", lambda: busy[0])
+    monkeypatch.setattr(load, "read_own_s", lambda: own[0])
+
+    def work(others_s: float) -> int:
+        now[0], own[0], busy[0] = now[0] + 10, own[0] + 8, busy[0] + 8 + others_s
+        return FELL_SHORT
+
+    assert run_command("x.py", lambda: work(4.0), measures=True) == FELL_SHORT
+    assert capsys.readouterr().err == ""
+    assert run_command("x.py", lambda: work(4.4), measures=True) == FELL_SHORT
+    assert capsys.readouterr().err.startswith("x.py: warning: other processes took 11% of the processors' time")
+    assert run_command("x.py", lambda: work(30.0)) == FELL_SHORT
+    assert capsys.readouterr().err == ""
+
+
+def test_own_children_are_not_others() -> None:
+    burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+    before = load.read_own_s()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert load.read_own_s() - before >= 0.28
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
