@@ -156,6 +156,7 @@ def gateway(
     each = tables.pop("upstream", {})
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]
     more = [{"name": name, "upstreams": [{"name": f"{name}-a", "url": NOBODY}]} for name in tables.pop("others", ())]
+    tables["server"] = {"port": 0, **tables.get("server", {})}
     config = parse_config({"models": [model, *more], "limits": limits or {}, **tables}, "test")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

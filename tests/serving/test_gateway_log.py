@@ -159,7 +159,9 @@ def test_lines_come_in_full_again_after_a_while(caplog: pytest.LogCaptureFixture
     assert caplog.messages == ["line"] * 5 + ["kind: 2 more in 0.05 s", "again"]
 
 
-def test_lines_have_time_and_level(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_have_time_and_level(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever was set up in this process before: for another stderr.
+    monkeypatch.setattr(logging.getLogger("laguna_serve"), "handlers", [])
     set_up_logging()
     set_up_logging()
     logging.getLogger("laguna_serve.serving.gateway.engine").info("engine a back")
