@@ -70,7 +70,9 @@ On a GPU one engine fills the memory unless --kv-cache-gib is given; the arms ar
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv)
-    return run_command("ab.py", lambda: measure(args), measures=True, interrupted="nothing was measured")
+    return run_command(
+        "ab.py", lambda: measure(args), measures=True, interrupted="what was measured by then, if anything, is in --out"
+    )
 
 
 def measure(args: argparse.Namespace) -> int:
