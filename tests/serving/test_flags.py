@@ -1,0 +1,111 @@
+"""serving/kit/flags: command lines from configurations, the same checks for both ways of making one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds, read_flags, read_flags_and_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginesConfig:
+    model: Annotated[str, Flag("the checkpoint", metavar="M", group="engines")]
+    dtype: Annotated[Literal["auto", "float32"], Flag("of the weights")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(EnginesConfig):
+    prompts: Annotated[Path, Flag("JSONL", metavar="FILE", group="work", old=("--questions",))]
+    gammas: Annotated[tuple[int, ...], Flag("which", metavar="N,…", at_least=1)] = (1, 3)
+    limit_s: Annotated[float | None, Flag("for all", metavar="S", at_least=0.5)] = None
+    replay: Annotated[bool, Flag("leave the third path out")] = True
+    eager: Annotated[bool, Flag("no compilation", old=("--uncompiled",))] = False
+    at_most: int | None = None
+
+    QUICK: ClassVar = Quick("γ 1, at most 16 prompts", {"gammas": (1,), "at_most": 16})
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.eager and self.dtype == "float32":
+            raise FlagError("--eager: expected another --dtype beside it, got float32")
+
+
+def read(*argv: str) -> SweepConfig:
+    return read_flags(SweepConfig, argv, prog="bench/sweep.py", description="Sweep.", epilog="examples:\n  none")
+
+
+def test_defaults_are_the_dataclass_s() -> None:
+    assert read("--model", "m", "--prompts", "p") == SweepConfig(model="m", prompts=Path("p"))
+
+
+def test_every_kind_of_field() -> None:
+    argv = "--model m --prompts p --gammas 7,1 --limit-s 2.5 --no-replay --eager --dtype auto"
+    expected = SweepConfig(model="m", prompts=Path("p"), gammas=(7, 1), limit_s=2.5, replay=False, eager=True)
+    assert read(*argv.split()) == expected
+
+
+def test_quick_changes_what_was_not_given() -> None:
+    quick = read("--model", "m", "--prompts", "p", "--quick")
+    assert (quick.gammas, quick.at_most) == ((1,), 16)
+    assert read("--model", "m", "--prompts", "p", "--quick", "--gammas", "5").gammas == (5,)
+
+
+def test_json_flag_is_not_in_the_configuration() -> None:
+    argv = ("--model", "m", "--prompts", "p", "--json")
+    config, always_json = read_flags_and_json(SweepConfig, argv, prog="x", description=None)
+    assert always_json
+    assert config == read(*argv[:-1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model m", "the following arguments are required: --prompts"),
+        ("--prompts p", "the following arguments are required: --model"),
+        ("--model m --prompts p --gammas 3,0", "--gammas: expected at least 1, got 0"),
+        ("--model m --prompts p --gammas 3,x", "argument --gammas: expected values separated by commas, got '3,x'"),
+        ("--model m --prompts p --limit-s nan", "--limit-s: expected at least 0.5, got nan"),
+        ("--model m --prompts p --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("--model m --prompts p --eager --dtype float32", "--eager: expected another --dtype beside it, got float32"),
+    ],
+)
+def test_bad_command_line_is_one_line(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read(*argv.split())
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"sweep.py: error: {message}")
+    assert lines[0].endswith("see `bench/sweep.py --help`")
+
+
+def test_python_callers_get_the_same_checks() -> None:
+    with pytest.raises(FlagError, match="--gammas: expected at least 1, got 0"):
+        SweepConfig(model="m", prompts=Path("p"), gammas=(0,))
+    with pytest.raises(FlagError, match="--dtype: expected one of auto, float32, got int8"):
+        SweepConfig(model="m", prompts=Path("p"), dtype="int8")  # type: ignore[arg-type]
+
+
+def test_old_names_work_and_say_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    config = read("--model", "m", "--questions", "p", "--uncompiled")
+    assert (config.prompts, config.eager) == (Path("p"), True)
+    assert capsys.readouterr().err.splitlines() == [
+        f"bench/sweep.py: warning: {old} is now {new}; the old name goes with the next release"
+        for old, new in (("--questions", "--prompts"), ("--uncompiled", "--eager"))
+    ]
+
+
+def test_help_has_groups_and_no_old_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    assert "engines:\n  --model M" in text
+    assert "--gammas N,…" in text
+    assert "--quick" in text
+    assert "γ 1, at most 16 prompts, unless given" in text
+    assert "--questions" not in text
+    assert "--at-most" not in text
