@@ -201,9 +201,9 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "engine": outcome.scenario.engine,
         "requests": len(outcome.records),
         "prompt_tokens": moved.prompt_tokens,
-        "acceptance": None if acceptance is None else acceptance["length"],
+        "acceptance": None if acceptance is None else acceptance.length,
         "drafts": moved.drafts,
-        "per_position": None if acceptance is None else acceptance["per_position"],
+        "per_position": None if acceptance is None else acceptance.per_position,
         "tokens_per_chunk": outcome.chunk_length,
         "hit_rate": moved.prefix_cache_hits / moved.prefix_cache_queries if moved.prefix_cache_queries else 0.0,
         "preemptions": moved.preemptions,
@@ -220,8 +220,8 @@ def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: in
     sides = zip(*samples, strict=True)
     pairs = [RoundPair(b, float(b_steps), a, float(a_steps)) for (b, b_steps), (a, a_steps) in sides]
     low, high = bootstrap_speedup(pairs, seed)
-    lengths = [summarise_acceptance(side.moved) for side in (outcome, against)]
-    ratio = None if None in lengths else lengths[0]["length"] / lengths[1]["length"]  # type: ignore[index]
+    here, there = (summarise_acceptance(side.moved) for side in (outcome, against))
+    ratio = None if here is None or there is None else here.length / there.length
     differing = sum(a.token_ids != b.token_ids for a, b in zip(outcome.records, against.records, strict=True))
     provoked = comparison.provoked_by is None or getattr(outcome.moved, comparison.provoked_by) > 0
     by_chunks = pool_speedup(pairs)

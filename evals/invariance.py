@@ -9,15 +9,14 @@ in, so that the same command continues; the last stdout line is one JSON object 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from laguna_serve.bench.harness.arm_options import ENGINE_FLAGS, add_arm_flags, check_arm_flags, find_dtype, make_spec
+from laguna_serve.bench.harness.arm_options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.schedule import ARMS, CANDIDATE
 from laguna_serve.evals.grading import JailError, Limits
@@ -25,20 +24,19 @@ from laguna_serve.evals.invariance_report import render_markdown, render_text
 from laguna_serve.evals.invariance_run import Job, Outcome, run
 from laguna_serve.evals.invariance_verdict import EXPLAINED, INVARIANT, NOISE, UNTOLD, judge
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
-from laguna_serve.evals.sandbox import UNWALLED, WANTED, Wanted, choose_walls
+from laguna_serve.evals.sandbox import UNWALLED, Wanted, choose_walls
 from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.serving.kit.cli import (
     CONTINUES,
     COULD_NOT_RUN,
     FELL_SHORT,
     HELD,
-    Parser,
-    add_json_flag,
     print_result,
     run_command,
 )
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
 
@@ -64,35 +62,80 @@ exit status:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class InvarianceConfig(ArmsConfig):
+    """Which answers to compare; the files go to `out`."""
+
+    problems: Annotated[
+        Path,
+        Flag(
+            "JSONL in HumanEval's schema, .gz too (default: the problems shipped here)",
+            metavar="FILE",
+            group="what to compare",
+        ),
+    ] = SHIPPED
+    num_problems: Annotated[int | None, Flag("the first N (default: all)", metavar="N", at_least=1)] = None
+    form: Annotated[
+        Literal["chat", "completion"],
+        Flag("how problems are asked: as a user's message, or the bare prompt to go on with (default: chat)"),
+    ] = "chat"
+    max_tokens: Annotated[int, Flag("of an answer, at most (default: 512)", metavar="N", at_least=1)] = 512
+    repeats: Annotated[
+        int,
+        Flag(
+            f"answers of each arm to each problem, 2 to {MOST_REPEATS} (default: 2); with more, less goes unnoticed",
+            metavar="K",
+        ),
+    ] = 2
+    concurrency: Annotated[
+        int, Flag("requests in flight, both arms together (default: 4)", metavar="N", at_least=1)
+    ] = 4
+    walls: Annotated[Wanted, Flag(HELP)] = "auto"
+    out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+
+    def __post_init__(self) -> None:
+        """Refuse what would show nothing."""
+        super().__post_init__()
+        if not 2 <= self.repeats <= MOST_REPEATS:
+            expected = f"expected 2 to {MOST_REPEATS}, got {self.repeats}"
+            raise FlagError(f"--repeats: {expected}; one answer shows no noise")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    args = parse_args(argv)
-    return run_command("invariance.py", lambda: measure(args), others=(JailError,), interrupted=CONTINUES)
+    config, always_json = read_flags_and_json(
+        InvarianceConfig, argv, prog="evals/invariance.py", description=__doc__, epilog=EXAMPLES
+    )
+
+    def body() -> int:
+        result = measure(config)
+        print_result(render_text(result), shorten(result), config.out, always_json=always_json)
+        if result["verdict"] == UNTOLD:
+            return COULD_NOT_RUN
+        return HELD if result["verdict"] in (INVARIANT, EXPLAINED, NOISE) else FELL_SHORT
+
+    return run_command("invariance.py", body, others=(JailError,), interrupted=CONTINUES)
 
 
-def measure(args: argparse.Namespace) -> int:
-    """Ask both arms, judge, write the result and print it. Returns the exit status."""
-    out = Path(args.out)
+def measure(config: InvarianceConfig) -> dict[str, Any]:
+    """Ask both arms, judge, write the result to `config.out` and return it."""
     environment = describe_environment(current_argv())
-    job = make_job(args, environment)
+    job = make_job(config, environment)
     outcome = run(job, Progress())
-    result = assemble(args, job, environment, outcome)
-    write_json(out / "invariance.json", result)
-    write_text(out / "invariance.md", render_markdown(result))
-    print_result(render_text(result), shorten(result), out, always_json=args.json)
-    if result["verdict"] == UNTOLD:
-        return COULD_NOT_RUN
-    return HELD if result["verdict"] in (INVARIANT, EXPLAINED, NOISE) else FELL_SHORT
+    result = assemble(config, job, environment, outcome)
+    write_json(config.out / "invariance.json", result)
+    write_text(config.out / "invariance.md", render_markdown(result))
+    return result
 
 
-def assemble(args: argparse.Namespace, job: Job, environment: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+def assemble(config: InvarianceConfig, job: Job, environment: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     """The result object."""
     if outcome.first is None:
         reasons = [f"{len(outcome.failures)} requests failed; the same command asks for them again"]
         found: dict[str, Any] = {"verdict": UNTOLD, "reasons": reasons, "failures": dict(outcome.failures)}
     else:
         found = judge(outcome.first, outcome.fresh, job.seed)
-        if outcome.drafts.drafts(CANDIDATE) == 0 and args.draft is not None:
+        if outcome.drafts.drafts(CANDIDATE) == 0 and config.draft is not None:
             reasons = ["the candidate was given a drafter that never drafted: nothing but plain decoding was compared"]
             found |= {"verdict": UNTOLD, "reasons": reasons}
     verdict, reasons = found.pop("verdict"), found.pop("reasons")
@@ -102,7 +145,7 @@ def assemble(args: argparse.Namespace, job: Job, environment: Mapping[str, Any],
         "reasons": reasons,
         "environment": dict(environment),
         "workload": {
-            "problems_file": os.path.relpath(args.problems),
+            "problems_file": os.path.relpath(config.problems),
             "problems": len(job.problems),
             "form": job.form,
             "max_tokens": job.max_tokens,
@@ -147,7 +190,7 @@ def shorten(result: Mapping[str, Any]) -> dict[str, Any]:
     return short
 
 
-def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
+def make_job(config: InvarianceConfig, environment: Mapping[str, Any]) -> Job:
     """Everything that can be refused before an engine starts.
 
     Raises:
@@ -155,27 +198,27 @@ def make_job(args: argparse.Namespace, environment: Mapping[str, Any]) -> Job:
         EngineError: an engine could not be started.
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
-    problems = load_problems(Path(args.problems))
-    if args.num_problems is not None and args.num_problems > len(problems):
-        expected = f"expected at most {len(problems)}, got {args.num_problems}"
+    problems = load_problems(config.problems)
+    if config.num_problems is not None and config.num_problems > len(problems):
+        expected = f"expected at most {len(problems)}, got {config.num_problems}"
         raise ProblemsError(f"--num-problems: {expected}; the file has no more problems")
-    problems = problems[: args.num_problems]
-    specs = {name: make_spec(args, name) for name in ARMS}
-    folder = Path(args.out) / "answers"
+    problems = problems[: config.num_problems]
+    specs = {name: make_spec(config, name) for name in ARMS}
+    folder = config.out / "answers"
     if not is_begun(folder):
         check_specs(specs.values())
-    limits = choose_limits(args.walls)
-    claim_folder(folder, list_settings(args, problems, environment))
+    limits = choose_limits(config.walls)
+    claim_folder(folder, list_settings(config, problems, environment))
     return Job(
         specs=specs,
         problems=problems,
-        form=args.form,
-        max_tokens=args.max_tokens,
-        repeats=args.repeats,
-        concurrency=args.concurrency,
-        dtype=find_dtype(args),
+        form=config.form,
+        max_tokens=config.max_tokens,
+        repeats=config.repeats,
+        concurrency=config.concurrency,
+        dtype=find_dtype(config),
         limits=limits,
-        seed=args.seed,
+        seed=config.seed,
         folder=folder,
     )
 
@@ -192,51 +235,17 @@ def choose_limits(walls: Wanted) -> Limits:
 
 
 def list_settings(
-    args: argparse.Namespace, problems: Sequence[Problem], environment: Mapping[str, Any]
+    config: InvarianceConfig, problems: Sequence[Problem], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides about the answers. The repeats too: adding some after a look would bend the tests."""
     work = ("prefix_caching", "baseline_url", "candidate_url", "form", "max_tokens", "repeats", "concurrency", "seed")
-    checkpoints = [fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := vars(args)[name])]
-    return {name: vars(args)[name] for name in (*ENGINE_FLAGS, *work)} | {
+    checkpoints = [fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := getattr(config, name))]
+    return {name: getattr(config, name) for name in (*ENGINE_FLAGS, *work)} | {
         "problems": [asdict(problem) for problem in problems],
         "checkpoints": checkpoints,
         "versions": environment["versions"],
         "device": (environment["device"] or {}).get("name"),
     }
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; argparse exits with status 2 on a bad one."""
-    parser = Parser(
-        prog="evals/invariance.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-    )
-    add_arm_flags(parser)
-    work = parser.add_argument_group("what to compare")
-    problems = "JSONL in HumanEval's schema, .gz too (default: the problems shipped here)"
-    work.add_argument("--problems", metavar="FILE", default=str(SHIPPED), help=problems)
-    work.add_argument("--num-problems", metavar="N", type=int, help="the first N (default: all)")
-    form = "how problems are asked: as a user's message, or the bare prompt to go on with (default: chat)"
-    work.add_argument("--form", choices=("chat", "completion"), default="chat", help=form)
-    work.add_argument("--max-tokens", metavar="N", type=int, default=512, help="of an answer, at most (default: 512)")
-    repeats = f"answers of each arm to each problem, 2 to {MOST_REPEATS} (default: 2); with more, less goes unnoticed"
-    work.add_argument("--repeats", metavar="K", type=int, default=2, help=repeats)
-    concurrency = "requests in flight, both arms together (default: 4)"
-    work.add_argument("--concurrency", metavar="N", type=int, default=4, help=concurrency)
-    work.add_argument("--seed", type=int, default=0, help="order of the requests, bootstrap, engines (default: 0)")
-    work.add_argument("--walls", choices=WANTED, default="auto", help=HELP)
-    work.add_argument("--out", metavar="DIR", required=True, help="folder for the result files")
-    add_json_flag(work)
-    args = parser.parse_args(argv)
-    check_arm_flags(parser, args)
-    for name in ("num_problems", "max_tokens", "concurrency"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    if not 2 <= args.repeats <= MOST_REPEATS:
-        expected = f"expected 2 to {MOST_REPEATS}, got {args.repeats}"
-        parser.error(f"--repeats: {expected}; one answer shows no noise")
-    return args
 
 
 if __name__ == "__main__":

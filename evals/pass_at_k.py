@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laguna_serve.bench.stats.intervals import RESAMPLES, bootstrap_table, bound_mismatch_rate
+from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
 
 EXACT, BOOTSTRAP = "Clopper–Pearson", "bootstrap over problems"
 
@@ -67,4 +67,4 @@ def average(values: Sequence[float], seed: int = 0) -> Estimate:
     """
     table = np.ones((len(values), 4))
     table[:, 2] = values  # the pooled ratio of (value, 1) ÷ (1, 1) is the mean
-    return Estimate(float(np.mean(values)), bootstrap_table(table, seed, RESAMPLES, 0.95), BOOTSTRAP)
+    return Estimate(float(np.mean(values)), bootstrap_table(table, seed), BOOTSTRAP)

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import UNSET
+
+from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadResult
 from laguna_serve.bench.certificate.verdict import AGAIN, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
 
 WIDTH = 110
@@ -16,22 +20,22 @@ TEMPLATE = Path(__file__).with_name("certificate.html.j2")
 ARM_NAMES = {"candidate": "candidate", AGAIN: "baseline again", ROW_MATCHED: "row-matched control"}
 
 
-def summarise(result: Mapping[str, Any]) -> str:
+def summarise(result: Certificate) -> str:
     """The verdict in a sentence."""
-    work, loads = result["workload"], result["loads"]
-    at = ", ".join(map(str, work["concurrency"]))
-    scope = f"{work['prompts']} prompts × {work['max_tokens']} tokens at concurrency {at}"
-    answers = sum(load["candidate"]["prompts"] for load in loads)
-    mismatches = sum(load["candidate"]["mismatches"] for load in loads)
-    if result["verdict"] == DEFECT:
-        return f"Defect: {'; '.join(result['reasons'])}. {scope}, {mismatches} of {answers} answers differ."
-    bound = max(load["candidate"]["bound95"] for load in loads)
-    if result["verdict"] == IDENTICAL:
+    work, loads = result.workload, result.loads
+    at = ", ".join(map(str, work.concurrency))
+    scope = f"{work.prompts} prompts × {work.max_tokens} tokens at concurrency {at}"
+    answers = sum(load.candidate.prompts for load in loads)
+    mismatches = sum(load.candidate.mismatches for load in loads)
+    if result.verdict == DEFECT:
+        return f"Defect: {'; '.join(result.reasons)}. {scope}, {mismatches} of {answers} answers differ."
+    bound = max(load.candidate.bound95 for load in loads)
+    if result.verdict == IDENTICAL:
         return (
             f"Identical: every token and byte of {scope} is the baseline's. At 95% confidence at most {bound:.2%} of "
             "such prompts differ at any of these loads."
         )
-    defects = max(load["candidate"]["defect_bound95"] for load in loads)
+    defects = max(load.candidate.defect_bound95 for load in loads)
     return (
         f"Equal up to ties: {mismatches} of {answers} answers ({scope}) part from the baseline's, each where the two "
         f"tokens lie closer together than rounding can tell. At 95% confidence at most {bound:.2%} of such prompts "
@@ -39,62 +43,60 @@ def summarise(result: Mapping[str, Any]) -> str:
     )
 
 
-def list_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
+def list_rows(result: Certificate) -> list[dict[str, str]]:
     """One row per load and arm, in words and numbers."""
     rows = []
-    for load in result["loads"]:
-        for name, found in {"candidate": load["candidate"], **load["controls"]}.items():
-            difference = found["difference"]
+    for load in result.loads:
+        for name, comparison in {"candidate": load.candidate, **load.controls}.items():
+            difference = comparison.difference
             rows.append(
                 {
-                    "load": str(load["concurrency"]),
+                    "load": str(load.concurrency),
                     "arm": ARM_NAMES[name],
-                    "differ": f"{found['mismatches']} of {found['prompts']}",
-                    "bound": f"{found['bound95']:.2%}",
-                    "ties": str(found["classes"]["tie"]),
-                    "near": str(found["classes"]["near_tie"]),
-                    "defects": str(found["classes"]["defect"]),
-                    "own": str(len(found["not_own_best"])),
-                    "mean": "–" if difference is None else f"{difference['mean']:.2g}",
-                    "max": "–" if difference is None else f"{difference['max']:.2g}",
+                    "differ": f"{comparison.mismatches} of {comparison.prompts}",
+                    "bound": f"{comparison.bound95:.2%}",
+                    "ties": str(comparison.classes["tie"]),
+                    "near": str(comparison.classes["near_tie"]),
+                    "defects": str(comparison.classes["defect"]),
+                    "own": str(len(comparison.not_own_best)),
+                    "mean": "–" if difference is None else f"{difference.mean:.2g}",
+                    "max": "–" if difference is None else f"{difference.max:.2g}",
                 }
             )
     return rows
 
 
-def list_notes(result: Mapping[str, Any]) -> list[str]:
+def list_notes(result: Certificate) -> list[str]:
     """What else was found, a sentence each."""
-    notes = [f"At concurrency {load['concurrency']} {_tell_differences(load)}." for load in result["loads"]]
-    if (replay := result["replay"]) is not None:
-        p = replay["sign_test_p"]
+    notes = [f"At concurrency {load.concurrency} {_describe_differences(load)}." for load in result.loads]
+    if (replay := result.replay) is not None:
+        p = replay.sign_test_p
         notes.append(
-            f"Replay: of {replay['replayed']} divergences the exact model sides with the baseline in "
-            f"{replay['baseline']}, with the candidate in {replay['candidate']}, with neither in {replay['neither']}"
+            f"Replay: of {replay.replayed} divergences the exact model sides with the baseline in "
+            f"{replay.baseline}, with the candidate in {replay.candidate}, with neither in {replay.neither}"
             + ("." if p is None else f" (a fair coin is as lopsided with p = {p:.2g}).")
         )
-    streams = [
-        f"{found['differing']} of {found['prompts']} of the {name}'s" for name, found in result["streams"].items()
-    ]
+    streams = [f"{check.differing} of {check.prompts} of the {name}'s" for name, check in result.streams.items()]
     notes.append(f"Streamed without log-probabilities, as users send them, {' and '.join(streams)} answers differ.")
-    for name, arm in result["arms"].items():
-        tau = "" if arm["acceptance"] is None else f"; {arm['acceptance']:.2f} tokens per step"
-        notes.append(f"{name}: {arm['label']}{tau}.")
+    for name, arm in result.arms.items():
+        tau = "" if arm.acceptance is None else f"; {arm.acceptance:.2f} tokens per step"
+        notes.append(f"{name}: {arm.label}{tau}.")
     names = {"reference": "replay", ROW_MATCHED: ARM_NAMES[ROW_MATCHED]}
-    notes += [f"No {names[name]}: {reason}." for name, reason in result["missing"].items()]
+    notes += [f"No {names[name]}: {reason}." for name, reason in result.missing.items()]
     return notes
 
 
-def list_divergences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def list_divergences(result: Certificate) -> list[dict[str, Any]]:
     """Every divergence of the candidate with its load, defects first."""
-    found = [
-        {**divergence, "load": load["concurrency"], "exact": _tell_replay(divergence)}
-        for load in result["loads"]
-        for divergence in load["candidate"]["divergences"]
+    divergences = [
+        {**msgspec.to_builtins(divergence), "load": load.concurrency, "exact": _describe_replay(divergence)}
+        for load in result.loads
+        for divergence in load.candidate.divergences
     ]
-    return sorted(found, key=lambda item: item["classification"] != "defect")
+    return sorted(divergences, key=lambda item: item["classification"] != "defect")
 
 
-def render_text(result: Mapping[str, Any]) -> str:
+def render_text(result: Certificate) -> str:
     """For a terminal: verdict first."""
     lines = ["", *textwrap.wrap(summarise(result), WIDTH), ""]
     header = {"load": "at once", "arm": "arm", "differ": "differ", "bound": "at most", "ties": "ties"}
@@ -111,16 +113,16 @@ def render_text(result: Mapping[str, Any]) -> str:
     if divergences:
         lines += ["", "where answers part:"]
         for item in divergences[:SHOWN]:
-            lines += textwrap.wrap(_tell(item), WIDTH, initial_indent="- ", subsequent_indent="  ")
+            lines += textwrap.wrap(_describe(item), WIDTH, initial_indent="- ", subsequent_indent="  ")
         if len(divergences) > SHOWN:
             lines.append(f"- … and {len(divergences) - SHOWN} more, in certificate.html")
     return "\n".join(lines)
 
 
-def render_markdown(result: Mapping[str, Any]) -> str:
+def render_markdown(result: Certificate) -> str:
     """The same as a page."""
-    environment = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    environment = result.environment
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     lines = ["# Parity certificate", "", f"**{summarise(result)}**", ""]
     lines += [
         "| at once | arm | differ | at 95% at most | ties | near ties | defects | not own best | mean Δ | max Δ |"
@@ -132,14 +134,14 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     divergences = list_divergences(result)
     if divergences:
         lines += ["", "## Where answers part", ""]
-        lines += [f"- {_tell(item)}" for item in divergences[:SHOWN]]
+        lines += [f"- {_describe(item)}" for item in divergences[:SHOWN]]
         if len(divergences) > SHOWN:
             lines.append(f"- … and {len(divergences) - SHOWN} more, in certificate.html")
-    where = f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}"
-    return "\n".join([*lines, "", f"`{environment['command']}` on {where}; {versions}."]) + "\n"
+    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
+    return "\n".join([*lines, "", f"`{environment.command}` on {where}; {versions}."]) + "\n"
 
 
-def render_html(result: Mapping[str, Any]) -> str:
+def render_html(result: Certificate) -> str:
     """One page without anything from elsewhere; every divergence in context."""
     from jinja2 import Environment, StrictUndefined  # comes with vLLM; only this page needs it
 
@@ -151,11 +153,11 @@ def render_html(result: Mapping[str, Any]) -> str:
         rows=list_rows(result),
         notes=list_notes(result),
         divergences=list_divergences(result),
-        versions=", ".join(f"{name} {version}" for name, version in result["environment"]["versions"].items()),
+        versions=", ".join(f"{name} {version}" for name, version in result.environment.versions.items()),
     )
 
 
-def _tell(item: Mapping[str, Any]) -> str:
+def _describe(item: Mapping[str, Any]) -> str:
     where = "equal tokens" if item["index"] is None else f"token {item['index']}"
     text = f"prompt {item['prompt_id']}, {item['load']} at once, {where}: {item['classification'].replace('_', ' ')}; "
     text += item["reason"]
@@ -166,24 +168,24 @@ def _tell(item: Mapping[str, Any]) -> str:
     return f"{text}; {item['exact']}" if item["exact"] else text
 
 
-def _tell_differences(load: Mapping[str, Any]) -> str:
-    found, drift = load["candidate"]["difference"], load["drift"]
-    if found is not None and found["max"] == 0:
-        where = ", where tokens agree" if load["candidate"]["mismatches"] else ""
-        return f"all {found['n']:,} log-probabilities of the candidate are the baseline's to the bit{where}"
-    text = f"rounding may move log-probabilities by {load['noise']:.3g} nats, as the controls show"
-    if drift is None or drift["ratio"] is None:
+def _describe_differences(load: LoadResult) -> str:
+    difference, drift = load.candidate.difference, load.drift
+    if difference is not None and difference.max == 0:
+        where = ", where tokens agree" if load.candidate.mismatches else ""
+        return f"all {difference.n:,} log-probabilities of the candidate are the baseline's to the bit{where}"
+    text = f"rounding may move log-probabilities by {load.noise:.3g} nats, as the controls show"
+    if drift is None or drift.ratio is None or drift.ci95 is None:
         return text
     text += "; the candidate's lie {:.2f} times as far from the baseline's as the row-matched control's"
     text += " (95% interval {:.2f}–{:.2f}; above {} it is a defect)"
-    return text.format(drift["ratio"], *drift["ci95"], DRIFT_RATIO)
+    return text.format(drift.ratio, *drift.ci95, DRIFT_RATIO)
 
 
-def _tell_replay(divergence: Mapping[str, Any]) -> str:
-    replay = divergence.get("replay")
-    if replay is None:
+def _describe_replay(divergence: Divergence) -> str:
+    replay = divergence.replay
+    if replay is UNSET:
         return ""
-    by = "" if replay["margin"] is None else f" by {replay['margin']:.3g} nats"
-    if replay["preferred"] == "neither":
+    by = "" if replay.margin is None else f" by {replay.margin:.3g} nats"
+    if replay.preferred == "neither":
         return "the exact model prefers a third token"
-    return f"the exact model prefers the {replay['preferred']}'s{by}"
+    return f"the exact model prefers the {replay.preferred}'s{by}"

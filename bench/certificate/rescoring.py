@@ -7,22 +7,23 @@ a drafter, eager): one prefill, no speculation, no batch of others, and rounding
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import comb
-from typing import Any
 
+from msgspec import UNSET
+
+from laguna_serve.bench.certificate.result import Divergence, LoadResult, Replayed, ReplaySummary
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.logprobs import Probe
 
 # As many log-probabilities as vLLM gives (--max-logprobs).
 LOGPROBS = 20
 # Divergences replayed per arm and load; the first ones in the order of the prompts.
-MOST = 50
+MAX_REPLAYED = 50
 
 Prefix = tuple[int, ...]
 Step = dict[int, float]
 
 
-def list_questions(loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]]) -> dict[Prefix, None]:
+def list_questions(loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]]) -> dict[Prefix, None]:
     """The distinct prefixes to ask about, of `judge_load`'s results and the baseline's answers at the same loads."""
     return dict.fromkeys(prefix for _, prefix in _find_prefixes(loads, baseline))
 
@@ -42,54 +43,52 @@ async def ask(client: Client, prefixes: Sequence[Prefix], report: Callable[[int]
     return steps
 
 
-def attach(
-    loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]], steps: Mapping[Prefix, Step]
-) -> None:
+def attach(loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]], steps: Mapping[Prefix, Step]) -> None:
     """Give each replayed divergence a `replay`: who is preferred ("baseline", "candidate", "neither"), by how much the
     two tokens differ (nats; None where one is not among the best), and the best two."""
     for divergence, prefix in _find_prefixes(loads, baseline):
         if (step := steps.get(prefix)) is not None:
-            divergence["replay"] = _judge(step, divergence["baseline_token"], divergence["candidate_token"])
+            divergence.replay = _judge(step, divergence)
 
 
-def summarise(divergences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(divergences: Sequence[Divergence]) -> ReplaySummary:
     """How often the exact model sided with whom, and the two-sided sign test's p: rounding sides with neither."""
-    sides = [d["replay"]["preferred"] for d in divergences if d.get("replay") is not None]
+    sides = [d.replay.preferred for d in divergences if d.replay is not UNSET]
     baseline, candidate = sides.count("baseline"), sides.count("candidate")
-    return {
-        "replayed": len(sides),
-        "baseline": baseline,
-        "candidate": candidate,
-        "neither": sides.count("neither"),
-        "sign_test_p": _sign_test(baseline, candidate),
-    }
+    return ReplaySummary(
+        replayed=len(sides),
+        baseline=baseline,
+        candidate=candidate,
+        neither=sides.count("neither"),
+        sign_test_p=_sign_test(baseline, candidate),
+    )
 
 
 def _find_prefixes(
-    loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Probe]]
-) -> Iterator[tuple[dict[str, Any], Prefix]]:
+    loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]]
+) -> Iterator[tuple[Divergence, Prefix]]:
     for load, answers in zip(loads, baseline, strict=True):
-        for found in (load["candidate"], *load["controls"].values()):
-            for divergence in found["divergences"][:MOST]:
-                if divergence["baseline_token"] is not None and divergence["candidate_token"] is not None:
-                    probe = answers[divergence["prompt_id"]]
-                    yield divergence, (*probe.prompt_ids, *probe.token_ids[: divergence["index"]])
+        for comparison in (load.candidate, *load.controls.values()):
+            for divergence in comparison.divergences[:MAX_REPLAYED]:
+                if divergence.baseline_token is not None and divergence.candidate_token is not None:
+                    probe = answers[divergence.prompt_id]
+                    yield divergence, (*probe.prompt_ids, *probe.token_ids[: divergence.index])
 
 
-def _judge(step: Step, baseline_token: int, candidate_token: int) -> dict[str, Any]:
+def _judge(step: Step, divergence: Divergence) -> Replayed:
     best = sorted(step.items(), key=lambda item: -item[1])
-    ours, theirs = step.get(baseline_token), step.get(candidate_token)
-    preferred = {baseline_token: "baseline", candidate_token: "candidate"}.get(best[0][0], "neither")
-    return {
-        "preferred": preferred,
-        "margin": None if ours is None or theirs is None else abs(ours - theirs),
-        "top2": best[:2],
-    }
+    baseline, candidate = divergence.baseline_token, divergence.candidate_token
+    assert baseline is not None
+    assert candidate is not None
+    return Replayed(
+        preferred="baseline" if best[0][0] == baseline else "candidate" if best[0][0] == candidate else "neither",
+        margin=abs(step[baseline] - step[candidate]) if baseline in step and candidate in step else None,
+        top2=best[:2],
+    )
 
 
 def _sign_test(left: int, right: int) -> float | None:
     """Probability that a fair coin splits at least this unevenly; None without tosses."""
-    n, k = left + right, min(left, right)
-    if n == 0:
-        return None
-    return float(min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n))
+    from scipy.stats import binomtest  # half a second to import
+
+    return float(binomtest(left, left + right).pvalue) if left + right else None

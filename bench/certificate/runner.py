@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from laguna_serve.bench.certificate.passes import Journal, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
+from laguna_serve.bench.certificate.result import (
+    Certificate,
+    CertificateWorkload,
+    CertifiedArm,
+    LoadResult,
+    ReplaySummary,
+    StreamCheck,
+)
 from laguna_serve.bench.certificate.verdict import (
     AGAIN,
     ROW_MATCHED,
@@ -26,17 +35,18 @@ from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import read_result, write_result
 
-SCHEMA = "laguna_serve.certificate/1"
 REFERENCE = "reference"
 # Prompts that are also streamed without log-probabilities, as users send them.
 STREAMED = 16
 # Tokens per step up to which a control counts as accepting nothing: random drafts hit now and then.
-MOST_ACCEPTED = 1.2
+MAX_ACCEPTED = 1.2
 # A dying engine is seen dead a moment after its connections broke.
 DEATH_S = 2.0
 
@@ -60,7 +70,7 @@ class Job:
         return self.out / "passes"
 
 
-def certify(job: Job, environment: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def run_job(job: Job, environment: Environment, progress: Progress) -> Certificate:
     """Make the passes that are missing, judge them, and replay what differs.
 
     Raises:
@@ -73,66 +83,79 @@ def certify(job: Job, environment: dict[str, Any], progress: Progress) -> dict[s
     }
     baseline = [_read(job, BASELINE, concurrency) for concurrency in job.concurrencies]
     missing = dict(job.missing)
-    if ROW_MATCHED in arms and (reason := _find_unfit(job, arms[ROW_MATCHED]["about"]["acceptance"])) is not None:
+    if ROW_MATCHED in arms and (reason := _find_unfit(job, arms[ROW_MATCHED].about.acceptance)) is not None:
         missing[ROW_MATCHED] = reason
     loads = []
-    for concurrency, ours in zip(job.concurrencies, baseline, strict=True):
+    for concurrency, answers in zip(job.concurrencies, baseline, strict=True):
         controls = {AGAIN: _read(job, AGAIN, concurrency)}
         if ROW_MATCHED not in missing:
             controls[ROW_MATCHED] = _read(job, ROW_MATCHED, concurrency)
         loads.append(
-            judge_load(Load(concurrency, ours, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
+            judge_load(Load(concurrency, answers, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
         )
     replay = _replay(job, loads, baseline, progress)
     streams, reasons = _judge_streams(job, loads, baseline, arms)
     verdict, reasons = find_verdict(loads, reasons)
-    return {
-        "schema": SCHEMA,
-        "verdict": verdict,
-        "reasons": reasons,
-        "environment": environment,
-        "workload": {
-            "prompts": len(job.prompts),
-            "max_tokens": job.max_tokens,
-            "concurrency": list(job.concurrencies),
-            "dtype": job.dtype,
-            "temperature": 0,
-            "ignore_eos": True,
-            "seed": job.seed,
-        },
-        "arms": {name: {"label": job.specs[name].label, **found["about"]} for name, found in arms.items()},
-        "missing": missing | ({REFERENCE: replay} if isinstance(replay, str) else {}),
-        "streams": streams,
-        "replay": None if isinstance(replay, str) else replay,
-        "loads": loads,
-    }
+    return Certificate(
+        verdict=verdict,
+        reasons=reasons,
+        environment=environment,
+        workload=CertificateWorkload(
+            prompts=len(job.prompts),
+            max_tokens=job.max_tokens,
+            concurrency=list(job.concurrencies),
+            dtype=job.dtype,
+            seed=job.seed,
+        ),
+        arms={name: arm.about for name, arm in arms.items()},
+        missing=missing | ({REFERENCE: replay} if isinstance(replay, str) else {}),
+        streams=streams,
+        replay=None if isinstance(replay, str) else replay,
+        loads=loads,
+    )
 
 
 def _find_unfit(job: Job, acceptance: float | None) -> str | None:
     """Why the row-matched control is none: it must accept next to nothing, and emit its target's first choices."""
-    if acceptance is None or acceptance > MOST_ACCEPTED:
-        found = "no draft" if acceptance is None else f"{acceptance:.2f} tokens per step"
-        return f"it should verify drafts and accept none, and shows {found}; left out"
+    if acceptance is None or acceptance > MAX_ACCEPTED:
+        shown = "no draft" if acceptance is None else f"{acceptance:.2f} tokens per step"
+        return f"it should verify drafts and accept none, and shows {shown}; left out"
     for concurrency in job.concurrencies:
         if wrong := find_not_own_best(_read(job, ROW_MATCHED, concurrency)):
             return f"{len(wrong)} of its tokens are not its target's first choice; left out"
     return None
 
 
-def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> dict[str, Any]:
-    """Make an arm's passes, unless all are there. Returns what is known of it, and its streamed answers."""
+class PassedArm(Struct, frozen=True, kw_only=True):
+    """An arm whose passes are all there, as `passes/NAME.json` keeps it; `streamed` was asked without
+    log-probabilities."""
+
+    about: CertifiedArm
+    streamed: list[StreamedAnswer]
+
+
+class StreamedAnswer(Struct, frozen=True, kw_only=True):
+    """What is kept of a streamed answer."""
+
+    prompt_id: str
+    started_ns: int
+    ended_ns: int
+    token_ids: list[int]
+    text: str
+
+
+def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> PassedArm:
+    """Make an arm's passes, unless all are there."""
     done = job.passes / f"{name}.json"
     if done.exists():
         progress.say(f"{name}: all passes are there")
     else:
         with open_arm(spec, job.passes, progress.say) as arm:
-            found = asyncio.run(_make_passes(job, arm, progress))
-        write_json(done, found)
-    found = json.loads(done.read_text(encoding="utf-8"))
-    return {"about": found["about"], "streamed": [Record(**record) for record in found["streamed"]]}
+            write_result(done, asyncio.run(_make_passes(job, arm, progress)))
+    return read_result(done, PassedArm)
 
 
-async def _make_passes(job: Job, arm: Arm, progress: Progress) -> dict[str, Any]:
+async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
     async with open_session() as session:
         model_name = arm.model_name or await find_model_name(session, arm.base_url)
         client = Client(session, arm.base_url, model_name, job.max_tokens)
@@ -148,9 +171,14 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> dict[str, Any]
             if failed := next((record for record in streamed if record.error is not None), None):
                 arm.check()
                 raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}")
-    about = {"command": arm.command, "acceptance": None if acceptance is None else acceptance["length"]}
-    fields = ("prompt_id", "started_ns", "ended_ns", "token_ids", "text")
-    return {"about": about, "streamed": [{name: getattr(record, name) for name in fields} for record in streamed]}
+    return PassedArm(
+        about=CertifiedArm(
+            label=arm.spec.label,
+            command=arm.command,
+            acceptance=None if acceptance is None else acceptance.length,
+        ),
+        streamed=[msgspec.convert(record, StreamedAnswer, from_attributes=True) for record in streamed],
+    )
 
 
 async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency: int, progress: Progress) -> None:
@@ -171,8 +199,8 @@ async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency:
 
 
 def _replay(
-    job: Job, loads: Sequence[dict[str, Any]], baseline: Sequence[Mapping[str, Any]], progress: Progress
-) -> dict[str, Any] | str:
+    job: Job, loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]], progress: Progress
+) -> ReplaySummary | str:
     """Ask the third path about every divergence. Returns the summary, or why there is none."""
     prefixes = list(list_questions(loads, baseline))
     if not prefixes:
@@ -188,7 +216,7 @@ def _replay(
         progress.say(f"the replay failed, the certificate goes on without it: {error}")
         return str(error)
     attach(loads, baseline, steps)
-    return summarise([d for load in loads for d in load["candidate"]["divergences"]])
+    return summarise([d for load in loads for d in load.candidate.divergences])
 
 
 async def _ask(
@@ -201,21 +229,26 @@ async def _ask(
 
 
 def _judge_streams(
-    job: Job, loads: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    noise, reasons, streams = loads[0]["noise"], [], {}
+    job: Job,
+    loads: Sequence[LoadResult],
+    baseline: Sequence[Mapping[str, Probe]],
+    arms: Mapping[str, PassedArm],
+) -> tuple[dict[str, StreamCheck], list[str]]:
+    reasons: list[str] = []
+    streams: dict[str, StreamCheck] = {}
     observed = {BASELINE: baseline[0], CANDIDATE: _read(job, CANDIDATE, job.concurrencies[0])}
     for name, answers in observed.items():
-        streams[name] = judge_streams(answers, arms[name]["streamed"], noise)
-        if count := streams[name]["beyond_noise"]:
+        streamed = [Record(**msgspec.to_builtins(answer)) for answer in arms[name].streamed]
+        streams[name] = judge_streams(answers, streamed, loads[0].noise)
+        if count := streams[name].beyond_noise:
             reasons.append(
                 f"the {name} streams other tokens, beyond rounding, than it gives with log-probabilities on {count} of "
-                f"{streams[name]['prompts']} prompts"
+                f"{streams[name].prompts} prompts"
             )
     return streams, reasons
 
 
-def _read(job: Job, kind: str, concurrency: int) -> dict[str, Any]:
+def _read(job: Job, kind: str, concurrency: int) -> dict[str, Probe]:
     answers = Journal(_journal_path(job, kind, concurrency)).answers
     return {prompt.id: answers[prompt.id] for prompt in job.prompts}
 

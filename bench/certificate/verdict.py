@@ -18,12 +18,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from laguna_serve.bench.certificate.result import (
+    Comparison,
+    Difference,
+    Divergence,
+    Drift,
+    LoadResult,
+    NotOwnBest,
+    StreamCheck,
+)
 from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
-from laguna_serve.bench.stats.parity import LOGIT_SPACING, Verdict, classify, find_mismatch, list_differences
+from laguna_serve.bench.stats.parity import (
+    LOGIT_SPACING,
+    Verdict,
+    classify,
+    count_common,
+    find_mismatch,
+    list_differences,
+)
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
 
@@ -48,8 +63,8 @@ class Load:
     controls: Mapping[str, Answers]
 
 
-def judge_load(load: Load, dtype: str, seed: int) -> dict[str, Any]:
-    """Everything found at one load, JSON-ready; `reasons` lists what makes it a defect, empty when nothing does."""
+def judge_load(load: Load, dtype: str, seed: int) -> LoadResult:
+    """Everything found at one load. `dtype`: the models', which bounds the noise from below."""
     differences = {name: _difference(load.baseline, answers) for name, answers in load.controls.items()}
     floor = LOGIT_SPACING.get(dtype, LOGIT_SPACING["float32"])
     noise = max((value for found in differences.values() for values in found for value in values), default=0.0)
@@ -60,26 +75,26 @@ def judge_load(load: Load, dtype: str, seed: int) -> dict[str, Any]:
     drift = None
     if ROW_MATCHED in differences:
         drift = _find_drift(_difference(load.baseline, load.candidate), differences[ROW_MATCHED], floor, seed)
-    return {
-        "concurrency": load.concurrency,
-        "noise": noise,
-        "candidate": candidate,
-        "controls": controls,
-        "drift": drift,
-        "reasons": _find_reasons(candidate, controls, drift),
-    }
+    return LoadResult(
+        concurrency=load.concurrency,
+        noise=noise,
+        candidate=candidate,
+        controls=controls,
+        drift=drift,
+        reasons=_find_reasons(candidate, controls, drift),
+    )
 
 
-def find_verdict(loads: Sequence[Mapping[str, Any]], more_reasons: Sequence[str] = ()) -> tuple[str, list[str]]:
+def find_verdict(loads: Sequence[LoadResult], more_reasons: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The verdict over all loads, and the reasons for a defect."""
-    reasons = [f"at concurrency {load['concurrency']}: {reason}" for load in loads for reason in load["reasons"]]
+    reasons = [f"at concurrency {load.concurrency}: {reason}" for load in loads for reason in load.reasons]
     reasons += more_reasons
     if reasons:
         return DEFECT, reasons
-    return (UP_TO_TIES if any(load["candidate"]["mismatches"] for load in loads) else IDENTICAL), []
+    return (UP_TO_TIES if any(load.candidate.mismatches for load in loads) else IDENTICAL), []
 
 
-def judge_streams(observed: Answers, streamed: Sequence[Record], noise: float) -> dict[str, Any]:
+def judge_streams(observed: Answers, streamed: Sequence[Record], noise: float) -> StreamCheck:
     """Do answers streamed without log-probabilities, as users get them, equal those that were examined?
 
     `beyond_noise` counts prompts whose streamed token lies further below the best than rounding explains.
@@ -91,13 +106,13 @@ def judge_streams(observed: Answers, streamed: Sequence[Record], noise: float) -
         if mismatch is not None:
             differing += 1
             beyond += not _is_near(probe, mismatch.index, mismatch.candidate_token, noise)
-    return {"prompts": len(streamed), "differing": differing, "beyond_noise": beyond}
+    return StreamCheck(prompts=len(streamed), differing=differing, beyond_noise=beyond)
 
 
-def find_not_own_best(answers: Answers) -> list[dict[str, Any]]:
+def find_not_own_best(answers: Answers) -> list[NotOwnBest]:
     """Every emitted token that its own step's log-probabilities do not put first. A tie is not one."""
     return [
-        {"prompt_id": prompt_id, "index": index, "token": token, "top": sorted(step.items(), key=lambda kv: -kv[1])}
+        NotOwnBest(prompt_id=prompt_id, index=index, token=token, top=sorted(step.items(), key=lambda kv: -kv[1]))
         for prompt_id, probe in answers.items()
         for index, (token, step) in enumerate(zip(probe.token_ids, probe.top, strict=True))
         if token not in step or step[token] < max(step.values())
@@ -110,109 +125,99 @@ def _is_near(probe: Probe, index: int | None, token: int | None, noise: float) -
     return max(probe.top[index].values()) - probe.top[index][token] <= 2 * noise
 
 
-def _compare(baseline: Answers, other: Answers, noise: float) -> dict[str, Any]:
-    """One arm against the baseline: counts with bounds, classes, divergences in context, differences."""
+def _compare(baseline: Answers, other: Answers, noise: float) -> Comparison:
     divergences = []
     for prompt_id, probe in baseline.items():
-        ours, theirs = _as_record(prompt_id, probe), _as_record(prompt_id, other[prompt_id])
-        mismatch = find_mismatch(ours, theirs)
+        answers = _as_record(prompt_id, probe), _as_record(prompt_id, other[prompt_id])
+        mismatch = find_mismatch(*answers)
         if mismatch is not None:
-            verdict = classify(mismatch, ours, theirs, (probe, other[prompt_id]), noise)
-            divergences.append({**_tell(verdict), **_cut_context(probe.text, other[prompt_id].text)})
-    classes = Counter(item["classification"] for item in divergences)
+            verdict = classify(mismatch, *answers, (probe, other[prompt_id]), noise)
+            divergences.append(_put_in_context(verdict, probe.text, other[prompt_id].text))
+    classes = Counter(item.classification for item in divergences)
     prompts = len(baseline)
-    return {
-        "prompts": prompts,
-        "tokens": sum(len(other[prompt_id].token_ids) for prompt_id in baseline),
-        "mismatches": len(divergences),
-        "bound95": bound_mismatch_rate(len(divergences), prompts),
-        "classes": {name: classes[name] for name in CLASSES},
-        "defect_bound95": bound_mismatch_rate(classes["defect"], prompts),
-        "first_index": min((d["index"] for d in divergences if d["index"] is not None), default=None),
-        "difference": _summarise([value for found in _difference(baseline, other) for value in found]),
-        "not_own_best": find_not_own_best(other),
-        "other_prompts": sum(probe.prompt_ids != other[prompt_id].prompt_ids for prompt_id, probe in baseline.items()),
-        "divergences": divergences,
-    }
+    return Comparison(
+        prompts=prompts,
+        tokens=sum(len(other[prompt_id].token_ids) for prompt_id in baseline),
+        mismatches=len(divergences),
+        bound95=bound_mismatch_rate(len(divergences), prompts),
+        classes={name: classes[name] for name in CLASSES},
+        defect_bound95=bound_mismatch_rate(classes["defect"], prompts),
+        first_index=min((d.index for d in divergences if d.index is not None), default=None),
+        difference=_summarise([value for values in _difference(baseline, other) for value in values]),
+        not_own_best=find_not_own_best(other),
+        other_prompts=sum(probe.prompt_ids != other[prompt_id].prompt_ids for prompt_id, probe in baseline.items()),
+        divergences=divergences,
+    )
 
 
-def _tell(verdict: Verdict) -> dict[str, Any]:
-    found = verdict.to_json()
+def _put_in_context(verdict: Verdict, baseline_text: str, candidate_text: str) -> Divergence:
+    common = count_common(baseline_text, candidate_text)
+    fields = verdict.to_json()
     # The log-probabilities are those of the very forward passes that chose the tokens: nothing was run again.
-    del found["baseline_reproduced"], found["candidate_reproduced"]
-    return found
-
-
-def _cut_context(ours: str, theirs: str) -> dict[str, str]:
-    common = 0
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            break
-        common += 1
-    return {
-        "before": ours[max(0, common - BEFORE) : common],
-        "baseline_text": ours[common : common + AFTER],
-        "candidate_text": theirs[common : common + AFTER],
-    }
+    del fields["baseline_reproduced"], fields["candidate_reproduced"]
+    return Divergence(
+        **fields,
+        before=baseline_text[max(0, common - BEFORE) : common],
+        baseline_text=baseline_text[common : common + AFTER],
+        candidate_text=candidate_text[common : common + AFTER],
+    )
 
 
 def _difference(baseline: Answers, other: Answers) -> list[list[float]]:
     return [list_differences(probe, other[prompt_id]) for prompt_id, probe in baseline.items()]
 
 
-def _summarise(values: list[float]) -> dict[str, float | int] | None:
+def _summarise(values: list[float]) -> Difference | None:
     if not values:
         return None
     p50, p99 = np.percentile(values, [50, 99])
-    found = {"mean": float(np.mean(values)), "p50": float(p50), "p99": float(p99), "max": max(values)}
-    return {**found, "n": len(values)}
+    return Difference(mean=float(np.mean(values)), p50=float(p50), p99=float(p99), max=max(values), n=len(values))
 
 
-def _find_drift(candidate: list[list[float]], control: list[list[float]], floor: float, seed: int) -> dict[str, Any]:
+def _find_drift(candidate: list[list[float]], control: list[list[float]], floor: float, seed: int) -> Drift:
     """Ratio of the mean differences from the baseline with its interval over prompts. The control's is taken to be at
     least 1% of the spacing of the logits, so that arms which compute bit for bit alike can be compared too."""
     rows = [
-        (sum(theirs), len(theirs), sum(ours), len(ours))
-        for ours, theirs in zip(candidate, control, strict=True)
-        if ours and theirs
+        (sum(controls), len(controls), sum(candidates), len(candidates))
+        for candidates, controls in zip(candidate, control, strict=True)
+        if candidates and controls
     ]
     if not rows:
-        return {"ratio": None, "ci95": None, "drifts": False}
+        return Drift(ratio=None, ci95=None, drifts=False)
     table = np.array(rows, dtype=np.float64)
     table[:, 0] = np.maximum(table[:, 0], table[:, 1] * floor / 100)
     sums = table.sum(axis=0)
     low, high = bootstrap_table(table, seed)
     ratio = (sums[2] / sums[3]) / (sums[0] / sums[1])
-    return {"ratio": float(ratio), "ci95": [low, high], "drifts": low > DRIFT_RATIO}
+    return Drift(ratio=float(ratio), ci95=(low, high), drifts=low > DRIFT_RATIO)
 
 
-def _find_reasons(
-    candidate: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]], drift: Mapping[str, Any] | None
-) -> list[str]:
+def _find_reasons(candidate: Comparison, controls: Mapping[str, Comparison], drift: Drift | None) -> list[str]:
     reasons = []
-    if count := candidate["classes"]["defect"]:
-        first = next(d for d in candidate["divergences"] if d["classification"] == "defect")
+    if count := candidate.classes["defect"]:
+        defect = next(d for d in candidate.divergences if d.classification == "defect")
         reasons.append(
-            f"{count} of {candidate['prompts']} prompts differ beyond rounding (the first: prompt "
-            f"{first['prompt_id']}, token {first['index']}: {first['reason']})"
+            f"{count} of {candidate.prompts} prompts differ beyond rounding (the first: prompt "
+            f"{defect.prompt_id}, token {defect.index}: {defect.reason})"
         )
-    arms = {"candidate": candidate, **{f"{name} control": found for name, found in controls.items()}}
-    for name, found in arms.items():
-        if found["not_own_best"]:
-            first = found["not_own_best"][0]
+    arms = {"candidate": candidate, **{f"{name} control": comparison for name, comparison in controls.items()}}
+    for name, comparison in arms.items():
+        if comparison.not_own_best:
+            first = comparison.not_own_best[0]
             reasons.append(
-                f"the {name} emitted {len(found['not_own_best'])} tokens that its own log-probabilities do not put "
-                f"first (the first: prompt {first['prompt_id']}, token {first['index']})"
+                f"the {name} emitted {len(comparison.not_own_best)} tokens that its own log-probabilities do not put "
+                f"first (the first: prompt {first.prompt_id}, token {first.index})"
             )
-        if found["other_prompts"]:
-            reasons.append(f"the {name} read {found['other_prompts']} prompts as other tokens than the baseline")
-    for name, found in controls.items():
-        if count := found["classes"]["defect"]:
+        if comparison.other_prompts:
+            reasons.append(f"the {name} read {comparison.other_prompts} prompts as other tokens than the baseline")
+    for name, comparison in controls.items():
+        if count := comparison.classes["defect"]:
             reasons.append(f"the {name} control fails itself: {count} prompts differ from the baseline beyond rounding")
-    if drift is not None and drift["drifts"]:
+    if drift is not None and drift.drifts and drift.ci95 is not None:
+        low, high = drift.ci95
         reasons.append(
-            "drift: the candidate's log-probabilities lie {:.2f} times as far from the baseline's as the same number "
-            "of rows explains (95% interval {:.2f}–{:.2f})".format(drift["ratio"], *drift["ci95"])
+            f"drift: the candidate's log-probabilities lie {drift.ratio:.2f} times as far from the baseline's as the "
+            f"same number of rows explains (95% interval {low:.2f}–{high:.2f})"
         )
     return reasons
 

@@ -10,6 +10,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from laguna_serve.bench.gamma.points import MIN_WARMUP, make_config, measure_plan
 from laguna_serve.bench.harness.arms import ArmSpec, open_arm
 from laguna_serve.bench.harness.prompts import split_prompts
@@ -71,9 +73,9 @@ def compare_schedule(
         "skipped": None,
         "rounds": len(plan.rounds),
         "prompts": len(plan.prompts),
-        "speedup": result["speedup"]["point"],
-        "ci95": result["speedup"]["ci95"],
-        "parity": {key: value for key, value in result["parity"].items() if key != "divergences"},
+        "speedup": result.speedup.point,
+        "ci95": result.speedup.ci95,
+        "parity": {key: value for key, value in msgspec.to_builtins(result.parity).items() if key != "divergences"},
     }
     write_json(place, found)
     return found

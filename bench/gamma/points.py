@@ -7,15 +7,19 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from laguna_serve.bench.harness.arms import Arm, ArmSpec
+from laguna_serve.bench.harness.assemble import assemble, list_pairs
 from laguna_serve.bench.harness.prompts import split_prompts
-from laguna_serve.bench.harness.result import assemble, list_pairs
+from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.runner import ArmRun, MeasurementStoppedError, Run, measure
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
 from laguna_serve.bench.stats.intervals import chunk_gaps_ms
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 
 MIN_WARMUP = 4
@@ -62,35 +66,39 @@ def measure_point(
     )
     result, run = measure_plan(args, plan, arms, progress, drafting=True)
     pairs = [(p.baseline_tokens, p.baseline_s, p.candidate_tokens, p.candidate_s) for p in list_pairs(run).values()]
-    baseline, candidate = result["arms"][BASELINE], result["arms"][CANDIDATE]
-    step_ms = candidate["chunk_gap_ms"]["mean"]
+    baseline, candidate = result.arms[BASELINE], result.arms[CANDIDATE]
+    assert baseline.chunk_gap_ms is not None
+    assert candidate.chunk_gap_ms is not None
+    step_ms = candidate.chunk_gap_ms.mean
+    parity = msgspec.to_builtins(result.parity)
     rows_ms = asyncio.run(_measure_rows(arms[0], timed, concurrency * (gamma + 1), args.max_tokens))
     return {
         "gamma": gamma,
         "concurrency": concurrency,
-        "speedup": result["speedup"]["point"],
-        "ci95": result["speedup"]["ci95"],
-        "tau": result["acceptance"]["length"],
-        "per_position": result["acceptance"]["per_position"],
-        "step_cost": step_ms / baseline["chunk_gap_ms"]["mean"],
+        "speedup": result.speedup.point,
+        "ci95": result.speedup.ci95,
+        "tau": result.acceptance.length,
+        "per_position": result.acceptance.per_position,
+        "step_cost": step_ms / baseline.chunk_gap_ms.mean,
         "draft_share": None if rows_ms is None else max(0.0, 1 - rows_ms / step_ms),
-        "tok_per_s": {BASELINE: baseline["tok_per_s"], CANDIDATE: candidate["tok_per_s"]},
-        "memory": {BASELINE: baseline["memory"], CANDIDATE: candidate["memory"]},
-        "parity": {key: value for key, value in result["parity"].items() if key != "divergences"},
-        "divergences": result["parity"]["divergences"],
+        "tok_per_s": {BASELINE: baseline.tok_per_s, CANDIDATE: candidate.tok_per_s},
+        "memory": {name: msgspec.to_builtins(result.arms[name].memory) for name in ARMS},
+        "parity": {key: value for key, value in parity.items() if key != "divergences"},
+        "divergences": parity["divergences"],
         "pairs": pairs,
     }
 
 
 def measure_plan(
     args: argparse.Namespace, plan: Plan, arms: tuple[Arm, Arm], progress: Progress, *, drafting: bool
-) -> tuple[dict[str, Any], Run]:
+) -> tuple[AbResult, Run]:
     """Run a plan on two arms that are up. Raises MeasurementStoppedError when a figure was withheld."""
     run = Run({arm.name: ArmRun(arm.spec.label) for arm in arms})
     asyncio.run(measure(plan, arms, run, progress))
-    result = assemble(run, plan, {}, dtype=args.dtype, drafting=drafting, prompts_file=args.prompts)
-    if result["refused"]:
-        reasons = "; ".join(sorted({refusal["reason"] for refusal in result["refused"]}))
+    environment = Environment(date="", command="")  # the sweep's own result has it
+    result = assemble(run, plan, environment, dtype=args.dtype, drafting=drafting, prompts_file=args.prompts)
+    if result.refused:
+        reasons = "; ".join(sorted({refusal.reason for refusal in result.refused}))
         raise MeasurementStoppedError(f"{arms[1].spec.label}: {reasons}")
     return result, run
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.serve import parse_gamma
 
 # What of them decides how an arm answers; the first three name checkpoints.
@@ -26,101 +29,116 @@ ENGINE_FLAGS = (
 )
 
 
-def add_arm_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in two groups."""
-    engines = parser.add_argument_group("engines to start here")
-    engines.add_argument(
-        "--model", metavar="M", help="target checkpoint, folder or hub id (with URLs: the served name)"
-    )
-    engines.add_argument(
-        "--candidate-model", metavar="M", help="the candidate's checkpoint, where it is another (pruned, unpadded)"
-    )
-    engines.add_argument("--draft", metavar="D", help="DFlash drafter checkpoint: the candidate's only difference")
-    gamma = "tokens drafted per step, N or max (default: the drafter's most)"
-    engines.add_argument("--gamma", metavar="N", type=parse_gamma, help=gamma)
-    engines.add_argument(
-        "--baseline-args", metavar="…", default="", help="extra vLLM flags for the baseline, after an ="
-    )
-    engines.add_argument(
-        "--candidate-args", metavar="…", default="", help="extra vLLM flags for the candidate, after an ="
-    )
-    engines.add_argument("--dtype", default="auto", help="vLLM's --dtype for both (default: the checkpoint's)")
-    engines.add_argument("--eager", action="store_true", help="no compilation, no graphs: starts fast, runs slowly")
-    exact = "serve with --exact, checked at the start: the candidate alone, to see its cost, or both"
-    engines.add_argument("--exact", choices=("candidate", "both"), help=exact)
-    engines.add_argument("--prefix-caching", action="store_true", help="turn prefix caching on (default: off)")
-    engines.add_argument(
-        "--kv-cache-gib", metavar="G", type=float, help="KV cache per engine (default: by free memory)"
-    )
-    urls = parser.add_argument_group("or endpoints that already run")
-    urls.add_argument("--baseline-url", metavar="U", help="for example http://127.0.0.1:8000")
-    urls.add_argument("--candidate-url", metavar="U")
+@dataclass(frozen=True, kw_only=True)
+class ArmsConfig:
+    """Two arms: a baseline, and a candidate that differs from it by what --candidate-… and --draft give it."""
 
+    model: Annotated[
+        str | None,
+        Flag(
+            "target checkpoint, folder or hub id (with URLs: the served name)",
+            metavar="M",
+            group="engines to start here",
+        ),
+    ] = None
+    candidate_model: Annotated[
+        str | None, Flag("the candidate's checkpoint, where it is another (pruned, unpadded)", metavar="M")
+    ] = None
+    draft: Annotated[str | None, Flag("DFlash drafter checkpoint: the candidate's only difference", metavar="D")] = None
+    gamma: Annotated[
+        int | None,
+        Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
+    ] = None
+    baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
+    candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
+    dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
+    eager: Annotated[bool, Flag("no compilation, no graphs: starts fast, runs slowly")] = False
+    exact: Annotated[
+        Literal["candidate", "both"] | None,
+        Flag("serve with --exact, checked at the start: the candidate alone, to see its cost, or both"),
+    ] = None
+    prefix_caching: Annotated[bool, Flag("turn prefix caching on (default: off)")] = False
+    kv_cache_gib: Annotated[float | None, Flag("KV cache per engine (default: by free memory)", metavar="G")] = None
+    seed: Annotated[int, Flag("order of the arms, bootstrap, engines (default: 0)")] = 0
+    baseline_url: Annotated[
+        str | None, Flag("for example http://127.0.0.1:8000", metavar="U", group="or endpoints that already run")
+    ] = None
+    candidate_url: Annotated[str | None, Flag(metavar="U")] = None
 
-def check_arm_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that mean nothing; argparse exits with status 2."""
-    by_url = args.baseline_url is not None
-    if by_url != (args.candidate_url is not None):
-        parser.error("--baseline-url and --candidate-url: expected both or neither, got one")
-    for_engines = (args.draft, args.gamma, args.candidate_model, args.baseline_args, args.candidate_args, args.exact)
-    if by_url and any(for_engines):
-        parser.error(
-            "--draft, --gamma, --candidate-model, --exact and extra args: expected none with URLs, as those servers "
-            "already run; drop them"
+    def __post_init__(self) -> None:
+        """Refuse combinations that mean nothing."""
+        check_bounds(self)
+        by_url = self.baseline_url is not None
+        if by_url != (self.candidate_url is not None):
+            raise FlagError("--baseline-url and --candidate-url: expected both or neither, got one")
+        for_engines = (
+            self.draft,
+            self.gamma,
+            self.candidate_model,
+            self.baseline_args,
+            self.candidate_args,
+            self.exact,
         )
-    if not by_url and args.model is None:
-        parser.error("--model: expected a checkpoint, or two URLs, got neither")
-    if args.gamma is not None and args.draft is None:
-        parser.error("--gamma: expected --draft beside it, got none")
-    for name in ("baseline_args", "candidate_args"):
-        try:
-            shlex.split(getattr(args, name))
-        except ValueError as error:
-            parser.error(f"--{name.replace('_', '-')}: expected flags as in a shell, got {str(error).lower()}")
+        if by_url and any(for_engines):
+            raise FlagError(
+                "--draft, --gamma, --candidate-model, --exact and extra args: expected none with URLs, as those "
+                "servers already run; drop them"
+            )
+        if not by_url and self.model is None:
+            raise FlagError("--model: expected a checkpoint, or two URLs, got neither")
+        if self.gamma is not None and self.draft is None:
+            raise FlagError("--gamma: expected --draft beside it, got none")
+        for name in ("baseline_args", "candidate_args"):
+            try:
+                shlex.split(getattr(self, name))
+            except ValueError as error:
+                flag = f"--{name.replace('_', '-')}"
+                raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
 
 
-def make_spec(args: argparse.Namespace, name: str) -> ArmSpec:
+def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     """One arm from the command line. The baseline is the candidate without what --candidate-… and --draft give it."""
-    url = args.baseline_url if name == BASELINE else args.candidate_url
+    url = config.baseline_url if name == BASELINE else config.candidate_url
     if url is not None:
-        return ArmSpec(name, f"running at {url}", url=url, model_name=args.model)
-    extra = tuple(shlex.split(args.baseline_args if name == BASELINE else args.candidate_args))
-    drafting = name == CANDIDATE and args.draft is not None
-    model = args.candidate_model or args.model if name == CANDIDATE else args.model
-    config = EngineConfig(
+        return ArmSpec(name, f"running at {url}", url=url, model_name=config.model)
+    extra = tuple(shlex.split(config.baseline_args if name == BASELINE else config.candidate_args))
+    drafting = name == CANDIDATE and config.draft is not None
+    model = (config.candidate_model if name == CANDIDATE else None) or config.model
+    assert model is not None
+    engine = EngineConfig(
         model=model,
-        draft=args.draft if drafting else None,
-        gamma=args.gamma if drafting else None,
-        dtype=args.dtype,
-        enforce_eager=args.eager,
-        prefix_caching=args.prefix_caching,
-        kv_cache_gib=args.kv_cache_gib,
-        seed=args.seed,
-        exact=args.exact == "both" or (args.exact == "candidate" and name == CANDIDATE),
+        draft=config.draft if drafting else None,
+        gamma=config.gamma if drafting else None,
+        dtype=config.dtype,
+        enforce_eager=config.eager,
+        prefix_caching=config.prefix_caching,
+        kv_cache_gib=config.kv_cache_gib,
+        seed=config.seed,
+        exact=config.exact == "both" or (config.exact == "candidate" and name == CANDIDATE),
         extra_args=extra,
     )
-    gamma = "its trained maximum" if args.gamma is None else str(args.gamma)
-    parts = [model, f"drafter {args.draft}, γ {gamma}" if drafting else "no drafter"]
-    parts += ["eager"] if args.eager else []
-    parts += ["exact"] if config.exact else []
+    gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
+    parts = [model, f"drafter {config.draft}, γ {gamma}" if drafting else "no drafter"]
+    parts += ["eager"] if config.eager else []
+    parts += ["exact"] if engine.exact else []
     parts += [shlex.join(extra)] if extra else []
-    return ArmSpec(name, "; ".join(parts), config=config)
+    return ArmSpec(name, "; ".join(parts), config=engine)
 
 
-def find_dtype(args: argparse.Namespace) -> str:
+def find_dtype(config: ArmsConfig) -> str:
     """The models' dtype: as asked, else as the checkpoint says, else unknown (judged as strictly as float32)."""
-    if args.dtype != "auto":
-        return {"half": "float16", "float": "float32"}.get(args.dtype, str(args.dtype))
+    if config.dtype != "auto":
+        return {"half": "float16", "float": "float32"}.get(config.dtype, str(config.dtype))
     try:
-        config = json.loads((Path(args.model or "") / "config.json").read_text(encoding="utf-8"))
+        declared = json.loads((Path(config.model or "") / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "unknown"
-    return str(config.get("dtype") or config.get("torch_dtype") or "unknown")
+    return str(declared.get("dtype") or declared.get("torch_dtype") or "unknown")
 
 
-def parse_numbers(text: str) -> list[int]:
+def parse_numbers(text: str) -> tuple[int, ...]:
     """Positive integers separated by commas, each once, rising."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"expected positive numbers like 1,3,7, got {text!r}")
-    return sorted({int(part) for part in parts})
+    return tuple(sorted({int(part) for part in parts}))

@@ -6,16 +6,19 @@ import shlex
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from msgspec import UNSET
+
+from laguna_serve.bench.harness.result import AbResult, ArmResult, Parity
 from laguna_serve.bench.harness.schedule import ARMS
+from laguna_serve.bench.stats.intervals import Spread
+from laguna_serve.bench.stats.parity import Verdict
+from laguna_serve.serving.kit.environment import list_environment
 
 WIDTH = 100
 GIB = 2**30
 REFUSED = "refused"
 SHOWN_DIVERGENCES = 10
-
-Arm = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Row:
     candidate: str
 
 
-def render_text(result: dict[str, Any]) -> str:
+def render_text(result: AbResult) -> str:
     """The whole report as plain text."""
     lines = [_title(result)]
     for name, sentence in _describe_setting(result):
@@ -40,10 +43,14 @@ def render_text(result: dict[str, Any]) -> str:
         lines += _wrap_named(name, sentence)
     lines += _wrap_items("divergences", _list_divergences(result))
     lines += _wrap_items("withheld figures", _list_refusals(result))
+    if (certificate := result.certificate) is not UNSET:
+        summary = certificate.summary or f"none: {'; '.join(certificate.reasons)}"
+        page = " (certificate/certificate.html)" if certificate.verdict else ""
+        lines += ["", f"certificate {summary}{page}"]
     return "\n".join(lines) + "\n"
 
 
-def render_markdown(result: dict[str, Any]) -> str:
+def render_markdown(result: AbResult) -> str:
     """The same report as Markdown, with the commands that started the engines."""
     lines = [
         f"# {_title(result)}",
@@ -58,134 +65,140 @@ def render_markdown(result: dict[str, Any]) -> str:
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     lines += ["", "![speedup per prompt and acceptance per position](ab.png)", "", "## Where and how", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items() if value is not None]
+    lines += list_environment(result.environment)
     for name in ARMS:
-        if result["arms"][name]["command"]:
-            lines.append(f"- {name}: `{shlex.join(result['arms'][name]['command'])}`")
+        if command := result.arms[name].command:
+            lines.append(f"- {name}: `{shlex.join(command)}`")
     return "\n".join(lines) + "\n"
 
 
-def _title(result: dict[str, Any]) -> str:
-    work = result["workload"]
-    partial = " · PARTIAL: the run ended early" if result["partial"] else ""
-    return f"A/B: {work['prompts']} prompts × {work['max_tokens']} tokens, concurrency {work['concurrency']}{partial}"
+def _title(result: AbResult) -> str:
+    work = result.workload
+    partial = " · PARTIAL: the run ended early" if result.partial else ""
+    return f"A/B: {work.prompts} prompts × {work.max_tokens} tokens, concurrency {work.concurrency}{partial}"
 
 
-def _describe_setting(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    work = result["workload"]
+def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:
+    work = result.workload
     for name in ARMS:
-        yield name, result["arms"][name]["label"]
-    order = "both engines up, taking turns" if work["interleaved"] else "one engine after the other"
-    yield "setting", f"{order}; greedy, end of text ignored; prompts from {work['prompts_file']}"
+        yield name, result.arms[name].label
+    order = "both engines up, interleaved" if work.interleaved else "one engine after the other"
+    yield "setting", f"{order}; greedy, end of text ignored; prompts from {work.prompts_file}"
 
 
-def _list_rows(result: dict[str, Any]) -> Iterator[Row]:
-    def row(name: str, show: Callable[[Arm], str]) -> Row:
-        return Row(name, *(show(result["arms"][arm]) for arm in ARMS))
+def _list_rows(result: AbResult) -> Iterator[Row]:
+    arms = [result.arms[name] for name in ARMS]
 
-    yield row("requests (failed)", lambda arm: f"{arm['requests']} ({arm['failed']})")
-    yield row("output tokens", lambda arm: f"{arm['output_tokens']:,}")
-    yield row("output tok/s", lambda arm: REFUSED if arm["tok_per_s"] is None else f"{arm['tok_per_s']:,.1f}")
-    for name, key in (
-        ("time to first token", "ttft_ms"),
-        ("gap per token", "itl_ms"),
-        ("gap per chunk", "chunk_gap_ms"),
-        ("whole request", "e2e_ms"),
-    ):
-        yield row(f"{name}, ms  p50 / p99", lambda arm, key=key: _show_spread(arm[key]))  # type: ignore[misc]
-    yield row("tokens per chunk, mean", lambda arm: _show_mean(arm["tokens_per_chunk"]))
-    if any(result["arms"][arm]["memory"] for arm in ARMS):
-        yield row("engine memory, GiB (PSS)", lambda arm: _show_memory(arm["memory"], "pss_bytes"))
-        if any((result["arms"][arm]["memory"] or {}).get("gpu_bytes") for arm in ARMS):
-            yield row("engine memory, GiB (GPU)", lambda arm: _show_memory(arm["memory"], "gpu_bytes"))
+    def row(name: str, show: Callable[[ArmResult], str]) -> Row:
+        return Row(name, *map(show, arms))
 
-
-def _show_spread(summary: dict[str, float] | None) -> str:
-    return REFUSED if summary is None else f"{summary['p50']:.2f} / {summary['p99']:.2f}"
+    yield row("requests (failed)", lambda arm: f"{arm.requests} ({arm.failed})")
+    yield row("output tokens", lambda arm: f"{arm.output_tokens:,}")
+    yield row("output tok/s", lambda arm: REFUSED if arm.tok_per_s is None else f"{arm.tok_per_s:,.1f}")
+    yield row("time to first token, ms  p50 / p99", lambda arm: _show_spread(arm.ttft_ms))
+    yield row("gap per token, ms  p50 / p99", lambda arm: _show_spread(arm.itl_ms))
+    yield row("gap per chunk, ms  p50 / p99", lambda arm: _show_spread(arm.chunk_gap_ms))
+    yield row("whole request, ms  p50 / p99", lambda arm: _show_spread(arm.e2e_ms))
+    yield row("tokens per chunk, mean", lambda arm: _show_mean(arm.tokens_per_chunk))
+    if any(arm.memory for arm in arms):
+        yield row("engine memory, GiB (PSS)", lambda arm: _show_gib(arm.memory.pss_bytes if arm.memory else None))
+    if any(arm.memory and arm.memory.gpu_bytes for arm in arms):
+        yield row("engine memory, GiB (GPU)", lambda arm: _show_gib(arm.memory.gpu_bytes if arm.memory else None))
 
 
-def _show_mean(summary: dict[str, float] | None) -> str:
-    return REFUSED if summary is None else f"{summary['mean']:.2f}"
+def _show_spread(spread: Spread | None) -> str:
+    return REFUSED if spread is None else f"{spread.p50:.2f} / {spread.p99:.2f}"
 
 
-def _show_memory(memory: dict[str, Any] | None, key: str) -> str:
-    return "not known" if memory is None or memory.get(key) is None else f"{memory[key] / GIB:.2f}"
+def _show_mean(spread: Spread | None) -> str:
+    return REFUSED if spread is None else f"{spread.mean:.2f}"
 
 
-def _list_findings(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "speedup", _tell_speedup(result)
-    yield "parity", _tell_parity(result["parity"])
-    control = result["parity"]["control"]
+def _show_gib(size: int | None) -> str:
+    return "not known" if size is None else f"{size / GIB:.2f}"
+
+
+def _list_findings(result: AbResult) -> Iterator[tuple[str, str]]:
+    yield "speedup", _describe_speedup(result)
+    yield "parity", _describe_parity(result.parity)
+    control = result.parity.control
     if control is not None:
         yield (
             "control",
-            (f"the baseline against itself: {control['mismatches']} of {control['prompts']} prompts differ"),
+            (f"the baseline against itself: {control.mismatches} of {control.prompts} prompts differ"),
         )
-    yield "acceptance", _tell_acceptance(result)
-    if positions := result["acceptance"]["per_position"]:
+    yield "acceptance", _describe_acceptance(result)
+    if positions := result.acceptance.per_position:
         yield "by position", "  ".join(f"{share:.0%}" for share in positions)
 
 
-def _tell_speedup(result: dict[str, Any]) -> str:
-    speedup = result["speedup"]
-    if speedup["point"] is None:
+def _describe_speedup(result: AbResult) -> str:
+    speedup = result.speedup
+    if speedup.point is None:
         return f"{REFUSED} (see below)"
-    low_high = speedup["ci95"]
+    low_high = speedup.ci95
     interval = f"95% interval {low_high[0]:.2f}–{low_high[1]:.2f}" if low_high else f"95% interval {REFUSED}"
-    unit = "prompts" if result["workload"]["concurrency"] == 1 else "rounds"
-    return f"{speedup['point']:.2f}× the baseline's tok/s ({interval}, paired over {speedup['pairs']} {unit})"
+    unit = "prompts" if result.workload.concurrency == 1 else "rounds"
+    return f"{speedup.point:.2f}× the baseline's tok/s ({interval}, paired over {speedup.pairs} {unit})"
 
 
-def _tell_parity(parity: dict[str, Any]) -> str:
-    prompts, mismatches = parity["prompts"], parity["mismatches"]
+def _describe_parity(parity: Parity) -> str:
+    prompts, mismatches = parity.prompts, parity.mismatches
     if mismatches is None:
         return f"{REFUSED} (see below)"
     if prompts == 0:
         return "no prompt was answered by both arms"
-    bound = parity["bound95"]
+    bound = parity.bound95
     reach = f"at 95% confidence at most {bound:.1%} of such prompts differ" if bound is not None else f"bound {REFUSED}"
     if mismatches == 0:
         return f"tokens and bytes identical on {prompts} of {prompts} prompts; {reach}"
     classes = ", ".join(
-        f"{count} {name.replace('_', ' ')}{'s' * (count > 1)}" for name, count in parity["classes"].items() if count
+        f"{count} {name.replace('_', ' ')}{'s' * (count > 1)}"
+        for name, count in (parity.classes or {}).items()
+        if count
     )
     return f"{mismatches} of {prompts} prompts differ ({classes}); {reach}"
 
 
-def _tell_acceptance(result: dict[str, Any]) -> str:
-    acceptance = result["acceptance"]
-    if acceptance["length"] is not None:
+def _describe_acceptance(result: AbResult) -> str:
+    acceptance = result.acceptance
+    if acceptance.length is not None:
         return (
-            f"{acceptance['length']:.2f} tokens per step (at most {len(acceptance['per_position']) + 1}); "
-            f"{acceptance['rate']:.1%} of the drafted tokens accepted"
+            f"{acceptance.length:.2f} tokens per step (at most {len(acceptance.per_position or []) + 1}); "
+            f"{acceptance.rate:.1%} of the drafted tokens accepted"
         )
-    if any(item["figure"] == "acceptance" for item in result["refused"]):
+    if any(item.figure == "acceptance" for item in result.refused):
         return f"{REFUSED} (see below)"
     return "the candidate drafted nothing"
 
 
-def _list_divergences(result: dict[str, Any]) -> list[str]:
-    found = result["parity"]["divergences"]
-    more = [f"… and {len(found) - SHOWN_DIVERGENCES} more, in ab.json"] if len(found) > SHOWN_DIVERGENCES else []
-    return [_tell_divergence(item) for item in found[:SHOWN_DIVERGENCES]] + more
+def _list_divergences(result: AbResult) -> list[str]:
+    divergences = result.parity.divergences
+    hidden = len(divergences) - SHOWN_DIVERGENCES
+    more = [f"… and {hidden} more, in ab.json"] if hidden > 0 else []
+    return [_describe_divergence(item) for item in divergences[:SHOWN_DIVERGENCES]] + more
 
 
-def _tell_divergence(item: dict[str, Any]) -> str:
-    where = "equal tokens" if item["index"] is None else f"after {item['index']} equal tokens"
-    text = f"prompt {item['prompt_id']}, {where}: {item['classification'].replace('_', ' ')}; {item['reason']}"
-    for name in ARMS:
-        if (top2 := item[f"{name}_top2"]) is not None:
+def _describe_divergence(item: Verdict) -> str:
+    where = "equal tokens" if item.index is None else f"after {item.index} equal tokens"
+    text = f"prompt {item.prompt_id}, {where}: {item.classification.replace('_', ' ')}; {item.reason}"
+    sides = (
+        ("baseline", item.baseline_token, item.baseline_top2, item.baseline_reproduced),
+        ("candidate", item.candidate_token, item.candidate_top2, item.candidate_reproduced),
+    )
+    for name, token, top2, reproduced in sides:
+        if top2 is not None:
             pairs = ", ".join(f"{token} at {logprob:.4f}" for token, logprob in top2)
-            again = "" if item[f"{name}_reproduced"] else " (its re-request gave another token)"
-            text += f"; {name} chose {item[f'{name}_token']} (log-probabilities: {pairs}){again}"
+            again = "" if reproduced else " (its re-request gave another token)"
+            text += f"; {name} chose {token} (log-probabilities: {pairs}){again}"
     return text
 
 
-def _list_refusals(result: dict[str, Any]) -> list[str]:
+def _list_refusals(result: AbResult) -> list[str]:
     """One item per reason, with the figures that it withholds."""
     by_reason: dict[str, list[str]] = {}
-    for item in result["refused"]:
-        by_reason.setdefault(item["reason"], []).append(item["figure"])
+    for item in result.refused:
+        by_reason.setdefault(item.reason, []).append(item.figure)
     return [f"{', '.join(figures)}: {reason}" for reason, figures in by_reason.items()]
 
 

@@ -35,14 +35,14 @@ class Refusal:
 
 def find_refusals(run: Run, plan: Plan, drafting: bool) -> list[Refusal]:
     """Every figure to withhold, each with each of its reasons. `drafting`: the candidate was given a drafter."""
-    found = [*_judge_arms(run), *_judge_pairs(run), *_judge_ending(run, plan)]
-    if drafting and (moved := count_moved(run.arms[CANDIDATE])) is not None and moved.drafts == 0:
+    refusals = [*_judge_arms(run), *_judge_pairs(run), *_judge_ending(run, plan)]
+    if drafting and (delta := counter_delta(run.arms[CANDIDATE])) is not None and delta.drafts == 0:
         reason = "a drafter was configured but never drafted"
-        found += [Refusal(ACCEPTANCE, reason), Refusal(SPEEDUP, reason)]
-    return list(dict.fromkeys(found))
+        refusals += [Refusal(ACCEPTANCE, reason), Refusal(SPEEDUP, reason)]
+    return list(dict.fromkeys(refusals))
 
 
-def count_moved(arm: ArmRun) -> Counters | None:
+def counter_delta(arm: ArmRun) -> Counters | None:
     """What the arm's counters gained over the timed rounds; None when the run ended before they were read again."""
     return None if arm.before is None or arm.after is None else arm.after.since(arm.before)
 
@@ -60,22 +60,22 @@ def _judge_arms(run: Run) -> Iterator[Refusal]:
 
 
 def _find_faults(name: str, arm: ArmRun, failed: bool) -> Iterator[str]:
-    moved = count_moved(arm)
-    if moved is None:
+    delta = counter_delta(arm)
+    if delta is None:
         return
-    if moved.prefix_cache_hits:
-        yield f"the prefix cache served {moved.prefix_cache_hits} tokens of the {name}'s timed prompts"
+    if delta.prefix_cache_hits:
+        yield f"the prefix cache served {delta.prefix_cache_hits} tokens of the {name}'s timed prompts"
     if failed or arm.cut:
         return  # what a failed or broken-off request added to the counters is unknown
     tokens = sum(len(record.token_ids) for record in arm.records.values())
-    if moved.generation_tokens > tokens or moved.requests > len(arm.records):
+    if delta.generation_tokens > tokens or delta.requests > len(arm.records):
         yield (
-            f"the {name} served more than this benchmark's requests: {moved.generation_tokens} tokens in "
-            f"{moved.requests} requests counted, {tokens} in {len(arm.records)} sent here"
+            f"the {name} served more than this benchmark's requests: {delta.generation_tokens} tokens in "
+            f"{delta.requests} requests counted, {tokens} in {len(arm.records)} sent here"
         )
-    elif moved.generation_tokens < tokens:
+    elif delta.generation_tokens < tokens:
         yield (
-            f"the {name}'s counters cover {moved.generation_tokens} of {tokens} tokens: "
+            f"the {name}'s counters cover {delta.generation_tokens} of {tokens} tokens: "
             "they were reset, or are not those of the engine that answered"
         )
 
@@ -87,18 +87,18 @@ def _judge_pairs(run: Run) -> Iterator[Refusal]:
         for prompt_id in baseline.keys() & candidate.keys()
         if baseline[prompt_id].error is None and candidate[prompt_id].error is None
     ]
-    inputs = sum(ours.prompt_sha256 != theirs.prompt_sha256 for ours, theirs in shared)
+    inputs = sum(left.prompt_sha256 != right.prompt_sha256 for left, right in shared)
     if inputs:
         reason = f"the arms saw different prompt tokens on {inputs} prompts"
         yield from (Refusal(figure, reason) for figure in (SPEEDUP, PARITY, BOUND))
-    lengths = sum(len(ours.token_ids) != len(theirs.token_ids) for ours, theirs in shared)
+    lengths = sum(len(left.token_ids) != len(right.token_ids) for left, right in shared)
     if lengths:
         yield Refusal(SPEEDUP, f"the arms' answers differ in length on {lengths} prompts")
 
 
 def _judge_ending(run: Run, plan: Plan) -> Iterator[Refusal]:
     pairs = len(run.arms[BASELINE].rounds.keys() & run.arms[CANDIDATE].rounds.keys())
-    counted = all(count_moved(run.arms[name]) is not None for name in ARMS)
+    counted = all(counter_delta(run.arms[name]) is not None for name in ARMS)
     if pairs < len(plan.rounds) or not counted:
         reason = f"the run ended early ({run.stopped}): {pairs} of {len(plan.rounds)} rounds ran on both arms"
         reason += "" if counted else ", and not all counters could be read after them"

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE
@@ -33,7 +34,7 @@ def summarise_point(entry: Mapping[str, Any], seed: int, price_per_hour: float |
     acceptance = summarise_acceptance(moved[CANDIDATE])
     assert ratio is not None, "wall time passes"
     assert acceptance is not None, "points without drafts are not stored"
-    tau, (low, high) = acceptance["length"], ratio["ci95"]
+    tau, (low, high) = acceptance.length, ratio["ci95"]
     rates = {name: find_rate(turns[name], "wall_s") for name in ARMS}
     per_device = compare_rates(turns[BASELINE], turns[CANDIDATE], "device_s", seed)
     return {
@@ -45,7 +46,7 @@ def summarise_point(entry: Mapping[str, Any], seed: int, price_per_hour: float |
         "ratio": ratio,
         "tok_per_device_s": {name: find_rate(turns[name], "device_s") for name in ARMS} if per_device else None,
         "device_ratio": per_device,
-        "acceptance": {**acceptance, "ci95": find_tau_interval(turns[CANDIDATE], seed)},
+        "acceptance": {**msgspec.to_builtins(acceptance), "ci95": find_tau_interval(turns[CANDIDATE], seed)},
         "break_even": {"point": tau / ratio["point"], "ci95": [tau / high, tau / low]},
         "verdict": PAYS if low > 1 else LOSES if high < 1 else UNTOLD,
         "cached_share": {

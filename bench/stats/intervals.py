@@ -5,17 +5,18 @@ Nothing is trimmed and no outlier is removed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
-BLOCK = 500  # resamples drawn at once: bounds memory to BLOCK × pairs indices
+BATCH = 500  # resamples drawn at once: bounds memory to BATCH × pairs indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +34,31 @@ class RoundPair:
         return (self.candidate_tokens / self.candidate_s) / (self.baseline_tokens / self.baseline_s)
 
 
-def summarise(values: Sequence[float] | Floats) -> dict[str, float] | None:
-    """Mean and percentiles (linear interpolation, as numpy's default); None when there is no value."""
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean, percentiles (linear interpolation, as numpy's default), maximum and number of some values."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    n: int
+
+
+def summarise(values: Sequence[float] | Floats) -> Spread | None:
+    """The values' spread; None when there is no value."""
     if len(values) == 0:
         return None
     array = np.asarray(values, dtype=np.float64)
     p50, p90, p99 = np.percentile(array, [50, 90, 99])
-    return {
-        "mean": float(array.mean()),
-        "p50": float(p50),
-        "p90": float(p90),
-        "p99": float(p99),
-        "max": float(array.max()),
-        "n": len(array),
-    }
+    return Spread(
+        mean=float(array.mean()),
+        p50=float(p50),
+        p90=float(p90),
+        p99=float(p99),
+        max=float(array.max()),
+        n=len(array),
+    )
 
 
 def chunk_gaps_ms(chunk_ns: Sequence[int]) -> Floats:
@@ -70,58 +82,53 @@ def pool_speedup(pairs: Sequence[RoundPair]) -> float:
     return float((table[2] / table[3]) / (table[0] / table[1]))
 
 
-def bootstrap_speedup(
-    pairs: Sequence[RoundPair], seed: int, resamples: int = RESAMPLES, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `pool_speedup`.
+def bootstrap_speedup(pairs: Sequence[RoundPair], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95% interval of `pool_speedup`: percentile bootstrap over whole pairs, as many as there are.
 
-    Whole pairs are drawn with replacement, as many as there are, and the pooled ratio is computed of each draw: what
-    makes one prompt slow on both arms cancels, and prompts are the population that the interval speaks about. It says
-    nothing about another day, host or prompt set.
+    What makes one prompt slow on both arms cancels, and prompts are the population that the interval speaks about. It
+    says nothing about another day, host or prompt set.
     """
-    return bootstrap_table(_as_table(pairs), seed, resamples, confidence)
+    return bootstrap_table(_as_table(pairs), seed, resamples)
 
 
-def bootstrap_table(
-    table: Floats, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of (Σ column 2 ÷ Σ column 3) ÷ (Σ column 0 ÷ Σ column 1) over the rows [N, 4]."""
-    rng = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    for start in range(0, resamples, BLOCK):
-        rows = min(BLOCK, resamples - start)
-        sums = table[rng.integers(0, len(table), size=(rows, len(table)))].sum(axis=1)
-        ratios[start : start + rows] = _pool(sums)
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return float(low), float(high)
+def bootstrap_table(table: Floats, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95% interval of (Σ column 2 ÷ Σ column 3) ÷ (Σ column 0 ÷ Σ column 1) over the rows [N, 4]."""
+    return _bootstrap(table, _pool, seed, resamples)
 
 
-def bootstrap_ratio(
-    numerator: Sequence[RoundPair], denominator: Sequence[RoundPair], seed: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `pool_speedup(numerator) / pool_speedup(denominator)`.
+def bootstrap_ratio(numerator: Sequence[RoundPair], denominator: Sequence[RoundPair], seed: int) -> tuple[float, float]:
+    """95% interval of `pool_speedup(numerator) / pool_speedup(denominator)`.
 
     Both lists are over the same rounds in the same order, and each draw takes the same rounds of both: what makes a
     prompt easy to draft for makes it so in both.
     """
-    tables = _as_table(numerator), _as_table(denominator)
-    rng = np.random.default_rng(seed)
-    count = len(tables[0])
-    ratios = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, BLOCK):
-        rows = min(BLOCK, RESAMPLES - start)
-        drawn = rng.integers(0, count, size=(rows, count))
-        speedups = [_pool(table[drawn].sum(axis=1)) for table in tables]
-        ratios[start : start + rows] = speedups[0] / speedups[1]
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return float(low), float(high)
+    table = np.hstack([_as_table(numerator), _as_table(denominator)])
+    return _bootstrap(table, lambda *sums: _pool(*sums[:4]) / _pool(*sums[4:]), seed, RESAMPLES)
 
 
-def _pool(sums: Floats) -> Floats:
-    """Speed-ups of rows of summed (baseline tokens, baseline s, candidate tokens, candidate s)."""
-    return (sums[:, 2] / sums[:, 3]) / (sums[:, 0] / sums[:, 1])
+def _bootstrap(table: Floats, ratio: Callable[..., Floats], seed: int, resamples: int) -> tuple[float, float]:
+    """95% percentile interval of a ratio of column sums, rows [N, columns] drawn with replacement."""
+    from scipy.stats import bootstrap  # half a second to import
+
+    if len(table) < 2:  # one row can only be drawn as itself
+        point = float(ratio(*table.sum(axis=0)))
+        return point, point
+    interval = bootstrap(
+        tuple(table.T),
+        lambda *columns, axis: ratio(*(column.sum(axis=axis) for column in columns)),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _pool(baseline_tokens: Floats, baseline_s: Floats, candidate_tokens: Floats, candidate_s: Floats) -> Floats:
+    """Speed-ups of summed tokens and seconds."""
+    return (candidate_tokens / candidate_s) / (baseline_tokens / baseline_s)
 
 
 def bound_mismatch_rate(mismatches: int, prompts: int, confidence: float = 0.95) -> float:
@@ -132,29 +139,11 @@ def bound_mismatch_rate(mismatches: int, prompts: int, confidence: float = 0.95)
     """
     if mismatches >= prompts:
         return 1.0
-    low, high = mismatches / prompts, 1.0
-    for _ in range(100):  # bisection: the cumulative probability falls as the rate grows
-        middle = (low + high) / 2
-        if _binomial_cdf(mismatches, prompts, middle) > 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return high
+    return float(betaincinv(mismatches + 1, prompts - mismatches, confidence))
 
 
 def _as_table(pairs: Sequence[RoundPair]) -> Floats:
     return np.array(
         [(pair.baseline_tokens, pair.baseline_s, pair.candidate_tokens, pair.candidate_s) for pair in pairs],
         dtype=np.float64,
-    )
-
-
-def _binomial_cdf(k: int, n: int, rate: float) -> float:
-    if rate <= 0.0:
-        return 1.0
-    if rate >= 1.0:
-        return 0.0
-    log_choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
-    return math.fsum(
-        math.exp(choose + i * math.log(rate) + (n - i) * math.log1p(-rate)) for i, choose in enumerate(log_choose)
     )

@@ -13,8 +13,11 @@ same places, over the stretches where both arms followed the same tokens. Pure: 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
@@ -40,8 +43,7 @@ class Mismatch:
     candidate_token: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """A mismatch with its class. `…_top2`: [token, log-probability] pairs at the divergence, best first; `…_margin`:
     how far (nats) the worse of the two tokens lies below the arm's best; `…_reproduced`: the re-request gave the same
     tokens up to and including the divergence."""
@@ -66,21 +68,21 @@ class Verdict:
 
 def find_mismatch(baseline: Record, candidate: Record) -> Mismatch | None:
     """Compare ids, then bytes, of two answers to the same prompt."""
-    ours, theirs = baseline.token_ids, candidate.token_ids
-    if ours == theirs:
+    left, right = baseline.token_ids, candidate.token_ids
+    if left == right:
         if baseline.text_bytes == candidate.text_bytes:
             return None
         return Mismatch(baseline.prompt_id, None, None, None)
-    index = count_common(ours, theirs)
+    index = count_common(left, right)
     return Mismatch(
         baseline.prompt_id,
         index,
-        ours[index] if index < len(ours) else None,
-        theirs[index] if index < len(theirs) else None,
+        left[index] if index < len(left) else None,
+        right[index] if index < len(right) else None,
     )
 
 
-def count_common(left: Sequence[int], right: Sequence[int]) -> int:
+def count_common(left: Sequence[object], right: Sequence[object]) -> int:
     """Length of the common prefix."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:

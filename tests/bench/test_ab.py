@@ -10,8 +10,13 @@ from ab_harness import TIMED, RunAb, common_flags, reasons, stand_ins
 from fake_engine import Behaviour, FakeEngine
 
 from laguna_serve.bench import ab
+from laguna_serve.serving.kit.flags import read_flags
 
 TEACHER = Path(__file__).resolve().parents[1] / "toy" / "teacher"
+
+
+def make_config(*flags: str) -> ab.AbConfig:
+    return read_flags(ab.AbConfig, flags, prog="bench/ab.py", description=None)
 
 
 @pytest.mark.usefixtures("draws")
@@ -117,9 +122,9 @@ def test_a_bad_command_line_is_one_line(flags: list[str], message: str, capsys: 
 
 def test_quick_is_a_default_that_flags_override() -> None:
     flags = ["--model", "m", "--prompts", "p", "--out", "o"]
-    quick = ab.parse_args([*flags, "--quick", "--max-tokens", "7"])
+    quick = make_config(*flags, "--quick", "--max-tokens", "7")
     assert (quick.max_tokens, quick.control) == (7, 4)
-    full = ab.parse_args(flags)
+    full = make_config(*flags)
     assert (full.max_tokens, full.control) == (128, 16)
 
 
@@ -127,6 +132,6 @@ def test_quick_is_a_default_that_flags_override() -> None:
 def test_quick_takes_sixteen_prompts_at_most(tmp_path: Path, flags: list[str], timed: int) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(30)))
-    plan, _ = ab.prepare(ab.parse_args(["--model", str(TEACHER), "--prompts", str(path), "--out", "o", *flags]))
+    plan, _ = ab.prepare(make_config("--model", str(TEACHER), "--prompts", str(path), "--out", "o", *flags))
     assert len(plan.prompts) == timed
     assert len(plan.warmup) == 4

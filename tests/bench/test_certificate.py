@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from safetensors import safe_open
 
 from laguna_serve.bench.certificate import rescoring
 from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.certificate.result import Replayed, StreamCheck
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.verdict import (
     AGAIN,
@@ -65,7 +67,7 @@ def judge(
     baseline: dict[str, Probe] | None = None,
     rows: float = 0.001,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> LoadResult:
     baseline = baseline or everyone()
     controls = {AGAIN: baseline, ROW_MATCHED: {prompt_id: shift(probe, rows) for prompt_id, probe in baseline.items()}}
     return judge_load(Load(4, baseline, candidate, controls), dtype, seed=0)
@@ -83,19 +85,19 @@ def near_tie(ours: float = -0.7, margin: float = 0.001) -> tuple[dict[str, Probe
 def test_equal_answers_are_identical() -> None:
     load = judge(everyone(0.001))
     assert find_verdict([load]) == (IDENTICAL, [])
-    assert load["noise"] == pytest.approx(0.001)
-    assert load["candidate"]["bound95"] == pytest.approx(1 - 0.05 ** (1 / 12))
-    assert load["drift"]["ratio"] == pytest.approx(1)
+    assert load.noise == pytest.approx(0.001)
+    assert load.candidate.bound95 == pytest.approx(1 - 0.05 ** (1 / 12))
+    assert load.drift.ratio == pytest.approx(1)
 
 
 def test_mismatch_within_the_controls_noise_is_a_near_tie() -> None:
     baseline, candidate = near_tie()
     load = judge(candidate, baseline=baseline)
     assert find_verdict([load]) == (UP_TO_TIES, [])
-    (found,) = load["candidate"]["divergences"]
-    assert (found["prompt_id"], found["index"], found["classification"]) == ("p5", 3, "near_tie")
-    assert found["before"].endswith("12 1")
-    assert (found["baseline_text"], found["candidate_text"]) == ("3 14 15 16 17", "4 14 15 16 17")
+    (found,) = load.candidate.divergences
+    assert (found.prompt_id, found.index, found.classification) == ("p5", 3, "near_tie")
+    assert found.before.endswith("12 1")
+    assert (found.baseline_text, found.candidate_text) == ("3 14 15 16 17", "4 14 15 16 17")
 
 
 def test_mismatch_beyond_the_controls_noise_is_a_defect() -> None:
@@ -108,13 +110,13 @@ def test_mismatch_beyond_the_controls_noise_is_a_defect() -> None:
 def test_where_the_controls_show_no_noise_nothing_is_a_near_tie() -> None:
     baseline, candidate = near_tie(margin=1e-9)
     load = judge(candidate, baseline=baseline, rows=0.0)
-    assert load["noise"] == 0
-    assert load["candidate"]["classes"]["defect"] == 1
+    assert load.noise == 0
+    assert load.candidate.classes["defect"] == 1
 
 
 def test_without_a_row_matched_control_the_spacing_of_the_logits_is_the_noise() -> None:
     load = judge_load(Load(1, everyone(), everyone(), {AGAIN: everyone()}), "bfloat16", seed=0)
-    assert load["noise"] == 2**-4
+    assert load.noise == 2**-4
 
 
 def test_candidate_cannot_excuse_itself_by_its_own_noise() -> None:
@@ -122,7 +124,7 @@ def test_candidate_cannot_excuse_itself_by_its_own_noise() -> None:
     baseline, candidate = near_tie(margin=0.5)
     shifted = {prompt_id: shift(probe, -1.0) for prompt_id, probe in candidate.items()}
     load = judge(shifted, baseline=baseline)
-    assert load["candidate"]["classes"]["defect"] == 1
+    assert load.candidate.classes["defect"] == 1
     assert find_verdict([load])[0] == DEFECT
 
 
@@ -145,7 +147,7 @@ def test_own_tie_is_no_defect() -> None:
 
 def test_drift_without_a_single_other_token_is_a_defect() -> None:
     load = judge(everyone(0.004))
-    assert load["candidate"]["mismatches"] == 0
+    assert load.candidate.mismatches == 0
     verdict, reasons = find_verdict([load])
     assert verdict == DEFECT
     assert "drift: the candidate's log-probabilities lie 4.00 times as far" in reasons[0]
@@ -163,12 +165,12 @@ def test_control_that_fails_itself_certifies_nothing() -> None:
     verdict, reasons = find_verdict([load])
     assert verdict == DEFECT
     assert "the again control fails itself" in reasons[0]
-    assert load["drift"] is None
+    assert load.drift is None
 
 
 def test_bit_for_bit_arms_do_not_drift() -> None:
-    assert judge(everyone(), rows=0.0)["drift"]["drifts"] is False
-    assert judge(everyone(0.001), rows=0.0)["drift"]["drifts"] is True
+    assert judge(everyone(), rows=0.0).drift.drifts is False
+    assert judge(everyone(0.001), rows=0.0).drift.drifts is True
 
 
 def test_shorter_answer_is_a_defect() -> None:
@@ -181,10 +183,10 @@ def test_shorter_answer_is_a_defect() -> None:
 def test_streamed_answers_are_held_against_the_examined_ones() -> None:
     observed = everyone()
     same = [Record(p, 0, 1, token_ids=list(a.token_ids), text=a.text) for p, a in observed.items()]
-    assert judge_streams(observed, same, 0.001) == {"prompts": 12, "differing": 0, "beyond_noise": 0}
+    assert judge_streams(observed, same, 0.001) == StreamCheck(prompts=12, differing=0, beyond_noise=0)
     same[4].token_ids[2] += 1
-    assert judge_streams(observed, same, 0.001)["beyond_noise"] == 1
-    assert judge_streams(observed, same, 2.0) == {"prompts": 12, "differing": 1, "beyond_noise": 0}
+    assert judge_streams(observed, same, 0.001).beyond_noise == 1
+    assert judge_streams(observed, same, 2.0) == StreamCheck(prompts=12, differing=1, beyond_noise=0)
 
 
 def test_replay_asks_about_the_common_prefix_and_says_who_is_right() -> None:
@@ -193,20 +195,24 @@ def test_replay_asks_about_the_common_prefix_and_says_who_is_right() -> None:
     (prefix,) = rescoring.list_questions(loads, [baseline])
     assert prefix == (1, 5, 10, 11, 12)
     rescoring.attach(loads, [baseline], {prefix: {14: -0.6, 13: -0.8, 9: -5.0}})
-    divergences = loads[0]["candidate"]["divergences"]
-    assert divergences[0]["replay"] == {
-        "preferred": "candidate",
-        "margin": pytest.approx(0.2),
-        "top2": [(14, -0.6), (13, -0.8)],
-    }
+    divergences = loads[0].candidate.divergences
+    replay = divergences[0].replay
+    assert isinstance(replay, Replayed)
+    assert (replay.preferred, replay.top2) == ("candidate", [(14, -0.6), (13, -0.8)])
+    assert replay.margin == pytest.approx(0.2)
     summary = rescoring.summarise(divergences)
-    assert (summary["candidate"], summary["baseline"], summary["sign_test_p"]) == (1, 0, 1.0)
+    assert (summary.candidate, summary.baseline, summary.sign_test_p) == (1, 0, 1.0)
 
 
 def test_sign_test_by_hand() -> None:
-    sides = [{"replay": {"preferred": side}} for side in ["baseline"] * 9 + ["candidate"]]
-    assert rescoring.summarise(sides)["sign_test_p"] == pytest.approx(2 * 11 / 1024)
-    assert rescoring.summarise([])["sign_test_p"] is None
+    baseline, candidate = near_tie()
+    (divergence,) = judge(candidate, baseline=baseline).candidate.divergences
+    sides = [
+        structs.replace(divergence, replay=Replayed(preferred=side, margin=None, top2=[]))
+        for side in ("baseline",) * 9 + ("candidate",)
+    ]
+    assert rescoring.summarise(sides).sign_test_p == pytest.approx(2 * 11 / 1024)
+    assert rescoring.summarise([]).sign_test_p is None
 
 
 def test_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
 from laguna_serve.serving import launch
 from laguna_serve.serving.device import Device
+from laguna_serve.serving.kit.flags import read_flags
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PROMPTS = ["--prompts", str(TOY / "prompts.jsonl")]
@@ -155,5 +156,7 @@ def test_flags_that_vllm_does_not_know(refuse: Callable[..., str], flags: str, m
 @pytest.mark.vllm
 def test_sound_flags_pass() -> None:
     flags = ["--candidate-args=--max-num-batched-tokens 512 --no-enable-prefix-caching", *PROMPTS, "--out", "o"]
-    plan, _ = ab.prepare(ab.parse_args(["--model", str(TOY / "teacher"), *flags]))
+    plan, _ = ab.prepare(
+        read_flags(ab.AbConfig, ["--model", str(TOY / "teacher"), *flags], prog="ab.py", description=None)
+    )
     assert plan.prompts

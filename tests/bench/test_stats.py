@@ -22,14 +22,14 @@ MS = 1_000_000
 
 
 def test_acceptance_length_counts_accepted_tokens() -> None:
-    moved = Counters(drafts=10, draft_tokens=70, accepted_tokens=24, accepted_per_position=(9, 7, 4, 2, 1, 1, 0))
-    found = summarise_acceptance(moved)
-    assert found is not None
-    assert found["length"] == pytest.approx(3.4)  # 1 + 24/10
-    assert found["rate"] == pytest.approx(24 / 70)
-    assert found["per_position"] == pytest.approx([0.9, 0.7, 0.4, 0.2, 0.1, 0.1, 0.0])
-    assert found["length"] == pytest.approx(1 + sum(found["per_position"]))
-    assert moved.draft_tokens / moved.drafts + 1 == 8  # the mistake: always γ + 1
+    delta = Counters(drafts=10, draft_tokens=70, accepted_tokens=24, accepted_per_position=(9, 7, 4, 2, 1, 1, 0))
+    acceptance = summarise_acceptance(delta)
+    assert acceptance is not None
+    assert acceptance.length == pytest.approx(3.4)  # 1 + 24/10
+    assert acceptance.rate == pytest.approx(24 / 70)
+    assert acceptance.per_position == pytest.approx([0.9, 0.7, 0.4, 0.2, 0.1, 0.1, 0.0])
+    assert acceptance.length == pytest.approx(1 + sum(acceptance.per_position))
+    assert delta.draft_tokens / delta.drafts + 1 == 8  # the mistake: always γ + 1
 
 
 def test_nothing_drafted_has_no_acceptance() -> None:
@@ -53,10 +53,10 @@ def test_token_gaps_add_up_to_the_time_between_first_and_last_chunk(chunks: list
 
 
 def test_summary_by_hand() -> None:
-    found = summarise([1.0, 2.0, 3.0, 4.0, 10.0])
-    assert found is not None
-    assert (found["mean"], found["p50"], found["max"], found["n"]) == (4.0, 3.0, 10.0, 5)
-    assert found["p90"] == pytest.approx(7.6)  # between the 4th and 5th, six tenths of the way
+    spread = summarise([1.0, 2.0, 3.0, 4.0, 10.0])
+    assert spread is not None
+    assert (spread.mean, spread.p50, spread.max, spread.n) == (4.0, 3.0, 10.0, 5)
+    assert spread.p90 == pytest.approx(7.6)  # between the 4th and 5th, six tenths of the way
     assert summarise([]) is None
 
 

@@ -1,0 +1,78 @@
+"""Every result file in the repository is what its type says: read through it, written back, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from jsonschema import Draft202012Validator
+
+from laguna_serve.bench.certificate.result import Certificate
+from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.serving.kit.results import ResultError, read_result, to_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+TYPES: tuple[type[msgspec.Struct], ...] = (AbResult, Certificate)
+BY_SCHEMA = {kind.__struct_config__.tag: kind for kind in TYPES}
+
+
+def list_results() -> list[tuple[Path, type[msgspec.Struct]]]:
+    """Every file whose schema has a type."""
+    files = []
+    for path in sorted(RESULTS.rglob("*.json")):
+        content = json.loads(path.read_bytes())
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema in BY_SCHEMA:
+            files.append((path, BY_SCHEMA[schema]))
+    return files
+
+
+FILES = list_results()
+each_file = pytest.mark.parametrize(
+    ("path", "kind"), FILES, ids=[path.relative_to(RESULTS).as_posix() for path, _ in FILES]
+)
+
+
+@each_file
+def test_file_is_read_and_written_back_whole(path: Path, kind: type[msgspec.Struct]) -> None:
+    written = msgspec.json.decode(msgspec.json.encode(to_json(read_result(path, kind))))
+    assert _fill(json.loads(path.read_bytes()), written) == written
+
+
+@each_file
+def test_file_fits_the_schema_that_is_exported(path: Path, kind: type[msgspec.Struct]) -> None:
+    Draft202012Validator(msgspec.json.schema(kind)).validate(json.loads(path.read_bytes()))
+
+
+def test_every_type_has_a_file() -> None:
+    assert {kind for _, kind in FILES} == set(TYPES)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": "laguna_serve.loss/1"}', '{"schema": "laguna_serve.ab/1"}']
+)
+def test_another_file_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "ab.json"
+    path.write_text(content)
+    with pytest.raises(ResultError, match=r"ab\.json: expected a laguna_serve\.ab/1 result") as refused:
+        read_result(path, AbResult)
+    assert "\n" not in str(refused.value)
+
+
+def test_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="No such file"):
+        read_result(tmp_path / "ab.json", AbResult)
+
+
+def _fill(old: Any, new: Any) -> Any:
+    """The old content with what only newer files have: keys whose default was added by reading."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        added = {key: value for key, value in new.items() if key not in old}
+        assert all(value in (None, [], {}, 0, 0.0, "") for value in added.values()), added
+        return {key: _fill(value, new.get(key)) for key, value in old.items()} | added
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [_fill(*pair) for pair in zip(old, new, strict=True)]
+    return old
