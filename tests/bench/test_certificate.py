@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from safetensors import safe_open
 
 from laguna_serve.bench.certificate import rescoring
 from laguna_serve.bench.certificate.passes import Journal
-from laguna_serve.bench.certificate.result import Replayed, StreamCheck
+from laguna_serve.bench.certificate.result import LoadResult, Replayed, StreamCheck
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.verdict import (
     AGAIN,
@@ -69,7 +68,8 @@ def judge(
     dtype: str = "float32",
 ) -> LoadResult:
     baseline = baseline or everyone()
-    controls = {AGAIN: baseline, ROW_MATCHED: {prompt_id: shift(probe, rows) for prompt_id, probe in baseline.items()}}
+    shifted = {prompt_id: shift(probe, rows) for prompt_id, probe in baseline.items()}
+    controls = {AGAIN: baseline, ROW_MATCHED: shifted}
     return judge_load(Load(4, baseline, candidate, controls), dtype, seed=0)
 
 
