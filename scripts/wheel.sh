@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m build --wheel --no-isolation --outdir "$work" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
-  -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[fuzz]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
+  -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[bench,evals]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
 modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './evals/spec_rl/*' | wc -l)
 cd "$work"
 venv/bin/python - "$modules" <<'PYTHON'
@@ -25,6 +25,7 @@ light = [n for n in names if n.split(".")[1] in {"bench", "evals", "serving"} or
 light = [n for n in light if n not in {"laguna_serve.bench.moe", "laguna_serve.bench.moe_layer.layers"}]  # kernel benchmarks
 sources = {f.name for f in importlib.metadata.files("laguna-serve") or []}
 assert "cpu.cpp" in sources, "wheel: expected the CPU kernel's source, got none; see package-data in pyproject.toml"
+assert "py.typed" in sources, "wheel: expected py.typed, got none; see package-data in pyproject.toml"
 for name in light:
     importlib.import_module(name)
 assert "laguna_serve" in importlib.metadata.entry_points(group="vllm.general_plugins").names
