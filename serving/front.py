@@ -15,9 +15,9 @@ from laguna_serve.serving.launch import EngineError, require_port
 
 if TYPE_CHECKING:
     from laguna_serve.serving.gateway.config import Config
-    from laguna_serve.serving.gateway.engine import Engine
-    from laguna_serve.serving.gateway.pool import Pool
-    from laguna_serve.serving.gateway.relay import Relay
+    from laguna_serve.serving.gateway.engines.engine import Engine
+    from laguna_serve.serving.gateway.engines.pool import Pool
+    from laguna_serve.serving.gateway.relay.relay import Relay
     from laguna_serve.serving.gateway.server import Background, GatewayServer
 
 UPSTREAM = "engine"

@@ -69,7 +69,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--weight-updates", action="store_true", help=updates)
     gateway = "the bare engine, without the gateway that otherwise stands in front of it"
     parser.add_argument("--no-gateway", action="store_true", help=gateway)
-    file = "the gateway's whole configuration (serving/gateway/config.py); the engine is added to the model of its"
+    file = "the gateway's whole configuration (laguna gateway --example); the engine is added to the model of its"
     file += " name; SIGHUP reads it again, and without a file ends the server; --host, --port and --allow-origin go"
     file += " before it"
     parser.add_argument("--gateway-config", type=Path, metavar="FILE", help=file)

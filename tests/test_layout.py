@@ -41,7 +41,7 @@ HOMES = {
 }
 MOST_FILES = 12
 # Still flat, to be given rooms.
-FLAT = {"evals", "serving", "serving/gateway", "scripts", "evals/sandbox"}
+FLAT = {"evals", "serving", "scripts", "evals/sandbox"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
 KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
 HEAVY = {"torch", "vllm", "transformers", "triton"}

@@ -6,7 +6,8 @@ import errno
 import socket
 
 from laguna_serve.serving.engine import EngineError, find_port, require_port
-from laguna_serve.serving.gateway.config import Admin, Config, Server
+from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.config.tables import Admin, Server
 
 
 def with_ports(config: Config) -> Config:

@@ -17,14 +17,14 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from laguna_serve.serving.gateway.config import LOOPBACK, Admin
+from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
+from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 from laguna_serve.serving.gateway.status import describe
-from laguna_serve.serving.gateway.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 
-# vLLM's routes that steer an engine without touching its weights, and those that only tell.
-STEERING = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
-CACHES = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
-TELLING = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
+# vLLM's routes, forwarded to every engine of a model: commands that leave its weights as they are, and queries.
+ENGINE_COMMANDS = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
+CACHE_RESETS = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
+ENGINE_QUERIES = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "no model named where there are several, a body that is no JSON, or a strange Host"},
     401: {"description": "no admin key"},
@@ -173,7 +173,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
         answers = await group.call(request.url.path, group.pool.engines, body, params, request.method)
         return JSONResponse({engine.name: answer for engine, answer in answers.items()})
 
-    for names, method in ((STEERING + CACHES, "POST"), (TELLING, "GET")):
+    for names, method in ((ENGINE_COMMANDS + CACHE_RESETS, "POST"), (ENGINE_QUERIES, "GET")):
         for name in names:
             app.add_api_route(f"/{name}", pass_on, methods=[method], description="As vLLM's, of every engine.")
     return app

@@ -10,18 +10,18 @@ from collections.abc import AsyncIterator
 import aiohttp
 from fastapi import FastAPI, Request, Response
 
-from laguna_serve.serving.gateway.access_log import AccessLog
-from laguna_serve.serving.gateway.asgi import RelayApp
-from laguna_serve.serving.gateway.catalog import Catalog
+from laguna_serve.serving.gateway.clients.asgi import RelayApp
 from laguna_serve.serving.gateway.config import Config
-from laguna_serve.serving.gateway.cors import CorsMiddleware
-from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.exposition import merge
-from laguna_serve.serving.gateway.health import check_forever
-from laguna_serve.serving.gateway.metrics import Metrics
-from laguna_serve.serving.gateway.relay import Relay
-from laguna_serve.serving.gateway.scrape import read_metrics
-from laguna_serve.serving.gateway.shadow import Shadows
+from laguna_serve.serving.gateway.engines.catalog import Catalog
+from laguna_serve.serving.gateway.engines.health import check_forever
+from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.relay.shadow import Shadows
+from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
+from laguna_serve.serving.gateway.telemetry.exposition import merge
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.scrape import read_metrics
+from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
 

@@ -17,18 +17,19 @@ import uvicorn
 from fastapi import FastAPI
 
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.gateway import open_files
 from laguna_serve.serving.gateway.addresses import find_url
 from laguna_serve.serving.gateway.addresses import with_ports as with_ports
 from laguna_serve.serving.gateway.admin import create_admin_app
 from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
-from laguna_serve.serving.gateway.config import Config, ConfigError, Server
-from laguna_serve.serving.gateway.event_log import set_up_logging
-from laguna_serve.serving.gateway.http1 import LOCAL_SHORTAGE
-from laguna_serve.serving.gateway.protocol import make_protocol
-from laguna_serve.serving.gateway.relay import Relay
-from laguna_serve.serving.gateway.startup_check import UnfitServerError, check_protocol, check_uvicorn
-from laguna_serve.serving.gateway.strict_http import StrictProtocol
+from laguna_serve.serving.gateway.clients.protocol import make_protocol
+from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
+from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
+from laguna_serve.serving.gateway.config import Config, ConfigError
+from laguna_serve.serving.gateway.config.tables import Server
+from laguna_serve.serving.gateway.relay import open_files
+from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
+from laguna_serve.serving.gateway.wire.http1 import LOCAL_SHORTAGE
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0

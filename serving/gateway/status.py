@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from laguna_serve.serving.gateway.access import Holder
-from laguna_serve.serving.gateway.engine import Engine
-from laguna_serve.serving.gateway.exposition import ACCEPTED, DRAFTS, TOKENS, sum_samples
-from laguna_serve.serving.gateway.relay import Relay
-from laguna_serve.serving.gateway.scrape import read_metrics
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.relay.access import Holder
+from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, sum_samples
+from laguna_serve.serving.gateway.telemetry.scrape import read_metrics
 
 # Speeds are over the time since the last look, where that is not longer ago.
 MOST_AGE_S = 60.0

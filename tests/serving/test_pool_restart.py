@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.serving.gateway.config import Limits, Model, Upstream
-from laguna_serve.serving.gateway.engine import Engine
-from laguna_serve.serving.gateway.errors import GatewayError
-from laguna_serve.serving.gateway.pool import Pool
+from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 NEW = "http://127.0.0.1:2"
 

@@ -1,0 +1,282 @@
+"""The gateway's configuration: one TOML file, validated whole before anything listens.
+
+gateway.example.toml, in the folder above, has every key with its default and what it does (`laguna gateway --example`
+prints it). Files that the configuration names (certificates, keys of engines, schedules) are read when it is
+validated, so that whatever is wrong with them is found by `--check`, at the start and at a reload alike.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import ssl
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+
+from laguna_serve.serving.gateway.config import endpoint, faults
+from laguna_serve.serving.gateway.config.faults import ConfigError as ConfigError
+from laguna_serve.serving.gateway.config.values import (
+    Count,
+    Digest,
+    ModelName,
+    Name,
+    Network,
+    Origin,
+    Port,
+    Schedule,
+    Seconds,
+    Url,
+    UrlPath,
+)
+
+MIB = 1 << 20
+logger = logging.getLogger(__name__)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ANY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+class _Table(BaseModel):
+    # Values of a configuration are in no message of pydantic's own: some are secret.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+class Server(_Table):
+    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `more_paths` are passed on
+    besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers in a browser. What
+    `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is kept for
+    `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s)."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    head_timeout_s: Seconds = 10.0
+    max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
+    body_timeout_s: Seconds = 30.0
+    keepalive_s: Seconds = 75.0
+    drain_s: Seconds = 60.0
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    more_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()
+    allowed_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], Field(strict=False)] = ()
+    access_log: bool = False
+
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Self:
+        endpoint.check_certificate(self.ssl_certfile, self.ssl_keyfile)
+        return self
+
+
+class Admin(_Table):
+    """Where the admin routes and the status page are: 0 is a free port. Anywhere but on this machine they need a key
+    (its SHA-256)."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+    sha256: Digest | None = Field(default=None, repr=False)
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if self.sha256 is None and self.host not in LOOPBACK:
+            raise ValueError(f"expected a sha256 for a host other than {', '.join(LOOPBACK)}, got none")
+        return self
+
+
+class Limits(_Table):
+    """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies that
+    are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body. Before the first one
+    `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is not streamed is
+    silent until it is complete."""
+
+    max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    max_queued_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 512 * MIB
+    queue_timeout_s: Seconds = 30.0
+    connect_timeout_s: Seconds = 5.0
+    first_byte_timeout_s: Seconds | None = None
+    read_timeout_s: Seconds = 300.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """The name that `read_timeout_s` had in version 0.1."""
+        if not isinstance(given, dict) or "silence_timeout_s" not in given:
+            return given
+        logger.warning("limits.silence_timeout_s: its name is read_timeout_s now; rename it in the file")
+        renamed = {name: value for name, value in given.items() if name != "silence_timeout_s"}
+        return {"read_timeout_s": given["silence_timeout_s"], **renamed}
+
+
+class Health(_Table):
+    """How engines are asked whether they are well: each every `interval_s`. One that refuses the connection is down at
+    once; one that gives another answer than 200, or none within `timeout_s`, after so many `failures` in a row."""
+
+    interval_s: Seconds = 2.0
+    timeout_s: Seconds = 5.0
+    failures: Annotated[int, Field(ge=1, le=1_000)] = 3
+    path: UrlPath = "/health"
+
+
+class Endpoint(_Table):
+    """How an engine is reached. The API key that it asks for is in a file or in the environment, never here. Over https
+    its certificate is checked against the system's authorities, or those in `tls_ca_file` alone."""
+
+    name: Name
+    url: Url
+    api_key_file: str | None = Field(default=None, repr=False)
+    api_key_env: str | None = Field(default=None, repr=False)
+    tls_ca_file: str | None = None
+    tls_verify: bool = True
+    _credential: SecretStr | None = PrivateAttr(default=None)
+    _tls: ssl.SSLContext | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _read_files(self) -> Self:
+        credential = endpoint.read_credential(self.api_key_file, self.api_key_env)
+        self._credential = None if credential is None else SecretStr(credential)
+        if self.url.startswith("https:"):
+            self._tls = endpoint.make_client_context(self.tls_ca_file, verify=self.tls_verify)
+        elif self.tls_ca_file is not None or not self.tls_verify:
+            raise ValueError("expected an https url beside tls_ca_file and tls_verify, got one of http")
+        return self
+
+    @property
+    def authorization(self) -> str | None:
+        """The header's value for this engine, where it asks for a key."""
+        return None if self._credential is None else f"Bearer {self._credential.get_secret_value()}"
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """For connections over https."""
+        return self._tls
+
+    def request_options(self) -> dict[str, Any]:
+        """What every request of the gateway's own to this engine needs, as aiohttp's arguments. Redirects are not
+        followed: they would lead the credential elsewhere."""
+        authorization = self.authorization
+        headers = {} if authorization is None else {"Authorization": authorization}
+        return {"headers": headers, "ssl": self._tls or True, "allow_redirects": False}
+
+
+class Upstream(Endpoint):
+    """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
+    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first,
+    last, γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
+
+    max_in_flight: Count = 64
+    weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    gamma_schedule: Schedule = ()
+
+    def pays(self, requests: int) -> bool:
+        """Is speculation worth having with so many at once?"""
+        fitting = [gamma for first, _, gamma in self.gamma_schedule if first <= requests]
+        return not fitting or fitting[-1] > 0
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        ends = [0, *(last for _, last, _ in self.gamma_schedule)]
+        for (first, last, _), end in zip(self.gamma_schedule, ends, strict=False):
+            if not end < first <= last:
+                raise ValueError(f"expected ascending ranges (first, last, γ), got {first} to {last} after {end}")
+        return self
+
+
+class Shadow(Endpoint):
+    """An engine that gets a copy of every greedy request, whose answers nobody but the gateway sees."""
+
+
+class Model(_Table):
+    """A name in requests and the engines behind it. `aliases` are other names that these serve (--served-model-name,
+    --lora-modules); with several models, those that are not listed here are looked up in the engines' /v1/models.
+    `affinity` keeps what belongs together on one engine while that has room: `session` by the header X-Session-ID, else
+    by the API key, `prefix` by how a request begins; `none` goes by load. Either way engines get shares by their
+    weights."""
+
+    name: ModelName
+    aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
+    affinity: Literal["none", "session", "prefix"] = "none"
+    upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
+    shadows: Annotated[tuple[Shadow, ...], Field(strict=False)] = ()
+
+
+class Key(_Table):
+    """Who may ask: the SHA-256 of the key, never the key."""
+
+    name: Name
+    sha256: Digest = Field(repr=False)
+    max_in_flight: Count | None = None
+    requests_per_minute: Count | None = None
+
+
+class Config(_Table):
+    """The whole file."""
+
+    server: Server = Server()
+    admin: Admin = Admin()
+    limits: Limits = Limits()
+    health: Health = Health()
+    models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
+    keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _check_distinct(self) -> Self:
+        _require_distinct("models", [name for model in self.models for name in (model.name, *model.aliases)])
+        # Over all models, as logs and metrics name an engine by it.
+        upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
+        _require_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
+        _require_distinct("keys", [key.name for key in self.keys])
+        by_digest: dict[str, str] = {}
+        for key in self.keys:
+            if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:
+                raise ValueError(f"expected distinct sha256 of keys, got one for both {other!r} and {key.name!r}")
+        hosts = (self.server.host, self.admin.host)
+        if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
+            raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
+        return self
+
+
+def load_config(path: Path, server: dict[str, Any] | None = None) -> Config:
+    """Read and validate a file; `server` has what the command line says instead of the file.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or a value is not what it must be.
+    """
+    tables = read_tables(path)
+    if server and isinstance(tables.get("server", {}), dict):
+        tables["server"] = tables.get("server", {}) | server
+    return parse_config(tables, str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """A file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
+
+
+def parse_config(tables: dict[str, Any], source: str) -> Config:
+    """Validate tables that were read from `source`. Raises ConfigError, which names all that is wrong."""
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(faults.describe(error, Config, source)) from None
+
+
+def read_example() -> str:
+    """The example configuration, which has every key."""
+    return (
+        importlib.resources.files("laguna_serve.serving.gateway")
+        .joinpath("gateway.example.toml")
+        .read_text(encoding="utf-8")
+    )
+
+
+def _require_distinct(what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"expected distinct names of {what}, got {name!r} twice")

@@ -1,0 +1,136 @@
+"""The names that models go by: those of the configuration, and what engines list under /v1/models (LoRA adapters,
+further served names), asked when a name is looked up that is not known."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import Pool
+
+MODELS = "/v1/models"
+TIMEOUT_S = 2.0
+MAX_LIST_BYTES = 1 << 20
+MAX_NAMES = 1000
+# So often engines are asked at most, whatever is looked up; so long their word is good for a name that they listed.
+ASK_EVERY_S = 1.0
+GOOD_FOR_S = 30.0
+Card = dict[str, Any]
+
+
+class Catalog:
+    """Of all the models of a gateway."""
+
+    def __init__(self, session: aiohttp.ClientSession, clock: Callable[[], float] = time.monotonic) -> None:
+        self._session, self._clock = session, clock
+        self._pools: Mapping[str, Pool] = {}
+        self._configured: dict[str, Pool] = {}
+        self._listed: dict[str, dict[str, Card]] = {}
+        self._nameless: set[str] = set()
+        self._asked_s = -GOOD_FOR_S
+        self._asking: asyncio.Task[None] | None = None
+        self._created = int(time.time())
+
+    def configure(self, pools: Mapping[str, Pool]) -> None:
+        """Take the models; what their engines list is asked anew."""
+        self._pools = pools
+        self._configured = {name: pool for pool in pools.values() for name in (pool.model.name, *pool.model.aliases)}
+        self._listed, self._asked_s = {}, self._clock() - GOOD_FOR_S
+
+    async def stop(self) -> None:
+        """Ask no more."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    def find(self, name: str) -> Pool | None:
+        """The model of a name that is configured, or was listed not long ago."""
+        if (pool := self._configured.get(name)) is not None:
+            return pool
+        if self._clock() - self._asked_s > GOOD_FOR_S:
+            return None
+        return next((self._pools[model] for model, cards in self._listed.items() if name in cards), None)
+
+    def is_nameless(self, pool: Pool) -> bool:
+        """Have all of its engines answered, when they were last asked, and none listed a model?"""
+        return pool.model.name in self._nameless
+
+    async def search(self, name: str) -> Pool | None:
+        """The model of a name; engines are asked for one that is not known."""
+        if (pool := self.find(name)) is None:
+            await self._ask_engines()
+            pool = self.find(name)
+        return pool
+
+    async def render_list(self) -> bytes:
+        """All names, as OpenAI's API lists them: what engines tell of each, else what the gateway knows."""
+        await self._ask_engines()
+        found: dict[str, Card] = {}
+        for model, pool in self._pools.items():
+            listed = self._listed.get(model, {})
+            for name in (pool.model.name, *pool.model.aliases):
+                found[name] = listed.get(name) or self._describe(name)
+            for name, card in listed.items():
+                found.setdefault(name, card)
+        return msgspec.json.encode({"object": "list", "data": list(found.values())})
+
+    async def render_model(self, name: str) -> bytes | None:
+        """One of them, None for a name that nobody knows."""
+        await self._ask_engines()
+        if (pool := self.find(name)) is None:
+            return None
+        return msgspec.json.encode(self._listed.get(pool.model.name, {}).get(name) or self._describe(name))
+
+    def _describe(self, name: str) -> Card:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "laguna"}
+
+    async def _ask_engines(self) -> None:
+        """Those that are up, all at once and once for all who wait; not more often than every ASK_EVERY_S."""
+        if self._asking is None and self._clock() - self._asked_s >= ASK_EVERY_S:
+            self._asking = asyncio.create_task(self._ask_all())
+        if self._asking is not None:
+            await asyncio.shield(self._asking)  # who leaves does not take it from the others
+
+    async def _ask_all(self) -> None:
+        try:
+            pools = dict(self._pools)
+            asked = [(name, engine) for name, pool in pools.items() for engine in pool.engines if engine.up]
+            lists = await asyncio.gather(*(self._ask(engine) for _, engine in asked))
+            listed: dict[str, dict[str, Card]] = {}
+            silent = set()
+            for (name, _), cards in zip(asked, lists, strict=True):
+                listed.setdefault(name, {}).update(cards or {})
+                silent |= {name} if cards is None else set()
+            if pools == self._pools:
+                self._listed, self._asked_s = listed, self._clock()
+                self._nameless = {name for name, cards in listed.items() if not cards and name not in silent}
+        finally:
+            self._asking = None
+
+    async def _ask(self, engine: Engine) -> dict[str, Card] | None:
+        """What an engine lists; None if it does not answer."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        try:
+            async with self._session.get(
+                engine.config.url + MODELS, timeout=timeout, **engine.config.request_options()
+            ) as response:
+                body = bytearray()
+                async for data in response.content.iter_any():
+                    body += data
+                    if len(body) > MAX_LIST_BYTES:
+                        return {}
+                if response.status != 200:
+                    return None if response.status >= 500 else {}
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+        try:
+            cards = msgspec.json.decode(body)["data"]
+            return {card["id"]: card for card in cards[:MAX_NAMES] if isinstance(card["id"], str)}
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return {}

@@ -1,0 +1,164 @@
+"""An engine as the gateway sees it: what it has in flight, and whether it may be sent more.
+
+Three things keep requests from an engine: its health checks fail (health.py), it cannot be connected to
+BREAK_AFTER times in a row (a circuit breaker: it is left alone for COOL_DOWN_S, doubled with every failed trial up to
+MAX_COOL_DOWN_S, until a health check succeeds), or it is fenced off for its weights. One line in the log for every
+change. An engine that is merely silent, as one is that has too much to do, stays the model's last resort.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from laguna_serve.serving.gateway.config.tables import Upstream
+from laguna_serve.serving.gateway.engines.origin import Origin
+from laguna_serve.serving.gateway.telemetry.metrics import EngineStats
+
+BREAK_AFTER = 3
+COOL_DOWN_S = 1.0
+MAX_COOL_DOWN_S = 30.0
+# As vLLM calls weights that were never updated.
+UNVERSIONED = (b"default", b"default")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """An upstream's state.
+
+    `healthy` is the health checks' verdict, None before the first, after `misses` in a row, of which `refusals` were
+    more than silence; `refused`: it is down for more than silence. `turns` counts requests, for shares by weight; it is
+    moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
+    `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
+    One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
+    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people.
+    """
+
+    config: Upstream
+    origin: Origin
+    stats: EngineStats = field(default_factory=EngineStats)
+    versions: tuple[bytes, bytes] = UNVERSIONED
+    in_flight: int = 0
+    turns: float = 0.0
+    answers: int = 0
+    healthy: bool | None = None
+    seen_well: bool = False
+    misses: int = 0
+    refusals: int = 0
+    refused: bool = False
+    failures: int = 0
+    open_until: float = 0.0
+    last_error: str | None = None
+    fenced: str | None = None
+    removed: bool = False
+    lost_s: float | None = None
+    returns: bool = False
+    away: bool = False
+    restarts: int = 0
+    deaths: tuple[Mapping[str, Any], ...] = ()
+    last_scrape: tuple[float, dict[str, float]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The configured one."""
+        return self.config.name
+
+    @property
+    def up(self) -> bool:
+        """May it be sent something now?"""
+        return self.is_up(time.monotonic())
+
+    def is_up(self, now: float) -> bool:
+        """May it be sent something? After a cool-down one failure more is enough to leave it alone again."""
+        return self.healthy is not False and not self.away and self.fenced is None and now >= self.open_until
+
+    def is_last_resort(self) -> bool:
+        """It is down, and nothing but silence speaks against it: where no engine is up, it is tried."""
+        return self.fenced is None and not self.refused and not self.away
+
+    def has_slot(self) -> bool:
+        """Is there room for one request more?"""
+        return self.in_flight < self.config.max_in_flight
+
+    def fence(self, reason: str) -> None:
+        """Its weights are not those of the others: nothing is sent to it until an update succeeds."""
+        if self.fenced is None:
+            logger.warning("engine %s fenced off: %s", self.name, reason)
+        self.fenced = self.last_error = reason
+
+    def unfence(self) -> None:
+        """Its weights are those of the others again."""
+        if self.fenced is not None:
+            logger.info("engine %s no longer fenced off", self.name)
+        self.fenced = None
+
+    def note_failure(self, reason: str, now: float, *, silent: bool = False) -> None:
+        """It could not be reached. (One that breaks off is not left alone for it: the request may be to blame.)"""
+        self.failures += 1
+        self.last_error = reason
+        if self.failures >= BREAK_AFTER:
+            times = min(self.failures - BREAK_AFTER, 10)
+            self.open_until = now + min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2**times)
+            self.refused = self.refused or not silent
+            self._note_lost(f"{self.failures} connections in a row failed: {reason}")
+
+    def note_success(self) -> None:
+        """It answered."""
+        self.answers += 1
+        self.failures = 0
+        self.open_until = 0.0
+        if self.lost_s is not None and self.healthy is not False:
+            logger.info("engine %s back after %.1f s", self.name, time.monotonic() - self.lost_s)
+            self.lost_s = None
+
+    def note_well(self) -> None:
+        """A health check succeeded."""
+        self.healthy = self.seen_well = True
+        self.misses, self.refusals, self.refused = 0, 0, False
+        self.note_success()
+
+    def note_miss(self, reason: str, enough: int, *, silent: bool) -> None:
+        """A health check failed. It is down after `enough` of them in a row (1: this one is certain), or where none
+        ever succeeded."""
+        self.misses += 1
+        self.refusals += not silent
+        self.last_error = reason
+        if self.healthy is None:
+            enough = 1
+        if not silent and self.refusals >= enough:
+            self.refused = True
+        if self.misses >= enough:
+            self.healthy = False
+            self._note_lost(reason)
+
+    def leave(self, reason: str) -> None:
+        """It has died, and may be started again."""
+        self.away, self.healthy, self.refused, self.last_error = True, False, True, reason
+        self._note_lost(reason)
+
+    def note_unreachable(self, reason: str) -> None:
+        """It could not be connected to, and returns: nothing is sent to it before a health check, or its successor."""
+        self.healthy, self.refused, self.last_error = False, True, reason
+        self._note_lost(reason)
+
+    def remove(self) -> None:
+        """It is in the configuration no more. What is in flight finishes."""
+        self.removed = True
+        self.origin.close()
+        logger.info("engine %s removed; requests in flight: %d", self.name, self.in_flight)
+
+    def release(self) -> None:
+        """A request of its own has ended."""
+        self.in_flight -= 1
+        if self.removed and not self.in_flight:
+            logger.info("engine %s drained", self.name)
+
+    def _note_lost(self, reason: str) -> None:
+        if self.lost_s is None:
+            self.lost_s = time.monotonic()
+            self.stats.losses += 1
+            logger.warning("engine %s lost: %s", self.name, reason)

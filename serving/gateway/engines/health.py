@@ -1,0 +1,135 @@
+"""Asks every engine again and again whether it is well, and which weights it has; closes what is idle.
+
+Each engine is asked on its own, so that one that is late holds up no other. An engine under load may answer late by
+half a minute (vllm#24910, vllm#38157): only several misses in a row count, none while answers to requests come from it,
+and an engine that has merely been silent is still tried where a model has no other (engine.py). A connection that is
+refused counts at once. An engine that is down is asked more often, so that it is back as soon as it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+
+import aiohttp
+
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
+from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.wire.http1 import LOCAL_SHORTAGE
+
+# How often an engine is asked that is not well, and how often it is looked whether that has changed.
+RECHECK_S = 0.5
+VERSION_TIMEOUT_S = 2.0
+logger = logging.getLogger(__name__)
+
+
+async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
+    """Until cancelled. `session` keeps no connection: an engine that listens no more may still answer on an old one."""
+    loop = asyncio.get_running_loop()
+    checks: dict[Engine, asyncio.Task[float]] = {}
+    try:
+        while True:
+            engines = {engine: pool for pool in relay.pools.values() for engine in pool.engines}
+            for engine in checks.keys() - engines.keys():
+                checks.pop(engine).cancel()
+            pause_s = RECHECK_S
+            for engine, pool in engines.items():
+                engine.origin.expire()
+                left_s = _find_wait(relay, engine, checks.get(engine), loop.time())
+                if left_s <= 0:
+                    checks[engine] = loop.create_task(_check_engine(session, relay, pool, engine))
+                else:
+                    pause_s = min(pause_s, left_s)
+            await asyncio.sleep(pause_s)
+    finally:
+        for check in checks.values():
+            check.cancel()
+        await asyncio.gather(*checks.values(), return_exceptions=True)
+
+
+async def _check_engine(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> float:
+    """Ask once. When that ended, by the loop's clock."""
+    try:
+        await _check(session, relay, pool, engine)
+    except Exception:
+        logger.exception("engine %s: the health check failed in the gateway", engine.name)
+    return asyncio.get_running_loop().time()
+
+
+def _find_wait(relay: Relay, engine: Engine, last: asyncio.Task[float] | None, now: float) -> float:
+    """Seconds until the engine is to be asked; without end while it is being asked."""
+    if last is None:
+        return 0.0
+    return last.result() + _find_interval(relay, engine) - now if last.done() else math.inf
+
+
+def _find_interval(relay: Relay, engine: Engine) -> float:
+    """An engine that is down, or that could not be connected to, is asked more often."""
+    interval_s = relay.config.health.interval_s
+    is_well = engine.healthy is True and not engine.misses and not engine.failures
+    return interval_s if is_well else min(interval_s, RECHECK_S)
+
+
+async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> None:
+    health = relay.config.health
+    timeout = aiohttp.ClientTimeout(total=health.timeout_s)
+    began_s, answers = time.perf_counter(), engine.answers
+    url, options = engine.config.url + health.path, engine.config.request_options()
+    try:
+        async with session.get(url, timeout=timeout, **options) as response:
+            status = response.status
+    except TimeoutError:
+        is_alive = engine.answers > answers or any(
+            exchange.engine is engine and exchange.last_s > began_s for exchange in relay.exchanges
+        )
+        if not (is_alive or pool.paused):  # an engine that loads weights may be silent
+            engine.note_miss(f"{health.path}: no answer within {health.timeout_s:g} s", health.failures, silent=True)
+        return
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
+            relay.journal.note_shortage(error.strerror or type(error).__name__)
+            return
+        is_refused = isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
+        enough = 1 if is_refused else health.failures
+        engine.note_miss(f"{health.path}: {_explain(error, is_refused)}", enough, silent=False)
+        return
+    if status != 200:
+        engine.note_miss(f"{health.path}: HTTP {status}", health.failures, silent=False)
+        return
+    was_up = engine.healthy is True and engine.is_up(pool.clock())
+    if not was_up:
+        await _read_version(session, pool, engine)
+    engine.note_well()
+    if not was_up:
+        pool.welcome(engine)
+
+
+def _explain(error: Exception, is_refused: bool) -> str:
+    if is_refused:
+        return "connection refused"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"certificate: {getattr(error.certificate_error, 'verify_message', 'not valid')}"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:
+    """An engine that has come (back): after an update it may have weights from before. Only engines with
+    VLLM_SERVER_DEV_MODE=1 tell, and only those can be updated."""
+    timeout = aiohttp.ClientTimeout(total=VERSION_TIMEOUT_S)
+    url, options = f"{engine.config.url}/weight_info", engine.config.request_options()
+    try:
+        async with session.get(url, timeout=timeout, **options) as response:
+            version = str((await response.json())["weight_version"]) if response.status == 200 else None
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
+        version = None
+    if pool.paused or version is None or not re.fullmatch(VERSION, version):
+        return
+    expected = pool.versions[0].decode()
+    if not pool.updated:
+        engine.versions = (version.encode(), engine.versions[1])
+    elif version != expected:
+        engine.fence(f"weights: expected version {expected}, got {version}")

@@ -1,0 +1,282 @@
+"""Which engine takes a request, and how long it may wait for one: slots and a bounded queue.
+
+A slot is held from the choice of an engine to the last byte of its answer. Requests wait in the order in which they
+came. Where no engine is up, those that are down for silence alone are tried all the same: they may only be slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
+from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
+from laguna_serve.serving.gateway.engines.origin import Origin
+from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.http1 import Waits
+
+# Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
+# are not to get every request several times.
+RETRY_SHARE, RETRY_BURST = 0.2, 10.0
+# What a version may be: it stands in headers and in streams.
+VERSION = r"^[A-Za-z0-9._:+-]{1,64}$"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """The engines of one model."""
+
+    model: Model
+    limits: Limits
+    clock: Callable[[], float] = time.monotonic
+    engines: list[Engine] = field(default_factory=list)
+    paused: bool = False
+    versions: tuple[bytes, bytes] = UNVERSIONED
+    updated: bool = False
+    waits: Waits = field(init=False)
+    _retries: float = RETRY_BURST
+    _tickets: Iterator[int] = field(default_factory=itertools.count)
+    _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
+    _queued: int = 0
+
+    def __post_init__(self) -> None:
+        self._take_limits(self.limits)
+
+    def plan(self, model: Model) -> list[Engine]:
+        """The engines that a configuration asks for; one of the same name and URL keeps its state. Changes nothing."""
+        known = {(engine.config.name, engine.config.url): engine for engine in self.engines}
+        return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
+
+    def configure(self, model: Model, limits: Limits, engines: list[Engine] | None = None) -> None:
+        """Take a configuration, with the engines that `plan` made for it; those who wait look again."""
+        engines = self.plan(model) if engines is None else engines
+        for gone in self.engines:
+            if gone not in engines:
+                gone.remove()
+        for engine, upstream in zip(engines, model.upstreams, strict=True):
+            if engine.config is not upstream:
+                engine.config = upstream
+                engine.origin.configure(upstream)
+        self.model, self.engines = model, engines
+        self._take_limits(limits)
+        self._wake_all()
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        for engine in self.engines:
+            engine.origin.close()
+
+    def remove(self) -> None:
+        """The model is in the configuration no more. What is in flight, or waits, finishes."""
+        for engine in self.engines:
+            engine.remove()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot."""
+        return self._queued
+
+    def take(
+        self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset(), *, woken: bool = False
+    ) -> Engine | None:
+        """Take a slot of an engine, where one is free and nobody was before; `release` gives it back.
+
+        Args:
+            affinity: what belongs together goes to one engine while that has room.
+            avoid: engines that this request has tried.
+            woken: it has waited for its turn.
+        Raises:
+            GatewayError: 503 no engine is up.
+        """
+        now = self.clock()
+        up = [engine for engine in self.engines if engine.is_up(now) and engine not in avoid]
+        up = up or [engine for engine in self.engines if engine.is_last_resort() and engine not in avoid]
+        if not up:
+            if any(engine.returns and engine.fenced is None for engine in self.engines):
+                return None
+            raise errors.not_ready()
+        if self.paused or (self._queued and not woken):
+            return None
+        free = [engine for engine in up if engine.has_slot()]
+        if not free:
+            return None
+        engine = self._choose(free, affinity)
+        engine.in_flight += 1
+        engine.turns += 1
+        if self._waiting and (len(free) > 1 or engine.has_slot()):
+            self.wake()  # an engine that came back has room for more than the one who was woken
+        return engine
+
+    async def acquire(
+        self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset(), deadline: float | None = None
+    ) -> Engine:
+        """`take`, after a wait in the queue where it must be: until `deadline`, by default that of the limits.
+
+        Raises:
+            GatewayError: 503 no engine is up (by the deadline, if one returns), 429 the queue is full, 408 no slot in
+                time.
+        """
+        if (engine := self.take(affinity, avoid)) is not None:
+            return engine
+        if self._queued >= self.limits.max_queued:
+            raise errors.contended()
+        ticket = next(self._tickets)
+        if deadline is None:
+            deadline = self.clock() + self.limits.queue_timeout_s
+        while True:
+            await self._wait(ticket, deadline - self.clock())
+            if (engine := self.take(affinity, avoid, woken=True)) is not None:
+                return engine
+
+    def succeed(self, old: Engine, url: str) -> None:
+        """A new engine, at a new address, is there in the place of one that died. It has the checkpoint's weights:
+        after an update it is fenced off until the next one, which must bring it all."""
+        upstream = old.config.model_copy(update={"url": url})
+        new = self._make_engine(upstream)
+        new.stats, new.turns, new.lost_s = old.stats, old.turns, old.lost_s
+        new.returns, new.restarts, new.deaths = True, old.restarts + 1, old.deaths
+        if self.updated:
+            new.fence(f"weights: expected version {self.versions[0].decode()}, got the checkpoint's after a restart")
+        self.engines = [new if engine is old else engine for engine in self.engines]
+        upstreams = tuple(engine.config for engine in self.engines)
+        self.model = self.model.model_copy(update={"upstreams": upstreams})
+        old.remove()
+        self.welcome(new)
+        self._wake_all()
+
+    def give_up(self, engine: Engine) -> None:
+        """It is not started again: nobody need wait for it."""
+        engine.returns = False
+        self._wake_all()
+
+    def may_retry(self) -> bool:
+        """Take from the budget of second tries."""
+        if self._retries < 1:
+            return False
+        self._retries -= 1
+        return True
+
+    def note_request(self) -> None:
+        """Every request adds to that budget."""
+        self._retries = min(RETRY_BURST, self._retries + RETRY_SHARE)
+
+    def pause(self) -> None:
+        """Requests that come wait in the queue until `resume`; engines may be silent."""
+        self.paused = True
+        logger.info("model %s paused: requests wait", self.model.name)
+        for engine in self.engines:
+            engine.origin.silence_allowed = True
+
+    def resume(self) -> None:
+        """Go on; those who waited look again."""
+        self.paused = False
+        logger.info("model %s resumed", self.model.name)
+        for engine in self.engines:
+            engine.origin.silence_allowed = False
+        self._wake_all()
+
+    def set_versions(self, weights: str | None, draft: str | None) -> None:
+        """Every engine has these from now on; None is as before. No engine is fenced off any more."""
+        self.updated = True
+        self.versions = (
+            self.versions[0] if weights is None else weights.encode(),
+            self.versions[1] if draft is None else draft.encode(),
+        )
+        for engine in self.engines:
+            was_fenced = engine.fenced is not None
+            engine.versions = self.versions
+            engine.unfence()
+            if was_fenced:
+                self.welcome(engine)
+
+    def release(self, engine: Engine) -> None:
+        """Give a slot back; the first in the queue is woken."""
+        engine.release()
+        self.wake()
+
+    def is_ready(self, now: float) -> bool:
+        """Is there an engine that was well, and that a request would be sent to?"""
+        known = [engine for engine in self.engines if engine.seen_well]
+        return any(engine.healthy and engine.is_up(now) for engine in known) or (
+            not any(engine.is_up(now) for engine in self.engines) and any(engine.is_last_resort() for engine in known)
+        )
+
+    def welcome(self, engine: Engine) -> None:
+        """An engine is up that was not: it gets its share from now on, and nothing of what it missed."""
+        others = [other.turns / other.config.weight for other in self.engines if other is not engine]
+        engine.turns = max(engine.turns, max(others, default=0.0) * engine.config.weight)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the first in the queue look again."""
+        while self._waiting:
+            _, future = heapq.heappop(self._waiting)
+            if not future.done():
+                future.set_result(None)
+                return
+
+    def _take_limits(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waits = Waits(limits.first_byte_timeout_s, limits.read_timeout_s)
+
+    def _make_engine(self, upstream: Upstream) -> Engine:
+        """Where weights have been updated, one that comes is sent nothing before it has said which it has."""
+        origin = Origin(upstream.url)
+        origin.configure(upstream)
+        return Engine(upstream, origin, healthy=False if self.updated else None, refused=self.updated)
+
+    def _wake_all(self) -> None:
+        for _ in range(len(self._waiting)):
+            self.wake()
+
+    async def _wait(self, ticket: int, timeout_s: float) -> None:
+        """Until woken. Who looked in vain keeps the place that the ticket gives."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (ticket, future))
+        self._queued += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if future.done() and not future.cancelled():
+                self.wake()  # woken and ended at once: the turn is the next one's
+            if isinstance(error, TimeoutError):
+                now = self.clock()
+                any_up = any(engine.is_up(now) for engine in self.engines)
+                raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
+            raise
+        finally:
+            self._queued -= 1
+            future.cancel()
+            if len(self._waiting) > 2 * self._queued + 64:  # mostly of those who have left
+                self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+                heapq.heapify(self._waiting)
+
+    def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
+        """By weight either way: of what belongs together the same one, else the one with the least to do for its
+        weight, and among idle ones the one that has had the least. Engines for which speculation pays at their load
+        come first, then plain ones."""
+        if len(free) == 1:
+            return free[0]
+        paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
+        free = paying or [engine for engine in free if not engine.config.gamma_schedule] or free
+        if affinity is not None:
+            return max(free, key=lambda engine: _score(affinity, engine.config))
+        return min(
+            free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
+        )
+
+
+def _score(affinity: bytes, upstream: Upstream) -> float:
+    """Weighted rendezvous hashing: when an engine comes or goes, only what was its own moves; each gets a share of the
+    keys as large as its weight."""
+    digest = hashlib.blake2b(affinity + b"\0" + upstream.name.encode(), digest_size=8).digest()
+    return -upstream.weight / math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))

@@ -1,0 +1,273 @@
+"""New weights for all engines of a model, or for none.
+
+The steps are vLLM's own endpoints under their own names (vllm/entrypoints/rl/online/api_router.py, checked against
+0.32; the engines need VLLM_SERVER_DEV_MODE=1). While they run, requests wait in the gateway's queue. What holds after
+any failure: the model is served by engines that have the version it had before, and that were not touched or were
+brought back to it and checked; the others are fenced off, until an update succeeds on all. That may leave none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
+
+TIMEOUT_S = 600.0
+Version = Annotated[str, StringConstraints(pattern=VERSION)]
+PauseMode = Literal["keep", "wait", "abort"]
+# What an update brings: the model's weights, its drafter's, a name for the former. Named as the fields of `Update`.
+Part = Literal["update", "draft_update", "weight_version"]
+PARTS: Sequence[Part] = ("update", "draft_update", "weight_version")
+START: Mapping[Part, str] = {"update": "/start_weight_update", "draft_update": "/start_draft_weight_update"}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Update(_Body):
+    """What one version is made of: the bodies of `/update_weights`, in order, for the model and for its drafter."""
+
+    weight_version: Version | None = None
+    update: Sequence[dict[str, Any]] = ()
+    draft_version: Version | None = None
+    draft_update: Sequence[dict[str, Any]] = ()
+
+
+class UpdateRequest(Update):
+    """An update, and how to take it back where it fails half-way."""
+
+    mode: PauseMode = "keep"
+    rollback: Update | None = None
+
+
+# Keys and values of the old weights must not be attended to with the new ones: requests that are held in the middle
+# are computed again up to where they were.
+RESET = "/reset_prefix_cache"
+RESET_ALL = {"reset_running_requests": "true"}
+# vLLM 0.29 and newer have it; where it is missing, an update with a version is refused before anything is touched.
+VERSION_PATH = "/weight_info"
+
+
+class StepError(Exception):
+    """A step failed on some engines; `errors` by engine."""
+
+    def __init__(self, step: str, errors: Mapping[Engine, str]) -> None:
+        told = "; ".join(f"{engine.name}: {error}" for engine, error in errors.items())
+        super().__init__(f"{step}: {told}")
+        self.errors = errors
+
+
+class WeightGroup:
+    """The engines of a model, as far as their weights go. One update at a time. `session` keeps no connection."""
+
+    def __init__(self, pool: Pool, session: aiohttp.ClientSession) -> None:
+        self.pool, self._session = pool, session
+        # Parts that an update began to change, until one has brought all engines to the same: such an engine is fenced
+        # off when requests go on.
+        self._changed: dict[Engine, set[Part]] = {}
+        self._open = set[Engine]()  # an update has been started, and not finished
+        self._part: Part = "update"  # of the steps that come one by one
+        self.lock = asyncio.Lock()
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Hold new requests in the queue, and pause every engine. Raises StepError: nothing is paused then."""
+        self.pool.pause()
+        try:
+            await self.call("/pause", self.pool.engines, params={"mode": mode})
+        except StepError as error:
+            await self.resume([engine for engine in self.pool.engines if engine not in error.errors])
+            raise
+
+    async def resume(self, engines: Sequence[Engine] | None = None) -> None:
+        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
+        self._fence_changed()
+        try:
+            await self.call("/resume", self.pool.engines if engines is None else engines)
+        except StepError as error:
+            for engine, reason in error.errors.items():
+                engine.fence(f"/resume: {reason}")
+        finally:
+            self.pool.resume()
+
+    async def start(self, part: Part) -> None:
+        """Begin an update on every engine. Raises StepError: they are fenced off."""
+        self._part = part
+        await self._close(self.pool.engines)
+        self._open |= set(self.pool.engines)
+        await self._step(START[part])
+
+    async def update(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """One body of `/update_weights` to every engine. Raises StepError as `start`."""
+        await self._step("/update_weights", {"update_info": info})
+
+    async def finish(self, weight_version: str | None, draft_version: str | None) -> None:
+        """End it, and check that every engine says the same version. Raises StepError as `start`."""
+        await self._step("/finish_weight_update", {"weight_version": weight_version})
+        self._open.difference_update(self.pool.engines)
+        await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
+        parts: set[Part] = {self._part}
+        if weight_version is not None:
+            await self._guarded(lambda: self._verify(self.pool.engines, weight_version))
+            parts.add("weight_version")
+        self._settle(parts, weight_version, draft_version)
+
+    async def apply(self, request: UpdateRequest) -> dict[str, Any]:
+        """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
+        parts = _list_parts(request)
+        if missing := self._list_needed() - parts:
+            told = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
+            return self._report("unchanged", f"update: {told}")
+        try:
+            if request.weight_version is not None:
+                await self.call(VERSION_PATH, self.pool.engines, method="GET")  # what will be asked at the end
+            await self.pause(request.mode)
+        except StepError as error:
+            return self._report("unchanged", str(error))
+        try:
+            await self._load(request, self.pool.engines)
+            self._settle(parts, request.weight_version, request.draft_version)
+            return self._report("updated", None)
+        except StepError as error:
+            if request.rollback is not None:
+                await self._roll_back(request.rollback)
+            self._fence_changed()
+            return self._report(self._find_outcome(), str(error))
+        finally:
+            await self.resume()
+
+    async def call(
+        self,
+        path: str,
+        engines: Sequence[Engine],
+        body: Mapping[str, Any] | None = None,
+        params: Mapping[str, str] | None = None,
+        method: str = "POST",
+    ) -> dict[Engine, Any]:
+        """The same request to several engines at once; their answers. Raises StepError when one has none."""
+        found = await asyncio.gather(*(self._ask(method, engine, path, body, params) for engine in engines))
+        answers = dict(zip(engines, found, strict=True))
+        if errors := {engine: str(a) for engine, a in answers.items() if isinstance(a, OSError)}:
+            raise StepError(path, errors)
+        return answers
+
+    async def _load(self, update: Update, engines: Sequence[Engine]) -> None:
+        await self._close(engines)
+        for part, start in START.items():
+            if bodies := getattr(update, part):
+                self._note_changed(engines, part)
+                self._open |= set(engines)
+                await self.call(start, engines)
+                for body in bodies:
+                    await self.call("/update_weights", engines, {"update_info": body})
+                version = update.weight_version if part == "update" else None
+                await self.call("/finish_weight_update", engines, {"weight_version": version})
+                self._open.difference_update(engines)
+                await self.call(RESET, engines, params=RESET_ALL)
+        if update.weight_version is not None:
+            self._note_changed(engines, "weight_version")
+            if not update.update:
+                await self.call("/update_weight_version", engines, {"new_version": update.weight_version})
+            await self._verify(engines, update.weight_version)
+
+    async def _roll_back(self, update: Update) -> None:
+        """Every changed engine on its own: one that cannot be brought back is no reason to give up another."""
+        weights, draft = self.pool.versions
+        whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
+        for engine, changed in list(self._changed.items()):
+            if changed - _list_parts(whole):
+                continue
+            try:
+                await self._load(whole, [engine])
+            except StepError:
+                continue
+            del self._changed[engine]
+
+    async def _close(self, engines: Iterable[Engine]) -> None:
+        """End what was started and not finished: vLLM starts nothing else meanwhile. If it cannot be finished, it ends
+        by a body that says nothing, which is refused."""
+        for engine in self._open.intersection(engines):
+            await self._ask("POST", engine, "/finish_weight_update", {}, None)
+            await self._ask("POST", engine, "/update_weights", {"update_info": {}}, None)
+            self._open.discard(engine)
+
+    def _settle(self, parts: Collection[Part], weight_version: str | None, draft_version: str | None) -> None:
+        """All engines have these parts, and say so from now on; one that another part is still unknown of does not."""
+        left = {engine: changed.difference(parts) for engine, changed in self._changed.items()}
+        self._changed = {engine: changed for engine, changed in left.items() if changed}
+        self.pool.set_versions(weight_version, draft_version)
+        self._fence_changed()
+
+    def _list_needed(self) -> set[Part]:
+        """What an update must bring so that all engines are the same after it."""
+        needed = set[Part]()
+        for engine in self.pool.engines:
+            if engine.fenced:
+                needed |= self._changed.get(engine, {"update"})
+        return needed
+
+    def _note_changed(self, engines: Sequence[Engine], part: Part) -> None:
+        for engine in engines:
+            self._changed.setdefault(engine, set()).add(part)
+
+    async def _step(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+        self._note_changed(self.pool.engines, self._part)
+        await self._guarded(lambda: self.call(path, self.pool.engines, body))
+
+    async def _guarded(self, step: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            await step()
+        except StepError:
+            self._fence_changed()
+            raise
+
+    async def _verify(self, engines: Sequence[Engine], version: str) -> None:
+        answers = await self.call(VERSION_PATH, engines, method="GET")
+        found = {engine: answer.get("weight_version") for engine, answer in answers.items()}
+        if wrong := {e: f"expected version {version}, got {v}" for e, v in found.items() if v != version}:
+            raise StepError(VERSION_PATH, wrong)
+
+    async def _ask(
+        self, method: str, engine: Engine, path: str, body: Mapping[str, Any] | None, params: Mapping[str, str] | None
+    ) -> Any:
+        """The answer, or the OSError that stands for it."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        url, options = engine.config.url + path, engine.config.request_options()
+        options |= {"json": body, "params": params, "timeout": timeout}
+        try:
+            async with self._session.request(method, url, **options) as response:
+                if response.status != 200:
+                    return OSError(f"HTTP {response.status}: {(await response.text())[:200]}")
+                return await response.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return OSError(f"{type(error).__name__}: {error}")
+
+    def _fence_changed(self) -> None:
+        for engine in self._changed:
+            engine.fence("an update of its weights failed half-way")
+
+    def _find_outcome(self) -> str:
+        """Of an update that failed."""
+        fenced = [engine.fenced is not None for engine in self.pool.engines]
+        return "unavailable" if all(fenced) else "reduced" if any(fenced) else "rolled_back"
+
+    def _report(self, outcome: str, error: str | None) -> dict[str, Any]:
+        engines = {
+            engine.name: {
+                "weight_version": engine.versions[0].decode(),
+                "draft_version": engine.versions[1].decode(),
+                "fenced": engine.fenced,
+            }
+            for engine in self.pool.engines
+        }
+        return {"outcome": outcome, "model": self.pool.model.name, "error": error, "upstreams": engines}
+
+
+def _list_parts(update: Update) -> set[Part]:
+    return {part for part in PARTS if getattr(update, part)}

@@ -1,0 +1,41 @@
+"""How many bytes of requests are in the gateway's memory and with no engine yet: bodies that arrive, and those that
+wait for a slot. Requests differ a thousandfold in size, so that a queue bounded by count alone is no bound on memory.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from laguna_serve.serving.gateway.wire import errors
+
+
+class Holding(Protocol):
+    """What has a body; `held` are its bytes that are counted."""
+
+    held: int
+
+
+class Backlog:
+    """The bytes of all bodies, at most `most`."""
+
+    __slots__ = ("most", "total")
+
+    def __init__(self, most: int) -> None:
+        self.most, self.total = most, 0
+
+    def hold(self, holding: Holding, size: int) -> None:
+        """Of one body there are so many bytes by now. Raises GatewayError: 429 they are too many, with the others'."""
+        self.total += size - holding.held
+        holding.held = size
+        if self.total > self.most:
+            raise errors.queue_bytes_full()
+
+    def check(self, announced: int) -> None:
+        """A body of this size may come, by what there is now. Raises GatewayError as `hold`."""
+        if self.total + announced > self.most:
+            raise errors.queue_bytes_full()
+
+    def release(self, holding: Holding) -> None:
+        """The body has gone to an engine, or will not go to any."""
+        self.total -= holding.held
+        holding.held = 0

@@ -1,0 +1,308 @@
+"""One request on its way: from its body to the last byte of its answer.
+
+A state machine of callbacks. What an engine sends is written to the client in the call in which it arrives; a task
+runs only while the request waits for a slot or a connection. It is sent again, to another engine, only while its
+engine cannot be reached, so that none runs twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.reach import reach, take_kept
+from laguna_serve.serving.gateway.relay.access import Holder
+from laguna_serve.serving.gateway.relay.backlog import Backlog
+from laguna_serve.serving.gateway.relay.sink import Sink
+from laguna_serve.serving.gateway.telemetry.usage import count_tokens
+from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.cors import Cors
+from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.headers import (
+    DRAFT,
+    REQUEST_ID,
+    UPSTREAM,
+    WEIGHTS,
+    Head,
+    Headers,
+    pass_headers,
+    render_request,
+)
+from laguna_serve.serving.gateway.wire.http1 import (
+    Connection,
+    SilentError,
+    StaleError,
+    StalledError,
+)
+from laguna_serve.serving.gateway.wire.sse import EventStream, frame_events
+
+CLIENT_GONE = 499
+Waited = TypeVar("Waited")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request and its answer; `on_finish` is called once. `key` is whose request it is, `client` where it is from."""
+
+    head: Head
+    _sink: Sink
+    _on_finish: Callable[[Exchange], None]
+    key: Holder | None = None
+    keys_are_ours: bool = False
+    client: str = ""
+    forwarded_for: bytes = b""
+    cors: Cors | None = None
+    backlog: Backlog | None = None
+    held: int = 0
+    model: str | None = None
+    engine: Engine | None = None
+    affinity: bytes | None = None
+    status: int = 0
+    chunks: int = 0
+    complete: bool = False
+    finished: bool = False
+    error: str | None = None
+    refusal: GatewayError | None = None
+    cause: str | None = None
+    started_s: float = field(default_factory=time.perf_counter)
+    arrived_s: float = 0.0
+    first_s: float | None = None
+    last_s: float = 0.0
+    copy: bytearray | None = None
+    answer: asyncio.Future[bytes | None] | None = None
+    _pool: Pool | None = None
+    _body: bytes = b""
+    _task: asyncio.Task[None] | None = None
+    _connection: Connection | None = None
+    _paused: bool = False
+    _said: tuple[bytes, bytes] | None = None
+    _streams: bool = False
+    _events: EventStream | None = None
+    _recent: tuple[bytes, bytes] = (b"", b"")
+
+    def keep_answer(self) -> asyncio.Future[bytes | None]:
+        """What the client will have got: the body of a complete answer with status 200, or None."""
+        if self.answer is None:
+            self.copy, self.answer = bytearray(), asyncio.get_running_loop().create_future()
+        return self.answer
+
+    def wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
+        """Call `go_on` with what `wait` gives, unless the client leaves first."""
+        self._task = asyncio.get_running_loop().create_task(self._wait_for(wait, go_on))
+
+    def send(self, pool: Pool, body: bytes, affinity: bytes | None) -> None:
+        """To an engine of the pool; at once if one has a slot and a connection is open."""
+        self.arrived_s = time.perf_counter()
+        self._pool, self._body, self.affinity, self.model = pool, body, affinity, pool.model.name
+        pool.note_request()
+        try:
+            self.engine = pool.take(affinity)
+        except GatewayError as error:
+            self.fail(error)
+            return
+        if self.engine is not None and (connection := take_kept(self.engine, len(body))) is not None:
+            self._go(connection)
+            return
+        try:
+            if self.backlog is not None:
+                self.backlog.hold(self, len(body))
+        except GatewayError as error:
+            self.fail(error)
+            return
+        self.wait_for(reach(self, pool, len(body)), self._go)
+
+    def leave(self) -> None:
+        """The client is gone: the engine's work is aborted, the slot freed."""
+        if not self.finished:
+            self.status = CLIENT_GONE
+            self._finish()
+
+    def fail(self, error: GatewayError) -> None:
+        """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
+        if self.finished:
+            return
+        # Without its traceback, whose frames would keep this exchange and its body until the garbage collector comes.
+        self.error, self.refusal = error.message, error.forget_origin()
+        if self.status == 0:
+            self.reply(error.status, error.headers(), error.body(self.head.path))
+            return
+        if self._events is not None and not self._events.broken_open:
+            self._sink.write(self._events.render_error(error, self.head.path))
+            self._sink.end()
+        else:
+            self._sink.cut()
+        self._finish()
+
+    def reply(self, status: int, headers: Headers, body: bytes) -> None:
+        """An answer of the gateway's own."""
+        self.status = status
+        found = [*headers, (REQUEST_ID, self.head.request_id)]
+        if status != 204:
+            found.append((b"content-length", b"%d" % len(body)))
+        if self.cors is not None:
+            found += self.cors.list_headers(self.head.named.get(b"origin"))
+        if self._pool is not None:
+            found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
+        self._sink.start(status, found)
+        if self.head.method != "HEAD":
+            self._sink.write(body)
+        self._sink.end()
+        self._finish()
+
+    def pause(self) -> None:
+        """The client takes no more for now."""
+        self._paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        self._paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+    async def _wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
+        try:
+            found = await wait
+            self._task = None
+            go_on(found)
+        except GatewayError as error:
+            self._task = None
+            self.fail(error)
+        except Exception:
+            logger.exception("request %s", self.head.request_id.decode())
+            self._task = None
+            self.fail(errors.failed())
+
+    def _go(self, connection: Connection) -> None:
+        assert self.engine is not None
+        assert self._pool is not None
+        self._connection = connection
+        self._said = self.engine.versions
+        origin = self.engine.origin
+        keys_are_ours = self.keys_are_ours or origin.has_credential
+        data = render_request(
+            self.head, self._body, origin.lines, origin.site.prefix, self.forwarded_for, keys_are_ours=keys_are_ours
+        )
+        if not connection.kept:
+            self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
+        connection.request(data, self, self._pool.waits, bodiless=self.head.method == "HEAD")
+        if self._paused:
+            connection.pause()
+        self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        """The engine answers."""
+        engine = self.engine
+        assert engine is not None
+        assert self._said is not None
+        self.status, self._body = status, b""
+        weights, draft = engine.versions
+        if self._said is not engine.versions:
+            # It ran before and after an update of the weights.
+            weights, draft = self._said[0] + b", " + weights, self._said[1] + b", " + draft
+            self._said = engine.versions
+        found = pass_headers(headers, engine.origin.site)
+        if self.cors is not None:
+            found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
+        named = dict(found)
+        self._streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        if self._streams and self.head.method != "HEAD":
+            self._events, found = frame_events(self.head.path, found, named)
+        found += ((REQUEST_ID, self.head.request_id), (UPSTREAM, engine.name.encode()))
+        found += ((WEIGHTS, weights), (DRAFT, draft))
+        self._sink.start(status, found)
+
+    def on_data(self, data: bytes) -> None:
+        """A piece of the engine's answer."""
+        engine = self.engine
+        assert engine is not None
+        assert self._connection is not None
+        now = self._connection.received_s
+        if self.first_s is None:
+            self.first_s = now
+            engine.stats.first.add(now - self.started_s)
+        elif self._streams:
+            engine.stats.gap.add(now - self.last_s)
+        self.last_s = now
+        self.chunks += 1
+        events = self._events
+        if events is not None:
+            if self._said is not engine.versions and not events.broken_open:
+                # What was written so far are whole events.
+                self._said = engine.versions
+                self._sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
+            if not (events.passes and data.endswith(b"\n\n")):
+                data = events.take(data)
+                if not data:
+                    return
+        if self.copy is not None:
+            self.copy += data
+        self._recent = (self._recent[1], data)
+        self._sink.write(data)
+
+    def on_pause(self) -> None:
+        """The engine has sent no more for now."""
+        assert self.engine is not None
+        assert self._connection is not None
+        self._sink.flush()
+        self.engine.stats.added_chunk.add(time.perf_counter() - self._connection.received_s)
+
+    def on_end(self) -> None:
+        """The engine's answer is complete."""
+        assert self.engine is not None
+        self.complete, self._connection = True, None
+        if self._events is not None and (rest := self._events.end()):
+            if self.copy is not None:
+                self.copy += rest
+            self._sink.write(rest)
+        self._sink.end()
+        self.engine.note_success()
+        if self.status == 200:
+            spread_s = self.last_s - self.first_s if self._streams and self.first_s is not None else None
+            count_tokens(self.engine.stats, b"".join(self._recent), spread_s)
+        self._finish()
+
+    def on_error(self, error: OSError) -> None:
+        """The engine broke off or fell silent, or the client takes nothing."""
+        assert self.engine is not None
+        assert self._pool is not None
+        self._connection = None
+        if isinstance(error, StalledError):
+            self.error = "the client took nothing for too long"
+            self._sink.cut()
+            self.leave()
+            return
+        if isinstance(error, StaleError) and self.status == 0:
+            self.wait_for(reach(self, self._pool, len(self._body), afresh=True), self._go)
+            return
+        self.engine.last_error = str(error)
+        self.cause = f"{self.engine.name}: {error}"
+        self.fail(errors.engine_silent() if isinstance(error, SilentError) else errors.engine_lost())
+
+    def _finish(self) -> None:
+        self.finished = True
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
+        if self.engine is not None and self._pool is not None:
+            self._pool.release(self.engine)
+        if self.answer is not None and self.copy is not None and not self.answer.done():
+            self.answer.set_result(bytes(self.copy) if self.complete and self.status == 200 else None)
+        self._on_finish(self)
+        del self._sink  # else the two would keep each other until the garbage collector comes

@@ -1,0 +1,104 @@
+"""What became of every request, for metrics, access log, status page and the gateway's own log. Never the query, a
+header or a body.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any
+
+from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
+from laguna_serve.serving.gateway.telemetry.event_log import BurstLog
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.wire.errors import GatewayError
+
+REMEMBERED_ERRORS = 20
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Takes note of requests that have ended, and of what kept them from beginning."""
+
+    def __init__(self, metrics: Metrics, access_log: AccessLog) -> None:
+        self.last_errors: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_ERRORS)
+        self._metrics, self._access_log = metrics, access_log
+        self._bursts = BurstLog(logger)
+
+    def note(self, exchange: Exchange) -> None:
+        """A request has ended."""
+        self._metrics.note(exchange.head.path, exchange.status, time.perf_counter() - exchange.started_s)
+        if exchange.refusal is not None:
+            self._note_refusal(exchange, exchange.refusal)
+        if self._access_log.enabled or exchange.error is not None:
+            self._record(exchange)
+
+    def note_too_many_connections(self, most: int) -> None:
+        """A client was turned away before it could ask."""
+        self._metrics.note_refusal("too_many_connections", "")
+        self._bursts.write(
+            "clients turned away",
+            "client turned away: %d connections are open, as many as the limit of open files has room for; raise it"
+            " (ulimit -Hn, LimitNOFILE=)",
+            most,
+        )
+
+    def note_shortage(self, reason: str) -> None:
+        """This machine has run out of something that a connection needs."""
+        self._bursts.write("connections that could not be opened", "connection could not be opened: %s", reason)
+
+    def note_reload(self, *, taken: bool) -> None:
+        """The configuration was read again."""
+        self._metrics.note_reload(taken)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        self._access_log.flush()
+        self._bursts.flush()
+
+    def _note_refusal(self, exchange: Exchange, refusal: GatewayError) -> None:
+        """Counted. A failure of the gateway or its engines has a line in the log, with or without an access log."""
+        self._metrics.note_refusal(refusal.reason, _find_key(exchange) or "")
+        if refusal.status < 500:
+            return
+        head, engine = exchange.head, exchange.engine
+        self._bursts.write(
+            f"{refusal.status} {refusal.reason}",
+            "%d %s: %s (request %s, %s %s, model %s, engine %s)",
+            refusal.status,
+            refusal.reason,
+            refusal.message,
+            head.request_id.decode(),
+            head.method,
+            head.path if head.path.isprintable() else ascii(head.path),
+            exchange.model or "-",
+            exchange.cause or (engine.name if engine is not None else "-"),
+        )
+
+    def _record(self, exchange: Exchange) -> None:
+        """Who asked for what, and what became of it."""
+        about = {
+            "request_id": exchange.head.request_id.decode(),
+            "client": exchange.client,
+            "method": exchange.head.method,
+            "path": exchange.head.path,
+            "key": _find_key(exchange),
+            "model": exchange.model,
+            "upstream": exchange.engine.name if exchange.engine is not None else None,
+            "status": exchange.status,
+            "reason": exchange.refusal.reason if exchange.refusal is not None else None,
+            "error": exchange.error,
+        }
+        self._access_log.write(about, exchange.started_s, exchange.first_s)
+        if exchange.error is not None:
+            self.last_errors.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **about})
+
+
+def _find_key(exchange: Exchange) -> str | None:
+    """The name of the key: also of one that is over its limits, which never entered."""
+    if exchange.key is not None:
+        return exchange.key.name
+    return None if exchange.refusal is None else exchange.refusal.key

@@ -1,0 +1,200 @@
+"""Takes requests and sends them on their way: who may ask, which model, which engine. What a request needs is parsed
+once, and of its body only `model` is read.
+
+Requests come from the gateway's own protocol (answer.py) or from any ASGI server (asgi.py).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.engines.catalog import MODELS, Catalog
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.relay import open_files
+from laguna_serve.serving.gateway.relay.access import Access, Holder
+from laguna_serve.serving.gateway.relay.backlog import Backlog
+from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.relay.journal import Journal
+from laguna_serve.serving.gateway.relay.model_name import UnreadableError, read_model
+from laguna_serve.serving.gateway.relay.shadow import Shadows
+from laguna_serve.serving.gateway.relay.sink import Sink
+from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.client_address import Proxies
+from laguna_serve.serving.gateway.wire.cors import Cors
+from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.headers import Head
+from laguna_serve.serving.gateway.wire.paths import check_path
+
+JSON = ((b"content-type", b"application/json"),)
+SESSION_HEADER = b"x-session-id"
+PREFIX_BYTES = 512
+# Of a request that needs no key.
+MAX_OPTIONS_BYTES = 64 << 10
+logger = logging.getLogger(__name__)
+
+
+class Relay:
+    """All requests of a gateway, and the pools that they go to."""
+
+    def __init__(self, config: Config, metrics: Metrics, shadows: Shadows, log: AccessLog, catalog: Catalog) -> None:
+        self.pools: dict[str, Pool] = {}
+        self.access = Access()
+        self.draining = False
+        self.backlog = Backlog(config.limits.max_queued_bytes)
+        metrics.backlog = self.backlog
+        self.exchanges: set[Exchange] = set()
+        self._metrics = metrics
+        self._shadows = shadows
+        self.journal = Journal(metrics, log)
+        self.last_errors = self.journal.last_errors
+        self.catalog = catalog
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take a configuration, at the start or in between. Requests in flight and in queues go on where they are.
+        Whatever can fail is made before anything is replaced."""
+        pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
+        engines = {model.name: pools[model.name].plan(model) for model in config.models}
+        cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
+        limit = open_files.find_limit()
+        open_files.warn_if_low(config, limit)
+
+        self.config = config
+        for model in config.models:
+            pools[model.name].configure(model, config.limits, engines[model.name])
+        for name in self.pools.keys() - pools.keys():
+            self.pools[name].remove()
+        self.pools = pools
+        self._metrics.pools = pools
+        self.catalog.configure(pools)
+        self.access.configure(config.keys)
+        self.cors, self._proxies = cors if cors.enabled else None, proxies
+        self.backlog.most = config.limits.max_queued_bytes
+        self._most_body_bytes = min(config.server.max_body_bytes, config.limits.max_queued_bytes)
+        self.max_connections = open_files.find_max_connections(config, limit)
+
+    def close(self) -> None:
+        """End what is still in flight, and the connections to the engines."""
+        for exchange in list(self.exchanges):
+            exchange.fail(errors.stopped())
+        for pool in self.pools.values():
+            pool.close()
+        self.journal.flush()
+
+    def begin(self, head: Head, sink: Sink) -> Exchange:
+        """Take a request whose body is still to come; it may have been refused, and finished, already."""
+        exchange = Exchange(head, sink, self._finish)
+        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.access.enabled
+        exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
+        self.exchanges.add(exchange)
+        # Browsers send preflights without a key.
+        is_options = head.method == "OPTIONS"
+        try:
+            if self.draining:
+                raise errors.draining()
+            if not is_options:
+                exchange.key = self.access.enter(head.named)
+            check_path(head, self.config.server.more_paths)
+            announced = head.named.get(b"content-length")
+            if announced is not None and announced.isdigit():
+                self.check_size(int(announced), is_options=is_options)
+                self.backlog.check(int(announced))
+        except GatewayError as error:
+            exchange.fail(error)
+            return exchange
+        if self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
+            exchange.reply(*answer)
+        return exchange
+
+    def check_size(self, size: int, *, is_options: bool = False) -> None:
+        """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
+        most = min(self._most_body_bytes, MAX_OPTIONS_BYTES) if is_options else self._most_body_bytes
+        if size > most:
+            raise errors.body_too_large(most)
+
+    def hold(self, exchange: Exchange, size: int) -> None:
+        """Of a request's body there are so many bytes by now. Raises GatewayError: 413, or 429 they are too many
+        together with all that wait."""
+        self.check_size(size, is_options=exchange.head.method == "OPTIONS")
+        self.backlog.hold(exchange, size)
+
+    def send(self, exchange: Exchange, body: bytes) -> None:
+        """The body is there."""
+        if exchange.finished:
+            return
+        try:
+            self.check_size(len(body), is_options=exchange.head.method == "OPTIONS")
+            if not (exchange.head.path.startswith(MODELS) and self._tell_models(exchange)):
+                self._route(exchange, body)
+        except GatewayError as error:
+            exchange.fail(error)
+        except Exception:
+            logger.exception("request %s", exchange.head.request_id.decode())
+            exchange.fail(errors.failed())
+
+    def _route(self, exchange: Exchange, body: bytes) -> None:
+        """By the body's `model`; what names none goes to the only model, or to the first. With one model, what it is
+        called otherwise is its engines' to know if they know names, and what is wrong with a body theirs to say."""
+        alone = next(iter(self.pools.values())) if len(self.pools) == 1 else None
+        try:
+            name = read_model(body, exchange.head.named.get(b"content-type", b""))
+        except UnreadableError as error:
+            if alone is None:
+                raise errors.bad_request(str(error)) from None
+            name = None
+        if not name and (alone is not None or name is None):
+            self._dispatch(exchange, body, next(iter(self.pools.values())))
+        elif (pool := self.catalog.find(name)) is not None:
+            self._dispatch(exchange, body, pool)
+        else:
+            exchange.wait_for(self._search(name, alone), lambda found: self._dispatch(exchange, body, found))
+
+    async def _search(self, name: str, alone: Pool | None) -> Pool:
+        """An engine that lists no models would answer to any name, so that the only model's own is asked for then."""
+        if (pool := await self.catalog.search(name)) is None:
+            pool = alone if alone is not None and not self.catalog.is_nameless(alone) else None
+        if pool is None:
+            raise errors.unknown_model(name)
+        return pool
+
+    def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool) -> None:
+        if pool.model.shadows:
+            self._shadows.accompany(pool.model, exchange, body)
+        exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
+
+    def _tell_models(self, exchange: Exchange) -> bool:
+        """Answer what the gateway knows of models by itself: one by its name, and all of them where no engine lists
+        all. False if this is for an engine."""
+        head = exchange.head
+        if head.method not in ("GET", "HEAD"):
+            return False
+        if head.path.startswith(MODELS + "/") and (name := head.path.removeprefix(MODELS + "/")):
+            exchange.wait_for(self._render_model(name), lambda body: exchange.reply(200, JSON, body))
+            return True
+        if head.path != MODELS or (len(self.pools) == 1 and not self.config.models[0].aliases):
+            return False
+        exchange.wait_for(self.catalog.render_list(), lambda body: exchange.reply(200, JSON, body))
+        return True
+
+    async def _render_model(self, name: str) -> bytes:
+        if (body := await self.catalog.render_model(name)) is None:
+            raise errors.unknown_model(name)
+        return body
+
+    def _finish(self, exchange: Exchange) -> None:
+        self.exchanges.discard(exchange)
+        self.access.leave(exchange.key)
+        self.journal.note(exchange)
+
+
+def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:
+    kind = pool.model.affinity
+    if kind == "session":
+        session = head.named.get(SESSION_HEADER)
+        return session if session is not None or holder is None else holder.name.encode()
+    if kind == "prefix" and body:
+        return body[:PREFIX_BYTES]
+    return None

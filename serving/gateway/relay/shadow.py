@@ -1,0 +1,131 @@
+"""Shadow traffic: a copy of greedy requests goes to a second engine, and the two answers are compared.
+
+The client never waits for it: the copy runs beside the request, a bounded number at once, and what is too much is left
+out and counted. Compared are token ids where the client asked for them, else the text; logs tell where two answers
+part, never what they say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import msgspec
+from prometheus_client import CollectorRegistry, Counter
+
+from laguna_serve.serving.gateway.config.tables import Model, Shadow
+from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.wire.headers import Head
+
+MOST_AT_ONCE = 32
+MOST_BYTES = 8 << 20
+TIMEOUT_S = 600.0
+PATHS = frozenset(("/v1/completions", "/v1/chat/completions"))
+
+
+class _Sampling(msgspec.Struct):
+    temperature: float | None = None
+    n: int | None = None
+
+
+class Shadows:
+    """Sends copies and compares, for every model of a gateway."""
+
+    def __init__(self, session: aiohttp.ClientSession, registry: CollectorRegistry) -> None:
+        self._session = session
+        self._tasks: set[asyncio.Task[None]] = set()
+        labels = ("model", "shadow", "outcome")
+        name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
+        self._outcomes = Counter(name, help_text, labels, registry=registry)
+
+    def accompany(self, model: Model, exchange: Exchange, body: bytes) -> None:
+        """Send copies of a request to the model's shadows, where it is one that can be compared."""
+        if exchange.head.path not in PATHS or not _is_greedy(body):
+            return
+        for shadow in model.shadows:
+            if len(self._tasks) >= MOST_AT_ONCE:
+                self._outcomes.labels(model.name, shadow.name, "left_out").inc()
+                continue
+            task = asyncio.create_task(self._compare(model.name, shadow, exchange.head, body, exchange.keep_answer()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """Drop what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _compare(
+        self, model: str, shadow: Shadow, head: Head, body: bytes, answer: asyncio.Future[bytes | None]
+    ) -> None:
+        outcome, where = "failed", None
+        request_id = head.request_id.decode()
+        try:
+            timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+            options = shadow.request_options()
+            options["headers"] |= {"Content-Type": "application/json", "X-Request-Id": request_id}
+            url = shadow.url + head.path
+            async with self._session.post(url, data=body, timeout=timeout, **options) as response:
+                theirs = await response.content.read(MOST_BYTES) if response.status == 200 else None
+                while theirs is not None and not response.content.at_eof() and len(theirs) < MOST_BYTES:
+                    theirs += await response.content.read(MOST_BYTES)
+            ours = await asyncio.shield(answer)  # other shadows wait for it too
+            if ours is not None and theirs is not None:
+                where = find_difference(read_answer(ours), read_answer(theirs))
+                outcome = "equal" if where is None else "different"
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, TypeError, LookupError):
+            pass  # counted as failed; the client's own request is none of this one's business
+        self._outcomes.labels(model, shadow.name, outcome).inc()
+        if outcome == "different":
+            line = {"shadow": shadow.name, "model": model, "request_id": request_id, "first_difference": where}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def read_answer(body: bytes) -> list[Any]:
+    """An answer's token ids, or its characters, in order; of several choices one after the other.
+
+    Raises:
+        ValueError, TypeError, LookupError: it is no completion, or an error.
+    """
+    tokens: dict[int, list[Any]] = {}
+    texts: dict[int, list[Any]] = {}
+    for event in _list_events(body):
+        if "error" in event:
+            raise ValueError("an error instead of an answer")
+        for choice in event["choices"]:
+            index = choice.get("index", 0)
+            message = choice.get("delta") or choice.get("message") or {}
+            texts.setdefault(index, []).extend(choice.get("text") or message.get("content") or "")
+            tokens.setdefault(index, []).extend(choice.get("token_ids") or ())
+    found = tokens if any(tokens.values()) else texts
+    return [item for index in sorted(found) for item in found[index]]
+
+
+def find_difference(ours: list[Any], theirs: list[Any]) -> int | None:
+    """Where two answers part, None where they do not."""
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return index
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def _list_events(body: bytes) -> Iterator[dict[str, Any]]:
+    if not body.lstrip().startswith(b"data:"):
+        yield json.loads(body)
+        return
+    for line in body.split(b"\n"):
+        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+            yield json.loads(line[5:])
+
+
+def _is_greedy(body: bytes) -> bool:
+    try:
+        sampling = msgspec.json.decode(body, type=_Sampling)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return sampling.temperature == 0 and (sampling.n or 1) == 1

@@ -1,0 +1,43 @@
+"""Where an answer goes, whatever server the client is connected to."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from laguna_serve.serving.gateway.wire.headers import Head, Headers
+
+# So much of the body of a request that was refused is read and dropped; of more, the connection is closed.
+MAX_DROPPED_BYTES = 64 * 1024
+
+
+class Sink(Protocol):
+    """A client's connection."""
+
+    def start(self, status: int, headers: Headers) -> None:
+        """The head; names in lower case."""
+
+    def write(self, data: bytes) -> None:
+        """A chunk of the body."""
+
+    def flush(self) -> None:
+        """Nothing more for now: what was written is to be sent."""
+
+    def end(self) -> None:
+        """The body is complete."""
+
+    def cut(self) -> None:
+        """Close the connection in the middle: the body is short of its length, or of what its encoding needs."""
+
+
+def has_body(head: Head) -> bool:
+    """Does the head tell of a body?"""
+    return b"transfer-encoding" in head.named or head.named.get(b"content-length", b"0") != b"0"
+
+
+def can_stay_open(head: Head) -> bool:
+    """May the connection be kept though the body of this request was not awaited? Not with a client that waits to be
+    asked for it, nor where its end cannot be foreseen."""
+    length = head.named.get(b"content-length", b"0")
+    if b"transfer-encoding" in head.named or b"expect" in head.named:
+        return False
+    return length.isdigit() and int(length) <= MAX_DROPPED_BYTES

@@ -1,0 +1,96 @@
+"""What of a request's and an answer's head passes. Pure functions on bytes."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from laguna_serve.serving.gateway.wire.redirects import POINTING, Site, localize
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+# Of one connection, not of the message: RFC 9110, section 7.6.1. Accept-Encoding goes on, so that bytes stay bytes.
+PROXY_HEADERS = (b"proxy-authenticate", b"proxy-authorization", b"proxy-connection")
+HOP_BY_HOP = frozenset(
+    (
+        *PROXY_HEADERS,
+        b"connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    )
+)
+REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
+WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID, b"x-forwarded-for", b"forwarded"}
+OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
+NOT_FORWARDED_NOR_KEYS = NOT_FORWARDED | {b"authorization", b"x-api-key"}
+NONE = frozenset[bytes]()
+PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+@dataclass(slots=True, frozen=True)
+class Head:
+    """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has
+    the first header of every name, `peer` is the address at the other end of the connection."""
+
+    method: str
+    path: str
+    target: bytes
+    headers: Headers
+    named: Mapping[bytes, bytes]
+    request_id: bytes
+    peer: str = ""
+
+
+def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers, peer: str = "") -> Head:
+    """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
+    named = dict(reversed(headers))
+    given = named.get(REQUEST_ID, b"")
+    request_id = given if PLAIN_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
+    return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id, peer)
+
+
+def render_request(
+    head: Head, body: bytes, lines: bytes, prefix: bytes = b"", forwarded_for: bytes = b"", *, keys_are_ours: bool
+) -> bytes:
+    """The request for an engine, whose own header `lines` (host, credential) come first. Headers that the client's
+    Connection names stay behind, and a key that was for the gateway."""
+    dropped = NOT_FORWARDED_NOR_KEYS if keys_are_ours else NOT_FORWARDED
+    if b"connection" in head.named:
+        dropped = dropped | read_connection(head.headers)
+    parts = [head.method.encode(), b" ", prefix, head.target, b" HTTP/1.1\r\n", lines]
+    for name, value in head.headers:
+        if name not in dropped:
+            parts += (name, b": ", value, b"\r\n")
+    if forwarded_for:
+        parts += (b"x-forwarded-for: ", forwarded_for, b"\r\n")
+    if body or head.method in ("POST", "PUT", "PATCH"):
+        parts.append(b"content-length: %d\r\n" % len(body))
+    parts += (b"x-request-id: ", head.request_id, b"\r\n\r\n", body)
+    return b"".join(parts)
+
+
+def read_connection(headers: Headers) -> frozenset[bytes]:
+    """The headers that Connection names, in lower case: of this connection only. Names are in lower case."""
+    values = [value for name, value in headers if name == b"connection"]
+    if not values:
+        return NONE
+    return frozenset(part.strip().lower() for value in values for part in value.split(b","))
+
+
+def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
+    """An engine's answer's headers for the client, names in lower case: none of its connection's own, and none that
+    leads past the gateway."""
+    lowered = [(name.lower(), value) for name, value in headers]
+    named = read_connection(lowered)
+    dropped = OURS | named if named else OURS
+    return [
+        (name, localize(name, value, site) if name in POINTING else value)
+        for name, value in lowered
+        if name not in dropped
+    ]

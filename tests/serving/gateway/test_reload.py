@@ -1,0 +1,193 @@
+"""SIGHUP: a configuration is taken whole or not at all, and what needs a restart is named."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gateway_fakes import Exchange, Upstream, gateway, make_request, read_reply, wait_until
+from test_config import process
+
+from laguna_serve.serving.cli import main
+from laguna_serve.serving.gateway.config import Config, load_config, parse_config
+from laguna_serve.serving.gateway.engines.pool import Pool
+
+PATH = "/v1/completions"
+TEXT = """
+[server]
+port = 0
+max_body_bytes = 100000
+
+[[models]]
+name = "m"
+
+[[models.upstreams]]
+name = "one"
+url = "{url}"
+"""
+SMALLER = ("max_body_bytes = 100000", "max_body_bytes = 2000")
+FAULTS = {
+    "port": ('url = "{url}"', 'url = "http://127.0.0.1:99999"'),
+    "credential": ('url = "{url}"', 'url = "{url}"\napi_key_file = "/nowhere/key"'),
+    "variable": ('url = "{url}"', 'url = "{url}"\napi_key_env = "LAGUNA_TEST_NOT_SET"'),
+    "schedule": ('url = "{url}"', 'url = "{url}"\ngamma_schedule = "/nowhere/sweep.json"'),
+    "authorities": ('url = "{url}"', 'url = "https://h:1"\ntls_ca_file = "/nowhere/ca.pem"'),
+    "certificate": ("port = 0", 'port = 0\nssl_certfile = "/nowhere/cert.pem"'),
+    "digest": ("[[models]]", '[[keys]]\nname = "k"\nsha256 = "sk-secret"\n\n[[models]]'),
+    "network": ("port = 0", 'port = 0\ntrusted_proxies = ["10.0.0.1/8"]'),
+    "syntax": ("[[models]]", "[[models"),
+    "nothing": (TEXT, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_found_by_check_and_at_the_start(
+    tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(TEXT.replace(*FAULTS[fault]).replace("{url}", "http://127.0.0.1:9"))
+    told = []
+    for more in (["--check"], []):
+        assert main(["gateway", "--config", str(path), *more]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert len(told[0].splitlines()) == 1
+    assert "sk-secret" not in told[0]
+
+
+def test_reload_with_a_fault_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    with Upstream() as engine:
+        path.write_text(TEXT.replace("{url}", engine.url))
+        body = b'{"model": "m", "prompt": "' + b"x" * 5000 + b'"}'
+
+        def ask(url: str) -> int:
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+                connection.sendall(make_request(PATH, body))
+                return read_reply(connection).status
+
+        with process("--config", str(path)) as (server, url):
+            assert server.stderr is not None
+            for old, new in FAULTS.values():
+                path.write_text(TEXT.replace(*SMALLER).replace(old.replace(*SMALLER), new).replace("{url}", engine.url))
+                server.send_signal(signal.SIGHUP)
+                line = server.stderr.readline()
+                assert " ERROR gateway: " in line
+                assert line.endswith("; going on as before\n")
+                assert "sk-secret" not in line
+                assert ask(url) == 200
+            path.write_text(TEXT.replace(*SMALLER).replace("{url}", engine.url))
+            server.send_signal(signal.SIGHUP)
+            assert server.stderr.readline().endswith(" INFO gateway: configuration read again\n")
+            assert ask(url) == 413
+
+
+def test_fault_that_no_check_finds_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails while the new state is made: nothing of the old one has been replaced."""
+
+    def fail(self: Pool, model: object) -> list[object]:
+        raise RuntimeError("planted")
+
+    with Upstream() as engine, gateway(engine, keys=[]) as front:
+        relay = front.relay
+        upstreams = [{"name": "b", "url": engine.url}]
+        tables = {"models": [{"name": "new", "upstreams": upstreams}], "limits": {"max_queued": 1}}
+        before = (
+            relay.config,
+            dict(relay.pools),
+            relay.max_connections,
+            relay.cors,
+            relay.pools["m"].engines[0].config,
+        )
+        monkeypatch.setattr(Pool, "plan", fail)
+        front.server._reload = lambda: parse_config({**tables, "server": {"allowed_origins": ["*"]}}, "test")
+        front.loop.call_soon_threadsafe(front.server.reload)
+        wait_until(lambda: "reload_successful 0.0" in front.ask("/metrics").body.decode())
+        after = (relay.config, dict(relay.pools), relay.max_connections, relay.cors, relay.pools["m"].engines[0].config)
+        assert after == before
+        assert front.ask(PATH, b'{"model": "m"}').status == 200
+
+
+def reload(front: object, config: Callable[[], Config]) -> None:
+    front.server._reload = config  # type: ignore[attr-defined]
+    front.loop.call_soon_threadsafe(front.server.reload)  # type: ignore[attr-defined]
+
+
+def test_what_needs_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), Upstream() as engine, gateway(engine) as front:
+        front.server._configured = front.relay.config
+        models = [{"name": "m", "upstreams": [{"name": "a", "url": engine.url}]}]
+        server = {"port": 1, "drain_s": 5.0, "max_body_bytes": 5000, "head_timeout_s": 9.0}
+        tables = {"models": models, "server": server, "admin": {"sha256": "1" * 64}}
+        reload(front, lambda: parse_config(tables, "test"))
+        wait_until(lambda: any("read again" in message for message in caplog.messages))
+    (line,) = [message for message in caplog.messages if "read again" in message]
+    fixed = "server.port, server.head_timeout_s, server.drain_s, admin.sha256"
+    assert line == f"configuration read again; not changed before a restart: {fixed}"
+
+
+def test_engine_that_is_removed_is_drained(caplog: pytest.LogCaptureFixture) -> None:
+    """What is in flight finishes, its connection is not kept, and both are said."""
+
+    async def slow(exchange: Exchange) -> None:
+        while not any("removed" in message for message in caplog.messages):
+            await asyncio.sleep(0.001)
+        await exchange.answer(b"{}")
+
+    with (
+        caplog.at_level("INFO", "laguna_serve.serving.gateway.engines.engine"),
+        Upstream({PATH: slow}) as old,
+        Upstream() as new,
+        gateway(old) as front,
+        front.connect() as connection,
+    ):
+        connection.sendall(make_request(PATH, b'{"model": "m"}'))
+        wait_until(lambda: len(old.seen) == 1)
+        (engine,) = front.relay.pools["m"].engines
+        models = [{"name": "m", "upstreams": [{"name": "b", "url": new.url}]}]
+        reload(front, lambda: parse_config({"models": models}, "test"))
+        assert read_reply(connection).status == 200
+        wait_until(lambda: engine.in_flight == 0)
+        assert engine.origin._idle == []
+        assert front.ask(PATH, b'{"model": "m"}').header("x-upstream") == "b"
+    of_engine = [message for message in caplog.messages if message.startswith("engine a ")]
+    assert of_engine == ["engine a removed; requests in flight: 1", "engine a drained"]
+
+
+def test_certificate_is_renewed_at_a_reload(tmp_path: Path) -> None:
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("needs openssl")
+    files = [str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")]
+
+    def make(name: str) -> None:
+        command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", f"/CN={name}"]
+        subprocess.run([*command, "-keyout", files[1], "-out", files[0]], check=True, capture_output=True)
+
+    make("first")
+    server = {"ssl_certfile": files[0], "ssl_keyfile": files[1]}
+    with Upstream() as engine, gateway(engine, server=server) as front:
+
+        def read_certificate() -> bytes:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            with front.connect() as plain, context.wrap_socket(plain) as connection:
+                return connection.getpeercert(binary_form=True) or b""
+
+        front.server._configured = front.relay.config
+        before = read_certificate()
+        make("second")
+        path = tmp_path / "gateway.toml"
+        text = TEXT.replace("{url}", engine.url).replace(
+            "port = 0", f'ssl_certfile = "{files[0]}"\nssl_keyfile = "{files[1]}"'
+        )
+        path.write_text(text)
+        reload(front, lambda: load_config(path))
+        wait_until(lambda: front.relay.config.server.max_body_bytes == 100_000)
+        assert read_certificate() != before
