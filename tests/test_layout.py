@@ -40,6 +40,8 @@ HOMES = {
     r"^def describe_environment\b": "serving/kit/environment.py",
 }
 MOST_FILES = 12
+# Of serving/gateway, from the ground up: a room may use those before it.
+GATEWAY_ROOMS = ("config", "wire", "telemetry", "engines", "relay", "clients")
 # Still flat, to be given rooms.
 FLAT = {"evals", "serving", "scripts", "evals/sandbox"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
@@ -126,6 +128,15 @@ def test_ground_floor_imports_nothing_above_it(folder: str) -> None:
             for name in imported(path)
             if name.startswith("laguna_serve.") and not name.startswith((*ground, *LEAVES))
         }
+        assert not above, f"{path}: imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("floor", range(len(GATEWAY_ROOMS)))
+def test_rooms_of_the_gateway_import_nothing_above_them(floor: int) -> None:
+    gateway = "laguna_serve.serving.gateway"
+    below = tuple(f"{gateway}.{room}." for room in GATEWAY_ROOMS[: floor + 1])
+    for path in sources(f"serving/gateway/{GATEWAY_ROOMS[floor]}"):
+        above = {name for name in imported(path) if name.startswith(gateway) and not name.startswith(below)}
         assert not above, f"{path}: imports {sorted(above)}"
 
 

@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
+from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.status import describe
 
 # vLLM's routes, forwarded to every engine of a model: commands that leave its weights as they are, and queries.
@@ -46,8 +47,8 @@ Payload = dict[str, Any] | list[dict[str, Any]]
 Model = Annotated[str | None, Query(description="default: the only one")]
 
 
-def create_admin_app(state: Any, admin: Admin) -> FastAPI:
-    """The application beside the gateway's, whose `app.state` is given."""
+def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
+    """The application beside the gateway's, whose parts `find` gives: it may start later than this one."""
     groups: dict[str, WeightGroup] = {}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = importlib.resources.files(__package__).joinpath("status.html.j2").read_text(encoding="utf-8")
@@ -55,7 +56,8 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     app = FastAPI(title="Laguna gateway, admin", docs_url=None, redoc_url=None, responses=REFUSALS)
 
     def find_group(model: str | None) -> WeightGroup:
-        pools = state.relay.pools
+        services = find()
+        pools = services.relay.pools
         if model is None and len(pools) > 1:
             raise HTTPException(400, f"model: expected one of {sorted(pools)}, got none; add ?model=NAME")
         name = next(iter(pools)) if model is None else model
@@ -63,7 +65,7 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
             raise HTTPException(404, f"model: expected one of {sorted(pools)}, got {name!r}")
         group = groups.get(name)
         if group is None or group.pool is not pools[name]:
-            group = groups[name] = WeightGroup(pools[name], state.steps)
+            group = groups[name] = WeightGroup(pools[name], services.steps)
         return group
 
     @asynccontextmanager
@@ -106,12 +108,12 @@ def create_admin_app(state: Any, admin: Admin) -> FastAPI:
     @app.get("/admin/status")
     async def status() -> dict[str, Any]:
         """Engines, load, acceptance, speed, weights and the last errors."""
-        return await describe(state, time.monotonic())
+        return await describe(find(), time.monotonic())
 
     @app.get("/", response_class=HTMLResponse)
     async def show() -> str:
         """The same as a page."""
-        return template.render(status=await describe(state, time.monotonic()))
+        return template.render(status=await describe(find(), time.monotonic()))
 
     @app.post("/admin/update_weights")
     async def apply(request: UpdateRequest, model: Model = None) -> Response:

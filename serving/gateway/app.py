@@ -16,10 +16,10 @@ from laguna_serve.serving.gateway.engines.catalog import Catalog
 from laguna_serve.serving.gateway.engines.health import check_forever
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.relay.shadow import Shadows
+from laguna_serve.serving.gateway.services import Services, find_services
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
-from laguna_serve.serving.gateway.telemetry.exposition import merge
+from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
-from laguna_serve.serving.gateway.telemetry.scrape import read_metrics
 from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
@@ -27,20 +27,19 @@ OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
 
 
 def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
-    """The application of a configuration; `log` stands in for stderr. `app.state.relay` is set when it has started."""
+    """The application of a configuration, which logs to `log` instead of stderr. Once it has started, `find_services`
+    has its parts."""
     metrics = Metrics()
     if log is None:
         log = AccessLog.on_stderr() if config.server.access_log else AccessLog()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # vLLM closes a connection after an error without saying so: every step of an update has its own, and every
-        # health check and list of models.
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
             catalog = Catalog(steps)
             relay = Relay(config, metrics, shadows, log, catalog)
-            app.state.relay, app.state.session, app.state.steps = relay, session, steps
+            app.state.services = Services(relay, session, steps)
             app.mount("/", RelayApp(relay))
             checks = asyncio.create_task(check_forever(steps, relay))
             try:
@@ -55,7 +54,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     app = FastAPI(title="Laguna gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    app.add_middleware(CorsMiddleware, paths=OWN_PATHS, find=lambda: app.state.relay.cors)
+    app.add_middleware(CorsMiddleware, paths=OWN_PATHS, find=lambda: find_services(app).relay.cors)
 
     @app.exception_handler(GatewayError)
     async def refuse(request: Request, error: GatewayError) -> Response:
@@ -70,7 +69,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready(request: Request) -> Response:
         """Every model has an engine that is up, and the gateway is not about to stop."""
-        relay: Relay = app.state.relay
+        relay = find_services(app).relay
         relay.access.check(dict(request.headers.raw))
         now = time.monotonic()
         pools = relay.pools.values()
@@ -80,10 +79,10 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def show_metrics(request: Request) -> Response:
         """For Prometheus: the gateway's own, then those of every engine that answers."""
-        relay: Relay = app.state.relay
-        relay.access.check(dict(request.headers.raw))
-        engines = [(pool.model.name, engine) for pool in relay.pools.values() for engine in pool.engines]
-        texts = await asyncio.gather(*(read_metrics(app.state.session, engine.config) for _, engine in engines))
+        services = find_services(app)
+        services.relay.access.check(dict(request.headers.raw))
+        engines = [(pool.model.name, engine) for pool in services.relay.pools.values() for engine in pool.engines]
+        texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
         return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
 

@@ -28,8 +28,9 @@ from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.tables import Server
 from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
-from laguna_serve.serving.gateway.wire.http1 import LOCAL_SHORTAGE
+from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
 
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
@@ -59,6 +60,7 @@ class GatewayServer(uvicorn.Server):
 
     def __init__(
         self,
+        app: FastAPI,
         settings: uvicorn.Config,
         admin: uvicorn.Config,
         ready: Callable[[], None],
@@ -66,6 +68,7 @@ class GatewayServer(uvicorn.Server):
         configured: Config | None = None,
     ) -> None:
         super().__init__(settings)
+        self._app = app
         self._admin = _AdminServer(admin)
         self._ready, self._reload, self._configured = ready, reload, configured
 
@@ -98,8 +101,7 @@ class GatewayServer(uvicorn.Server):
     @property
     def relay(self) -> Relay:
         """The application's."""
-        found: Relay = self.config.app.state.relay  # type: ignore[union-attr]
-        return found
+        return find_services(self._app).relay
 
     def reload(self) -> None:
         """Take the configuration as it is now, or, where anything is wrong with it, nothing of it."""
@@ -259,14 +261,14 @@ def _make_server(
         check_protocol(settings)
     except UnfitServerError as error:
         raise EngineError(str(error)) from None
-    return GatewayServer(settings, make_admin_settings(app, config), ready, reload, configured)
+    return GatewayServer(app, settings, make_admin_settings(app, config), ready, reload, configured)
 
 
 def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
     """uvicorn's, for the admin application of a gateway."""
     admin = config.admin
     return uvicorn.Config(
-        create_admin_app(app.state, admin),
+        create_admin_app(lambda: find_services(app), admin),
         host=admin.host,
         port=admin.port,
         http=StrictProtocol,
@@ -288,7 +290,7 @@ def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
         timeout_keep_alive=math.ceil(server.keepalive_s),
-        http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: app.state.relay),
+        http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: find_services(app).relay),
         ws="none",
         log_config=None,
         access_log=False,

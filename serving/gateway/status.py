@@ -7,19 +7,18 @@ from typing import Any
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.relay.access import Holder
-from laguna_serve.serving.gateway.relay.relay import Relay
-from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, sum_samples
-from laguna_serve.serving.gateway.telemetry.scrape import read_metrics
+from laguna_serve.serving.gateway.services import Services
+from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
 
 # Speeds are over the time since the last look, where that is not longer ago.
 MOST_AGE_S = 60.0
 
 
-async def describe(state: Any, now: float) -> dict[str, Any]:
+async def describe(services: Services, now: float) -> dict[str, Any]:
     """Everything, JSON-ready; asks the engines for their counters. `now` in seconds of `time.monotonic`."""
-    relay: Relay = state.relay
+    relay = services.relay
     engines = [engine for pool in relay.pools.values() for engine in pool.engines]
-    texts = await asyncio.gather(*(read_metrics(state.session, engine.config) for engine in engines))
+    texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for engine in engines))
     speeds = {engine: _find_speeds(engine, text, now) for engine, text in zip(engines, texts, strict=True)}
     models = {
         name: {

@@ -1,23 +1,18 @@
-"""The gateway's configuration: one TOML file, validated whole before anything listens.
+"""The tables of a configuration, which is validated whole before anything listens.
 
-gateway.example.toml, in the folder above, has every key with its default and what it does (`laguna gateway --example`
-prints it). Files that the configuration names (certificates, keys of engines, schedules) are read when it is
-validated, so that whatever is wrong with them is found by `--check`, at the start and at a reload alike.
+Files that it names (certificates, keys of engines, schedules) are read when it is validated, so that whatever is wrong
+with them is found by `--check`, at the start and at a reload alike.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 import ssl
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from laguna_serve.serving.gateway.config import endpoint, faults
-from laguna_serve.serving.gateway.config.faults import ConfigError as ConfigError
+from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.values import (
     Count,
     Digest,
@@ -235,45 +230,6 @@ class Config(_Table):
         if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
             raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
         return self
-
-
-def load_config(path: Path, server: dict[str, Any] | None = None) -> Config:
-    """Read and validate a file; `server` has what the command line says instead of the file.
-
-    Raises:
-        ConfigError: it cannot be read, is no TOML, or a value is not what it must be.
-    """
-    tables = read_tables(path)
-    if server and isinstance(tables.get("server", {}), dict):
-        tables["server"] = tables.get("server", {}) | server
-    return parse_config(tables, str(path))
-
-
-def read_tables(path: Path) -> dict[str, Any]:
-    """A file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
-
-
-def parse_config(tables: dict[str, Any], source: str) -> Config:
-    """Validate tables that were read from `source`. Raises ConfigError, which names all that is wrong."""
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        raise ConfigError(faults.describe(error, Config, source)) from None
-
-
-def read_example() -> str:
-    """The example configuration, which has every key."""
-    return (
-        importlib.resources.files("laguna_serve.serving.gateway")
-        .joinpath("gateway.example.toml")
-        .read_text(encoding="utf-8")
-    )
 
 
 def _require_distinct(what: str, names: list[str]) -> None:

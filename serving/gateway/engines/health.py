@@ -13,13 +13,15 @@ import logging
 import math
 import re
 import time
+from collections.abc import Mapping
+from typing import Protocol
 
 import aiohttp
 
+from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
-from laguna_serve.serving.gateway.relay.relay import Relay
-from laguna_serve.serving.gateway.wire.http1 import LOCAL_SHORTAGE
+from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
 
 # How often an engine is asked that is not well, and how often it is looked whether that has changed.
 RECHECK_S = 0.5
@@ -27,21 +29,36 @@ VERSION_TIMEOUT_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
+class Checked(Protocol):
+    """Whose engines are checked, as of its last configuration."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def pools(self) -> Mapping[str, Pool]: ...
+
+    def has_heard_from(self, engine: Engine, since_s: float) -> bool:
+        """Has a piece of an answer that is under way come from the engine since then (`time.perf_counter`)?"""
+
+    def note_shortage(self, reason: str) -> None:
+        """This machine has run out of something that a connection needs."""
+
+
+async def check_forever(session: aiohttp.ClientSession, gateway: Checked) -> None:
     """Until cancelled. `session` keeps no connection: an engine that listens no more may still answer on an old one."""
     loop = asyncio.get_running_loop()
     checks: dict[Engine, asyncio.Task[float]] = {}
     try:
         while True:
-            engines = {engine: pool for pool in relay.pools.values() for engine in pool.engines}
+            engines = {engine: pool for pool in gateway.pools.values() for engine in pool.engines}
             for engine in checks.keys() - engines.keys():
                 checks.pop(engine).cancel()
             pause_s = RECHECK_S
             for engine, pool in engines.items():
                 engine.origin.expire()
-                left_s = _find_wait(relay, engine, checks.get(engine), loop.time())
+                left_s = _find_wait(gateway, engine, checks.get(engine), loop.time())
                 if left_s <= 0:
-                    checks[engine] = loop.create_task(_check_engine(session, relay, pool, engine))
+                    checks[engine] = loop.create_task(_check_engine(session, gateway, pool, engine))
                 else:
                     pause_s = min(pause_s, left_s)
             await asyncio.sleep(pause_s)
@@ -51,31 +68,31 @@ async def check_forever(session: aiohttp.ClientSession, relay: Relay) -> None:
         await asyncio.gather(*checks.values(), return_exceptions=True)
 
 
-async def _check_engine(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> float:
+async def _check_engine(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, engine: Engine) -> float:
     """Ask once. When that ended, by the loop's clock."""
     try:
-        await _check(session, relay, pool, engine)
+        await _check(session, gateway, pool, engine)
     except Exception:
         logger.exception("engine %s: the health check failed in the gateway", engine.name)
     return asyncio.get_running_loop().time()
 
 
-def _find_wait(relay: Relay, engine: Engine, last: asyncio.Task[float] | None, now: float) -> float:
+def _find_wait(gateway: Checked, engine: Engine, last: asyncio.Task[float] | None, now: float) -> float:
     """Seconds until the engine is to be asked; without end while it is being asked."""
     if last is None:
         return 0.0
-    return last.result() + _find_interval(relay, engine) - now if last.done() else math.inf
+    return last.result() + _find_interval(gateway, engine) - now if last.done() else math.inf
 
 
-def _find_interval(relay: Relay, engine: Engine) -> float:
+def _find_interval(gateway: Checked, engine: Engine) -> float:
     """An engine that is down, or that could not be connected to, is asked more often."""
-    interval_s = relay.config.health.interval_s
+    interval_s = gateway.config.health.interval_s
     is_well = engine.healthy is True and not engine.misses and not engine.failures
     return interval_s if is_well else min(interval_s, RECHECK_S)
 
 
-async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engine: Engine) -> None:
-    health = relay.config.health
+async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, engine: Engine) -> None:
+    health = gateway.config.health
     timeout = aiohttp.ClientTimeout(total=health.timeout_s)
     began_s, answers = time.perf_counter(), engine.answers
     url, options = engine.config.url + health.path, engine.config.request_options()
@@ -83,15 +100,13 @@ async def _check(session: aiohttp.ClientSession, relay: Relay, pool: Pool, engin
         async with session.get(url, timeout=timeout, **options) as response:
             status = response.status
     except TimeoutError:
-        is_alive = engine.answers > answers or any(
-            exchange.engine is engine and exchange.last_s > began_s for exchange in relay.exchanges
-        )
+        is_alive = engine.answers > answers or gateway.has_heard_from(engine, began_s)
         if not (is_alive or pool.paused):  # an engine that loads weights may be silent
             engine.note_miss(f"{health.path}: no answer within {health.timeout_s:g} s", health.failures, silent=True)
         return
     except (aiohttp.ClientError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
-            relay.journal.note_shortage(error.strerror or type(error).__name__)
+            gateway.note_shortage(error.strerror or type(error).__name__)
             return
         is_refused = isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
         enough = 1 if is_refused else health.failures

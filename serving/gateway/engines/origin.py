@@ -7,7 +7,8 @@ import ssl
 from urllib.parse import urlsplit
 
 from laguna_serve.serving.gateway.config.tables import Endpoint
-from laguna_serve.serving.gateway.wire.http1 import Connection, UnreachableError
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
+from laguna_serve.serving.gateway.wire.http1 import Connection
 from laguna_serve.serving.gateway.wire.redirects import Site
 
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.

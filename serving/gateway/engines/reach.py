@@ -11,7 +11,8 @@ from typing import Protocol
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.wire import errors
-from laguna_serve.serving.gateway.wire.http1 import Connection, UnreachableError
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
+from laguna_serve.serving.gateway.wire.http1 import Connection
 
 # Before a request is sent to another engine: so that those of an engine that died do not arrive there all at once.
 RETRY_PAUSE_S = 0.02

@@ -24,6 +24,7 @@ from laguna_serve.serving.gateway.telemetry.usage import count_tokens
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.failures import SilentError, StaleError, StalledError
 from laguna_serve.serving.gateway.wire.headers import (
     DRAFT,
     REQUEST_ID,
@@ -34,12 +35,7 @@ from laguna_serve.serving.gateway.wire.headers import (
     pass_headers,
     render_request,
 )
-from laguna_serve.serving.gateway.wire.http1 import (
-    Connection,
-    SilentError,
-    StaleError,
-    StalledError,
-)
+from laguna_serve.serving.gateway.wire.http1 import Connection
 from laguna_serve.serving.gateway.wire.sse import EventStream, frame_events
 
 CLIENT_GONE = 499

@@ -10,6 +10,7 @@ import logging
 
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.engines.catalog import MODELS, Catalog
+from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.relay.access import Access, Holder
@@ -108,6 +109,14 @@ class Relay:
         if self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
             exchange.reply(*answer)
         return exchange
+
+    def has_heard_from(self, engine: Engine, since_s: float) -> bool:
+        """Has a piece of an answer that is under way come from the engine since then (`time.perf_counter`)?"""
+        return any(exchange.engine is engine and exchange.last_s > since_s for exchange in self.exchanges)
+
+    def note_shortage(self, reason: str) -> None:
+        """This machine has run out of something that a connection needs."""
+        self.journal.note_shortage(reason)
 
     def check_size(self, size: int, *, is_options: bool = False) -> None:
         """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""

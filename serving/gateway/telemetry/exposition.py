@@ -1,4 +1,4 @@
-"""The engines' own metrics under the gateway's address: every sample with its upstream as a label.
+"""The engines' own metrics, read and shown under the gateway's address: every sample with its upstream as a label.
 
 Works on the text format (https://prometheus.io/docs/instrumenting/exposition_formats/) line by line; parsing vLLM's
 thousands of samples into objects would hold up the streams.
@@ -9,9 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+import aiohttp
+
+from laguna_serve.serving.gateway.config.tables import Endpoint
+
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+.*)$")
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 TOKENS = "vllm:generation_tokens_total"
+TIMEOUT_S = 2.0
+
+
+async def read_metrics(session: aiohttp.ClientSession, endpoint: Endpoint) -> str:
+    """The text that an engine shows, or nothing."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        async with session.get(f"{endpoint.url}/metrics", timeout=timeout, **endpoint.request_options()) as response:
+            return await response.text() if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+        return ""
 
 
 def merge(texts: Mapping[tuple[str, str], str]) -> str:

@@ -33,6 +33,7 @@ NOT_FORWARDED_NOR_KEYS = NOT_FORWARDED | {b"authorization", b"x-api-key"}
 NONE = frozenset[bytes]()
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
+
 @dataclass(slots=True, frozen=True)
 class Head:
     """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has

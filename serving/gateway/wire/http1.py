@@ -7,13 +7,10 @@ socket and its reader; per event of a stream those cost more than all the rest (
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import logging
-import re
 import select
 import socket
-import ssl
 import struct
 import termios
 import time
@@ -21,49 +18,13 @@ from typing import NamedTuple, Protocol, cast
 
 import httptools
 
+from laguna_serve.serving.gateway.wire.failures import BrokenError, SilentError, StaleError, StalledError
+
 # A host that vanished without a word is found by the kernel, as an answer may take any time to begin.
 TCP_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", select.POLLIN)
 MOST_HEAD_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
-
-
-# This machine has run out of something: no fault of the engine's.
-LOCAL_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-
-
-class UnreachableError(ConnectionError):
-    """No connection could be made: nothing was sent. `silent`: nobody answered in time; `shortage`: this machine has
-    no file descriptor or memory left for it."""
-
-    def __init__(self, error: OSError, timeout_s: float) -> None:
-        # Several addresses of a name: asyncio puts their errors into one text.
-        codes = {int(code) for code in re.findall(r"\[Errno (\d+)\]", str(error))} | {error.errno}
-        self.silent = isinstance(error, TimeoutError)
-        self.shortage = bool(codes & LOCAL_SHORTAGE)
-        if self.silent:
-            reason = f"no connection within {timeout_s:g} s"
-        elif isinstance(error, ssl.SSLCertVerificationError):
-            reason = f"certificate: {error.verify_message}"
-        else:
-            reason = "connection refused" if errno.ECONNREFUSED in codes else error.strerror or type(error).__name__
-        super().__init__(reason)
-
-
-class BrokenError(ConnectionError):
-    """The connection ended, or what came was no HTTP, before the answer was complete."""
-
-
-class StaleError(BrokenError):
-    """The engine had closed the kept connection before the whole request reached it, so that it was not processed."""
-
-
-class SilentError(TimeoutError):
-    """Nothing came for too long."""
-
-
-class StalledError(TimeoutError):
-    """What came was not taken for too long."""
 
 
 class Waits(NamedTuple):

@@ -18,6 +18,7 @@ import uvicorn
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.server import GatewayServer, make_admin_settings, make_settings, with_ports
+from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 
 Handler = Callable[["Exchange"], Awaitable[None]]
@@ -169,7 +170,7 @@ def gateway(
             app, http=http, log_level="critical", ws="none", server_header=False, proxy_headers=False
         )
         settings = plain if asgi else make_settings(app, config)
-        server = GatewayServer(settings, make_admin_settings(app, config), ready.set)
+        server = GatewayServer(app, settings, make_admin_settings(app, config), ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(10)
@@ -198,11 +199,11 @@ class Gateway:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        return self.app.state.session._loop  # type: ignore[no-any-return]
+        return find_services(self.app).session._loop
 
     @property
     def relay(self) -> Any:
-        return self.app.state.relay
+        return find_services(self.app).relay
 
     @property
     def url(self) -> str:

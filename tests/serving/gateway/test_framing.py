@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from laguna_serve.serving.gateway.engines.origin import Origin
-from laguna_serve.serving.gateway.wire.http1 import BrokenError, Connection, Waits
+from laguna_serve.serving.gateway.wire.failures import BrokenError
+from laguna_serve.serving.gateway.wire.http1 import Connection, Waits
 
 TEXT = st.text(max_size=30).map(lambda text: f"data: {text}\n\n".encode())
 CHUNKS = st.lists(st.one_of(TEXT, st.binary(min_size=1, max_size=40)), max_size=8)

@@ -19,7 +19,7 @@ from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.wire.http1 import UnreachableError
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
 
 PATH = "/v1/completions"
 BODY = b'{"model": "m"}'

@@ -11,7 +11,8 @@ import pytest
 from gateway_fakes import Exchange, Upstream, gateway
 
 from laguna_serve.serving.gateway.engines.origin import Origin
-from laguna_serve.serving.gateway.wire.http1 import BrokenError, Connection, SilentError, StaleError, Waits
+from laguna_serve.serving.gateway.wire.failures import BrokenError, SilentError, StaleError
+from laguna_serve.serving.gateway.wire.http1 import Connection, Waits
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"

@@ -25,7 +25,7 @@ from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.wire.http1 import UnreachableError
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
 
 PATH = "/v1/completions"
 BODY = b'{"model": "m"}'

@@ -20,8 +20,8 @@ from gateway_fakes import Upstream, gateway, read_headers, wait_until
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.wire.client_address import Proxies
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
 from laguna_serve.serving.gateway.wire.headers import read_head
-from laguna_serve.serving.gateway.wire.http1 import UnreachableError
 
 PATH = "/v1/completions"
 BODY = b'{"model": "m", "temperature": 0}'

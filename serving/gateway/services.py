@@ -1,0 +1,26 @@
+"""What a gateway consists of once its application has started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import aiohttp
+from fastapi import FastAPI
+
+from laguna_serve.serving.gateway.relay.relay import Relay
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """`session` is for scrapes and shadows; `steps` keeps no connection, for health checks and updates of weights: vLLM
+    closes one after an error without saying so."""
+
+    relay: Relay
+    session: aiohttp.ClientSession
+    steps: aiohttp.ClientSession
+
+
+def find_services(app: FastAPI) -> Services:
+    """Those of a gateway's application. Raises AttributeError: it has not started."""
+    services: Services = app.state.services
+    return services
