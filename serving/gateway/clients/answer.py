@@ -7,17 +7,16 @@ import asyncio
 import http
 import socket
 import struct
-from typing import Any, Protocol
+from typing import Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.relay.sink import can_stay_open, has_body
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.wire.headers import Headers, read_head
+from laguna_serve.serving.gateway.wire.headers import Head, Headers
 
 # How long a client that was refused may go on sending a body: a connection closed under its hands would take the
 # answer with it.
@@ -41,70 +40,109 @@ class Client(Protocol):
         """The next request may begin."""
 
 
+class _Unawaited:
+    """An event that uvicorn sets, and that nobody waits for."""
+
+    def set(self) -> None:
+        pass
+
+
 class Answer:
-    """The answer to one request of a client."""
+    """The answer to one request of a client. It stands where uvicorn has a RequestResponseCycle, with what its protocol
+    uses of one: whole requests need neither an ASGI scope nor a task.
 
+    `incomplete`: the relay still waits for the body; `more_body`: its end has not come, whether anybody waits or not.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_client",
+        "_ends_with_connection",
+        "_relay",
+        "_silent",
+        "_transport",
+        "_unsent",
+        "body",
+        "disconnected",
+        "exchange",
+        "expects_continue",
+        "head",
+        "http_version",
+        "incomplete",
+        "keep_alive",
+        "more_body",
+        "on_response",
+        "response_complete",
+        "response_started",
+    )
     exchange: Exchange
+    on_response: object
+    message_event = _Unawaited()
 
-    def __init__(self, client: Client, cycle: RequestResponseCycle, relay: Relay) -> None:
-        self._client, self.cycle, self._transport, self._relay = client, cycle, client.transport, relay
+    def __init__(
+        self, client: Client, relay: Relay, head: Head, http_version: str, *, keep_alive: bool, expects_continue: bool
+    ) -> None:
+        self._client, self._relay, self._transport = client, relay, client.transport
+        self.head, self.http_version = head, http_version
+        self.keep_alive, self.expects_continue = keep_alive, expects_continue
+        self.body: bytes | bytearray = b""
+        self.more_body = self.incomplete = True
+        self.response_started = self.response_complete = self.disconnected = False
         self._chunked = self._silent = self._ends_with_connection = False
         self._unsent: list[bytes] = []
-        self.incomplete = True
 
     def begin(self) -> None:
-        """The head is there; the body perhaps."""
-        scope = self.cycle.scope
-        headers: Any = scope["headers"]
-        peer = scope["client"][0] if scope["client"] else ""
-        self._head = read_head(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], headers, peer)
-        self.exchange = self._relay.begin(self._head, self)
+        """It is this request's turn. Its body may be there already, if it waited behind another one."""
+        self.exchange = self._relay.begin(self.head, self)
         if self.exchange.finished:
             return
-        if not self.cycle.more_body:
+        if not self.more_body:
             self.send()
-        elif self.cycle.waiting_for_100_continue:
+        elif self.expects_continue:
             self._transport.write(CONTINUE)
+
+    def add(self, data: bytes) -> None:
+        """A part of the body; most come in one."""
+        if not self.body:
+            self.body = data
+            return
+        if not isinstance(self.body, bytearray):
+            self.body = bytearray(self.body)
+        self.body += data
 
     def grow(self) -> None:
         """More of the body has come, and not all of it."""
         try:
-            self._relay.hold(self.exchange, len(self.cycle.body))
+            self._relay.hold(self.exchange, len(self.body))
         except GatewayError as error:
             self.exchange.fail(error)
-        self._client.flow.resume_reading()  # uvicorn pauses until an application takes it
 
     def send(self) -> None:
         """The body is there."""
         self.incomplete = False
-        body = bytes(self.cycle.body)
-        self.cycle.body = bytearray()
-        self._client.flow.resume_reading()
+        body, self.body = bytes(self.body), b""
         self._relay.send(self.exchange, body)
 
     def start(self, status: int, headers: Headers) -> None:
         """The head. Without a length the body is chunked, or ends with the connection for HTTP/1.0."""
-        cycle = self.cycle
-        cycle.response_started = True
-        self._silent = cycle.scope["method"] == "HEAD" or status in (204, 304)
-        parts = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        self.response_started = True
+        self._silent = self.head.method == "HEAD" or status in (204, 304)
+        parts = self._unsent
+        parts.append(STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status)
         length = False
         for name, value in headers:
             length = length or name == b"content-length"
             parts += (name, b": ", value, b"\r\n")
         if not length and not self._silent:
-            self._chunked = cycle.scope["http_version"] == "1.1"
+            self._chunked = self.http_version == "1.1"
             self._ends_with_connection = not self._chunked
-            cycle.keep_alive = cycle.keep_alive and self._chunked
+            self.keep_alive = self.keep_alive and self._chunked
             if self._chunked:
                 parts.append(b"transfer-encoding: chunked\r\n")
-        if cycle.more_body and has_body(self._head):  # refused before its body was there
-            cycle.keep_alive = cycle.keep_alive and can_stay_open(self._head)
-            self._client.lingering = not cycle.keep_alive
-        if not cycle.keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts.append(b"\r\n")
-        self._unsent += parts
+        if self.more_body and has_body(self.head):  # refused before its body was there
+            self.keep_alive = self.keep_alive and can_stay_open(self.head)
+            self._client.lingering = not self.keep_alive
+        parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
 
     def write(self, data: bytes) -> None:
         """A chunk."""
@@ -125,19 +163,18 @@ class Answer:
         if self._chunked:
             self._unsent.append(b"0\r\n\r\n")
         self.flush()
-        cycle = self.cycle
-        cycle.body = bytearray()
-        cycle.response_complete = True
+        self.body = b""
+        self.response_complete = True
         if self._client.lingering:
             self._client.loop.call_later(LINGER_S, self._transport.close)
-        elif not cycle.keep_alive:
+        elif not self.keep_alive:
             self._transport.close()
         self._client.on_response_complete()
 
     def cut(self) -> None:
         """Close the connection in the middle. A client of HTTP/1.0 would take its end for the body's: it is reset."""
         self.flush()
-        self.cycle.body = bytearray()
+        self.body = b""
         if self._ends_with_connection:
             self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         if self._transport.get_write_buffer_size():

@@ -1,28 +1,34 @@
 """uvicorn's HTTP protocol, which takes requests for engines straight to the relay, and bounds what comes before a
 request is there: how long its head may take, how large it may be.
 
-uvicorn parses, keeps connections alive, queues pipelined requests and shuts down as always; only where it would start
-the application's task for a request, an exchange begins instead, and its answer is written in the call in which it
-comes. Leans on `HttpToolsProtocol._start_asgi_task` and `RequestResponseCycle`; checked against uvicorn 0.54.
+uvicorn parses, keeps connections and queues pipelined requests and shuts down as always; only a request for an engine
+gets an `Answer` in the place of uvicorn's cycle and task, and what the engine sends is written in the call in which it
+comes. Leans on private parts of `HttpToolsProtocol`; checked against uvicorn 0.54 (startup_check.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from laguna_serve.serving.gateway.clients.answer import Answer
-from laguna_serve.serving.gateway.clients.strict_http import INVALID, StrictProtocol
+from laguna_serve.serving.gateway.clients.strict_http import INVALID, MAX_PIPELINED, StrictProtocol
+from laguna_serve.serving.gateway.clients.timer import LazyTimer
 from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.wire.headers import read_head
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+# What a connection's timer is set for.
+NOTHING, HEAD, BODY, NEXT = range(4)
 logger = logging.getLogger(__name__)
 
 
@@ -34,17 +40,21 @@ class GatewayProtocol(StrictProtocol):
     own_paths: frozenset[str] = frozenset()
     find_relay: Callable[[], Relay]
     turns: Turns
+    # An Answer, or uvicorn's own for a request that goes to the application.
+    cycle: Any
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._head_bytes: int | None = None
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._answer: Answer | None = None
         self._relay = self.find_relay()
-        self._body_timer: asyncio.TimerHandle | None = None
+        self._timer = LazyTimer(self.loop, self._give_up)
+        self._awaited = NOTHING
+        # Of a head that has begun and not ended, and what has come since the last part of a body.
+        self._head_bytes: int | None = None
         self._framing_bytes = 0
-        self.lingering = False
+        self._answer: Answer | None = None
         self._held: list[bytes] = []
+        self._peer = ""
+        self.lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is awaited from here."""
@@ -54,27 +64,29 @@ class GatewayProtocol(StrictProtocol):
             transport.write(TOO_MANY)
             transport.close()
             return
+        self._peer = self.client[0] if self.client else ""
         self._head_bytes = 0
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone. No timer outlives its connection."""
-        self._end_head()
-        self._end_body()
+        """The client is gone. No timer outlives its connection, and nothing of it stays behind."""
+        self._timer.close()
         self._held.clear()
         super().connection_lost(exc)
+        self.cycle = None
         if self._answer is not None:
             self._answer.exchange.leave()
             self._answer = None
 
     def data_received(self, data: bytes) -> None:
         """A request that begins waits for its turn; what belongs to one that has begun does not."""
-        self._held.append(data)
-        if len(self._held) == 1:
-            if self._answer is None:
-                self.turns.enter(self.loop, self._take_held)
-            else:
-                self._take_held()
+        if self._held:
+            self._held.append(data)
+        elif self._answer is not None or self.turns.take(self.loop):
+            self._take(data)
+        else:
+            self._held.append(data)
+            self.turns.wait(self._take_held)
 
     def _take_held(self) -> None:
         held, self._held = self._held, []
@@ -88,6 +100,8 @@ class GatewayProtocol(StrictProtocol):
         if self._head_bytes is not None:
             self._head_bytes += len(data)
         self._framing_bytes += len(data)
+        if self._awaited == NEXT:
+            self._awaited = NOTHING
         super().data_received(data)
         if self._answer is not None and self._answer.incomplete:
             self._answer.grow()
@@ -99,30 +113,75 @@ class GatewayProtocol(StrictProtocol):
         self._watch()
 
     def on_message_begin(self) -> None:
-        """A later request on this connection: uvicorn's own timer has watched the time between."""
-        super().on_message_begin()
+        """A request; the time between two has been watched."""
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         if self._head_bytes is None:
             self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
-        self._end_head()
-        self._framing_bytes = 0
+        """The head is there: of a request for an engine, for the gateway itself, or one to be read without its offer to
+        upgrade."""
+        self._head_bytes, self._framing_bytes = None, 0
+        parser = self.parser
+        if parser.should_upgrade():
+            return
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        if "%" in path:
+            path = urllib.parse.unquote(path)
+        if path in self.own_paths:
+            self._begin_own()
+            return
+        headers, self.headers = self.headers, []  # what a body trails goes to a list that nobody reads
+        version = parser.get_http_version()
+        head = read_head(parser.get_method().decode("ascii"), path, url.path, url.query or b"", headers, self._peer)
+        answer = Answer(
+            self,
+            self._relay,
+            head,
+            version,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            expects_continue=self.expect_100_continue,
+        )
+        before, self.cycle = self.cycle, answer
+        if before is None or before.response_complete:
+            self._start_asgi_task(answer, self.app)
+        else:
+            self.pipeline.appendleft((answer, self.app))  # type: ignore[arg-type]
+            if len(self.pipeline) > MAX_PIPELINED:
+                self.flow.pause_reading()
+
+    def _begin_own(self) -> None:
+        """As uvicorn begins any: with a scope, which it makes where a request begins."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
         self._framing_bytes = 0
-        super().on_body(body)
+        answer = self.cycle
+        if not isinstance(answer, Answer):
+            super().on_body(body)
+        elif not answer.response_complete:
+            answer.add(body)
+            if answer is not self._answer and len(answer.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()  # it is not its turn yet
 
     def on_request_complete(self) -> None:
         """The body is there."""
-        super().on_request_complete()
+        answer = self.cycle
+        if not isinstance(answer, Answer):
+            super().on_request_complete()
+            return
+        if not answer.response_complete:
+            answer.more_body = False
         if self.lingering:
             self.transport.close()
-        if self._answer is not None and self._answer.cycle is self.cycle:
-            self._end_body()
-            self._answer.send()
+        if answer is self._answer:
+            answer.send()
 
     def pause_writing(self) -> None:
         """The client takes no more for now: neither does the engine's connection."""
@@ -139,51 +198,63 @@ class GatewayProtocol(StrictProtocol):
     def on_response_complete(self) -> None:
         """The next request of this connection may begin."""
         self._answer = None
-        self._end_body()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        self._watch()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _unset_keepalive_if_required(self) -> None:
+        """uvicorn ends its timer for idle connections here; ours is one for everything."""
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if self.lingering or self.transport.is_closing():
             return  # what follows the last request of a connection is nobody's
-        if cycle.scope["path"] in self.own_paths:
+        if not isinstance(cycle, Answer):
             super()._start_asgi_task(cycle, app)
             return
-        self._answer = answer = Answer(self, cycle, self._relay)
+        self._answer = cycle
         try:
-            answer.begin()
+            cycle.begin()
         except Exception:  # uvicorn would call it an invalid request
-            logger.exception("%s %s", cycle.scope["method"], cycle.scope["path"])
+            logger.exception("%s %s", cycle.head.method, cycle.head.path)
             self.transport.abort()
 
     def _watch(self) -> None:
-        """Of what came in pieces, the rest must come in time. Most requests come whole, and need no timer."""
-        if self._head_bytes is not None and self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
-        elif self._answer is not None and self._answer.incomplete and self._body_timer is None:
-            self._body_timer = self.loop.call_later(self._relay.config.server.body_timeout_s, self._answer.give_up)
-        elif self._answer is None and self.timeout_keep_alive_task is None and not self._is_busy():
-            # The rest of a body that was not awaited: uvicorn's timer ended when it came.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        """What is awaited must come in time, counted from where its waiting began. Most requests come whole, and are
+        not waited for."""
+        if self._head_bytes is not None:
+            awaited, within_s = HEAD, self.head_timeout_s
+        elif self._answer is not None:
+            awaited, within_s = BODY if self._answer.incomplete else NOTHING, self._relay.config.server.body_timeout_s
+        else:
+            # Also the rest of a body that nobody waits for.
+            awaited, within_s = NOTHING if self._is_busy() else NEXT, self.timeout_keep_alive
+        if awaited != self._awaited:
+            self._awaited = awaited
+            if awaited == NOTHING:
+                self._timer.stop()
+            else:
+                self._timer.start(within_s)
 
-    def _end_head(self) -> None:
-        self._head_bytes = None
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _end_body(self) -> None:
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
+    def _give_up(self) -> None:
+        """What was awaited has not come."""
+        awaited, self._awaited = self._awaited, NOTHING
+        if awaited == HEAD:
+            self._refuse(TOO_SLOW)
+        elif awaited == BODY and self._answer is not None:
+            self._answer.give_up()
+        elif awaited == NEXT:
+            self.timeout_keep_alive_handler()
 
     def _refuse(self, answer: bytes) -> None:
         """Of a later request while an earlier one is answered nothing can be said, or it would stand in that answer."""
         if self._is_busy() and answer is TOO_SLOW:
-            self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, TOO_SLOW)
+            self._watch()
             return
-        self._end_head()
+        self._head_bytes = None
         if not self.transport.is_closing():
             if not self._is_busy():
                 self.transport.write(answer)
@@ -192,12 +263,7 @@ class GatewayProtocol(StrictProtocol):
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP. Behind a request it may not stand in that one's answer; within one it is the answer."""
         answer = self._answer
-        if (
-            answer is not None
-            and answer.cycle is self.cycle
-            and answer.incomplete
-            and not answer.cycle.response_started
-        ):
+        if answer is not None and answer is self.cycle and answer.incomplete and not answer.response_started:
             answer.exchange.leave()
         elif self.lingering or self._is_busy():
             self.transport.close()

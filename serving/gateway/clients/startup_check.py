@@ -1,21 +1,24 @@
 """Refuses to start under a uvicorn that would not run the gateway's protocol as it must.
 
-protocol.py overrides private methods. In a uvicorn that does not call them requests would reach the relay by the ASGI
-application, slower and without some time limits, and nobody would notice (before 0.45); in others `Connection: close`
-is ignored (0.45 to 0.52). So the version must be one that the tests run with, and a request through the protocol,
-in memory, must take the fast path.
+protocol.py overrides private methods, and puts an `Answer` where uvicorn keeps its cycle. In a uvicorn that does not
+call them requests would reach the relay by the ASGI application, slower and without some time limits, and nobody would
+notice (before 0.45); in others `Connection: close` is ignored (0.45 to 0.52). So the version must be one that the tests
+run with, an `Answer` must have what uvicorn's protocol uses of a cycle, and a request through the protocol, in memory,
+must take the fast path.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from laguna_serve.serving.gateway.clients.answer import Answer
 from laguna_serve.serving.gateway.clients.protocol import GatewayProtocol
 from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.exchange import Exchange
@@ -26,7 +29,7 @@ from laguna_serve.serving.gateway.wire.headers import Head
 # Minor versions that the tests have run with.
 TESTED = ("0.54",)
 HOOKS = ("_start_asgi_task", "_unset_keepalive_if_required", "on_response_complete", "send_400_response")
-CYCLE = ("body", "more_body", "keep_alive", "response_started", "response_complete", "waiting_for_100_continue")
+CYCLE = ("body", "more_body", "keep_alive", "response_complete", "on_response")
 PROBE = b"GET /v1/models HTTP/1.1\r\nhost: probe\r\nconnection: close\r\n\r\n"
 ADVICE = "; pip install 'uvicorn[standard]>=0.54,<0.55'"
 
@@ -47,6 +50,8 @@ def check_uvicorn() -> None:
     source = inspect.getsource(RequestResponseCycle.__init__)
     absent = [f"HttpToolsProtocol.{name}" for name in HOOKS if not hasattr(HttpToolsProtocol, name)]
     absent += [f"RequestResponseCycle.{name}" for name in CYCLE if f"self.{name}" not in source]
+    used = sorted(set(re.findall(r"self\.cycle\.(\w+)", inspect.getsource(HttpToolsProtocol))))
+    absent += [f"Answer.{name}" for name in used if not hasattr(Answer, name)]
     if absent:
         raise UnfitServerError(f"uvicorn {uvicorn.__version__}: expected {', '.join(absent)}, got none" + ADVICE)
 

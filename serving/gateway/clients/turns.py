@@ -15,14 +15,17 @@ class Turns:
         self._waiting: deque[Callable[[], None]] = deque()
         self._taken = False
 
-    def enter(self, loop: asyncio.AbstractEventLoop, begin: Callable[[], None]) -> None:
-        """Call `begin` now if this turn is free, or in a later one."""
+    def take(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Is this turn of the loop free? It is taken by that."""
         if self._taken:
-            self._waiting.append(begin)
-        else:
-            self._taken = True
-            loop.call_soon(self._go_on, loop)
-            begin()
+            return False
+        self._taken = True
+        loop.call_soon(self._go_on, loop)
+        return True
+
+    def wait(self, begin: Callable[[], None]) -> None:
+        """Call `begin` in a later turn: others were before, and this one is taken."""
+        self._waiting.append(begin)
 
     def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
         self._taken = bool(self._waiting)

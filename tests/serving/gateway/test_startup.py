@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import socket
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.app import create_app
+from laguna_serve.serving.gateway.clients.answer import Answer
+from laguna_serve.serving.gateway.clients.protocol import GatewayProtocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import parse_config
@@ -54,31 +55,30 @@ def test_field_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         self.scope = scope
 
     monkeypatch.setattr(RequestResponseCycle, "__init__", init)
-    with pytest.raises(UnfitServerError, match=r"RequestResponseCycle\.waiting_for_100_continue, got none"):
+    with pytest.raises(UnfitServerError, match=r"RequestResponseCycle\.on_response, got none"):
         check_uvicorn()
 
 
-def test_hook_that_is_there_but_never_called_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = HttpToolsProtocol.on_headers_complete
-    source = types.FunctionType(
-        original.__code__.replace(
-            co_names=tuple("_start_asgi" if name == "_start_asgi_task" else name for name in original.__code__.co_names)
-        ),
-        original.__globals__,
-    )
-    monkeypatch.setattr(HttpToolsProtocol, "on_headers_complete", source)
-    monkeypatch.setattr(HttpToolsProtocol, "_start_asgi", lambda *_: None, raising=False)
+def test_what_answers_lack_of_a_cycle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Answer, "message_event")
+    with pytest.raises(UnfitServerError, match=r"expected Answer\.message_event, got none"):
+        check_uvicorn()
+
+
+def test_request_that_does_not_reach_the_relay_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GatewayProtocol, "on_headers_complete", StrictProtocol.on_headers_complete)
+    monkeypatch.setattr(GatewayProtocol, "_start_asgi_task", lambda *_: None)
     with pytest.raises(UnfitServerError, match="expected a request to take the gateway's own path"):
         check_protocol(make_uvicorn_settings())
 
 
 def test_close_that_is_ignored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = RequestResponseCycle.__init__
+    original = Answer.__init__
 
-    def init(self: RequestResponseCycle, *arguments: Any, **named: Any) -> None:
+    def init(self: Answer, *arguments: Any, **named: Any) -> None:
         original(self, *arguments, **{**named, "keep_alive": True})
 
-    monkeypatch.setattr(RequestResponseCycle, "__init__", init)
+    monkeypatch.setattr(Answer, "__init__", init)
     with pytest.raises(UnfitServerError):
         check_protocol(make_uvicorn_settings())
 
