@@ -40,7 +40,7 @@ from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.speculation import describe, open_drafter, resolve_gamma
+from laguna_serve.serving.speculation.drafting import describe, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
 EXAMPLES = """

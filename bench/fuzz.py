@@ -28,13 +28,13 @@ from typing import Any
 from laguna_serve.bench.fuzzing.client import Answer, ask_control, check_batch, open_session
 from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
-from laguna_serve.serving.engine_log import find_cause, read_log
+from laguna_serve.serving.engine.log import find_cause, read_log
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.vendor_defaults import ChatOptions
 
 SCHEMA = "laguna_serve.fuzz/1"
 SINGLES_TOGETHER, BATCHES_PER_ROUND, REPORT_EVERY = 8, 50, 50

@@ -29,13 +29,13 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.gamma_store import Advice, store_advice
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, is_begun
-from laguna_serve.serving.speculation import open_drafter
+from laguna_serve.serving.speculation.drafting import open_drafter
+from laguna_serve.serving.speculation.gamma_store import Advice, store_advice
 
 SCHEMA = "laguna_serve.gamma_sweep/1"
 EXAMPLES = """

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan
 

@@ -31,15 +31,15 @@ from laguna_serve.bench.rollout.weights import give_version, open_versions
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.commands.serve import parse_gamma
 from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.inspection import inspect
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.serve import parse_gamma
-from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
+from laguna_serve.serving.planning.inspection import inspect
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, add_draft_sampling
 
 SCHEMA = "laguna_serve.rollouts/1"
 GROUP = 8

@@ -33,7 +33,7 @@ from laguna_serve.serving.kit.environment import current_argv, describe_environm
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling, open_drafter
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, add_draft_sampling, open_drafter
 
 SCHEMA = "laguna_serve.sampling/1"
 AGAIN = "baseline again"

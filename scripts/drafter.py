@@ -20,9 +20,9 @@ from laguna_serve.scripts.pruning.text import read_documents
 from laguna_serve.scripts.tool import run_tool
 from laguna_serve.scripts.toy.speculators import choose_vocabulary
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
-from laguna_serve.serving.drafter import LAGUNA, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
-from laguna_serve.serving.speculation import check_fit, open_drafter
+from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
 SCHEMA = "laguna_serve.drafter_convert/1"
 HEADS, EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight"), "model.embed_tokens.weight"

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 from laguna_serve.evals.splits import is_held_out
 from laguna_serve.scripts.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.rl.service import Service, open_service
-from laguna_serve.serving.acceptance import read_acceptance
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
-from laguna_serve.serving.speculation import add_draft_sampling
+from laguna_serve.serving.speculation.acceptance import read_acceptance
+from laguna_serve.serving.speculation.drafting import add_draft_sampling
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.rl.trainer import Trainer

@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from laguna_serve.serving import doctor, gateway_command, serve, tools
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, serve
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.cli import Parser
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
     parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, serve, gateway_command, tools):
+    for command in (doctor, serve, gateway, checkpoint_tools):
         command.add_parser(commands)
     return parser
 

@@ -25,8 +25,9 @@ MAY_IMPORT = {
 }
 HTTP_ONLY = {"serving", "evals", "bench"}
 # The ground floor of serving, which the rest of it and all the others stand on.
-GROUND_FLOOR = ("serving/kit", "serving/client", "serving/checkpoint")
-LEAVES = {"laguna_serve.serving.device", "laguna_serve.serving.memory", "laguna_serve.plugins.layers"}
+GROUND_FLOOR = ("serving/machine", "serving/kit", "serving/client", "serving/checkpoint")
+# Names of layer kinds, without an import of the stack.
+LEAVES = {"laguna_serve.plugins.layers"}
 # Each has one home: exit statuses, progress, whole files, the palette of figures, and so on.
 HOMES = {
     r"^HELD\b.*=": "serving/kit/cli.py",
@@ -43,7 +44,7 @@ MOST_FILES = 12
 # Of serving/gateway, from the ground up: a room may use those before it.
 GATEWAY_ROOMS = ("config", "wire", "telemetry", "engines", "relay", "clients")
 # Still flat, to be given rooms.
-FLAT = {"evals", "serving", "scripts", "evals/sandbox"}
+FLAT = {"evals", "scripts", "evals/sandbox"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
 KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
 HEAVY = {"torch", "vllm", "transformers", "triton"}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.engine import Engine, EngineConfig
-from laguna_serve.serving.launch import check_launches
-from laguna_serve.serving.memory import process_memory
+from laguna_serve.serving.machine.device import find_device, find_vllm
+from laguna_serve.serving.machine.memory import process_memory
+from laguna_serve.serving.planning.launch import check_launches
 
 # The second engine may be this much larger than the first (a drafter, larger graphs).
 ROOM_FACTOR = 1.3

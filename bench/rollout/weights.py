@@ -14,8 +14,8 @@ import aiohttp
 
 from laguna_serve.bench.harness.arms import Arm
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint.drafter_weights import read_headers
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.drafter_weights import read_headers
 
 TIMEOUT_S = 600.0
 

@@ -14,7 +14,7 @@ from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.scripts.drafters.algebra import Tensors
 from laguna_serve.scripts.toy.dflash import Drafter as Reference
 from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter
-from laguna_serve.serving.drafter import Drafter
+from laguna_serve.serving.checkpoint.drafter import Drafter
 
 # What is folded is rounded once more in the stored dtype: of bf16's 8 bits, over a few layers.
 TOLERANCE = 3e-2

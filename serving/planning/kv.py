@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import Drafter
+from laguna_serve.serving.machine.device import Device
 
 GIB = 1 << 30
 GPU_BLOCK, CPU_BLOCK = 16, 128

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laguna_serve.serving.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
+from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
-from laguna_serve.serving.command import (
+from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
+from laguna_serve.serving.planning.command import (
     KV_DTYPE,
     build_command,
     build_environment,
@@ -20,10 +24,8 @@ from laguna_serve.serving.command import (
     list_device_warnings,
     wanted_weight_bytes,
 )
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import ARCHITECTURE, SPECULATORS, Drafter
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.inspection import Checkpoints, inspect
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.kv import (
     KvLayout,
     choose_batched_tokens,
@@ -37,8 +39,6 @@ from laguna_serve.serving.planning.support import (
     judge_target,
     kv_value_bytes,
 )
-from laguna_serve.serving.vendor_defaults import find_value
-from laguna_serve.serving.weight_files import count_values, measure_weights
 
 DEFAULT_PORT = 8000
 SPECULATORS_CLASS = "DFlashDraftModel"

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from laguna_serve.serving.chat.vendor_defaults import describe_chat
+from laguna_serve.serving.checkpoint.drafter import Drafter
+from laguna_serve.serving.checkpoint.parameters import count_active, count_drafter, count_parameters
 from laguna_serve.serving.checkpoint.quantisation import Quantisation
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
-from laguna_serve.serving.device import describe
-from laguna_serve.serving.drafter import Drafter
+from laguna_serve.serving.machine.device import describe
 from laguna_serve.serving.planning.plan import Plan
 from laguna_serve.serving.planning.support import Verdict, describe_kind
-from laguna_serve.serving.planning.weights import count_active, count_drafter, count_parameters
-from laguna_serve.serving.vendor_defaults import describe_chat
 
 SCHEMA = "laguna_serve.plan/1"
 GIB, MIB = 1 << 30, 1 << 20

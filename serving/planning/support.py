@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError, show
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import LAGUNA, Drafter
+from laguna_serve.serving.machine.device import Device
 
 PLAIN = "plain"
 NATIVE, WEIGHT_ONLY, REFUSED, UNKNOWN = "native", "weight-only", "refused", "unknown"

@@ -11,8 +11,8 @@ from fake_engine import Behaviour, FakeEngine
 
 from laguna_serve.bench import ab
 from laguna_serve.bench.harness import plot
-from laguna_serve.serving import launch
-from laguna_serve.serving.device import Device
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning import launch
 
 
 @pytest.fixture

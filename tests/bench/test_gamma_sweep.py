@@ -19,10 +19,10 @@ from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import build_parser
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.commands.serve import read_config
 from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.gamma_store import Advice, find_advice, store_advice
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.serve import read_config
+from laguna_serve.serving.speculation.gamma_store import Advice, find_advice, store_advice
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]

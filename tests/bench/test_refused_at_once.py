@@ -13,9 +13,9 @@ import pytest
 from laguna_serve.bench import ab, certify, gamma_sweep, prefix_cache, rollouts, sampling
 from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
-from laguna_serve.serving import launch
-from laguna_serve.serving.device import Device
 from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning import launch
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PROMPTS = ["--prompts", str(TOY / "prompts.jsonl")]

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from laguna_serve.serving.speculation import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 pytestmark = pytest.mark.vllm
 

@@ -17,8 +17,8 @@ from laguna_serve.scripts.toy import tokenizer as tokenizer_source
 from laguna_serve.scripts.toy.dflash import Drafter, DrafterShape
 from laguna_serve.scripts.toy.tokenizer import load_tokenizer
 from laguna_serve.scripts.toy.training import Schedule, train
-from laguna_serve.serving.chat_template import Abilities
-from laguna_serve.serving.release import read_release
+from laguna_serve.serving.chat.release import read_release
+from laguna_serve.serving.chat.template import Abilities
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from laguna_serve.serving.acceptance import Acceptance, format_acceptance, read_acceptance
+from laguna_serve.serving.speculation.acceptance import Acceptance, format_acceptance, read_acceptance
 
 METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_total counter

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from serving_fakes import post, read_url, serving
 
-from laguna_serve.serving.api_keys import describe_keys, read_keys
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import main
+from laguna_serve.serving.service.api_keys import describe_keys, read_keys
 
 KEY, OTHER = "sk-first-4711", "sk-second-0815"
 COMPLETIONS = "/v1/completions"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from laguna_serve.serving.budget import ENGINE_BYTES, GIB, MIN_KV_BYTES, BudgetError, plan_memory
-from laguna_serve.serving.device import Device
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, MIN_KV_BYTES, BudgetError, plan_memory
 
 
 def cpu(free_bytes: int) -> Device:

@@ -15,7 +15,7 @@ import pytest
 from serving_fakes import LAGUNA, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving.cli import build_parser, main
-from laguna_serve.serving.serve import default_log_path, read_config
+from laguna_serve.serving.commands.serve import default_log_path, read_config
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]], ids=" ".join)

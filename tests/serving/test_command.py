@@ -12,18 +12,18 @@ import pytest
 from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.plugins.register import TRANSFER_BACKEND
-from laguna_serve.serving.budget import GIB
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import (
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.planning.command import (
     build_command,
     build_environment,
     list_device_warnings,
     wanted_kv_bytes,
     wanted_weight_bytes,
 )
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.inspection import inspect
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import inspect
 
 CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 

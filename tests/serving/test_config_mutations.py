@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from release_cases import folder, read_config
 
+from laguna_serve.serving.chat.release import read_given_template
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.engine_config import EngineConfig
 from laguna_serve.serving.planning.devices import plan_for
+from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan
-from laguna_serve.serving.release import read_given_template
-from laguna_serve.serving.vendor_defaults import ChatOptions
 
 ABSENT = object()
 ODD: tuple[Any, ...] = (

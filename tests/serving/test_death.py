@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving import death
+from laguna_serve.serving.engine import death
 
 V2 = "low 0\nhigh 3\noom 4\noom_kill 2\noom_group_kill 0\n"
 V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.drafter import read_drafter
-from laguna_serve.serving.drafter_weights import check_weights
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.checkpoint.drafter_weights import check_weights
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 LAYERS: dict[str, Any] = SPECULATORS["transformer_layer_config"]

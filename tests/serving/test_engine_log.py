@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving.death import describe_death
-from laguna_serve.serving.engine_log import find_cause, find_phase, measure_log, read_log
+from laguna_serve.serving.engine.death import describe_death
+from laguna_serve.serving.engine.log import find_cause, find_phase, measure_log, read_log
 
 LOGS = Path(__file__).parent / "engine_logs"
 PLUGIN_FAILURE = """\

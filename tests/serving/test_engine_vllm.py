@@ -18,7 +18,7 @@ import pytest
 from serving_fakes import wait_until_gone
 
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
-from laguna_serve.serving.memory import process_memory
+from laguna_serve.serving.machine.memory import process_memory
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 pytestmark = pytest.mark.vllm

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.serving.command import build_environment
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.exact import COPIES, PROMPTS, TOKENS, ExactError, check_exact
+from laguna_serve.serving.engine.batch_invariance import COPIES, PROMPTS, TOKENS, ExactError, check_exact
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.command import build_environment
 
 
 def answer(body: dict[str, Any], crowded: bool, fault: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 from serving_fakes import post, read_pids, read_url, serving
 
 from laguna_serve.serving.cli import main
-from laguna_serve.serving.front import FrontSettings, make_config
-from laguna_serve.serving.launch import EngineError
+from laguna_serve.serving.planning.launch import EngineError
+from laguna_serve.serving.service.front import FrontSettings, make_config
 
 COMPLETIONS = "/v1/completions"
 URL = "http://127.0.0.1:7"

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from laguna_serve.serving.engine import Engine, EngineError
-from laguna_serve.serving.keeper import Keeper, RestartPolicy
+from laguna_serve.serving.engine.keeper import Keeper, RestartPolicy
 
 POLICY = RestartPolicy(first_s=1.0, most_s=60.0, quick_s=300.0, most_quick=5)
 

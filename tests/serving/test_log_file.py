@@ -11,7 +11,7 @@ import pytest
 from serving_fakes import post
 
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
-from laguna_serve.serving.log_file import LogWriter, rotate
+from laguna_serve.serving.supervisor.log_file import LogWriter, rotate
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from laguna_serve.serving import memory
-from laguna_serve.serving.memory import available_bytes, process_memory, total_bytes
+from laguna_serve.serving.machine import memory
+from laguna_serve.serving.machine.memory import available_bytes, process_memory, total_bytes
 
 GIB = 1 << 30
 

@@ -15,20 +15,20 @@ from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, re
 
 from laguna_serve.serving import cli
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import read_drafter
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.planning.devices import GPUS, plan_for
-from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
-from laguna_serve.serving.planning.plan import Plan, make_plan
-from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
-from laguna_serve.serving.planning.support import check_split
-from laguna_serve.serving.planning.weights import (
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.checkpoint.parameters import (
     count_drafter,
     count_parameters,
     estimate_bytes,
     estimate_drafter_bytes,
 )
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
+from laguna_serve.serving.planning.plan import Plan, make_plan
+from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
+from laguna_serve.serving.planning.support import check_split
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 GIB = 1 << 30

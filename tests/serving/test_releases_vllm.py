@@ -13,10 +13,10 @@ from release_cases import DRAFTERS, NAMES, TARGETS, find_drafter, find_kind, fol
 from laguna_serve.plugins.layers import DEFAULT_ROPE, DEFAULTS, resolve_layer_kinds
 from laguna_serve.plugins.register import register
 from laguna_serve.serving.checkpoint import read_target
-from laguna_serve.serving.command import choose_overrides
-from laguna_serve.serving.drafter import read_drafter
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.speculation import check_fit, describe
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.planning.command import choose_overrides
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.speculation.drafting import check_fit, describe
 
 pytestmark = pytest.mark.vllm
 TOKENIZER = str(Path(__file__).resolve().parents[1] / "toy" / "teacher")

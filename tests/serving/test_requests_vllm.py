@@ -20,8 +20,8 @@ import pytest
 
 from laguna_serve.bench.fuzzing.client import ask_control, check_batch, open_session
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.engine import Engine, EngineConfig
-from laguna_serve.serving.vendor_defaults import ChatOptions
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 pytestmark = pytest.mark.vllm

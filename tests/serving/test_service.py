@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from serving_fakes import TIMEOUT_S, post, read_pids, read_url, serving, wait_until_gone
 
-from laguna_serve.serving import service
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.engine import find_port
-from laguna_serve.serving.keeper import RestartPolicy
+from laguna_serve.serving.engine.keeper import RestartPolicy
+from laguna_serve.serving.service import service
 
 COMPLETIONS = "/v1/completions"
 # The main process, its child, the orphan in a session of its own, and the core.

@@ -10,10 +10,10 @@ import pytest
 from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_drafter_weights
 
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import read_drafter
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.support import check_support
-from laguna_serve.serving.speculation import check_fit, list_warnings, resolve_gamma, speculative_config
+from laguna_serve.serving.speculation.drafting import check_fit, list_warnings, resolve_gamma, speculative_config
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 MASKS = {"expert_pruning": {"block_size": 16}}

@@ -13,8 +13,8 @@ import pytest
 from release_cases import RELEASES, folder
 
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.drafter import read_drafter
+from laguna_serve.serving.checkpoint.drafter import read_drafter
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.support import GPU_ROWS, choose_kv_dtype, judge, judge_drafter, judge_target
 
 GIB = 1 << 30

@@ -10,21 +10,21 @@ import pytest
 from chat_fakes import HERMES, LAGUNA_THINKS, LAGUNA_V2, LAGUNA_V8, PLAIN, REFUSES, TOKENS, write_release
 from serving_fakes import TARGET, MakeCheckpoint
 
-from laguna_serve.serving.budget import GIB
-from laguna_serve.serving.chat_template import Abilities, probe_template
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.command import build_command, build_environment, choose_settings
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.inspection import inspect
-from laguna_serve.serving.release import Release
-from laguna_serve.serving.vendor_defaults import (
+from laguna_serve.serving.chat.release import Release
+from laguna_serve.serving.chat.template import Abilities, probe_template
+from laguna_serve.serving.chat.vendor_defaults import (
     ChatOptions,
     choose_chat_flags,
     choose_environment,
     describe_chat,
     find_value,
 )
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.planning.command import build_command, build_environment, choose_settings
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import inspect
 
 CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 GPU = Device("gpu", "NVIDIA H200", 140 * GIB, 139 * GIB)

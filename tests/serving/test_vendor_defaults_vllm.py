@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from laguna_serve.serving.vendor_defaults import POOLSIDE, choose_environment
+from laguna_serve.serving.chat.vendor_defaults import POOLSIDE, choose_environment
 
 pytestmark = pytest.mark.vllm
 

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint.weight_files import INDEX, measure_weights, require_weights
 from laguna_serve.serving.cli import main
-from laguna_serve.serving.weight_files import INDEX, measure_weights, require_weights
 
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
@@ -120,7 +120,7 @@ UNREADABLE = """
 import os, sys
 from pathlib import Path
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.weight_files import require_weights
+from laguna_serve.serving.checkpoint.weight_files import require_weights
 if os.geteuid() == 0:
     os.seteuid(65534)
 try:

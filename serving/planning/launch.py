@@ -1,7 +1,7 @@
 """Everything about an engine that can be decided, or refused, before a process is started.
 
-The engine itself (engine.py), the launcher and the benchmarks ask here, so that all of them refuse the same things in
-the same words, and at second 0.
+The engine itself (serving/engine), the launcher and the benchmarks ask here, so that all of them refuse the same things
+in the same words, and at second 0.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from laguna_serve.serving.budget import BudgetError
+from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.command import build_command, build_environment, choose_settings, list_device_warnings
-from laguna_serve.serving.device import Device, find_device, find_vllm
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.inspection import Checkpoints, inspect
+from laguna_serve.serving.checkpoint.weight_files import require_weights
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.vendor_defaults import ChatContract
-from laguna_serve.serving.vllm_flags import check_flags
-from laguna_serve.serving.weight_files import require_weights
+from laguna_serve.serving.machine.device import Device, find_device, find_vllm
+from laguna_serve.serving.planning.budget import BudgetError
+from laguna_serve.serving.planning.command import (
+    build_command,
+    build_environment,
+    choose_settings,
+    list_device_warnings,
+)
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import Checkpoints, inspect
+from laguna_serve.serving.planning.vllm_flags import check_flags
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 # vLLM takes the last of two equal flags: these would lead the engine away from where it is waited for.

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.device import find_device, find_vllm
 from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.machine.device import find_device, find_vllm
 
 SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
 

@@ -7,7 +7,7 @@ makes vLLM ignore the share); on a GPU the share is lowered to what is free.
 
 from __future__ import annotations
 
-from laguna_serve.serving.device import Device
+from laguna_serve.serving.machine.device import Device
 
 GIB = 1 << 30
 # Torch, vLLM and their buffers in the four processes of a CPU engine: 2.4 GB measured with vLLM 0.32, rounded up for

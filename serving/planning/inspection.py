@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laguna_serve.serving.chat.release import assume_release, read_release
+from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, ChatContract, choose_chat_flags, find_value
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
     Target,
@@ -14,14 +16,18 @@ from laguna_serve.serving.checkpoint import (
     read_config,
     read_target,
 )
-from laguna_serve.serving.drafter import Drafter, read_drafter
-from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
+from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_drafter_bytes
+from laguna_serve.serving.checkpoint.weight_files import measure_weights
+from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use
-from laguna_serve.serving.planning.weights import estimate_bytes, estimate_drafter_bytes
-from laguna_serve.serving.release import assume_release, read_release
-from laguna_serve.serving.speculation import DRAFT_SAMPLING, check_fit, list_warnings, open_drafter, resolve_gamma
-from laguna_serve.serving.vendor_defaults import NO_CONTRACT, ChatContract, choose_chat_flags, find_value
-from laguna_serve.serving.weight_files import measure_weights
+from laguna_serve.serving.speculation.drafting import (
+    DRAFT_SAMPLING,
+    check_fit,
+    list_warnings,
+    open_drafter,
+    resolve_gamma,
+)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

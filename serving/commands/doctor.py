@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving import serve
-from laguna_serve.serving.device import Device, describe, find_device, find_vllm
-from laguna_serve.serving.engine_config import EngineConfig
+from laguna_serve.serving.commands import serve
+from laguna_serve.serving.commands.serve import add_model_options
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.machine.device import Device, describe, find_device, find_vllm
 from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan
-from laguna_serve.serving.serve import add_model_options
 
 SCHEMA = "laguna_serve.doctor/1"
 PROBE_TIMEOUT_S = 300.0

@@ -2,9 +2,9 @@
 
 A row of a matrix product may round otherwise in another company of rows. That is how batching, chunked prefill and
 speculation (γ + 1 rows verified at once) come to change greedy output. Exact serving asks the engine for kernels whose
-rows do not depend on their company (ENVIRONMENT), and then does not take its word for it: the running engine answers
-prompts alone, all together, and once more through prefill, and every token and every bit of every log-probability must
-be the same, or the engine is not served.
+rows do not depend on their company (planning/command.py), and then does not take its word for it: the running engine
+answers prompts alone, all together, and once more through prefill, and every token and every bit of every
+log-probability must be the same, or the engine is not served.
 
 What it cannot show is equality with an engine of another build, dtype or compile mode; bench/certify.py compares two.
 """
@@ -19,9 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-# CPU: attention otherwise splits a sequence's keys over threads by how many sequences there are (vLLM 0.32,
-# v1/attention/backends/cpu_attn.py). GPU: vLLM's batch-invariant kernels (docs/features/batch_invariance.md).
-ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH_INVARIANT": "1"}}
 PROMPTS = tuple(
     f"def step_{lines}(value, limit={lines}):\n" + "".join(f"    value = value * {n} + limit\n" for n in range(lines))
     for lines in range(1, 9)

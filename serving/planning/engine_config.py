@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.serving.vendor_defaults import ChatOptions
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class EngineConfig:
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
         gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
-        draft_sampling: how drafts for sampled requests are chosen (speculation.DRAFT_SAMPLING).
+        draft_sampling: how drafts for sampled requests are chosen (speculation/drafting.py).
         host: address to listen on.
         port: None picks a free one at start.
         served_model_name: name in requests; None takes the folder's name or the hub id.
@@ -30,11 +30,11 @@ class EngineConfig:
         prefix_caching: reuse the KV cache of equal prompt beginnings.
         kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
         seed: vLLM's seed for sampling.
-        exact: kernels whose rows do not depend on their company, checked when the engine is up (exact.py).
+        exact: kernels whose rows do not depend on their company, checked at the start (engine/batch_invariance.py).
         weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
             development routes, for which nothing asks a key: an engine for the loopback address.
-        chat: tool calls, reasoning and thinking as the release has them or the user asks (vendor_defaults.py); None for
-            vLLM's own defaults, which have none of them.
+        chat: tool calls, reasoning and thinking as the release has them or the user asks (chat/vendor_defaults.py);
+            None for vLLM's own defaults, which have none of them.
         extra_args: appended to the command unchanged.
     """
 

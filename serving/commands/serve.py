@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from laguna_serve.serving.api_keys import read_keys
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions, add_chat_options, describe_chat
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
-from laguna_serve.serving.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
-from laguna_serve.serving.gamma_store import find_advice
-from laguna_serve.serving.inspection import LOOPBACK
-from laguna_serve.serving.launch import find_port, plan_launch, require_device, require_port
+from laguna_serve.serving.planning.inspection import LOOPBACK
+from laguna_serve.serving.planning.launch import find_port, plan_launch, require_device, require_port
 from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_plan
-from laguna_serve.serving.service import serve
-from laguna_serve.serving.speculation import DRAFT_SAMPLING, add_draft_sampling
-from laguna_serve.serving.vendor_defaults import ChatOptions, add_chat_options, describe_chat
+from laguna_serve.serving.service.api_keys import read_keys
+from laguna_serve.serving.service.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
+from laguna_serve.serving.service.service import serve
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, add_draft_sampling
+from laguna_serve.serving.speculation.gamma_store import find_advice
 
 AUTO = "auto"
 EPILOG = """examples:

@@ -29,8 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laguna_serve.serving.chat.release import Release
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.release import Release
 
 POOLSIDE = "poolside_v1"
 NONE = "none"

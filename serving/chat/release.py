@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving.chat_template import Abilities, probe_template, read_object, read_template
+from laguna_serve.serving.chat.template import Abilities, probe_template, read_object, read_template
 from laguna_serve.serving.checkpoint import CheckpointError
 
 # What the poolside_v1 reasoning parser looks up, and refuses to start without.

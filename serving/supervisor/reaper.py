@@ -8,7 +8,7 @@ or when vLLM's main process ends by itself.  Should the supervisor be killed, th
 (PR_SET_PDEATHSIG).  What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
 that file is told on stderr, and harms nobody.  Linux only.
 
-    python -m laguna_serve.serving.reaper PARENT_PID GRACE_S LOG COMMAND…
+    python -m laguna_serve.serving.supervisor.reaper PARENT_PID GRACE_S LOG COMMAND…
 
 Exit status: that of the command, or 128 + the number of the signal that ended it.
 """
@@ -28,7 +28,7 @@ from typing import IO
 
 import psutil
 
-from laguna_serve.serving.log_file import LogWriter
+from laguna_serve.serving.supervisor.log_file import LogWriter
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36

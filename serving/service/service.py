@@ -11,11 +11,11 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
-from laguna_serve.serving.acceptance import AcceptanceWatch
 from laguna_serve.serving.engine import Engine, EngineError
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.front import Front, FrontSettings, open_front
-from laguna_serve.serving.keeper import Keeper, RestartPolicy
+from laguna_serve.serving.engine.keeper import Keeper, RestartPolicy
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.service.front import Front, FrontSettings, open_front
+from laguna_serve.serving.speculation.acceptance import AcceptanceWatch
 
 SCHEMA = "laguna_serve.serve/1"
 WATCH_S = 0.5

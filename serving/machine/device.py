@@ -14,7 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from laguna_serve.serving.memory import available_bytes, total_bytes
+from laguna_serve.serving.machine.memory import available_bytes, total_bytes
 
 MIB = 1 << 20
 

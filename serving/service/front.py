@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laguna_serve.serving.api_keys import describe_keys
-from laguna_serve.serving.launch import EngineError, require_port
+from laguna_serve.serving.planning.launch import EngineError, require_port
+from laguna_serve.serving.service.api_keys import describe_keys
 
 if TYPE_CHECKING:
     from laguna_serve.serving.gateway.config import Config

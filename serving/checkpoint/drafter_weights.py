@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError
-from laguna_serve.serving.drafter import LAGUNA, Drafter
 
 PLAIN = ("BF16", "F16", "F32")
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")

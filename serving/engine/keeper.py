@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from laguna_serve.serving.engine import Engine, EngineError
-from laguna_serve.serving.log_file import rotate
+from laguna_serve.serving.engine.engine import Engine
+from laguna_serve.serving.planning.launch import EngineError
+from laguna_serve.serving.supervisor.log_file import rotate
 
 REMEMBERED = 20
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from laguna_serve.serving.engine_log import find_cause, find_exception, find_last_line
+from laguna_serve.serving.engine.log import find_cause, find_exception, find_last_line
 
 # The kernel's own counters, where they can be read: of this control group (version 2, then 1), of the whole machine.
 GROUP = "/sys/fs/cgroup"

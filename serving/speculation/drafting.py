@@ -3,7 +3,7 @@ vLLM is told.
 
 For an engine that you start yourself, with plain vLLM:
 
-    from laguna_serve.serving.speculation import speculative_config
+    from laguna_serve.serving.speculation.drafting import speculative_config
     LLM("poolside/Laguna-XS.2", speculative_config=speculative_config("DRAFTER", "poolside/Laguna-XS.2"))
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder, read_target
-from laguna_serve.serving.drafter import SPECULATORS, Drafter, read_drafter
+from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter, read_drafter
 
 HALF_RANGE = ("float16", "half")
 # How drafts are chosen where tokens are sampled: the drafter's likeliest token, or one drawn from its distribution,
@@ -70,7 +70,7 @@ def add_draft_sampling(parser: argparse._ActionsContainer) -> None:
 
 def open_drafter(folder: Path, name: str) -> Drafter:
     """Read a drafter's config and check its weights, those of a hub id only where they were fetched already."""
-    from laguna_serve.serving.drafter_weights import check_weights  # NumPy: not where nothing is drafted
+    from laguna_serve.serving.checkpoint.drafter_weights import check_weights  # NumPy: not where nothing is drafted
 
     drafter = read_drafter(folder)
     if Path(name).expanduser().is_dir() or next(folder.glob("*.safetensors"), None) is not None:

