@@ -6,7 +6,7 @@ every group of the first kind and for a window's worth in every group of the sec
 context even where they slide: vLLM writes their keys and values for it in one go.
 
 Read in vLLM 0.32.0 (v1/core/kv_cache_utils.py, v1/kv_cache_interface.py), and compared with it in
-tests/serving/test_planning.py.
+tests/serving/planning/test_planning.py.
 """
 
 from __future__ import annotations

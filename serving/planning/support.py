@@ -2,8 +2,8 @@
 
 Read in vLLM 0.32.0: quantization/compressed_tensors (which scheme a capability gets), fused_moe/oracle/{fp8,nvfp4,
 int_wna16}.py and the `_supports_*` methods of the kernels they choose from, platforms/cuda.py and cpu.py;
-tests/serving/test_support.py asks the same code again.  On a CPU every quantised kernel for experts that vLLM has needs
-AMX, and a router without Laguna's selection bias; linear layers are another matter.
+tests/serving/planning/test_support.py asks the same code again.  On a CPU every quantised kernel for experts that vLLM
+has needs AMX, and a router without Laguna's selection bias; linear layers are another matter.
 """
 
 from __future__ import annotations

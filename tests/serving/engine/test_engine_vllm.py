@@ -20,7 +20,7 @@ from serving_fakes import wait_until_gone
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.machine.memory import process_memory
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 pytestmark = pytest.mark.vllm
 
 LAUNCHER = """

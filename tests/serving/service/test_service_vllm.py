@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from serving_fakes import post, serving, wait_until_gone
 from test_service import COMPLETIONS, Stream, read_until, stop
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PROMPTS = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:8]]
 pytestmark = pytest.mark.vllm
 ENDLESS = {"max_tokens": 1500, "ignore_eos": True, "temperature": 0}

@@ -23,7 +23,7 @@ from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_para
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.engine import Engine, EngineConfig
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 pytestmark = pytest.mark.vllm
 
 PROMPT, LONG = "def fib(n):\n    if n", "value = value + 1\n" * 120

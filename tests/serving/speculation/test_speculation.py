@@ -15,7 +15,7 @@ from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.support import check_support
 from laguna_serve.serving.speculation.drafting import check_fit, list_warnings, resolve_gamma, speculative_config
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 MASKS = {"expert_pruning": {"block_size": 16}}
 
 

@@ -12,7 +12,7 @@ from laguna_serve.serving.chat.vendor_defaults import POOLSIDE, choose_environme
 
 pytestmark = pytest.mark.vllm
 
-TOY = Path(__file__).parents[1] / "toy"
+TOY = Path(__file__).parents[2] / "toy"
 
 
 @pytest.fixture(scope="module")

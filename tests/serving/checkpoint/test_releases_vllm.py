@@ -19,7 +19,7 @@ from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.speculation.drafting import check_fit, describe
 
 pytestmark = pytest.mark.vllm
-TOKENIZER = str(Path(__file__).resolve().parents[1] / "toy" / "teacher")
+TOKENIZER = str(Path(__file__).resolve().parents[2] / "toy" / "teacher")
 # Spellings of a toy's dense layers that tools write, with what is left of the other keys.
 DENSE_SPELLINGS: dict[str, dict[str, Any]] = {
     "num_experts": {"num_experts": 0, "mlp_layer_types": None},

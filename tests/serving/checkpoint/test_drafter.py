@@ -16,7 +16,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.checkpoint.drafter_weights import check_weights
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 LAYERS: dict[str, Any] = SPECULATORS["transformer_layer_config"]
 Tensors = dict[str, npt.NDArray[Any]]
 

@@ -21,7 +21,7 @@ from laguna_serve.scripts.clients.run import CALL, CALL_REGEX, CALL_SCHEMA, open
 
 pytestmark = pytest.mark.vllm
 
-TOY = Path(__file__).parents[1] / "toy"
+TOY = Path(__file__).parents[2] / "toy"
 PARAMETERS = {
     "type": "object",
     "properties": {"path": {"type": "string"}, "count": {"type": "integer"}},

@@ -30,7 +30,7 @@ from laguna_serve.serving.planning.plan import Plan, make_plan
 from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
 from laguna_serve.serving.planning.support import check_split
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 GIB = 1 << 30
 CPU = Device("cpu", "cpu", 64 * GIB, 64 * GIB, isa=("avx2", "avx512f"))
 

@@ -18,7 +18,7 @@ from serving_fakes import FAKE_SITE
 
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OURS = ARCHITECTURES | CPU_ARCHITECTURES
 
 
