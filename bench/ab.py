@@ -26,9 +26,6 @@ from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
 from laguna_serve.bench.harness.result import AbResult, CertificateSummary, shorten
 from laguna_serve.bench.harness.runner import run_plan
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.cli import (
     COULD_NOT_RUN,
     FELL_SHORT,
@@ -38,6 +35,7 @@ from laguna_serve.serving.kit.cli import (
     run_command,
 )
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
@@ -152,7 +150,7 @@ def certify_arms(config: AbConfig, prompts: int, environment: Environment) -> Ce
         certificate = certify(beside(config, prompts), environment)
     except KeyboardInterrupt:
         return CertificateSummary(verdict=None, reasons=[INTERRUPTION])
-    except (CheckpointError, EngineError, EndpointError, OSError) as error:
+    except (CommandError, OSError) as error:
         return CertificateSummary(verdict=None, reasons=[str(error)])
     return CertificateSummary(verdict=certificate.verdict, summary=summarise(certificate), reasons=certificate.reasons)
 

@@ -8,22 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.errors import CommandError
 
 NOTE = "settings.sha256"
+
+
+class RunDirError(CommandError):
+    """A folder with the parts of another measurement; one line."""
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder and note what its parts were measured with (JSON values).
 
     Raises:
-        CheckpointError: it holds the parts of another measurement.
+        RunDirError: it holds the parts of another measurement.
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
     noted = folder / NOTE
     if noted.exists() and noted.read_text() != digest:
         expected = "the parts of this measurement"
-        raise CheckpointError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
+        raise RunDirError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     noted.write_text(digest)
 

@@ -26,10 +26,9 @@ from laguna_serve.bench.certificate.verdict import (
     judge_load,
     judge_streams,
 )
-from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import RunDirError, claim_folder, fingerprint
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PROMPTS = [f"p{i}" for i in range(12)]
@@ -230,7 +229,7 @@ def test_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
 def test_folder_of_another_measurement_is_refused(tmp_path: Path) -> None:
     claim_folder(tmp_path / "parts", {"gamma": 7})
     claim_folder(tmp_path / "parts", {"gamma": 7})
-    with pytest.raises(CheckpointError, match="expected the parts of this measurement, got another one's"):
+    with pytest.raises(RunDirError, match="expected the parts of this measurement, got another one's"):
         claim_folder(tmp_path / "parts", {"gamma": 6})
 
 
