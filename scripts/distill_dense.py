@@ -1,9 +1,9 @@
 """Distil a Laguna mixture of experts into a dense student of the same cost per token.
 
 Stage 1 trains every dense block on its own against its sparse block, stage 2 the whole student against the teacher's
-logits on conversations (scripts/dense/stages.py).  The checkpoint is stock Laguna, narrower layers padded with zeros;
-`laguna serve` loads it at its true widths and `laguna unpad` stores it so.  Writes to --report what was measured:
-distillation.json, stage1_nmse.png and stage2_kl.png.
+logits on conversations (scripts/training/dense/stages.py).  The checkpoint is stock Laguna, narrower layers padded with
+zeros; `laguna serve` loads it at its true widths and `laguna unpad` stores it so.  Writes to --report what was
+measured: distillation.json, stage1_nmse.png and stage2_kl.png.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.scripts.dense.stages import Recipe
-from laguna_serve.scripts.pruning.text import TOY
+from laguna_serve.scripts.text.rows import TOY
+from laguna_serve.scripts.training.dense.stages import Recipe
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.kit.cli import Parser, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
@@ -45,8 +45,8 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     import torch
     from transformers import AutoTokenizer, LagunaForCausalLM
 
-    from laguna_serve.scripts.dense import stages, student, text
-    from laguna_serve.scripts.pruning.text import read_rows
+    from laguna_serve.scripts.text.rows import read_rows
+    from laguna_serve.scripts.training.dense import stages, student, text
 
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
@@ -105,7 +105,7 @@ def _show(figures: dict[str, float]) -> str:
 
 def write_report(result: dict[str, Any], report: Path) -> None:
     """distillation.json and the two pictures."""
-    from laguna_serve.scripts.dense.plot import draw_blocks, draw_student
+    from laguna_serve.scripts.training.dense.plot import draw_blocks, draw_student
 
     report.mkdir(parents=True, exist_ok=True)
     environment = result["environment"]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from laguna_serve.plugins.padding import is_dense
-from laguna_serve.scripts.files.folder import check_space, write_file, write_tensors
-from laguna_serve.scripts.files.headers import INDEX
+from laguna_serve.scripts.checkpoints.headers import INDEX
+from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
 from laguna_serve.serving.kit.cli import Parser, run_command
 

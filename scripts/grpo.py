@@ -7,7 +7,7 @@ prompt; the trainer is plain PyTorch; every version goes back through the gatewa
 the policy all along and stays as it was: its acceptance is noted per version.
 
 Before every step it is noted how far trainer and engine are apart on the sampled tokens, apart from those behind a tie
-of two experts (scripts/rl/mismatch.py): rounding alone, if the engine has the trainer's weights.
+of two experts (scripts/training/rl/mismatch.py): rounding alone, if the engine has the trainer's weights.
 
 DIR gets log.jsonl (a line per step), state.pt (to continue from), versions/ (checkpoints), and grpo.json, reward.png.
 The last stdout line is one JSON object (schema laguna_serve.grpo/1).
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laguna_serve.evals.splits import is_held_out
-from laguna_serve.scripts.rl.rollouts import Rollout, RolloutError, sample_groups
-from laguna_serve.scripts.rl.service import Service, open_service
+from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
+from laguna_serve.scripts.training.rl.service import Service, open_service
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import Parser, run_command
@@ -38,7 +38,7 @@ from laguna_serve.serving.speculation.acceptance import read_acceptance
 from laguna_serve.serving.speculation.drafting import add_draft_sampling
 
 if TYPE_CHECKING:
-    from laguna_serve.scripts.rl.trainer import Trainer
+    from laguna_serve.scripts.training.rl.trainer import Trainer
 
 SCHEMA = "laguna_serve.grpo/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ EXAMPLES = """examples:
   another seed, more steps:
     python scripts/grpo.py --model tests/toy/teacher --steps 120 --seed 1 --out out/grpo-1
   one picture of several runs:
-    python -m laguna_serve.scripts.rl.plot out/grpo out/grpo-1 --out reward.png
+    python -m laguna_serve.scripts.training.rl.plot out/grpo out/grpo-1 --out reward.png
 
 Stopped?  The same command continues from the last saved step.
 exit status: 0 the held-out reward rose, 1 it did not, 2 it could not run, 130 interrupted
@@ -165,8 +165,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts_per_step > len(prompts.training):
         expected = f"expected at most {len(prompts.training)}, got {args.prompts_per_step}"
         raise CheckpointError(f"--prompts-per-step: {expected}; {args.prompts} has no more to train on")
-    from laguna_serve.scripts.rl.plot import draw_runs
-    from laguna_serve.scripts.rl.trainer import Trainer  # torch and transformers take seconds to import
+    from laguna_serve.scripts.training.rl.plot import draw_runs
+    from laguna_serve.scripts.training.rl.trainer import Trainer  # torch and transformers take seconds to import
 
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer.open(args.folder, args.out, lr=args.lr, decisive=list_decisive(args))

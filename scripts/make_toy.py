@@ -44,9 +44,9 @@ def make_teacher(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     """Tokenizer, prompts and teacher."""
     import torch
 
-    from laguna_serve.scripts.toy import corpus
-    from laguna_serve.scripts.toy.teacher import held_out_loss, train_teacher
-    from laguna_serve.scripts.toy.tokenizer import train_tokenizer
+    from laguna_serve.scripts.text import corpus
+    from laguna_serve.scripts.training.toy.teacher import held_out_loss, train_teacher
+    from laguna_serve.scripts.training.toy.tokenizer import train_tokenizer
 
     modules = corpus.read_modules()
     seen, unseen = ([m for m in modules if m.held_out == held] for held in (False, True))
@@ -69,8 +69,9 @@ def make_teacher(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
 
 def make_continuations(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     """The teacher's greedy text on training modules, by vLLM."""
-    from laguna_serve.scripts.toy import continuations, corpus
-    from laguna_serve.scripts.toy.tokenizer import load_tokenizer
+    from laguna_serve.scripts.text import corpus
+    from laguna_serve.scripts.training.toy import continuations
+    from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
     seen = [m for m in corpus.read_modules() if not m.held_out]
     tokenizer = load_tokenizer(out / "teacher")
@@ -95,9 +96,9 @@ def _make_drafter(recipe: Recipe, work: Path, out: Path, name: str) -> dict[str,
     import torch
     from transformers import LagunaForCausalLM
 
-    from laguna_serve.scripts.toy import drafter as drafters
-    from laguna_serve.scripts.toy.continuations import Continuations
-    from laguna_serve.scripts.toy.tokenizer import load_tokenizer
+    from laguna_serve.scripts.training.toy import drafter as drafters
+    from laguna_serve.scripts.training.toy.continuations import Continuations
+    from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
     teacher = LagunaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
     data = Continuations.load(work / "continuations.pt")

@@ -39,7 +39,7 @@ class Meter:
 
     def measure(self, label: str, pruning: Pruning | None) -> float:
         """Mean loss with that pruning, in nats."""
-        from laguna_serve.scripts.pruning.losses import mean_loss, zeroed
+        from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
 
         with zeroed(self.model, self.shape, pruning) if pruning is not None else nullcontext():
             loss = mean_loss(self.model, self.rows)
@@ -51,7 +51,7 @@ class Meter:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every loss: unpruned, ranked, and random per seed."""
-    from laguna_serve.scripts.pruning.text import read_rows
+    from laguna_serve.scripts.text.rows import read_rows
 
     shape = read_shape(read_config(folder), args.teacher)
     masks = {ratio: args.masks / f"group_keep_mask_{ratio * 100:.0f}pct.npy" for ratio in RATIOS}
@@ -121,7 +121,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 def write_result(result: dict[str, Any], out: Path) -> None:
     """JSON, table and picture."""
-    from laguna_serve.scripts.pruning.plot import draw
+    from laguna_serve.scripts.training.pruning.plot import draw
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "curve.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

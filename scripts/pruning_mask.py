@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import PruningError, rank_groups
-from laguna_serve.scripts.tool import run_tool
+from laguna_serve.scripts.checkpoints.tool import run_tool
 from laguna_serve.serving.kit.cli import HELD, Parser
 from laguna_serve.serving.kit.files import WriteError, write_stream
 

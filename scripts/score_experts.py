@@ -61,8 +61,8 @@ def load_model(folder: Path, threads: int) -> tuple[Any, Any]:
 
 def measure_scores(args: argparse.Namespace, folder: Path, shape: ExpertShape) -> tuple[Any, dict[str, Any]]:
     """Atomic scores [L, E, N] measured on the text, and a description of how."""
-    from laguna_serve.scripts.pruning.scores import SCORES, score_atoms
-    from laguna_serve.scripts.pruning.text import read_rows
+    from laguna_serve.scripts.text.rows import read_rows
+    from laguna_serve.scripts.training.pruning.scores import SCORES, score_atoms
 
     model, tokenizer = load_model(folder, THREADS)
     text = read_rows(args.text, tokenizer, args.length, args.tokens)
@@ -89,7 +89,7 @@ def read_scores(path: Path, shape: ExpertShape) -> tuple[npt.NDArray[np.float32]
 
 def make_artefacts(scores: npt.NDArray[np.float32], block_size: int, seed: int) -> dict[str, npt.NDArray[Any]]:
     """File name → array, everything that is derived from the scores."""
-    from laguna_serve.scripts.pruning.scores import group_atoms
+    from laguna_serve.scripts.training.pruning.scores import group_atoms
 
     indices, group_scores = group_atoms(scores, block_size)
     L, E, N = scores.shape
@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
         "--tokens", type=int, default=98_304, help="about how many tokens to read (default %(default)s)"
     )
     parser.add_argument("--length", type=int, default=384, help="tokens in a row at most (default %(default)s)")
-    parser.add_argument("--score", choices=("loss", "output"), default="loss", help="see scripts/pruning/scores.py")
+    parser.add_argument("--score", choices=("loss", "output"), default="loss", help="see training/pruning/scores.py")
     parser.add_argument("--atomic-scores", type=Path, help="take these scores [L, E, N] and read no text")
     parser.add_argument("--block-size", type=int, help="atoms in a group (default: an eighth of an expert)")
     parser.add_argument("--seed", type=int, default=0, help="of the random controls (default %(default)s)")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from laguna_serve.scripts.toy import corpus
+from laguna_serve.scripts.text import corpus
 
 SCHEMA = "laguna_serve.toy_text/1"
 EXAMPLES = """examples:

@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Becomes the tool: the same process, so that signals and the exit status are its own."""
-    module = f"laguna_serve.scripts.{args.tool}"
+    module = f"laguna_serve.scripts.checkpoints.{args.tool}"
     arguments = [*args.arguments, *(["--", *args.extra_args] if args.extra_args else [])]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

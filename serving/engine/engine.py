@@ -3,7 +3,7 @@
     with Engine(EngineConfig(model="tests/toy/teacher"), log_path=Path("engine.log")) as engine:
         requests.post(f"{engine.base_url}/v1/completions", json={"model": engine.model_name, …})
 
-Linux only: the supervisor between us and vLLM (supervisor/reaper.py) needs its process controls.
+Linux only: the supervisor between us and vLLM (supervision/reaper.py) needs its process controls.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Engine:
     Attributes:
         config: as given.
         log_path: what vLLM writes goes here; an earlier file is overwritten.  It may be deleted, or the disk full: the
-            engine goes on (supervisor/log_file.py).
+            engine goes on (supervision/log_file.py).
         ready_timeout_s: how long the engine may take until it answers.
         stop_grace_s: how long vLLM may take to end by itself before it is killed.
         base_url: "http://127.0.0.1:PORT", once entered.
@@ -178,7 +178,7 @@ class Engine:
         supervise = [
             sys.executable,
             "-m",
-            "laguna_serve.serving.supervisor.reaper",
+            "laguna_serve.serving.supervision.reaper",
             str(os.getpid()),
             str(self.stop_grace_s),
         ]

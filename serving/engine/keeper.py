@@ -17,7 +17,7 @@ from typing import Any
 
 from laguna_serve.serving.engine.engine import Engine
 from laguna_serve.serving.planning.launch import EngineError
-from laguna_serve.serving.supervisor.log_file import rotate
+from laguna_serve.serving.supervision.log_file import rotate
 
 REMEMBERED = 20
 

@@ -34,7 +34,7 @@ def widths() -> list[int]:
 def unpadded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `laguna unpad` makes of the student."""
     out = tmp_path_factory.mktemp("unpadded") / "dense"
-    command = [sys.executable, "-m", "laguna_serve.scripts.unpad", str(DENSE), "--out", str(out), "--verify"]
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "unpad", str(DENSE), "--out", str(out), "--verify"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return out
 

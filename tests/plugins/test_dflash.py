@@ -58,7 +58,7 @@ def test_grouped_norm_follows_the_layer() -> None:
 def make_deep_speculators(folder: Path) -> Path:
     """An untrained drafter of two layers in the speculators format whose proposals vary.  Its layers' norms differ, so
     that one taken for the other is seen."""
-    from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter
+    from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
     toy = SpeculatorsDrafter.load(TOY / "dflash-speculators")
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def make_deep_speculators(folder: Path) -> Path:
 def make_published(folder: Path) -> Path:
     """An untrained drafter whose config.json has the keys of Laguna-XS-2.1-DFlash and no other, at the toy's sizes:
     causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone."""
-    from laguna_serve.scripts.toy.dflash import Drafter, DrafterShape
+    from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, DrafterShape
 
     config = json.loads((PUBLISHED / "config.json").read_text())
     toy = json.loads((TOY / "dflash" / "config.json").read_text())
@@ -126,8 +126,8 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
     from transformers import LagunaForCausalLM
 
-    from laguna_serve.scripts.toy.dflash import Drafter, TapReader
-    from laguna_serve.scripts.toy.speculators import SpeculatorsDrafter
+    from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, TapReader
+    from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
     teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
     folder = observed["drafter"]

@@ -35,7 +35,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(percent: int, *flags: str) -> Path:
         out = root / f"{percent}{''.join(flags)}"
-        command = [sys.executable, "-m", "laguna_serve.scripts.compact", str(TOY / "teacher"), "--keep-mask"]
+        command = [sys.executable, "-m", "laguna_serve.serving.cli", "compact", str(TOY / "teacher"), "--keep-mask"]
         command += [str(mask(percent)), "--group-indices", str(INDICES), "--out", str(out), *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ def find_vllm(server: subprocess.Popen[str]) -> dict[str, list[int]]:
 
 
 def is_supervisor(process: psutil.Process) -> bool:
-    return "laguna_serve.serving.supervisor.reaper" in process.cmdline()
+    return "laguna_serve.serving.supervision.reaper" in process.cmdline()
 
 
 def read_greeting(server: subprocess.Popen[str]) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""Checkpoints made of checkpoints: what `laguna compact`, `unpad`, `pad` and `drafter` do."""

@@ -1,0 +1,146 @@
+"""Does what was written compute what the masked base computes?  Read back from the files and compared, layer by layer.
+
+The truth is worked out without the blocks: every expert of the base in full, in fp32, with the activations of pruned
+atoms set to zero.  Against it stand the blocks on disk, through the kernel's reference, or the zeroed matrices on disk.
+Everything that pruning does not touch must be identical to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
+from laguna_serve.scripts.checkpoints.compaction.base import read_experts
+from laguna_serve.scripts.checkpoints.compaction.shards import Job, Shard, block_names, list_inputs
+from laguna_serve.scripts.checkpoints.headers import open_file, open_files
+from laguna_serve.serving.checkpoint import CheckpointError
+
+# Both sides multiply the same numbers in fp32 and add them up in another order: some 1e-6 of the largest output.
+TOLERANCE = 1e-5
+ROUNDS = 2
+TOP_K = 8
+
+
+class DifferenceError(CheckpointError):
+    """What is on disk is not what the base and the mask make, as one line."""
+
+
+def verify(job: Job, shards: list[Shard], out: Path, say: Callable[[str], None]) -> list[float]:
+    """The largest error of each sparse layer's routed output, relative to its largest value.
+
+    Raises:
+        DifferenceError: a tensor is missing or of another shape, or one that is only passed on has changed.
+    """
+    where = {name: shard.name for shard in shards for name in _names(job, shard)}
+    with open_files(out, (shard.name for shard in shards)) as made:
+        _check_names(made, where, out)
+    for shard in shards:
+        with open_files(job.base.folder, list_inputs(job, shard)) as base, open_file(out / shard.name) as made:
+            _compare_passed(job, shard, base, made, out)
+    errors = []
+    for layer, number in enumerate(job.base.shape.layers):
+        errors.append(_compare_layer(job, layer, where, out))
+        say(f"layer {number:>3}  largest relative error {errors[-1]:.1e}")
+    return errors
+
+
+def _names(job: Job, shard: Shard) -> list[str]:
+    return [*shard.passed.values(), *(name for layer in shard.layers for name in block_names(job, layer))]
+
+
+def _check_names(made: dict[str, Any], where: dict[str, str], out: Path) -> None:
+    found = {name: file for file, opened in made.items() for name in opened.keys()}  # noqa: SIM118
+    if found != where:
+        stray = min(found.items() ^ where.items())[0]
+        got = f"{stray} in {found.get(stray, 'no file')}, wanted in {where.get(stray, 'none')}"
+        raise DifferenceError(f"{out}: expected the planned tensors, got {got}; remove the folder and make it again")
+
+
+def _compare_passed(job: Job, shard: Shard, base: dict[str, Any], made: Any, out: Path) -> None:
+    experts = {name for layer in job.base.shape.layers for name in job.base.expert_names(layer)}
+    for name, new in shard.passed.items():
+        if name in experts:
+            continue
+        old, again = base[job.base.tensors[name].file].get_tensor(name), made.get_tensor(new)
+        if (old.dtype, old.shape) != (again.dtype, again.shape) or not torch.equal(_bits(old), _bits(again)):
+            remedy = "remove the folder and make it again"
+            raise DifferenceError(f"{out}: expected {new} as in the base, got other values; {remedy}")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes, so that NaN equals NaN and −0 does not equal 0."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _compare_layer(job: Job, layer: int, where: dict[str, str], out: Path) -> float:
+    x, weights, ids = _draw_inputs(job, layer)
+    wanted = _run_experts(job, layer, job.base.folder, _keep_atoms(job, layer), x, weights, ids)
+    if job.zeroed:
+        every = torch.ones(job.base.shape.num_experts, job.base.shape.intermediate_size)
+        got = _run_experts(job, layer, out, every, x, weights, ids)
+    else:
+        names = block_names(job, layer)
+        with open_files(out, (where[name] for name in names)) as made:
+            w13, w2, start = (made[where[name]].get_tensor(name) for name in names)
+            _check_blocks(job, layer, (w13, w2, start), out)
+            got = sentinel_moe_reference(x, weights, ids, w13, w2, start)
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def _check_blocks(job: Job, layer: int, blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: Path) -> None:
+    start = blocks[2]
+    n, B, H = job.pruning.kept_blocks[layer], job.pruning.block_size, job.base.shape.hidden_size
+    for name, tensor, shape in zip(
+        block_names(job, layer),
+        blocks,
+        ((n, 2, B, H), (n, B, H), (job.base.shape.num_experts + 1,)),
+        strict=True,
+    ):
+        if tensor.shape != shape:
+            expected = f"{name} {list(shape)}"
+            raise DifferenceError(f"{out}: expected {expected}, got {list(tensor.shape)}; remove the folder")
+    if start.dtype != torch.int32 or start.tolist() != job.pruning.block_start(layer).tolist():
+        raise DifferenceError(
+            f"{out}: expected {block_names(job, layer)[2]} of the mask, got another; remove the folder"
+        )
+
+
+def _draw_inputs(job: Job, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens x [T, H], routing weights [T, k] and distinct experts [T, k], every expert being chosen `ROUNDS` times."""
+    E, H = job.base.shape.num_experts, job.base.shape.hidden_size
+    k = min(int(job.base.config.get("num_experts_per_tok", TOP_K)), E)
+    generator = torch.Generator().manual_seed(layer)
+    rows = []
+    for _ in range(ROUNDS):
+        order = torch.randperm(E, generator=generator)
+        rows += [order.roll(-first)[:k] for first in range(0, E, k)]
+    ids = torch.stack(rows)
+    x = torch.randn(len(ids), H, generator=generator)
+    weights = torch.rand(ids.shape, generator=generator) + 0.1
+    return x, weights / weights.sum(-1, keepdim=True), ids.int()
+
+
+def _keep_atoms(job: Job, layer: int) -> torch.Tensor:
+    """[E, N]: 1 for an atom that stays, 0 for one that goes."""
+    kept = torch.zeros(job.base.shape.num_experts, job.base.shape.intermediate_size)
+    for expert, atoms in enumerate(job.pruning.indices[layer]):
+        kept[expert].scatter_(0, torch.from_numpy(atoms[job.pruning.keep[layer, expert]]).flatten(), 1.0)
+    return kept
+
+
+def _run_experts(
+    job: Job, layer: int, folder: Path, kept: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Σ over a token's experts of weight · expert(x) in fp32, from matrices in the base's layout; kept [E, N]."""
+    out = torch.zeros_like(x)
+    for expert, *matrices in read_experts(folder, job.base, job.base.shape.layers[layer]):
+        rows, slots = (ids == expert).nonzero(as_tuple=True)
+        gate, up, down = (matrix.float() for matrix in matrices)
+        hidden = F.silu(x[rows] @ gate.t()) * (x[rows] @ up.t()) * kept[expert]
+        out.index_add_(0, rows, (hidden @ down.t()) * weights[rows, slots, None])
+    return out

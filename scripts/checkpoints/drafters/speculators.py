@@ -1,0 +1,177 @@
+"""A DFlash drafter in the speculators format: Qwen3's layers and a head of its own over a reduced vocabulary.
+
+It differs from dflash.py's in four things: the target's hidden states go into `fc` as they are; `hidden_norm` is the
+only norm between `fc` and the layers' keys and values; heads have no gate; the head knows only the draft vocabulary,
+whose token i is the target's i + d2t[i].  Weights are named as vLLM's `DFlashQwen3ForCausalLM` reads them; the
+embedding is the target's.  Layer ids in the file count from 1.
+
+Source: models/qwen3_dflash.py and transformers_utils/configs/speculators/algos.py of vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, Drafter, DrafterShape, Layer, Norm, linear
+
+PROPOSAL = "greedy"
+DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none
+SPLIT = ("q_proj", "k_proj", "v_proj")
+
+
+class SpeculatorsDrafter(Drafter):
+    """The drafter with its head; `vocabulary` [V'] int64 are the target's tokens that it can draft, rising.
+
+    Without a head of its own it uses the target's.
+    """
+
+    def __init__(self, shape: DrafterShape, vocabulary: torch.Tensor, own_head: bool = True) -> None:
+        nn.Module.__init__(self)
+        self.shape = shape
+        self.fc = linear(shape.hidden_size * len(shape.target_layer_ids), shape.hidden_size)
+        self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(shape, laguna_style=False) for _ in range(shape.num_hidden_layers))
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = linear(shape.hidden_size, len(vocabulary)) if own_head else None
+        to_draft = torch.full((shape.vocab_size,), IGNORED)
+        to_draft[vocabulary] = torch.arange(len(vocabulary))
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+        self.register_buffer("to_draft", to_draft, persistent=False)
+
+    def forward(
+        self,
+        block: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        context_positions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `Drafter.forward`."""
+        context = self.hidden_norm(self.fc(hidden_states.flatten(2)))
+        x = block
+        for layer in self.layers:
+            x = layer(x, positions, context, context_positions, mask)
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V'] over the draft vocabulary."""
+        return F.linear(hidden, head if self.lm_head is None else self.lm_head.weight)
+
+    def labels(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The draft vocabulary's number of each token, `IGNORED` for one that it lacks."""
+        return self.get_buffer("to_draft")[tokens]
+
+    def propose(
+        self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor, head: torch.Tensor
+    ) -> list[int]:
+        """As `Drafter.propose`, in the target's tokens."""
+        drafted = super().propose(anchor, hidden_states, gamma, embedding, head)
+        tokens: list[int] = self.get_buffer("vocabulary")[drafted].tolist()
+        return tokens
+
+    def config(self, verifier: str) -> dict[str, Any]:
+        """The checkpoint's config.json; `verifier` names the target."""
+        shape = self.shape
+        layers = {
+            "model_type": "qwen3",
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_hidden_layers,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_key_value_heads,
+            "head_dim": shape.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": shape.rms_norm_eps,
+            "attention_bias": False,
+            "max_position_embeddings": 2048,
+            "layer_types": ["full_attention"] * shape.num_hidden_layers,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": shape.rope_theta,
+                "partial_rotary_factor": shape.partial_rotary_factor,
+            },
+        }
+        proposal = {"proposal_type": PROPOSAL, "speculative_tokens": shape.gamma}
+        return {
+            "architectures": ["DFlashSpeculator"],
+            "dtype": "bfloat16",
+            "speculators_model_type": "dflash",
+            "speculators_config": {
+                "algorithm": "dflash",
+                "default_proposal_method": PROPOSAL,
+                "proposal_methods": [proposal],
+                "verifier": {"name_or_path": verifier, "architectures": ["LagunaForCausalLM"]},
+            },
+            "transformer_layer_config": layers,
+            "draft_vocab_size": len(self.get_buffer("vocabulary")),
+            "target_hidden_size": shape.hidden_size,
+            "block_size": shape.block_size,
+            "mask_token_id": shape.mask_token_id,
+            "aux_hidden_state_layer_ids": [layer + 1 for layer in shape.target_layer_ids],
+        }
+
+    def save(self, folder: Path, verifier: str = "teacher") -> None:
+        """Write config.json and model.safetensors (bf16)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        sizes = [self.shape.num_attention_heads, *[self.shape.num_key_value_heads] * 2]
+        for name, tensor in self.state_dict().items():
+            stored = tensor.detach().to(torch.bfloat16)
+            if ".qkv_proj." not in name:
+                tensors[name] = stored.contiguous()
+                continue
+            for part, rows in zip(SPLIT, stored.split([n * self.shape.head_dim for n in sizes]), strict=True):
+                tensors[name.replace("qkv_proj", part)] = rows.contiguous()
+        vocabulary = self.get_buffer("vocabulary")
+        tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
+        tensors["t2d"] = torch.isin(torch.arange(self.shape.vocab_size), vocabulary)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config(verifier), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> SpeculatorsDrafter:
+        """Read a checkpoint in this format, as fp32."""
+        config = json.loads((folder / "config.json").read_text())
+        layers = config["transformer_layer_config"]
+        rope = layers.get("rope_parameters") or {"rope_theta": layers.get("rope_theta", DEFAULT_ROPE_THETA)}
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        shape = DrafterShape(
+            **{name: layers[name] for name in (*names, "head_dim", "intermediate_size", "rms_norm_eps")},
+            target_layer_ids=tuple(layer - 1 for layer in config["aux_hidden_state_layer_ids"]),
+            mask_token_id=config["mask_token_id"],
+            block_size=config["block_size"],
+            rope_theta=rope["rope_theta"],
+            partial_rotary_factor=rope.get("partial_rotary_factor", 1.0),
+        )
+        tensors = load_file(folder / "model.safetensors")
+        d2t = tensors.pop("d2t", torch.zeros(config["draft_vocab_size"], dtype=torch.int64))
+        tensors.pop("t2d", None)
+        tensors.pop("embed_tokens.weight", None)
+        drafter = cls(shape, d2t + torch.arange(len(d2t)), own_head="lm_head.weight" in tensors)
+        for number in range(shape.num_hidden_layers):
+            prefix = f"layers.{number}.self_attn"
+            parts = [tensors.pop(f"{prefix}.{part}.weight") for part in SPLIT]
+            tensors[f"{prefix}.qkv_proj.weight"] = torch.cat(parts)
+        drafter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return drafter.eval()
+
+
+def choose_vocabulary(tokens: torch.Tensor, size: int, vocab_size: int) -> torch.Tensor:
+    """The `size` tokens that are most frequent in `tokens` [N], rising; of equal ones the lower first."""
+    counts = torch.bincount(tokens, minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def start_head(drafter: SpeculatorsDrafter, head: torch.Tensor) -> None:
+    """Begin with the target's rows of its head [V, H]."""
+    assert drafter.lm_head is not None
+    drafter.lm_head.weight.data.copy_(F.embedding(drafter.get_buffer("vocabulary"), head))

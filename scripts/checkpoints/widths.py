@@ -1,0 +1,264 @@
+"""Change the stored width of a dense Laguna's feed-forward layers: cut the padding off, or put it back.
+
+Both ways keep the files, their metadata and the place of every tensor, so that padding what was unpadded gives the
+first checkpoint again, bit for bit (but for zeros with a minus sign, which `unpad` counts).  What is needed for the way
+back stands in the unpadded config.json:
+
+    "architectures": ["LagunaDenseForCausalLM"]
+    "intermediate_size": the stored width, as before
+    "intermediate_size_per_layer": the width of every layer
+    "unpadded_from": {"architectures": as before, "kept_units": {"3": [[0, 100], [120, 640]], …}}
+
+where `kept_units` has the layers of which not the first units were kept, as runs [start, stop).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laguna_serve.plugins.padding import WIDTHS_KEY, PaddingError, Units, is_dense, read_widths, scan_layers
+from laguna_serve.scripts.checkpoints.headers import (
+    INDEX,
+    ITEM_BYTES,
+    Entry,
+    check_unquantised,
+    open_file,
+    read_headers,
+)
+from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.kit.signals import check_signals
+
+ARCHITECTURE = "LagunaDenseForCausalLM"
+ORIGIN_KEY = "unpadded_from"
+MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A checked dense checkpoint and the units of its layers.  `unpads` tells which way it goes."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Entry]
+    units: dict[int, Units]
+    fingerprint: str
+    unpads: bool
+
+    @property
+    def files(self) -> list[str]:
+        """Of its tensors, in the order in which they are written."""
+        return sorted({entry.file for entry in self.tensors.values()})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape in the output."""
+        shape, found = list(self.tensors[name].shape), self.find(name)
+        if found is not None:
+            units, dim = found
+            shape[dim] = units.width if self.unpads else units.stored
+        return tuple(shape)
+
+    def find(self, name: str) -> tuple[Units, int] | None:
+        """The units of a layer's matrix and the dimension along which it has them; None for another tensor."""
+        match = MATRIX.fullmatch(name)
+        if match is None or int(match[1]) not in self.units:
+            return None
+        return self.units[int(match[1])], 1 if match[2] == "down" else 0
+
+    def change(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is in the output."""
+        found = self.find(name)
+        if found is None:
+            return tensor
+        return found[0].trim(tensor, found[1]) if self.unpads else found[0].pad(tensor, found[1])
+
+    def num_bytes(self, name: str, *, changed: bool) -> int:
+        """A tensor's size here or in the output."""
+        entry = self.tensors[name]
+        if not changed:
+            return entry.num_bytes
+        count = 1
+        for size in self.shape(name):
+            count *= size
+        return count * ITEM_BYTES[entry.dtype]
+
+    def parameters(self, *, changed: bool) -> int:
+        """How many parameters there are here or in the output."""
+        sizes = ITEM_BYTES
+        return sum(self.num_bytes(name, changed=changed) // sizes[e.dtype] for name, e in self.tensors.items())
+
+
+def read_padded(folder: Path, name: str) -> Source:
+    """A dense checkpoint in stock layout, with the padding found in its files.
+
+    Raises:
+        CheckpointError, PaddingError: it is something else, or nothing is padded.
+    """
+    config = _read_dense(folder, name)
+    if config.get(WIDTHS_KEY) is not None:
+        raise CheckpointError(f"{name}: expected stock layout, got an unpadded checkpoint; there is nothing to cut off")
+    tensors, fingerprint = read_headers(folder, name)
+    paths = [folder / file for file in sorted({entry.file for entry in tensors.values()})]
+    units = scan_layers(paths, int(config["num_hidden_layers"]))
+    stored = {layer: found.stored for layer, found in units.items()}
+    if set(stored.values()) != {config.get("intermediate_size")} or len(stored) != config["num_hidden_layers"]:
+        expected = f"{config['num_hidden_layers']} layers of intermediate_size {config.get('intermediate_size')}"
+        raise CheckpointError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
+    if all(found.is_whole for found in units.values()) and not any(
+        found.broken is not None for found in units.values()
+    ):
+        raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
+    return Source(folder, config, tensors, units, fingerprint, unpads=True)
+
+
+def read_unpadded(folder: Path, name: str) -> Source:
+    """A checkpoint that `unpad` wrote.
+
+    Raises:
+        CheckpointError, PaddingError: it is something else, or its tensors are not as its config says.
+    """
+    config = _read_dense(folder, name)
+    widths = read_widths(config, name)
+    if widths is None:
+        raise CheckpointError(f"{name}: expected {WIDTHS_KEY} in config.json, got none; it is in stock layout already")
+    origin = config.get(ORIGIN_KEY) or {}
+    kept = origin.get("kept_units", {}) if isinstance(origin, dict) else {}
+    stored = int(config["intermediate_size"])
+    units = {}
+    for layer, width in enumerate(widths):
+        runs = kept.get(str(layer), [[0, width]])
+        if not _are_runs(runs, width, stored):
+            expected = f"{ORIGIN_KEY}.kept_units of layer {layer} to be runs of {width} of {stored} units"
+            raise CheckpointError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
+        units[layer] = Units(stored, tuple((start, stop) for start, stop in runs))
+    tensors, fingerprint = read_headers(folder, name)
+    source = Source(folder, config, tensors, units, fingerprint, unpads=False)
+    for tensor, entry in tensors.items():
+        found = source.find(tensor)
+        if found is not None and entry.shape[found[1]] != found[0].width:
+            expected = f"{tensor} of {found[0].width} units as config.json says"
+            raise CheckpointError(
+                f"{name}: expected {expected}, got {entry.shape[found[1]]}; unpad the checkpoint again"
+            )
+    return source
+
+
+def _are_runs(runs: object, width: int, stored: int) -> bool:
+    """Whether something read from JSON is [[start, stop], …], rising, and makes up `width` of `stored` units."""
+    if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == 2 for run in runs):
+        return False
+    edges = [edge for run in runs for edge in run]
+    if not edges or not all(type(edge) is int for edge in edges):
+        return False
+    rises = all(before < after for before, after in pairwise(edges))
+    return rises and edges[0] >= 0 and edges[-1] <= stored and sum(b - a for a, b in runs) == width
+
+
+def _read_dense(folder: Path, name: str) -> dict[str, Any]:
+    config = read_config(folder)
+    check_unquantised(config, name)
+    if not is_dense(config):
+        got = config.get("model_type") or config.get("architectures") or "nothing"
+        remedy = "for a mixture of experts there is `laguna compact`"
+        raise CheckpointError(f"{name}: expected a Laguna of dense layers alone, got {got!r} with others; {remedy}")
+    return config
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """The output's config.json."""
+    config = dict(source.config)
+    if not source.unpads:
+        origin = config.pop(ORIGIN_KEY, None) or {}
+        config.pop(WIDTHS_KEY)
+        # In place, so that the order of the keys is as it was.
+        config["architectures"] = origin.get("architectures", ["LagunaForCausalLM"])
+        return config
+    runs = {str(layer): units.runs for layer, units in source.units.items() if units.runs != ((0, units.width),)}
+    origin = {"architectures": config.get("architectures") or ["LagunaForCausalLM"], "kept_units": runs}
+    config["architectures"] = [ARCHITECTURE]
+    widths = [source.units[layer].width for layer in sorted(source.units)]
+    return {**config, WIDTHS_KEY: widths, ORIGIN_KEY: origin}
+
+
+def write(source: Source, output: Output) -> None:
+    """Write what is not there yet; config.json and the index come last."""
+    sizes = {name: source.num_bytes(name, changed=True) for name in source.tensors}
+    totals = {
+        file: sum(size for name, size in sizes.items() if source.tensors[name].file == file) for file in source.files
+    }
+    todo, progress = begin(output, totals)
+    for file in todo:
+        progress.label = file
+        _write_file(source, file, output.folder / file, progress.advance)
+        output.note(file)
+        check_signals()
+    progress.finish()
+    for name in copy_others(source.folder, output):
+        output.note(name)
+    _write_descriptions(source, sizes, output)
+    output.close()
+
+
+def _write_file(source: Source, file: str, path: Path, advance: Callable[[int], None]) -> None:
+    with open_file(source.folder / file) as opened:
+        tensors = {}
+        for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
+            tensors[name] = source.change(name, opened.get_tensor(name))
+            advance(source.num_bytes(name, changed=True))
+        write_tensors(path, tensors, opened.metadata())
+        tensors.clear()
+
+
+def _write_descriptions(source: Source, sizes: dict[str, int], output: Output) -> None:
+    described = {"config.json": describe(source)}
+    if (source.folder / INDEX).is_file():
+        index = json.loads((source.folder / INDEX).read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
+        described[INDEX] = index
+    for name, content in described.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        output.note(name)
+
+
+def count_negative_zeros(source: Source) -> int:
+    """How many values of the padding are −0, which comes back as +0."""
+    count = 0
+    for file in source.files:
+        with open_file(source.folder / file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                found = source.find(name)
+                if found is not None and not found[0].is_whole:
+                    cut = found[0].padding.trim(opened.get_tensor(name), found[1])
+                    count += int(torch.count_nonzero(cut.signbit()))
+                    check_signals()
+    return count
+
+
+def compare(source: Source, out: Path) -> None:
+    """Read back what was written and compare it with the source, bit for bit.
+
+    Raises:
+        PaddingError: a tensor is missing, or is not what it should be.
+    """
+    for file in source.files:
+        with open_file(source.folder / file) as before, open_file(out / file) as after:
+            if set(before.keys()) != set(after.keys()):
+                raise PaddingError(f"{out / file}: expected the tensors of the source, got others; make it again")
+            for name in before.keys():  # noqa: SIM118
+                wanted, got = source.change(name, before.get_tensor(name)), after.get_tensor(name)
+                if (wanted.dtype, wanted.shape) != (got.dtype, got.shape) or not torch.equal(_bits(wanted), _bits(got)):
+                    raise PaddingError(f"{out / file}: expected {name} of the source, got other values; make it again")
+                check_signals()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

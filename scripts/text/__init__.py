@@ -1,0 +1,1 @@
+"""Text to train, score and measure on."""

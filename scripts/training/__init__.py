@@ -1,0 +1,1 @@
+"""What trains: the toy family, dense students, scores of experts, a policy."""

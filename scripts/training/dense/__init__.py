@@ -1,0 +1,1 @@
+"""The dense student of a mixture of experts, and its distillation."""

@@ -1,0 +1,64 @@
+"""The distillation as pictures: NMSE per layer in stage 1, KL per step in stage 2."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+
+from laguna_serve.scripts.training.figure import draw_figure
+
+LINE = "#0b7a75"
+LAYER_COLORS = "viridis"
+MOST_LABELS, LABEL_ROWS = 8, 20
+
+
+def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
+    """Stage 1: a line per layer, its last value beside it."""
+    layers = [key for key in log[-1] if key.startswith("layer ")]
+    colors = mpl.colormaps[LAYER_COLORS]
+
+    def curves(axes: Axes) -> None:
+        ends = [log[-1][key] for key in layers]
+        for number, key in enumerate(layers):
+            color = colors(0.85 * number / max(1, len(layers) - 1))
+            axes.plot([r["step"] for r in log], [r[key] for r in log], color=color, linewidth=1.2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        if len(layers) <= MOST_LABELS:
+            low, high = axes.get_ylim()
+            places = _spread(ends, ratio=(high / low) ** (1 / LABEL_ROWS))
+            for number, (key, at) in enumerate(zip(layers, places, strict=True)):
+                color = colors(0.85 * number / max(1, len(layers) - 1))
+                label = f"{key}: {log[-1][key]:.3f}"
+                axes.annotate(label, (1.01, at), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5)
+
+    title = "Stage 1: every dense block learns its sparse block's output"
+    draw_figure(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
+
+
+def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
+    """Stage 2: the KL, each point the mean over the steps of a record."""
+
+    def curves(axes: Axes) -> None:
+        steps, values = [r["step"] for r in log], [r["loss"] for r in log]
+        axes.plot(steps, values, color=LINE, linewidth=1.4)
+        axes.annotate(
+            f"{values[-1]:.3f}", (1.01, values[-1]), xycoords=("axes fraction", "data"), color=LINE, va="center"
+        )
+        axes.set_ylim(bottom=0)
+
+    title = "Stage 2: the whole student learns the teacher's distribution"
+    draw_figure(path, title, "KL(teacher ‖ student), nats per assistant token", source, curves)
+
+
+def _spread(values: list[float], ratio: float) -> list[float]:
+    """Places for labels on a logarithmic axis: the values, pushed apart to at least this ratio."""
+    places = list(values)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for before, after in pairwise(order):
+        places[after] = max(places[after], places[before] * ratio)
+    return places

@@ -1,0 +1,1 @@
+"""How much each atom of an expert matters, and what pruning costs."""

@@ -1,0 +1,1 @@
+"""GRPO against a served model."""

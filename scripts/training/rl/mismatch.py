@@ -1,0 +1,79 @@
+"""How far trainer and engine are apart on the tokens that were sampled, and where that is a router's doing.
+
+The two round differently, in fp32 by some 1e-5 nats.  Where a router's last chosen expert and the next one score the
+same up to rounding, the two sides may choose differently; from that token on they are visibly apart, by 1e-4 to some
+tenths of a nat (arXiv:2510.11370; larger trainers replay the engine's choices).  Such tokens are told apart here: what
+differs elsewhere is no rounding, but other weights, or a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import LagunaForCausalLM
+from transformers.models.laguna.modeling_laguna import LagunaTopKRouter
+
+from laguna_serve.scripts.training.rl.policy import Batch
+
+# Between two experts' scores, which are of order one. Choices have been seen to differ at up to 6e-7.
+TIE = 1e-5
+
+
+@dataclass(slots=True)
+class Mismatch:
+    """Largest |difference| (nats) over the sampled tokens, and over those that a tie is at or before; how many those
+    are."""
+
+    nats: float = 0.0
+    tied_nats: float = 0.0
+    tied_tokens: int = 0
+
+    def add(self, logprobs: torch.Tensor, batch: Batch, tied: torch.Tensor) -> None:
+        """Count a batch: the trainer's log-probabilities and where a tie is at or before, both [B, L − 1]."""
+        apart = (logprobs.detach() - batch.behaviour).abs()
+        behind = batch.sampled & tied
+        self.nats = max(self.nats, _find_largest(apart[batch.sampled & ~tied]))
+        self.tied_nats = max(self.tied_nats, _find_largest(apart[behind]))
+        self.tied_tokens += int(behind.sum())
+
+
+def _find_largest(values: torch.Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+@dataclass(slots=True)
+class Routers:
+    """What the routers of a model have left to chance while they were watched."""
+
+    _closest: list[torch.Tensor] = field(default_factory=list)
+
+    def find_tied(self, batch: Batch) -> torch.Tensor:
+        """Of the one forward pass that was watched: is a tie at or before a token? [B, L − 1] bool."""
+        shape = batch.sampled.shape
+        tied = torch.zeros(shape, dtype=torch.bool)
+        for closest in self._closest:
+            tied |= closest.view(shape) < TIE
+        return tied.cummax(dim=1).values
+
+    def note(self, router: nn.Module, _: object, chosen: tuple[torch.Tensor, ...]) -> None:
+        """A router's choices for B × (L − 1) tokens: how close each was."""
+        assert isinstance(router, LagunaTopKRouter)
+        scores = torch.sigmoid(chosen[0].detach()) + router.e_score_correction_bias
+        best = scores.topk(router.top_k + 1, dim=-1).values
+        self._closest.append(best[:, -2] - best[:, -1])
+
+
+@contextmanager
+def watch_routers(model: LagunaForCausalLM) -> Iterator[Routers]:
+    """For one forward pass."""
+    routers = Routers()
+    hooks = [m.register_forward_hook(routers.note) for m in model.modules() if isinstance(m, LagunaTopKRouter)]
+    try:
+        yield routers
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,98 @@
+"""The trainer's side of a GRPO run: model, optimizer, and a state to continue from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from laguna_serve.scripts.training.rl.mismatch import Mismatch, watch_routers
+from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, make_batch, write_version
+from laguna_serve.scripts.training.rl.rollouts import Rollout
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.files import write_stream
+
+STATE = "state.pt"
+CLIP_NORM = 1.0
+KEPT_FOLDERS = 2  # the version that is served, and the one before, to fall back to
+
+
+@dataclass(slots=True)
+class Trainer:
+    """`step` gradient steps have been taken; `version` is what that state is called, `folder` where it was written."""
+
+    model: LagunaForCausalLM
+    optimizer: torch.optim.Optimizer
+    tokenizer: PreTrainedTokenizerBase
+    out: Path
+    decisive: dict[str, Any]
+    step: int = 0
+    folder: Path = Path()
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, out: Path, lr: float, decisive: dict[str, Any]) -> Trainer:
+        """Start from a checkpoint, or where the run in `out` was saved.
+
+        Raises:
+            CheckpointError: `out` holds another run.
+        """
+        disable_progress_bar()
+        model = LagunaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # The routers stay: where tokens go is not for a handful of rollouts to change.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith("mlp.gate.weight"))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        trainer = cls(model, optimizer, AutoTokenizer.from_pretrained(folder), out, decisive)
+        if (out / STATE).exists():
+            state = torch.load(out / STATE, weights_only=True)
+            if state["decisive"] != json.dumps(decisive, sort_keys=True):
+                raise CheckpointError(f"{out}: expected this run's state, got another run's; choose another --out")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            trainer.step, trainer.log = state["step"], json.loads(state["log"])
+        return trainer
+
+    @property
+    def version(self) -> str:
+        """What the present weights are called."""
+        return f"step-{self.step}"
+
+    def learn(self, groups: Sequence[Sequence[Rollout]]) -> Mismatch:
+        """One step on groups of rollouts; how far trainer and engine were apart before it."""
+        count = sum(len(rollout.token_ids) for group in groups for rollout in group)
+        mismatch = Mismatch()
+        for batch in map(make_batch, groups):
+            with watch_routers(self.model) as routers:
+                logprobs = find_logprobs(self.model, batch.tokens)
+            (find_loss(logprobs, batch) / count).backward()
+            mismatch.add(logprobs, batch, routers.find_tied(batch))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return mismatch
+
+    def write(self) -> tuple[Path, dict[str, str]]:
+        """The present weights as a checkpoint; its folder and the digests of its files. Older ones go."""
+        self.folder = self.out / "served" / self.version
+        digests = write_version(self.model, self.tokenizer, self.folder)
+        found = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for old in found[:-KEPT_FOLDERS]:
+            shutil.rmtree(old)
+        return self.folder, digests
+
+    def save(self) -> None:
+        """Keep this version, and everything that the run continues from."""
+        write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        state |= {"log": json.dumps(self.log), "decisive": json.dumps(self.decisive, sort_keys=True)}
+        write_stream(self.out / STATE, lambda file: torch.save(state, file))

@@ -1,0 +1,47 @@
+"""The toy drafters' training as a picture: tokens per step, as verification would accept them, over the steps.
+
+python -m laguna_serve.scripts.training.toy.plot tests/toy/training.json --out drafters.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from laguna_serve.scripts.training.figure import draw_figure
+
+COLORS = {"dflash": "#0b7a75", "dflash-speculators": "#c2410c"}
+LABELS = {"dflash": "Laguna\n2 layers, 4 taps", "dflash-speculators": "speculators\n1 layer, 3 taps"}
+
+
+def draw_drafters(logs: dict[str, Any], path: Path) -> None:
+    """`logs` is training.json's object: for every drafter records of step and tau."""
+
+    def curves(axes: Axes) -> None:
+        for name, color in COLORS.items():
+            log = logs[name]
+            axes.plot([r["step"] for r in log], [r["tau"] for r in log], color=color, linewidth=1.4)
+            last = log[-1]["tau"]
+            label = f"{LABELS[name]}\n{last:.2f}"
+            axes.annotate(label, (1.01, last), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5)
+        axes.set_ylim(bottom=1)
+
+    title = "The toy drafters learn what the teacher will say"
+    measure = "tokens per step at random places of the training text, of at most 8; in service it is less"
+    draw_figure(path, title, measure, "scripts/make_toy.py, records of tests/toy/training.json", curves)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, help="training.json")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args()
+    draw_drafters(json.loads(args.log.read_text(encoding="utf-8")), args.out)
+
+
+if __name__ == "__main__":
+    main()

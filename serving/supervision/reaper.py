@@ -1,0 +1,130 @@
+"""A small process between us and vLLM that makes sure nothing of vLLM outlives us.
+
+vLLM is a tree (API server, engine core, worker, resource tracker) whose members start their own sessions, so neither
+a process group nor the death of the API server is enough, and a Python ``finally`` does not run when its process is
+killed with SIGKILL.  This supervisor is its own session (a Ctrl-C in the terminal does not reach it), adopts
+every orphan of the tree (PR_SET_CHILD_SUBREAPER), and ends the whole tree when its parent dies, when it gets SIGTERM,
+or when vLLM's main process ends by itself.  Should the supervisor be killed, the kernel kills the main process
+(PR_SET_PDEATHSIG).  What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
+that file is told on stderr, and harms nobody.  Linux only.
+
+    python -m laguna_serve.serving.supervision.reaper PARENT_PID GRACE_S LOG COMMAND…
+
+Exit status: that of the command, or 128 + the number of the signal that ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from laguna_serve.serving.supervision.log_file import LogWriter
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# How long a dead parent may go unnoticed: the kernel sends nothing when the thread that started us has ended before.
+PARENT_POLL_S = 0.25
+# What the children of a main process that has ended get, to finish by themselves (shared memory is unlinked then).
+ORPHAN_GRACE_S = 1.5
+# For the last lines to be written, once every process that could write more is gone.
+LOG_S = 5.0
+CHUNK_BYTES = 1 << 16
+
+
+def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str]) -> int:
+    """Runs the command until it ends, the parent is gone or a signal asks for the end; leaves no process behind."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+
+    def prepare_child() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+
+    # preexec_fn is safe here: this process has one thread still.
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        start_new_session=True,
+        preexec_fn=prepare_child,
+    )
+    assert child.stdout is not None
+    writer = threading.Thread(target=copy_lines, args=(child.stdout, log), daemon=True)
+    writer.start()
+    asked_to_stop = False
+    while child.poll() is None and not asked_to_stop:
+        reap_orphans(child.pid)
+        arrived = signal.sigtimedwait(WATCHED, PARENT_POLL_S)
+        asked_to_stop = os.getppid() != parent_pid or (arrived is not None and arrived.si_signo != signal.SIGCHLD)
+    if asked_to_stop:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace_s)
+    end_tree(min(ORPHAN_GRACE_S, grace_s) if child.poll() is not None else 0.0)
+    status = child.wait()
+    writer.join(LOG_S)
+    return status if status >= 0 else 128 - status
+
+
+def copy_lines(source: IO[bytes], log: LogWriter) -> None:
+    """Everything that is written to the pipe, until nobody has it open."""
+    while data := source.read(CHUNK_BYTES):
+        log.write(data)
+    log.close()
+
+
+def tell(line: str) -> None:
+    """A line for people; they may have left."""
+    with contextlib.suppress(OSError):
+        print(f"laguna: warning: {line}", file=sys.stderr, flush=True)
+
+
+def reap_orphans(main_pid: int) -> None:
+    """Collects adopted processes that have ended; the main process's status is left for its own wait."""
+    for process in psutil.Process().children():
+        if process.pid != main_pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
+
+
+def end_tree(grace_s: float) -> None:
+    """Waits up to grace_s for every descendant to end, then kills them until none is left."""
+    deadline = time.monotonic() + grace_s
+    while survivors := list_live_descendants():
+        if time.monotonic() >= deadline:
+            for process in survivors:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.02)
+
+
+def list_live_descendants() -> list[psutil.Process]:
+    """Every descendant that still runs; zombies are collected where they are ours and never counted."""
+    live = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                live.append(process)
+            elif process.ppid() == os.getpid():
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+    return live
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), LogWriter(Path(sys.argv[3]), tell), sys.argv[4:]))

@@ -1,0 +1,222 @@
+"""The distillation: its text, its starting point, what is committed, and a short run that is stopped and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LagunaForCausalLM
+
+from laguna_serve.scripts.training.dense import stages, student, text
+
+ROOT = Path(__file__).resolve().parents[3]
+TOY = ROOT / "tests" / "toy"
+RESULT = ROOT / "bench" / "results" / "toy-distillation"
+COMMAND = [sys.executable, str(ROOT / "scripts" / "distill_dense.py"), str(TOY / "teacher")]
+SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "220"]
+SHORT += ["--stage2-steps", "6", "--measure-tokens", "2048"]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    model = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TOY / "teacher")
+
+
+def test_committed_student_is_padded_and_as_good_as_its_report_says() -> None:
+    manifest = json.loads((TOY / "dense" / "MANIFEST.json").read_text())
+    report = json.loads((RESULT / "distillation.json").read_text())
+    assert {key: value for key, value in report.items() if key != "logs"}.items() <= manifest.items()
+    config = json.loads((TOY / "dense" / "config.json").read_text())
+    assert config["intermediate_size"] == max(manifest["widths"]) == manifest["widths"][0]
+    assert any(width % 8 for width in manifest["widths"])
+    assert set(config["mlp_layer_types"]) == {"dense"}
+    tensors = load_file(TOY / "dense" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == manifest["parameters"]["stored"]
+    after = manifest["measured"]["after_stage2"]
+    assert after["kl"] < manifest["measured"]["after_stage1"]["kl"]
+    assert after["loss_student"] < after["loss_teacher"] + 0.05
+    assert len(report["logs"]["stage1"]) >= 50
+    assert {f"layer {layer}" for layer in range(1, 6)} < report["logs"]["stage1"][0].keys()
+
+
+def test_student_begins_as_the_teachers_most_used_experts(teacher: Any, tokenizer: Any) -> None:
+    recipe = stages.Recipe(seed=0, stage1_steps=1, stage2_steps=1, rows=2, length=64)
+    training = text.read_text("toy:training", tokenizer, 64)
+    usage = stages.count_usage(teacher, [1, 3], training, recipe)
+    assert all(int(counts.sum()) == stages.USAGE_BATCHES * 2 * 64 * 4 for counts in usage.values())
+    blocks = student.start_blocks(teacher, [512, 640, 640, 613, 640, 640], usage)
+    shared = teacher.model.layers[1].mlp.shared_experts
+    assert torch.equal(blocks["1"].gate_proj.weight[:128], shared.gate_proj.weight)
+    assert blocks["3"].down_proj.weight.shape == (160, 613)
+    first = int(usage[1].argmax())
+    gate = teacher.model.layers[1].mlp.experts.gate_up_proj[first, :128]
+    assert torch.equal(blocks["1"].gate_proj.weight[128:256], gate)
+
+
+def test_widening_changes_nothing_before_training(teacher: Any) -> None:
+    dense = teacher.model.layers[0].mlp
+    block = student.LagunaMLP(teacher.config, 700)
+    student.fill_block(block, dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight)
+    x = torch.randn(4, 160)
+    torch.testing.assert_close(block(x), dense(x))
+    assert block.gate_proj.weight[512:].abs().min() > 0, "a unit of zeros could never learn"
+
+
+def test_normalised_error() -> None:
+    wanted = torch.tensor([[3.0, 4.0]])
+    assert stages.normalised_error(torch.zeros(1, 2), wanted) == 1
+    assert stages.normalised_error(torch.tensor([[3.0, 3.0]]), wanted) == pytest.approx(1 / 25)
+
+
+def test_divergence_counts_the_assistants_tokens_alone(teacher: Any, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    other = LagunaForCausalLM(teacher.config).eval().requires_grad_(False)
+    ids = torch.randint(8, 512, (1, 12))
+    spoken = torch.zeros(1, 12, dtype=torch.bool)
+    spoken[0, 5:8] = True
+    with torch.no_grad():
+        got = stages.divergence(teacher, other, ids, spoken)
+        nothing = stages.divergence(teacher, teacher, ids, spoken)
+        p, q = (model(input_ids=ids).logits[0, 4:7].double().log_softmax(-1) for model in (teacher, other))
+    assert float(got) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert float(nothing) == pytest.approx(0, abs=1e-6)
+
+
+def test_batch_without_a_word_of_the_assistants_costs_nothing(teacher: Any) -> None:
+    other = LagunaForCausalLM(teacher.config)
+    ids = torch.randint(8, 512, (1, 12))
+    loss = stages.divergence(teacher, other, ids, torch.zeros(1, 12, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in other.parameters())
+
+
+def spoken_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    ids, spoken = text.render(messages, tokenizer)
+    return str(tokenizer.decode([i for i, said in zip(ids, spoken, strict=True) if said]))
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "x = 1"},
+    {"role": "assistant", "content": "y = 2"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "z = 3"},
+]
+
+
+def test_template_says_what_the_assistant_says(tokenizer: Any) -> None:
+    assert spoken_text(tokenizer, MESSAGES) == "y = 2<|end|>z = 3<|end|>"
+
+
+def test_template_without_marks_is_read_turn_by_turn(tokenizer: Any) -> None:
+    template = tokenizer.chat_template
+    plain = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert plain != template
+    other = AutoTokenizer.from_pretrained(TOY / "teacher")
+    other.chat_template = plain
+    assert spoken_text(other, MESSAGES) == "y = 2<|end|>\nz = 3<|end|>\n"
+    other.chat_template = "{% for m in messages %}{{ messages | length }}{{ m.role }}{{ m.content }}{% endfor %}"
+    with pytest.raises(text.TextError, match="got one that rewrites earlier turns"):
+        text.render(MESSAGES, other)
+
+
+def test_rows_are_filled_with_whole_conversations(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    ids, spoken = text.read_chats(str(path), tokenizer).batch("seed", 3, 100)
+    assert ids.shape == spoken.shape == (3, 100)
+    assert "y = 2<|end|>z = 3<|end|>" in tokenizer.decode(ids[0][spoken[0]])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "in line 1; fix it"),
+        ('{"messages": [{"role": "user"}]}', "in line 1; fix it"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "expected conversations with an assistant's turn, got none",
+        ),
+    ],
+)
+def test_chats_that_are_none_are_named(tmp_path: Path, tokenizer: Any, line: str, message: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(text.TextError, match=message):
+        text.read_chats(str(path), tokenizer)
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--width", "9=5"], "--width: expected a layer from 0 to 5, got 9"),
+        (["--width", "0=100"], "--width: expected at least 512 for layer 0, got 100"),
+        (["--width", "three"], "expected LAYER=N, got 'three'"),
+        (["--text", "nowhere.txt"], "nowhere.txt: expected a text file"),
+        (["--chats", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON Lines file"),
+        (["--rows", "0"], "--rows: expected at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+    done = run("--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *flags)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_student_is_not_distilled_again(tmp_path: Path) -> None:
+    command = [*COMMAND[:2], str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected a mixture of experts, got dense layers alone" in done.stderr
+
+
+def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
+    """Stopped in stage 1 after a state was saved; the blocks at the end are those of a run in one go."""
+    cut = [*SHORT, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
+    with subprocess.Popen([*COMMAND, *cut], stderr=subprocess.PIPE, text=True) as first:
+        deadline = time.monotonic() + 600
+        while not (tmp_path / "cut.work" / "stage1.state").exists():
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first.send_signal(signal.SIGINT)
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "the same command continues" in err
+    resumed = run(*cut)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "stage 1: resuming at step 200 of 220" in resumed.stderr
+    whole = run(*SHORT, "--work", str(tmp_path / "whole.work"), "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    result = json.loads(whole.stdout.splitlines()[-1])
+    assert result["widths"] == [672, 640, 640, 613, 640, 640]
+    assert all(math.isfinite(value) for value in result["measured"]["after_stage2"].values())
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"stage1_nmse.png", "stage2_kl.png", "distillation.json", "MANIFEST.json", "config.json"} <= names
+    other = run(*SHORT, "--seed", "1", "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "other"))
+    assert other.returncode == 2
+    assert "got another run's; pass --fresh or --work" in other.stderr

@@ -1,0 +1,192 @@
+"""GRPO: advantages and loss by hand, the log-probabilities that count, and a real run that is continued."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+from fake_server import FakeServer
+
+from laguna_serve.scripts import grpo
+from laguna_serve.scripts.training.rl.mismatch import Mismatch, watch_routers
+from laguna_serve.scripts.training.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
+from laguna_serve.scripts.training.rl.rollouts import Rollout, sample_groups
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+
+ROOT = Path(__file__).resolve().parents[3]
+TOY = ROOT / "tests" / "toy"
+
+
+def rollout(reward: float = 0.0, *, tokens: int = 2, prompt: int = 3, logprob: float = -1.0) -> Rollout:
+    return Rollout(tuple(range(5, 5 + prompt)), tuple(range(20, 20 + tokens)), (logprob,) * tokens, reward, "v")
+
+
+def test_advantages_compare_within_a_group() -> None:
+    assert find_advantages([rollout(1.0), rollout(0.0)]) == pytest.approx([1.0, -1.0], abs=3e-3)
+    assert find_advantages([rollout(0.5), rollout(0.5)]) == [0.0, 0.0]
+
+
+def test_batch_marks_what_was_sampled() -> None:
+    batch = make_batch([rollout(1.0, tokens=1, prompt=2), rollout(0.0, tokens=2, prompt=3)])
+    assert batch.tokens.tolist() == [[5, 6, 20, 0, 0], [5, 6, 7, 20, 21]]
+    assert batch.sampled.tolist() == [[False, True, False, False], [False, False, True, True]]
+    assert batch.behaviour.tolist() == [[0, -1, 0, 0], [0, 0, -1, -1]]
+
+
+def test_loss_raises_what_was_good_and_clips() -> None:
+    batch = make_batch([rollout(1.0), rollout(0.0)])
+    logprobs = batch.behaviour.clone().requires_grad_()
+    find_loss(logprobs, batch).backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    good, bad = logprobs.grad[0][batch.sampled[0]], logprobs.grad[1][batch.sampled[1]]
+    assert (good < 0).all()
+    assert (bad > 0).all()
+    assert not logprobs.grad[~batch.sampled].any()
+    far = (batch.behaviour + math.log(1 + 2 * CLIP)).requires_grad_()
+    find_loss(far, batch).backward()  # type: ignore[no-untyped-call]
+    assert far.grad is not None
+    assert not far.grad[0].any(), "a good completion that is far more likely by now is not pushed further"
+    assert far.grad[1][batch.sampled[1]].all(), "a bad one is pushed back from anywhere"
+
+
+class Sampler(FakeServer):
+    """Answers every group; `bodies` are the requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies: list[dict[str, Any]] = []
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/v1/completions", self._complete)]
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        choice = {"prompt_token_ids": [5], "token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}, "text": "a"}
+        return web.json_response({"choices": [choice] * body["n"]}, headers={"X-Weight-Version": "v"})
+
+
+def test_rollouts_are_sampled_as_the_loss_takes_them() -> None:
+    with Sampler() as service:
+        groups = asyncio.run(sample_groups(service.url, "m", ["p"], group=2, max_tokens=1))
+    assert [[r.version for r in group] for group in groups] == [["v", "v"]]
+    (body,) = service.bodies
+    assert body == body | PLAIN_SAMPLING | {"temperature": 1.0}, "a release's top_k would cut the policy off"
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    from transformers import LagunaForCausalLM
+
+    return LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval().requires_grad_(False)
+
+
+def test_logprobs_do_not_see_the_padding(teacher: Any) -> None:
+    short, long = rollout(1.0, tokens=3, prompt=4), rollout(0.0, tokens=9, prompt=12)
+    with torch.no_grad():
+        alone, padded = make_batch([short]), make_batch([short, long])
+        expected = find_logprobs(teacher, alone.tokens)[0]
+        found = find_logprobs(teacher, padded.tokens)[0, : expected.numel()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_difference_of_trainer_and_engine_is_found_on_sampled_tokens(teacher: Any) -> None:
+    batch = make_batch([rollout(1.0, tokens=4), rollout(0.0, tokens=6)])
+    with watch_routers(teacher) as routers:
+        logprobs = find_logprobs(teacher, batch.tokens)
+    engine = logprobs + torch.where(batch.sampled, 0.25, 9.0)
+    known, mismatch = replace(batch, behaviour=engine), Mismatch()
+    mismatch.add(logprobs, known, routers.find_tied(known))
+    assert (mismatch.nats, mismatch.tied_nats, mismatch.tied_tokens) == (pytest.approx(0.25), 0, 0)
+
+
+def test_tokens_behind_a_tie_of_experts_are_told_apart(teacher: Any) -> None:
+    """The trainer's own log-probabilities with the other of two tied experts are what an engine says that rounds
+    otherwise."""
+    batch = make_batch([rollout(1.0, tokens=6, prompt=5), rollout(0.0, tokens=6, prompt=5)])
+    router = teacher.model.layers[2].mlp.gate
+    row, place = 1, 7
+
+    def tie(module: Any, given: Any, chosen: tuple[torch.Tensor, ...], swap: int) -> tuple[torch.Tensor, ...]:
+        logits, weights, experts = (value.clone() for value in chosen)
+        token = row * batch.sampled.shape[1] + place
+        best = (logits[token].sigmoid() + module.e_score_correction_bias).topk(module.top_k + 1).indices
+        last, following = best[-2:]
+        level = logits[token][last].sigmoid() + module.e_score_correction_bias[last]
+        logits[token][following] = (level - module.e_score_correction_bias[following] - 1e-7).logit()
+        experts[token] = torch.cat([best[:-2], best[-2 + swap].view(1)])
+        taken = logits[token].sigmoid()[experts[token]]
+        weights[token] = taken / taken.sum()
+        return logits, weights, experts
+
+    found = []
+    for swap in (0, 1):
+        with watch_routers(teacher) as routers:
+            hook = router.register_forward_hook(partial(tie, swap=swap), prepend=True)
+            found.append(find_logprobs(teacher, batch.tokens))
+            hook.remove()
+    expected = torch.zeros_like(batch.sampled)
+    expected[row, place:] = True
+    assert torch.equal(routers.find_tied(batch), expected)
+    mismatch = Mismatch()
+    mismatch.add(found[0], replace(batch, behaviour=found[1]), expected)
+    assert mismatch.nats < 1e-5
+    assert mismatch.tied_nats > 1e-4
+    assert mismatch.tied_tokens == int(batch.sampled[row, place:].sum())
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"id": "a:1"}\n', '{"id": "a:1", "prompt": "x"}\n', "[]\n"])
+def test_unusable_prompts_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="prompts"):
+        grpo.read_prompts(path)
+
+
+def test_a_file_is_on_one_side() -> None:
+    prompts = grpo.read_prompts(TOY / "prompts.jsonl")
+    assert len(prompts.training) + len(prompts.held_out) == 512
+    assert 64 < len(prompts.held_out) < 192
+
+
+def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, str(ROOT / "scripts" / "grpo.py"), "--model", str(TOY / "teacher"), "--out", str(out)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500, check=False)
+    lines = done.stdout.strip().splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
+
+
+@pytest.mark.vllm
+def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "2", "--group", "4", "--max-tokens", "12"]
+    small += ["--draft-sampling", "probabilistic"]
+    status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
+    assert status in (0, 1), said
+    status, result, said = run_grpo(out, *small, "--steps", "3", "--measure-every", "2")
+    assert status in (0, 1), said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["version"]) for line in log] == [(i, f"step-{i}") for i in range(4)]
+    steps = [line for line in log if "reward" in line]
+    assert len(steps) == 3
+    # The weights that sampled are the trainer's: after every update, and after the start from the saved state.
+    assert all(line["mismatch_nats"] < 1e-3 for line in steps)
+    assert sum(line["tied"]["tokens"] for line in steps) < sum(line["tokens"] for line in steps) / 2
+    assert all(1 <= line["acceptance_length"] <= 8 for line in steps)
+    assert result["held_out_reward"]["prompts"] > 0
+    assert {path.name for path in (out / "versions").iterdir()} == {"step-0", "step-2", "step-3"}
+    assert (out / "reward.png").stat().st_size > 10_000
+    status, _, said = run_grpo(out, *small, "--steps", "3", "--seed", "1")
+    assert status == 2
+    assert "another run's" in said

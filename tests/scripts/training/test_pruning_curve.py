@@ -1,0 +1,36 @@
+"""The committed loss curve says what it should, and the script runs from one end to the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+TOY = ROOT / "tests" / "toy"
+RESULT = ROOT / "bench" / "results" / "toy-pruning-loss"
+
+
+def test_committed_curve_was_measured_with_the_committed_masks() -> None:
+    result = json.loads((RESULT / "curve.json").read_text())
+    assert result["schema"] == "laguna_serve.pruning_loss/1"
+    assert result["text"]["source"] == "toy:held-out"
+    for point in result["points"]:
+        mask = TOY / "masks" / f"group_keep_mask_{point['ratio'] * 100:.0f}pct.npy"
+        assert point["ranked_mask_sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest()
+        assert len(point["random"]) >= 5
+        assert result["unpruned"] < point["ranked"] < min(point["random"])
+
+
+def test_script_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "pruning_curve.py"), str(TOY / "teacher")]
+    flags = ["--masks", str(TOY / "masks"), "--tokens", "384", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [point["pruned_groups"] for point in result["points"]] == [64, 160, 256]
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.md", "curve.png"}
+    wrong = subprocess.run([*command, *flags, "--seeds", "1"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1

@@ -1,0 +1,63 @@
+"""A mask of any share is the one that score_experts.py would write; the toy family's text can be had as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from laguna_serve.scripts import pruning_mask, toy_text
+from laguna_serve.scripts.text import corpus
+
+MASKS = Path(__file__).resolve().parents[2] / "toy" / "masks"
+SCORES = MASKS / "group_scores_importance_sorted.npy"
+
+
+@pytest.mark.parametrize("percent", [10, 25, 40])
+def test_mask_is_the_committed_one(tmp_path: Path, percent: int) -> None:
+    assert pruning_mask.main([str(SCORES), "--share", str(percent / 100), "--out", str(tmp_path / "m.npy")]) == 0
+    assert (tmp_path / "m.npy").read_bytes() == (MASKS / f"group_keep_mask_{percent}pct.npy").read_bytes()
+
+
+def test_mask_of_another_share_lies_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pruning_mask.main([str(SCORES), "--share", "0.2", "--out", str(tmp_path / "m.npy")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pruned_groups"] == 128
+    keep = np.load(tmp_path / "m.npy")
+    assert (keep <= np.load(MASKS / "group_keep_mask_10pct.npy")).all()
+    assert (keep >= np.load(MASKS / "group_keep_mask_25pct.npy")).all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "message"),
+    [
+        (np.ones((2, 2), np.float32), "0.2", "expected float scores [layers, experts, groups], got float32 [2, 2]"),
+        (np.ones((1, 2, 4), np.float32), "0.9", "expected at most 0.75 with one group kept in every expert, got 0.9"),
+        (None, "0.2", "expected a NumPy file (.npy), got one that cannot be read"),
+    ],
+)
+def test_bad_scores_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: Any, share: str, message: str
+) -> None:
+    if scores is not None:
+        np.save(tmp_path / "s.npy", scores)
+    status = pruning_mask.main([str(tmp_path / "s.npy"), "--share", share, "--out", str(tmp_path / "m.npy")])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not (tmp_path / "m.npy").exists()
+
+
+@pytest.mark.parametrize(("flags", "held_out"), [([], True), (["--training"], False)])
+def test_toys_text_is_one_half_of_its_corpus(tmp_path: Path, flags: list[str], held_out: bool) -> None:
+    assert toy_text.main([*flags, "--out", str(tmp_path / "t.jsonl")]) == 0
+    lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    wanted = [module.text for module in corpus.read_modules() if module.held_out == held_out]
+    assert [json.loads(line)["text"] for line in lines] == wanted
+
+
+def test_toys_text_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy_text.main(["--out", str(tmp_path / "none" / "t.jsonl")]) == 2
+    assert "expected a file to write, got No such file or directory" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""Scores, groups and masks: the formula against brute force, the formats, and the committed artefacts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LagunaConfig, LagunaForCausalLM
+
+from laguna_serve.plugins.pruning import PruningError, check_pruning, draw_random_mask, rank_groups, read_shape
+from laguna_serve.scripts.text.rows import read_rows
+from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
+from laguna_serve.scripts.training.pruning.scores import SCORES, group_atoms, score_atoms
+
+ROOT = Path(__file__).resolve().parents[3]
+MASKS = ROOT / "tests" / "toy" / "masks"
+SCRIPT = ROOT / "scripts" / "score_experts.py"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    """Two sparse layers of four experts of eight, with a routed scale that is not 1."""
+    torch.manual_seed(0)
+    config = LagunaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_attention_heads_per_layer=[2, 2, 2],
+        num_key_value_heads=1,
+        head_dim=8,
+        layer_types=["full_attention"] * 3,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        moe_routed_scaling_factor=2.5,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LagunaForCausalLM(config).eval()
+    with torch.no_grad():  # transformers leaves the router at zero
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.weight.normal_()
+    return model, read_shape(config.to_dict(), "tiny")
+
+
+def atom_outputs(model: Any, layer: int, expert: int, atom: int, row: torch.Tensor) -> torch.Tensor:
+    """[T, H]: what one atom adds to the layer's output, as the difference of two runs of that layer."""
+    experts, found = model.model.layers[layer].mlp, {}
+    hook = experts.register_forward_pre_hook(lambda _module, inputs: found.update(x=inputs[0]))
+    with torch.no_grad():
+        model(input_ids=row[None])
+        hook.remove()
+        whole = experts(found["x"])
+        column = experts.experts.down_proj[expert, :, atom].clone()
+        experts.experts.down_proj[expert, :, atom] = 0
+        less = experts(found["x"])
+        experts.experts.down_proj[expert, :, atom] = column
+    return (whole - less)[0]
+
+
+def layer_gradient(model: Any, layer: int, row: torch.Tensor) -> torch.Tensor:
+    """[T, H]: gradient of the row's summed loss with regard to the layer's output."""
+    found: dict[str, torch.Tensor] = {}
+    block = model.model.layers[layer].mlp
+
+    def watch(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda grad: found.update(grad=grad))
+
+    hook = block.register_forward_hook(watch)
+    embedded = model.model.embed_tokens(row[None]).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits[0, :-1]
+    F.cross_entropy(logits, row[1:], reduction="sum").backward()
+    hook.remove()
+    return found["grad"][0]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_are_their_definition(tiny: Any, name: str) -> None:
+    model, shape = tiny
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 64, (length,), generator=generator) for length in (20, 13)]
+    scores = score_atoms(model, shape, rows, SCORES[name])
+    assert scores.shape == (2, 4, 8)
+    assert scores.dtype == np.float32
+    tokens = 19 + 12
+    for index, expert, atom in ((0, 0, 0), (0, 3, 5), (1, 1, 7), (1, 2, 2)):
+        wanted = 0.0
+        for row in rows:
+            outputs = atom_outputs(model, shape.layers[index], expert, atom, row)
+            if name == "output":
+                wanted += float(outputs.square().sum()) / tokens
+            else:
+                grads = layer_gradient(model, shape.layers[index], row)
+                wanted += 0.5 * float((outputs * grads).sum(-1).square().sum()) / tokens
+        assert wanted > 0
+        assert scores[index, expert, atom] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_scores_are_repeatable_and_leave_the_model_alone(tiny: Any) -> None:
+    model, shape = tiny
+    rows = [torch.arange(3, 40)]
+    before = mean_loss(model, rows)
+    first = score_atoms(model, shape, rows, SCORES["loss"])
+    assert np.array_equal(first, score_atoms(model, shape, rows, SCORES["loss"]))
+    assert mean_loss(model, rows) == before
+    assert not model.model.layers[1].mlp.experts._forward_hooks
+
+
+def test_groups_are_sorted_and_keep_every_atom() -> None:
+    scores = np.random.default_rng(0).random((2, 3, 12), dtype=np.float32)
+    scores[0, 0] = 1.0  # ties keep their order
+    indices, group_scores = group_atoms(scores, 4)
+    assert (indices.dtype, indices.shape) == (np.int64, (2, 3, 3, 4))
+    assert indices[0, 0].tolist() == np.arange(12).reshape(3, 4).tolist()
+    ranked = np.take_along_axis(scores, indices.reshape(2, 3, 12), -1)
+    assert (np.diff(ranked, axis=-1) <= 0).all()
+    np.testing.assert_allclose(group_scores, ranked.reshape(2, 3, 3, 4).sum(-1), rtol=1e-6)
+    assert (np.sort(indices.reshape(2, 3, 12), -1) == np.arange(12)).all()
+
+
+def test_zeroing_is_undone_and_equals_pruned_atoms(tiny: Any) -> None:
+    model, shape = tiny
+    rows = [torch.arange(3, 40)]
+    indices = np.tile(np.arange(8).reshape(4, 2)[::-1], (2, 4, 1, 1)).astype(np.int64)
+    pruning = check_pruning(draw_random_mask(shape, 4, 0.5, 0), indices, shape)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = mean_loss(model, rows)
+    with zeroed(model, shape, pruning):
+        assert mean_loss(model, rows) != base
+        weights = model.model.layers[1].mlp.experts
+        for expert in range(4):
+            gone = np.setdiff1d(np.arange(8), pruning.atoms(0, expert))
+            assert not weights.down_proj[expert][:, gone].any()
+            assert not weights.gate_up_proj[expert][gone].any()
+            assert not weights.gate_up_proj[expert][gone + 8].any()
+            assert weights.down_proj[expert].ne(0).any(0).sum() == pruning.atoms(0, expert).size
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_committed_masks_fit_the_teacher_and_their_manifest() -> None:
+    shape = read_shape(json.loads((MASKS.parent / "teacher" / "config.json").read_text()), "toy")
+    manifest = json.loads((MASKS / "MANIFEST.json").read_text())
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in MASKS.glob("*.npy")}
+    assert manifest["sha256"] == files
+    assert sum(path.stat().st_size for path in MASKS.iterdir()) < 400_000
+    assert manifest["text"] == "toy:training", "never the text that the loss is measured on"
+    arrays = {name.removesuffix(".npy"): np.load(MASKS / name) for name in files}
+    indices, groups = group_atoms(arrays["atomic_scores"], 16)
+    assert np.array_equal(indices, arrays["group_indices_importance_sorted"])
+    assert np.array_equal(groups, arrays["group_scores_importance_sorted"])
+    for percent in (10, 25, 40):
+        keep = arrays[f"group_keep_mask_{percent}pct"]
+        assert np.array_equal(keep, rank_groups(groups, percent / 100))
+        for mask in (keep, arrays[f"group_keep_mask_random_{percent}pct"]):
+            assert check_pruning(mask, indices, shape).pruned_blocks == 640 * percent // 100
+            assert mask.any(-1).all()
+
+
+def test_somebody_elses_scores_are_grouped_and_ranked(tmp_path: Path) -> None:
+    scores = np.random.default_rng(0).random((5, 16, 128)).astype(np.float32)
+    np.save(tmp_path / "theirs.npy", scores)
+    command = [sys.executable, str(SCRIPT), str(MASKS.parent / "teacher"), "--block-size", "32"]
+    done = subprocess.run(
+        [*command, "--atomic-scores", str(tmp_path / "theirs.npy"), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["schema"] == "laguna_serve.expert_scores/1"
+    assert np.load(tmp_path / "out" / "group_indices_importance_sorted.npy").shape == (5, 16, 4, 32)
+    np.save(tmp_path / "theirs.npy", scores[:2])
+    wrong = subprocess.run(
+        [*command, "--atomic-scores", str(tmp_path / "theirs.npy"), "--out", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert "[2, 16, 128]" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_rows_are_evenly_spaced_and_never_cross_documents(tmp_path: Path) -> None:
+    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    lines = [{"text": "a" * 50}, {"prompt": "b" * 100}, {"text": "short"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = read_rows(str(tmp_path / "t.jsonl"), tokenizer, 32, 10_000)
+    assert [(len(row), len(set(row.tolist()))) for row in rows.rows] == [(32, 1), (18, 1), (32, 1), (32, 1), (32, 1)]
+    assert rows.targets == 146 - 5
+    assert len(read_rows(str(tmp_path / "t.jsonl"), tokenizer, 32, 64).rows) == 2
+    for name, content in (("no.jsonl", '{"x": 1}\n'), ("short.txt", "abc"), ("none.txt", None)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(PruningError, match="expected"):
+            read_rows(str(tmp_path / name), tokenizer, 32, 64)
