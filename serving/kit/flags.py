@@ -16,7 +16,7 @@ A Python caller makes the same object by hand. What is checked is checked in the
 | Literal["a", "b"] | one of these |
 | bool, default False | `--name` |
 | bool, default True | `--no-name` |
-| tuple[int, ...] and others | values separated by commas |
+| tuple[int, ...] and others | values separated by commas; with `repeated`, one value each time it is given |
 
 Ours, on argparse: builders that derive a command line from types (tyro, cyclopts, pydantic-settings) bring an own form
 of help and of errors; here both are published, one line each, and tested.
@@ -53,6 +53,8 @@ class Flag:
         old: former names, which work for one release with a warning.
         group: its heading in `--help`; fields that follow stay under it.
         positional: given by place, not by name.
+        repeated: of a tuple: given once for each value.
+        either_way: of a bool: `--name` and `--no-name`.
     """
 
     help: str = ""
@@ -63,6 +65,8 @@ class Flag:
     old: tuple[str, ...] = ()
     group: str | None = None
     positional: bool = False
+    repeated: bool = False
+    either_way: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def make_config(parser: argparse.ArgumentParser, config: type[C], given: argpars
             f"the following arguments are required: {', '.join(_subject(f.name, hints[f.name]) for f in missing)}"
         )
     try:
-        return config(**{field.name: values[field.name] for field in fields(config) if field.name in values})
+        return config(**{field.name: _frozen(values[field.name]) for field in fields(config) if field.name in values})
     except FlagError as error:
         parser.error(str(error))
 
@@ -171,16 +175,23 @@ def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, 
     required = _is_required(field)
     settings: dict[str, Any] = {"help": flag.help or None}
     kind = _element(hint)
-    if kind is bool:
+    if flag.either_way:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif kind is bool:
         settings["action"] = "store_false" if field.default is True else "store_true"
     else:
         settings["metavar"] = flag.metavar
-        settings["choices"] = None if flag.parse or _is_list(hint) else _choices(kind)
-        settings["type"] = flag.parse or (_list_of(kind) if _is_list(hint) else _scalar(kind))
+        listed = _is_list(hint) and not flag.repeated
+        settings["choices"] = None if flag.parse or listed else _choices(kind)
+        settings["type"] = flag.parse or (_list_of(kind) if listed else _scalar(kind))
+        if flag.repeated and not flag.positional:
+            settings["action"] = "append"
     if flag.positional:
-        target.add_argument(field.name, nargs=None if required else "?", default=argparse.SUPPRESS, **settings)
+        nargs = ("+" if required else "*") if flag.repeated else (None if required else "?")
+        target.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, **settings)
         return
-    option = flag.name or (_option(field.name, negated=kind is bool and field.default is True))
+    negated = kind is bool and field.default is True and not flag.either_way
+    option = flag.name or _option(field.name, negated=negated)
     # What was not given is not in the namespace: the dataclass has the defaults, and make_config misses the required.
     required = required and not flag.old
     target.add_argument(option, dest=field.name, required=required, default=argparse.SUPPRESS, **settings)
@@ -204,6 +215,11 @@ class _Renamed(argparse.Action):
         message = f"{option} is now {self.new}; the old name goes with the next release"
         print(f"{parser.prog}: warning: {message}", file=sys.stderr)
         setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+
+
+def _frozen(value: Any) -> Any:
+    """Values of a repeated flag come as a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _quick_of(config: type[Config]) -> Quick | None:

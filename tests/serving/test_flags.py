@@ -109,3 +109,26 @@ def test_help_has_groups_and_no_old_names(capsys: pytest.CaptureFixture[str]) ->
     assert "γ 1, at most 16 prompts, unless given" in text
     assert "--questions" not in text
     assert "--at-most" not in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    runs: Annotated[tuple[Path, ...], Flag("folders", metavar="DIR", positional=True, repeated=True)]
+    key: Annotated[tuple[str, ...], Flag("a client's", repeated=True)] = ()
+    restart: Annotated[bool, Flag("again", either_way=True)] = True
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["a"], ServerConfig(runs=(Path("a"),))),
+        (
+            ["a", "b", "--key", "x,y", "--key", "z", "--no-restart"],
+            ServerConfig(runs=(Path("a"), Path("b")), key=("x,y", "z"), restart=False),
+        ),
+        (["a", "--no-restart", "--restart"], ServerConfig(runs=(Path("a"),))),
+    ],
+    ids=["neither", "repeated", "the-last-counts"],
+)
+def test_flags_that_are_given_again(argv: list[str], expected: ServerConfig) -> None:
+    assert read_flags(ServerConfig, argv, prog="x", description=None) == expected
