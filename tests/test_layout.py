@@ -44,7 +44,7 @@ MOST_FILES = 12
 # Of serving/gateway, from the ground up: a room may use those before it.
 GATEWAY_ROOMS = ("config", "wire", "telemetry", "engines", "relay", "clients")
 # Still flat, to be given rooms.
-FLAT = {"evals", "evals/sandbox"}
+FLAT = {"evals"}
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
 KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
 HEAVY = {"torch", "vllm", "transformers", "triton"}

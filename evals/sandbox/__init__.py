@@ -1,10 +1,10 @@
 """The sandbox for model-written code: `run_trial` runs a program against a problem's tests, in processes of their own.
 
-supervisor.py starts and kills the two processes, which fork servers fork (servers.py, forkserver.py). jail.py walls
-them in, by landlock.py, other_user.py, seccomp.py and system_calls.py, or within bubblewrap.py and enclosed.py;
-choice.py says how, library.py what a program may read, scratch.py where it may write. worker.py runs the program;
-grader.py runs the tests (rewritten by instrument.py, watched by observe.py) and reports by report.py; rpc.py,
-values.py, objects.py and proxies.py are the pipe between them; trial.py has what all speak of, limits and outcome.
+supervisor.py starts and kills the two processes, which fork servers fork (servers.py, forkserver.py), or which
+bubblewrap encloses (bubblewrap.py, enclosed.py). choice.py says how they are walled in, library.py what a program may
+read, scratch.py where it may write; trial.py has what all speak of, limits and outcome. Three rooms: `walls`, what a
+process puts up around itself; `inside`, the program in the one process and its tests in the other; `messages`, the pipe
+between these two.
 docs/threat-model.md: who is kept out of what.
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from laguna_serve.evals.sandbox import jail
-from laguna_serve.evals.sandbox.worker import play
+from laguna_serve.evals.sandbox.inside.worker import play
+from laguna_serve.evals.sandbox.walls import jail
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox import jail
+from laguna_serve.evals.sandbox.walls import jail
 
 # Descriptors of a request; a worker has no report.
 MAX_FIELDS = 6
@@ -59,10 +59,10 @@ def main() -> None:
 def load(role: str) -> Work:
     """What the forks of a role do once they are in jail; the other role's modules are not imported."""
     if role == "grader":
-        from laguna_serve.evals.sandbox.grader import judge
+        from laguna_serve.evals.sandbox.inside.grader import judge
 
         return judge
-    from laguna_serve.evals.sandbox.worker import play
+    from laguna_serve.evals.sandbox.inside.worker import play
 
     return lambda config, wire, _: play(config, wire)
 

@@ -33,14 +33,14 @@ from typing import Any, BinaryIO
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox.bubblewrap import Enclosed, is_installed
-from laguna_serve.evals.sandbox.jail import NOT_WALLED
-from laguna_serve.evals.sandbox.landlock import find_version
+from laguna_serve.evals.sandbox.inside.report import KEY_BYTES, ForgedError, Seal
 from laguna_serve.evals.sandbox.library import PACKAGES_FOLDER, find_packages, list_paths
-from laguna_serve.evals.sandbox.other_user import choose_id
-from laguna_serve.evals.sandbox.report import KEY_BYTES, ForgedError, Seal
 from laguna_serve.evals.sandbox.scratch import Scratch, make_scratch
 from laguna_serve.evals.sandbox.servers import ONE_THREAD, START_S, Process, ServerError, spawn
 from laguna_serve.evals.sandbox.trial import JailError, Limits, Trial, WallError, Walls
+from laguna_serve.evals.sandbox.walls.jail import NOT_WALLED
+from laguna_serve.evals.sandbox.walls.landlock import find_version
+from laguna_serve.evals.sandbox.walls.other_user import choose_id
 
 GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
 # How long processes may take to disappear when killed, and to end when done for.

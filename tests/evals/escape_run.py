@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
 import subprocess
@@ -29,7 +30,7 @@ from humaneval_like import ADD, make_problem
 from laguna_serve.evals.grading import grade
 from laguna_serve.evals.problems import SHIPPED
 from laguna_serve.evals.sandbox import Limits, Trial, Walls, Wanted, choose_walls, run_trial, stop_servers, supervisor
-from laguna_serve.evals.sandbox.other_user import choose_id
+from laguna_serve.evals.sandbox.walls.other_user import choose_id
 
 ATTEMPTS = Path(__file__).with_name("escape_attempts.py")
 # The program's answer is what the judge writes.
@@ -249,9 +250,8 @@ def attack_without_filter() -> dict[str, Any]:
     code = Path(supervisor.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        for path in code.glob("*.py"):
-            (Path(folder) / path.name).write_text(path.read_text())
-        (Path(folder) / "seccomp.py").write_text("def install_filter(pid, own_files):\n    pass\n")
+        shutil.copytree(code, folder, dirs_exist_ok=True)
+        (Path(folder) / "walls" / "seccomp.py").write_text("def install_filter(pid, own_files):\n    pass\n")
         supervisor.__file__ = str(Path(folder) / "supervisor.py")
         return attack("none", CONTROL)
 

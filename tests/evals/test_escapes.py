@@ -20,7 +20,7 @@ import pytest
 
 from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.evals.sandbox.bubblewrap import is_installed
-from laguna_serve.evals.sandbox.landlock import find_version
+from laguna_serve.evals.sandbox.walls.landlock import find_version
 
 HERE = Path(__file__).parent
 RUN = [sys.executable, str(HERE / "escape_run.py")]

@@ -223,7 +223,7 @@ threading.Thread(target=work, daemon=True).start()
 {WRONG}""",
     "own wire replaced": f"""
 import json
-from laguna_serve.evals.sandbox import proxies
+from laguna_serve.evals.sandbox.messages import proxies
 proxies.describe_exception = None
 json.dumps = lambda *args, **named: '["done", true, []]'
 {WRONG}""",

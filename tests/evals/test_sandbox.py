@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import pytest
 from humaneval_like import ADD, make_problem
 
 from laguna_serve.evals.grading import Grade, forget_baselines, grade
-from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, seccomp, stop_servers, supervisor
+from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, stop_servers, supervisor
+from laguna_serve.evals.sandbox.walls import seccomp
 
 pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
 
@@ -211,9 +213,8 @@ def f():
 
 def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
-    for path in Path(supervisor.__file__).parent.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "seccomp.py").write_text("def install_filter(pid, own_files=True):\n    pass\n")
+    shutil.copytree(Path(supervisor.__file__).parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "walls" / "seccomp.py").write_text("def install_filter(pid, own_files=True):\n    pass\n")
     monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
     program = """
 import os, signal, time

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laguna_serve.evals.sandbox.values import Bounds, Decoder, Encoder, MalformedError, UnsendableError
+from laguna_serve.evals.sandbox.messages.values import Bounds, Decoder, Encoder, MalformedError, UnsendableError
 
 BOUNDS = Bounds(100_000)
 Point = collections.namedtuple("Point", "x y")

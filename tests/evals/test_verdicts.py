@@ -153,7 +153,8 @@ REACHING = {
     "class of an instance": "def f(n):\n    return n.__class__.__init__.__globals__\n",
     "module by a method": "def f(n):\n    return n.get.__func__\n",
     "an operation that is none": (
-        "from laguna_serve.evals.sandbox.proxies import operate\ndef f(n):\n    return operate(n, 'global', 'check')\n"
+        "from laguna_serve.evals.sandbox.messages.proxies import operate\n"
+        "def f(n):\n    return operate(n, 'global', 'check')\n"
     ),
 }
 

@@ -20,13 +20,11 @@ from laguna_serve.evals.sandbox import (
     choice,
     choose_walls,
     find_obstacle,
-    landlock,
     run_trial,
-    seccomp,
     supervisor,
-    system_calls,
 )
-from laguna_serve.evals.sandbox.report import ForgedError, Seal
+from laguna_serve.evals.sandbox.inside.report import ForgedError, Seal
+from laguna_serve.evals.sandbox.walls import landlock, seccomp, system_calls
 
 ALL: tuple[Walls, ...] = ("namespaces", "bubblewrap", "landlock", "none")
 each_wall = pytest.mark.parametrize("walls", ALL)
@@ -198,7 +196,7 @@ def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "lib" / "a-link.py").symlink_to("a.py")
     program = f"""
 import os, sys
-from laguna_serve.evals.sandbox.landlock import Ruleset, find_version
+from laguna_serve.evals.sandbox.walls.landlock import Ruleset, find_version
 rules = Ruleset(find_version())
 rules.allow_except({str(tmp_path / "lib")!r}, [{str(tmp_path / "lib/site")!r}, {str(tmp_path / "lib/b/site")!r}])
 rules.enforce()

@@ -17,8 +17,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from laguna_serve.evals.sandbox.forms import ITEMS, KEYS, VALUES, is_finite
-from laguna_serve.evals.sandbox.proxies import Remote, get_number, is_used
+from laguna_serve.evals.sandbox.messages.forms import ITEMS, KEYS, VALUES, is_finite
+from laguna_serve.evals.sandbox.messages.proxies import Remote, get_number, is_used
 
 # How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
 MAX_CALLS, MAX_LOOKED = 20_000, 100_000

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from laguna_serve.evals.sandbox.forms import UnsendableError
+from laguna_serve.evals.sandbox.messages.forms import UnsendableError
 
 
 # The three below must pass through a test's `except Exception`.

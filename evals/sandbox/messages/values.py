@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from laguna_serve.evals.sandbox.forms import MalformedError, Node, UnsendableError, describe, find_form
-from laguna_serve.evals.sandbox.making import IMMUTABLE, MUTABLE, set_attributes
+from laguna_serve.evals.sandbox.messages.forms import MalformedError, Node, UnsendableError, describe, find_form
+from laguna_serve.evals.sandbox.messages.making import IMMUTABLE, MUTABLE, set_attributes
 
 __all__ = ["MUTABLE", "Bounds", "Decoder", "Encoder", "MalformedError", "Node", "UnsendableError"]
 # Gives the node (its items empty) and the children of what has no form of its own, or None.

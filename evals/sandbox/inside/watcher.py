@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from laguna_serve.evals.sandbox.observe import Observer
-from laguna_serve.evals.sandbox.proxies import ProgramStopIterationError, Remote
+from laguna_serve.evals.sandbox.inside.observe import Observer
+from laguna_serve.evals.sandbox.messages.proxies import ProgramStopIterationError, Remote
 
 
 class Watcher:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox.forms import ARRAY_CODES, NUMPY_KINDS, TYPES, MalformedError
+from laguna_serve.evals.sandbox.messages.forms import ARRAY_CODES, NUMPY_KINDS, TYPES, MalformedError
 
 
 def set_attributes(value: Any, parts: list[Any]) -> None:

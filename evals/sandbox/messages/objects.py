@@ -10,15 +10,15 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox.exceptions import (
+from laguna_serve.evals.sandbox.messages.exceptions import (
     describe_exception,
     list_lineage,
     make_exception,
     make_exception_class,
 )
-from laguna_serve.evals.sandbox.forms import MalformedError, Node, list_attributes
-from laguna_serve.evals.sandbox.pipe import PeerExit
-from laguna_serve.evals.sandbox.proxies import (
+from laguna_serve.evals.sandbox.messages.forms import MalformedError, Node, list_attributes
+from laguna_serve.evals.sandbox.messages.pipe import PeerExit
+from laguna_serve.evals.sandbox.messages.proxies import (
     AsyncRunner,
     Remote,
     describe_class,
@@ -29,7 +29,7 @@ from laguna_serve.evals.sandbox.proxies import (
     mark_used,
     run_remotely,
 )
-from laguna_serve.evals.sandbox.rpc import Call, Peer
+from laguna_serve.evals.sandbox.messages.rpc import Call, Peer
 
 Referred = tuple[Node, list[Any]]
 

@@ -20,7 +20,7 @@ import platform
 import struct
 from collections.abc import Iterable
 
-from laguna_serve.evals.sandbox.system_calls import ALLOWED, ATTRIBUTES, OWN, OWN_OR_ZERO
+from laguna_serve.evals.sandbox.walls.system_calls import ALLOWED, ATTRIBUTES, OWN, OWN_OR_ZERO
 
 # Which argument must have one of which values.
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks, F_GETOWN, F_OFD_*, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     import inspect
 
-    from laguna_serve.evals.sandbox.rpc import Peer
+    from laguna_serve.evals.sandbox.messages.rpc import Peer
 
 _BINARY = (
     "add",

@@ -15,19 +15,19 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox.objects import ObjectPeer
-from laguna_serve.evals.sandbox.observe import Observer, make_key
-from laguna_serve.evals.sandbox.pipe import PeerExit, PeerGone, Unsendable
-from laguna_serve.evals.sandbox.proxies import (
+from laguna_serve.evals.sandbox.inside.observe import Observer, make_key
+from laguna_serve.evals.sandbox.inside.worker import MODULE, VALUE
+from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
+from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
+from laguna_serve.evals.sandbox.messages.proxies import (
     ASYNC_SPECIALS,
     SPECIALS,
     ProgramStopIterationError,
     Remote,
     operate_on,
 )
-from laguna_serve.evals.sandbox.rpc import CHANGEABLE, Call
-from laguna_serve.evals.sandbox.values import Decoder, Node
-from laguna_serve.evals.sandbox.worker import MODULE, VALUE
+from laguna_serve.evals.sandbox.messages.rpc import CHANGEABLE, Call
+from laguna_serve.evals.sandbox.messages.values import Decoder, Node
 
 SPACE, ENTRY = 0, 1
 NEXT = ("__next__", "__anext__")

@@ -19,15 +19,15 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from laguna_serve.evals.sandbox.instrument import ITERATION, TEST, WATCH, rewrite
-from laguna_serve.evals.sandbox.names import find_missing
-from laguna_serve.evals.sandbox.observe import Observer
-from laguna_serve.evals.sandbox.pipe import PeerExit, PeerGone, Unsendable
-from laguna_serve.evals.sandbox.probes import PROBE_S, PROBES, OutOfTime, ProbeCandidate
-from laguna_serve.evals.sandbox.remote_program import RemoteProgram
-from laguna_serve.evals.sandbox.report import Seal
-from laguna_serve.evals.sandbox.watcher import Watcher
-from laguna_serve.evals.sandbox.worker import describe
+from laguna_serve.evals.sandbox.inside.instrument import ITERATION, TEST, WATCH, rewrite
+from laguna_serve.evals.sandbox.inside.names import find_missing
+from laguna_serve.evals.sandbox.inside.observe import Observer
+from laguna_serve.evals.sandbox.inside.probes import PROBE_S, PROBES, OutOfTime, ProbeCandidate
+from laguna_serve.evals.sandbox.inside.remote_program import RemoteProgram
+from laguna_serve.evals.sandbox.inside.report import Seal
+from laguna_serve.evals.sandbox.inside.watcher import Watcher
+from laguna_serve.evals.sandbox.inside.worker import describe
+from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
 
 SWALLOWED = (Exception, Unsendable, PeerExit, SystemExit, KeyboardInterrupt, GeneratorExit)
 PASSED, WEAK, FAILED, UNJUDGED, UNMET = b"+", b"!", b"-", b"?", b"~"

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from laguna_serve.evals.sandbox.kept import MAX_KEPT, TAGS, Kept, count_references
-from laguna_serve.evals.sandbox.pipe import PeerGone, Pipe, Unsendable
-from laguna_serve.evals.sandbox.values import (
+from laguna_serve.evals.sandbox.messages.kept import MAX_KEPT, TAGS, Kept, count_references
+from laguna_serve.evals.sandbox.messages.pipe import PeerGone, Pipe, Unsendable
+from laguna_serve.evals.sandbox.messages.values import (
     MUTABLE,
     Bounds,
     Decoder,

@@ -21,15 +21,15 @@ import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from laguna_serve.evals.sandbox.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
-from laguna_serve.evals.sandbox.other_user import (
+from laguna_serve.evals.sandbox.walls.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
+from laguna_serve.evals.sandbox.walls.other_user import (
     FIRST_ID,
     change_user,
     find_reading_capability,
     is_open_to_others,
     set_capabilities,
 )
-from laguna_serve.evals.sandbox.seccomp import install_filter
+from laguna_serve.evals.sandbox.walls.seccomp import install_filter
 
 # Exit status of a child that could not wall itself in.
 NOT_WALLED = 97

@@ -11,10 +11,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox.objects import ObjectPeer
-from laguna_serve.evals.sandbox.pipe import PeerGone
-from laguna_serve.evals.sandbox.proxies import make_proxy, operate_on
-from laguna_serve.evals.sandbox.rpc import TEXT_CHARS, Call
+from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
+from laguna_serve.evals.sandbox.messages.pipe import PeerGone
+from laguna_serve.evals.sandbox.messages.proxies import make_proxy, operate_on
+from laguna_serve.evals.sandbox.messages.rpc import TEXT_CHARS, Call
 
 NAME = "solution"
 # What a name of the program's stands for.

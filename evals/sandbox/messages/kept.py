@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from laguna_serve.evals.sandbox.forms import MalformedError, Node, describe
-from laguna_serve.evals.sandbox.making import MUTABLE
+from laguna_serve.evals.sandbox.messages.forms import MalformedError, Node, describe
+from laguna_serve.evals.sandbox.messages.making import MUTABLE
 
 TAGS = frozenset(("list", "dict", "set", "odict", "counter", "defaultdict", "deque", "bytearray"))
 PLAIN = frozenset((str, bool, type(None), float, int))

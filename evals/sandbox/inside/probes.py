@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from laguna_serve.evals.sandbox.observe import Observer, make_key
-from laguna_serve.evals.sandbox.proxies import ProgramStopIterationError
-from laguna_serve.evals.sandbox.values import Encoder, UnsendableError
+from laguna_serve.evals.sandbox.inside.observe import Observer, make_key
+from laguna_serve.evals.sandbox.messages.proxies import ProgramStopIterationError
+from laguna_serve.evals.sandbox.messages.values import Encoder, UnsendableError
 
 PROBE_S = 2.0
 
