@@ -20,17 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.evals.code_canonical import check_solutions, describe_file, summarise_solutions
-from laguna_serve.evals.code_flags import parse_args
-from laguna_serve.evals.code_report import render_markdown, render_text, summarise
-from laguna_serve.evals.code_run import Sample, Workload, run_samples
-from laguna_serve.evals.cruxeval_rows import fill_asked
-from laguna_serve.evals.grading import JailError, Limits
+from laguna_serve.evals.codegen.canonical import check_solutions, describe_file, summarise_solutions
+from laguna_serve.evals.codegen.flags import parse_args
+from laguna_serve.evals.codegen.grading import JailError, Limits
+from laguna_serve.evals.codegen.printable import make_printable
+from laguna_serve.evals.codegen.report import render_markdown, render_text, summarise
+from laguna_serve.evals.codegen.runner import Sample, Workload, run_samples
+from laguna_serve.evals.codegen.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.evals.problems import Problem, ProblemsError, find_form, load_problems, read_rows
-from laguna_serve.evals.protocols import CPU_S, PROTOCOLS, SLOW, SLOW_CPU_S, check_asking, choose_protocol
+from laguna_serve.evals.problems.cruxeval_rows import fill_asked
+from laguna_serve.evals.problems.protocols import CPU_S, PROTOCOLS, SLOW, SLOW_CPU_S, check_asking, choose_protocol
 from laguna_serve.evals.sandbox import UNWALLED, choose_walls
-from laguna_serve.evals.text import make_printable
-from laguna_serve.evals.weak_tests import Weakness, find_weaknesses, tell_weaknesses
 from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment

@@ -3,7 +3,7 @@
 Every problem is answered several times by each arm, all requests in one mixed order. Tokens, text, extracted program
 and reward are compared per problem, between the arms and of each arm with itself; tokens that part are examined with
 the log-probabilities of both sides. What counts as the engine's own noise and what as a difference:
-invariance_verdict.py. DIR gets invariance.json, invariance.md and answers/answers.jsonl, which grows as answers come
+equivalence/verdict.py. DIR gets invariance.json, invariance.md and answers/answers.jsonl, which grows as answers come
 in, so that the same command continues; the last stdout line is one JSON object (schema laguna_serve.invariance/1).
 """
 
@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 from laguna_serve.bench.harness.arm_options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.schedule import ARMS, CANDIDATE
-from laguna_serve.evals.grading import JailError, Limits
-from laguna_serve.evals.invariance_report import render_markdown, render_text
-from laguna_serve.evals.invariance_run import Job, Outcome, run
-from laguna_serve.evals.invariance_verdict import EXPLAINED, INVARIANT, NOISE, UNTOLD, judge
+from laguna_serve.evals.codegen.grading import JailError, Limits
+from laguna_serve.evals.equivalence.report import render_markdown, render_text
+from laguna_serve.evals.equivalence.runner import Job, Outcome, run
+from laguna_serve.evals.equivalence.verdict import EXPLAINED, INVARIANT, NOISE, UNTOLD, judge
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.sandbox import UNWALLED, Wanted, choose_walls
 from laguna_serve.evals.sandbox.choice import HELP

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.evals.loss_endpoint import ScoringEndpoint, check_vocabulary, open_endpoint, score_rows
-from laguna_serve.evals.loss_journal import Journal
-from laguna_serve.evals.loss_mean import average, to_bits_per_byte
-from laguna_serve.evals.loss_rows import (
+from laguna_serve.evals.perplexity.endpoint import ScoringEndpoint, check_vocabulary, open_endpoint, score_rows
+from laguna_serve.evals.perplexity.journal import Journal
+from laguna_serve.evals.perplexity.mean import average, to_bits_per_byte
+from laguna_serve.evals.perplexity.rows import (
     Row,
     RowsError,
     check_length,

@@ -17,9 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.evals.loss_mean import average, subtract
-from laguna_serve.evals.loss_rows import Row, read_documents
-from laguna_serve.evals.pruning_arms import (
+from laguna_serve.evals.perplexity.mean import average, subtract
+from laguna_serve.evals.perplexity.pruning_arms import (
     INDICES,
     SCORES,
     Plan,
@@ -30,7 +29,8 @@ from laguna_serve.evals.pruning_arms import (
     measure_plan,
     run_script,
 )
-from laguna_serve.evals.pruning_plot import draw
+from laguna_serve.evals.perplexity.pruning_plot import draw
+from laguna_serve.evals.perplexity.rows import Row, read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment

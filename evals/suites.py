@@ -34,14 +34,14 @@ from typing import Any
 
 import aiohttp
 
-from laguna_serve.evals.code_flags import add_template_flags, read_template
-from laguna_serve.evals.grading import JailError
+from laguna_serve.evals.codegen.flags import add_template_flags, read_template
+from laguna_serve.evals.codegen.grading import JailError
+from laguna_serve.evals.harnesses.code_suites import check_suite, grade_samples, name_run, run_code_suite
+from laguna_serve.evals.harnesses.lm_eval import Target, find_harness, run_lm_eval
+from laguna_serve.evals.harnesses.results import NOTE, read_scores
+from laguna_serve.evals.harnesses.settings import Suite, SuiteError, choose_suites, load_suites, render_list
+from laguna_serve.evals.harnesses.table import merge, render_markdown, render_text
 from laguna_serve.evals.problems import load_problems
-from laguna_serve.evals.suite_code import check_suite, grade_samples, name_run, run_code_suite
-from laguna_serve.evals.suite_harness import Target, find_harness, run_lm_eval
-from laguna_serve.evals.suite_results import NOTE, read_scores
-from laguna_serve.evals.suite_settings import Suite, SuiteError, choose_suites, load_suites, render_list
-from laguna_serve.evals.suite_table import merge, render_markdown, render_text
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, Parser, run_command

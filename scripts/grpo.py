@@ -3,8 +3,8 @@
 A small, whole example of an RL loop on this project's parts: rollouts come from the gateway, in groups that share a
 prompt; the trainer is plain PyTorch; every version goes back through the gateway's /admin/update_weights from a folder
 (plugins/weight_folder.py), and every rollout is checked to be of the version that it was asked of.  The reward
-(evals/syntax.py) is one that a model of a few million parameters can raise.  A drafter, if one is given, speculates for
-the policy all along and stays as it was: its acceptance is noted per version.
+(evals/codegen/syntax_reward.py) is one that a model of a few million parameters can raise.  A drafter, if one is given,
+speculates for the policy all along and stays as it was: its acceptance is noted per version.
 
 Before every step it is noted how far trainer and engine are apart on the sampled tokens, apart from those behind a tie
 of two experts (scripts/training/rl/mismatch.py): rounding alone, if the engine has the trainer's weights.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laguna_serve.evals.splits import is_held_out
+from laguna_serve.evals.problems.splits import is_held_out
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.training.rl.service import Service, open_service
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder

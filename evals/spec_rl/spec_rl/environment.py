@@ -10,7 +10,7 @@ import asyncio
 
 import verifiers.v1 as vf
 
-from laguna_serve.evals.sandbox import choose_walls
+from laguna_serve.evals.codegen import choose_walls
 from spec_rl.taskset import SpecRlConfig
 
 

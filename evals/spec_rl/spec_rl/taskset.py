@@ -1,7 +1,7 @@
 """Problems in HumanEval's schema as tasks: what the model is asked, and the reward of its answer.
 
 The reward is dense: the share of a problem's tests that pass. Model-written code runs in the sandbox of
-laguna_serve.evals.grading and nowhere else; grading waits in threads, so that rollouts in flight go on.
+laguna_serve.evals.codegen.grading and nowhere else; grading waits in threads, so that rollouts in flight go on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from typing import Literal, Self, TypeVar
 import verifiers.v1 as vf
 from pydantic import Field, model_validator
 
-from laguna_serve.evals.answers import Verdict, grade_answer
-from laguna_serve.evals.code_run import make_prompt
-from laguna_serve.evals.grading import grade
-from laguna_serve.evals.problem import Kind
-from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
-from laguna_serve.evals.sandbox import Limits, Wanted, choose_walls
-from laguna_serve.evals.splits import HELD_OUT_SHARE, split_problems
+from laguna_serve.evals.codegen import (
+    HELD_OUT_SHARE,
+    SHIPPED,
+    Kind,
+    Limits,
+    Problem,
+    Verdict,
+    Wanted,
+    choose_walls,
+    grade,
+    grade_answer,
+    load_problems,
+    make_prompt,
+    split_problems,
+)
 
 DEFAULT_LIMITS = Limits()
 Judged = TypeVar("Judged")

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from laguna_serve.evals.syntax import reward_syntax
+from laguna_serve.evals.codegen.syntax_reward import reward_syntax
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.errors import CommandError
 

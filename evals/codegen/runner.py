@@ -1,0 +1,126 @@
+"""Asks for every sample of every problem, extracts the program and grades it, while others are being asked for.
+
+Answers and grades are kept as they come (answers.jsonl, grades.jsonl): what is there is not asked or graded again, a
+request that failed is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.evals.codegen.answers import grade_answer
+from laguna_serve.evals.codegen.grading import Grade, Limits
+from laguna_serve.evals.codegen.samples import Key, SampleLog
+from laguna_serve.evals.extraction.extract import STOPS
+from laguna_serve.evals.problems.problem import Form, Problem
+from laguna_serve.evals.problems.protocols import make_prompt
+from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.openai_endpoint import Endpoint
+
+ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is asked of the model. `temperature` 0 is greedy; `template`: fields for the chat template, as
+    {"enable_thinking": true}; `protocol`: protocols.py's, whose prompts the problems have."""
+
+    form: Form = "chat"
+    samples: int = 1
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    seed: int = 0
+    concurrency: int = 8
+    protocol: str = "project"
+    template: dict[str, Any] = field(default_factory=dict)
+
+    def make_sampling(self, problem: Problem, sample: int) -> dict[str, Any]:
+        """The request's fields for one sample; each has a seed of its own."""
+        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        if self.temperature > 0:
+            fields["seed"] = self.seed + sample
+        if self.form == "completion":
+            # OpenAI's own API takes four; the answer is cut at all of them in any case.
+            fields["stop"] = list((problem.stops or STOPS)[:4])
+        elif self.template:
+            fields["chat_template_kwargs"] = self.template
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample: the answer's entry, and the grade where there is an answer; `base`: as Verdict's."""
+
+    task_id: str
+    number: int
+    answer: dict[str, Any]
+    grade: Grade | None
+    base: bool | None = None
+
+
+async def run_samples(
+    endpoint: Endpoint,
+    problems: Sequence[Problem],
+    workload: Workload,
+    limits: Limits,
+    folder: Path,
+    report: Callable[[int, int], None],
+) -> list[Sample]:
+    """All samples, in the problems' order. `report` is told (done, total) after each that was not there before.
+
+    Raises:
+        JailError: the sandbox could not be set up.
+        OSError: the folder cannot be written.
+    """
+    keys = [(problem, (problem.task_id, number)) for problem in problems for number in range(workload.samples)]
+    with ExitStack() as stack:
+        answers, grades = SampleLog(folder / ANSWERS), SampleLog(folder / GRADES)
+        stack.callback(answers.close)
+        stack.callback(grades.close)
+        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading"))
+        missing = [(problem, key) for problem, key in keys if key not in grades.entries]
+        finished: list[Key] = []
+
+        async def work(item: tuple[Problem, Key]) -> None:
+            problem, key = item
+            text = await _answer(endpoint, problem, key, workload, answers)
+            if text is not None:
+                loop = asyncio.get_running_loop()
+                verdict = await loop.run_in_executor(pool, grade_answer, problem, text, workload.form, limits)
+                grades.add(key, {**asdict(verdict.grade), "program": verdict.program, "base": verdict.base})
+            finished.append(key)
+            report(len(finished), len(missing))
+
+        await run_closed_loop(missing, workload.concurrency, work)
+        return [_make_sample(key, answers, grades) for _, key in keys]
+
+
+async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog) -> str | None:
+    """The sample's answer, kept or asked for; None when the request failed, which is noted."""
+    kept = answers.entries.get(key, {})
+    if "text" not in kept:
+        prompt = make_prompt(problem, workload.form)
+        try:
+            answer = await endpoint.ask(prompt, workload.form, workload.make_sampling(problem, key[1]))
+        except EndpointError as error:
+            answers.add(key, {"error": str(error)})
+            return None
+        kept = asdict(answer)
+        answers.add(key, kept)
+    return str(kept["text"])
+
+
+def _make_sample(key: Key, answers: SampleLog, grades: SampleLog) -> Sample:
+    entry = grades.entries.get(key)
+    if entry is None:
+        return Sample(*key, answers.entries[key], None)
+    grade = Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
+    return Sample(*key, answers.entries[key], grade, entry.get("base"))

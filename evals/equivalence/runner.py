@@ -1,0 +1,294 @@
+"""Gets both arms' answers to every problem, in one mixed order, keeps them, and grades their programs.
+
+All requests (problem × arm × repeat) are shuffled together from the seed, so that a drift of the machine (heat, another
+job) favours neither arm and no repeat. Where memory is too short for both engines at once, one arm follows the other,
+and the result says so. Every answer carries its token ids and the log-probabilities of the forward passes that chose
+them, as rollouts for training ask for: a divergence is examined as it happened and nothing has to be run again. An
+answer ends where the model ends it, so lengths differ. Start endpoints given by URL without prefix caching, or a
+repeat is computed on another path than the first.
+
+A request that fails is no answer, and is not tried again within the run: the others go on (an arm that failed
+MAX_FAILURES times is given up), no verdict is given, and the same command asks for what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import aiohttp
+
+from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.harness.schedule import ARMS
+from laguna_serve.evals.codegen.grading import Grade, Limits, grade
+from laguna_serve.evals.equivalence.chat_client import ChatClient
+from laguna_serve.evals.equivalence.draft_counts import DraftCounts
+from laguna_serve.evals.equivalence.verdict import CONFIRM, Case, Comparison
+from laguna_serve.evals.extraction.worker import read_safely
+from laguna_serve.evals.problems import Problem
+from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.progress import Progress
+
+# An arm that failed this many requests is given up.
+MAX_FAILURES = 5
+# A dying engine is seen dead a moment after its connections broke.
+DEATH_S = 2.0
+# Problems that are confirmed at most, the first ones: more cost much and tell little.
+MAX_SUSPECTS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is compared. `folder` keeps the answers and the engines' logs."""
+
+    specs: Mapping[str, ArmSpec]
+    problems: Sequence[Problem]
+    form: Literal["chat", "completion"]
+    max_tokens: int
+    repeats: int
+    concurrency: int
+    dtype: str
+    limits: Limits
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to get."""
+
+    problem: Problem
+    arm: str
+    repeat: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return f"{self.arm}/{self.repeat}/{self.problem.task_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a run has so far. `grades`: by task id and program."""
+
+    journal: Journal
+    drafts: DraftCounts
+    grades: dict[tuple[str, str], Grade]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`first` is None when answers are missing: `failures` says of each request that failed why. `fresh`: the
+    confirmation, where there was something to confirm."""
+
+    first: Comparison | None
+    fresh: Comparison | None
+    failures: Mapping[str, str]
+    drafts: DraftCounts
+    interleaved: bool
+
+
+class Arms:
+    """Opens the arms when they are first needed: both at once where they fit, else one after the other."""
+
+    def __init__(self, specs: Mapping[str, ArmSpec], folder: Path, say: Callable[[str], None]) -> None:
+        # A run that was continued stays what it was.
+        self._note = folder / "one-arm-at-a-time"
+        self.interleaved = not self._note.exists()
+        self._specs, self._folder, self._say = specs, folder, say
+        self._open: dict[str, tuple[Arm, ExitStack]] = {}
+
+    def __enter__(self) -> Arms:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def take_turns(self, names: Sequence[str]) -> Iterator[list[Arm]]:
+        """The named arms: in one list when they are up together, else each in its own, those that are up first.
+
+        Raises:
+            EngineError: an engine did not start.
+        """
+        names = sorted(names, key=lambda name: name not in self._open)
+        if self.interleaved and len(names) > 1:
+            if names[1] in self._open or has_room_beside(self._get(names[0])):
+                yield [self._get(name) for name in names]
+                return
+            self._say("not enough free memory for both engines at once: asking one arm after the other")
+            self.interleaved = False
+            self._note.touch()
+        for name in names:
+            if name not in self._open:
+                self._close()
+            yield [self._get(name)]
+
+    def _get(self, name: str) -> Arm:
+        if name not in self._open:
+            stack = ExitStack()
+            self._open[name] = stack.enter_context(open_arm(self._specs[name], self._folder, self._say)), stack
+        return self._open[name][0]
+
+    def _close(self) -> None:
+        with ExitStack() as stack:  # closes each even if another one fails to
+            for _, one in self._open.values():
+                stack.push(one)
+            self._open = {}
+
+
+def run(job: Job, progress: Progress) -> Outcome:
+    """Get the answers that are missing, compare, and confirm what is suspicious.
+
+    Raises:
+        EngineError, EndpointError, OSError: an arm cannot be had, or died; what was answered is kept.
+        JailError: programs cannot be run safely here.
+    """
+    kept = Kept(Journal(job.folder / "answers.jsonl"), DraftCounts(job.folder / "drafts.jsonl"), {})
+    first, fresh, repeats = None, None, range(job.repeats)
+    with Arms(job.specs, job.folder, progress.say) as arms:
+        failures = collect(job, arms, kept, plan(job, job.problems, repeats), progress)
+        if not failures:
+            first = compare(job, kept, job.problems, repeats, progress)
+        if first is not None and not first.list_convictions() and (suspects := first.list_suspects()[:MAX_SUSPECTS]):
+            progress.say(f"confirming {len(suspects)} problems that differ: {CONFIRM} more answers of each arm")
+            problems = [problem for problem in job.problems if problem.task_id in suspects]
+            repeats = range(job.repeats, job.repeats + CONFIRM)
+            failures = collect(job, arms, kept, plan(job, problems, repeats), progress)
+            if failures:
+                first = None
+            else:
+                fresh = compare(job, kept, problems, repeats, progress, first.noise)
+        return Outcome(first, fresh, failures, kept.drafts, arms.interleaved)
+
+
+def plan(job: Job, problems: Sequence[Problem], repeats: range) -> list[Request]:
+    """Every request in the order in which they are sent, whatever is answered already."""
+    requests = [Request(problem, arm, repeat) for problem in problems for arm in ARMS for repeat in repeats]
+    random.Random(f"{job.seed} {repeats.start}").shuffle(requests)
+    return requests
+
+
+def collect(job: Job, arms: Arms, kept: Kept, requests: Sequence[Request], progress: Progress) -> dict[str, str]:
+    """Send the requests that the journal lacks. Returns those that failed, each with the reason."""
+    missing = [request for request in requests if request.key not in kept.journal.answers]
+    failures: dict[str, str] = {}
+    if len(missing) < len(requests):
+        progress.say(f"{len(requests) - len(missing)} of {len(requests)} answers are there")
+    if not missing:
+        return failures
+    for together in arms.take_turns([name for name in ARMS if any(name == request.arm for request in missing)]):
+        names = {arm.name for arm in together}
+        wanted = [request for request in missing if request.arm in names]
+        progress.say(f"asking {' and '.join(sorted(names))} for {len(wanted)} answers")
+        failures |= asyncio.run(_send(job, together, wanted, kept, progress))
+    return failures
+
+
+async def _send(
+    job: Job, arms: Sequence[Arm], requests: Sequence[Request], kept: Kept, progress: Progress
+) -> dict[str, str]:
+    by_name = {arm.name: arm for arm in arms}
+    failures: dict[str, str] = {}
+    failed: Counter[str] = Counter()
+    done = 0
+    progress.begin()
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(open_session())
+        clients = {arm.name: await _connect(session, job, arm) for arm in arms}
+        await stack.enter_async_context(kept.drafts.watch(session, arms))
+        file = stack.enter_context(kept.journal.path.open("a", encoding="utf-8"))
+
+        async def work(request: Request) -> None:
+            nonlocal done
+            if failed[request.arm] >= MAX_FAILURES:
+                failures[request.key] = f"not sent: the {request.arm} failed {MAX_FAILURES} times"
+                return
+            try:
+                kept.journal.add(file, request.key, await clients[request.arm].probe(request.problem.prompt))
+            except EndpointError as error:
+                failures[request.key] = str(error)
+                failed[request.arm] += 1
+                await _look_for_death(by_name[request.arm])
+            done += 1
+            progress.step(request.arm, done, len(requests))
+
+        await run_closed_loop(requests, job.concurrency, work)
+    return failures
+
+
+async def _connect(session: aiohttp.ClientSession, job: Job, arm: Arm) -> Client:
+    model_name = arm.model_name or await find_model_name(session, arm.base_url)
+    make = ChatClient if job.form == "chat" else Client
+    return make(session, arm.base_url, model_name, job.max_tokens, {"ignore_eos": False})
+
+
+async def _look_for_death(arm: Arm) -> None:
+    for _ in range(int(DEATH_S / 0.1) if arm.engine is not None else 0):
+        arm.check()
+        await asyncio.sleep(0.1)
+
+
+def compare(
+    job: Job,
+    kept: Kept,
+    problems: Sequence[Problem],
+    repeats: range,
+    progress: Progress,
+    least_noise: float = 0.0,
+) -> Comparison:
+    """Extract and grade the programs of these repeats, and compare all of it."""
+    answers = {
+        problem.task_id: tuple(
+            kept.journal.answers[Request(problem, arm, repeat).key] for arm in ARMS for repeat in repeats
+        )
+        for problem in problems
+    }
+    programs = {
+        problem.task_id: tuple(
+            read_safely(answer.text, problem, job.form).program for answer in answers[problem.task_id]
+        )
+        for problem in problems
+    }
+    grade_all(job, problems, programs, kept.grades, progress)
+    cases = [
+        Case(task_id, answers[task_id], found, tuple(kept.grades[task_id, program] for program in found))
+        for task_id, found in programs.items()
+    ]
+    return Comparison(cases, job.dtype, least_noise)
+
+
+def grade_all(
+    job: Job,
+    problems: Sequence[Problem],
+    programs: Mapping[str, Sequence[str]],
+    grades: dict[tuple[str, str], Grade],
+    progress: Progress,
+) -> None:
+    """Grade each distinct program of a problem once: a flicker of the grader cannot look like one of the arms."""
+    wanted = {(problem.task_id, program): problem for problem in problems for program in programs[problem.task_id]}
+    todo = {key: problem for key, problem in wanted.items() if key not in grades}
+    progress.say(f"grading {len(todo)} distinct programs")
+    progress.begin()
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        found = pool.map(grade, todo.values(), [program for _, program in todo], repeat(job.limits))
+        for done, (key, one) in enumerate(zip(todo, found, strict=True), start=1):
+            grades[key] = one
+            progress.step("grading", done, len(todo))
+    finally:
+        pool.shutdown(cancel_futures=True)

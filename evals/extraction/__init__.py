@@ -1,0 +1,1 @@
+"""From the text that a model wrote to a program."""

@@ -1,0 +1,74 @@
+"""Mean loss per token with its interval, from the summed losses of rows. Pure functions.
+
+Every scored token counts the same, whatever row it stands in. Rows of one document are alike, so whole documents are
+drawn for the interval; with fewer than MIN_DOCUMENTS of them there is nothing to draw from, and rows are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from laguna_serve.bench.stats.intervals import Floats, bootstrap_table
+from laguna_serve.evals.perplexity.rows import Row
+
+MIN_DOCUMENTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Nats per token, its 95% interval (None with one unit) and what was drawn for it: `units` documents or rows."""
+
+    nats: float
+    ci95: tuple[float, float] | None
+    unit: str
+    units: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        ci95 = None if self.ci95 is None else list(self.ci95)
+        return {"nats_per_token": self.nats, "ci95": ci95, "drawn": self.unit, "units": self.units}
+
+
+def average(rows: Sequence[Row], nats: Mapping[int, float], seed: int = 0) -> Mean:
+    """Σ nats ÷ Σ scored tokens, `nats` by the row's number in `rows`, and a percentile bootstrap of it."""
+    unit = choose_unit(rows)
+    by_unit: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_unit.setdefault(row.document if unit == "documents" else number, []).append(number)
+    table = np.array(
+        [
+            (1.0, 1.0, math.fsum(nats[n] for n in numbers), sum(rows[n].scored for n in numbers))
+            for numbers in by_unit.values()
+        ]
+    )
+    mean = math.fsum(nats[number] for number in range(len(rows))) / sum(row.scored for row in rows)
+    return Mean(mean, _draw(table, seed), unit, len(table))
+
+
+def choose_unit(rows: Sequence[Row]) -> str:
+    """What is drawn for the interval."""
+    return "documents" if len({row.document for row in rows}) >= MIN_DOCUMENTS else "rows"
+
+
+def subtract(rows: Sequence[Row], nats: Mapping[int, float], base: Mapping[int, float]) -> Mean:
+    """How much higher the loss is than that of another model on the same rows: paired, so what makes a row hard for
+    both cancels in the interval."""
+    return average(rows, {number: nats[number] - base[number] for number in range(len(rows))})
+
+
+def to_bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
+    """Tokens per byte × bits per token: independent of the tokenizer, unlike the loss of a token.
+
+    Source: Gao et al., The Pile (2020), section 3.1.
+    """
+    return tokens / text_bytes * nats_per_token / math.log(2)
+
+
+def _draw(table: Floats, seed: int) -> tuple[float, float] | None:
+    # The ratio of two ratios whose denominator is 1 is the ratio of columns 2 and 3.
+    return bootstrap_table(table, seed) if len(table) > 1 else None
