@@ -1,0 +1,228 @@
+"""Write docs/reference: every command's flags, the gateway's configuration and metrics, and the schemas of results.
+
+What is written comes from the code: `--help` of each command, the configuration's and the results' types, the metrics'
+own registry. A test fails when a page is not what this would write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.flags import Flag, read_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "reference"
+COLUMNS = "100"
+FAMILIES = {
+    "bench": ("Benchmarks", "Measure, compare and certify engines; each needs `.venv` of scripts/bootstrap.sh."),
+    "evals": ("Evaluations", "Code, loss, invariance and the standard suites."),
+    "scripts": ("Making and training", "The toy family, students, pruning scores, reinforcement learning."),
+}
+EXAMPLES = """
+examples:
+  python scripts/reference.py            # write the pages
+  python scripts/reference.py --check    # exit status 1 when one of them is out of date
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What to do with the pages."""
+
+    check: Annotated[bool, Flag("only say which pages are out of date")] = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(ReferenceConfig, argv, prog="scripts/reference.py", description=__doc__, epilog=EXAMPLES)
+
+    def run() -> int:
+        pages = dict(write_pages())
+        stale = [name for name, text in pages.items() if _read(PAGES / name) != text]
+        stale += [name for name in _list_written() if name not in pages]
+        if config.check:
+            for name in stale:
+                print(f"docs/reference/{name}: out of date; run scripts/reference.py")
+            return FELL_SHORT if stale else HELD
+        for name in stale:
+            if name in pages:
+                (PAGES / name).parent.mkdir(parents=True, exist_ok=True)
+                write_text(PAGES / name, pages[name])
+            else:
+                (PAGES / name).unlink()
+            print(f"docs/reference/{name}")
+        return HELD
+
+    return run_command("reference.py", run)
+
+
+def write_pages() -> Iterator[tuple[str, str]]:
+    """(name below docs/reference, text) of every page."""
+    os.environ["COLUMNS"] = COLUMNS  # argparse asks for it
+    yield "laguna.md", write_commands("laguna", "The installed command.", list_subcommands())
+    for folder, (title, text) in FAMILIES.items():
+        yield f"{folder}.md", write_commands(title, text, list_commands(folder))
+    yield "configuration.md", write_configuration()
+    yield "metrics.md", write_metrics()
+    schemas = dict(list_schemas())
+    for name, schema in schemas.items():
+        yield f"schemas/{name}.json", json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+    yield "index.md", write_index(sorted(schemas))
+
+
+def list_subcommands() -> Iterator[tuple[str, str]]:
+    """(name, help) of `laguna` and its subcommands, each asked in a process of its own, as some become another."""
+    front = _ask()
+    yield "laguna", front
+    for name in re.findall(r"^    (\w+)  ", front, re.MULTILINE):
+        yield f"laguna {name}", _ask(name)
+
+
+def list_commands(folder: str) -> Iterator[tuple[str, str]]:
+    """(path, help) of the commands that are files of a folder."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        module = importlib.import_module(f"laguna_serve.{folder}.{path.stem}")
+        if hasattr(module, "main"):
+            yield f"python {folder}/{path.name}", _help(lambda module=module: module.main(["--help"]))  # type: ignore[misc]
+
+
+def write_commands(title: str, text: str, commands: Iterator[tuple[str, str]]) -> str:
+    """A page of `--help`s."""
+    parts = [f"# {title}", text, *(f"## {name}\n\n```text\n{said}```" for name, said in commands)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_configuration() -> str:
+    """A table per part of gateway.toml."""
+    schema = Config.model_json_schema()
+    parts = [
+        "# gateway.toml",
+        "Every key of the gateway's configuration. `laguna gateway --example` prints a file that has each of them with"
+        " its default.",
+    ]
+    for name, table in {"(top level)": schema, **schema["$defs"]}.items():
+        if table.get("type") != "object":
+            continue
+        required = set(table.get("required", ()))
+        rows = [
+            f"| `{key}` | {_cell(_show_type(field))} | {_cell(_show_default(field, key in required))} |"
+            for key, field in table["properties"].items()
+        ]
+        about = " ".join(table.get("description", "").split())
+        parts.append("\n".join([f"## {name}", "", about, "", "| key | value | default |", "|--|--|--|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_metrics() -> str:
+    """A table of what /metrics has of the gateway's own."""
+    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in Metrics().collect()]
+    text = (
+        "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
+        " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`."
+    )
+    return "\n".join(["# Metrics", "", text, "", "| metric | type | what |", "|--|--|--|", *rows]) + "\n"
+
+
+def list_schemas() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(file name, JSON Schema) of every result type of the commands that were imported."""
+    kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}
+    for tag in sorted(str(tag) for tag in kinds if str(tag).startswith("laguna_serve.")):
+        name, _, version = tag.removeprefix("laguna_serve.").partition("/")
+        yield f"{name}-{version}", msgspec.json.schema(kinds[tag])
+
+
+def write_index(schemas: Sequence[str]) -> str:
+    """The page that leads to the others."""
+    lines = [
+        "# Reference",
+        "",
+        "Generated from the code by `scripts/reference.py`.",
+        "",
+        "| what | page |",
+        "|--|--|",
+        "| the installed command | [laguna](laguna.md) |",
+        *(f"| {text} | [{title}]({folder}.md) |" for folder, (title, text) in FAMILIES.items()),
+        "| the gateway's file | [gateway.toml](configuration.md) |",
+        "| the gateway's numbers | [metrics](metrics.md) |",
+        "",
+        "JSON Schemas of result files, by their `schema` key:",
+        "",
+        *(f"- [{name}](schemas/{name}.json)" for name in schemas),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ask(*arguments: str) -> str:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", *arguments, "--help"]
+    return _tidy(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _help(call: Callable[[], object]) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        call()
+    return _tidy(said.getvalue())
+
+
+def _tidy(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def _list_structs(kind: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _list_structs(below)
+
+
+def _list_written() -> list[str]:
+    return [path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*") if path.is_file()]
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _show_type(field: Mapping[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_show_type(part) for part in field["anyOf"] if part.get("type") != "null")
+    if "$ref" in field:
+        return f"table [{field['$ref'].rpartition('/')[2]}](#{field['$ref'].rpartition('/')[2].lower()})"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_show_type(field['items'])}" if "items" in field else "list"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[name]:,}" for name, sign in bounds.items() if name in field]
+    return " ".join([str(field.get("type", "any")), *limits])
+
+
+def _show_default(field: Mapping[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    default = field.get("default")
+    return "none" if default is None else f"`{json.dumps(default)}`" if not isinstance(default, dict) else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
