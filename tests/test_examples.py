@@ -1,0 +1,37 @@
+"""The examples run as they are, and say what they should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of each, what its output must have.
+EXAMPLES = {
+    "grade_answers": ("reward 1.00  passed", "reward 0.33  failed", "timeout", "died"),
+    "compare_engines": ("0 of 16 prompts differ",),
+    "serve_and_ask": ("def fibonacci(n):", "tokens per step"),
+}
+WITHOUT_ENGINE = {"grade_answers"}
+
+
+def list_examples() -> list[object]:
+    """One case for each, those that start an engine marked so."""
+    marks = {name: () if name in WITHOUT_ENGINE else (pytest.mark.vllm,) for name in EXAMPLES}
+    return [pytest.param(name, marks=marks[name], id=name) for name in EXAMPLES]
+
+
+@pytest.mark.parametrize("name", list_examples())
+def test_example_runs(name: str) -> None:
+    command = [sys.executable, f"examples/{name}.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for expected in EXAMPLES[name]:
+        assert expected in done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
