@@ -30,6 +30,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from laguna_serve.serving.kit.cli import Parser, add_json_flag
@@ -51,6 +52,7 @@ class Flag:
         parse: text → value, where the type alone does not say how; raises ValueError or argparse.ArgumentTypeError.
         name: the flag, where it is not the field's name.
         old: former names, which work for one release with a warning.
+        old_switches: former switches (without a value) and the value that each stands for, likewise.
         group: its heading in `--help`; fields that follow stay under it.
         positional: given by place, not by name.
         repeated: of a tuple: given once for each value.
@@ -63,6 +65,7 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     name: str | None = None
     old: tuple[str, ...] = ()
+    old_switches: Mapping[str, Any] = MappingProxyType({})
     group: str | None = None
     positional: bool = False
     repeated: bool = False
@@ -193,13 +196,24 @@ def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, 
     negated = kind is bool and field.default is True and not flag.either_way
     option = flag.name or _option(field.name, negated=negated)
     # What was not given is not in the namespace: the dataclass has the defaults, and make_config misses the required.
-    required = required and not flag.old
+    required = required and not flag.old and not flag.old_switches
     target.add_argument(option, dest=field.name, required=required, default=argparse.SUPPRESS, **settings)
     for old in flag.old:
         renamed = {**settings, "action": _Renamed, "help": argparse.SUPPRESS, "new": option}
         if kind is bool:
             renamed |= {"nargs": 0, "const": field.default is not True}
         target.add_argument(old, dest=field.name, default=argparse.SUPPRESS, **renamed)
+    for switch, value in flag.old_switches.items():
+        target.add_argument(
+            switch,
+            dest=field.name,
+            action=_Renamed,
+            nargs=0,
+            const=value,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+            new=f"{option} {value}",
+        )
 
 
 class _Renamed(argparse.Action):

@@ -24,6 +24,7 @@ class SweepConfig(EnginesConfig):
     limit_s: Annotated[float | None, Flag("for all", metavar="S", at_least=0.5)] = None
     replay: Annotated[bool, Flag("leave the third path out")] = True
     eager: Annotated[bool, Flag("no compilation", old=("--uncompiled",))] = False
+    walls: Annotated[Literal["auto", "none"], Flag(old_switches={"--unwalled": "none"})] = "auto"
     at_most: int | None = None
 
     QUICK: ClassVar = Quick("γ 1, at most 16 prompts", {"gammas": (1,), "at_most": 16})
@@ -97,6 +98,11 @@ def test_old_names_work_and_say_the_new_one(capsys: pytest.CaptureFixture[str]) 
         f"bench/sweep.py: warning: {old} is now {new}; the old name goes with the next release"
         for old, new in (("--questions", "--prompts"), ("--uncompiled", "--eager"))
     ]
+
+
+def test_old_switch_stands_for_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("--model", "m", "--prompts", "p", "--unwalled").walls == "none"
+    assert "warning: --unwalled is now --walls none; the old name" in capsys.readouterr().err
 
 
 def test_help_has_groups_and_no_old_names(capsys: pytest.CaptureFixture[str]) -> None:
