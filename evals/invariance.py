@@ -90,7 +90,7 @@ class InvarianceConfig(ArmsConfig):
     concurrency: Annotated[
         int, Flag("requests in flight, both arms together (default: 4)", metavar="N", at_least=1)
     ] = 4
-    walls: Annotated[Wanted, Flag(HELP, old_switches={"--without-namespaces": "none"})] = "auto"
+    walls: Annotated[Wanted, Flag(HELP, old_switches=(("--without-namespaces", "none"),))] = "auto"
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     def __post_init__(self) -> None:

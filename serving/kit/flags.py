@@ -30,7 +30,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from laguna_serve.serving.kit.cli import Parser, add_json_flag
@@ -65,7 +64,7 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     name: str | None = None
     old: tuple[str, ...] = ()
-    old_switches: Mapping[str, Any] = MappingProxyType({})
+    old_switches: tuple[tuple[str, Any], ...] = ()
     group: str | None = None
     positional: bool = False
     repeated: bool = False
@@ -203,7 +202,7 @@ def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, 
         if kind is bool:
             renamed |= {"nargs": 0, "const": field.default is not True}
         target.add_argument(old, dest=field.name, default=argparse.SUPPRESS, **renamed)
-    for switch, value in flag.old_switches.items():
+    for switch, value in flag.old_switches:
         target.add_argument(
             switch,
             dest=field.name,

@@ -24,7 +24,7 @@ class SweepConfig(EnginesConfig):
     limit_s: Annotated[float | None, Flag("for all", metavar="S", at_least=0.5)] = None
     replay: Annotated[bool, Flag("leave the third path out")] = True
     eager: Annotated[bool, Flag("no compilation", old=("--uncompiled",))] = False
-    walls: Annotated[Literal["auto", "none"], Flag(old_switches={"--unwalled": "none"})] = "auto"
+    walls: Annotated[Literal["auto", "none"], Flag(old_switches=(("--unwalled", "none"),))] = "auto"
     at_most: int | None = None
 
     QUICK: ClassVar = Quick("γ 1, at most 16 prompts", {"gammas": (1,), "at_most": 16})
