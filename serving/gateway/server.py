@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -32,6 +33,7 @@ from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
 
+TICK_S = 1.0
 # What a gateway that was told to stop at once may take for it.
 STOP_S = 5.0
 # What a call into its thread may take: it never waits there.
@@ -54,8 +56,49 @@ FIXED: Mapping[str, Sequence[str]] = {
 logger = logging.getLogger(__name__)
 
 
-class GatewayServer(uvicorn.Server):
-    """uvicorn's, whose first signal turns new requests away at once and lets those in flight finish. A second one ends
+class _EventServer(uvicorn.Server):
+    """uvicorn's, which ends when it is told to. uvicorn itself looks ten times a second whether it should, which
+    streams beside it would feel."""
+
+    def __init__(self, settings: uvicorn.Config) -> None:
+        super().__init__(settings)
+        self._stopped = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def main_loop(self) -> None:
+        """Until `should_exit`, which is seen at once after `wake`. What uvicorn does every second it does here, too."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._stopped.wait()
+
+    def wake(self) -> None:
+        """From any thread, or a signal handler: look at `should_exit`, which is set."""
+        self.schedule(self._stopped.set)
+
+    def schedule(self, act: Callable[[], None]) -> None:
+        """From any thread, or a signal handler: do something soon, in the server's own thread, if that still runs."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(act)
+
+
+class _AdminServer(_EventServer):
+    """Stops when the gateway does."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the gateway's."""
+        yield
+
+
+class GatewayServer(_EventServer):
+    """Its first signal turns new requests away at once and lets those in flight finish. A second one ends
     everything. The admin application runs beside it, on a port of its own."""
 
     def __init__(
@@ -72,13 +115,12 @@ class GatewayServer(uvicorn.Server):
         self._admin = _AdminServer(admin)
         self._ready, self._reload, self._configured = ready, reload, configured
 
-    async def startup(self, sockets: object = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so. SIGHUP reads the configuration again."""
-        await super().startup(sockets)  # type: ignore[arg-type]
+        await super().startup(sockets)
         if not self.started:
             return
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(self._note_loop_error)
+        asyncio.get_running_loop().set_exception_handler(self._note_loop_error)
         self._admin_task = asyncio.create_task(self._admin.serve())
         while not (self._admin.started or self._admin_task.done()):
             await asyncio.sleep(0.01)
@@ -89,13 +131,14 @@ class GatewayServer(uvicorn.Server):
         gc.freeze()
         self._ready()
 
-    async def shutdown(self, sockets: object = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in flight; the admin page shows it to the end."""
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await super().shutdown(sockets)
         if self.force_exit:  # uvicorn leaves the application to the loop's end, which cancels it with a traceback
             await self.lifespan.shutdown()
         self.relay.close()
         self._admin.should_exit = self._admin.force_exit = True
+        self._admin.wake()
         await self._admin_task
 
     @property
@@ -140,10 +183,6 @@ class GatewayServer(uvicorn.Server):
         else:
             loop.default_exception_handler(context)
 
-    def schedule(self, act: Callable[[], None]) -> None:
-        """From another thread, or a signal handler: do something soon, in the gateway's own thread."""
-        self._loop.call_soon_threadsafe(act)
-
     def call(self, act: Callable[[Relay], None]) -> None:
         """From another thread: do something to the relay in the gateway's own, and wait until it is done. Raises what
         `act` raises."""
@@ -151,6 +190,7 @@ class GatewayServer(uvicorn.Server):
         async def run() -> None:
             act(self.relay)
 
+        assert self._loop is not None
         asyncio.run_coroutine_threadsafe(run(), self._loop).result(CALL_S)
 
     def _note_stop(self) -> None:
@@ -163,17 +203,8 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
         if self.started and not self.relay.draining:
             self.relay.draining = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended already
-                self._loop.call_soon_threadsafe(self._note_stop)  # a signal may have come in the middle of a line
-
-
-class _AdminServer(uvicorn.Server):
-    """Stops when the gateway does."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are the gateway's."""
-        yield
+            self.schedule(self._note_stop)  # a signal may have come in the middle of a line
+        self.wake()
 
 
 def serve(config: Config, announce: Callable[[str, str], None], reload: Callable[[], Config] | None) -> str:

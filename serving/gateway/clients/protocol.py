@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
 from laguna_serve.serving.gateway.clients.answer import Answer
 from laguna_serve.serving.gateway.clients.strict_http import INVALID, MAX_PIPELINED, StrictProtocol
@@ -57,14 +58,16 @@ class GatewayProtocol(StrictProtocol):
         self.lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The first head is awaited from here."""
-        super().connection_made(transport)
+        """The first head is awaited from here. As uvicorn's, without the addresses that only a scope needs."""
+        self.connections.add(self)
+        self.transport, self.flow = transport, FlowControl(transport)
         if len(self.connections) > self._relay.max_connections:
             self._relay.journal.note_too_many_connections(self._relay.max_connections)
             transport.write(TOO_MANY)
             transport.close()
             return
-        self._peer = self.client[0] if self.client else ""
+        peer = transport.get_extra_info("peername")
+        self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self._head_bytes = 0
         self._watch()
 
@@ -153,6 +156,8 @@ class GatewayProtocol(StrictProtocol):
 
     def _begin_own(self) -> None:
         """As uvicorn begins any: with a scope, which it makes where a request begins."""
+        self.server, self.client = get_local_addr(self.transport), get_remote_addr(self.transport)
+        self.scheme = "https" if is_ssl(self.transport) else "http"
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects

@@ -21,7 +21,7 @@ import aiohttp
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
-from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
+from laguna_serve.serving.gateway.wire.failures import BrokenError, UnreachableError
 
 # How often an engine is asked that is not well, and how often it is looked whether that has changed.
 RECHECK_S = 0.5
@@ -45,7 +45,7 @@ class Checked(Protocol):
 
 
 async def check_forever(session: aiohttp.ClientSession, gateway: Checked) -> None:
-    """Until cancelled. `session` keeps no connection: an engine that listens no more may still answer on an old one."""
+    """Until cancelled. `session` asks for versions; it keeps no connection."""
     loop = asyncio.get_running_loop()
     checks: dict[Engine, asyncio.Task[float]] = {}
     try:
@@ -93,24 +93,20 @@ def _find_interval(gateway: Checked, engine: Engine) -> float:
 
 async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, engine: Engine) -> None:
     health = gateway.config.health
-    timeout = aiohttp.ClientTimeout(total=health.timeout_s)
     began_s, answers = time.perf_counter(), engine.answers
-    url, options = engine.config.url + health.path, engine.config.request_options()
     try:
-        async with session.get(url, timeout=timeout, **options) as response:
-            status = response.status
-    except TimeoutError:
-        is_alive = engine.answers > answers or gateway.has_heard_from(engine, began_s)
-        if not (is_alive or pool.paused):  # an engine that loads weights may be silent
-            engine.note_miss(f"{health.path}: no answer within {health.timeout_s:g} s", health.failures, silent=True)
-        return
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
-            gateway.note_shortage(error.strerror or type(error).__name__)
-            return
-        is_refused = isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
-        enough = 1 if is_refused else health.failures
-        engine.note_miss(f"{health.path}: {_explain(error, is_refused)}", enough, silent=False)
+        status = await engine.origin.ask_status(health.path, health.timeout_s)
+    except (UnreachableError, BrokenError, TimeoutError) as error:
+        if isinstance(error, UnreachableError) and error.shortage:
+            gateway.note_shortage(str(error))
+        elif isinstance(error, TimeoutError) or (isinstance(error, UnreachableError) and error.silent):
+            is_alive = engine.answers > answers or gateway.has_heard_from(engine, began_s)
+            if not (is_alive or pool.paused):  # an engine that loads weights may be silent
+                reason = f"{health.path}: no answer within {health.timeout_s:g} s"
+                engine.note_miss(reason, health.failures, silent=True)
+        else:
+            enough = 1 if isinstance(error, UnreachableError) and error.refused else health.failures
+            engine.note_miss(f"{health.path}: {error}", enough, silent=False)
         return
     if status != 200:
         engine.note_miss(f"{health.path}: HTTP {status}", health.failures, silent=False)
@@ -121,14 +117,6 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
     engine.note_well()
     if not was_up:
         pool.welcome(engine)
-
-
-def _explain(error: Exception, is_refused: bool) -> str:
-    if is_refused:
-        return "connection refused"
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return f"certificate: {getattr(error.certificate_error, 'verify_message', 'not valid')}"
-    return getattr(error, "strerror", None) or type(error).__name__
 
 
 async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:

@@ -8,11 +8,35 @@ from urllib.parse import urlsplit
 
 from laguna_serve.serving.gateway.config.tables import Endpoint
 from laguna_serve.serving.gateway.wire.failures import UnreachableError
-from laguna_serve.serving.gateway.wire.http1 import Connection
+from laguna_serve.serving.gateway.wire.http1 import Connection, Waits
 from laguna_serve.serving.gateway.wire.redirects import Site
 
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
+
+
+class _Status:
+    """Waits for the head of an answer."""
+
+    def __init__(self, status: asyncio.Future[int]) -> None:
+        self.status = status
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        if not self.status.done():
+            self.status.set_result(status)
+
+    def on_error(self, error: OSError) -> None:
+        if not self.status.done():
+            self.status.set_exception(error)
+
+    def on_data(self, data: bytes) -> None:
+        pass
+
+    def on_pause(self) -> None:
+        pass
+
+    def on_end(self) -> None:
+        pass
 
 
 class Origin:
@@ -58,6 +82,20 @@ class Origin:
         except OSError as error:  # TimeoutError is one
             raise UnreachableError(error, timeout_s) from None
         return made
+
+    async def ask_status(self, path: str, timeout_s: float) -> int:
+        """The status of a GET, on a connection of its own: an engine that listens no more may still answer on an old
+        one. Raises UnreachableError, BrokenError, TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            connection = await self.connect(timeout_s)
+            found = _Status(asyncio.get_running_loop().create_future())
+            try:
+                request = b"GET %b%b HTTP/1.1\r\n%baccept: */*\r\nconnection: close\r\n\r\n"
+                data = request % (self.site.prefix, path.encode(), self.lines)
+                connection.request(data, found, Waits(), bodiless=True)
+                return await found.status
+            finally:
+                connection.abort()
 
     def keep(self, connection: Connection) -> None:
         """Its answer is complete; the next request may use it."""

@@ -30,11 +30,12 @@ class Journal:
 
     def note(self, exchange: Exchange) -> None:
         """A request has ended."""
-        self._metrics.note(exchange.head.path, exchange.status, time.perf_counter() - exchange.started_s)
+        seconds = time.perf_counter() - exchange.started_s
+        self._metrics.note(exchange.head.path, exchange.status, seconds)
         if exchange.refusal is not None:
             self._note_refusal(exchange, exchange.refusal)
         if self._access_log.enabled or exchange.error is not None:
-            self._record(exchange)
+            self._record(exchange, seconds)
 
     def note_too_many_connections(self, most: int) -> None:
         """A client was turned away before it could ask."""
@@ -78,13 +79,15 @@ class Journal:
             exchange.cause or (engine.name if engine is not None else "-"),
         )
 
-    def _record(self, exchange: Exchange) -> None:
-        """Who asked for what, and what became of it."""
-        about = {
-            "request_id": exchange.head.request_id.decode(),
+    def _record(self, exchange: Exchange, seconds: float) -> None:
+        """Who asked for what, what became of it and how long it took."""
+        head, first_s = exchange.head, exchange.first_s
+        line = {
+            "time": time.time(),
+            "request_id": head.request_id.decode(),
             "client": exchange.client,
-            "method": exchange.head.method,
-            "path": exchange.head.path,
+            "method": head.method,
+            "path": head.path,
             "key": _find_key(exchange),
             "model": exchange.model,
             "upstream": exchange.engine.name if exchange.engine is not None else None,
@@ -92,9 +95,11 @@ class Journal:
             "reason": exchange.refusal.reason if exchange.refusal is not None else None,
             "error": exchange.error,
         }
-        self._access_log.write(about, exchange.started_s, exchange.first_s)
         if exchange.error is not None:
-            self.last_errors.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **about})
+            self.last_errors.append(line | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
+        line["ttft_ms"] = None if first_s is None else round((first_s - exchange.started_s) * 1e3, 2)
+        line["total_ms"] = round(seconds * 1e3, 2)
+        self._access_log.write(line)
 
 
 def _find_key(exchange: Exchange) -> str | None:

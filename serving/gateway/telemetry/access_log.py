@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -33,15 +31,11 @@ class AccessLog:
         """Is anything written?"""
         return self._stream is not None
 
-    def write(self, about: Mapping[str, str | int | None], started_s: float, first_s: float | None) -> None:
-        """A request has ended; times are of `time.perf_counter()`."""
+    def write(self, line: dict[str, Any]) -> None:
+        """A request has ended. The line is this log's from now on; its `time` is in seconds of the epoch."""
         if self._stream is None:
             return
-        times = {
-            "ttft_ms": None if first_s is None else round((first_s - started_s) * 1e3, 2),
-            "total_ms": round((time.perf_counter() - started_s) * 1e3, 2),
-        }
-        self._lines.append({"time": time.time(), **about, **times})
+        self._lines.append(line)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(WRITE_AFTER_S, self.flush)
 

@@ -100,7 +100,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.seconds = Distribution(SECONDS)
-        self.requests: dict[tuple[str, str], int] = {}
+        self.requests: dict[tuple[str, int], int] = {}
         self.refusals: dict[tuple[str, str], int] = {}
         self.pools: Mapping[str, ShownPool] = {}
         self.backlog: ShownBacklog | None = None
@@ -111,7 +111,7 @@ class Metrics:
 
     def note(self, path: str, status: int, seconds: float) -> None:
         """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""
-        key = (path if path in KNOWN_PATHS else "other", str(status))
+        key = (path if path in KNOWN_PATHS else "other", status)
         self.requests[key] = self.requests.get(key, 0) + 1
         self.seconds.add(seconds)
 
@@ -131,8 +131,8 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All of it, for a scrape."""
         requests = CounterMetricFamily("laguna_gateway_requests", "Requests by path and status.", labels=_PATH)
-        for key, count in self.requests.items():
-            requests.add_metric(key, count)
+        for (path, status), count in self.requests.items():
+            requests.add_metric((path, str(status)), count)
         yield requests
         help_text = (
             "Requests that got an error of the gateway's own, by reason (key_rate, key_in_flight: the key's limits;"

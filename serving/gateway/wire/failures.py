@@ -11,20 +11,21 @@ LOCAL_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 
 
 class UnreachableError(ConnectionError):
-    """No connection could be made: nothing was sent. `silent`: nobody answered in time; `shortage`: this machine has
-    no file descriptor or memory left for it."""
+    """No connection could be made: nothing was sent. `refused`: nobody listens; `silent`: nobody answered in time;
+    `shortage`: this machine has no file descriptor or memory left for it."""
 
     def __init__(self, error: OSError, timeout_s: float) -> None:
         # Several addresses of a name: asyncio puts their errors into one text.
         codes = {int(code) for code in re.findall(r"\[Errno (\d+)\]", str(error))} | {error.errno}
         self.silent = isinstance(error, TimeoutError)
+        self.refused = errno.ECONNREFUSED in codes
         self.shortage = bool(codes & LOCAL_SHORTAGE)
         if self.silent:
             reason = f"no connection within {timeout_s:g} s"
         elif isinstance(error, ssl.SSLCertVerificationError):
             reason = f"certificate: {error.verify_message}"
         else:
-            reason = "connection refused" if errno.ECONNREFUSED in codes else error.strerror or type(error).__name__
+            reason = "connection refused" if self.refused else error.strerror or type(error).__name__
         super().__init__(reason)
 
 

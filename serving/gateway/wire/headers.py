@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from laguna_serve.serving.gateway.wire.redirects import POINTING, Site, localize
 
@@ -34,8 +34,7 @@ NONE = frozenset[bytes]()
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-@dataclass(slots=True, frozen=True)
-class Head:
+class Head(NamedTuple):
     """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has
     the first header of every name, `peer` is the address at the other end of the connection."""
 
@@ -87,11 +86,10 @@ def read_connection(headers: Headers) -> frozenset[bytes]:
 def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
     """An engine's answer's headers for the client, names in lower case: none of its connection's own, and none that
     leads past the gateway."""
-    lowered = [(name.lower(), value) for name, value in headers]
-    named = read_connection(lowered)
+    named = read_connection(headers)
     dropped = OURS | named if named else OURS
     return [
         (name, localize(name, value, site) if name in POINTING else value)
-        for name, value in lowered
+        for name, value in headers
         if name not in dropped
     ]

@@ -44,7 +44,7 @@ class Receiver(Protocol):
     """Who is told of an answer. After `on_end` or `on_error` nothing more comes."""
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Status and headers, names as they were sent."""
+        """Status and headers, names in lower case."""
 
     def on_data(self, data: bytes) -> None:
         """A piece of the body, freed of its framing: a chunk, or the part of one that has arrived."""
@@ -197,13 +197,11 @@ class Connection(asyncio.Protocol):
             self._receiver.on_pause()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Of the parser."""
+        name = name.lower()
         self._headers.append((name, value))
-        lowered = name.lower()
-        self._framed = self._framed or lowered == b"content-length" or lowered == b"transfer-encoding"
+        self._framed = self._framed or name == b"content-length" or name == b"transfer-encoding"
 
     def on_headers_complete(self) -> None:
-        """Of the parser."""
         assert self._parser is not None
         status = self._parser.get_status_code()
         if status < 200:  # interim: the answer follows
@@ -217,13 +215,11 @@ class Connection(asyncio.Protocol):
             self._complete(reusable=False)  # the parser waits for the body
 
     def on_body(self, data: bytes) -> None:
-        """Of the parser."""
         if self._receiver is not None:
             self._begun = True
             self._receiver.on_data(data)
 
     def on_message_complete(self) -> None:
-        """Of the parser."""
         if self._head_bytes is not None:
             self._headers = []
         elif self._receiver is not None:

@@ -183,6 +183,7 @@ def gateway(
             yield found
         finally:
             server.should_exit = server.force_exit = True
+            server.wake()
             thread.join(10)
             assert not thread.is_alive()
 
