@@ -39,6 +39,7 @@ HOMES = {
     r"^INK\b": "serving/kit/figures.py",
     r"mpl\.use\(": "serving/kit/figures.py",
     r"^def describe_environment\b": "serving/kit/environment.py",
+    r"^class Journal\(": "serving/kit/journal.py",
 }
 MOST_FILES = 12
 # Of serving/gateway, from the ground up: a room may use those before it.

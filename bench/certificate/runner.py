@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from laguna_serve.bench.certificate.passes import Journal, run_pass
+from laguna_serve.bench.certificate.passes import Answers, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
 from laguna_serve.bench.certificate.result import (
     Certificate,
@@ -182,16 +182,16 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
 
 
 async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency: int, progress: Progress) -> None:
-    journal = Journal(_journal_path(job, kind, concurrency))
+    answers = Answers(_answers_path(job, kind, concurrency))
     prompts = list(job.prompts)
     if kind == AGAIN:
         random.Random(job.seed).shuffle(prompts)  # other prompts share a batch than did the first time
-    missing = len(prompts) - len(journal.answers)
+    missing = len(prompts) - len(answers.by_id)
     if missing:
         progress.say(f"{kind}: {missing} prompts, {concurrency} at once")
     progress.begin()
     try:
-        await run_pass(client, prompts, concurrency, journal, lambda done: progress.step(kind, done, missing))
+        await run_pass(client, prompts, concurrency, answers, lambda done: progress.step(kind, done, missing))
     except EndpointError as error:
         await asyncio.sleep(DEATH_S)
         arm.check()
@@ -249,9 +249,9 @@ def _judge_streams(
 
 
 def _read(job: Job, kind: str, concurrency: int) -> dict[str, Probe]:
-    answers = Journal(_journal_path(job, kind, concurrency)).answers
+    answers = Answers(_answers_path(job, kind, concurrency)).by_id
     return {prompt.id: answers[prompt.id] for prompt in job.prompts}
 
 
-def _journal_path(job: Job, kind: str, concurrency: int) -> Path:
+def _answers_path(job: Job, kind: str, concurrency: int) -> Path:
     return job.passes / f"{kind}-c{concurrency}.jsonl"

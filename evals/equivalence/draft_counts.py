@@ -5,29 +5,38 @@ An arm with a drafter that never drafts is plain decoding: comparing it with pla
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 
 from laguna_serve.bench.harness.arms import Arm
 from laguna_serve.serving.client.counters import Counters, scrape_counters
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.journal import Journal
+
+
+class Drafted(msgspec.Struct, frozen=True):
+    """What an arm drafted in one stretch of asking, a line of the file."""
+
+    arm: str
+    drafts: int
+    accepted: int
 
 
 class DraftCounts:
     """Drafts and accepted tokens per arm, summed over every stretch of asking that came to its end."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        """Read those that are there. Raises JournalError."""
+        self._journal = Journal(path, Drafted)
         self._drafts: Counter[str] = Counter()
         self._accepted: Counter[str] = Counter()
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(ValueError):  # cut off in writing
-                self._count(**json.loads(line))
+        for stretch in self._journal.entries:
+            self._count(stretch)
 
     @asynccontextmanager
     async def watch(self, session: aiohttp.ClientSession, arms: Sequence[Arm]) -> AsyncIterator[None]:
@@ -37,7 +46,10 @@ class DraftCounts:
         for arm, earlier in zip(arms, before, strict=True):
             now = await _read_counters(session, arm)
             if earlier is not None and now is not None:
-                self._add(arm.name, now.since(earlier))
+                delta = now.since(earlier)
+                stretch = Drafted(arm.name, delta.drafts, delta.accepted_tokens)
+                self._journal.append(stretch)
+                self._count(stretch)
 
     def drafts(self, arm: str) -> int | None:
         """Drafts that were counted; None where nothing could be counted."""
@@ -47,15 +59,9 @@ class DraftCounts:
         """Tokens per verification step, 1 + accepted ÷ drafts; None without drafts."""
         return 1 + self._accepted[arm] / self._drafts[arm] if self._drafts[arm] else None
 
-    def _add(self, arm: str, moved: Counters) -> None:
-        found = {"arm": arm, "drafts": moved.drafts, "accepted": moved.accepted_tokens}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
-        self._count(arm, moved.drafts, moved.accepted_tokens)
-
-    def _count(self, arm: str, drafts: int, accepted: int) -> None:
-        self._drafts[arm] += drafts
-        self._accepted[arm] += accepted
+    def _count(self, stretch: Drafted) -> None:
+        self._drafts[stretch.arm] += stretch.drafts
+        self._accepted[stretch.arm] += stretch.accepted
 
 
 async def _read_counters(session: aiohttp.ClientSession, arm: Arm) -> Counters | None:

@@ -28,7 +28,7 @@ from typing import Literal
 
 import aiohttp
 
-from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.certificate.passes import Answers
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside, open_arm
 from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.evals.codegen.grading import Grade, Limits, grade
@@ -84,7 +84,7 @@ class Request:
 class Kept:
     """What a run has so far. `grades`: by task id and program."""
 
-    journal: Journal
+    answers: Answers
     drafts: DraftCounts
     grades: dict[tuple[str, str], Grade]
 
@@ -158,7 +158,7 @@ def run(job: Job, progress: Progress) -> Outcome:
         EngineError, EndpointError, OSError: an arm cannot be had, or died; what was answered is kept.
         JailError: programs cannot be run safely here.
     """
-    kept = Kept(Journal(job.folder / "answers.jsonl"), DraftCounts(job.folder / "drafts.jsonl"), {})
+    kept = Kept(Answers(job.folder / "answers.jsonl"), DraftCounts(job.folder / "drafts.jsonl"), {})
     first, fresh, repeats = None, None, range(job.repeats)
     with Arms(job.specs, job.folder, progress.say) as arms:
         failures = collect(job, arms, kept, plan(job, job.problems, repeats), progress)
@@ -184,8 +184,8 @@ def plan(job: Job, problems: Sequence[Problem], repeats: range) -> list[Request]
 
 
 def collect(job: Job, arms: Arms, kept: Kept, requests: Sequence[Request], progress: Progress) -> dict[str, str]:
-    """Send the requests that the journal lacks. Returns those that failed, each with the reason."""
-    missing = [request for request in requests if request.key not in kept.journal.answers]
+    """Send the requests that have no answer yet. Returns those that failed, each with the reason."""
+    missing = [request for request in requests if request.key not in kept.answers.by_id]
     failures: dict[str, str] = {}
     if len(missing) < len(requests):
         progress.say(f"{len(requests) - len(missing)} of {len(requests)} answers are there")
@@ -211,7 +211,6 @@ async def _send(
         session = await stack.enter_async_context(open_session())
         clients = {arm.name: await _connect(session, job, arm) for arm in arms}
         await stack.enter_async_context(kept.drafts.watch(session, arms))
-        file = stack.enter_context(kept.journal.path.open("a", encoding="utf-8"))
 
         async def work(request: Request) -> None:
             nonlocal done
@@ -219,7 +218,7 @@ async def _send(
                 failures[request.key] = f"not sent: the {request.arm} failed {MAX_FAILURES} times"
                 return
             try:
-                kept.journal.add(file, request.key, await clients[request.arm].probe(request.problem.prompt))
+                kept.answers.add(request.key, await clients[request.arm].probe(request.problem.prompt))
             except EndpointError as error:
                 failures[request.key] = str(error)
                 failed[request.arm] += 1
@@ -254,7 +253,7 @@ def compare(
     """Extract and grade the programs of these repeats, and compare all of it."""
     answers = {
         problem.task_id: tuple(
-            kept.journal.answers[Request(problem, arm, repeat).key] for arm in ARMS for repeat in repeats
+            kept.answers.by_id[Request(problem, arm, repeat).key] for arm in ARMS for repeat in repeats
         )
         for problem in problems
     }

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from laguna_serve.evals.perplexity.journal import Journal
 from laguna_serve.evals.perplexity.rows import Row
+from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
 
@@ -148,25 +148,24 @@ async def check_vocabulary(endpoint: ScoringEndpoint, rows: Sequence[Row], sourc
 async def score_rows(
     endpoint: ScoringEndpoint,
     rows: Sequence[Row],
-    journal: Journal,
+    scored: ScoredRows,
     concurrency: int,
     report: Callable[[int], None],
 ) -> None:
-    """Score the rows that the journal lacks, in order, `concurrency` requests in flight, one row in each.
+    """Score the rows that are not yet, in order, `concurrency` requests in flight, one row in each.
 
     `report` is told after each how many of those are through.
 
     Raises:
         EndpointError: a request failed; the others that are in flight are broken off.
     """
-    waiting = [number for number in range(len(rows)) if number not in journal.nats]
-    before = len(journal.nats)
-    with journal.open() as file:
+    waiting = [number for number in range(len(rows)) if number not in scored.nats]
+    before = len(scored.nats)
 
-        async def work(number: int) -> None:
-            row = rows[number]
-            losses = await endpoint.score(row.tokens)
-            journal.add(file, number, row, math.fsum(losses[row.first - 1 :]))
-            report(len(journal.nats) - before)
+    async def work(number: int) -> None:
+        row = rows[number]
+        losses = await endpoint.score(row.tokens)
+        scored.add(number, row, math.fsum(losses[row.first - 1 :]))
+        report(len(scored.nats) - before)
 
-        await run_closed_loop(waiting, concurrency, work)
+    await run_closed_loop(waiting, concurrency, work)

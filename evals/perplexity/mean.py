@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from laguna_serve.bench.stats.intervals import Floats, bootstrap_table
@@ -19,19 +18,14 @@ from laguna_serve.evals.perplexity.rows import Row
 MIN_DOCUMENTS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """Nats per token, its 95% interval (None with one unit) and what was drawn for it: `units` documents or rows."""
+class Mean(msgspec.Struct, frozen=True):
+    """A loss or a difference of two, its 95% interval (None with one unit), and what was drawn for it: `units`
+    documents or rows."""
 
-    nats: float
+    nats_per_token: float
     ci95: tuple[float, float] | None
-    unit: str
+    drawn: str
     units: int
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        ci95 = None if self.ci95 is None else list(self.ci95)
-        return {"nats_per_token": self.nats, "ci95": ci95, "drawn": self.unit, "units": self.units}
 
 
 def average(rows: Sequence[Row], nats: Mapping[int, float], seed: int = 0) -> Mean:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
 from laguna_serve.evals.perplexity.endpoint import open_endpoint, score_rows
-from laguna_serve.evals.perplexity.journal import Journal
 from laguna_serve.evals.perplexity.rows import Row, RowsError, choose_evenly, cut_rows
+from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineConfig
@@ -72,7 +72,7 @@ def list_plans(shares: Sequence[float], seeds: int) -> list[Plan]:
     return [Plan("unpruned"), *ranked, *(Plan("random", share, seed) for seed in range(seeds) for share in shares)]
 
 
-def run_script(module: str, *arguments: str | Path) -> dict[str, Any]:
+def run_script(module: str, *arguments: str | Path) -> dict[str, object]:
     """Run one of the project's tools; the JSON object on its last line.
 
     Raises:
@@ -83,7 +83,7 @@ def run_script(module: str, *arguments: str | Path) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ToolError(f"{module}: expected success, got: {lines[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -108,20 +108,20 @@ def measure_plan(setting: Setting, plan: Plan, progress: Progress) -> tuple[list
     folder = setting.folder / plan.name
     mask = find_mask(setting, plan.share) if plan.kind == "ranked" else None
     claim_folder(folder, {"plan": plan.name, "mask": None if mask is None else fingerprint(str(mask))})
-    journal = Journal(folder / "rows.jsonl")
+    scored = ScoredRows(folder / "rows.jsonl")
     rows = read_rows(setting.folder)
-    if rows is None or len(journal.nats) < len(rows):
+    if rows is None or len(scored.nats) < len(rows):
         model = setting.model
         if plan.kind != "unpruned":
             model = folder / "checkpoint"
             run_script("serving.cli", "compact", setting.model, *choose_flags(setting, plan, mask), "--out", model)
         with open_arm(make_spec(setting, plan, model), folder, progress.say) as arm:
-            rows = asyncio.run(_score(setting, arm, journal, progress))
+            rows = asyncio.run(_score(setting, arm, scored, progress))
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    return rows, journal.nats
+    return rows, scored.nats
 
 
-def list_settings(setting: Setting) -> dict[str, Any]:
+def list_settings(setting: Setting) -> dict[str, object]:
     """What decides about the losses of all models."""
     return {
         "model": fingerprint(str(setting.model)),
@@ -152,7 +152,7 @@ def make_spec(setting: Setting, plan: Plan, model: Path) -> ArmSpec:
     return ArmSpec(plan.name, model.name, config=config)
 
 
-async def _score(setting: Setting, arm: Arm, journal: Journal, progress: Progress) -> list[Row]:
+async def _score(setting: Setting, arm: Arm, scored: ScoredRows, progress: Progress) -> list[Row]:
     async with open_session() as session:
         try:
             endpoint = await open_endpoint(session, arm.base_url, arm.model_name)
@@ -161,9 +161,9 @@ async def _score(setting: Setting, arm: Arm, journal: Journal, progress: Progres
                 documents = [await endpoint.tokenize(document) for document in setting.documents]
                 rows = choose_rows(documents, setting.length, setting.rows)
                 write_text(setting.folder / "rows.json", json.dumps([[row.document, row.tokens] for row in rows]))
-            missing = len(rows) - len(journal.nats)
+            missing = len(rows) - len(scored.nats)
             progress.begin()
-            await score_rows(endpoint, rows, journal, CONCURRENCY, lambda done: progress.step("rows", done, missing))
+            await score_rows(endpoint, rows, scored, CONCURRENCY, lambda done: progress.step("rows", done, missing))
         except EndpointError:
             arm.check()
             raise

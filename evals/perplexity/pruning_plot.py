@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 
+from laguna_serve.evals.perplexity.pruning_report import PruningResult
 from laguna_serve.serving.kit.figures import BAD, GOOD, note_source, open_figure, style_axes
 
 RANKED, RANDOM = GOOD, BAD
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw_curves(result: PruningResult, path: Path) -> None:
     """Write the PNG."""
     with open_figure(path, figsize=(7.5, 4.2)) as (figure, axes):
         figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
         _draw_curves(axes, result)
         _dress(axes, result)
-        data, environment = result["data"], result["environment"]
-        parts = [f"{data['scored_tokens']:,} tokens of {data['source']}", f"random masks per share: {result['seeds']}"]
-        parts += [f"{result['dtype']}, through vLLM", environment["date"][:10]]
+        data, environment = result.data, result.environment
+        parts = [f"{data.scored_tokens:,} tokens of {data.source}", f"random masks per share: {result.seeds}"]
+        parts += [f"{result.dtype}, through vLLM", environment.date[:10]]
         note_source(figure, 0.1, parts)
 
 
-def _draw_curves(axes: Axes, result: dict[str, Any]) -> None:
-    base, points = result["unpruned"]["nats_per_token"], result["points"]
-    shares = [0.0, *(point["share"] for point in points)]
-    means = [0.0, *(statistics.mean(point["random"]) - base for point in points)]
-    ranked = [0.0, *(point["ranked_delta"]["nats_per_token"] for point in points)]
+def _draw_curves(axes: Axes, result: PruningResult) -> None:
+    base, points = result.unpruned.nats_per_token, result.points
+    shares = [0.0, *(point.share for point in points)]
+    means = [0.0, *(statistics.mean(point.random) - base for point in points)]
+    ranked = [0.0, *(point.ranked_delta.nats_per_token for point in points)]
     for point in points:
-        draws = [loss - base for loss in point["random"]]
-        axes.scatter([point["share"]] * len(draws), draws, s=16, color=RANDOM, alpha=0.45, linewidths=0, zorder=3)
-        interval = point["ranked_delta"]["ci95"]
+        draws = [loss - base for loss in point.random]
+        axes.scatter([point.share] * len(draws), draws, s=16, color=RANDOM, alpha=0.45, linewidths=0, zorder=3)
+        interval = point.ranked_delta.ci95
         if interval is not None:
-            axes.vlines(point["share"], *interval, color=RANKED, linewidth=5, alpha=0.25, zorder=2)
+            axes.vlines(point.share, *interval, color=RANKED, linewidth=5, alpha=0.25, zorder=2)
     for values, color, label in ((means, RANDOM, "random\n(mean)"), (ranked, RANKED, "ranked")):
         axes.plot(shares, values, color=color, linewidth=1.8, marker="o", markersize=4, zorder=4)
         place = (shares[-1], values[-1])
@@ -43,8 +43,8 @@ def _draw_curves(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xticks(shares)
 
 
-def _dress(axes: Axes, result: dict[str, Any]) -> None:
-    base = result["unpruned"]["nats_per_token"]
+def _dress(axes: Axes, result: PruningResult) -> None:
+    base = result.unpruned.nats_per_token
     measure = f"nats per token above {base:.4f} unpruned; dots: random masks, bars: 95% intervals of ranked ones"
     style_axes(axes, "What pruning adds to the loss", measure)
     axes.set_xlim(left=0)

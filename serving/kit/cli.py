@@ -68,11 +68,12 @@ def add_json_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 
-def print_result(text: str, line: Mapping[str, Any], out: Path, *, always_json: bool) -> None:
-    """The end of a command: its table and the folder of its files; then, for programs, one JSON object on the last
-    line of stdout, where that is no terminal, or `always_json`."""
+def print_result(text: str, line: Mapping[str, Any], out: Path | None, *, always_json: bool) -> None:
+    """The end of a command: its table and the folder of its files, if any; then, for programs, one JSON object on the
+    last line of stdout, where that is no terminal, or `always_json`."""
     print(text)
-    print(f"files in {out}")
+    if out is not None:
+        print(f"files in {out}")
     if always_json or not sys.stdout.isatty():
         print(json.dumps(line, ensure_ascii=False, allow_nan=False))
 

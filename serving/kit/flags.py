@@ -16,7 +16,7 @@ A Python caller makes the same object by hand. What is checked is checked in the
 | Literal["a", "b"] | one of these |
 | bool, default False | `--name` |
 | bool, default True | `--no-name` |
-| tuple[int, ...] and others | values separated by commas; with `repeated`, one value each time it is given |
+| tuple[int, ...] and others | values separated by commas (`several`: by blanks; `repeated`: one each time) |
 
 Ours, on argparse: builders that derive a command line from types (tyro, cyclopts, pydantic-settings) bring an own form
 of help and of errors; here both are published, one line each, and tested.
@@ -55,6 +55,7 @@ class Flag:
         group: its heading in `--help`; fields that follow stay under it.
         positional: given by place, not by name.
         repeated: of a tuple: given once for each value.
+        several: of a tuple: values separated by blanks, as folders and names, which may have commas in them.
         either_way: of a bool: `--name` and `--no-name`.
     """
 
@@ -68,6 +69,7 @@ class Flag:
     group: str | None = None
     positional: bool = False
     repeated: bool = False
+    several: bool = False
     either_way: bool = False
 
 
@@ -183,11 +185,13 @@ def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, 
         settings["action"] = "store_false" if field.default is True else "store_true"
     else:
         settings["metavar"] = flag.metavar
-        listed = _is_list(hint) and not flag.repeated
+        listed = _is_list(hint) and not flag.repeated and not flag.several
         settings["choices"] = None if flag.parse or listed else _choices(kind)
         settings["type"] = flag.parse or (_list_of(kind) if listed else _scalar(kind))
         if flag.repeated and not flag.positional:
             settings["action"] = "append"
+        if flag.several:
+            settings["nargs"] = "+"
     if flag.positional:
         nargs = ("+" if required else "*") if flag.repeated else (None if required else "?")
         target.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, **settings)

@@ -12,7 +12,7 @@ from msgspec import structs
 from safetensors import safe_open
 
 from laguna_serve.bench.certificate import rescoring
-from laguna_serve.bench.certificate.passes import Journal
+from laguna_serve.bench.certificate.passes import Answers
 from laguna_serve.bench.certificate.result import LoadResult, Replayed, StreamCheck
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.verdict import (
@@ -214,15 +214,15 @@ def test_sign_test_by_hand() -> None:
     assert rescoring.summarise([]).sign_test_p is None
 
 
-def test_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+def test_answers_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "pass.jsonl"
-    journal = Journal(path)
+    answers = Answers(path)
+    for prompt_id in ("p1", "p2"):
+        answers.add(prompt_id, replace(answer(prompt_id), text="\ud800 é"))
     with path.open("a") as file:
-        for prompt_id in ("p1", "p2"):
-            journal.add(file, prompt_id, replace(answer(prompt_id), text="\ud800 é"))
         file.write('{"id": "p3", "prompt_ids": [1')
-    again = Journal(path)
-    assert again.answers == journal.answers
+    again = Answers(path)
+    assert again.by_id == answers.by_id
     assert path.read_text().count("\n") == 2
 
 

@@ -19,9 +19,9 @@ import pytest
 from fake_scorer import Behaviour, FakeScorer
 
 from laguna_serve.evals import loss
-from laguna_serve.evals.perplexity.journal import Journal
 from laguna_serve.evals.perplexity.mean import average, subtract, to_bits_per_byte
 from laguna_serve.evals.perplexity.rows import Row, choose_evenly, cut_rows
+from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,10 +132,10 @@ def test_interval_draws_documents_where_there_are_ten() -> None:
     few = [Row(number // 2, (1, 2)) for number in range(18)]
     many = [Row(number // 2, (1, 2)) for number in range(20)]
     alternating = {number: float(number % 2) for number in range(20)}
-    assert (average(few, alternating).unit, average(few, alternating).units) == ("rows", 18)
+    assert (average(few, alternating).drawn, average(few, alternating).units) == ("rows", 18)
     by_document = average(many, alternating)  # every document has a row of 0 and one of 1
     assert by_document == average(many, alternating)
-    assert (by_document.unit, by_document.units, by_document.ci95) == ("documents", 10, (0.5, 0.5))
+    assert (by_document.drawn, by_document.units, by_document.ci95) == ("documents", 10, (0.5, 0.5))
     assert average(many[:1], alternating).ci95 is None
 
 
@@ -143,7 +143,7 @@ def test_difference_is_paired() -> None:
     rows = [Row(number, (1, 2, 3)) for number in range(12)]
     base = {number: 10.0 * number for number in range(12)}
     delta = subtract(rows, {number: nats + 0.5 for number, nats in base.items()}, base)
-    assert delta.nats == pytest.approx(0.25)
+    assert delta.nats_per_token == pytest.approx(0.25)
     assert delta.ci95 == pytest.approx((0.25, 0.25))  # the rows differ, the models do so everywhere alike
 
 
@@ -159,7 +159,7 @@ def test_same_command_continues(run: Run, save: Callable[..., Path], tmp_path: P
     assert "HTTP 503" in output
     assert "Traceback" not in output
     journal = tmp_path / "out" / "rows.jsonl"
-    assert len(Journal(journal).nats) == 5  # one of the six asked about the vocabulary
+    assert len(ScoredRows(journal).nats) == 5  # one of the six asked about the vocabulary
     journal.write_text(journal.read_text() + '{"row": 5, "nats": 0.')
     with FakeScorer() as fake:
         status, result, _ = run(fake.url, "--tokens", array, "--concurrency", "3")
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_in_good_order(run: Run, save: Callable[..., Path], tmp_path
         assert running.returncode == 130
         assert "the same command continues" in said
         assert "Traceback" not in said
-        scored = len(Journal(journal).nats)
+        scored = len(ScoredRows(journal).nats)
         assert 0 < scored < 3000
         assert run(fake.url, "--tokens", array)[0] == 0
     assert len(journal.read_text().splitlines()) == 3000
@@ -342,7 +342,7 @@ def test_array_agrees_with_transformers_through_a_gateway(
     losses = [score(row[row > 0].tolist()) for row in once]
     assert result["data"]["scored_tokens"] == 2 * (399 + 249 + 399)
     assert result["loss"]["nats_per_token"] == pytest.approx(np.concatenate(losses).mean(), abs=1e-3)
-    nats = Journal(tmp_path / "out" / "rows.jsonl").nats
+    nats = ScoredRows(tmp_path / "out" / "rows.jsonl").nats
     for number, row in enumerate(losses):
         assert nats[number] / len(row) == pytest.approx(row.mean(), abs=1e-3)
         assert nats[number] == pytest.approx(nats[number + 3], rel=1e-6)

@@ -55,6 +55,18 @@ def test_quick_changes_what_was_not_given() -> None:
     assert read("--model", "m", "--prompts", "p", "--quick", "--gammas", "5").gammas == (5,)
 
 
+def test_several_values_are_separated_by_blanks() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Merge:
+        folders: Annotated[tuple[Path, ...], Flag("which", name="--merge", metavar="DIR", several=True)] = ()
+        limit: Annotated[int | None, Flag("how many")] = None
+
+    argv = ("--merge", "a,b", "c", "--limit", "3")
+    merge = read_flags(Merge, argv, prog="x", description=None)
+    assert merge == Merge(folders=(Path("a,b"), Path("c")), limit=3)
+    assert read_flags(Merge, (), prog="x", description=None).folders == ()
+
+
 def test_json_flag_is_not_in_the_configuration() -> None:
     argv = ("--model", "m", "--prompts", "p", "--json")
     config, always_json = read_flags_and_json(SweepConfig, argv, prog="x", description=None)

@@ -1,0 +1,87 @@
+"""The result of a loss: loss.json, schema laguna_serve.loss/1; in columns for a terminal; and as a page."""
+
+from __future__ import annotations
+
+import msgspec
+
+from laguna_serve.evals.perplexity.mean import Mean
+from laguna_serve.serving.kit.environment import Environment
+
+
+class Bounded(msgspec.Struct, frozen=True):
+    """A figure that follows from the loss, with its 95% interval."""
+
+    value: float
+    ci95: list[float] | None
+
+
+class AskedEndpoint(msgspec.Struct, frozen=True):
+    """Who answered. `root`: where the endpoint says that the model was loaded from."""
+
+    model: str
+    root: str | None
+    max_model_len: int
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True):
+    """What was scored. `documents`, `length`, `stride` and the last two are of text alone."""
+
+    source: str
+    documents: int | None
+    rows: int
+    scored_tokens: int
+    length: int | None
+    stride: int | None
+    sha256: str
+    text_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    text_bytes: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class LossResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.loss/1"):
+    """loss.json."""
+
+    environment: Environment
+    endpoint: AskedEndpoint
+    data: Data
+    loss: Mean
+    perplexity: Bounded
+    bits_per_byte: Bounded | None
+
+
+def render_text(result: LossResult) -> str:
+    """In columns."""
+    lines = [f"{name:<16} {value:>10} {interval:>20}" for name, value, interval in _list_figures(result)]
+    return "\n".join([f"{'':<16} {'':>10} {'95% interval':>20}", *lines, "", _describe_data(result)])
+
+
+def render_markdown(result: LossResult) -> str:
+    """The same as a page."""
+    environment = result.environment
+    lines = [f"# Loss of {result.endpoint.model} on {result.data.source}", ""]
+    lines += ["| | | 95% interval |", "|--|--|--|"]
+    lines += [f"| {name} | {value} | {interval} |" for name, value, interval in _list_figures(result)]
+    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    footer = f"`{environment.command}` on {where}; {versions}."
+    return "\n".join([*lines, "", _describe_data(result), "", footer]) + "\n"
+
+
+def _list_figures(result: LossResult) -> list[tuple[str, str, str]]:
+    bits = result.bits_per_byte
+    figures = [
+        ("loss, nats/token", result.loss.nats_per_token, result.loss.ci95),
+        ("perplexity", result.perplexity.value, result.perplexity.ci95),
+        *([] if bits is None else [("bits per byte", bits.value, bits.ci95)]),
+    ]
+    return [
+        (name, f"{value:.4f}", "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}")
+        for name, value, interval in figures
+    ]
+
+
+def _describe_data(result: LossResult) -> str:
+    data, loss = result.data, result.loss
+    cut = "" if data.length is None else f" of at most {data.length} tokens, stride {data.stride}"
+    return (
+        f"{data.scored_tokens:,} tokens scored in {data.rows} rows{cut}; the interval draws {loss.units} {loss.drawn}."
+    )

@@ -1,0 +1,86 @@
+"""The result of a pruning curve: pruning_loss.json; in columns for a terminal; and as a page."""
+
+from __future__ import annotations
+
+import statistics
+
+import msgspec
+
+from laguna_serve.evals.perplexity.mean import Mean
+from laguna_serve.serving.kit.environment import Environment
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True):
+    """The text that every model was asked."""
+
+    source: str
+    documents: int
+    rows: int
+    length: int
+    scored_tokens: int
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One share: the ranked mask's loss (nats per token), those of the random ones, and what each adds."""
+
+    share: float
+    ranked: float
+    ranked_delta: Mean
+    random: list[float]
+    random_delta: float
+    ranked_is_better: bool
+
+
+class PruningResult(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.pruning_loss_endpoint/1"
+):
+    """pruning_loss.json."""
+
+    environment: Environment
+    model: str
+    dtype: str
+    seeds: int
+    data: Data
+    unpruned: Mean
+    points: list[Point]
+
+
+def render_text(result: PruningResult) -> str:
+    """In columns."""
+    rows = [("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most"), *_list_cells(result)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", _describe_data(result)])
+
+
+def render_markdown(result: PruningResult) -> str:
+    """The same as a page."""
+    environment = result.environment
+    lines = ["# What pruning adds to the loss, through vLLM", "", f"{result.model}, nats per token.", ""]
+    lines += ["| groups pruned | ranked | Δ | 95% interval of Δ | random, mean | Δ | random, least to most |"]
+    lines += ["|--|--|--|--|--|--|--|", *(f"| {' | '.join(cells)} |" for cells in _list_cells(result)), ""]
+    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    lines += ["![curve](pruning_loss.png)", "", _describe_data(result), ""]
+    return "\n".join([*lines, f"`{environment.command}` on {where}; {versions}."]) + "\n"
+
+
+def _list_cells(result: PruningResult) -> list[tuple[str, ...]]:
+    base = f"{result.unpruned.nats_per_token:.4f}"
+    cells: list[tuple[str, ...]] = [("0%", base, "", "", base, "", "")]
+    for point in result.points:
+        delta, random = point.ranked_delta, point.random
+        interval = "–" if delta.ci95 is None else f"{delta.ci95[0]:+.4f} to {delta.ci95[1]:+.4f}"
+        ranked = (f"{point.ranked:.4f}", f"{delta.nats_per_token:+.4f}", interval)
+        drawn = (f"{statistics.mean(random):.4f}", f"{point.random_delta:+.4f}")
+        cells.append((f"{point.share:.0%}", *ranked, *drawn, f"{min(random):.4f} to {max(random):.4f}"))
+    return cells
+
+
+def _describe_data(result: PruningResult) -> str:
+    data, base = result.data, result.unpruned
+    rows = f"{data.rows} evenly spaced rows of at most {data.length}"
+    return (
+        f"Over {data.scored_tokens:,} tokens of {data.source} ({data.documents} documents, {rows}),"
+        f" {result.dtype}. Random masks per share: {result.seeds}. The intervals draw {base.units} {base.drawn}."
+    )

@@ -1,0 +1,72 @@
+"""A journal: one JSON object per line, added as answers come, so that a measurement goes on where it was stopped.
+
+One rule for lines that were cut off in writing: the last one is dropped, and said to be; in the middle of a file, where
+no interruption leaves one, it is an error that names the line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from laguna_serve.serving.kit.errors import CommandError
+
+T = TypeVar("T")
+
+
+class JournalError(CommandError, ValueError):
+    """A journal with a line that cannot be read."""
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class Journal(Generic[T]):
+    """One journal's file. Not for several processes at once.
+
+    Attributes:
+        entries: what the file held, in order, and what was added since.
+    """
+
+    def __init__(self, path: Path, kind: type[T], say: Callable[[str], None] = _print) -> None:
+        """Read the file, if there is one. `kind`: a line's type, for msgspec; `say` is told of a line that is dropped.
+
+        Raises:
+            JournalError: a line that is whole is no such entry.
+            OSError: the file cannot be read, or its cut-off line not be dropped.
+        """
+        self._path = path
+        data = path.read_bytes() if path.exists() else b""
+        end = data.rfind(b"\n") + 1
+        self.entries: list[T] = list(self._decode(data[:end], kind))
+        if end < len(data):
+            say(f"{path}: the last line was cut off in writing ({len(data) - end} bytes): dropped")
+            with path.open("r+b") as file:
+                file.truncate(end)
+
+    def append(self, entry: T) -> None:
+        """Add an entry; it is with the system when this returns.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        # ASCII: an answer may hold half a surrogate pair, or line separators.
+        line = json.dumps(msgspec.to_builtins(entry)).encode() + b"\n"
+        with self._path.open("ab") as file:
+            file.write(line)
+        self.entries.append(entry)
+
+    def _decode(self, data: bytes, kind: type[T]) -> Iterator[T]:
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+            try:
+                # Not msgspec's own decoder, which refuses half a surrogate pair.
+                yield msgspec.convert(json.loads(line), kind)
+            except (ValueError, RecursionError) as error:
+                expected = "expected a line of this journal"
+                raise JournalError(f"{self._path}:{number}: {expected}, got one where {error}; remove it") from None

@@ -1,0 +1,70 @@
+"""A journal survives an interruption at any byte, and does not hide what no interruption leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from laguna_serve.serving.kit.journal import Journal, JournalError
+
+
+class Entry(msgspec.Struct, frozen=True):
+    name: str
+    value: float | None = None
+
+
+ENTRIES = [Entry("a", 1.5), Entry("\ud800 é \u2028", None), Entry("c", 0.1 + 0.2)]
+
+
+def write(path: Path) -> bytes:
+    journal = Journal(path, Entry)
+    for entry in ENTRIES:
+        journal.append(entry)
+    return path.read_bytes()
+
+
+def test_entries_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    assert Journal(path, Entry).entries == []
+    assert write(path).isascii()
+    again = Journal(path, Entry)
+    assert again.entries == ENTRIES
+    again.append(ENTRIES[0])
+    assert Journal(path, Entry).entries == again.entries == [*ENTRIES, ENTRIES[0]]
+
+
+def test_cut_at_any_byte_it_keeps_what_was_whole_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    data = write(path)
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        said: list[str] = []
+        journal = Journal(path, Entry, said.append)
+        whole = data[:size].count(b"\n")
+        assert journal.entries == ENTRIES[:whole]
+        cut_off = size - len(b"".join(data.splitlines(keepends=True)[:whole]))
+        assert [f"cut off in writing ({cut_off} bytes)" in text for text in said] == [True] * bool(cut_off)
+        for entry in ENTRIES[whole:]:
+            journal.append(entry)
+        assert path.read_bytes() == data
+    path.write_bytes(data[:-1])
+    Journal(path, Entry)
+    assert "journal.jsonl: the last line was cut off in writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ['{"name": "b", "val', '{"name": 7}', "[]", "", '{"value": 1}', "\x00", "[" * 9999])
+def test_line_that_no_interruption_leaves_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    lines = write(path).splitlines(keepends=True)
+    for place in (1, 3):  # in the middle, and whole at the end
+        data = b"".join([*lines[:place], line.encode() + b"\n", *lines[place:]])
+        path.write_bytes(data)
+        with pytest.raises(
+            JournalError, match=rf"journal\.jsonl:{place + 1}: expected a line of this journal, got one"
+        ):
+            Journal(path, Entry)
+        assert path.read_bytes() == data
