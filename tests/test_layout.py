@@ -40,6 +40,7 @@ HOMES = {
     r"mpl\.use\(": "serving/kit/figures.py",
     r"^def describe_environment\b": "serving/kit/environment.py",
     r"^class Journal\(": "serving/kit/journal.py",
+    r"^class Table\b": "serving/kit/tables.py",
 }
 MOST_FILES = 12
 # Of serving/gateway, from the ground up: a room may use those before it.

@@ -7,12 +7,12 @@ The cost is near a line: a fixed part, the drafter's pass, and a part per token,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from laguna_serve.bench.gamma.result import Choice, MeasuredPoint
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_ratio
 
 
@@ -30,28 +30,18 @@ class Point:
     pairs: tuple[RoundPair, ...]
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Point:
-        """Of a stored measurement."""
-        pairs = tuple(RoundPair(*pair) for pair in entry["pairs"])
+    def of(cls, measured: MeasuredPoint) -> Point:
+        """What the model needs of a measurement."""
         return cls(
-            entry["gamma"],
-            entry["concurrency"],
-            entry["speedup"],
-            (entry["ci95"][0], entry["ci95"][1]),
-            entry["tau"],
-            tuple(entry["per_position"]),
-            entry["step_cost"],
-            pairs,
+            measured.gamma,
+            measured.concurrency,
+            measured.speedup,
+            measured.ci95,
+            measured.tau,
+            tuple(measured.per_position),
+            measured.step_cost,
+            tuple(measured.pairs),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """γ for one concurrency, 0 for plain decoding, and the reason in a few words."""
-
-    concurrency: int
-    gamma: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

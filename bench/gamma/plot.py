@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 
+from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
 
 COLORS = ("#0b7a75", "#c2410c", "#4c51bf", "#b7791f", "#702459", "#2f855a")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: SweepResult, path: Path) -> None:
     """Write the PNG."""
     with open_figure(path, figsize=(7.5, 4.4)) as (figure, axes):
         figure.subplots_adjust(left=0.09, right=0.82, top=0.83, bottom=0.19)
         _draw_points(axes, result)
-        work, environment = result["workload"], result["environment"]
-        parts = [f"{work['num_prompts']} prompts × {work['max_tokens']} tokens", environment["cpu"]]
-        note_source(figure, 0.09, [*parts, environment["date"][:10]])
+        work, environment = result.workload, result.environment
+        parts = [f"{work.num_prompts} prompts × {work.max_tokens} tokens", environment.device_name]
+        note_source(figure, 0.09, [*parts, environment.date[:10]])
 
 
-def _draw_points(axes: Axes, result: dict[str, Any]) -> None:
-    chosen = {choice["concurrency"]: choice["gamma"] for choice in result["choices"]}
+def _draw_points(axes: Axes, result: SweepResult) -> None:
+    chosen = {choice.concurrency: choice.gamma for choice in result.choices}
     for color, concurrency in zip(COLORS * 4, chosen, strict=False):
-        points = [point for point in result["points"] if point["concurrency"] == concurrency]
-        gammas, speedups = [p["gamma"] for p in points], [p["speedup"] for p in points]
-        spread = [[p["speedup"] - p["ci95"][0] for p in points], [p["ci95"][1] - p["speedup"] for p in points]]
+        points = [point for point in result.points if point.concurrency == concurrency]
+        gammas, speedups = [p.gamma for p in points], [p.speedup for p in points]
+        spread = [[p.speedup - p.ci95[0] for p in points], [p.ci95[1] - p.speedup for p in points]]
         axes.errorbar(gammas, speedups, yerr=spread, fmt="o", color=color, markersize=4.5, capsize=2.5, linewidth=1.1)
-        axes.plot(gammas, [p["predicted"] for p in points], color=color, linewidth=1.4, alpha=0.6)
-        best = [p for p in points if p["gamma"] == chosen[concurrency]]
-        axes.scatter(
-            [p["gamma"] for p in best], [p["speedup"] for p in best], s=110, facecolors="none", edgecolors=color
-        )
+        axes.plot(gammas, [p.predicted for p in points], color=color, linewidth=1.4, alpha=0.6)
+        best = [p for p in points if p.gamma == chosen[concurrency]]
+        axes.scatter([p.gamma for p in best], [p.speedup for p in best], s=110, facecolors="none", edgecolors=color)
         label = f"{concurrency} at once\nγ {chosen[concurrency] or '–'}"
         axes.annotate(
             label, (1.015, speedups[-1]), xycoords=("axes fraction", "data"), color=color, va="center", size=9
@@ -41,5 +39,5 @@ def _draw_points(axes: Axes, result: dict[str, Any]) -> None:
     axes.axhline(1, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
     measure = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
     style_axes(axes, "What γ brings", measure)
-    axes.set_xticks(sorted({point["gamma"] for point in result["points"]}))
+    axes.set_xticks(sorted({point.gamma for point in result.points}))
     axes.set_xlabel("γ, tokens drafted per step")

@@ -2,110 +2,133 @@
 
 from __future__ import annotations
 
-from typing import Any
+from laguna_serve.bench.gamma.result import AblationResult, SweepPoint, SweepResult
+from laguna_serve.bench.harness.result import EngineMemory
+from laguna_serve.bench.harness.schedule import ARMS
+from laguna_serve.serving.kit.environment import cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 COLUMNS = ("concurrency", "γ", "speed-up", "95% interval", "predicted", "τ", "step cost", "drafter", "differ")
-LEVER_COLUMNS = ("lever", "γ", "own", "95% interval", "τ", "own differ", "plain differ", "loss", "GiB plain / with")
+ABLATION_COLUMNS = (
+    "ablation",
+    "γ",
+    "own",
+    "95% interval",
+    "τ",
+    "own differ",
+    "plain differ",
+    "loss",
+    "GiB plain / with",
+)
 
 
-def render_text(result: dict[str, Any]) -> str:
+def render_text(result: SweepResult) -> str:
     """Every point in columns, then what was chosen."""
-    rows = [list(COLUMNS), *map(_cells, result["points"])]
-    lines = ["{:>11} {:>3} {:>9} {:>14} {:>9} {:>6} {:>9} {:>8} {:>9}".format(*row) for row in rows]
-    lines += ["", *_conclusions(result)]
-    if levers := result.get("stack"):
-        table = [list(LEVER_COLUMNS), *map(_lever_cells, levers)]
-        lines += ["", *("{:<16} {:>3} {:>10} {:>14} {:>5} {:>8} {:>10} {:>8} {:>8}".format(*row) for row in table)]
+    lines = [_tabulate_points(result).to_text(), "", *_conclude(result)]
+    if result.stack:
+        lines += ["", _tabulate_ablations(result.stack).to_text()]
     return "\n".join(lines)
 
 
-def render_markdown(result: dict[str, Any]) -> str:
+def render_markdown(result: SweepResult) -> str:
     """The same as a page."""
-    work, environment = result["workload"], result["environment"]
+    work = result.workload
     lines = [
         "# γ sweep",
         "",
-        f"{result['model']}, drafter {result['draft']}; {work['num_prompts']} prompts × {work['max_tokens']} tokens of"
-        f" {work['prompts']}, greedy. Each point is an A/B against plain decoding, both engines up and taking turns;"
+        f"{result.model}, drafter {result.draft}; {work.num_prompts} prompts × {work.max_tokens} tokens of"
+        f" {work.prompts}, greedy. Each point is an A/B against plain decoding, both engines up and interleaved;"
         " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
         " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
         " many sequences; too low where their attention costs more than that of one sequence's rows.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|" + "---|" * len(COLUMNS),
+        _tabulate_points(result).to_markdown(),
+        "",
+        *(f"- {line}" for line in _conclude(result)),
+        "",
+        "![the sweep](sweep.png)",
+        "",
     ]
-    lines += [f"| {' | '.join(_cells(point))} |" for point in result["points"]]
-    lines += ["", *(f"- {line}" for line in _conclusions(result)), "", "![the sweep](sweep.png)", ""]
-    if levers := result.get("stack"):
-        lines += ["## Levers", "", f"| {' | '.join(LEVER_COLUMNS)} |", "|" + "---|" * len(LEVER_COLUMNS)]
-        lines += [f"| {' | '.join(_lever_cells(lever))} |" for lever in levers]
-        lines += ["", "Own: against the lever's own plain decoding. Plain: prompts whose answers differ from the plain"]
+    if result.stack:
+        lines += ["## Ablations", "", _tabulate_ablations(result.stack).to_markdown(), ""]
+        lines += ["Own: against the ablation's own plain decoding. Plain: prompts whose answers differ from the plain"]
         lines += ["target's, and the change of the loss on the prompts themselves (nats per token).", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    where = f"{environment['cpu']}, {environment['cores']} cores, {environment['date']}"
-    lines.append(f"`{environment['command']}` on {where}; {versions}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, cite_environment(result.environment)]) + "\n"
 
 
-def _cells(point: dict[str, Any]) -> list[str]:
-    low, high = point["ci95"]
-    parity = point["parity"]
+def _show_gamma(gamma: int) -> str:
+    """`γ 7`; 0 is plain decoding."""
+    return f"γ {gamma}" if gamma else "plain decoding"
+
+
+def _tabulate_points(result: SweepResult) -> Table:
+    return Table("r" * len(COLUMNS), COLUMNS, [_list_cells(point) for point in result.points])
+
+
+def _list_cells(point: SweepPoint) -> list[str]:
+    low, high = point.ci95
     return [
-        str(point["concurrency"]),
-        str(point["gamma"]),
-        f"{point['speedup']:.2f}×",
+        str(point.concurrency),
+        str(point.gamma),
+        f"{point.speedup:.2f}×",
         f"{low:.2f}–{high:.2f}",
-        f"{point['predicted']:.2f}×",
-        f"{point['tau']:.2f}",
-        f"{point['step_cost']:.2f}",
-        "–" if point["draft_share"] is None else f"{point['draft_share']:.0%}",
-        f"{parity['mismatches']} of {parity['prompts']}",
+        f"{point.predicted:.2f}×",
+        f"{point.tau:.2f}",
+        f"{point.step_cost:.2f}",
+        "–" if point.draft_share is None else f"{point.draft_share:.0%}",
+        f"{point.parity.mismatches} of {point.parity.prompts}",
     ]
 
 
-def _lever_cells(lever: dict[str, Any]) -> list[str]:
-    if lever["failed"]:
-        return [lever["lever"], str(lever["gamma"]), "failed", *["–"] * (len(LEVER_COLUMNS) - 3)]
-    low, high = lever["ci95"]
-    plain, speculating = (lever["memory"][arm] for arm in ("baseline", "candidate"))
+def _tabulate_ablations(ablations: list[AblationResult]) -> Table:
+    align = "l" + "r" * (len(ABLATION_COLUMNS) - 1)
+    return Table(align, ABLATION_COLUMNS, [_list_ablation_cells(item) for item in ablations])
+
+
+def _list_ablation_cells(item: AblationResult) -> list[str]:
+    if not item.parity or not item.ci95 or not item.memory:
+        return [item.ablation, str(item.gamma), "failed", *["–"] * (len(ABLATION_COLUMNS) - 3)]
+    low, high = item.ci95
     return [
-        lever["lever"],
-        str(lever["gamma"]),
-        f"{lever['speedup']:.2f}×",
+        item.ablation,
+        str(item.gamma),
+        f"{item.speedup:.2f}×",
         f"{low:.2f}–{high:.2f}",
-        f"{lever['tau']:.2f}",
-        f"{lever['parity']['mismatches']} of {lever['parity']['prompts']}",
-        f"{lever['differ_from_plain_target']} of {lever['parity']['prompts']}",
-        f"{lever['loss_change']:+.4f}",
-        f"{_gib(plain)} / {_gib(speculating)}",
+        f"{item.tau:.2f}",
+        f"{item.parity.mismatches} of {item.parity.prompts}",
+        f"{item.differ_from_plain_target} of {item.parity.prompts}",
+        f"{item.loss_change:+.4f}",
+        " / ".join(_show_gib(item.memory[arm]) for arm in ARMS),
     ]
 
 
-def _gib(memory: dict[str, Any]) -> str:
-    return f"{(memory['gpu_bytes'] or memory['pss_bytes']) / 2**30:.2f}"
+def _show_gib(memory: EngineMemory | None) -> str:
+    return "–" if memory is None else f"{(memory.gpu_bytes or memory.pss_bytes) / 2**30:.2f}"
 
 
-def _conclusions(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for choice in result["choices"]:
-        what = f"γ {choice['gamma']}" if choice["gamma"] else "plain decoding"
-        lines.append(f"concurrency {choice['concurrency']}: {what}; {choice['reason']}")
-    for concurrency, cost in result["cost"].items():
-        lines.append(
-            f"concurrency {concurrency}: a step with γ drafted tokens costs {1 + cost['fixed']:.2f} + "
-            f"{cost['per_token']:.3f}·γ plain steps"
-        )
-    for gamma, reason in result["failed"].items():
-        lines.append(f"γ {gamma} failed: {reason}")
-    lines.append(f"schedule: {result['schedule']}")
+def _conclude(result: SweepResult) -> list[str]:
+    lines = [
+        f"concurrency {choice.concurrency}: {_show_gamma(choice.gamma)}; {choice.reason}" for choice in result.choices
+    ]
     lines += [
-        f"lever {lever['lever']} failed: {lever['failed']}" for lever in result.get("stack", []) if lever["failed"]
+        f"concurrency {concurrency}: a step with γ drafted tokens costs {1 + cost.fixed:.2f} + "
+        f"{cost.per_token:.3f}·γ plain steps"
+        for concurrency, cost in result.cost.items()
     ]
-    if (mixed := result.get("mixed")) is not None:
-        single = f"γ {mixed['single']}" if mixed["single"] else "plain decoding"
-        if mixed["skipped"]:
-            lines.append(f"mixed load: not measured against {single}, the best single choice: {mixed['skipped']}")
+    lines += [f"γ {gamma} failed: {reason}" for gamma, reason in result.failed.items()]
+    lines.append(f"schedule: {_show_schedule(result)}")
+    lines += [f"ablation {item.ablation} failed: {item.failed}" for item in result.stack or [] if item.failed]
+    if mixed := result.mixed:
+        single = _show_gamma(mixed.single)
+        if mixed.skipped or not mixed.ci95:
+            lines.append(f"mixed load: not measured against {single}, the best single choice: {mixed.skipped}")
         else:
-            ratio = "{:.2f} times as fast ({:.2f}–{:.2f})".format(mixed["speedup"], *mixed["ci95"])
+            low, high = mixed.ci95
+            ratio = f"{mixed.speedup:.2f} times as fast ({low:.2f}–{high:.2f})"
             lines.append(f"mixed load: the schedule is {ratio} as {single} throughout, the best single choice")
     return lines
+
+
+def _show_schedule(result: SweepResult) -> str:
+    ranges = result.schedule.num_speculative_tokens_per_batch_size
+    return ", ".join(f"batches of {first}–{last}: {_show_gamma(gamma)}" for first, last, gamma in ranges)

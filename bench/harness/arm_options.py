@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.commands.serve import parse_gamma
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.speculation.drafting import open_drafter
 
 # What of them decides how an arm answers; the first three name checkpoints.
 ENGINE_FLAGS = (
@@ -94,6 +97,54 @@ class ArmsConfig:
             except ValueError as error:
                 flag = f"--{name.replace('_', '-')}"
                 raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """A target and a drafter for it, to be started with and without it."""
+
+    model: Annotated[str, Flag("target checkpoint, folder or hub id", metavar="M", group="engines")]
+    draft: Annotated[str, Flag("DFlash drafter checkpoint", metavar="D")]
+    dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
+    seed: Annotated[int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)")] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values under their bounds."""
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedDrafterConfig(DrafterConfig):
+    """The same, compiled unless told otherwise."""
+
+    eager: Annotated[bool, Flag("no compilation: starts fast, runs slowly")] = False
+    kv_cache_gib: Annotated[float | None, Flag("KV cache per engine (default: by free memory)", metavar="G")] = None
+
+
+def choose_gammas(
+    draft: str,
+    given: Sequence[int] | None,
+    default: Callable[[int], Sequence[int]],
+    unknown: Sequence[int] | None = None,
+) -> list[int]:
+    """The γ to measure: those given, else what `default` makes of the drafter's most, or `unknown` of a drafter that is
+    not on this machine.
+
+    Raises:
+        CheckpointError: the drafter cannot be read, or was not trained for one of them; or there are none at all.
+    """
+    folder = find_folder(draft)
+    if folder is None:
+        if (gammas := given or unknown) is None:
+            expected = "--gammas for a drafter that is not on this machine"
+            raise CheckpointError(f"{draft}: expected {expected}, got none; pass them")
+        return list(gammas)
+    most = open_drafter(folder, draft).max_gamma
+    gammas = list(given or default(most))
+    if max(gammas) > most:
+        expected = f"expected at most {most}, the drafter's block − 1, got {max(gammas)}"
+        raise CheckpointError(f"--gammas: {expected}; lower it")
+    return gammas
 
 
 def make_spec(config: ArmsConfig, name: str) -> ArmSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from laguna_serve.bench.stats.intervals import Spread
@@ -99,8 +100,8 @@ class ControlResult(Struct, frozen=True, kw_only=True):
     mismatches: int
 
 
-class Parity(Struct, frozen=True, kw_only=True):
-    """Equality of the arms' greedy answers.
+class ParitySummary(Struct, frozen=True, kw_only=True):
+    """Equality of the arms' greedy answers, in numbers.
 
     Attributes:
         bound95: at 95% confidence, at most this share of such prompts differs.
@@ -116,12 +117,21 @@ class Parity(Struct, frozen=True, kw_only=True):
     noise_multiple: float
     dtype: str
     control: ControlResult | None
-    divergences: list[Verdict]
 
     @property
     def defects(self) -> int:
         """Mismatches that rounding does not explain."""
         return (self.classes or {}).get("defect", 0)
+
+
+class Parity(ParitySummary, frozen=True, kw_only=True):
+    """The same with every mismatch."""
+
+    divergences: list[Verdict]
+
+    def summarise(self) -> ParitySummary:
+        """Without them."""
+        return msgspec.convert(self, ParitySummary, from_attributes=True)
 
 
 class ArmAcceptance(Struct, frozen=True, kw_only=True):

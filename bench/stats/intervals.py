@@ -6,7 +6,6 @@ Nothing is trimmed and no outlier is removed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -19,9 +18,8 @@ RESAMPLES = 10_000
 BATCH = 500  # resamples drawn at once: bounds memory to BATCH × pairs indices
 
 
-@dataclass(frozen=True, slots=True)
-class RoundPair:
-    """The same prompts on both arms: output tokens and seconds of each."""
+class RoundPair(msgspec.Struct, frozen=True, array_like=True):
+    """The same prompts on both arms: output tokens and seconds of each; in JSON an array of the four."""
 
     baseline_tokens: int
     baseline_s: float

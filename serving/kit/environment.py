@@ -62,6 +62,15 @@ def list_environment(environment: Environment) -> list[str]:
     return [f"- {key}: {value}" for key, value in msgspec.to_builtins(environment).items() if value is not None]
 
 
+def cite_environment(environment: Environment) -> str:
+    """The command, where and when it ran, and with what, as a sentence in Markdown."""
+    gpu = environment.device is not None and environment.device.kind == "gpu"
+    where = [environment.device_name] if gpu else []
+    where += [f"{environment.cpu}", f"{environment.cores} cores", environment.date]
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return f"`{environment.command}` on {', '.join(where)}; {versions}."
+
+
 def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
     """Date (UTC), command line, code version, host, device and package versions. What cannot be known is None.
 

@@ -50,4 +50,9 @@ def read_result(path: Path, kind: type[R]) -> R:
     except OSError as error:
         raise ResultError(f"{path}: expected a result file, got {error.strerror}") from error
     except msgspec.MsgspecError as error:
-        raise ResultError(f"{path}: expected a {kind.__struct_config__.tag} result, got one where {error}") from error
+        raise ResultError(f"{path}: expected a {_name(kind)} result, got one where {error}") from error
+
+
+def _name(kind: type[msgspec.Struct]) -> str:
+    """Its schema; of a part of a result, which has none, its type."""
+    return str(kind.__struct_config__.tag or kind.__name__)

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from laguna_serve.bench.gamma.cost_model import Choice, CostModel, Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma.cost_model import CostModel, Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma.result import Choice
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_ratio, bootstrap_speedup, pool_speedup
 
 

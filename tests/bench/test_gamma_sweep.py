@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,26 @@ from typing import Any
 import pytest
 from ab_harness import PROMPTS, StandInEngine, stand_ins
 from fake_engine import Behaviour
+from msgspec import structs
 
 from laguna_serve.bench import gamma_sweep
 from laguna_serve.bench.gamma import plot as gamma_plot
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
+from laguna_serve.bench.gamma.options import SweepConfig
+from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import build_parser
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.commands.serve import read_config
 from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import read_result
 from laguna_serve.serving.speculation.gamma_store import Advice, find_advice, store_advice
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
+COMMITTED = Path(__file__).resolve().parents[2] / "bench" / "results" / "toy-gamma-sweep" / "sweep.json"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 
 
@@ -51,6 +56,10 @@ def flags(prompts_file: Path, tmp_path: Path, *more: str) -> list[str]:
         str(tmp_path / "out"),
     ]
     return [*PAIR, *common, *more]
+
+
+def read(*argv: str) -> SweepConfig:
+    return read_flags(SweepConfig, argv, prog="gamma_sweep.py", description=None)
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def test_other_sweep_is_not_continued(
     assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
 
 
-def test_levers_are_held_against_their_own_plain_decoding_and_the_plain_target(
+def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_target(
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,17 +152,17 @@ def test_levers_are_held_against_their_own_plain_decoding_and_the_plain_target(
 
         monkeypatch.setattr(made, "__init__", behave)
         assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
-        levers = {lever["lever"]: lever for lever in last_line(capsys)["stack"]}
-        assert levers["fp8-kv"]["failed"] == "engine fake: no fp8 here"
-        assert levers["prefix-caching"]["speedup"] > 1.5
-        assert levers["prefix-caching"]["differ_from_plain_target"] == 0
-        assert levers["prefix-caching"]["loss_change"] == 0
-        assert levers["dense"]["parity"]["mismatches"] == 0
-        assert levers["dense"]["differ_from_plain_target"] == 1
-        assert levers["dense"]["loss_change"] == pytest.approx(0.1)
+        ablations = {item["lever"]: item for item in last_line(capsys)["stack"]}
+        assert ablations["fp8-kv"]["failed"] == "engine fake: no fp8 here"
+        assert ablations["prefix-caching"]["speedup"] > 1.5
+        assert ablations["prefix-caching"]["differ_from_plain_target"] == 0
+        assert ablations["prefix-caching"]["loss_change"] == 0
+        assert ablations["dense"]["parity"]["mismatches"] == 0
+        assert ablations["dense"]["differ_from_plain_target"] == 1
+        assert ablations["dense"]["loss_change"] == pytest.approx(0.1)
         page = (tmp_path / "out" / "sweep.md").read_text()
         assert "| fp8-kv | 3 | failed |" in page
-        assert "lever fp8-kv failed: engine fake: no fp8 here" in page
+        assert "ablation fp8-kv failed: engine fake: no fp8 here" in page
         # What was measured is kept; the one that failed is tried again.
         started = made.started
         assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
@@ -178,27 +187,28 @@ def test_schedule_is_measured_under_changing_load(
     prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--gammas", "3", "--num-prompts", "14", "--max-tokens", "12", "--out", str(tmp_path)]
-    args = gamma_sweep.parse_args([*PAIR, "--prompts", str(prompts_file), *more])
-    args.concurrency = [1, 2]
-    rates = {"baseline": 100.0, "candidate": 150.0}
-    points = [{"gamma": 3, "concurrency": concurrency, "tok_per_s": rates} for concurrency in (1, 2)]
+    config = replace(read(*PAIR, "--prompts", str(prompts_file), *more, "--num-prompts", "16"), concurrency=(1, 2))
+    (tmp_path / "points").mkdir()
     behaviour = Behaviour(delay_s=0.001, gamma=3, chunk_tokens=3)
     with stand_ins(monkeypatch, behaviour, behaviour) as made:
         prompts, schedule = load_prompts(prompts_file), [(1, 1, 3), (2, 2, 0)]
-        found = compare_schedule(args, points, schedule, prompts, tmp_path, Progress(quiet=True))
+        mixed = compare_schedule(config, 3, schedule, prompts, Progress(quiet=True))
         assert [config.gamma_schedule for config in made.configs] == [None, ((1, 1, 3), (2, 2, 0))]
         assert [config.gamma for config in made.configs] == [3, 3]
-        again = compare_schedule(args, points, schedule, prompts, tmp_path, Progress(quiet=True))
-        assert again["speedup"] == found["speedup"]
+        assert compare_schedule(config, 3, schedule, prompts, Progress(quiet=True)) == mixed
         assert made.started == 2, "what was measured is kept"
-    assert (found["single"], found["rounds"]) == (3, 9)
-    assert found["ci95"][0] < found["speedup"] < found["ci95"][1]
+    assert (mixed.single, mixed.rounds) == (3, 9)
+    assert mixed.ci95
+    assert mixed.speedup is not None
+    assert mixed.ci95[0] < mixed.speedup < mixed.ci95[1]
 
 
 def test_best_single_gamma_needs_the_least_time_over_all_loads() -> None:
-    def point(gamma: int, concurrency: int, plain: float, rate: float) -> dict[str, Any]:
+    measured = read_result(COMMITTED, SweepResult).points[0]
+
+    def point(gamma: int, concurrency: int, plain: float, rate: float) -> PointFigures:
         rates = {"baseline": plain, "candidate": rate}
-        return {"gamma": gamma, "concurrency": concurrency, "tok_per_s": rates}
+        return structs.replace(measured, gamma=gamma, concurrency=concurrency, tok_per_s=rates)
 
     points = [point(7, 1, 100, 200), point(7, 8, 400, 300), point(3, 1, 100, 150), point(3, 8, 400, 420)]
     # Seconds for a token and eight: γ 7: 1/200 + 8/300, γ 3: 1/150 + 8/420, none: 1/100 + 8/400.
@@ -207,10 +217,10 @@ def test_best_single_gamma_needs_the_least_time_over_all_loads() -> None:
     assert find_best_single([point(7, 1, 100, 80)]) == 0
 
 
-def test_mixed_rounds_take_every_concurrency_by_turns() -> None:
+def test_mixed_rounds_interleave_every_concurrency() -> None:
     prompts = [Prompt(str(i), f"text {i}") for i in range(40)]
-    args = argparse.Namespace(concurrency=[1, 4], max_tokens=8, seed=0)
-    plan = make_mixed_plan(args, prompts)
+    config = read(*PAIR, "--prompts", "p", "--out", "o", "--concurrency", "1,4", "--max-tokens", "8")
+    plan = make_mixed_plan(config, prompts)
     assert [len(r) for r in plan.rounds] == [1, 4] * 8
     assert len(plan.orders) == 16
     assert plan.concurrency == 4
@@ -251,8 +261,7 @@ def test_bad_flags_are_refused(
 
 @pytest.mark.parametrize(("more", "gammas"), [([], [1, 2, 3, 4, 5, 6, 7]), (["--quick"], [1, 4, 7])])
 def test_gammas_by_default(more: list[str], gammas: list[int]) -> None:
-    args = gamma_sweep.parse_args([*PAIR, "--prompts", "p", "--out", "o", *more])
-    assert gamma_sweep.choose_gammas(args) == gammas
+    assert read(*PAIR, "--prompts", "p", "--out", "o", *more).list_gammas() == gammas
 
 
 def serve_config(*more: str) -> EngineConfig:
@@ -289,12 +298,5 @@ def test_auto_gamma_without_a_sweep_says_how_to_get_one(cache: Path) -> None:
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
-    points = [
-        {"gamma": g, "concurrency": 1, "speedup": 1 + g / 10, "ci95": [1.0, 1.9], "predicted": 1.2} for g in (1, 3, 7)
-    ]
-    environment = {"cpu": "c", "date": "2026-01-01"}
-    work = {"num_prompts": 8, "max_tokens": 16}
-    choices = [{"concurrency": 1, "gamma": 7, "reason": ""}]
-    result = {"points": points, "environment": environment, "workload": work, "choices": choices}
-    gamma_plot.draw(result, tmp_path / "sweep.png")
+    gamma_plot.draw(read_result(COMMITTED, SweepResult), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

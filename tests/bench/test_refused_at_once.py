@@ -134,7 +134,7 @@ def test_other_candidate_that_is_not_there(refuse: Callable[..., str], tmp_path:
     assert "none: expected an existing folder or a hub id" in line
 
 
-def test_levers_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path) -> None:
+def test_ablations_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path) -> None:
     line = refuse("gamma_sweep", "--stack", f"pruned={tmp_path / 'none'}")
     assert "none: expected an existing folder or a hub id" in line
 

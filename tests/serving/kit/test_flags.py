@@ -25,6 +25,7 @@ class SweepConfig(EnginesConfig):
     replay: Annotated[bool, Flag("leave the third path out")] = True
     eager: Annotated[bool, Flag("no compilation", old=("--uncompiled",))] = False
     walls: Annotated[Literal["auto", "none"], Flag(old_switches=(("--unwalled", "none"),))] = "auto"
+    only: Annotated[tuple[str, ...], Flag("words", several=True)] = ()
     at_most: int | None = None
 
     QUICK: ClassVar = Quick("γ 1, at most 16 prompts", {"gammas": (1,), "at_most": 16})
@@ -47,6 +48,11 @@ def test_every_kind_of_field() -> None:
     argv = "--model m --prompts p --gammas 7,1 --limit-s 2.5 --no-replay --eager --dtype auto"
     expected = SweepConfig(model="m", prompts=Path("p"), gammas=(7, 1), limit_s=2.5, replay=False, eager=True)
     assert read(*argv.split()) == expected
+
+
+def test_values_may_be_words() -> None:
+    config = read(*["--model", "m", "--prompts", "p", "--only", "a", "b", "--eager"])
+    assert (config.only, config.eager) == (("a", "b"), True)
 
 
 def test_quick_changes_what_was_not_given() -> None:

@@ -1,0 +1,131 @@
+"""What a γ sweep measures: the configuration of bench/gamma_sweep.py, and the engines that it stands for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from laguna_serve.bench.harness.arm_options import TimedDrafterConfig, choose_gammas, parse_numbers
+from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick
+
+FLAGS = {
+    "fp8-kv": ("--kv-cache-dtype", "fp8"),
+    "chunked-prefill": ("--enable-chunked-prefill", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
+}
+# Rounds of the largest concurrency that an interval needs.
+LEAST_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """One more change to both arms: its name, and of those that are another checkpoint the path."""
+
+    name: str
+    checkpoint: str | None = None
+
+    def apply(self, config: EngineConfig) -> EngineConfig:
+        """The engine with this change."""
+        if self.checkpoint is not None:
+            return replace(config, model=self.checkpoint)
+        if self.name == "prefix-caching":
+            return replace(config, prefix_caching=True)
+        return replace(config, extra_args=FLAGS[self.name])
+
+
+def parse_ablation(text: str) -> Ablation:
+    """`fp8-kv`, `prefix-caching`, `chunked-prefill`, `pruned=CHECKPOINT` or `dense=CHECKPOINT`."""
+    name, given, checkpoint = text.partition("=")
+    if name in ("pruned", "dense") and checkpoint:
+        return Ablation(name, checkpoint)
+    if name in (*FLAGS, "prefix-caching") and not given:
+        return Ablation(name)
+    expected = "fp8-kv, prefix-caching, chunked-prefill, pruned=CHECKPOINT or dense=CHECKPOINT"
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(TimedDrafterConfig):
+    """Which γ to measure at which concurrency, on what; the files go to `out`."""
+
+    gammas: Annotated[
+        tuple[int, ...] | None,
+        Flag(
+            "γ to measure, such as 1,3,7 (default: 1 to the drafter's block − 1)",
+            metavar="N,…",
+            at_least=1,
+            parse=parse_numbers,
+            group="what to measure",
+        ),
+    ] = None
+    concurrency: Annotated[tuple[int, ...], Flag("default: 1", metavar="N,…", at_least=1, parse=parse_numbers)] = (1,)
+    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE")]
+    num_prompts: Annotated[int, Flag("the first N prompts (default: 32)", metavar="N", at_least=1)] = 32
+    max_tokens: Annotated[int, Flag("output tokens per prompt (default: 96)", metavar="N", at_least=1)] = 96
+    stack: Annotated[
+        tuple[Ablation, ...],
+        Flag(
+            "then ablations at the γ chosen for the first concurrency, each against its own plain decoding and the "
+            "plain target: fp8-kv, prefix-caching, chunked-prefill, pruned=CHECKPOINT, dense=CHECKPOINT",
+            metavar="ABLATION",
+            parse=parse_ablation,
+            several=True,
+        ),
+    ] = ()
+    mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
+    out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+    # Where gammas are not given: the least, the middle and the most alone.
+    three_gammas: bool = False
+
+    QUICK: ClassVar = Quick(
+        "16 prompts × 48 tokens, three γ", {"num_prompts": 16, "max_tokens": 48, "three_gammas": True}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse too few prompts for an interval."""
+        super().__post_init__()
+        most = max(self.concurrency)
+        if self.num_prompts < LEAST_ROUNDS * most:
+            expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
+            raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")
+
+    @property
+    def points(self) -> Path:
+        """The folder of finished measurements."""
+        return self.out / "points"
+
+    def list_gammas(self) -> list[int]:
+        """The γ to measure: those given, else 1 to the drafter's block − 1, or three of these.
+
+        Raises:
+            CheckpointError: the drafter cannot be read, or was not trained for one of them.
+        """
+
+        def choose(most: int) -> list[int]:
+            return sorted({1, (most + 1) // 2, most}) if self.three_gammas else list(range(1, most + 1))
+
+        return choose_gammas(self.draft, self.gammas, choose)
+
+    def make_engine(self, gamma: int | None) -> EngineConfig:
+        """The engine of a γ, or of plain decoding (None)."""
+        return EngineConfig(
+            model=self.model,
+            draft=None if gamma is None else self.draft,
+            gamma=gamma,
+            dtype=self.dtype,
+            enforce_eager=self.eager,
+            prefix_caching=False,
+            kv_cache_gib=self.kv_cache_gib,
+            seed=self.seed,
+        )
+
+    def make_spec(self, gamma: int | None) -> ArmSpec:
+        """The baseline (None), or the candidate of a γ."""
+        engine = self.make_engine(gamma)
+        if gamma is None:
+            return ArmSpec(BASELINE, f"{self.model}; no drafter", config=engine)
+        return ArmSpec(CANDIDATE, f"{self.model}; drafter {self.draft}, γ {gamma}", config=engine)
