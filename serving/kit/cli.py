@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from laguna_serve.serving.kit.environment import OtherLoad
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.load import OtherLoad
 from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 # It held; it ran and what it checks did not hold; it could not run; it was interrupted.

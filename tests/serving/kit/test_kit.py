@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving.kit import load, progress
+from laguna_serve.serving.kit import environment, progress
 from laguna_serve.serving.kit.cli import (
     COULD_NOT_RUN,
     FELL_SHORT,
@@ -74,10 +74,10 @@ def test_status_of_the_body_is_the_commands() -> None:
 def test_load_of_others_is_warned_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """10 s on 4 processors, of which this command used 8 s: the rest is others'."""
     now, busy, own = [100.0], [1000.0], [50.0]
-    monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(load, "read_busy_s", lambda: busy[0])
-    monkeypatch.setattr(load, "read_own_s", lambda: own[0])
+    monkeypatch.setattr(environment.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(environment, "read_busy_s", lambda: busy[0])
+    monkeypatch.setattr(environment, "read_own_s", lambda: own[0])
 
     def work(others_s: float) -> int:
         now[0], own[0], busy[0] = now[0] + 10, own[0] + 8, busy[0] + 8 + others_s
@@ -93,9 +93,9 @@ def test_load_of_others_is_warned_of(capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_own_children_are_not_others() -> None:
     burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
-    before = load.read_own_s()
+    before = environment.read_own_s()
     subprocess.run([sys.executable, "-c", burn], check=True)
-    assert load.read_own_s() - before >= 0.28
+    assert environment.read_own_s() - before >= 0.28
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
