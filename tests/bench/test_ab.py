@@ -56,7 +56,8 @@ def test_the_file_keeps_every_request_and_the_line_does_not(run_ab: RunAb, tmp_p
     assert [record["prompt_id"] for record in timed] == [f"p{i}" for i in range(10)]
     assert all(len(record["token_ids"]) == 12 for record in timed)
     assert "requests" not in line
-    assert max(len(row) for row in output.splitlines() if not row.startswith(("{", "files in"))) <= 100
+    others = ("{", "files in", "ab.py: warning: other processes")  # the last one on a machine with other work
+    assert max(len(row) for row in output.splitlines() if not row.startswith(others)) <= 100
 
 
 def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, tmp_path: Path) -> None:
