@@ -71,8 +71,10 @@ def resolve_layer_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def _read_older_keys(config: Mapping[str, Any], count: int) -> list[str] | None:
-    """The layers' kinds by `mlp_only_layers` and `decoder_sparse_step` (every how many layers one is sparse); None
-    without either."""
+    """The layers' kinds by `mlp_only_layers` and `decoder_sparse_step`; None without either.
+
+    The second says every how many layers one is sparse.
+    """
     only, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step")
     if only is None and step is None:
         return None
@@ -94,8 +96,10 @@ def stock_layer_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def find_dropped_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary parameters of a config that says `rope_theta` alone, which transformers' LagunaConfig drops in favour
-    of its own defaults (theta 10,000 in sliding layers); None for a config that says them otherwise, or not at all."""
+    """The rotary parameters of a config that says `rope_theta` alone; None for one that says more, or nothing.
+
+    transformers' LagunaConfig drops a lone `rope_theta` for its own defaults (theta 10,000 in sliding layers).
+    """
     theta = config.get("rope_theta")
     if theta is None or config.get("rope_parameters") or config.get("rope_scaling"):
         return None

@@ -162,8 +162,10 @@ def is_dense(config: Mapping[str, Any]) -> bool:
 
 
 def round_width(width: int, most: int) -> int:
-    """The width to allocate on a GPU: a multiple of the largest tile for which that adds 2% at most and stays within
-    `most`."""
+    """The width to allocate on a GPU, at most `most`.
+
+    It is a multiple of the largest tile for which that adds 2% at most.
+    """
     for tile in TILES:
         rounded = -(-width // tile) * tile
         if rounded <= min(most, width * (1 + MOST_ROUNDING)):

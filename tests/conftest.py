@@ -14,8 +14,10 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 @pytest.fixture(scope="session")
 def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The toy teacher in fp32, eager: what can be compared with transformers token for token. It can be paused and
-    takes new weights; who gives it some gives it the old ones back."""
+    """The toy teacher in fp32, eager: what can be compared with transformers token for token.
+
+    It can be paused and takes new weights; who gives it some gives it the old ones back.
+    """
     config = EngineConfig(
         model=str(TOY / "teacher"),
         dtype="float32",

@@ -51,8 +51,10 @@ def _attempt(name: str, repair: Callable[[], None]) -> None:
 
 
 def _repair_sampling() -> None:
-    """The runner's module brings every drafter's model along, and the front end needs neither: it is repaired when a
-    runner makes its sampler, and not imported before."""
+    """Repair the runner when it makes its sampler, not before.
+
+    Its module brings every drafter's model along, and the front end needs neither.
+    """
     from vllm.v1.sample.sampler import Sampler
 
     from laguna_serve.plugins.repairs import drafted_sampling, token_logprobs

@@ -8,8 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One greedy answer with log-probabilities: `top[i]` maps token id → log-probability (nats) of the best two tokens
-    of step i, and of the chosen one. `prompt_ids` is the prompt as the engine read it."""
+    """One greedy answer with log-probabilities.
+
+    Attributes:
+        top: of each step, token id → log-probability (nats) of the best two tokens and of the chosen one.
+        prompt_ids: the prompt as the engine read it.
+    """
 
     token_ids: tuple[int, ...]
     top: tuple[dict[int, float], ...]

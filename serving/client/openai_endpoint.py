@@ -23,8 +23,13 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer. `finish_reason`: "stop", "length" (cut off at max_tokens), …; `tokens`: of the answer, None where the
-    endpoint does not say; `versions`: those of VERSION_HEADERS that the response carries."""
+    """One answer.
+
+    Attributes:
+        finish_reason: "stop", "length" (cut off at max_tokens), ….
+        tokens: of the answer; None where the endpoint does not say.
+        versions: those of VERSION_HEADERS that the response carries.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -71,8 +76,9 @@ class Endpoint:
         await self._client.close()
 
     async def ask(self, prompt: str, form: Form, sampling: Mapping[str, Any]) -> Answer:
-        """One answer: to a user's message, or a raw completion. `sampling`: the request's other fields; those that are
-        not the OpenAI API's own go as they are.
+        """One answer: to a user's message, or a raw completion.
+
+        `sampling`: the request's other fields; those that are not the OpenAI API's own go as they are.
 
         Raises:
             EndpointError: there is none.

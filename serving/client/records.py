@@ -56,8 +56,10 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Record:
-    """One decoded request. `chunk_ns[i]` is when a chunk of `chunk_tokens[i]` ≥ 1 tokens arrived; `error` is None on
-    success."""
+    """One decoded request; `error` is None on success.
+
+    `chunk_ns[i]` is when a chunk of `chunk_tokens[i]` ≥ 1 tokens arrived.
+    """
 
     prompt_id: str
     started_ns: int

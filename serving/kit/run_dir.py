@@ -33,8 +33,10 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """A measurement has been begun there: what can be refused before engines start was looked at then, and nothing may
-    be left to start."""
+    """Has a measurement been begun there?
+
+    What can be refused before engines start was looked at then, and nothing may be left to start.
+    """
     return (folder / NOTE).exists()
 
 

@@ -22,8 +22,9 @@ def interrupt_on_signals() -> None:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM make `check_signals` raise KeyboardInterrupt; then the handlers are as
-    before. A second signal raises at once.
+    """Let SIGINT and SIGTERM make `check_signals` raise KeyboardInterrupt, for as long as this lasts.
+
+    Then the handlers are as before. A second signal raises at once.
 
     An exception that a signal handler raises in the midst of a library's own code can be swallowed there or come out
     as another one (seen with safetensors), so the handler only takes note.

@@ -114,8 +114,10 @@ def processed() -> Any:
 
 
 def min_tokens_behind_drafts() -> Any:
-    """Two tokens at least are wanted: with both drafts accepted the third may be a stop token, with no draft the
-    first may not."""
+    """Two tokens at least are wanted.
+
+    With both drafts accepted the third may be a stop token, with no draft the first may not.
+    """
     params = [SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[STOP]) for _ in range(2)]
     wish = sampling(2, params)
     logits = peaks([3, 4, STOP, STOP])

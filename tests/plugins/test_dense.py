@@ -1,5 +1,7 @@
-"""The dense student in vLLM: the same tokens as padded, nothing of the padding in memory, speculation, weights loaded
-again in place; and what is refused."""
+"""The dense student in vLLM: the same tokens as padded, nothing of the padding in memory; and what is refused.
+
+Speculation, and weights loaded again in place, too.
+"""
 
 from __future__ import annotations
 

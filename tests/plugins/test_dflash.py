@@ -56,8 +56,10 @@ def test_grouped_norm_follows_the_layer() -> None:
 
 
 def make_deep_speculators(folder: Path) -> Path:
-    """An untrained drafter of two layers in the speculators format whose proposals vary.  Its layers' norms differ, so
-    that one taken for the other is seen."""
+    """An untrained drafter of two layers in the speculators format whose proposals vary.
+
+    Its layers' norms differ, so that one taken for the other is seen.
+    """
     from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
     toy = SpeculatorsDrafter.load(TOY / "dflash-speculators")
@@ -73,8 +75,10 @@ def make_deep_speculators(folder: Path) -> Path:
 
 
 def make_published(folder: Path) -> Path:
-    """An untrained drafter whose config.json has the keys of Laguna-XS-2.1-DFlash and no other, at the toy's sizes:
-    causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone."""
+    """An untrained drafter whose config.json has the keys of Laguna-XS-2.1-DFlash and no other, at the toy's sizes.
+
+    Causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone.
+    """
     from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, DrafterShape
 
     config = json.loads((PUBLISHED / "config.json").read_text())

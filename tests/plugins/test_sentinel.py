@@ -1,5 +1,7 @@
-"""The pruned teacher in vLLM: the same tokens as the zeroed original, nothing of a pruned block in memory, weights
-loaded again in place, speculation; and what is refused."""
+"""The pruned teacher in vLLM: the same tokens as the zeroed original, nothing of a pruned block in memory.
+
+Weights loaded again in place, speculation, and what is refused, too.
+"""
 
 from __future__ import annotations
 
