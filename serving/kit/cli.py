@@ -69,8 +69,10 @@ def add_json_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def print_result(text: str, line: Mapping[str, Any], out: Path | None, *, always_json: bool) -> None:
-    """The end of a command: its table and the folder of its files, if any; then, for programs, one JSON object on the
-    last line of stdout, where that is no terminal, or `always_json`."""
+    """Print a command's table and the folder of its files, then, for programs, one JSON object.
+
+    That is the last line of stdout, where stdout is no terminal, or with `always_json`.
+    """
     print(text)
     if out is not None:
         print(f"files in {out}")

@@ -33,7 +33,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Has a measurement been begun there?
+    """Say whether a measurement has been begun there.
 
     What can be refused before engines start was looked at then, and nothing may be left to start.
     """
