@@ -99,6 +99,15 @@ class ArmsConfig:
                 raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
 
 
+DraftSampling = Annotated[
+    Literal["greedy", "probabilistic"],
+    Flag(
+        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution, "
+        "which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     """A target and a drafter for it, to be started with and without it."""

@@ -11,64 +11,71 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
-import msgspec
 import numpy as np
+from msgspec import structs
 
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE
-from laguna_serve.bench.rollout.points import Turn
+from laguna_serve.bench.rollout.result import (
+    INCONCLUSIVE,
+    LOSES,
+    PAYS,
+    Estimate,
+    MeasuredPoint,
+    RolloutAcceptance,
+    RolloutPoint,
+    Turn,
+)
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, bootstrap_table, pool_speedup
 from laguna_serve.serving.client.counters import Counters, summarise_acceptance
 
-PAYS, LOSES, UNTOLD = "pays", "does not pay", "cannot be told"
 START = "start"  # what people read for the policy that the drafter was trained for
 PRICE = "price per million tokens = price per hour ÷ 3600 ÷ tok/s × 1,000,000"
 
 
-def summarise_point(entry: Mapping[str, Any], seed: int, price_per_hour: float | None = None) -> dict[str, Any]:
+def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | None = None) -> RolloutPoint:
     """Rates, ratios with their 95% intervals, acceptance, break-even and verdict of a stored point."""
-    turns = {name: [Turn.from_json(item) for item in entry["turns"][name]] for name in ARMS}
-    moved = {name: add_up([turn.moved for turn in turns[name]]) for name in ARMS}
+    turns = measured.turns
+    deltas = {name: add_up([turn.delta for turn in turns[name]]) for name in ARMS}
     ratio = compare_rates(turns[BASELINE], turns[CANDIDATE], "wall_s", seed)
-    acceptance = summarise_acceptance(moved[CANDIDATE])
+    acceptance = summarise_acceptance(deltas[CANDIDATE])
     assert ratio is not None, "wall time passes"
     assert acceptance is not None, "points without drafts are not stored"
-    tau, (low, high) = acceptance.length, ratio["ci95"]
+    tau, (low, high) = acceptance.length, ratio.ci95
     rates = {name: find_rate(turns[name], "wall_s") for name in ARMS}
     per_device = compare_rates(turns[BASELINE], turns[CANDIDATE], "device_s", seed)
-    return {
-        "batch": entry["batch"],
-        "version": entry["version"],
-        "rounds": len(turns[BASELINE]),
-        "tokens": sum(turn.tokens for turn in turns[BASELINE]),
-        "tok_per_s": rates,
-        "ratio": ratio,
-        "tok_per_device_s": {name: find_rate(turns[name], "device_s") for name in ARMS} if per_device else None,
-        "device_ratio": per_device,
-        "acceptance": {**msgspec.to_builtins(acceptance), "ci95": find_tau_interval(turns[CANDIDATE], seed)},
-        "break_even": {"point": tau / ratio["point"], "ci95": [tau / high, tau / low]},
-        "verdict": PAYS if low > 1 else LOSES if high < 1 else UNTOLD,
-        "cached_share": {
-            name: moved[name].prefix_cache_hits / max(1, moved[name].prefix_cache_queries) for name in ARMS
+    return RolloutPoint(
+        batch=measured.batch,
+        version=measured.version,
+        rounds=len(turns[BASELINE]),
+        tokens=sum(turn.tokens for turn in turns[BASELINE]),
+        tok_per_s=rates,
+        ratio=ratio,
+        tok_per_device_s={name: find_rate(turns[name], "device_s") for name in ARMS} if per_device else None,
+        device_ratio=per_device,
+        acceptance=RolloutAcceptance(**structs.asdict(acceptance), ci95=find_tau_interval(turns[CANDIDATE], seed)),
+        break_even=Estimate(point=tau / ratio.point, ci95=(tau / high, tau / low)),
+        verdict=PAYS if low > 1 else LOSES if high < 1 else INCONCLUSIVE,
+        cached_share={
+            name: delta.prefix_cache_hits / max(1, delta.prefix_cache_queries) for name, delta in deltas.items()
         },
-        "preemptions": {name: moved[name].preemptions for name in ARMS},
-        "price_per_million": _price(rates, price_per_hour),
-    }
+        preemptions={name: delta.preemptions for name, delta in deltas.items()},
+        price_per_million=_price(rates, price_per_hour),
+    )
 
 
-def compare_rates(baseline: Sequence[Turn], candidate: Sequence[Turn], clock: str, seed: int) -> dict[str, Any] | None:
+def compare_rates(baseline: Sequence[Turn], candidate: Sequence[Turn], clock: str, seed: int) -> Estimate | None:
     """The candidate's tokens per second over the baseline's, by `clock` ("wall_s" or "device_s"), paired over rounds.
 
-    None where a turn took less than the clock can tell.
+    None where a turn took less than the clock resolves.
     """
     if not all(getattr(turn, clock) > 0 for turn in (*baseline, *candidate)):
         return None
     pairs = [
-        RoundPair(ours.tokens, getattr(ours, clock), theirs.tokens, getattr(theirs, clock))
-        for ours, theirs in zip(baseline, candidate, strict=True)
+        RoundPair(plain.tokens, getattr(plain, clock), speculative.tokens, getattr(speculative, clock))
+        for plain, speculative in zip(baseline, candidate, strict=True)
     ]
-    return {"point": pool_speedup(pairs), "ci95": list(bootstrap_speedup(pairs, seed))}
+    return Estimate(point=pool_speedup(pairs), ci95=bootstrap_speedup(pairs, seed))
 
 
 def find_rate(turns: Sequence[Turn], clock: str) -> float:
@@ -76,10 +83,11 @@ def find_rate(turns: Sequence[Turn], clock: str) -> float:
     return sum(turn.tokens for turn in turns) / sum(float(getattr(turn, clock)) for turn in turns)
 
 
-def find_tau_interval(turns: Sequence[Turn], seed: int) -> list[float]:
+def find_tau_interval(turns: Sequence[Turn], seed: int) -> tuple[float, float]:
     """95% percentile bootstrap interval of 1 + Σ accepted ÷ Σ drafts over rounds."""
-    table = np.array([(1, 1, turn.moved.accepted_tokens, turn.moved.drafts) for turn in turns], dtype=np.float64)
-    return [1 + end for end in bootstrap_table(table, seed)]
+    table = np.array([(1, 1, turn.delta.accepted_tokens, turn.delta.drafts) for turn in turns], dtype=np.float64)
+    low, high = bootstrap_table(table, seed)
+    return 1 + low, 1 + high
 
 
 def find_price(per_hour: float, tok_per_s: float) -> float:

@@ -2,75 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 
-from laguna_serve.bench.rollout.break_even import LOSES, PAYS, START
+from laguna_serve.bench.rollout.break_even import START
+from laguna_serve.bench.rollout.result import LOSES, PAYS, RolloutPoint, RolloutsResult
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 
 BAND, LIMIT = "#f3d9c9", BAD
 COLORS = {PAYS: GOOD, LOSES: BAD}
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
+def draw(result: RolloutsResult, path: Path) -> None:
     """Write the PNG."""
     with open_figure(path, 1, 2, figsize=(11, 4.8)) as (figure, axes):
         figure.subplots_adjust(left=0.065, right=0.98, top=0.83, bottom=0.21, wspace=0.18)
-        _draw_ratios(axes[0], result["points"])
-        if result["versions"]:
-            names = [point["version"] or START for point in result["versions"]]
-            _draw_acceptance(axes[1], result["versions"], names, "policy version")
+        _draw_ratios(axes[0], result.points)
+        if result.versions:
+            names = [point.version or START for point in result.versions]
+            _draw_acceptance(axes[1], result.versions, names, "policy version")
         else:
-            batches = [str(point["batch"]) for point in result["points"]]
-            _draw_acceptance(axes[1], result["points"], batches, "batch: sequences in flight")
+            batches = [str(point.batch) for point in result.points]
+            _draw_acceptance(axes[1], result.points, batches, "batch: sequences in flight")
         note_source(figure, 0.065, _describe(result))
 
 
-def _draw_ratios(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    style_axes(axes, "Speculative ÷ plain tok/s", "95% intervals; orange: slower, grey: cannot be told")
+def _draw_ratios(axes: Axes, points: Sequence[RolloutPoint]) -> None:
+    style_axes(axes, "Speculative ÷ plain tok/s", "95% intervals; orange: slower, grey: inconclusive")
     axes.axhline(1, color=SOFT, linewidth=1, zorder=1)
     for rank, point in enumerate(points):
-        ratio, color = point["ratio"], COLORS.get(point["verdict"], SOFT)
-        spread = [[ratio["point"] - ratio["ci95"][0]], [ratio["ci95"][1] - ratio["point"]]]
-        axes.errorbar(rank, ratio["point"], yerr=spread, fmt="o", color=color, markersize=6, capsize=4, linewidth=1.4)
-        label = f"{ratio['point']:.2f}×"
-        axes.annotate(
-            label, (rank, ratio["point"]), xytext=(9, 0), textcoords="offset points", va="center", color=color
-        )
+        ratio, color = point.ratio, COLORS.get(point.verdict, SOFT)
+        spread = [[ratio.point - ratio.ci95[0]], [ratio.ci95[1] - ratio.point]]
+        axes.errorbar(rank, ratio.point, yerr=spread, fmt="o", color=color, markersize=6, capsize=4, linewidth=1.4)
+        label = f"{ratio.point:.2f}×"
+        axes.annotate(label, (rank, ratio.point), xytext=(9, 0), textcoords="offset points", va="center", color=color)
     axes.set_xlim(-0.5, len(points) - 0.3)
-    axes.set_ylim(0, max(1.1, *(point["ratio"]["ci95"][1] for point in points)) * 1.1)
-    axes.set_xticks(range(len(points)), [str(point["batch"]) for point in points])
+    axes.set_ylim(0, max(1.1, *(point.ratio.ci95[1] for point in points)) * 1.1)
+    axes.set_xticks(range(len(points)), [str(point.batch) for point in points])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("batch: sequences in flight")
 
 
-def _draw_acceptance(axes: Axes, points: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
-    at = f", batch {points[0]['batch']}" if label == "policy version" else ""
+def _draw_acceptance(axes: Axes, points: Sequence[RolloutPoint], names: Sequence[str], label: str) -> None:
+    at = f", batch {points[0].batch}" if label == "policy version" else ""
     style_axes(
         axes, f"τ against its break-even{at}", "tokens per speculative step; below the band speculation does not pay"
     )
     ranks = list(range(len(points)))
-    tau, even = [point["acceptance"] for point in points], [point["break_even"] for point in points]
-    spread = [[t["length"] - t["ci95"][0] for t in tau], [t["ci95"][1] - t["length"] for t in tau]]
-    axes.fill_between(ranks, [e["ci95"][0] for e in even], [e["ci95"][1] for e in even], color=BAND, linewidth=0)
-    axes.plot(ranks, [e["point"] for e in even], color=LIMIT, linewidth=1.4, marker="_", label="break-even τ")
-    axes.errorbar(
-        ranks, [t["length"] for t in tau], yerr=spread, fmt="o-", color=GOOD, markersize=6, capsize=4, label="τ"
-    )
+    tau, even = [point.acceptance for point in points], [point.break_even for point in points]
+    spread = [[t.length - t.ci95[0] for t in tau], [t.ci95[1] - t.length for t in tau]]
+    axes.fill_between(ranks, [e.ci95[0] for e in even], [e.ci95[1] for e in even], color=BAND, linewidth=0)
+    axes.plot(ranks, [e.point for e in even], color=LIMIT, linewidth=1.4, marker="_", label="break-even τ")
+    axes.errorbar(ranks, [t.length for t in tau], yerr=spread, fmt="o-", color=GOOD, markersize=6, capsize=4, label="τ")
     axes.legend(frameon=False, loc="lower left", ncols=2)
     axes.set_xlim(-0.5, len(points) - 0.5)
-    axes.set_ylim(0, max(*(t["ci95"][1] for t in tau), *(e["ci95"][1] for e in even)) * 1.1)
+    axes.set_ylim(0, max(*(t.ci95[1] for t in tau), *(e.ci95[1] for e in even)) * 1.1)
     many = len(names) > 6 or max(map(len, names)) > 12
     axes.set_xticks(ranks, names, rotation=20 if many else 0, ha="right" if many else "center")
     axes.set_xlabel(label)
 
 
-def _describe(result: Mapping[str, Any]) -> list[str]:
-    work, environment = result["workload"], result["environment"]
-    device = environment["device"]["name"] if environment["device"] is not None else environment["cpu"]
-    parts = [f"γ {result['gamma']}", f"groups of {work['group']} × {work['max_tokens']} tokens"]
-    parts += [f"temperature {work['temperature']:g}", f"{work['rounds']} rounds", device, environment["date"][:10]]
-    return parts
+def _describe(result: RolloutsResult) -> list[str]:
+    work, environment = result.workload, result.environment
+    parts = [f"γ {result.gamma}", f"groups of {work.group} × {work.max_tokens} tokens"]
+    parts += [f"temperature {work.temperature:g}", f"{work.rounds} rounds"]
+    return [*parts, environment.device_name, environment.date[:10]]

@@ -1,4 +1,4 @@
-"""One point of what rollouts cost: rounds of groups through both arms in turn, and all that was counted meanwhile.
+"""One point of what rollouts cost: rounds of groups through both arms, interleaved, and all that was counted meanwhile.
 
 A round is `batch` sequences that are sent at once and waited for, as a trainer's step does: groups of completions of
 one shared prompt, a request each. Its prompts are new in the round, and the prefix cache is emptied before every turn:
@@ -14,8 +14,6 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import aiohttp
 import psutil
@@ -24,9 +22,10 @@ from laguna_serve.bench.harness.arms import Arm
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.rollout.result import Turn, Work
 from laguna_serve.bench.rollout.weights import empty_cache
 from laguna_serve.serving.client.completions import Client
-from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
+from laguna_serve.serving.client.counters import scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.progress import Progress
@@ -34,38 +33,6 @@ from laguna_serve.serving.kit.progress import Progress
 WARMUP_ROUNDS = 2
 # What trainers ask for: the log-probability of each token that was drawn, without alternatives.
 LOGPROBS = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What every point has in common. `group`: completions per prompt; `device`: "cpu" or "gpu"."""
-
-    group: int
-    max_tokens: int
-    temperature: float
-    rounds: int
-    seed: int
-    device: str
-
-    def split(self, batch: int) -> tuple[int, int]:
-        """(requests, sequences of each) of so many sequences: whole groups, or one smaller group."""
-        return (1, batch) if batch < self.group else (batch // self.group, self.group)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One arm's half of a round: tokens that came back, what they took, and how the counters moved."""
-
-    tokens: int
-    wall_s: float
-    device_s: float
-    moved: Counters
-
-    @classmethod
-    def from_json(cls, item: Mapping[str, Any]) -> Turn:
-        """Of a stored one."""
-        moved = {**item["moved"], "accepted_per_position": tuple(item["moved"]["accepted_per_position"])}
-        return cls(item["tokens"], item["wall_s"], item["device_s"], Counters(**moved))
 
 
 class Driver:
@@ -96,13 +63,13 @@ class Driver:
         except EndpointError:
             self.arm.check()
             raise
-        moved = after.since(before)
-        if moved.generation_tokens != tokens:
+        delta = after.since(before)
+        if delta.generation_tokens != tokens:
             raise MeasurementStoppedError(
-                f"{self.arm.name}: expected {tokens} tokens counted, got {moved.generation_tokens}; does somebody else "
+                f"{self.arm.name}: expected {tokens} tokens counted, got {delta.generation_tokens}; does somebody else "
                 "use this engine?"
             )
-        return Turn(tokens, wall_s, wall_s if self._work.device == "gpu" else cpu_s, moved)
+        return Turn(tokens, wall_s, wall_s if self._work.device == "gpu" else cpu_s, delta)
 
 
 def read_cpu_s(pids: Iterable[int]) -> float:
@@ -124,14 +91,14 @@ def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:
 
 async def measure_point(
     work: Work, batch: int, prompts: Sequence[Prompt], drivers: Mapping[str, Driver], progress: Progress
-) -> dict[str, Any]:
-    """Warm both arms up, then let them take turns. Returns the turns of both, JSON-ready.
+) -> dict[str, list[Turn]]:
+    """Warm both arms up, then interleave them. Returns the turns of both.
 
     Raises:
         EngineError, EndpointError: an engine died, or a request failed.
         MeasurementStoppedError: somebody else used an engine, or the drafter never drafted.
     """
-    plan, (requests, sequences) = plan_point(work, batch, prompts), work.split(batch)
+    plan, (_, sequences) = plan_point(work, batch, prompts), work.split(batch)
     for name in ARMS:
         for group in plan.warmup:
             await drivers[name].run(group, sequences)
@@ -142,9 +109,8 @@ async def measure_point(
             turns[name].append(await drivers[name].run(group, sequences))
             done, total = 2 * index + 1 + (name == order[1]), 2 * len(plan.rounds)
             progress.step(name, done, total, turns[name][-1].tokens / turns[name][-1].wall_s)
-    if not sum(turn.moved.drafts for turn in turns[CANDIDATE]):
+    if not sum(turn.delta.drafts for turn in turns[CANDIDATE]):
         raise MeasurementStoppedError(f"{CANDIDATE}: expected drafts, got none counted; is the drafter served?")
-    if sum(turn.moved.drafts for turn in turns[BASELINE]):
+    if sum(turn.delta.drafts for turn in turns[BASELINE]):
         raise MeasurementStoppedError(f"{BASELINE}: expected plain decoding, got drafts counted; is it served plainly?")
-    stored = {name: [asdict(turn) for turn in turns[name]] for name in ARMS}
-    return {"batch": batch, "requests": requests, "sequences_per_request": sequences, "turns": stored}
+    return turns

@@ -41,14 +41,14 @@ def open_versions(model: str, folders: Sequence[str]) -> dict[str, Path]:
     return versions
 
 
-def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if not found:
+def _check_tensors(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if not tensors:
         raise CheckpointError(f"{path}: expected *.safetensors in it, got none; write the version first")
-    for name in sorted(expected.keys() | found.keys()) if expected else ():
-        if expected.get(name) != found.get(name):
-            wanted, got = (str(list(s[name])) if name in s else "none" for s in (expected, found))
+    for name in sorted(expected.keys() | tensors.keys()) if expected else ():
+        if expected.get(name) != tensors.get(name):
+            shape, got = (str(list(s[name])) if name in s else "none" for s in (expected, tensors))
             remedy = "a version has the model's own architecture"
-            raise CheckpointError(f"{path}: expected tensor {name} {wanted}, got {got}; {remedy}")
+            raise CheckpointError(f"{path}: expected tensor {name} {shape}, got {got}; {remedy}")
 
 
 async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, folder: Path) -> None:
@@ -63,9 +63,9 @@ async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, fold
     await _post(session, arm, "/finish_weight_update", {"weight_version": name})
     await empty_cache(session, arm)
     await _post(session, arm, "/resume")
-    told = (await _request(session, arm, "GET", "/weight_info")).get("weight_version")
-    if told != name:
-        raise EndpointError(f"{arm.name}: expected version {name} after the update, got {told!r}; restart the engine")
+    served = (await _request(session, arm, "GET", "/weight_info")).get("weight_version")
+    if served != name:
+        raise EndpointError(f"{arm.name}: expected version {name} after the update, got {served!r}; restart the engine")
 
 
 async def empty_cache(session: aiohttp.ClientSession, arm: Arm) -> None:

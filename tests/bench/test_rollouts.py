@@ -6,20 +6,21 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from rollout_engine import START, RolloutEngine, RolloutStandIn, tell_time
 
 from laguna_serve.bench import rollouts
 from laguna_serve.bench.harness import arms
 from laguna_serve.bench.rollout import plot as rollouts_plot
 from laguna_serve.bench.rollout import points as rollouts_points
-from laguna_serve.bench.rollout.break_even import LOSES, PAYS, UNTOLD, summarise_point
-from laguna_serve.bench.rollout.points import Turn
+from laguna_serve.bench.rollout import runner as rollouts_runner
+from laguna_serve.bench.rollout.break_even import summarise_point
+from laguna_serve.bench.rollout.result import INCONCLUSIVE, LOSES, PAYS, Estimate, MeasuredPoint, Turn
 from laguna_serve.serving.client import counters as metrics
 from laguna_serve.serving.client.counters import Counters
 
@@ -71,49 +72,50 @@ def versions(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
-def make_turns(tokens: int, seconds: list[float], drafts: int = 0, accepted: int = 0) -> list[dict[str, Any]]:
-    moved = Counters(drafts, 7 * drafts, accepted, tokens, accepted_per_position=(accepted,) if drafts else ())
-    return [asdict(Turn(tokens, wall_s, 2 * wall_s, moved)) for wall_s in seconds]
+def make_turns(tokens: int, seconds: list[float], drafts: int = 0, accepted: int = 0) -> list[Turn]:
+    delta = Counters(drafts, 7 * drafts, accepted, tokens, accepted_per_position=(accepted,) if drafts else ())
+    return [Turn(tokens, wall_s, 2 * wall_s, delta) for wall_s in seconds]
 
 
-def make_entry(candidate_s: list[float]) -> dict[str, Any]:
+def make_point(candidate_s: list[float]) -> MeasuredPoint:
     """Plain: 100 tokens a second. Speculating: τ = 1 + 30 / 20 = 2.5."""
     turns = {"baseline": make_turns(100, [1.0] * 8), "candidate": make_turns(100, candidate_s, 20, 30)}
-    return {"batch": 8, "version": None, "turns": turns}
+    return MeasuredPoint(batch=8, version=None, fingerprint="", requests=1, sequences_per_request=8, turns=turns)
 
 
 def test_figures_of_a_point_are_those_worked_out_by_hand() -> None:
-    point = summarise_point(make_entry([0.5] * 8), seed=0, price_per_hour=3.6)
-    assert point["tok_per_s"] == {"baseline": 100, "candidate": 200}
-    assert point["tok_per_device_s"] == {"baseline": 50, "candidate": 100}
-    assert point["ratio"] == point["device_ratio"] == {"point": 2, "ci95": [2, 2]}
-    assert point["acceptance"]["length"] == 2.5
-    assert point["acceptance"]["per_position"] == [1.5]
-    assert point["acceptance"]["ci95"] == [2.5, 2.5]
+    point = summarise_point(make_point([0.5] * 8), seed=0, price_per_hour=3.6)
+    assert point.tok_per_s == {"baseline": 100, "candidate": 200}
+    assert point.tok_per_device_s == {"baseline": 50, "candidate": 100}
+    assert point.ratio == point.device_ratio == Estimate(point=2, ci95=(2, 2))
+    assert point.acceptance.length == 2.5
+    assert point.acceptance.per_position == [1.5]
+    assert point.acceptance.ci95 == (2.5, 2.5)
     # A step that brings 2.5 tokens at twice the rate costs 1.25 plain steps.
-    assert point["break_even"] == {"point": 1.25, "ci95": [1.25, 1.25]}
-    assert point["price_per_million"] == {"baseline": 10, "candidate": 5}
+    assert point.break_even == Estimate(point=1.25, ci95=(1.25, 1.25))
+    assert point.price_per_million == {"baseline": 10, "candidate": 5}
 
 
 @pytest.mark.parametrize(
     ("candidate_s", "verdict"),
-    [([0.8] * 4 + [0.9] * 4, PAYS), ([1.1] * 4 + [1.2] * 4, LOSES), ([0.8] * 4 + [1.2] * 4, UNTOLD)],
+    [([0.8] * 4 + [0.9] * 4, PAYS), ([1.1] * 4 + [1.2] * 4, LOSES), ([0.8] * 4 + [1.2] * 4, INCONCLUSIVE)],
 )
 def test_verdict_is_where_tau_lies_to_the_break_even(candidate_s: list[float], verdict: str) -> None:
-    point = summarise_point(make_entry(candidate_s), seed=0)
-    low, high = point["break_even"]["ci95"]
-    assert point["verdict"] == verdict
-    assert verdict == (PAYS if high < 2.5 else LOSES if low > 2.5 else UNTOLD)
-    assert point["price_per_million"] is None
+    point = summarise_point(make_point(candidate_s), seed=0)
+    low, high = point.break_even.ci95
+    assert point.verdict == verdict
+    assert verdict == (PAYS if high < 2.5 else LOSES if low > 2.5 else INCONCLUSIVE)
+    assert point.price_per_million is None
 
 
-def test_device_seconds_that_the_clock_cannot_tell_are_left_out() -> None:
-    entry = make_entry([0.5] * 8)
-    entry["turns"]["candidate"][3]["device_s"] = 0.0
-    point = summarise_point(entry, seed=0)
-    assert point["tok_per_device_s"] is None
-    assert point["device_ratio"] is None
-    assert point["ratio"]["point"] == 2
+def test_device_seconds_below_the_clock_s_resolution_are_left_out() -> None:
+    measured = make_point([0.5] * 8)
+    turns = measured.turns["candidate"]
+    turns[3] = structs.replace(turns[3], device_s=0.0)
+    point = summarise_point(measured, seed=0)
+    assert point.tok_per_device_s is None
+    assert point.device_ratio is None
+    assert point.ratio.point == 2
 
 
 def test_groups_go_to_both_arms_in_turn(engines: type[RolloutStandIn], run: Callable[..., Answer]) -> None:
@@ -153,14 +155,14 @@ def test_later_versions_are_given_to_both_engines_and_judged(
     assert status == 1
     assert [(p["version"], p["acceptance"]["length"], p["verdict"]) for p in result["versions"]] == [
         (None, 4, PAYS),
-        ("v1", 2, UNTOLD),
+        ("v1", 2, INCONCLUSIVE),
         ("v2", 1, LOSES),
     ]
     update = ["/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
     for engine in engines.engines:
         assert engine.steps == 2 * update
         assert (engine.version, engine.folder) == ("v2", str(tmp_path / "v2"))
-    assert "version v1, batch 8: cannot be told: τ 2.00 is within the interval of the break-even" in output
+    assert "version v1, batch 8: inconclusive: τ 2.00 is within the interval of the break-even" in output
     assert "version v2, batch 8: speculation does not pay: τ 1.00 is below the break-even of" in output
     page = (tmp_path / "out" / "rollouts.md").read_text()
     assert "| v2 | 1.00 | 1.00–1.00 |" in page
@@ -191,13 +193,13 @@ def test_finished_points_are_kept(
     assert "expected the version v1 that" in output
 
 
-def test_ctrl_c_is_told_apart(
+def test_ctrl_c_has_its_own_status(
     engines: type[RolloutStandIn], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollouts, "measure_point", interrupt)
+    monkeypatch.setattr(rollouts_runner, "measure_point", interrupt)
     status, _, output = run("--batch", "8")
     assert status == 130
     assert "the same command continues" in output

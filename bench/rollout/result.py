@@ -1,0 +1,123 @@
+"""The result of bench/rollouts.py: `rollouts.json`, schema laguna_serve.rollouts/1, and what DIR/points keeps of it."""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+
+from laguna_serve.serving.client.counters import Acceptance, Counters
+from laguna_serve.serving.kit.environment import Environment
+
+PAYS, LOSES, INCONCLUSIVE = "pays", "does not pay", "cannot be told"
+Rates = dict[str, float]
+
+
+class Work(Struct, frozen=True):
+    """What every point has in common. `group`: completions per prompt; `device`: "cpu" or "gpu"."""
+
+    group: int
+    max_tokens: int
+    temperature: float
+    rounds: int
+    seed: int
+    device: str
+
+    def split(self, batch: int) -> tuple[int, int]:
+        """(requests, sequences of each) of so many sequences: whole groups, or one smaller group."""
+        return (1, batch) if batch < self.group else (batch // self.group, self.group)
+
+
+class Turn(Struct, frozen=True):
+    """One arm's half of a round: tokens that came back, seconds that they took, and the counters' delta."""
+
+    tokens: int
+    wall_s: float
+    device_s: float
+    delta: Counters = field(name="moved")
+
+
+class MeasuredPoint(Struct, frozen=True, kw_only=True):
+    """A point as DIR/points keeps it: every turn of both arms.
+
+    Attributes:
+        version: of the policy; None for the model itself.
+        fingerprint: of the version's folder.
+    """
+
+    version: str | None
+    fingerprint: str
+    batch: int
+    requests: int
+    sequences_per_request: int
+    turns: dict[str, list[Turn]]
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """A figure with its 95% interval."""
+
+    point: float
+    ci95: tuple[float, float]
+
+
+class RolloutAcceptance(Acceptance, frozen=True, kw_only=True):
+    """The candidate's acceptance; `ci95`: of its length."""
+
+    ci95: tuple[float, float]
+
+
+class RolloutPoint(Struct, frozen=True, kw_only=True):
+    """Both arms at one batch size, for one version of the policy.
+
+    Attributes:
+        ratio: candidate ÷ baseline tok/s; `device_ratio`: per device-second, None where the clock is too coarse.
+        break_even: the τ at which speculation stops paying.
+        cached_share: of prompt tokens.
+        price_per_million: of tokens, where an hour has a price.
+    """
+
+    batch: int
+    version: str | None
+    rounds: int
+    tokens: int
+    tok_per_s: Rates
+    ratio: Estimate
+    tok_per_device_s: Rates | None
+    device_ratio: Estimate | None
+    acceptance: RolloutAcceptance
+    break_even: Estimate
+    verdict: str
+    cached_share: Rates
+    preemptions: dict[str, int]
+    price_per_million: Rates | None
+
+
+class RolloutsWorkload(Work, frozen=True, kw_only=True):
+    """What was sent."""
+
+    prompts: str
+    prefix_caching: bool
+
+
+class RolloutsResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.rollouts/1"):
+    """What rollouts cost, plain and speculative. The first of `versions`, where there are any, is the model itself.
+
+    Attributes:
+        draft_sampling: None in older results, which are greedy.
+        price: how prices per million are worked out, in words.
+    """
+
+    environment: Environment
+    model: str
+    draft: str
+    draft_sampling: str | None = None
+    gamma: int
+    device: str
+    workload: RolloutsWorkload
+    points: list[RolloutPoint]
+    versions: list[RolloutPoint]
+    price: str
+    price_per_hour: float | None
+
+    @property
+    def pays(self) -> bool:
+        """Speculation pays at every batch and for every version."""
+        return all(point.verdict == PAYS for point in [*self.points, *self.versions])

@@ -1,0 +1,154 @@
+"""Runs what bench/rollouts.py measures: checks it, measures the points that the folder lacks, and reads them all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import structs
+
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.rollout.options import RolloutsConfig
+from laguna_serve.bench.rollout.points import Driver, measure_point, plan_point
+from laguna_serve.bench.rollout.result import MeasuredPoint, Work
+from laguna_serve.bench.rollout.weights import give_version, open_versions
+from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import read_result, write_result
+from laguna_serve.serving.kit.run_dir import RunDirError, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.planning.inspection import inspect
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be measured. `batches`: the model itself at each; `versions`: name → folder, at `version_batch`."""
+
+    work: Work
+    specs: tuple[ArmSpec, ArmSpec]
+    prompts: list[Prompt]
+    gamma: int
+    batches: list[int]
+    versions: dict[str, Path]
+    version_batch: int
+    folder: Path
+
+
+def prepare(config: RolloutsConfig, environment: Environment) -> Job:
+    """Check everything that can be checked before an engine starts, and claim the folder of finished points.
+
+    Raises:
+        PromptsError, CheckpointError: something does not fit.
+        RunDirError: the folder holds another measurement.
+        EngineError: an engine could not be started.
+    """
+    device = environment.device.kind if environment.device is not None else "cpu"
+    work = Work(config.group, config.max_tokens, config.temperature, config.rounds, config.seed, device)
+    gamma = inspect(config.make_engine(drafting=True)).gamma
+    assert gamma is not None, "there is a draft"
+    specs = config.make_specs(gamma)
+    if not is_begun(config.points):
+        check_specs(specs)
+    versions = open_versions(config.model, [str(folder) for folder in config.versions])
+    batches = sorted({*config.batches, *([config.versions_at] if versions else [])})
+    prompts = load_prompts(config.prompts)
+    needed, _ = work.split(max(batches))
+    if needed * work.rounds > len(prompts):
+        expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"
+        raise PromptsError(f"{config.prompts}: {expected}; add prompts, or lower --rounds or --batch")
+    claim_points(config, environment, work, gamma, prompts)
+    return Job(work, specs, prompts, gamma, batches, versions, config.versions_at, config.points)
+
+
+def claim_points(
+    config: RolloutsConfig, environment: Environment, work: Work, gamma: int, prompts: Sequence[Prompt]
+) -> None:
+    """Take the folder of finished points. Raises RunDirError when it holds those of another measurement."""
+    names = ("model", "draft", "draft_sampling", "dtype", "eager", "kv_cache_gib", "max_num_seqs")
+    settings = {name: getattr(config, name) for name in names} | {
+        "no_prefix_caching": not config.prefix_caching,
+        "gamma": gamma,
+        "work": structs.asdict(work),
+        "prompts": [prompt.text for prompt in prompts],
+        "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
+        "packages": environment.versions,
+        "device": environment.device.name if environment.device is not None else None,
+    }
+    claim_folder(config.points, settings)
+
+
+def measure_missing(job: Job, progress: Progress) -> None:
+    """Measure the points that the folder lacks. Starts no engine when it lacks none.
+
+    Raises:
+        RunDirError: a version is not the one that was measured under its name.
+        EngineError, EndpointError, MeasurementStoppedError: something could not be measured; finished points stay.
+    """
+    batches = [batch for batch in job.batches if read_point(job, batch, None) is None]
+    versions = [name for name in job.versions if read_point(job, job.version_batch, name) is None]
+    if not batches and not versions:
+        return
+    if len(batches) + len(versions) < len(job.batches) + len(job.versions):
+        progress.say(f"continuing: {len(batches) + len(versions)} points are missing")
+    plain, speculating = job.specs
+    with ExitStack() as stack:
+        baseline = stack.enter_context(open_arm(plain, job.folder, progress.say))
+        if not has_room_beside(baseline):
+            raise EngineError("memory: expected room for two engines, got too little; pass a smaller --kv-cache-gib")
+        candidate = stack.enter_context(open_arm(speculating, job.folder, progress.say))
+        asyncio.run(_measure(job, (baseline, candidate), batches, versions, progress))
+
+
+async def _measure(
+    job: Job, arms: tuple[Arm, Arm], batches: list[int], versions: list[str], progress: Progress
+) -> None:
+    async with open_session() as session:
+        drivers = {arm.name: Driver(session, arm, job.work) for arm in arms}
+        for batch in batches:
+            await _measure_one(job, batch, None, drivers, progress)
+        for name in versions:
+            for arm in arms:
+                await give_version(session, arm, name, job.versions[name])
+            await _measure_one(job, job.version_batch, name, drivers, progress)
+
+
+async def _measure_one(
+    job: Job, batch: int, version: str | None, drivers: dict[str, Driver], progress: Progress
+) -> None:
+    plan = plan_point(job.work, batch, job.prompts)
+    what = "" if version is None else f"version {version}, "
+    progress.say(f"{what}batch {batch}: {len(plan.rounds)} rounds of {batch} × {job.work.max_tokens} tokens per arm")
+    turns = await measure_point(job.work, batch, job.prompts, drivers, progress)
+    requests, sequences = job.work.split(batch)
+    point = MeasuredPoint(
+        version=version,
+        fingerprint="" if version is None else fingerprint(str(job.versions[version])),
+        batch=batch,
+        requests=requests,
+        sequences_per_request=sequences,
+        turns=turns,
+    )
+    write_result(find_path(job, batch, version), point)
+
+
+def find_path(job: Job, batch: int, version: str | None) -> Path:
+    """The file of a point. Of a version the batch is in its name too: another --version-batch is another point."""
+    return job.folder / (f"batch{batch}.json" if version is None else f"batch{batch}-version-{version}.json")
+
+
+def read_point(job: Job, batch: int, version: str | None) -> MeasuredPoint | None:
+    """A finished point, or None. Raises RunDirError when it is of another version of that name."""
+    path = find_path(job, batch, version)
+    if not path.exists():
+        return None
+    point = read_result(path, MeasuredPoint)
+    if version is not None and point.fingerprint != fingerprint(str(job.versions[version])):
+        expected = f"the version {version} that {path} was measured with, got another"
+        raise RunDirError(f"{job.versions[version]}: expected {expected}; rename it or remove the point")
+    return point
