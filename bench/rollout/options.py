@@ -33,7 +33,9 @@ class RolloutsConfig(TimedDrafterConfig):
     versions: Annotated[
         tuple[Path, ...],
         Flag(
-            "checkpoint folders of later policies, in order; the tensors are the model's", metavar="FOLDER", words=True
+            "checkpoint folders of later policies, in order; the tensors are the model's",
+            metavar="FOLDER",
+            several=True,
         ),
     ] = ()
     version_batch: Annotated[

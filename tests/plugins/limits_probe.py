@@ -1,4 +1,4 @@
-"""Put the cases of plugins/repairs' front end to vLLM and print what comes out, as JSON: limits_probe.py stock|repaired.
+"""Put the cases of plugins/repairs' front end to vLLM and print the outcome, as JSON: limits_probe.py stock|repaired.
 
 In a process of its own, as repairs are for good.
 """
