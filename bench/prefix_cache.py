@@ -31,12 +31,12 @@ from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
-from laguna_serve.serving.commands.serve import parse_gamma
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, Parser, add_json_flag, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, describe_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.speculation.flags import parse_gamma
 
 SCHEMA = "laguna_serve.prefix_cache/1"
 # Acceptance "falls" when even the upper end of the interval of the ratio is below this.

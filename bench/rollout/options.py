@@ -10,10 +10,10 @@ from laguna_serve.bench.harness.arm_options import DraftSampling, TimedDrafterCo
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.harness.validity import MIN_PAIRS
-from laguna_serve.serving.commands.serve import parse_gamma
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import parse_gamma
 
 GROUP = 8
 # Batches by default: one sequence alone, then so many groups.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 from safetensors import safe_open
 
@@ -17,14 +18,14 @@ from laguna_serve.scripts.checkpoints.drafters.algebra import Conversion, Tensor
 from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabulary
 from laguna_serve.scripts.checkpoints.headers import open_file, read_headers
 from laguna_serve.scripts.checkpoints.output import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
-from laguna_serve.scripts.checkpoints.tool import run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
-SCHEMA = "laguna_serve.drafter_convert/1"
 HEADS, EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight"), "model.embed_tokens.weight"
 EXAMPLES = """examples:
   laguna drafter convert DRAFTER --to speculators --target MODEL --dry-run     what would carry over?
@@ -39,72 +40,121 @@ exit status: 0 done, 1 something does not carry over, 2 it could not run, 130 in
 """
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked for flags that need or exclude each other."""
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """A drafter, and the format that is wanted of it."""
+
+    drafter: Annotated[str, Flag("drafter: a folder, or a hub id in the local cache", metavar="IN", positional=True)]
+    to: Annotated[Literal["speculators", "laguna"], Flag("the format that is wanted")]
+    target: Annotated[str, Flag("what it drafts for: a folder or cached hub id", metavar="MODEL")]
+    out: Annotated[Path | None, Flag("folder for the drafter", metavar="DIR")] = None
+    draft_vocab: Annotated[
+        int | None, Flag("speculators: draft only this many tokens, the most frequent in --text", metavar="N")
+    ] = None
+    text: Annotated[str | None, Flag(".txt, .jsonl with text or prompt, or toy:training")] = None
+    dry_run: Annotated[bool, Flag("say what carries over; write nothing")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if (self.draft_vocab is None) != (self.text is None):
+            raise FlagError("--draft-vocab and --text: expected both or neither, got one; pass the other too")
+        if self.draft_vocab is not None and self.to == LAGUNA:
+            raise FlagError("--draft-vocab: expected --to speculators with it, got laguna, which drafts every token")
+        if self.out is None and not self.dry_run:
+            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+
+
+class ConvertResult(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.drafter_convert/1"
+):
+    """What became of a drafter.
+
+    Attributes:
+        carried, lost: part → how it carries over, or why it does not.
+        difference: between the two on random states, relative; None where it was not, or cannot be, computed.
+    """
+
+    drafter: str
+    to: str
+    target: str
+    out: str | None
+    carried: dict[str, str]
+    lost: dict[str, str]
+    difference: float | None
+    status: Literal["written", "dry run", "does not carry over", "differs"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    convert = commands.add_parser(
-        "convert",
-        help="turn a drafter into the other format",
-        description=__doc__,
-        epilog=EXAMPLES,
-    )
-    convert.add_argument("drafter", metavar="IN", help="drafter: a folder, or a hub id in the local cache")
-    convert.add_argument("--to", required=True, choices=(SPECULATORS, LAGUNA), help="the format that is wanted")
-    convert.add_argument(
-        "--target", required=True, metavar="MODEL", help="what it drafts for: a folder or cached hub id"
-    )
-    convert.add_argument("--out", type=Path, metavar="DIR", help="folder for the drafter")
-    vocabulary = "speculators: draft only this many tokens, the most frequent in --text"
-    convert.add_argument("--draft-vocab", type=int, metavar="N", help=vocabulary)
-    convert.add_argument("--text", help=".txt, .jsonl with text or prompt, or toy:training")
-    convert.add_argument("--dry-run", action="store_true", help="say what carries over; write nothing")
-    args = parser.parse_args(argv)
-    if (args.draft_vocab is None) != (args.text is None):
-        convert.error("--draft-vocab and --text: expected both or neither, got one; pass the other too")
-    if args.draft_vocab is not None and args.to == LAGUNA:
-        convert.error("--draft-vocab: expected --to speculators with it, got laguna, which drafts every token")
-    if args.out is None and not args.dry_run:
-        convert.error("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
-    return args
+    commands.add_parser("convert", help="turn a drafter into the other format", add_help=False)
+    parser.parse_args(given[:1])
+    config = read_flags(ConvertConfig, given[1:], prog="laguna drafter convert", description=__doc__, epilog=EXAMPLES)
+    return run_tool(lambda: run(config), "nothing is left that looks like a drafter")
 
 
-def run(args: argparse.Namespace) -> int:
-    """The whole command; the last line of stdout is the result as JSON."""
-    folder, target_folder = require_folder(args.drafter), require_folder(args.target)
-    if args.out is not None and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise CheckpointError(f"{args.out}: expected an empty folder or none, got something else; choose another --out")
+def run(config: ConvertConfig) -> int:
+    """Convert and print it. Returns the exit status."""
+    result = convert(config)
+    print_outcome(format_result(result), result)
+    if result.lost:
+        count = len(result.lost)
+        print(f"laguna: {result.drafter}: {count} parts do not carry over; nothing was written", file=sys.stderr)
+    return HELD if result.status in ("written", "dry run") else FELL_SHORT
+
+
+def convert(config: ConvertConfig) -> ConvertResult:
+    """Write the drafter in the other format, if all of it carries over and both compute the same.
+
+    Raises:
+        CheckpointError: drafter, target or output folder cannot be used.
+    """
+    folder, target_folder = require_folder(config.drafter), require_folder(config.target)
+    out = config.out
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
     check_fit(target, drafter)
-    if drafter.format == args.to:
-        raise CheckpointError(f"{args.drafter}: expected the other format, got {args.to} already; serve it as it is")
+    if drafter.format == config.to:
+        expected = f"expected the other format, got {config.to} already"
+        raise CheckpointError(f"{config.drafter}: {expected}; serve it as it is")
     head, embedding = read_shared(target_folder)
-    config, tensors = read_config(folder), read_tensors(folder)
-    if args.to == SPECULATORS:
-        vocabulary = choose_tokens(args, target_folder, drafter)
-        done = to_speculators(config, tensors, head, vocabulary, target_folder.name)
+    described, tensors = read_config(folder), read_tensors(folder)
+    if config.to == SPECULATORS:
+        vocabulary = choose_tokens(config, target_folder, drafter)
+        done = to_speculators(described, tensors, head, vocabulary, target_folder.name)
     else:
-        done = to_laguna(config, tensors, head, embedding, target.num_layers)
-    print(format_parts(done))
-    result: dict[str, Any] = {"schema": SCHEMA, "drafter": args.drafter, "to": args.to, "target": args.target}
-    result |= {"out": str(args.out or "") or None, "carried": done.carried, "lost": done.lost, "difference": None}
+        done = to_laguna(described, tensors, head, embedding, target.num_layers)
     if done.lost:
-        print(f"laguna: {args.drafter}: {len(done.lost)} parts do not carry over; nothing was written", file=sys.stderr)
-        print(json.dumps({**result, "status": "does not carry over"}))
-        return FELL_SHORT
-    difference = measure_difference(drafter, (config, tensors), (done.config, done.tensors), head, embedding)
-    result["difference"] = difference
-    shown = "sliding windows are not compared" if difference is None else f"{difference:.1e}, at most {TOLERANCE:.0e}"
-    print(f"{'difference':<28} {shown}")
+        return _report(config, done, None, "does not carry over")
+    difference = measure_difference(drafter, (described, tensors), (done.config, done.tensors), head, embedding)
     if difference is not None and not difference <= TOLERANCE:
-        print(json.dumps({**result, "status": "differs"}))
-        return FELL_SHORT
-    if not args.dry_run:
-        write(folder, args.out, done)
-        check_fit(target, open_drafter(args.out, str(args.out)))
-        print(f"{'drafter':<28} {args.out}")
-    print(json.dumps({**result, "status": "dry run" if args.dry_run else "written"}))
-    return HELD
+        return _report(config, done, difference, "differs")
+    if out is None or config.dry_run:
+        return _report(config, done, difference, "dry run")
+    write(folder, out, done)
+    check_fit(target, open_drafter(out, str(out)))
+    return _report(config, done, difference, "written")
+
+
+def _report(
+    config: ConvertConfig,
+    done: Conversion,
+    difference: float | None,
+    status: Literal["written", "dry run", "does not carry over", "differs"],
+) -> ConvertResult:
+    return ConvertResult(
+        drafter=config.drafter,
+        to=config.to,
+        target=config.target,
+        out=None if config.out is None else str(config.out),
+        carried=done.carried,
+        lost=done.lost,
+        difference=difference,
+        status=status,
+    )
 
 
 def read_tensors(folder: Path) -> Tensors:
@@ -129,24 +179,31 @@ def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return found.get(HEADS[0], found[EMBEDDING]), found[EMBEDDING]
 
 
-def choose_tokens(args: argparse.Namespace, target_folder: Path, drafter: Drafter) -> torch.Tensor | None:
+def choose_tokens(config: ConvertConfig, target_folder: Path, drafter: Drafter) -> torch.Tensor | None:
     """The tokens of a reduced vocabulary, by how often they are in the text."""
-    if args.draft_vocab is None:
+    if config.draft_vocab is None or config.text is None:
         return None
-    if not 1 <= args.draft_vocab < drafter.target_vocab_size:
+    if not 1 <= config.draft_vocab < drafter.target_vocab_size:
         limits = f"1 to {drafter.target_vocab_size - 1} tokens"
-        raise CheckpointError(f"--draft-vocab: expected {limits}, got {args.draft_vocab}; leave it out for all")
+        raise CheckpointError(f"--draft-vocab: expected {limits}, got {config.draft_vocab}; leave it out for all")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
-    ids = [i for text in read_documents(args.text) for i in tokenizer(text, verbose=False)["input_ids"]]
-    return choose_vocabulary(torch.tensor(ids), args.draft_vocab, drafter.target_vocab_size)
+    ids = [i for text in read_documents(config.text) for i in tokenizer(text, verbose=False)["input_ids"]]
+    return choose_vocabulary(torch.tensor(ids), config.draft_vocab, drafter.target_vocab_size)
 
 
-def format_parts(done: Conversion) -> str:
-    """What carries over and what does not, a line each."""
-    rows = [(name, f"carries over: {how}") for name, how in done.carried.items()]
-    rows += [(name, f"DOES NOT CARRY OVER: {why}") for name, why in done.lost.items()]
+def format_result(result: ConvertResult) -> str:
+    """What carries over and what does not, a line each, and what came of it."""
+    rows = [(name, f"carries over: {how}") for name, how in result.carried.items()]
+    rows += [(name, f"DOES NOT CARRY OVER: {why}") for name, why in result.lost.items()]
+    if not result.lost:
+        compared = "sliding windows are not compared"
+        if result.difference is not None:
+            compared = f"{result.difference:.1e}, at most {TOLERANCE:.0e}"
+        rows.append(("difference", compared))
+    if result.status == "written":
+        rows.append(("drafter", str(result.out)))
     return "\n".join(f"{name:<28} {text}" for name, text in rows)
 
 
@@ -164,10 +221,6 @@ def write(source: Path, out: Path, done: Conversion) -> None:
             write_file(out / path.name, lambda partial, path=path: partial.write_bytes(path.read_bytes()))  # type: ignore[misc]
     text = json.dumps(done.config, indent=2, ensure_ascii=False) + "\n"
     write_file(out / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(run, parse(argv), "nothing is left that looks like a drafter")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
 
 
 def _identify(path: Path) -> bytes:
-    """What tells one version of a file from another without reading its gigabytes: size, time and header."""
+    """What distinguishes one version of a file from another without reading its gigabytes: size, time and header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)

@@ -1,21 +1,24 @@
-"""`laguna unpad`: store a dense Laguna at its true widths, without the zeros that fill its layers up."""
+"""`laguna unpad`: store a dense Laguna at its true widths, without the zeros that fill its layers up; and `laguna pad`,
+the way back."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.tool import run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.checkpoints.widths import (
-    Source,
+    WidthsSource,
     compare,
     count_negative_zeros,
     read_padded,
@@ -23,8 +26,10 @@ from laguna_serve.scripts.checkpoints.widths import (
     write,
 )
 from laguna_serve.serving.checkpoint import require_folder
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 
+Status = Literal["written", "already complete", "dry run"]
 UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify
   laguna unpad STUDENT --dry-run                  which layers are padded, and what would be saved?
@@ -41,113 +46,173 @@ exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 inte
 """
 
 
-def parse(tool: str, description: str, examples: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of either tool."""
-    parser = Parser(prog=f"laguna {tool}", description=description, epilog=examples)
-    parser.add_argument(
-        "source", metavar="IN", help="dense Laguna checkpoint: a folder, or a hub id in the local cache"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the checkpoint")
-    parser.add_argument("--verify", action="store_true", help="read back what was written and compare every bit")
-    parser.add_argument("--dry-run", action="store_true", help="say what would change; write nothing")
-    args = parser.parse_args(argv)
-    if args.out is None and not args.dry_run:
-        parser.error("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
-    return args
+DESCRIPTIONS = {
+    "unpad": ("Store a dense Laguna at its layers' true widths.", UNPAD_EXAMPLES),
+    "pad": ("Give an unpadded dense Laguna its stock layout back, for engines that know one width.", PAD_EXAMPLES),
+}
 
 
-def run(tool: str, args: argparse.Namespace) -> int:
-    """The whole command; the last line of stdout is the result as JSON."""
-    folder = require_folder(args.source)
-    started = time.monotonic()
-    source = read_padded(folder, args.source) if tool == "unpad" else read_unpadded(folder, args.source)
-    read_s = round(time.monotonic() - started, 2)
-    if args.dry_run:
-        result = summarise(tool, args, source) | {"read_s": read_s}
-        print(format_summary(source, result))
-        print(json.dumps({**result, "status": "dry run"}))
-        return HELD
-    output = open_output(args.out, folder, {"source": source.fingerprint, "tool": tool}, f"{tool}.json")
-    status = "already complete" if output.complete else "written"
-    if not output.complete:
-        write(source, output)
-    result = summarise(tool, args, source) | {"read_s": read_s, "status": status}
-    print(format_summary(source, result))
-    print(f"{'checkpoint':<15} {args.out}: {result['status']}")
-    held = True
-    if args.verify:
-        held = verify(source, args.out)
-        result["verified"] = held
-    print(json.dumps(result))
-    return HELD if held else FELL_SHORT
+@dataclass(frozen=True, kw_only=True)
+class WidthsConfig:
+    """A dense checkpoint to store at other widths."""
+
+    source: Annotated[
+        str, Flag("dense Laguna checkpoint: a folder, or a hub id in the local cache", metavar="IN", positional=True)
+    ]
+    out: Annotated[Path | None, Flag("folder for the checkpoint", metavar="DIR")] = None
+    verify: Annotated[bool, Flag("read back what was written and compare every bit")] = False
+    dry_run: Annotated[bool, Flag("say what would change; write nothing")] = False
+
+    def __post_init__(self) -> None:
+        if self.out is None and not self.dry_run:
+            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
 
 
-def verify(source: Source, out: Path) -> bool:
-    """Compare and say how it went."""
+class WidthsResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed, or would.
+
+    Attributes:
+        widths: of each layer, of `stored_width` units in the padded form.
+        whole_layers: kept whole, as a unit of theirs is zero in part only.
+        negative_zeros: of the padding, which `laguna pad` gives back as +0.
+        read_s: what reading the source took, with the search for padding.
+        verified: every tensor is the source's, bit for bit; absent where it was not asked for.
+    """
+
+    source: str
+    out: str | None
+    parameters_before: int
+    parameters_after: int
+    bytes_saved: int
+    widths: tuple[int, ...]
+    stored_width: int
+    whole_layers: tuple[int, ...]
+    negative_zeros: int
+    read_s: float
+    status: Status
+    verified: bool | UnsetType = UNSET
+
+
+class UnpadResult(WidthsResult, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.unpad/1"):
+    """A dense checkpoint at its layers' true widths."""
+
+
+class PadResult(WidthsResult, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.pad/1"):
+    """A dense checkpoint in its stock layout."""
+
+
+def main(argv: Sequence[str] | None = None, tool: Literal["unpad", "pad"] = "unpad") -> int:
+    """The command line of either tool. Returns the exit status."""
+    description, examples = DESCRIPTIONS[tool]
+    config = read_flags(WidthsConfig, argv, prog=f"laguna {tool}", description=description, epilog=examples)
+    return run_tool(lambda: run(config, tool), "the same command continues from the last finished file")
+
+
+def run(config: WidthsConfig, tool: Literal["unpad", "pad"]) -> int:
+    """Either tool, printed. Returns the exit status."""
+    result = unpad(config) if tool == "unpad" else pad(config)
+    print_outcome(format_result(result), result)
+    return FELL_SHORT if result.verified is False else HELD
+
+
+def unpad(config: WidthsConfig) -> UnpadResult:
+    """Store a checkpoint without its padding, or continue to.
+
+    Raises:
+        CheckpointError, PaddingError: the source or the output folder cannot be used.
+        KeyboardInterrupt: a signal came; the same configuration continues.
+    """
+    folder, started = require_folder(config.source), time.monotonic()
+    source = read_padded(folder, config.source)
+    return UnpadResult(**_convert(config, folder, source, "unpad", time.monotonic() - started))
+
+
+def pad(config: WidthsConfig) -> PadResult:
+    """Store a checkpoint with its padding, or continue to. Raises as `unpad`."""
+    folder, started = require_folder(config.source), time.monotonic()
+    source = read_unpadded(folder, config.source)
+    return PadResult(**_convert(config, folder, source, "pad", time.monotonic() - started))
+
+
+def _convert(config: WidthsConfig, folder: Path, source: WidthsSource, tool: str, read_s: float) -> dict[str, Any]:
+    """Writes what is not there yet; the fields of a WidthsResult."""
+    status: Status = "dry run"
+    verified: bool | UnsetType = UNSET
+    if config.out is not None and not config.dry_run:
+        output = open_output(config.out, folder, {"source": source.fingerprint, "tool": tool}, f"{tool}.json")
+        status = "already complete" if output.complete else "written"
+        if not output.complete:
+            write(source, output)
+        verified = is_equal(source, config.out) if config.verify else UNSET
+    before, after = (sum(source.num_bytes(name, changed=c) for name in source.tensors) for c in (False, True))
+    return {
+        "source": config.source,
+        "out": None if config.out is None else str(config.out),
+        "parameters_before": source.parameters(changed=False),
+        "parameters_after": source.parameters(changed=True),
+        "bytes_saved": before - after,
+        "widths": tuple(source.units[layer].width for layer in sorted(source.units)),
+        "stored_width": next(iter(source.units.values())).stored,
+        "whole_layers": _list_whole_layers(source),
+        "negative_zeros": _count_negative_zeros(source),
+        "read_s": round(read_s, 2),
+        "status": status,
+        "verified": verified,
+    }
+
+
+def is_equal(source: WidthsSource, out: Path) -> bool:
+    """Whether every tensor that was written is the source's; what is not is named on stderr."""
     try:
         compare(source, out)
     except PaddingError as error:
         print(f"laguna: verify: {error}", file=sys.stderr)
         return False
-    print(f"{'verify':<15} held: every tensor is the source's, bit for bit")
     return True
 
 
-def summarise(tool: str, args: argparse.Namespace, source: Source) -> dict[str, Any]:
-    """What changes, for the JSON line; says on stderr what a person should know."""
+def _list_whole_layers(source: WidthsSource) -> tuple[int, ...]:
     broken = {layer: units.broken for layer, units in source.units.items() if units.broken is not None}
     for layer, unit in broken.items():
         print(f"laguna: note: layer {layer} is kept whole: unit {unit} is zero in part only", file=sys.stderr)
+    return tuple(sorted(broken))
+
+
+def _count_negative_zeros(source: WidthsSource) -> int:
     negative = count_negative_zeros(source) if source.unpads else 0
     if negative:
         print(f"laguna: note: {negative:,} zeros of the padding are −0; `laguna pad` gives +0", file=sys.stderr)
-    before, after = (sum(source.num_bytes(name, changed=c) for name in source.tensors) for c in (False, True))
-    return {
-        "schema": f"laguna_serve.{tool}/1",
-        "source": args.source,
-        "out": str(args.out or "") or None,
-        "parameters_before": source.parameters(changed=False),
-        "parameters_after": source.parameters(changed=True),
-        "bytes_saved": before - after,
-        "widths": [source.units[layer].width for layer in sorted(source.units)],
-        "stored_width": next(iter(source.units.values())).stored,
-        "whole_layers": sorted(broken),
-        "negative_zeros": negative,
-    }
+    return negative
 
 
-def format_summary(source: Source, result: dict[str, Any]) -> str:
-    """The same for people."""
-    before, after = result["parameters_before"], result["parameters_after"]
-    runs: list[list[int]] = []
-    for layer, width in enumerate(result["widths"]):
-        if runs and runs[-1][2] == width:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer, width])
-    widths = ", ".join(f"{a if a == b else f'{a}–{b}'}: {width}" for a, b, width in runs)
-    saved = abs(result["bytes_saved"])
+def format_result(result: WidthsResult) -> str:
+    """The result as rows for people."""
+    before, after = result.parameters_before, result.parameters_after
+    saved, unpads = abs(result.bytes_saved), isinstance(result, UnpadResult)
     rows = [
-        ("layers", f"{widths} of {result['stored_width']} units"),
+        ("layers", f"{_format_widths(result.widths)} of {result.stored_width} units"),
         ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
         (
-            "saved" if source.unpads else "added",
+            "saved" if unpads else "added",
             f"{saved / 2**30:.3f} GiB" if saved >= 2**30 else f"{saved / 2**20:.2f} MiB",
         ),
     ]
-    if "read_s" in result and source.unpads:
-        rows.append(("found in", f"{result['read_s']} s"))
+    if unpads:
+        rows.append(("found in", f"{result.read_s} s"))
+    if result.status != "dry run":
+        rows.append(("checkpoint", f"{result.out}: {result.status}"))
+    if result.verified is True:
+        rows.append(("verify", "held: every tensor is the source's, bit for bit"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
 
 
-def main(argv: Sequence[str] | None = None, tool: str = "unpad") -> int:
-    """Either tool, by its name."""
-    about = {
-        "unpad": ("Store a dense Laguna at its layers' true widths.", UNPAD_EXAMPLES),
-        "pad": ("Give an unpadded dense Laguna its stock layout back, for engines that know one width.", PAD_EXAMPLES),
-    }
-    args = parse(tool, *about[tool], argv)
-    return run_tool(partial(run, tool), args, "the same command continues from the last finished file")
+def _format_widths(widths: Sequence[int]) -> str:
+    """Layers of one width in one range."""
+    parts = []
+    for width, run in groupby(enumerate(widths), key=lambda item: item[1]):
+        layers = [layer for layer, _ in run]
+        parts.append(f"{layers[0] if len(layers) == 1 else f'{layers[0]}–{layers[-1]}'}: {width}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

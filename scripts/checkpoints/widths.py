@@ -43,8 +43,8 @@ MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """A checked dense checkpoint and the units of its layers.  `unpads` tells which way it goes."""
+class WidthsSource:
+    """A checked dense checkpoint and the units of its layers.  `unpads`: the padding goes; else it comes back."""
 
     folder: Path
     config: dict[str, Any]
@@ -96,7 +96,7 @@ class Source:
         return sum(self.num_bytes(name, changed=changed) // sizes[e.dtype] for name, e in self.tensors.items())
 
 
-def read_padded(folder: Path, name: str) -> Source:
+def read_padded(folder: Path, name: str) -> WidthsSource:
     """A dense checkpoint in stock layout, with the padding found in its files.
 
     Raises:
@@ -116,10 +116,10 @@ def read_padded(folder: Path, name: str) -> Source:
         found.broken is not None for found in units.values()
     ):
         raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
-    return Source(folder, config, tensors, units, fingerprint, unpads=True)
+    return WidthsSource(folder, config, tensors, units, fingerprint, unpads=True)
 
 
-def read_unpadded(folder: Path, name: str) -> Source:
+def read_unpadded(folder: Path, name: str) -> WidthsSource:
     """A checkpoint that `unpad` wrote.
 
     Raises:
@@ -140,7 +140,7 @@ def read_unpadded(folder: Path, name: str) -> Source:
             raise CheckpointError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
         units[layer] = Units(stored, tuple((start, stop) for start, stop in runs))
     tensors, fingerprint = read_headers(folder, name)
-    source = Source(folder, config, tensors, units, fingerprint, unpads=False)
+    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=False)
     for tensor, entry in tensors.items():
         found = source.find(tensor)
         if found is not None and entry.shape[found[1]] != found[0].width:
@@ -172,8 +172,8 @@ def _read_dense(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """The output's config.json."""
+def describe(source: WidthsSource) -> dict[str, Any]:
+    """The output's config.json: the source's, at the widths that are stored."""
     config = dict(source.config)
     if not source.unpads:
         origin = config.pop(ORIGIN_KEY, None) or {}
@@ -188,7 +188,7 @@ def describe(source: Source) -> dict[str, Any]:
     return {**config, WIDTHS_KEY: widths, ORIGIN_KEY: origin}
 
 
-def write(source: Source, output: Output) -> None:
+def write(source: WidthsSource, output: Output) -> None:
     """Write what is not there yet; config.json and the index come last."""
     sizes = {name: source.num_bytes(name, changed=True) for name in source.tensors}
     totals = {
@@ -207,7 +207,7 @@ def write(source: Source, output: Output) -> None:
     output.close()
 
 
-def _write_file(source: Source, file: str, path: Path, advance: Callable[[int], None]) -> None:
+def _write_file(source: WidthsSource, file: str, path: Path, advance: Callable[[int], None]) -> None:
     with open_file(source.folder / file) as opened:
         tensors = {}
         for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
@@ -217,7 +217,7 @@ def _write_file(source: Source, file: str, path: Path, advance: Callable[[int], 
         tensors.clear()
 
 
-def _write_descriptions(source: Source, sizes: dict[str, int], output: Output) -> None:
+def _write_descriptions(source: WidthsSource, sizes: dict[str, int], output: Output) -> None:
     described = {"config.json": describe(source)}
     if (source.folder / INDEX).is_file():
         index = json.loads((source.folder / INDEX).read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ def _write_descriptions(source: Source, sizes: dict[str, int], output: Output) -
         output.note(name)
 
 
-def count_negative_zeros(source: Source) -> int:
+def count_negative_zeros(source: WidthsSource) -> int:
     """How many values of the padding are −0, which comes back as +0."""
     count = 0
     for file in source.files:
@@ -243,7 +243,7 @@ def count_negative_zeros(source: Source) -> int:
     return count
 
 
-def compare(source: Source, out: Path) -> None:
+def compare(source: WidthsSource, out: Path) -> None:
     """Read back what was written and compare it with the source, bit for bit.
 
     Raises:

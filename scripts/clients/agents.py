@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laguna_serve.scripts.clients.recorder import Recorder
+from laguna_serve.scripts.clients.report import ClientCheck
 
 TASK = "Say hello."
 KEY = "sk-dummy"
@@ -100,8 +101,8 @@ enabled = false
     ]
 
 
-def run_agent(agent: Agent, binaries: Path, home: Path, recorder: Recorder) -> list[dict[str, object]]:
-    """One task; its checks, as sdks.py prints them, without client and version."""
+def run_agent(agent: Agent, version: str, binaries: Path, home: Path, recorder: Recorder) -> list[ClientCheck]:
+    """Give it one task; was its first request answered, and did it end well?"""
     work = home / "work"
     work.mkdir(parents=True)
     for name, text in agent.files.items():
@@ -122,9 +123,11 @@ def run_agent(agent: Agent, binaries: Path, home: Path, recorder: Recorder) -> l
     refusals = [f"{request.status} {request.error}" for request in asked if request.status >= 400]
     passed = bool(asked) and not refusals
     first = f"{len(asked)} × {agent.route}, all answered" if passed else "; ".join(refusals) or "it asked nothing"
+    request = f"{first}; seen: {', '.join(others)}"[:600]
+    done = f"{ended}: {said[-200:]}"
     return [
-        {"check": "first request", "ok": passed, "detail": f"{first}; seen: {', '.join(others)}"[:600]},
-        {"check": "task", "ok": ended == "exit status 0", "detail": f"{ended}: {said[-200:]}"},
+        ClientCheck(client=agent.name, version=version, check="first request", ok=passed, detail=request),
+        ClientCheck(client=agent.name, version=version, check="task", ok=ended == "exit status 0", detail=done),
     ]
 
 

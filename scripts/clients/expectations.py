@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 URL, LOST, MODEL = os.environ["CLIENTS_URL"], os.environ["CLIENTS_LOST_URL"], os.environ["CLIENTS_MODEL"]
@@ -33,6 +33,22 @@ def expect(holds: object, what: str) -> None:
     """Raises UnmetError unless it holds."""
     if not holds:
         raise UnmetError(what)
+
+
+def expect_text(text: str | None) -> str:
+    """An answer's first words."""
+    expect(text, "text, got none")
+    return repr(str(text)[:30])
+
+
+def expect_pieces(whole: str, parts: Sequence[str]) -> None:
+    """A stream that says the same as the whole answer, in more than two pieces."""
+    expect("".join(parts) == whole and len(parts) > 2, f"{whole!r} in pieces, got {parts}")
+
+
+def read_deltas(chunks: Iterable[Any]) -> list[str]:
+    """The pieces of text in a chat completion's stream."""
+    return [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
 
 
 def expect_call(name: object, arguments: object) -> str:

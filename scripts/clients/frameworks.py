@@ -29,7 +29,10 @@ from laguna_serve.scripts.clients.expectations import (
     Checks,
     expect,
     expect_call,
+    expect_pieces,
+    expect_text,
     lost,
+    read_deltas,
     refused,
 )
 
@@ -39,14 +42,12 @@ def langchain_checks(models: Sequence[Any], forced: dict[str, Any], error: type[
     model, broken = models
 
     def plain() -> str:
-        answer = model.invoke(ASK)
-        expect(answer.text, "text, got none")
-        return repr(str(answer.text)[:30])
+        return expect_text(str(model.invoke(ASK).text))
 
     def streamed() -> str:
         whole = str(model.invoke(ASK).text)
         parts = [str(chunk.text) for chunk in model.stream(ASK)]
-        expect("".join(parts) == whole and len(parts) > 2, f"{whole!r} in pieces, got {parts}")
+        expect_pieces(whole, parts)
         return f"{len(parts)} events"
 
     def tool_call() -> str:
@@ -83,14 +84,12 @@ def litellm_checks(prefix: str) -> Checks:
     complete: Any = litellm.completion
 
     def plain() -> str:
-        text = complete(**usual).choices[0].message.content
-        expect(text, "text, got none")
-        return repr(text[:30])
+        return expect_text(complete(**usual).choices[0].message.content)
 
     def streamed() -> str:
         whole = complete(**usual).choices[0].message.content
-        parts = [chunk.choices[0].delta.content or "" for chunk in complete(**usual, stream=True)]
-        expect("".join(parts) == whole and len(parts) > 2, f"{whole!r} in pieces, got {parts}")
+        parts = read_deltas(complete(**usual, stream=True))
+        expect_pieces(whole, parts)
         return f"{len(parts)} events"
 
     def tool_call() -> str:

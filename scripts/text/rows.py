@@ -21,7 +21,7 @@ SHORTEST = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class TextRows:
     """Rows of token ids [≤ length] int64 each, and what they were cut from."""
 
     source: str
@@ -39,7 +39,7 @@ class Rows:
         return self.tokens - len(self.rows)
 
 
-def read_rows(source: str, tokenizer: Any, length: int, tokens: int) -> Rows:
+def read_rows(source: str, tokenizer: Any, length: int, tokens: int) -> TextRows:
     """Cut the source into rows and take evenly spaced ones, about `tokens` tokens in all (everything if less).
 
     Raises:
@@ -55,7 +55,7 @@ def read_rows(source: str, tokenizer: Any, length: int, tokens: int) -> Rows:
     if not rows:
         raise PruningError(f"{source}: expected at least {SHORTEST} tokens of text, got fewer; pass more text")
     wanted = min(len(rows), max(1, round(tokens / length)))
-    return Rows(source, len(documents), [rows[i * len(rows) // wanted] for i in range(wanted)])
+    return TextRows(source, len(documents), [rows[i * len(rows) // wanted] for i in range(wanted)])
 
 
 def read_documents(source: str) -> list[str]:

@@ -175,6 +175,6 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Called at the tag."""
+        """Called by jinja2 at the tag: the block's body, without what the tag would do with it."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -23,7 +23,6 @@ Checked against the sources of vLLM 0.26.0, 0.32.0 and 0.33.0:
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from laguna_serve.serving.checkpoint import CheckpointError
 
 POOLSIDE = "poolside_v1"
 NONE = "none"
-THINKING = ("on", "off", "template")
 AUTO_CHOICE, TOOL_PARSER = "--enable-auto-tool-choice", "--tool-call-parser"
 REASONING_PARSER, TEMPLATE_KWARGS = "--reasoning-parser", "--default-chat-template-kwargs"
 
@@ -43,7 +41,7 @@ MARKS = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class VllmSetting:
     """One flag or environment variable; ``value`` is None for a flag without one."""
 
     name: str
@@ -52,7 +50,7 @@ class Setting:
 
     @property
     def arguments(self) -> list[str]:
-        """On a command line."""
+        """Its words on vLLM's command line: one, or two with a value."""
         return [self.name] if self.value is None else [self.name, self.value]
 
 
@@ -63,7 +61,8 @@ class ChatOptions:
     Attributes:
         tool_call_parser: a parser of vLLM's, "none", or None for the release's.
         reasoning_parser: likewise.
-        thinking: one of THINKING, or None for what the release says: generation_config.json, else its template.
+        thinking: "on", "off" or "template" (as the chat template has it); None for what the release says:
+            generation_config.json, else its template.
     """
 
     tool_call_parser: str | None = None
@@ -83,7 +82,7 @@ class ChatContract:
         thinking: do requests think that do not say?  None where the template has no such switch.
     """
 
-    flags: tuple[Setting, ...] = ()
+    flags: tuple[VllmSetting, ...] = ()
     notes: tuple[str, ...] = ()
     template: bool = False
     tool_parser: str | None = None
@@ -91,23 +90,11 @@ class ChatContract:
 
     @property
     def arguments(self) -> list[str]:
-        """On vLLM's command line."""
+        """The words of all flags, for vLLM's command line."""
         return [argument for setting in self.flags for argument in setting.arguments]
 
 
 NO_CONTRACT = ChatContract()
-
-
-def add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """--tool-call-parser, --reasoning-parser and --thinking."""
-    default = "by default what the release names, else poolside_v1 where the chat template goes with it"
-    tools = f"which of vLLM's parsers reads tool calls, none to leave them as text; {default}"
-    parser.add_argument("--tool-call-parser", metavar="NAME|none", help=tools)
-    reasoning = f"which of vLLM's parsers keeps thoughts apart from the answer, none to leave them in it; {default}"
-    parser.add_argument("--reasoning-parser", metavar="NAME|none", help=reasoning)
-    thinking = "do requests think that do not say so in chat_template_kwargs? template: as the chat template has it"
-    thinking += "; by default as the release says"
-    parser.add_argument("--thinking", choices=THINKING, help=thinking)
 
 
 def describe_chat(contract: ChatContract) -> list[str]:
@@ -130,15 +117,15 @@ def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequen
     tool_parser = _choose_tool_parser(release, options, notes)
     reasoning_parser = _choose_reasoning_parser(release, options, notes)
     kwargs = _choose_template_kwargs(release, options)
-    flags: list[Setting] = []
+    flags: list[VllmSetting] = []
     given = find_value(extra_args, TOOL_PARSER)
     parser = given or (tool_parser.value if tool_parser is not None else None)
     if parser is not None and not names_flag(extra_args, AUTO_CHOICE, f"--no-{AUTO_CHOICE[2:]}"):
-        flags.append(Setting(AUTO_CHOICE, None, "clients send tools without a tool_choice, which means auto"))
+        flags.append(VllmSetting(AUTO_CHOICE, None, "clients send tools without a tool_choice, which means auto"))
     marks = None
     if reasoning_parser is not None and reasoning_parser.value == POOLSIDE:
         reason = "the parser does not tell vLLM the marks of thinking, which a budget of thoughts needs"
-        marks = Setting(REASONING_CONFIG, json.dumps(MARKS), reason)
+        marks = VllmSetting(REASONING_CONFIG, json.dumps(MARKS), reason)
     # A parser of the user's own has its own marks.
     replaced = ((TOOL_PARSER,), (REASONING_PARSER,), (REASONING_PARSER, REASONING_CONFIG), (TEMPLATE_KWARGS,))
     for setting, names in zip((tool_parser, reasoning_parser, marks, kwargs), replaced, strict=True):
@@ -155,7 +142,7 @@ def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequen
 
 def choose_environment(
     device_kind: str, *, drafter: bool, configs: Sequence[Mapping[str, Any]] = ()
-) -> tuple[Setting, ...]:
+) -> tuple[VllmSetting, ...]:
     """Variables for vLLM's process; what the user has set stays.
 
     Args:
@@ -165,14 +152,14 @@ def choose_environment(
     """
     if device_kind == "cpu":
         reason = "the repairs for CPUs are for vLLM's model runner V1, which triton-cpu would otherwise replace"
-        return (Setting("VLLM_USE_V2_MODEL_RUNNER", "0", reason),)
-    settings: list[Setting] = []
+        return (VllmSetting("VLLM_USE_V2_MODEL_RUNNER", "0", reason),)
+    settings: list[VllmSetting] = []
     if drafter:
         reason = "DeepGEMM, which FP8 layers take by themselves, does not go together with a DFlash drafter"
-        settings.append(Setting("VLLM_USE_DEEP_GEMM", "0", reason))
+        settings.append(VllmSetting("VLLM_USE_DEEP_GEMM", "0", reason))
     if any(has_block_fp8(config) for config in configs):
         reason = "for weights in FP8 blocks, as the recipes of all FP8 releases have it; only Hopper has this kernel"
-        settings.append(Setting("VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", "0", reason))
+        settings.append(VllmSetting("VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", "0", reason))
     return tuple(settings)
 
 
@@ -215,24 +202,26 @@ def _names_part(arguments: Sequence[str], flag: str) -> bool:
     )
 
 
-def _choose_tool_parser(release: Release, options: ChatOptions, notes: list[str]) -> Setting | None:
+def _choose_tool_parser(release: Release, options: ChatOptions, notes: list[str]) -> VllmSetting | None:
     if options.tool_call_parser is not None:
-        return None if options.tool_call_parser == NONE else Setting(TOOL_PARSER, options.tool_call_parser, "as asked")
+        return (
+            None if options.tool_call_parser == NONE else VllmSetting(TOOL_PARSER, options.tool_call_parser, "as asked")
+        )
     if release.abilities is None:
         notes.append("no tool calls: the checkpoint has no chat template")
         return None
     if release.tool_call_parser is not None:
-        return Setting(TOOL_PARSER, release.tool_call_parser, "named by generation_config.json")
+        return VllmSetting(TOOL_PARSER, release.tool_call_parser, "named by generation_config.json")
     if release.abilities.tools:
-        return Setting(TOOL_PARSER, POOLSIDE, "the chat template lists tools and writes calls in Poolside's form")
+        return VllmSetting(TOOL_PARSER, POOLSIDE, "the chat template lists tools and writes calls in Poolside's form")
     why = release.abilities.error or "it does not list tools, or writes calls in another form than Poolside's"
     notes.append(f"no tool calls by the chat template: {why}; --tool-call-parser names a parser")
     return None
 
 
-def _choose_reasoning_parser(release: Release, options: ChatOptions, notes: list[str]) -> Setting | None:
+def _choose_reasoning_parser(release: Release, options: ChatOptions, notes: list[str]) -> VllmSetting | None:
     if options.reasoning_parser is not None:
-        named = Setting(REASONING_PARSER, options.reasoning_parser, "as asked")
+        named = VllmSetting(REASONING_PARSER, options.reasoning_parser, "as asked")
         return None if options.reasoning_parser == NONE else named
     if release.abilities is None:
         return None
@@ -241,13 +230,13 @@ def _choose_reasoning_parser(release: Release, options: ChatOptions, notes: list
             notes.append(f"no reasoning parser: the tokenizer has no token {' or '.join(release.missing_tokens)}")
         return None
     if release.reasoning_parser is not None:
-        return Setting(REASONING_PARSER, release.reasoning_parser, "named by generation_config.json")
+        return VllmSetting(REASONING_PARSER, release.reasoning_parser, "named by generation_config.json")
     if release.abilities.thinking:
-        return Setting(REASONING_PARSER, POOLSIDE, "enable_thinking makes the chat template open with <think>")
+        return VllmSetting(REASONING_PARSER, POOLSIDE, "enable_thinking makes the chat template open with <think>")
     return None
 
 
-def _choose_template_kwargs(release: Release, options: ChatOptions) -> Setting | None:
+def _choose_template_kwargs(release: Release, options: ChatOptions) -> VllmSetting | None:
     """The variables that requests get which do not say otherwise.
 
     The reasoning parser sees these and not the template: thinking that is the template's own default must be said.
@@ -269,7 +258,7 @@ def _choose_template_kwargs(release: Release, options: ChatOptions) -> Setting |
     if abilities is not None and abilities.thinks_by_default and "enable_thinking" not in kwargs:
         kwargs["enable_thinking"] = True
         reason = "the chat template's own default, which the reasoning parser cannot see"
-    return Setting(TEMPLATE_KWARGS, json.dumps(kwargs), reason) if kwargs else None
+    return VllmSetting(TEMPLATE_KWARGS, json.dumps(kwargs), reason) if kwargs else None
 
 
 def _read_thinking(release: Release, kwargs: str | None) -> bool | None:

@@ -48,21 +48,21 @@ class Fields:
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """An integer from 1 on."""
+        """An integer, at least 1."""
         value = self.integer(key, default)
         if value < 1:
             raise self.mismatch(key, "a positive integer", value)
         return value
 
     def layers(self) -> int:
-        """How many there are."""
+        """num_hidden_layers: from 1 to MOST_LAYERS."""
         count = self.positive("num_hidden_layers")
         if count > MOST_LAYERS:
             raise self.mismatch("num_hidden_layers", f"at most {MOST_LAYERS}", count)
         return count
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """A list."""
+        """A list of integers, empty or not."""
         value = self.config.get(key)
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self.mismatch(key, "a list of integers", value)

@@ -36,7 +36,7 @@ class Target:
         heads: query heads of every layer.
         gate_width: values of the output gate per head: 1, head_dim, or 0 without a gate.
         sliding_window: tokens that a sliding layer sees; None where there is no such layer.
-        overrides: what vLLM must be told because it reads the config otherwise than it is meant (--hf-overrides).
+        overrides: what vLLM needs as --hf-overrides because it reads the config otherwise than it is meant.
         pruned: of the experts only some blocks are stored.
     """
 

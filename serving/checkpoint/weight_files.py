@@ -112,14 +112,14 @@ def check_file(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{expected}, got one whose header is no such JSON; {FETCH}") from None
     if not whole:
         raise CheckpointError(f"{expected}, got one cut off in its header, or another format; {FETCH}")
-    told = LENGTH_BYTES + length + max(ends, default=0)
-    if size != told:
-        raise CheckpointError(f"{expected} of {told} bytes, as its header says, got {size}; {FETCH}")
+    expected_size = LENGTH_BYTES + length + max(ends, default=0)
+    if size != expected_size:
+        raise CheckpointError(f"{expected} of {expected_size} bytes, as its header says, got {size}; {FETCH}")
     return tensors
 
 
 def _measure(path: Path) -> int:
-    """A file's size; a folder, and a link that leads nowhere, are told apart from it."""
+    """A file's size; a folder, and a link that leads nowhere, are errors of their own."""
     try:
         found = path.stat()
     except OSError as error:

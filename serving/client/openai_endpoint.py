@@ -16,7 +16,7 @@ import openai
 from laguna_serve.serving.client.errors import EndpointError
 
 Form = Literal["chat", "completion"]
-# Which weights answered, told by servers whose weights change while they serve.
+# Which weights answered, named by servers whose weights change while they serve.
 VERSION_HEADERS = ("X-Weight-Version", "X-Draft-Version")
 TIMEOUT_S = 600.0
 

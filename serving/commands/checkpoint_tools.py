@@ -1,30 +1,34 @@
-"""Subcommands that are programs of their own: they need torch, which the serving side never imports."""
+"""The subcommands that make checkpoints, which live in scripts/checkpoints: they need torch, and are imported when they
+are called. The one place where serving reaches up (tests/test_layout.py)."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-
-TOOLS = {
-    "compact": "make a smaller checkpoint from a pruning mask",
-    "unpad": "store a dense student without its padding",
-    "pad": "give an unpadded dense student its stock layout back",
-    "drafter": "turn a DFlash drafter into the other published format",
-}
+from collections.abc import Sequence
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds every tool.  All that follows its name is left to the tool, `--help` too: here nothing begins a flag."""
-    for name, text in TOOLS.items():
-        parser = commands.add_parser(name, help=text, prefix_chars="\0", add_help=False)
-        parser.add_argument("arguments", nargs=argparse.REMAINDER)
-        parser.set_defaults(run=run, tool=name)
+def compact(argv: Sequence[str]) -> int:
+    """`laguna compact`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints import compact
+
+    return compact.main(argv)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Becomes the tool: the same process, so that signals and the exit status are its own."""
-    module = f"laguna_serve.scripts.checkpoints.{args.tool}"
-    arguments = [*args.arguments, *(["--", *args.extra_args] if args.extra_args else [])]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+def unpad(argv: Sequence[str]) -> int:
+    """`laguna unpad`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints import unpad
+
+    return unpad.main(argv)
+
+
+def pad(argv: Sequence[str]) -> int:
+    """`laguna pad`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints import unpad
+
+    return unpad.main(argv, tool="pad")
+
+
+def drafter(argv: Sequence[str]) -> int:
+    """`laguna drafter`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints import drafter
+
+    return drafter.main(argv)

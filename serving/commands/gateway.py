@@ -1,17 +1,25 @@
-"""``laguna gateway``: the gateway, until it is told to stop."""
+"""``laguna gateway``: one endpoint in front of engines, until a signal ends it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD
+from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import to_json
 
 if TYPE_CHECKING:
     from laguna_serve.serving.gateway.config import Config
 
-SCHEMA = "laguna_serve.gateway/1"
+DESCRIPTION = "One OpenAI-compatible endpoint in front of one or more vLLM engines."
 EPILOG = """examples:
   laguna gateway --config gateway.toml
   laguna gateway --upstream http://127.0.0.1:8000 --model teacher --port 8080    (one engine, no file)
@@ -27,66 +35,89 @@ exit status: 0 after it was stopped, 2 when it could not be started
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``laguna gateway``."""
-    parser = commands.add_parser(
-        "gateway",
-        help="one endpoint in front of engines",
-        description="One OpenAI-compatible endpoint in front of one or more vLLM engines.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class GatewayCommandConfig:
+    """A gateway from a file, or from the engines' addresses alone."""
+
+    config: Annotated[Path | None, Flag("TOML; --example shows every key", metavar="FILE")] = None
+    upstream: Annotated[
+        tuple[str, ...], Flag("instead of a file: an engine; repeatable", metavar="URL", repeated=True)
+    ] = ()
+    model: Annotated[str | None, Flag("with --upstream: the model's name in requests", metavar="NAME")] = None
+    host: Annotated[str | None, Flag("address to listen on (default: the file's, 127.0.0.1)")] = None
+    port: Annotated[int | None, Flag("port, 0 for a free one (default: the file's, 8080)")] = None
+    check: Annotated[
+        bool, Flag("validate the configuration, the files that it names and the addresses to listen on, and exit")
+    ] = False
+    example: Annotated[bool, Flag("print a configuration with every key, its default and what it does, and exit")] = (
+        False
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; --example shows every key")
-    parser.add_argument("--upstream", metavar="URL", action="append", help="instead of a file: an engine; repeatable")
-    parser.add_argument("--model", metavar="NAME", help="with --upstream: the model's name in requests")
-    parser.add_argument("--host", help="address to listen on (default: the file's, 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port, 0 for a free one (default: the file's, 8080)")
-    check = "validate the configuration, the files that it names and the addresses to listen on, and exit"
-    parser.add_argument("--check", action="store_true", help=check)
-    example = "print a configuration with every key, its default and what it does, and exit"
-    parser.add_argument("--example", action="store_true", help=example)
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+class GatewayResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gateway/1"):
+    """A configuration that can be served, with its `models`; or a gateway that a signal has ended, with its `url`."""
+
+    outcome: Literal["valid", "stopped"]
+    models: tuple[str, ...] | UnsetType = UNSET
+    url: str | UnsetType = UNSET
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; the last line on stdout is a JSON object."""
+    config = read_flags(GatewayCommandConfig, argv, prog="laguna gateway", description=DESCRIPTION, epilog=EPILOG)
     # FastAPI and aiohttp take half a second to import, which no other command needs.
-    from laguna_serve.serving.gateway.addresses import check_addresses
     from laguna_serve.serving.gateway.config import ConfigError, read_example
-    from laguna_serve.serving.gateway.server import serve
 
-    if args.example:
+    if config.example:
         print(read_example(), end="")
-        return 0
+        return HELD
     try:
-        config = read_config(args)
+        result = check_gateway(config) if config.check else run_gateway(config)
     except ConfigError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
-        return 2
-    models = [model.name for model in config.models]
-    if args.check:
-        check_addresses(config)
-        print(json.dumps({"schema": SCHEMA, "outcome": "valid", "models": models}))
-        return 0
-    names = ", ".join(models)
+        return COULD_NOT_RUN
+    print(json.dumps(to_json(result)))
+    return HELD
+
+
+def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
+    """Whether it could be served.
+
+    Raises:
+        ConfigError, EngineError: something is wrong with the configuration, or an address is taken.
+    """
+    from laguna_serve.serving.gateway.addresses import check_addresses
+
+    gateway = read_config(config)
+    check_addresses(gateway)
+    return GatewayResult(outcome="valid", models=tuple(model.name for model in gateway.models))
+
+
+def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
+    """Serve until a signal. Raises as `check_gateway`."""
+    from laguna_serve.serving.gateway.server import serve
+
+    gateway = read_config(config)
+    names = ", ".join(model.name for model in gateway.models)
     url = serve(
-        config,
+        gateway,
         lambda url, admin: print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True),
-        None if args.config is None else lambda: read_config(args),
+        None if config.config is None else lambda: read_config(config),
     )
-    print(json.dumps({"schema": SCHEMA, "outcome": "stopped", "url": url}))
-    return 0
+    return GatewayResult(outcome="stopped", url=url)
 
 
-def read_config(args: argparse.Namespace) -> Config:
+def read_config(config: GatewayCommandConfig) -> Config:
     """The configuration of the file or of --upstream, in which --host and --port go first. Raises ConfigError."""
     from laguna_serve.serving.gateway.config import ConfigError, load_config, parse_config
 
-    if (args.config is None) == (args.upstream is None):
+    if (config.config is None) != bool(config.upstream):
         raise ConfigError("--config or --upstream: expected one of them; see laguna gateway --help")
-    server = {name: value for name in ("host", "port") if (value := vars(args)[name]) is not None}
-    if args.config is not None:
-        return load_config(args.config, server)
-    upstreams = [{"name": f"engine-{i}", "url": url} for i, url in enumerate(args.upstream)]
-    models = [{"name": args.model or "model", "upstreams": upstreams}]
+    server: dict[str, str | int] = {}
+    server |= {} if config.host is None else {"host": config.host}
+    server |= {} if config.port is None else {"port": config.port}
+    if config.config is not None:
+        return load_config(config.config, server)
+    upstreams = [{"name": f"engine-{i}", "url": url} for i, url in enumerate(config.upstream)]
+    models = [{"name": config.model or "model", "upstreams": upstreams}]
     return parse_config({"models": models, "server": server}, "--upstream")

@@ -1,8 +1,8 @@
 """``laguna serve --exact``: greedy output that depends on the prompt alone, and the check that it does so here.
 
-A row of a matrix product may round otherwise in another company of rows. That is how batching, chunked prefill and
+A row of a matrix product may round otherwise beside other rows. That is how batching, chunked prefill and
 speculation (γ + 1 rows verified at once) come to change greedy output. Exact serving asks the engine for kernels whose
-rows do not depend on their company (planning/command.py), and then does not take its word for it: the running engine
+rows do not depend on the batch (planning/command.py), and then does not take its word for it: the running engine
 answers prompts alone, all together, and once more through prefill, and every token and every bit of every
 log-probability must be the same, or the engine is not served.
 
@@ -57,13 +57,15 @@ def check_exact(base_url: str, model_name: str, api_key: str | None = None) -> i
     return TOKENS * (len(crowd) + len(PROMPTS))
 
 
-def _compare(ours: _Answer, theirs: _Answer, how: str) -> None:
-    for index, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
+def _compare(alone: _Answer, again: _Answer, how: str) -> None:
+    for index, (a, b) in enumerate(zip(alone.token_ids, again.token_ids, strict=True)):
         if a != b:
-            raise ExactError(_tell(f"token {index} to be {a}, as alone, {how}, got {b}"))
-    for index, (x, y) in enumerate(zip(ours.top, theirs.top, strict=True)):
+            raise ExactError(_explain(f"token {index} to be {a}, as alone, {how}, got {b}"))
+    for index, (x, y) in enumerate(zip(alone.top, again.top, strict=True)):
         if x != y:
-            raise ExactError(_tell(f"the log-probabilities of token {index}, {how}, to be those alone ({x}), got {y}"))
+            raise ExactError(
+                _explain(f"the log-probabilities of token {index}, {how}, to be those alone ({x}), got {y}")
+            )
 
 
 def _compare_prefilled(answer: _Answer, prefilled: Sequence[float]) -> None:
@@ -71,10 +73,10 @@ def _compare_prefilled(answer: _Answer, prefilled: Sequence[float]) -> None:
         decoded = step[f"token_id:{token}"]
         if decoded != value:
             expected = f"the log-probability of token {index} to be the same decoded and prefilled ({decoded})"
-            raise ExactError(_tell(f"{expected}, got {value}"))
+            raise ExactError(_explain(f"{expected}, got {value}"))
 
 
-def _tell(what: str) -> str:
+def _explain(what: str) -> str:
     return f"--exact: expected {what}; the kernels here depend on the batch: serve without --exact"
 
 

@@ -38,7 +38,7 @@ def find_signal(status: int | None) -> int | None:
 
 
 def count_memory_kills() -> int:
-    """How many processes the kernel has killed for memory so far; 0 where it does not tell."""
+    """How many processes the kernel has killed for memory so far; 0 where it does not report that."""
     return next(_read_counters(), 0)
 
 

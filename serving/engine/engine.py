@@ -139,12 +139,12 @@ class Engine:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._supervisor.wait(DYING_S)
         since = self._marks[0][1] if self._marks else 0
-        told = describe_death(
+        cause = describe_death(
             self._supervisor.poll(),
             read_log(self.log_path, since),
             memory_kills=count_memory_kills() - self._memory_kills,
         )
-        return f"engine {self.model_name}: expected it to run, got {told}; see {self.log_path}"
+        return f"engine {self.model_name}: expected it to run, got {cause}; see {self.log_path}"
 
     def stop(self) -> None:
         """Ends every process of the engine; returns when none is left.  Safe to call at any time and again."""
@@ -191,7 +191,7 @@ class Engine:
         )
 
     def _empty_log(self) -> None:
-        """A log that cannot be written is refused, unless that may pass: the supervisor tells of a full disk."""
+        """A log that cannot be written is refused, unless that may pass: the supervisor reports a full disk."""
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.open("wb").close()

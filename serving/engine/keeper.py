@@ -1,4 +1,4 @@
-"""Keeps one engine running: when it dies, the cause is told and it is started again, later and later.
+"""Keeps one engine running: when it dies, the cause is announced and it is started again, later and later.
 
 An engine that dies soon after every start is given up: what kills it (a broken driver, one request that a client
 repeats) would kill it for ever.  Its log is moved aside before each start, so that the cause is still there to read.
@@ -10,10 +10,11 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+
+import msgspec
 
 from laguna_serve.serving.engine.engine import Engine
 from laguna_serve.serving.planning.launch import EngineError
@@ -43,17 +44,12 @@ class RestartPolicy:
         return min(self.most_s, self.first_s * 2.0 ** (quick - 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Death:
+class Death(msgspec.Struct, frozen=True):
     """An engine's end. `served_s`: how long it had served, None where it never answered."""
 
     time: str
     cause: str
     served_s: float | None
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 class Keeper:
@@ -66,12 +62,12 @@ class Keeper:
         self,
         make: Callable[[], Engine],
         policy: RestartPolicy,
-        tell: Callable[[str], None],
+        announce: Callable[[str], None],
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._make, self._policy, self._tell, self._clock, self._sleep = make, policy, tell, clock, sleep
+        self._make, self._policy, self._announce, self._clock, self._sleep = make, policy, announce, clock, sleep
         self.engine = make()
         self.restarts = 0
         self.deaths: deque[Death] = deque(maxlen=REMEMBERED)
@@ -89,7 +85,7 @@ class Keeper:
 
     @property
     def away(self) -> bool:
-        """No engine serves now."""
+        """Whether there is no engine now: it has died, and none serves in its place yet."""
         return self._ready_since is None
 
     def note_death(self, error: EngineError) -> None:
@@ -117,7 +113,7 @@ class Keeper:
                 raise EngineError(f"{cause}; given up after {often}")
             delay = policy.find_delay(self._quick)
             count = f"failure {self._quick} of {policy.most_quick} in a row"
-            self._tell(f"{cause}; starting it again in {delay:.0f} s ({count})")
+            self._announce(f"{cause}; starting it again in {delay:.0f} s ({count})")
             self._sleep(delay)
             self.engine = self._make()
             try:

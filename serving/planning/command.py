@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from laguna_serve.serving.chat.vendor_defaults import Setting, choose_environment, find_value, names_flag
+from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.budget import plan_memory
@@ -36,7 +36,7 @@ PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
-# Kernels whose rows do not depend on their company (engine/batch_invariance.py checks that they do not). CPU: attention
+# Kernels whose rows do not depend on the batch (engine/batch_invariance.py checks that they do not). CPU: attention
 # otherwise splits a sequence's keys over threads by how many sequences there are (vLLM 0.32,
 # v1/attention/backends/cpu_attn.py). GPU: vLLM's batch-invariant kernels (docs/features/batch_invariance.md).
 EXACT_ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH_INVARIANT": "1"}}
@@ -44,13 +44,13 @@ EXACT_ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH
 WEIGHT_TRANSFER = {"backend": "folder"}
 
 
-def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[Setting, ...]:
+def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[VllmSetting, ...]:
     """What vLLM's environment needs for these checkpoints on this device."""
     return choose_environment(device.kind, drafter=config.draft is not None, configs=checkpoints.configs)
 
 
 def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
-    """What is otherwise on this device than was asked for or is known to be well, a line each.
+    """What differs on this device from what was asked for, or has not been measured on it, a line each.
 
     On a CPU bench/prefix_cache.py finds a drafter's acceptance unchanged by prefix caching; a GPU has another model
     runner in vLLM, of which others report that it falls.
@@ -197,7 +197,7 @@ def build_environment(
     local: bool,
     exact: bool = False,
     weight_updates: bool = False,
-    settings: Sequence[Setting] = (),
+    settings: Sequence[VllmSetting] = (),
 ) -> dict[str, str]:
     """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 

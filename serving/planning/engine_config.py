@@ -30,7 +30,7 @@ class EngineConfig:
         prefix_caching: reuse the KV cache of equal prompt beginnings.
         kv_cache_gib: size of the KV cache in GiB; None picks it from the memory that is free.
         seed: vLLM's seed for sampling.
-        exact: kernels whose rows do not depend on their company, checked at the start (engine/batch_invariance.py).
+        exact: kernels whose rows do not depend on the batch, checked at the start (engine/batch_invariance.py).
         weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
             development routes, for which nothing asks a key: an engine for the loopback address.
         chat: tool calls, reasoning and thinking as the release has them or the user asks (chat/vendor_defaults.py);

@@ -33,7 +33,7 @@ from laguna_serve.serving.planning.kv import (
     plan_layout,
 )
 from laguna_serve.serving.planning.support import (
-    Verdict,
+    SupportVerdict,
     choose_kv_dtype,
     judge_drafter,
     judge_target,
@@ -61,7 +61,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EnginePlan:
     """An engine that could be started, or not.
 
     Attributes:
@@ -78,8 +78,8 @@ class Plan:
     device: Device
     planned: bool
     checkpoints: Checkpoints
-    target_verdict: Verdict | None
-    drafter_verdict: Verdict | None
+    target_verdict: SupportVerdict | None
+    drafter_verdict: SupportVerdict | None
     classes: Mapping[str, str]
     layout: KvLayout | None
     memory: Memory | None
@@ -102,7 +102,7 @@ class Plan:
         return next(found, ()) if self.config.draft is not None else ()
 
 
-def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) -> Plan:
+def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) -> EnginePlan:
     """The plan of a configuration on a device.
 
     Raises:
@@ -137,7 +137,7 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         weight_updates=config.weight_updates,
         settings=choose_settings(config, checkpoints, device),
     )
-    return Plan(
+    return EnginePlan(
         config=config,
         device=device,
         planned=planned,
@@ -217,7 +217,7 @@ def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device
 
 
 def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device, target: Target) -> int:
-    """The longest sequence that vLLM is told of; the model's own where it is told none, or works it out."""
+    """The longest sequence on vLLM's command line; the model's own where none is there, or vLLM works it out."""
     length = choose_max_model_len(config, checkpoints, device)
     return length if isinstance(length, int) else target.max_model_len
 

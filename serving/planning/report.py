@@ -1,34 +1,30 @@
-"""A plan for people, and as JSON."""
+"""A plan for people: a line for each thing that is known of it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
 from laguna_serve.serving.chat.vendor_defaults import describe_chat
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.parameters import count_active, count_drafter, count_parameters
 from laguna_serve.serving.checkpoint.quantisation import Quantisation
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
-from laguna_serve.serving.machine.device import describe
-from laguna_serve.serving.planning.plan import Plan
-from laguna_serve.serving.planning.support import Verdict, describe_kind
+from laguna_serve.serving.planning.plan import EnginePlan
+from laguna_serve.serving.planning.support import SupportVerdict, describe_kind
 
-SCHEMA = "laguna_serve.plan/1"
 GIB, MIB = 1 << 30, 1 << 20
 WIDTH = 13
 
 
-def format_command(plan: Plan) -> str:
+def format_command(plan: EnginePlan) -> str:
     """The command with its environment, for a POSIX shell."""
     variables = [part for name in plan.unset for part in ("-u", name)]
     variables += [f"{name}={value}" for name, value in sorted(plan.environment.items())]
     return shlex.join(["env", *variables, *plan.command])
 
 
-def format_plan(plan: Plan) -> str:
+def format_plan(plan: EnginePlan) -> str:
     """A line for each thing that is known, the command last."""
     rows = list(_list_rows(plan))
     lines = [f"{name:<{WIDTH}} {text}" for name, text in rows]
@@ -39,7 +35,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _list_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _list_rows(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     device, target, drafter = plan.device, plan.checkpoints.target, plan.checkpoints.drafter
     label = "a plan for a device that was named; nothing of this machine" if plan.planned else "this machine"
     capability = "" if device.capability is None else f", compute capability {device.capability / 10}"
@@ -58,7 +54,7 @@ def _list_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "runner", describe_runner(plan)
 
 
-def _list_target(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
+def _list_target(plan: EnginePlan, target: Target) -> Iterator[tuple[str, str]]:
     yield "model", target.name
     dense = count_dense_layers(target)
     if target.dense:
@@ -68,12 +64,12 @@ def _list_target(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         mlp += f"{target.experts_per_token} per token"
     window = f", {target.sliding_layers} of them over {target.sliding_window} tokens" if target.sliding_layers else ""
     yield "layers", f"{target.num_layers}{window}; {mlp}"
-    total, active = _count(plan, target)
+    total, active = count_stored(plan, target)
     yield "parameters", f"{total:,}" + ("" if active is None else f", {active:,} of them per token")
     yield "weights", _describe_weights(target.quantisation, plan.target_verdict)
 
 
-def _list_drafter(plan: Plan, drafter: Drafter) -> Iterator[tuple[str, str]]:
+def _list_drafter(plan: EnginePlan, drafter: Drafter) -> Iterator[tuple[str, str]]:
     kind = "sliding" if "sliding_attention" in drafter.attention.layer_types else "full"
     mixed = "mixed" if drafter.mixed else kind
     text = f"{drafter.format} format, {drafter.num_layers} layers ({mixed} attention)"
@@ -85,14 +81,14 @@ def _list_drafter(plan: Plan, drafter: Drafter) -> Iterator[tuple[str, str]]:
     yield "gamma", f"{plan.checkpoints.gamma} of at most {drafter.max_gamma} (block {drafter.block_size}){recommended}"
 
 
-def _describe_weights(quantisation: Quantisation | None, verdict: Verdict | None) -> str:
+def _describe_weights(quantisation: Quantisation | None, verdict: SupportVerdict | None) -> str:
     name = "unquantised" if quantisation is None else describe_kind(quantisation)
     if verdict is None:
         return name
     return f"{name}: {verdict.how}, {verdict.reason}" + (f"; {verdict.remedy}" if verdict.remedy else "")
 
 
-def _list_memory(plan: Plan) -> Iterator[tuple[str, str]]:
+def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     memory, layout = plan.memory, plan.layout
     if memory is None or layout is None or plan.length is None or plan.context is None:
         return
@@ -118,75 +114,16 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
-def _count(plan: Plan, target: Target) -> tuple[int, int | None]:
+def count_stored(plan: EnginePlan, target: Target) -> tuple[int, int | None]:
     """Parameters, and those of a token, which for pruned experts depend on the token: what the files hold, as experts
     and layers may be stored narrower than config.json says."""
     total = count_parameters(target) if plan.stored is None else plan.stored
     return total, None if target.pruned else count_active(target) - (count_parameters(target) - total)
 
 
-def describe_runner(plan: Plan) -> str:
+def describe_runner(plan: EnginePlan) -> str:
     """Which of vLLM's two model runners computes."""
     chosen = plan.environment.get("VLLM_USE_V2_MODEL_RUNNER")
     if chosen is not None:
         return f"vLLM's V{2 if chosen == '1' else 1} model runner (VLLM_USE_V2_MODEL_RUNNER={chosen})"
     return "vLLM's V2 model runner where Triton is installed, as with vLLM's own wheels, else V1"
-
-
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan as a JSON object; bytes and tokens are integers."""
-    target, drafter, layout = plan.checkpoints.target, plan.checkpoints.drafter, plan.layout
-    return {
-        "schema": SCHEMA,
-        "ok": not plan.refusals,
-        "refusals": list(plan.refusals),
-        "warnings": list(plan.warnings),
-        "device": describe(plan.device) | {"planned": plan.planned},
-        "model": plan.config.model,
-        "draft": plan.config.draft,
-        "classes": dict(plan.classes),
-        "target": None if target is None else _describe_target(plan, target),
-        "drafter": None if drafter is None else _describe_drafter(plan, drafter),
-        "memory": None if plan.memory is None else asdict(plan.memory) | {"weights_here": plan.weights_here},
-        "kv_cache": None
-        if layout is None or plan.length is None
-        else {
-            "bytes_per_token": layout.token_bytes,
-            "bytes_per_sequence": layout.sequence_bytes(plan.length),
-            "dtype": None if plan.kv_dtype is None else plan.kv_dtype[0],
-        },
-        "context": None if plan.context is None else {"one": plan.context[0], "all": plan.context[1]},
-        "max_num_seqs": plan.config.max_num_seqs,
-        "chat": [asdict(setting) for setting in plan.checkpoints.chat.flags],
-        "runner": describe_runner(plan),
-        "environment": dict(plan.environment),
-        "command": list(plan.command),
-    }
-
-
-def _describe_target(plan: Plan, target: Target) -> dict[str, Any]:
-    return {
-        "architecture": target.architecture,
-        "layers": target.num_layers,
-        "dense_layers": count_dense_layers(target),
-        "sliding_layers": target.sliding_layers,
-        "experts": target.num_experts,
-        "max_model_len": target.max_model_len,
-        "parameters": _count(plan, target)[0],
-        "active_parameters": _count(plan, target)[1],
-        "quantisation": None if target.quantisation is None else target.quantisation.kind,
-        "verdict": None if plan.target_verdict is None else asdict(plan.target_verdict),
-    }
-
-
-def _describe_drafter(plan: Plan, drafter: Drafter) -> dict[str, Any]:
-    return {
-        "format": drafter.format,
-        "layers": drafter.num_layers,
-        "parameters": count_drafter(drafter),
-        "block_size": drafter.block_size,
-        "gamma": plan.checkpoints.gamma,
-        "vendor_gamma": list(plan.vendor_gamma),
-        "quantisation": None if drafter.quantisation is None else drafter.quantisation.kind,
-        "verdict": None if plan.drafter_verdict is None else asdict(plan.drafter_verdict),
-    }

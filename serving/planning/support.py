@@ -25,7 +25,7 @@ QUANTISED_ON_CPU = "serve the bf16 release here, or this one on a GPU of compute
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SupportVerdict:
     """What becomes of some numbers on a device; ``remedy`` is empty where they are served."""
 
     how: str
@@ -44,42 +44,52 @@ class GpuRow:
 
     kind: str
     capability: int
-    verdict: Verdict
+    verdict: SupportVerdict
 
 
 MARLIN = "Marlin: stored small, computed in bf16"
 # Of a kind's rows the last whose capability the device reaches holds.
 GPU_ROWS = (
-    GpuRow(PLAIN, 0, Verdict(REFUSED, "no bf16 below compute capability 8.0, and fp16 overflows", "take a newer GPU")),
-    GpuRow(PLAIN, 80, Verdict(NATIVE, "bf16")),
     GpuRow(
-        FP8, 0, Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU")
+        PLAIN,
+        0,
+        SupportVerdict(REFUSED, "no bf16 below compute capability 8.0, and fp16 overflows", "take a newer GPU"),
     ),
-    GpuRow(FP8, 80, Verdict(WEIGHT_ONLY, f"no FP8 arithmetic below 8.9; {MARLIN}")),
-    GpuRow(FP8, 89, Verdict(NATIVE, "FP8 arithmetic, a scale per 128×128 block")),
+    GpuRow(PLAIN, 80, SupportVerdict(NATIVE, "bf16")),
+    GpuRow(
+        FP8,
+        0,
+        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
+    ),
+    GpuRow(FP8, 80, SupportVerdict(WEIGHT_ONLY, f"no FP8 arithmetic below 8.9; {MARLIN}")),
+    GpuRow(FP8, 89, SupportVerdict(NATIVE, "FP8 arithmetic, a scale per 128×128 block")),
     GpuRow(
         NVFP4,
         0,
-        Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
+        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
     ),
-    GpuRow(NVFP4, 80, Verdict(WEIGHT_ONLY, f"no FP4 arithmetic below 10.0; {MARLIN} (Poolside names Blackwell alone)")),
-    GpuRow(NVFP4, 100, Verdict(NATIVE, "FP4 arithmetic")),
+    GpuRow(
+        NVFP4,
+        80,
+        SupportVerdict(WEIGHT_ONLY, f"no FP4 arithmetic below 10.0; {MARLIN} (Poolside names Blackwell alone)"),
+    ),
+    GpuRow(NVFP4, 100, SupportVerdict(NATIVE, "FP4 arithmetic")),
     GpuRow(
         INT4,
         0,
-        Verdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
+        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
     ),
-    GpuRow(INT4, 80, Verdict(WEIGHT_ONLY, MARLIN)),
+    GpuRow(INT4, 80, SupportVerdict(WEIGHT_ONLY, MARLIN)),
 )
 KV_FP8_CAPABILITY = 89
 
 
-def judge_target(target: Target, device: Device) -> Verdict:
+def judge_target(target: Target, device: Device) -> SupportVerdict:
     """What becomes of the model's weights."""
     return judge(target.quantisation, device, experts=not target.dense)
 
 
-def judge_drafter(drafter: Drafter, device: Device) -> Verdict:
+def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
     """What becomes of a drafter's weights.
 
     vLLM's Laguna drafter reads `qkv_proj.weight` itself, for the keys and values of all layers at once, and so cannot
@@ -91,15 +101,15 @@ def judge_drafter(drafter: Drafter, device: Device) -> Verdict:
         if quantisation.kind == OTHER or any(quantisation.find_group(name) for name in fused):
             reason = "vLLM's Laguna drafter cannot have quantised queries, keys and values (vllm#51581)"
             remedy = "take the bf16 drafter, which goes with a quantised model as well"
-            return Verdict(REFUSED, reason, remedy)
+            return SupportVerdict(REFUSED, reason, remedy)
     return judge(quantisation, device, experts=False)
 
 
-def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -> Verdict:
+def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -> SupportVerdict:
     """What becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
     kind = PLAIN if quantisation is None else quantisation.kind
     if kind == OTHER and quantisation is not None:
-        return Verdict(
+        return SupportVerdict(
             UNKNOWN, f"{show(quantisation.name)} is no format of Laguna's releases: vLLM decides when it loads it"
         )
     if device.kind == "cpu":
@@ -108,17 +118,17 @@ def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -
     return [row.verdict for row in GPU_ROWS if row.kind == kind and row.capability <= capability][-1]
 
 
-def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> Verdict:
+def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> SupportVerdict:
     if kind == PLAIN:
-        return Verdict(NATIVE, "bf16")
+        return SupportVerdict(NATIVE, "bf16")
     if kind == NVFP4:
-        return Verdict(REFUSED, "vLLM has no FP4 kernel for a CPU", QUANTISED_ON_CPU)
+        return SupportVerdict(REFUSED, "vLLM has no FP4 kernel for a CPU", QUANTISED_ON_CPU)
     if experts:
         reason = "vLLM's quantised experts on a CPU know routers without Laguna's selection bias alone"
-        return Verdict(REFUSED, reason, QUANTISED_ON_CPU)
+        return SupportVerdict(REFUSED, reason, QUANTISED_ON_CPU)
     if kind == FP8 and AMX not in isa:
-        return Verdict(REFUSED, "vLLM's FP8 layers on a CPU need AMX", QUANTISED_ON_CPU)
-    return Verdict(WEIGHT_ONLY if kind == INT4 else NATIVE, "vLLM's CPU kernels")
+        return SupportVerdict(REFUSED, "vLLM's FP8 layers on a CPU need AMX", QUANTISED_ON_CPU)
+    return SupportVerdict(WEIGHT_ONLY if kind == INT4 else NATIVE, "vLLM's CPU kernels")
 
 
 def check_support(target: Target | None, drafter: Drafter | None, device: Device) -> None:

@@ -1,15 +1,18 @@
-"""The gateway in front of the engine of ``laguna serve``: what it is configured with, and what it is told when the
-engine dies and comes back."""
+"""The gateway in front of the engine of ``laguna serve``: its configuration, and what becomes of requests when
+the engine dies and comes back."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from laguna_serve.serving.engine.keeper import Death
 from laguna_serve.serving.planning.launch import EngineError, require_port
 from laguna_serve.serving.service.api_keys import describe_keys
 
@@ -103,7 +106,7 @@ class Front:
         self._settings, self._engine_url = settings, engine_url
 
     def open(self, gateway: Background) -> None:
-        """It listens."""
+        """Note where it listens, and that its engine comes back after a death."""
         self.url, self.status, self._server = gateway
         self._server.call(self._mark)
 
@@ -111,12 +114,13 @@ class Front:
         """The engine has died: requests wait, streams in flight end with an error."""
         self._server.call(lambda relay: self._find(relay)[1].leave(reason))
 
-    def note_deaths(self, deaths: Sequence[Mapping[str, Any]]) -> None:
+    def note_deaths(self, deaths: Collection[Death]) -> None:
         """Why it died, and those before it: for the status page."""
+        noted: tuple[dict[str, Any], ...] = tuple(map(msgspec.to_builtins, deaths))
 
         def act(relay: Relay) -> None:
             engine = self._find(relay)[1]
-            engine.deaths, engine.last_error = tuple(deaths), str(deaths[-1]["cause"])
+            engine.deaths, engine.last_error = noted, noted[-1]["cause"]
 
         self._server.call(act)
 

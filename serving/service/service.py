@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -10,15 +9,39 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Literal
+
+import msgspec
 
 from laguna_serve.serving.engine import Engine, EngineError
-from laguna_serve.serving.engine.keeper import Keeper, RestartPolicy
+from laguna_serve.serving.engine.keeper import Death, Keeper, RestartPolicy
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.service.front import Front, FrontSettings, open_front
-from laguna_serve.serving.speculation.acceptance import AcceptanceWatch
+from laguna_serve.serving.speculation.acceptance import AcceptanceReport, AcceptanceWatch
 
-SCHEMA = "laguna_serve.serve/1"
+STOPPED: Literal["stopped"] = "stopped"
+DIED: Literal["died"] = "died"
 WATCH_S = 0.5
+
+
+class ServeResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.serve/1"):
+    """How serving went.
+
+    Attributes:
+        outcome: "stopped" by a signal, or "died" and not started again.
+        log: vLLM's.
+        acceptance: of the last engine; None without speculation.
+        restarts: how often an engine that had died was started again.
+    """
+
+    outcome: Literal["stopped", "died"]
+    log: str
+    url: str
+    model: str
+    acceptance: AcceptanceReport | None
+    restarts: int
+    deaths: tuple[Death, ...]
+    uptime_s: float
 
 
 def serve(
@@ -29,8 +52,8 @@ def serve(
     *,
     restart: bool,
     greet: Callable[[Engine, str, str | None], str],
-) -> int:
-    """Serves until a signal, or until the engine is given up; the exit status. The last line on stdout is JSON.
+) -> ServeResult:
+    """Serves until a signal, or until the engine is given up.
 
     Args:
         settings: of the gateway in front of the engine; None: there is none.
@@ -41,7 +64,7 @@ def serve(
     """
     _handle_signals()
     started = time.monotonic()
-    result: dict[str, object] = {"schema": SCHEMA, "outcome": "stopped", "log": str(log_path)}
+    url, acceptance = "", _LastAcceptance()
 
     def make() -> Engine:
         return Engine(config, log_path=log_path, announce=_announce, api_key=api_key)
@@ -52,20 +75,35 @@ def serve(
             if front is not None and front.reloads:
                 signal.signal(signal.SIGHUP, lambda _number, _frame: front.reload())
             url = keeper.engine.base_url if front is None else front.url
-            result |= {"url": url, "model": config.model_name}
             print(greet(keeper.engine, url, None if front is None else front.status), flush=True)
-            died = _keep_serving(keeper, front, result, restart=restart)
+            died = _keep_serving(keeper, front, acceptance, restart=restart)
     except KeyboardInterrupt:
-        if "url" not in result:
+        if not url:
             raise EngineError(f"engine {config.model_name}: interrupted before it was ready; see {log_path}") from None
         died = False  # a second signal, while the first was obeyed
-    result |= {"outcome": "died" if died else "stopped", "restarts": keeper.restarts}
-    result |= {"deaths": [death.describe() for death in keeper.deaths]}
-    print(json.dumps({**result, "uptime_s": round(time.monotonic() - started, 1)}))
-    return 1 if died else 0
+    return ServeResult(
+        outcome=DIED if died else STOPPED,
+        log=str(log_path),
+        url=url,
+        model=config.model_name,
+        acceptance=acceptance.report,
+        restarts=keeper.restarts,
+        deaths=tuple(keeper.deaths),
+        uptime_s=round(time.monotonic() - started, 1),
+    )
 
 
-def _keep_serving(keeper: Keeper, front: Front | None, result: dict[str, object], *, restart: bool) -> bool:
+class _LastAcceptance:
+    """What the last engine's drafts came to."""
+
+    report: AcceptanceReport | None = None
+
+    def note(self, watch: AcceptanceWatch) -> None:
+        """Keep what was known where the watch knows nothing."""
+        self.report = watch.describe() or self.report
+
+
+def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptance, *, restart: bool) -> bool:
     """Until a signal (False), or until the engine has died for good (True)."""
     watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
     try:
@@ -73,16 +111,16 @@ def _keep_serving(keeper: Keeper, front: Front | None, result: dict[str, object]
             _wait_for_death(keeper.engine, watch)
             if front is not None:  # at once: to say why it died takes a moment
                 front.leave("it has died")
-            result["acceptance"] = watch.describe()
+            acceptance.report = watch.describe()
             error = EngineError(keeper.engine.describe_death())
             keeper.note_death(error)
             if front is not None:
-                front.note_deaths([death.describe() for death in keeper.deaths])
+                front.note_deaths(keeper.deaths)
             if not restart:
                 raise error
             keeper.revive()
             if front is not None:
-                front.note_deaths([death.describe() for death in keeper.deaths])
+                front.note_deaths(keeper.deaths)
                 front.succeed(keeper.engine.base_url)
             watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
             _announce(f"engine {keeper.engine.model_name}: serving again, restart {keeper.restarts}")
@@ -93,7 +131,7 @@ def _keep_serving(keeper: Keeper, front: Front | None, result: dict[str, object]
         watch.read()
         return False
     finally:
-        result["acceptance"] = watch.describe() or result.get("acceptance")
+        acceptance.note(watch)
         if front is not None and keeper.away:
             front.give_up()
 

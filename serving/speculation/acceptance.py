@@ -10,6 +10,8 @@ import time
 import urllib.request
 from dataclasses import dataclass
 
+import msgspec
+
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
 
@@ -33,6 +35,13 @@ class Acceptance:
     def length(self) -> float | None:
         """Tokens per step, None before the first draft."""
         return 1 + self.accepted / self.drafts if self.drafts else None
+
+
+class AcceptanceReport(msgspec.Struct, frozen=True):
+    """For a result: tokens per step, None before the first draft, and the steps with a draft."""
+
+    length: float | None
+    drafts: int
 
 
 def read_acceptance(base_url: str) -> Acceptance | None:
@@ -84,9 +93,9 @@ class AcceptanceWatch:
             self._seen = read_acceptance(self._base_url) or self._seen
             self._last = time.monotonic()
 
-    def describe(self) -> dict[str, float | int | None] | None:
-        """For the JSON line: length and drafts since the engine started; None without speculation."""
+    def describe(self) -> AcceptanceReport | None:
+        """Since the engine started; None without speculation."""
         if self._seen is None:
             return None
         length = self._seen.length
-        return {"length": None if length is None else round(length, 3), "drafts": self._seen.drafts}
+        return AcceptanceReport(None if length is None else round(length, 3), self._seen.drafts)

@@ -1,5 +1,5 @@
-"""Speculative decoding configured for people: does a drafter fit its target, how many tokens may it propose, and what
-vLLM is told.
+"""Speculative decoding configured for people: does a drafter fit its target, how many tokens may it propose, and
+vLLM's own spelling of it.
 
 For an engine that you start yourself, with plain vLLM:
 

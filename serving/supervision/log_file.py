@@ -17,10 +17,10 @@ KEPT = 5
 
 
 class LogWriter:
-    """Appends to a file. What cannot be written is dropped; `tell` hears of that once, and when it works again."""
+    """Appends to a file. What cannot be written is dropped; `report` gets a line once, and when it works again."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None], *, most_bytes: int = MOST_BYTES) -> None:
-        self._path, self._tell, self._most_bytes = path, tell, most_bytes
+    def __init__(self, path: Path, report: Callable[[str], None], *, most_bytes: int = MOST_BYTES) -> None:
+        self._path, self._report, self._most_bytes = path, report, most_bytes
         self._fd: int | None = None
         self._lost: int | None = None
 
@@ -33,13 +33,13 @@ class LogWriter:
             _write_all(descriptor, data)
         except OSError as error:
             if self._lost is None:
-                told = f"expected to append to it, got {error.strerror or error}"
+                reason = f"expected to append to it, got {error.strerror or error}"
                 remedy = "the engine goes on, and its lines are lost until there is room"
-                self._tell(f"log {self._path}: {told}; {remedy}")
+                self._report(f"log {self._path}: {reason}; {remedy}")
             self._lost = (self._lost or 0) + len(data)
             return
         if self._lost is not None:
-            self._tell(f"log {self._path}: written again, {self._lost} bytes were lost")
+            self._report(f"log {self._path}: written again, {self._lost} bytes were lost")
             self._lost = None
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ killed with SIGKILL.  This supervisor is its own session (a Ctrl-C in the termin
 every orphan of the tree (PR_SET_CHILD_SUBREAPER), and ends the whole tree when its parent dies, when it gets SIGTERM,
 or when vLLM's main process ends by itself.  Should the supervisor be killed, the kernel kills the main process
 (PR_SET_PDEATHSIG).  What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
-that file is told on stderr, and harms nobody.  Linux only.
+that file is reported on stderr, and harms nobody.  Linux only.
 
     python -m laguna_serve.serving.supervision.reaper PARENT_PID GRACE_S LOG COMMAND…
 
@@ -88,7 +88,7 @@ def copy_lines(source: IO[bytes], log: LogWriter) -> None:
     log.close()
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """A line for people; they may have left."""
     with contextlib.suppress(OSError):
         print(f"laguna: warning: {line}", file=sys.stderr, flush=True)
@@ -127,4 +127,4 @@ def list_live_descendants() -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), LogWriter(Path(sys.argv[3]), tell), sys.argv[4:]))
+    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), LogWriter(Path(sys.argv[3]), report), sys.argv[4:]))

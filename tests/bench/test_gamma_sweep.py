@@ -19,9 +19,8 @@ from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.cli import build_parser
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.commands.serve import read_config
+from laguna_serve.serving.commands.serve import ServeConfig, engine_config
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.progress import Progress
@@ -265,9 +264,8 @@ def test_gammas_by_default(more: list[str], gammas: list[int]) -> None:
 
 
 def serve_config(*more: str) -> EngineConfig:
-    args = build_parser().parse_args(["serve", str(TOY / "teacher"), *more])
-    args.extra_args = []
-    return read_config(args)
+    config = read_flags(ServeConfig, [str(TOY / "teacher"), *more], prog="laguna serve", description=None)
+    return engine_config(config)
 
 
 def test_auto_gamma_is_what_was_stored(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def make_published(folder: Path) -> Path:
 
     Causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone.
     """
-    from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, DrafterShape
+    from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
 
     config = json.loads((PUBLISHED / "config.json").read_text())
     toy = json.loads((TOY / "dflash" / "config.json").read_text())
@@ -92,7 +92,7 @@ def make_published(folder: Path) -> Path:
     config |= {**sizes, **window, **taps, "dflash_config": dflash}
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    drafter = Drafter(DrafterShape.from_config(config))
+    drafter = LagunaDrafter(DrafterShape.from_config(config))
     for name, parameter in drafter.named_parameters():
         parameter.data = torch.rand_like(parameter) + 0.5 if "norm" in name else 3 * parameter.data
     drafter.save(folder)
@@ -130,13 +130,13 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
     from transformers import LagunaForCausalLM
 
-    from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, TapReader
+    from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter, TapReader
     from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
     teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
     folder = observed["drafter"]
     speculators = "speculators_model_type" in json.loads((folder / "config.json").read_text())
-    drafter = SpeculatorsDrafter.load(folder) if speculators else Drafter.load(folder)
+    drafter = SpeculatorsDrafter.load(folder) if speculators else LagunaDrafter.load(folder)
     taps = TapReader(teacher, drafter.shape.target_layer_ids)
     embedding, head = teacher.model.embed_tokens.weight, teacher.lm_head.weight
     steps, seen = 0, set()

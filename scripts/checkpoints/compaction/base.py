@@ -36,7 +36,7 @@ BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
-    """A checked Laguna checkpoint.  `fused` tells the experts' spelling, `sharded` whether there is an index."""
+    """A checked Laguna checkpoint.  `fused`: the experts' spelling; `sharded`: whether there is an index."""
 
     folder: Path
     name: str

@@ -76,16 +76,3 @@ def compute_savings(parameters: int, shape: ExpertShape, pruning: Pruning, item_
         kept_range=(min(kept), max(kept)),
         blocks_per_layer=int(pruning.keep[0].size),
     )
-
-
-def format_savings(savings: Savings) -> str:
-    """The same for people."""
-    before, after = savings.parameters_before, savings.parameters_after
-    low, high = savings.kept_range
-    rows = (
-        ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
-        ("blocks pruned", f"{savings.blocks_pruned:,} of {savings.blocks:,}"),
-        ("saved", f"{savings.bytes_saved / 2**30:.3f} GiB"),
-        ("kept per layer", f"{low:,} to {high:,} of {savings.blocks_per_layer:,} blocks"),
-    )
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)

@@ -40,7 +40,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class Compaction:
     """What is made of a base.  `zeroed` asks for the base's own layout with the pruned atoms set to zero."""
 
     base: Base
@@ -48,7 +48,7 @@ class Job:
     zeroed: bool
 
 
-def plan_shards(job: Job) -> list[Shard]:
+def plan_shards(job: Compaction) -> list[Shard]:
     """The output files, in the order in which they are written."""
     base = job.base
     if job.zeroed:
@@ -73,13 +73,13 @@ def publish_name(name: str) -> str:
     return name
 
 
-def block_names(job: Job, layer: int) -> tuple[str, str, str]:
+def block_names(job: Compaction, layer: int) -> tuple[str, str, str]:
     """The compact tensors of a sparse layer: gate and up blocks, down blocks, where each expert's start."""
     prefix = f"model.layers.{job.base.shape.layers[layer]}.mlp.experts"
     return f"{prefix}.w13_blocks", f"{prefix}.w2_blocks", f"{prefix}.block_start"
 
 
-def tensor_bytes(job: Job, shard: Shard) -> dict[str, int]:
+def tensor_bytes(job: Compaction, shard: Shard) -> dict[str, int]:
     """Output tensor → its bytes."""
     sizes = {out: job.base.tensors[name].num_bytes for name, out in shard.passed.items()}
     row_bytes = job.base.shape.hidden_size * ITEM_BYTES[job.base.dtype]
@@ -91,8 +91,8 @@ def tensor_bytes(job: Job, shard: Shard) -> dict[str, int]:
 
 
 @contextmanager
-def build_tensors(job: Job, shard: Shard, advance: Advance) -> Iterator[dict[str, torch.Tensor]]:
-    """The shard's tensors, which live as long as the context; `advance` is told the bytes of each as it is built."""
+def build_tensors(job: Compaction, shard: Shard, advance: Advance) -> Iterator[dict[str, torch.Tensor]]:
+    """The shard's tensors, which live as long as the context; `advance` gets the bytes of each as it is built."""
     with open_files(job.base.folder, (job.base.tensors[name].file for name in shard.passed)) as files:
         tensors: dict[str, torch.Tensor] = {}
         for name, out in shard.passed.items():
@@ -104,14 +104,14 @@ def build_tensors(job: Job, shard: Shard, advance: Advance) -> Iterator[dict[str
         tensors.clear()
 
 
-def list_inputs(job: Job, shard: Shard) -> list[str]:
+def list_inputs(job: Compaction, shard: Shard) -> list[str]:
     """The base's files that a shard is made from."""
     base = job.base
     names = [*shard.passed, *(n for layer in shard.layers for n in base.expert_names(base.shape.layers[layer]))]
     return sorted({base.tensors[name].file for name in names})
 
 
-def _build_layer(job: Job, layer: int, advance: Advance) -> dict[str, torch.Tensor]:
+def _build_layer(job: Compaction, layer: int, advance: Advance) -> dict[str, torch.Tensor]:
     base, pruning = job.base, job.pruning
     start = pruning.block_start(layer)
     n, B, H = int(start[-1]), pruning.block_size, base.shape.hidden_size

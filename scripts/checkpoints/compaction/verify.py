@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
 from laguna_serve.scripts.checkpoints.compaction.base import read_experts
-from laguna_serve.scripts.checkpoints.compaction.shards import Job, Shard, block_names, list_inputs
+from laguna_serve.scripts.checkpoints.compaction.shards import Compaction, Shard, block_names, list_inputs
 from laguna_serve.scripts.checkpoints.headers import open_file, open_files
 from laguna_serve.serving.checkpoint import CheckpointError
 
@@ -30,7 +30,7 @@ class DifferenceError(CheckpointError):
     """What is on disk is not what the base and the mask make, as one line."""
 
 
-def verify(job: Job, shards: list[Shard], out: Path, say: Callable[[str], None]) -> list[float]:
+def verify(job: Compaction, shards: list[Shard], out: Path, say: Callable[[str], None]) -> list[float]:
     """The largest error of each sparse layer's routed output, relative to its largest value.
 
     Raises:
@@ -49,7 +49,7 @@ def verify(job: Job, shards: list[Shard], out: Path, say: Callable[[str], None])
     return errors
 
 
-def _names(job: Job, shard: Shard) -> list[str]:
+def _names(job: Compaction, shard: Shard) -> list[str]:
     return [*shard.passed.values(), *(name for layer in shard.layers for name in block_names(job, layer))]
 
 
@@ -61,7 +61,7 @@ def _check_names(made: dict[str, Any], where: dict[str, str], out: Path) -> None
         raise DifferenceError(f"{out}: expected the planned tensors, got {got}; remove the folder and make it again")
 
 
-def _compare_passed(job: Job, shard: Shard, base: dict[str, Any], made: Any, out: Path) -> None:
+def _compare_passed(job: Compaction, shard: Shard, base: dict[str, Any], made: Any, out: Path) -> None:
     experts = {name for layer in job.base.shape.layers for name in job.base.expert_names(layer)}
     for name, new in shard.passed.items():
         if name in experts:
@@ -77,7 +77,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _compare_layer(job: Job, layer: int, where: dict[str, str], out: Path) -> float:
+def _compare_layer(job: Compaction, layer: int, where: dict[str, str], out: Path) -> float:
     x, weights, ids = _draw_inputs(job, layer)
     wanted = _run_experts(job, layer, job.base.folder, _keep_atoms(job, layer), x, weights, ids)
     if job.zeroed:
@@ -92,7 +92,9 @@ def _compare_layer(job: Job, layer: int, where: dict[str, str], out: Path) -> fl
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
-def _check_blocks(job: Job, layer: int, blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: Path) -> None:
+def _check_blocks(
+    job: Compaction, layer: int, blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: Path
+) -> None:
     start = blocks[2]
     n, B, H = job.pruning.kept_blocks[layer], job.pruning.block_size, job.base.shape.hidden_size
     for name, tensor, shape in zip(
@@ -110,7 +112,7 @@ def _check_blocks(job: Job, layer: int, blocks: tuple[torch.Tensor, torch.Tensor
         )
 
 
-def _draw_inputs(job: Job, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draw_inputs(job: Compaction, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens x [T, H], routing weights [T, k] and distinct experts [T, k], every expert being chosen `ROUNDS` times."""
     E, H = job.base.shape.num_experts, job.base.shape.hidden_size
     k = min(int(job.base.config.get("num_experts_per_tok", TOP_K)), E)
@@ -125,7 +127,7 @@ def _draw_inputs(job: Job, layer: int) -> tuple[torch.Tensor, torch.Tensor, torc
     return x, weights / weights.sum(-1, keepdim=True), ids.int()
 
 
-def _keep_atoms(job: Job, layer: int) -> torch.Tensor:
+def _keep_atoms(job: Compaction, layer: int) -> torch.Tensor:
     """[E, N]: 1 for an atom that stays, 0 for one that goes."""
     kept = torch.zeros(job.base.shape.num_experts, job.base.shape.intermediate_size)
     for expert, atoms in enumerate(job.pruning.indices[layer]):
@@ -134,7 +136,13 @@ def _keep_atoms(job: Job, layer: int) -> torch.Tensor:
 
 
 def _run_experts(
-    job: Job, layer: int, folder: Path, kept: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    job: Compaction,
+    layer: int,
+    folder: Path,
+    kept: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · expert(x) in fp32, from matrices in the base's layout; kept [E, N]."""
     out = torch.zeros_like(x)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.scripts.checkpoints.drafters.algebra import Tensors
-from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter as Reference
+from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 from laguna_serve.serving.checkpoint.drafter import Drafter
 
@@ -43,9 +43,9 @@ def measure_difference(
     return worst
 
 
-def _load(config: dict[str, Any], tensors: Tensors) -> Reference:
+def _load(config: dict[str, Any], tensors: Tensors) -> LagunaDrafter:
     """The plain form of a checkpoint that is not on disk yet."""
-    kind = SpeculatorsDrafter if "speculators_model_type" in config else Reference
+    kind = SpeculatorsDrafter if "speculators_model_type" in config else LagunaDrafter
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config))

@@ -125,7 +125,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-class Attention(nn.Module):
+class DrafterAttention(nn.Module):
     """Block rows attend to the context's keys and values and to each other's; a gate may scale each head's output."""
 
     def __init__(self, shape: DrafterShape, gated: bool) -> None:
@@ -186,14 +186,14 @@ class Mlp(nn.Module):
         return out
 
 
-class Layer(nn.Module):
+class DrafterLayer(nn.Module):
     """One drafter layer.  In Laguna's style heads may be gated, and the context passes through the layer's own input
     norm as the block does; in Qwen3's there is no gate, and the context comes normalised already."""
 
     def __init__(self, shape: DrafterShape, laguna_style: bool = True) -> None:
         super().__init__()
         self.laguna_style = laguna_style
-        self.self_attn, self.mlp = Attention(shape, gated=laguna_style and shape.gated), Mlp(shape)
+        self.self_attn, self.mlp = DrafterAttention(shape, gated=laguna_style and shape.gated), Mlp(shape)
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -212,7 +212,7 @@ class Layer(nn.Module):
         return out
 
 
-class Drafter(nn.Module):
+class LagunaDrafter(nn.Module):
     """The drafter without embedding and head, which are the target's."""
 
     def __init__(self, shape: DrafterShape) -> None:
@@ -222,7 +222,7 @@ class Drafter(nn.Module):
         self.aux_hidden_norms = nn.ModuleList(Norm(shape.hidden_size, shape.rms_norm_eps) for _ in range(taps))
         self.fc = linear(shape.hidden_size * taps, shape.hidden_size)
         self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(DrafterLayer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(
@@ -281,7 +281,7 @@ class Drafter(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.shape.config(), indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Drafter:
+    def load(cls, folder: Path) -> LagunaDrafter:
         """Read a checkpoint that `save` wrote, as fp32."""
         drafter = cls(DrafterShape.from_config(json.loads((folder / "config.json").read_text())))
         drafter.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})

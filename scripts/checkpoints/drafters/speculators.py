@@ -19,14 +19,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, Drafter, DrafterShape, Layer, Norm, linear
+from laguna_serve.scripts.checkpoints.drafters.dflash import (
+    IGNORED,
+    DrafterLayer,
+    DrafterShape,
+    LagunaDrafter,
+    Norm,
+    linear,
+)
 
 PROPOSAL = "greedy"
 DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none
 SPLIT = ("q_proj", "k_proj", "v_proj")
 
 
-class SpeculatorsDrafter(Drafter):
+class SpeculatorsDrafter(LagunaDrafter):
     """The drafter with its head; `vocabulary` [V'] int64 are the target's tokens that it can draft, rising.
 
     Without a head of its own it uses the target's.
@@ -37,7 +44,7 @@ class SpeculatorsDrafter(Drafter):
         self.shape = shape
         self.fc = linear(shape.hidden_size * len(shape.target_layer_ids), shape.hidden_size)
         self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(shape, laguna_style=False) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(DrafterLayer(shape, laguna_style=False) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = linear(shape.hidden_size, len(vocabulary)) if own_head else None
         to_draft = torch.full((shape.vocab_size,), IGNORED)
@@ -53,7 +60,7 @@ class SpeculatorsDrafter(Drafter):
         context_positions: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """As `Drafter.forward`."""
+        """As `LagunaDrafter.forward`."""
         context = self.hidden_norm(self.fc(hidden_states.flatten(2)))
         x = block
         for layer in self.layers:

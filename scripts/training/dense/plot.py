@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ LAYER_COLORS = "viridis"
 MOST_LABELS, LABEL_ROWS = 8, 20
 
 
-def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
+def draw_blocks(log: Sequence[Mapping[str, float]], path: Path, source: str) -> None:
     """Stage 1: a line per layer, its last value beside it."""
     layers = [key for key in log[-1] if key.startswith("layer ")]
     colors = mpl.colormaps[LAYER_COLORS]
@@ -40,7 +41,7 @@ def draw_blocks(log: list[dict[str, float]], path: Path, source: str) -> None:
     draw_figure(path, title, "‖student − teacher‖² ÷ ‖teacher‖², per layer", source, curves)
 
 
-def draw_student(log: list[dict[str, float]], path: Path, source: str) -> None:
+def draw_student(log: Sequence[Mapping[str, float]], path: Path, source: str) -> None:
     """Stage 2: the KL, each point the mean over the steps of a record."""
 
     def curves(axes: Axes) -> None:

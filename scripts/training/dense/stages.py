@@ -55,7 +55,7 @@ class Blocks:
         return keep
 
     def close(self) -> None:
-        """Stop reading."""
+        """Take the hooks off the teacher again."""
         for handle in self._handles:
             handle.remove()
 

@@ -2,7 +2,7 @@
 
 The two round differently, in fp32 by some 1e-5 nats.  Where a router's last chosen expert and the next one score the
 same up to rounding, the two sides may choose differently; from that token on they are visibly apart, by 1e-4 to some
-tenths of a nat (arXiv:2510.11370; larger trainers replay the engine's choices).  Such tokens are told apart here: what
+tenths of a nat (arXiv:2510.11370; larger trainers replay the engine's choices).  Such tokens are counted apart: what
 differs elsewhere is no rounding, but other weights, or a bug.
 """
 
@@ -17,14 +17,14 @@ from torch import nn
 from transformers import LagunaForCausalLM
 from transformers.models.laguna.modeling_laguna import LagunaTopKRouter
 
-from laguna_serve.scripts.training.rl.policy import Batch
+from laguna_serve.scripts.training.rl.policy import RolloutBatch
 
 # Between two experts' scores, which are of order one. Choices have been seen to differ at up to 6e-7.
 TIE = 1e-5
 
 
 @dataclass(slots=True)
-class Mismatch:
+class TrainerMismatch:
     """Largest |difference| (nats) over the sampled tokens, and over those that a tie is at or before; how many those
     are."""
 
@@ -32,7 +32,7 @@ class Mismatch:
     tied_nats: float = 0.0
     tied_tokens: int = 0
 
-    def add(self, logprobs: torch.Tensor, batch: Batch, tied: torch.Tensor) -> None:
+    def add(self, logprobs: torch.Tensor, batch: RolloutBatch, tied: torch.Tensor) -> None:
         """Count a batch: the trainer's log-probabilities and where a tie is at or before, both [B, L − 1]."""
         apart = (logprobs.detach() - batch.behaviour).abs()
         behind = batch.sampled & tied
@@ -51,7 +51,7 @@ class Routers:
 
     _closest: list[torch.Tensor] = field(default_factory=list)
 
-    def find_tied(self, batch: Batch) -> torch.Tensor:
+    def find_tied(self, batch: RolloutBatch) -> torch.Tensor:
         """Of the one forward pass that was watched: is a tie at or before a token? [B, L − 1] bool."""
         shape = batch.sampled.shape
         tied = torch.zeros(shape, dtype=torch.bool)
@@ -69,7 +69,7 @@ class Routers:
 
 @contextmanager
 def watch_routers(model: LagunaForCausalLM) -> Iterator[Routers]:
-    """For one forward pass."""
+    """Note the closest choices of every router during one forward pass."""
     routers = Routers()
     hooks = [m.register_forward_hook(routers.note) for m in model.modules() if isinstance(m, LagunaTopKRouter)]
     try:

@@ -5,33 +5,36 @@ python -m laguna_serve.scripts.training.rl.plot out/grpo-0 out/grpo-1 out/grpo-2
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from matplotlib.axes import Axes
 
 from laguna_serve.scripts.training.figure import draw_figure
+from laguna_serve.scripts.training.rl.steps import Step
+from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.figures import SOFT
+from laguna_serve.serving.kit.flags import Flag, read_flags
 
 COLOR = "#0b7a75"
 
 
 def draw_runs(folders: Sequence[Path], path: Path) -> None:
     """Write a PNG of the runs' log.jsonl files."""
-    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders]
+    logs = [[msgspec.json.decode(line, type=Step) for line in (f / "log.jsonl").open("rb")] for f in folders]
 
     def curves(axes: Axes) -> None:
         ends = []
         for log in logs:
-            trained = [line for line in log if "reward" in line]
-            axes.plot(
-                [line["step"] for line in trained], [line["reward"] for line in trained], color=SOFT, lw=0.5, alpha=0.5
-            )
-            measured = [line for line in log if "held_out_reward" in line]
-            held_out = [line["held_out_reward"] for line in measured]
-            axes.plot([line["step"] for line in measured], held_out, color=COLOR, lw=1.8, marker="o", ms=3)
+            rewards = [(step.step, step.reward) for step in log if step.reward is not None]
+            axes.plot(*zip(*rewards, strict=True), color=SOFT, lw=0.5, alpha=0.5)
+            measured = [(step.step, step.held_out_reward) for step in log if step.held_out_reward is not None]
+            held_out = [reward for _, reward in measured]
+            axes.plot([number for number, _ in measured], held_out, color=COLOR, lw=1.8, marker="o", ms=3)
             ends.append(held_out[-1])
         axes.annotate(
             "held out",
@@ -50,13 +53,26 @@ def draw_runs(folders: Sequence[Path], path: Path) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="--out folders of scripts/grpo.py")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args()
-    draw_runs(args.runs, args.out)
+@dataclass(frozen=True, kw_only=True)
+class RunsPlotConfig:
+    """Which runs, and where to."""
+
+    runs: Annotated[
+        tuple[Path, ...], Flag("--out folders of scripts/grpo.py", metavar="DIR", positional=True, repeated=True)
+    ]
+    out: Annotated[Path, Flag("PNG to write")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(RunsPlotConfig, argv, prog="laguna_serve.scripts.training.rl.plot", description=__doc__)
+
+    def body() -> int:
+        draw_runs(config.runs, config.out)
+        return HELD
+
+    return run_command("plot.py", body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

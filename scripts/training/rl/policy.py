@@ -23,7 +23,7 @@ SPREAD_FLOOR = 1e-3  # a group whose rewards are all equal teaches nothing, and 
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RolloutBatch:
     """Rollouts as tensors, padded on the right: tokens [B, L] int64; of every token but the first whether it was
     sampled, its log-probability in the engine, and its completion's advantage, each [B, L − 1]."""
 
@@ -33,7 +33,7 @@ class Batch:
     advantages: torch.Tensor
 
 
-def make_batch(rollouts: Sequence[Rollout]) -> Batch:
+def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
     """A group, one row per rollout: they share their prompt, so that little is padded."""
     length = max(len(rollout.prompt_ids) + len(rollout.token_ids) for rollout in rollouts)
     tokens = torch.zeros(len(rollouts), length, dtype=torch.int64)
@@ -46,7 +46,7 @@ def make_batch(rollouts: Sequence[Rollout]) -> Batch:
         sampled[row, place] = True
         behaviour[row, place] = torch.tensor(rollout.logprobs)
         advantages[row, place] = advantage
-    return Batch(tokens, sampled, behaviour, advantages)
+    return RolloutBatch(tokens, sampled, behaviour, advantages)
 
 
 def find_advantages(group: Sequence[Rollout]) -> list[float]:
@@ -67,7 +67,7 @@ def find_logprobs(model: LagunaForCausalLM, tokens: torch.Tensor) -> torch.Tenso
     return found
 
 
-def find_loss(logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
+def find_loss(logprobs: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
     """The clipped objective, negated: sum over all sampled tokens."""
     ratio = (logprobs - batch.behaviour).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)

@@ -26,7 +26,7 @@ class UpdateRefusedError(CommandError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class TrainingService:
     """`base_url` and `admin_url` are the gateway's, `engine_url` is for metrics."""
 
     base_url: str
@@ -52,18 +52,20 @@ class Service:
                 json.load(response)
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read() or b"{}")
-            told = f"{answer.get('outcome', error.code)}: {answer.get('error', '')}"
-            raise UpdateRefusedError(f"version {version}: expected it to be served, got {told}; see {folder}") from None
+            outcome = f"{answer.get('outcome', error.code)}: {answer.get('error', '')}"
+            raise UpdateRefusedError(
+                f"version {version}: expected it to be served, got {outcome}; see {folder}"
+            ) from None
         except OSError as error:
             raise UpdateRefusedError(f"{url}: expected an answer, got {error}; see the engine's log") from None
 
 
 @contextmanager
-def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str], None]) -> Iterator[Service]:
+def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str], None]) -> Iterator[TrainingService]:
     """Raises EngineError when the engine or the gateway does not start."""
     with Engine(config, log_path=log_path, announce=announce) as engine:
         upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": IN_FLIGHT}
         tables: dict[str, Any] = {"server": {"port": 0, "drain_s": 5}, "models": []}
         tables["models"] = [{"name": engine.model_name, "upstreams": [upstream]}]
         with in_background(parse_config(tables, "grpo")) as (base_url, admin_url):
-            yield Service(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name)
+            yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name)

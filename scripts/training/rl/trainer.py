@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from laguna_serve.scripts.training.rl.mismatch import Mismatch, watch_routers
+from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, make_batch, write_version
 from laguna_serve.scripts.training.rl.rollouts import Rollout
+from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_stream
 
@@ -35,7 +37,7 @@ class Trainer:
     decisive: dict[str, Any]
     step: int = 0
     folder: Path = Path()
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[Step] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path, out: Path, lr: float, decisive: dict[str, Any]) -> Trainer:
@@ -58,7 +60,8 @@ class Trainer:
                 raise CheckpointError(f"{out}: expected this run's state, got another run's; choose another --out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            trainer.step, trainer.log = state["step"], json.loads(state["log"])
+            trainer.step = state["step"]
+            trainer.log = msgspec.json.decode(state["log"], type=list[Step])
         return trainer
 
     @property
@@ -66,10 +69,10 @@ class Trainer:
         """What the present weights are called."""
         return f"step-{self.step}"
 
-    def learn(self, groups: Sequence[Sequence[Rollout]]) -> Mismatch:
+    def learn(self, groups: Sequence[Sequence[Rollout]]) -> TrainerMismatch:
         """One step on groups of rollouts; how far trainer and engine were apart before it."""
         count = sum(len(rollout.token_ids) for group in groups for rollout in group)
-        mismatch = Mismatch()
+        mismatch = TrainerMismatch()
         for batch in map(make_batch, groups):
             with watch_routers(self.model) as routers:
                 logprobs = find_logprobs(self.model, batch.tokens)
@@ -94,5 +97,5 @@ class Trainer:
         """Keep this version, and everything that the run continues from."""
         write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        state |= {"log": json.dumps(self.log), "decisive": json.dumps(self.decisive, sort_keys=True)}
+        state |= {"log": msgspec.json.encode(self.log).decode(), "decisive": json.dumps(self.decisive, sort_keys=True)}
         write_stream(self.out / STATE, lambda file: torch.save(state, file))

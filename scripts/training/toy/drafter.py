@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LagunaForCausalLM
 
-from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, Drafter, DrafterShape, TapReader
+from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, DrafterShape, LagunaDrafter, TapReader
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter, choose_vocabulary, start_head
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as vocabulary
@@ -69,7 +69,7 @@ class Context:
 
 
 def draft_batch(
-    drafter: Drafter,
+    drafter: LagunaDrafter,
     embedding: torch.Tensor,
     head: torch.Tensor,
     data: Continuations,
@@ -111,10 +111,10 @@ def accepted_length(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 1 + float((logits.argmax(-1) == labels).long().cumprod(-1).sum(-1).float().mean())
 
 
-def make_drafter(teacher: LagunaForCausalLM, seed: int) -> Drafter:
+def make_drafter(teacher: LagunaForCausalLM, seed: int) -> LagunaDrafter:
     """The untrained drafter in Laguna's own format."""
     torch.manual_seed(seed)
-    return Drafter(drafter_shape(teacher))
+    return LagunaDrafter(drafter_shape(teacher))
 
 
 def make_speculators(teacher: LagunaForCausalLM, data: Continuations, seed: int) -> SpeculatorsDrafter:
@@ -135,7 +135,7 @@ def make_speculators(teacher: LagunaForCausalLM, data: Continuations, seed: int)
 
 
 def train_drafter(
-    drafter: Drafter,
+    drafter: LagunaDrafter,
     teacher: LagunaForCausalLM,
     data: Continuations,
     seed: int,

@@ -5,14 +5,18 @@ python -m laguna_serve.scripts.training.toy.plot tests/toy/training.json --out d
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.axes import Axes
 
 from laguna_serve.scripts.training.figure import draw_figure
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.flags import Flag, read_flags
 
 COLORS = {"dflash": "#0b7a75", "dflash-speculators": "#c2410c"}
 LABELS = {"dflash": "Laguna\n2 layers, 4 taps", "dflash-speculators": "speculators\n1 layer, 3 taps"}
@@ -35,13 +39,24 @@ def draw_drafters(logs: dict[str, Any], path: Path) -> None:
     draw_figure(path, title, measure, "scripts/make_toy.py, records of tests/toy/training.json", curves)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log", type=Path, help="training.json")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args()
-    draw_drafters(json.loads(args.log.read_text(encoding="utf-8")), args.out)
+@dataclass(frozen=True, kw_only=True)
+class DraftersPlotConfig:
+    """Whose training, and where to."""
+
+    log: Annotated[Path, Flag("training.json", positional=True)]
+    out: Annotated[Path, Flag("PNG to write")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(DraftersPlotConfig, argv, prog="laguna_serve.scripts.training.toy.plot", description=__doc__)
+
+    def body() -> int:
+        draw_drafters(json.loads(config.log.read_text(encoding="utf-8")), config.out)
+        return HELD
+
+    return run_command("plot.py", body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

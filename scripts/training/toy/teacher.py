@@ -55,7 +55,7 @@ def teacher_config() -> LagunaConfig:
     )
 
 
-class Rows:
+class ToyRows:
     """Training rows [ROWS, SEQUENCE] int64: code from the start of a line, or chats one after the other."""
 
     def __init__(self, modules: list[Module], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,7 +115,7 @@ def train_teacher(
     """Train from scratch; returns the model in fp32 and the training log."""
     torch.manual_seed(seed)
     model = LagunaForCausalLM(teacher_config())
-    rows = Rows(modules, tokenizer)
+    rows = ToyRows(modules, tokenizer)
     update_bias = balance_experts(model)
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -17,6 +17,7 @@ from compact_cases import config, weights, write_base, write_masks
 
 from laguna_serve.scripts.checkpoints import compact
 from laguna_serve.scripts.checkpoints import output as output_module
+from laguna_serve.scripts.checkpoints.compaction import writing
 
 MIB = 2**20
 # Prints the peak beyond what is resident once everything is imported.
@@ -122,10 +123,10 @@ def test_every_place_to_stop_leads_to_the_same_files(
                 raise KeyboardInterrupt
             write_file(path, write)
 
-        for module in (output_module, compact):
+        for module in (output_module, writing):
             monkeypatch.setattr(module, "write_file", stopping)
         code = compact.main([*command[:-1], str(out)])
-        for module in (output_module, compact):
+        for module in (output_module, writing):
             monkeypatch.setattr(module, "write_file", write_file)
         if code == 0:
             break

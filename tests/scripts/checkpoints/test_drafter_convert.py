@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laguna_serve.scripts.checkpoints import drafter as command
-from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, DrafterShape
+from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -34,7 +34,7 @@ SHAPE = DrafterShape(
 def make_laguna(folder: Path, **changes: Any) -> Path:
     """An untrained drafter that has a counterpart: one tap, no gate, a constant hidden norm, and norms that differ."""
     torch.manual_seed(0)
-    drafter = Drafter(replace(SHAPE, **changes))
+    drafter = LagunaDrafter(replace(SHAPE, **changes))
     for name, parameter in drafter.named_parameters():
         parameter.data = torch.rand_like(parameter) + 0.5 if "norm" in name else 2 * parameter.data
     drafter.hidden_norm.weight.data[:] = 0.75
@@ -68,7 +68,7 @@ def proposals(folder: Path) -> list[list[int]]:
     shared = load_file(TEACHER / "model.safetensors")
     embedding, head = (shared[name].float() for name in ("model.embed_tokens.weight", "lm_head.weight"))
     config = json.loads((folder / "config.json").read_text())
-    drafter = (SpeculatorsDrafter if "speculators_model_type" in config else Drafter).load(folder)
+    drafter = (SpeculatorsDrafter if "speculators_model_type" in config else LagunaDrafter).load(folder)
     generator = torch.Generator().manual_seed(1)
     found = []
     for anchor in range(20):

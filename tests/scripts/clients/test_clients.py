@@ -13,28 +13,36 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import msgspec
 import pytest
 
 from laguna_serve.scripts.clients import run
 from laguna_serve.scripts.clients.agents import Agent, list_agents, run_agent
-from laguna_serve.scripts.clients.recorder import Recorder, Request, record
-from laguna_serve.scripts.clients.report import failures, render_markdown, render_text, table
+from laguna_serve.scripts.clients.recorder import RecordedRequest, Recorder, record
+from laguna_serve.scripts.clients.report import (
+    ClientCheck,
+    ClientsResult,
+    failures,
+    render_markdown,
+    render_text,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
-CHECKS = [
-    {"client": "a", "version": "1", "check": "plain", "ok": True, "detail": "x"},
-    {"client": "a", "version": "1", "check": "streamed", "ok": False, "detail": "expected\nmore"},
-    {"client": "b", "version": "2", "check": "plain", "ok": True, "detail": "y"},
-]
-RESULT = {
-    "command": "bash scripts/clients.sh",
-    "date": "2026-11-26T00:00:00+00:00",
-    "server": "laguna serve m",
-    "versions": {"node": "20"},
-    "held": 2,
-    "checks": CHECKS,
-    "minutes": 1.5,
-}
+CHECKS = (
+    ClientCheck(client="a", version="1", check="plain", ok=True, detail="x"),
+    ClientCheck(client="a", version="1", check="streamed", ok=False, detail="expected\nmore"),
+    ClientCheck(client="b", version="2", check="plain", ok=True, detail="y"),
+)
+RESULT = ClientsResult(
+    command="bash scripts/clients.sh",
+    date="2026-11-26T00:00:00+00:00",
+    server="laguna serve m",
+    versions={"node": "20"},
+    held=2,
+    checks=CHECKS,
+    minutes=1.5,
+)
 
 
 class Site(BaseHTTPRequestHandler):
@@ -85,9 +93,9 @@ def test_recorder_passes_everything_and_notes_it(site: str) -> None:
         assert refusal.value.read() == b"why"
         assert ask(f"{recorder.url}/stream").count(b"data: ") == 5
     assert recorder.requests == [
-        Request("POST", "/echo?x=1", 200),
-        Request("POST", "/refused", 400, "why"),
-        Request("GET", "/stream", 200),
+        RecordedRequest("POST", "/echo?x=1", 200),
+        RecordedRequest("POST", "/refused", 400, "why"),
+        RecordedRequest("GET", "/stream", 200),
     ]
 
 
@@ -99,33 +107,33 @@ def test_recorder_breaks_streams_and_nothing_else(site: str) -> None:
 
 
 def test_program_that_ends_early_is_a_check_that_falls_short() -> None:
-    line = json.dumps(CHECKS[0])
+    line = msgspec.json.encode(CHECKS[0]).decode()
     source = f"import sys; print({line!r}); print('noise'); sys.exit('no such module')"
     checks = run.run_checks("Python SDKs", [sys.executable, "-c", source], {}, ROOT)
     assert checks[0] == CHECKS[0]
-    assert (checks[1]["ok"], checks[1]["detail"]) == (False, "exit status 1: no such module")
+    assert (checks[1].ok, checks[1].detail) == (False, "exit status 1: no such module")
     assert len(checks) == 2
 
 
 @pytest.mark.parametrize(
     ("asked", "status", "first", "task"),
     [
-        ([Request("POST", "/v1/messages?beta=true", 200)], 0, True, True),
-        ([Request("POST", "/v1/messages", 400, "auto tool choice requires")], 1, False, False),
-        ([Request("HEAD", "/", 200)], 0, False, True),
+        ([RecordedRequest("POST", "/v1/messages?beta=true", 200)], 0, True, True),
+        ([RecordedRequest("POST", "/v1/messages", 400, "auto tool choice requires")], 1, False, False),
+        ([RecordedRequest("HEAD", "/", 200)], 0, False, True),
     ],
     ids=["works", "refused", "asks nothing"],
 )
 def test_agent_is_judged_by_its_requests_and_its_end(
-    tmp_path: Path, asked: list[Request], status: int, first: bool, task: bool
+    tmp_path: Path, asked: list[RecordedRequest], status: int, first: bool, task: bool
 ) -> None:
-    recorder = Recorder("http://127.0.0.1:1", [Request("POST", "/v1/messages", 500, "of an earlier agent")])
+    recorder = Recorder("http://127.0.0.1:1", [RecordedRequest("POST", "/v1/messages", 500, "of an earlier agent")])
     binary = tmp_path / "agent"
     binary.write_text(f"#!/bin/sh\ncat config\necho $ANTHROPIC_BASE_URL $HOME\nexit {status}\n")
     binary.chmod(0o755)
     agent = Agent("a", "a", ("agent",), {"ANTHROPIC_BASE_URL": "u"}, {"work/config": "mine\n"}, "/v1/messages")
 
-    class Noting(list[Request]):
+    class Noting(list[RecordedRequest]):
         """The requests come while the agent runs."""
 
         def __len__(self) -> int:
@@ -136,9 +144,9 @@ def test_agent_is_judged_by_its_requests_and_its_end(
             return length
 
     recorder.requests = Noting(recorder.requests)
-    checks = run_agent(agent, tmp_path, tmp_path / "home", recorder)
-    assert [check["ok"] for check in checks] == [first, task]
-    assert f"exit status {status}: mine\nu {tmp_path / 'home'}" in str(checks[1]["detail"])
+    checks = run_agent(agent, "1", tmp_path, tmp_path / "home", recorder)
+    assert [check.ok for check in checks] == [first, task]
+    assert f"exit status {status}: mine\nu {tmp_path / 'home'}" in checks[1].detail
     assert "earlier agent" not in str(checks)
 
 

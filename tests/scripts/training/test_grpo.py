@@ -18,7 +18,7 @@ from aiohttp import web
 from fake_server import FakeServer
 
 from laguna_serve.scripts import grpo
-from laguna_serve.scripts.training.rl.mismatch import Mismatch, watch_routers
+from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
 from laguna_serve.scripts.training.rl.rollouts import Rollout, sample_groups
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -106,7 +106,7 @@ def test_difference_of_trainer_and_engine_is_found_on_sampled_tokens(teacher: An
     with watch_routers(teacher) as routers:
         logprobs = find_logprobs(teacher, batch.tokens)
     engine = logprobs + torch.where(batch.sampled, 0.25, 9.0)
-    known, mismatch = replace(batch, behaviour=engine), Mismatch()
+    known, mismatch = replace(batch, behaviour=engine), TrainerMismatch()
     mismatch.add(logprobs, known, routers.find_tied(known))
     assert (mismatch.nats, mismatch.tied_nats, mismatch.tied_tokens) == (pytest.approx(0.25), 0, 0)
 
@@ -139,7 +139,7 @@ def test_tokens_behind_a_tie_of_experts_are_told_apart(teacher: Any) -> None:
     expected = torch.zeros_like(batch.sampled)
     expected[row, place:] = True
     assert torch.equal(routers.find_tied(batch), expected)
-    mismatch = Mismatch()
+    mismatch = TrainerMismatch()
     mismatch.add(found[0], replace(batch, behaviour=found[1]), expected)
     assert mismatch.nats < 1e-5
     assert mismatch.tied_nats > 1e-4

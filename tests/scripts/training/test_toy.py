@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
-from laguna_serve.scripts.checkpoints.drafters.dflash import Drafter, DrafterShape
+from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
 from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as tokenizer_source
@@ -162,9 +162,9 @@ def test_tokenizer_gives_back_every_byte() -> None:
 def test_drafter_checkpoint_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = DrafterShape(vocab_size=64, hidden_size=32, target_layer_ids=(0, 2), mask_token_id=3, num_hidden_layers=1)
-    drafter = Drafter(shape).to(torch.bfloat16).float()
+    drafter = LagunaDrafter(shape).to(torch.bfloat16).float()
     drafter.save(tmp_path)
-    again = Drafter.load(tmp_path)
+    again = LagunaDrafter.load(tmp_path)
     assert again.shape == shape
     states, table = torch.randn(5, 2, 32), torch.randn(64, 32)
     assert again.propose(7, states, 7, table, table) == drafter.propose(7, states, 7, table, table)

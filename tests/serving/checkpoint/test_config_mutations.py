@@ -15,10 +15,12 @@ from release_cases import folder, read_config
 from laguna_serve.serving.chat.release import read_given_template
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.planning.devices import plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
-from laguna_serve.serving.planning.report import describe_plan, format_plan
+from laguna_serve.serving.planning.report import format_plan
+from laguna_serve.serving.planning.result import describe_plan
 
 ABSENT = object()
 ODD: tuple[Any, ...] = (
@@ -59,7 +61,7 @@ def change(config: dict[str, Any], path: tuple[Any, ...], value: object) -> dict
 def try_plan(model: str, draft: str | None, chat: ChatOptions | None = None) -> list[str]:
     try:
         plan = make_plan(EngineConfig(model, draft=draft, chat=chat), plan_for("h200"), planned=True)
-        json.dumps(describe_plan(plan))
+        json.dumps(to_json(describe_plan(plan)))
         format_plan(plan).encode()
         return list(plan.refusals)
     except CheckpointError as error:

@@ -7,15 +7,18 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from serving_fakes import LAGUNA, read_pids, read_url, serving, wait_until_gone
 
-from laguna_serve.serving.cli import build_parser, main
-from laguna_serve.serving.commands.serve import default_log_path, read_config
+from laguna_serve.serving.cli import COMMANDS, main
+from laguna_serve.serving.commands.serve import ServeConfig, default_log_path, engine_config
+from laguna_serve.serving.kit.flags import FlagError, read_flags
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]], ids=" ".join)
@@ -40,7 +43,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: list[s
             "see `laguna serve --help`",
         ),
         (["serve", "m", "--port", "x"], "argument --port: invalid int value: 'x'; see `laguna serve --help`"),
-        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna --help`"),
+        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna doctor --help`"),
     ],
     ids=["no-command", "no-model", "gamma-in-words", "no-gamma", "bad-port", "unknown-flag"],
 )
@@ -50,12 +53,16 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: 
     assert capsys.readouterr().err == f"laguna: error: {message}\n"
 
 
+def read_serve(*argv: str) -> ServeConfig:
+    return read_flags(ServeConfig, argv, prog="laguna serve", description=None)
+
+
 def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None:
     flags = "--gamma 3 --port 8001 --host 0.0.0.0 --max-model-len 512 --max-num-seqs 4 --dtype float32 --eager"
     more = "--no-prefix-caching --kv-cache-gib 0.5 --served-model-name m --seed 9 --draft-sampling probabilistic"
-    args = build_parser().parse_args(["serve", str(target), "--draft", str(drafter), *flags.split(), *more.split()])
-    args.extra_args = ["--max-num-batched-tokens", "64"]
-    config = read_config(args)
+    extra_args = ("--max-num-batched-tokens", "64")
+    given = read_serve(str(target), "--draft", str(drafter), *flags.split(), *more.split())
+    config = engine_config(replace(given, extra_args=extra_args))
     assert (config.model, config.draft, config.gamma) == (str(target), str(drafter), 3)
     assert (config.host, config.port, config.served_model_name) == ("0.0.0.0", 8001, "m")
     assert (config.max_model_len, config.max_num_seqs, config.dtype) == (512, 4, "float32")
@@ -64,9 +71,28 @@ def test_serve_flags_become_a_configuration(target: Path, drafter: Path) -> None
 
 
 def test_gamma_max_is_what_the_drafter_was_trained_for(target: Path, drafter: Path) -> None:
-    args = build_parser().parse_args(["serve", str(target), "--draft", str(drafter), "--gamma", "max"])
-    args.extra_args = []
-    assert read_config(args).gamma is None
+    assert engine_config(read_serve(str(target), "--draft", str(drafter), "--gamma", "max")).gamma is None
+
+
+def test_a_python_caller_makes_the_same_configuration(target: Path, drafter: Path) -> None:
+    made = ServeConfig(model=str(target), draft=str(drafter), gamma=3, api_key=("a", "b"), restart=False)
+    flags = ["--draft", str(drafter), "--gamma", "3", "--api-key", "a", "--api-key", "b", "--no-restart"]
+    assert read_serve(str(target), *flags) == made
+    with pytest.raises(FlagError, match="--thinking: expected one of on, off, template, got perhaps"):
+        ServeConfig(model="m", thinking="perhaps")  # type: ignore[arg-type]
+
+
+def test_command_line_starts_without_the_stack() -> None:
+    """torch and vLLM take seconds to import, and the serving side needs neither."""
+    probe = "import sys; import laguna_serve.serving.cli; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    done = subprocess.run([*LAGUNA, name, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: laguna {name} ")
 
 
 def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

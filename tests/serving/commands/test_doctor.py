@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import msgspec
 import psutil
 import pytest
 from serving_fakes import FAKE_SITE
@@ -31,7 +32,7 @@ class Environment:
         self.site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         self.variables = {"PATH": str(folder / "bin")}
         self.register = self.site / "laguna_serve" / "plugins" / "register.py"
-        for package in (psutil, jinja2, markupsafe):
+        for package in (psutil, jinja2, markupsafe, msgspec):
             self.link(package.__name__, Path(package.__file__).parent)
         self.link("laguna_serve/serving", ROOT / "serving")
         self.install_plugin()

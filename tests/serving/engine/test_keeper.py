@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -108,8 +108,7 @@ def test_starts_that_fail_count_and_are_told(world: World) -> None:
             "start 2 failed; starting it again in 2 s (failure 2 of 5 in a row)",
             "start 3 failed; starting it again in 4 s (failure 3 of 5 in a row)",
         ]
-        deaths: list[dict[str, Any]] = [death.describe() for death in keeper.deaths]
-        assert [(d["cause"], d["served_s"]) for d in deaths] == [
+        assert [(death.cause, death.served_s) for death in keeper.deaths] == [
             ("killed", 1000),
             ("start 2 failed", None),
             ("start 3 failed", None),

@@ -22,12 +22,14 @@ from laguna_serve.serving.checkpoint.parameters import (
     estimate_bytes,
     estimate_drafter_bytes,
 )
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
-from laguna_serve.serving.planning.plan import Plan, make_plan
-from laguna_serve.serving.planning.report import describe_plan, format_command, format_plan
+from laguna_serve.serving.planning.plan import EnginePlan, make_plan
+from laguna_serve.serving.planning.report import format_command, format_plan
+from laguna_serve.serving.planning.result import describe_plan
 from laguna_serve.serving.planning.support import check_split
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -35,7 +37,7 @@ GIB = 1 << 30
 CPU = Device("cpu", "cpu", 64 * GIB, 64 * GIB, isa=("avx2", "avx512f"))
 
 
-def plan(target: str, draft: str | None = None, device: str = "h100-80gb", **options: Any) -> Plan:
+def plan(target: str, draft: str | None = None, device: str = "h100-80gb", **options: Any) -> EnginePlan:
     config = EngineConfig(folder(target), draft=None if draft is None else folder(draft), **options)
     return make_plan(config, plan_for(device), planned=True)
 
@@ -69,7 +71,7 @@ def test_every_release_is_planned_everywhere(name: str, device: str) -> None:
     draft = find_drafter(name)
     config = EngineConfig(folder(name), draft=None if draft is None else folder(draft))
     made = make_plan(config, CPU if device == "cpu" else plan_for(device), planned=True)
-    found = json.loads(json.dumps(describe_plan(made)))
+    found = json.loads(json.dumps(to_json(describe_plan(made))))
     ours = "laguna_cpu" if device == "cpu" else "laguna"
     assert found["classes"]["LagunaForCausalLM"] == f"laguna_serve.plugins.models.{ours}:LagunaForCausalLM"
     assert found["target"]["quantisation"] == find_kind(name)
@@ -163,7 +165,9 @@ def test_what_is_told_is_what_is_served() -> None:
     checkpoints = replace(made.checkpoints, target=replace(target, pruned=True))
     pruned = replace(made, stored=4_999_024, checkpoints=checkpoints)
     assert "parameters    4,999,024\n" in format_plan(pruned)
-    assert describe_plan(pruned)["target"]["active_parameters"] is None
+    described = describe_plan(pruned).target
+    assert described is not None
+    assert described.active_parameters is None
 
 
 def test_xs2_on_80_gb_has_room_for_less_than_its_context() -> None:
@@ -290,8 +294,12 @@ def test_dry_run_says_what_would_be_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_dry_run_says_what_doctor_says(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_dry_run_says_what_doctor_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Of every release, here without its weights, which is one more thing to refuse."""
+    free = "laguna_serve.serving.machine.device.available_bytes"
+    monkeypatch.setattr(free, lambda: 16 << 30)  # which other processes would change in between
     draft = find_drafter(name)
     arguments = [folder(name)] if draft is None else [folder(name), "--draft", folder(draft)]
     cli.main(["doctor", *arguments])

@@ -1,0 +1,81 @@
+"""Writes a compact checkpoint file by file; config.json and the index come last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from laguna_serve.scripts.checkpoints.compaction.shards import Advance, Compaction, Shard, build_tensors, tensor_bytes
+from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
+from laguna_serve.scripts.checkpoints.headers import INDEX
+from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.serving.kit.signals import check_signals
+
+ARCHITECTURE = "LagunaSentinelForCausalLM"
+
+
+def write_checkpoint(job: Compaction, shards: list[Shard], output: Output, source: dict[str, Any]) -> None:
+    """Write what is not there yet; config.json and the index come last."""
+    sizes = {shard.name: sum(tensor_bytes(job, shard).values()) for shard in shards}
+    missing, progress = begin(output, sizes)
+    todo = [shard for shard in shards if shard.name in missing]
+    for shard in todo:
+        progress.label = shard.name
+        write_shard(job, shard, output.folder / shard.name, progress.advance)
+        output.note(shard.name)
+        check_signals()
+    progress.finish()
+    for name in copy_others(job.base.folder, output):
+        output.note(name)
+    write_description(job, shards, output, source)
+    output.close()
+
+
+def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> None:
+    """Write one file of the output."""
+    if job.zeroed:
+        write_file(path, lambda partial: copy_zeroed(job.base, job.pruning, shard.name, partial, advance))
+        return
+    with build_tensors(job, shard, advance) as tensors:
+        write_tensors(path, tensors)
+
+
+def write_description(job: Compaction, shards: list[Shard], output: Output, source: dict[str, Any]) -> None:
+    """The index, where the base has one, and config.json."""
+    files: dict[str, bytes] = {}
+    if job.zeroed:
+        for name in (INDEX, "config.json") if job.base.sharded else ("config.json",):
+            files[name] = (job.base.folder / name).read_bytes()
+    else:
+        if job.base.sharded:
+            sizes = {name: (shard.name, size) for shard in shards for name, size in tensor_bytes(job, shard).items()}
+            total = sum(size for _, size in sizes.values())
+            weight_map = {name: sizes[name][0] for name in sorted(sizes)}
+            files[INDEX] = _encode({"metadata": {"total_size": total}, "weight_map": weight_map})
+        files["config.json"] = _encode(describe_config(job, source))
+    for name, content in files.items():
+        write_file(output.folder / name, lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
+        output.note(name)
+
+
+def describe_config(job: Compaction, source: dict[str, Any]) -> dict[str, Any]:
+    """The base's config with the architecture and the blocks of the output."""
+    described = {
+        "block_size": job.pruning.block_size,
+        "blocks_per_expert": job.pruning.blocks_per_expert,
+        "kept_blocks": job.pruning.kept_blocks,
+        "source": {"base": _public_name(job.base.name), **source},
+    }
+    return {**job.base.config, "architectures": [ARCHITECTURE], "expert_pruning": described}
+
+
+def _public_name(name: str) -> str:
+    """A hub id as it is, of a folder its last part: where it lay is nobody's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else name
+
+
+def _encode(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,113 @@
+"""The artefacts of structured pruning: scores read, grouped and ranked, and written with a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from laguna_serve.plugins.pruning import ExpertShape, PruningError, draw_random_mask, rank_groups
+from laguna_serve.serving.kit.files import write_stream
+from laguna_serve.serving.kit.results import to_json
+
+RATIOS = (0.10, 0.25, 0.40)
+
+
+class ScoresManifest(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    tag_field="schema",
+    tag="laguna_serve.expert_scores/1",
+):
+    """How the artefacts were made, and a SHA-256 of each.
+
+    Attributes:
+        score: how atoms were scored (scores.py), or the file that the scores come from, then with its digest.
+        text, documents, rows, tokens: what they were measured on.
+        block_size: atoms in a group.
+        seed: of the random masks.
+    """
+
+    model: str
+    score: str
+    scores_sha256: str | None = None
+    text: str | None = None
+    documents: int | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    block_size: int
+    seed: int
+    python: str
+    versions: dict[str, str]
+    sha256: dict[str, str]
+
+
+def read_scores(path: Path, shape: ExpertShape) -> npt.NDArray[np.float32]:
+    """Somebody else's atomic scores, checked."""
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise PruningError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from None
+    expected = (len(shape.layers), shape.num_experts, shape.intermediate_size)
+    if not isinstance(scores, np.ndarray) or scores.shape != expected or scores.dtype.kind != "f":
+        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, np.ndarray) else "an archive"
+        raise PruningError(f"{path}: expected float scores {list(expected)}, got {got}; are they for this model?")
+    if not np.isfinite(scores).all():
+        raise PruningError(f"{path}: expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not")
+    return scores.astype(np.float32)
+
+
+def make_artefacts(scores: npt.NDArray[np.float32], block_size: int, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """File name → array, everything that is derived from the scores."""
+    from laguna_serve.scripts.training.pruning.scores import group_atoms
+
+    indices, group_scores = group_atoms(scores, block_size)
+    L, E, N = scores.shape
+    shape = ExpertShape(tuple(range(L)), E, N, 0)
+    files: dict[str, npt.NDArray[Any]] = {
+        "atomic_scores": scores,
+        "group_indices_importance_sorted": indices,
+        "group_scores_importance_sorted": group_scores,
+    }
+    for ratio in RATIOS:
+        files[f"group_keep_mask_{ratio * 100:.0f}pct"] = rank_groups(group_scores, ratio)
+        files[f"group_keep_mask_random_{ratio * 100:.0f}pct"] = draw_random_mask(shape, N // block_size, ratio, seed)
+    return files
+
+
+def write_artefacts(out: Path, files: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """Write the arrays; file name → SHA-256."""
+    out.mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for name, array in files.items():
+        path = out / f"{name}.npy"
+        write_stream(path, lambda file, array=array: np.save(file, array))  # type: ignore[misc]
+        digests[path.name] = hash_file(path)
+    return digests
+
+
+def write_manifest(out: Path, manifest: ScoresManifest) -> None:
+    """Write MANIFEST.json beside the arrays."""
+    (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def choose_block_size(given: int | None, shape: ExpertShape) -> int:
+    """The given width of a group, by default an eighth of an expert."""
+    size = given if given is not None else max(1, shape.intermediate_size // 8)
+    if size < 1 or shape.intermediate_size % size:
+        expected = f"a divisor of the experts' width {shape.intermediate_size}"
+        raise PruningError(f"--block-size: expected {expected}, got {size}; an eighth of the width is usual")
+    return size

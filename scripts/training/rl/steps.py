@@ -1,0 +1,50 @@
+"""What a GRPO run notes of its steps."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TiedTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens at or behind a tie of two experts, and the largest difference of trainer and engine on them (nats)."""
+
+    tokens: int
+    mismatch_nats: float
+
+
+class StepSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parts of a step took."""
+
+    rollouts: float
+    learning: float
+    push: float
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step; what was not measured in it, or after the last one, is left out.
+
+    Attributes:
+        version: of the weights that sampled.
+        held_out_reward: mean over the held-out prompts.
+        reward: mean over the step's rollouts, and `tokens` that they have.
+        mismatch_nats: the largest difference of trainer and engine on sampled tokens that are behind no tie.
+        acceptance_length: tokens per step of the engine with a drafter.
+    """
+
+    step: int
+    version: str
+    held_out_reward: float | None = None
+    reward: float | None = None
+    mismatch_nats: float | None = None
+    tied: TiedTokens | None = None
+    acceptance_length: float | None = None
+    tokens: int | None = None
+    seconds: StepSeconds | None = None
+
+
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean reward on the held-out prompts before the first step and after the last."""
+
+    first: float
+    last: float
+    prompts: int

@@ -1,0 +1,125 @@
+"""How a model is loaded, and with what drafter: the flags that `laguna serve` and `laguna doctor` share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma
+from laguna_serve.serving.speculation.gamma_store import find_advice
+
+AUTO: Literal["auto"] = "auto"
+BY_DEFAULT = "by default what the release names, else poolside_v1 where the chat template goes with it"
+
+
+def parse_gamma_or_auto(text: str) -> int | str | None:
+    """A number of tokens, "max" (None), or "auto"."""
+    return AUTO if text == AUTO else parse_gamma(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What decides how a model is loaded and what it takes.
+
+    Attributes:
+        gamma: None is the drafter's maximum; "auto" what a sweep stored for this model, drafter, device and vLLM.
+        extra_args: for vLLM, unchanged: what stands behind a bare `--`.
+    """
+
+    keep_mask: Annotated[str | None, Flag("prune a base checkpoint's experts while loading", metavar="M.npy")] = None
+    group_indices: Annotated[str | None, Flag("the mask's groups of atoms", metavar="G.npy")] = None
+    draft: Annotated[
+        str | None,
+        Flag("DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id", metavar="D"),
+    ] = None
+    gamma: Annotated[
+        int | Literal["auto"] | None,
+        Flag(
+            "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto:"
+            " what bench/gamma_sweep.py found for this model, drafter, device and vLLM",
+            metavar="N|max|auto",
+            parse=parse_gamma_or_auto,
+        ),
+    ] = None
+    draft_sampling: DraftSampling = "greedy"
+    dtype: Annotated[str, Flag("bfloat16, float32, … (default: the checkpoint's)")] = "auto"
+    max_model_len: Annotated[
+        int | None, Flag("longest sequence in tokens (default: the model's, on a GPU what fits)")
+    ] = None
+    max_num_seqs: Annotated[int, Flag("sequences together (default: 64)")] = 64
+    kv_cache_gib: Annotated[float | None, Flag("size of the KV cache (default: from the free memory)")] = None
+    eager: Annotated[bool, Flag("no compilation: quick to start, slow to run")] = False
+    prefix_caching: Annotated[bool, Flag("do not reuse equal prompt beginnings")] = True
+    tool_call_parser: Annotated[
+        str | None,
+        Flag(
+            f"which of vLLM's parsers reads tool calls, none to leave them as text; {BY_DEFAULT}", metavar="NAME|none"
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Flag(
+            "which of vLLM's parsers keeps thoughts apart from the answer, none to leave them in it;"
+            + f" {BY_DEFAULT}",
+            metavar="NAME|none",
+        ),
+    ] = None
+    thinking: Annotated[
+        Literal["on", "off", "template"] | None,
+        Flag(
+            "do requests think that do not say so in chat_template_kwargs? template: as the chat template has it;"
+            " by default as the release says"
+        ),
+    ] = None
+    extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def split_extra_args(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """A command line's own part, and what stands behind a bare `--` for vLLM."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    split = given.index("--") if "--" in given else len(given)
+    return given[:split], tuple(given[split + 1 :])
+
+
+def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
+    """The engine of these options, on the loopback address and a free port.
+
+    Raises:
+        CheckpointError: γ "auto" without a drafter, or without a sweep of this pair.
+    """
+    draft, gamma, schedule, sampling = options.draft, options.gamma, None, str(options.draft_sampling)
+    if gamma == AUTO:
+        if draft is None:
+            raise CheckpointError("--gamma auto: expected --draft beside it, got none; name the drafter")
+        advice = find_advice(model, draft)
+        draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, None, None)
+        sampling = DRAFT_SAMPLING[0] if draft is None else sampling
+        what = f"γ {gamma}" if draft is not None else "plain decoding is fastest here: the drafter is left out"
+        print(f"--gamma auto: {what}, by the sweep of {advice.date}: {list(advice.schedule)}", file=sys.stderr)
+    return EngineConfig(
+        model=model,
+        keep_mask=options.keep_mask,
+        group_indices=options.group_indices,
+        draft=draft,
+        gamma=gamma,
+        gamma_schedule=schedule,
+        draft_sampling=sampling,
+        dtype=options.dtype,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        enforce_eager=options.eager,
+        prefix_caching=options.prefix_caching,
+        kv_cache_gib=options.kv_cache_gib,
+        chat=ChatOptions(options.tool_call_parser, options.reasoning_parser, options.thinking),
+        extra_args=options.extra_args,
+    )

@@ -1,0 +1,30 @@
+"""The flags of a drafter that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Annotated, Literal
+
+from laguna_serve.serving.kit.flags import Flag
+
+
+def parse_gamma(text: str) -> int | None:
+    """A number of tokens, or "max" (None)."""
+    if text == "max":
+        return None
+    try:
+        gamma = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or max, got {text!r}") from None
+    if gamma < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 or max, got {gamma}; leave --draft out to serve without")
+    return gamma
+
+
+DraftSampling = Annotated[
+    Literal["greedy", "probabilistic"],
+    Flag(
+        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution,"
+        " which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
+    ),
+]
