@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of each, what its output must have.
 EXAMPLES = {
     "grade_answers": ("reward 1.00  passed", "reward 0.33  failed", "timeout", "died"),
+    "compact_checkpoint": ("160 of 640 blocks", "is the masked base"),
     "compare_engines": ("0 of 16 prompts differ",),
     "serve_and_ask": ("def fibonacci(n):", "tokens per step"),
 }
-WITHOUT_ENGINE = {"grade_answers"}
+WITHOUT_ENGINE = {"compact_checkpoint", "grade_answers"}
 
 
 def list_examples() -> list[object]:
