@@ -29,7 +29,8 @@ The status page, and the routes that pause engines and give them new weights, ar
 
 SIGHUP: read the file again, without dropping a request; where anything is wrong with it, one line says so and nothing
 changes. Addresses, certificates' paths and a few limits are read at the start alone: the line names those that differ.
-SIGTERM or Ctrl-C: no new requests, those in flight are finished (server.drain_s); a second one stops at once.
+SIGTERM or Ctrl-C: no new requests, those in flight are finished (server.shutdown_timeout_s); a second one stops at
+once.
 
 exit status: 0 after it was stopped, 2 when it could not be started
 """

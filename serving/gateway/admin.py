@@ -58,11 +58,12 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     def find_group(model: str | None) -> WeightGroup:
         services = find()
         pools = services.relay.pools
+        known = f"it must be one of {', '.join(sorted(pools))}."
         if model is None and len(pools) > 1:
-            raise HTTPException(400, f"model: expected one of {sorted(pools)}, got none; add ?model=NAME")
+            raise HTTPException(400, f"The query parameter 'model' is missing: {known}")
         name = next(iter(pools)) if model is None else model
         if name not in pools:
-            raise HTTPException(404, f"model: expected one of {sorted(pools)}, got {name!r}")
+            raise HTTPException(404, f"The model {name!r} does not exist: {known}")
         group = groups.get(name)
         if group is None or group.pool is not pools[name]:
             group = groups[name] = WeightGroup(pools[name], services.steps)
@@ -72,7 +73,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     async def alone(model: str | None) -> AsyncIterator[WeightGroup]:
         group = find_group(model)
         if group.lock.locked():
-            raise HTTPException(409, "expected one update at a time, got another one; wait for it")
+            raise HTTPException(409, "Another update of this model is under way. Please try again when it has ended.")
         async with group.lock:
             yield group
 
@@ -131,7 +132,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     @app.post("/resume")
     async def resume(model: Model = None) -> dict[str, Any]:
-        """Go on."""
+        """Let the requests that wait in the gateway go on to their engines."""
         async with alone(model) as group:
             await group.resume()
         return {"status": "resumed"}

@@ -43,10 +43,10 @@ FIXED: Mapping[str, Sequence[str]] = {
     "server": (
         "host",
         "port",
-        "head_timeout_s",
+        "header_timeout_s",
         "max_head_bytes",
         "keepalive_s",
-        "drain_s",
+        "shutdown_timeout_s",
         "ssl_certfile",
         "ssl_keyfile",
         "access_log",
@@ -66,7 +66,7 @@ class _EventServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Listen; from here on `schedule` reaches this thread."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
@@ -143,7 +143,7 @@ class GatewayServer(_EventServer):
 
     @property
     def relay(self) -> Relay:
-        """The application's."""
+        """Of the application, once that has started."""
         return find_services(self._app).relay
 
     def reload(self) -> None:
@@ -197,7 +197,7 @@ class GatewayServer(_EventServer):
         logger.info("stopping: no new requests, %d in flight", len(self.relay.exchanges))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """The first signal begins the end in good order, a second one cuts it short."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
@@ -240,7 +240,7 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
 @contextlib.contextmanager
 def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
     """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks. When the
-    block ends, streams may finish within `server.drain_s`; a KeyboardInterrupt meanwhile ends them.
+    block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
 
     Raises:
         EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
@@ -262,7 +262,7 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
     finally:
         server.handle_exit(signal.SIGTERM, None)
         try:
-            thread.join(listening.server.drain_s)
+            thread.join(listening.server.shutdown_timeout_s)
         finally:
             server.force_exit = True
             thread.join(STOP_S)
@@ -321,12 +321,12 @@ def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
         timeout_keep_alive=math.ceil(server.keepalive_s),
-        http=make_protocol(server.head_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: find_services(app).relay),
+        http=make_protocol(server.header_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: find_services(app).relay),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=round(server.drain_s),
+        timeout_graceful_shutdown=round(server.shutdown_timeout_s),
     )

@@ -42,7 +42,6 @@ async def describe(services: Services, now: float) -> dict[str, Any]:
 
 
 def _describe_key(holder: Holder) -> dict[str, Any]:
-    """Never its digest."""
     return {
         "name": holder.name,
         "in_flight": holder.in_flight,

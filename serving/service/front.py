@@ -64,10 +64,12 @@ def make_config(settings: FrontSettings, engine_url: str) -> Config:
         EngineError: it cannot be read, or does not go together with the rest of the command line.
     """
     from laguna_serve.serving.gateway.config import ConfigError, parse_config
+    from laguna_serve.serving.gateway.config.tables import Server
 
     source = "laguna serve" if settings.file is None else str(settings.file)
     tables = _read_tables(settings.file)
-    server = {"port": DEFAULT_PORT, "drain_s": DRAIN_S, **_table(tables, "server", source)}
+    server: dict[str, Any] = {"port": DEFAULT_PORT, "shutdown_timeout_s": DRAIN_S}
+    server |= Server.rename_keys(_table(tables, "server", source))
     server |= {k: v for k, v in (("host", settings.host), ("port", settings.port)) if v is not None}
     if settings.origins:
         server["allowed_origins"] = list(settings.origins)

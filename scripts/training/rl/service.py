@@ -65,7 +65,7 @@ def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str],
     """Raises EngineError when the engine or the gateway does not start."""
     with Engine(config, log_path=log_path, announce=announce) as engine:
         upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": IN_FLIGHT}
-        tables: dict[str, Any] = {"server": {"port": 0, "drain_s": 5}, "models": []}
+        tables: dict[str, Any] = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}
         tables["models"] = [{"name": engine.model_name, "upstreams": [upstream]}]
         with in_background(parse_config(tables, "grpo")) as (base_url, admin_url):
             yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name)

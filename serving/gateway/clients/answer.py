@@ -118,7 +118,7 @@ class Answer:
             self.exchange.fail(error)
 
     def send(self) -> None:
-        """The body is there."""
+        """The body is there: on to the relay, of whose answer this is the sink."""
         self.incomplete = False
         body, self.body = bytes(self.body), b""
         self._relay.send(self.exchange, body)
@@ -145,7 +145,6 @@ class Answer:
         parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
 
     def write(self, data: bytes) -> None:
-        """A chunk."""
         if self._chunked:
             self._unsent.append(b"%x\r\n%b\r\n" % (len(data), data))
         elif not self._silent:

@@ -25,13 +25,12 @@ MAX_PENDING = 64
 
 
 class RelayApp:
-    """The application."""
+    """The relay under any ASGI server."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
         peer = scope["client"][0] if scope.get("client") else ""
         head = read_head(scope["method"], scope["path"], raw_path, scope["query_string"], scope["headers"], peer)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class GatewayProtocol(StrictProtocol):
     """One connection of a client. What is the gateway's own is given by `make_protocol`, as uvicorn makes instances."""
 
-    head_timeout_s = 10.0
+    header_timeout_s = 10.0
     max_head_bytes = 64 * 1024
     own_paths: frozenset[str] = frozenset()
     find_relay: Callable[[], Relay]
@@ -176,7 +176,7 @@ class GatewayProtocol(StrictProtocol):
                 self.flow.pause_reading()  # it is not its turn yet
 
     def on_request_complete(self) -> None:
-        """The body is there."""
+        """The body is there; what its request is for takes it."""
         answer = self.cycle
         if not isinstance(answer, Answer):
             super().on_request_complete()
@@ -231,7 +231,7 @@ class GatewayProtocol(StrictProtocol):
         """What is awaited must come in time, counted from where its waiting began. Most requests come whole, and are
         not waited for."""
         if self._head_bytes is not None:
-            awaited, within_s = HEAD, self.head_timeout_s
+            awaited, within_s = HEAD, self.header_timeout_s
         elif self._answer is not None:
             awaited, within_s = BODY if self._answer.incomplete else NOTHING, self._relay.config.server.body_timeout_s
         else:
@@ -280,11 +280,11 @@ class GatewayProtocol(StrictProtocol):
 
 
 def make_protocol(
-    head_timeout_s: float, max_head_bytes: int, own_paths: frozenset[str], find_relay: Callable[[], Relay]
+    header_timeout_s: float, max_head_bytes: int, own_paths: frozenset[str], find_relay: Callable[[], Relay]
 ) -> type[GatewayProtocol]:
     """A class with these bounds; paths in `own_paths` go to the application."""
     given = {
-        "head_timeout_s": head_timeout_s,
+        "header_timeout_s": header_timeout_s,
         "max_head_bytes": max_head_bytes,
         "own_paths": own_paths,
         "find_relay": staticmethod(find_relay),

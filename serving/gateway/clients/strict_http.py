@@ -23,7 +23,7 @@ class StrictProtocol(HttpToolsProtocol):
     """One connection of a client."""
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
+        """Bytes of requests, fed again without an offer to upgrade where there was one."""
         self._unset_keepalive_if_required()
         try:
             while data:
@@ -70,7 +70,7 @@ class StrictProtocol(HttpToolsProtocol):
             self.on_request_complete()
 
     def on_request_complete(self) -> None:
-        """The body is there."""
+        """The body is there, and the parser has not stopped at an offer to upgrade."""
         super().on_message_complete()
 
     def is_receiving(self) -> bool:

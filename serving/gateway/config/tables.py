@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import ssl
-from typing import Annotated, Any, Literal, Self
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
@@ -36,25 +38,44 @@ ANY_ADDRESS = ("", "0.0.0.0", "::")
 class _Table(BaseModel):
     # Values of a configuration are in no message of pydantic's own: some are secret.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+    # Names that keys had in version 0.1, accepted for one release.
+    old_names: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, given: Any) -> Any:
+        return cls.rename_keys(given) if isinstance(given, dict) else given
+
+    @classmethod
+    def rename_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The same table with keys under their names of today, and a warning for each that was not."""
+        for old in cls.old_names.keys() & given.keys():
+            table, new = cls.__name__.lower(), cls.old_names[old]
+            logger.warning("%s.%s: its name is %s now; rename it in the file", table, old, new)
+            given = {new: given[old], **{name: value for name, value in given.items() if name != old}}
+        return given
 
 
 class Server(_Table):
-    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `more_paths` are passed on
+    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `extra_paths` are passed on
     besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers in a browser. What
     `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is kept for
     `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s)."""
 
+    old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
+        {"head_timeout_s": "header_timeout_s", "drain_s": "shutdown_timeout_s", "more_paths": "extra_paths"}
+    )
     host: str = "127.0.0.1"
     port: Port = 8080
-    head_timeout_s: Seconds = 10.0
+    header_timeout_s: Seconds = 10.0
     max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
     body_timeout_s: Seconds = 30.0
     keepalive_s: Seconds = 75.0
-    drain_s: Seconds = 60.0
+    shutdown_timeout_s: Seconds = 60.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-    more_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()
+    extra_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()
     allowed_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
     trusted_proxies: Annotated[tuple[Network, ...], Field(strict=False)] = ()
     access_log: bool = False
@@ -86,22 +107,13 @@ class Limits(_Table):
     `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is not streamed is
     silent until it is complete."""
 
+    old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType({"silence_timeout_s": "read_timeout_s"})
     max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     max_queued_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 512 * MIB
     queue_timeout_s: Seconds = 30.0
     connect_timeout_s: Seconds = 5.0
     first_byte_timeout_s: Seconds | None = None
     read_timeout_s: Seconds = 300.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, given: Any) -> Any:
-        """The name that `read_timeout_s` had in version 0.1."""
-        if not isinstance(given, dict) or "silence_timeout_s" not in given:
-            return given
-        logger.warning("limits.silence_timeout_s: its name is read_timeout_s now; rename it in the file")
-        renamed = {name: value for name, value in given.items() if name != "silence_timeout_s"}
-        return {"read_timeout_s": given["silence_timeout_s"], **renamed}
 
 
 class Health(_Table):
@@ -206,7 +218,7 @@ class Key(_Table):
 
 
 class Config(_Table):
-    """The whole file."""
+    """A configuration file, validated as a whole: names, ports and keys must be distinct."""
 
     server: Server = Server()
     admin: Admin = Admin()

@@ -44,7 +44,7 @@ class Catalog:
         self._listed, self._asked_s = {}, self._clock() - GOOD_FOR_S
 
     async def stop(self) -> None:
-        """Ask no more."""
+        """End what is being asked; nothing is asked afterwards."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)

@@ -64,7 +64,6 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The configured one."""
         return self.config.name
 
     @property
@@ -107,7 +106,7 @@ class Engine:
             self._note_lost(f"{self.failures} connections in a row failed: {reason}")
 
     def note_success(self) -> None:
-        """It answered."""
+        """It answered: the circuit breaker closes, and a loss that the log has is over."""
         self.answers += 1
         self.failures = 0
         self.open_until = 0.0

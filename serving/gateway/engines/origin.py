@@ -113,7 +113,7 @@ class Origin:
             connection.close()
 
     def forget(self, connection: Connection) -> None:
-        """It is lost."""
+        """Its end has come, idle or not: it is not used again."""
         if connection in self._idle:
             self._idle.remove(connection)
 

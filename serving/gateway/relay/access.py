@@ -32,7 +32,6 @@ class Holder:
 
     @property
     def name(self) -> str:
-        """The key's, for logs."""
         return self.key.name
 
 

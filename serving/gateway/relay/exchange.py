@@ -197,7 +197,7 @@ class Exchange:
         self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
 
     def on_head(self, status: int, headers: Headers) -> None:
-        """The engine answers."""
+        """The engine answers: the head goes on, under the versions of the weights that it has."""
         engine = self.engine
         assert engine is not None
         assert self._said is not None

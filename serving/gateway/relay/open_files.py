@@ -23,7 +23,7 @@ def raise_limit() -> int:
 
 
 def find_limit() -> int:
-    """The soft limit."""
+    """The soft limit; a very large number where there is none."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 

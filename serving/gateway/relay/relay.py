@@ -98,7 +98,7 @@ class Relay:
                 raise errors.draining()
             if not is_options:
                 exchange.key = self.access.enter(head.named)
-            check_path(head, self.config.server.more_paths)
+            check_path(head, self.config.server.extra_paths)
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
                 self.check_size(int(announced), is_options=is_options)
@@ -131,7 +131,7 @@ class Relay:
         self.backlog.hold(exchange, size)
 
     def send(self, exchange: Exchange, body: bytes) -> None:
-        """The body is there."""
+        """The body is there: find its model and an engine, or answer what the gateway knows itself."""
         if exchange.finished:
             return
         try:

@@ -11,7 +11,7 @@ MAX_DROPPED_BYTES = 64 * 1024
 
 
 class Sink(Protocol):
-    """A client's connection."""
+    """The connection of a client, as far as an exchange writes to it."""
 
     def start(self, status: int, headers: Headers) -> None:
         """The head; names in lower case."""

@@ -23,12 +23,11 @@ class AccessLog:
 
     @classmethod
     def on_stderr(cls) -> AccessLog:
-        """The usual place."""
         return cls(sys.stderr)
 
     @property
     def enabled(self) -> bool:
-        """Is anything written?"""
+        """False where nothing is written: records need not be made."""
         return self._stream is not None
 
     def write(self, line: dict[str, Any]) -> None:

@@ -31,7 +31,6 @@ class Distribution:
         self.total = 0.0
 
     def add(self, value: float) -> None:
-        """Count one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -125,7 +124,7 @@ class Metrics:
         self.reloaded_s = time.time() if taken else self.reloaded_s
 
     def render(self) -> bytes:
-        """The text of /metrics."""
+        """The text of /metrics, in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:

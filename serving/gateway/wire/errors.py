@@ -46,7 +46,7 @@ class GatewayError(Exception):
         return self
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Of the answer."""
+        """Of the answer that carries the error."""
         found = [(b"content-type", b"application/json")]
         if self.retry_after_s is not None:
             found.append((b"retry-after", str(self.retry_after_s).encode()))
@@ -68,7 +68,7 @@ class GatewayError(Exception):
         return b"data: " + self.body(path) + b"\n\n" + DONE
 
     def describe(self) -> dict[str, str | None]:
-        """OpenAI's error object."""
+        """The object under `error` in OpenAI's form."""
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
     def _describe(self, path: str) -> dict[str, object]:
@@ -89,7 +89,6 @@ def _is_cohere(path: str) -> bool:
 
 
 def missing_key() -> GatewayError:
-    """No key."""
     message = "No API key was given. Send one in the header Authorization: Bearer KEY."
     return GatewayError(401, "invalid_request_error", message, code="missing_api_key", reason="missing_key")
 
@@ -107,7 +106,7 @@ def bad_request(message: str, *, code: str | None = None, param: str | None = No
 
 
 def unknown_model(model: str) -> GatewayError:
-    """No such model here."""
+    """Neither the configuration nor an engine knows the name."""
     message = f"The model `{model[:128]}` does not exist."
     return GatewayError(
         404, "invalid_request_error", message, code="model_not_found", param="model", reason="unknown_model"

@@ -36,7 +36,7 @@ class Waits(NamedTuple):
 
     @property
     def shortest(self) -> float:
-        """When to look first."""
+        """When to look for the first time: the shorter of the two."""
         return self.between_s if self.first_s is None else min(self.first_s, self.between_s)
 
 
@@ -68,7 +68,7 @@ class Keeper(Protocol):
         """Its answer is complete; the next request may use it."""
 
     def forget(self, connection: Connection) -> None:
-        """It is lost."""
+        """Its end has come, idle or not: it is not used again."""
 
 
 class Connection(asyncio.Protocol):
@@ -120,7 +120,6 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read on."""
         if self._transport is not None and self._paused:
             self._paused, self._active_s = False, self._loop.time()
             self._transport.resume_reading()
@@ -131,7 +130,6 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
         self._look_no_more()
         if self._transport is not None:
             self._transport.abort()
@@ -147,7 +145,6 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._poll.poll(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._socket = transport.get_extra_info("socket")
         if self._socket is not None:
@@ -174,7 +171,7 @@ class Connection(asyncio.Protocol):
             self._fail(BrokenError("connection lost"))
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of an answer."""
+        """Bytes of an answer: all that is in them is handed on before this returns."""
         if self._receiver is None or self._parser is None:
             self.close()  # nothing was asked
             return

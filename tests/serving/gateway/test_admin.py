@@ -284,7 +284,7 @@ def test_model_that_is_not_there_is_refused() -> None:
     with RlEngine() as one, gateway(one) as front:
         reply = front.ask_admin("/resume?model=none", {})
         assert reply.status == 404
-        assert reply.json()["detail"] == "model: expected one of ['m'], got 'none'"
+        assert reply.json()["detail"] == "The model 'none' does not exist: it must be one of m."
 
 
 def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:

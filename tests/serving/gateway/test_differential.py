@@ -20,7 +20,7 @@ LAST = ask("GET", "/v1/last", "connection: close\r\n")
 # uvicorn sends chunks to a client of HTTP/1.0 too.
 NOT_COMPARED = frozenset(("date", "server", "transfer-encoding"))
 MADE_ID = re.compile(rb"\b[0-9a-f]{32}\b|(?<=\"created\":)\d+")
-SETTINGS = {"max_body_bytes": 1 << 20, "body_timeout_s": 0.5, "head_timeout_s": 5.0}
+SETTINGS = {"max_body_bytes": 1 << 20, "body_timeout_s": 0.5, "header_timeout_s": 5.0}
 # What differs, and why it may.
 EXCEPTIONS = {
     "asterisk": "Starlette's router knows no path without a slash, and refuses in its own words",

@@ -235,7 +235,7 @@ def test_burst_of_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = min(10_000, (hard - 500) // 2)
     try:
-        with Upstream() as engine, gateway(engine, server={"head_timeout_s": 120.0}) as front:
+        with Upstream() as engine, gateway(engine, server={"header_timeout_s": 120.0}) as front:
             connections: list[socket.socket] = []
             try:
                 connections.extend(front.connect() for _ in range(count))

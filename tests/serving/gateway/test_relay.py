@@ -409,7 +409,7 @@ def test_body_that_does_not_come_is_408() -> None:
 
 
 def test_head_that_does_not_come_ends_the_connection() -> None:
-    with Upstream() as engine, gateway(engine, server={"head_timeout_s": 0.2}) as front:
+    with Upstream() as engine, gateway(engine, server={"header_timeout_s": 0.2}) as front:
         for sent in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ", make_request("/v1/x") + b"GET /v1/y HT"):
             with front.connect() as connection:
                 connection.sendall(sent)
@@ -424,7 +424,7 @@ def test_head_that_does_not_come_ends_the_connection() -> None:
 def test_streams_outlive_the_heads_time_limit() -> None:
     with (
         Upstream({COMPLETIONS: slow(0.5)}) as engine,  # type: ignore[dict-item]
-        gateway(engine, server={"head_timeout_s": 0.2}) as front,
+        gateway(engine, server={"header_timeout_s": 0.2}) as front,
     ):
         assert front.ask(COMPLETIONS, BODY).status == 200
 
@@ -656,7 +656,7 @@ def test_what_follows_a_request_never_stands_in_its_answer(more: bytes) -> None:
 def test_request_that_trickles_in_behind_a_stream_lets_it_finish() -> None:
     with (
         Upstream({COMPLETIONS: slow(0.6)}) as engine,  # type: ignore[dict-item]
-        gateway(engine, server={"head_timeout_s": 0.2}) as front,
+        gateway(engine, server={"header_timeout_s": 0.2}) as front,
         front.connect() as connection,
     ):
         connection.sendall(make_request(COMPLETIONS, BODY))

@@ -124,12 +124,12 @@ def test_what_needs_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO"), Upstream() as engine, gateway(engine) as front:
         front.server._configured = front.relay.config
         models = [{"name": "m", "upstreams": [{"name": "a", "url": engine.url}]}]
-        server = {"port": 1, "drain_s": 5.0, "max_body_bytes": 5000, "head_timeout_s": 9.0}
+        server = {"port": 1, "shutdown_timeout_s": 5.0, "max_body_bytes": 5000, "header_timeout_s": 9.0}
         tables = {"models": models, "server": server, "admin": {"sha256": "1" * 64}}
         reload(front, lambda: parse_config(tables, "test"))
         wait_until(lambda: any("read again" in message for message in caplog.messages))
     (line,) = [message for message in caplog.messages if "read again" in message]
-    fixed = "server.port, server.head_timeout_s, server.drain_s, admin.sha256"
+    fixed = "server.port, server.header_timeout_s, server.shutdown_timeout_s, admin.sha256"
     assert line == f"configuration read again; not changed before a restart: {fixed}"
 
 

@@ -108,13 +108,29 @@ def test_rest_of_a_refused_body_does_not_keep_a_connection_for_ever() -> None:
         assert file.read(1) == b""
 
 
-def test_old_name_of_the_read_timeout_is_taken_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("table", "old", "new", "value"),
+    [
+        ("limits", "silence_timeout_s", "read_timeout_s", 7.0),
+        ("server", "head_timeout_s", "header_timeout_s", 7.0),
+        ("server", "drain_s", "shutdown_timeout_s", 7.0),
+        ("server", "more_paths", "extra_paths", ("/x",)),
+    ],
+)
+def test_old_name_of_a_key_is_taken_with_a_warning(
+    table: str, old: str, new: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"models": CONFIG.model_dump()["models"]}
     with caplog.at_level(logging.WARNING):
-        tables = {"models": CONFIG.model_dump()["models"], "limits": {"silence_timeout_s": 7.0}}
-        limits = parse_config(tables, "test").limits
-    assert (limits.read_timeout_s, limits.first_byte_timeout_s) == (7.0, None)
-    assert "limits.silence_timeout_s" in caplog.text
-    assert Limits().first_byte_timeout_s is None, "an answer that is not streamed may take any time"
+        config = parse_config(given | {table: {old: value}}, "test")
+        both = parse_config(given | {table: {old: value, new: getattr(getattr(CONFIG, table), new)}}, "test")
+    assert getattr(getattr(config, table), new) == value
+    assert f"{table}.{old}: its name is {new} now; rename it in the file" in caplog.messages
+    assert getattr(getattr(both, table), new) == getattr(getattr(CONFIG, table), new), "the name of today goes first"
+
+
+def test_answer_that_is_not_streamed_may_take_any_time() -> None:
+    assert Limits().first_byte_timeout_s is None
 
 
 KINDS = ("Exchange", "Answer", "BoundProtocol", "StrictProtocol", "RequestResponseCycle", "_AsgiSink", "Connection")
@@ -187,7 +203,7 @@ def server_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFi
 
 def test_a_forced_end_is_no_error(server_log: pytest.LogCaptureFixture) -> None:
     with open_background(CONFIG) as background:
-        background.server.force_exit = True  # as when requests are still in flight after drain_s
+        background.server.force_exit = True  # as when requests are still in flight after shutdown_timeout_s
     assert server_log.text == ""
 
 

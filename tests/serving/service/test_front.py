@@ -34,7 +34,7 @@ def test_without_a_file(tmp_path: Path) -> None:
     config = make_config(FrontSettings(model="org/teacher", max_num_seqs=4, keys=("k",), origins=("https://a.b",)), URL)
     assert list_upstreams(config) == {"org/teacher": [("engine", URL)]}
     assert config.models[0].upstreams[0].max_in_flight == 32
-    assert (config.server.host, config.server.port, config.server.drain_s) == ("127.0.0.1", 8000, 10.0)
+    assert (config.server.host, config.server.port, config.server.shutdown_timeout_s) == ("127.0.0.1", 8000, 10.0)
     assert config.limits.queue_timeout_s == 300
     assert [key.name for key in config.keys] == ["api-key-1"]
     assert config.server.allowed_origins == ("https://a.b",)
@@ -65,7 +65,7 @@ def test_flags_go_before_the_file_and_keys_are_added(tmp_path: Path) -> None:
     text = '[server]\nhost = "127.0.0.2"\nport = 81\ndrain_s = 3\n[limits]\nmax_queued = 7\n[[keys]]\nname = "a"\n'
     text += f'sha256 = "{DIGEST}"\n'
     plain = configure(tmp_path, text)
-    assert (plain.server.host, plain.server.port, plain.server.drain_s) == ("127.0.0.2", 81, 3)
+    assert (plain.server.host, plain.server.port, plain.server.shutdown_timeout_s) == ("127.0.0.2", 81, 3)
     assert (plain.limits.max_queued, plain.limits.queue_timeout_s) == (7, 300)
     given = configure(tmp_path, text, host="127.0.0.3", port=0, keys=("k",))
     assert (given.server.host, given.server.port) == ("127.0.0.3", 0)
