@@ -13,11 +13,20 @@ from jsonschema import Draft202012Validator
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rollout.result import RolloutsResult
+from laguna_serve.bench.sampled.result import SamplingResult
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-TYPES: tuple[type[msgspec.Struct], ...] = (AbResult, Certificate, RolloutsResult, SweepResult)
+TYPES: tuple[type[msgspec.Struct], ...] = (
+    AbResult,
+    Certificate,
+    PrefixCacheResult,
+    RolloutsResult,
+    SamplingResult,
+    SweepResult,
+)
 BY_SCHEMA = {kind.__struct_config__.tag: kind for kind in TYPES}
 
 

@@ -32,6 +32,19 @@ ENGINE_FLAGS = (
 )
 
 
+Gamma = Annotated[
+    int | None,
+    Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
+]
+DraftSampling = Annotated[
+    Literal["greedy", "probabilistic"],
+    Flag(
+        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution, "
+        "which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArmsConfig:
     """Two arms: a baseline, and a candidate that differs from it by what --candidate-… and --draft give it."""
@@ -48,10 +61,7 @@ class ArmsConfig:
         str | None, Flag("the candidate's checkpoint, where it is another (pruned, unpadded)", metavar="M")
     ] = None
     draft: Annotated[str | None, Flag("DFlash drafter checkpoint: the candidate's only difference", metavar="D")] = None
-    gamma: Annotated[
-        int | None,
-        Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
-    ] = None
+    gamma: Gamma = None
     baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
     candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
     dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
@@ -97,15 +107,6 @@ class ArmsConfig:
             except ValueError as error:
                 flag = f"--{name.replace('_', '-')}"
                 raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
-
-
-DraftSampling = Annotated[
-    Literal["greedy", "probabilistic"],
-    Flag(
-        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution, "
-        "which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Comparison:
     name: str
     scenario: str
     against: str
-    provoked_by: str | None = None  # a field of Counters that must have moved
+    provoked_by: str | None = None  # a field of Counters that must have counted
 
 
 @dataclass(frozen=True, slots=True)

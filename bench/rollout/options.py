@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from laguna_serve.bench.harness.arm_options import DraftSampling, TimedDrafterConfig, parse_numbers
+from laguna_serve.bench.harness.arm_options import DraftSampling, Gamma, TimedDrafterConfig, parse_numbers
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.flags import parse_gamma
 
 GROUP = 8
 # Batches by default: one sequence alone, then so many groups.
@@ -24,10 +23,7 @@ GROUPS = (1, 2, 4, 8)
 class RolloutsConfig(TimedDrafterConfig):
     """Groups of sampled completions at every batch size, for the model and later versions of it; files go to `out`."""
 
-    gamma: Annotated[
-        int | None,
-        Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
-    ] = None
+    gamma: Gamma = None
     draft_sampling: DraftSampling = "greedy"
     prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to measure")]
     versions: Annotated[

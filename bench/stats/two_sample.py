@@ -7,7 +7,9 @@ both sets together are left out: they carry noise alone. Over prompts there are 
 size: the prompts' own p-values, corrected by Holm's method, and one p-value of the sum over prompts, which finds small
 shifts that all prompts share.
 
-Pure NumPy. Permutation test: Good, Permutation Tests, 2nd ed. 2000; Holm, Scand. J. Statist. 6 (1979) 65.
+Ours, on NumPy, as scipy has neither the statistic, nor a permutation test that deals all prompts alike with one matrix
+product (scipy.stats.permutation_test calls a Python function per deal), nor Holm's correction. Permutation test: Good,
+Permutation Tests, 2nd ed. 2000; Holm, Scand. J. Statist. 6 (1979) 65.
 """
 
 from __future__ import annotations
@@ -39,19 +41,19 @@ class Comparison:
 
 
 def compare(
-    ours: Sequence[Sequence[Completion]],
-    theirs: Sequence[Sequence[Completion]],
+    baseline: Sequence[Sequence[Completion]],
+    candidate: Sequence[Sequence[Completion]],
     rng: np.random.Generator,
     permutations: int,
 ) -> Comparison:
-    """Test two arms. `ours[i]` and `theirs[i]` are the completions of prompt i, of equal number."""
-    size = len(ours[0])
-    if any(len(completions) != size for completions in (*ours, *theirs)):
-        lengths = sorted({len(completions) for completions in (*ours, *theirs)})
+    """Test two arms. `baseline[i]` and `candidate[i]` are the completions of prompt i, of equal number."""
+    size = len(baseline[0])
+    if any(len(completions) != size for completions in (*baseline, *candidate)):
+        lengths = sorted({len(completions) for completions in (*baseline, *candidate)})
         raise ValueError(f"completions: expected equally many of every prompt on both arms, got {lengths}")
     deals = _deal(size, rng, permutations)
-    statistics = [_score([*left, *right], deals) for left, right in zip(ours, theirs, strict=True)]
-    p_values = [_rank(found) for found in statistics]
+    statistics = [_score([*left, *right], deals) for left, right in zip(baseline, candidate, strict=True)]
+    p_values = [_rank(scores) for scores in statistics]
     return Comparison(p_values, adjust(p_values), _rank(np.sum(statistics, axis=0)))
 
 
@@ -83,8 +85,8 @@ def find_power(
     trials: int,
     permutations: int,
 ) -> float:
-    """Share of simulated arms, drawn from each prompt's `pool` and sharpened, that the test tells from a sound one."""
-    found = 0
+    """Share of simulated arms, drawn from each prompt's `pool` and sharpened, that the test finds to differ."""
+    detected = 0
     for _ in range(trials):
         sound, wrong = [], []
         for completions in pool:
@@ -92,8 +94,8 @@ def find_power(
             half = len(completions) // 2
             sound.append([completions[i] for i in order[:half]])
             wrong.append(sharpen([completions[i] for i in order[half : 2 * half]], share, rng))
-        found += compare(sound, wrong, rng, permutations).least <= level
-    return found / trials
+        detected += compare(sound, wrong, rng, permutations).least <= level
+    return detected / trials
 
 
 def _deal(size: int, rng: np.random.Generator, permutations: int) -> npt.NDArray[np.float32]:
@@ -111,8 +113,8 @@ def _score(completions: Sequence[Completion], deals: npt.NDArray[np.float32]) ->
     members = _tabulate(completions)
     total = members.sum(axis=0, dtype=np.float64)
     counts = (deals @ members).astype(np.float64)
-    found: Floats = ((2 * counts - total) ** 2 / total).sum(axis=1)
-    return found
+    scores: Floats = ((2 * counts - total) ** 2 / total).sum(axis=1)
+    return scores
 
 
 def _tabulate(completions: Sequence[Completion]) -> npt.NDArray[np.float32]:

@@ -14,10 +14,13 @@ import pytest
 from laguna_serve.bench import prefix_cache
 from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.prefix.report import render_markdown, render_text
+from laguna_serve.bench.prefix.result import ComparisonResult, PrefixCacheResult
+from laguna_serve.bench.prefix.runner import Outcome
 from laguna_serve.bench.prefix.traffic import GROUP, Comparison, Scenario, join_prompts, plan_second_turn, plan_traffic
-from laguna_serve.bench.prefix_cache import Outcome, compare, describe
+from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import Prompt, Record
+from laguna_serve.serving.kit.environment import Environment
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 COMMAND = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash"), "--prompts", str(TOY / "prompts.jsonl")]
@@ -42,9 +45,14 @@ def register():
 
 
 def outcome(
-    steps: list[tuple[int, ...]], *, copies: int = 1, sampled: bool = False, drafts: int | None = None, **moved: int
+    steps: list[tuple[int, ...]],
+    *,
+    copies: int = 1,
+    sampled: bool = False,
+    drafts: int | None = None,
+    **counted_too: int,
 ) -> Outcome:
-    """Requests by the tokens of their chunks, every prompt so many times; the counters agree unless told."""
+    """Requests by the tokens of their chunks, every prompt so many times; the counters agree, or have `drafts`."""
     prompts = tuple(Prompt(str(i), f"text {i // copies}") for i in range(len(steps)))
     rounds = tuple((prompt,) for prompt in prompts)
     records = [
@@ -52,11 +60,11 @@ def outcome(
     ]
     counted = sum(len(s) - 1 for s in steps)
     accepted = sum(sum(s[1:]) for s in steps) - counted
-    counters = Counters(drafts=drafts or counted, draft_tokens=7 * counted, accepted_tokens=accepted, **moved)
+    counters = Counters(drafts=drafts or counted, draft_tokens=7 * counted, accepted_tokens=accepted, **counted_too)
     return Outcome(Scenario("s", "e", rounds, sampled), records, counters)
 
 
-def judge(after: Outcome, before: Outcome, provoked_by: str | None = None) -> dict[str, Any]:
+def judge(after: Outcome, before: Outcome, provoked_by: str | None = None) -> ComparisonResult:
     return compare(Comparison("c", "s", "s", provoked_by), after, before, seed=0)
 
 
@@ -66,51 +74,52 @@ BAD = [(1, 1, 2, 1), (1, 2, 1, 1), (1, 1, 1, 1), (1, 1, 2, 2)] * 3
 
 def test_lost_acceptance_falls() -> None:
     found = judge(outcome(BAD), outcome(GOOD))
-    assert found["verdict"] == "falls"
-    assert found["ratio"] == pytest.approx((48 / 36) / (144 / 36), rel=1e-6)
-    assert found["ci95"][0] < found["ratio"] < found["ci95"][1] < 0.6
+    assert found.verdict == "falls"
+    assert found.ratio == pytest.approx((48 / 36) / (144 / 36), rel=1e-6)
+    assert found.ratio is not None
+    assert found.ci95[0] < found.ratio < found.ci95[1] < 0.6
 
 
 def test_equal_acceptance_holds() -> None:
     found = judge(outcome(GOOD), outcome(GOOD))
-    assert (found["verdict"], found["ratio"], found["ci95"], found["differing"]) == ("holds", 1.0, [1.0, 1.0], 0)
+    assert (found.verdict, found.ratio, found.ci95, found.differing) == ("holds", 1.0, (1.0, 1.0), 0)
 
 
 def test_small_loss_within_the_noise_holds() -> None:
     few = [(1, 4, 4, 3), (1, 1, 8, 4), (1, 4, 1, 8)]
-    assert judge(outcome(few), outcome(GOOD[:3]))["verdict"] == "holds"
+    assert judge(outcome(few), outcome(GOOD[:3])).verdict == "holds"
 
 
 def test_scenario_that_did_not_happen_proves_nothing() -> None:
-    assert judge(outcome(GOOD), outcome(GOOD), "preemptions")["verdict"] == "not provoked: preemptions stayed 0"
-    assert judge(outcome(GOOD, preemptions=2), outcome(GOOD), "preemptions")["verdict"] == "holds"
+    assert judge(outcome(GOOD), outcome(GOOD), "preemptions").verdict == "not provoked: preemptions stayed 0"
+    assert judge(outcome(GOOD, preemptions=2), outcome(GOOD), "preemptions").verdict == "holds"
 
 
 def test_chunks_that_contradict_the_counters_withhold_the_verdict() -> None:
-    assert judge(outcome(GOOD, drafts=90), outcome(GOOD))["verdict"].startswith("withheld: chunks say 1.000")
+    assert judge(outcome(GOOD, drafts=90), outcome(GOOD)).verdict.startswith("withheld: chunks say 1.000")
 
 
 def test_greedy_groups_are_paired_as_a_whole() -> None:
-    assert judge(outcome(GOOD, copies=2), outcome(GOOD, copies=2))["pairs"] == len(GOOD) / 2
+    assert judge(outcome(GOOD, copies=2), outcome(GOOD, copies=2)).pairs == len(GOOD) / 2
 
 
 def test_sampled_copies_are_draws_of_their_own() -> None:
     found = judge(outcome(GOOD, copies=2, sampled=True), outcome(GOOD, copies=2, sampled=True))
-    assert found["pairs"] == len(GOOD)
-    assert found["differing"] is None
+    assert found.pairs == len(GOOD)
+    assert found.differing is None
 
 
 def test_differing_tokens_are_counted() -> None:
     other = outcome(GOOD)
     other.records[3].token_ids[2] = 8
-    assert judge(other, outcome(GOOD))["differing"] == 1
+    assert judge(other, outcome(GOOD)).differing == 1
 
 
 def test_scenario_is_described() -> None:
     row = describe(outcome(GOOD, prefix_cache_queries=200, prefix_cache_hits=150, preemptions=3))
-    assert row["acceptance"] == pytest.approx(144 / 36)
-    assert row["tokens_per_chunk"] == pytest.approx(4)
-    assert (row["hit_rate"], row["preemptions"], row["requests"]) == (0.75, 3, 12)
+    assert row.acceptance == pytest.approx(144 / 36)
+    assert row.tokens_per_chunk == pytest.approx(4)
+    assert (row.hit_rate, row.preemptions, row.requests) == (0.75, 3, 12)
 
 
 PROMPTS = [Prompt(f"p{i}", "x" * 100) for i in range(40)]
@@ -162,16 +171,15 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_reports_say_what_was_found() -> None:
     comparison = judge(outcome(BAD), outcome(GOOD))
-    environment = {"cpu": "c", "cores": 2, "date": "d", "command": "python x", "versions": {"vllm": "1"}}
-    result = {
-        "environment": environment,
-        "model": "m",
-        "draft": "d",
-        "max_tokens": 8,
-        "partial": True,
-        "comparisons": [comparison],
-        "scenarios": [describe(outcome(GOOD))],
-    }
+    result = PrefixCacheResult(
+        environment=Environment(cpu="c", cores=2, date="d", command="python x", versions={"vllm": "1"}),
+        model="m",
+        draft="d",
+        max_tokens=8,
+        partial=True,
+        comparisons=[comparison],
+        scenarios=[describe(outcome(GOOD))],
+    )
     assert "falls" in render_text(result)
     assert "partial" in render_text(result)
     page = render_markdown(result)

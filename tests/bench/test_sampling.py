@@ -13,7 +13,9 @@ from fake_engine import Behaviour
 
 from laguna_serve.bench import sampling
 from laguna_serve.bench.harness import arms
+from laguna_serve.bench.sampled import verdict
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.flags import read_flags
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
@@ -49,7 +51,7 @@ class GammaEngine(StandInEngine):
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[GammaEngine]:
     made = type("Made", (GammaEngine,), {"by_gamma": {}, "seeds": ()})
     monkeypatch.setattr(arms, "Engine", made)
-    monkeypatch.setattr(sampling, "TRIALS", 4)
+    monkeypatch.setattr(verdict, "TRIALS", 4)
     return made
 
 
@@ -65,7 +67,7 @@ def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     return run_sampling
 
 
-def test_sound_arms_are_not_told_apart(engines: type[GammaEngine], run: Any, tmp_path: Path) -> None:
+def test_sound_arms_do_not_differ(engines: type[GammaEngine], run: Any, tmp_path: Path) -> None:
     status, result, output = run()
     assert status == 0
     assert [row["arm"] for row in result["comparisons"]] == ["baseline again", "γ 1", "γ 3"]
@@ -124,8 +126,9 @@ def test_bad_input_is_refused_before_an_engine_starts(
     ("more", "gammas"), [([], [1, 3, 7]), (["--quick"], [7]), (["--quick", "--gammas", "2,5"], [2, 5])]
 )
 def test_gammas_by_default(more: list[str], gammas: list[int]) -> None:
-    args = sampling.parse_args([*PAIR, "--prompts", "p", "--out", "o", *more])
-    assert sampling.choose_gammas(args) == gammas
+    argv = [*PAIR, "--prompts", "p", "--out", "o", *more]
+    config = read_flags(sampling.SamplingConfig, argv, prog="sampling.py", description=None)
+    assert config.list_gammas() == gammas
 
 
 @pytest.mark.vllm
@@ -135,7 +138,7 @@ def test_real_engines_sound_and_biased(
     capsys: pytest.CaptureFixture[str],
     plant: Callable[[str], None],
 ) -> None:
-    monkeypatch.setattr(sampling, "TRIALS", 1)
+    monkeypatch.setattr(verdict, "TRIALS", 1)
     size = ["--num-prompts", "6", "--completions", "100", "--tokens", "5", "--gammas", "7", "--eager"]
     command = [*PAIR, "--prompts", str(TOY / "prompts.jsonl"), *size, "--level", "0.001"]
     assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 0

@@ -21,7 +21,7 @@ def test_disjoint_sets_have_the_least_p_value() -> None:
     assert found.least == 2 / 1000
 
 
-def test_equal_sets_are_never_told_apart() -> None:
+def test_equal_sets_never_differ() -> None:
     assert compare(ONE, ONE, np.random.default_rng(0), 999).least == 1.0
 
 

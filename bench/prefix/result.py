@@ -1,0 +1,76 @@
+"""The result of bench/prefix_cache.py: `prefix_cache.json`, schema laguna_serve.prefix_cache/1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.results import to_json
+
+HOLDS, FALLS = "holds", "falls"
+
+
+class ScenarioResult(Struct, frozen=True, kw_only=True):
+    """What an engine did with one scenario.
+
+    Attributes:
+        acceptance: tokens per step by vLLM's counters, None where nothing was drafted; `tokens_per_chunk`: by chunks.
+        hit_rate: of prompt tokens looked up in the prefix cache.
+    """
+
+    name: str
+    engine: str
+    requests: int
+    prompt_tokens: int
+    acceptance: float | None
+    drafts: int
+    per_position: list[float] | None
+    tokens_per_chunk: float
+    hit_rate: float
+    preemptions: int
+
+
+class ComparisonResult(Struct, frozen=True, kw_only=True):
+    """Acceptance in one scenario ÷ that in another over the same prompts.
+
+    Attributes:
+        provoked_by: the counter that must have counted for it to mean anything.
+        ratio: by vLLM's counters; `ratio_by_chunks`, and with it the interval, by the chunks of every request.
+        differing: requests whose tokens differ; None where they were sampled.
+        verdict: "holds", "falls", or why there is none.
+    """
+
+    name: str
+    scenario: str
+    against: str
+    provoked_by: str | None
+    ratio: float | None
+    ratio_by_chunks: float
+    ci95: tuple[float, float]
+    pairs: int
+    differing: int | None
+    verdict: str
+
+
+class PrefixCacheResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.prefix_cache/1"):
+    """Acceptance under prefix caching; `partial`: the run was interrupted."""
+
+    environment: Environment
+    model: str
+    draft: str
+    max_tokens: int
+    partial: bool
+    comparisons: list[ComparisonResult]
+    scenarios: list[ScenarioResult]
+
+    @property
+    def held(self) -> bool:
+        """Acceptance falls nowhere, and everything could be provoked."""
+        return all(comparison.verdict == HOLDS for comparison in self.comparisons)
+
+
+def shorten(result: PrefixCacheResult) -> dict[str, Any]:
+    """The one-line form: of the scenarios their number."""
+    return to_json(result) | {"scenarios": f"{len(result.scenarios)}, in the file"}

@@ -1,0 +1,1 @@
+"""Sampled completions of two arms: drawing them, comparing their distributions, reports."""

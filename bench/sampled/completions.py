@@ -1,0 +1,79 @@
+"""Draws the completions of every arm, and keeps them: an arm that is in the folder is read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from laguna_serve.bench.harness.arms import Arm, open_arm
+from laguna_serve.bench.harness.schedule import BASELINE
+from laguna_serve.bench.sampled.options import SamplingConfig
+from laguna_serve.bench.stats.two_sample import Completion
+from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.progress import Progress
+
+AGAIN = "baseline again"
+# Completions asked for in one request: vLLM runs them as so many sequences.
+BATCH = 50
+# Arm → prompt → its completions.
+Sets = Mapping[str, list[list[Completion]]]
+
+
+def name_gamma(gamma: int) -> str:
+    """The arm of a γ."""
+    return f"γ {gamma}"
+
+
+def draw_completions(
+    config: SamplingConfig, gammas: Sequence[int], prompts: Sequence[Prompt], progress: Progress
+) -> Sets:
+    """Every arm's completions by prompt; those that are in the folder are read.
+
+    Raises:
+        EngineError, EndpointError: an engine did not start or died, or a request failed; finished arms stay.
+    """
+    sets: dict[str, list[list[Completion]]] = {}
+    for index, gamma in enumerate([None, *gammas]):
+        names = [BASELINE, AGAIN] if gamma is None else [name_gamma(gamma)]
+        paths = {name: config.samples / f"{name.replace(' ', '-')}.json" for name in names}
+        if not all(path.exists() for path in paths.values()):
+            # Another seed for every engine, or their random numbers would be the same.
+            with open_arm(config.make_spec(gamma, config.seed + index), config.samples, progress.say) as arm:
+                for name, path in paths.items():
+                    drawn = asyncio.run(_draw_arm(config, arm, name, prompts, progress))
+                    write_text(path, json.dumps(drawn))
+        sets |= {name: _read_completions(path) for name, path in paths.items()}
+    return sets
+
+
+def _read_completions(path: Path) -> list[list[Completion]]:
+    return msgspec.json.decode(path.read_bytes(), type=list[list[Completion]])
+
+
+async def _draw_arm(
+    config: SamplingConfig, arm: Arm, name: str, prompts: Sequence[Prompt], progress: Progress
+) -> list[list[list[int]]]:
+    progress.say(f"{name}: {len(prompts)} prompts × {config.completions} completions of {config.tokens} tokens")
+    progress.begin()
+    drawn = []
+    async with open_session() as session:
+        model_name = arm.model_name or await find_model_name(session, arm.base_url)
+        client = Client(session, arm.base_url, model_name, config.tokens, {"temperature": config.temperature})
+        for done, prompt in enumerate(prompts, start=1):
+            completions: list[list[int]] = []
+            while len(completions) < config.completions:
+                try:
+                    completions += await client.sample(prompt.text, min(BATCH, config.completions - len(completions)))
+                except EndpointError:
+                    arm.check()
+                    raise
+            drawn.append(completions)
+            progress.step(name, done, len(prompts))
+    return drawn
