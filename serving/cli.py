@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, serve
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser, end_unread
 from laguna_serve.serving.kit.errors import CommandError
 
 EPILOG = """examples:
@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand, which reads all that follows its name."""
+    """Run one subcommand, which reads all that follows its name."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     command, _ = COMMANDS[parser.parse_args(given[:1]).COMMAND]
     try:
-        return command(given[1:])
+        status = command(given[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return end_unread()
     except CommandError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

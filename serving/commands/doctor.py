@@ -25,6 +25,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, describe, find_device, find_vllm
+from laguna_serve.serving.machine.rates import Rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
@@ -93,11 +94,12 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoctorResult(ProbeReport, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.doctor/1"):
-    """The check of an installation."""
+    """The check of an installation. `rates`: of a CPU without bf16 arithmetic, how fast it is without."""
 
     ok: bool
     problems: tuple[InstallProblem, ...]
     device: EnvironmentDevice | None
+    rates: Rates | None = None
 
 
 class DoctorError(CommandError, RuntimeError):
@@ -146,6 +148,7 @@ def diagnose() -> DoctorResult:
         ok=not problems,
         problems=tuple(problems),
         device=None if device is None else msgspec.convert(describe(device), EnvironmentDevice),
+        rates=find_rates() if device is not None and device.kind == "cpu" and not multiplies_bf16() else None,
         **msgspec.structs.asdict(report),
     )
 
@@ -251,6 +254,13 @@ def _diagnose_architectures(report: ProbeReport) -> list[InstallProblem]:
     return problems
 
 
+def describe_rates(rates: Rates) -> str:
+    """Which type to serve in on a processor without bf16 arithmetic."""
+    if rates.gain > 1:
+        return f"no bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast; serve with --dtype float32"
+    return f"no bfloat16 in this processor; float32 is still {1 / rates.gain:.1f} times slower"
+
+
 def format_result(result: DoctorResult) -> str:
     """The check as a table for people."""
     device = result.device
@@ -259,6 +269,8 @@ def format_result(result: DoctorResult) -> str:
     if device is not None:
         free = f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free"
         rows.append(("device", f"{device.kind}, {device.name}, {free}"))
+    if result.rates is not None:
+        rows.append(("arithmetic", describe_rates(result.rates)))
     rows.append(("entry point", result.entry_point.value or "missing"))
     rows += [(name, classes.actual or "does not load") for name, classes in result.architectures.items()]
     width = max(len(name) for name, _ in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 # It held; it ran and what it checks did not hold; it could not run; it was interrupted.
 HELD, FELL_SHORT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+# As a process that SIGPIPE ends.
+READER_GONE = 141
 CONTINUES = "the same command continues with what is missing"
 
 
@@ -52,15 +55,24 @@ def run_command(
     load = OtherLoad() if measures else None
     try:
         status = body()
+        sys.stdout.flush()
         if load is not None and (warning := load.describe()) is not None:
             print(f"{name}: warning: {warning}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        return end_unread()
     except expected as error:
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return COULD_NOT_RUN
+
+
+def end_unread() -> int:
+    """The exit status where nobody reads stdout any more, as in `laguna doctor | head -1`; nothing more is written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+    return READER_GONE
 
 
 def add_json_flag(parser: argparse._ActionsContainer) -> None:

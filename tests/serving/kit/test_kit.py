@@ -229,3 +229,26 @@ def test_the_environment_says_where_and_with_what() -> None:
     assert found["memory_gib"] > 0
     assert {"laguna-serve", "numpy", "aiohttp"} <= found["versions"].keys()
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--example"],
+        [
+            sys.executable,
+            "-c",
+            "from laguna_serve.serving.kit.cli import run_command;"
+            "raise SystemExit(run_command('x', lambda: print('y' * 1_000_000) or 0))",
+        ],
+    ],
+    ids=["laguna", "run_command"],
+)
+def test_reader_that_leaves_is_no_error(command: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
