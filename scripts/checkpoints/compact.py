@@ -54,7 +54,9 @@ class CompactConfig:
     base: Annotated[
         str, Flag("Laguna checkpoint: a folder, or a hub id in the local cache", metavar="BASE", positional=True)
     ]
-    keep_mask: Annotated[Path | None, Flag("bool [layers, experts, groups]: what stays", metavar="M.npy")] = None
+    keep_mask: Annotated[
+        Path | None, Flag("bool [layers, experts, groups]: what stays; this, or --random-mask", metavar="M.npy")
+    ] = None
     random_mask: Annotated[float | None, Flag("prune this share of the groups at random", metavar="RATIO")] = None
     group_indices: Annotated[Path | None, Flag("int64 [layers, experts, groups, atoms]", metavar="G.npy")] = None
     block_size: Annotated[int | None, Flag("random mask without indices: atoms in a group", metavar="N")] = None

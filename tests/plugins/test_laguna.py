@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from probes import run_probe
 from safetensors import safe_open
 
 from laguna_serve.serving.engine import Engine
@@ -37,12 +36,7 @@ def test_stock_router_cannot_score_with_a_sigmoid() -> None:
 
 def router_biases(loader: str) -> torch.Tensor:
     """The biases [sparse layers, E] that a fresh process holds after loading the toy teacher (see bias_probe.py)."""
-    probe = Path(__file__).with_name("bias_probe.py")
-    done = subprocess.run(
-        [sys.executable, str(probe), str(TOY), loader], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    return torch.tensor(run_probe("bias_probe.py", str(TOY), loader))
 
 
 def test_stock_loader_drops_the_router_bias() -> None:

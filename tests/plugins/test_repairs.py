@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from probes import run_probe
 
 pytestmark = pytest.mark.vllm
 
 
-@functools.cache
 def probe(kind: str) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).with_name("repair_probe.py")), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, Any] = run_probe("repair_probe.py", kind)
     return report
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from probes import run_probe
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
 
 def run(worker: str) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).with_name("limit_probe.py")), str(TOY), worker]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, Any] = run_probe("limit_probe.py", str(TOY), worker)
     assert report["alone"]["tokens"] == report["beside"]["tokens"] == report["afterwards"]["tokens"]
     return report
 
