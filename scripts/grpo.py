@@ -262,7 +262,7 @@ def sample(
     """Groups of rollouts, all of one version. Raises RolloutError when they are not."""
     asked = sample_groups(service.base_url, service.model_name, texts, group=group, max_tokens=max_tokens)
     groups = asyncio.run(asked)
-    versions = {rollout.version for found in groups for rollout in found}
+    versions = {rollout.version for rollouts in groups for rollout in rollouts}
     if versions != {version}:
         raise RolloutError(
             f"rollouts: expected all of version {version}, got {sorted(versions)}; is another trainer on?"

@@ -169,14 +169,14 @@ def read_tensors(folder: Path) -> Tensors:
 def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's head and embedding, [V, H] each; one that ties them has the embedding alone."""
     headers, _ = read_headers(folder, str(folder))
-    found: Tensors = {}
+    shared: Tensors = {}
     for name in HEADS:
         if name in headers:
             with safe_open(folder / headers[name].file, framework="pt") as file:
-                found[name] = file.get_tensor(name).clone()
-    if EMBEDDING not in found:
+                shared[name] = file.get_tensor(name).clone()
+    if EMBEDDING not in shared:
         raise CheckpointError(f"{folder}: expected tensor {EMBEDDING}, got none; is the download complete?")
-    return found.get(HEADS[0], found[EMBEDDING]), found[EMBEDDING]
+    return shared.get(HEADS[0], shared[EMBEDDING]), shared[EMBEDDING]
 
 
 def choose_tokens(config: ConvertConfig, target_folder: Path, drafter: Drafter) -> torch.Tensor | None:

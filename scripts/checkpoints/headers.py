@@ -122,10 +122,10 @@ def _identify(path: Path) -> bytes:
 
 def _check_index(folder: Path, tensors: dict[str, Entry]) -> None:
     listed = _read_weight_map(folder / INDEX)
-    found = {name: entry.file for name, entry in tensors.items()}
-    if listed != found:
-        stray = min(listed.items() ^ found.items())[0]
+    stored = {name: entry.file for name, entry in tensors.items()}
+    if listed != stored:
+        stray = min(listed.items() ^ stored.items())[0]
         expected = f"each tensor in the file that the index names ({listed.get(stray, 'none')})"
         raise CheckpointError(
-            f"{folder}: expected {expected}, got {stray} in {found.get(stray, 'none')}; fetch both again"
+            f"{folder}: expected {expected}, got {stray} in {stored.get(stray, 'none')}; fetch both again"
         )

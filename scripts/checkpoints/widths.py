@@ -60,9 +60,9 @@ class WidthsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape in the output."""
-        shape, found = list(self.tensors[name].shape), self.find(name)
-        if found is not None:
-            units, dim = found
+        shape, padded = list(self.tensors[name].shape), self.find(name)
+        if padded is not None:
+            units, dim = padded
             shape[dim] = units.width if self.unpads else units.stored
         return tuple(shape)
 
@@ -75,10 +75,10 @@ class WidthsSource:
 
     def change(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as it is in the output."""
-        found = self.find(name)
-        if found is None:
+        padded = self.find(name)
+        if padded is None:
             return tensor
-        return found[0].trim(tensor, found[1]) if self.unpads else found[0].pad(tensor, found[1])
+        return padded[0].trim(tensor, padded[1]) if self.unpads else padded[0].pad(tensor, padded[1])
 
     def num_bytes(self, name: str, *, changed: bool) -> int:
         """A tensor's size here or in the output."""
@@ -108,13 +108,11 @@ def read_padded(folder: Path, name: str) -> WidthsSource:
     tensors, fingerprint = read_headers(folder, name)
     paths = [folder / file for file in sorted({entry.file for entry in tensors.values()})]
     units = scan_layers(paths, int(config["num_hidden_layers"]))
-    stored = {layer: found.stored for layer, found in units.items()}
+    stored = {layer: own.stored for layer, own in units.items()}
     if set(stored.values()) != {config.get("intermediate_size")} or len(stored) != config["num_hidden_layers"]:
         expected = f"{config['num_hidden_layers']} layers of intermediate_size {config.get('intermediate_size')}"
         raise CheckpointError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
-    if all(found.is_whole for found in units.values()) and not any(
-        found.broken is not None for found in units.values()
-    ):
+    if all(own.is_whole for own in units.values()) and not any(own.broken is not None for own in units.values()):
         raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
     return WidthsSource(folder, config, tensors, units, fingerprint, unpads=True)
 
@@ -142,11 +140,11 @@ def read_unpadded(folder: Path, name: str) -> WidthsSource:
     tensors, fingerprint = read_headers(folder, name)
     source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=False)
     for tensor, entry in tensors.items():
-        found = source.find(tensor)
-        if found is not None and entry.shape[found[1]] != found[0].width:
-            expected = f"{tensor} of {found[0].width} units as config.json says"
+        padded = source.find(tensor)
+        if padded is not None and entry.shape[padded[1]] != padded[0].width:
+            expected = f"{tensor} of {padded[0].width} units as config.json says"
             raise CheckpointError(
-                f"{name}: expected {expected}, got {entry.shape[found[1]]}; unpad the checkpoint again"
+                f"{name}: expected {expected}, got {entry.shape[padded[1]]}; unpad the checkpoint again"
             )
     return source
 
@@ -235,9 +233,9 @@ def count_negative_zeros(source: WidthsSource) -> int:
     for file in source.files:
         with open_file(source.folder / file) as opened:
             for name in opened.keys():  # noqa: SIM118
-                found = source.find(name)
-                if found is not None and not found[0].is_whole:
-                    cut = found[0].padding.trim(opened.get_tensor(name), found[1])
+                padded = source.find(name)
+                if padded is not None and not padded[0].is_whole:
+                    cut = padded[0].padding.trim(opened.get_tensor(name), padded[1])
                     count += int(torch.count_nonzero(cut.signbit()))
                     check_signals()
     return count

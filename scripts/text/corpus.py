@@ -61,7 +61,7 @@ def _is_table(text: str) -> bool:
     return sum(line.lstrip()[:1] in {"'", '"', "0", "("} for line in lines) > len(lines) / 2
 
 
-def functions(module: Module, most_characters: int = 900) -> Iterator[Function]:
+def functions(module: Module, max_characters: int = 900) -> Iterator[Function]:
     """The functions of a module that have a body worth asking for."""
     lines = module.text.splitlines()
     for node in ast.walk(ast.parse(module.text)):
@@ -73,7 +73,7 @@ def functions(module: Module, most_characters: int = 900) -> Iterator[Function]:
         first = node.body[1 if documented else 0].lineno - 1
         head = textwrap.dedent("\n".join(lines[node.lineno - 1 : first]))
         source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-        if head.strip() and head != source and len(source) <= most_characters:
+        if head.strip() and head != source and len(source) <= max_characters:
             yield Function(f"{module.name}:{node.lineno}", head, source)
 
 
@@ -96,12 +96,12 @@ def cuts(modules: list[Module], count: int, seed: int, lines: tuple[int, int] = 
         if line.lstrip().startswith(("def ", "class ", "async def "))
     ]
     rng.shuffle(starts)
-    found: dict[str, dict[str, str]] = {}
+    prompts: dict[str, dict[str, str]] = {}
     for module, first in starts:
-        if len(found) == count:
+        if len(prompts) == count:
             break
         last = first + rng.randint(*lines)
         text = "".join(module.text.splitlines(keepends=True)[first:last])
         if 120 <= len(text) <= 500 and text.endswith("\n"):
-            found.setdefault(text, {"id": f"{module.name}:{first + 1}-{last}", "prompt": text})
-    return list(found.values())
+            prompts.setdefault(text, {"id": f"{module.name}:{first + 1}-{last}", "prompt": text})
+    return list(prompts.values())

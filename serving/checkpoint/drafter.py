@@ -103,11 +103,11 @@ def read_drafter(folder: Path) -> Drafter:
     """Reads and checks a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
-        found = ", ".join(read_architectures(folder, config) or ["no architectures"])
+        got = ", ".join(read_architectures(folder, config) or ["no architectures"])
         remedy = "pass a DFlash checkpoint as the draft"
         if config.get("model_type") == "laguna":
             remedy = "that is a base model: pass it as the model, and its DFlash drafter as the draft"
-        raise CheckpointError(f"{folder}: expected a DFlash drafter, got {found}; {remedy}")
+        raise CheckpointError(f"{folder}: expected a DFlash drafter, got {got}; {remedy}")
     if "speculators_model_type" in config:
         return _read_speculators(folder, config)
     return _read_laguna(folder, config)

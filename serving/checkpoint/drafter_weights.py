@@ -38,20 +38,20 @@ def check_weights(folder: Path, drafter: Drafter) -> None:
 
     Weights in another format than safetensors, and quantised ones, are left to vLLM.
     """
-    found = read_headers(folder)
-    if not found:
+    headers = read_headers(folder)
+    if not headers:
         if any(next(folder.glob(pattern), None) is not None for pattern in OTHER_WEIGHTS):
             return
         raise CheckpointError(f"{folder}: expected the drafter's weights (*.safetensors), got none; {FETCH}")
     if drafter.quantisation is not None:
         return  # other names and shapes, as many as there are methods: left to vLLM
-    if drafter.format == LAGUNA and SEPARATE in found:
+    if drafter.format == LAGUNA and SEPARATE in headers:
         expected = "layers.0.self_attn.qkv_proj.weight, queries, keys and values in one"
         raise CheckpointError(
             f"{folder}: expected {expected}, got q_proj; join the three, as vLLM loads no others here"
         )
     for name, shape in expected_tensors(drafter).items():
-        header = found.get(name)
+        header = headers.get(name)
         if header is None:
             raise CheckpointError(f"{folder}: expected tensor {name} {list(shape)}, got none; {FETCH}")
         _check_shape(folder, name, shape, header)
@@ -60,9 +60,9 @@ def check_weights(folder: Path, drafter: Drafter) -> None:
             raise CheckpointError(f"{folder}: expected {expected}, got {header.dtype}; {FETCH}")
     if drafter.format == LAGUNA:
         return
-    if EMBEDDING in found:
-        _check_shape(folder, EMBEDDING, (drafter.target_vocab_size, drafter.hidden_size), found[EMBEDDING])
-    _check_vocabulary(folder, drafter, found)
+    if EMBEDDING in headers:
+        _check_shape(folder, EMBEDDING, (drafter.target_vocab_size, drafter.hidden_size), headers[EMBEDDING])
+    _check_vocabulary(folder, drafter, headers)
 
 
 def expected_tensors(drafter: Drafter) -> dict[str, tuple[int, ...]]:
@@ -95,18 +95,18 @@ def expected_tensors(drafter: Drafter) -> dict[str, tuple[int, ...]]:
 
 def read_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of a folder's safetensors files.  Raises CheckpointError for a file that is cut off or none."""
-    found: dict[str, Header] = {}
+    headers: dict[str, Header] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  safe_open is no mapping
                     part = file.get_slice(name)
-                    found[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+                    headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: expected a whole safetensors file, got one that cannot be read ({error}); {FETCH}"
             ) from None
-    return found
+    return headers
 
 
 def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: Header) -> None:
@@ -115,16 +115,16 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: Header
         raise CheckpointError(f"{folder}: expected {name} {list(shape)}, got {list(header.shape)}; {remedy}")
 
 
-def _check_vocabulary(folder: Path, drafter: Drafter, found: dict[str, Header]) -> None:
+def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]) -> None:
     """The draft vocabulary's table to the target's (``d2t``: differences), and the one back, where it is there."""
     V, size = drafter.target_vocab_size, drafter.draft_vocab_size
-    if D2T not in found:
+    if D2T not in headers:
         if size != V:
             expected = f"{D2T}, which of the target's {V} tokens the {size} drafted ones are"
             raise CheckpointError(f"{folder}: expected {expected}, got none; {FETCH}")
         return
-    _check_shape(folder, D2T, (size,), found[D2T])
-    tokens = _read(found[D2T], D2T).astype(np.int64) + np.arange(size)
+    _check_shape(folder, D2T, (size,), headers[D2T])
+    tokens = _read(headers[D2T], D2T).astype(np.int64) + np.arange(size)
     strays = tokens[(tokens < 0) | (tokens >= V)]
     if len(strays):
         expected = f"{D2T} to lead to the target's tokens 0 to {V - 1}"
@@ -135,9 +135,9 @@ def _check_vocabulary(folder: Path, drafter: Drafter, found: dict[str, Header]) 
         raise CheckpointError(
             f"{folder}: expected {expected}, got {int(values[counts.argmax()])} more than once; {FETCH}"
         )
-    if T2D in found:
-        _check_shape(folder, T2D, (V,), found[T2D])
-        listed = np.flatnonzero(_read(found[T2D], T2D))
+    if T2D in headers:
+        _check_shape(folder, T2D, (V,), headers[T2D])
+        listed = np.flatnonzero(_read(headers[T2D], T2D))
         if not np.array_equal(listed, np.sort(tokens)):
             expected = f"{T2D} to mark the {size} tokens of {D2T}"
             raise CheckpointError(f"{folder}: expected {expected}, got {len(listed)} others or fewer; {FETCH}")

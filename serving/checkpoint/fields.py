@@ -8,9 +8,9 @@ from typing import Any
 from laguna_serve.serving.kit.errors import CommandError
 
 # Of a value that is not as expected, as much as a line has room for.
-MOST_SHOWN = 120
+MAX_SHOWN = 120
 # Sizes of layers and of vocabularies are far below; a number above it is a mistake, and would be computed with.
-MOST, MOST_LAYERS = 1 << 40, 10_000
+MAX_INTEGER, MAX_LAYERS = 1 << 40, 10_000
 
 
 class CheckpointError(CommandError, ValueError):
@@ -20,7 +20,7 @@ class CheckpointError(CommandError, ValueError):
 def show(value: object) -> str:
     """A value of a file for a message: one line in ASCII, its middle left out where it is long."""
     text = ascii(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 20]} … {text[-17:]}"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 20]} … {text[-17:]}"
 
 
 class Fields:
@@ -43,8 +43,8 @@ class Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.mismatch(key, "an integer", value)
-        if value > MOST:
-            raise self.mismatch(key, f"at most {MOST}", value)
+        if value > MAX_INTEGER:
+            raise self.mismatch(key, f"at most {MAX_INTEGER}", value)
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
@@ -55,10 +55,10 @@ class Fields:
         return value
 
     def layers(self) -> int:
-        """num_hidden_layers: from 1 to MOST_LAYERS."""
+        """num_hidden_layers: from 1 to MAX_LAYERS."""
         count = self.positive("num_hidden_layers")
-        if count > MOST_LAYERS:
-            raise self.mismatch("num_hidden_layers", f"at most {MOST_LAYERS}", count)
+        if count > MAX_LAYERS:
+            raise self.mismatch("num_hidden_layers", f"at most {MAX_LAYERS}", count)
         return count
 
     def integers(self, key: str) -> tuple[int, ...]:

@@ -74,28 +74,28 @@ def read_quantisation(folder: Path, config: dict[str, Any]) -> Quantisation | No
     Raises:
         CheckpointError: a description that cannot be read.
     """
-    found = config.get("quantization_config") or config.get("compression_config")
-    if not found:
+    described = config.get("quantization_config") or config.get("compression_config")
+    if not described:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = described.get("quant_method") if isinstance(described, dict) else None
     if not isinstance(method, str) or not method.isprintable():
         remedy = "fetch it again"
         raise CheckpointError(
-            f"{folder}: expected quantization_config with a quant_method, got {show(found)}; {remedy}"
+            f"{folder}: expected quantization_config with a quant_method, got {show(described)}; {remedy}"
         )
-    scheme = found.get("kv_cache_scheme") or {}
+    scheme = described.get("kv_cache_scheme") or {}
     fp8_kv_cache = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
     if method != COMPRESSED_TENSORS:
         return Quantisation(method, OTHER, method, (), (), fp8_kv_cache)
-    groups = found.get("config_groups")
+    groups = described.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         expected = "quantization_config.config_groups to say how modules are stored"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(groups)}; fetch it again")
-    ignore = found.get("ignore") or []
+    ignore = described.get("ignore") or []
     if not _are_patterns(ignore):
         expected = "quantization_config.ignore to be a list of modules"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(ignore)}; fetch it again")
-    name = found.get("format") or next(iter(groups.values())).get("format")
+    name = described.get("format") or next(iter(groups.values())).get("format")
     if not isinstance(name, str) or not name.isprintable():
         expected = "quantization_config.format to be a name"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(name)}; fetch it again")

@@ -102,8 +102,8 @@ def read_target(folder: Path) -> Target:
         raise CheckpointError(f"{folder}: expected a Laguna model, got a DFlash drafter; pass it as the draft instead")
     architectures = read_architectures(folder, config)
     if config.get("model_type") != "laguna" and not any(name.startswith("Laguna") for name in architectures):
-        found = ", ".join([*architectures, f"model_type {show(config.get('model_type'))}"])
-        raise CheckpointError(f"{folder}: expected a Laguna model, got {found}; start other models with vLLM itself")
+        got = ", ".join([*architectures, f"model_type {show(config.get('model_type'))}"])
+        raise CheckpointError(f"{folder}: expected a Laguna model, got {got}; start other models with vLLM itself")
     if isinstance(config.get("text_config"), dict):
         remedy = "move its fields up: vLLM's Laguna does not read it and would build its own defaults"
         raise CheckpointError(

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 LENGTH_BYTES = 8
 # The format's own limit.
-MOST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 FETCH = "fetch it again"
 
 
@@ -77,8 +77,8 @@ def list_indexed(folder: Path) -> list[str]:
     if not os.path.lexists(path):
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in found["weight_map"].values()})
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in index["weight_map"].values()})
     except OSError as error:
         raise CheckpointError(f"{path}: expected an index of weights, got {error.strerror or error}; {FETCH}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -99,7 +99,7 @@ def check_file(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            whole = length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES)
+            whole = length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES)
             header = json.loads(file.read(length)) if whole else {}
         tensors = {name: about for name, about in header.items() if name != "__metadata__"}
         ends = [int(about["data_offsets"][1]) for about in tensors.values()]
@@ -121,7 +121,7 @@ def check_file(path: Path) -> dict[str, dict[str, Any]]:
 def _measure(path: Path) -> int:
     """A file's size; a folder, and a link that leads nowhere, are errors of their own."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         if path.is_symlink():
             target = os.readlink(path)
@@ -130,4 +130,4 @@ def _measure(path: Path) -> int:
         raise CheckpointError(f"{path}: expected weights, got {error.strerror or error}; check it") from None
     if path.is_dir():
         raise CheckpointError(f"{path}: expected weights, got a folder; {FETCH}")
-    return found.st_size
+    return status.st_size

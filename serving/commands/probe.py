@@ -64,14 +64,14 @@ def attempt(action: Callable[[], object]) -> str | None:
 
 def describe_entry_point() -> dict[str, Any]:
     """Whether our entry point is there, passes VLLM_PLUGINS, and loads: vLLM logs and swallows it when it does not."""
-    found = list(metadata.entry_points(group=GROUP, name=NAME))
+    entry_points = list(metadata.entry_points(group=GROUP, name=NAME))
     allowed = os.environ.get("VLLM_PLUGINS")
     return {
-        "found": bool(found),
-        "value": found[0].value if found else None,
+        "found": bool(entry_points),
+        "value": entry_points[0].value if entry_points else None,
         "allowed_plugins": allowed,
         "allowed": allowed is None or NAME in allowed.split(","),
-        "error": attempt(found[0].load) if found else None,
+        "error": attempt(entry_points[0].load) if entry_points else None,
     }
 
 

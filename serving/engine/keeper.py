@@ -29,19 +29,19 @@ class RestartPolicy:
 
     Attributes:
         first_s: the wait after the first quick failure; it doubles with every further one.
-        most_s: the longest wait.
+        max_s: the longest wait.
         quick_s: an engine that served this long is sound: its death does not count as quick.
-        most_quick: so many quick failures in a row, starts that failed among them, and the engine is given up.
+        max_quick: so many quick failures in a row, starts that failed among them, and the engine is given up.
     """
 
     first_s: float = 1.0
-    most_s: float = 60.0
+    max_s: float = 60.0
     quick_s: float = 300.0
-    most_quick: int = 5
+    max_quick: int = 5
 
     def find_delay(self, quick: int) -> float:
         """Seconds to wait after so many quick failures in a row."""
-        return min(self.most_s, self.first_s * 2.0 ** (quick - 1))
+        return min(self.max_s, self.first_s * 2.0 ** (quick - 1))
 
 
 class Death(msgspec.Struct, frozen=True):
@@ -108,11 +108,11 @@ class Keeper:
         policy = self._policy
         while True:
             cause = self.deaths[-1].cause
-            if self._quick >= policy.most_quick:
+            if self._quick >= policy.max_quick:
                 often = f"{self._quick} failures in a row, each within {policy.quick_s:.0f} s of its start"
                 raise EngineError(f"{cause}; given up after {often}")
             delay = policy.find_delay(self._quick)
-            count = f"failure {self._quick} of {policy.most_quick} in a row"
+            count = f"failure {self._quick} of {policy.max_quick} in a row"
             self._announce(f"{cause}; starting it again in {delay:.0f} s ({count})")
             self._sleep(delay)
             self.engine = self._make()

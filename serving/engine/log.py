@@ -53,14 +53,14 @@ WORDY = re.compile(r"\s*\[type=\w+, input_value=.*")
 # Their messages are for those who know the code.
 LACONIC = re.compile(rf"^(?:(?:Index|Key|Type|Attribute|Assertion)Error: |{NAME}:?$)")
 # Of a message that goes on, and of a traceback's last frame.
-MOST_LINES, FRAME_LINES = 4, 8
+MAX_LINES, FRAME_LINES = 4, 8
 MAX_CAUSE_CHARS = 600
 # Enough for the tracebacks of all processes, of a log that may have grown for months.
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 
 def read_log(path: Path, since: int = 0) -> str:
-    """The log's text from an offset in bytes on, at most its last MOST_BYTES; nothing when it cannot be read.
+    """The log's text from an offset in bytes on, at most its last MAX_BYTES; nothing when it cannot be read.
 
     A log that is shorter than the offset was begun again, and is read whole.
     """
@@ -68,8 +68,8 @@ def read_log(path: Path, since: int = 0) -> str:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             begin = since if since <= size else 0
-            file.seek(max(begin, size - MOST_BYTES))
-            return file.read(MOST_BYTES).decode(errors="replace")
+            file.seek(max(begin, size - MAX_BYTES))
+            return file.read(MAX_BYTES).decode(errors="replace")
     except OSError:
         return ""
 
@@ -156,7 +156,7 @@ def _join_message(lines: list[str], index: int) -> str:
     """What an exception says, on one line: pydantic puts it on the lines that follow "1 validation error for
     ModelConfig", others go on after a colon; one that says little by itself gets its place in the code."""
     message = lines[index].strip()
-    following = [WORDY.sub("", line.strip()) for line in lines[index + 1 : index + 1 + MOST_LINES]]
+    following = [WORDY.sub("", line.strip()) for line in lines[index + 1 : index + 1 + MAX_LINES]]
     if "validation error" in message:
         said = following[:1] if following and following[0].startswith("Value error") else following[:2]
         message = ": ".join([message, *said])

@@ -120,7 +120,7 @@ def _read_cgroups(
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    limits = []
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
@@ -132,8 +132,8 @@ def _read_cgroups(
         else:
             continue
         for folder in {base, base / group.lstrip("/")}:
-            found.extend(_read_cgroup(folder, *files))
-    return found
+            limits.extend(_read_cgroup(folder, *files))
+    return limits
 
 
 def _read_cgroup(folder: Path, limit_file: str, usage_file: str, inactive_field: str) -> list[tuple[int, int]]:

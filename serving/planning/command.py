@@ -135,11 +135,11 @@ def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device:
     if device.kind != "cpu" or target is None or gamma is None:
         return config.max_model_len
     wanted, needed = config.max_model_len or target.max_model_len, gamma + 1
-    room = -wanted % CPU_BLOCK_SIZE
-    if room >= needed or wanted > target.max_model_len:
+    headroom = -wanted % CPU_BLOCK_SIZE
+    if headroom >= needed or wanted > target.max_model_len:
         return config.max_model_len
-    raised = wanted + room + 1
-    return raised if raised + needed <= target.max_model_len else wanted + room - needed
+    raised = wanted + headroom + 1
+    return raised if raised + needed <= target.max_model_len else wanted + headroom - needed
 
 
 def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, object] | None:
@@ -155,8 +155,8 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
         return {**overrides, "architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
     if names_flag(config.extra_args, "--hf-overrides"):
         return None
-    taken = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
-    if target is not None and target.dense and target.plain and not taken:
+    user_overrides = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
+    if target is not None and target.dense and target.plain and not user_overrides:
         overrides["architectures"] = ["LagunaDenseForCausalLM"]
     return overrides or None
 

@@ -106,12 +106,12 @@ def _weigh(
     target: Target | None, drafter: Drafter | None, target_folder: Path | None, draft_folder: Path | None
 ) -> int:
     """Bytes of the weights: of those that are here, else of those that config.json describes."""
-    found = 0
+    size = 0
     if target is not None and target_folder is not None:
-        found += measure_weights(target_folder) or estimate_bytes(target)
+        size += measure_weights(target_folder) or estimate_bytes(target)
     if drafter is not None and draft_folder is not None:
-        found += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
-    return found
+        size += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
+    return size
 
 
 def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:

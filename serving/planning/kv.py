@@ -24,7 +24,7 @@ GPU_BLOCK, CPU_BLOCK = 16, 128
 BATCHED_TOKENS = ((160 * GIB, 16384), (70 * GIB, 8192))
 FEWEST_BATCHED_TOKENS = 2048
 # Groups of unequal kinds are made equal by padding where that costs less than half.
-MOST_PADDING = 1.5
+MAX_PADDING = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def plan_layout(
 
 def _choose_group_size(full: int, sliding: int) -> int:
     counts = [count for count in (full, sliding) if count]
-    return max(counts) if max(counts) < MOST_PADDING * min(counts) else min(counts)
+    return max(counts) if max(counts) < MAX_PADDING * min(counts) else min(counts)
 
 
 def estimate_activations(

@@ -98,8 +98,8 @@ class EnginePlan:
     def vendor_gamma(self) -> tuple[int, ...]:
         """What Poolside recommends for this model's drafter; empty where it says nothing."""
         names = [Path(name).name.lower() for name in (self.config.draft or "", self.config.model)]
-        found = (gamma for name in names for key, gamma in VENDOR_GAMMA.items() if f"laguna-{key}" in name)
-        return next(found, ()) if self.config.draft is not None else ()
+        recommended = (gamma for name in names for key, gamma in VENDOR_GAMMA.items() if f"laguna-{key}" in name)
+        return next(recommended, ()) if self.config.draft is not None else ()
 
 
 def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) -> EnginePlan:

@@ -20,7 +20,7 @@ PLAIN = "plain"
 NATIVE, WEIGHT_ONLY, REFUSED, UNKNOWN = "native", "weight-only", "refused", "unknown"
 # The instructions that decide what of quantised weights a CPU computes with, as /proc/cpuinfo calls them.
 AMX, AVX512 = "amx_tile", "avx512f"
-LEAST_CAPABILITY = 80
+MIN_CAPABILITY = 80
 QUANTISED_ON_CPU = "serve the bf16 release here, or this one on a GPU of compute capability 8.0 or later"
 
 
@@ -114,7 +114,7 @@ def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -
         )
     if device.kind == "cpu":
         return _judge_cpu(kind, device.isa, experts)
-    capability = LEAST_CAPABILITY if device.capability is None else device.capability
+    capability = MIN_CAPABILITY if device.capability is None else device.capability
     return [row.verdict for row in GPU_ROWS if row.kind == kind and row.capability <= capability][-1]
 
 

@@ -195,17 +195,17 @@ def _read_tables(file: Path | None) -> dict[str, Any]:
 
 
 def _table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    found = tables.get(name, {})
-    if not isinstance(found, dict):
-        raise EngineError(f"{source}: {name}: expected a table, got {found!r}; write [{name}]")
-    return found
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise EngineError(f"{source}: {name}: expected a table, got {table!r}; write [{name}]")
+    return table
 
 
 def _list_tables(tables: Mapping[str, Any], name: str, source: str) -> list[dict[str, Any]]:
-    found = tables.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise EngineError(f"{source}: {name}: expected tables, got {found!r}; write [[{name}]]")
-    return found
+    listed = tables.get(name, [])
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+        raise EngineError(f"{source}: {name}: expected tables, got {listed!r}; write [[{name}]]")
+    return listed
 
 
 def _add_engine(models: list[dict[str, Any]], settings: FrontSettings, url: str, source: str) -> list[dict[str, Any]]:

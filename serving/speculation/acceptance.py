@@ -19,7 +19,7 @@ TIMEOUT_S = 2.0
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 # With a worthless drafter a step of γ = 7 costs 1.67 plain steps (toy pair, two cores): a shorter length loses.
 BREAK_EVEN = 1.7
-ENOUGH_DRAFTS = 200
+MIN_DRAFTS = 200
 # Between two looks at a running engine.
 LOOK_S = 5.0
 
@@ -83,7 +83,7 @@ class AcceptanceWatch:
         if self._gamma is None or self._shown or time.monotonic() - self._last < LOOK_S:
             return
         self.read()
-        if self._seen is not None and self._seen.drafts >= ENOUGH_DRAFTS:
+        if self._seen is not None and self._seen.drafts >= MIN_DRAFTS:
             print(format_acceptance(self._seen, self._gamma), file=sys.stderr, flush=True)
             self._shown = True
 

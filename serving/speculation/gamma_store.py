@@ -47,9 +47,9 @@ def find_advice(model: str, draft: str) -> Advice:
     path = _place(model, draft)
     remedy = SWEEP.format(model=model, draft=draft)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ranges = tuple((int(first), int(last), int(count)) for first, last, count in found["schedule"])
-        return Advice(found["model"], found["draft"], ranges, found["date"])
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        ranges = tuple((int(first), int(last), int(count)) for first, last, count in stored["schedule"])
+        return Advice(stored["model"], stored["draft"], ranges, stored["date"])
     except FileNotFoundError:
         expected = "a sweep of this model, drafter, device and vLLM"
         raise CheckpointError(f"--gamma auto: expected {expected}, got none; run `{remedy}`") from None

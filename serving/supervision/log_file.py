@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 # A log that has grown beyond this is moved aside, and so many earlier ones are kept: PATH.1 is the youngest.
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 KEPT = 5
 
 
 class LogWriter:
     """Appends to a file. What cannot be written is dropped; `report` gets a line once, and when it works again."""
 
-    def __init__(self, path: Path, report: Callable[[str], None], *, most_bytes: int = MOST_BYTES) -> None:
-        self._path, self._report, self._most_bytes = path, report, most_bytes
+    def __init__(self, path: Path, report: Callable[[str], None], *, max_bytes: int = MAX_BYTES) -> None:
+        self._path, self._report, self._max_bytes = path, report, max_bytes
         self._fd: int | None = None
         self._lost: int | None = None
 
@@ -56,7 +56,7 @@ class LogWriter:
                 with contextlib.suppress(OSError):
                     named = os.stat(self._path)
                     if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
-                        if held.st_size < self._most_bytes:
+                        if held.st_size < self._max_bytes:
                             return self._fd
                         rotate(self._path)
                 self.close()

@@ -79,7 +79,8 @@ def make_published(folder: Path) -> Path:
 
     Causal, sliding (over fewer tokens than the prompts have), fused queries, keys and values, `rope_theta` alone.
     """
-    from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
+    from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
+    from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 
     config = json.loads((PUBLISHED / "config.json").read_text())
     toy = json.loads((TOY / "dflash" / "config.json").read_text())

@@ -54,10 +54,10 @@ def _names(job: Compaction, shard: Shard) -> list[str]:
 
 
 def _check_names(made: dict[str, Any], where: dict[str, str], out: Path) -> None:
-    found = {name: file for file, opened in made.items() for name in opened.keys()}  # noqa: SIM118
-    if found != where:
-        stray = min(found.items() ^ where.items())[0]
-        got = f"{stray} in {found.get(stray, 'no file')}, wanted in {where.get(stray, 'none')}"
+    written = {name: file for file, opened in made.items() for name in opened.keys()}  # noqa: SIM118
+    if written != where:
+        stray = min(written.items() ^ where.items())[0]
+        got = f"{stray} in {written.get(stray, 'no file')}, wanted in {where.get(stray, 'none')}"
         raise DifferenceError(f"{out}: expected the planned tensors, got {got}; remove the folder and make it again")
 
 

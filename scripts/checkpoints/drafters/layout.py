@@ -75,5 +75,5 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if stated is not None:
         return stated
     kind = read_layer_types(config)[0]
-    found = config.get("rope_parameters") or DEFAULT_ROPE
-    return dict(found.get(kind, found))
+    rope = config.get("rope_parameters") or DEFAULT_ROPE
+    return dict(rope.get(kind, rope))

@@ -22,11 +22,11 @@ from torch import nn
 from laguna_serve.scripts.checkpoints.drafters.dflash import (
     IGNORED,
     DrafterLayer,
-    DrafterShape,
     LagunaDrafter,
     Norm,
     linear,
 )
+from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 
 PROPOSAL = "greedy"
 DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none

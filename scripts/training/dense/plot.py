@@ -13,7 +13,7 @@ from laguna_serve.scripts.training.figure import draw_figure
 
 LINE = "#0b7a75"
 LAYER_COLORS = "viridis"
-MOST_LABELS, LABEL_ROWS = 8, 20
+MAX_LABELS, LABEL_ROWS = 8, 20
 
 
 def draw_blocks(log: Sequence[Mapping[str, float]], path: Path, source: str) -> None:
@@ -29,7 +29,7 @@ def draw_blocks(log: Sequence[Mapping[str, float]], path: Path, source: str) -> 
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        if len(layers) <= MOST_LABELS:
+        if len(layers) <= MAX_LABELS:
             low, high = axes.get_ylim()
             places = _spread(ends, ratio=(high / low) ** (1 / LABEL_ROWS))
             for number, (key, at) in enumerate(zip(layers, places, strict=True)):

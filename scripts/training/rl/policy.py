@@ -52,8 +52,8 @@ def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
 def find_advantages(group: Sequence[Rollout]) -> list[float]:
     """(reward − mean of the group) ÷ standard deviation of the group, of every rollout."""
     rewards = torch.tensor([rollout.reward for rollout in group], dtype=torch.float64)
-    found: list[float] = ((rewards - rewards.mean()) / (rewards.std(correction=0) + SPREAD_FLOOR)).tolist()
-    return found
+    advantages: list[float] = ((rewards - rewards.mean()) / (rewards.std(correction=0) + SPREAD_FLOOR)).tolist()
+    return advantages
 
 
 def find_logprobs(model: LagunaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,8 @@ def find_logprobs(model: LagunaForCausalLM, tokens: torch.Tensor) -> torch.Tenso
     """
     logits = model(input_ids=tokens[:, :-1]).logits.float()
     chosen = logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    found: torch.Tensor = chosen - logits.logsumexp(-1)
-    return found
+    logprobs: torch.Tensor = chosen - logits.logsumexp(-1)
+    return logprobs
 
 
 def find_loss(logprobs: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:

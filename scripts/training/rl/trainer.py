@@ -88,8 +88,8 @@ class Trainer:
         """The present weights as a checkpoint; its folder and the digests of its files. Older ones go."""
         self.folder = self.out / "served" / self.version
         digests = write_version(self.model, self.tokenizer, self.folder)
-        found = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        for old in found[:-KEPT_FOLDERS]:
+        versions = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for old in versions[:-KEPT_FOLDERS]:
             shutil.rmtree(old)
         return self.folder, digests
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LagunaForCausalLM
 
-from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, DrafterShape, LagunaDrafter, TapReader
+from laguna_serve.scripts.checkpoints.drafters.dflash import IGNORED, LagunaDrafter, TapReader
+from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter, choose_vocabulary, start_head
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as vocabulary

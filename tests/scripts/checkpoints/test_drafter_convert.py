@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laguna_serve.scripts.checkpoints import drafter as command
-from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
+from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
+from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 
 TOY = Path(__file__).resolve().parents[2] / "toy"

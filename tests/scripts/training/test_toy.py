@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
-from laguna_serve.scripts.checkpoints.drafters.dflash import DrafterShape, LagunaDrafter
+from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
+from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as tokenizer_source

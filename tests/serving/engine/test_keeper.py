@@ -11,7 +11,7 @@ import pytest
 from laguna_serve.serving.engine import Engine, EngineError
 from laguna_serve.serving.engine.keeper import Keeper, RestartPolicy
 
-POLICY = RestartPolicy(first_s=1.0, most_s=60.0, quick_s=300.0, most_quick=5)
+POLICY = RestartPolicy(first_s=1.0, max_s=60.0, quick_s=300.0, max_quick=5)
 
 
 @dataclass
@@ -91,7 +91,7 @@ def test_an_engine_that_served_long_is_sound(world: World) -> None:
 
 
 def test_waits_have_a_limit(world: World) -> None:
-    with world.keeper(RestartPolicy(most_quick=12)) as keeper:
+    with world.keeper(RestartPolicy(max_quick=12)) as keeper:
         for _ in range(10):
             die(world, keeper, after_s=0)
     assert world.slept == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]

@@ -68,7 +68,7 @@ def test_a_full_disk_is_told_once_and_forgiven(
 
 def test_a_long_log_is_moved_aside(tmp_path: Path, told: list[str]) -> None:
     path = tmp_path / "log"
-    writer = LogWriter(path, told.append, most_bytes=10)
+    writer = LogWriter(path, told.append, max_bytes=10)
     for number in range(9):
         writer.write(b"%d23456\n" % number)
     writer.close()
