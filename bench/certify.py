@@ -42,7 +42,7 @@ from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
-from laguna_serve.serving.speculation.drafting import describe, open_drafter, resolve_gamma
+from laguna_serve.serving.speculation.drafting import format_speculation, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
 EXAMPLES = """
@@ -209,7 +209,7 @@ def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: 
     assert config.model is not None
     base = replace(engine, model=config.model, gamma=gamma, extra_args=tuple(shlex.split(config.baseline_args)))
     if config.row_matched == "synthetic":
-        speculation = describe(config.draft, gamma) | {
+        speculation = format_speculation(config.draft, gamma) | {
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_length": 1.0,
         }

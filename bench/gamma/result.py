@@ -6,11 +6,12 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, field, structs
 
-from laguna_serve.bench.harness.result import EngineMemory, ParitySummary
+from laguna_serve.bench.harness.result import ParitySummary
 from laguna_serve.bench.stats.intervals import RoundPair
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.machine.memory import EngineMemory
 
 Rates = dict[str, float]
 Interval = tuple[float, float]

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.machine.device import find_device, find_vllm
-from laguna_serve.serving.machine.memory import process_memory
+from laguna_serve.serving.machine.memory import EngineMemory, process_memory
 from laguna_serve.serving.planning.launch import check_launches
 
 # The second engine may be this much larger than the first (a drafter, larger graphs).
@@ -52,7 +51,7 @@ class Arm:
         if self.engine is not None:
             self.engine.check()
 
-    def read_memory(self) -> dict[str, Any] | None:
+    def read_memory(self) -> EngineMemory | None:
         """Memory of the engine's processes now; None for an endpoint that was not started here."""
         return process_memory(self.engine.pids()) if self.engine is not None else None
 
@@ -89,5 +88,5 @@ def has_room_beside(arm: Arm) -> bool:
     memory, device = arm.read_memory(), find_device(find_vllm())
     if memory is None or device is None:
         return True
-    used = memory["gpu_bytes"] if device.kind == "gpu" and memory["gpu_bytes"] else memory["pss_bytes"]
+    used = memory.gpu_bytes if device.kind == "gpu" and memory.gpu_bytes else memory.pss_bytes
     return bool(device.free_bytes >= ROOM_FACTOR * used)

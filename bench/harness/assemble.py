@@ -13,7 +13,6 @@ from laguna_serve.bench.harness.result import (
     ArmRequests,
     ArmResult,
     ControlResult,
-    EngineMemory,
     Parity,
     RoundSpeedup,
     Speedup,
@@ -102,7 +101,7 @@ def _describe_arm(arm: ArmRun, withheld: bool) -> ArmResult:
         wall_s=timed_s,
         tok_per_s=tokens / timed_s if tokens and not withheld else None,
         **_summarise_times([] if withheld else records),
-        memory=None if arm.memory is None else msgspec.convert(arm.memory, EngineMemory),
+        memory=arm.memory,
         counters=counter_delta(arm),
     )
 

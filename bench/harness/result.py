@@ -13,6 +13,7 @@ from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import RequestRecord
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.machine.memory import EngineMemory
 
 LINE_DIVERGENCES = 5
 
@@ -28,25 +29,6 @@ class Workload(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = True
     seed: int
     interleaved: bool
-
-
-class ProcessMemory(Struct, frozen=True, kw_only=True):
-    """Memory of one process of an engine."""
-
-    pid: int
-    name: str
-    pss_bytes: int
-    peak_rss_bytes: int
-    gpu_bytes: int | None = None
-
-
-class EngineMemory(Struct, frozen=True, kw_only=True):
-    """Memory of an engine's processes together; `pss_bytes` counts a shared page once."""
-
-    processes: list[ProcessMemory]
-    pss_bytes: int
-    peak_rss_bytes: int
-    gpu_bytes: int | None = None
 
 
 class ArmResult(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
@@ -22,6 +21,7 @@ from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.machine.memory import EngineMemory
 
 # An endpoint that fails this many rounds in a row is taken for dead.
 MAX_FAILED_ROUNDS = 3
@@ -44,7 +44,7 @@ class ArmRun:
     cut: bool = False
     control: list[Record] = field(default_factory=list)
     probes: dict[str, Probe] = field(default_factory=dict)
-    memory: dict[str, Any] | None = None
+    memory: EngineMemory | None = None
 
     @property
     def records(self) -> dict[str, Record]:

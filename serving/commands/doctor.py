@@ -24,7 +24,7 @@ from laguna_serve.serving.kit.environment import EnvironmentDevice
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
-from laguna_serve.serving.machine.device import Device, describe, find_device, find_vllm
+from laguna_serve.serving.machine.device import Device, describe_device, find_device, find_vllm
 from laguna_serve.serving.machine.rates import Rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
@@ -147,7 +147,7 @@ def diagnose() -> DoctorResult:
     return DoctorResult(
         ok=not problems,
         problems=tuple(problems),
-        device=None if device is None else msgspec.convert(describe(device), EnvironmentDevice),
+        device=None if device is None else msgspec.convert(describe_device(device), EnvironmentDevice),
         rates=find_rates() if device is not None and device.kind == "cpu" and not multiplies_bf16() else None,
         **msgspec.structs.asdict(report),
     )

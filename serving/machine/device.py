@@ -138,7 +138,7 @@ def _read_cpuinfo(key: str) -> str | None:
         return None
 
 
-def describe(device: Device) -> dict[str, Any]:
+def describe_device(device: Device) -> dict[str, Any]:
     """The device as a JSON object, sizes in bytes."""
     return {
         "kind": device.kind,

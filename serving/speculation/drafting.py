@@ -9,7 +9,6 @@ For an engine that you start yourself, with plain vLLM:
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +42,10 @@ def speculative_config(
     target_folder = find_folder(target) if target is not None else None
     if drafter is not None and target_folder is not None:
         check_fit(read_target(target_folder), drafter)
-    return describe(draft, resolve_gamma(None if gamma == "max" else gamma, drafter), sampling=sampling)
+    return format_speculation(draft, resolve_gamma(None if gamma == "max" else gamma, drafter), sampling=sampling)
 
 
-def describe(
+def format_speculation(
     draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None, sampling: str = DRAFT_SAMPLING[0]
 ) -> dict[str, Any]:
     """vLLM's spelling of a drafter and γ that were checked, of γ by batch size where that differs, and of how drafts
@@ -57,15 +56,6 @@ def describe(
     if sampling != DRAFT_SAMPLING[0]:
         config["draft_sample_method"] = sampling
     return config
-
-
-def add_draft_sampling(parser: argparse._ActionsContainer) -> None:
-    """The flag --draft-sampling of everything that starts a drafter."""
-    drafts = (
-        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution,"
-    )
-    drafts += " which more of are accepted at the price of a vocabulary of fp32 per draft (default: %(default)s)"
-    parser.add_argument("--draft-sampling", choices=DRAFT_SAMPLING, default=DRAFT_SAMPLING[0], help=drafts)
 
 
 def open_drafter(folder: Path, name: str) -> Drafter:

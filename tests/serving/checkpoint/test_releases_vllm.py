@@ -16,7 +16,7 @@ from laguna_serve.serving.checkpoint import read_target
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.planning.command import choose_overrides
 from laguna_serve.serving.planning.engine_config import EngineConfig
-from laguna_serve.serving.speculation.drafting import check_fit, describe
+from laguna_serve.serving.speculation.drafting import check_fit, format_speculation
 
 pytestmark = pytest.mark.vllm
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "toy" / "teacher")
@@ -40,7 +40,7 @@ def make_speculative_config(target: str, draft: str, gamma: int) -> Any:
     from vllm.config import ParallelConfig, SpeculativeConfig
 
     return SpeculativeConfig(
-        **describe(draft, gamma),
+        **format_speculation(draft, gamma),
         target_model_config=make_model_config(
             target, choose_overrides(EngineConfig(target), read_target(Path(target)))
         ),

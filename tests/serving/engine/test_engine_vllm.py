@@ -53,8 +53,8 @@ def test_killed_launcher_of_vllm_leaves_nothing(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"{base_url}/metrics", timeout=30) as response:
             assert "vllm:spec_decode_num_drafts_total" in response.read().decode()
         memory = process_memory(pids)
-        assert {"APIServer", "EngineCore"} <= {process["name"] for process in memory["processes"]}
-        assert memory["pss_bytes"] > 1 << 30
+        assert {"APIServer", "EngineCore"} <= {process.name for process in memory.processes}
+        assert memory.pss_bytes > 1 << 30
         os.kill(launcher.pid, signal.SIGKILL)
     wait_until_gone(pids, timeout_s=20)
 

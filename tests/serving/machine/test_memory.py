@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from laguna_serve.serving.machine import memory
-from laguna_serve.serving.machine.memory import available_bytes, process_memory, total_bytes
+from laguna_serve.serving.machine.memory import EngineMemory, available_bytes, process_memory, total_bytes
 
 GIB = 1 << 30
 
@@ -68,17 +68,17 @@ def test_process_memory_counts_touched_pages() -> None:
         process.stdout.readline()
         report = process_memory([process.pid, os.getpid()])
         process.stdin.close()
-    held = report["processes"][0]
-    assert held["pid"] == process.pid
-    assert held["peak_rss_bytes"] >= held["pss_bytes"] >= 64 << 20
-    assert report["pss_bytes"] == sum(entry["pss_bytes"] for entry in report["processes"])
-    json.dumps(report)
+    held = report.processes[0]
+    assert held.pid == process.pid
+    assert held.peak_rss_bytes >= held.pss_bytes >= 64 << 20
+    assert report.pss_bytes == sum(entry.pss_bytes for entry in report.processes)
+    assert msgspec.json.decode(msgspec.json.encode(report), type=EngineMemory) == report
 
 
 def test_process_that_is_gone_is_left_out() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert process_memory([process.pid])["processes"] == []
+    assert process_memory([process.pid]).processes == ()
 
 
 @pytest.mark.parametrize(
