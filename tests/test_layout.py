@@ -48,7 +48,7 @@ MOST_FILES = 12
 # Of serving/gateway, from the ground up: a room may use those before it.
 GATEWAY_ROOMS = ("config", "wire", "telemetry", "engines", "relay", "clients")
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
-KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py"}
+KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py", "bench/moe_layer/timing.py"}
 # It asks every command for its flags.
 REFERENCE = "scripts/reference.py"
 HEAVY = {"torch", "vllm", "transformers", "triton"}

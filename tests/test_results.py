@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.sampled.result import SamplingResult
@@ -22,6 +23,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 TYPES: tuple[type[msgspec.Struct], ...] = (
     AbResult,
     Certificate,
+    MoeResult,
     PrefixCacheResult,
     RolloutsResult,
     SamplingResult,

@@ -120,7 +120,7 @@ class Router:
         return Batch(x.to(shape.device), weights.to(shape.device), ids.to(shape.device))
 
 
-def run_ours(layer: Layer, batch: Batch, shape: Shape) -> torch.Tensor:
+def run_kernel(layer: Layer, batch: Batch, shape: Shape) -> torch.Tensor:
     """The kernel that is measured."""
     return sentinel_moe(
         batch.x,
@@ -142,7 +142,7 @@ def bytes_read(layer: Layer, batch: Batch, shape: Shape) -> int:
 
 def find_fault(layer: Layer, batch: Batch, shape: Shape) -> tuple[float, str | None]:
     """The op's error against the reference, and what is wrong with it, if anything is."""
-    out = run_ours(layer, batch, shape)
+    out = run_kernel(layer, batch, shape)
     inputs = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
     reference = sentinel_moe_reference(*inputs).double()
     error = float((out.double() - reference).norm() / reference.norm())
@@ -153,7 +153,7 @@ def find_fault(layer: Layer, batch: Batch, shape: Shape) -> tuple[float, str | N
     if tokens <= INVARIANT_TOKENS:
         for t in range(tokens):
             row = Batch(batch.x[t : t + 1], batch.weights[t : t + 1], batch.ids[t : t + 1])
-            if not torch.equal(run_ours(layer, row, shape)[0], out[t]):
+            if not torch.equal(run_kernel(layer, row, shape)[0], out[t]):
                 return error, f"expected row {t} alone to equal row {t} of the batch bit for bit, got other bits"
     return error, None
 

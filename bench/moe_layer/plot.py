@@ -3,67 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
 from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
 
 SHADES = ("#12355b", "#1f6f9f", "#0b7a75", "#c2410c", "#7a5195", "#5f6b78")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: MoeResult, path: Path) -> None:
     """Write the PNG: a row of two panels for each routing."""
-    kinds = list(dict.fromkeys(row["routing"] for row in result["rows"]))
+    kinds = list(dict.fromkeys(row.routing for row in result.rows))
     size = (11, 0.9 + 4 * len(kinds))
     with open_figure(path, len(kinds), 2, figsize=size, squeeze=False) as (figure, axes):
         for (left, right), kind in zip(axes, kinds, strict=True):
-            rows = [row for row in result["rows"] if row["routing"] == kind and not row["refused"]]
+            rows = [row for row in result.rows if row.routing == kind and not row.refused]
             if rows:
                 _draw_times(left, rows, kind)
                 _draw_ratio(right, rows, kind)
             else:
                 left.text(0.5, 0.5, "every row was refused", transform=left.transAxes, ha="center", color=SOFT)
-        settings, environment = result["settings"], result["environment"]
-        about = "{experts} experts × {intermediate}, hidden {hidden}, top-{topk}, {dtype}".format(**settings)
-        device = environment["cpu"] if settings["device"] == "cpu" else settings["device"]
-        floor = f"floor {result['bandwidth_gb_s']['floor']:.1f} GB/s"
+        settings, environment = result.settings, result.environment
+        about = f"{settings.experts} experts × {settings.intermediate}, hidden {settings.hidden}, top-{settings.topk}"
+        device = environment.cpu or "unknown" if settings.device == "cpu" else settings.device
+        floor = f"floor {result.bandwidth_gb_s['floor']:.1f} GB/s"
         figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1), w_pad=2.5, h_pad=2)
-        parts = [about, device, floor, environment["date"][:10]]
+        parts = [f"{about}, {settings.dtype}", device, floor, environment.date[:10]]
         note_source(figure, 0.02, parts, bottom=0.12 / figure.get_figheight())
 
 
-def _draw_times(axes: Axes, rows: list[dict[str, Any]], kind: str) -> None:
-    for shade, pruning in zip(SHADES, sorted({row["pruning"] for row in rows}), strict=False):
-        points = [row for row in rows if row["pruning"] == pruning]
-        tokens = [row["tokens"] for row in points]
-        axes.plot(tokens, [row["us"] for row in points], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
-        axes.plot(tokens, [row["floor_us"] for row in points], ls=":", lw=1.2, color=shade)
+def _draw_times(axes: Axes, rows: list[MoeRow], kind: str) -> None:
+    for shade, pruning in zip(SHADES, sorted({row.pruning for row in rows}), strict=False):
+        points = [row for row in rows if row.pruning == pruning]
+        tokens = [row.tokens for row in points]
+        axes.plot(tokens, [row.us for row in points], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
+        axes.plot(tokens, [row.floor_us for row in points], ls=":", lw=1.2, color=shade)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs per layer")
     _style(axes, rows, f"Time, {kind} routing", "dotted: the bytes at the floor's bandwidth")
     axes.legend(frameon=False, fontsize=8.5)
 
 
-def _draw_ratio(axes: Axes, rows: list[dict[str, Any]], kind: str) -> None:
-    compared = [row for row in rows if row["ratio"]]
-    for shade, pruning in zip(SHADES, sorted({row["pruning"] for row in rows}), strict=False):
-        points = [row for row in compared if row["pruning"] == pruning]
-        tokens, ratios = [row["tokens"] for row in points], [row["ratio"] for row in points]
-        spread = [
-            [row["ratio"] - row["ratio_ci95"][0] for row in points],
-            [row["ratio_ci95"][1] - row["ratio"] for row in points],
-        ]
+def _draw_ratio(axes: Axes, rows: list[MoeRow], kind: str) -> None:
+    compared = [(row, row.ratio, row.ratio_ci95) for row in rows if row.ratio and row.ratio_ci95]
+    for shade, pruning in zip(SHADES, sorted({row.pruning for row in rows}), strict=False):
+        points = [point for point in compared if point[0].pruning == pruning]
+        tokens, ratios = [row.tokens for row, _, _ in points], [ratio for _, ratio, _ in points]
+        spread = [[ratio - ends[0] for _, ratio, ends in points], [ends[1] - ratio for _, ratio, ends in points]]
         axes.errorbar(tokens, ratios, yerr=spread, marker="o", ms=4, capsize=2, lw=1.2, color=shade)
     axes.axhline(1.0, color=SOFT, lw=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="our time ÷ vLLM's", ylim=(0, None))
+    axes.set(xscale="log", xlabel="tokens", ylabel="time ÷ vLLM's", ylim=(0, None))
     _style(axes, rows, f"Against vLLM's fused MoE, {kind} routing", "on the zeroed weights; bars: 95% intervals")
     if not compared:
         axes.text(0.5, 0.5, "vLLM's kernel was not measured", transform=axes.transAxes, ha="center", color=SOFT)
 
 
-def _style(axes: Axes, rows: list[dict[str, Any]], title: str, note: str) -> None:
-    tokens = sorted({row["tokens"] for row in rows})
+def _style(axes: Axes, rows: list[MoeRow], title: str, note: str) -> None:
+    tokens = sorted({row.tokens for row in rows})
     axes.xaxis.set_major_locator(FixedLocator(tokens))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(count) for count in tokens])

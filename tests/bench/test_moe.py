@@ -12,7 +12,9 @@ import torch
 
 from laguna_serve.bench import moe
 from laguna_serve.bench.moe_layer import layers as moe_layers
+from laguna_serve.bench.moe_layer import timing
 from laguna_serve.bench.moe_layer.layers import Batch, Router, Shape
+from laguna_serve.bench.moe_layer.result import MoeRow
 
 SMALL = ["--device", "cpu", "--experts", "16", "--hidden", "64", "--intermediate", "64", "--block", "16", "--topk", "2"]
 SHAPE = Shape(16, 64, 64, 16, 2, torch.float32, torch.device("cpu"))
@@ -36,7 +38,7 @@ def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.Captur
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert row["ratio_ci95"][0] <= row["ratio"] <= row["ratio_ci95"][1]
     assert (tmp_path / "out" / "moe.png").stat().st_size > 10_000
-    assert "ours ÷ vLLM" in (tmp_path / "out" / "moe.md").read_text(encoding="utf-8")
+    assert "÷ vLLM (95%)" in (tmp_path / "out" / "moe.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -58,8 +60,8 @@ def test_every_dtype_runs_without_vllm(dtype: str, tmp_path: Path) -> None:
 def test_wrong_kernel_gets_no_speed(
     fault: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = moe_layers.run_ours
-    monkeypatch.setattr(moe_layers, "run_ours", lambda *args: fault(right(*args), len(args[1].x)))
+    right = moe_layers.run_kernel
+    monkeypatch.setattr(moe_layers, "run_kernel", lambda *args: fault(right(*args), len(args[1].x)))
     assert run(tmp_path, "--dtype", "float32", "--tokens", "4") == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["refused"]) == 2
@@ -87,7 +89,7 @@ def test_zeroed_and_compact_layers_are_the_same_function() -> None:
         for weight, expert in zip(batch.weights[t], batch.ids[t], strict=True):
             gate, up = (layer.w13[expert] @ batch.x[t]).chunk(2)
             out[t] += weight * (layer.w2[expert] @ (torch.nn.functional.silu(gate) * up))
-    torch.testing.assert_close(moe_layers.run_ours(layer, batch, SHAPE), out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(moe_layers.run_kernel(layer, batch, SHAPE), out, atol=1e-5, rtol=1e-4)
 
 
 def test_skewed_routing_has_the_stated_number_of_effective_experts() -> None:
@@ -135,16 +137,16 @@ def test_bad_flag_is_refused(flags: list[str], tmp_path: Path) -> None:
 def test_interrupted_run_keeps_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure_row = moe.measure_row
+    measure_row = timing.measure_row
     calls = []
 
-    def stop_at_the_third(*args: Any) -> dict[str, Any]:
+    def stop_at_the_third(*args: Any) -> MoeRow:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return measure_row(*args)
 
-    monkeypatch.setattr(moe, "measure_row", stop_at_the_third)
+    monkeypatch.setattr(timing, "measure_row", stop_at_the_third)
     assert run(tmp_path) == 130
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["partial"]

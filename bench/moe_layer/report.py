@@ -1,0 +1,49 @@
+"""A kernel benchmark for people: one table."""
+
+from __future__ import annotations
+
+from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
+from laguna_serve.serving.kit.tables import Table
+
+HEADS = ("routing", "tokens", "pruned", "experts", "µs", "p10–p90", "GB/s", "of floor", "vLLM µs", "÷ vLLM (95%)")
+
+
+def render_text(result: MoeResult) -> str:
+    """What was timed where, and a row for each setting."""
+    settings, bandwidth = result.settings, result.bandwidth_gb_s
+    read = f", read {bandwidth['read']:.1f}" if "read" in bandwidth else ""
+    lines = [
+        f"MoE layer: {settings.experts} experts × {settings.intermediate}, hidden {settings.hidden},"
+        f" top-{settings.topk}, blocks of {settings.block}, {settings.dtype}",
+        f"device {settings.device}, {settings.threads} threads; GB/s: copy {bandwidth['copy']:.1f}{read}",
+        f"vLLM: {result.stock}",
+        "",
+        Table("l" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),
+    ]
+    return "\n".join([*lines, *(f"refused: {reason}" for reason in result.refused)])
+
+
+def render_markdown(result: MoeResult) -> str:
+    """The same as a page."""
+    return f"```text\n{render_text(result)}\n```\n"
+
+
+def summarise(row: MoeRow) -> str:
+    """A row in a few words."""
+    if row.refused:
+        return f"REFUSED: {row.refused}"
+    versus = f", {row.ratio:.2f} × vLLM's" if row.ratio else ""
+    return f"{row.us:.1f} µs, {row.gb_s:.1f} GB/s{versus}"
+
+
+def _list_cells(row: MoeRow) -> list[str]:
+    cells = [row.routing, str(row.tokens), f"{row.pruning:.0%}"]
+    if row.refused or not row.us_p10_p90:
+        return [*cells, "", "refused", *[""] * (len(HEADS) - 5)]
+    low, high = row.us_p10_p90
+    cells += [f"{row.distinct_experts:.1f}", f"{row.us:.1f}", f"{low:.0f}–{high:.0f}", f"{row.gb_s:.1f}"]
+    cells.append(f"{row.percent_of_floor:.0f}%")
+    if not row.ratio or not row.ratio_ci95:
+        return [*cells, "", ""]
+    low, high = row.ratio_ci95
+    return [*cells, f"{row.stock_us:.1f}", f"{row.ratio:.3f} ({low:.3f}–{high:.3f})"]

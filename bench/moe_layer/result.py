@@ -1,0 +1,75 @@
+"""The result of bench/moe.py: `moe.json`, schema laguna_serve.moe/1."""
+
+from __future__ import annotations
+
+from msgspec import UNSET, Struct, UnsetType
+
+from laguna_serve.serving.kit.environment import Environment
+
+Interval = tuple[float, float]
+
+
+class LayerSettings(Struct, frozen=True, kw_only=True):
+    """The layer, and where it ran: `device` is a GPU's name or "cpu"."""
+
+    device: str
+    threads: int
+    experts: int
+    hidden: int
+    intermediate: int
+    block: int
+    topk: int
+    dtype: str
+    seed: int
+
+
+class MoeRow(Struct, frozen=True, kw_only=True):
+    """One number of tokens, share of pruned blocks and routing.
+
+    Attributes:
+        us: median of a call; `us_p10_p90`: its deciles; `floor_us`: its `bytes` at the floor's bandwidth.
+        error: against the reference, relative; None where it is not finite.
+        refused: why there is no time; then the others are unset.
+        ratio: time ÷ that of vLLM's kernel (`stock_us`), None where that was not measured.
+    """
+
+    tokens: int
+    pruning: float
+    routing: str
+    effective_experts: float
+    us: float | UnsetType = UNSET
+    us_p10_p90: Interval | UnsetType = UNSET
+    bytes: float | UnsetType = UNSET
+    gb_s: float | UnsetType = UNSET
+    floor_us: float | UnsetType = UNSET
+    percent_of_floor: float | UnsetType = UNSET
+    error: float | None
+    refused: str | None
+    distinct_experts: float | UnsetType = UNSET
+    stock_us: float | UnsetType | None = UNSET
+    ratio: float | UnsetType | None = UNSET
+    ratio_ci95: Interval | UnsetType | None = UNSET
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.routing}, {self.tokens} tokens, {self.pruning:.0%} pruned"
+
+
+class MoeResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.moe/1"):
+    """The sentinel MoE kernel against the bandwidth floor and vLLM's fused MoE.
+
+    Attributes:
+        bandwidth_gb_s: of a copy, on a CPU of a sum ("read"), and the better of them ("floor").
+        stock: which kernel of vLLM's it was held against, or why none.
+        refused: of the rows without a time, what was wrong.
+        partial: the run was interrupted.
+    """
+
+    environment: Environment
+    settings: LayerSettings
+    bandwidth_gb_s: dict[str, float]
+    stock: str
+    rows: list[MoeRow]
+    refused: list[str]
+    partial: bool

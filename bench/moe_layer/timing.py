@@ -1,0 +1,217 @@
+"""Times the sentinel MoE kernel and vLLM's on the same batches, row by row; a wrong result gets no time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from msgspec import structs
+
+from laguna_serve.bench.moe_layer import layers
+from laguna_serve.bench.moe_layer.layers import Batch, Layer, Router, Shape
+from laguna_serve.bench.moe_layer.options import MoeConfig
+from laguna_serve.bench.moe_layer.result import MoeRow
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.serving.kit.errors import CommandError
+
+CALLS_CPU, REPLAYS_GPU = 40, 30
+LAYERS_GPU = 3  # 4.8 GB at full size, against 50 MB of second-level cache
+Kernel = Callable[[Batch], torch.Tensor]
+Call = Callable[[], object]
+
+
+class MoeBenchError(CommandError, ValueError):
+    """The benchmark cannot run as asked, as one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is timed at one share of pruning: copies of a layer, and of each vLLM's kernel, where that can be had."""
+
+    shape: Shape
+    layers: Sequence[Layer]
+    stock: Sequence[Kernel] | None
+
+    def run_kernel(self, index: int, batch: Batch) -> torch.Tensor:
+        """The kernel that is measured, on the copies in turn."""
+        return layers.run_kernel(self.layers[index % len(self.layers)], batch, self.shape)
+
+    def list_kernels(self) -> list[Callable[[int, Batch], torch.Tensor]]:
+        """The kernel, and vLLM's, each called with the index of a copy and a batch."""
+        if (stock := self.stock) is None:
+            return [self.run_kernel]
+        return [self.run_kernel, lambda index, batch: stock[index % len(stock)](batch)]
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Of every timed call, by kernel as `Subject.list_kernels` has them; and what the batches were."""
+
+    of: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    sizes: list[int] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)
+
+
+class KernelTimer:
+    """Times every row of a configuration. `stock`: what is held against the kernel, or why nothing is."""
+
+    def __init__(self, config: MoeConfig, shape: Shape, floor_gb_s: float) -> None:
+        self._config, self._shape, self._floor_gb_s = config, shape, floor_gb_s
+        self.stock = "vLLM's cpu_fused_moe, weights packed" if config.vllm else "not measured: --no-vllm"
+        self.total = len(config.pruning) * len(config.routing) * len(config.tokens)
+
+    def list_rows(self) -> Iterator[MoeRow]:
+        """One row after the other; the weights of one share of pruning are in memory at a time."""
+        config, shape = self._config, self._shape
+        for pruning in config.pruning:
+            subject = self._make_subject(pruning)
+            for routing in config.routing:
+                router = Router(shape, routing, config.seed)
+                for tokens in config.tokens:
+                    blank = MoeRow(
+                        tokens=tokens,
+                        pruning=pruning,
+                        routing=routing,
+                        effective_experts=router.effective_experts,
+                        error=None,
+                        refused=None,
+                    )
+                    yield measure_row(subject, router, blank, config.repeats, self._floor_gb_s)
+
+    def _make_subject(self, pruning: float) -> Subject:
+        config, shape = self._config, self._shape
+        copies = LAYERS_GPU if shape.device.type == "cuda" else 1
+        made = [layers.make_layer(shape, pruning, config.seed + i, with_zeroed=config.vllm) for i in range(copies)]
+        stock = self._prepare_stock(made) if config.vllm else None
+        if shape.device.type == "cpu":  # packed by vLLM's op: the plain copy is not needed any more
+            made = [Layer(item.w13_blocks, item.w2_blocks, item.block_start, None, None) for item in made]
+        return Subject(shape, made, stock)
+
+    def _prepare_stock(self, made: Sequence[Layer]) -> list[Kernel] | None:
+        """vLLM's kernel for each layer, or None, with the reason in `stock`, where it cannot be had."""
+        try:
+            if self._shape.device.type == "cuda":
+                self.stock = layers.choose_stock_config(self._shape)
+            kernels = [layers.make_stock(layer, self._shape) for layer in made]
+            out = kernels[0](Router(self._shape, "uniform", 0).draw(2))
+            if not bool(out.isfinite().all()):
+                raise RuntimeError("its output is not finite")
+        except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
+            self.stock = f"not measured: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            return None
+        return kernels
+
+
+def measure_row(subject: Subject, router: Router, blank: MoeRow, repeats: int | None, floor_gb_s: float) -> MoeRow:
+    """Check one setting, then time it; a wrong result is refused a time."""
+    error, fault = layers.find_fault(subject.layers[0], router.draw(blank.tokens), subject.shape)
+    if fault is not None:
+        return structs.replace(blank, error=error if math.isfinite(error) else None, refused=fault)
+    on_gpu = subject.shape.device.type == "cuda"
+    repeats = repeats or (REPLAYS_GPU if on_gpu else CALLS_CPU)
+    seconds = (_time_replays if on_gpu else _time_calls)(subject, router, blank.tokens, repeats)
+    return describe(structs.replace(blank, error=error), seconds, floor_gb_s)
+
+
+def _time_calls(subject: Subject, router: Router, tokens: int, repeats: int) -> Seconds:
+    """Single calls, each of both kernels on a batch of its own."""
+    seconds = Seconds()
+    kernels = subject.list_kernels()
+    for repeat in range(repeats + 1):
+        batch = router.draw(tokens)
+        calls = [lambda kernel=kernel, batch=batch: kernel(0, batch) for kernel in kernels]
+        _time_round(subject, calls, [batch], repeat, seconds)
+    return seconds
+
+
+def _time_replays(subject: Subject, router: Router, tokens: int, repeats: int) -> Seconds:
+    """A CUDA graph of GRAPH_CALLS calls per kernel over the copies, replayed."""
+    seconds = Seconds()
+    batches = [router.draw(tokens) for _ in range(layers.GRAPH_CALLS)]
+
+    def record(kernel: Callable[[int, Batch], torch.Tensor]) -> Call:
+        def run() -> None:
+            for index, batch in enumerate(batches):
+                kernel(index, batch)
+
+        return layers.record_graph(run)
+
+    replays = [record(kernel) for kernel in subject.list_kernels()]
+    for repeat in range(repeats + 1):
+        _time_round(subject, replays, batches, repeat, seconds)
+    return seconds
+
+
+def _time_round(
+    subject: Subject, calls: Sequence[Call], batches: Sequence[Batch], repeat: int, seconds: Seconds
+) -> None:
+    """Both kernels once, in alternating order; the first round warms up."""
+    order = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
+    for which in order:
+        each_s = layers.time_calls(calls[which], subject.shape.device) / len(batches)
+        if repeat > 0:
+            seconds.of[which].append(each_s)
+    for index, batch in enumerate(batches):
+        layer = subject.layers[index % len(subject.layers)]
+        seconds.sizes.append(layers.bytes_read(layer, batch, subject.shape))
+        seconds.distinct.append(len(batch.ids.unique()))
+
+
+def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
+    """The row with its times, and their ratio to vLLM's, pooled over the pairs of calls, with its 95% interval."""
+    kernel_s, stock_s = seconds.of
+    median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes)
+    deciles = statistics.quantiles(kernel_s, n=10) if len(kernel_s) > 1 else [median] * 9
+    gb_s = size / median / 1e9
+    timed = structs.replace(
+        row,
+        us=median * 1e6,
+        us_p10_p90=(deciles[0] * 1e6, deciles[-1] * 1e6),
+        bytes=size,
+        gb_s=gb_s,
+        floor_us=size / floor_gb_s / 1e3,
+        percent_of_floor=100 * gb_s / floor_gb_s,
+        distinct_experts=statistics.mean(seconds.distinct),
+        stock_us=None,
+        ratio=None,
+        ratio_ci95=None,
+    )
+    if not stock_s:
+        return timed
+    pairs = [RoundPair(1, stock, 1, kernel) for kernel, stock in zip(kernel_s, stock_s, strict=True)]
+    low, high = bootstrap_speedup(pairs, seed=0)
+    return structs.replace(
+        timed,
+        stock_us=statistics.median(stock_s) * 1e6,
+        ratio=1 / pool_speedup(pairs),
+        ratio_ci95=(1 / high, 1 / low),
+    )
+
+
+def make_shape(config: MoeConfig) -> Shape:
+    """The layer that was asked for.
+
+    Raises:
+        MoeBenchError: no such device, a block that does not divide the experts, or more than memory holds.
+    """
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MoeBenchError("--device: expected a CUDA device, got none; pass --device cpu")
+    experts = config.experts or (256 if kind == "cuda" else 64)
+    if config.intermediate % config.block or config.block % 16 or config.hidden % 16:
+        got = f"hidden {config.hidden}, intermediate {config.intermediate}, block {config.block}"
+        raise MoeBenchError(f"shape: expected multiples of 16, and of the block between the experts, got {got}")
+    if config.topk > min(experts, 16):
+        raise MoeBenchError(f"--topk: expected at most {min(experts, 16)}, got {config.topk}; lower it")
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    shape = Shape(experts, config.hidden, config.intermediate, config.block, config.topk, dtype, torch.device(kind))
+    free = torch.cuda.mem_get_info()[0] if kind == "cuda" else psutil.virtual_memory().available
+    need = (4 if config.vllm else 2) * shape.layer_bytes * (LAYERS_GPU if kind == "cuda" else 1)
+    if need > free:
+        sizes = f"{need / 2**30:.1f} GiB for {experts} experts, got {free / 2**30:.1f} GiB"
+        raise MoeBenchError(f"memory: expected {sizes}; pass fewer --experts or --no-vllm")
+    return shape
