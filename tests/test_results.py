@@ -15,6 +15,7 @@ from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.result import PrefixCacheResult
+from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.sampled.result import SamplingResult
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
@@ -23,10 +24,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 TYPES: tuple[type[msgspec.Struct], ...] = (
     AbResult,
     Certificate,
+    GatewayBenchResult,
     MoeResult,
     PrefixCacheResult,
     RolloutsResult,
     SamplingResult,
+    SoakResult,
     SweepResult,
 )
 BY_SCHEMA = {kind.__struct_config__.tag: kind for kind in TYPES}

@@ -1,4 +1,4 @@
-"""The gateway's benchmark, small: every event arrives on both paths, and what cannot work is told."""
+"""The gateway's benchmark, small: every event arrives on both paths, and what cannot work is said."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from laguna_serve.bench import soak
 from laguna_serve.bench.relay.faulty_engine import DONE
-from laguna_serve.bench.soak import WHOLE, check_stream, check_version
+from laguna_serve.bench.relay.soaking import KINDS, WHOLE, check_stream, check_version, find_leftovers
 
 ERROR = b'data: {"error": {"code": 502}}\n\n'
 
@@ -18,7 +18,7 @@ def test_short_soak_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert soak.main(["--requests", "4000", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sum(result["requests"].values()) == 4000
-    assert set(result["requests"]) == set(soak.KINDS)
+    assert set(result["requests"]) == set(KINDS)
     assert result["failures"] == []
     assert "**Held**" in (tmp_path / "soak.md").read_text()
 
@@ -40,6 +40,15 @@ def test_short_soak_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 )
 def test_stream_is_checked(answer: bytes, whole: bool, right: bool) -> None:
     assert (check_stream(answer, whole=whole) is None) is right
+
+
+def test_leftovers_are_failures() -> None:
+    assert find_leftovers(0, 10, 10, None) == find_leftovers(0, 10, 9, 1.01) == []
+    assert find_leftovers(1, 10, 11, 1.5) == [
+        "in flight at the end: expected 0, got 1",
+        "open files at the end: expected at most 10, got 11",
+        "memory: expected at most 1.02 of what it was, got 1.500",
+    ]
 
 
 def test_version_is_checked() -> None:

@@ -1,0 +1,72 @@
+"""What a relay is measured with: the configurations of bench/gateway.py and bench/soak.py."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from laguna_serve.bench.harness.arm_options import parse_numbers
+from laguna_serve.serving.kit.flags import Flag, check_bounds
+
+
+def parse_peer(text: str) -> tuple[str, str]:
+    """`NAME=URL`."""
+    name, _, url = text.partition("=")
+    if not name or urlsplit(url).scheme != "http":
+        raise argparse.ArgumentTypeError(f"expected NAME=http://host:port, got {text!r}")
+    return name, url
+
+
+def parse_start(text: str) -> tuple[str, str]:
+    """`NAME=COMMAND`."""
+    name, _, command = text.partition("=")
+    if not name or "{port}" not in command or "{engine}" not in command:
+        raise argparse.ArgumentTypeError(f"expected NAME=COMMAND with {{port}} and {{engine}}, got {text!r}")
+    return name, command
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayBenchConfig:
+    """How many streams of what size, and which relays beside the gateway; the files go to `out`."""
+
+    streams: Annotated[tuple[int, ...], Flag("default: 1,16", metavar="N,…", at_least=1, parse=parse_numbers)] = (1, 16)
+    requests: Annotated[int, Flag("streams per round (default: 32)", metavar="N", at_least=1)] = 32
+    rounds: Annotated[int, Flag("of every path (default: 11)", metavar="N", at_least=1)] = 11
+    chunks: Annotated[int, Flag("events per stream (default: 64)", metavar="N", at_least=2)] = 64
+    gap_ms: Annotated[float, Flag("between events (default: 5)", metavar="MS", at_least=0)] = 5.0
+    engine_port: Annotated[int | None, Flag("of the mock engine (default: a free one)", metavar="P")] = None
+    start: Annotated[
+        tuple[tuple[str, str], ...],
+        Flag(
+            "a relay to run beside the gateway, with {engine} and {port}; repeatable",
+            metavar="NAME=COMMAND",
+            parse=parse_start,
+            repeated=True,
+        ),
+    ] = ()
+    peer: Annotated[
+        tuple[tuple[str, str], ...],
+        Flag("a relay that runs already; repeatable", metavar="NAME=URL", parse=parse_peer, repeated=True),
+    ] = ()
+    out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+
+    def __post_init__(self) -> None:
+        """Refuse values under their bounds."""
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakConfig:
+    """How many requests of every kind go through the gateway; the files go to `out`."""
+
+    requests: Annotated[int, Flag("in all (default: 216000)", metavar="N", at_least=1)] = 216_000
+    streams: Annotated[int, Flag("at once (default: 32)", metavar="N", at_least=1)] = 32
+    seed: Annotated[int, Flag("of the order of requests (default: 0)")] = 0
+    out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+
+    def __post_init__(self) -> None:
+        """Refuse values under their bounds."""
+        check_bounds(self)
