@@ -4,8 +4,7 @@ What stands below is for callers outside of this repository's evaluations, as ev
 the question, the grade of an answer or of a program, and the sandbox's limits and walls.
 """
 
-from laguna_serve.evals.codegen.answers import Verdict, grade_answer
-from laguna_serve.evals.codegen.grading import Grade, grade
+from laguna_serve.evals.codegen.grading import Grade, Verdict, grade, grade_answer
 from laguna_serve.evals.problems.problem import Form, Kind, Problem, ProblemsError
 from laguna_serve.evals.problems.protocols import make_prompt
 from laguna_serve.evals.problems.reading import SHIPPED, load_problems

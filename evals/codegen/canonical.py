@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, grade
-from laguna_serve.evals.codegen.samples import SampleLog
+from msgspec import UNSET, Struct, UnsetType
+
+from laguna_serve.evals.codegen.grading import Grade, Limits, Verdict, grade
+from laguna_serve.evals.codegen.printable import make_printable
+from laguna_serve.evals.codegen.result import ProblemsFile
+from laguna_serve.evals.codegen.samples import GradeLine, SampleLog
+from laguna_serve.evals.codegen.weak_tests import Weakness
 from laguna_serve.evals.problems.problem import Problem
+from laguna_serve.serving.kit.environment import Environment
 
 SOLUTIONS = "solutions.jsonl"
+
+
+class Failing(Struct, frozen=True, kw_only=True):
+    """A solution that does not pass; without one there is no `published`."""
+
+    task_id: str
+    status: str
+    published: bool | UnsetType = UNSET
+    detail: str
+
+
+class CanonicalResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.code_canonical/1"):
+    """canonical.json. `tests_of`: how many tests each solution passed; `weak`: what universal wrong answers pass."""
+
+    walls: str | None = None
+    file: ProblemsFile
+    protocol: str
+    limits: Limits
+    problems: int
+    passing: int
+    tests: int
+    failing: list[Failing]
+    tests_of: dict[str, int]
+    weak: list[Weakness]
+    environment: Environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +67,26 @@ def check_solutions(
 
     Raises:
         JailError: the sandbox could not be set up.
-        OSError: the folder cannot be written.
+        JournalError, OSError: the folder's file cannot be read or written.
     """
-    found: list[Checked] = []
-    with ExitStack() as stack:
-        log = SampleLog(folder / SOLUTIONS) if folder is not None else None
-        if log is not None:
-            stack.callback(log.close)
+    log = SampleLog(folder / SOLUTIONS, GradeLine) if folder is not None else None
+    checked: list[Checked] = []
 
-        def check(problem: Problem) -> Checked:
-            kept = log.entries.get((problem.task_id, 0)) if log is not None else None
-            return Checked(problem, Grade(**kept) if kept is not None else _grade(problem, limits))
+    def check(problem: Problem) -> Checked:
+        kept = log.by_key.get((problem.task_id, 0)) if log is not None else None
+        return Checked(problem, _grade(problem, limits) if kept is None else kept.grade)
 
-        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0))))
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        for checked in pool.map(check, problems):
-            found.append(checked)
-            name, verdict = checked.problem.task_id, checked.grade
-            if log is not None and verdict is not None and (name, 0) not in log.entries:
-                log.add((name, 0), asdict(verdict))
-            report(len(found), len(problems))
-    return found
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for one in pool.map(check, problems):
+            checked.append(one)
+            key = (one.problem.task_id, 0)
+            if log is not None and one.grade is not None and key not in log.by_key:
+                log.add(GradeLine.of(key, Verdict(one.grade, "", True)))
+            report(len(checked), len(problems))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return checked
 
 
 def _grade(problem: Problem, limits: Limits) -> Grade | None:
@@ -67,25 +94,24 @@ def _grade(problem: Problem, limits: Limits) -> Grade | None:
     return None if solution is None else grade(problem, problem.prompt + solution, limits)
 
 
-def summarise_solutions(found: Sequence[Checked]) -> dict[str, Any]:
-    """Counts, the failing ones with their reasons, and how many tests each of the others passed."""
-    tests = {each.problem.task_id: each.grade.tests_total for each in found if each.grade is not None}
-    return {
-        "problems": len(found),
-        "passing": sum(each.passes for each in found),
-        "tests": sum(tests.values()),
-        "failing": [_describe(each) for each in found if not each.passes],
-        "tests_of": tests,
-    }
+def list_failing(checked: Sequence[Checked]) -> list[Failing]:
+    """The solutions that do not pass, with their reasons."""
+    return [_describe(one) for one in checked if not one.passes]
 
 
-def _describe(checked: Checked) -> dict[str, Any]:
+def count_tests(checked: Sequence[Checked]) -> dict[str, int]:
+    """How many tests each solution passed, by task id."""
+    return {one.problem.task_id: one.grade.tests_total for one in checked if one.grade is not None}
+
+
+def render_solutions(result: CanonicalResult) -> str:
+    """A line for each solution that does not pass, then the counts."""
+    lines = [f"{make_printable(row.task_id)}: {row.status}: {row.detail}" for row in result.failing]
+    return "\n".join([*lines, f"{result.passing} of {result.problems} canonical solutions pass; {result.tests} tests"])
+
+
+def _describe(checked: Checked) -> Failing:
     name, verdict = checked.problem.task_id, checked.grade
     if verdict is None:
-        return {"task_id": name, "status": "missing", "detail": "no canonical_solution"}
-    return {"task_id": name, "status": verdict.status, "published": verdict.published, "detail": verdict.detail}
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """A problems file by its name and what is in it, wherever it lies."""
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return Failing(task_id=name, status="missing", detail="no canonical_solution")
+    return Failing(task_id=name, status=verdict.status, published=verdict.published, detail=verdict.detail)

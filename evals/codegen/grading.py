@@ -1,4 +1,4 @@
-"""Grades a program against a problem's tests: passed or not, and the share of tests passed as a dense reward.
+"""Grades a program, or an answer with one in it: passed or not, and the share of tests passed as a dense reward.
 
 There are two verdicts. *Published*: the tests, as they are, came to their end and none failed; figures of it compare
 with other harnesses'. *Strict* (`passed`, and the reward): besides, every test had something to check, and the program
@@ -6,6 +6,9 @@ reached as many tests and calls as the canonical solution under the same grader,
 (sandbox/observe.py). What one test is, sandbox/instrument.py says. The share of a program that has not passed is what
 it passed ÷ the tests that the canonical solution passes (or, without one, that this program reached), so that ending
 early, whether by a crash or on purpose, gains nothing.
+
+Neither an answer nor its program can stop or crash the caller: answers are read by a worker process
+(extraction/worker.py), programs run in the sandbox, and both have limits of wall and processor time.
 """
 
 from __future__ import annotations
@@ -13,15 +16,27 @@ from __future__ import annotations
 import signal
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 from laguna_serve.evals.codegen.printable import make_printable
-from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.extraction.worker import read_safely
+from laguna_serve.evals.problems.problem import Form, Problem
 from laguna_serve.evals.sandbox import JailError, Limits, Trial, run_trial
 
-__all__ = ["Baseline", "Grade", "JailError", "Limits", "find_baseline", "grade", "refuse"]
+__all__ = [
+    "Baseline",
+    "Grade",
+    "JailError",
+    "Limits",
+    "Verdict",
+    "find_baseline",
+    "grade",
+    "grade_answer",
+    "grade_base",
+    "refuse",
+]
 
 DEFAULT_LIMITS = Limits()
 OUTPUT_CHARS, DETAIL_CHARS = 200, 900
@@ -53,6 +68,17 @@ class Grade:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer is worth. `program`: what was graded; `extracted`: it parses and defines the function; `base`: of
+    a problem with base tests, whether it passes those, as published."""
+
+    grade: Grade
+    program: str
+    extracted: bool
+    base: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Baseline:
     """What the canonical solution's run says of a problem: its `record` of `tests` tests, or the problem's `fault`."""
 
@@ -80,6 +106,33 @@ def grade(problem: Problem, program: str, limits: Limits = DEFAULT_LIMITS) -> Gr
     total = max(baseline.tests, reached if trial.passed < reached else reached + 1)
     status, detail = _explain(trial, limits, baseline)
     return Grade(trial.passed / total, False, trial.passed, total, status, _clean(detail), published, trial.walls)
+
+
+def grade_answer(problem: Problem, answer: str, form: Form, limits: Limits) -> Verdict:
+    """Take the program out of an answer and run the tests on it. Blocking; for several threads at once.
+
+    Raises:
+        JailError: the sandbox could not be set up; says nothing about the answer.
+    """
+    found = read_safely(answer, problem, form)
+    if found.error:
+        return Verdict(refuse(problem, found.error, limits), "", False, False if problem.base_test else None)
+    graded = grade(problem, found.program, limits)
+    if problem.kind == "value" and graded.passed and not found.defines:
+        detail = "expected a value that is written out, got an expression that computes it"
+        graded = replace(graded, reward=0.0, passed=False, status="weak", detail=detail)
+    return Verdict(graded, found.program, found.defines, grade_base(problem, found.program, graded, limits))
+
+
+def grade_base(problem: Problem, program: str, graded: Grade, limits: Limits) -> bool | None:
+    """Does a program pass the base tests, as published? None of a problem without; what passes all passes these.
+
+    Raises:
+        JailError: see `grade_answer`.
+    """
+    if not problem.base_test:
+        return None
+    return graded.published or grade(replace(problem, test=problem.base_test, base_test=""), program, limits).published
 
 
 def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Grade:

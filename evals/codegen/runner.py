@@ -10,14 +10,12 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.evals.codegen.answers import grade_answer
-from laguna_serve.evals.codegen.grading import Grade, Limits
-from laguna_serve.evals.codegen.samples import Key, SampleLog
+from laguna_serve.evals.codegen.grading import Limits, grade_answer
+from laguna_serve.evals.codegen.samples import AnswerLine, GradeLine, Key, SampleLog
 from laguna_serve.evals.extraction.extract import STOPS
 from laguna_serve.evals.problems.problem import Form, Problem
 from laguna_serve.evals.problems.protocols import make_prompt
@@ -42,9 +40,9 @@ class Workload:
     protocol: str = "project"
     template: dict[str, Any] = field(default_factory=dict)
 
-    def make_sampling(self, problem: Problem, sample: int) -> dict[str, Any]:
+    def make_sampling(self, problem: Problem, sample: int) -> dict[str, object]:
         """The request's fields for one sample; each has a seed of its own."""
-        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        fields: dict[str, object] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         if self.temperature > 0:
             fields["seed"] = self.seed + sample
         if self.form == "completion":
@@ -57,13 +55,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: the answer's entry, and the grade where there is an answer; `base`: as Verdict's."""
+    """One sample: the answer, and its grade where there is an answer."""
 
-    task_id: str
-    number: int
-    answer: dict[str, Any]
-    grade: Grade | None
-    base: bool | None = None
+    answer: AnswerLine
+    graded: GradeLine | None
+
+    @property
+    def task_id(self) -> str:
+        """The problem's."""
+        return self.answer.task_id
 
 
 async def run_samples(
@@ -78,16 +78,13 @@ async def run_samples(
 
     Raises:
         JailError: the sandbox could not be set up.
-        OSError: the folder cannot be written.
+        JournalError, OSError: the folder's files cannot be read or written.
     """
     keys = [(problem, (problem.task_id, number)) for problem in problems for number in range(workload.samples)]
-    with ExitStack() as stack:
-        answers, grades = SampleLog(folder / ANSWERS), SampleLog(folder / GRADES)
-        stack.callback(answers.close)
-        stack.callback(grades.close)
-        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading"))
-        missing = [(problem, key) for problem, key in keys if key not in grades.entries]
-        finished: list[Key] = []
+    answers, grades = SampleLog(folder / ANSWERS, AnswerLine), SampleLog(folder / GRADES, GradeLine)
+    missing = [(problem, key) for problem, key in keys if key not in grades.by_key]
+    finished: list[Key] = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading") as pool:
 
         async def work(item: tuple[Problem, Key]) -> None:
             problem, key = item
@@ -95,32 +92,26 @@ async def run_samples(
             if text is not None:
                 loop = asyncio.get_running_loop()
                 verdict = await loop.run_in_executor(pool, grade_answer, problem, text, workload.form, limits)
-                grades.add(key, {**asdict(verdict.grade), "program": verdict.program, "base": verdict.base})
+                grades.add(GradeLine.of(key, verdict))
             finished.append(key)
             report(len(finished), len(missing))
 
         await run_closed_loop(missing, workload.concurrency, work)
-        return [_make_sample(key, answers, grades) for _, key in keys]
+    return [Sample(answers.by_key[key], grades.by_key.get(key)) for _, key in keys]
 
 
-async def _answer(endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog) -> str | None:
+async def _answer(
+    endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog[AnswerLine]
+) -> str | None:
     """The sample's answer, kept or asked for; None when the request failed, which is noted."""
-    kept = answers.entries.get(key, {})
-    if "text" not in kept:
+    kept = answers.by_key.get(key)
+    if kept is None or kept.text is None:
         prompt = make_prompt(problem, workload.form)
         try:
             answer = await endpoint.ask(prompt, workload.form, workload.make_sampling(problem, key[1]))
         except EndpointError as error:
-            answers.add(key, {"error": str(error)})
+            answers.add(AnswerLine(task_id=key[0], sample=key[1], error=str(error)))
             return None
-        kept = asdict(answer)
-        answers.add(key, kept)
-    return str(kept["text"])
-
-
-def _make_sample(key: Key, answers: SampleLog, grades: SampleLog) -> Sample:
-    entry = grades.entries.get(key)
-    if entry is None:
-        return Sample(*key, answers.entries[key], None)
-    grade = Grade(**{name: entry[name] for name in Grade.__dataclass_fields__ if name in entry})
-    return Sample(*key, answers.entries[key], grade, entry.get("base"))
+        kept = AnswerLine.of(key, answer)
+        answers.add(kept)
+    return kept.text

@@ -1,51 +1,91 @@
-"""One JSON Lines file with an entry per sample of a problem, written as they come, so that a run can be continued."""
+"""Answers and grades of a run as they come, a line for each sample of a problem, so that a run can be continued."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
+
+import msgspec
+
+from laguna_serve.evals.codegen.grading import Grade, Verdict
+from laguna_serve.serving.client.openai_endpoint import Answer
+from laguna_serve.serving.kit.journal import Journal
 
 Key = tuple[str, int]
 
 
-class SampleLog:
-    """Entries by (task_id, sample); a later one takes the place of an earlier one.
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """What all lines have: which sample they are about."""
 
-    A line that was cut off in writing is dropped. Not for several processes at once.
+    task_id: str
+    sample: int
 
-    Raises:
-        OSError: the file cannot be read or written.
-    """
+    @property
+    def key(self) -> Key:
+        """Of the sample."""
+        return self.task_id, self.sample
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[Key, dict[str, Any]] = {}
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if self._read(line)]
-            if whole != lines:
-                path.write_text("".join(whole), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+class AnswerLine(Line, frozen=True, kw_only=True):
+    """An answer (openai_endpoint.Answer), or the error in its place."""
 
-    def add(self, key: Key, entry: Mapping[str, Any]) -> None:
-        """File an entry; it is with the system when this returns."""
-        self.entries[key] = dict(entry)
-        # ASCII: an answer may hold half a surrogate pair, or line separators.
-        self._file.write(json.dumps({"task_id": key[0], "sample": key[1], **entry}) + "\n")
-        self._file.flush()
+    text: str | None = None
+    finish_reason: str | None = None
+    tokens: int | None = None
+    versions: dict[str, str] = {}
+    error: str | None = None
 
-    def _read(self, line: str) -> bool:
-        if not line.endswith("\n"):
-            return False
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
-            entry = json.loads(line)
-            self.entries[entry.pop("task_id"), entry.pop("sample")] = entry
-            return True
-        return False
+    @classmethod
+    def of(cls, key: Key, answer: Answer) -> AnswerLine:
+        """An answer's."""
+        return cls(
+            task_id=key[0],
+            sample=key[1],
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            tokens=answer.tokens,
+            versions=dict(answer.versions),
+        )
+
+
+class GradeLine(Line, frozen=True, kw_only=True):
+    """A program's grade (grading.Grade), with the program and the verdict of the base tests (grading.Verdict)."""
+
+    reward: float
+    passed: bool
+    tests_passed: int
+    tests_total: int
+    status: str
+    detail: str
+    published: bool = False
+    walls: str = ""
+    program: str = ""
+    base: bool | None = None
+
+    @classmethod
+    def of(cls, key: Key, verdict: Verdict) -> GradeLine:
+        """A verdict's."""
+        grade = {name: getattr(verdict.grade, name) for name in Grade.__dataclass_fields__}
+        return cls(task_id=key[0], sample=key[1], program=verdict.program, base=verdict.base, **grade)
+
+    @property
+    def grade(self) -> Grade:
+        """As grading.py gave it."""
+        return Grade(**{name: getattr(self, name) for name in Grade.__dataclass_fields__})
+
+
+L = TypeVar("L", bound=Line)
+
+
+class SampleLog(Generic[L]):
+    """`by_key`: lines by (task_id, sample); a later one takes the place of an earlier one."""
+
+    def __init__(self, path: Path, kind: type[L]) -> None:
+        """Read those that are there. Raises JournalError."""
+        self._journal = Journal(path, kind)
+        self.by_key: dict[Key, L] = {line.key: line for line in self._journal.entries}
+
+    def add(self, line: L) -> None:
+        """File a line; it is with the system when this returns."""
+        self._journal.append(line)
+        self.by_key[line.key] = line

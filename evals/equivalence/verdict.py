@@ -29,22 +29,32 @@ Pure; runner.py gets the answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
 from laguna_serve.bench.stats.parity import Mismatch, Verdict, classify, find_mismatch, list_differences, measure_noise
 from laguna_serve.evals.codegen.grading import Grade
 from laguna_serve.evals.equivalence.exchangeability import Bools, find_apart_p, find_scatter_p, is_apart, is_unsteady
+from laguna_serve.evals.equivalence.result import (
+    ArmRewards,
+    Confirmation,
+    DifferenceNats,
+    Divergence,
+    Judgement,
+    LevelCounts,
+    PairShares,
+    RewardDifference,
+)
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
 
 INVARIANT, EXPLAINED, NOISE = "invariant", "explained", "noise"
-UNCLEAR, DIFFERS, UNTOLD = "unclear", "differs", "could not tell"
+UNCLEAR, DIFFERS, COULD_NOT_TELL = "unclear", "differs", "could not tell"
 TOKENS, TEXT, PROGRAM, REWARD, UNEXPLAINED = "tokens", "text", "program", "reward", "unexplained"
 LEVELS = (TOKENS, TEXT, PROGRAM, REWARD)
 # How often an engine compared with itself may be called different, over all tests of a run.
@@ -112,33 +122,34 @@ class Comparison:
         for level, what in ((UNEXPLAINED, "tokens part beyond rounding"), (REWARD, "rewards differ")):
             differ = self.differ[level]
             if (p := find_apart_p(differ)) <= ALPHA / TESTS:
-                found.append(f"{what} on {_tell(_count(differ))}, beyond the engine's own noise (p = {p:.2g})")
+                found.append(f"{what} on {_name_count(_count(differ))}, beyond the engine's own noise (p = {p:.2g})")
             if (p := find_scatter_p(differ)) <= ALPHA / TESTS:
                 unsteady = sum(is_unsteady(item, 1) for item in differ)
-                found.append(f"{what} between the candidate's own answers to {_tell(unsteady)} (p = {p:.2g})")
+                found.append(f"{what} between the candidate's own answers to {_name_count(unsteady)} (p = {p:.2g})")
         return found
 
-    def count(self, level: str) -> dict[str, Any]:
-        """The figures of a level, JSON-ready. `pairs`: the shares of pairs of answers that differ."""
+    def count(self, level: str) -> LevelCounts:
+        """The figures of a level."""
         differ, repeats = self.differ[level], len(self.cases[0].answers) // 2
         own = repeats * (repeats - 1) * len(differ)
         across = _count(differ)
-        return {
-            "problems": len(differ),
-            "within_baseline": sum(is_unsteady(item, 0) for item in differ),
-            "within_candidate": sum(is_unsteady(item, 1) for item in differ),
-            "across": across,
-            "bound95": bound_mismatch_rate(across, len(differ)),
-            "pairs": {
-                "baseline": sum(int(item[:repeats, :repeats].sum()) for item in differ) / own,
-                "candidate": sum(int(item[repeats:, repeats:].sum()) for item in differ) / own,
-                "across": sum(int(item[:repeats, repeats:].sum()) for item in differ) / (repeats**2 * len(differ)),
-            },
-            "apart_p": find_apart_p(differ),
-            "scatter_p": find_scatter_p(differ),
-        }
+        pairs = PairShares(
+            baseline=sum(int(item[:repeats, :repeats].sum()) for item in differ) / own,
+            candidate=sum(int(item[repeats:, repeats:].sum()) for item in differ) / own,
+            across=sum(int(item[:repeats, repeats:].sum()) for item in differ) / (repeats**2 * len(differ)),
+        )
+        return LevelCounts(
+            problems=len(differ),
+            within_baseline=sum(is_unsteady(item, 0) for item in differ),
+            within_candidate=sum(is_unsteady(item, 1) for item in differ),
+            across=across,
+            bound95=bound_mismatch_rate(across, len(differ)),
+            pairs=pairs,
+            apart_p=find_apart_p(differ),
+            scatter_p=find_scatter_p(differ),
+        )
 
-    def list_divergences(self) -> list[dict[str, Any]]:
+    def list_divergences(self) -> list[Divergence]:
         """One entry per problem with answers that differ: the worst pair of one answer of each arm."""
         entries = []
         for index, case in enumerate(self.cases):
@@ -147,7 +158,7 @@ class Comparison:
                 entries.append(self._describe(index, case, levels))
         return entries
 
-    def _describe(self, index: int, case: Case, levels: list[str]) -> dict[str, Any]:
+    def _describe(self, index: int, case: Case, levels: list[str]) -> Divergence:
         repeats = len(case.answers) // 2
 
         def rank(pair: tuple[int, int]) -> tuple[int, bool, bool]:
@@ -157,25 +168,34 @@ class Comparison:
         pairs = [pair for pair in self._verdicts[index] if pair[0] < repeats <= pair[1]]
         first, second = worst = max(pairs, key=rank)
         verdict = self._verdicts[index][worst]
-        found = verdict.to_json()
-        # The log-probabilities are those of the very forward passes that chose the tokens: nothing was run again.
-        del found["baseline_reproduced"], found["candidate_reproduced"], found["prompt_id"]
+        before, *texts = _cut_context(case.answers[first].text, case.answers[second].text)
         baseline, candidate = case.rewards
-        return {
-            "task_id": case.task_id,
-            "levels": levels,
-            **found,
-            "unsteady": [
+        return Divergence(
+            task_id=case.task_id,
+            levels=levels,
+            index=verdict.index,
+            classification=verdict.classification,
+            reason=verdict.reason,
+            baseline_token=verdict.baseline_token,
+            candidate_token=verdict.candidate_token,
+            # Of the very forward passes that chose the tokens: nothing was run again.
+            baseline_top2=verdict.baseline_top2,
+            candidate_top2=verdict.candidate_top2,
+            baseline_margin=verdict.baseline_margin,
+            candidate_margin=verdict.candidate_margin,
+            unsteady=[
                 name for arm, name in enumerate(("baseline", "candidate")) if is_unsteady(self.differ[TEXT][index], arm)
             ],
-            **_cut_context(case.answers[first].text, case.answers[second].text),
-            "rewards": {"baseline": baseline, "candidate": candidate},
-            "programs": [case.programs[first], case.programs[second]] if PROGRAM in levels else None,
-        }
+            before=before,
+            baseline_text=texts[0],
+            candidate_text=texts[1],
+            rewards=ArmRewards(baseline=baseline, candidate=candidate),
+            programs=(case.programs[first], case.programs[second]) if PROGRAM in levels else None,
+        )
 
 
-def judge(first: Comparison, fresh: Comparison | None, seed: int) -> dict[str, Any]:
-    """Verdict, reasons, figures and divergences, JSON-ready. `fresh`: the confirmation, where there was one."""
+def judge(first: Comparison, fresh: Comparison | None, seed: int) -> Judgement:
+    """Verdict, reasons, figures and divergences. `fresh`: the confirmation, where there was one."""
     levels = {level: first.count(level) for level in (*LEVELS, UNEXPLAINED)}
     reasons = [*_find_foreign_prompts(first.cases), *first.list_convictions()]
     if fresh is not None:
@@ -183,29 +203,31 @@ def judge(first: Comparison, fresh: Comparison | None, seed: int) -> dict[str, A
     verdict = DIFFERS if reasons else _weigh(levels, fresh)
     if verdict == UNCLEAR:
         reasons.append(
-            f"tokens part beyond rounding on {_tell(levels[UNEXPLAINED]['across'])}, too seldom to tell from noise, "
+            f"tokens part beyond rounding on {_name_count(levels[UNEXPLAINED].across)}, too seldom to tell from noise, "
             "which the baseline did not show; ask for more --repeats or problems"
         )
-    return {
-        "verdict": verdict,
-        "reasons": reasons,
-        "levels": levels,
-        "confirmation": None
-        if fresh is None
-        else {
-            "repeats": CONFIRM,
-            "problems": [case.task_id for case in fresh.cases],
-            # No bound: these were picked for differing.
-            "levels": {level: fresh.count(level) | {"bound95": None} for level in (*LEVELS, UNEXPLAINED)},
-        },
-        "rewards": compare_rewards(first.cases, seed),
-        "noise_nats": first.noise,
-        "difference_nats": {"any_two": first.difference, "one_arm": first.own_difference},
-        "divergences": first.list_divergences(),
-    }
+    return Judgement(
+        verdict=verdict,
+        reasons=reasons,
+        levels=levels,
+        confirmation=None if fresh is None else _confirm(fresh),
+        rewards=compare_rewards(first.cases, seed),
+        noise_nats=first.noise,
+        difference_nats=DifferenceNats(any_two=first.difference, one_arm=first.own_difference),
+        divergences=first.list_divergences(),
+    )
 
 
-def compare_rewards(cases: Sequence[Case], seed: int) -> dict[str, Any]:
+def _confirm(fresh: Comparison) -> Confirmation:
+    return Confirmation(
+        repeats=CONFIRM,
+        problems=[case.task_id for case in fresh.cases],
+        # No bound: these were picked for differing.
+        levels={level: structs.replace(fresh.count(level), bound95=None) for level in (*LEVELS, UNEXPLAINED)},
+    )
+
+
+def compare_rewards(cases: Sequence[Case], seed: int) -> RewardDifference:
     """Mean reward of each arm (mean over problems of the mean over repeats), and the candidate's minus the baseline's,
     paired, with its 95% bootstrap interval over problems; an interval of [0, 0] says that none differed."""
     means = np.array([[np.mean(rewards) for rewards in case.rewards] for case in cases])
@@ -213,27 +235,27 @@ def compare_rewards(cases: Sequence[Case], seed: int) -> dict[str, Any]:
     # The ratio that is bootstrapped there is the mean of the third column when the others are ones.
     low, high = bootstrap_table(np.column_stack([ones, ones, difference, ones]), seed)
     baseline, candidate = means.mean(axis=0)
-    return {
-        "baseline": float(baseline),
-        "candidate": float(candidate),
-        "difference": float(difference.mean()),
-        "ci95": [low, high],
-    }
+    return RewardDifference(
+        baseline=float(baseline),
+        candidate=float(candidate),
+        difference=float(difference.mean()),
+        ci95=(low, high),
+    )
 
 
-def _weigh(levels: dict[str, dict[str, Any]], fresh: Comparison | None) -> str:
-    if not levels[TOKENS]["across"] and not levels[TEXT]["across"]:
+def _weigh(levels: Mapping[str, LevelCounts], fresh: Comparison | None) -> str:
+    if not levels[TOKENS].across and not levels[TEXT].across:
         return INVARIANT
     unexplained = levels[UNEXPLAINED]
-    if unexplained["across"]:
+    if unexplained.across:
         again = fresh is not None and any(is_unsteady(item, 0) for item in fresh.differ[UNEXPLAINED])
-        return NOISE if unexplained["within_baseline"] or again else UNCLEAR
-    return NOISE if levels[REWARD]["across"] else EXPLAINED
+        return NOISE if unexplained.within_baseline or again else UNCLEAR
+    return NOISE if levels[REWARD].across else EXPLAINED
 
 
 def _find_foreign_prompts(cases: Sequence[Case]) -> list[str]:
     count = sum(len({answer.prompt_ids for answer in case.answers}) > 1 for case in cases)
-    return [f"the endpoints read the prompts of {_tell(count)} as other tokens than each other"] if count else []
+    return [f"the endpoints read the prompts of {_name_count(count)} as other tokens than each other"] if count else []
 
 
 def _find_largest(pairs: Iterable[tuple[Probe, Probe]]) -> float:
@@ -275,16 +297,13 @@ def _count(differ: Sequence[Bools]) -> int:
     return sum(is_apart(item) for item in differ)
 
 
-def _tell(count: int) -> str:
+def _name_count(count: int) -> str:
     return f"{count} problem" if count == 1 else f"{count} problems"
 
 
-def _cut_context(ours: str, theirs: str) -> dict[str, str]:
+def _cut_context(baseline: str, candidate: str) -> tuple[str, str, str]:
     """What both said before their texts part, and each from there on."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    common = next((index for index, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    return {
-        "before": ours[max(0, common - BEFORE) : common],
-        "baseline_text": ours[common : common + AFTER],
-        "candidate_text": theirs[common : common + AFTER],
-    }
+    pairs = enumerate(zip(baseline, candidate, strict=False))
+    common = next((index for index, (a, b) in pairs if a != b), min(len(baseline), len(candidate)))
+    before = baseline[max(0, common - BEFORE) : common]
+    return before, baseline[common : common + AFTER], candidate[common : common + AFTER]

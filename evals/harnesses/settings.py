@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from laguna_serve.evals.problems.mbpp_splits import SPLITS, describe_split
 from laguna_serve.evals.problems.protocols import PROTOCOLS
 from laguna_serve.serving.kit.errors import CommandError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "suites.toml"
-RUNS = ("loglikelihood", "generate", "code")
-OPTIONAL = {"file", "tag", "files"}
 
 
 class SuiteError(CommandError, ValueError):
     """A suite that cannot be run or a result that cannot be read; one line with the remedy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
+class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One suite; suites.toml explains the fields."""
 
     name: str
     title: str
-    run: str
+    run: Literal["loglikelihood", "generate", "code"]
     task: str
     shots: int
     seed: int
@@ -50,23 +48,20 @@ def load_suites(path: Path = SHIPPED) -> dict[str, Suite]:
     """Every suite by name, in the file's order.
 
     Raises:
-        SuiteError: a key is missing or unknown, or `run` is none of RUNS.
+        SuiteError: a key is missing, unknown or of another kind, or a code suite's task is no protocol.
     """
-    with path.open("rb") as file:
-        tables = tomllib.load(file)
-    known = {field.name for field in fields(Suite)} - {"name"}
     suites = {}
-    for name, table in tables.items():
-        wrong = sorted((set(table) ^ known) - OPTIONAL)
-        if wrong:
-            raise SuiteError(f"{path.name}: [{name}]: expected the keys {sorted(known)}, got a difference in {wrong}")
-        if table["run"] not in RUNS:
-            raise SuiteError(f"{path.name}: [{name}]: run: expected one of {', '.join(RUNS)}, got {table['run']!r}")
-        if table["run"] == "code" and table["task"] not in PROTOCOLS:
+    for name, table in msgspec.toml.decode(path.read_bytes()).items():
+        try:
+            suite = msgspec.convert({"name": name, **table}, Suite)
+        except msgspec.ValidationError as error:
+            raise SuiteError(
+                f"{path.name}: [{name}]: expected the settings of a suite, got some where {error}"
+            ) from None
+        if suite.run == "code" and suite.task not in PROTOCOLS:
             expected = f"expected one of {', '.join(PROTOCOLS)}"
-            raise SuiteError(f"{path.name}: [{name}]: task: {expected}, got {table['task']!r}")
-        lists = {key: tuple(table.get(key, ())) for key in ("scores", "splits", "files")}
-        suites[name] = Suite(name=name, **{**table, **lists})
+            raise SuiteError(f"{path.name}: [{name}]: task: {expected}, got {suite.task!r}")
+        suites[name] = suite
     return suites
 
 
@@ -93,7 +88,7 @@ def _take_split(suite: Suite, split: str) -> Suite:
             f"one of the splits {', '.join(SPLITS)}" if suite.split else "no split (only MBPP's suites have some)"
         )
         raise SuiteError(f"--suites: {suite.name}: expected {expected}, got {split!r}")
-    return replace(suite, name=f"{suite.name}:{split}", splits=(split,))
+    return msgspec.structs.replace(suite, name=f"{suite.name}:{split}", splits=(split,))
 
 
 def render_list(suites: Sequence[Suite]) -> str:

@@ -1,4 +1,4 @@
-"""One table of several models' scores: a row per suite and metric, a column per model."""
+"""One table of several models' scores: suites.json, schema laguna_serve.suites/1; a row per suite and metric."""
 
 from __future__ import annotations
 
@@ -6,26 +6,41 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from laguna_serve.evals.harnesses.results import Score
+from msgspec import Struct
+
+from laguna_serve.evals.harnesses.results import Cell, Score, Setting
 from laguna_serve.evals.harnesses.settings import Suite
+from laguna_serve.serving.kit.environment import Environment
 
 
-def merge(found: Mapping[Path, Sequence[Score]], suites: Sequence[Suite]) -> dict[str, Any]:
-    """The table, JSON-ready: {"columns": […], "rows": [{"suite", "metric", "cells": {column: …}, "differ": […]}]}.
+class Row(Struct, frozen=True, kw_only=True):
+    """A suite and metric: column → what its model got. `differ`: settings in which cells were not measured alike."""
 
-    A column is a model; one that several folders hold gets a column per folder. Of several runs of the same suite and
-    metric in a folder the newest counts. `differ` names the settings in which a row's cells were not measured alike.
-    """
-    places = Counter(model for scores in found.values() for model in {score.model for score in scores})
-    cells: dict[tuple[str, str], dict[str, Score]] = {}
+    suite: str
+    metric: str
+    cells: dict[str, Cell]
+    differ: list[str]
+
+
+class SuitesResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.suites/1"):
+    """suites.json. A column is a model; one that several folders hold gets a column per folder."""
+
+    environment: Environment
+    columns: list[str]
+    rows: list[Row]
+
+
+def merge(scores_of: Mapping[Path, Sequence[Score]], suites: Sequence[Suite], environment: Environment) -> SuitesResult:
+    """The table of the folders' scores. Of several runs of the same suite and metric in a folder the newest counts."""
+    places = Counter(model for scores in scores_of.values() for model in {score.model for score in scores})
+    cells: dict[tuple[str, str], dict[str, Cell]] = {}
     columns: dict[str, None] = {}
-    for folder, scores in found.items():
+    for folder, scores in scores_of.items():
         for score in scores:
             column = score.model if places[score.model] == 1 else f"{score.model} ({folder})"
             columns[column] = None
-            cells.setdefault((score.suite, score.metric), {})[column] = score
+            cells.setdefault((score.suite, score.metric), {})[column] = score.cell
     order = {(suite.name, key.removesuffix(",none")): at for at, (suite, key) in enumerate(_list_scores(suites))}
 
     def place(key: tuple[str, str]) -> tuple[int, tuple[str, str]]:
@@ -33,86 +48,71 @@ def merge(found: Mapping[Path, Sequence[Score]], suites: Sequence[Suite]) -> dic
         return order.get((re.split("[:,]", key[0])[0], key[1]), len(order)), key
 
     rows = [
-        {
-            "suite": suite,
-            "metric": metric,
-            "cells": {column: _describe(score) for column, score in row.items()},
-            "differ": _find_differences(list(row.values())),
-        }
+        Row(suite=suite, metric=metric, cells=row, differ=_find_differences(list(row.values())))
         for (suite, metric), row in sorted(cells.items(), key=lambda item: place(item[0]))
     ]
-    return {"columns": list(columns), "rows": rows}
+    return SuitesResult(environment=environment, columns=list(columns), rows=rows)
 
 
 def _list_scores(suites: Sequence[Suite]) -> list[tuple[Suite, str]]:
     return [(suite, key) for suite in suites for key in suite.scores]
 
 
-def _describe(score: Score) -> dict[str, Any]:
-    return {
-        "value": score.value,
-        "ci95": score.ci95,
-        "n": score.n,
-        "settings": score.settings,
-        "task_versions": score.versions,
-        "file": score.file,
-    }
-
-
-def _find_differences(scores: Sequence[Score]) -> list[str]:
-    settings = [{**score.settings, "n": score.n} for score in scores]
+def _find_differences(cells: Sequence[Cell]) -> list[str]:
+    settings: list[dict[str, Setting]] = [{**cell.settings, "n": cell.n} for cell in cells]
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
 
 
-def render_text(table: Mapping[str, Any]) -> str:
+def render_text(table: SuitesResult) -> str:
     """In columns, with the settings below."""
-    lines = [f"{'suite':<24} {'metric':<30} " + " ".join(f"{column:>32}" for column in table["columns"])]
-    for row in table["rows"]:
-        shown = " ".join(f"{_show(row['cells'].get(column)):>32}" for column in table["columns"])
-        lines.append(f"{row['suite']:<24} {row['metric'] + _mark(row):<30} {shown}")
+    lines = [f"{'suite':<24} {'metric':<30} " + " ".join(f"{column:>32}" for column in table.columns)]
+    for row in table.rows:
+        shown = " ".join(f"{_show(row.cells.get(column)):>32}" for column in table.columns)
+        lines.append(f"{row.suite:<24} {row.metric + _mark(row):<30} {shown}")
     return "\n".join([*lines, "", *_list_notes(table)])
 
 
-def render_markdown(table: Mapping[str, Any], command: str, date: str) -> str:
+def render_markdown(table: SuitesResult) -> str:
     """As a page."""
-    lines = ["# Standard suites", "", "| suite | metric | " + " | ".join(table["columns"]) + " |"]
-    lines.append("|--|--|" + "--:|" * len(table["columns"]))
-    for row in table["rows"]:
-        shown = " | ".join(_show(row["cells"].get(column)) for column in table["columns"])
-        lines.append(f"| {row['suite']} | {row['metric']}{_mark(row)} | {shown} |")
+    lines = ["# Standard suites", "", "| suite | metric | " + " | ".join(table.columns) + " |"]
+    lines.append("|--|--|" + "--:|" * len(table.columns))
+    for row in table.rows:
+        shown = " | ".join(_show(row.cells.get(column)) for column in table.columns)
+        lines.append(f"| {row.suite} | {row.metric}{_mark(row)} | {shown} |")
     lines += ["", "Share, its 95% interval, and the number of questions.", ""]
-    return "\n".join([*lines, *(f"- {note}" for note in _list_notes(table)), "", f"`{command}` on {date}."]) + "\n"
+    footer = f"`{table.environment.command}` on {table.environment.date}."
+    return "\n".join([*lines, *(f"- {note}" for note in _list_notes(table)), "", footer]) + "\n"
 
 
-def _show(cell: Mapping[str, Any] | None) -> str:
+def _show(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    interval = "" if cell["ci95"] is None else f" [{cell['ci95'][0]:.3f}, {cell['ci95'][1]:.3f}]"
-    return f"{cell['value']:.4f}{interval} n {cell['n']}"
+    interval = "" if cell.ci95 is None else f" [{cell.ci95[0]:.3f}, {cell.ci95[1]:.3f}]"
+    return f"{cell.value:.4f}{interval} n {cell.n}"
 
 
-def _mark(row: Mapping[str, Any]) -> str:
-    return " †" if row["differ"] else ""
+def _mark(row: Row) -> str:
+    return " †" if row.differ else ""
 
 
-def _list_notes(table: Mapping[str, Any]) -> list[str]:
+def _list_notes(table: SuitesResult) -> list[str]:
     """How each row was measured, and where its cells were not measured alike."""
     notes: dict[str, list[str]] = {}
-    for row in table["rows"]:
-        first = next(iter(row["cells"].values()))["settings"]
-        told = {name: value for name, value in first.items() if name not in row["differ"] and _says_something(value)}
-        note = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
-        for name in row["differ"]:
-            values = [f"{column}: {_look_up(cell, name)}" for column, cell in row["cells"].items()]
+    for row in table.rows:
+        first = next(iter(row.cells.values())).settings
+        shared = {name: value for name, value in first.items() if name not in row.differ and _says_something(value)}
+        note = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items())
+        for name in row.differ:
+            values = [f"{column}: {_look_up(cell, name)}" for column, cell in row.cells.items()]
             note += f"; † {name.replace('_', ' ')} differs ({'; '.join(values)})"
-        notes.setdefault(note, []).append(row["suite"])
+        notes.setdefault(note, []).append(row.suite)
     return [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in notes.items()]
 
 
-def _says_something(value: Any) -> bool:
+def _says_something(value: Setting) -> bool:
     return value is not None and value is not False and value != 0
 
 
-def _look_up(cell: Mapping[str, Any], name: str) -> Any:
-    return cell["n"] if name == "n" else cell["settings"].get(name)
+def _look_up(cell: Cell, name: str) -> Setting:
+    return cell.n if name == "n" else cell.settings.get(name)

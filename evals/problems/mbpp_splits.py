@@ -6,12 +6,19 @@ been written of one that only the 500 can give (42.60% is 213 of 500; no whole n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from laguna_serve.evals.problems.problem import ProblemsError
 
+Split = Literal["prompt", "test", "validation", "train", "all"]
 # First and last task id.
-SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974), "all": (1, 974)}
+SPLITS: dict[str, tuple[int, int]] = {
+    "prompt": (1, 10),
+    "test": (11, 510),
+    "validation": (511, 600),
+    "train": (601, 974),
+    "all": (1, 974),
+}
 Row = tuple[str, dict[str, Any]]
 
 

@@ -15,6 +15,7 @@ The name stands in every result: figures of two protocols do not compare.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from laguna_serve.evals.problems.problem import Form, Problem, ProblemsError
 
@@ -30,6 +31,7 @@ EVALPLUS_MESSAGE = (
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one Markdown code block.\n\n```python\n{}\n```"
 )
+ProtocolName = Literal["project", "bigcode", "evalplus", "cot", "direct"]
 # CPU seconds of a program: evalplus's problems call it up to a thousand times.
 CPU_S, SLOW_CPU_S = 8, 30
 SLOW = ("evalplus", "mbpp-plus")
@@ -51,7 +53,7 @@ class Protocol:
     max_tokens: int
 
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, Protocol] = {
     "project": Protocol(("completion", "chat"), 1024),
     # Its 512 tokens are of prompt and answer together.
     "bigcode": Protocol(("completion",), 512),

@@ -38,7 +38,7 @@ def serve(file: Path, count: int) -> None:
     def grade_text(index: int) -> bool:
         answer = f"Here it is.\n\n```python\n{programs[index]}```\n"
         try:
-            from laguna_serve.evals.codegen.answers import grade_answer
+            from laguna_serve.evals.codegen.grading import grade_answer
         except ImportError:  # as it was before
             from laguna_serve.evals.extraction.extract import extract_program
 

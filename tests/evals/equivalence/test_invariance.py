@@ -17,6 +17,7 @@ from fake_arm import FakeArm, Manners
 from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
 from laguna_serve.evals.codegen.grading import Grade, Limits
+from laguna_serve.evals.equivalence import arms as equivalence_arms
 from laguna_serve.evals.equivalence import runner
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import choice
@@ -344,7 +345,7 @@ def test_engines_are_started_together_or_in_turns(
     compare_engines: Any, monkeypatch: pytest.MonkeyPatch, room: bool
 ) -> None:
     other = say(RIGHT, WRONG, choose=lambda prompt, _: int(prompt == PROMPTS[0]), drafts=5)
-    monkeypatch.setattr(runner, "has_room_beside", lambda _arm: room)
+    monkeypatch.setattr(equivalence_arms, "has_room_beside", lambda _arm: room)
     started, status, result = compare_engines(say(RIGHT, WRONG), other)
     assert (status, result["verdict"], result["workload"]["interleaved"]) == (1, "differs", room)
     assert result["arms"]["candidate"]["acceptance"] == pytest.approx(3)
@@ -356,7 +357,7 @@ def test_engines_are_started_together_or_in_turns(
 
 
 def test_drafter_that_never_drafts_tells_nothing(compare_engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "has_room_beside", lambda _arm: True)
+    monkeypatch.setattr(equivalence_arms, "has_room_beside", lambda _arm: True)
     _, status, result = compare_engines(say(RIGHT), say(RIGHT, drafts=0))
     assert (status, result["verdict"]) == (2, "could not tell")
     assert "never drafted" in result["reasons"][0]

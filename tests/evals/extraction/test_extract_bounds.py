@@ -12,8 +12,7 @@ from humaneval_like import ADD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laguna_serve.evals.codegen.answers import grade_answer
-from laguna_serve.evals.codegen.grading import Limits
+from laguna_serve.evals.codegen.grading import Limits, grade_answer
 from laguna_serve.evals.extraction import extract, worker
 from laguna_serve.evals.extraction.extract import (
     MAX_ANSWER_CHARS,

@@ -119,13 +119,17 @@ def test_only_the_suite_of_bigcodes_prompt_says_that_it_is_bigcodes() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('run = "code"', 'run = "guess"', "run: expected one of loglikelihood, generate, code, got 'guess'"),
-        ("shots = 25", "shot = 25", "got a difference in ['shot', 'shots']"),
+        (
+            'run = "code"',
+            'run = "guess"',
+            "[humaneval]: expected the settings of a suite, got some where Invalid enum value 'guess'",
+        ),
+        ("shots = 25", "shot = 25", "unknown field `shot`"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "suites.toml"
-    path.write_text(suites.Path(suites.__file__).with_name("suites.toml").read_text().replace(old, new))
+    path.write_text(Path(suites.__file__).with_name("suites.toml").read_text().replace(old, new))
     with pytest.raises(SuiteError) as error:
         load_suites(path)
     assert message in str(error.value)
@@ -391,10 +395,10 @@ def test_merge_of_one_folder_needs_no_labels(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results_1.json", "{", "results_1.json: expected results as results_*.json holds them, got JSONDecodeError"),
-        ("results_1.json", "{}", "got KeyError: 'config'; remove the file or run its suite again"),
-        ("samples.json", '{"schema": "other"}', "got ValueError: schema 'other'"),
-        ("x_eval_results.json", '{"eval": {}}', "got ValueError: no task in it"),
+        ("results_1.json", "{", "results_1.json: expected results as results_*.json holds them, got DecodeError"),
+        ("results_1.json", "{}", "missing required field `config`; remove the file or run its suite again"),
+        ("samples.json", '{"schema": "other"}', "got ValidationError: Invalid value 'other' - at `$.schema`"),
+        ("x_eval_results.json", '{"hash": "", "eval": {}}', "got ValueError: no task in it"),
         ("notes.txt", "", "expected result files (results_*.json, *_eval_results.json"),
     ],
 )

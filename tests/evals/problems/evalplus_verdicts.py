@@ -22,8 +22,7 @@ from typing import Any
 
 from mutation_probe import list_mutants
 
-from laguna_serve.evals.codegen.answers import grade_base
-from laguna_serve.evals.codegen.grading import Limits, grade
+from laguna_serve.evals.codegen.grading import Limits, grade, grade_base
 from laguna_serve.evals.harnesses.lm_eval import find_harness
 from laguna_serve.evals.problems import Problem, load_problems, read_rows
 

@@ -10,8 +10,7 @@ import pytest
 from fake_openai import FakeOpenAI
 
 from laguna_serve.evals import code_tasks
-from laguna_serve.evals.codegen.answers import grade_answer
-from laguna_serve.evals.codegen.grading import Limits
+from laguna_serve.evals.codegen.grading import Limits, grade_answer
 from laguna_serve.evals.extraction.extract import ExtractionError, extract_program
 from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.problems.cruxeval_rows import find_value, is_literal

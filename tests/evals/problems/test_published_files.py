@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from laguna_serve.evals.codegen import weak_tests
-from laguna_serve.evals.codegen.answers import grade_answer
-from laguna_serve.evals.codegen.grading import Limits, find_baseline, grade
+from laguna_serve.evals.codegen.grading import Limits, find_baseline, grade, grade_answer
 from laguna_serve.evals.codegen.weak_tests import find_weakness
 from laguna_serve.evals.problems import ProblemsError, find_form, load_problems, read_rows
 from laguna_serve.evals.problems.evalplus_rows import SHAPES, read_evalplus

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cheat_matrix import read_sections
 
-from laguna_serve.evals.codegen.answers import Verdict, grade_answer
-from laguna_serve.evals.codegen.grading import Grade, Limits, grade
+from laguna_serve.evals.codegen.grading import Grade, Limits, Verdict, grade, grade_answer
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import find_obstacle
 

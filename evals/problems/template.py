@@ -1,0 +1,37 @@
+"""What a chat template is told beside the messages: fields such as enable_thinking."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from laguna_serve.serving.kit.flags import Flag
+
+Template = Mapping[str, Any]
+
+
+def parse_fields(text: str) -> Template:
+    """A JSON object."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"expected a JSON object, got {error}; fix it") from None
+    if not isinstance(fields, dict):
+        raise ArgumentTypeError(f"expected a JSON object, got {type(fields).__name__}; fix it")
+    return fields
+
+
+# The two fields of a configuration that say it.
+Thinking = Annotated[
+    Literal["on", "off"] | None, Flag("enable_thinking of the chat template (default: the template's own)")
+]
+TemplateFields = Annotated[
+    Template | None, Flag("other fields for the chat template, as a JSON object", metavar="JSON", parse=parse_fields)
+]
+
+
+def make_template(thinking: Literal["on", "off"] | None, fields: Template | None) -> dict[str, Any]:
+    """The fields together."""
+    return {**(fields or {}), **({} if thinking is None else {"enable_thinking": thinking == "on"})}
