@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from msgspec import UNSET
 
 from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
 from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
@@ -36,10 +37,11 @@ def draw(result: MoeResult, path: Path) -> None:
 
 def _draw_times(axes: Axes, rows: list[MoeRow], kind: str) -> None:
     for shade, pruning in zip(SHADES, sorted({row.pruning for row in rows}), strict=False):
-        points = [row for row in rows if row.pruning == pruning]
-        tokens = [row.tokens for row in points]
-        axes.plot(tokens, [row.us for row in points], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
-        axes.plot(tokens, [row.floor_us for row in points], ls=":", lw=1.2, color=shade)
+        points = [(row.tokens, row.us, row.floor_us) for row in rows if row.pruning == pruning]
+        timed = [(tokens, us, floor) for tokens, us, floor in points if us is not UNSET and floor is not UNSET]
+        tokens = [count for count, _, _ in timed]
+        axes.plot(tokens, [us for _, us, _ in timed], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
+        axes.plot(tokens, [floor for _, _, floor in timed], ls=":", lw=1.2, color=shade)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs per layer")
     _style(axes, rows, f"Time, {kind} routing", "dotted: the bytes at the floor's bandwidth")
     axes.legend(frameon=False, fontsize=8.5)
