@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import torch
@@ -21,7 +21,7 @@ import torch
 from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
-from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
@@ -99,7 +99,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     return GenerateResult(out=str(config.out), parameters=total, widths=tuple(widths))
 
 
-def build_shards(config: dict[str, Any], widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of a stock checkpoint in bf16: embedding, layers a few at a time, last norm and head."""
     H, D, stored = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     layers, kv = config["num_hidden_layers"], config["num_key_value_heads"]
@@ -132,7 +132,7 @@ def build_shards(config: dict[str, Any], widths: list[int], seed: int) -> Iterat
     yield last
 
 
-def choose_widths(config: dict[str, Any], asked: Sequence[tuple[range, int]]) -> list[int]:
+def choose_widths(config: ConfigJson, asked: Sequence[tuple[range, int]]) -> list[int]:
     """The width of every layer.  Raises CheckpointError for one that the config has no place for."""
     stored, layers = config["intermediate_size"], config["num_hidden_layers"]
     widths = [stored] * layers
@@ -147,7 +147,7 @@ def choose_widths(config: dict[str, Any], asked: Sequence[tuple[range, int]]) ->
     return widths
 
 
-def write_shards(source: Path, config: dict[str, Any], widths: list[int], out: Path, seed: int) -> int:
+def write_shards(source: Path, config: ConfigJson, widths: list[int], out: Path, seed: int) -> int:
     """Write the checkpoint; config.json comes last.  Returns the number of parameters."""
     weight_map: dict[str, str] = {}
     total = 0

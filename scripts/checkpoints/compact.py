@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -29,7 +29,7 @@ from laguna_serve.scripts.checkpoints.compaction.writing import write_checkpoint
 from laguna_serve.scripts.checkpoints.headers import INDEX, ITEM_BYTES
 from laguna_serve.scripts.checkpoints.output import open_output
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
-from laguna_serve.serving.checkpoint import read_config, require_folder
+from laguna_serve.serving.checkpoint import ConfigJson, read_config, require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 from laguna_serve.serving.kit.signals import check_signals
@@ -187,7 +187,7 @@ def _mode(config: CompactConfig) -> Literal["compact", "zeroed"]:
     return "zeroed" if config.zeroed else "compact"
 
 
-def estimate_savings(config: dict[str, Any], folder: Path, name: str, pruning: Pruning, shape: ExpertShape) -> Savings:
+def estimate_savings(config: ConfigJson, folder: Path, name: str, pruning: Pruning, shape: ExpertShape) -> Savings:
     """What would be saved, by the config, and by the weights' headers where they are there."""
     if (folder / INDEX).is_file() or (folder / "model.safetensors").is_file():
         return measure_savings(read_base(folder, name), pruning)

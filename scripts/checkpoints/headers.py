@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
 
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "BOOL": 1}
@@ -54,7 +54,7 @@ def read_headers(folder: Path, name: str) -> tuple[dict[str, Entry], str]:
     return tensors, digest.hexdigest()
 
 
-def check_unquantised(config: dict[str, Any], name: str) -> None:
+def check_unquantised(config: ConfigJson, name: str) -> None:
     """Refuse a quantised checkpoint's config."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):

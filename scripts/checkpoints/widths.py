@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from laguna_serve.scripts.checkpoints.headers import (
     read_headers,
 )
 from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
-from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
@@ -47,7 +46,7 @@ class WidthsSource:
     """A checked dense checkpoint and the units of its layers.  `unpads`: the padding goes; else it comes back."""
 
     folder: Path
-    config: dict[str, Any]
+    config: ConfigJson
     tensors: dict[str, Entry]
     units: dict[int, Units]
     fingerprint: str
@@ -160,7 +159,7 @@ def _are_runs(runs: object, width: int, stored: int) -> bool:
     return rises and edges[0] >= 0 and edges[-1] <= stored and sum(b - a for a, b in runs) == width
 
 
-def _read_dense(folder: Path, name: str) -> dict[str, Any]:
+def _read_dense(folder: Path, name: str) -> ConfigJson:
     config = read_config(folder)
     check_unquantised(config, name)
     if not is_dense(config):
@@ -170,7 +169,7 @@ def _read_dense(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def describe(source: WidthsSource) -> dict[str, Any]:
+def describe(source: WidthsSource) -> ConfigJson:
     """The output's config.json: the source's, at the widths that are stored."""
     config = dict(source.config)
     if not source.unpads:

@@ -24,12 +24,11 @@ Checked against the sources of vLLM 0.26.0, 0.32.0 and 0.33.0:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from laguna_serve.serving.chat.release import Release
-from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
 
 POOLSIDE = "poolside_v1"
 NONE = "none"
@@ -141,7 +140,7 @@ def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequen
 
 
 def choose_environment(
-    device_kind: str, *, drafter: bool, configs: Sequence[Mapping[str, Any]] = ()
+    device_kind: str, *, drafter: bool, configs: Sequence[ConfigJson] = ()
 ) -> tuple[VllmSetting, ...]:
     """Variables for vLLM's process; what the user has set stays.
 
@@ -163,7 +162,7 @@ def choose_environment(
     return tuple(settings)
 
 
-def has_block_fp8(config: Mapping[str, Any]) -> bool:
+def has_block_fp8(config: ConfigJson) -> bool:
     """Are weights FP8 in blocks, as compressed-tensors or as Hugging Face's ``fp8`` stores them?"""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):

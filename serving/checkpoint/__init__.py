@@ -1,6 +1,6 @@
 """What a checkpoint's files say about it, before anything is started."""
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields
 from laguna_serve.serving.checkpoint.folder import (
     check_pruning_files,
     find_cached_snapshot,
@@ -12,6 +12,7 @@ from laguna_serve.serving.checkpoint.target import Target, is_drafter, read_dtyp
 
 __all__ = [
     "CheckpointError",
+    "ConfigJson",
     "Fields",
     "Target",
     "check_pruning_files",

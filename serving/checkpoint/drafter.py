@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.plugins.layers import DEFAULTS, FULL, SLIDING
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
 from laguna_serve.serving.checkpoint.target import (
@@ -113,7 +112,7 @@ def read_drafter(folder: Path) -> Drafter:
     return _read_laguna(folder, config)
 
 
-def _read_laguna(folder: Path, config: dict[str, Any]) -> Drafter:
+def _read_laguna(folder: Path, config: ConfigJson) -> Drafter:
     architectures = read_architectures(folder, config)
     if architectures != [ARCHITECTURE]:
         remedy = "pass one in that format or in speculators'"
@@ -178,7 +177,7 @@ def _read_causal(dflash: Fields) -> bool | None:
     return causal
 
 
-def _read_speculators(folder: Path, config: dict[str, Any]) -> Drafter:
+def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
     kind = config["speculators_model_type"]
     if kind != "dflash":
         raise CheckpointError(

@@ -13,6 +13,10 @@ MAX_SHOWN = 120
 MAX_INTEGER, MAX_LAYERS = 1 << 40, 10_000
 
 
+# A config.json as it was read: any JSON object, passed on to vLLM or written again with all of its keys.
+ConfigJson = dict[str, Any]
+
+
 class CheckpointError(CommandError, ValueError):
     """A checkpoint that cannot be served, as one line."""
 
@@ -29,12 +33,12 @@ class Fields:
     ``defaults`` stand for keys that are not there.
     """
 
-    def __init__(self, folder: Path, config: object, prefix: str = "", defaults: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, config: object, prefix: str = "", defaults: ConfigJson | None = None) -> None:
         self.folder = folder
         self.prefix = prefix
         if not isinstance(config, dict):
             raise CheckpointError(f"{folder}: expected {prefix.rstrip('.')} in config.json, got none; fetch it again")
-        self.config: dict[str, Any] = {**(defaults or {}), **{k: v for k, v in config.items() if v is not None}}
+        self.config: ConfigJson = {**(defaults or {}), **{k: v for k, v in config.items() if v is not None}}
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A field that is there, or has a default."""

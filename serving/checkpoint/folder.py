@@ -10,9 +10,8 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model.safetensors.index.json"
@@ -79,7 +78,7 @@ def _open_cache_folder(path: Path) -> Path:
     return snapshot
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> ConfigJson:
     """The checkpoint's config.json as a JSON object.  Raises CheckpointError when there is none or it is not JSON."""
     path = folder / "config.json"
     try:
@@ -106,7 +105,7 @@ def _describe_other_format(folder: Path) -> str:
     return "expected a checkpoint, got a folder without config.json; check the path"
 
 
-def _is_mlx(config: dict[str, Any]) -> bool:
+def _is_mlx(config: ConfigJson) -> bool:
     """mlx-lm writes its groups under `quantization`, with bits and group_size beside them, and no quant_method."""
     groups = config.get("quantization")
     return isinstance(groups, dict) and "group_size" in groups and "bits" in groups

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields, show
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 
 FP8, NVFP4, INT4, OTHER = "fp8", "nvfp4", "int4", "other"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -68,7 +68,7 @@ class Quantisation:
         return group.bits / 8 + (2 / group.group_size if group.group_size else 0)
 
 
-def read_quantisation(folder: Path, config: dict[str, Any]) -> Quantisation | None:
+def read_quantisation(folder: Path, config: ConfigJson) -> Quantisation | None:
     """What a config says of its quantisation; None for a plain checkpoint.
 
     Raises:

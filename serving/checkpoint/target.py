@@ -17,7 +17,7 @@ from laguna_serve.plugins.layers import (
     resolve_layer_kinds,
     stock_layer_kinds,
 )
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields, show
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
 
@@ -176,12 +176,12 @@ def read_gate_width(fields: Fields) -> int:
     return fields.positive("head_dim") if gating == PER_ELEMENT else 1
 
 
-def read_dtype(config: dict[str, Any]) -> str:
+def read_dtype(config: ConfigJson) -> str:
     """The dtype that a config names, in torch's spelling."""
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
 
 
-def is_drafter(config: dict[str, Any]) -> bool:
+def is_drafter(config: ConfigJson) -> bool:
     """True for a DFlash drafter in either format."""
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
@@ -192,7 +192,7 @@ def is_drafter(config: dict[str, Any]) -> bool:
     )
 
 
-def read_architectures(folder: Path, config: dict[str, Any]) -> list[str]:
+def read_architectures(folder: Path, config: ConfigJson) -> list[str]:
     """The classes that a config names; empty without any."""
     names = config.get("architectures")
     if names is None:

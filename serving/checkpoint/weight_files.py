@@ -8,13 +8,13 @@ vLLM notices a minute after start-up, under other names.  Layout of a file: eigh
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
-from laguna_serve.serving.checkpoint import CheckpointError
+import msgspec
+
+from laguna_serve.serving.checkpoint.fields import CheckpointError
 
 PATTERN = "*.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,6 +24,20 @@ LENGTH_BYTES = 8
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 FETCH = "fetch it again"
+
+
+class WeightIndex(msgspec.Struct, frozen=True):
+    """Of model.safetensors.index.json: tensor → the file that has it."""
+
+    weight_map: dict[str, str]
+
+
+class TensorHeader(msgspec.Struct, frozen=True):
+    """What a safetensors header says of a tensor; its bytes lie from the first offset to before the second."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 def require_weights(folder: Path, *, complete: bool) -> None:
@@ -55,10 +69,10 @@ def count_values(folder: Path) -> int:
         CheckpointError: a file that is not whole.
     """
     return sum(
-        math.prod(about["shape"])
+        math.prod(tensor.shape)
         for path in list_weights(folder)
-        for about in check_file(path).values()
-        if str(about["dtype"]).startswith(("F", "BF"))
+        for tensor in check_file(path).values()
+        if tensor.dtype.startswith(("F", "BF"))
     )
 
 
@@ -77,17 +91,16 @@ def list_indexed(folder: Path) -> list[str]:
     if not os.path.lexists(path):
         return []
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in index["weight_map"].values()})
+        index = msgspec.json.decode(path.read_bytes(), type=WeightIndex)
     except OSError as error:
         raise CheckpointError(f"{path}: expected an index of weights, got {error.strerror or error}; {FETCH}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         raise CheckpointError(f"{path}: expected JSON with a weight_map, got something else; {FETCH}") from None
-    return names
+    return sorted(set(index.weight_map.values()))
 
 
-def check_file(path: Path) -> dict[str, dict[str, Any]]:
-    """What a file's header says of every tensor: its dtype, shape and data_offsets.
+def check_file(path: Path) -> dict[str, TensorHeader]:
+    """What a file's header says of every tensor.
 
     Raises:
         CheckpointError: the file has no header, or not as many bytes as that says.
@@ -100,19 +113,16 @@ def check_file(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             whole = length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES)
-            header = json.loads(file.read(length)) if whole else {}
-        tensors = {name: about for name, about in header.items() if name != "__metadata__"}
-        ends = [int(about["data_offsets"][1]) for about in tensors.values()]
-        whole_numbers = all(type(size) is int for about in tensors.values() for size in about["shape"])
-        if not whole_numbers or not all("dtype" in about for about in tensors.values()):
-            raise ValueError("no shape or dtype")
+            parts = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw]) if whole else {}
+        parts.pop("__metadata__", None)
+        tensors = {name: msgspec.json.decode(part, type=TensorHeader) for name, part in parts.items()}
     except OSError as error:
         raise CheckpointError(f"{expected}, got {error.strerror or error}; check its permissions") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         raise CheckpointError(f"{expected}, got one whose header is no such JSON; {FETCH}") from None
     if not whole:
         raise CheckpointError(f"{expected}, got one cut off in its header, or another format; {FETCH}")
-    expected_size = LENGTH_BYTES + length + max(ends, default=0)
+    expected_size = LENGTH_BYTES + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size != expected_size:
         raise CheckpointError(f"{expected} of {expected_size} bytes, as its header says, got {size}; {FETCH}")
     return tensors

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.chat.release import assume_release, read_release
 from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, ChatContract, choose_chat_flags, find_value
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
+    ConfigJson,
     Target,
     check_pruning_files,
     find_folder,
@@ -47,7 +47,7 @@ class Checkpoints:
     local: bool
     warnings: tuple[str, ...] = ()
     chat: ChatContract = NO_CONTRACT
-    configs: tuple[dict[str, Any], ...] = ()
+    configs: tuple[ConfigJson, ...] = ()
 
 
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:

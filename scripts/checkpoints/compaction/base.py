@@ -23,7 +23,7 @@ from laguna_serve.scripts.checkpoints.headers import (
     open_files,
     read_headers,
 )
-from laguna_serve.serving.checkpoint import CheckpointError, read_config
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 
 PLAIN = frozenset(("BF16", "F16", "F32"))
 QUANTISED = re.compile(r"(_scale|_scale_2|_scale_inv|_zero_point|_zeros|_packed|qweight|qzeros|g_idx|scales)$")
@@ -40,7 +40,7 @@ class Base:
 
     folder: Path
     name: str
-    config: dict[str, Any]
+    config: ConfigJson
     shape: ExpertShape
     tensors: dict[str, Entry]
     fused: bool
@@ -86,7 +86,7 @@ def read_base(folder: Path, name: str) -> Base:
     return base
 
 
-def check_config(config: dict[str, Any], name: str) -> None:
+def check_config(config: ConfigJson, name: str) -> None:
     """Refuse a config that is quantised or already pruned."""
     check_unquantised(config, name)
     if config.get("expert_pruning"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError
+from laguna_serve.serving.checkpoint import ConfigJson
 
 PROJECTIONS = 3  # gate row, up row and down column: what an atom has of each
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -25,7 +24,7 @@ class Savings:
     blocks_per_layer: int
 
 
-def count_parameters(config: Mapping[str, Any], shape: ExpertShape) -> int:
+def count_parameters(config: ConfigJson, shape: ExpertShape) -> int:
     """Every stored parameter, the routers' selection biases among them.
 
     Raises:
@@ -46,13 +45,13 @@ def count_parameters(config: Mapping[str, Any], shape: ExpertShape) -> int:
     return int(embedding + attention + dense + norms + len(shape.layers) * (routed + shared + router))
 
 
-def _heads(config: Mapping[str, Any]) -> list[int]:
+def _heads(config: ConfigJson) -> list[int]:
     layers: int = config["num_hidden_layers"]
     heads: list[int] = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
     return heads
 
 
-def _count_attention(config: Mapping[str, Any], H: int, heads: int) -> int:
+def _count_attention(config: ConfigJson, H: int, heads: int) -> int:
     D: int = config["head_dim"]
     kv: int = config["num_key_value_heads"]
     widths = (heads + 2 * kv) * D

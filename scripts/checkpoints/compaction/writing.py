@@ -11,6 +11,7 @@ from laguna_serve.scripts.checkpoints.compaction.shards import Advance, Compacti
 from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaSentinelForCausalLM"
@@ -60,7 +61,7 @@ def write_description(job: Compaction, shards: list[Shard], output: Output, sour
         output.note(name)
 
 
-def describe_config(job: Compaction, source: dict[str, Any]) -> dict[str, Any]:
+def describe_config(job: Compaction, source: dict[str, Any]) -> ConfigJson:
     """The base's config with the architecture and the blocks of the output."""
     described = {
         "block_size": job.pruning.block_size,

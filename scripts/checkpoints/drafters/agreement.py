@@ -14,6 +14,7 @@ from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.scripts.checkpoints.drafters.algebra import Tensors
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
+from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.checkpoint.drafter import Drafter
 
 # What is folded is rounded once more in the stored dtype: of bf16's 8 bits, over a few layers.
@@ -43,7 +44,7 @@ def measure_difference(
     return worst
 
 
-def _load(config: dict[str, Any], tensors: Tensors) -> LagunaDrafter:
+def _load(config: ConfigJson, tensors: Tensors) -> LagunaDrafter:
     """The plain form of a checkpoint that is not on disk yet."""
     kind = SpeculatorsDrafter if "speculators_model_type" in config else LagunaDrafter
     with tempfile.TemporaryDirectory() as name:

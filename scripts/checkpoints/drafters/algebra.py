@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -37,7 +35,7 @@ from laguna_serve.scripts.checkpoints.drafters.layout import (
     read_layer_types,
     read_rope,
 )
-from laguna_serve.serving.checkpoint import read_dtype
+from laguna_serve.serving.checkpoint import ConfigJson, read_dtype
 
 Tensors = dict[str, torch.Tensor]
 QKV = re.compile(r"layers\.(\d+)\.self_attn\.qkv_proj\.weight")
@@ -58,14 +56,14 @@ class Conversion:
     ``lost`` is what does not carry over, with the reason; the tensors are only right when it is empty.
     """
 
-    config: dict[str, Any] = field(default_factory=dict)
+    config: ConfigJson = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
 
 
 def to_speculators(
-    config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor, vocabulary: torch.Tensor | None, verifier: str
+    config: ConfigJson, tensors: Tensors, head: torch.Tensor, vocabulary: torch.Tensor | None, verifier: str
 ) -> Conversion:
     """From Laguna's format.
 
@@ -117,7 +115,7 @@ def to_speculators(
 
 
 def to_laguna(
-    config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor, embedding: torch.Tensor, target_layers: int
+    config: ConfigJson, tensors: Tensors, head: torch.Tensor, embedding: torch.Tensor, target_layers: int
 ) -> Conversion:
     """From the speculators format; head and embedding [V, H] and the number of layers are the target's."""
     done = Conversion()
@@ -166,7 +164,7 @@ def _note_unknown(done: Conversion, tensors: Tensors, known: re.Pattern[str]) ->
         done.lost["further tensors"] = ", ".join(unknown[:4]) + (", …" if len(unknown) > 4 else "")
 
 
-def _drop_tap_norms(done: Conversion, tensors: Tensors, config: Mapping[str, Any]) -> None:
+def _drop_tap_norms(done: Conversion, tensors: Tensors, config: ConfigJson) -> None:
     taps = len(config["dflash_config"]["target_layer_ids"])
     if taps == 1:
         done.carried["tap norm"] = "folded into fc; its factor per token is taken away by hidden_norm"
@@ -201,7 +199,7 @@ def _narrow(done: Conversion, head: torch.Tensor, vocabulary: torch.Tensor | Non
     done.carried["embedding"] = "the target's, as before"
 
 
-def _check_vocabulary(done: Conversion, config: Mapping[str, Any], tensors: Tensors, head: torch.Tensor) -> None:
+def _check_vocabulary(done: Conversion, config: ConfigJson, tensors: Tensors, head: torch.Tensor) -> None:
     drafted = config["draft_vocab_size"]
     if drafted != len(head):
         done.lost["reduced vocabulary"] = f"{drafted} of {len(head)} tokens; Laguna's drafter has the target's head"
@@ -214,7 +212,7 @@ def _check_vocabulary(done: Conversion, config: Mapping[str, Any], tensors: Tens
         done.carried["head"] = "the target's, as before"
 
 
-def _speculators_config(config: Mapping[str, Any], verifier: str, drafted: int) -> dict[str, Any]:
+def _speculators_config(config: ConfigJson, verifier: str, drafted: int) -> ConfigJson:
     layers = {key: config[key] for key in (*SHARED_KEYS, "sliding_window") if config.get(key) is not None}
     layers |= {
         "model_type": "qwen3",
@@ -246,7 +244,7 @@ def _speculators_config(config: Mapping[str, Any], verifier: str, drafted: int) 
     }
 
 
-def _laguna_config(config: Mapping[str, Any], target_layers: int) -> dict[str, Any]:
+def _laguna_config(config: ConfigJson, target_layers: int) -> ConfigJson:
     layers = config["transformer_layer_config"]
     rope = layers.get("rope_parameters") or {"rope_type": "default", "rope_theta": layers.get("rope_theta", 1e6)}
     return describe_laguna(
@@ -263,7 +261,7 @@ def _laguna_config(config: Mapping[str, Any], target_layers: int) -> dict[str, A
     )
 
 
-def _heads(config: Mapping[str, Any]) -> list[int]:
+def _heads(config: ConfigJson) -> list[int]:
     layers: int = config["num_hidden_layers"]
     heads: list[int] = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
     return heads

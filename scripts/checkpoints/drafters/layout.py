@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_dropped_rope
+from laguna_serve.serving.checkpoint import ConfigJson
 
 SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -25,7 +26,7 @@ def describe_laguna(
     gated: bool,
     rope: Mapping[str, Any],
     dtype: str = "bfloat16",
-) -> dict[str, Any]:
+) -> ConfigJson:
     """A config.json in the published layout.
 
     ``rope`` is said in full and not as ``rope_theta`` alone, which transformers drops (plugins/layers.py).
@@ -58,22 +59,22 @@ def describe_laguna(
     }
 
 
-def read_block_size(config: Mapping[str, Any]) -> int:
+def read_block_size(config: ConfigJson) -> int:
     """In ``dflash_config``, or at the top, where other drafters have it."""
     inner = config["dflash_config"].get("block_size")
     return int(config["block_size"] if inner is None else inner)
 
 
-def read_layer_types(config: Mapping[str, Any]) -> list[str]:
+def read_layer_types(config: ConfigJson) -> list[str]:
     """ "full_attention" or "sliding_attention" of every layer."""
     return list(config.get("layer_types") or [FULL] * config["num_hidden_layers"])
 
 
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(config: ConfigJson) -> dict[str, Any]:
     """The rotary parameters of the layers, all of one kind, whichever way the config says them."""
     stated = find_dropped_rope(config)
     if stated is not None:
         return stated
     kind = read_layer_types(config)[0]
-    rope = config.get("rope_parameters") or DEFAULT_ROPE
+    rope: ConfigJson = config.get("rope_parameters") or DEFAULT_ROPE
     return dict(rope.get(kind, rope))

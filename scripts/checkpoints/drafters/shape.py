@@ -14,6 +14,7 @@ from laguna_serve.scripts.checkpoints.drafters.layout import (
     read_layer_types,
     read_rope,
 )
+from laguna_serve.serving.checkpoint import ConfigJson
 
 MAX_POSITIONS = 2048
 
@@ -45,7 +46,7 @@ class DrafterShape:
     def gamma(self) -> int:
         return self.block_size - 1
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> ConfigJson:
         """The checkpoint's config.json, in the published layout."""
         return (
             describe_laguna(
@@ -73,7 +74,7 @@ class DrafterShape:
         return mask if self.sliding_window is None else mask & (distance < self.sliding_window)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DrafterShape:
+    def from_config(cls, config: ConfigJson) -> DrafterShape:
         rope, dflash = read_rope(config), config["dflash_config"]
         names = [
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from laguna_serve.scripts.checkpoints.drafters.dflash import (
     linear,
 )
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
+from laguna_serve.serving.checkpoint import ConfigJson
 
 PROPOSAL = "greedy"
 DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none
@@ -84,7 +84,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         tokens: list[int] = self.get_buffer("vocabulary")[drafted].tolist()
         return tokens
 
-    def config(self, verifier: str) -> dict[str, Any]:
+    def config(self, verifier: str) -> ConfigJson:
         """The checkpoint's config.json; `verifier` names the target."""
         shape = self.shape
         layers = {
