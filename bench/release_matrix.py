@@ -10,25 +10,107 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from laguna_serve.serving.kit.cli import Parser
+from msgspec import Struct, field
+
+from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
-from laguna_serve.serving.planning.result import describe_plan
+from laguna_serve.serving.planning.result import PlanResult, describe_plan
 
-SCHEMA = "laguna_serve.release_matrix/1"
 ROOT = Path(__file__).resolve().parent.parent
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
 COMMAND = "python bench/release_matrix.py"
 # Large enough for any release, so that what is refused is refused for its numbers.
 CPU = Device("cpu", "CPU with AVX-512 and AMX, 1 TiB", 1 << 40, 1 << 40, isa=("avx512f", "amx_tile"))
 MOST_RANKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseMatrixConfig:
+    """Which releases to plan for, and where the two files go."""
+
+    releases: Annotated[Path, Flag("folder of folders with a config.json", metavar="DIR")] = RELEASES
+    out: Annotated[Path, Flag("folder for the two files", metavar="DIR")] = ROOT / "bench" / "results"
+
+
+class MatrixCell(Struct, frozen=True, kw_only=True):
+    """A release, alone or with its drafter, on a device, or on as few of them as serve it; sizes in bytes.
+
+    Attributes:
+        as_device: the device's name in the planner; `devices`: how many.
+        context_one: longest sequence alone, in tokens; `context_64`: of 64 at once.
+        refused: why it is not served.
+    """
+
+    as_device: str
+    model: str
+    draft: str | None
+    device: str
+    devices: int
+    served: bool
+    model_class: str = field(name="class")
+    verdict: str
+    why: str | None
+    gamma: int | None
+    vendor_gamma: tuple[int, ...] | None
+    weight_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    context_one: int
+    context_64: int
+    refused: list[str]
+
+
+class ReleaseMatrix(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.release_matrix/1"):
+    """Every pair of a release and its drafter on every device."""
+
+    command: str
+    devices: list[str]
+    cells: list[MatrixCell]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    config = read_flags(ReleaseMatrixConfig, argv, prog="bench/release_matrix.py", description=__doc__)
+
+    def run() -> int:
+        matrix = write_matrix(config)
+        served = sum(cell.served for cell in matrix.cells)
+        print(json.dumps({"cells": len(matrix.cells), "served": served, "out": str(config.out)}))
+        return HELD
+
+    return run_command("release_matrix.py", run)
+
+
+def write_matrix(config: ReleaseMatrixConfig) -> ReleaseMatrix:
+    """Plan every cell, and write release-matrix.json and release-matrix.md to `config.out`."""
+    matrix = make_matrix(config.releases)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_text(config.out / "release-matrix.json", json.dumps(to_json(matrix), indent=1) + "\n")
+    write_text(config.out / "release-matrix.md", format_matrix(matrix))
+    return matrix
+
+
+def make_matrix(folder: Path) -> ReleaseMatrix:
+    """Every pair on every device."""
+    devices = {**{name: plan_for(name) for name in GPUS}, "cpu": CPU}
+    cells = [
+        plan_cell(folder, model, draft, name, device)
+        for model, draft in list_pairs(folder)
+        for name, device in devices.items()
+    ]
+    return ReleaseMatrix(command=COMMAND, devices=list(devices), cells=cells)
 
 
 def list_pairs(folder: Path) -> list[tuple[str, str | None]]:
@@ -40,85 +122,92 @@ def list_pairs(folder: Path) -> list[tuple[str, str | None]]:
         if name in drafters:
             continue
         family = re.sub(r"-(FP8|NVFP4|INT4)$", "", name)
-        wanted = (name.replace(family, f"{family}-DFlash"), f"{family}-speculator.dflash")
-        draft = next((drafter for drafter in wanted if drafter in drafters), None)
+        names_of_drafters = (name.replace(family, f"{family}-DFlash"), f"{family}-speculator.dflash")
+        draft = next((drafter for drafter in names_of_drafters if drafter in drafters), None)
         pairs += [(name, None)] if draft is None else [(name, None), (name, draft)]
     return pairs
 
 
-def plan_cell(folder: Path, model: str, draft: str | None, device: Device) -> dict[str, Any]:
-    """The plan on one device, or on as few of them as serve it; the fields that the table shows."""
+def plan_cell(folder: Path, model: str, draft: str | None, name: str, device: Device) -> MatrixCell:
+    """The plan on one device, or on as few of them as serve it."""
     ranks = 1
     while True:
-        shared = () if ranks == 1 else ("--tensor-parallel-size", str(ranks))
-        path = None if draft is None else str(folder / draft)
-        plan = make_plan(EngineConfig(str(folder / model), draft=path, extra_args=shared), device, planned=True)
-        found = to_json(describe_plan(plan))
-        if found["ok"] or device.kind == "cpu" or ranks == MOST_RANKS or found["target"]["verdict"]["how"] == "refused":
+        plan = _plan(folder, model, draft, device, ranks)
+        assert plan.target is not None, "its config is there"
+        assert plan.target.verdict is not None
+        refused = plan.target.verdict.how == "refused"
+        if plan.ok or device.kind == "cpu" or ranks == MOST_RANKS or refused:
             break
         ranks *= 2
-    target, drafter = found["target"], found["drafter"]
-    return {
-        "model": model,
-        "draft": draft,
-        "device": device.name,
-        "devices": ranks,
-        "served": found["ok"],
-        "class": next(iter(found["classes"].values())),
-        "verdict": target["verdict"]["how"],
-        "why": target["verdict"]["reason"],
-        "gamma": None if drafter is None else drafter["gamma"],
-        "vendor_gamma": None if drafter is None else drafter["vendor_gamma"],
-        "weight_bytes": found["memory"]["weights"],
-        "kv_bytes": found["memory"]["kv"],
-        "kv_bytes_per_token": found["kv_cache"]["bytes_per_token"],
-        "context_one": found["context"]["one"],
-        "context_64": found["context"]["all"],
-        "refused": [refusal.replace(f"{folder}/", "") for refusal in found["refusals"]],
-    }
+    assert plan.memory is not None
+    assert plan.kv_cache is not None
+    assert plan.context is not None
+    return MatrixCell(
+        as_device=name,
+        model=model,
+        draft=draft,
+        device=device.name,
+        devices=ranks,
+        served=plan.ok,
+        model_class=next(iter(plan.classes.values())),
+        verdict=plan.target.verdict.how,
+        why=plan.target.verdict.reason,
+        gamma=None if plan.drafter is None else plan.drafter.gamma,
+        vendor_gamma=None if plan.drafter is None else plan.drafter.vendor_gamma,
+        weight_bytes=plan.memory.weights,
+        kv_bytes=plan.memory.kv,
+        kv_bytes_per_token=plan.kv_cache.bytes_per_token,
+        context_one=plan.context.one,
+        context_64=plan.context.all,
+        refused=[refusal.replace(f"{folder}/", "") for refusal in plan.refusals],
+    )
 
 
-def make_matrix(folder: Path) -> dict[str, Any]:
-    """Every pair on every device."""
-    devices = {**{name: plan_for(name) for name in GPUS}, "cpu": CPU}
-    cells = [
-        {"as_device": name, **plan_cell(folder, model, draft, device)}
-        for model, draft in list_pairs(folder)
-        for name, device in devices.items()
-    ]
-    return {"schema": SCHEMA, "command": COMMAND, "devices": list(devices), "cells": cells}
+def _plan(folder: Path, model: str, draft: str | None, device: Device, ranks: int) -> PlanResult:
+    shared = () if ranks == 1 else ("--tensor-parallel-size", str(ranks))
+    path = None if draft is None else str(folder / draft)
+    return describe_plan(
+        make_plan(EngineConfig(str(folder / model), draft=path, extra_args=shared), device, planned=True)
+    )
 
 
-def format_matrix(matrix: dict[str, Any]) -> str:
+def format_matrix(matrix: ReleaseMatrix) -> str:
     """A table of the longest context, and one of what is refused, as Markdown."""
-    devices = matrix["devices"]
+    rows: dict[tuple[str, str | None], list[MatrixCell]] = {}
+    for cell in matrix.cells:
+        rows.setdefault((cell.model, cell.draft), []).append(cell)
+    heads = ["model", "draft", "γ", *matrix.devices]
+    table = Table(
+        "l" * len(heads),
+        heads,
+        [
+            [model, draft or "", str(cells[0].gamma or ""), *map(_format_cell, cells)]
+            for (model, draft), cells in rows.items()
+        ],
+    )
+    reasons = sorted({_shorten(refusal) for cell in matrix.cells for refusal in cell.refused})
     lines = [
         "# Releases × devices",
         "",
-        f"`{matrix['command']}`; worked out from the releases' configs, not measured.  A cell is the longest context",
+        f"`{matrix.command}`; worked out from the releases' configs, not measured.  A cell is the longest context",
         "of one sequence, with 64 sequences admitted (`--max-num-seqs`); `N×` the least number of such GPUs (tensor",
         "parallel, 1, 2, 4 or 8); * weights stored small and computed in bf16; – not served: the reasons are below.",
         "",
-        f"| model | draft | γ | {' | '.join(devices)} |",
-        f"|---|---|---|{'---|' * len(devices)}",
+        table.to_markdown(),
+        "",
+        "Not served because:",
+        "",
+        *(f"- {reason}" for reason in reasons),
     ]
-    rows: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    for cell in matrix["cells"]:
-        rows.setdefault((cell["model"], cell["draft"]), []).append(cell)
-    for (model, draft), cells in rows.items():
-        gamma = cells[0]["gamma"] or ""
-        lines.append(f"| {model} | {draft or ''} | {gamma} | {' | '.join(map(_format_cell, cells))} |")
-    reasons = sorted({_shorten(refusal) for cell in matrix["cells"] for refusal in cell["refused"]})
-    lines += ["", "Not served because:", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
 
 
-def _format_cell(cell: dict[str, Any]) -> str:
-    if not cell["served"]:
+def _format_cell(cell: MatrixCell) -> str:
+    if not cell.served:
         return "–"
-    ranks = "" if cell["devices"] == 1 else f"{cell['devices']}× "
-    mark = "*" if cell["verdict"] == "weight-only" else ""
-    return f"{ranks}{cell['context_one']:,}{mark}"
+    ranks = "" if cell.devices == 1 else f"{cell.devices}× "
+    mark = "*" if cell.verdict == "weight-only" else ""
+    return f"{ranks}{cell.context_one:,}{mark}"
 
 
 def _shorten(refusal: str) -> str:
@@ -128,19 +217,5 @@ def _shorten(refusal: str) -> str:
     return re.sub(r"^Laguna-\S+: ", "", refusal)
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--releases", type=Path, default=RELEASES, help="folder of folders with a config.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
-    args = parser.parse_args()
-    matrix = make_matrix(args.releases)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "release-matrix.json").write_text(json.dumps(matrix, indent=1) + "\n", encoding="utf-8")
-    (args.out / "release-matrix.md").write_text(format_matrix(matrix), encoding="utf-8")
-    served = sum(cell["served"] for cell in matrix["cells"])
-    print(json.dumps({"cells": len(matrix["cells"]), "served": served, "out": str(args.out)}))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 
@@ -109,7 +108,7 @@ async def ask_control(session: aiohttp.ClientSession, base_url: str, model: str)
     body = {"model": model, "prompt": CONTROL_PROMPT, "max_tokens": CONTROL_TOKENS, "temperature": 0}
     try:
         async with session.post(base_url + "/v1/completions", json=body | {"return_token_ids": True}) as response:
-            answer: dict[str, Any] = await response.json()
+            answer = await response.json()
             tokens: list[int] = answer["choices"][0]["token_ids"]
             return tokens
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError):

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from laguna_serve.bench.fuzzing.values import CHARACTERS, JUNK, MESSAGES, PROMPTS, VALUES
+from laguna_serve.bench.fuzzing.result import SentRequest
+from laguna_serve.bench.fuzzing.values import CHARACTERS, JUNK, MESSAGES, PROMPTS, VALUES, JsonObject
+
+# Route → parameter → its JSON schema.
+Parameters = dict[str, dict[str, JsonObject]]
 
 # What a route needs before it says anything about its other parameters.
-BASES: dict[str, dict[str, Any]] = {
+BASES: dict[str, JsonObject] = {
     "/v1/completions": {"prompt": CHARACTERS, "max_tokens": 8},
     "/v1/chat/completions": {"messages": MESSAGES[0], "max_tokens": 8},
     "/v1/chat/completions/batch": {"messages": [MESSAGES[0], MESSAGES[0]], "max_tokens": 8},
@@ -43,20 +47,20 @@ class Request:
     body: Any
     leave_after: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a report; bodies may hold what JSON does not have, and are quoted."""
-        return asdict(self) | {"body": repr(self.body)}
+    def quote(self) -> SentRequest:
+        """For a report."""
+        return SentRequest(route=self.route, body=repr(self.body), leave_after=self.leave_after)
 
 
-def list_parameters(openapi: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Route → parameter → its schema, of every POST route that takes JSON."""
+def list_parameters(openapi: JsonObject) -> Parameters:
+    """Of every POST route that takes JSON."""
     schemas = openapi["components"]["schemas"]
-    routes: dict[str, dict[str, Any]] = {}
+    routes: Parameters = {}
     for route, methods in openapi["paths"].items():
         if "post" not in methods or route in LEFT_OUT or "{" in route:
             continue
         content = methods["post"].get("requestBody", {}).get("content", {}).get("application/json", {})
-        properties: dict[str, Any] = {}
+        properties: dict[str, JsonObject] = {}
         for schema in _find_objects(content.get("schema", {}), schemas):
             properties |= schema.get("properties", {})
         routes[route] = properties
@@ -64,20 +68,20 @@ def list_parameters(openapi: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return routes
 
 
-def _find_objects(schema: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
+def _find_objects(schema: JsonObject, schemas: JsonObject) -> list[JsonObject]:
     if "$ref" in schema:
         return _find_objects(schemas[schema["$ref"].rpartition("/")[2]], schemas)
     inner = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    return [schema] if not inner else [found for one in inner for found in _find_objects(one, schemas)]
+    return [schema] if not inner else [object_schema for one in inner for object_schema in _find_objects(one, schemas)]
 
 
-def find_values(name: str, schema: dict[str, Any]) -> list[Any]:
+def find_values(name: str, schema: JsonObject) -> list[Any]:
     """What to send as a parameter: by its name, else what its schema lists; junk in any case."""
     listed = [value for one in (schema, *schema.get("anyOf", ())) for value in one.get("enum", ())]
     return [*VALUES.get(name, listed), *JUNK]
 
 
-def list_singles(parameters: dict[str, dict[str, Any]], model: str) -> list[Request]:
+def list_singles(parameters: Parameters, model: str) -> list[Request]:
     """Every parameter of every route with each of its values, alone; and bodies that are no parameters."""
     requests = [Request(route, body) for route in parameters for body in BARE]
     for route, properties in parameters.items():
@@ -87,9 +91,7 @@ def list_singles(parameters: dict[str, dict[str, Any]], model: str) -> list[Requ
     return requests
 
 
-def draw_batches(
-    parameters: dict[str, dict[str, Any]], model: str, *, seed_value: int, count: int
-) -> list[list[Request]]:
+def draw_batches(parameters: Parameters, model: str, *, seed_value: int, count: int) -> list[list[Request]]:
     """Batches of one to five requests that are sent together, the same for the same seed."""
     drawn: list[list[Request]] = []
 
@@ -110,11 +112,11 @@ def draw_batches(
 
 
 @st.composite
-def _requests(draw: st.DrawFn, parameters: dict[str, dict[str, Any]], model: str) -> Request:
+def _requests(draw: st.DrawFn, parameters: Parameters, model: str) -> Request:
     weighted = [route for route in parameters for _ in range(6 if route in STREAMS else 1)]
     route = draw(st.sampled_from(weighted))
     properties = parameters[route]
-    body: dict[str, Any] = {"model": model, **BASES.get(route, {})}
+    body: JsonObject = {"model": model, **BASES.get(route, {})}
     if "prompt" in body and draw(st.booleans()):
         body["prompt"] = draw(st.sampled_from(PROMPTS))
     if "temperature" in properties:

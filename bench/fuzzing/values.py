@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+JsonObject = dict[str, Any]
 NAN, INF = math.nan, math.inf
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, -(2**31) - 1, 2**63, 2**64, 10**30, 0.5, 1e308, -1e308, NAN, INF, -INF, 1e-300,
@@ -24,9 +25,9 @@ def nest(depth: int, key: str | None = None) -> Any:
     return value
 
 
-def nest_schema(depth: int) -> dict[str, Any]:
+def nest_schema(depth: int) -> JsonObject:
     """A JSON schema of objects in objects."""
-    schema: dict[str, Any] = {"type": "integer"}
+    schema: JsonObject = {"type": "integer"}
     for _ in range(depth):
         schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
     return schema

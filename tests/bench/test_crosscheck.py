@@ -1,4 +1,4 @@
-"""bench/crosscheck.py, with a mock of vLLM's benchmark that measures what it is told to."""
+"""bench/crosscheck.py, with a mock of vLLM's benchmark that gives the rates of its script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fake_engine import Behaviour, FakeEngine
 from laguna_serve.bench import crosscheck
 
 # Takes the flags that vLLM's benchmark is given, and writes the fields of its result that are read.
-STAND_IN = """
+MOCK_BENCH = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 count, tokens = int(flags["--num-prompts"]), int(flags["--custom-output-len"])
@@ -29,7 +29,7 @@ def check(
 ) -> int:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
-    program = "raise SystemExit('no such flag')" if crash else STAND_IN
+    program = "raise SystemExit('no such flag')" if crash else MOCK_BENCH
     monkeypatch.setattr(crosscheck, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
     with FakeEngine(Behaviour(delay_s=0.002, prefix_hits=hits)) as engine:
         flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts), "--max-tokens", "8", "--repeats", "1"]

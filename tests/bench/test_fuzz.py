@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from laguna_serve.bench.fuzz import normalise
 from laguna_serve.bench.fuzzing.client import check_batch, judge, open_session
 from laguna_serve.bench.fuzzing.minimise import minimise
+from laguna_serve.bench.fuzzing.options import FuzzConfig
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
+from laguna_serve.bench.fuzzing.result import Finding, FuzzedEngine, FuzzResult
+from laguna_serve.bench.fuzzing.runner import Fuzz, normalise
 from laguna_serve.bench.fuzzing.values import JUNK, VALUES
+from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import read_result, write_result
 
 OPENAPI = {
     "paths": {
@@ -128,3 +135,29 @@ def test_a_finding_is_cut_down_to_what_shows_it() -> None:
 
 def test_findings_that_differ_in_numbers_are_one() -> None:
     assert normalise("status 500: at 0x1234, 17 tokens") == normalise("status 500: at 0x9234, 3 tokens")
+
+
+def test_a_run_is_resumed_where_it_stopped_and_otherwise_begun_anew(tmp_path: Path) -> None:
+    requests = [Request("/v1/completions", {"prompt": "\ud800"}, 1).quote()]
+    assert requests[0].body == "{'prompt': '\\ud800'}"
+    finding = Finding(kind="status #", wrong=["status 500"], died=True, seen=2, requests=requests)
+    earlier = FuzzResult(
+        environment=Environment(date="", command=""),
+        engine=FuzzedEngine(model="m", draft=None, seed=1),
+        batches=7,
+        requests=30,
+        starts=2,
+        minutes=1.5,
+        deaths=1,
+        findings=[finding],
+        statuses={"/ping 200": 3},
+    )
+    write_result(tmp_path / "fuzz.json", earlier)
+    (tmp_path / "sent.jsonl").write_text("{}\n")
+    quiet = Progress(quiet=True)
+    resumed = Fuzz(FuzzConfig(model="m", out=tmp_path, resume=True), quiet).report()
+    assert structs.replace(resumed, environment=earlier.environment) == earlier
+    assert (tmp_path / "sent.jsonl").read_text() == "{}\n"
+    anew = Fuzz(FuzzConfig(model="m", out=tmp_path), quiet).report()
+    assert (anew.batches, anew.findings, (tmp_path / "sent.jsonl").read_text()) == (0, [], "")
+    assert read_result(tmp_path / "fuzz.json", FuzzResult) == anew
