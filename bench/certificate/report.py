@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
 from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadResult
-from laguna_serve.bench.certificate.verdict import AGAIN, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
+from laguna_serve.bench.certificate.verdict import AGAIN, CLASSES, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
+from laguna_serve.serving.kit.environment import cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 WIDTH = 110
 # Divergences printed in text and Markdown; HTML and JSON have every one.
 SHOWN = 5
 TEMPLATE = Path(__file__).with_name("certificate.html.j2")
+HEADS = (
+    "at once",
+    "arm",
+    "differ",
+    "at 95% at most",
+    "ties",
+    "near ties",
+    "defects",
+    "not own best",
+    "mean Δ",
+    "max Δ",
+)
 ARM_NAMES = {"candidate": "candidate", AGAIN: "baseline again", ROW_MATCHED: "row-matched control"}
 
 
@@ -43,27 +55,25 @@ def summarise(result: Certificate) -> str:
     )
 
 
-def list_rows(result: Certificate) -> list[dict[str, str]]:
+def tabulate(result: Certificate) -> Table:
     """One row per load and arm, in words and numbers."""
     rows = []
     for load in result.loads:
         for name, comparison in {"candidate": load.candidate, **load.controls}.items():
             difference = comparison.difference
             rows.append(
-                {
-                    "load": str(load.concurrency),
-                    "arm": ARM_NAMES[name],
-                    "differ": f"{comparison.mismatches} of {comparison.prompts}",
-                    "bound": f"{comparison.bound95:.2%}",
-                    "ties": str(comparison.classes["tie"]),
-                    "near": str(comparison.classes["near_tie"]),
-                    "defects": str(comparison.classes["defect"]),
-                    "own": str(len(comparison.not_own_best)),
-                    "mean": "–" if difference is None else f"{difference.mean:.2g}",
-                    "max": "–" if difference is None else f"{difference.max:.2g}",
-                }
+                [
+                    str(load.concurrency),
+                    ARM_NAMES[name],
+                    f"{comparison.mismatches} of {comparison.prompts}",
+                    f"{comparison.bound95:.2%}",
+                    *(str(comparison.classes[kind]) for kind in CLASSES),
+                    str(len(comparison.not_own_best)),
+                    "–" if difference is None else f"{difference.mean:.2g}",
+                    "–" if difference is None else f"{difference.max:.2g}",
+                ]
             )
-    return rows
+    return Table("rl" + "r" * (len(HEADS) - 2), HEADS, rows)
 
 
 def list_notes(result: Certificate) -> list[str]:
@@ -86,26 +96,29 @@ def list_notes(result: Certificate) -> list[str]:
     return notes
 
 
-def list_divergences(result: Certificate) -> list[dict[str, Any]]:
-    """Every divergence of the candidate with its load, defects first."""
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A divergence of the candidate at its load; `exact`: what the exact model says of it, in words."""
+
+    load: int
+    divergence: Divergence
+    exact: str
+
+
+def list_divergences(result: Certificate) -> list[Located]:
+    """Every divergence of the candidate, defects first."""
     divergences = [
-        {**msgspec.to_builtins(divergence), "load": load.concurrency, "exact": _describe_replay(divergence)}
+        Located(load.concurrency, divergence, _describe_replay(divergence))
         for load in result.loads
         for divergence in load.candidate.divergences
     ]
-    return sorted(divergences, key=lambda item: item["classification"] != "defect")
+    return sorted(divergences, key=lambda item: item.divergence.classification != "defect")
 
 
 def render_text(result: Certificate) -> str:
     """For a terminal: verdict first."""
     lines = ["", *textwrap.wrap(summarise(result), WIDTH), ""]
-    header = {"load": "at once", "arm": "arm", "differ": "differ", "bound": "at most", "ties": "ties"}
-    header |= {"near": "near ties", "defects": "defects", "own": "not own best", "mean": "mean |Δ|", "max": "max |Δ|"}
-    lines += [
-        f"{row['load']:>7}  {row['arm']:<20} {row['differ']:>11} {row['bound']:>8} {row['ties']:>5} {row['near']:>9} "
-        + f"{row['defects']:>8} {row['own']:>13} {row['mean']:>9} {row['max']:>8}"
-        for row in [header, *list_rows(result)]
-    ]
+    lines.append(tabulate(result).to_text())
     lines.append("")
     for note in list_notes(result):
         lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
@@ -121,14 +134,8 @@ def render_text(result: Certificate) -> str:
 
 def render_markdown(result: Certificate) -> str:
     """The same as a page."""
-    environment = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     lines = ["# Parity certificate", "", f"**{summarise(result)}**", ""]
-    lines += [
-        "| at once | arm | differ | at 95% at most | ties | near ties | defects | not own best | mean Δ | max Δ |"
-    ]
-    lines += ["|--|--|--|--|--|--|--|--|--|--|"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in list_rows(result)]
+    lines.append(tabulate(result).to_markdown())
     lines += ["", "Δ: difference of log-probabilities (nats) from the baseline's where tokens agree.", ""]
     lines += [f"- {note}" for note in list_notes(result)]
     divergences = list_divergences(result)
@@ -137,8 +144,7 @@ def render_markdown(result: Certificate) -> str:
         lines += [f"- {_describe(item)}" for item in divergences[:SHOWN]]
         if len(divergences) > SHOWN:
             lines.append(f"- … and {len(divergences) - SHOWN} more, in certificate.html")
-    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
-    return "\n".join([*lines, "", f"`{environment.command}` on {where}; {versions}."]) + "\n"
+    return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
 def render_html(result: Certificate) -> str:
@@ -150,22 +156,27 @@ def render_html(result: Certificate) -> str:
     return template.render(
         result=result,
         summary=summarise(result),
-        rows=list_rows(result),
+        table=tabulate(result),
         notes=list_notes(result),
         divergences=list_divergences(result),
         versions=", ".join(f"{name} {version}" for name, version in result.environment.versions.items()),
     )
 
 
-def _describe(item: Mapping[str, Any]) -> str:
-    where = "equal tokens" if item["index"] is None else f"token {item['index']}"
-    text = f"prompt {item['prompt_id']}, {item['load']} at once, {where}: {item['classification'].replace('_', ' ')}; "
-    text += item["reason"]
-    for arm in ("baseline", "candidate"):
-        if item[f"{arm}_top2"] is not None:
-            pairs = ", ".join(f"{token} at {value:.4f}" for token, value in item[f"{arm}_top2"])
-            text += f"; {arm} chose {item[f'{arm}_token']} ({pairs})"
-    return f"{text}; {item['exact']}" if item["exact"] else text
+def _describe(item: Located) -> str:
+    divergence = item.divergence
+    where = "equal tokens" if divergence.index is None else f"token {divergence.index}"
+    kind = divergence.classification.replace("_", " ")
+    text = f"prompt {divergence.prompt_id}, {item.load} at once, {where}: {kind}; {divergence.reason}"
+    sides = (
+        ("baseline", divergence.baseline_token, divergence.baseline_top2),
+        ("candidate", divergence.candidate_token, divergence.candidate_top2),
+    )
+    for arm, token, top2 in sides:
+        if top2 is not None:
+            pairs = ", ".join(f"{other} at {value:.4f}" for other, value in top2)
+            text += f"; {arm} chose {token} ({pairs})"
+    return f"{text}; {item.exact}" if item.exact else text
 
 
 def _describe_differences(load: LoadResult) -> str:

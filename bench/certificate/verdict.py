@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 
 from laguna_serve.bench.certificate.result import (
     Comparison,
@@ -152,9 +153,8 @@ def _compare(baseline: Answers, other: Answers, noise: float) -> Comparison:
 
 def _put_in_context(verdict: Verdict, baseline_text: str, candidate_text: str) -> Divergence:
     common = count_common(baseline_text, candidate_text)
-    fields = verdict.to_json()
     # The log-probabilities are those of the very forward passes that chose the tokens: nothing was run again.
-    del fields["baseline_reproduced"], fields["candidate_reproduced"]
+    fields = {name: value for name, value in structs.asdict(verdict).items() if not name.endswith("_reproduced")}
     return Divergence(
         **fields,
         before=baseline_text[max(0, common - BEFORE) : common],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from msgspec import UNSET
 
@@ -14,20 +13,12 @@ from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.kit.environment import list_environment
+from laguna_serve.serving.kit.tables import Table
 
 WIDTH = 100
 GIB = 2**30
 REFUSED = "refused"
 SHOWN_DIVERGENCES = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of the arms' table."""
-
-    name: str
-    baseline: str
-    candidate: str
 
 
 def render_text(result: AbResult) -> str:
@@ -36,8 +27,7 @@ def render_text(result: AbResult) -> str:
     for name, sentence in _describe_setting(result):
         lines += _wrap_named(name, sentence)
     lines.append("")
-    lines += [f"{'':<38}{'baseline':>18}{'candidate':>18}"]
-    lines += [f"{row.name:<38}{row.baseline:>18}{row.candidate:>18}" for row in _list_rows(result)]
+    lines.append(_tabulate(result).to_text())
     lines.append("")
     for name, sentence in _list_findings(result):
         lines += _wrap_named(name, sentence)
@@ -58,8 +48,7 @@ def render_markdown(result: AbResult) -> str:
         *(f"- **{name}**: {sentence}" for name, sentence in _describe_setting(result)),
         "",
     ]
-    lines += ["| | baseline | candidate |", "|---|---:|---:|"]
-    lines += [f"| {row.name} | {row.baseline} | {row.candidate} |" for row in _list_rows(result)]
+    lines.append(_tabulate(result).to_markdown())
     lines += ["", *(f"- **{name}**: {sentence}" for name, sentence in _list_findings(result))]
     for title, items in (("Divergences", _list_divergences(result)), ("Withheld figures", _list_refusals(result))):
         if items:
@@ -86,11 +75,15 @@ def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:
     yield "setting", f"{order}; greedy, end of text ignored; prompts from {work.prompts_file}"
 
 
-def _list_rows(result: AbResult) -> Iterator[Row]:
+def _tabulate(result: AbResult) -> Table:
+    return Table("lrr", ["", *ARMS], list(_list_rows(result)))
+
+
+def _list_rows(result: AbResult) -> Iterator[list[str]]:
     arms = [result.arms[name] for name in ARMS]
 
-    def row(name: str, show: Callable[[ArmResult], str]) -> Row:
-        return Row(name, *map(show, arms))
+    def row(name: str, show: Callable[[ArmResult], str]) -> list[str]:
+        return [name, *map(show, arms)]
 
     yield row("requests (failed)", lambda arm: f"{arm.requests} ({arm.failed})")
     yield row("output tokens", lambda arm: f"{arm.output_tokens:,}")

@@ -157,9 +157,9 @@ async def _measure_probes(plan: Plan, arm: Arm, run: Run, progress: Progress) ->
 
 
 def _choose_probed(plan: Plan, mismatched: list[str]) -> list[Prompt]:
-    wanted = set(mismatched)
-    agreeing = [prompt for prompt in plan.prompts if prompt.id not in wanted][:NOISE_PROMPTS]
-    return [prompt for prompt in plan.prompts if prompt.id in wanted] + agreeing
+    differing = set(mismatched)
+    agreeing = [prompt for prompt in plan.prompts if prompt.id not in differing][:NOISE_PROMPTS]
+    return [prompt for prompt in plan.prompts if prompt.id in differing] + agreeing
 
 
 async def _run_rounds(plan: Plan, drivers: dict[str, Driver], progress: Progress) -> None:
@@ -178,8 +178,8 @@ async def _run_rounds(plan: Plan, drivers: dict[str, Driver], progress: Progress
 class Driver:
     """One arm with an open session: sends rounds and files what comes back into its ArmRun."""
 
-    def __init__(self, session: aiohttp.ClientSession, arm: Arm, client: Client, found: ArmRun) -> None:
-        self._session, self._arm, self._client, self._found = session, arm, client, found
+    def __init__(self, session: aiohttp.ClientSession, arm: Arm, client: Client, run: ArmRun) -> None:
+        self._session, self._arm, self._client, self._run = session, arm, client, run
         self._tokens, self._seconds, self._failed_rounds = 0, 0.0, 0
 
     @property
@@ -197,21 +197,21 @@ class Driver:
 
     async def open_frame(self) -> None:
         """Read the counters before the timed rounds."""
-        self._found.before = await scrape_counters(self._session, self._arm.base_url)
+        self._run.before = await scrape_counters(self._session, self._arm.base_url)
 
     async def close_frame(self, cut: bool = False) -> None:
         """Read the memory, and the counters after the timed rounds. `cut`: the rounds were broken off."""
-        self._found.cut = cut
-        self._found.memory = self._arm.read_memory()
-        if self._found.before is not None:
-            tokens = sum(len(record.token_ids) for record in self._found.records.values())
+        self._run.cut = cut
+        self._run.memory = self._arm.read_memory()
+        if self._run.before is not None:
+            tokens = sum(len(record.token_ids) for record in self._run.records.values())
             url, settle_s = self._arm.base_url, 0.0 if cut else SETTLE_S
-            self._found.after = await settle_counters(self._session, url, self._found.before, tokens, settle_s)
+            self._run.after = await settle_counters(self._session, url, self._run.before, tokens, settle_s)
 
     async def run_round(self, index: int, prompts: Round) -> None:
         """Run and file one timed round."""
         records = await self._client.run_round(prompts)
-        self._found.rounds[index] = records
+        self._run.rounds[index] = records
         self._tokens += sum(len(record.token_ids) for record in records)
         self._seconds += wall_s(records)
         errors = [record.error for record in records if record.error is not None]
@@ -225,13 +225,13 @@ class Driver:
     async def run_control(self, rounds: Sequence[Round]) -> None:
         """Run rounds again that were timed before."""
         for prompts in rounds:
-            self._found.control += await self._client.run_round(prompts)
+            self._run.control += await self._client.run_round(prompts)
 
     async def probe(self, prompts: Sequence[Prompt]) -> None:
         """Run prompts again with log-probabilities; one that fails is left out, and its mismatch stays unexamined."""
         for prompt in prompts:
             try:
-                self._found.probes[prompt.id] = await self._client.probe(prompt.text)
+                self._run.probes[prompt.id] = await self._client.probe(prompt.text)
             except EndpointError:
                 self._arm.check()
 
@@ -241,10 +241,10 @@ class Driver:
             await asyncio.sleep(0.1)
 
 
-async def _connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, found: ArmRun) -> Driver:
+async def _connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: ArmRun) -> Driver:
     model_name = arm.model_name or await find_model_name(session, arm.base_url)
-    found.command = arm.command
-    return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens), found)
+    run.command = arm.command
+    return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens), run)
 
 
 def wall_s(records: Sequence[Record]) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from laguna_serve.bench.harness.arms import Arm
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
@@ -18,6 +19,13 @@ from laguna_serve.serving.checkpoint.drafter_weights import read_headers
 from laguna_serve.serving.client.errors import EndpointError
 
 TIMEOUT_S = 600.0
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What is read of these routes' answers."""
+
+    success: bool | None = None
+    weight_version: str | None = None
 
 
 def open_versions(model: str, folders: Sequence[str]) -> dict[str, Path]:
@@ -63,7 +71,7 @@ async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, fold
     await _post(session, arm, "/finish_weight_update", {"weight_version": name})
     await empty_cache(session, arm)
     await _post(session, arm, "/resume")
-    served = (await _request(session, arm, "GET", "/weight_info")).get("weight_version")
+    served = (await _request(session, arm, "GET", "/weight_info")).weight_version
     if served != name:
         raise EndpointError(f"{arm.name}: expected version {name} after the update, got {served!r}; restart the engine")
 
@@ -75,8 +83,10 @@ async def empty_cache(session: aiohttp.ClientSession, arm: Arm) -> None:
         EngineError, EndpointError: the engine died, or did not do it.
     """
     answer = await _post(session, arm, "/reset_prefix_cache", params={"reset_running_requests": "true"})
-    if answer.get("success") is not True:
-        raise EndpointError(f"{arm.name}: /reset_prefix_cache: expected success, got {answer}; is something running?")
+    if answer.success is not True:
+        raise EndpointError(
+            f"{arm.name}: /reset_prefix_cache: expected success, got {answer.success}; is something running?"
+        )
 
 
 async def _post(
@@ -85,7 +95,7 @@ async def _post(
     path: str,
     body: Mapping[str, Any] | None = None,
     params: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> _Answer:
     return await _request(session, arm, "POST", path, body, params)
 
 
@@ -96,7 +106,7 @@ async def _request(
     path: str,
     body: Mapping[str, Any] | None = None,
     params: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> _Answer:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     url = arm.base_url + path
     try:
@@ -104,8 +114,7 @@ async def _request(
             if response.status != 200:
                 reason = f"HTTP {response.status}: {(await response.text())[:300]}"
                 raise EndpointError(f"{arm.name}: {path}: expected HTTP 200, got {reason}")
-            answer: dict[str, Any] = await response.json()
-            return answer
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return msgspec.json.decode(await response.read(), type=_Answer)
+    except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
         arm.check()
         raise EndpointError(f"{arm.name}: {path}: expected an answer, got {type(error).__name__}: {error}") from error

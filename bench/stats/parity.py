@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import asdict
 
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
@@ -27,7 +25,7 @@ NOISE_MULTIPLE = 2.0
 # Differences beyond this many nats are not rounding: the arms do not compute the same function.
 NOISE_CEILING = 0.5
 # Spacing of the numbers in [8, 16), where the largest logits of language models lie: logits come out of the model in
-# its own dtype, so two of them cannot be told apart more finely than this. It bounds the noise from below, as a short
+# its own dtype, so two of them differ by at least this or not at all. It bounds the noise from below, as a short
 # common stretch may happen to show none. An unknown dtype counts as float32, the strictest.
 LOGIT_SPACING = {"bfloat16": 2.0**-4, "float16": 2.0**-7, "float32": 2.0**-20}
 
@@ -61,9 +59,17 @@ class Verdict(Struct, frozen=True):
     baseline_reproduced: bool | None = None
     candidate_reproduced: bool | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """One arm's re-request at the divergence: did it repeat the answer so far, its best two there, and the margin."""
+
+    reproduced: bool | None = None
+    top2: list[tuple[int, float]] | None = None
+    margin: float | None = None
+
+
+NONE = _Evidence()
 
 
 def find_mismatch(baseline: Record, candidate: Record) -> Mismatch | None:
@@ -103,9 +109,9 @@ def list_differences(baseline: Probe, candidate: Probe) -> list[float]:
     """|difference| (nats) of both answers' log-probabilities of every token that both report, up to where they part."""
     common = count_common(baseline.token_ids, candidate.token_ids)
     return [
-        abs(ours[token] - theirs[token])
-        for ours, theirs in zip(baseline.top[:common], candidate.top[:common], strict=True)
-        for token in ours.keys() & theirs.keys()
+        abs(first[token] - second[token])
+        for first, second in zip(baseline.top[:common], candidate.top[:common], strict=True)
+        for token in first.keys() & second.keys()
     ]
 
 
@@ -119,8 +125,20 @@ def classify(
     """Give a mismatch its class. `probes`: (baseline's, candidate's) re-request, or None if one could not be made."""
     tokens = (mismatch.baseline_token, mismatch.candidate_token)
 
-    def judge(classification: str, reason: str, **found: Any) -> Verdict:
-        return Verdict(mismatch.prompt_id, mismatch.index, classification, reason, *tokens, **found)
+    def judge(classification: str, reason: str, baseline: _Evidence = NONE, candidate: _Evidence = NONE) -> Verdict:
+        return Verdict(
+            mismatch.prompt_id,
+            mismatch.index,
+            classification,
+            reason,
+            *tokens,
+            baseline_top2=baseline.top2,
+            candidate_top2=candidate.top2,
+            baseline_margin=baseline.margin,
+            candidate_margin=candidate.margin,
+            baseline_reproduced=baseline.reproduced,
+            candidate_reproduced=candidate.reproduced,
+        )
 
     if mismatch.index is None:
         return judge("defect", "token ids are equal but the text differs")
@@ -128,15 +146,19 @@ def classify(
         return judge("defect", "one answer is a prefix of the other")
     if probes is None:
         return judge("defect", "not examined: a re-request failed or was not made")
-    index = mismatch.index
-    upto, prefix = index + 1, list(baseline.token_ids[:index])
-    found: dict[str, Any] = {}
-    for arm, probe, record in zip(("baseline", "candidate"), probes, (baseline, candidate), strict=True):
-        found[f"{arm}_reproduced"] = list(probe.token_ids[:upto]) == record.token_ids[:upto]
-        if list(probe.token_ids[:index]) == prefix and index < len(probe.top):
-            found[f"{arm}_top2"] = sorted(probe.top[index].items(), key=lambda item: -item[1])[:2]
-            found[f"{arm}_margin"] = _find_margin(probe.top[index], (tokens[0], tokens[1]))
-    return judge(*_weigh(found, noise), **found)
+    evidence = [
+        _examine(mismatch.index, (tokens[0], tokens[1]), baseline, probe, record)
+        for probe, record in zip(probes, (baseline, candidate), strict=True)
+    ]
+    return judge(*_weigh(*evidence, noise), *evidence)
+
+
+def _examine(index: int, tokens: tuple[int, int], baseline: Record, probe: Probe, record: Record) -> _Evidence:
+    reproduced = list(probe.token_ids[: index + 1]) == record.token_ids[: index + 1]
+    if list(probe.token_ids[:index]) != list(baseline.token_ids[:index]) or index >= len(probe.top):
+        return _Evidence(reproduced)
+    top2 = sorted(probe.top[index].items(), key=lambda item: -item[1])[:2]
+    return _Evidence(reproduced, top2, _find_margin(probe.top[index], tokens))
 
 
 def _find_margin(top: dict[int, float], tokens: tuple[int, int]) -> float | None:
@@ -146,15 +168,15 @@ def _find_margin(top: dict[int, float], tokens: tuple[int, int]) -> float | None
     return max(top.values()) - min(top[token] for token in tokens)
 
 
-def _weigh(found: dict[str, Any], noise: float) -> tuple[str, str]:
+def _weigh(baseline: _Evidence, candidate: _Evidence, noise: float) -> tuple[str, str]:
     limit = NOISE_MULTIPLE * noise
     margins: list[float] = []
-    for arm in ("baseline", "candidate"):
-        if f"{arm}_top2" not in found:
+    for arm, evidence in (("baseline", baseline), ("candidate", candidate)):
+        if evidence.top2 is None:
             return "defect", f"the {arm}'s re-request parted from its own answer before the divergence"
-        if found[f"{arm}_margin"] is None:
+        if evidence.margin is None:
             return "defect", f"one of the two tokens is not among the {arm}'s best two"
-        margins.append(found[f"{arm}_margin"])
+        margins.append(evidence.margin)
     if max(margins) == 0.0:
         return "tie", "both arms give the two tokens exactly the same log-probability"
     if noise > NOISE_CEILING:
