@@ -146,11 +146,11 @@ def classify(
         return judge("defect", "one answer is a prefix of the other")
     if probes is None:
         return judge("defect", "not examined: a re-request failed or was not made")
-    evidence = [
+    of_baseline, of_candidate = (
         _examine(mismatch.index, (tokens[0], tokens[1]), baseline, probe, record)
         for probe, record in zip(probes, (baseline, candidate), strict=True)
-    ]
-    return judge(*_weigh(*evidence, noise), *evidence)
+    )
+    return judge(*_weigh(of_baseline, of_candidate, noise), of_baseline, of_candidate)
 
 
 def _examine(index: int, tokens: tuple[int, int], baseline: Record, probe: Probe, record: Record) -> _Evidence:

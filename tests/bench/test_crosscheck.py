@@ -68,3 +68,17 @@ def test_an_unfair_comparison_is_not_made(
 ) -> None:
     assert check(monkeypatch, tmp_path, 100.0, lost=lost, hits=hits, crash=crash) == 2
     assert message in capsys.readouterr().err
+
+
+def test_crosscheck_from_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
+    monkeypatch.setattr(crosscheck, "VLLM_BENCH", MOCK_BENCH.replace("RATE", "1e6").replace("LOST", "0"))
+    with FakeEngine(Behaviour(delay_s=0.002)) as engine:
+        result = crosscheck.crosscheck(
+            crosscheck.CrosscheckConfig(url=engine.url, model="m", prompts=prompts, max_tokens=8, repeats=2)
+        )
+    assert (result.held, len(result.tok_per_s["ours"]), result.tok_per_s["vllm_bench"]) == (False, 2, [1e6, 1e6])
+    assert capsys.readouterr().out == ""

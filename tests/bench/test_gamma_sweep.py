@@ -16,15 +16,16 @@ from laguna_serve.bench import gamma_sweep
 from laguna_serve.bench.gamma import plot as gamma_plot
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
 from laguna_serve.bench.gamma.options import SweepConfig
+from laguna_serve.bench.gamma.points import read_points
 from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.commands.serve import ServeConfig, engine_config
 from laguna_serve.serving.engine import EngineConfig, EngineError
-from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.kit.flags import FlagError, read_flags
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import read_result
+from laguna_serve.serving.kit.results import ResultError, read_result
 from laguna_serve.serving.speculation.gamma_store import Advice, find_advice, store_advice
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
@@ -298,3 +299,58 @@ def test_auto_gamma_without_a_sweep_says_how_to_get_one(cache: Path) -> None:
 def test_picture_is_drawn(tmp_path: Path) -> None:
     gamma_plot.draw(read_result(COMMITTED, SweepResult), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_sweep_from_python(
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_picture: None,
+) -> None:
+    config = SweepConfig(
+        model=str(TOY / "teacher"),
+        draft=str(TOY / "dflash"),
+        prompts=prompts_file,
+        num_prompts=9,
+        max_tokens=12,
+        gammas=(3,),
+        out=tmp_path / "out",
+    )
+    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+        result = gamma_sweep.sweep(config)
+    assert result.held
+    assert [point.gamma for point in result.points] == [3]
+    assert read_result(tmp_path / "out" / "sweep.json", SweepResult) == result
+    assert capsys.readouterr().out == ""
+    with pytest.raises(FlagError, match="--num-prompts: expected at least 16, 8 rounds of 2, got 9"):
+        replace(config, concurrency=(2,))
+
+
+def test_sweep_is_reported_though_its_ablations_could_not_be_made(
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_picture: None,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise EngineError("engine fake: gone")
+
+    monkeypatch.setattr(gamma_sweep, "measure_ablations", fail)
+    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3", "--stack", "fp8-kv")) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.strip().splitlines()[-1])["points"] == 1
+    assert "engine fake: gone" in captured.err
+
+
+def test_points_of_earlier_versions_are_continued(tmp_path: Path) -> None:
+    point = json.loads(COMMITTED.read_text())["points"][0]
+    del point["predicted"]
+    (tmp_path / "gamma1-c1.json").write_text(json.dumps(point | {"pairs": [[96, 0.3, 96, 0.25]] * 8}))
+    (measured,) = read_points(tmp_path)
+    assert (measured.speedup, measured.pairs[0].speedup) == (point["speedup"], pytest.approx(1.2))
+    (tmp_path / "gamma2-c1.json").write_text("{")
+    with pytest.raises(ResultError, match=r"gamma2-c1\.json: expected a MeasuredPoint result"):
+        read_points(tmp_path)

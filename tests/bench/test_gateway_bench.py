@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from laguna_serve.bench import gateway
+from laguna_serve.serving.kit.results import read_result
 
 SIZE = ["--streams", "1,3", "--requests", "3", "--rounds", "2", "--chunks", "5", "--gap-ms", "1"]
 
@@ -42,3 +43,12 @@ def test_peer_needs_a_url(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     with pytest.raises(SystemExit, match="2"):
         gateway.main(["--peer", "router", "--out", str(tmp_path)])
     assert "expected NAME=http://host:port, got 'router'" in capsys.readouterr().err
+
+
+def test_gateway_is_measured_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = gateway.GatewayBenchConfig(streams=(1,), requests=1, rounds=1, chunks=3, gap_ms=1, out=tmp_path)
+    result = gateway.measure_gateway(config)
+    assert result.held
+    assert set(result.loads[0].paths) == {"direct", "splice", "laguna"}
+    assert read_result(tmp_path / "gateway.json", gateway.GatewayBenchResult) == result
+    assert capsys.readouterr().out == ""

@@ -15,6 +15,7 @@ from laguna_serve.bench.moe_layer import layers as moe_layers
 from laguna_serve.bench.moe_layer import timing
 from laguna_serve.bench.moe_layer.layers import Batch, Router, Shape
 from laguna_serve.bench.moe_layer.result import MoeRow
+from laguna_serve.serving.kit.results import read_result
 
 SMALL = ["--device", "cpu", "--experts", "16", "--hidden", "64", "--intermediate", "64", "--block", "16", "--topk", "2"]
 SHAPE = Shape(16, 64, 64, 16, 2, torch.float32, torch.device("cpu"))
@@ -151,3 +152,24 @@ def test_interrupted_run_keeps_its_rows(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["partial"]
     assert len(result["rows"]) == 2
+
+
+def test_kernels_are_timed_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = moe.MoeConfig(
+        device="cpu",
+        experts=16,
+        hidden=64,
+        intermediate=64,
+        block=16,
+        topk=2,
+        tokens=(1,),
+        pruning=(0.5,),
+        routing=("uniform",),
+        repeats=3,
+        vllm=False,
+        out=tmp_path,
+    )
+    result = moe.time_kernels(config)
+    assert [(row.tokens, row.refused, row.ratio) for row in result.rows] == [(1, None, None)]
+    assert read_result(tmp_path / "moe.json", moe.MoeResult) == result
+    assert capsys.readouterr().out == ""

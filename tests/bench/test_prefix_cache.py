@@ -21,6 +21,7 @@ from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.results import read_result
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 COMMAND = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash"), "--prompts", str(TOY / "prompts.jsonl")]
@@ -230,3 +231,22 @@ def test_lost_context_is_caught_on_real_engines(
     assert verdicts["cold against no caching"] == "holds"
     warm = next(c for c in result["comparisons"] if c["name"] == "warm against cold")
     assert warm["differing"] == 0
+
+
+def test_interrupted_run_is_partial_and_from_python_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop_after_one(_config: Any, _traffic: Any, _progress: Any, outcomes: dict[str, Outcome]) -> None:
+        outcomes["prompts"] = outcome(GOOD)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prefix_cache, "run_engines", stop_after_one)
+    monkeypatch.setattr(prefix_cache, "check_specs", list)
+    config = prefix_cache.PrefixCacheConfig(
+        model=str(TOY / "teacher"), draft=str(TOY / "dflash"), prompts=TOY / "prompts.jsonl", out=tmp_path
+    )
+    result = prefix_cache.measure_acceptance(config)
+    assert (result.partial, len(result.scenarios), result.comparisons) == (True, 1, [])
+    assert read_result(tmp_path / "prefix_cache.json", PrefixCacheResult) == result
+    assert capsys.readouterr().out == ""
+    assert prefix_cache.main([*COMMAND, "--out", str(tmp_path)]) == 130

@@ -20,9 +20,11 @@ from laguna_serve.bench.rollout import plot as rollouts_plot
 from laguna_serve.bench.rollout import points as rollouts_points
 from laguna_serve.bench.rollout import runner as rollouts_runner
 from laguna_serve.bench.rollout.break_even import summarise_point
-from laguna_serve.bench.rollout.result import INCONCLUSIVE, LOSES, PAYS, Estimate, MeasuredPoint, Turn
+from laguna_serve.bench.rollout.options import RolloutsConfig
+from laguna_serve.bench.rollout.result import INCONCLUSIVE, LOSES, PAYS, Estimate, MeasuredPoint, RolloutsResult, Turn
 from laguna_serve.serving.client import counters as metrics
 from laguna_serve.serving.client.counters import Counters
+from laguna_serve.serving.kit.results import read_result
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 TEACHER = TOY / "teacher"
@@ -293,3 +295,34 @@ def test_real_engines_take_a_later_policy_and_accept_less_of_the_old_drafter(
         assert 0.3 < point["cached_share"]["baseline"] < 0.9, "most of a group shares its prompt's first block"
     start, changed = (point["acceptance"] for point in result["versions"])
     assert changed["ci95"][1] < start["ci95"][0]
+
+
+def test_rollouts_from_python(
+    engines: type[RolloutStandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"def f{index}():"}) + "\n" for index in range(20)))
+    config = RolloutsConfig(
+        model=str(TEACHER),
+        draft=str(TOY / "dflash"),
+        prompts=prompts,
+        rounds=8,
+        max_tokens=16,
+        batch=(8,),
+        out=tmp_path / "out",
+    )
+    result = rollouts.measure_rollouts(config)
+    assert [point.batch for point in result.points] == [8]
+    assert result.pays
+    assert read_result(tmp_path / "out" / "rollouts.json", RolloutsResult) == result
+    assert capsys.readouterr().out == ""
+
+
+def test_points_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    counters = {"drafts": 20, "draft_tokens": 140, "accepted_tokens": 30, "accepted_per_position": [20, 10]}
+    turn = {"tokens": 100, "wall_s": 1.0, "device_s": 2.0, "moved": counters}
+    turns = {"baseline": [turn], "candidate": [turn]}
+    point = {"version": None, "fingerprint": "", "batch": 8, "requests": 1, "sequences_per_request": 8, "turns": turns}
+    (tmp_path / "batch8.json").write_text(json.dumps(point))
+    delta = read_result(tmp_path / "batch8.json", MeasuredPoint).turns["candidate"][0].delta
+    assert (delta.drafts, delta.accepted_per_position) == (20, (20, 10))

@@ -16,6 +16,7 @@ from laguna_serve.bench.harness import arms
 from laguna_serve.bench.sampled import verdict
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.kit.results import read_result
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
@@ -148,3 +149,24 @@ def test_real_engines_sound_and_biased(
     assert sampling.main([*command, "--out", str(tmp_path / "s")]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["differs"] for row in result["comparisons"]] == [False, True]
+
+
+def test_sampling_from_python(
+    engines: type[GammaEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sampling.SamplingConfig(
+        model=str(TOY / "teacher"),
+        draft=str(TOY / "dflash"),
+        prompts=prompts_file,
+        num_prompts=2,
+        completions=60,
+        tokens=3,
+        gammas=(3,),
+        level=0.001,
+        out=tmp_path / "s",
+    )
+    result = sampling.compare_distributions(config)
+    assert [comparison.arm for comparison in result.comparisons] == ["baseline again", "γ 3"]
+    assert all(len(comparison.p_values) == 2 for comparison in result.comparisons)
+    assert read_result(tmp_path / "s" / "sampling.json", sampling.SamplingResult) == result
+    assert capsys.readouterr().out == ""

@@ -10,6 +10,7 @@ import pytest
 from laguna_serve.bench import soak
 from laguna_serve.bench.relay.faulty_engine import DONE
 from laguna_serve.bench.relay.soaking import KINDS, WHOLE, check_stream, check_version, find_leftovers
+from laguna_serve.serving.kit.results import read_result
 
 ERROR = b'data: {"error": {"code": 502}}\n\n'
 
@@ -61,3 +62,11 @@ def test_size_must_make_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="2"):
         soak.main(["--requests", "0", "--out", str(tmp_path)])
     assert "--requests: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_soak_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = soak.soak(soak.SoakConfig(requests=100, streams=8, out=tmp_path))
+    assert sum(result.requests.values()) == 100
+    assert (result.failures, result.memory_growth) == ([], None)
+    assert read_result(tmp_path / "soak.json", soak.SoakResult) == result
+    assert capsys.readouterr().out == ""
