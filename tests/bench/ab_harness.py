@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import Behaviour, FakeEngine
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench.harness import arms
 from laguna_serve.serving.engine import EngineConfig, EngineError
@@ -29,24 +29,24 @@ def reasons(result: dict[str, Any], figure: str) -> list[str]:
     return [item["reason"] for item in result["refused"] if item["figure"] == figure]
 
 
-class StandInEngine:
-    """Takes the launcher's place: a fake engine that can die."""
+class MockLauncher:
+    """Takes the launcher's place: a mock engine that can die."""
 
-    behaviours: tuple[Behaviour, Behaviour] = (Behaviour(), Behaviour())
+    both: tuple[Settings, Settings] = (Settings(), Settings())
     configs: tuple[EngineConfig, ...] = ()
     started: int = 0
 
     def __init__(self, config: EngineConfig, **_: Any) -> None:
         self.command, self.model_name = ["vllm", config.model], "fake"
-        self._fake = FakeEngine(self.choose(config))
+        self._fake = MockEngine(self.choose(config))
         type(self).configs += (config,)
         type(self).started += 1
 
-    def choose(self, config: EngineConfig) -> Behaviour:
-        """How the engine of a configuration behaves: by whether it drafts."""
-        return type(self).behaviours[config.draft is not None]
+    def choose(self, config: EngineConfig) -> Settings:
+        """Of a configuration's engine: by whether it drafts."""
+        return type(self).both[config.draft is not None]
 
-    def __enter__(self) -> StandInEngine:
+    def __enter__(self) -> MockLauncher:
         self._fake.__enter__()
         self.base_url = self._fake.url
         return self
@@ -58,17 +58,17 @@ class StandInEngine:
         return [os.getpid()]
 
     def check(self) -> None:
-        behaviour = self._fake.behaviour
-        if behaviour.die_after is not None and len(self._fake.seen) > behaviour.die_after:
+        die_after = self._fake.settings.die_after
+        if die_after is not None and len(self._fake.seen) > die_after:
             raise EngineError("engine fake: expected it to run, got signal 9: out of memory")
 
 
 @contextmanager
-def stand_ins(
-    monkeypatch: pytest.MonkeyPatch, baseline: Behaviour, candidate: Behaviour
-) -> Iterator[type[StandInEngine]]:
+def mock_launchers(
+    monkeypatch: pytest.MonkeyPatch, baseline: Settings, candidate: Settings
+) -> Iterator[type[MockLauncher]]:
     with monkeypatch.context() as patch:
-        made = type("Made", (StandInEngine,), {"behaviours": (baseline, candidate)})
+        made = type("Made", (MockLauncher,), {"both": (baseline, candidate)})
         patch.setattr(arms, "Engine", made)
         patch.setattr(arms, "check_launches", lambda _configs: None)
         yield made

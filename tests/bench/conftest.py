@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from ab_harness import PROMPTS, Answer, RunAb, common_flags
-from fake_engine import Behaviour, FakeEngine
+from mock_engine import Clock, MockEngine, Settings
 
 from laguna_serve.bench import ab
 from laguna_serve.bench.harness import plot
+from laguna_serve.serving.client import completions
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
 
@@ -41,11 +42,19 @@ def draws() -> None:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What requests take is what mocks that have this clock say; one request at a time."""
+    clock = Clock()
+    monkeypatch.setattr(completions, "time", clock)
+    return clock
+
+
+@pytest.fixture
 def run_ab(tmp_path: Path, prompts_file: Path, capsys: pytest.CaptureFixture[str]) -> RunAb:
     """Run ab.py in this process on two fake engines; give exit status, last line, output."""
 
-    def run(baseline: Behaviour, candidate: Behaviour, *flags: str) -> Answer:
-        with FakeEngine(baseline) as ours, FakeEngine(candidate) as theirs:
+    def run(baseline: Settings, candidate: Settings, *flags: str) -> Answer:
+        with MockEngine(baseline) as ours, MockEngine(candidate) as theirs:
             urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
             status = ab.main([*urls, *common_flags(prompts_file, tmp_path), *flags])
         captured = capsys.readouterr()

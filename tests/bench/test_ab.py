@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ab_harness import TIMED, RunAb, common_flags, reasons, stand_ins
-from fake_engine import Behaviour, FakeEngine
+from ab_harness import TIMED, RunAb, common_flags, mock_launchers, reasons
+from mock_engine import Clock, MockEngine, Settings
 
 from laguna_serve.bench import ab
 from laguna_serve.serving.kit.flags import read_flags
@@ -20,14 +20,15 @@ def make_config(*flags: str) -> ab.AbConfig:
 
 
 @pytest.mark.usefixtures("draws")
-def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path) -> None:
-    status, result, output = run_ab(Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, chunk_tokens=4, gamma=7))
+def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path, clock: Clock) -> None:
+    slow, quick = Settings(delay_s=0.002, clock=clock), Settings(delay_s=0.002, clock=clock, chunk_tokens=4, gamma=7)
+    status, result, output = run_ab(slow, quick)
     assert status == 0
     assert result["schema"] == "laguna_serve.ab/1"
     assert result["refused"] == []
     assert result["partial"] is False
-    assert result["speedup"]["point"] > 1.5
-    assert result["speedup"]["ci95"][0] <= result["speedup"]["point"] <= result["speedup"]["ci95"][1]
+    assert result["speedup"]["point"] == pytest.approx(4)  # a step takes as long, and brings four tokens
+    assert result["speedup"]["ci95"] == pytest.approx([4, 4])
     assert result["speedup"]["pairs"] == 10
     assert result["parity"]["mismatches"] == 0
     assert result["parity"]["bound95"] == pytest.approx(1 - 0.05 ** (1 / 10))
@@ -40,7 +41,7 @@ def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path) -> None:
 
 
 def test_acceptance_length_is_not_gamma_plus_one(run_ab: RunAb) -> None:
-    _, result, _ = run_ab(Behaviour(), Behaviour(chunk_tokens=4, gamma=7))
+    _, result, _ = run_ab(Settings(), Settings(chunk_tokens=4, gamma=7))
     # 12 tokens: a first chunk of 4, then two drafts of 7 of which 3 were accepted each
     assert result["acceptance"]["length"] == pytest.approx(4.0)
     assert result["acceptance"]["rate"] == pytest.approx(3 / 7)
@@ -50,7 +51,7 @@ def test_acceptance_length_is_not_gamma_plus_one(run_ab: RunAb) -> None:
 
 
 def test_the_file_keeps_every_request_and_the_line_does_not(run_ab: RunAb, tmp_path: Path) -> None:
-    _, line, output = run_ab(Behaviour(), Behaviour())
+    _, line, output = run_ab(Settings(), Settings())
     whole = json.loads((tmp_path / "out" / "ab.json").read_text())
     timed = whole["requests"]["baseline"]["timed"]
     assert [record["prompt_id"] for record in timed] == [f"p{i}" for i in range(10)]
@@ -61,7 +62,7 @@ def test_the_file_keeps_every_request_and_the_line_does_not(run_ab: RunAb, tmp_p
 
 
 def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, tmp_path: Path) -> None:
-    with FakeEngine() as ours, FakeEngine() as theirs:
+    with MockEngine() as ours, MockEngine() as theirs:
         urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
         assert ab.main([*urls, *common_flags(prompts_file, tmp_path), "--control", "0"]) == 0
     assert set(ours.seen[:4]).isdisjoint(TIMED)
@@ -71,7 +72,7 @@ def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, t
 
 
 def test_rounds_pair_prompts_sent_together(run_ab: RunAb) -> None:
-    status, result, output = run_ab(Behaviour(), Behaviour(), "--concurrency", "4")
+    status, result, output = run_ab(Settings(), Settings(), "--concurrency", "4")
     assert status == 1
     assert result["speedup"]["pairs"] == 3
     assert result["speedup"]["ci95"] is None
@@ -81,7 +82,7 @@ def test_rounds_pair_prompts_sent_together(run_ab: RunAb) -> None:
 
 
 def test_a_stream_cut_anywhere_is_read_whole(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(split_bytes=5), Behaviour(chunk_tokens=3))
+    status, result, _ = run_ab(Settings(split_bytes=5), Settings(chunk_tokens=3))
     assert status == 0
     assert result["parity"]["mismatches"] == 0
 
@@ -90,9 +91,9 @@ def test_a_stream_cut_anywhere_is_read_whole(run_ab: RunAb) -> None:
 def test_arms_started_here_differ_in_the_drafter_alone(
     prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequential: bool
 ) -> None:
-    drafter = Behaviour(gamma=3, chunk_tokens=2, flips={TIMED[1]: 4}, margin=0.0)
+    drafter = Settings(gamma=3, chunk_tokens=2, flips={TIMED[1]: 4}, margin=0.0)
     flags = ["--model", "m", "--draft", "d", "--gamma", "3", *common_flags(prompts_file, tmp_path)]
-    with stand_ins(monkeypatch, Behaviour(margin=0.0), drafter) as made:
+    with mock_launchers(monkeypatch, Settings(margin=0.0), drafter) as made:
         assert ab.main([*flags, *(["--sequential"] if sequential else [])]) == 0
     baseline, candidate = made.configs[:2]
     assert (candidate.draft, candidate.gamma) == ("d", 3)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 from ab_harness import TIMED, RunAb
-from fake_engine import Behaviour
+from mock_engine import Settings
 
 
 @pytest.mark.parametrize(
     ("baseline", "candidate", "expected", "status"),
     [
-        (Behaviour(margin=0.0), Behaviour(flips={TIMED[2]: 5}, margin=0.0), "tie", 0),
-        (Behaviour(margin=0.03), Behaviour(flips={TIMED[2]: 5}, margin=0.02, noise=0.02), "near_tie", 0),
-        (Behaviour(margin=0.03), Behaviour(flips={TIMED[2]: 5}, margin=0.05, noise=0.02), "defect", 1),
-        (Behaviour(margin=0.03), Behaviour(flips={TIMED[2]: 5}, noise=0.7), "defect", 1),
-        (Behaviour(), Behaviour(flips={TIMED[2]: 5}, hide_second=True), "defect", 1),
+        (Settings(margin=0.0), Settings(flips={TIMED[2]: 5}, margin=0.0), "tie", 0),
+        (Settings(margin=0.03), Settings(flips={TIMED[2]: 5}, margin=0.02, noise=0.02), "near_tie", 0),
+        (Settings(margin=0.03), Settings(flips={TIMED[2]: 5}, margin=0.05, noise=0.02), "defect", 1),
+        (Settings(margin=0.03), Settings(flips={TIMED[2]: 5}, noise=0.7), "defect", 1),
+        (Settings(), Settings(flips={TIMED[2]: 5}, hide_second=True), "defect", 1),
     ],
     ids=["tie", "near-tie", "margin-beyond-noise", "noise-beyond-rounding", "token-not-in-top-2"],
 )
 def test_a_divergence_gets_its_class(
-    run_ab: RunAb, baseline: Behaviour, candidate: Behaviour, expected: str, status: int
+    run_ab: RunAb, baseline: Settings, candidate: Settings, expected: str, status: int
 ) -> None:
     got, result, output = run_ab(baseline, candidate, "--dtype", "float32")
     assert got == status
@@ -32,7 +32,7 @@ def test_a_divergence_gets_its_class(
 
 
 def test_a_re_request_that_parts_earlier_is_a_defect(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(), Behaviour(flips={TIMED[2]: 5}, flips_again={TIMED[2]: 3}))
+    status, result, _ = run_ab(Settings(), Settings(flips={TIMED[2]: 5}, flips_again={TIMED[2]: 3}))
     assert status == 1
     (found,) = result["parity"]["divergences"]
     assert "candidate's re-request parted" in found["reason"]
@@ -40,7 +40,7 @@ def test_a_re_request_that_parts_earlier_is_a_defect(run_ab: RunAb) -> None:
 
 
 def test_equal_ids_with_other_bytes_are_a_defect(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(), Behaviour(other_text=True))
+    status, result, _ = run_ab(Settings(), Settings(other_text=True))
     assert status == 1
     assert result["parity"]["classes"]["defect"] == 10
     assert result["parity"]["divergences"][0]["index"] is None

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from ab_harness import RunAb, common_flags, reasons, stand_ins
-from fake_engine import Behaviour, FakeEngine
+from ab_harness import RunAb, common_flags, mock_launchers, reasons
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import ab
 
@@ -20,7 +20,7 @@ AB = Path(ab.__file__).resolve()
 
 
 def test_an_endpoint_without_token_ids_cannot_be_measured(run_ab: RunAb) -> None:
-    status, _, output = run_ab(Behaviour(ids=False), Behaviour())
+    status, _, output = run_ab(Settings(ids=False), Settings())
     assert status == 2
     assert "return_token_ids" in output
     assert len(output.strip().splitlines()) == 2
@@ -37,7 +37,7 @@ def test_nobody_at_the_address_cannot_be_measured(
 def test_an_engine_that_dies_leaves_its_cause_and_what_was_measured(
     prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stand_ins(monkeypatch, Behaviour(), Behaviour(die_after=9, gamma=3, chunk_tokens=2)):
+    with mock_launchers(monkeypatch, Settings(), Settings(die_after=9, gamma=3, chunk_tokens=2)):
         status = ab.main(["--model", "m", "--draft", "d", *common_flags(prompts_file, tmp_path)])
     captured = capsys.readouterr()
     result = json.loads(captured.out.strip().splitlines()[-1])
@@ -53,7 +53,7 @@ def test_an_engine_that_dies_leaves_its_cause_and_what_was_measured(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_was_measured(prompts_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     with ExitStack() as stack:
-        engines = [stack.enter_context(FakeEngine(Behaviour(delay_s=0.005))) for _ in range(2)]
+        engines = [stack.enter_context(MockEngine(Settings(delay_s=0.005))) for _ in range(2)]
         urls = ["--baseline-url", engines[0].url, "--candidate-url", engines[1].url]
         command = [sys.executable, str(AB), *urls, *common_flags(prompts_file, tmp_path)]
         if number == signal.SIGTERM:  # as a background job of a shell script is started

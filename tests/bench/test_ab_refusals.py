@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ab_harness import TIMED, RunAb, common_flags, reasons, stand_ins
-from fake_engine import Behaviour
+from ab_harness import TIMED, RunAb, common_flags, mock_launchers, reasons
+from mock_engine import Settings
 
 from laguna_serve.bench import ab
 
@@ -23,7 +23,7 @@ from laguna_serve.bench import ab
     ],
 )
 def test_a_failed_request_withholds_the_figures(run_ab: RunAb, fault: str, message: str) -> None:
-    status, result, output = run_ab(Behaviour(), Behaviour(faults={TIMED[3]: fault}))
+    status, result, output = run_ab(Settings(), Settings(faults={TIMED[3]: fault}))
     assert status == 1
     assert message in reasons(result, "speedup")[0]
     assert result["speedup"]["point"] is result["speedup"]["ci95"] is result["parity"]["bound95"] is None
@@ -34,7 +34,7 @@ def test_a_failed_request_withholds_the_figures(run_ab: RunAb, fault: str, messa
 
 
 def test_prefix_cache_hits_withhold_the_figures(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(), Behaviour(prefix_hits=16))
+    status, result, _ = run_ab(Settings(), Settings(prefix_hits=16))
     assert status == 1
     assert "prefix cache served 160 tokens" in reasons(result, "speedup")[0]
     assert reasons(result, "acceptance") == reasons(result, "arms.candidate") == reasons(result, "speedup")
@@ -42,13 +42,13 @@ def test_prefix_cache_hits_withhold_the_figures(run_ab: RunAb) -> None:
 
 
 def test_traffic_of_others_withholds_the_figures(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(foreign_tokens=5), Behaviour())
+    status, result, _ = run_ab(Settings(foreign_tokens=5), Settings())
     assert status == 1
     assert "170 tokens in 10 requests counted, 120 in 10 sent here" in reasons(result, "arms.baseline")[0]
 
 
 def test_different_prompt_tokens_withhold_speedup_and_parity(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(), Behaviour(prompt_shift=1))
+    status, result, _ = run_ab(Settings(), Settings(prompt_shift=1))
     assert status == 1
     assert "different prompt tokens on 10 prompts" in reasons(result, "parity")[0]
     assert result["parity"]["mismatches"] is None
@@ -56,7 +56,7 @@ def test_different_prompt_tokens_withhold_speedup_and_parity(run_ab: RunAb) -> N
 
 
 def test_different_lengths_withhold_the_speedup(run_ab: RunAb) -> None:
-    status, result, _ = run_ab(Behaviour(), Behaviour(shorten=2))
+    status, result, _ = run_ab(Settings(), Settings(shorten=2))
     assert status == 1
     assert "differ in length on 10 prompts" in reasons(result, "speedup")[0]
     assert result["parity"]["classes"]["defect"] == 10
@@ -66,7 +66,7 @@ def test_different_lengths_withhold_the_speedup(run_ab: RunAb) -> None:
 def test_a_drafter_that_never_drafts_withholds_the_speedup(
     prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stand_ins(monkeypatch, Behaviour(), Behaviour(gamma=3, count_drafts=False)):
+    with mock_launchers(monkeypatch, Settings(), Settings(gamma=3, count_drafts=False)):
         assert ab.main(["--model", "m", "--draft", "d", *common_flags(prompts_file, tmp_path)]) == 1
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert reasons(result, "speedup") == reasons(result, "acceptance") == ["a drafter was configured but never drafted"]

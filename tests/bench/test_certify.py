@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from ab_harness import PROMPTS, StandInEngine
-from fake_engine import Behaviour, FakeEngine
+from ab_harness import PROMPTS, MockLauncher
+from mock_engine import MockEngine, Settings
+from mock_engine.models import list_tokens
 
 from laguna_serve.bench import ab, certify
 from laguna_serve.bench.certificate import runner
@@ -22,16 +23,16 @@ ROLES = ("baseline", "row-matched", "candidate", "reference")
 NEAR, FAR = 0.01, 0.5
 
 
-class RoleEngine(StandInEngine):
+class RoleEngine(MockLauncher):
     """A mock that behaves by its role in the certificate."""
 
-    roles: ClassVar[dict[str, Behaviour]] = {}
+    roles: ClassVar[dict[str, Settings]] = {}
     started_roles: ClassVar[tuple[str, ...]] = ()
 
-    def choose(self, config: EngineConfig) -> Behaviour:
+    def choose(self, config: EngineConfig) -> Settings:
         role = find_role(config)
         type(self).started_roles += (role,)
-        return type(self).roles.get(role, Behaviour())
+        return type(self).roles.get(role, Settings())
 
 
 def find_role(config: EngineConfig) -> str:
@@ -70,7 +71,7 @@ def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
-    engines.roles = {"row-matched": Behaviour(gamma=3), "candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    engines.roles = {"row-matched": Settings(gamma=3), "candidate": Settings(gamma=3, chunk_tokens=3)}
     status, result, output = run()
     assert (status, result["verdict"]) == (0, "identical")
     assert engines.started_roles == ("baseline", "row-matched", "candidate")  # nothing to replay
@@ -89,13 +90,13 @@ def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_p
 
 
 def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
-    token = FakeEngine().tokens_of(PROMPTS[2], 10)[4]
+    token = list_tokens(Settings(), PROMPTS[2], 10)[4]
     tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}
     engines.roles = {
-        "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR, noise=0.02, gamma=3),
-        "candidate": Behaviour(**tie),
-        "reference": Behaviour(next_top={token + 1: -0.6, token: -0.65}),
+        "baseline": Settings(margin=NEAR),
+        "row-matched": Settings(margin=NEAR, noise=0.02, gamma=3),
+        "candidate": Settings(**tie),
+        "reference": Settings(next_top={token + 1: -0.6, token: -0.65}),
     }
     status, result, output = run()
     assert (status, result["verdict"]) == (0, "equal up to ties")
@@ -113,9 +114,9 @@ def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tm
 
 def test_defect_fails(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     engines.roles = {
-        "baseline": Behaviour(margin=FAR),
-        "row-matched": Behaviour(margin=FAR),
-        "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=FAR),
+        "baseline": Settings(margin=FAR),
+        "row-matched": Settings(margin=FAR),
+        "candidate": Settings(flips={PROMPTS[2]: 4}, margin=FAR),
     }
     status, result, output = run()
     assert (status, result["verdict"]) == (1, "defect")
@@ -146,13 +147,13 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("control", "reason"),
     [
-        (Behaviour(gamma=3, chunk_tokens=3), "it should verify drafts and accept none, and shows 2.33 tokens per step"),
-        (Behaviour(), "it should verify drafts and accept none, and shows no draft"),
-        (Behaviour(gamma=3, noise=-1.0), "of its tokens are not its target's first choice"),
+        (Settings(gamma=3, chunk_tokens=3), "it should verify drafts and accept none, and shows 2.33 tokens per step"),
+        (Settings(), "it should verify drafts and accept none, and shows no draft"),
+        (Settings(gamma=3, noise=-1.0), "of its tokens are not its target's first choice"),
     ],
 )
-def test_control_that_is_none_is_left_out(engines: type[RoleEngine], run: Any, control: Behaviour, reason: str) -> None:
-    engines.roles = {"row-matched": control, "candidate": Behaviour(gamma=3, chunk_tokens=3)}
+def test_control_that_is_none_is_left_out(engines: type[RoleEngine], run: Any, control: Settings, reason: str) -> None:
+    engines.roles = {"row-matched": control, "candidate": Settings(gamma=3, chunk_tokens=3)}
     status, result, output = run()
     assert status == 0
     assert reason in result["missing"]["row-matched"]
@@ -162,7 +163,7 @@ def test_control_that_is_none_is_left_out(engines: type[RoleEngine], run: Any, c
 
 def test_stream_that_differs_from_what_was_examined_fails(engines: type[RoleEngine], run: Any) -> None:
     """An arm that is right only while it is asked for log-probabilities."""
-    engines.roles = {"candidate": Behaviour(flips={PROMPTS[2]: 4}, flips_again={"none": 0}, margin=FAR)}
+    engines.roles = {"candidate": Settings(flips={PROMPTS[2]: 4}, flips_again={"none": 0}, margin=FAR)}
     status, result, output = run()
     assert status == 1
     assert result["loads"][0]["candidate"]["mismatches"] == 0
@@ -172,13 +173,13 @@ def test_stream_that_differs_from_what_was_examined_fails(engines: type[RoleEngi
 def test_prompts_with_markup_cannot_break_the_page(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     file = tmp_path / "markup.jsonl"
     file.write_text(json.dumps({"id": "</pre><script>alert(1)</script>", "prompt": PROMPTS[2]}) + "\n")
-    engines.roles = {"candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=FAR)}
+    engines.roles = {"candidate": Settings(flips={PROMPTS[2]: 4}, margin=FAR)}
     assert run("--prompts", str(file))[0] == 1
     assert "<script>" not in (tmp_path / "c" / "certificate.html").read_text()
 
 
 def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
-    engines.roles = {"candidate": Behaviour(die_after=9)}
+    engines.roles = {"candidate": Settings(die_after=9)}
     status, _, output = run()
     assert status == 2
     assert "got signal 9: out of memory" in output
@@ -208,7 +209,7 @@ def test_interruption_keeps_what_was_answered(
 
 
 def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
-    engines.roles = {"candidate": Behaviour(faults={PROMPTS[3]: "http_500"})}
+    engines.roles = {"candidate": Settings(faults={PROMPTS[3]: "http_500"})}
     status, _, output = run()
     assert status == 2
     assert "candidate: request: HTTP 500" in output
@@ -216,10 +217,10 @@ def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
 
 def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {
-        "baseline": Behaviour(margin=NEAR),
-        "row-matched": Behaviour(margin=NEAR, noise=0.02, gamma=3),
-        "candidate": Behaviour(flips={PROMPTS[2]: 4}, margin=NEAR),
-        "reference": Behaviour(die_after=0),
+        "baseline": Settings(margin=NEAR),
+        "row-matched": Settings(margin=NEAR, noise=0.02, gamma=3),
+        "candidate": Settings(flips={PROMPTS[2]: 4}, margin=NEAR),
+        "reference": Settings(die_after=0),
     }
     status, result, output = run()
     assert status == 0
@@ -229,7 +230,7 @@ def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngin
 
 def test_endpoints_by_url(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--prompts", str(prompts_file), "--max-tokens", "8", "--concurrency", "2", "--out", str(tmp_path / "c")]
-    with FakeEngine(Behaviour()) as ours, FakeEngine(Behaviour(gamma=3, chunk_tokens=2)) as theirs:
+    with MockEngine(Settings()) as ours, MockEngine(Settings(gamma=3, chunk_tokens=2)) as theirs:
         status = certify.main(["--baseline-url", ours.url, "--candidate-url", theirs.url, *flags])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, result["verdict"]) == (0, "identical")
@@ -270,7 +271,7 @@ def test_ab_certifies_on_request(
 ) -> None:
     flags = ["--prompts", str(prompts_file), "--num-prompts", "9", "--max-tokens", "10", "--control", "2"]
     command = [*PAIR, *flags, "--sequential", "--certify", "--out", str(tmp_path / "ab")]
-    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3)}
+    engines.roles = {"candidate": Settings(gamma=3, chunk_tokens=3)}
     assert ab.main(command) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["certificate"]["verdict"] == "identical"
@@ -283,7 +284,7 @@ def test_ab_keeps_its_figures_when_the_certificate_cannot_be_made(
     engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--prompts", str(prompts_file), "--num-prompts", "9", "--max-tokens", "10", "--control", "2"]
-    engines.roles = {"candidate": Behaviour(gamma=3, chunk_tokens=3), "row-matched": Behaviour(die_after=0)}
+    engines.roles = {"candidate": Settings(gamma=3, chunk_tokens=3), "row-matched": Settings(die_after=0)}
     assert ab.main([*PAIR, *flags, "--sequential", "--certify", "--out", str(tmp_path / "ab")]) == 2
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["speedup"]["point"] is not None

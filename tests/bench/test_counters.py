@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 import pytest
-from fake_engine import Behaviour, FakeEngine
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.counters import Counters, parse_counters, scrape_counters, settle_counters
@@ -49,21 +49,21 @@ def test_a_difference_starts_at_zero_where_a_counter_is_new() -> None:
 
 
 def test_settling_waits_for_counters_that_lag() -> None:
-    async def settle(engine: FakeEngine) -> int:
+    async def settle(engine: MockEngine) -> int:
         async with open_session() as session:
             before = await scrape_counters(session, engine.url)
-            threading.Timer(0.2, engine.counters.__setitem__, ("generation", 40)).start()
+            threading.Timer(0.2, setattr, (engine.counters, "generation", 40)).start()
             return (await settle_counters(session, engine.url, before, 40)).generation_tokens
 
-    with FakeEngine(Behaviour()) as engine:
+    with MockEngine(Settings()) as engine:
         assert asyncio.run(settle(engine)) == 40
 
 
 def test_settling_gives_up_in_time() -> None:
-    async def settle(engine: FakeEngine) -> int:
+    async def settle(engine: MockEngine) -> int:
         async with open_session() as session:
             before = await scrape_counters(session, engine.url)
             return (await settle_counters(session, engine.url, before, 40, settle_s=0.2)).generation_tokens
 
-    with FakeEngine(Behaviour()) as engine:
+    with MockEngine(Settings()) as engine:
         assert asyncio.run(settle(engine)) == 0

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_engine import Behaviour, FakeEngine
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import crosscheck
 
@@ -31,7 +31,7 @@ def check(
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
     program = "raise SystemExit('no such flag')" if crash else MOCK_BENCH
     monkeypatch.setattr(crosscheck, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
-    with FakeEngine(Behaviour(delay_s=0.002, prefix_hits=hits)) as engine:
+    with MockEngine(Settings(delay_s=0.002, prefix_hits=hits)) as engine:
         flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts), "--max-tokens", "8", "--repeats", "1"]
         return crosscheck.main([*flags, "--out", str(tmp_path / "found.json")])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ab_harness import PROMPTS, StandInEngine, stand_ins
-from fake_engine import Behaviour
+from ab_harness import PROMPTS, MockLauncher, mock_launchers
+from mock_engine import Clock, Settings
 from msgspec import structs
 
 from laguna_serve.bench import gamma_sweep
@@ -62,20 +62,26 @@ def read(*argv: str) -> SweepConfig:
     return read_flags(SweepConfig, argv, prog="gamma_sweep.py", description=None)
 
 
+def timed(clock: Clock, **more: Any) -> Settings:
+    """Every step takes as long, by the clock."""
+    return Settings(clock=clock, delay_s=0.002, **more)
+
+
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     return result
 
 
 def test_sweep_measures_chooses_and_stores(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     no_picture: None,
 ) -> None:
-    slow, quick = Behaviour(delay_s=0.004), Behaviour(delay_s=0.004, gamma=3, chunk_tokens=3)
-    with stand_ins(monkeypatch, slow, quick) as made:
+    slow, quick = timed(clock), timed(clock, gamma=3, chunk_tokens=3)
+    with mock_launchers(monkeypatch, slow, quick) as made:
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3,1")) == 0
         assert [config.gamma for config in made.configs] == [None, 1, 3]
         result = last_line(capsys)
@@ -83,7 +89,7 @@ def test_sweep_measures_chooses_and_stores(
         assert result["choices"][0]["gamma"] in (1, 3)
         stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
         assert {point["gamma"] for point in stored["points"]} == {1, 3}
-        assert all(point["speedup"] > 1.5 for point in stored["points"])
+        assert all(point["speedup"] == pytest.approx(3) for point in stored["points"])
         assert "| 1 | 3 |" in (tmp_path / "out" / "sweep.md").read_text()
         # Everything is there: no engine is started again.
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3,1")) == 0
@@ -97,16 +103,17 @@ def test_sweep_measures_chooses_and_stores(
 
 
 def test_failing_gamma_does_not_lose_the_others(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     no_picture: None,
 ) -> None:
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(gamma=3, chunk_tokens=2)) as made:
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=2)) as made:
         enter = made.__enter__
 
-        def fail_for_two(engine: StandInEngine) -> StandInEngine:
+        def fail_for_two(engine: MockLauncher) -> MockLauncher:
             if made.configs[-1].gamma == 2:
                 raise EngineError("engine fake: no memory for two")
             return enter(engine)
@@ -119,13 +126,14 @@ def test_failing_gamma_does_not_lose_the_others(
 
 
 def test_other_sweep_is_not_continued(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     no_picture: None,
 ) -> None:
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(gamma=3, chunk_tokens=2)):
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=2)):
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3")) == 0
         capsys.readouterr()
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3", "--seed", "1")) == 2
@@ -133,6 +141,7 @@ def test_other_sweep_is_not_continued(
 
 
 def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_target(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,21 +149,21 @@ def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_targe
     no_picture: None,
 ) -> None:
     more = ["--gammas", "3", "--stack", "fp8-kv", "prefix-caching", f"dense={TOY / 'dense'}", "chunked-prefill"]
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)) as made:
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)) as made:
         start = made.__init__
 
-        def behave(engine: StandInEngine, config: EngineConfig, **named: Any) -> None:
+        def behave(engine: MockLauncher, config: EngineConfig, **named: Any) -> None:
             if "fp8" in config.extra_args:
                 raise EngineError("engine fake: no fp8 here")
             start(engine, config, **named)
             if "dense" in config.model:  # another model: other tokens and another loss, with and without a drafter
-                engine._fake.behaviour = replace(engine._fake.behaviour, flips={PROMPTS[4]: 3}, loss=2.6)
+                engine._fake.settings = replace(engine._fake.settings, flips={PROMPTS[4]: 3}, loss=2.6)
 
         monkeypatch.setattr(made, "__init__", behave)
         assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
         ablations = {item["lever"]: item for item in last_line(capsys)["stack"]}
         assert ablations["fp8-kv"]["failed"] == "engine fake: no fp8 here"
-        assert ablations["prefix-caching"]["speedup"] > 1.5
+        assert ablations["prefix-caching"]["speedup"] == pytest.approx(3)
         assert ablations["prefix-caching"]["differ_from_plain_target"] == 0
         assert ablations["prefix-caching"]["loss_change"] == 0
         assert ablations["dense"]["parity"]["mismatches"] == 0
@@ -170,13 +179,14 @@ def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_targe
 
 
 def test_schedule_is_held_against_the_best_single_gamma(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     no_picture: None,
 ) -> None:
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "1,3", "--mixed")) == 0
     mixed = last_line(capsys)["mixed"]
     assert mixed["skipped"] == "the schedule is a single γ"
@@ -184,13 +194,13 @@ def test_schedule_is_held_against_the_best_single_gamma(
 
 
 def test_schedule_is_measured_under_changing_load(
-    prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clock: Clock, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--gammas", "3", "--num-prompts", "14", "--max-tokens", "12", "--out", str(tmp_path)]
     config = replace(read(*PAIR, "--prompts", str(prompts_file), *more, "--num-prompts", "16"), concurrency=(1, 2))
     (tmp_path / "points").mkdir()
-    behaviour = Behaviour(delay_s=0.001, gamma=3, chunk_tokens=3)
-    with stand_ins(monkeypatch, behaviour, behaviour) as made:
+    behaviour = timed(clock, gamma=3, chunk_tokens=3)
+    with mock_launchers(monkeypatch, behaviour, behaviour) as made:
         prompts, schedule = load_prompts(prompts_file), [(1, 1, 3), (2, 2, 0)]
         mixed = compare_schedule(config, 3, schedule, prompts, Progress(quiet=True))
         assert [config.gamma_schedule for config in made.configs] == [None, ((1, 1, 3), (2, 2, 0))]
@@ -200,7 +210,8 @@ def test_schedule_is_measured_under_changing_load(
     assert (mixed.single, mixed.rounds) == (3, 9)
     assert mixed.ci95
     assert mixed.speedup is not None
-    assert mixed.ci95[0] < mixed.speedup < mixed.ci95[1]
+    assert mixed.speedup == pytest.approx(1)
+    assert mixed.ci95 == pytest.approx((1, 1))
 
 
 def test_best_single_gamma_needs_the_least_time_over_all_loads() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mock_engine import START, Clock
 from msgspec import structs
-from rollout_engine import START, RolloutEngine, RolloutStandIn, tell_time
+from rollout_launcher import RolloutLauncher
 
 from laguna_serve.bench import rollouts
 from laguna_serve.bench.harness import arms
@@ -33,12 +34,13 @@ Answer = tuple[int, dict[str, Any], str]
 
 
 @pytest.fixture
-def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[RolloutStandIn]:
-    made = type("Made", (RolloutStandIn,), {})
+def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[RolloutLauncher]:
+    clock = Clock()
+    made = type("Made", (RolloutLauncher,), {"clock": clock})
     monkeypatch.setattr(arms, "Engine", made)
     monkeypatch.setattr(metrics, "POLL_S", 0.001)
-    monkeypatch.setattr(rollouts_points, "time", tell_time())
-    monkeypatch.setattr(rollouts_points, "read_cpu_s", lambda _pids: 2 * RolloutEngine.clock_s)
+    monkeypatch.setattr(rollouts_points, "time", clock)
+    monkeypatch.setattr(rollouts_points, "read_cpu_s", lambda _pids: 2 * clock.now_s)
     if "draws" not in request.fixturenames:
         monkeypatch.setattr(rollouts_plot, "draw", lambda _result, path: path.write_bytes(b""))
     return made
@@ -120,7 +122,7 @@ def test_device_seconds_below_the_clock_s_resolution_are_left_out() -> None:
     assert point.ratio.point == 2
 
 
-def test_groups_go_to_both_arms_in_turn(engines: type[RolloutStandIn], run: Callable[..., Answer]) -> None:
+def test_groups_go_to_both_arms_in_turn(engines: type[RolloutLauncher], run: Callable[..., Answer]) -> None:
     status, result, output = run("--batch", "1,16", "--price-per-hour", "3.5")
     assert status == 0
     assert [point["batch"] for point in result["points"]] == [1, 16]
@@ -146,7 +148,7 @@ def test_groups_go_to_both_arms_in_turn(engines: type[RolloutStandIn], run: Call
 
 
 def test_later_versions_are_given_to_both_engines_and_judged(
-    engines: type[RolloutStandIn],
+    engines: type[RolloutLauncher],
     run: Callable[..., Answer],
     versions: Callable[..., list[str]],
     tmp_path: Path,
@@ -162,8 +164,10 @@ def test_later_versions_are_given_to_both_engines_and_judged(
     ]
     update = ["/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
     for engine in engines.engines:
-        assert engine.steps == 2 * update
-        assert (engine.version, engine.folder) == ("v2", str(tmp_path / "v2"))
+        weights = engine.settings.weights
+        assert weights is not None
+        assert [call for call in weights.calls if not call.startswith("/reset_prefix_cache")] == 2 * update
+        assert (weights.version, weights.loaded[-1]["folder"]) == ("v2", str(tmp_path / "v2"))
     assert "version v1, batch 8: inconclusive: τ 2.00 is within the interval of the break-even" in output
     assert "version v2, batch 8: speculation does not pay: τ 1.00 is below the break-even of" in output
     page = (tmp_path / "out" / "rollouts.md").read_text()
@@ -173,7 +177,7 @@ def test_later_versions_are_given_to_both_engines_and_judged(
 
 
 def test_finished_points_are_kept(
-    engines: type[RolloutStandIn], run: Callable[..., Answer], versions: Callable[..., list[str]], tmp_path: Path
+    engines: type[RolloutLauncher], run: Callable[..., Answer], versions: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     engines.tau, engines.die_after = {START: 4, "v1": 3}, 15
     command = ["--batch", "1,8", *versions("v1")]
@@ -196,7 +200,7 @@ def test_finished_points_are_kept(
 
 
 def test_ctrl_c_has_its_own_status(
-    engines: type[RolloutStandIn], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+    engines: type[RolloutLauncher], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -219,7 +223,7 @@ def test_ctrl_c_has_its_own_status(
     ],
 )
 def test_engine_that_does_not_do_as_told_ends_the_run(
-    engines: type[RolloutStandIn],
+    engines: type[RolloutLauncher],
     run: Callable[..., Answer],
     versions: Callable[..., list[str]],
     fault: str,
@@ -249,7 +253,7 @@ def test_engine_that_does_not_do_as_told_ends_the_run(
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(
-    engines: type[RolloutStandIn], run: Callable[..., Answer], more: list[str], message: str
+    engines: type[RolloutLauncher], run: Callable[..., Answer], more: list[str], message: str
 ) -> None:
     status, _, output = run("--batch", "8", *more)
     assert status == 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from ab_harness import StandInEngine
-from fake_engine import Behaviour
+from ab_harness import MockLauncher
+from mock_engine import Settings
 
 from laguna_serve.bench import sampling
 from laguna_serve.bench.harness import arms
@@ -37,15 +37,15 @@ def register():
 """
 
 
-class GammaEngine(StandInEngine):
+class GammaEngine(MockLauncher):
     """A mock that behaves by its γ."""
 
-    by_gamma: ClassVar[dict[int | None, Behaviour]] = {}
+    by_gamma: ClassVar[dict[int | None, Settings]] = {}
     seeds: ClassVar[tuple[int, ...]] = ()
 
-    def choose(self, config: EngineConfig) -> Behaviour:
+    def choose(self, config: EngineConfig) -> Settings:
         type(self).seeds += (config.seed,)
-        return type(self).by_gamma.get(config.gamma, Behaviour())
+        return type(self).by_gamma.get(config.gamma, Settings())
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_sound_arms_do_not_differ(engines: type[GammaEngine], run: Any, tmp_path
 
 
 def test_sharpened_arm_is_found(engines: type[GammaEngine], run: Any) -> None:
-    engines.by_gamma = {3: Behaviour(sharpen=0.3)}
+    engines.by_gamma = {3: Settings(sharpen=0.3)}
     status, result, output = run()
     assert status == 1
     assert {row["arm"]: row["differs"] for row in result["comparisons"]} == {
@@ -93,7 +93,7 @@ def test_sharpened_arm_is_found(engines: type[GammaEngine], run: Any) -> None:
 
 
 def test_engine_that_dies_keeps_the_other_arms(engines: type[GammaEngine], run: Any) -> None:
-    engines.by_gamma = {3: Behaviour(die_after=2)}
+    engines.by_gamma = {3: Settings(die_after=2)}
     status, _, output = run()
     assert status == 2
     assert "got signal 9: out of memory" in output

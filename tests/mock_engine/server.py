@@ -1,4 +1,4 @@
-"""The frame of every mock of an HTTP service: real HTTP on the loopback address, in a thread of the test."""
+"""The frame of a mock of an HTTP service: real HTTP on the loopback address, in a thread of the test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 from aiohttp import web
 
 
-class FakeServer:
+class MockServer:
     """Context manager; `url` is its address. Subclasses say in `routes` what it answers."""
 
     def __init__(self) -> None:
