@@ -5,7 +5,7 @@ what it counts and how it fails are settings; what it was asked is in `bodies`, 
 """
 
 from mock_engine.clock import Clock
-from mock_engine.engine import MockEngine, answering
+from mock_engine.engine import MockEngine, answering, scoring
 from mock_engine.models import Rollouts, Said, Variants
 from mock_engine.server import MockServer
 from mock_engine.settings import Settings
@@ -22,4 +22,5 @@ __all__ = [
     "Variants",
     "Weights",
     "answering",
+    "scoring",
 ]

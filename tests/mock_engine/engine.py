@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,12 +18,21 @@ from mock_engine.settings import Settings
 from mock_engine.weights import ROUTES, VERSION
 
 BEGIN = 1
+# Of requests that wait for others.
+PATIENCE_S = 5.0
 CUTS = ("error_event", "truncate", "no_done")
 
 
 def answering(reply: Callable[[Body], str | int], headers: Mapping[str, str] | None = None) -> MockEngine:
     """A mock that answers every request's body with a text, or fails with a status; it requires nothing of them."""
     return MockEngine(Settings(says=lambda _, body: reply(body), headers=headers or {}, requires=()))
+
+
+def scoring(**changes: Any) -> Settings:
+    """Of a mock that scores prompts of token ids: a character is a token, 1 begins, and each costs its id ÷ 100 nats.
+    Once it dies it answers 503."""
+    usual = {"models": ("fake", "other"), "listed_length": True, "vocabulary": 1000, "dies_with": 503, "requires": ()}
+    return Settings(**(usual | {"loss": lambda token: token / 100} | changes))
 
 
 class MockEngine(MockServer):
@@ -49,8 +59,8 @@ class MockEngine(MockServer):
             web.get("/health", self._health),
             web.get("/v1/models", self._models),
             web.post("/tokenize", self._tokenize),
-            web.post("/v1/completions", self._take),
-            web.post("/v1/chat/completions", self._take),
+            web.post("/v1/completions", self.take),
+            web.post("/v1/chat/completions", self.take),
         ]
         if self.settings.counted:
             found.append(web.get("/metrics", self._metrics))
@@ -95,7 +105,8 @@ class MockEngine(MockServer):
         left = set(self.settings.requires) - body.keys() if body is not None else ()
         return _fail(400, f"left to the server: {sorted(left)}") if left else None
 
-    async def _take(self, request: web.Request) -> web.StreamResponse:
+    async def take(self, request: web.Request) -> web.StreamResponse:
+        """A request for an answer."""
         body, settings = await request.json(), self.settings
         if (refused := self._refuse(request, body)) is not None:
             return refused
@@ -119,10 +130,12 @@ class MockEngine(MockServer):
             self._in_flight -= 1
 
     async def _meet(self) -> None:
-        """Wait until as many requests are in flight as `together` says, once."""
+        """All but the first wait until as many requests have been in flight as `together` says."""
         if self._in_flight >= self.settings.together:
             self._met.set()
-        await self._met.wait()
+        if len(self.bodies) > 1:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._met.wait(), PATIENCE_S)
 
     async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
         settings, prompt = self.settings, read_prompt(body)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI
 from humaneval_like import ADD, DECODE, PLUS
+from mock_engine import answering
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen import grading
@@ -65,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("form", ["chat", "completion"])
 def test_canonical_answers_pass_all(run: Run, tmp_path: Path, form: str) -> None:
-    with FakeOpenAI(solve, {"X-Weight-Version": "4"}) as server:
+    with answering(solve, {"X-Weight-Version": "4"}) as server:
         status, result, output = run(server.url, "--form", form)
     assert status == 0
     assert result["schema"] == "laguna_serve.code_tasks/1"
@@ -77,7 +77,7 @@ def test_canonical_answers_pass_all(run: Run, tmp_path: Path, form: str) -> None
     page = (tmp_path / "out" / "code_tasks.md").read_text()
     assert "| T/plus | 1/1 | 1.00 |" in page
     assert "pass@1 1.000" in page
-    assert all(body["temperature"] == 0 and "seed" not in body for body in server.seen)
+    assert all(body["temperature"] == 0 and "seed" not in body for body in server.bodies)
     assert {row["task_id"] for row in read(tmp_path / "out" / "answers.jsonl")} == {"T/add", "T/decode", "T/plus"}
 
 
@@ -88,7 +88,7 @@ def test_samples_give_pass_at_k_and_a_dense_reward(run: Run, tmp_path: Path) -> 
             return "```python\ndef add(a, b):\n    return a * b\n```"
         return solve(body) if problem is not PLUS else "I do not know."
 
-    with FakeOpenAI(reply) as server:
+    with answering(reply) as server:
         status, result, _ = run(
             server.url, "--samples", "4", "--temperature", "0.8", "--k", "1,2", "--concurrency", "3"
         )
@@ -99,11 +99,11 @@ def test_samples_give_pass_at_k_and_a_dense_reward(run: Run, tmp_path: Path) -> 
     assert result["statuses"] == {"passed": 6, "failed": 2, "broken": 4}
     rows = json.loads((tmp_path / "out" / "code_tasks.json").read_text())["problems"]
     assert [(row["task_id"], row["passed"]) for row in rows] == [("T/add", 2), ("T/decode", 4), ("T/plus", 0)]
-    assert sorted(body["seed"] for body in server.seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert sorted(body["seed"] for body in server.bodies) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def test_failed_request_is_no_zero_and_is_asked_again(run: Run, tmp_path: Path) -> None:
-    with FakeOpenAI(lambda body: 400 if find_problem(body) is DECODE else solve(body)) as server:
+    with answering(lambda body: 400 if find_problem(body) is DECODE else solve(body)) as server:
         status, result, output = run(server.url)
     assert status == 1
     assert (result["pass_at_k"], result["reward"], result["failed_requests"]) == (None, None, 1)
@@ -111,9 +111,9 @@ def test_failed_request_is_no_zero_and_is_asked_again(run: Run, tmp_path: Path) 
     assert "HTTP 400" in output
     with (tmp_path / "out" / "grades.jsonl").open("a") as file:
         file.write('{"task_id": "T/dec')  # cut off in writing
-    with FakeOpenAI(solve) as server:
+    with answering(solve) as server:
         status, result, _ = run(server.url)
-    assert (status, len(server.seen), result["pass_at_k"]["1"]["point"]) == (0, 1, 1.0)
+    assert (status, len(server.bodies), result["pass_at_k"]["1"]["point"]) == (0, 1, 1.0)
 
 
 def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
 
     old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
-        with FakeOpenAI(reply) as server:
+        with answering(reply) as server:
             status, _, output = run(server.url, "--concurrency", "1")
             assert status == 130
             assert "the same command continues" in output
@@ -144,12 +144,12 @@ def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
 
 
 def test_folder_of_another_measurement_is_refused(run: Run) -> None:
-    with FakeOpenAI(solve) as server:
+    with answering(solve) as server:
         assert run(server.url)[0] == 0
         status, _, output = run(server.url, "--max-tokens", "5")
     assert status == 2
     assert "got another one's; choose another --out" in output
-    assert len(server.seen) == 3
+    assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_bad_input_is_refused(flags: list[str], message: str, capsys: pytest.Cap
 
 
 def test_endpoint_that_is_down_is_told(run: Run, tmp_path: Path) -> None:
-    with FakeOpenAI(solve) as server:
+    with answering(solve) as server:
         pass
     status, _, output = run(server.url)
     assert status == 2
@@ -201,9 +201,9 @@ def test_system_without_walls_is_refused_or_warned_about(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(choice, "find_obstacle", lambda _: "Operation not permitted")
-    with FakeOpenAI(solve) as server:
+    with answering(solve) as server:
         status, _, output = run(server.url)
-        assert (status, server.seen) == (2, [])
+        assert (status, server.bodies) == (2, [])
         assert "landlock: Operation not permitted; allow unprivileged user namespaces, install bubblewrap or" in output
         status, result, output = run(server.url, "--walls", "none")
     assert (status, result["pass_at_k"]["1"]["point"]) == (0, 1.0)
@@ -217,7 +217,7 @@ def test_sandbox_that_breaks_is_no_zero(run: Run, monkeypatch: pytest.MonkeyPatc
         raise JailError("sandbox: expected its processes to start, got nothing")
 
     monkeypatch.setattr(grading, "grade", fail)
-    with FakeOpenAI(solve) as server:
+    with answering(solve) as server:
         status, _, output = run(server.url, "--skip-probes")
     assert status == 2
     assert "expected its processes to start" in output

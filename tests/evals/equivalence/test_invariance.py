@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_arm import FakeArm, Manners
+from mock_engine import MockEngine, Settings, Variants
 
 from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
@@ -68,7 +68,7 @@ def grade_here(problem: Problem, program: str, _limits: Limits) -> Grade:
 def compare(tmp_path: Path, problems_file: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run invariance.py on two endpoints; give exit status, last line, output."""
 
-    def run(ours: FakeArm, theirs: FakeArm, *more: str) -> Answer:
+    def run(ours: MockEngine, theirs: MockEngine, *more: str) -> Answer:
         flags = ["--problems", str(problems_file), "--out", str(tmp_path / "out"), "--form", "completion"]
         urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url, "--dtype", "bfloat16"]
         status = invariance.main([*flags, *urls, *more])
@@ -81,14 +81,32 @@ def compare(tmp_path: Path, problems_file: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.fixture
 def serve() -> Iterator[Any]:
-    """Start fake endpoints; they are gone when the test ends."""
+    """Start mock endpoints; they are gone when the test ends."""
     with ExitStack() as stack:
-        yield lambda *given, **named: stack.enter_context(FakeArm(*given, **named))
+        yield lambda *given, **named: stack.enter_context(MockEngine(*given, **named))
 
 
-def say(*variants: list[str], **named: Any) -> Manners:
-    """An endpoint that knows these answers to each problem, and gives the first."""
-    return Manners(dict(zip(PROMPTS, zip(*variants, strict=True), strict=True)), **named)
+def say(
+    *texts: list[str],
+    margin: float = 0.5,
+    choose: Callable[[str, int], int] = lambda _prompt, _asked: 0,
+    broken: Collection[str] = (),
+    drafts: int | None = None,
+    log: list[str] | None = None,
+    name: str = "",
+    **more: Any,
+) -> Settings:
+    """Of an endpoint that knows these answers to each problem, and gives the first, or the one that `choose` says. It
+    counts `drafts` per answer, fails for `broken` prompts and notes its `name` in the `log` with every request."""
+    variants = Variants(dict(zip(PROMPTS, zip(*texts, strict=True), strict=True)), choose, margin)
+
+    def says(engine: MockEngine, body: Mapping[str, Any]) -> Any:
+        if log is not None:
+            log.append(name)
+        return variants(engine, body)
+
+    counts = {"counted": False} if drafts is None else {"gamma": 3, "drafts_per_answer": drafts}
+    return Settings(says=says, faults=dict.fromkeys(broken, "http_500"), requires=(), **counts, **more)
 
 
 def read_page(tmp_path: Path) -> str:
@@ -97,7 +115,7 @@ def read_page(tmp_path: Path) -> str:
 
 def test_equal_arms_are_invariant_and_asked_in_one_mixed_order(compare: Any, serve: Any, tmp_path: Path) -> None:
     log: list[str] = []
-    ours, theirs = serve(say(RIGHT), log, "b"), serve(say(RIGHT), log, "c")
+    ours, theirs = serve(say(RIGHT, log=log, name="b")), serve(say(RIGHT, log=log, name="c"))
     status, result, output = compare(ours, theirs, "--concurrency", "1")
     assert (status, result["verdict"], result["schema"]) == (0, "invariant", "laguna_serve.invariance/1")
     assert {name: found["across"] for name, found in result["levels"].items()} == dict.fromkeys(result["levels"], 0)
@@ -227,7 +245,7 @@ def test_failed_requests_give_no_verdict_until_they_are_answered(compare: Any, s
     assert set(result["failures"]) == {"candidate/0/t1", "candidate/1/t1"}
     assert "Could not tell: 2 requests failed" in output
     assert "HTTP 500" in read_page(tmp_path)
-    theirs.manners = replace(theirs.manners, broken=set())
+    theirs.settings = replace(theirs.settings, faults={})
     assert compare(ours, theirs)[1]["verdict"] == "invariant"
     assert len(theirs.seen) == 2 * COUNT + 2
 
@@ -300,18 +318,18 @@ def test_without_a_sandbox_nothing_is_asked_unless_wanted(
     assert "on a throwaway machine only" in output
 
 
-class StandInEngine:
-    """Takes the launcher's place: a fake endpoint, another one for an engine that drafts."""
+class MockLauncher:
+    """Takes the launcher's place: a mock endpoint, another one for an engine that drafts."""
 
     started: list[str]
-    manners: tuple[Manners, Manners]
+    both: tuple[Settings, Settings]
 
     def __init__(self, config: EngineConfig, **_: Any) -> None:
         drafting = config.draft is not None
         type(self).started.append("candidate" if drafting else "baseline")
-        self._fake, self.model_name = FakeArm(type(self).manners[drafting]), "fake"
+        self._fake, self.model_name = MockEngine(type(self).both[drafting]), "fake"
 
-    def __enter__(self) -> StandInEngine:
+    def __enter__(self) -> MockLauncher:
         self._fake.__enter__()
         self.base_url = self._fake.url
         return self
@@ -329,8 +347,8 @@ def compare_engines(
 ) -> Any:
     """Run invariance.py on mock engines; give the names of those started, in order, status and last line."""
 
-    def run(ours: Manners, theirs: Manners) -> tuple[list[str], int, dict[str, Any]]:
-        made = type("Made", (StandInEngine,), {"started": [], "manners": (ours, theirs)})
+    def run(ours: Settings, theirs: Settings) -> tuple[list[str], int, dict[str, Any]]:
+        made = type("Made", (MockLauncher,), {"started": [], "both": (ours, theirs)})
         monkeypatch.setattr(arms, "Engine", made)
         monkeypatch.setattr(arms, "check_launches", lambda _configs: None)
         files = ["--problems", str(problems_file), "--out", str(tmp_path / "out")]

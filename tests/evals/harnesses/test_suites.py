@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_arm import FakeArm, Manners
+from mock_engine import MockEngine, Settings
 from stub_harness import StubHarness
 
 from laguna_serve.evals import suites
@@ -37,13 +37,13 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubHarness:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[FakeArm]:
-    with FakeArm(Manners({})) as arm:
-        yield arm
+def endpoint() -> Iterator[MockEngine]:
+    with MockEngine(Settings(counted=False)) as engine:
+        yield engine
 
 
 @pytest.fixture
-def run(tmp_path: Path, endpoint: FakeArm, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(tmp_path: Path, endpoint: MockEngine, capsys: pytest.CaptureFixture[str]) -> Any:
     def run_suites(*more: str) -> tuple[int, dict[str, Any], str]:
         asked = ["--base-url", endpoint.url + "/v1", "--max-length", "64", "--tokenizer", "T", "--suites"]
         status = suites.main([*asked, *more, "--out", str(tmp_path / "out")])
@@ -135,7 +135,7 @@ def test_bad_settings_are_refused(tmp_path: Path, old: str, new: str, message: s
     assert message in str(error.value)
 
 
-def test_harness_is_asked_with_the_pinned_settings_once(harness: StubHarness, run: Any, endpoint: FakeArm) -> None:
+def test_harness_is_asked_with_the_pinned_settings_once(harness: StubHarness, run: Any, endpoint: MockEngine) -> None:
     status, result, output = run("arc-challenge", "--limit", "6", "--concurrency", "3")
     assert status == 0
     (call,) = harness.calls

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI
+from mock_engine import answering
 
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import code_suites as code_suites
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user nam
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def run_suites(names: str, reply: Any, *more: str) -> tuple[int, dict[str, Any], list[dict[str, Any]], str]:
-        with FakeOpenAI(reply) as server:
+        with answering(reply) as server:
             asked = ["--base-url", server.url, "--max-length", "4096", "--suites", names, "--data", str(FILES)]
             status = suites.main([*asked, "--out", str(tmp_path / "out"), *more])
         captured = capsys.readouterr()
         lines = captured.out.strip().splitlines()
-        return status, json.loads(lines[-1]) if lines else {}, server.seen, captured.out + captured.err
+        return status, json.loads(lines[-1]) if lines else {}, server.bodies, captured.out + captured.err
 
     return run_suites
 

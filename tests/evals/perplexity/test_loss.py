@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_scorer import Behaviour, FakeScorer
+from mock_engine import MockEngine, Settings, scoring
 
 from laguna_serve.evals import loss
 from laguna_serve.evals.perplexity.mean import average, subtract, to_bits_per_byte
@@ -62,7 +62,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 def test_every_token_weighs_the_same(run: Run, save: Callable[..., Path], tmp_path: Path) -> None:
     array = save("a.npy", [[0, 10, 20, 30], [0, 40, 50, 0], [0, 0, 0, 0]])
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         status, result, output = run(fake.url, "--tokens", array, "--pad-id", "0")
     assert status == 0
     assert sorted(fake.seen[1:]) == [[10, 20, 30], [40, 50]]  # the first request asks about the vocabulary
@@ -79,7 +79,7 @@ def test_every_token_weighs_the_same(run: Run, save: Callable[..., Path], tmp_pa
 
 def test_text_is_cut_by_the_endpoints_tokens(run: Run, save: Callable[..., Path]) -> None:
     text = save("a.txt", "abc\r\né")  # tokens 1 97 98 99 13 10 233, bytes 7
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         status, result, _ = run(f"{fake.url}/v1/", "--text", text, "--length", "3")
     assert status == 0
     assert sorted(fake.seen) == [[1, 97, 98], [99, 13, 10]]  # 233 alone has nothing before it
@@ -91,7 +91,7 @@ def test_text_is_cut_by_the_endpoints_tokens(run: Run, save: Callable[..., Path]
 
 def test_overlapping_rows_score_every_token_once(run: Run, save: Callable[..., Path]) -> None:
     text = save("a.txt", "abcdé")
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         status, result, _ = run(fake.url, "--text", text, "--length", "4", "--stride", "2")
     assert status == 0
     assert sorted(fake.seen) == [[1, 97, 98, 99], [98, 99, 100, 233]]
@@ -108,7 +108,7 @@ def test_cut_covers_a_document(count: int, length: int, stride: int) -> None:
 
 
 def test_long_default_rows_fit_the_endpoint(run: Run, save: Callable[..., Path]) -> None:
-    with FakeScorer(Behaviour(max_model_len=20, listed_length=False)) as fake:
+    with MockEngine(scoring(max_model_len=20, listed_length=False)) as fake:
         status, result, _ = run(fake.url, "--text", save("a.txt", "x" * 100))
     assert (status, result["data"]["length"], result["data"]["rows"]) == (0, 19, 6)
     assert result["endpoint"] == {"model": "fake", "root": None, "max_model_len": 20}
@@ -116,7 +116,7 @@ def test_long_default_rows_fit_the_endpoint(run: Run, save: Callable[..., Path])
 
 def test_documents_do_not_share_rows(run: Run, save: Callable[..., Path]) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("ab\u2028c", "de"))
-    with FakeScorer(Behaviour(vocabulary=10_000)) as fake:
+    with MockEngine(scoring(vocabulary=10_000)) as fake:
         status, result, _ = run(fake.url, "--text", save("a.jsonl", lines))
     assert (status, result["data"]["documents"]) == (0, 2)
     assert sorted(fake.seen) == [[1, 97, 98, 0x2028, 99], [1, 100, 101]]
@@ -153,7 +153,7 @@ def test_bits_per_byte() -> None:
 
 def test_same_command_continues(run: Run, save: Callable[..., Path], tmp_path: Path) -> None:
     array = save("a.npy", np.arange(2, 62).reshape(12, 5))
-    with FakeScorer(Behaviour(die_after=6)) as fake:
+    with MockEngine(scoring(die_after=6)) as fake:
         status, _, output = run(fake.url, "--tokens", array, "--concurrency", "1")
     assert status == 2
     assert "HTTP 503" in output
@@ -161,7 +161,7 @@ def test_same_command_continues(run: Run, save: Callable[..., Path], tmp_path: P
     journal = tmp_path / "out" / "rows.jsonl"
     assert len(ScoredRows(journal).nats) == 5  # one of the six asked about the vocabulary
     journal.write_text(journal.read_text() + '{"row": 5, "nats": 0.')
-    with FakeScorer() as fake:
+    with MockEngine(scoring(together=3)) as fake:
         status, result, _ = run(fake.url, "--tokens", array, "--concurrency", "3")
         assert sorted(fake.seen[1:]) == np.arange(2, 62).reshape(12, 5).tolist()[5:]
         assert fake.most == 3
@@ -173,7 +173,7 @@ def test_same_command_continues(run: Run, save: Callable[..., Path], tmp_path: P
 
 def test_ctrl_c_ends_in_good_order(run: Run, save: Callable[..., Path], tmp_path: Path) -> None:
     array, journal = save("a.npy", np.full((3000, 3), 5)), tmp_path / "out" / "rows.jsonl"
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         flags = ["--base-url", fake.url, "--tokens", str(array), "--out", str(tmp_path / "out"), "--concurrency", "1"]
         command = [sys.executable, str(ROOT / "evals" / "loss.py"), *flags]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_in_good_order(run: Run, save: Callable[..., Path], tmp_path
 
 
 def test_another_measurements_folder_is_refused(run: Run, save: Callable[..., Path]) -> None:
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         assert run(fake.url, "--tokens", save("a.npy", [[1, 2, 3]]))[0] == 0
         asked = len(fake.seen)
         status, _, output = run(fake.url, "--tokens", save("b.npy", [[1, 2, 4]]))
@@ -204,7 +204,7 @@ def test_another_measurements_folder_is_refused(run: Run, save: Callable[..., Pa
 
 def test_key_comes_from_the_environment(run: Run, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     array = save("a.npy", [[1, 2, 3]])
-    with FakeScorer(Behaviour(key="secret")) as fake:
+    with MockEngine(scoring(key="secret")) as fake:
         assert "HTTP 401" in run(fake.url, "--tokens", array)[2]
         assert "$LOSS_KEY, got nothing" in run(fake.url, "--tokens", array, "--api-key-env", "LOSS_KEY")[2]
         monkeypatch.setenv("LOSS_KEY", "secret")
@@ -238,7 +238,7 @@ def test_bad_input_is_refused(
     run: Run, save: Callable[..., Path], tmp_path: Path, name: str, content: Any, flags: tuple[str, ...], message: str
 ) -> None:
     path = save(name, content)
-    with FakeScorer() as fake:
+    with MockEngine(scoring()) as fake:
         status, _, output = run(fake.url, "--tokens" if name.endswith("npy") else "--text", path, *flags)
     assert status == 2
     assert message in " ".join(output.split())
@@ -253,22 +253,22 @@ def test_file_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "message"),
+    ("settings", "message"),
     [
-        (Behaviour(losses={3: 9999.0}), "expected finite losses, got 9999 nats at token 2 of 3 (id 3)"),
-        (Behaviour(losses={3: math.nan}), "expected finite losses, got nan nats at token 2 of 3 (id 3)"),
-        (Behaviour(spoil=lambda steps: steps[:-1]), "expected vLLM's answer, got another one"),
-        (Behaviour(spoil=lambda steps: None), "expected vLLM's answer, got another one"),
+        (scoring(losses={3: 9999.0}), "expected finite losses, got 9999 nats at token 2 of 3 (id 3)"),
+        (scoring(losses={3: math.nan}), "expected finite losses, got nan nats at token 2 of 3 (id 3)"),
+        (scoring(spoil=lambda steps: steps[:-1]), "expected vLLM's answer, got another one"),
+        (scoring(spoil=lambda steps: None), "expected vLLM's answer, got another one"),
         (
-            Behaviour(spoil=lambda steps: [None, *steps[:0:-1]]),
+            scoring(spoil=lambda steps: [None, *steps[:0:-1]]),
             "expected vLLM's answer, got another one (KeyError('2'))",
         ),
     ],
 )
 def test_answer_that_cannot_be_right_is_refused(
-    run: Run, save: Callable[..., Path], behaviour: Behaviour, message: str
+    run: Run, save: Callable[..., Path], settings: Settings, message: str
 ) -> None:
-    with FakeScorer(behaviour) as fake:
+    with MockEngine(settings) as fake:
         status, _, output = run(fake.url, "--tokens", save("a.npy", [[1, 2, 3]]), "--model", "fake")
     assert status == 2
     assert message in output

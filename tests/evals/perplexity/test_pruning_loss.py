@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from fake_scorer import Behaviour, FakeScorer
+from mock_engine import MockEngine, scoring
 
 from laguna_serve.bench.harness import arms
 from laguna_serve.evals import pruning_loss
@@ -37,7 +37,7 @@ class StandInEngine:
         more = sum(nats for part, nats in self.added.items() if part in self.name)
         self._dies = self.dies == self.name
         losses = {token: token / 100 + more for token in range(256)}
-        self._fake = FakeScorer(Behaviour(max_model_len=500, losses=losses, die_after=2 if self._dies else None))
+        self._fake = MockEngine(scoring(max_model_len=500, losses=losses, die_after=2 if self._dies else None))
 
     def __enter__(self) -> StandInEngine:
         self.started.append(self.name)

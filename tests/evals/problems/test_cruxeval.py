@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI
+from mock_engine import answering
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen.grading import Limits, grade_answer
@@ -113,14 +113,14 @@ def test_answer_without_a_value_is_refused() -> None:
 def test_whole_run(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     template = tmp_path / "prompt.txt"
     template.write_text("What does this give?\n{code}\nf({input})\n")
-    with FakeOpenAI(lambda body: "[ANSWER] {6: 2} [/ANSWER]") as server:
+    with answering(lambda body: "[ANSWER] {6: 2} [/ANSWER]") as server:
         flags = ["--base-url", server.url, "--problems", str(FILE), "--form", form, "--out", str(tmp_path / "out")]
         assert code_tasks.main([*flags, "--prompt-file", str(template)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["pass_at_k"]["1"]["point"] == pytest.approx(1 / 3)
     assert result["weak_problems"] is None  # a constant may be the right value: no universal wrong answers
     assert result["prompt_file"]["name"] == "prompt.txt"
-    body = next(body for body in server.seen if "gcd" in json.dumps(body))
+    body = next(body for body in server.bodies if "gcd" in json.dumps(body))
     asked = body["messages"][0]["content"] if form == "chat" else body["prompt"]
     wanted = "What does this give?\nimport math\n\n\ndef f(a, b=2):\n    return {a: math.gcd(a, b)}\nf(6, b=4)\n"
     assert asked == wanted

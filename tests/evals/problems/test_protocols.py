@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI
+from mock_engine import answering
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen.runner import Workload
@@ -106,12 +106,12 @@ def test_endpoint_is_told_four_stops_of_the_protocol_and_the_template() -> None:
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def run_code_tasks(name: str, reply: Any, *more: str) -> tuple[int, dict[str, Any], list[dict[str, Any]], str]:
-        with FakeOpenAI(reply) as server:
+        with answering(reply) as server:
             flags = ["--base-url", server.url, "--problems", str(FILES / name), "--out", str(tmp_path / "out")]
             status = code_tasks.main([*flags, *more])
         captured = capsys.readouterr()
         lines = captured.out.strip().splitlines()
-        return status, json.loads(lines[-1]) if lines else {}, server.seen, captured.out + captured.err
+        return status, json.loads(lines[-1]) if lines else {}, server.bodies, captured.out + captured.err
 
     return run_code_tasks
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from fake_openai import FakeOpenAI
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import find_obstacle
@@ -61,16 +61,17 @@ def answer(body: Mapping[str, Any]) -> str | int:
     return ANSWERS[number][0] if (number := int(found[1])) < len(ANSWERS) else 400
 
 
-class FakeVllm(FakeOpenAI):
+class MockVllm(MockEngine):
     """With the token ids and log-probabilities that vLLM adds when asked to; `sessions` are the ids in the headers."""
 
     def __init__(self) -> None:
-        super().__init__(answer)
+        super().__init__(Settings(says=lambda _, body: answer(body), requires=()))
         self.sessions: list[str] = []
 
-    async def _answer(self, request: web.Request) -> web.Response:
-        response = await super()._answer(request)
-        body = self.seen[-1]
+    async def take(self, request: web.Request) -> web.StreamResponse:
+        response = await super().take(request)
+        assert isinstance(response, web.Response)
+        body = self.bodies[-1]
         self.sessions.append(request.headers["X-Session-ID"])
         if response.status != 200:
             return response

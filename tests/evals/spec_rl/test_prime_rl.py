@@ -13,7 +13,7 @@ from spec_rl_world import (
     ANSWERS,
     BIN,
     ROOT,
-    FakeVllm,
+    MockVllm,
     gateway,
     make_env,
     needs_sandbox,
@@ -47,7 +47,7 @@ def test_env_server_gives_the_rewards_of_the_command(tmp_path: Path) -> None:
     asked = len(ANSWERS) + 1  # the last one is refused
     problems = write_problems(tmp_path / "problems.jsonl", asked)
     fields = [f"problems={json.dumps(str(problems))}", 'split="all"']
-    with FakeVllm() as fake, world() as proxy:
+    with MockVllm() as fake, world() as proxy:
         traces = run(tmp_path, proxy, f"{fake.url}/v1", "fake", "1", *fields)
     assert [trace["task"]["key"] for trace in traces] == [f"T/{number}" for number in range(asked)]
     for number, (_, share) in enumerate(ANSWERS):

@@ -17,7 +17,7 @@ from spec_rl_world import (
     MEAN,
     PROMPT_IDS,
     ROOT,
-    FakeVllm,
+    MockVllm,
     gateway,
     make_env,
     make_problem,
@@ -128,7 +128,7 @@ def test_command_reports_the_rewards(tmp_path: Path) -> None:
     problems = write_problems(tmp_path / "problems.jsonl", asked)
     flags = ["--env.taskset.problems", str(problems), "--env.taskset.split", "all", "--model", "fake"]
     flags += ["--sampling.return-token-ids", "true", "--sampling.logprobs", "true"]
-    with FakeVllm() as fake, world() as proxy:
+    with MockVllm() as fake, world() as proxy:
         report, traces = run_eval(tmp_path, fake.url, *flags, proxy=proxy)
     assert f"{asked}/{asked}" in report
     assert f"reward {MEAN:.2f}" in report, "over what was answered"
@@ -160,7 +160,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @needs_verifiers
 def test_no_walls_no_rewards(tmp_path: Path) -> None:
-    with FakeVllm() as server:
+    with MockVllm() as server:
         config = str(ROOT / "evals" / "spec_rl" / "eval.toml")
         command = [str(BIN / "vf-eval"), "@", config, "--client.base-url", f"{server.url}/v1", "--output-dir"]
         command += [str(tmp_path), "--env.taskset.task.walls", "bubblewrap"]

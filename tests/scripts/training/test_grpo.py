@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from aiohttp import web
-from fake_server import FakeServer
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.scripts import grpo
 from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
@@ -60,25 +59,10 @@ def test_loss_raises_what_was_good_and_clips() -> None:
     assert far.grad[1][batch.sampled[1]].all(), "a bad one is pushed back from anywhere"
 
 
-class Sampler(FakeServer):
-    """Answers every group; `bodies` are the requests."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bodies: list[dict[str, Any]] = []
-
-    def routes(self) -> list[web.RouteDef]:
-        return [web.post("/v1/completions", self._complete)]
-
-    async def _complete(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.bodies.append(body)
-        choice = {"prompt_token_ids": [5], "token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}, "text": "a"}
-        return web.json_response({"choices": [choice] * body["n"]}, headers={"X-Weight-Version": "v"})
-
-
 def test_rollouts_are_sampled_as_the_loss_takes_them() -> None:
-    with Sampler() as service:
+    choice = {"prompt_token_ids": [5], "token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}, "text": "a"}
+    sampler = Settings(says=lambda _, body: {"choices": [choice] * body["n"]}, headers={"X-Weight-Version": "v"})
+    with MockEngine(sampler) as service:
         groups = asyncio.run(sample_groups(service.url, "m", ["p"], group=2, max_tokens=1))
     assert [[r.version for r in group] for group in groups] == [["v", "v"]]
     (body,) = service.bodies

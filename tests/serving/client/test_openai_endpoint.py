@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI
+from mock_engine import answering
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Answer, Endpoint, Form
@@ -25,35 +25,35 @@ def ask(url: str, form: Form, key: str | None = None, retries: int = 0, **sampli
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
 def test_chat_and_completion(suffix: str) -> None:
-    with FakeOpenAI(lambda body: "é", VERSIONS) as server:
+    with answering(lambda body: "é", VERSIONS) as server:
         for form in ("chat", "completion"):
             answer = ask(server.url + suffix, form, temperature=0, top_k=5)
             assert answer == Answer("é", "stop", 7, VERSIONS)
-    assert server.seen[0] == {
+    assert server.bodies[0] == {
         "model": "fake",
         "messages": [{"role": "user", "content": "Hello"}],
         "temperature": 0,
         "top_k": 5,
     }
-    assert server.seen[1] == {"model": "fake", "prompt": "Hello", "temperature": 0, "top_k": 5}
+    assert server.bodies[1] == {"model": "fake", "prompt": "Hello", "temperature": 0, "top_k": 5}
 
 
 def test_key_is_sent_and_versions_may_be_missing() -> None:
-    with FakeOpenAI(lambda body: "") as server:
+    with answering(lambda body: "") as server:
         assert ask(server.url, "chat", key="secret") == Answer("", "stop", 7, {})
     assert server.keys == ["Bearer secret"]
 
 
 def test_passing_trouble_is_retried() -> None:
     statuses = [503, 200]
-    with FakeOpenAI(lambda body: 503 if statuses.pop(0) == 503 else "fine") as server:
+    with answering(lambda body: 503 if statuses.pop(0) == 503 else "fine") as server:
         assert ask(server.url, "chat", retries=1).text == "fine"
-    assert len(server.seen) == 2
+    assert len(server.bodies) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
 def test_refusal_is_told_in_one_line(status: int) -> None:
-    with FakeOpenAI(lambda body: status) as server, pytest.raises(EndpointError) as caught:
+    with answering(lambda body: status) as server, pytest.raises(EndpointError) as caught:
         ask(server.url, "chat")
     assert f"HTTP {status}: " in str(caught.value)
     assert "no luck" in str(caught.value)
@@ -61,7 +61,7 @@ def test_refusal_is_told_in_one_line(status: int) -> None:
 
 
 def test_endpoint_that_is_not_there_is_told_on_entering() -> None:
-    with FakeOpenAI(lambda body: "") as server:
+    with answering(lambda body: "") as server:
         pass
     with pytest.raises(EndpointError, match=r"expected a list of models, got APIConnectionError.*is the server up\?"):
         ask(server.url, "chat")
