@@ -31,7 +31,7 @@ from laguna_serve.scripts.clients.agents import list_agents, run_agent
 from laguna_serve.scripts.clients.recorder import record
 from laguna_serve.scripts.clients.report import ClientCheck, ClientsResult, render_markdown, render_text
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.server import in_background
+from laguna_serve.serving.gateway.run import in_background
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json

@@ -96,7 +96,7 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
 def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
     """Serve until a signal. Raises as `check_gateway`."""
-    from laguna_serve.serving.gateway.server import serve
+    from laguna_serve.serving.gateway.run import serve
 
     gateway = read_config(config)
     names = ", ".join(model.name for model in gateway.models)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from laguna_serve.serving.gateway.engines.engine import Engine
     from laguna_serve.serving.gateway.engines.pool import Pool
     from laguna_serve.serving.gateway.relay.relay import Relay
-    from laguna_serve.serving.gateway.server import Background, GatewayServer
+    from laguna_serve.serving.gateway.run import Background
+    from laguna_serve.serving.gateway.server import GatewayServer
 
 UPSTREAM = "engine"
 # The engine's address while there is none.
@@ -174,7 +175,7 @@ class Front:
 def open_front(settings: FrontSettings, engine_url: str) -> Iterator[Front]:
     """The gateway for as long as the block runs.  Raises EngineError."""
     # FastAPI and aiohttp take half a second to import, which no other command needs.
-    from laguna_serve.serving.gateway.server import open_background
+    from laguna_serve.serving.gateway.run import open_background
 
     front = Front(settings, engine_url)
     with open_background(make_config(settings, engine_url), front.read_config) as gateway:

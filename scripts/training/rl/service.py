@@ -13,7 +13,7 @@ from typing import Any
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.server import in_background
+from laguna_serve.serving.gateway.run import in_background
 from laguna_serve.serving.kit.errors import CommandError
 
 UPDATE_S = 600.0

@@ -22,7 +22,7 @@ from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError,
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.config.tables import Limits
-from laguna_serve.serving.gateway.server import in_background, make_settings, open_background
+from laguna_serve.serving.gateway.run import in_background, make_settings, open_background
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 
 CONFIG = parse_config({"models": [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]}, "test")

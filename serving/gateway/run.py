@@ -1,0 +1,145 @@
+"""Runs a gateway, in this thread or in one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import uvicorn
+from fastapi import FastAPI
+
+from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.gateway.addresses import find_url, with_ports
+from laguna_serve.serving.gateway.admin import create_admin_app
+from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
+from laguna_serve.serving.gateway.clients.protocol import make_protocol
+from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
+from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
+from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.relay import open_files
+from laguna_serve.serving.gateway.server import GatewayServer
+from laguna_serve.serving.gateway.services import find_services
+from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
+
+# What a gateway that was told to stop at once may take for it.
+STOP_S = 5.0
+
+
+def serve(config: Config, announce: Callable[[str, str], None], reload: Callable[[], Config] | None) -> str:
+    """Serve until a signal; `announce` is told the URL, and the admin page's, once they answer; `reload` is what SIGHUP
+    asks. Returns the URL.
+
+    Raises:
+        EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
+    """
+    set_up_logging()
+    open_files.raise_limit()
+    listening = with_ports(config)
+    url = find_url(listening.server)
+    _make_server(listening, lambda: announce(url, find_url(listening.admin)), reload, config).run()
+    return url
+
+
+class Background(NamedTuple):
+    """A gateway that runs in a thread: its address, its admin page's, and how to reach into it."""
+
+    url: str
+    admin_url: str
+    server: GatewayServer
+
+
+@contextlib.contextmanager
+def in_background(config: Config) -> Iterator[tuple[str, str]]:
+    """As `open_background`; yields the gateway's URL and its admin page's."""
+    with open_background(config) as gateway:
+        yield gateway.url, gateway.admin_url
+
+
+@contextlib.contextmanager
+def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
+    """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks. When the
+    block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
+
+    Raises:
+        EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
+    """
+    set_up_logging()
+    open_files.raise_limit()
+    listening = with_ports(config)
+    ready = threading.Event()
+    server = _make_server(listening, ready.set, reload, config)
+    thread = threading.Thread(target=server.run, name="gateway", daemon=True)
+    thread.start()
+    try:
+        while not ready.wait(0.1):
+            if not thread.is_alive():
+                raise EngineError(
+                    f"gateway: expected it to listen at {find_url(listening.server)}, got an error; see above"
+                )
+        yield Background(find_url(listening.server), find_url(listening.admin), server)
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        try:
+            thread.join(listening.server.shutdown_timeout_s)
+        finally:
+            server.force_exit = True
+            thread.join(STOP_S)
+            gc.unfreeze()  # what the rest of this process no longer needs may go again
+
+
+def _make_server(
+    config: Config,
+    ready: Callable[[], None],
+    reload: Callable[[], Config] | None,
+    configured: Config | None = None,
+) -> GatewayServer:
+    app = create_app(config)
+    settings = make_settings(app, config)
+    try:
+        check_uvicorn()
+        check_protocol(settings)
+    except UnfitServerError as error:
+        raise EngineError(str(error)) from None
+    return GatewayServer(app, settings, make_admin_settings(app, config), ready, reload, configured)
+
+
+def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
+    """uvicorn's, for the admin application of a gateway."""
+    admin = config.admin
+    return uvicorn.Config(
+        create_admin_app(lambda: find_services(app), admin),
+        host=admin.host,
+        port=admin.port,
+        http=StrictProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+
+
+def make_settings(app: FastAPI, config: Config) -> uvicorn.Config:
+    """uvicorn's: nothing logged or answered that the gateway does not mean to."""
+    server = config.server
+    return uvicorn.Config(
+        app,
+        host=server.host,
+        port=server.port,
+        ssl_certfile=server.ssl_certfile,
+        ssl_keyfile=server.ssl_keyfile,
+        timeout_keep_alive=math.ceil(server.keepalive_s),
+        http=make_protocol(server.header_timeout_s, server.max_head_bytes, OWN_PATHS, lambda: find_services(app).relay),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=round(server.shutdown_timeout_s),
+    )
