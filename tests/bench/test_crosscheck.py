@@ -76,7 +76,7 @@ def test_crosscheck_from_python(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
     monkeypatch.setattr(crosscheck, "VLLM_BENCH", MOCK_BENCH.replace("RATE", "1e6").replace("LOST", "0"))
-    with FakeEngine(Behaviour(delay_s=0.002)) as engine:
+    with MockEngine(Settings(delay_s=0.002)) as engine:
         result = crosscheck.crosscheck(
             crosscheck.CrosscheckConfig(url=engine.url, model="m", prompts=prompts, max_tokens=8, repeats=2)
         )

@@ -313,6 +313,7 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def test_sweep_from_python(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -328,7 +329,7 @@ def test_sweep_from_python(
         gammas=(3,),
         out=tmp_path / "out",
     )
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
         result = gamma_sweep.sweep(config)
     assert result.held
     assert [point.gamma for point in result.points] == [3]
@@ -339,6 +340,7 @@ def test_sweep_from_python(
 
 
 def test_sweep_is_reported_though_its_ablations_could_not_be_made(
+    clock: Clock,
     prompts_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -349,7 +351,7 @@ def test_sweep_is_reported_though_its_ablations_could_not_be_made(
         raise EngineError("engine fake: gone")
 
     monkeypatch.setattr(gamma_sweep, "measure_ablations", fail)
-    with stand_ins(monkeypatch, Behaviour(delay_s=0.002), Behaviour(delay_s=0.002, gamma=3, chunk_tokens=3)):
+    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
         assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3", "--stack", "fp8-kv")) == 2
     captured = capsys.readouterr()
     assert json.loads(captured.out.strip().splitlines()[-1])["points"] == 1

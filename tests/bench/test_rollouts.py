@@ -302,7 +302,7 @@ def test_real_engines_take_a_later_policy_and_accept_less_of_the_old_drafter(
 
 
 def test_rollouts_from_python(
-    engines: type[RolloutStandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engines: type[RolloutLauncher], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "many.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"def f{index}():"}) + "\n" for index in range(20)))
