@@ -45,8 +45,16 @@ HOMES = {
     r"^class Table\b": "serving/kit/tables.py",
 }
 MOST_FILES = 12
-# Of serving/gateway, from the ground up: a room may use those before it.
-GATEWAY_ROOMS = ("config", "wire", "telemetry", "engines", "relay", "clients")
+# Rooms from the ground up: one may use those before it.
+ROOMS = {
+    "serving": (
+        *("machine", "kit", "client", "checkpoint", "chat", "speculation", "planning", "supervision", "engine"),
+        *("gateway", "service", "commands"),
+    ),
+    "serving/gateway": ("config", "wire", "telemetry", "engines", "relay", "clients"),
+    "scripts": ("text", "checkpoints", "training", "clients"),
+}
+MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
 KERNEL_BENCHMARKS = {"bench/moe.py", "bench/moe_layer/layers.py", "bench/moe_layer/timing.py"}
 # It asks every command for its flags.
@@ -148,13 +156,28 @@ def test_ground_floor_imports_nothing_above_it(folder: str) -> None:
         assert not above, f"{path}: imports {sorted(above)}"
 
 
-@pytest.mark.parametrize("floor", range(len(GATEWAY_ROOMS)))
-def test_rooms_of_the_gateway_import_nothing_above_them(floor: int) -> None:
-    gateway = "laguna_serve.serving.gateway"
-    below = tuple(f"{gateway}.{room}." for room in GATEWAY_ROOMS[: floor + 1])
-    for path in sources(f"serving/gateway/{GATEWAY_ROOMS[floor]}"):
-        above = {name for name in imported(path) if name.startswith(gateway) and not name.startswith(below)}
+@pytest.mark.parametrize(("house", "room"), [(house, room) for house, rooms in ROOMS.items() for room in rooms])
+def test_rooms_import_nothing_above_them(house: str, room: str) -> None:
+    own = f"laguna_serve.{house.replace('/', '.')}."
+    below = tuple(f"{own}{name}." for name in ROOMS[house][: ROOMS[house].index(room) + 1])
+    for path in sources(f"{house}/{room}"):
+        above = {name for name in imported(path) if name.startswith(own) and not name.startswith(below)}
         assert not above, f"{path}: imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("house", ROOMS)
+def test_every_room_has_its_floor(house: str) -> None:
+    assert {path.parent.name for path in (ROOT / house).glob("*/__init__.py")} == set(ROOMS[house])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_modules_that_are_named_in_strings_are_there(folder: str) -> None:
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (m := MODULE.fullmatch(node.value)):
+                module = ROOT.joinpath(*m[1].split(".")[1:])
+                there = module.with_suffix(".py").exists() or (module / "__init__.py").exists()
+                assert there, f"{path}: names {node.value}"
 
 
 @pytest.mark.parametrize("pattern", HOMES)

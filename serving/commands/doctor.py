@@ -19,13 +19,13 @@ from typing import Annotated
 import msgspec
 
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
+from laguna_serve.serving.commands.rates import Rates, find_rates, multiplies_bf16
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, describe_device, find_device, find_vllm
-from laguna_serve.serving.machine.rates import Rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan

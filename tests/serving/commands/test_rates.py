@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from laguna_serve.serving.commands import rates
 from laguna_serve.serving.commands.doctor import describe_rates
-from laguna_serve.serving.machine import rates
-from laguna_serve.serving.machine.rates import LIMITS, Rates, find_rates, measure_rates, multiplies_bf16
+from laguna_serve.serving.commands.rates import LIMITS, Rates, find_rates, measure_rates, multiplies_bf16
 
 
 @pytest.fixture(autouse=True)
