@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
 from mock_engine import answering
+from walls_here import needs_walls
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen import grading
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox import JailError, choice, find_obstacle
+from laguna_serve.evals.sandbox import JailError, choice
 from laguna_serve.serving.engine import Engine
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
 PROBLEMS = (ADD, DECODE, PLUS)
 Run = Callable[..., tuple[int, dict[str, Any], str]]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 from humaneval_like import ADD, DECODE, PLUS, make_problem
+from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, grade
+from laguna_serve.evals.codegen.grading import Grade, grade
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox import find_obstacle
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
+LIMITS = make_limits()
 
 
 def solve(problem: Problem) -> Grade:
     assert problem.canonical_solution is not None
-    return grade(problem, problem.prompt + problem.canonical_solution)
+    return grade(problem, problem.prompt + problem.canonical_solution, LIMITS)
 
 
 @pytest.mark.parametrize(("problem", "tests"), [(ADD, 6), (DECODE, 20), (PLUS, 4)], ids=["add", "decode", "plus"])
@@ -23,11 +24,11 @@ def test_canonical_solution_passes(problem: Problem, tests: int) -> None:
 
 
 def test_share_counts_the_tests_in_loops_and_helpers() -> None:
-    found = grade(ADD, "def add(a, b):\n    return a * b\n")
+    found = grade(ADD, "def add(a, b):\n    return a * b\n", LIMITS)
     assert (found.tests_passed, found.tests_total, found.passed, found.status) == (2, 6, False, "failed")
     assert found.reward == pytest.approx(2 / 6)
     assert found.detail.startswith("test line 5, assert candidate(1, 2) == 3, 'first': AssertionError")
-    found = grade(PLUS, "def total(numbers):\n    return 1.0 * max(numbers)\n")  # raises on the empty list
+    found = grade(PLUS, "def total(numbers):\n    return 1.0 * max(numbers)\n", LIMITS)  # raises on the empty list
     assert (found.tests_passed, found.tests_total) == (1, 4)
 
 
@@ -35,18 +36,18 @@ def test_what_was_not_reached_has_not_passed() -> None:
     body = "assert candidate(0) == 0\nout = candidate(1)\nassert out == 1\n"
     body += "for i in range(8):\n    assert candidate(i) == i"
     problem = make_problem(body, canonical="def f(x):\n    return x\n")
-    found = grade(problem, "def f(x):\n    if x == 1:\n        raise KeyError('no')\n    return x\n")
+    found = grade(problem, "def f(x):\n    if x == 1:\n        raise KeyError('no')\n    return x\n", LIMITS)
     assert (found.tests_passed, found.tests_total) == (1, 10)
     assert found.detail == "test line 3, out = candidate(1): KeyError: 'no'"
-    found = grade(problem, "def f(x):\n    if x == 4:\n        import os\n        os._exit(0)\n    return x\n")
+    found = grade(problem, "def f(x):\n    if x == 4:\n        import os\n        os._exit(0)\n    return x\n", LIMITS)
     assert (found.tests_passed, found.tests_total, found.status) == (6, 10, "died")
-    assert grade(problem, "x = 1").reward == 0.0
+    assert grade(problem, "x = 1", LIMITS).reward == 0.0
 
 
 def test_iteration_that_raises_does_not_end_the_loop() -> None:
     body = "for i in range(10):\n    out = candidate(i)\n    assert out == i"
     problem = make_problem(body, canonical="def f(x):\n    return x\n")
-    found = grade(problem, "def f(x):\n    return x if x != 3 else 1 // 0\n")
+    found = grade(problem, "def f(x):\n    return x if x != 3 else 1 // 0\n", LIMITS)
     assert (found.tests_passed, found.tests_total) == (9, 10)
 
 
@@ -106,21 +107,24 @@ def test_iteration_that_raises_does_not_end_the_loop() -> None:
 )
 def test_kinds_of_test_and_value(body: str, good: str, bad: str) -> None:
     problem = make_problem(body)
-    assert grade(problem, good).passed, grade(problem, good)
-    assert not grade(problem, bad).passed
+    assert grade(problem, good, LIMITS).passed, grade(problem, good, LIMITS)
+    assert not grade(problem, bad, LIMITS).passed
 
 
 def test_value_without_a_form_is_unjudged_whatever_the_test_catches() -> None:
     problem = make_problem("try:\n    assert candidate() == 1\nexcept Exception:\n    pass")
-    found = grade(problem, "import sys\n\ndef f():\n    return [sys]\n")
+    found = grade(problem, "import sys\n\ndef f():\n    return [sys]\n", LIMITS)
     assert (found.passed, found.status) == (False, "unjudged")
     assert "got one of type module" in found.detail
 
 
 def test_prompt_and_program_that_do_not_compile_or_define() -> None:
-    assert grade(ADD, "def add(a, b:\n").status == "broken"
-    assert grade(ADD, "def plus(a, b):\n    return a + b\n").detail == "NameError: expected a function add, got none"
-    assert "line 2" in grade(ADD, "import math\nraise ValueError('x')\n").detail
+    assert grade(ADD, "def add(a, b:\n", LIMITS).status == "broken"
+    assert (
+        grade(ADD, "def plus(a, b):\n    return a + b\n", LIMITS).detail
+        == "NameError: expected a function add, got none"
+    )
+    assert "line 2" in grade(ADD, "import math\nraise ValueError('x')\n", LIMITS).detail
 
 
 def test_program_sees_the_seed_of_hashes_and_not_its_own_main() -> None:
@@ -128,7 +132,7 @@ def test_program_sees_the_seed_of_hashes_and_not_its_own_main() -> None:
     problem = make_problem(
         "import sys\nassert sys.flags.hash_randomization == 0\nassert candidate() == list({*'abcd'})"
     )
-    assert grade(problem, program).passed
+    assert grade(problem, program, LIMITS).passed
 
 
 WRONG = """
@@ -241,7 +245,7 @@ def add(a, b):
 
 @pytest.mark.parametrize("program", FAKES.values(), ids=FAKES)
 def test_success_cannot_be_faked(program: str) -> None:
-    found = grade(ADD, program, Limits(cpu_s=4, wall_s=8))
+    found = grade(ADD, program, make_limits(cpu_s=4, wall_s=8))
     assert not found.passed
     # 0 + 0 and −5 + 5 are 0: a program that answers 0 has those two right.
     assert found.tests_passed <= 2
@@ -266,4 +270,4 @@ while True:
 
 @pytest.mark.parametrize("program", HANGS.values(), ids=HANGS)
 def test_program_that_hangs_runs_out_of_time(program: str) -> None:
-    assert grade(ADD, program, Limits(cpu_s=1, wall_s=2)).status == "timeout"
+    assert grade(ADD, program, make_limits(cpu_s=1, wall_s=2)).status == "timeout"

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from humaneval_like import PLUS, make_problem
+from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, find_baseline, grade
+from laguna_serve.evals.codegen.grading import Grade, find_baseline, grade
 from laguna_serve.evals.codegen.weak_tests import find_weakness, tell_weaknesses
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
-from laguna_serve.evals.sandbox import find_obstacle, run_trial
+from laguna_serve.evals.sandbox import run_trial
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
-LIMITS = Limits(cpu_s=4, wall_s=30)
+LIMITS = make_limits(cpu_s=4, wall_s=30)
 SQUARE = "def f(x):\n    return x * x\n"
 SQUARES = "    return x * x\n"
 PROMPT = "def f(x):\n    '''x'''\n"
@@ -112,7 +113,7 @@ def test_problem_whose_solution_fails_is_at_fault() -> None:
 
 def test_canonical_run_that_ran_out_of_time_is_not_kept() -> None:
     slow = make("assert candidate(2) == 4", "    import time\n    time.sleep(99)\n")
-    hurried = Limits(cpu_s=1, wall_s=0.5)
+    hurried = make_limits(cpu_s=1, wall_s=0.5)
     assert "timeout" in find_baseline(slow, hurried).fault
     assert (slow, hurried) not in _kept()
 
@@ -171,7 +172,7 @@ def test_insides_of_the_tests_are_out_of_reach(program: str) -> None:
 def test_grader_is_bounded() -> None:
     problem = make("assert len(list(candidate(1))) == 1", None)
     for value in ("range(95_000_000)", "__import__('itertools').count()"):
-        found = grade(problem, f"def f(x):\n    return {value}\n", Limits(cpu_s=4, wall_s=4))
+        found = grade(problem, f"def f(x):\n    return {value}\n", make_limits(cpu_s=4, wall_s=4))
         assert not found.passed
     trial = run_trial(problem, "def f(x):\n    return range(95_000_000)\n", LIMITS)
     assert (trial.unjudged, trial.failed) == (1, 0)

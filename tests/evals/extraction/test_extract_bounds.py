@@ -11,8 +11,9 @@ import pytest
 from humaneval_like import ADD
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import Limits, grade_answer
+from laguna_serve.evals.codegen.grading import grade_answer
 from laguna_serve.evals.extraction import extract, worker
 from laguna_serve.evals.extraction.extract import (
     MAX_ANSWER_CHARS,
@@ -173,9 +174,10 @@ NASTY = {
 }
 
 
+@needs_walls
 @pytest.mark.parametrize("code", NASTY.values(), ids=NASTY)
 def test_program_that_hurts_a_parser_is_graded_all_the_same(code: str) -> None:
-    verdict = grade_answer(ADD, f"```python\n{code}\n```", "chat", Limits(cpu_s=4, wall_s=20))
+    verdict = grade_answer(ADD, f"```python\n{code}\n```", "chat", make_limits(cpu_s=4, wall_s=20))
     assert not verdict.grade.passed
     assert len(verdict.grade.detail) < 1000
     assert verdict.grade.detail.isprintable()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from mock_engine import answering
+from walls_here import needs_walls
 
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import code_suites as code_suites
@@ -17,12 +18,11 @@ from laguna_serve.evals.harnesses.code_suites import MAX_THINKING_TOKENS, PACKAG
 from laguna_serve.evals.harnesses.lm_eval import Target
 from laguna_serve.evals.harnesses.settings import choose_suites, load_suites
 from laguna_serve.evals.problems.protocols import PROTOCOLS
-from laguna_serve.evals.sandbox import find_obstacle
 
 FILES = Path(__file__).resolve().parents[1] / "published"
 SUITES = load_suites()
 VOWELS = "def count_vowels(text):\n    return sum(letter in 'aeiou' for letter in text.lower())\n"
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from walls_here import needs_walls
 
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import lm_eval
-from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.engine import Engine
 
@@ -72,7 +72,7 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+@needs_walls
 def test_code_suites_on_the_engine(fp32_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Raw and through the toy's own chat template, with thinking on and off: a row each, and other answers."""
 

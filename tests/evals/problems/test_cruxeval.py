@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 from mock_engine import answering
+from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals import code_tasks
-from laguna_serve.evals.codegen.grading import Limits, grade_answer
+from laguna_serve.evals.codegen.grading import grade_answer
 from laguna_serve.evals.extraction.extract import ExtractionError, extract_program
 from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.problems.cruxeval_rows import find_value, is_literal
 from laguna_serve.evals.problems.protocols import make_prompt
-from laguna_serve.evals.sandbox import find_obstacle
 
 FILE = Path(__file__).resolve().parents[1] / "published" / "cruxeval" / "cruxeval.jsonl"
 COUNTS, GCD, TEXT = load_problems(FILE)
-LIMITS = Limits(cpu_s=5, wall_s=30)
-jailed = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+LIMITS = make_limits(cpu_s=5, wall_s=30)
 
 
 @pytest.mark.parametrize(("protocol", "examples"), [("cot", 1), ("direct", 2)])
@@ -75,7 +74,7 @@ def test_literals_are_told(value: str, literal: bool) -> None:
     assert is_literal(value) is literal
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize(
     ("answer", "published", "strict"),
     [
@@ -97,7 +96,7 @@ def test_answers_are_executed_in_the_jail(answer: str, published: bool, strict: 
     assert verdict.grade.reward == (1.0 if strict else 0.0)
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize(("problem", "value"), [(GCD, "{6: 2}"), (TEXT, "'b==n==n=='")])
 def test_helpers_and_keywords_of_the_call_are_the_rows_own(problem: Any, value: str) -> None:
     assert grade_answer(problem, f"[ANSWER]\nassert f(?) == 1\n[/ANSWER] [ANSWER]{value}", "chat", LIMITS).grade.passed
@@ -108,7 +107,7 @@ def test_answer_without_a_value_is_refused() -> None:
         extract_program("no idea at all", COUNTS, "chat")
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize("form", ["chat", "completion"])
 def test_whole_run(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     template = tmp_path / "prompt.txt"

@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals.codegen.grading import grade
 from laguna_serve.evals.problems import SHIPPED, Problem, load_problems
@@ -53,9 +55,11 @@ def test_prompt_ends_in_a_docstring_and_calls_are_asserted(problem: Problem) -> 
     assert 6 <= sum(isinstance(node, ast.Assert) for node in check.body) <= 18
 
 
+@needs_walls
 def test_canonical_solutions_pass_in_the_sandbox() -> None:
     with ThreadPoolExecutor(2) as pool:
-        grades = pool.map(lambda problem: grade(problem, problem.prompt + str(problem.canonical_solution)), PROBLEMS)
+        programs = [problem.prompt + str(problem.canonical_solution) for problem in PROBLEMS]
+        grades = pool.map(grade, PROBLEMS, programs, repeat(make_limits()))
     assert [(p.task_id, g.status, g.detail) for p, g in zip(PROBLEMS, grades, strict=True) if not g.passed] == []
 
 

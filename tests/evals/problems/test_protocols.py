@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from mock_engine import answering
+from walls_here import needs_walls
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen.runner import Workload
@@ -16,11 +17,9 @@ from laguna_serve.evals.extraction.extract import cut_at_stops, extract_program
 from laguna_serve.evals.problems import find_form, load_problems, read_rows
 from laguna_serve.evals.problems.problem import Problem
 from laguna_serve.evals.problems.protocols import ALLOWED, PROTOCOLS, make_prompt
-from laguna_serve.evals.sandbox import find_obstacle
 
 FILES = Path(__file__).resolve().parents[1] / "published"
 MBPP, GAP_PROMPT = FILES / "mbpp" / "mbpp.jsonl", load_problems(FILES / "humaneval" / "HumanEval.jsonl")[0].prompt
-jailed = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
 
 
 def load(name: str, protocol: str, at: int = 0) -> Problem:
@@ -127,7 +126,7 @@ CANONICAL = {
 }
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize("form", ["chat", "completion"])
 @pytest.mark.parametrize(("name", "protocol"), CANONICAL)
 def test_whole_runs_pass_with_canonical_answers(run: Any, name: str, protocol: str, form: str) -> None:
@@ -155,7 +154,7 @@ def test_whole_runs_pass_with_canonical_answers(run: Any, name: str, protocol: s
     assert (result["workload"]["protocol"], result["file"]["name"]) == (protocol, Path(name).name)
 
 
-@jailed
+@needs_walls
 def test_base_and_plus_are_counted_apart(run: Any) -> None:
     half = 'def count_vowels(text):\n    return {"Audio": 4, "AEIOU": 5}.get(text, 0)\n'
     status, result, _, output = run(
@@ -167,7 +166,7 @@ def test_base_and_plus_are_counted_apart(run: Any) -> None:
     assert "pass@1 of the base tests 0.333" in output
 
 
-@jailed
+@needs_walls
 def test_thinking_reaches_the_template_and_another_folder_is_wanted(run: Any) -> None:
     def reply(body: Mapping[str, Any]) -> str:
         return "<think>```python\nreturn 1\n```</think>```python\ndef is_odd(n):\n    return n % 2 == 1\n```"
@@ -205,7 +204,7 @@ def test_bad_flags_are_refused(flags: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
-@jailed
+@needs_walls
 def test_canonical_run_is_kept_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = ["--check-canonical", "--skip-probes", "--problems", str(MBPP), "--split", "test", "--out", str(out)]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals.codegen import weak_tests
-from laguna_serve.evals.codegen.grading import Limits, find_baseline, grade, grade_answer
+from laguna_serve.evals.codegen.grading import find_baseline, grade, grade_answer
 from laguna_serve.evals.codegen.weak_tests import find_weakness
 from laguna_serve.evals.problems import ProblemsError, find_form, load_problems, read_rows
 from laguna_serve.evals.problems.evalplus_rows import SHAPES, read_evalplus
 from laguna_serve.evals.problems.mbpp_splits import SPLITS
-from laguna_serve.evals.sandbox import find_obstacle, run_trial
+from laguna_serve.evals.sandbox import run_trial
 
 FILES = Path(__file__).resolve().parents[1] / "published"
 FORMS = {
@@ -29,8 +30,7 @@ FORMS = {
     "mbpp_plus/hub.jsonl": ("mbpp-plus", 1),
     "cruxeval/cruxeval.jsonl": ("cruxeval", 3),
 }
-LIMITS = Limits(cpu_s=20, wall_s=60)
-jailed = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+LIMITS = make_limits(cpu_s=20, wall_s=60)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -40,7 +40,7 @@ def test_form_is_read_from_the_fields(name: str) -> None:
     assert len(load_problems(FILES / name)) == count
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize("name", FORMS)
 def test_canonical_solutions_pass(name: str) -> None:
     for problem in load_problems(FILES / name):
@@ -97,7 +97,7 @@ def test_mbpp_of_the_project_shows_all_tests_and_the_first_line() -> None:
     )
 
 
-@jailed
+@needs_walls
 def test_names_of_the_solution_are_there_for_the_tests() -> None:
     problem = read_mbpp_row("bigcode", 12)  # the tests make objects of the program's own class
     graded = grade(problem, f"{problem.prompt}{problem.canonical_solution}", LIMITS)
@@ -111,7 +111,7 @@ GAP, VOWELS, ZERO = load_problems(PLUS)
 SHARED, ENDS, COMPLEX = load_problems(FILES / "mbpp_plus" / "MbppPlus.jsonl")
 
 
-@jailed
+@needs_walls
 def test_base_and_plus_verdicts_are_two() -> None:
     # Right on the base inputs, wrong on a plus input ("queue": each vowel once).
     program = 'def count_vowels(text):\n    return {"Audio": 4}.get(text, len(set(text.lower()) & set("aeiou")))\n'
@@ -127,7 +127,7 @@ def test_base_and_plus_verdicts_are_two() -> None:
     assert find_baseline(replace(VOWELS, test=VOWELS.base_test, base_test=""), LIMITS).tests == 3
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize(
     ("answer", "published"),
     [
@@ -144,7 +144,7 @@ def test_values_are_compared_as_evalplus_compares(answer: str, published: bool) 
     assert grade(GAP, program, LIMITS).published is published
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize(
     ("body", "published"),
     [
@@ -159,7 +159,7 @@ def test_zero_of_a_polynomial_is_any_zero(body: str, published: bool) -> None:
     assert grade(ZERO, f"def find_zero(xs):\n    {body}\n", LIMITS).published is published
 
 
-@jailed
+@needs_walls
 @pytest.mark.parametrize(
     ("problem", "program", "published"),
     [
@@ -176,7 +176,7 @@ def test_arguments_are_what_mbpp_plus_means(problem: Any, program: str, publishe
     assert grade(problem, program, LIMITS).published is published
 
 
-@jailed
+@needs_walls
 def test_universal_wrong_answers_are_tried_on_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base inputs sort most of them out; what passes those is tried on all."""
     tests: list[str] = []
@@ -207,7 +207,7 @@ def test_shapes_name_each_problem_once() -> None:
     assert len(numbers) == len(set(numbers))
 
 
-@jailed
+@needs_walls
 def test_mbpp_plus_of_the_hub_has_both_verdicts() -> None:
     (problem,) = load_problems(FILES / "mbpp_plus" / "hub.jsonl")
     program = 'def drop_ends(text):\n    return text[1:-1] if len(text) != 4 else ""\n'

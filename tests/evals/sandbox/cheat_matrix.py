@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, find_baseline, grade
+from laguna_serve.evals.codegen.grading import Grade, find_baseline, grade
 from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.sandbox import Limits, choose_walls
 
 HERE = Path(__file__).parent
-LIMITS = Limits(cpu_s=2, wall_s=20)
 PROMPT = "def f(x):\n    '''x'''\n"
 # What is right under that form, whoever says it: the tests name no more than that.
 RIGHT = {
@@ -69,11 +69,11 @@ def list_pairs(every: int) -> list[Pair]:
 
 def grade_pairs(pairs: Iterable[Pair], workers: int = 2) -> dict[Pair, Grade]:
     forms, cheats = read_forms(), read_cheats()
-    pairs = list(pairs)
+    pairs, limits = list(pairs), Limits(cpu_s=2, wall_s=20, walls=choose_walls())
     with ThreadPoolExecutor(workers) as pool:
-        faults = dict(zip(forms, pool.map(lambda p: find_baseline(p, LIMITS).fault, forms.values()), strict=True))
+        faults = dict(zip(forms, pool.map(lambda p: find_baseline(p, limits).fault, forms.values()), strict=True))
         assert not any(faults.values()), faults
-        return dict(zip(pairs, pool.map(lambda p: grade(forms[p[0]], cheats[p[1]], LIMITS), pairs), strict=True))
+        return dict(zip(pairs, pool.map(lambda p: grade(forms[p[0]], cheats[p[1]], limits), pairs), strict=True))
 
 
 def main() -> None:

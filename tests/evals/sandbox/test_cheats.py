@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cheat_matrix import PROMPT, Pair, grade_pairs, list_pairs, make_problem, read_sections, split_fields
+from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, grade
-from laguna_serve.evals.sandbox import find_obstacle
+from laguna_serve.evals.codegen.grading import Grade, grade
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
 # Of all pairs of a program and a form; cheat_matrix.py tries all of them.
 EVERY = 9
-LIMITS = Limits(cpu_s=4, wall_s=30)
+LIMITS = make_limits(cpu_s=4, wall_s=30)
 RIGHT = {name: split_fields(text) for name, text in read_sections("right_programs.txt").items()}
 PLAIN = """
 import sys, types

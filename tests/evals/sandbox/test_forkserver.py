@@ -10,19 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from humaneval_like import ADD, PLUS, make_problem
+from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals.codegen.grading import forget_baselines, grade
-from laguna_serve.evals.sandbox import JailError, Limits, Walls, find_obstacle, run_trial, servers, stop_servers
+from laguna_serve.evals.sandbox import JailError, Limits, run_trial, servers, stop_servers
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
 ASK = make_problem("raise RuntimeError(repr(candidate()))")
-LIMITS = Limits(cpu_s=4, wall_s=30)
+LIMITS = make_limits(cpu_s=4, wall_s=30)
+# Two servers, their forks, and in namespaces or bubblewrap the first process of the wall.
+PROCESSES = {"namespaces": 5, "bubblewrap": 5, "landlock": 4}
 OPEN_FILES = """
 import os
 import signal
@@ -71,9 +75,8 @@ def test_servers_are_started_once() -> None:
     assert len(first) == 2, "one for each role"
 
 
-@pytest.mark.parametrize("walls", ["namespaces", "none"])
-def test_program_has_its_own_descriptors_alone(walls: Walls) -> None:
-    limits = Limits(cpu_s=4, wall_s=30, walls=walls)
+@pytest.mark.parametrize("limits", [LIMITS, replace(LIMITS, walls="none")], ids=["walled", "none"])
+def test_program_has_its_own_descriptors_alone(limits: Limits) -> None:
     with ThreadPoolExecutor(4) as pool:  # while the server has those of others
         said = set(pool.map(lambda _: ask(OPEN_FILES, limits), range(12)))
     assert said == {"[0, 1, 2, 4]"}, "its input, its output twice, and the pipe to the tests"
@@ -146,17 +149,17 @@ import sys, time
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import Limits, run_trial
 problem = Problem("x", "", "f", "def check(candidate):\\n    candidate()\\n", None)
-run_trial(problem, "def f(): pass\\n", Limits())
+run_trial(problem, "def f(): pass\\n", Limits(walls=sys.argv[1]))
 print("ready", flush=True)
-run_trial(problem, "import time\\ntime.sleep(1000)\\n", Limits(wall_s=1000.0, cpu_s=1000))
+run_trial(problem, "import time\\ntime.sleep(1000)\\n", Limits(wall_s=1000.0, cpu_s=1000, walls=sys.argv[1]))
 """
 
 
 def test_servers_and_forks_end_with_a_host_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True) as host:
+    with subprocess.Popen([sys.executable, "-c", HOST, LIMITS.walls], stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
         assert host.stdout.readline() == "ready\n"
-        wait_until(lambda: len(psutil.Process(host.pid).children(recursive=True)) >= 5)
+        wait_until(lambda: len(psutil.Process(host.pid).children(recursive=True)) >= PROCESSES[LIMITS.walls])
         family = psutil.Process(host.pid).children(recursive=True)
         host.kill()
     _, alive = psutil.wait_procs(family, WAIT_S)
@@ -167,8 +170,9 @@ FORKED_HOST = """
 import os, sys
 from laguna_serve.evals.codegen.grading import grade
 from laguna_serve.evals.problems import Problem
+from laguna_serve.evals.sandbox import Limits
 problem = Problem("x", "", "f", "def check(candidate):\\n    assert candidate(2) == 4\\n", None)
-def passes(): return grade(problem, "def f(x): return x * x\\n").passed
+def passes(): return grade(problem, "def f(x): return x * x\\n", Limits(walls=sys.argv[1])).passed
 assert passes()
 pid = os.fork()
 if not pid:
@@ -183,7 +187,8 @@ assert all(ok) and passes()
 
 
 def test_fork_of_the_host_has_servers_of_its_own() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED_HOST], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", FORKED_HOST, LIMITS.walls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -231,4 +236,4 @@ def test_time_runs_from_when_both_have_started(monkeypatch: pytest.MonkeyPatch) 
             threading.Timer(2.5, os.kill, (self._process.pid, signal.SIGCONT)).start()
 
     monkeypatch.setattr(servers.Server, "__init__", start_slowly)
-    assert grade(ADD, "def add(a, b):\n    return a + b\n", Limits(cpu_s=4, wall_s=2.0)).tests_passed == 6
+    assert grade(ADD, "def add(a, b):\n    return a + b\n", make_limits(cpu_s=4, wall_s=2.0)).tests_passed == 6

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cheat_matrix import read_sections
+from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import Grade, Limits, Verdict, grade, grade_answer
+from laguna_serve.evals.codegen.grading import Grade, Verdict, grade, grade_answer
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox import find_obstacle
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
-LIMITS = Limits(cpu_s=1, wall_s=5)
+LIMITS = make_limits(cpu_s=1, wall_s=5)
 # Its tests print, compare, copy, sort, hash and iterate what the program gives, and let themselves be called back.
 TEST = """
 import copy, itertools

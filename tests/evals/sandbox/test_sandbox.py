@@ -17,17 +17,18 @@ from pathlib import Path
 import psutil
 import pytest
 from humaneval_like import ADD, make_problem
+from walls_here import make_limits, needs_namespaces, needs_walls
 
 from laguna_serve.evals.codegen.grading import Grade, forget_baselines, grade
 from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, stop_servers, supervisor
 from laguna_serve.evals.sandbox.walls import seccomp
 
-pytestmark = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+pytestmark = needs_walls
 
 # Says what a program's function gave, by way of the failure's detail.
 ASK = make_problem("raise RuntimeError(repr(candidate()))")
-LIMITS = Limits(cpu_s=2, wall_s=6)
-SHORT = Limits(cpu_s=1, wall_s=2)
+LIMITS = make_limits(cpu_s=2, wall_s=6)
+SHORT = make_limits(cpu_s=1, wall_s=2)
 TOLD = """
 def attempt(function, *args, **named):
     try:
@@ -130,6 +131,7 @@ def test_monstrous_value_is_a_failure(value: str) -> None:
     assert len(found.detail) < 1000
 
 
+@needs_namespaces
 def test_file_system_holds_the_library_alone(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     program = f"""
@@ -144,6 +146,7 @@ def f():
     assert ask(program) == repr(["FileNotFoundError"] * 8 + ["OSError"])
 
 
+@needs_namespaces
 def test_file_system_is_read_only_outside_of_the_temporary_folder(tmp_path: Path) -> None:
     program = f"""
 import os
@@ -158,6 +161,7 @@ def f():
     assert not (Path(tempfile.gettempdir()) / tmp_path.name).exists()
 
 
+@needs_namespaces
 def test_environment_and_parent_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "hunter2")
     program = """
@@ -211,6 +215,7 @@ def f():
     assert ask(program) == repr(({-1}, ("PermissionError",) * 3, "PermissionError"))
 
 
+@needs_namespaces
 def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
     shutil.copytree(Path(supervisor.__file__).parent, tmp_path, dirs_exist_ok=True)
@@ -280,6 +285,7 @@ def f():
     assert ask(program, limits) == repr(({"PermissionError"}, True, "jail-"))
 
 
+@needs_namespaces
 def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def paths() -> dict[str, list[object]]:
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
@@ -308,5 +314,5 @@ def test_canonical_count_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for _ in range(3):
         with contextlib.suppress(JailError):
-            grade(ADD, "def add(a, b):\n    return 0\n")
+            grade(ADD, "def add(a, b):\n    return 0\n", LIMITS)
     assert len(runs) == 4

@@ -18,13 +18,12 @@ from aiohttp import web
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.serving.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[3]
 BIN = ROOT / ".venv-rl" / "bin"
 needs_verifiers = pytest.mark.skipif(not (BIN / "vf-eval").exists(), reason="needs scripts/client_env.sh spec_rl")
-needs_sandbox = pytest.mark.skipif(find_obstacle() is not None, reason="no user namespaces")
+
 FENCE = "Here it is:\n\n```python\n{}\n```\n"
 # What is said to f0 … f7, and the share of its four tests that it must bring.
 ANSWERS: list[tuple[str, float]] = [

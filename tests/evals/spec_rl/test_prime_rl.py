@@ -16,11 +16,11 @@ from spec_rl_world import (
     MockVllm,
     gateway,
     make_env,
-    needs_sandbox,
     needs_verifiers,
     world,
     write_problems,
 )
+from walls_here import needs_walls
 
 from laguna_serve.evals.problems import SHIPPED, load_problems
 from laguna_serve.evals.problems.splits import split_problems
@@ -42,7 +42,7 @@ def run(home: Path, proxy: str, *arguments: str, config: Path = CONFIG) -> list[
 
 
 @needs_verifiers
-@needs_sandbox
+@needs_walls
 def test_env_server_gives_the_rewards_of_the_command(tmp_path: Path) -> None:
     asked = len(ANSWERS) + 1  # the last one is refused
     problems = write_problems(tmp_path / "problems.jsonl", asked)
@@ -73,7 +73,7 @@ def test_configuration_asks_the_held_out_problems_alone() -> None:
 
 @pytest.mark.vllm
 @needs_verifiers
-@needs_sandbox
+@needs_walls
 def test_toy_is_evaluated_by_an_env_server(fp32_engine: Engine, tmp_path: Path) -> None:
     short = tmp_path / "short.toml"
     short.write_text(CONFIG.read_text().replace("max_completion_tokens = 512", "max_completion_tokens = 24"))

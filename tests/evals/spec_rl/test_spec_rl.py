@@ -21,11 +21,11 @@ from spec_rl_world import (
     gateway,
     make_env,
     make_problem,
-    needs_sandbox,
     needs_verifiers,
     world,
     write_problems,
 )
+from walls_here import needs_walls
 
 from laguna_serve.evals.problems import SHIPPED, load_problems
 from laguna_serve.evals.problems.splits import is_held_out, split_problems
@@ -122,7 +122,7 @@ def test_environment_loads_by_name(tmp_path: Path) -> None:
 
 
 @needs_verifiers
-@needs_sandbox
+@needs_walls
 def test_command_reports_the_rewards(tmp_path: Path) -> None:
     asked = len(ANSWERS) + 1  # the last one is refused
     problems = write_problems(tmp_path / "problems.jsonl", asked)
@@ -173,7 +173,7 @@ def test_no_walls_no_rewards(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @needs_verifiers
-@needs_sandbox
+@needs_walls
 def test_rollouts_through_the_gateway_have_token_ids(fp32_engine: Engine, tmp_path: Path) -> None:
     """The ids are those of the engine's own template, and the model gives them the noted log-probabilities."""
     flags = ["--model", fp32_engine.model_name, "--select.limit", "2", "--num-rollouts", "2"]
