@@ -9,36 +9,27 @@ the drafter's share of a step is: gamma/points.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from msgspec import structs
 
 from laguna_serve.bench.gamma.ablations import list_ablation_specs, measure_ablations
-from laguna_serve.bench.gamma.cost_model import Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma.conclusion import conclude
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single
 from laguna_serve.bench.gamma.options import SweepConfig
-from laguna_serve.bench.gamma.points import measure_missing, read_points
+from laguna_serve.bench.gamma.points import claim_points, measure_missing, read_points
 from laguna_serve.bench.gamma.report import render_markdown, render_text
-from laguna_serve.bench.gamma.result import (
-    MeasuredPoint,
-    Schedule,
-    StepCost,
-    SweepResult,
-    SweepWorkload,
-    publish_point,
-    shorten,
-)
+from laguna_serve.bench.gamma.result import SweepResult, shorten
 from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, is_begun
-from laguna_serve.serving.speculation.gamma_store import Advice, store_advice
+from laguna_serve.serving.kit.run_dir import is_begun
 
 __all__ = ["SweepConfig", "SweepResult", "main", "sweep"]
 EXAMPLES = """
@@ -100,7 +91,9 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     if not is_begun(config.points):
         check_specs([*map(config.make_spec, (None, *gammas)), *list_ablation_specs(config, max(gammas))])
     claim_points(config, environment)
+    load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
+    environment = structs.replace(environment, other_load=load.find_share())
     points = [point for point in read_points(config.points) if point.gamma in gammas]
     if not points:
         raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
@@ -115,44 +108,6 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
         schedule = result.schedule.num_speculative_tokens_per_batch_size
         mixed = compare_schedule(config, find_best_single(points), schedule, prompts, progress)
         yield publish(config, structs.replace(result, mixed=mixed))
-
-
-def claim_points(config: SweepConfig, environment: Environment) -> None:
-    """Take the folder of finished measurements. Raises CheckpointError when it holds those of another sweep."""
-    decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
-    settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
-    device = environment.device.name if environment.device is not None else None
-    claim_folder(config.points, settings | {"versions": environment.versions, "device": device})
-
-
-def conclude(
-    config: SweepConfig, environment: Environment, measured: Sequence[MeasuredPoint], failed: Mapping[int, str]
-) -> SweepResult:
-    """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`."""
-    by_concurrency: dict[int, list[Point]] = {}
-    for point in measured:
-        by_concurrency.setdefault(point.concurrency, []).append(Point.of(point))
-    choices = [choose_gamma(points, config.seed) for points in by_concurrency.values()]
-    models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
-    schedule = make_schedule(choices)
-    stored = store_advice(Advice(config.model, config.draft, tuple(schedule), environment.date))
-    return SweepResult(
-        environment=environment,
-        model=config.model,
-        draft=config.draft,
-        workload=SweepWorkload(
-            prompts=str(config.prompts), num_prompts=config.num_prompts, max_tokens=config.max_tokens
-        ),
-        choices=choices,
-        schedule=Schedule(schedule),
-        stored=stored.name,
-        cost={
-            str(concurrency): StepCost(fixed=model.fixed, per_token=model.per_token)
-            for concurrency, model in models.items()
-        },
-        failed={str(gamma): reason for gamma, reason in failed.items()},
-        points=[publish_point(point, models[point.concurrency].speedup(point.gamma)) for point in measured],
-    )
 
 
 def publish(config: SweepConfig, result: SweepResult) -> SweepResult:

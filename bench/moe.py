@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from msgspec import structs
 
 from laguna_serve.bench.moe_layer.layers import Shape, measure_bandwidth
 from laguna_serve.bench.moe_layer.options import MoeConfig
@@ -21,7 +22,7 @@ from laguna_serve.bench.moe_layer.report import render_markdown, render_text, su
 from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
 from laguna_serve.bench.moe_layer.timing import KernelTimer, make_shape
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
-from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
@@ -64,6 +65,7 @@ def time_kernels(config: MoeConfig) -> MoeResult:
     shape = make_shape(config)
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress = read_environment(current_argv()), Progress()
+    load = OtherLoad()
     bandwidth = measure_bandwidth(shape.device)
     bandwidth["floor"] = max(bandwidth.values())
     timer = KernelTimer(config, shape, bandwidth["floor"])
@@ -78,7 +80,7 @@ def time_kernels(config: MoeConfig) -> MoeResult:
             raise
         interrupted = True
     result = MoeResult(
-        environment=environment,
+        environment=structs.replace(environment, other_load=load.find_share()),
         settings=describe(config, shape),
         bandwidth_gb_s=bandwidth,
         stock=timer.stock,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
@@ -18,7 +20,7 @@ from laguna_serve.bench.prefix.runner import Outcome, run_engines
 from laguna_serve.bench.prefix.traffic import plan_traffic
 from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
-from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
@@ -70,7 +72,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     check_specs(map(config.make_spec, traffic.engines))
     config.out.mkdir(parents=True, exist_ok=True)
     environment = read_environment(current_argv())
-    outcomes: dict[str, Outcome] = {}
+    load, outcomes = OtherLoad(), dict[str, Outcome]()
     interrupted = False
     try:
         run_engines(config, traffic, progress, outcomes)
@@ -81,7 +83,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
         progress.say("interrupted: reporting what was measured")
     reached = [c for c in traffic.comparisons if c.scenario in outcomes and c.against in outcomes]
     result = PrefixCacheResult(
-        environment=environment,
+        environment=structs.replace(environment, other_load=load.find_share()),
         model=config.model,
         draft=config.draft,
         max_tokens=config.max_tokens,

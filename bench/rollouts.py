@@ -21,7 +21,7 @@ from laguna_serve.bench.rollout.report import render_markdown, render_text
 from laguna_serve.bench.rollout.result import RolloutPoint, RolloutsResult, RolloutsWorkload
 from laguna_serve.bench.rollout.runner import Job, measure_missing, prepare, read_point
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
@@ -67,8 +67,9 @@ def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
     """
     environment = read_environment(current_argv())
     job = prepare(config, environment)
+    load = OtherLoad()
     measure_missing(job, Progress())
-    result = conclude(config, job, environment)
+    result = conclude(config, job, structs.replace(environment, other_load=load.find_share()))
     write_result(config.out / "rollouts.json", result)
     write_text(config.out / "rollouts.md", render_markdown(result))
     from laguna_serve.bench.rollout.plot import draw  # takes a second to import

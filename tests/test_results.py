@@ -11,12 +11,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from laguna_serve.bench.certificate.result import Certificate
-from laguna_serve.bench.crosscheck import CrosscheckResult
 from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.result import PrefixCacheResult
+from laguna_serve.bench.rate_check.result import CrosscheckResult
 from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
 from laguna_serve.bench.release_matrix import ReleaseMatrix
 from laguna_serve.bench.rollout.result import RolloutsResult

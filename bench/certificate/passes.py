@@ -47,7 +47,7 @@ async def run_pass(
 ) -> None:
     """Send the prompts that have no answer yet, in order, `concurrency` in flight, the next as soon as one ends.
 
-    `report` is told after each how many of those are through.
+    `report` is called after each with how many of those are through.
 
     Raises:
         EndpointError: a request failed; the others that are in flight are broken off.

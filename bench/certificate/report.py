@@ -77,7 +77,7 @@ def tabulate(result: Certificate) -> Table:
 
 
 def list_notes(result: Certificate) -> list[str]:
-    """What else was found, a sentence each."""
+    """What else there is to say, a sentence each."""
     notes = [f"At concurrency {load.concurrency} {_describe_differences(load)}." for load in result.loads]
     if (replay := result.replay) is not None:
         p = replay.sign_test_p

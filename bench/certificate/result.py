@@ -96,7 +96,7 @@ class Drift(Struct, frozen=True, kw_only=True):
 
 
 class LoadResult(Struct, frozen=True, kw_only=True):
-    """What was found at one concurrency; `reasons` lists what makes it a defect."""
+    """One concurrency; `reasons` lists what makes it a defect."""
 
     concurrency: int
     noise: float

@@ -65,10 +65,10 @@ class Load:
 
 
 def judge_load(load: Load, dtype: str, seed: int) -> LoadResult:
-    """Everything found at one load. `dtype`: the models', which bounds the noise from below."""
+    """Everything at one load. `dtype`: the models', which bounds the noise from below."""
     differences = {name: _difference(load.baseline, answers) for name, answers in load.controls.items()}
     floor = LOGIT_SPACING.get(dtype, LOGIT_SPACING["float32"])
-    noise = max((value for found in differences.values() for values in found for value in values), default=0.0)
+    noise = max((value for rows in differences.values() for values in rows for value in values), default=0.0)
     # Arms whose every row is computed bit for bit alike have no noise; others at least the spacing of their logits.
     noise = 0.0 if noise == 0.0 and ROW_MATCHED in differences else max(noise, floor)
     candidate = _compare(load.baseline, load.candidate, noise)

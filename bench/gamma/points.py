@@ -23,8 +23,17 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
+from laguna_serve.serving.kit.run_dir import claim_folder
 
 MIN_WARMUP = 4
+
+
+def claim_points(config: SweepConfig, environment: Environment) -> None:
+    """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
+    decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
+    settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
+    device = environment.device.name if environment.device is not None else None
+    claim_folder(config.points, settings | {"versions": environment.versions, "device": device})
 
 
 def read_points(folder: Path) -> list[MeasuredPoint]:

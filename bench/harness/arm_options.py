@@ -125,7 +125,7 @@ class DrafterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedDrafterConfig(DrafterConfig):
-    """The same, compiled unless told otherwise."""
+    """The same, compiled unless `eager`, with a KV cache of a given size."""
 
     eager: Annotated[bool, Flag("no compilation: starts fast, runs slowly")] = False
     kv_cache_gib: Annotated[float | None, Flag("KV cache per engine (default: by free memory)", metavar="G")] = None

@@ -47,12 +47,12 @@ class SoakEngine(StreamEngine):
         """A whole request."""
         assert self._transport is not None
         if not self._url.startswith(b"/v1/completions"):
-            if found := VERSION.search(self._body):
-                SoakEngine.version = found[1]
+            if version := VERSION.search(self._body):
+                SoakEngine.version = version[1]
             self._whole(b'{"weight_version": "%s"}' % SoakEngine.version)
             return
-        found = MODE.search(self._body)
-        mode = found[1].decode() if found else "whole"
+        match = MODE.search(self._body)
+        mode = match[1].decode() if match else "whole"
         if mode == "whole":
             self._whole(
                 b'{"version": "%s", "usage": {"prompt_tokens": 3, "completion_tokens": 8}}' % SoakEngine.version

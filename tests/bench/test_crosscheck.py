@@ -9,6 +9,7 @@ import pytest
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import crosscheck
+from laguna_serve.bench.rate_check import clients
 
 # Takes the flags that vLLM's benchmark is given, and writes the fields of its result that are read.
 MOCK_BENCH = """
@@ -30,7 +31,7 @@ def check(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
     program = "raise SystemExit('no such flag')" if crash else MOCK_BENCH
-    monkeypatch.setattr(crosscheck, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
+    monkeypatch.setattr(clients, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
     with MockEngine(Settings(delay_s=0.002, prefix_hits=hits)) as engine:
         flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts), "--max-tokens", "8", "--repeats", "1"]
         return crosscheck.main([*flags, "--out", str(tmp_path / "found.json")])
@@ -75,7 +76,7 @@ def test_crosscheck_from_python(
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
-    monkeypatch.setattr(crosscheck, "VLLM_BENCH", MOCK_BENCH.replace("RATE", "1e6").replace("LOST", "0"))
+    monkeypatch.setattr(clients, "VLLM_BENCH", MOCK_BENCH.replace("RATE", "1e6").replace("LOST", "0"))
     with MockEngine(Settings(delay_s=0.002)) as engine:
         result = crosscheck.crosscheck(
             crosscheck.CrosscheckConfig(url=engine.url, model="m", prompts=prompts, max_tokens=8, repeats=2)

@@ -1,0 +1,48 @@
+"""From measured points to the result of a sweep: choices, schedule, predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from laguna_serve.bench.gamma.cost_model import Point, choose_gamma, fit_costs, make_schedule
+from laguna_serve.bench.gamma.options import SweepConfig
+from laguna_serve.bench.gamma.result import (
+    MeasuredPoint,
+    Schedule,
+    StepCost,
+    SweepResult,
+    SweepWorkload,
+    publish_point,
+)
+from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.speculation.gamma_store import Advice, store_advice
+
+
+def conclude(
+    config: SweepConfig, environment: Environment, measured: Sequence[MeasuredPoint], failed: Mapping[int, str]
+) -> SweepResult:
+    """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`."""
+    by_concurrency: dict[int, list[Point]] = {}
+    for point in measured:
+        by_concurrency.setdefault(point.concurrency, []).append(Point.of(point))
+    choices = [choose_gamma(points, config.seed) for points in by_concurrency.values()]
+    models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
+    schedule = make_schedule(choices)
+    stored = store_advice(Advice(config.model, config.draft, tuple(schedule), environment.date))
+    return SweepResult(
+        environment=environment,
+        model=config.model,
+        draft=config.draft,
+        workload=SweepWorkload(
+            prompts=str(config.prompts), num_prompts=config.num_prompts, max_tokens=config.max_tokens
+        ),
+        choices=choices,
+        schedule=Schedule(schedule),
+        stored=stored.name,
+        cost={
+            str(concurrency): StepCost(fixed=model.fixed, per_token=model.per_token)
+            for concurrency, model in models.items()
+        },
+        failed={str(gamma): reason for gamma, reason in failed.items()},
+        points=[publish_point(point, models[point.concurrency].speedup(point.gamma)) for point in measured],
+    )

@@ -1,0 +1,1 @@
+"""This client and vLLM's own benchmark on one endpoint: what each measures, and the comparison."""
