@@ -144,6 +144,7 @@ def list_schemas() -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(file name, JSON Schema) of every result type of the commands that were imported, and of `laguna`'s."""
     for name in ("serving.cli", *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "drafter"))):
         importlib.import_module(f"laguna_serve.{name}")
+    importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}
     for tag in sorted(str(tag) for tag in kinds if str(tag).startswith("laguna_serve.")):
         name, _, version = tag.removeprefix("laguna_serve.").partition("/")
