@@ -130,5 +130,7 @@ def _conclude(result: SweepResult) -> list[str]:
 
 
 def _show_schedule(result: SweepResult) -> str:
-    ranges = result.schedule.num_speculative_tokens_per_batch_size
-    return ", ".join(f"batches of {first}–{last}: {_show_gamma(gamma)}" for first, last, gamma in ranges)
+    return ", ".join(
+        f"batches of {first if first == last else f'{first}–{last}'}: {_show_gamma(gamma)}"
+        for first, last, gamma in result.schedule.num_speculative_tokens_per_batch_size
+    )
