@@ -171,7 +171,8 @@ def test_bad_input_is_refused_before_an_engine_starts(
 
 
 def test_tool_that_fails_is_quoted_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"^scripts.toy_text: expected success, got: toy_text\.py: error: .*check --out$"):
+    quoted = r"^scripts.toy_text: expected success, got: toy_text\.py: error: .*check --out$"
+    with pytest.raises(ToolError, match=quoted):
         run_script("scripts.toy_text", "--out", tmp_path / "none" / "t.jsonl")
 
 
