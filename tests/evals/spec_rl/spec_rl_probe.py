@@ -13,5 +13,5 @@ for settings in json.load(sys.stdin):
     except ValueError as error:
         print(json.dumps({"error": str(error)}))
     else:
-        tasks = [{"key": task.key, "prompt": task.data.prompt} for task in env.taskset]
+        tasks = [{"key": task.key, "prompt": task.data.prompt, "kind": task.data.problem.kind} for task in env.taskset]
         print(json.dumps({"tasks": tasks, "runtime": env.config.agent.runtime.type}))

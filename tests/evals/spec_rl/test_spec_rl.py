@@ -86,6 +86,20 @@ def test_shipped_problems_are_on_both_sides() -> None:
 
 
 @needs_verifiers
+def test_problems_that_ask_for_a_value_stay_such(tmp_path: Path) -> None:
+    cruxeval = Path(__file__).resolve().parents[1] / "published" / "cruxeval" / "cruxeval.jsonl"
+    settings = [{"split": "all", "problems": str(cruxeval)}, {"split": "all"}]
+    command = [str(BIN / "python"), str(Path(__file__).with_name("spec_rl_probe.py"))]
+    text = json.dumps(settings)
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=120, env=make_env(tmp_path), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = [{task["kind"] for task in json.loads(line)["tasks"]} for line in done.stdout.splitlines()]
+    assert kinds == [{"value"}, {"function"}]
+
+
+@needs_verifiers
 def test_environment_loads_by_name(tmp_path: Path) -> None:
     small, large = (str(write_problems(tmp_path / f"{count}.jsonl", count)) for count in (12, 30))
     sides = [{"split": side, "problems": small} for side in ("train", "held_out", "all")]
