@@ -175,8 +175,11 @@ def _summarise(values: list[float]) -> Difference | None:
 
 
 def _find_drift(candidate: list[list[float]], control: list[list[float]], floor: float, seed: int) -> Drift:
-    """Ratio of the mean differences from the baseline with its interval over prompts. The control's is taken to be at
-    least 1% of the spacing of the logits, so that arms which compute bit for bit alike can be compared too."""
+    """Ratio of the mean differences from the baseline with its interval over prompts.
+
+    The control's is taken to be at least 1% of the spacing of the logits, so that arms which compute bit for bit alike
+    can be compared too.
+    """
     rows = [
         (sum(controls), len(controls), sum(candidates), len(candidates))
         for candidates, controls in zip(candidate, control, strict=True)

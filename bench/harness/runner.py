@@ -33,8 +33,11 @@ NOISE_PROMPTS = 4
 
 @dataclass(slots=True)
 class ArmRun:
-    """What one arm did. `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless
-    `cut`: then a request that was broken off may be in the counters but not in the records."""
+    """What one arm did.
+
+    `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless `cut`: then a
+    request that was broken off may be in the counters but not in the records.
+    """
 
     label: str
     command: list[str] | None = None

@@ -172,8 +172,10 @@ def find_leftovers(in_flight: int, before: int, after: int, growth: float | None
 
 
 def check_stream(answer: bytes, *, whole: bool) -> str | None:
-    """The events of a stream, complete or to the fault and then one error; what is wrong with them, if anything. Lines
-    that announce new weights may stand between events."""
+    """The events of a stream, complete or to the fault and then one error; what is wrong with them, if anything.
+
+    Lines that announce new weights may stand between events.
+    """
     events = b"".join(part + b"\n\n" for part in answer.split(b"\n\n")[:-1] if not part.startswith(b": "))
     if whole:
         return None if events == WHOLE + DONE else f"expected all events, got {answer[-300:]!r}"

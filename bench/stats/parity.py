@@ -32,8 +32,11 @@ LOGIT_SPACING = {"bfloat16": 2.0**-4, "float16": 2.0**-7, "float32": 2.0**-20}
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Where two answers part. `index` is the first token that differs; None when the ids are equal and only the text's
-    bytes differ. A token is None where that arm's answer had ended."""
+    """Where two answers part.
+
+    `index` is the first token that differs; None when the ids are equal and only the text's bytes differ. A token is
+    None where that arm's answer had ended.
+    """
 
     prompt_id: str
     index: int | None
@@ -42,9 +45,12 @@ class Mismatch:
 
 
 class Verdict(Struct, frozen=True):
-    """A mismatch with its class. `…_top2`: [token, log-probability] pairs at the divergence, best first; `…_margin`:
-    how far (nats) the worse of the two tokens lies below the arm's best; `…_reproduced`: the re-request gave the same
-    tokens up to and including the divergence."""
+    """A mismatch with its class.
+
+    `…_top2`: [token, log-probability] pairs at the divergence, best first; `…_margin`: how far (nats) the worse of the
+    two tokens lies below the arm's best; `…_reproduced`: the re-request gave the same tokens up to and including the
+    divergence.
+    """
 
     prompt_id: str
     index: int | None

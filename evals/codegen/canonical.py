@@ -62,8 +62,10 @@ class Checked:
 def check_solutions(
     problems: Sequence[Problem], limits: Limits, folder: Path | None, report: Callable[[int, int], None]
 ) -> list[Checked]:
-    """Grade every solution, in the problems' order. `report` is told (done, total) after each. In a folder the grades
-    are kept as they come, and what is there is not graded again.
+    """Grade every solution, in the problems' order.
+
+    `report` is told (done, total) after each. In a folder the grades are kept as they come, and what is there is not
+    graded again.
 
     Raises:
         JailError: the sandbox could not be set up.

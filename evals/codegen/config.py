@@ -21,8 +21,10 @@ MAX_TOKENS = ", ".join(f"{name} {protocol.max_tokens}" for name, protocol in PRO
 
 @dataclass(frozen=True, kw_only=True)
 class CodeTasksConfig:
-    """Which problems are asked of whom, how, and how the programs are run. `base_url` and `out` are needed unless
-    `check_canonical`."""
+    """Which problems are asked of whom, how, and how the programs are run.
+
+    `base_url` and `out` are needed unless `check_canonical`.
+    """
 
     base_url: Annotated[str | None, Flag("OpenAI-compatible endpoint, with or without /v1", metavar="URL")] = None
     problems: Annotated[

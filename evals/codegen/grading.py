@@ -69,8 +69,11 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an answer is worth. `program`: what was graded; `extracted`: it parses and defines the function; `base`: of
-    a problem with base tests, whether it passes those, as published."""
+    """What an answer is worth.
+
+    `program`: what was graded; `extracted`: it parses and defines the function; `base`: of a problem with base tests,
+    whether it passes those, as published.
+    """
 
     grade: Grade
     program: str

@@ -28,8 +28,11 @@ ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of the model. `temperature` 0 is greedy; `template`: fields for the chat template, as
-    {"enable_thinking": true}; `protocol`: protocols.py's, whose prompts the problems have."""
+    """What is asked of the model.
+
+    `temperature` 0 is greedy; `template`: fields for the chat template, as {"enable_thinking": true}; `protocol`:
+    protocols.py's, whose prompts the problems have.
+    """
 
     form: Form = "chat"
     samples: int = 1

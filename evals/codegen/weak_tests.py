@@ -21,8 +21,10 @@ SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class Weakness:
-    """One problem's: the universal wrong answers that pass its tests, `published` and `strict`. `fault`: why its
-    canonical solution does not pass, or empty."""
+    """One problem's: the universal wrong answers that pass its tests, `published` and `strict`.
+
+    `fault`: why its canonical solution does not pass, or empty.
+    """
 
     task_id: str
     published: tuple[str, ...]
@@ -31,8 +33,9 @@ class Weakness:
 
 
 def find_weakness(problem: Problem, limits: Limits) -> Weakness:
-    """Try every universal wrong answer on one problem. Of evalplus's first on the base tests, which are few: an answer
-    that fails one of them passes neither verdict.
+    """Try every universal wrong answer on one problem.
+
+    Of evalplus's first on the base tests, which are few: an answer that fails one of them passes neither verdict.
 
     Raises:
         JailError: the sandbox could not be set up.

@@ -252,8 +252,10 @@ def _list_names(node: ast.stmt) -> set[str]:
 
 
 def _mentions(code: str, name: str) -> bool:
-    """Is a function or class of this name begun, or something assigned to it, at the left margin? Of code that may not
-    parse too: an answer cut off in the middle."""
+    """Is a function or class of this name begun, or something assigned to it, at the left margin?
+
+    Of code that may not parse too: an answer cut off in the middle.
+    """
     return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}[ \t]*[:=]", code, re.MULTILINE) is not None
 
 

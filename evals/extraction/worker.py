@@ -32,8 +32,11 @@ PYTHON = [sys.executable, "-P", "-c", "from laguna_serve.evals.extraction.worker
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What was found in an answer. `program`: to be graded. `defines`: it parses and defines the function. `error`: why
-    the answer could not be read, or empty."""
+    """What was found in an answer.
+
+    `program`: to be graded. `defines`: it parses and defines the function. `error`: why the answer could not be read,
+    or empty.
+    """
 
     program: str
     defines: bool

@@ -25,8 +25,11 @@ class RowsError(CommandError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids that are sent as one prompt. `first`, at least 1: the first one that is scored; `document`: the number
-    of the document, or row of the array, that it comes from."""
+    """Token ids that are sent as one prompt.
+
+    `first`, at least 1: the first one that is scored; `document`: the number of the document, or row of the array, that
+    it comes from.
+    """
 
     document: int
     tokens: tuple[int, ...]

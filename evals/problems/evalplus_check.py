@@ -32,9 +32,11 @@ def load_reference(program: str, entry_point: str) -> Callable[..., Any]:
 
 
 def shape(arguments: list[Any], shapes: list[str]) -> list[Any]:
-    """Arguments as MBPP+ means them: JSON has neither tuples nor sets nor complex numbers. One word of `shapes` for
-    each argument, the last one for all that follow: a letter says what a value becomes, "[" before it that it is of
-    each item, "(" the same and a tuple of them, "{" of each value of a mapping."""
+    """Arguments as MBPP+ means them: JSON has neither tuples nor sets nor complex numbers.
+
+    One word of `shapes` for each argument, the last one for all that follow: a letter says what a value becomes, "["
+    before it that it is of each item, "(" the same and a tuple of them, "{" of each value of a mapping.
+    """
     words = [*shapes, *[shapes[-1]] * len(arguments)]
     return [shape_one(value, word) for value, word in zip(arguments, words, strict=False)]
 
@@ -87,8 +89,10 @@ def agrees(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def agrees_specially(name: str, value: Any, expected: Any, tolerance: float, arguments: list[Any]) -> bool | None:
-    """What evalplus says of functions of which more than one value is right; None of all others. `name`: of the set and
-    of the function, as "Mbpp/Diff"."""
+    """What evalplus says of functions of which more than one value is right; None of all others.
+
+    `name`: of the set and of the function, as "Mbpp/Diff".
+    """
     if name == "HumanEval/find_zero":
         (factors, *_) = arguments
         return bool(abs(sum(factor * math.pow(value, power) for power, factor in enumerate(factors))) <= tolerance)

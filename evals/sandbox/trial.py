@@ -18,9 +18,12 @@ class WallError(JailError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program gets. `walls`: around files and processes; "none" gives them up, so that a program can do what
-    the user can, its own reward included. `packages`: names of installed packages that the program may import, as
-    ("numpy",); numpy wants memory_bytes of 1 GiB or more."""
+    """What one program gets.
+
+    `walls`: around files and processes; "none" gives them up, so that a program can do what the user can, its own
+    reward included. `packages`: names of installed packages that the program may import, as ("numpy",); numpy wants
+    memory_bytes of 1 GiB or more.
+    """
 
     wall_s: float = 20.0
     cpu_s: int = 8

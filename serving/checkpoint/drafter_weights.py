@@ -1,5 +1,6 @@
-"""Does a drafter's safetensors hold what its config.json describes?  Read from the headers; of the tensors only the two
-vocabulary tables are opened.
+"""Does a drafter's safetensors hold what its config.json describes?
+
+Read from the headers; of the tensors only the two vocabulary tables are opened.
 
 vLLM names a missing or misshapen tensor at best as a KeyError deep in its loader, and an unsuitable ``d2t`` never.
 Names and shapes are those that vLLM 0.32 loads (models/laguna_dflash.py and qwen3_dflash.py).

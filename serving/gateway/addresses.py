@@ -18,8 +18,10 @@ def with_ports(config: Config) -> Config:
 
 
 def check_addresses(config: Config) -> None:
-    """Every address to listen on is one of this machine's, with a port that this user may have. It may be in use: by
-    the gateway whose configuration is checked. Raises EngineError."""
+    """Every address to listen on is one of this machine's, with a port that this user may have.
+
+    It may be in use: by the gateway whose configuration is checked. Raises EngineError.
+    """
     for address in (config.server, config.admin):
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as server:

@@ -27,8 +27,10 @@ OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
 
 
 def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
-    """The application of a configuration, which logs to `log` instead of stderr. Once it has started, `find_services`
-    has its parts."""
+    """The application of a configuration, which logs to `log` instead of stderr.
+
+    Once it has started, `find_services` has its parts.
+    """
     metrics = Metrics()
     if log is None:
         log = AccessLog.on_stderr() if config.server.access_log else AccessLog()

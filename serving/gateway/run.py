@@ -62,8 +62,9 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
-    """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks. When the
-    block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
+    """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks.
+
+    When the block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
 
     Raises:
         EngineError: a port is taken, or uvicorn is not one that the gateway runs under.

@@ -87,8 +87,10 @@ class _AdminServer(_EventServer):
 
 
 class GatewayServer(_EventServer):
-    """Its first signal turns new requests away at once and lets those in flight finish. A second one ends
-    everything. The admin application runs beside it, on a port of its own."""
+    """Its first signal turns new requests away at once and lets those in flight finish.
+
+    A second one ends everything. The admin application runs beside it, on a port of its own.
+    """
 
     def __init__(
         self,
@@ -173,8 +175,10 @@ class GatewayServer(_EventServer):
             loop.default_exception_handler(context)
 
     def call(self, act: Callable[[Relay], None]) -> None:
-        """From another thread: do something to the relay in the gateway's own, and wait until it is done. Raises what
-        `act` raises."""
+        """From another thread: do something to the relay in the gateway's own, and wait until it is done.
+
+        Raises what `act` raises.
+        """
 
         async def run() -> None:
             act(self.relay)

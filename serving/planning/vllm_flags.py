@@ -1,5 +1,7 @@
-"""Does vLLM take these command lines?  Its own parser is asked, in a process of its own, before any engine starts: to
-import it takes seconds, to start an engine for nothing a minute.
+"""Does vLLM take these command lines?
+
+Its own parser is asked, in a process of its own, before any engine starts: to import it takes seconds, to start an
+engine for nothing a minute.
 
 Checked against vLLM 0.32 (entrypoints/launchers/cli_args.py).  A vLLM whose parser is elsewhere is not asked, and says
 so itself when its engine starts.

@@ -85,8 +85,9 @@ def make_config(settings: FrontSettings, engine_url: str) -> Config:
 
 
 def check_front(settings: FrontSettings) -> tuple[str, int, bool]:
-    """Everything that can be refused before an engine is started for nothing. Returns where the gateway will listen,
-    and whether it asks for a key.
+    """Everything that can be refused before an engine is started for nothing.
+
+    Returns where the gateway will listen, and whether it asks for a key.
 
     Raises:
         EngineError: as `make_config`, or the port is taken.

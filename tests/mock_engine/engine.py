@@ -30,14 +30,19 @@ def answering(reply: Callable[[Body], str | int], headers: Mapping[str, str] | N
 
 def scoring(**changes: Any) -> Settings:
     """Of a mock that scores prompts of token ids: a character is a token, 1 begins, and each costs its id ÷ 100 nats.
-    Once it dies it answers 503."""
+
+    Once it dies it answers 503.
+    """
     usual = {"models": ("fake", "other"), "listed_length": True, "vocabulary": 1000, "dies_with": 503, "requires": ()}
     return Settings(**(usual | {"loss": lambda token: token / 100} | changes))
 
 
 class MockEngine(MockServer):
-    """Context manager; `url` is its address. `bodies` are the requests for answers in the order in which they came,
-    `keys` their Authorization headers, `most` how many were in flight together."""
+    """Context manager; `url` is its address.
+
+    `bodies` are the requests for answers in the order in which they came, `keys` their Authorization headers, `most`
+    how many were in flight together.
+    """
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""What a mock engine says. A model answers the body of a request with tokens, a text, an HTTP status to fail with, or
-the JSON of a whole answer."""
+"""What a mock engine says.
+
+A model answers the body of a request with tokens, a text, an HTTP status to fail with, or the JSON of a whole answer.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,10 @@ def say_next(settings: Settings, prompt: Sequence[int]) -> Said:
 
 
 def sample(settings: Settings, body: Body, asked: int) -> dict[str, Any]:
-    """Completions over three tokens; a share of `sharpen` are the likeliest one instead. The same ones for the same
-    requests, in the same order."""
+    """Completions over three tokens; a share of `sharpen` are the likeliest one instead.
+
+    The same ones for the same requests, in the same order.
+    """
     source = random.Random(f"{asked} {body['prompt']}")
 
     def draw() -> dict[str, Any]:
@@ -90,9 +94,11 @@ def sample(settings: Settings, body: Body, asked: int) -> dict[str, Any]:
 
 @dataclass
 class Variants:
-    """Says one of several texts to a prompt, a token per character. `choose` gets the prompt and how often it was asked
-    before. A token where another variant would go on differently has that one as its rival, `margin` nats below.
-    Requests must be greedy and ask for the two best."""
+    """Says one of several texts to a prompt, a token per character.
+
+    `choose` gets the prompt and how often it was asked before. A token where another variant would go on differently
+    has that one as its rival, `margin` nats below. Requests must be greedy and ask for the two best.
+    """
 
     texts: Mapping[str, tuple[str, ...]]
     choose: Callable[[str, int], int] = lambda _prompt, _asked: 0

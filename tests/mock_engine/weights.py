@@ -14,8 +14,9 @@ ROUTES = (*STEPS, FINISH, RESET, RENAME)
 
 
 class Weights:
-    """The weights of an engine. As in vLLM one update goes on at a time: it must be started, and ends when it is
-    finished or a part of it fails.
+    """The weights of an engine.
+
+    As in vLLM one update goes on at a time: it must be started, and ends when it is finished or a part of it fails.
 
     A `lax` one takes every step at any time, a `deaf` one keeps its version. `fail` names the routes that answer 500,
     `fail_once` those that do the first time. `calls` are the routes that were called, with their queries; `loaded` is

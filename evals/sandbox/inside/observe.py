@@ -159,8 +159,10 @@ class Stream:
 
 
 class Observer:
-    """Notes the calls of one run. `baseline`: the record of the canonical solution's run, or None. `note`: told of
-    each weakness."""
+    """Notes the calls of one run.
+
+    `baseline`: the record of the canonical solution's run, or None. `note`: told of each weakness.
+    """
 
     def __init__(
         self, baseline: dict[str, Any] | None, test: str, open_ended: bool, note: Callable[[str], None]

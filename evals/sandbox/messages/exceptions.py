@@ -38,8 +38,10 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
 def make_exception_class(
     names: list[str], made: dict[tuple[str, ...], type[BaseException]], own: dict[str, Any]
 ) -> type[BaseException]:
-    """The class of that lineage: one that both sides have, or a new one below the nearest of them. `own`: classes of
-    this side that stand for those of the same name there."""
+    """The class of that lineage: one that both sides have, or a new one below the nearest of them.
+
+    `own`: classes of this side that stand for those of the same name there.
+    """
     key = tuple(names)
     if not names:
         return Exception

@@ -38,8 +38,11 @@ Judged = TypeVar("Judged")
 
 
 class SpecRlData(vf.TaskData):
-    """One problem. `id` is its task id, `prompt` the question, `stub` the unfinished program in it, `kind` what an
-    answer is: a function, or the value that an assertion lacks (CRUXEval)."""
+    """One problem.
+
+    `id` is its task id, `prompt` the question, `stub` the unfinished program in it, `kind` what an answer is: a
+    function, or the value that an assertion lacks (CRUXEval).
+    """
 
     stub: str
     entry_point: str

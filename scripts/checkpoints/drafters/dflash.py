@@ -104,8 +104,11 @@ class Mlp(nn.Module):
 
 
 class DrafterLayer(nn.Module):
-    """One drafter layer.  In Laguna's style heads may be gated, and the context passes through the layer's own input
-    norm as the block does; in Qwen3's there is no gate, and the context comes normalised already."""
+    """One drafter layer.
+
+    In Laguna's style heads may be gated, and the context passes through the layer's own input norm as the block does;
+    in Qwen3's there is no gate, and the context comes normalised already.
+    """
 
     def __init__(self, shape: DrafterShape, laguna_style: bool = True) -> None:
         super().__init__()

@@ -48,8 +48,10 @@ class _Unawaited:
 
 
 class Answer:
-    """The answer to one request of a client. It stands where uvicorn has a RequestResponseCycle, with what its protocol
-    uses of one: whole requests need neither an ASGI scope nor a task.
+    """The answer to one request of a client.
+
+    It stands where uvicorn has a RequestResponseCycle, with what its protocol uses of one: whole requests need neither
+    an ASGI scope nor a task.
 
     `incomplete`: the relay still waits for the body; `more_body`: its end has not come, whether anybody waits or not.
     """

@@ -1,5 +1,8 @@
-"""The relay as an ASGI application, for any server. Under the gateway's own protocol requests do not come this way but
-straight to `Relay.begin`, which saves a task and several switches per chunk."""
+"""The relay as an ASGI application, for any server.
+
+Under the gateway's own protocol requests do not come this way but straight to `Relay.begin`, which saves a task and
+several switches per chunk.
+"""
 
 from __future__ import annotations
 

@@ -228,8 +228,10 @@ class GatewayProtocol(StrictProtocol):
             self.transport.abort()
 
     def _watch(self) -> None:
-        """What is awaited must come in time, counted from where its waiting began. Most requests come whole, and are
-        not waited for."""
+        """What is awaited must come in time, counted from where its waiting began.
+
+        Most requests come whole, and are not waited for.
+        """
         if self._head_bytes is not None:
             awaited, within_s = HEAD, self.header_timeout_s
         elif self._answer is not None:

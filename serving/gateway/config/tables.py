@@ -57,10 +57,12 @@ class _Table(BaseModel):
 
 
 class Server(_Table):
-    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key. `extra_paths` are passed on
-    besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers in a browser. What
-    `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is kept for
-    `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s)."""
+    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key.
+
+    `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
+    in a browser. What `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is
+    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).
+    """
 
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
         {"head_timeout_s": "header_timeout_s", "drain_s": "shutdown_timeout_s", "more_paths": "extra_paths"}
@@ -87,8 +89,10 @@ class Server(_Table):
 
 
 class Admin(_Table):
-    """Where the admin routes and the status page are: 0 is a free port. Anywhere but on this machine they need a key
-    (its SHA-256)."""
+    """Where the admin routes and the status page are: 0 is a free port.
+
+    Anywhere but on this machine they need a key (its SHA-256).
+    """
 
     host: str = "127.0.0.1"
     port: Port = 0
@@ -117,8 +121,11 @@ class Limits(_Table):
 
 
 class Health(_Table):
-    """How engines are asked whether they are well: each every `interval_s`. One that refuses the connection is down at
-    once; one that gives another answer than 200, or none within `timeout_s`, after so many `failures` in a row."""
+    """How engines are asked whether they are well: each every `interval_s`.
+
+    One that refuses the connection is down at once; one that gives another answer than 200, or none within `timeout_s`,
+    after so many `failures` in a row.
+    """
 
     interval_s: Seconds = 2.0
     timeout_s: Seconds = 5.0
@@ -127,8 +134,11 @@ class Health(_Table):
 
 
 class Endpoint(_Table):
-    """How an engine is reached. The API key that it asks for is in a file or in the environment, never here. Over https
-    its certificate is checked against the system's authorities, or those in `tls_ca_file` alone."""
+    """How an engine is reached.
+
+    The API key that it asks for is in a file or in the environment, never here. Over https its certificate is checked
+    against the system's authorities, or those in `tls_ca_file` alone.
+    """
 
     name: Name
     url: Url
@@ -160,17 +170,22 @@ class Endpoint(_Table):
         return self._tls
 
     def request_options(self) -> dict[str, Any]:
-        """What every request of the gateway's own to this engine needs, as aiohttp's arguments. Redirects are not
-        followed: they would lead the credential elsewhere."""
+        """What every request of the gateway's own to this engine needs, as aiohttp's arguments.
+
+        Redirects are not followed: they would lead the credential elsewhere.
+        """
         authorization = self.authorization
         headers = {} if authorization is None else {"Authorization": authorization}
         return {"headers": headers, "ssl": self._tls or True, "allow_redirects": False}
 
 
 class Upstream(Endpoint):
-    """One engine. `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A
-    speculative engine may have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first,
-    last, γ) by requests at once: where its γ is 0, requests overflow to the model's engines that have none."""
+    """One engine.
+
+    `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A speculative engine may
+    have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first, last, γ) by requests at
+    once: where its γ is 0, requests overflow to the model's engines that have none.
+    """
 
     max_in_flight: Count = 64
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
@@ -195,11 +210,13 @@ class Shadow(Endpoint):
 
 
 class Model(_Table):
-    """A name in requests and the engines behind it. `aliases` are other names that these serve (--served-model-name,
-    --lora-modules); with several models, those that are not listed here are looked up in the engines' /v1/models.
-    `affinity` keeps what belongs together on one engine while that has room: `session` by the header X-Session-ID, else
-    by the API key, `prefix` by how a request begins; `none` goes by load. Either way engines get shares by their
-    weights."""
+    """A name in requests and the engines behind it.
+
+    `aliases` are other names that these serve (--served-model-name, --lora-modules); with several models, those that
+    are not listed here are looked up in the engines' /v1/models. `affinity` keeps what belongs together on one engine
+    while that has room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins;
+    `none` goes by load. Either way engines get shares by their weights.
+    """
 
     name: ModelName
     aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()

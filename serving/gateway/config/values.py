@@ -1,5 +1,7 @@
-"""The types of a configuration's values, each with its own words for what it must be. Messages have no value: it is
-added where it may be shown (faults.py)."""
+"""The types of a configuration's values, each with its own words for what it must be.
+
+Messages have no value: it is added where it may be shown (faults.py).
+"""
 
 from __future__ import annotations
 

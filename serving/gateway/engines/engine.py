@@ -121,8 +121,10 @@ class Engine:
         self.note_success()
 
     def note_miss(self, reason: str, enough: int, *, silent: bool) -> None:
-        """A health check failed. It is down after `enough` of them in a row (1: this one is certain), or where none
-        ever succeeded."""
+        """A health check failed.
+
+        It is down after `enough` of them in a row (1: this one is certain), or where none ever succeeded.
+        """
         self.misses += 1
         self.refusals += not silent
         self.last_error = reason

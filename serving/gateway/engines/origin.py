@@ -40,8 +40,10 @@ class _Status:
 
 
 class Origin:
-    """An engine's address, and the connections to it that are open and idle. While `silence_allowed` (the engine is
-    paused) no answer is given up for it."""
+    """An engine's address, and the connections to it that are open and idle.
+
+    While `silence_allowed` (the engine is paused) no answer is given up for it.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)

@@ -137,8 +137,10 @@ class Pool:
                 return engine
 
     def succeed(self, old: Engine, url: str) -> None:
-        """A new engine, at a new address, is there in the place of one that died. It has the checkpoint's weights:
-        after an update it is fenced off until the next one, which must bring it all."""
+        """A new engine, at a new address, is there in the place of one that died.
+
+        It has the checkpoint's weights: after an update it is fenced off until the next one, which must bring it all.
+        """
         upstream = old.config.model_copy(update={"url": url})
         new = self._make_engine(upstream)
         new.stats, new.turns, new.lost_s = old.stats, old.turns, old.lost_s

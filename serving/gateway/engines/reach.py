@@ -22,8 +22,10 @@ MAX_REMEMBERED_BYTES = 1 << 20
 
 
 class Request(Protocol):
-    """Who wants to be sent. `engine` is the one whose slot it has, `arrived_s` when it got it, `cause` what kept it
-    from the last one."""
+    """Who wants to be sent.
+
+    `engine` is the one whose slot it has, `arrived_s` when it got it, `cause` what kept it from the last one.
+    """
 
     engine: Engine | None
     affinity: bytes | None

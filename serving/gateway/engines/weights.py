@@ -190,8 +190,10 @@ class WeightGroup:
             del self._changed[engine]
 
     async def _close(self, engines: Iterable[Engine]) -> None:
-        """End what was started and not finished: vLLM starts nothing else meanwhile. If it cannot be finished, it ends
-        by a body that says nothing, which is refused."""
+        """End what was started and not finished: vLLM starts nothing else meanwhile.
+
+        If it cannot be finished, it ends by a body that says nothing, which is refused.
+        """
         for engine in self._open.intersection(engines):
             await self._ask("POST", engine, "/finish_weight_update", {}, None)
             await self._ask("POST", engine, "/update_weights", {"update_info": {}}, None)

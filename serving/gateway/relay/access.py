@@ -20,8 +20,10 @@ ROUNDING = 1e-6
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """A key and what is left of its limits; `tokens` fill up again through the minute (a token bucket). `refused`
-    counts the requests over its limits."""
+    """A key and what is left of its limits; `tokens` fill up again through the minute (a token bucket).
+
+    `refused` counts the requests over its limits.
+    """
 
     key: Key
     digest: bytes = field(default=b"", repr=False)

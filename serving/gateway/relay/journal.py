@@ -1,5 +1,6 @@
-"""What became of every request, for metrics, access log, status page and the gateway's own log. Never the query, a
-header or a body.
+"""What became of every request, for metrics, access log, status page and the gateway's own log.
+
+Never the query, a header or a body.
 """
 
 from __future__ import annotations

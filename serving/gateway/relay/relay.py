@@ -1,5 +1,6 @@
-"""Takes requests and sends them on their way: who may ask, which model, which engine. What a request needs is parsed
-once, and of its body only `model` is read.
+"""Takes requests and sends them on their way: who may ask, which model, which engine.
+
+What a request needs is parsed once, and of its body only `model` is read.
 
 Requests come from the gateway's own protocol (answer.py) or from any ASGI server (asgi.py).
 """
@@ -55,8 +56,10 @@ class Relay:
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Take a configuration, at the start or in between. Requests in flight and in queues go on where they are.
-        Whatever can fail is made before anything is replaced."""
+        """Take a configuration, at the start or in between.
+
+        Requests in flight and in queues go on where they are. Whatever can fail is made before anything is replaced.
+        """
         pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
         engines = {model.name: pools[model.name].plan(model) for model in config.models}
         cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
@@ -125,8 +128,10 @@ class Relay:
             raise errors.body_too_large(most)
 
     def hold(self, exchange: Exchange, size: int) -> None:
-        """Of a request's body there are so many bytes by now. Raises GatewayError: 413, or 429 they are too many
-        together with all that wait."""
+        """Of a request's body there are so many bytes by now.
+
+        Raises GatewayError: 413, or 429 they are too many together with all that wait.
+        """
         self.check_size(size, is_options=exchange.head.method == "OPTIONS")
         self.backlog.hold(exchange, size)
 
@@ -145,8 +150,11 @@ class Relay:
             exchange.fail(errors.failed())
 
     def _route(self, exchange: Exchange, body: bytes) -> None:
-        """By the body's `model`; what names none goes to the only model, or to the first. With one model, what it is
-        called otherwise is its engines' to know if they know names, and what is wrong with a body theirs to say."""
+        """By the body's `model`; what names none goes to the only model, or to the first.
+
+        With one model, what it is called otherwise is its engines' to know if they know names, and what is wrong with a
+        body theirs to say.
+        """
         alone = next(iter(self.pools.values())) if len(self.pools) == 1 else None
         try:
             name = read_model(body, exchange.head.named.get(b"content-type", b""))

@@ -35,8 +35,10 @@ def has_body(head: Head) -> bool:
 
 
 def can_stay_open(head: Head) -> bool:
-    """May the connection be kept though the body of this request was not awaited? Not with a client that waits to be
-    asked for it, nor where its end cannot be foreseen."""
+    """May the connection be kept though the body of this request was not awaited?
+
+    Not with a client that waits to be asked for it, nor where its end cannot be foreseen.
+    """
     length = head.named.get(b"content-length", b"0")
     if b"transfer-encoding" in head.named or b"expect" in head.named:
         return False

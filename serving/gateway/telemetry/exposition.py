@@ -30,8 +30,10 @@ async def read_metrics(session: aiohttp.ClientSession, endpoint: Endpoint) -> st
 
 
 def merge(texts: Mapping[tuple[str, str], str]) -> str:
-    """One exposition of the engines' (by model and upstream), and their acceptance lengths as a gauge. A family's
-    samples stay together, as the format asks."""
+    """One exposition of the engines' (by model and upstream), and their acceptance lengths as a gauge.
+
+    A family's samples stay together, as the format asks.
+    """
     headers: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     lengths: list[str] = []

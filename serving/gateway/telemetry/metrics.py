@@ -93,8 +93,11 @@ class ShownBacklog(Protocol):
 
 
 class Metrics:
-    """One gateway's registry. `backlog` and `pools` are the relay's; `reload_taken`: the last configuration that was
-    read was also taken; `reloaded_s`: when one was, in seconds of the epoch."""
+    """One gateway's registry.
+
+    `backlog` and `pools` are the relay's; `reload_taken`: the last configuration that was read was also taken;
+    `reloaded_s`: when one was, in seconds of the epoch.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

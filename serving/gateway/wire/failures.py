@@ -11,8 +11,11 @@ LOCAL_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 
 
 class UnreachableError(ConnectionError):
-    """No connection could be made: nothing was sent. `refused`: nobody listens; `silent`: nobody answered in time;
-    `shortage`: this machine has no file descriptor or memory left for it."""
+    """No connection could be made: nothing was sent.
+
+    `refused`: nobody listens; `silent`: nobody answered in time; `shortage`: this machine has no file descriptor or
+    memory left for it.
+    """
 
     def __init__(self, error: OSError, timeout_s: float) -> None:
         # Several addresses of a name: asyncio puts their errors into one text.

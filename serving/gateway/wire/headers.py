@@ -35,8 +35,11 @@ PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Head(NamedTuple):
-    """The head of a request. `target` is path and query as the client wrote them, `path` the decoded path; `named` has
-    the first header of every name, `peer` is the address at the other end of the connection."""
+    """The head of a request.
+
+    `target` is path and query as the client wrote them, `path` the decoded path; `named` has the first header of every
+    name, `peer` is the address at the other end of the connection.
+    """
 
     method: str
     path: str
@@ -58,8 +61,10 @@ def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: He
 def render_request(
     head: Head, body: bytes, lines: bytes, prefix: bytes = b"", forwarded_for: bytes = b"", *, keys_are_ours: bool
 ) -> bytes:
-    """The request for an engine, whose own header `lines` (host, credential) come first. Headers that the client's
-    Connection names stay behind, and a key that was for the gateway."""
+    """The request for an engine, whose own header `lines` (host, credential) come first.
+
+    Headers that the client's Connection names stay behind, and a key that was for the gateway.
+    """
     dropped = NOT_FORWARDED_NOR_KEYS if keys_are_ours else NOT_FORWARDED
     if b"connection" in head.named:
         dropped = dropped | read_connection(head.headers)

@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class Waits(NamedTuple):
-    """How long an engine may be silent: before the first byte of a body (None: for ever), and between two. A client
-    may take nothing for as long as the latter."""
+    """How long an engine may be silent: before the first byte of a body (None: for ever), and between two.
+
+    A client may take nothing for as long as the latter.
+    """
 
     first_s: float | None = None
     between_s: float = 300.0
@@ -97,8 +99,10 @@ class Connection(asyncio.Protocol):
         self._begun = self._unanswered = self._unread = False
 
     def request(self, data: bytes, receiver: Receiver, waits: Waits, *, bodiless: bool) -> None:
-        """Send a whole request, framed; `receiver` is told of its answer. `bodiless`: the answer will have no body,
-        whatever its headers say (HEAD)."""
+        """Send a whole request, framed; `receiver` is told of its answer.
+
+        `bodiless`: the answer will have no body, whatever its headers say (HEAD).
+        """
         assert self._receiver is None
         self._reset()
         self._receiver, self._bodiless, self._waits = receiver, bodiless, waits

@@ -81,9 +81,12 @@ class EventStream:
 
 
 class ResponseStream(EventStream):
-    """A stream of /v1/responses. It ends as OpenAI's does, in `error` and then `response.failed`: the SDKs raise for
-    the first, Codex waits for the second. Both go on with the stream's sequence numbers, and the failed response is the
-    one that its first event told of."""
+    """A stream of /v1/responses.
+
+    It ends as OpenAI's does, in `error` and then `response.failed`: the SDKs raise for the first, Codex waits for the
+    second. Both go on with the stream's sequence numbers, and the failed response is the one that its first event told
+    of.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -96,8 +96,10 @@ def say(
     name: str = "",
     **more: Any,
 ) -> Settings:
-    """Of an endpoint that knows these answers to each problem, and gives the first, or the one that `choose` says. It
-    counts `drafts` per answer, fails for `broken` prompts and notes its `name` in the `log` with every request."""
+    """Of an endpoint that knows these answers to each problem, and gives the first, or the one that `choose` says.
+
+    It counts `drafts` per answer, fails for `broken` prompts and notes its `name` in the `log` with every request.
+    """
     variants = Variants(dict(zip(PROMPTS, zip(*texts, strict=True), strict=True)), choose, margin)
 
     def says(engine: MockEngine, body: Mapping[str, Any]) -> Any:

@@ -24,8 +24,11 @@ Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 class StandInEngine:
-    """Takes the launcher's place. A token costs its id ÷ 100 nats, and more by what is in `added` under a part of the
-    checkpoint's path; `dies` names the model whose engine is gone after two rows."""
+    """Takes the launcher's place.
+
+    A token costs its id ÷ 100 nats, and more by what is in `added` under a part of the checkpoint's path; `dies` names
+    the model whose engine is gone after two rows.
+    """
 
     added: ClassVar[dict[str, float]] = {}
     dies: ClassVar[str] = "none"

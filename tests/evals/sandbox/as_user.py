@@ -1,6 +1,8 @@
-"""Run a command as someone else: `python as_user.py USER command …`, as root. USER is "ordinary", without privileges;
-or "container-root" or "container-user", in what a container leaves of root's capabilities and of the kernel: neither
-may make a namespace or mount anything; or "old-container-user", who has no Landlock either.
+"""Run a command as someone else: `python as_user.py USER command …`, as root.
+
+USER is "ordinary", without privileges; or "container-root" or "container-user", in what a container leaves of root's
+capabilities and of the kernel: neither may make a namespace or mount anything; or "old-container-user", who has no
+Landlock either.
 
 The interpreter or the repository may lie in a folder that only root may enter (/root): in a mount namespace of its own,
 such a folder is replaced by an empty one with nothing but what the command needs.

@@ -153,8 +153,11 @@ def read_headers(head: bytes) -> list[tuple[str, str]]:
 def gateway(
     *upstreams: Upstream, limits: dict[str, Any] | None = None, asgi: bool | type = False, **tables: Any
 ) -> Iterator[Gateway]:
-    """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are. `asgi`: its application
-    under uvicorn's own protocol, as any ASGI server would run it, or under the one that is given."""
+    """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are.
+
+    `asgi`: its application under uvicorn's own protocol, as any ASGI server would run it, or under the one that is
+    given.
+    """
     model = {"name": "m", **tables.pop("model", {})}
     each = tables.pop("upstream", {})
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]

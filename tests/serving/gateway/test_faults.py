@@ -25,8 +25,11 @@ MESSAGES = {502: errors.engine_lost().message, 504: errors.engine_silent().messa
 
 @contextlib.contextmanager
 def nothing_left(front: Gateway) -> Iterator[None]:
-    """Slots, tasks and sockets are after the block what they were before it. Connections to engines that may be used
-    again are none of it: a request before the block opens one, and those of faults must be closed."""
+    """Slots, tasks and sockets are after the block what they were before it.
+
+    Connections to engines that may be used again are none of it: a request before the block opens one, and those of
+    faults must be closed.
+    """
     front.ask(PATH, BODY, "x-warm: 1\r\n")
     before = _count(front)
     yield

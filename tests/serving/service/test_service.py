@@ -71,8 +71,10 @@ def read_until(server: subprocess.Popen[str], mark: str) -> list[str]:
 
 
 def wait_until_refused(port: int) -> None:
-    """Until nobody listens.  What reaches an engine that dies is in flight; of one that is gone the gateway may not
-    know yet."""
+    """Until nobody listens.
+
+    What reaches an engine that dies is in flight; of one that is gone the gateway may not know yet.
+    """
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
