@@ -1,4 +1,4 @@
-"""A/B of two vLLM engines: is the candidate faster, by how much, and does it give the same tokens?
+"""A/B of two vLLM engines: whether the candidate is faster, by how much, and whether it gives the same tokens.
 
 Prints a table, then one JSON line (schema laguna_serve.ab/1); progress goes to stderr; DIR gets ab.json, ab.md, ab.png
 and the engines' logs. How each figure is defined stands in the module that computes it (stats.py, metrics.py,

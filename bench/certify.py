@@ -1,4 +1,4 @@
-"""A parity certificate: does a candidate give the baseline's greedy tokens, and if not, is it arithmetic or a bug?
+"""A parity certificate: whether a candidate gives the baseline's greedy tokens, and if not, whether a bug is why.
 
 Every prompt goes through the baseline twice (the second time in another order), through a row-matched control and
 through the candidate, at every concurrency, each answer with the log-probabilities of the forward passes that chose its

@@ -1,4 +1,4 @@
-"""Is our client's tok/s the same as that of vLLM's own serving benchmark, on the same endpoint and prompts?
+"""Compares this client's tok/s with that of vLLM's own serving benchmark, on the same endpoint and prompts.
 
 Both send the same prompts in the same order, greedy, to the same length, with the same number in flight, and both
 figures are output tokens ÷ the time from the first request sent to the last answer ended: that is what vLLM's

@@ -1,4 +1,4 @@
-"""Everything a client can send, to an engine with a drafter or without: does it live, and answer as its API says?
+"""Sends an engine everything a client can, with a drafter or without: it must live, and answer as its API says.
 
 Every parameter of every route with every value of a list, alone (fuzzing/values.py), and in between batches of unlike
 requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave.  After each batch /health must

@@ -84,8 +84,10 @@ def sweep(config: SweepConfig) -> SweepResult:
 
 
 def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
-    """The result as it grows, written at each stage: the points, then ablations and mixed load where they are asked
-    for. Raises as `sweep`."""
+    """The result as it grows, written at each stage.
+
+    First the points, then ablations and mixed load where they are asked for. Raises as `sweep`.
+    """
     progress, environment = Progress(), read_environment(current_argv())
     gammas, prompts = config.list_gammas(), load_prompts(config.prompts)
     if not is_begun(config.points):

@@ -1,8 +1,8 @@
-"""Many requests of every kind through the gateway, with faults, departures, updates of weights and reloads all along:
-does each end as it must, and does the gateway stay as it was?
+"""Many requests of every kind through the gateway, with faults, departures, new weights and reloads all along.
 
-What is sent and checked: relay/soaking.py. The default is what an hour brings at 60 requests per second. The last
-stdout line is one JSON object (schema laguna_serve.gateway_soak/1).
+Each must end as it should, and the gateway stay as it was. What is sent and checked: relay/soaking.py. The default is
+what an hour brings at 60 requests per second. The last stdout line is one JSON object (schema
+laguna_serve.gateway_soak/1).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Random weights for a dense Laguna's config, padded like the published student: for timing at full size without its
-download.
+"""Random weights for a dense Laguna's config, padded like the published student.
 
-Layers keep the widths given with --width, the rest of every layer is zeros.  Written in shards of a few layers; the
-config's folder may hold a tokenizer, which is copied.
+For timing at full size without its download. Layers keep the widths given with --width, the rest of every layer is
+zeros. Written in shards of a few layers; the config's folder may hold a tokenizer, which is copied.
 """
 
 from __future__ import annotations

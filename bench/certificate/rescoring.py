@@ -1,4 +1,4 @@
-"""The third path: which token does the exact model prefer where two arms part?
+"""The third path: which token the exact model prefers where two arms part.
 
 The common prefix is teacher-forced, as token ids, through another engine (the baseline's checkpoint in float32, without
 a drafter, eager): one prefill, no speculation, no batch of others, and rounding far below that of bfloat16.
@@ -44,8 +44,11 @@ async def ask(client: Client, prefixes: Sequence[Prefix], report: Callable[[int]
 
 
 def attach(loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]], steps: Mapping[Prefix, Step]) -> None:
-    """Give each replayed divergence a `replay`: who is preferred ("baseline", "candidate", "neither"), by how much the
-    two tokens differ (nats; None where one is not among the best), and the best two."""
+    """Give each replayed divergence a `replay`: which arm's token the exact model prefers.
+
+    That is "baseline", "candidate" or "neither", by how much the two tokens differ (nats; None where one is not among
+    the best), and the best two.
+    """
     for divergence, prefix in _find_prefixes(loads, baseline):
         if (step := steps.get(prefix)) is not None:
             divergence.replay = _judge(step, divergence)

@@ -26,8 +26,11 @@ class Replayed(Struct, frozen=True, kw_only=True):
 
 
 class Divergence(Struct, kw_only=True):
-    """One prompt's mismatch in its context: `bench.stats.parity.Verdict`, of the very forward passes that chose the
-    tokens. `replay` is filled in when the third path has been asked."""
+    """One prompt's mismatch in its context.
+
+    `bench.stats.parity.Verdict`, of the very forward passes that chose the tokens. `replay` is filled in when the third
+    path has been asked.
+    """
 
     prompt_id: str
     index: int | None

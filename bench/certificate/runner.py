@@ -127,8 +127,10 @@ def _find_unfit(job: Job, acceptance: float | None) -> str | None:
 
 
 class PassedArm(Struct, frozen=True, kw_only=True):
-    """An arm whose passes are all there, as `passes/NAME.json` keeps it; `streamed` was asked without
-    log-probabilities."""
+    """An arm whose passes are all there, as `passes/NAME.json` keeps it.
+
+    `streamed` was asked without log-probabilities.
+    """
 
     about: CertifiedArm
     streamed: list[StreamedAnswer]

@@ -96,7 +96,7 @@ def find_verdict(loads: Sequence[LoadResult], more_reasons: Sequence[str] = ()) 
 
 
 def judge_streams(observed: Answers, streamed: Sequence[Record], noise: float) -> StreamCheck:
-    """Do answers streamed without log-probabilities, as users get them, equal those that were examined?
+    """Whether answers streamed without log-probabilities, as users get them, equal those that were examined.
 
     `beyond_noise` counts prompts whose streamed token lies further below the best than rounding explains.
     """

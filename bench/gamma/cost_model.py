@@ -66,8 +66,10 @@ class CostModel:
 
 
 def choose_gamma(points: Sequence[Point], seed: int) -> Choice:
-    """The γ of one concurrency: the best by the lower end of its interval, and of those that do not differ from it the
-    smallest. Plain decoding where no lower end is above 1."""
+    """The γ of one concurrency: the best by the lower end of its interval.
+
+    Of those that do not differ from it, the smallest. Plain decoding where no lower end is above 1.
+    """
     concurrency = points[0].concurrency
     paying = [point for point in points if point.ci95[0] > 1]
     if not paying:

@@ -23,8 +23,10 @@ CYCLES = 12
 
 
 def find_best_single(points: Sequence[PointFigures]) -> int:
-    """The γ, 0 for plain decoding, that needs the least time for a load in which every concurrency comes equally often
-    with as many prompts, by the measured rates."""
+    """The γ, 0 for plain decoding, that needs the least time for a mixed load, by the measured rates.
+
+    In that load every concurrency comes equally often with as many prompts.
+    """
     concurrencies = sorted({point.concurrency for point in points})
     rates: dict[int, dict[int, float]] = {}
     for point in points:

@@ -134,8 +134,11 @@ def measure_plan(
 
 
 async def _measure_rows(arm: Arm, prompts: Sequence[Prompt], rows: int, max_tokens: int) -> float | None:
-    """Mean ms of a plain step over so many rows, as many sequences decoding together: what verifying them takes, and
-    what a speculative step takes beyond it is the drafter's. None with fewer prompts than rows."""
+    """Mean ms of a plain step over so many rows, as many sequences decoding together.
+
+    That is what verifying them takes, and what a speculative step takes beyond it is the drafter's. None with fewer
+    prompts than rows.
+    """
     if rows > len(prompts):
         return None
     async with open_session() as session:

@@ -137,8 +137,9 @@ def choose_gammas(
     default: Callable[[int], Sequence[int]],
     unknown: Sequence[int] | None = None,
 ) -> list[int]:
-    """The γ to measure: those given, else what `default` makes of the drafter's most, or `unknown` of a drafter that is
-    not on this machine.
+    """The γ to measure: those given, else what `default` makes of the drafter's most.
+
+    Of a drafter that is not on this machine: `unknown`.
 
     Raises:
         CheckpointError: the drafter cannot be read, or was not trained for one of them; or there are none at all.

@@ -74,8 +74,10 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
 
 
 def check_specs(specs: Iterable[ArmSpec]) -> None:
-    """Refuse what can be refused of engines that are not started yet: checkpoints, drafters and γ, weights, memory, and
-    vLLM's own flags. Of endpoints that already run nothing is known.
+    """Refuse what can be refused of engines that are not started yet.
+
+    That is checkpoints, drafters and γ, weights, memory, and vLLM's own flags. Of endpoints that already run nothing is
+    known.
 
     Raises:
         EngineError: the first engine that could not be started.

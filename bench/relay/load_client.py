@@ -22,8 +22,11 @@ BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' +
 
 @dataclass(slots=True)
 class Sample:
-    """What one round saw, in ms: per stream from the request to its first event, and the mean gap between two events;
-    per event from sent to received."""
+    """What one round saw, in ms.
+
+    Per stream from the request to its first event, and the mean gap between two events; per event from sent to
+    received.
+    """
 
     ttft_ms: list[float] = field(default_factory=list)
     gap_ms: list[float] = field(default_factory=list)

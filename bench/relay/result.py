@@ -1,5 +1,7 @@
-"""The results of bench/gateway.py (`gateway.json`, schema laguna_serve.gateway_bench/1) and bench/soak.py (`soak.json`,
-schema laguna_serve.gateway_soak/1)."""
+"""The results of bench/gateway.py and bench/soak.py.
+
+`gateway.json` has the schema laguna_serve.gateway_bench/1, `soak.json` laguna_serve.gateway_soak/1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy parity: are two arms' outputs equal, where do they part, and does numerical noise explain it?
+"""Greedy parity: whether two arms' outputs are equal, where they part, and whether numerical noise explains it.
 
 A mismatch is classified from the log-probabilities that both arms report when the prompt is run again:
 

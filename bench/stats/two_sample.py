@@ -68,8 +68,10 @@ def adjust(p_values: Sequence[float]) -> list[float]:
 
 
 def sharpen(completions: Sequence[Completion], share: float, rng: np.random.Generator) -> list[Completion]:
-    """What a speculative bug would do: so large a share of the completions replaced by the prompt's most frequent one,
-    as happens when drafts are accepted too readily."""
+    """What a speculative bug would do: so large a share of completions replaced by the prompt's most frequent one.
+
+    It happens when drafts are accepted too readily.
+    """
     likeliest = Counter(completions).most_common(1)[0][0]
     return [
         likeliest if chance < share else c for c, chance in zip(completions, rng.random(len(completions)), strict=True)
@@ -99,8 +101,10 @@ def find_power(
 
 
 def _deal(size: int, rng: np.random.Generator, permutations: int) -> npt.NDArray[np.float32]:
-    """[permutations + 1, 2 · size] of 1 for the first set and 0 for the second: the deal that was seen, then random
-    ones. All prompts share them, which permutes every prompt alike: as good a group, and much less to draw."""
+    """[permutations + 1, 2 · size] of 1 for the first set and 0 for the second: the deal that was seen, then random ones.
+
+    All prompts share them, which permutes every prompt alike: as good a group, and much less to draw.
+    """
     deals = np.zeros((permutations + 1, 2 * size), dtype=np.float32)
     deals[0, :size] = 1
     for row in deals[1:]:

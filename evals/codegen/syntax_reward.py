@@ -31,7 +31,7 @@ def reward_syntax(prompt: str, completion: str) -> float:
 
 
 def is_code(line: str) -> bool:
-    """Is a line, without its indentation, a statement or the head of one?"""
+    """Whether a line, without its indentation, is a statement or the head of one."""
     word = line.partition(":")[0].partition(" ")[0]
     text = BEFORE.get(word, "") + line + (BODY if line.endswith(":") else "") + AFTER.get(word, "") + "\n"
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Which problems can be passed by answers that say nothing: constants, empty values, NaN, identity, exceptions, …
+"""Finds the problems that answers which say nothing can pass: constants, empty values, NaN, identity, exceptions, ….
 
 Such a problem measures little and teaches a policy the wrong thing, so it is named before anything is asked. Two
 verdicts, as of a program (grading.py): what the tests as published let pass, and what is left in the strict sense.

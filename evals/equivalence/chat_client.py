@@ -1,5 +1,7 @@
-"""Asks a vLLM endpoint's chat route for one greedy answer with token ids and log-probabilities, as
-serving/client/completions.py does the completions route: the two give the same kind of Probe."""
+"""Asks a vLLM endpoint's chat route for one greedy answer with token ids and log-probabilities.
+
+serving/client/completions.py does so of the completions route: the two give the same kind of Probe.
+"""
 
 from __future__ import annotations
 

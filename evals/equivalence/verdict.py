@@ -1,4 +1,4 @@
-"""Judges the answers of two arms to the same problems: invariant, or different, and is it the engine's own noise?
+"""Judges two arms' answers to the same problems: invariant, or different, or within the engine's own noise.
 
 Answers are compared at four levels: token ids, text, the extracted program, the reward (with passed or not). Every
 distinct program of a problem is graded once, so the levels nest: rewards can differ only where programs do. A fifth
@@ -228,8 +228,11 @@ def _confirm(fresh: Comparison) -> Confirmation:
 
 
 def compare_rewards(cases: Sequence[Case], seed: int) -> RewardDifference:
-    """Mean reward of each arm (mean over problems of the mean over repeats), and the candidate's minus the baseline's,
-    paired, with its 95% bootstrap interval over problems; an interval of [0, 0] says that none differed."""
+    """Mean reward of each arm, and the candidate's minus the baseline's with its 95% interval.
+
+    Each is the mean over problems of the mean over repeats; the difference is paired, its bootstrap interval over
+    problems. An interval of [0, 0] says that none differed.
+    """
     means = np.array([[np.mean(rewards) for rewards in case.rewards] for case in cases])
     difference, ones = means[:, 1] - means[:, 0], np.ones(len(cases))
     # The ratio that is bootstrapped there is the mean of the third column when the others are ones.

@@ -75,7 +75,7 @@ class Parser:
         return tree.body if isinstance(tree, ast.Module) else []
 
     def defines(self, code: str, name: str) -> bool:
-        """Does it parse, and is there a function or class of this name (or an assignment to it) at its left margin?"""
+        """Whether it parses, with a function or class of this name (or an assignment to it) at its left margin."""
         return any(name in _list_names(node) for node in self.find_definitions(code))
 
     def compiles(self, code: str) -> bool:
@@ -97,8 +97,9 @@ def extract_program(answer: str, problem: Problem, form: Form) -> str:
 
 
 def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
-    """The whole program to grade, and whether it parses and defines the function; of a value, whether it is written
-    out as the task asks.
+    """The whole program to grade, and whether it parses and defines the function.
+
+    Of a value, whether it is written out as the task asks.
 
     Raises:
         ExtractionError: the answer is too long, or there is no value in it.
@@ -177,8 +178,10 @@ def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | N
 
 
 def _find_bare_code(text: str, problem: Problem, parser: Parser) -> str:
-    """Code without a fence: the whole text, or the longest run of whole lines that parses from the first line of code
-    on. Text that is not code anywhere comes back as it is: it may be the function's body."""
+    """Code without a fence: the whole text, or the longest run of lines that parses from the first line of code on.
+
+    The lines are whole. Text that is not code anywhere comes back as it is: it may be the function's body.
+    """
     if isinstance(parser.parse(text), ast.Module):
         return text
     lines = text.split("\n")
@@ -199,8 +202,10 @@ def _list_starts(lines: list[str], entry_point: str) -> list[int]:
 
 
 def _cut_to_parse(lines: list[str], parser: Parser) -> Iterator[str]:
-    """The lines up to where they stop being Python: cut before the statement in which CPython finds an error, until
-    there is none."""
+    """The lines up to where they stop being Python.
+
+    They are cut before the statement in which CPython finds an error, until there is none.
+    """
     end = len(lines)
     for _ in range(MAX_CUTS):
         code = "\n".join(lines[:end]) + "\n"
@@ -252,7 +257,7 @@ def _list_names(node: ast.stmt) -> set[str]:
 
 
 def _mentions(code: str, name: str) -> bool:
-    """Is a function or class of this name begun, or something assigned to it, at the left margin?
+    """Whether a function or class of this name is begun, or something assigned to it, at the left margin.
 
     Of code that may not parse too: an answer cut off in the middle.
     """

@@ -33,9 +33,11 @@ def find_fences(text: str) -> list[Block]:
 
 
 def list_readings(text: str) -> Iterator[list[Block]]:
-    """The blocks of a text in the ways in which it may be meant, the likeliest first: with fences in the strings of
-    Python as text; CommonMark's; and the first with every fence at its word, as models forget to indent the code within
-    a list."""
+    """The blocks of a text in the ways in which it may be meant, the likeliest first.
+
+    With fences in the strings of Python as text; CommonMark's; and the first with every fence at its word, as models
+    forget to indent the code within a list.
+    """
     strings = any(quote in text for quote in IN_STRING)
     if strings:
         yield _find(text, ["fence", "list", "blockquote"], strings=True)
@@ -57,8 +59,10 @@ def _find_language(info: str) -> str:
 
 
 def read_python_fence(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """markdown-it's block rule for a fence that begins in line `start`; in Python a fence within a string in triple
-    quotes does not end it."""
+    """markdown-it's block rule for a fence that begins in line `start`.
+
+    In Python a fence within a string in triple quotes does not end it.
+    """
     opening = OPENING.match(state.src, state.bMarks[start] + state.tShift[start], state.eMarks[start])
     if opening is None:
         return False

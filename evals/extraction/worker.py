@@ -68,7 +68,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Can it serve another answer?"""
+        """Whether it can serve another answer."""
         return self._process.poll() is None
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ def find_problems(suite: Suite, data: Path | None) -> Path:
 
 
 def check_suite(suite: Suite, target: Target, data: Path | None) -> None:
-    """Can the suite be asked in this way, and are its problems there?
+    """Check that the suite can be asked in this way, and that its problems are there.
 
     Raises:
         SuiteError: no.
@@ -110,8 +110,10 @@ def run_code_suite(suite: Suite, target: Target, data: Path | None, folder: Path
 
 
 def choose_max_tokens(suite: Suite, target: Target) -> int:
-    """Of an answer: as asked for, or the protocol's own number, or with thoughts all that the context is likely to have
-    room for; never more than half of the context."""
+    """The most tokens of an answer: as asked for, or the protocol's own number.
+
+    With thoughts all that the context is likely to have room for; never more than half of the context.
+    """
     thinking = target.template.get("enable_thinking") is True
     default = MAX_THINKING_TOKENS if thinking else PROTOCOLS[suite.task].max_tokens
     return target.max_tokens or max(1, min(default, target.max_length // 2))

@@ -272,8 +272,10 @@ def _make_pass_score(
 
 
 def _find_interval(value: float, stderr: object, n: int, counted: bool) -> tuple[float, float] | None:
-    """95%: Wilson's of questions that are right or wrong, as all pinned metrics count them; else from the harness's
-    standard error, which is 0 where all are right or all wrong.
+    """The 95% interval of a score.
+
+    Wilson's of questions that are right or wrong, as all pinned metrics count them; else from the harness's standard
+    error, which is 0 where all are right or all wrong.
 
     Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """

@@ -110,8 +110,9 @@ class _Models(msgspec.Struct, frozen=True):
 
 
 def run_suites(config: SuitesConfig) -> SuitesResult:
-    """Do the job, unless it is `list`; then write the table of what is there, suites.json and suites.md, to
-    `config.out`, and return it.
+    """Do the job, unless it is `list`; then write the table of what is there, and return it.
+
+    The table goes to `config.out` as suites.json and suites.md.
 
     Raises:
         SuiteError: bad input (before anything is sent), a harness failed, or there is no result.

@@ -19,8 +19,10 @@ MIN_DOCUMENTS = 10
 
 
 class Mean(msgspec.Struct, frozen=True):
-    """A loss or a difference of two, its 95% interval (None with one unit), and what was drawn for it: `units`
-    documents or rows."""
+    """A loss or a difference of two, with its 95% interval (None with one unit).
+
+    What was drawn for the interval: `units` documents or rows.
+    """
 
     nats_per_token: float
     ci95: tuple[float, float] | None
@@ -50,8 +52,10 @@ def choose_unit(rows: Sequence[Row]) -> str:
 
 
 def subtract(rows: Sequence[Row], nats: Mapping[int, float], base: Mapping[int, float]) -> Mean:
-    """How much higher the loss is than that of another model on the same rows: paired, so what makes a row hard for
-    both cancels in the interval."""
+    """How much higher the loss is than that of another model on the same rows.
+
+    It is paired, so what makes a row hard for both cancels in the interval.
+    """
     return average(rows, {number: nats[number] - base[number] for number in range(len(rows))})
 
 

@@ -1,4 +1,4 @@
-"""CRUXEval-O: which value does a function give? (Gu et al. 2024, arXiv:2401.03065.)
+"""CRUXEval-O: the value that a function gives (Gu et al. 2024, arXiv:2401.03065).
 
 A row has the code of `f`, an input and the output. A model gives the output; what it gives is evaluated in the jail
 without `f` at hand, and `assert f(input) == output` is what the grader then runs. The prompts are of the paper's kind
@@ -140,8 +140,10 @@ def fill_prompt(template: str, code: str, given: str) -> str:
 
 
 def find_value(answer: str) -> str | None:
-    """The expression that an answer gives: of the last assertion between the tags (or after the opening one, or in the
-    whole text), what stands behind its `==`; without an assertion, the text itself. None where that is no expression.
+    """The expression that an answer gives.
+
+    Of the last assertion between the tags (or after the opening one, or in the whole text), what stands behind its
+    `==`; without an assertion, the text itself. None where that is no expression.
     """
     text = answer.rpartition(ANSWER)[2].partition(END)[0].strip().strip("`").strip()
     text = text.removeprefix("python\n").strip()

@@ -77,7 +77,7 @@ def choose_protocol(form: str, protocol: str) -> str:
 
 
 def check_asking(protocol: str, form: str) -> None:
-    """Can this protocol be asked as a chat, or as a completion?
+    """Check that this protocol can be asked as a chat, or as a completion.
 
     Raises:
         ProblemsError: it cannot.

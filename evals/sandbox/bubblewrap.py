@@ -29,7 +29,7 @@ KEPT = ("CAP_CHOWN", "CAP_SETUID", "CAP_SETGID")
 
 
 def is_installed() -> bool:
-    """Is there a bwrap to run?"""
+    """Whether there is a bwrap to run."""
     return shutil.which(NAME) is not None
 
 

@@ -1,5 +1,7 @@
-"""`laguna unpad`: store a dense Laguna at its true widths, without the zeros that fill its layers up; and `laguna pad`,
-the way back."""
+"""`laguna unpad` stores a dense Laguna at its true widths, without the zeros that fill its layers up.
+
+`laguna pad` is the way back.
+"""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ enabled = false
 
 
 def run_agent(agent: Agent, version: str, binaries: Path, home: Path, recorder: Recorder) -> list[ClientCheck]:
-    """Give it one task; was its first request answered, and did it end well?"""
+    """Give it one task; returns whether its first request was answered, and whether it ended well."""
     work = home / "work"
     work.mkdir(parents=True)
     for name, text in agent.files.items():

@@ -111,7 +111,7 @@ def instructor_checks(client: openai.OpenAI) -> Checks:
     """instructor, which asks for an object by a tool or by a schema."""
 
     class Read(BaseModel):
-        """Reads a file"""
+        """Reads a part of a file."""
 
         path: str = Field(max_length=8)
         count: int = Field(ge=0, le=99)

@@ -1,4 +1,4 @@
-"""What a chat template can do, found out by rendering it: does it call tools, can it think, does it by default?
+"""What a chat template can do, found out by rendering it: tool calls, thinking, and what it does by default.
 
 Rendered as transformers renders it (5.19, utils/chat_template_utils.py: an immutable sandbox, trimmed blocks, loop
 controls, the ``generation`` tag), without transformers.  A template is asked, not read: what counts is what comes out.

@@ -163,7 +163,7 @@ def choose_environment(
 
 
 def has_block_fp8(config: ConfigJson) -> bool:
-    """Are weights FP8 in blocks, as compressed-tensors or as Hugging Face's ``fp8`` stores them?"""
+    """Whether weights are FP8 in blocks, as compressed-tensors or as Hugging Face's ``fp8`` stores them."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return False
@@ -180,7 +180,7 @@ def has_block_fp8(config: ConfigJson) -> bool:
 
 
 def names_flag(arguments: Sequence[str], *flags: str) -> bool:
-    """Is one of the flags given, in any of vLLM's spellings (underscores, ``=``)?"""
+    """Whether one of the flags is given, in any of vLLM's spellings (underscores, ``=``)."""
     return any(argument.partition("=")[0].replace("_", "-") in flags for argument in arguments)
 
 
@@ -195,7 +195,7 @@ def find_value(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def _names_part(arguments: Sequence[str], flag: str) -> bool:
-    """Is the flag given, or one field of it (``--reasoning-config.reasoning_end_str``)?"""
+    """Whether the flag is given, or one field of it (``--reasoning-config.reasoning_end_str``)."""
     return any(argument.replace("_", "-").startswith(flag + ".") for argument in arguments) or names_flag(
         arguments, flag
     )

@@ -1,4 +1,4 @@
-"""Does a drafter's safetensors hold what its config.json describes?
+"""Checks that a drafter's safetensors hold what its config.json describes.
 
 Read from the headers; of the tensors only the two vocabulary tables are opened.
 

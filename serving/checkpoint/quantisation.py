@@ -120,7 +120,7 @@ def _read_group(folder: Path, key: str, group: dict[str, Any]) -> Group:
 
 
 def _are_patterns(names: object) -> TypeGuard[list[str]]:
-    """Are these names of modules, or regular expressions after "re:"?"""
+    """Whether these are names of modules, or regular expressions after "re:"."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return False
     try:

@@ -1,5 +1,7 @@
-"""The subcommands that make checkpoints, which live in scripts/checkpoints: they need torch, and are imported when they
-are called. The one place where serving reaches up (tests/test_layout.py)."""
+"""The subcommands that make checkpoints, which live in scripts/checkpoints.
+
+They need torch, and are imported when they are called. The one place where serving reaches up (tests/test_layout.py).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""``laguna doctor``: is this installation able to serve, and if not, what to do about it; with a model, what serving it
-would take, before anything is started (planning/).
+"""``laguna doctor``: whether this installation is able to serve, and if not, what to do about it.
+
+With a model, also what serving it would take, before anything is started (planning/).
 
 The answers come from a fresh interpreter, as vLLM starts one (probe.py): vLLM logs and swallows a plugin's import
 failure and has Laguna classes of its own, so that a broken installation starts, and then computes something else or

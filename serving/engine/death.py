@@ -1,5 +1,7 @@
-"""Why an engine ended, in one line: from its exit status, its last words, and the kernel's count of processes that it
-killed for memory."""
+"""Why an engine ended, in one line.
+
+From its exit status, its last words, and the kernel's count of processes that it killed for memory.
+"""
 
 from __future__ import annotations
 

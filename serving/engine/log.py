@@ -92,8 +92,10 @@ def find_phase(log: str) -> str:
 
 
 def find_cause(log: str) -> str:
-    """The line that says why the engine died: as `find_exception`, else the last line logged as an error, else the last
-    line, else a statement that there is none."""
+    """The line that says why the engine died.
+
+    As `find_exception`, else the last line logged as an error, else the last line, else a statement that there is none.
+    """
     if (cause := find_exception(log)) is not None:
         return cause
     levels = (PREFIX.match(line) for line in log.splitlines())
@@ -153,8 +155,11 @@ def _describe_crash(lines: list[str], crashes: list[int]) -> str:
 
 
 def _join_message(lines: list[str], index: int) -> str:
-    """What an exception says, on one line: pydantic puts it on the lines that follow "1 validation error for
-    ModelConfig", others go on after a colon; one that says little by itself gets its place in the code."""
+    """What an exception says, on one line.
+
+    pydantic puts it on the lines that follow "1 validation error for ModelConfig", others go on after a colon; one that
+    says little by itself gets its place in the code.
+    """
     message = lines[index].strip()
     following = [WORDY.sub("", line.strip()) for line in lines[index + 1 : index + 1 + MAX_LINES]]
     if "validation error" in message:

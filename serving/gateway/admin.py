@@ -1,5 +1,8 @@
-"""The admin application, on a port of its own: what the gateway is doing, as JSON and as a page, and the weights of its
-engines. Steering routes have vLLM's names, and go to all engines of a model."""
+"""The admin application, on a port of its own: the gateway's state and the weights of its engines.
+
+What the gateway is doing is there as JSON and as a page. Steering routes have vLLM's names, and go to all engines of a
+model.
+"""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ STOP_S = 5.0
 
 
 def serve(config: Config, announce: Callable[[str, str], None], reload: Callable[[], Config] | None) -> str:
-    """Serve until a signal; `announce` is told the URL, and the admin page's, once they answer; `reload` is what SIGHUP
-    asks. Returns the URL.
+    """Serve until a signal, and return the URL.
+
+    `announce` gets the URL, and the admin page's, once they answer; `reload` is what SIGHUP asks.
 
     Raises:
         EngineError: a port is taken, or uvicorn is not one that the gateway runs under.

@@ -46,8 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class _EventServer(uvicorn.Server):
-    """uvicorn's, which ends when it is told to. uvicorn itself looks ten times a second whether it should, which
-    streams beside it would feel."""
+    """uvicorn's server, which ends at once when it is asked to.
+
+    uvicorn itself looks ten times a second whether it should, which streams beside it would feel.
+    """
 
     def __init__(self, settings: uvicorn.Config) -> None:
         super().__init__(settings)

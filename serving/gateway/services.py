@@ -12,8 +12,11 @@ from laguna_serve.serving.gateway.relay.relay import Relay
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`session` is for scrapes and shadows; `steps` keeps no connection, for health checks and updates of weights: vLLM
-    closes one after an error without saying so."""
+    """The HTTP sessions of the gateway's own requests, and what its applications share.
+
+    `session` is for scrapes and shadows; `steps` keeps no connection, for health checks and updates of weights: vLLM
+    closes one after an error without saying so.
+    """
 
     relay: Relay
     session: aiohttp.ClientSession

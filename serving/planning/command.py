@@ -166,8 +166,10 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
 
 
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
-    """The weights as they will lie in a device's memory: those on disk, twice that when 16 bits are widened to 32, and
-    a part of them where several devices share a model."""
+    """The weights as they will lie in a device's memory, in bytes.
+
+    Those on disk, twice that when 16 bits are widened to 32, and a part of them where several devices share a model.
+    """
     stored = checkpoints.target.dtype if checkpoints.target is not None else config.dtype
     whole = checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
     return whole // count_ranks(config.extra_args)

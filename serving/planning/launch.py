@@ -102,8 +102,9 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
 
 
 def check_launches(configs: Iterable[EngineConfig]) -> None:
-    """Everything that `plan_launch` would refuse, of engines that are started later; and vLLM's word on flags that were
-    handed to it unread.
+    """Check engines that are started later for everything that `plan_launch` would refuse.
+
+    vLLM's word on flags that were handed to it unread is asked, too.
 
     Raises:
         EngineError: the first of them that cannot be started.

@@ -115,8 +115,10 @@ def _size(count: int) -> str:
 
 
 def count_stored(plan: EnginePlan, target: Target) -> tuple[int, int | None]:
-    """Parameters, and those of a token, which for pruned experts depend on the token: what the files hold, as experts
-    and layers may be stored narrower than config.json says."""
+    """Parameters, and those of a token, which for pruned experts depend on the token.
+
+    It is what the files hold, as experts and layers may be stored narrower than config.json says.
+    """
     total = count_parameters(target) if plan.stored is None else plan.stored
     return total, None if target.pruned else count_active(target) - (count_parameters(target) - total)
 

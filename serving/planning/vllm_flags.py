@@ -1,9 +1,8 @@
-"""Does vLLM take these command lines?
+"""Asks vLLM's own parser whether it takes these command lines, before any engine starts.
 
-Its own parser is asked, in a process of its own, before any engine starts: to import it takes seconds, to start an
-engine for nothing a minute.
+It runs in a process of its own: to import it takes seconds, to start an engine for nothing a minute.
 
-Checked against vLLM 0.32 (entrypoints/launchers/cli_args.py).  A vLLM whose parser is elsewhere is not asked, and says
+Checked against vLLM 0.32 (entrypoints/launchers/cli_args.py). A vLLM whose parser is elsewhere is not asked, and says
 so itself when its engine starts.
 """
 

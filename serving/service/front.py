@@ -1,5 +1,7 @@
-"""The gateway in front of the engine of ``laguna serve``: its configuration, and what becomes of requests when
-the engine dies and comes back."""
+"""The gateway in front of the engine of ``laguna serve``.
+
+Its configuration, and what becomes of requests when the engine dies and comes back.
+"""
 
 from __future__ import annotations
 

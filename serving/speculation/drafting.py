@@ -1,5 +1,6 @@
-"""Speculative decoding configured for people: does a drafter fit its target, how many tokens may it propose, and
-vLLM's own spelling of it.
+"""Speculative decoding configured for people.
+
+Whether a drafter fits its target, how many tokens it may propose, and vLLM's own spelling of it.
 
 For an engine that you start yourself, with plain vLLM:
 
@@ -48,8 +49,10 @@ def speculative_config(
 def format_speculation(
     draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None, sampling: str = DRAFT_SAMPLING[0]
 ) -> dict[str, Any]:
-    """vLLM's spelling of a drafter and γ that were checked, of γ by batch size where that differs, and of how drafts
-    are sampled."""
+    """vLLM's spelling of a drafter and γ that were checked.
+
+    It has γ by batch size where that differs, and how drafts are sampled.
+    """
     config: dict[str, Any] = {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
     if schedule is not None and any(entry[2] != gamma for entry in schedule):
         config["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]

@@ -13,8 +13,11 @@ GAMMA = 7
 
 
 class RolloutLauncher(MockLauncher):
-    """`tau`, `cost`, `fault` and `die_after` are those of the speculating engine; `fault` is a route that fails, "deaf"
-    or "foreign". All engines share `clock`."""
+    """Takes the launcher's place: its engines are mocks that share `clock`.
+
+    `tau`, `cost`, `fault` and `die_after` are those of the speculating engine; `fault` is a route that fails, "deaf" or
+    "foreign".
+    """
 
     tau: ClassVar[dict[str, int]] = {START: 4}
     cost: ClassVar[float] = 2.0

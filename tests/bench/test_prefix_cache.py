@@ -1,5 +1,7 @@
-"""Acceptance under prefix caching: what is planned, how verdicts come about, and the real thing on real engines, with a
-drafter that was made to lose its context on a hit."""
+"""Acceptance under prefix caching: what is planned, how verdicts come about, and real engines.
+
+One of them has a drafter that was made to lose its context on a hit.
+"""
 
 from __future__ import annotations
 

@@ -103,8 +103,10 @@ class MockEngine(MockServer):
         return web.json_response({"error": {"message": "a value is not finite"}}, status=500)
 
     def _refuse(self, request: web.Request, body: Body | None = None) -> web.Response | None:
-        """A request without the key, or one that leaves to the server what the settings require of it: it would be
-        measured under whatever the model's generation_config.json says."""
+        """Refuse a request without the key, or one that leaves to the server what the settings require of it.
+
+        Such a request would be measured under whatever the model's generation_config.json says.
+        """
         if self.settings.key is not None and request.headers.get("Authorization") != f"Bearer {self.settings.key}":
             return _fail(401, "no such key")
         left = set(self.settings.requires) - body.keys() if body is not None else ()

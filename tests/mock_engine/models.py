@@ -126,9 +126,11 @@ class Variants:
 
 @dataclass
 class Rollouts:
-    """Says `n` completions of the same tokens with their log-probabilities, `tau[version]` tokens per step where it
-    drafts, and tells the clock how long that took; a step costs `cost` plain ones. A `foreign` one counts a token that
-    nobody was sent."""
+    """Says `n` completions of the same tokens with their log-probabilities, and adds to the clock what that took.
+
+    It says `tau[version]` tokens per step where it drafts; a step costs `cost` plain ones. A `foreign` one counts a
+    token that nobody was sent.
+    """
 
     tau: Mapping[str, int]
     cost: float = 1.0

@@ -28,8 +28,10 @@ def _logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
-    """make_checkpoint(name, config, **changes) writes a folder with config.json and, for a target, a file of weights
-    that holds none; a change to None removes the key."""
+    """make_checkpoint(name, config, **changes) writes a folder with config.json.
+
+    For a target it has a file of weights that holds none; a change to None removes the key.
+    """
 
     def make(name: str, config: dict[str, Any], **changes: Any) -> Path:
         folder = tmp_path / name

@@ -51,7 +51,7 @@ class Tally:
 
     @property
     def has_pending(self) -> bool:
-        """Is there a weakness that no test has taken?"""
+        """Whether there is a weakness that no test has taken."""
         return bool(self._pending)
 
     def add_pass(self) -> None:
@@ -80,8 +80,11 @@ class Tally:
         return f"test line {number}, {self._lines[number - 1].strip()[:LINE_CHARS]}: " if number else ""
 
     def close(self, ending: str, detail: str = "", **more: Any) -> None:
-        """Say how it ended: "ended", "broken" (the program does not load), "lacks" (it wants a package), "gone", or
-        "fault" (the tests themselves do not load); and the first thing that went wrong."""
+        """Say how it ended, and the first thing that went wrong.
+
+        It ended as "ended", "broken" (the program does not load), "lacks" (it wants a package), "gone", or "fault" (the
+        tests themselves do not load).
+        """
         if self._pending:
             self._add(UNMET, self._pending[0])
         first = next((self._details[sign] for sign in (FAILED, UNJUDGED, WEAK, UNMET) if sign in self._details), "")
@@ -201,7 +204,7 @@ def judge(config: dict[str, Any], wire_fd: int, report_fd: int) -> None:
 
 
 def is_installed(name: str) -> bool:
-    """Is it a package that the user has, and the jail lacks?"""
+    """Whether it is a package that the user has, and the jail lacks."""
     import importlib.util
 
     try:

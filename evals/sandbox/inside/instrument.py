@@ -187,7 +187,7 @@ class _Watching(ast.NodeTransformer):
                     self._compared |= {name for operand in operands for name in _list_names(operand)}
 
     def _is_answer(self, node: ast.AST) -> bool:
-        """Does an expression hold a call of the program, or a name of what it gave?"""
+        """Whether an expression holds a call of the program, or a name of what it gave."""
         known = self._names.answers | self._programs
         return any(isinstance(part, ast.Name) and part.id in known for part in _walk(node))
 

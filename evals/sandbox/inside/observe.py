@@ -109,7 +109,7 @@ def look_into(value: Any) -> Iterator[Any]:
 
 
 def is_compatible(kind: Kind, expected: Kind, open_ended: bool) -> bool:
-    """May an answer of this kind stand where the canonical solution gives one of the other?"""
+    """Whether an answer of this kind may stand where the canonical solution gives one of the other."""
     family, length, distinct, finite, _ = kind
     wanted, wanted_length, wanted_distinct, wanted_finite, _ = expected
     if family != wanted:
@@ -269,7 +269,7 @@ class Observer:
         self._tell(f"{text} (test line {line})" if line else text)
 
     def is_answer(self, value: Any) -> bool:
-        """Is it what a call has given?"""
+        """Whether it is what a call has given."""
         return self.answers.get(id(value)) is value and value is not None
 
     def close(self) -> None:

@@ -104,8 +104,10 @@ class RemoteProgram(ObjectPeer):
         return operate_on(value, operation, args, {}, _run_apart)
 
     def compare(self, remote: Remote, operation: str, other: Any) -> Any:
-        """What an object of the program says of itself and a plain value decides no test, unless the problem asks for
-        its class."""
+        """Compare an object of the program with a value of the tests.
+
+        What the object says of itself and a plain value decides no test, unless the problem asks for its class.
+        """
         if isinstance(other, Remote) or self._observer.entry_is_class:
             return super().compare(remote, operation, other)
         said = f"{type(remote).__name__} compares itself with a value of type {type(other).__name__}"
@@ -233,8 +235,10 @@ class RemoteProgram(ObjectPeer):
         return self.resolve(tag, extra, values)
 
     def _follow_random(self) -> Callable[[], Any]:
-        """Follow `random.seed` of the tests: from then on the program's generator is where the tests' is, each time
-        that they have changed theirs."""
+        """Follow `random.seed` of the tests.
+
+        From then on the program's generator is where the tests' is, each time that they have changed theirs.
+        """
         state: dict[str, Any] = {"followed": False, "sent": None}
         seed, setstate = random.seed, random.setstate
 

@@ -143,7 +143,7 @@ def play(config: dict[str, Any], wire_fd: int) -> None:
 
 
 def _is_plain(kind: type) -> bool:
-    """Can its instances be made without its constructor?"""
+    """Whether its instances can be made without its constructor."""
     return issubclass(kind, BaseException) or kind.__new__ is object.__new__
 
 

@@ -117,7 +117,7 @@ class ObjectPeer(Peer):
         return error
 
     def is_exit(self, names: list[str]) -> bool:
-        """Would an exception of that lineage end this side?"""
+        """Whether an exception of that lineage would end this side."""
         return "builtins:Exception" not in names
 
     def _copy_exception(self, names: list[str], args: Any, attributes: Any, text: str) -> BaseException:

@@ -108,7 +108,7 @@ def mark_used(remote: Remote) -> None:
 
 
 def is_used(remote: Remote) -> bool:
-    """Has anything been asked of it?"""
+    """Whether anything has been asked of it."""
     return bool(object.__getattribute__(remote, "_remote_used"))
 
 

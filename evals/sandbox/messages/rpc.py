@@ -90,7 +90,7 @@ class Peer(Pipe):
         """Take the options of an answer."""
 
     def may_change_kept(self) -> bool:
-        """Are later changes of kept arguments written into the caller's?"""
+        """Whether later changes of kept arguments are written into the caller's."""
         return True
 
     def take_changes(self, call: Call, decoder: Decoder) -> None:
@@ -252,7 +252,7 @@ class Peer(Pipe):
 
 
 def _is_same(now: Node, before: Node) -> bool:
-    """Are they the same content, 1 and True and 1.0 told apart?"""
+    """Whether they are the same content; 1 and True and 1.0 are not."""
     if now[0] != before[0] or now[1] != before[1]:
         return False
     if now[2] is before[2]:

@@ -25,8 +25,10 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def choose_id() -> int | None:
-    """An id for one program, from those that the user namespace maps; None: none can be had, or it cannot be cleaned up
-    after its user."""
+    """An id for one program, from those that the user namespace maps.
+
+    None: none can be had, or it cannot be cleaned up after its user.
+    """
     if read_capabilities() & NEEDED != NEEDED:
         return None
     wanted = FIRST_ID + secrets.randbelow(IDS)
@@ -52,7 +54,10 @@ def find_reading_capability() -> int:
 
 
 def change_user(user: int, folder: str) -> bool:
-    """Become the user, the owner of `folder`, for good; capabilities stay permitted, none is in effect. Did it work?"""
+    """Become the user, the owner of `folder`, for good, and return whether it worked.
+
+    Capabilities stay permitted, none is in effect.
+    """
     owner = os.stat(folder)
     try:
         os.chown(folder, user, user)
@@ -78,7 +83,7 @@ def set_capabilities(mask: int) -> None:
 
 
 def is_open_to_others(path: str) -> bool:
-    """May a user without rights of its own read what is there?"""
+    """Whether a user without rights of its own may read what is there."""
     path = os.path.realpath(path)
     mode = os.stat(path).st_mode
     if not mode & stat.S_IROTH or (stat.S_ISDIR(mode) and not mode & stat.S_IXOTH):

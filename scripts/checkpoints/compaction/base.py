@@ -134,8 +134,10 @@ Expert = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def read_experts(folder: Path, base: Base, layer: int) -> Iterator[Expert]:
-    """Number, gate [N, H], up [N, H] and down [H, N] of each of a layer's experts, from the base or a folder laid out
-    like it.  The matrices are views that live until the next expert is asked for."""
+    """Number, gate [N, H], up [N, H] and down [H, N] of each of a layer's experts, from the base or a folder like it.
+
+    The matrices are views that live until the next expert is asked for.
+    """
     inputs = {base.tensors[name].file for name in base.expert_names(layer)}
     E = base.shape.num_experts
     step = max(1, E // OPENINGS)

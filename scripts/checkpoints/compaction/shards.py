@@ -31,8 +31,11 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: the sparse layers (counted among the sparse ones) whose blocks it holds, and tensors passed on
-    (name in the base → name in the output)."""
+    """One output file.
+
+    The sparse layers (counted among the sparse ones) whose blocks it holds, and tensors passed on (name in the base →
+    name in the output).
+    """
 
     name: str
     layers: tuple[int, ...]

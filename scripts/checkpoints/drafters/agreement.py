@@ -28,8 +28,10 @@ Checkpoint = tuple[dict[str, Any], Tensors]
 def measure_difference(
     drafter: Drafter, before: Checkpoint, after: Checkpoint, head: torch.Tensor, embedding: torch.Tensor
 ) -> float | None:
-    """The largest difference of final hidden states, relative to the largest value; None for sliding windows, which the
-    plain form has not."""
+    """The largest difference of final hidden states, relative to the largest value.
+
+    None for sliding windows, which the plain form has not.
+    """
     if SLIDING in drafter.attention.layer_types:
         return None
     models = [_load(*before), _load(*after)]

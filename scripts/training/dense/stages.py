@@ -146,8 +146,10 @@ def divergence(
 def measure(
     teacher: LagunaForCausalLM, student: LagunaForCausalLM, rows: list[torch.Tensor], chats: Chats, recipe: Recipe
 ) -> dict[str, float]:
-    """Held-out figures: both models' next-token loss on rows of text, and on chats the KL and how often both models'
-    likeliest tokens are the same."""
+    """Held-out figures of both models.
+
+    Their next-token loss on rows of text, and on chats the KL and how often both models' likeliest tokens are the same.
+    """
     kl, same, count = 0.0, 0, 0
     for number in range(USAGE_BATCHES):
         ids, spoken = (t.to(teacher.device) for t in chats.batch(f"held-out/{number}", recipe.rows, recipe.length))

@@ -90,8 +90,11 @@ def start_blocks(teacher: LagunaForCausalLM, widths: list[int], usage: dict[int,
 
 @torch.no_grad()
 def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-    """Set a block of width N from gate, up [M, H] and down [H, M]: the first M units theirs, further ones random with
-    down columns of zero, so that they change nothing before they are trained."""
+    """Set a block of width N from gate, up [M, H] and down [H, M].
+
+    The first M units are theirs, further ones random with down columns of zero, so that they change nothing before they
+    are trained.
+    """
     width = min(block.intermediate_size, gate.shape[0])
     for name, tensor in zip(PROJECTIONS, (gate[:width], up[:width], down[:, :width]), strict=True):
         weight = getattr(block, name).weight

@@ -95,8 +95,10 @@ def read_chats(source: str, tokenizer: Any) -> Chats:
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the assistant says: as the template marks them with
-    `{% generation %}`, else all that a turn adds to the prompt before it."""
+    """Token ids of a conversation, and which of them the assistant says.
+
+    Those are what the template marks with `{% generation %}`, else all that a turn adds to the prompt before it.
+    """
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         return list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]]

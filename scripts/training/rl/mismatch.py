@@ -25,8 +25,10 @@ TIE = 1e-5
 
 @dataclass(slots=True)
 class TrainerMismatch:
-    """Largest |difference| (nats) over the sampled tokens, and over those that a tie is at or before; how many those
-    are."""
+    """Largest |difference| (nats) over the sampled tokens.
+
+    The same over those that a tie is at or before, and how many those are.
+    """
 
     nats: float = 0.0
     tied_nats: float = 0.0

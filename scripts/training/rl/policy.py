@@ -24,8 +24,11 @@ SPREAD_FLOOR = 1e-3  # a group whose rewards are all equal teaches nothing, and 
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
-    """Rollouts as tensors, padded on the right: tokens [B, L] int64; of every token but the first whether it was
-    sampled, its log-probability in the engine, and its completion's advantage, each [B, L − 1]."""
+    """Rollouts as tensors, padded on the right: tokens [B, L] int64.
+
+    Of every token but the first whether it was sampled, its log-probability in the engine, and its completion's
+    advantage, each [B, L − 1].
+    """
 
     tokens: torch.Tensor
     sampled: torch.Tensor

@@ -1,5 +1,7 @@
-"""Train the toy drafter by the DFlash recipe: anchors from the teacher's own text, a block of masks after each, the
-teacher's hidden states before the anchor as context, cross-entropy weighted towards the first positions.
+"""Train the toy drafter by the DFlash recipe.
+
+Anchors from the teacher's own text, a block of masks after each, the teacher's hidden states before the anchor as
+context, cross-entropy weighted towards the first positions.
 
 The teacher is frozen, so its hidden states are computed once and kept in memory (bf16, 320 bytes per token and tap).
 """

@@ -1,5 +1,7 @@
-"""An answer, framed in HTTP/1.1 and written in the call in which it comes: the exchange's sink under the gateway's own
-protocol (protocol.py)."""
+"""An answer, framed in HTTP/1.1 and written in the call in which it comes.
+
+It is the exchange's sink under the gateway's own protocol (protocol.py).
+"""
 
 from __future__ import annotations
 

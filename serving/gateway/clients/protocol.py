@@ -1,5 +1,6 @@
-"""uvicorn's HTTP protocol, which takes requests for engines straight to the relay, and bounds what comes before a
-request is there: how long its head may take, how large it may be.
+"""uvicorn's HTTP protocol, which takes requests for engines straight to the relay.
+
+It also bounds what comes before a request is there: how long its head may take, how large it may be.
 
 uvicorn parses, keeps connections and queues pipelined requests and shuts down as always; only a request for an engine
 gets an `Answer` in the place of uvicorn's cycle and task, and what the engine sends is written in the call in which it
@@ -98,8 +99,10 @@ class GatewayProtocol(StrictProtocol):
                 self._take(data)
 
     def _take(self, data: bytes) -> None:
-        """Bytes of a head are counted, and those between two parts of a body (chunk extensions, trailers); those of the
-        body itself are the relay's to bound."""
+        """Count the bytes of a head, and those between two parts of a body (chunk extensions, trailers).
+
+        Those of the body itself are the relay's to bound.
+        """
         if self._head_bytes is not None:
             self._head_bytes += len(data)
         self._framing_bytes += len(data)
@@ -122,8 +125,10 @@ class GatewayProtocol(StrictProtocol):
             self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """The head is there: of a request for an engine, for the gateway itself, or one to be read without its offer to
-        upgrade."""
+        """The head is there: of a request for an engine, for the gateway itself, or one to be read without its upgrade.
+
+        An offer to upgrade is not taken.
+        """
         self._head_bytes, self._framing_bytes = None, 0
         parser = self.parser
         if parser.should_upgrade():

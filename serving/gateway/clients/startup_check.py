@@ -57,8 +57,9 @@ def check_uvicorn() -> None:
 
 
 def check_protocol(settings: uvicorn.Config) -> None:
-    """A request through the protocol of these settings is answered by the relay, not by the application, and its
-    connection ends as it asks.
+    """Check that a request through the protocol of these settings is answered by the relay, not by the application.
+
+    Its connection must end as it asks.
 
     Raises:
         UnfitServerError: it is not.

@@ -74,7 +74,7 @@ class StrictProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def is_receiving(self) -> bool:
-        """Has a request begun whose end has not come?"""
+        """Whether a request has begun whose end has not come."""
         return self.cycle is not None and self.cycle.more_body
 
     def connection_lost(self, exc: Exception | None) -> None:

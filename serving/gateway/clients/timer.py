@@ -1,5 +1,7 @@
-"""A timer that is moved on instead of set anew: setting and cancelling one per request costs more than looking in vain
-now and then."""
+"""A timer that is moved on instead of set anew.
+
+Setting and cancelling one per request costs more than looking in vain now and then.
+"""
 
 from __future__ import annotations
 

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 
 class Turns:
-    """Lets one request begin per turn of the event loop, so that of many that come at once the first has its answer
-    before the last is read, and streams go on in between."""
+    """Lets one request begin per turn of the event loop.
+
+    So of many that come at once the first has its answer before the last is read, and streams go on in between.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()

@@ -106,10 +106,12 @@ class Admin(_Table):
 
 
 class Limits(_Table):
-    """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies that
-    are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body. Before the first one
-    `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is not streamed is
-    silent until it is complete."""
+    """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies.
+
+    The bytes are of bodies that are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body.
+    Before the first one `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is
+    not streamed is silent until it is complete.
+    """
 
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType({"silence_timeout_s": "read_timeout_s"})
     max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 256
@@ -192,7 +194,7 @@ class Upstream(Endpoint):
     gamma_schedule: Schedule = ()
 
     def pays(self, requests: int) -> bool:
-        """Is speculation worth having with so many at once?"""
+        """Whether speculation is worth having with so many at once."""
         fitting = [gamma for first, _, gamma in self.gamma_schedule if first <= requests]
         return not fitting or fitting[-1] > 0
 

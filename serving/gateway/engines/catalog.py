@@ -1,5 +1,7 @@
-"""The names that models go by: those of the configuration, and what engines list under /v1/models (LoRA adapters,
-further served names), asked when a name is looked up that is not known."""
+"""The names that models go by: those of the configuration, and what engines list under /v1/models.
+
+Those of engines (LoRA adapters, further served names) are asked when a name is looked up that is not known.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class Catalog:
         return next((self._pools[model] for model, cards in self._listed.items() if name in cards), None)
 
     def is_nameless(self, pool: Pool) -> bool:
-        """Have all of its engines answered, when they were last asked, and none listed a model?"""
+        """Whether all of its engines have answered, when they were last asked, and none listed a model."""
         return pool.model.name in self._nameless
 
     async def search(self, name: str) -> Pool | None:

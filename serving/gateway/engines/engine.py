@@ -68,7 +68,7 @@ class Engine:
 
     @property
     def up(self) -> bool:
-        """May it be sent something now?"""
+        """Whether it may be sent something now."""
         return self.is_up(time.monotonic())
 
     def is_up(self, now: float) -> bool:
@@ -80,7 +80,7 @@ class Engine:
         return self.fenced is None and not self.refused and not self.away
 
     def has_slot(self) -> bool:
-        """Is there room for one request more?"""
+        """Whether there is room for one request more."""
         return self.in_flight < self.config.max_in_flight
 
     def fence(self, reason: str) -> None:
@@ -96,7 +96,10 @@ class Engine:
         self.fenced = None
 
     def note_failure(self, reason: str, now: float, *, silent: bool = False) -> None:
-        """It could not be reached. (One that breaks off is not left alone for it: the request may be to blame.)"""
+        """It could not be reached.
+
+        One that breaks off is not left alone for it: the request may be to blame.
+        """
         self.failures += 1
         self.last_error = reason
         if self.failures >= BREAK_AFTER:

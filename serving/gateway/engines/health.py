@@ -38,7 +38,7 @@ class Checked(Protocol):
     def pools(self) -> Mapping[str, Pool]: ...
 
     def has_heard_from(self, engine: Engine, since_s: float) -> bool:
-        """Has a piece of an answer that is under way come from the engine since then (`time.perf_counter`)?"""
+        """Whether a piece of an answer under way has come from the engine since then (`time.perf_counter`)."""
 
     def note_shortage(self, reason: str) -> None:
         """This machine has run out of something that a connection needs."""

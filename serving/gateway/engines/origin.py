@@ -86,8 +86,11 @@ class Origin:
         return made
 
     async def ask_status(self, path: str, timeout_s: float) -> int:
-        """The status of a GET, on a connection of its own: an engine that listens no more may still answer on an old
-        one. Raises UnreachableError, BrokenError, TimeoutError."""
+        """The status of a GET, on a connection of its own.
+
+        An engine that listens no more may still answer on an old one. Raises UnreachableError, BrokenError,
+        TimeoutError.
+        """
         async with asyncio.timeout(timeout_s):
             connection = await self.connect(timeout_s)
             found = _Status(asyncio.get_running_loop().create_future())

@@ -205,7 +205,7 @@ class Pool:
         self.wake()
 
     def is_ready(self, now: float) -> bool:
-        """Is there an engine that was well, and that a request would be sent to?"""
+        """Whether there is an engine that was well, and that a request would be sent to."""
         known = [engine for engine in self.engines if engine.seen_well]
         return any(engine.healthy and engine.is_up(now) for engine in known) or (
             not any(engine.is_up(now) for engine in self.engines) and any(engine.is_last_resort() for engine in known)
@@ -263,9 +263,11 @@ class Pool:
                 heapq.heapify(self._waiting)
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
-        """By weight either way: of what belongs together the same one, else the one with the least to do for its
-        weight, and among idle ones the one that has had the least. Engines for which speculation pays at their load
-        come first, then plain ones."""
+        """The engine for a request, by weight either way: of what belongs together the same one, else the least busy.
+
+        The least busy has the least to do for its weight, and among idle ones it is the one that has had the least.
+        Engines for which speculation pays at their load come first, then plain ones.
+        """
         if len(free) == 1:
             return free[0]
         paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
@@ -278,7 +280,9 @@ class Pool:
 
 
 def _score(affinity: bytes, upstream: Upstream) -> float:
-    """Weighted rendezvous hashing: when an engine comes or goes, only what was its own moves; each gets a share of the
-    keys as large as its weight."""
+    """Weighted rendezvous hashing: when an engine comes or goes, only what was its own moves.
+
+    Each gets a share of the keys as large as its weight.
+    """
     digest = hashlib.blake2b(affinity + b"\0" + upstream.name.encode(), digest_size=8).digest()
     return -upstream.weight / math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))

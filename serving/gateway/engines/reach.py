@@ -1,5 +1,7 @@
-"""From a request to a connection that takes it: a slot of an engine, and another engine where the first one cannot be
-reached, so that none runs twice."""
+"""From a request to a connection that takes it.
+
+That takes a slot of an engine, and another engine where the first one cannot be reached, so that none runs twice.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ def take_kept(engine: Engine, size: int) -> Connection | None:
 
 
 async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False) -> Connection:
-    """Wait for a slot, where the request has none yet, and for a connection; a new one if `afresh`, or if the body has
-    too many bytes (`size`) to be remembered.
+    """Wait for a slot, where the request has none yet, and for a connection.
+
+    It is a new one if `afresh`, or if the body has too many bytes (`size`) to be remembered.
 
     Raises:
         GatewayError: 503 no engine is up, 429 the queue is full, 408 no slot in time, 502 none could be reached.

@@ -1,5 +1,7 @@
-"""Who may ask: API keys by their SHA-256, compared in constant time, and how much each may have in flight and ask for
-in a minute."""
+"""Who may ask: API keys, and how much each may have in flight and ask for in a minute.
+
+Keys are kept by their SHA-256 and compared in constant time.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class Access:
 
     @property
     def enabled(self) -> bool:
-        """Are there keys, of which a request needs one?"""
+        """Whether there are keys, of which a request needs one."""
         return bool(self._holders)
 
     @property

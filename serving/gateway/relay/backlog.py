@@ -1,5 +1,7 @@
-"""How many bytes of requests are in the gateway's memory and with no engine yet: bodies that arrive, and those that
-wait for a slot. Requests differ a thousandfold in size, so that a queue bounded by count alone is no bound on memory.
+"""How many bytes of requests are in the gateway's memory and with no engine yet.
+
+Those are bodies that arrive, and those that wait for a slot. Requests differ a thousandfold in size, so that a queue
+bounded by count alone is no bound on memory.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Relay:
         return exchange
 
     def has_heard_from(self, engine: Engine, since_s: float) -> bool:
-        """Has a piece of an answer that is under way come from the engine since then (`time.perf_counter`)?"""
+        """Whether a piece of an answer under way has come from the engine since then (`time.perf_counter`)."""
         return any(exchange.engine is engine and exchange.last_s > since_s for exchange in self.exchanges)
 
     def note_shortage(self, reason: str) -> None:
@@ -183,8 +183,10 @@ class Relay:
         exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
 
     def _tell_models(self, exchange: Exchange) -> bool:
-        """Answer what the gateway knows of models by itself: one by its name, and all of them where no engine lists
-        all. False if this is for an engine."""
+        """Answer what the gateway knows of models by itself: one by its name, and all where no engine lists all.
+
+        False if this is for an engine.
+        """
         head = exchange.head
         if head.method not in ("GET", "HEAD"):
             return False

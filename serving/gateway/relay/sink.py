@@ -30,12 +30,12 @@ class Sink(Protocol):
 
 
 def has_body(head: Head) -> bool:
-    """Does the head tell of a body?"""
+    """Whether the head says that a body follows."""
     return b"transfer-encoding" in head.named or head.named.get(b"content-length", b"0") != b"0"
 
 
 def can_stay_open(head: Head) -> bool:
-    """May the connection be kept though the body of this request was not awaited?
+    """Whether the connection may be kept though the body of this request was not awaited.
 
     Not with a client that waits to be asked for it, nor where its end cannot be foreseen.
     """

@@ -1,5 +1,6 @@
-"""Whom a request is from: the peer of its connection, or what proxies that are trusted say about it, in
-X-Forwarded-For or Forwarded (RFC 7239). What anybody else says there is not believed, and not passed on.
+"""Whom a request is from: the peer of its connection, or what trusted proxies say about it.
+
+They say so in X-Forwarded-For or Forwarded (RFC 7239). What anybody else says there is not believed, and not passed on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Which web pages may read answers (https://fetch.spec.whatwg.org/#http-cors-protocol), where `server.allowed_origins`
-says so: preflights are answered here, and the gateway's headers stand in place of an engine's.
+"""Which web pages may read answers (https://fetch.spec.whatwg.org/#http-cors-protocol).
+
+Where `server.allowed_origins` says so, preflights are answered here, and the gateway's headers stand in place of an
+engine's.
 
 Without the setting preflights pass to the engine, without a key as browsers send them, and its own headers to the page.
 """

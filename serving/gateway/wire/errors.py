@@ -27,9 +27,12 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(eq=False)
 class GatewayError(Exception):
-    """`status` is HTTP's; `kind`, `code` and `param` are OpenAI's type, code and param; `message` is for people and
-    never has a prompt or a key. `reason` is one word for logs and metrics, another one for every constructor below;
-    `key` is the name of the key whose limit it was."""
+    """A request that the gateway answers with an error of its own, as OpenAI's API does.
+
+    `status` is HTTP's; `kind`, `code` and `param` are OpenAI's type, code and param; `message` is for people and never
+    has a prompt or a key. `reason` is one word for logs and metrics, another one for every constructor below; `key` is
+    the name of the key whose limit it was.
+    """
 
     status: int
     kind: str

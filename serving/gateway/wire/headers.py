@@ -89,8 +89,10 @@ def read_connection(headers: Headers) -> frozenset[bytes]:
 
 
 def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
-    """An engine's answer's headers for the client, names in lower case: none of its connection's own, and none that
-    leads past the gateway."""
+    """An engine's answer's headers for the client, names in lower case.
+
+    None of its connection's own is among them, and none that leads past the gateway.
+    """
     named = read_connection(headers)
     dropped = OURS | named if named else OURS
     return [

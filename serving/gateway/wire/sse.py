@@ -121,9 +121,11 @@ class ResponseStream(EventStream):
 def frame_events(
     path: str, headers: list[tuple[bytes, bytes]], named: Mapping[bytes, bytes]
 ) -> tuple[EventStream | None, list[tuple[bytes, bytes]]]:
-    """For a streamed answer to a request for `path`, with its headers in lower case: its events, and the headers
-    without a length, as there is no room for an error behind one. None for a stream that is compressed, which passes as
-    it is: if it breaks, the connection must be cut."""
+    """For a streamed answer to a request for `path`: its events, and the headers without a length.
+
+    `headers` have names in lower case. There is no room for an error behind a length. None for a stream that is
+    compressed, which passes as it is: if it breaks, the connection must be cut.
+    """
     if named.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
         return None, headers
     events = ResponseStream() if path.startswith(RESPONSES) else EventStream()

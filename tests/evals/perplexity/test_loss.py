@@ -1,5 +1,7 @@
-"""loss.py: rows, weights and intervals by hand, on an endpoint of known losses; and against transformers on a real
-engine, straight and through the gateway."""
+"""loss.py: rows, weights and intervals by hand, on an endpoint of known losses.
+
+And against transformers on a real engine, straight and through the gateway.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ BOUNDED += "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
 
 
 def execute(problem: Problem, program: str) -> bool:
-    """Does plain execution of the program and its tests in one process end well?"""
+    """Whether plain execution of the program and its tests in one process ends well."""
     code = f"{BOUNDED}{program}\n{problem.test}\ncheck({problem.entry_point})\n"
     command = [sys.executable, "-c", code]
     try:

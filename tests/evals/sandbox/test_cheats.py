@@ -38,8 +38,10 @@ def test_program_that_computes_nothing_does_not_pass(cheated: dict[Pair, Grade],
 
 @pytest.fixture(scope="module")
 def judged() -> dict[str, tuple[Grade, Grade, str]]:
-    """Of each program: its grade beside a canonical solution of another style, without one, and what plain execution
-    says of both."""
+    """Each program's grade beside a canonical solution of another style, and without one.
+
+    Plus what plain execution says of both.
+    """
 
     def work(parts: dict[str, str]) -> tuple[Grade, Grade, str]:
         problem = make_problem(parts["test"], parts["canonical"])

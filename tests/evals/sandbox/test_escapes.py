@@ -1,6 +1,7 @@
-"""Hostile programs behind every wall, started by root and by a user without privileges, on this system and in what a
-container leaves of it: nothing that they try succeeds, and nobody outside has a scratch. docs/threat-model.md names
-these tests.
+"""Hostile programs behind every wall: nothing that they try succeeds, and nobody outside has a scratch.
+
+They are started by root and by a user without privileges, on this system and in what a container leaves of it.
+docs/threat-model.md names these tests.
 """
 
 from __future__ import annotations

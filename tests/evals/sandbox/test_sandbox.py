@@ -46,14 +46,16 @@ def ask(program: str, limits: Limits = LIMITS) -> str:
 
 
 def is_server(process: psutil.Process) -> bool:
-    """Is a process a fork server itself, not what it has forked?"""
+    """Whether a process is a fork server itself, not what it has forked."""
     return process.ppid() == os.getpid() and any("forkserver" in text for text in process.cmdline())
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """After every test: no process but our fork servers that was not there before, none without them, and no temporary
-    folder."""
+    """After every test no process but the fork servers is left that was not there before, and no temporary folder.
+
+    Nor is any that has no fork server.
+    """
     # A folder of this test's own: others run beside it.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 

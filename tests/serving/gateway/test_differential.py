@@ -1,5 +1,7 @@
-"""The gateway's own protocol against the same relay as an ASGI application under uvicorn's: raw requests get the same
-statuses and bodies, engines see the same, and connections end the same way."""
+"""The gateway's own protocol against the same relay as an ASGI application under uvicorn's.
+
+Raw requests get the same statuses and bodies, engines see the same, and connections end the same way.
+"""
 
 from __future__ import annotations
 

@@ -138,8 +138,10 @@ KINDS = ("Exchange", "Answer", "BoundProtocol", "StrictProtocol", "RequestRespon
 
 @pytest.mark.parametrize("asgi", [False, StrictProtocol], ids=["direct", "asgi"])
 def test_what_clients_sent_is_free_without_the_garbage_collector(asgi: bool | type) -> None:
-    """Uploads that are broken off, refused, too large, too slow, waiting in the queue, or answered half: nothing of
-    them is in a reference cycle when their connection is gone."""
+    """Nothing of a client's upload is in a reference cycle when its connection is gone.
+
+    Uploads are broken off, refused, too large, too slow, waiting in the queue, or answered half.
+    """
     tail = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\n" + b"a" * 100_000
 
     async def half(exchange: Any) -> None:

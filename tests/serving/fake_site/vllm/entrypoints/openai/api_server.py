@@ -1,5 +1,6 @@
-"""A server that starts in milliseconds and leaves as much behind as it can: children that ignore SIGTERM, one of them
-in a session of its own, one orphaned.
+"""A server that starts in milliseconds and leaves as much behind as it can.
+
+It leaves children that ignore SIGTERM, one of them in a session of its own, one orphaned.
 
 FAKE_VLLM picks what it does: "serve" (the default), "die" (logs as vLLM does when a worker fails, exits 1), "hang"
 (never answers), "stubborn" (serves, ignores SIGTERM); several, with commas, are those of the first start, the second,
