@@ -170,7 +170,7 @@ def beside(config: AbConfig, prompts: int | None) -> CertifyConfig:
 
 
 def publish(result: AbResult, out: Path) -> None:
-    """Write the files."""
+    """Write ab.json, ab.md and ab.png to `out`."""
     write_result(out / "ab.json", result)
     write_text(out / "ab.md", render_markdown(result))
     from laguna_serve.bench.harness.plot import draw  # takes a second to import

@@ -113,7 +113,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
 
 
 def publish(config: SweepConfig, result: SweepResult) -> SweepResult:
-    """Write the files."""
+    """Write sweep.json, sweep.md and sweep.png to the configuration's `out`."""
     write_result(config.out / "sweep.json", result)
     write_text(config.out / "sweep.md", render_markdown(result))
     from laguna_serve.bench.gamma.plot import draw  # takes a second to import

@@ -39,7 +39,7 @@ DEFAULT_ROPE: dict[str, dict[str, Any]] = {
 
 
 class LayersError(ValueError):
-    """A config.json whose layers cannot be told, as one line without its subject."""
+    """A config.json whose kinds of layers are not clear, as one line without its subject."""
 
 
 def read_setting(config: Mapping[str, Any], key: str) -> Any:

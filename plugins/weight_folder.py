@@ -63,7 +63,7 @@ class FolderWeightTransferEngine(WeightTransferEngine[FolderInitInfo, FolderUpda
     update_info_cls = FolderUpdateInfo
 
     def init_transfer_engine(self, init_info: FolderInitInfo) -> None:
-        """Nothing to connect."""
+        """There is nothing to connect to: versions are folders."""
 
     def start_weight_update(self) -> None:
         """Refuses what cannot be updated.
@@ -104,7 +104,7 @@ class FolderWeightTransferEngine(WeightTransferEngine[FolderInitInfo, FolderUpda
         raise NotImplementedError("weights from a folder: write the folder and name it in /update_weights")
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """There is nothing to release: no connection is kept."""
 
     def _refuse(self, reason: str) -> WeightFolderError:
         return WeightFolderError(f"weight updates from a folder: expected {reason}; restart the engine instead")

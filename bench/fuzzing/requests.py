@@ -48,7 +48,7 @@ class Request:
     leave_after: int | None = None
 
     def quote(self) -> SentRequest:
-        """For a report."""
+        """The request as a report has it, its body as Python text."""
         return SentRequest(route=self.route, body=repr(self.body), leave_after=self.leave_after)
 
 

@@ -53,7 +53,7 @@ class CostModel:
     profile: tuple[float, ...]
 
     def tau(self, gamma: int) -> float:
-        """Tokens per step."""
+        """Predicted tokens per speculative step with this γ, the target's own included."""
         return 1 + sum(self.profile[:gamma])
 
     def cost(self, gamma: int) -> float:

@@ -13,7 +13,7 @@ COLORS = ("#0b7a75", "#c2410c", "#4c51bf", "#b7791f", "#702459", "#2f855a")
 
 
 def draw(result: SweepResult, path: Path) -> None:
-    """Write the PNG."""
+    """Write a PNG of tok/s ÷ plain decoding's over γ, a line per concurrency."""
     with open_figure(path, figsize=(7.5, 4.4)) as (figure, axes):
         figure.subplots_adjust(left=0.09, right=0.82, top=0.83, bottom=0.19)
         _draw_points(axes, result)

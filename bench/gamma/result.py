@@ -120,7 +120,7 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
 
 
 class SweepWorkload(Struct, frozen=True, kw_only=True):
-    """What was sent."""
+    """The prompts that every point of a sweep was asked."""
 
     prompts: str
     num_prompts: int

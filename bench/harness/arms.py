@@ -38,7 +38,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """ "baseline" or "candidate"."""
+        """The arm's name in results, "baseline" or "candidate"."""
         return self.spec.name
 
     @property

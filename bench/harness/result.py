@@ -112,7 +112,7 @@ class Parity(ParitySummary, frozen=True, kw_only=True):
     divergences: list[Verdict]
 
     def summarise(self) -> ParitySummary:
-        """Without them."""
+        """The counts, without the divergences themselves."""
         return msgspec.convert(self, ParitySummary, from_attributes=True)
 
 

@@ -33,7 +33,7 @@ NOISE_PROMPTS = 4
 
 @dataclass(slots=True)
 class ArmRun:
-    """What one arm did.
+    """The records, counters and engine facts of one arm.
 
     `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless `cut`: then a
     request that was broken off may be in the counters but not in the records.

@@ -52,7 +52,7 @@ class MoeRow(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The row's label in tables and figures."""
         return f"{self.routing}, {self.tokens} tokens, {self.pruning:.0%} pruned"
 
 

@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class SoakEngine(StreamEngine):
-    """One connection."""
+    """One connection to an engine whose faults the requests' bodies choose."""
 
     version = b"default"
 
@@ -32,19 +32,16 @@ class SoakEngine(StreamEngine):
         self._url = self._body = b""
 
     def on_message_begin(self) -> None:
-        """Of the parser."""
         self._url = self._body = b""
 
     def on_url(self, url: bytes) -> None:
-        """Of the parser."""
         self._url += url
 
     def on_body(self, body: bytes) -> None:
-        """Of the parser."""
         self._body += body
 
     def on_message_complete(self) -> None:
-        """A whole request."""
+        """Answer a whole request: as its body's mode says, or with the version of the weights."""
         assert self._transport is not None
         if not self._url.startswith(b"/v1/completions"):
             if version := VERSION.search(self._body):
@@ -86,7 +83,7 @@ class SoakEngine(StreamEngine):
 
 
 async def serve(port: int) -> None:
-    """Listen until killed."""
+    """Listen on the loopback until the process is killed."""
     server = await asyncio.get_running_loop().create_server(SoakEngine, "127.0.0.1", port, backlog=1024)
     async with server:
         await server.serve_forever()

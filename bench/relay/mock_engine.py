@@ -34,7 +34,6 @@ class StreamEngine(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -48,7 +47,7 @@ class StreamEngine(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_complete(self) -> None:
-        """A whole request."""
+        """Answer a whole request: a POST with a stream of events, anything else with an empty body."""
         assert self._transport is not None
         if self._parser.get_method() != b"POST":
             self._transport.write(EMPTY)
@@ -68,7 +67,7 @@ class StreamEngine(asyncio.Protocol):
 
 
 async def serve(port: int, chunks: int, gap_s: float) -> None:
-    """Listen until killed."""
+    """Listen on the loopback until the process is killed."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: StreamEngine(chunks, gap_s), "127.0.0.1", port, backlog=BACKLOG)
     async with server:

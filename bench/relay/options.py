@@ -13,7 +13,7 @@ from laguna_serve.serving.kit.flags import Flag, check_bounds
 
 
 def parse_peer(text: str) -> tuple[str, str]:
-    """`NAME=URL`."""
+    """`NAME=URL` as (name, URL); raises ArgumentTypeError."""
     name, _, url = text.partition("=")
     if not name or urlsplit(url).scheme != "http":
         raise argparse.ArgumentTypeError(f"expected NAME=http://host:port, got {text!r}")
@@ -21,7 +21,7 @@ def parse_peer(text: str) -> tuple[str, str]:
 
 
 def parse_start(text: str) -> tuple[str, str]:
-    """`NAME=COMMAND`."""
+    """`NAME=COMMAND` as (name, command with {port} and {engine}); raises ArgumentTypeError."""
     name, _, command = text.partition("=")
     if not name or "{port}" not in command or "{engine}" not in command:
         raise argparse.ArgumentTypeError(f"expected NAME=COMMAND with {{port}} and {{engine}}, got {text!r}")

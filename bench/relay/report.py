@@ -26,12 +26,12 @@ HEADS = (
 
 
 def render_text(result: GatewayBenchResult) -> str:
-    """In columns."""
+    """The result as a table in columns, for a terminal."""
     return _tabulate(result).to_text()
 
 
 def render_markdown(result: GatewayBenchResult) -> str:
-    """As a page."""
+    """The result as a page with its table."""
     environment = result.environment
     lines = [
         "# What the gateway adds",

@@ -14,7 +14,7 @@ from laguna_serve.serving.kit.results import to_json
 
 
 class Quartiles(Struct, frozen=True, kw_only=True):
-    """Over rounds."""
+    """A figure's median and quartiles over rounds."""
 
     median: float
     q25: float
@@ -63,7 +63,7 @@ class GatewayBenchResult(Struct, frozen=True, kw_only=True, tag_field="schema", 
 
     @property
     def held(self) -> bool:
-        """No stream failed."""
+        """Whether no stream failed on any path."""
         return not any(path.errors for load in self.loads for path in load.paths.values())
 
 

@@ -172,7 +172,7 @@ def find_leftovers(in_flight: int, before: int, after: int, growth: float | None
 
 
 def check_stream(answer: bytes, *, whole: bool) -> str | None:
-    """The events of a stream, complete or to the fault and then one error; what is wrong with them, if anything.
+    """What is wrong with a stream's events, or None: complete, or to the fault and then one error.
 
     Lines that announce new weights may stand between events.
     """

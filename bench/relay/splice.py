@@ -55,7 +55,7 @@ class _Half(asyncio.Protocol):
 
 
 async def serve(port: int, engine_port: int) -> None:
-    """Listen until killed."""
+    """Listen on the loopback until the process is killed."""
     loop = asyncio.get_running_loop()
     joining = set[asyncio.Task[None]]()
 

@@ -16,7 +16,7 @@ COLORS = {PAYS: GOOD, LOSES: BAD}
 
 
 def draw(result: RolloutsResult, path: Path) -> None:
-    """Write the PNG."""
+    """Write a PNG of speculative ÷ plain rates by batch, and of the acceptance by batch or policy version."""
     with open_figure(path, 1, 2, figsize=(11, 4.8)) as (figure, axes):
         figure.subplots_adjust(left=0.065, right=0.98, top=0.83, bottom=0.21, wspace=0.18)
         _draw_ratios(axes[0], result.points)

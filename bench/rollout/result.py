@@ -91,7 +91,7 @@ class RolloutPoint(Struct, frozen=True, kw_only=True):
 
 
 class RolloutsWorkload(Work, frozen=True, kw_only=True):
-    """What was sent."""
+    """The prompts and the sampling that every turn shared."""
 
     prompts: str
     prefix_caching: bool

@@ -9,7 +9,7 @@ from laguna_serve.serving.kit.tables import Table
 
 
 def render_text(result: SamplingResult) -> str:
-    """In columns."""
+    """The result as a table in columns, and what the test would have seen."""
     return f"{_tabulate(result).to_text()}\n\n{_describe_power(result)}"
 
 

@@ -101,9 +101,10 @@ def find_power(
 
 
 def _deal(size: int, rng: np.random.Generator, permutations: int) -> npt.NDArray[np.float32]:
-    """[permutations + 1, 2 · size] of 1 for the first set and 0 for the second: the deal that was seen, then random ones.
+    """[permutations + 1, 2 · size] of 1 for the first set and 0 for the second, the deal that was seen first.
 
-    All prompts share them, which permutes every prompt alike: as good a group, and much less to draw.
+    The others are random. All prompts share them, which permutes every prompt alike: as good a group, and much less to
+    draw.
     """
     deals = np.zeros((permutations + 1, 2 * size), dtype=np.float32)
     deals[0, :size] = 1

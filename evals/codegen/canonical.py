@@ -64,7 +64,7 @@ def check_solutions(
 ) -> list[Checked]:
     """Grade every solution, in the problems' order.
 
-    `report` is told (done, total) after each. In a folder the grades are kept as they come, and what is there is not
+    `report` gets (done, total) after each. In a folder the grades are kept as they come, and what is there is not
     graded again.
 
     Raises:

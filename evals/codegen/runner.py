@@ -65,7 +65,7 @@ class Sample:
 
     @property
     def task_id(self) -> str:
-        """The problem's."""
+        """The task id of the problem that was answered."""
         return self.answer.task_id
 
 
@@ -77,7 +77,7 @@ async def run_samples(
     folder: Path,
     report: Callable[[int, int], None],
 ) -> list[Sample]:
-    """All samples, in the problems' order. `report` is told (done, total) after each that was not there before.
+    """All samples, in the problems' order. `report` gets (done, total) after each that was not there before.
 
     Raises:
         JailError: the sandbox could not be set up.

@@ -22,7 +22,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """Of the sample."""
+        """Which sample the line is about, as (task id, number)."""
         return self.task_id, self.sample
 
 
@@ -37,7 +37,7 @@ class AnswerLine(Line, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, key: Key, answer: Answer) -> AnswerLine:
-        """An answer's."""
+        """The line of one sample's answer."""
         return cls(
             task_id=key[0],
             sample=key[1],
@@ -64,7 +64,7 @@ class GradeLine(Line, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, key: Key, verdict: Verdict) -> GradeLine:
-        """A verdict's."""
+        """The line of one sample's verdict."""
         grade = {name: getattr(verdict.grade, name) for name in Grade.__dataclass_fields__}
         return cls(task_id=key[0], sample=key[1], program=verdict.program, base=verdict.base, **grade)
 

@@ -29,7 +29,7 @@ from laguna_serve.evals.problems.protocols import (
     check_asking,
     choose_protocol,
 )
-from laguna_serve.evals.sandbox import UNWALLED, choose_walls
+from laguna_serve.evals.sandbox import NO_WALLS_WARNING, choose_walls
 from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
@@ -170,7 +170,7 @@ def make_limits(config: CodeTasksConfig, usual_s: int) -> Limits:
         JailError: there is no sandbox on this system, and the configuration does not say to do without.
     """
     if config.walls == "none":
-        print(f"code_tasks.py: {UNWALLED}", file=sys.stderr)
+        print(f"code_tasks.py: {NO_WALLS_WARNING}", file=sys.stderr)
     cpu_s = config.timeout_s or usual_s
     return Limits(
         cpu_s=cpu_s,

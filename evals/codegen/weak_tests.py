@@ -21,7 +21,7 @@ SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class Weakness:
-    """One problem's: the universal wrong answers that pass its tests, `published` and `strict`.
+    """The universal wrong answers that pass one problem's tests, `published` and `strict`.
 
     `fault`: why its canonical solution does not pass, or empty.
     """
@@ -53,7 +53,7 @@ def find_weakness(problem: Problem, limits: Limits) -> Weakness:
 
 
 def find_weaknesses(problems: Sequence[Problem], limits: Limits, report: Callable[[int, int], None]) -> list[Weakness]:
-    """Every problem's, in order. `report` is told (done, total) after each."""
+    """Every problem's, in order. `report` gets (done, total) after each."""
     found = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for weakness in pool.map(lambda problem: find_weakness(problem, limits), problems):

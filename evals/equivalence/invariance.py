@@ -21,7 +21,7 @@ from laguna_serve.evals.equivalence.runner import Job, Outcome, run
 from laguna_serve.evals.equivalence.verdict import COULD_NOT_TELL, Case, judge
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.problems.problem import Form
-from laguna_serve.evals.sandbox import UNWALLED, Wanted, choose_walls
+from laguna_serve.evals.sandbox import NO_WALLS_WARNING, Wanted, choose_walls
 from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
@@ -174,7 +174,7 @@ def choose_limits(walls: Wanted) -> Limits:
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
     if walls == "none":
-        print(f"invariance.py: {UNWALLED}", file=sys.stderr)
+        print(f"invariance.py: {NO_WALLS_WARNING}", file=sys.stderr)
     return Limits(walls=choose_walls(walls))
 
 

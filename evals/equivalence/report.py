@@ -59,7 +59,7 @@ def summarise(result: InvarianceResult) -> str:
 
 
 def render_text(result: InvarianceResult) -> str:
-    """For a terminal."""
+    """The result as lines for a terminal."""
     lines = ["", *textwrap.wrap(summarise(result), WIDTH)]
     if result.levels:
         lines += ["", "problems with answers that differ: within the baseline, within the candidate, between them"]

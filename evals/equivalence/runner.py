@@ -91,9 +91,10 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`first` is None when answers are missing: `failures` says of each request that failed why.
+    """The comparison of two arms' answers, its confirmation, and the requests that failed.
 
-    `fresh`: the confirmation, where there was something to confirm.
+    `first` is None when answers are missing: `failures` says of each request that failed why. `fresh`: the
+    confirmation, where there was something to confirm.
     """
 
     first: Comparison | None

@@ -259,7 +259,7 @@ def _list_names(node: ast.stmt) -> set[str]:
 def _mentions(code: str, name: str) -> bool:
     """Whether a function or class of this name is begun, or something assigned to it, at the left margin.
 
-    Of code that may not parse too: an answer cut off in the middle.
+    The code need not parse: an answer may be cut off in the middle.
     """
     return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}[ \t]*[:=]", code, re.MULTILINE) is not None
 

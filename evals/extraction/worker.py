@@ -72,7 +72,7 @@ class Worker:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and close its pipes."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -98,7 +98,7 @@ class SuitesConfig:
 
 
 class _Model(msgspec.Struct, frozen=True):
-    """One of /v1/models."""
+    """One entry of an endpoint's /v1/models."""
 
     id: str
     root: str | None = None

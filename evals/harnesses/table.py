@@ -74,7 +74,7 @@ def render_text(table: SuitesResult) -> str:
 
 
 def render_markdown(table: SuitesResult) -> str:
-    """As a page."""
+    """The table as a page, its notes below."""
     lines = ["# Standard suites", "", "| suite | metric | " + " | ".join(table.columns) + " |"]
     lines.append("|--|--|" + "--:|" * len(table.columns))
     for row in table.rows:

@@ -154,7 +154,7 @@ async def score_rows(
 ) -> None:
     """Score the rows that are not yet, in order, `concurrency` requests in flight, one row in each.
 
-    `report` is told after each how many of those are through.
+    `report` gets after each how many of those are through.
 
     Raises:
         EndpointError: a request failed; the others that are in flight are broken off.

@@ -38,7 +38,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LossResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.loss/1"):
-    """loss.json."""
+    """What evals/loss.py writes to loss.json."""
 
     environment: Environment
     endpoint: AskedEndpoint
@@ -49,7 +49,7 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 
 def render_text(result: LossResult) -> str:
-    """In columns."""
+    """The figures in columns, and the data below."""
     lines = [f"{name:<16} {value:>10} {interval:>20}" for name, value, interval in _list_figures(result)]
     return "\n".join([f"{'':<16} {'':>10} {'95% interval':>20}", *lines, "", _describe_data(result)])
 

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """A folder's name."""
+        """The name of the model's folder and of its losses."""
         if self.kind == "unpruned":
             return self.kind
         return f"{self.kind}-{self.share * 100:g}pct" + ("" if self.seed is None else f"-seed{self.seed}")

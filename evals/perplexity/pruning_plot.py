@@ -14,7 +14,7 @@ RANKED, RANDOM = GOOD, BAD
 
 
 def draw_curves(result: PruningResult, path: Path) -> None:
-    """Write the PNG."""
+    """Write a PNG of the loss over the share of pruned groups."""
     with open_figure(path, figsize=(7.5, 4.2)) as (figure, axes):
         figure.subplots_adjust(left=0.1, right=0.84, top=0.83, bottom=0.19)
         _draw_curves(axes, result)

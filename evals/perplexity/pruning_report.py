@@ -34,7 +34,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 class PruningResult(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.pruning_loss_endpoint/1"
 ):
-    """pruning_loss.json."""
+    """What evals/pruning_loss.py writes to pruning_loss.json."""
 
     environment: Environment
     model: str
@@ -46,7 +46,7 @@ class PruningResult(
 
 
 def render_text(result: PruningResult) -> str:
-    """In columns."""
+    """The points in columns, and the data below."""
     rows = [("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most"), *_list_cells(result)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""What a chat template is told beside the messages: fields such as enable_thinking."""
+"""What a chat template gets beside the messages: fields such as enable_thinking."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Template = Mapping[str, Any]
 
 
 def parse_fields(text: str) -> Template:
-    """A JSON object."""
+    """A JSON object of fields; raises ArgumentTypeError."""
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -33,5 +33,5 @@ TemplateFields = Annotated[
 
 
 def make_template(thinking: Literal["on", "off"] | None, fields: Template | None) -> dict[str, Any]:
-    """The fields together."""
+    """The template's fields, of which `thinking` sets enable_thinking."""
     return {**(fields or {}), **({} if thinking is None else {"enable_thinking": thinking == "on"})}

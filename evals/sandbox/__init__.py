@@ -8,13 +8,13 @@ between these two.
 docs/threat-model.md: who is kept out of what.
 """
 
-from laguna_serve.evals.sandbox.choice import UNWALLED, WANTED, Wanted, choose_walls
+from laguna_serve.evals.sandbox.choice import NO_WALLS_WARNING, WANTED, Wanted, choose_walls
 from laguna_serve.evals.sandbox.servers import stop_servers
 from laguna_serve.evals.sandbox.supervisor import find_obstacle, run_trial
 from laguna_serve.evals.sandbox.trial import JailError, Limits, Trial, Walls
 
 __all__ = [
-    "UNWALLED",
+    "NO_WALLS_WARNING",
     "WANTED",
     "JailError",
     "Limits",

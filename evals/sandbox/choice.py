@@ -10,7 +10,7 @@ from laguna_serve.evals.sandbox.trial import WallError, Walls
 Wanted = Literal["auto", "namespaces", "bubblewrap", "landlock", "none"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)
 IN_ORDER: tuple[Walls, ...] = ("namespaces", "bubblewrap", "landlock")
-UNWALLED = (
+NO_WALLS_WARNING = (
     "warning: without walls the model's programs can read and write the files that you can, and forge their verdicts;"
     " do this on a throwaway machine only"
 )

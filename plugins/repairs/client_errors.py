@@ -71,7 +71,7 @@ def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def raise_if_error(self: GenerateBaseServing, finish_reason: str | None, request_id: str) -> None:
-    """`GenerateBaseServing._raise_if_error`."""
+    """vLLM's `GenerateBaseServing._raise_if_error`, which blames the grammar where one can be to blame."""
     config = self.engine_client.vllm_config
     if finish_reason == "error" and config.kv_transfer_config is None and config.ec_transfer_config is None:
         raise VLLMValidationError(

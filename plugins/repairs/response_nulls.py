@@ -26,5 +26,5 @@ def from_request(cls: type[ResponsesResponse], request: ResponsesRequest, *args:
 
 
 def apply() -> None:
-    """Replace vLLM's method."""
+    """Put `from_request` in the place of vLLM's `ResponsesResponse.from_request`."""
     ResponsesResponse.from_request = classmethod(from_request)

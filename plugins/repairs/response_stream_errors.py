@@ -64,5 +64,5 @@ class _Remembering:
 
 
 def apply() -> None:
-    """Replace vLLM's function."""
+    """Put `convert` in the place of vLLM's `_convert_stream_to_sse_events`."""
     api_router._convert_stream_to_sse_events = convert

@@ -47,6 +47,6 @@ def bookkeeping(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
 
 
 def apply() -> None:
-    """Replace vLLM's methods."""
+    """Put `sample` and `bookkeeping` in the place of the runner's `_sample` and `_bookkeeping_sync`."""
     GPUModelRunner._sample = sample
     GPUModelRunner._bookkeeping_sync = bookkeeping

@@ -65,5 +65,5 @@ def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: SamplingMeta
 
 
 def apply() -> None:
-    """Replace vLLM's method."""
+    """Put `forward` in the place of vLLM's `Sampler.forward`."""
     Sampler.forward = forward

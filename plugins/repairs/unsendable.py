@@ -28,5 +28,5 @@ async def add_request(self: AsyncLLM, request: EngineCoreRequest, *args: Any, **
 
 
 def apply() -> None:
-    """Replace vLLM's method."""
+    """Put `add_request` in the place of vLLM's `AsyncLLM._add_request`."""
     AsyncLLM._add_request = add_request

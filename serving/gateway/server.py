@@ -89,9 +89,9 @@ class _AdminServer(_EventServer):
 
 
 class GatewayServer(_EventServer):
-    """Its first signal turns new requests away at once and lets those in flight finish.
+    """The gateway's server, with the admin application beside it on a port of its own.
 
-    A second one ends everything. The admin application runs beside it, on a port of its own.
+    Its first signal turns new requests away at once and lets those in flight finish. A second one ends everything.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class GatewayServer(_EventServer):
             return
         self.relay.journal.note_reload(taken=True)
         fixed = list_fixed_changes(self._configured, config) if self._configured is not None else []
-        told = f"; not changed before a restart: {', '.join(fixed)}" if fixed else ""
-        logger.info("configuration read again%s", told)
+        restart = f"; not changed before a restart: {', '.join(fixed)}" if fixed else ""
+        logger.info("configuration read again%s", restart)
 
     def _renew_certificate(self, server: Server) -> None:
         """From the same files, for connections to come: certificates are replaced while their servers run."""
@@ -177,7 +177,7 @@ class GatewayServer(_EventServer):
             loop.default_exception_handler(context)
 
     def call(self, act: Callable[[Relay], None]) -> None:
-        """From another thread: do something to the relay in the gateway's own, and wait until it is done.
+        """Do something to the relay in the gateway's own thread, from another one, and wait until it is done.
 
         Raises what `act` raises.
         """

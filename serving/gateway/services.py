@@ -12,7 +12,7 @@ from laguna_serve.serving.gateway.relay.relay import Relay
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The HTTP sessions of the gateway's own requests, and what its applications share.
+    """What a gateway's applications share: the relay, and the sessions for its own requests.
 
     `session` is for scrapes and shadows; `steps` keeps no connection, for health checks and updates of weights: vLLM
     closes one after an error without saying so.

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with COULD_NOT_RUN."""
+        """Print the message in one line and exit with COULD_NOT_RUN."""
         name = self.prog.partition(" ")[0].rpartition("/")[2]
         self.exit(COULD_NOT_RUN, f"{name}: error: {message}; see `{self.prog} --help`\n")
 
@@ -76,7 +76,7 @@ def end_unread() -> int:
 
 
 def add_json_flag(parser: argparse._ActionsContainer) -> None:
-    """--json, for `print_result`."""
+    """Add --json, which `print_result` gets as `always_json`."""
     parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 

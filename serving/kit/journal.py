@@ -35,7 +35,7 @@ class Journal(Generic[T]):
     """
 
     def __init__(self, path: Path, kind: type[T], say: Callable[[str], None] = _print) -> None:
-        """Read the file, if there is one. `kind`: a line's type, for msgspec; `say` is told of a line that is dropped.
+        """Read the file, if there is one. `kind`: a line's type, for msgspec; `say` reports a line that is dropped.
 
         Raises:
             JournalError: a line that is whole is no such entry.

@@ -27,7 +27,7 @@ class Progress:
         self._phase_start = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One whole line."""
+        """Write one whole line, above a bar."""
         self._output.say(text)
 
     def begin(self) -> None:
@@ -66,7 +66,7 @@ class ByteProgress:
         self._output.close()
 
     def say(self, text: str) -> None:
-        """One whole line."""
+        """Write one whole line, above a bar."""
         self._output.say(text)
 
     def _show(self) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: in a process of their own, as Triton is told to interpret when it is imported."""
+"""The Triton kernels without a GPU: in a process of their own, as Triton decides to interpret when it is imported."""
 
 from __future__ import annotations
 

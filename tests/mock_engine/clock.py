@@ -1,4 +1,4 @@
-"""Time that is told, not taken: a mock says how long its answer took, and nobody waits."""
+"""A controlled clock: a mock says how long its answer took, and nobody waits."""
 
 from __future__ import annotations
 

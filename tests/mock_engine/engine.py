@@ -29,16 +29,16 @@ def answering(reply: Callable[[Body], str | int], headers: Mapping[str, str] | N
 
 
 def scoring(**changes: Any) -> Settings:
-    """Of a mock that scores prompts of token ids: a character is a token, 1 begins, and each costs its id ÷ 100 nats.
+    """Settings of a mock that scores prompts of token ids, each at its id ÷ 100 nats.
 
-    Once it dies it answers 503.
+    A character is a token, and 1 begins. Once it dies it answers 503.
     """
     usual = {"models": ("fake", "other"), "listed_length": True, "vocabulary": 1000, "dies_with": 503, "requires": ()}
     return Settings(**(usual | {"loss": lambda token: token / 100} | changes))
 
 
 class MockEngine(MockServer):
-    """Context manager; `url` is its address.
+    """An engine without a model, as a context manager; `url` is its address.
 
     `bodies` are the requests for answers in the order in which they came, `keys` their Authorization headers, `most`
     how many were in flight together.
@@ -251,7 +251,7 @@ class MockEngine(MockServer):
         return fault == "error_event"
 
     async def _spend(self) -> None:
-        """The time that a chunk takes, told where there is a clock."""
+        """The time that a chunk takes, on the controlled clock where there is one."""
         if self.settings.clock is None:
             await asyncio.sleep(self.settings.delay_s)
         else:
@@ -266,7 +266,7 @@ class MockEngine(MockServer):
                 await asyncio.sleep(0)
 
     async def _send(self, response: web.StreamResponse, data: bytes) -> None:
-        """Where time is told, only once what was sent before has been stamped."""
+        """With a controlled clock, only once what was sent before has been stamped."""
         clock = self.settings.clock
         reading = None if clock is None else clock.expect_reading()
         await response.write(data)

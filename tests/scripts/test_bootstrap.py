@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Answers as a Python that can make an environment, in which every pip install fails as told.
+# Answers as a Python that can make an environment, in which every pip install fails as the test says.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;

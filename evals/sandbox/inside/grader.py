@@ -36,7 +36,7 @@ SEED, seed_random = 0, random.seed
 
 
 class Tally:
-    """What has passed and failed so far, told to the host test by test: it may kill the grader at any time."""
+    """What has passed and failed so far, reported to the host test by test: it may kill the grader at any time."""
 
     def __init__(self, fd: int, config: dict[str, Any]) -> None:
         self._fd, self._lines = fd, config["test"].splitlines()

@@ -159,7 +159,7 @@ class _Watching(ast.NodeTransformer):
         self._compared: set[str] = set()
 
     def rewrite(self) -> None:
-        """In place."""
+        """Rewrite the function's body in place."""
         self._learn()
         self._function.body = [self.visit(statement) for statement in self._function.body]
 

@@ -124,7 +124,7 @@ def is_compatible(kind: Kind, expected: Kind, open_ended: bool) -> bool:
 
 
 def show_kind(kind: Kind) -> str:
-    """In words."""
+    """The kind in words, as "a list of 3"."""
     family, length, _, finite, _ = kind
     said = f"a {family}" if family not in (RAISED, NOTHING) else {RAISED: "an exception", NOTHING: "None"}[family]
     if family in (MANY, MAPPING) and length is not None:
@@ -149,7 +149,7 @@ class Stream:
         self.items: set[Any] | None = set()
 
     def add(self, item: Any) -> None:
-        """Count one."""
+        """Count an item, and keep it among those looked at, at most MAX_LOOKED."""
         self.count += 1
         try:
             if self.items is not None and len(self.items) < MAX_LOOKED:
@@ -161,7 +161,7 @@ class Stream:
 class Observer:
     """Notes the calls of one run.
 
-    `baseline`: the record of the canonical solution's run, or None. `note`: told of each weakness.
+    `baseline`: the record of the canonical solution's run, or None. `note` is called with each weakness.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class Watcher:
             self._observer.note("loop", "expected an answer to loop over, got an empty one", line)
 
     def all(self, line: int, items: Iterable[Any]) -> bool:
-        """The builtin."""
+        """Python's `all`, which also notes that there was nothing to check."""
         entered = False
         for item in items:
             entered = True

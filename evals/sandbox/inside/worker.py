@@ -32,7 +32,6 @@ class Capture(io.TextIOBase):
         self._real, self._text, self._kept = real, io.StringIO(), 0
 
     def writable(self) -> bool:
-        """It is."""
         return True
 
     def write(self, text: str) -> int:
@@ -54,7 +53,7 @@ class Capture(io.TextIOBase):
 
 
 class WorkerPeer(ObjectPeer):
-    """The program's end."""
+    """The program's end of the pipe: does what the tests ask for."""
 
     def __init__(self, fd: int, message_bytes: int, space: dict[str, Any]) -> None:
         super().__init__(fd, message_bytes)

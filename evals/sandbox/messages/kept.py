@@ -27,7 +27,7 @@ class Kept:
         self._contents: list[Any] = []
 
     def add(self, value: Any, tag: str) -> None:
-        """Follow one."""
+        """Follow an object from now on; its content is what crosses."""
         self._entries.append((value, tag))
         self._contents.append(_read(value, tag))
 

@@ -23,7 +23,7 @@ class PeerExit(BaseException):
 
 
 class Pipe:
-    """One end's descriptor."""
+    """One end of a pipe: messages in and out of one descriptor."""
 
     def __init__(self, fd: int, message_bytes: int) -> None:
         self._fd, self._message_bytes = fd, message_bytes

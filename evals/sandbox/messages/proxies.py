@@ -259,7 +259,7 @@ class AsyncRunner:
         self._runner: asyncio.Runner | None = None
 
     def run(self, awaitable: Any) -> Any:
-        """Run one."""
+        """Run an awaitable to its end; returns its result."""
         if self._runner is None:
             import asyncio
 

@@ -96,7 +96,7 @@ def isolate(config: dict[str, Any], fds: list[int]) -> None:
 def _enter_user_namespace() -> None:
     """Unshare, with ids mapped by a helper outside: as root a second, powerless id can be mapped for the program."""
     asked, ask = os.pipe()
-    told, tell = os.pipe()
+    replied, reply = os.pipe()
     parent, uid, gid = os.getpid(), os.getuid(), os.getgid()
     helper = os.fork()
     if not helper:
@@ -107,18 +107,18 @@ def _enter_user_namespace() -> None:
                 _write_outside(f"/proc/{parent}/setgroups", "deny")
                 _write_outside(f"/proc/{parent}/gid_map", f"0 {gid} 1\n{extra}")
                 _write_outside(f"/proc/{parent}/uid_map", f"0 {uid} 1\n{extra}")
-                os.write(tell, b"+")
+                os.write(reply, b"+")
         except OSError as error:
-            os.write(tell, str(error).encode())
+            os.write(reply, str(error).encode())
         os._exit(0)
     os.close(asked)
-    os.close(tell)
+    os.close(reply)
     _call("unshare", NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS)
     os.write(ask, b"+")
-    answer = os.read(told, 500)
+    answer = os.read(replied, 500)
     os.waitpid(helper, 0)
     os.close(ask)
-    os.close(told)
+    os.close(replied)
     if answer != b"+":
         raise OSError(f"mapping user ids: {answer.decode()}")
 

@@ -43,7 +43,7 @@ def choose_id() -> int | None:
 
 
 def read_capabilities() -> int:
-    """Those in effect."""
+    """This process's effective capabilities, as the kernel's bit mask."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
 

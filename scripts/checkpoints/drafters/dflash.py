@@ -90,7 +90,7 @@ class DrafterAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU block: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, shape: DrafterShape) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         context_positions: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """As `LagunaDrafter.forward`."""
+        """Final hidden states of a block, shapes as `LagunaDrafter.forward`."""
         context = self.hidden_norm(self.fc(hidden_states.flatten(2)))
         x = block
         for layer in self.layers:

@@ -125,9 +125,9 @@ class GatewayProtocol(StrictProtocol):
             self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """The head is there: of a request for an engine, for the gateway itself, or one to be read without its upgrade.
+        """The head of a request is there.
 
-        An offer to upgrade is not taken.
+        It is of a request for an engine, for the gateway itself, or of one to be read without its offer to upgrade.
         """
         self._head_bytes, self._framing_bytes = None, 0
         parser = self.parser
@@ -233,7 +233,7 @@ class GatewayProtocol(StrictProtocol):
             self.transport.abort()
 
     def _watch(self) -> None:
-        """What is awaited must come in time, counted from where its waiting began.
+        """Set the timer for what is awaited, counted from where its waiting began.
 
         Most requests come whole, and are not waited for.
         """

@@ -69,8 +69,8 @@ def read_schedule(value: Any) -> Any:
         text = endpoint.read_file(value, "gamma_schedule", MAX_SCHEDULE_BYTES)
         return json.loads(text)["schedule"]["num_speculative_tokens_per_batch_size"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        told = str(error) if isinstance(error, ValueError) else "JSON without it"
-        raise ValueError(f"expected a schedule or a sweep.json, got {value!r}: {told}") from None
+        reason = str(error) if isinstance(error, ValueError) else "JSON without it"
+        raise ValueError(f"expected a schedule or a sweep.json, got {value!r}: {reason}") from None
 
 
 Name = Annotated[str, AfterValidator(_check_name)]

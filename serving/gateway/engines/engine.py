@@ -72,7 +72,10 @@ class Engine:
         return self.is_up(time.monotonic())
 
     def is_up(self, now: float) -> bool:
-        """May it be sent something? After a cool-down one failure more is enough to leave it alone again."""
+        """Whether it may be sent something at `now`.
+
+        After a cool-down one failure more is enough to leave it alone again.
+        """
         return self.healthy is not False and not self.away and self.fenced is None and now >= self.open_until
 
     def is_last_resort(self) -> bool:
@@ -124,7 +127,7 @@ class Engine:
         self.note_success()
 
     def note_miss(self, reason: str, enough: int, *, silent: bool) -> None:
-        """A health check failed.
+        """Note a failed health check.
 
         It is down after `enough` of them in a row (1: this one is certain), or where none ever succeeded.
         """

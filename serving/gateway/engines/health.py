@@ -120,7 +120,7 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
 
 
 async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:
-    """An engine that has come (back): after an update it may have weights from before.
+    """Read the weights' version of an engine that has come (back): after an update it may have weights from before.
 
     Only engines with VLLM_SERVER_DEV_MODE=1 tell, and only those can be updated.
     """

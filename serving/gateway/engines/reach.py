@@ -24,7 +24,7 @@ MAX_REMEMBERED_BYTES = 1 << 20
 
 
 class Request(Protocol):
-    """Who wants to be sent.
+    """A request that wants to be sent.
 
     `engine` is the one whose slot it has, `arrived_s` when it got it, `cause` what kept it from the last one.
     """

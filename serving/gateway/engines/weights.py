@@ -59,8 +59,8 @@ class StepError(Exception):
     """A step failed on some engines; `errors` by engine."""
 
     def __init__(self, step: str, errors: Mapping[Engine, str]) -> None:
-        told = "; ".join(f"{engine.name}: {error}" for engine, error in errors.items())
-        super().__init__(f"{step}: {told}")
+        causes = "; ".join(f"{engine.name}: {error}" for engine, error in errors.items())
+        super().__init__(f"{step}: {causes}")
         self.errors = errors
 
 
@@ -122,8 +122,8 @@ class WeightGroup:
         """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
         parts = _list_parts(request)
         if missing := self._list_needed() - parts:
-            told = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
-            return self._report("unchanged", f"update: {told}")
+            fault = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
+            return self._report("unchanged", f"update: {fault}")
         try:
             if request.weight_version is not None:
                 await self.call(VERSION_PATH, self.pool.engines, method="GET")  # what will be asked at the end

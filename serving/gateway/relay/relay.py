@@ -128,7 +128,7 @@ class Relay:
             raise errors.body_too_large(most)
 
     def hold(self, exchange: Exchange, size: int) -> None:
-        """Of a request's body there are so many bytes by now.
+        """Count the bytes that have come of a request's body by now.
 
         Raises GatewayError: 413, or 429 they are too many together with all that wait.
         """
@@ -150,7 +150,7 @@ class Relay:
             exchange.fail(errors.failed())
 
     def _route(self, exchange: Exchange, body: bytes) -> None:
-        """By the body's `model`; what names none goes to the only model, or to the first.
+        """Choose the pool by the body's `model`; what names none goes to the only model, or to the first.
 
         With one model, what it is called otherwise is its engines' to know if they know names, and what is wrong with a
         body theirs to say.

@@ -30,7 +30,7 @@ async def read_metrics(session: aiohttp.ClientSession, endpoint: Endpoint) -> st
 
 
 def merge(texts: Mapping[tuple[str, str], str]) -> str:
-    """One exposition of the engines' (by model and upstream), and their acceptance lengths as a gauge.
+    """One exposition out of the engines' (by model and upstream), with their acceptance lengths as a gauge.
 
     A family's samples stay together, as the format asks.
     """

@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests by outcome, times and tokens of every engine, and the state of the engines.
+"""What Prometheus scrapes: requests by outcome, times and tokens of every engine, and the state of the engines.
 
 Written several times per event of a stream, so the numbers are plain attributes; they become samples at a scrape.
 """

@@ -43,7 +43,7 @@ class Waits(NamedTuple):
 
 
 class Receiver(Protocol):
-    """Who is told of an answer. After `on_end` or `on_error` nothing more comes."""
+    """Receives an answer. After `on_end` or `on_error` nothing more comes."""
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Status and headers, names in lower case."""
@@ -52,7 +52,7 @@ class Receiver(Protocol):
         """A piece of the body, freed of its framing: a chunk, or the part of one that has arrived."""
 
     def on_pause(self) -> None:
-        """All that has arrived by now was told."""
+        """All that has arrived by now was passed on."""
 
     def on_end(self) -> None:
         """The answer is complete."""
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._begun = self._unanswered = self._unread = False
 
     def request(self, data: bytes, receiver: Receiver, waits: Waits, *, bodiless: bool) -> None:
-        """Send a whole request, framed; `receiver` is told of its answer.
+        """Send a whole request, framed; `receiver` gets its answer.
 
         `bodiless`: the answer will have no body, whatever its headers say (HEAD).
         """
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def abort(self) -> None:
-        """Leave in the middle: the engine aborts its work. The receiver is not told."""
+        """Leave in the middle: the engine aborts its work. The receiver is not called."""
         self._release()
         self.close()
 

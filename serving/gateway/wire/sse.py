@@ -107,7 +107,7 @@ class ResponseStream(EventStream):
         return passed
 
     def render_error(self, error: GatewayError, path: str) -> bytes:
-        """`error` and `response.failed`."""
+        """The two last events, `error` and `response.failed`."""
         response = self._response or {"id": "resp_unknown", "object": "response", "created_at": int(time.time())}
         code = error.code if error.code == "rate_limit_exceeded" else "server_error"
         about = {"code": code, "message": error.message}

@@ -96,7 +96,7 @@ def say(
     name: str = "",
     **more: Any,
 ) -> Settings:
-    """Of an endpoint that knows these answers to each problem, and gives the first, or the one that `choose` says.
+    """Settings of an endpoint that knows these answers to each problem, and gives the first, or as `choose` says.
 
     It counts `drafts` per answer, fails for `broken` prompts and notes its `name` in the `log` with every request.
     """

@@ -1,4 +1,4 @@
-"""A mock of .venv-evals: its python notes how it was called and leaves a result file, or fails as told."""
+"""A mock of .venv-evals: its python notes how it was called and leaves a result file, or fails as its settings say."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TEXT = "def add(a, b):\n    return a + b\n"
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-class StandInEngine:
+class MockLossEngine:
     """Takes the launcher's place.
 
     A token costs its id ÷ 100 nats, and more by what is in `added` under a part of the checkpoint's path; `dies` names
@@ -42,7 +42,7 @@ class StandInEngine:
         losses = {token: token / 100 + more for token in range(256)}
         self._fake = MockEngine(scoring(max_model_len=500, losses=losses, die_after=2 if self._dies else None))
 
-    def __enter__(self) -> StandInEngine:
+    def __enter__(self) -> MockLossEngine:
         self.started.append(self.name)
         self._fake.__enter__()
         self.base_url = self._fake.url
@@ -57,8 +57,8 @@ class StandInEngine:
 
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> type[StandInEngine]:
-    made = type("Made", (StandInEngine,), {"added": {"ranked-10": 0.01, "ranked-20": 0.02, "random": 0.05}})
+def engines(monkeypatch: pytest.MonkeyPatch) -> type[MockLossEngine]:
+    made = type("Made", (MockLossEngine,), {"added": {"ranked-10": 0.01, "ranked-20": 0.02, "random": 0.05}})
     made.started = []
     monkeypatch.setattr(arms, "Engine", made)
     return made
@@ -98,7 +98,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.mark.usefixtures("no_tools")
-def test_curve_is_what_the_engines_say(engines: type[StandInEngine], run: Run, tmp_path: Path) -> None:
+def test_curve_is_what_the_engines_say(engines: type[MockLossEngine], run: Run, tmp_path: Path) -> None:
     status, result, output = run()
     assert status == 0, output
     assert [point["share"] for point in result["points"]] == [0.1, 0.2]
@@ -123,7 +123,7 @@ def test_curve_is_what_the_engines_say(engines: type[StandInEngine], run: Run, t
 
 
 @pytest.mark.usefixtures("no_tools")
-def test_ranked_masks_that_are_no_better_fall_short(engines: type[StandInEngine], run: Run) -> None:
+def test_ranked_masks_that_are_no_better_fall_short(engines: type[MockLossEngine], run: Run) -> None:
     engines.added = {"ranked-20": 0.05, "ranked-10": 0.01, "random": 0.05}
     status, result, _ = run()
     assert status == 1
@@ -131,7 +131,7 @@ def test_ranked_masks_that_are_no_better_fall_short(engines: type[StandInEngine]
 
 
 @pytest.mark.usefixtures("no_tools")
-def test_engine_that_dies_keeps_what_was_measured(engines: type[StandInEngine], run: Run) -> None:
+def test_engine_that_dies_keeps_what_was_measured(engines: type[MockLossEngine], run: Run) -> None:
     engines.dies = "ranked-20pct"
     status, _, output = run()
     assert status == 2
@@ -144,7 +144,7 @@ def test_engine_that_dies_keeps_what_was_measured(engines: type[StandInEngine], 
 
 
 @pytest.mark.usefixtures("no_tools")
-def test_another_measurements_folder_is_refused(engines: type[StandInEngine], run: Run) -> None:
+def test_another_measurements_folder_is_refused(engines: type[MockLossEngine], run: Run) -> None:
     assert run()[0] == 0
     engines.started.clear()
     status, _, output = run("--rows", "3")
@@ -164,7 +164,7 @@ def test_another_measurements_folder_is_refused(engines: type[StandInEngine], ru
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(
-    engines: type[StandInEngine], run: Run, more: list[str], message: str
+    engines: type[MockLossEngine], run: Run, more: list[str], message: str
 ) -> None:
     status, _, output = run(*more)
     assert status == 2
@@ -180,7 +180,7 @@ def test_tool_that_fails_is_quoted_in_one_line(tmp_path: Path) -> None:
 
 
 def test_tools_make_the_models(
-    engines: type[StandInEngine], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engines: type[MockLossEngine], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pruned: dict[str, int] = {}
     real = pruning_arms.run_script

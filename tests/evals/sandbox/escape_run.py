@@ -104,7 +104,7 @@ class Victims:
         return made
 
     def describe(self) -> dict[str, Any]:
-        """The world, as a program is told of it."""
+        """The world, as a program gets to know it."""
         return {
             "token": self.token,
             "folder": str(self.folder),

@@ -1,4 +1,4 @@
-"""Run as a script: may a program without walls read or write the fork servers through /proc? Prints what it is told.
+"""Run as a script: may a program without walls read or write the fork servers through /proc? Prints what it finds.
 
 Without capabilities, as an ordinary user's processes are: the kernel keeps a process with them from one without.
 """

@@ -54,7 +54,7 @@ def is_server(process: psutil.Process) -> bool:
 def _nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After every test no process but the fork servers is left that was not there before, and no temporary folder.
 
-    Nor is any that has no fork server.
+    Once those are stopped, no new process is left at all.
     """
     # A folder of this test's own: others run beside it.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))

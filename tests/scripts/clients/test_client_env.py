@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# Answers as a Python that can make an environment, in which pip ends as told.
+# Answers as a Python that can make an environment, in which pip ends as the test says.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m venv .venv-evals") mkdir -p .venv-evals/bin && cp "$0" .venv-evals/bin/python ;;

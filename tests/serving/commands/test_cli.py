@@ -1,4 +1,4 @@
-"""The laguna command: help, one-line errors, exit statuses, and a server that ends when it is told to."""
+"""The laguna command: help, one-line errors, exit statuses, and a server that ends on a signal."""
 
 from __future__ import annotations
 

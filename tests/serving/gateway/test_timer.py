@@ -1,4 +1,4 @@
-"""The timer of a client's connection, on a loop whose time is told."""
+"""The timer of a client's connection, on a loop with a controlled clock."""
 
 from __future__ import annotations
 

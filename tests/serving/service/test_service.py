@@ -1,4 +1,4 @@
-"""laguna serve when its engine dies: the cause is told, requests wait for the next one, streams end with an error."""
+"""laguna serve when its engine dies: the cause is reported, requests wait for the next one, streams end with an error."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_until(server: subprocess.Popen[str], mark: str) -> list[str]:
 
 
 def wait_until_refused(port: int) -> None:
-    """Until nobody listens.
+    """Wait until nobody listens on the port.
 
     What reaches an engine that dies is in flight; of one that is gone the gateway may not know yet.
     """

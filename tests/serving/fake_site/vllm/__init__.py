@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: just enough of its registry, plugin loader and server to test what starts and inspects it."""
+"""A fake vLLM: just enough of its registry, plugin loader and server to test what starts and inspects it."""
 
 import importlib
 from typing import ClassVar
