@@ -122,7 +122,7 @@ def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
         command += ["--apply_chat_template"]
         generation |= {"chat_template_kwargs": target.template} if target.template else {}
     elif suite.run == "generate":
-        # The harness's own models put no token before a prompt; vLLM does unless it is told.
+        # The harness's own models put no token before a prompt; vLLM does unless it is asked not to.
         generation["add_special_tokens"] = False
     if target.max_tokens is not None and suite.run == "generate":
         generation["max_gen_toks"] = target.max_tokens

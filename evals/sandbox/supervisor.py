@@ -73,7 +73,7 @@ class _Child:
     output: bytearray = field(default_factory=bytearray)
     # What it said when its walls were up: which ones.
     started: bytes = b""
-    # The process that we know is outside of the jail: told to end, it kills the jail's first one and buries it.
+    # The process that we know is outside of the jail: terminated, it kills the jail's first one and buries it.
     has_watcher: bool = False
 
 

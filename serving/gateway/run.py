@@ -26,7 +26,7 @@ from laguna_serve.serving.gateway.server import GatewayServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 
-# What a gateway that was told to stop at once may take for it.
+# What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0
 
 

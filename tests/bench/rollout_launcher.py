@@ -1,4 +1,4 @@
-"""Takes the launcher's place where rollouts are measured: mock engines with groups, new weights and a controlled clock."""
+"""Takes the launcher's place for rollouts: mock engines with groups, new weights and a controlled clock."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Settings:
     the rival at a flip; `next_top` is said to a prompt of token ids. A prompt's token costs `losses[token]`, or `loss`;
     `spoil` spoils these answers. `sharpen` is the share of samples that are the likeliest instead.
 
-    How fast: a chunk of `chunk_tokens` takes `delay_s`, told to `clock` where there is one. All but the first
+    How fast: a chunk of `chunk_tokens` takes `delay_s`, of `clock` where there is one. All but the first
     answer wait until `together` requests have been in flight at once.
 
     What it counts: drafts of `gamma` tokens, if `count_drafts`, or `drafts_per_answer` of which all but one token is

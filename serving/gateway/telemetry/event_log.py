@@ -16,7 +16,7 @@ LEVELS = {
     "laguna_serve": logging.INFO,
     "uvicorn": logging.ERROR,
     "asyncio": logging.ERROR,
-    "python_multipart": logging.ERROR,  # warns of a form that cannot be read, which its sender is told
+    "python_multipart": logging.ERROR,  # warns of a form that cannot be read, which its sender learns
 }
 
 

@@ -84,8 +84,7 @@ class ResponseStream(EventStream):
     """A stream of /v1/responses.
 
     It ends as OpenAI's does, in `error` and then `response.failed`: the SDKs raise for the first, Codex waits for the
-    second. Both go on with the stream's sequence numbers, and the failed response is the one that its first event told
-    of.
+    second. Both go on with the stream's sequence numbers, and the failed response is the one of its first event.
     """
 
     def __init__(self) -> None:

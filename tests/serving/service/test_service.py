@@ -1,4 +1,4 @@
-"""laguna serve when its engine dies: the cause is reported, requests wait for the next one, streams end with an error."""
+"""laguna serve when its engine dies: the cause is reported, requests wait for the next, streams end in an error."""
 
 from __future__ import annotations
 
