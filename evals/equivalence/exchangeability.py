@@ -26,7 +26,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def find_apart_p(problems: Sequence[Bools]) -> float:
-    """One-sided p that pairs of one answer of each arm differ more often than relabelled answers would.
+    """One-sided p-value: pairs of one answer of each arm differ more often than relabelled answers would.
 
     The statistic is the number of such pairs over all problems; its null distribution is the convolution of the
     problems' own, each over all C(2k, k) labellings. It sees arms that prefer different answers, and is nearly blind to
@@ -43,7 +43,7 @@ def find_apart_p(problems: Sequence[Bools]) -> float:
 
 
 def find_scatter_p(problems: Sequence[Bools]) -> float:
-    """One-sided p that the candidate parts from itself on more problems than the baseline does from itself.
+    """One-sided p-value: the candidate parts from itself on more problems than the baseline does from itself.
 
     McNemar's test, exact: a problem on which one arm alone is unsteady is as likely to be either's.
     """

@@ -96,7 +96,7 @@ def test_difference_of_trainer_and_engine_is_found_on_sampled_tokens(teacher: An
 
 
 def test_tokens_behind_a_tie_of_experts_are_told_apart(teacher: Any) -> None:
-    """An engine that rounds otherwise is the trainer's own log-probabilities with the other of two tied experts."""
+    """An engine that rounds otherwise reports what the trainer computes with the other of two tied experts."""
     batch = make_batch([rollout(1.0, tokens=6, prompt=5), rollout(0.0, tokens=6, prompt=5)])
     router = teacher.model.layers[2].mlp.gate
     row, place = 1, 7
