@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
   -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[bench,evals]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
-modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './evals/spec_rl/*' | wc -l)
+modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './docs/*' ! -path './examples/*' ! -path './evals/spec_rl/*' | wc -l)
 cd "$work"
 venv/bin/python - "$modules" <<'PYTHON'
 """Every module of the repository is in the wheel, and what runs beside an engine imports without one."""

@@ -190,7 +190,7 @@ class MockEngine(MockServer):
             said = {"message": {"role": "assistant", "content": answer}} if "messages" in body else {"text": answer}
             answer = {
                 "id": "1",
-                "object": "x",
+                "object": "chat.completion",
                 "created": 1,
                 "model": "fake",
                 "choices": [{"index": 0, "finish_reason": "stop", **said}],
