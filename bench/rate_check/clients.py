@@ -83,7 +83,7 @@ def measure_both(
             if side == CLIENT:
                 rates[side].append(asyncio.run(_measure_client(config, name, prompts)))
             else:
-                rates[side].append(_measure_vllm(config, name, dataset, len(prompts)))
+                rates[side].append(measure_vllm(config, name, dataset, len(prompts)))
     if asyncio.run(_count_hits(config.url)) != hits_before:
         raise CrosscheckError("prefix cache: expected no hits, got some; start the engine with prefix caching off")
     return rates
@@ -109,7 +109,7 @@ async def _measure_client(config: CrosscheckConfig, name: str, prompts: list[Pro
     return sum(len(record.token_ids) for record in records) / wall_s(records)
 
 
-def _measure_vllm(config: CrosscheckConfig, name: str, dataset: Path, count: int) -> float:
+def measure_vllm(config: CrosscheckConfig, name: str, dataset: Path, count: int) -> float:
     path = dataset.with_name("vllm.json")
     flags = ["--backend", "openai", "--endpoint", "/v1/completions", "--base-url", config.url, "--model", config.model]
     flags += ["--served-model-name", name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -19,7 +18,8 @@ import pytest
 from gateway_fakes import Gateway, Reply, Upstream, gateway, make_request, read_reply, wait_until
 from safetensors.torch import load_file, save_file
 
-from laguna_serve.bench import crosscheck
+from laguna_serve.bench.crosscheck import CrosscheckConfig
+from laguna_serve.bench.rate_check.clients import measure_vllm
 from laguna_serve.serving.engine import Engine
 
 TOY = Path(__file__).parents[2] / "toy"
@@ -121,8 +121,8 @@ def test_curl_works(front: Gateway, fp32_engine: Engine) -> None:
 def test_vllms_benchmark_works(front: Gateway, fp32_engine: Engine, tmp_path: Path) -> None:
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(6)))
-    args = argparse.Namespace(url=front.url, model=str(TOY / "teacher"), max_tokens=8, concurrency=3)
-    assert crosscheck._measure_theirs(args, fp32_engine.model_name, dataset, 6) > 0
+    config = CrosscheckConfig(url=front.url, model=str(TOY / "teacher"), prompts=dataset, max_tokens=8, concurrency=3)
+    assert measure_vllm(config, fp32_engine.model_name, dataset, 6) > 0
     front.wait_idle()
 
 
