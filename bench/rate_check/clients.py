@@ -110,6 +110,11 @@ async def _measure_client(config: CrosscheckConfig, name: str, prompts: list[Pro
 
 
 def measure_vllm(config: CrosscheckConfig, name: str, dataset: Path, count: int) -> float:
+    """Tok/s of vLLM's own benchmark over `dataset`, in its own format; `name` is the served model's.
+
+    Raises:
+        CrosscheckError: it ended badly, or not all of `count` requests were answered.
+    """
     path = dataset.with_name("vllm.json")
     flags = ["--backend", "openai", "--endpoint", "/v1/completions", "--base-url", config.url, "--model", config.model]
     flags += ["--served-model-name", name]
