@@ -59,7 +59,7 @@ def test_env_server_gives_the_rewards_of_the_command(tmp_path: Path) -> None:
         assert trace["info"]["grade"]["tests_total"] == 4
     refused = traces[-1]
     assert (refused["ok"], refused["rewards"], refused["errors"][0]["type"]) == (False, {}, "ProviderError")
-    assert {(body["temperature"], body["max_tokens"]) for body in fake.seen} == {(1.0, 512)}
+    assert {(body["temperature"], body["max_tokens"]) for body in fake.bodies} == {(1.0, 512)}
     assert set(fake.keys) == {"Bearer EMPTY"}, "no key of another service"
 
 

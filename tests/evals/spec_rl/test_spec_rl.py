@@ -158,7 +158,7 @@ def test_command_reports_the_rewards(tmp_path: Path) -> None:
     assert found["T/4"]["info"]["grade"]["tests_passed"] == 2
     assert "class Any" in found["T/6"]["nodes"][-1]["message"]["content"], "the trace keeps the answer"
     assert read_tokens(found["T/0"]) == (PROMPT_IDS, ANSWER_IDS, [LOGPROB] * len(ANSWER_IDS))
-    assert {body["temperature"] for body in fake.seen} == {1.0}, "the run's sampling reaches the endpoint"
+    assert {body["temperature"] for body in fake.bodies} == {1.0}, "the run's sampling reaches the endpoint"
     refused = found[f"T/{asked - 1}"]
     assert (refused["ok"], refused["rewards"], refused["errors"][0]["type"]) == (False, {}, "ProviderError")
     assert set(fake.sessions) == {trace["id"] for trace in traces}
