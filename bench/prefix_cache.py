@@ -1,7 +1,7 @@
 """Does prefix caching cost a DFlash drafter its acceptance? Measured cold, warm, in chunks, in groups and preempted.
 
-Every scenario runs on engines started here; acceptance lengths come from vLLM's counters, intervals from the chunks of
-each request. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object
+Every scenario runs on engines started here; acceptance lengths and their intervals come from vLLM's counters, read
+after each request or group. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object
 (schema laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
 """
 

@@ -21,8 +21,8 @@ def render_markdown(result: PrefixCacheResult) -> str:
         "# Acceptance under prefix caching",
         "",
         f"{result.model}, drafter {result.draft}; {result.max_tokens} tokens per request, eager unless the"
-        " command says otherwise. Ratios of acceptance lengths; intervals are bootstrapped over prompts (of a"
-        " greedy group all copies together, sampled copies one by one).",
+        " command says otherwise. Ratios of acceptance lengths by vLLM's counters; intervals are bootstrapped over"
+        " what was sent together: a prompt, a group of copies, or prompts that lost their blocks to each other.",
         "",
         _tabulate_comparisons(result).to_markdown(),
         "",
@@ -45,13 +45,15 @@ def _tabulate_scenarios(result: PrefixCacheResult) -> Table:
 
 
 def _tabulate_comparisons(result: PrefixCacheResult) -> Table:
-    heads = ["comparison", "ratio", "95% interval", "prompts that differ", "verdict"]
+    heads = ["comparison", "ratio", "95% interval", "pairs", "answers that differ", "verdict"]
+    requests = {row.name: row.requests for row in result.scenarios}
     rows = []
     for row in result.comparisons:
         low, high = row.ci95
-        differing = "sampled" if row.differing is None else f"{row.differing} of {row.pairs}"
-        rows.append([row.name, _show(row.ratio), f"{low:.3f}–{high:.3f}", differing, row.verdict])
-    return Table("lrrrl", heads, rows)
+        differing = "sampled" if row.differing is None else f"{row.differing} of {requests[row.scenario]}"
+        interval = f"{low:.3f}–{high:.3f}"
+        rows.append([row.name, f"{row.ratio:.3f}", interval, str(row.pairs), differing, row.verdict])
+    return Table("lrrrrl", heads, rows)
 
 
 def _show(value: float | None) -> str:

@@ -37,7 +37,8 @@ class ComparisonResult(Struct, frozen=True, kw_only=True):
 
     Attributes:
         provoked_by: the counter that must have counted for it to mean anything.
-        ratio: by vLLM's counters; `ratio_by_chunks`, and with it the interval, by the chunks of every request.
+        ratio: by vLLM's counters, as is the interval; `ratio_by_chunks`: by what the client saw, for comparison only.
+        pairs: what was counted apart on both sides, and the interval was bootstrapped over.
         differing: requests whose tokens differ; None where they were sampled.
         verdict: "holds", "falls", or why there is none.
     """
@@ -46,7 +47,7 @@ class ComparisonResult(Struct, frozen=True, kw_only=True):
     scenario: str
     against: str
     provoked_by: str | None
-    ratio: float | None
+    ratio: float
     ratio_by_chunks: float
     ci95: tuple[float, float]
     pairs: int

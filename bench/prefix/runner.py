@@ -20,22 +20,22 @@ from laguna_serve.serving.kit.progress import Progress
 
 @dataclass(slots=True)
 class Outcome:
-    """What a scenario did: a record for every request, and the counters' delta."""
+    """What a scenario did: a record for every request, and the engine's counters after so many of them (0 first)."""
 
     scenario: Scenario
     records: list[Record]
-    delta: Counters
+    readings: dict[int, Counters]
 
     @property
-    def steps(self) -> list[tuple[int, int]]:
-        """Of every request the tokens that came in steps after the first, and these steps. One chunk is one step."""
-        return [(sum(r.chunk_tokens[1:]), len(r.chunk_tokens) - 1) for r in self.records]
+    def delta(self) -> Counters:
+        """What the engine counted over the whole scenario."""
+        return self.readings[len(self.records)].since(self.readings[0])
 
     @property
     def chunk_length(self) -> float:
-        """Tokens per step by the chunks."""
-        tokens, steps = sum(t for t, _ in self.steps), sum(s for _, s in self.steps)
-        return tokens / max(1, steps)
+        """Tokens per chunk after a stream's first. A server that lags joins steps, so this is at least acceptance."""
+        tokens = sum(sum(record.chunk_tokens[1:]) for record in self.records)
+        return tokens / max(1, sum(len(record.chunk_tokens) - 1 for record in self.records))
 
 
 def run_engines(config: PrefixCacheConfig, traffic: Traffic, progress: Progress, outcomes: dict[str, Outcome]) -> None:
@@ -71,16 +71,22 @@ async def _run_scenarios(
 
 
 async def _send(session: aiohttp.ClientSession, config: PrefixCacheConfig, arm: Arm, scenario: Scenario) -> Outcome:
-    before = await scrape_counters(session, arm.base_url)
+    reading = await scrape_counters(session, arm.base_url)
+    readings = {0: reading}
     records: list[Record] = []
     sampling = {"temperature": 1.0} if scenario.sampled else None
     client = Client(session, arm.base_url, arm.model_name or "", config.max_tokens, sampling)
     for prompts in scenario.rounds:
-        records += await client.run_round(prompts)
-    failed = next((record.error for record in records if record.error is not None), None)
-    if failed is not None:
-        arm.check()
-        raise EndpointError(f"{scenario.name}: a request failed: {failed}")
-    tokens = sum(len(record.token_ids) for record in records)
-    after = await settle_counters(session, arm.base_url, before, tokens)
-    return Outcome(scenario, records, after.since(before))
+        answers = await client.run_round(prompts)
+        failed = next((record.error for record in answers if record.error is not None), None)
+        if failed is not None:
+            arm.check()
+            raise EndpointError(f"{scenario.name}: a request failed: {failed}")
+        records += answers
+        tokens = sum(len(record.token_ids) for record in answers)
+        reading = await settle_counters(session, arm.base_url, reading, tokens)
+        readings[len(records)] = reading
+    outcome = Outcome(scenario, records, readings)
+    if outcome.delta.drafts <= 0:
+        raise EndpointError(f"{scenario.name}: expected drafts, got none by the engine's counters")
+    return outcome

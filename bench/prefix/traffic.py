@@ -18,6 +18,7 @@ from laguna_serve.bench.harness.schedule import Round
 from laguna_serve.serving.client.records import Prompt
 
 GROUP = 8
+TOGETHER = 8  # prompts that lose their blocks to each other in a small cache
 CHUNK_TOKENS = 128
 FOLLOW_UP = "\n\n\ndef main():\n    "
 REFERENCE = "no caching"
@@ -103,9 +104,10 @@ def plan_traffic(
     alone = tuple((prompt,) for prompt in shorts)
     long = tuple((prompt,) for prompt in longs)
     # Single prompts, as few tokens as can be, so that what grows in decoding outgrows what was admitted.
-    single = tuple((prompt,) for prompt in prompts[:count])
-    together = (tuple(prompts[:count]),)
-    groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(4, count // 2)])
+    singles = prompts[: TOGETHER * max(3, count // TOGETHER)]
+    single = tuple((prompt,) for prompt in singles)
+    together = tuple(tuple(singles[i : i + TOGETHER]) for i in range(0, len(singles), TOGETHER))
+    groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(6, count // 2)])
     few_groups = groups[: max(2, count // 4)]  # enough where copies say the same; sampled ones scatter
     size = ("--block-size", str(block_size))
     chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
