@@ -20,7 +20,7 @@ from laguna_serve.bench.certify import CertifyConfig, certify, list_own_specs
 from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.assemble import assemble
-from laguna_serve.bench.harness.prompts import load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import PromptsConfig, split_prompts
 from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
 from laguna_serve.bench.harness.result import AbResult, CertificateSummary, shorten
@@ -55,6 +55,9 @@ examples:
   a pruned checkpoint against the one it stands for:
     python bench/ab.py --model out/zeroed --candidate-model out/compact --dtype float32 \\
         --prompts tests/toy/prompts.jsonl --out out/pruned
+  as users ask: through the chat template, answers end by themselves:
+    python bench/ab.py --model tests/toy/teacher --draft tests/toy/dflash --chat --stop-at-eos \\
+        --prompts tests/toy/prompts.jsonl --out out/chat
   two servers that already run (vLLM, started without prefix caching):
     python bench/ab.py --baseline-url http://127.0.0.1:8000 --candidate-url http://127.0.0.1:8001 \\
         --prompts tests/toy/prompts.jsonl --out out/urls
@@ -70,12 +73,18 @@ On a GPU one engine fills the memory unless --kv-cache-gib is given; the arms ar
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbConfig(ArmsConfig):
+class AbConfig(PromptsConfig, ArmsConfig):
     """What to measure of two arms; the result files and the engines' logs go to `out`."""
 
-    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to measure")]
     num_prompts: Annotated[int | None, Flag("the first N prompts (default: all)", metavar="N", at_least=1)] = None
     max_tokens: Annotated[int, Flag("output tokens per prompt (default: 128)", metavar="N", at_least=1)] = 128
+    stop_at_eos: Annotated[
+        bool,
+        Flag(
+            "let answers end by themselves, as users' do; the candidate's acceptance past the end is counted apart, "
+            "untimed (default: every answer has N tokens)"
+        ),
+    ] = False
     concurrency: Annotated[int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1)] = 1
     sequential: Annotated[bool, Flag("one engine at a time, even if both would fit")] = False
     control: Annotated[int, Flag("prompts the baseline runs twice (default: 16; 0: none)", metavar="N", at_least=0)] = (
@@ -162,6 +171,8 @@ def beside(config: AbConfig, prompts: int | None) -> CertifyConfig:
     return CertifyConfig(
         **arms,
         prompts=config.prompts,
+        chat=config.chat,
+        thinking=config.thinking,
         num_prompts=prompts,
         max_tokens=config.max_tokens,
         concurrency=(config.concurrency,),
@@ -185,7 +196,7 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
         PromptsError: the prompts file cannot be used.
         EngineError: an arm could not be started; with `certify` also the certificate's own.
     """
-    prompts = load_prompts(config.prompts)
+    prompts = config.load_prompts()
     count = config.num_prompts
     if count is None and config.at_most is not None:
         count = min(config.at_most, len(prompts))
@@ -197,6 +208,7 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
         concurrency=config.concurrency,
         control=config.control,
         seed=config.seed,
+        stop_at_eos=config.stop_at_eos,
     )
     specs = make_spec(config, BASELINE), make_spec(config, CANDIDATE)
     check_specs([*specs, *(list_own_specs(beside(config, None)) if config.certify else [])])

@@ -32,7 +32,7 @@ from laguna_serve.bench.harness.arm_options import (
     parse_numbers,
 )
 from laguna_serve.bench.harness.arms import ArmSpec, check_specs
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
@@ -69,9 +69,16 @@ exit status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CertifyConfig(ArmsConfig):
+class CertifyConfig(PromptsConfig, ArmsConfig):
     """What to certify, against which controls; the files go to `out`."""
 
+    num_prompts: Annotated[
+        int | None, Flag(f"the first N (default: at most {DEFAULT_PROMPTS})", metavar="N", at_least=1)
+    ] = None
+    max_tokens: Annotated[int, Flag("output tokens per prompt (default: 128)", metavar="N", at_least=1)] = 128
+    concurrency: Annotated[
+        tuple[int, ...], Flag("requests in flight (default: 1,4,16)", metavar="N,…", parse=parse_numbers)
+    ] = (1, 4, 16)
     row_matched: Annotated[
         Literal["random", "synthetic", "none"],
         Flag(
@@ -82,14 +89,6 @@ class CertifyConfig(ArmsConfig):
     row_matched_url: Annotated[str | None, Flag("an endpoint that is that control", metavar="U")] = None
     replay: Annotated[bool, Flag("leave the third path out: in float32 it takes twice a 16-bit model's memory")] = True
     reference_url: Annotated[str | None, Flag("an endpoint of the exact model, for the replay", metavar="U")] = None
-    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to certify")]
-    num_prompts: Annotated[
-        int | None, Flag(f"the first N (default: at most {DEFAULT_PROMPTS})", metavar="N", at_least=1)
-    ] = None
-    max_tokens: Annotated[int, Flag("output tokens per prompt (default: 128)", metavar="N", at_least=1)] = 128
-    concurrency: Annotated[
-        tuple[int, ...], Flag("requests in flight (default: 1,4,16)", metavar="N,…", parse=parse_numbers)
-    ] = (1, 4, 16)
     out: Annotated[Path, Flag("folder for the certificate", metavar="DIR")]
 
     QUICK: ClassVar = Quick(
@@ -143,7 +142,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         PromptsError, CheckpointError: an input cannot be used, or the folder holds another certificate's passes.
         EngineError: an engine could not be started.
     """
-    prompts = load_prompts(config.prompts)
+    prompts = config.load_prompts()
     if config.num_prompts is not None and config.num_prompts > len(prompts):
         expected = f"expected at most {len(prompts)}, got {config.num_prompts}"
         raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")

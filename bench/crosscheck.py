@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from laguna_serve.bench.harness.prompts import load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.rate_check.clients import CrosscheckConfig, measure_both
 from laguna_serve.bench.rate_check.result import CLIENT, VLLM, CrosscheckResult, render_text
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
@@ -55,7 +55,7 @@ def crosscheck(config: CrosscheckConfig) -> CrosscheckResult:
         PromptsError: the prompts file cannot be used.
         EndpointError, CrosscheckError: a side failed, or the prefix cache helped whoever came second.
     """
-    prompts, warmup = split_prompts(load_prompts(config.prompts), config.num_prompts, WARMUP_PROMPTS)
+    prompts, warmup = split_prompts(load_texts(config.prompts), config.num_prompts, WARMUP_PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_both(config, prompts, warmup, Path(folder))
     ratio = statistics.median(rates[CLIENT]) / statistics.median(rates[VLLM])

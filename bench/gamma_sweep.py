@@ -21,7 +21,6 @@ from laguna_serve.bench.gamma.points import claim_points, measure_missing, read_
 from laguna_serve.bench.gamma.report import render_markdown, render_text
 from laguna_serve.bench.gamma.result import SweepResult, shorten
 from laguna_serve.bench.harness.arms import check_specs
-from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
@@ -89,7 +88,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     First the points, then ablations and mixed load where they are asked for. Raises as `sweep`.
     """
     progress, environment = Progress(), read_environment(current_argv())
-    gammas, prompts = config.list_gammas(), load_prompts(config.prompts)
+    gammas, prompts = config.list_gammas(), config.load_prompts()
     if not is_begun(config.points):
         check_specs([*map(config.make_spec, (None, *gammas)), *list_ablation_specs(config, max(gammas))])
     claim_points(config, environment)

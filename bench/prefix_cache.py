@@ -1,8 +1,8 @@
 """Does prefix caching cost a DFlash drafter its acceptance? Measured cold, warm, in chunks, in groups and preempted.
 
 Every scenario runs on engines started here; acceptance lengths and their intervals come from vLLM's counters, read
-after each request or group. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object
-(schema laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
+after each request or group. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is
+one JSON object (schema laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec import structs
 
 from laguna_serve.bench.harness.arms import check_specs
-from laguna_serve.bench.harness.prompts import load_prompts
+from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.prefix.report import render_markdown, render_text
 from laguna_serve.bench.prefix.result import PrefixCacheResult, shorten
@@ -67,7 +67,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     progress = Progress()
     lengths = config.characters, 2 * config.characters
     traffic = plan_traffic(
-        load_prompts(config.prompts), config.num_prompts, lengths, config.small_blocks, config.block_size
+        load_texts(config.prompts), config.num_prompts, lengths, config.small_blocks, config.block_size
     )
     check_specs(map(config.make_spec, traffic.engines))
     config.out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laguna_serve.bench.harness.arms import check_specs
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.sampled.completions import draw_completions
 from laguna_serve.bench.sampled.options import SamplingConfig
 from laguna_serve.bench.sampled.report import render_markdown, render_text
@@ -92,7 +92,7 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
 
 def choose_prompts(config: SamplingConfig) -> list[Prompt]:
     """The first prompts of the file. Raises PromptsError when there are too few."""
-    prompts = load_prompts(config.prompts)
+    prompts = config.load_prompts()
     if config.num_prompts > len(prompts):
         expected = f"expected at most {len(prompts)}, got {config.num_prompts}"
         raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")

@@ -56,7 +56,7 @@ async def run_pass(
     before = len(answers.by_id)
 
     async def work(prompt: Prompt) -> None:
-        answers.add(prompt.id, await client.probe(prompt.text))
+        answers.add(prompt.id, await client.probe(prompt))
         report(len(answers.by_id) - before)
 
     await run_closed_loop(waiting, concurrency, work)

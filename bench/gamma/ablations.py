@@ -118,8 +118,8 @@ async def _ask(arm: Arm, prompts: Sequence[Prompt], max_tokens: int) -> _Asked:
         client = Client(session, arm.base_url, model_name, max_tokens)
         answers, losses = [], []
         for prompt in prompts:
-            answers.append(list((await client.probe(prompt.text)).token_ids))
-            losses += await client.score(prompt.text)
+            answers.append(list((await client.probe(prompt)).token_ids))
+            losses += await client.score(prompt)
     return _Asked(answers, sum(losses) / len(losses), len(losses))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from laguna_serve.bench.harness.arm_options import TimedDrafterConfig, choose_gammas, parse_numbers
 from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick
@@ -49,7 +50,7 @@ def parse_ablation(text: str) -> Ablation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TimedDrafterConfig):
+class SweepConfig(PromptsConfig, TimedDrafterConfig):
     """Which γ to measure at which concurrency, on what; the files go to `out`."""
 
     gammas: Annotated[
@@ -59,11 +60,9 @@ class SweepConfig(TimedDrafterConfig):
             metavar="N,…",
             at_least=1,
             parse=parse_numbers,
-            group="what to measure",
         ),
     ] = None
     concurrency: Annotated[tuple[int, ...], Flag("default: 1", metavar="N,…", at_least=1, parse=parse_numbers)] = (1,)
-    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE")]
     num_prompts: Annotated[int, Flag("the first N prompts (default: 32)", metavar="N", at_least=1)] = 32
     max_tokens: Annotated[int, Flag("output tokens per prompt (default: 96)", metavar="N", at_least=1)] = 96
     stack: Annotated[

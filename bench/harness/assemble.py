@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Set
 
 import msgspec
+from msgspec import UNSET
 
 from laguna_serve.bench.harness.result import (
     AbResult,
@@ -19,7 +20,7 @@ from laguna_serve.bench.harness.result import (
     Withheld,
     Workload,
 )
-from laguna_serve.bench.harness.runner import ArmRun, Run, wall_s
+from laguna_serve.bench.harness.runner import ArmRun, Run, counter_delta, wall_s
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan
 from laguna_serve.bench.harness.validity import (
     ACCEPTANCE,
@@ -27,13 +28,12 @@ from laguna_serve.bench.harness.validity import (
     INTERVAL,
     PARITY,
     SPEEDUP,
-    counter_delta,
     find_refusals,
 )
 from laguna_serve.bench.stats import intervals
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import NOISE_MULTIPLE, Verdict, classify, find_mismatch, measure_noise
-from laguna_serve.serving.client.counters import summarise_acceptance
+from laguna_serve.serving.client.counters import Counters, summarise_acceptance
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.kit.environment import Environment
 
@@ -55,11 +55,14 @@ def assemble(
             concurrency=plan.concurrency,
             seed=plan.seed,
             interleaved=run.interleaved,
+            ignore_eos=not plan.stop_at_eos,
+            chat_prompts=sum(prompt.chat is not None for prompt in plan.prompts),
         ),
         arms={name: _describe_arm(run.arms[name], f"arms.{name}" in withheld) for name in ARMS},
         speedup=_describe_speedup(run, plan, withheld),
         parity=_describe_parity(run, dtype, withheld),
-        acceptance=_describe_acceptance(run, ACCEPTANCE in withheld),
+        acceptance=_describe_acceptance(None if ACCEPTANCE in withheld else counter_delta(run.arms[CANDIDATE])),
+        forced_acceptance=UNSET if (forced := run.arms[CANDIDATE].forced) is None else _describe_acceptance(forced),
         refused=[Withheld(figure=refusal.figure, reason=refusal.reason) for refusal in refusals],
         requests={
             name: ArmRequests(
@@ -103,6 +106,7 @@ def _describe_arm(arm: ArmRun, withheld: bool) -> ArmResult:
         **_summarise_times([] if withheld else records),
         memory=arm.memory,
         counters=counter_delta(arm),
+        ended=sum(record.finish_reason == "stop" for record in records),
     )
 
 
@@ -185,7 +189,6 @@ def _compare_control(arm: ArmRun) -> ControlResult | None:
     return ControlResult(prompts=len(pairs), mismatches=mismatches)
 
 
-def _describe_acceptance(run: Run, withheld: bool) -> ArmAcceptance:
-    delta = counter_delta(run.arms[CANDIDATE])
-    acceptance = None if withheld or delta is None else summarise_acceptance(delta)
+def _describe_acceptance(delta: Counters | None) -> ArmAcceptance:
+    acceptance = None if delta is None else summarise_acceptance(delta)
     return ArmAcceptance() if acceptance is None else msgspec.convert(acceptance, ArmAcceptance, from_attributes=True)

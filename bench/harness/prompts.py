@@ -1,4 +1,7 @@
-"""Prompts for a benchmark: one JSON object per line with a "prompt" and, if wanted, an "id".
+"""Prompts for a benchmark: one JSON object per line with a "prompt" or "messages" and, if wanted, an "id".
+
+A "prompt" is continued as it stands. "messages" (with "tools" and "chat_template_kwargs", if wanted) go through the
+model's own chat template, as users' requests do.
 
 Bad input is refused before any engine starts, with the file and the line, because a benchmark over prompts that were
 silently skipped or repeated answers another question than the one asked.
@@ -7,25 +10,67 @@ silently skipped or repeated answers another question than the one asked.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags import Flag
 
 SYNTHETIC_LINE = "def warm_up_{index}(value):\n    return value + {index}\n\n"
+
+
+CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
+
+Thinking = Literal["on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """A prompts file, and whether its prompts are continued or asked."""
+
+    prompts: Annotated[
+        Path, Flag('JSONL, one {"prompt": "…"} or {"messages": […]} per line', metavar="FILE", group="what to measure")
+    ]
+    chat: Annotated[bool, Flag("ask each prompt as a user's message, through the model's chat template")] = False
+    thinking: Annotated[
+        Thinking | None, Flag("what the chat template is given as enable_thinking (default: nothing)")
+    ] = None
+
+    def load_prompts(self) -> list[Prompt]:
+        """Read them.
+
+        Raises:
+            PromptsError: the file cannot be used.
+        """
+        return load_prompts(self.prompts, self.chat, self.thinking)
 
 
 class PromptsError(CommandError, ValueError):
     """A prompts file that cannot be used; the message names the file and the line."""
 
 
-def load_prompts(path: Path) -> list[Prompt]:
-    """Read every prompt of a JSONL file, in order.
+def load_texts(path: Path) -> list[Prompt]:
+    """Read a file whose prompts must all be texts.
 
     Raises:
-        PromptsError: the file is missing or empty, a line is not a JSON object, lacks a non-empty "prompt", or repeats
-            an earlier prompt or id.
+        PromptsError: as `load_prompts`, or a line has messages.
+    """
+    prompts = load_prompts(path)
+    if (chat := next((prompt for prompt in prompts if prompt.chat is not None), None)) is not None:
+        expected = 'expected a "prompt" on every line here, as texts are joined or continued'
+        raise PromptsError(f"{path}: {expected}, got messages (id {chat.id}); give a file of texts")
+    return prompts
+
+
+def load_prompts(path: Path, chat: bool = False, thinking: Thinking | None = None) -> list[Prompt]:
+    """Read every prompt of a JSONL file, in order. `chat`: a "prompt" becomes a user's message.
+
+    Raises:
+        PromptsError: the file is missing or empty, a line is not a JSON object, has neither a non-empty "prompt" nor
+            "messages", or repeats an earlier prompt or id; or `thinking` is given and nothing goes through a template.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
@@ -38,7 +83,7 @@ def load_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt = _parse_line(path, number, line)
+        prompt = _parse_line(f"{path}:{number}", number, line, chat, thinking)
         for key in (("prompt", prompt.text), ("id", prompt.id)):
             if (first := seen.setdefault(key, number)) != number:
                 raise PromptsError(
@@ -47,11 +92,12 @@ def load_prompts(path: Path) -> list[Prompt]:
         prompts.append(prompt)
     if not prompts:
         raise PromptsError(f'{path}: expected lines like {{"prompt": "…"}}, got an empty file; add prompts')
+    if thinking is not None and all(prompt.chat is None for prompt in prompts):
+        raise PromptsError(f"--thinking: expected messages in {path}, or --chat, got texts to continue; add --chat")
     return prompts
 
 
-def _parse_line(path: Path, number: int, line: str) -> Prompt:
-    where = f"{path}:{number}"
+def _parse_line(where: str, number: int, line: str, chat: bool, thinking: Thinking | None) -> Prompt:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
@@ -60,10 +106,36 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
         ) from error
     if not isinstance(item, dict):
         raise PromptsError(f'{where}: expected an object with a "prompt", got a {type(item).__name__}; fix the line')
+    label = str(item.get("id", number))
+    if "messages" in item:
+        if "prompt" in item:
+            raise PromptsError(f'{where}: expected a "prompt" or "messages", got both; remove one')
+        return _make_chat(label, _check_chat(where, item), thinking)
     text = item.get("prompt")
     if not isinstance(text, str) or not text:
         raise PromptsError(f'{where}: expected "prompt" to be a non-empty string, got {text!r}; fix the line')
-    return Prompt(id=str(item.get("id", number)), text=text)
+    if chat:
+        return _make_chat(label, {"messages": [{"role": "user", "content": text}]}, thinking)
+    return Prompt(id=label, text=text)
+
+
+def _check_chat(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    messages = item["messages"]
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        expected = 'expected "messages" to be a list of {"role": "…", "content": "…"}'
+        raise PromptsError(f"{where}: {expected}, got {json.dumps(messages)[:80]}; fix the line")
+    kwargs = item.get("chat_template_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise PromptsError(f'{where}: expected "chat_template_kwargs" to be an object, got {kwargs!r}; fix the line')
+    return {name: item[name] for name in CHAT_FIELDS if name in item}
+
+
+def _make_chat(label: str, chat: dict[str, Any], thinking: Thinking | None) -> Prompt:
+    if thinking is not None:
+        kwargs = chat.get("chat_template_kwargs", {}) | {"enable_thinking": thinking == "on"}
+        chat = chat | {"chat_template_kwargs": kwargs}
+    return Prompt(id=label, text=json.dumps(chat, ensure_ascii=False), chat=chat)
 
 
 def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -72,7 +72,9 @@ def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:
     for name in ARMS:
         yield name, result.arms[name].label
     order = "both engines up, interleaved" if work.interleaved else "one engine after the other"
-    yield "setting", f"{order}; greedy, end of text ignored; prompts from {work.prompts_file}"
+    end = "end of text ignored" if work.ignore_eos else "answers stop at their end"
+    asked = f", {work.chat_prompts} through the chat template" if work.chat_prompts else ""
+    yield "setting", f"{order}; greedy, {end}; prompts from {work.prompts_file}{asked}"
 
 
 def _tabulate(result: AbResult) -> Table:
@@ -86,6 +88,8 @@ def _list_rows(result: AbResult) -> Iterator[list[str]]:
         return [name, *map(show, arms)]
 
     yield row("requests (failed)", lambda arm: f"{arm.requests} ({arm.failed})")
+    if not result.workload.ignore_eos:
+        yield row("answers that ended by themselves", lambda arm: f"{arm.ended}")
     yield row("output tokens", lambda arm: f"{arm.output_tokens:,}")
     yield row("output tok/s", lambda arm: REFUSED if arm.tok_per_s is None else f"{arm.tok_per_s:,.1f}")
     yield row("time to first token, ms  p50 / p99", lambda arm: _show_spread(arm.ttft_ms))
@@ -121,6 +125,8 @@ def _list_findings(result: AbResult) -> Iterator[tuple[str, str]]:
             (f"the baseline against itself: {control.mismatches} of {control.prompts} prompts differ"),
         )
     yield "acceptance", _describe_acceptance(result)
+    if (forced := result.forced_acceptance) is not UNSET and forced.length is not None:
+        yield "past the end", f"{forced.length:.2f} tokens per step where the same answers had to go on past their end"
     if positions := result.acceptance.per_position:
         yield "by position", "  ".join(f"{share:.0%}" for share in positions)
 

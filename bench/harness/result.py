@@ -19,7 +19,7 @@ LINE_DIVERGENCES = 5
 
 
 class Workload(Struct, frozen=True, kw_only=True):
-    """What was sent, and how."""
+    """What was sent, and how. `chat_prompts`: how many went through the model's chat template."""
 
     prompts_file: str
     prompts: int
@@ -29,6 +29,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = True
     seed: int
     interleaved: bool
+    chat_prompts: int = 0
 
 
 class ArmResult(Struct, frozen=True, kw_only=True):
@@ -40,6 +41,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
         chunk_gap_ms: between chunks: under speculation a step.
         e2e_ms: request sent → last token.
         counters: what vLLM counted meanwhile.
+        ended: answers that ended by themselves, before max_tokens.
     """
 
     label: str
@@ -56,6 +58,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     e2e_ms: Spread | None
     memory: EngineMemory | None
     counters: Counters | None
+    ended: int = 0
 
 
 class RoundSpeedup(Struct, frozen=True, kw_only=True):
@@ -150,7 +153,11 @@ class ArmRequests(Struct, frozen=True, kw_only=True):
 
 
 class AbResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.ab/1"):
-    """An A/B of two engines. `arms` and `requests` are keyed by "baseline" and "candidate"."""
+    """An A/B of two engines. `arms` and `requests` are keyed by "baseline" and "candidate".
+
+    `forced_acceptance`, where answers stop at their end: over the same prompts made to go on past it. A model repeats
+    itself there, and drafts of repetition are accepted: what ignoring the end adds to `acceptance`.
+    """
 
     partial: bool
     stopped: str | None
@@ -160,6 +167,7 @@ class AbResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lagun
     speedup: Speedup
     parity: Parity
     acceptance: ArmAcceptance
+    forced_acceptance: ArmAcceptance | UnsetType = UNSET
     refused: list[Withheld]
     requests: dict[str, ArmRequests]
     certificate: CertificateSummary | UnsetType = UNSET

@@ -36,7 +36,8 @@ class ArmRun:
     """The records, counters and engine facts of one arm.
 
     `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless `cut`: then a
-    request that was broken off may be in the counters but not in the records.
+    request that was broken off may be in the counters but not in the records. `forced`: what was counted over the same
+    prompts when answers had to go on past their end.
     """
 
     label: str
@@ -45,6 +46,7 @@ class ArmRun:
     before: Counters | None = None
     after: Counters | None = None
     cut: bool = False
+    forced: Counters | None = None
     control: list[Record] = field(default_factory=list)
     probes: dict[str, Probe] = field(default_factory=dict)
     memory: EngineMemory | None = None
@@ -140,6 +142,9 @@ async def measure(plan: Plan, arms: Sequence[Arm], run: Run, progress: Progress)
         if BASELINE in drivers and plan.control:
             progress.say(f"control: the baseline against itself on {sum(map(len, plan.control))} prompts")
             await drivers[BASELINE].run_control(plan.control)
+        if CANDIDATE in drivers and plan.stop_at_eos:
+            progress.say(f"acceptance past the end: the candidate again on {len(plan.prompts)} prompts, end ignored")
+            await drivers[CANDIDATE].run_forced(plan.rounds)
         if CANDIDATE in drivers and (mismatched := run.mismatched):
             progress.say(f"examining {len(mismatched)} prompts whose answers differ")
             for driver in drivers.values():
@@ -230,11 +235,26 @@ class Driver:
         for prompts in rounds:
             self._run.control += await self._client.run_round(prompts)
 
+    async def run_forced(self, rounds: Sequence[Round]) -> None:
+        """Count over the same rounds with end-of-sequence ignored; not filed where nothing drafts, or one fails."""
+        if (counted := counter_delta(self._run)) is None or counted.drafts == 0:
+            return
+        before = await scrape_counters(self._session, self._arm.base_url)
+        tokens = 0
+        for prompts in rounds:
+            records = await self._client.run_round(prompts, {"ignore_eos": True})
+            if any(record.error is not None for record in records):
+                self._arm.check()
+                return
+            tokens += sum(len(record.token_ids) for record in records)
+        after = await settle_counters(self._session, self._arm.base_url, before, tokens)
+        self._run.forced = after.since(before)
+
     async def probe(self, prompts: Sequence[Prompt]) -> None:
         """Run prompts again with log-probabilities; one that fails is left out, and its mismatch stays unexamined."""
         for prompt in prompts:
             try:
-                self._run.probes[prompt.id] = await self._client.probe(prompt.text)
+                self._run.probes[prompt.id] = await self._client.probe(prompt)
             except EndpointError:
                 self._arm.check()
 
@@ -247,7 +267,13 @@ class Driver:
 async def _connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: ArmRun) -> Driver:
     model_name = arm.model_name or await find_model_name(session, arm.base_url)
     run.command = arm.command
-    return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens), run)
+    ending = {"ignore_eos": not plan.stop_at_eos}
+    return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens, ending), run)
+
+
+def counter_delta(arm: ArmRun) -> Counters | None:
+    """What the arm's counters gained over the timed rounds; None when the run ended before they were read again."""
+    return None if arm.before is None or arm.after is None else arm.after.since(arm.before)
 
 
 def wall_s(records: Sequence[Record]) -> float:

@@ -22,7 +22,10 @@ Round = tuple[Prompt, ...]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Timed rounds with the order of the arms in each, warm-up rounds, and how many rounds the control repeats."""
+    """Timed rounds with the order of the arms in each, warm-up rounds, and how many rounds the control repeats.
+
+    `stop_at_eos`: answers may end before `max_tokens`; else end-of-sequence is ignored.
+    """
 
     rounds: tuple[Round, ...]
     orders: tuple[tuple[str, str], ...]
@@ -31,6 +34,7 @@ class Plan:
     max_tokens: int
     concurrency: int
     seed: int
+    stop_at_eos: bool = False
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -39,7 +43,14 @@ class Plan:
 
 
 def make_plan(
-    timed: Sequence[Prompt], warmup: Sequence[Prompt], *, max_tokens: int, concurrency: int, control: int, seed: int
+    timed: Sequence[Prompt],
+    warmup: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    concurrency: int,
+    control: int,
+    seed: int,
+    stop_at_eos: bool = False,
 ) -> Plan:
     """Lay out a run. `control`: how many of the first timed prompts the baseline runs again (rounded up to rounds)."""
     rounds = _cut(timed, concurrency)
@@ -51,6 +62,7 @@ def make_plan(
         max_tokens=max_tokens,
         concurrency=concurrency,
         seed=seed,
+        stop_at_eos=stop_at_eos,
     )
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from laguna_serve.bench.harness.runner import ArmRun, Run
+from laguna_serve.bench.harness.runner import ArmRun, Run, counter_delta
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan
-from laguna_serve.serving.client.counters import Counters
 
 # Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
 MIN_PAIRS = 8
@@ -35,16 +34,11 @@ class Refusal:
 
 def find_refusals(run: Run, plan: Plan, drafting: bool) -> list[Refusal]:
     """Every figure to withhold, each with each of its reasons. `drafting`: the candidate was given a drafter."""
-    refusals = [*_judge_arms(run), *_judge_pairs(run), *_judge_ending(run, plan)]
+    refusals = [*_judge_arms(run), *_judge_pairs(run, plan), *_judge_ending(run, plan)]
     if drafting and (delta := counter_delta(run.arms[CANDIDATE])) is not None and delta.drafts == 0:
         reason = "a drafter was configured but never drafted"
         refusals += [Refusal(ACCEPTANCE, reason), Refusal(SPEEDUP, reason)]
     return list(dict.fromkeys(refusals))
-
-
-def counter_delta(arm: ArmRun) -> Counters | None:
-    """What the arm's counters gained over the timed rounds; None when the run ended before they were read again."""
-    return None if arm.before is None or arm.after is None else arm.after.since(arm.before)
 
 
 def _judge_arms(run: Run) -> Iterator[Refusal]:
@@ -80,7 +74,7 @@ def _find_faults(name: str, arm: ArmRun, failed: bool) -> Iterator[str]:
         )
 
 
-def _judge_pairs(run: Run) -> Iterator[Refusal]:
+def _judge_pairs(run: Run, plan: Plan) -> Iterator[Refusal]:
     baseline, candidate = (run.arms[name].records for name in ARMS)
     shared = [
         (baseline[prompt_id], candidate[prompt_id])
@@ -92,7 +86,7 @@ def _judge_pairs(run: Run) -> Iterator[Refusal]:
         reason = f"the arms saw different prompt tokens on {inputs} prompts"
         yield from (Refusal(figure, reason) for figure in (SPEEDUP, PARITY, BOUND))
     lengths = sum(len(left.token_ids) != len(right.token_ids) for left, right in shared)
-    if lengths:
+    if lengths and not plan.stop_at_eos:  # else each arm's own tokens are counted, and where they part is in parity
         yield Refusal(SPEEDUP, f"the arms' answers differ in length on {lengths} prompts")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from laguna_serve.bench.harness.arm_options import DraftSampling, Gamma, TimedDrafterConfig, parse_numbers
 from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
@@ -20,12 +21,11 @@ GROUPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutsConfig(TimedDrafterConfig):
+class RolloutsConfig(PromptsConfig, TimedDrafterConfig):
     """Groups of sampled completions at every batch size, for the model and later versions of it; files go to `out`."""
 
     gamma: Gamma = None
     draft_sampling: DraftSampling = "greedy"
-    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to measure")]
     versions: Annotated[
         tuple[Path, ...],
         Flag(

@@ -56,7 +56,7 @@ class Driver:
             await empty_cache(self._session, self.arm)
             before = await scrape_counters(self._session, self.arm.base_url)
             cpu_s, started = read_cpu_s(self._engine.pids()), time.perf_counter()
-            await asyncio.gather(*(self._client.sample(prompt.text, sequences) for prompt in prompts))
+            await asyncio.gather(*(self._client.sample(prompt, sequences) for prompt in prompts))
             wall_s = time.perf_counter() - started
             cpu_s = read_cpu_s(self._engine.pids()) - cpu_s
             after = await settle_counters(self._session, self.arm.base_url, before, tokens)

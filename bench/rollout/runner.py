@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec import structs
 
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts
+from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.points import Driver, measure_point, plan_point
 from laguna_serve.bench.rollout.result import MeasuredPoint, Work
@@ -57,7 +57,7 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
         check_specs(specs)
     versions = open_versions(config.model, [str(folder) for folder in config.versions])
     batches = sorted({*config.batches, *([config.versions_at] if versions else [])})
-    prompts = load_prompts(config.prompts)
+    prompts = config.load_prompts()
     needed, _ = work.split(max(batches))
     if needed * work.rounds > len(prompts):
         expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"

@@ -70,7 +70,7 @@ async def _draw_arm(
             completions: list[list[int]] = []
             while len(completions) < config.completions:
                 try:
-                    completions += await client.sample(prompt.text, min(BATCH, config.completions - len(completions)))
+                    completions += await client.sample(prompt, min(BATCH, config.completions - len(completions)))
                 except EndpointError:
                     arm.check()
                     raise

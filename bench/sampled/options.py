@@ -13,6 +13,7 @@ from laguna_serve.bench.harness.arm_options import (
     parse_numbers,
 )
 from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.schedule import BASELINE
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick
@@ -22,7 +23,7 @@ DEFAULT_GAMMAS = (1, 3, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(TimedDrafterConfig):
+class SamplingConfig(PromptsConfig, TimedDrafterConfig):
     """Which γ to test, on how many completions of which prompts; the files go to `out`."""
 
     gammas: Annotated[
@@ -30,7 +31,6 @@ class SamplingConfig(TimedDrafterConfig):
         Flag("γ to test (default: 1,3,7 as far as the drafter goes)", metavar="N,…", at_least=1, parse=parse_numbers),
     ] = None
     draft_sampling: DraftSampling = "greedy"
-    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to sample")]
     num_prompts: Annotated[int, Flag("the first N prompts (default: 24)", metavar="N", at_least=1)] = 24
     completions: Annotated[int, Flag("per prompt and arm (default: 600)", metavar="N", at_least=20)] = 600
     tokens: Annotated[int, Flag("of a completion (default: 8)", metavar="N", at_least=2)] = 8

@@ -23,6 +23,7 @@ from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 SILENCE_S = 600.0
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
+NONE: Mapping[str, Any] = {}
 
 
 Decoded = TypeVar("Decoded")
@@ -40,9 +41,9 @@ def open_session() -> aiohttp.ClientSession:
 class Client:
     """Sends prompts to one endpoint. End-of-sequence ignored: every answer has exactly `max_tokens`.
 
-    Greedy, unless `sampling` says otherwise (fields of the request, such as temperature and seed). What it does not say
-    is vLLM's neutral value, never that of the model's generation_config.json: a `top_k` of the release's would be
-    measured unseen.
+    Greedy, unless `sampling` says otherwise (fields of the request, such as temperature, seed and ignore_eos). What it
+    does not say is vLLM's neutral value, never that of the model's generation_config.json: a `top_k` of the release's
+    would be measured unseen.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Client:
     ) -> None:
         self._session = session
         self._url = base_url.rstrip("/") + "/v1/completions"
+        self._renderer = base_url.rstrip("/") + "/tokenize"
+        self._rendered: dict[str, list[int]] = {}
         self._body: dict[str, Any] = {
             "model": model_name,
             "max_tokens": max_tokens,
@@ -65,24 +68,31 @@ class Client:
             **(sampling or {}),
         }
 
-    async def run_round(self, prompts: Sequence[Prompt]) -> list[Record]:
-        """Send the prompts at once, wait for all of them, decode. A failed request becomes a record with `error`."""
-        streams = await asyncio.gather(*(self._stream(prompt) for prompt in prompts))
+    async def run_round(self, prompts: Sequence[Prompt], fields: Mapping[str, Any] = NONE) -> list[Record]:
+        """Send the prompts at once, wait for all of them, decode. A failed request becomes a record with `error`.
+
+        `fields`: what these requests say besides or instead.
+        """
+        inputs = [await self._render(prompt) for prompt in prompts]
+        streams = await asyncio.gather(
+            *(self._stream(p, text, fields) for p, text in zip(prompts, inputs, strict=True))
+        )
         return [decode_stream(raw) for raw in streams]
 
     async def run_closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Record]:
         """Send all prompts in order, `concurrency` in flight, the next as soon as one ends: vLLM's benchmark's way."""
         slots = asyncio.Semaphore(concurrency)
+        inputs = [await self._render(prompt) for prompt in prompts]
 
-        async def send(prompt: Prompt) -> RawStream:
+        async def send(prompt: Prompt, text: str | list[int]) -> RawStream:
             async with slots:
-                return await self._stream(prompt)
+                return await self._stream(prompt, text)
 
-        streams = await asyncio.gather(*(send(prompt) for prompt in prompts))
+        streams = await asyncio.gather(*map(send, prompts, inputs))
         return [decode_stream(raw) for raw in streams]
 
-    async def _stream(self, prompt: Prompt) -> RawStream:
-        body = {**self._body, "prompt": prompt.text, "stream": True, "stream_options": {"include_usage": True}}
+    async def _stream(self, prompt: Prompt, text: str | list[int], fields: Mapping[str, Any] = NONE) -> RawStream:
+        body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
         raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())
         try:
             async with self._session.post(self._url, json=body) as response:
@@ -96,47 +106,65 @@ class Client:
         raw.ended_ns = time.perf_counter_ns()
         return raw
 
-    async def probe(self, prompt: str | Sequence[int], logprobs: int = 2) -> Probe:
-        """Run one prompt (text or token ids), not streamed, with the best log-probabilities of every step.
+    async def probe(self, prompt: Prompt | str | Sequence[int], logprobs: int = 2) -> Probe:
+        """Run one prompt (or a text, or token ids), not streamed, with the best log-probabilities of every step.
 
         Raises:
             EndpointError: the request failed.
         """
         extra = {"logprobs": logprobs, "return_tokens_as_token_ids": True}
-        return await self._ask({**self._body, "prompt": prompt, **extra}, decode_probe)
+        text = await self._render(prompt) if isinstance(prompt, Prompt) else prompt
+        return await self._ask(self._url, {**self._body, "prompt": text, **extra}, decode_probe)
 
-    async def score(self, prompt: str) -> list[float]:
+    async def score(self, prompt: Prompt) -> list[float]:
         """The loss (nats) of every token of a prompt after its first.
 
         Raises:
             EndpointError: the request failed.
         """
-        body = {**self._body, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+        text = await self._render(prompt)
+        body = {**self._body, "prompt": text, "max_tokens": 1, "prompt_logprobs": 0}
 
         def decode(answer: dict[str, Any]) -> list[float]:
             steps = answer["choices"][0]["prompt_logprobs"][1:]
             return [-float(next(iter(step.values()))["logprob"]) for step in steps]
 
-        return await self._ask(body, decode)
+        return await self._ask(self._url, body, decode)
 
-    async def sample(self, prompt: str, count: int) -> list[list[int]]:
+    async def sample(self, prompt: Prompt, count: int) -> list[list[int]]:
         """The token ids of `count` completions of one prompt, in one request.
 
         Raises:
             EndpointError: the request failed.
         """
-        answers = await self._ask(
-            {**self._body, "prompt": prompt, "n": count}, lambda body: [c["token_ids"] for c in body["choices"]]
-        )
+        body = {**self._body, "prompt": await self._render(prompt), "n": count}
+        answers = await self._ask(self._url, body, lambda answer: [c["token_ids"] for c in answer["choices"]])
         if any(len(answer) != self._body["max_tokens"] for answer in answers) or len(answers) != count:
             lengths = sorted({len(answer) for answer in answers})
             expected = f"expected {count} answers of {self._body['max_tokens']} token ids"
             raise EndpointError(f"request: {expected}, got {len(answers)} of {lengths}")
         return answers
 
-    async def _ask(self, body: dict[str, Any], decode: Callable[[dict[str, Any]], Decoded]) -> Decoded:
+    async def _render(self, prompt: Prompt) -> str | list[int]:
+        """What is sent: the text, or the token ids that the engine's chat template makes of a conversation (once).
+
+        Raises:
+            EndpointError: the template refused it, or the endpoint has no /tokenize.
+        """
+        if prompt.chat is None:
+            return prompt.text
+        if prompt.id not in self._rendered:
+            body = {"model": self._body["model"], **prompt.chat}
+            try:
+                ids = await self._ask(self._renderer, body, lambda answer: [int(token) for token in answer["tokens"]])
+            except EndpointError as error:
+                raise EndpointError(f"prompt {prompt.id}, as token ids of the chat template: {error}") from error
+            self._rendered[prompt.id] = ids
+        return self._rendered[prompt.id]
+
+    async def _ask(self, url: str, body: dict[str, Any], decode: Callable[[dict[str, Any]], Decoded]) -> Decoded:
         try:
-            async with self._session.post(self._url, json=body) as response:
+            async with self._session.post(url, json=body) as response:
                 if response.status != 200:
                     raise EndpointError(f"request: HTTP {response.status}: {(await response.text())[:200]}")
                 return decode(await response.json())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,15 @@ from laguna_serve.serving.client.sse import DONE, SseParser
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: `id` is the label used in results, `text` is sent as it is."""
+    """One prompt: `id` is the label used in results, `text` is sent as it is.
+
+    Of a conversation `chat` holds what a chat template takes (messages, tools, chat_template_kwargs), and `text` its
+    JSON; sent are the token ids that the engine's own template makes of it.
+    """
 
     id: str
     text: str
+    chat: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, split_prompts
+from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, load_texts, split_prompts
 from laguna_serve.bench.harness.schedule import make_plan
 from laguna_serve.serving.client.records import Prompt
 
@@ -21,6 +22,11 @@ from laguna_serve.serving.client.records import Prompt
         ('\n{"text": "a"}\n', r"file:2: .* got None"),
         ('{"prompt": ""}\n', r"file:1: .* got ''"),
         ('{"prompt": 3}\n', r"file:1: .* got 3"),
+        ('{"messages": []}\n', r"file:1: expected .messages. to be a list of .* got \[\]"),
+        ('{"messages": [{"content": "x"}]}\n', r"file:1: expected .messages. .* got \[\{"),
+        ('{"messages": "x"}\n', r"file:1: expected .messages. .* got .x."),
+        ('{"messages": [{"role": "user", "content": "x"}], "prompt": "x"}\n', r"file:1: .* got both; remove one"),
+        ('{"messages": [{"role": "user"}], "chat_template_kwargs": 3}\n', r"file:1: .* to be an object, got 3"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n', r"file:3: .* prompt of line 1 again"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', r"file:2: .* id of line 1 again"),
     ],
@@ -31,6 +37,32 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
     with pytest.raises(PromptsError, match=message) as caught:
         load_prompts(path)
     assert "\n" not in str(caught.value)
+
+
+def test_conversations_and_prompts_asked_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    lines = [{"id": "c", "messages": turns, "tools": [], "chat_template_kwargs": {"x": 1}, "note": 1}, {"prompt": "p"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    conversation, text = load_prompts(path)
+    assert conversation.chat == {"messages": turns, "tools": [], "chat_template_kwargs": {"x": 1}}
+    assert json.loads(conversation.text) == conversation.chat
+    assert (text.chat, text.text) == (None, "p")
+    thinking, asked = load_prompts(path, chat=True, thinking="off")
+    assert thinking.chat is not None
+    assert thinking.chat["chat_template_kwargs"] == {"x": 1, "enable_thinking": False}
+    assert asked.chat == {
+        "messages": [{"role": "user", "content": "p"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    with pytest.raises(PromptsError, match=r"expected a .prompt. on every line here.*got messages \(id c\)"):
+        load_texts(path)
+
+
+def test_thinking_needs_a_template(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text('{"prompt": "a"}\n')
+    with pytest.raises(PromptsError, match=r"--thinking: expected messages in .*, or --chat, got texts"):
+        load_prompts(tmp_path / "file", thinking="on")
 
 
 def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:

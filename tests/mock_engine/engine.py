@@ -51,6 +51,7 @@ class MockEngine(MockServer):
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most = self._in_flight = 0
+        self._tokenized: dict[tuple[int, ...], str] = {}
         self._met = asyncio.Event()
 
     @property
@@ -87,7 +88,10 @@ class MockEngine(MockServer):
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if "messages" in body:
+            body = {"prompt": models.render_chat(body), "add_special_tokens": True}
         tokens = [BEGIN] * body["add_special_tokens"] + [ord(character) for character in body["prompt"]]
+        self._tokenized[tuple(tokens)] = body["prompt"]
         answer = {"count": len(tokens), "max_model_len": self.settings.max_model_len, "tokens": tokens}
         return self._refuse(request) or web.json_response(answer)
 
@@ -146,6 +150,8 @@ class MockEngine(MockServer):
 
     async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
         settings, prompt = self.settings, read_prompt(body)
+        if isinstance(prompt, list):
+            prompt = self._tokenized.get(tuple(prompt), prompt)
         fault = settings.faults.get(prompt) if isinstance(prompt, str) else None
         self.counters.count_drafts(settings.drafts_per_answer)
         if fault == "http_500":
@@ -159,6 +165,8 @@ class MockEngine(MockServer):
         if body.get("n"):
             return web.json_response(models.sample(settings, body, len(self.bodies)))
         count = body["max_tokens"] - settings.shorten
+        if not body.get("ignore_eos", True):
+            count = min(count, settings.ends.get(prompt, count))
         if body.get("stream"):
             return await self._stream(request, prompt, models.list_tokens(settings, prompt, count))
         said = models.say_greedily(settings, prompt, count)
@@ -232,7 +240,7 @@ class MockEngine(MockServer):
             if number == 0:
                 choice["prompt_token_ids"] = prompt_ids
             if start + len(chunk) == len(tokens):
-                choice["finish_reason"] = "length"
+                choice["finish_reason"] = "stop" if len(tokens) == settings.ends.get(prompt) else "length"
             await self._spend()
             await self._write(response, {"choices": [choice]})
             self._count_chunk(number, len(chunk))

@@ -41,6 +41,12 @@ def read_prompt(body: Body) -> Any:
     return body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
 
+def render_chat(body: Body) -> str:
+    """A conversation as the mock's chat template writes it."""
+    thinks = body.get("chat_template_kwargs", {}).get("enable_thinking", False)
+    return "".join(f"<{turn['role']}>{turn['content']}" for turn in body["messages"]) + "<think>" * thinks
+
+
 def list_tokens(settings: Settings, prompt: str, count: int, *, again: bool = False) -> list[int]:
     """The greedy continuation of a prompt; from a flip on, every id is one higher."""
     seed = zlib.crc32(prompt.encode())

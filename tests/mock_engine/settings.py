@@ -29,7 +29,8 @@ class Settings:
     its checksum. From `flips[prompt]` on every id is one higher, by `flips_again` where it is asked not to stream.
     `margin` is between the two best log-probabilities, `noise` is on the best one before a flip; `hide_second` hides
     the rival at a flip; `next_top` is said to a prompt of token ids. A prompt's token costs `losses[token]`, or `loss`;
-    `spoil` spoils these answers. `sharpen` is the share of samples that are the likeliest instead.
+    `spoil` spoils these answers. `sharpen` is the share of samples that are the likeliest instead. An answer
+    ends by itself after `ends[prompt]` tokens, unless the end is ignored; of a chat the prompt is `<role>content…`.
 
     How fast: a chunk of `chunk_tokens` takes `delay_s`, of `clock` where there is one. All but the first
     answer wait until `together` requests have been in flight at once.
@@ -62,6 +63,7 @@ class Settings:
     losses: dict[int, float] = field(default_factory=dict)
     spoil: Callable[[list[Any]], Any] = keep
     sharpen: float = 0.0
+    ends: dict[str, int] = field(default_factory=dict)
 
     chunk_tokens: int = 1
     delay_s: float = 0.0
