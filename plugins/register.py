@@ -48,8 +48,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
         )
-    from laguna_serve.plugins.repairs import repair_front_end, repair_sampling
+    from laguna_serve.plugins.repairs import repair_front_end, repair_runner
 
     repair_front_end()
     if current_platform.is_cpu():
-        repair_sampling()
+        repair_runner()

@@ -37,9 +37,9 @@ def repair_front_end() -> None:
         _attempt(name, lambda name=name: importlib.import_module(f"{__name__}.{name}").apply())  # type: ignore[misc]
 
 
-def repair_sampling() -> None:
-    """Repair model runner V1's sampling on a CPU; calling it again changes nothing."""
-    _attempt("sampling", _repair_sampling)
+def repair_runner() -> None:
+    """Repair model runner V1 on a CPU, its sampling and its start; calling it again changes nothing."""
+    _attempt("the model runner", _repair_runner)
 
 
 def _attempt(name: str, repair: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ def _attempt(name: str, repair: Callable[[], None]) -> None:
         logger.warning("repair of %s: expected the modules of vLLM 0.32, got %s; it is left out", name, error)
 
 
-def _repair_sampling() -> None:
+def _repair_runner() -> None:
     """Repair the runner when it makes its sampler, not before.
 
     Its module brings every drafter's model along, and the front end needs neither.
@@ -66,8 +66,9 @@ def _repair_sampling() -> None:
         return
 
     def init(self: Sampler, *args: Any, **kwargs: Any) -> None:
-        from laguna_serve.plugins.repairs import seeds
+        from laguna_serve.plugins.repairs import compiled_loading, seeds
 
+        compiled_loading.apply()
         seeds.apply()
         drafted_sampling.apply_to_runner()
         stock_init(self, *args, **kwargs)

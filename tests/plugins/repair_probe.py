@@ -8,7 +8,9 @@ In a process of its own, as repairs are for good.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -23,6 +25,8 @@ current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 
 from vllm import SamplingParams  # noqa: E402
+from vllm.compilation import caching, decorators  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.sample import logits_processor  # noqa: E402
 from vllm.v1.sample.logits_processor.state import BatchUpdate  # noqa: E402
@@ -33,10 +37,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 
 if sys.argv[1] == "repaired":
-    from laguna_serve.plugins.repairs import repair_sampling
+    from laguna_serve.plugins.repairs import repair_runner
 
-    repair_sampling()
-    repair_sampling()
+    repair_runner()
+    repair_runner()
 
 VOCABULARY, STOP = 12, 7
 CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespace(max_num_seqs=8))
@@ -44,7 +48,7 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 
 def main() -> None:
     cases = (top_k_in_a_prefill, refused, processed, min_tokens_behind_drafts, named_beside_drafts, named_and_likeliest,
-             cut_prompt, seeded)  # fmt: skip
+             cut_prompt, seeded, stored_function, named_by_instruction_set)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
 
@@ -186,6 +190,37 @@ def seeded() -> Any:
             tokens.append(int(Sampler()(logits[len(tokens) : len(tokens) + 1], drafted).sampled_token_ids))
         runs.append(tokens)
     return [alone, runs]
+
+
+def stored_function() -> Any:
+    """What is computed by a compiled function that was stored without vLLM's backend; None where it is not loaded.
+
+    The samplers of the cases above have applied the repair.
+    """
+    config = VllmConfig()
+    model = SimpleNamespace(
+        vllm_config=config, compilation_config=config.compilation_config, forward=double, _is_encoder=False
+    )
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
+        path = f"{folder}/model"
+        torch.compile(double, backend="aot_eager", fullgraph=True).aot_compile(
+            ((torch.ones(2),), {})
+        ).save_compiled_function(path)
+        loaded = decorators._try_load_aot_compiled_fn(model, path)
+        return None if loaded is None else loaded(torch.ones(2)).tolist()
+
+
+def double(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers * 2
+
+
+def named_by_instruction_set() -> Any:
+    """Whether the name of what is stored says which instructions it may use."""
+    names = []
+    for limit in ("avx2", "default"):
+        os.environ["ATEN_CPU_CAPABILITY"] = limit
+        names.append(caching.aot_compile_hash_factors(VllmConfig()))
+    return names[0] != names[1]
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from vllm.platforms import current_platform
 current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 if sys.argv[1] == "repaired":
-    from laguna_serve.plugins.repairs import repair_sampling
-    repair_sampling()
+    from laguna_serve.plugins.repairs import repair_runner
+    repair_runner()
 from vllm import SamplingParams
 from vllm.v1.sample import logits_processor, rejection_sampler
 from vllm.v1.sample.logits_processor.state import BatchUpdate

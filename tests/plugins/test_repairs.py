@@ -37,6 +37,17 @@ def test_stock_runner_turns_a_generator_back() -> None:
     assert "CPU Generator does not use offset" in probe("stock")["cut_prompt"]
 
 
+def test_stock_loader_wants_more_than_a_function() -> None:
+    """When this fails, vLLM loads what a CPU's engine stored: retire plugins/repairs/compiled_loading.py."""
+    assert probe("stock")["stored_function"] is None
+    assert probe("stock")["named_by_instruction_set"] is False
+
+
+def test_stored_function_is_loaded_and_named_by_its_instruction_set() -> None:
+    assert probe("repaired")["stored_function"] == [2.0, 2.0]
+    assert probe("repaired")["named_by_instruction_set"] is True
+
+
 def test_top_k_in_a_step_without_drafts() -> None:
     assert probe("repaired")["top_k_in_a_prefill"] == [[3]]
 

@@ -49,7 +49,7 @@ class Environment:
         self.register.parent.mkdir()
         for own in (self.register, self.register.with_name("layers.py")):
             own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
-        repairs = "def repair_front_end(): pass\ndef repair_sampling(): pass\n"
+        repairs = "def repair_front_end(): pass\ndef repair_runner(): pass\n"
         self.register.with_name("repairs.py").write_text(repairs, encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
