@@ -1,69 +1,93 @@
-"""The op on a CPU: cpu.cpp, built once per machine by the C++ compiler that torch.compile needs there too.
+"""The op on a CPU: the library of native/, and which of its paths runs.
 
-Without a compiler plain torch does the work, several times slower; a warning says so once.  The library is kept in the
-user's cache folder, under a name that changes with the source, the compiler and the processor.
+The best path that the processor has is taken, or the one that LAGUNA_SENTINEL_PATH names.  Once loaded, the library
+answers for CPU tensors without Python in between.  Without a compiler plain torch does the work, several times slower;
+a warning says so once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from laguna_serve.kernels.sentinel_moe.build import BuildError, build
+
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
-# Strict floating point: a row's bits may not depend on how the compiler regroups a sum.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-OK, BAD_EXPERT, NO_MEMORY = 0, 1, 2
-COMPILE_LIMIT_S = 300
+VARIABLE = "LAGUNA_SENTINEL_PATH"
 
 
-class BuildError(RuntimeError):
-    """cpu.cpp could not be built or loaded, as one line."""
+class PathError(ValueError):
+    """A path was asked for that this build or this processor has not, as one line."""
 
 
-def run(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_blocks: torch.Tensor,
-    w2_blocks: torch.Tensor,
-    block_start: torch.Tensor,
-) -> torch.Tensor:
-    """The op for checked, contiguous CPU tensors (shapes as in launch.py); fp32, fp16 or bf16.
+@dataclass(frozen=True, slots=True)
+class CpuPath:
+    """A path of the library: `needs` of the processor, and whether it has them."""
 
-    Deterministic, and a row's bits do not depend on the other rows or on the number of threads, when cpu.cpp runs.
+    name: str
+    needs: str
+    supported: bool
+
+
+class Kernels:
+    """The loaded library, whose paths are tried by name."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.sentinel_use_path.argtypes = [ctypes.c_char_p]
+        library.sentinel_use_path.restype = library.sentinel_list_paths.restype = ctypes.c_char_p
+        self._use_path = library.sentinel_use_path
+        lines = [line.split("\t") for line in library.sentinel_list_paths().decode().splitlines()]
+        self.paths = [CpuPath(name, needs, supported == "1") for name, needs, supported in lines]
+
+    def use_path(self, name: str | None) -> str:
+        """Take this path from the next call on, None for the best; its name.
+
+        Raises:
+            PathError: there is none of this name, or the processor lacks what it needs.
+        """
+        taken: bytes | None = self._use_path(None if name is None else name.encode())
+        if taken is None:
+            able = ", ".join(path.name for path in self.paths if path.supported)
+            needs = next((f", which needs {path.needs}" for path in self.paths if path.name == name), "")
+            raise PathError(f"{VARIABLE}: expected one of {able} on this processor, got {name}{needs}; unset it")
+        return taken.decode()
+
+
+@functools.cache
+def load() -> Kernels | None:
+    """The library, from now on behind the op for CPU tensors; None, with a warning, where it cannot be had.
 
     Raises:
-        IndexError: an expert id is out of range.
-        MemoryError: no room for the activations of 4096 tokens.
+        PathError: LAGUNA_SENTINEL_PATH names a path that cannot run here.
     """
-    library = load_library()
-    if library is None:
-        return run_torch(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start)
-    out = torch.empty_like(x)
-    (T, H), k, E, B = x.shape, topk_ids.shape[1], block_start.numel() - 1, w2_blocks.shape[1]
-    tensors = (x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, out)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    status = library(DTYPES[x.dtype], T, H, k, E, B, *pointers, torch.get_num_threads())
-    if status == BAD_EXPERT:
-        raise IndexError(f"topk_ids: expected expert ids from 0 to {E - 1}, got {_range(topk_ids)}; check the router")
-    if status == NO_MEMORY:
-        raise MemoryError(f"sentinel_moe: expected room for the activations of {T} tokens, got none; free some memory")
-    assert status == OK
-    return out
+    try:
+        library = str(build())
+        torch.ops.load_library(library)
+    except (BuildError, OSError) as error:
+        logger.warning("sentinel_moe on a CPU: using plain torch, several times slower: %s", error)
+        return None
+    kernels = Kernels(ctypes.CDLL(library))
+    kernels.use_path(os.environ.get(VARIABLE) or None)
+    return kernels
+
+
+def describe() -> str:
+    """What runs the op on this machine's CPU; builds it where that was not done yet.
+
+    Raises:
+        PathError: LAGUNA_SENTINEL_PATH names a path that cannot run here.
+    """
+    kernels = load()
+    if kernels is None:
+        return "plain torch, several times slower: no C++ compiler made the kernels"
+    return kernels.use_path(os.environ.get(VARIABLE) or None)
 
 
 def run_torch(
@@ -74,14 +98,23 @@ def run_torch(
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
 ) -> torch.Tensor:
-    """`run` with torch's matrix products in fp32, expert by expert: where there is no compiler."""
-    H = x.shape[1]
+    """The op for checked CPU tensors by torch's matrix products in fp32, expert by expert.
+
+    Raises:
+        IndexError: an expert id, or a chosen expert's entry of block_start, is out of range.
+    """
+    H, n = x.shape[1], len(w2_blocks)
     start = block_start.tolist()
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in topk_ids.unique().tolist():
+        if expert == -1:
+            continue
         if not 0 <= expert < len(start) - 1:
-            limit = f"expert ids from 0 to {len(start) - 2}"
-            raise IndexError(f"topk_ids: expected {limit}, got {_range(topk_ids)}; check the router")
+            limit = f"expert ids from 0 to {len(start) - 2}, or -1 for none"
+            raise IndexError(f"topk_ids: expected {limit}, got {expert}; check the router")
+        if not 0 <= start[expert] <= start[expert + 1] <= n:
+            got = f"{start[expert]} to {start[expert + 1]}"
+            raise IndexError(f"block_start: expected ascending numbers up to {n}, got {got}; check the checkpoint")
         chosen = topk_ids == expert
         rows = chosen.any(dim=1).nonzero().squeeze(1)
         weights = (topk_weights * chosen).sum(dim=1)[rows, None]
@@ -91,60 +124,3 @@ def run_torch(
         hidden = F.silu(inputs @ gate.t()) * (inputs @ up.t()) * weights
         out[rows] += hidden.to(x.dtype).float() @ w2_blocks[blocks].reshape(-1, H).float()
     return out.to(x.dtype)
-
-
-@functools.cache
-def load_library() -> Callable[..., int] | None:
-    """The compiled entry point, or None (with a warning) where it cannot be had."""
-    try:
-        function = ctypes.CDLL(str(build())).sentinel_moe
-    except (BuildError, OSError) as error:
-        logger.warning("sentinel_moe on a CPU: using plain torch, several times slower: %s", error)
-        return None
-    function.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 7, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
-
-
-def build() -> Path:
-    """Compile cpu.cpp unless the cache has it.
-
-    Raises:
-        BuildError: no compiler, or it failed.
-        OSError: the cache cannot be written.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError("expected a C++ compiler, found none; install g++ or name one in CXX")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, version, *FLAGS, _processor()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laguna-serve" / "kernels"
-    library = folder / f"sentinel_moe-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{compiler}: expected an end within {COMPILE_LIMIT_S} s, got none") from None
-        if done.returncode != 0:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-            raise BuildError(f"{compiler}: expected to compile cpu.cpp, got {first.strip()}")
-        made.replace(library)
-    return library
-
-
-def _processor() -> str:
-    """What -march=native looks at, as a shared home folder may serve unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-
-
-def _range(ids: torch.Tensor) -> str:
-    return f"{int(ids.min())} to {int(ids.max())}"

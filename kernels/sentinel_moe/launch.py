@@ -33,15 +33,15 @@ def sentinel_moe(
     out[t] = Σ_j topk_weights[t, j] · Σ_b (silu(x[t] · gate_bᵀ) ∘ (x[t] · up_bᵀ)) · w2_b over the blocks b of expert
     topk_ids[t, j]; products are summed in fp32, and the weighted activations are rounded to x's dtype once in between.
 
-    Deterministic.  For T up to 16 a row's bits do not depend on T or on the other rows.  No device value is read on
-    the host if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All tensors are contiguous
-    and on one device, a CUDA GPU or the CPU.
+    Deterministic.  A row's bits do not depend on T or on the other rows, on a CPU for any T, on a GPU up to 16.  No
+    device value is read on the host if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All
+    tensors are contiguous and on one device, a CUDA GPU or the CPU.
 
     Args:
         x: [T, H] bf16, fp16 or fp32; H a multiple of 16.
         topk_weights: [T, k] fp32, k from 1 to 16.
-        topk_ids: [T, k] int32, experts from 0 to E − 1; an expert named twice counts with both weights.  Other values
-            are undefined behaviour on a GPU, where checking them would cost a synchronisation.
+        topk_ids: [T, k] int32, experts from 0 to E − 1; an expert named twice counts with both weights.  On a CPU −1
+            names none.  Other values are undefined behaviour on a GPU, where checking would cost a synchronisation.
         w13_blocks: [n, 2, B, H] in x's dtype: each kept block's gate rows, then its up rows; B a multiple of 16.
         w2_blocks: [n, B, H] in x's dtype: the block's down columns, as rows.
         block_start: [E + 1] int32: expert e keeps the blocks start[e]:start[e + 1].
@@ -53,12 +53,17 @@ def sentinel_moe(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape, stride or device is not as above.
-        IndexError: an expert id is out of range (CPU only).
-        RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured.
+        IndexError: an expert id, or a chosen expert's entry of block_start, is out of range (CPU only).
+        RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured, or a gradient is asked for.
     """
-    out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe.default(
-        x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert
-    )
+    try:
+        out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe.default(
+            x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert
+        )
+    except ValueError:
+        # The kernels of a CPU say that something is wrong, and leave it to this to find what.
+        _find_fault(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+        raise
     return out
 
 
@@ -152,7 +157,7 @@ def _expect(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}; see sentinel_moe's arguments")
 
 
-def _run_cpu(
+def _run_without_kernels(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -161,10 +166,17 @@ def _run_cpu(
     block_start: torch.Tensor,
     max_blocks_per_expert: int | None,
 ) -> torch.Tensor:
+    """Where no kernel is registered: on a CPU before its library is loaded, or for good if it cannot be."""
     if INTERPRETED:
         return _run_triton(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
     _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
-    return cpu.run(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start)
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a tensor on a CPU or a CUDA device, got {x.device}; move it")
+    if cpu.load() is None:
+        return cpu.run_torch(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start)
+    return sentinel_moe(
+        x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert=max_blocks_per_expert
+    )
 
 
 def _run_triton(
@@ -190,8 +202,17 @@ def _run_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def _refuse_gradient(ctx: object, inputs: object, output: object) -> None:
+    remedy = "call it under torch.no_grad(), or train with sentinel_moe_reference"
+    raise RuntimeError(f"sentinel_moe: expected inputs without gradients, got some that require them; {remedy}")
+
+
 _library = torch.library.Library("laguna_serve", "FRAGMENT")
 _library.define(SCHEMA, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-_library.impl("sentinel_moe", _run_cpu, "CPU")
+# The library of a CPU registers itself, before which this stands in for it.
+_library.impl("sentinel_moe", _run_without_kernels, "CompositeExplicitAutograd")
 _library.impl("sentinel_moe", _run_triton, "CUDA")
 torch.library.register_fake("laguna_serve::sentinel_moe", _run_fake, lib=_library)
+torch.library.register_autograd(
+    "laguna_serve::sentinel_moe", lambda ctx, grad: None, setup_context=_refuse_gradient, lib=_library
+)

@@ -1,0 +1,244 @@
+// Divides a call among threads, in one of two ways that sum in the same order:
+//
+//   few tokens an expert   a thread takes a block: activates its atoms, then adds its rows of w2 into partial rows, all as
+//                          whole streams; the partial rows of a token are summed in ascending order at the end;
+//   many                   the activations of all blocks first; then each thread owns a range of columns for all tokens.
+//
+// Either way a row of the output is the sum of its blocks' sums in ascending order, each from zero, so that its bits
+// depend on neither the batch nor the threads.
+
+#include "driver.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "pairs.hpp"
+
+namespace sentinel {
+
+namespace {
+
+constexpr int64_t CHUNK = 4096;            // tokens whose scratch is held at once
+constexpr int64_t FEW = 4;                 // tokens of an expert, on average, up to which a thread takes a block
+constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next call
+constexpr int64_t LINE = 64;
+constexpr int64_t SIZES[DTYPES] = {4, 2, 2};
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Memory of the calling thread that stays between calls, so that its pages are touched once.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  char* reserve(int64_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      bytes_ = 0;
+      memory_ = static_cast<char*>(std::aligned_alloc(LINE, round_up(bytes, LINE)));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return memory_;
+  }
+  void shrink() {
+    if (bytes_ <= KEPT_BYTES) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    bytes_ = 0;
+  }
+
+ private:
+  char* memory_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+thread_local Scratch scratch;
+
+template <typename F>
+void run_team(const Team& team, int64_t count, F work) {
+  team.run(
+      count, [](int64_t begin, int64_t end, void* state) { (*static_cast<F*>(state))(begin, end); }, &work);
+}
+
+// Every worker takes the next task until none is left.
+template <typename F>
+void share(const Team& team, int64_t tasks, F work) {
+  std::atomic<int64_t> next{0};
+  run_team(team, std::min(team.threads, tasks), [&](int64_t begin, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(task, begin);
+  });
+}
+
+struct Task {
+  int32_t chosen;  // index of the expert among the chosen
+  int32_t number;  // of the block within it
+  int64_t place;   // of its first activation or partial row
+};
+
+// One batch of at most CHUNK tokens.
+class Batch {
+ public:
+  Batch(const Call& call, const Kernels& kernels, const Team& team, const Pairs& pairs) : call_(call), kernels_(kernels), team_(team), pairs_(pairs) {
+    size_ = SIZES[call.dtype];
+    stride_ = round_up(call.H, COLUMNS);
+    threads_ = std::max<int64_t>(1, team.threads);
+    const int64_t count = static_cast<int64_t>(pairs.tokens.size());
+    inputs_.resize(count);
+    for (int64_t i = 0; i < count; ++i) inputs_[i] = static_cast<const char*>(call.x) + pairs.tokens[i] * call.H * size_;
+    for (size_t i = 0; i < pairs.experts.size(); ++i) widest_ = std::max(widest_, pairs.first[i + 1] - pairs.first[i]);
+  }
+
+  void run() {
+    const int64_t pairs = static_cast<int64_t>(pairs_.tokens.size()), chosen = static_cast<int64_t>(pairs_.experts.size());
+    pairs <= FEW * chosen ? run_by_blocks() : run_by_columns();
+  }
+
+ private:
+  int64_t count_pairs(int64_t chosen) const { return pairs_.first[chosen + 1] - pairs_.first[chosen]; }
+  int64_t find_start(int64_t chosen) const { return call_.block_start[pairs_.experts[chosen]]; }
+  int64_t count_blocks(int64_t chosen) const { return call_.block_start[pairs_.experts[chosen] + 1] - find_start(chosen); }
+
+  Block describe(int64_t chosen, int64_t number, void* act, int64_t act_stride) const {
+    const int64_t bytes = call_.B * call_.H * size_, block = find_start(chosen) + number;
+    const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
+    const int64_t first = pairs_.first[chosen];
+    return {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, nullptr};
+  }
+
+  void run_by_blocks() {
+    std::vector<Task> tasks;
+    std::vector<int64_t> first(call_.T + 1, 0);  // partial rows of each token
+    int64_t partials = 0;
+    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
+      const int64_t width = count_blocks(i);
+      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials});
+      for (int64_t pair = pairs_.first[i]; pair < pairs_.first[i + 1]; ++pair) first[pairs_.tokens[pair] + 1] += width;
+    }
+    for (int64_t t = 0; t < call_.T; ++t) first[t + 1] += first[t];
+    const int64_t act_bytes = round_up(widest_ * call_.B * kernels_.act_size, LINE);
+    char* memory = scratch.reserve(partials * stride_ * sizeof(float) + threads_ * act_bytes);
+    float* sums = reinterpret_cast<float*>(memory);
+    char* acts = memory + partials * stride_ * sizeof(float);
+    std::vector<const float*> rows(partials);
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (const Task& task : tasks) {
+      const int64_t pair = pairs_.first[task.chosen];
+      for (int64_t i = 0; i < count_pairs(task.chosen); ++i) rows[next[pairs_.tokens[pair + i]]++] = sums + (task.place + i) * stride_;
+    }
+    share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
+      const Task& task = tasks[number];
+      const Block block = describe(task.chosen, task.number, acts + worker * act_bytes, call_.B);
+      kernels_.activate(block);
+      kernels_.add_rows(block, sums + task.place * stride_, stride_);
+    });
+    const int64_t pieces = (call_.H + REDUCED - 1) / REDUCED;
+    share(team_, call_.T * pieces, [&](int64_t number, int64_t) {
+      const int64_t t = number / pieces, column = number % pieces * REDUCED;
+      std::vector<const float*> from(rows.begin() + first[t], rows.begin() + first[t + 1]);
+      for (const float*& row : from) row += column;
+      reduce(from.data(), from.size(), t, column, std::min(REDUCED, call_.H - column));
+    });
+  }
+
+  void run_by_columns() {
+    std::vector<Task> tasks;
+    int64_t acts = 0;
+    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
+      const int64_t width = count_blocks(i);
+      for (int64_t b = 0; b < width; ++b) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), acts});
+      acts += width * call_.B * count_pairs(i);
+    }
+    const int64_t sums_bytes = call_.T * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
+    const int64_t packed_bytes = call_.B * COLUMNS * static_cast<int64_t>(sizeof(float));
+    char* memory = scratch.reserve(sums_bytes + act_bytes + threads_ * packed_bytes);
+    float* sums = reinterpret_cast<float*>(memory);
+    char* act = memory + sums_bytes;
+    const auto describe_task = [&](const Task& task) {
+      const int64_t stride = count_blocks(task.chosen) * call_.B;
+      return describe(task.chosen, task.number, act + (task.place + task.number * call_.B) * kernels_.act_size, stride);
+    };
+    std::vector<float*> rows(pairs_.tokens.size());
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
+    share(team_, tasks.size(), [&](int64_t number, int64_t) { kernels_.activate(describe_task(tasks[number])); });
+    const int64_t tiles = stride_ / COLUMNS, owners = std::min(threads_, tiles);
+    run_team(team_, owners, [&](int64_t begin, int64_t end) {
+      const int64_t from = begin * tiles / owners * COLUMNS, to = std::min(end * tiles / owners * COLUMNS, call_.H);
+      for (int64_t t = 0; t < call_.T; ++t) std::memset(sums + t * stride_ + from, 0, round_up(to - from, COLUMNS) * sizeof(float));
+      for (const Task& task : tasks) {
+        Block block = describe_task(task);
+        block.scratch = act + act_bytes + begin * packed_bytes;
+        kernels_.add_columns(block, from, to - from, &rows[pairs_.first[task.chosen]]);
+      }
+      for (int64_t t = 0; t < call_.T; ++t) {
+        for (int64_t column = from; column < to; column += REDUCED) {
+          const float* row = sums + t * stride_ + column;
+          reduce(&row, 1, t, column, std::min(REDUCED, to - column));
+        }
+      }
+    });
+  }
+
+  void reduce(const float* const* rows, int64_t count, int64_t t, int64_t column, int64_t columns) const {
+    kernels_.reduce(rows, count, columns, static_cast<char*>(call_.out) + (t * call_.H + column) * size_);
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const Team& team_;
+  const Pairs& pairs_;
+  int64_t size_, stride_, threads_, widest_ = 0;
+  std::vector<const void*> inputs_;  // [pairs] rows of x
+};
+
+}  // namespace
+
+Outcome run(const Call& whole, const Path& path, const Team& team) {
+  const int64_t size = SIZES[whole.dtype];
+  try {
+    for (int64_t first = 0; first < whole.T; first += CHUNK) {
+      Call call = whole;
+      call.T = std::min(CHUNK, whole.T - first);
+      call.x = static_cast<const char*>(whole.x) + first * whole.H * size;
+      call.out = static_cast<char*>(whole.out) + first * whole.H * size;
+      call.weights += first * whole.k;
+      call.ids += first * whole.k;
+      Pairs pairs;
+      const Outcome outcome = sort_pairs(call, &pairs);
+      if (outcome.status != OK) return outcome;
+      Batch(call, *path.kernels[call.dtype], team, pairs).run();
+    }
+    scratch.shrink();
+  } catch (const std::bad_alloc&) {
+    return {NO_MEMORY, whole.T};
+  }
+  return {OK, 0};
+}
+
+uint64_t read_blocks(const Call& call, const Team& team) {
+  Pairs pairs;
+  if (sort_pairs(call, &pairs).status != OK) return 0;
+  const int64_t words = call.B * call.H * SIZES[call.dtype] / 8;
+  std::vector<const uint64_t*> parts;
+  for (const int32_t expert : pairs.experts) {
+    for (int64_t block = call.block_start[expert]; block < call.block_start[expert + 1]; ++block) {
+      parts.push_back(static_cast<const uint64_t*>(call.w13) + block * 2 * words);
+      parts.push_back(parts.back() + words);
+      parts.push_back(static_cast<const uint64_t*>(call.w2) + block * words);
+    }
+  }
+  std::atomic<uint64_t> total{0};
+  share(team, parts.size(), [&](int64_t number, int64_t) {
+    uint64_t sums[8] = {};
+    for (int64_t i = 0; i < words; i += 8) {
+      __builtin_prefetch(parts[number] + i + 512, 0, 3);  // a page ahead
+      for (int j = 0; j < 8; ++j) sums[j] += parts[number][i + j];
+    }
+    for (const uint64_t sum : sums) total.fetch_add(sum, std::memory_order_relaxed);
+  });
+  return total;
+}
+
+}  // namespace sentinel

@@ -1,0 +1,319 @@
+// The four steps for one instruction set and dtype, as templates over `Ops`.  Everything here is private to the file
+// that includes it, and no header is used that leaves inline functions behind: the linker would keep one copy of
+// those, perhaps with instructions that the processor lacks.
+//
+// Ops states how a step of a row is loaded and multiplied:
+//   T, Act             element of a weight and of x, of an activation
+//   Vec, PARTS         a register, and how many of them a step takes
+//   STEP               elements of a row in a step (32 or fewer); a rest of 16 is loaded with zeros behind it
+//   ATOM_STEP          rows of `down` that are multiplied at once
+//   REGISTERS          16 or 32, from which the tiles follow
+
+#pragma once
+
+#include <cstring>
+
+#include "path.hpp"
+
+namespace {
+
+using namespace sentinel;
+
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, NaN stays NaN.
+inline float exponential(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits, scale_bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  scale_bits = (bits << 23) + 0x3f800000u;
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof scale);
+  return p * scale;
+}
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls f with the compile-time constant that equals count, 1 … MAX.
+template <int MAX, typename F>
+inline void with_count(int64_t count, F f) {
+  if constexpr (MAX == 1) {
+    f(Int<1>());
+  } else {
+    if (count == MAX) {
+      f(Int<MAX>());
+    } else {
+      with_count<MAX - 1>(count, f);
+    }
+  }
+}
+
+template <class Ops>
+struct Steps {
+  using T = typename Ops::T;
+  using Act = typename Ops::Act;
+  using Vec = typename Ops::Vec;
+  static constexpr int STEP = Ops::STEP, PARTS = Ops::PARTS;
+  static constexpr int LINE = 64 / sizeof(T);                      // elements of a cache line
+  static constexpr int UNROLLED = STEP < LINE ? LINE : STEP;       // a whole line, so that it is asked for once
+  static constexpr bool MANY = Ops::REGISTERS >= 32;
+  static constexpr int TOKENS = 6;                                 // tokens of a tile of `activate`
+  static constexpr int rows_for(int tokens) { return MANY ? (tokens <= 2 ? 4 : 2) : (tokens <= 2 ? 2 : 1); }
+  static constexpr int ROW_TOKENS = MANY ? 4 : 2;                  // tokens of a tile of `add_rows`
+  static constexpr int group_for(int tokens) { return Ops::ATOM_STEP * (MANY ? (tokens <= 2 ? 8 : 4) : (tokens == 1 ? 8 : 4)); }
+  static constexpr int COLUMN_TOKENS = MANY ? 12 : 6;              // tokens of a tile of `add_columns`
+
+  static const T* weights(const void* p) { return static_cast<const T*>(p); }
+
+  // --- activate ---------------------------------------------------------------------------------------------------
+
+  // R atoms' gate and up for M tokens, over one step.  Each sum takes the parts of a row in the same order.
+  template <int M, int R, bool REST, int P>
+  static inline void dot_part(const T* const* x, const T* gate, const T* up, int64_t H, int64_t h, Vec (*sums)[M]) {
+    Vec rows[2 * R];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = Ops::template load<P, REST>(gate + r * H + h);
+      rows[R + r] = Ops::template load<P, REST>(up + r * H + h);
+    }
+    for (int m = 0; m < M; ++m) {
+      const Vec input = Ops::template load<P, REST>(x[m] + h);
+      for (int r = 0; r < 2 * R; ++r) sums[r][m] = Ops::dot(input, rows[r], sums[r][m]);
+    }
+  }
+  template <int M, int R, bool REST>
+  static inline void dot_step(const T* const* x, const T* gate, const T* up, int64_t H, int64_t h, Vec (*sums)[M]) {
+    dot_part<M, R, REST, 0>(x, gate, up, H, h, sums);
+    if constexpr (PARTS == 2) dot_part<M, R, REST, 1>(x, gate, up, H, h, sums);
+  }
+
+  // FETCH: the rows of the next tile are asked for on the way.
+  template <int M, int R, bool FETCH>
+  static void dot_tile(const T* const* x, const T* gate, const T* up, int64_t H, const T* next_gate, const T* next_up, float* gates, float* ups) {
+    Vec sums[2 * R][M] = {};
+    int64_t h = 0;
+    for (; h + UNROLLED <= H; h += UNROLLED) {
+      if constexpr (FETCH) {
+        for (int r = 0; r < R; ++r) {
+          for (int i = 0; i < UNROLLED; i += LINE) {
+            __builtin_prefetch(next_gate + r * H + h + i, 0, 3);
+            __builtin_prefetch(next_up + r * H + h + i, 0, 3);
+          }
+        }
+      }
+      for (int i = 0; i < UNROLLED; i += STEP) dot_step<M, R, false>(x, gate, up, H, h + i, sums);
+    }
+    for (; h + STEP <= H; h += STEP) dot_step<M, R, false>(x, gate, up, H, h, sums);
+    if constexpr (STEP > 16) {
+      if (h < H) dot_step<M, R, true>(x, gate, up, H, h, sums);
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int r = 0; r < R; ++r) {
+        gates[m * ATOMS + r] = Ops::sum(sums[r][m]);
+        ups[m * ATOMS + r] = Ops::sum(sums[R + r][m]);
+      }
+    }
+  }
+
+  template <int M, bool FETCH>
+  static void activate_tile(const Block& block, int64_t token, int64_t atom) {
+    constexpr int R = rows_for(M);
+    const T* x[M];
+    for (int m = 0; m < M; ++m) x[m] = static_cast<const T*>(block.inputs[token + m]);
+    float gates[M * ATOMS], ups[M * ATOMS];
+    const int64_t H = block.H;
+    for (int64_t a = 0; a < ATOMS; a += R) {
+      const T* gate = weights(block.gate) + (atom + a) * H;
+      const T* up = weights(block.up) + (atom + a) * H;
+      const bool last = atom + a + R >= block.B;  // then the first rows of `down` come next
+      dot_tile<M, R, FETCH>(x, gate, up, H, last ? weights(block.down) : gate + R * H, last ? weights(block.down) + R * H : up + R * H, gates + a, ups + a);
+    }
+    for (int m = 0; m < M; ++m) {
+      Act* act = static_cast<Act*>(block.act) + (token + m) * block.act_stride + atom;
+      const float weight = block.weights[token + m];
+      float values[ATOMS];
+      for (int a = 0; a < ATOMS; ++a) {
+        const float gate = gates[m * ATOMS + a];
+        values[a] = weight * (gate / (1.0f + exponential(-gate))) * ups[m * ATOMS + a];
+      }
+      for (int a = 0; a < ATOMS; ++a) act[a] = Ops::round(values[a]);
+    }
+  }
+
+  static void activate(const Block& block) {
+    for (int64_t atom = 0; atom < block.B; atom += ATOMS) {
+      for (int64_t token = 0; token < block.count; token += TOKENS) {
+        const int64_t left = block.count - token;
+        with_count<TOKENS>(left < TOKENS ? left : TOKENS, [&](auto m) {
+          constexpr int M = decltype(m)::value;
+          token == 0 ? activate_tile<M, true>(block, token, atom) : activate_tile<M, false>(block, token, atom);
+        });
+      }
+    }
+  }
+
+  // --- combine ----------------------------------------------------------------------------------------------------
+
+  // G atoms' rows into the sums of M tokens.  FIRST: the sums start from zero.
+  template <int M, int G, bool FIRST, bool REST>
+  static inline void row_step(const Vec (*acts)[M], const T* row, int64_t H, float* const* sums, int64_t h) {
+    Vec total[M][2];
+    for (int m = 0; m < M; ++m) {
+      for (int p = 0; p < 2; ++p) total[m][p] = FIRST ? Vec{} : Ops::load_sum(sums[m] + h + p * (STEP / 2));
+    }
+    for (int g = 0; g < G / Ops::ATOM_STEP; ++g) {
+      Vec parts[2];
+      Ops::template load_rows<REST>(row + g * Ops::ATOM_STEP * H + h, H, parts);
+      for (int m = 0; m < M; ++m) {
+        for (int p = 0; p < 2; ++p) total[m][p] = Ops::dot(acts[g][m], parts[p], total[m][p]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int p = 0; p < 2; ++p) Ops::store_sum(sums[m] + h + p * (STEP / 2), total[m][p]);
+    }
+  }
+
+  template <int M, int G, bool FIRST, bool FETCH>
+  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums) {
+    Vec acts[G / Ops::ATOM_STEP][M];
+    for (int g = 0; g < G; g += Ops::ATOM_STEP) {
+      for (int m = 0; m < M; ++m) acts[g / Ops::ATOM_STEP][m] = Ops::spread(act[m] + g);
+    }
+    int64_t h = 0;
+    for (; h + UNROLLED <= H; h += UNROLLED) {
+      if constexpr (FETCH) {
+        for (int g = 0; g < G; ++g) {
+          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(row + (G + g) * H + h + i, 0, 3);
+        }
+      }
+      for (int i = 0; i < UNROLLED; i += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h + i);
+    }
+    for (; h + STEP <= H; h += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h);
+    if constexpr (STEP > 16) {
+      if (h < H) row_step<M, G, FIRST, true>(acts, row, H, sums, h);
+    }
+  }
+
+  template <int M>
+  static void add_rows_tile(const Block& block, int64_t token, int64_t atom, int64_t atoms, float* sums, int64_t stride) {
+    constexpr int G = group_for(M);
+    const Act* acts[M];
+    float* rows[M];
+    for (int m = 0; m < M; ++m) rows[m] = sums + (token + m) * stride;
+    for (int64_t a = atom; a < atom + atoms; a += G) {
+      for (int m = 0; m < M; ++m) acts[m] = static_cast<const Act*>(block.act) + (token + m) * block.act_stride + a;
+      const T* row = weights(block.down) + a * block.H;
+      if (a == 0) {
+        row_tile<M, G, true, true>(acts, row, block.H, rows);
+      } else if (token == 0 && a + G < block.B) {
+        row_tile<M, G, false, true>(acts, row, block.H, rows);
+      } else {
+        row_tile<M, G, false, false>(acts, row, block.H, rows);
+      }
+    }
+  }
+
+  static void add_rows(const Block& block, float* sums, int64_t stride) {
+    for (int64_t atom = 0; atom < block.B; atom += ATOMS) {
+      for (int64_t token = 0; token < block.count; token += ROW_TOKENS) {
+        const int64_t left = block.count - token;
+        with_count<ROW_TOKENS>(left < ROW_TOKENS ? left : ROW_TOKENS, [&](auto m) {
+          add_rows_tile<decltype(m)::value>(block, token, atom, ATOMS, sums, stride);
+        });
+      }
+    }
+  }
+
+  // M tokens' sums of one step of columns; `packed`: the rows' parts, one atom (or pair) after the other.
+  template <int M>
+  static void column_tile(const Block& block, const Vec* packed, int64_t token, int64_t column, float* const* sums) {
+    const Act* acts = static_cast<const Act*>(block.act) + token * block.act_stride;
+    Vec total[M][2] = {};
+    for (int64_t atom = 0; atom < block.B; atom += Ops::ATOM_STEP, packed += 2) {
+      for (int m = 0; m < M; ++m) {
+        const Vec act = Ops::spread(acts + m * block.act_stride + atom);
+        for (int p = 0; p < 2; ++p) total[m][p] = Ops::dot(act, packed[p], total[m][p]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int p = 0; p < 2; ++p) {
+        float* sum = sums[token + m] + column + p * (STEP / 2);
+        Ops::store_sum(sum, Ops::add(Ops::load_sum(sum), total[m][p]));
+      }
+    }
+  }
+
+  // The rows of a block lie a page apart: a line of each is gathered once for all tokens, the next asked for.
+  template <int WIDTH, bool REST>
+  static void column_tiles(const Block& block, int64_t column, float* const* sums) {
+    constexpr int PASSES = WIDTH < STEP ? 1 : WIDTH / STEP;
+    Vec* packed = static_cast<Vec*>(block.scratch);
+    const int64_t length = block.B / Ops::ATOM_STEP * 2;
+    const T* row = weights(block.down) + column;
+    for (int64_t atom = 0; atom < block.B; atom += Ops::ATOM_STEP, row += Ops::ATOM_STEP * block.H) {
+      for (int i = 0; i < Ops::ATOM_STEP; ++i) __builtin_prefetch(row + i * block.H + 2 * LINE, 0, 2);
+      for (int pass = 0; pass < PASSES; ++pass) {
+        Ops::template load_rows<REST>(row + pass * STEP, block.H, packed + pass * length + atom / Ops::ATOM_STEP * 2);
+      }
+    }
+    for (int pass = 0; pass < PASSES; ++pass) {
+      for (int64_t token = 0; token < block.count; token += COLUMN_TOKENS) {
+        const int64_t left = block.count - token;
+        with_count<COLUMN_TOKENS>(left < COLUMN_TOKENS ? left : COLUMN_TOKENS, [&](auto m) {
+          column_tile<decltype(m)::value>(block, packed + pass * length, token, column + pass * STEP, sums);
+        });
+      }
+    }
+  }
+
+  static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
+    int64_t column = first;
+    const int64_t end = first + columns;
+    for (; column + UNROLLED <= end; column += UNROLLED) column_tiles<UNROLLED, false>(block, column, sums);
+    for (; column + STEP <= end; column += STEP) column_tiles<STEP, false>(block, column, sums);
+    if constexpr (STEP > 16) {
+      if (column < end) column_tiles<STEP, true>(block, column, sums);
+    }
+  }
+
+  // --- after ---------------------------------------------------------------------------------------------
+
+  static void reduce(const float* const* rows, int64_t count, int64_t columns, void* out) {
+    float sums[REDUCED] = {};
+    const int64_t padded = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < padded; c += STEP / 2) Ops::store_sum(sums + c, Ops::add(Ops::load_sum(sums + c), Ops::load_sum(rows[i] + c)));
+    }
+    Ops::store(sums, columns, static_cast<T*>(out));
+  }
+
+  static constexpr Kernels table = {sizeof(Act), activate, add_rows, add_columns, reduce};
+};
+
+}  // namespace
