@@ -52,4 +52,7 @@ def register() -> None:
 
     repair_front_end()
     if current_platform.is_cpu():
+        from laguna_serve.plugins.cpu_linear import accelerate_linear
+
         repair_runner()
+        accelerate_linear()

@@ -1,0 +1,260 @@
+// y = x · wᵀ + bias for a CPU without bf16 arithmetic: bf16 in memory, widened in registers, summed in fp32.
+//
+// Built by cpu.py once per instruction set, which fixes LANES.  A register of 2·LANES weights is read as LANES words of
+// 32 bits, whose upper half is the odd weight and whose lower half, shifted up, the even one: two instructions widen
+// both.  Rows of x are widened beforehand into the same order, evens apart from odds, and padded with zeros.
+//
+// A tile is ROWS rows of x by WIDTH rows of w, each output a sum of LANES partial sums over all of K in one order,
+// whatever the tile: the bits of an output depend neither on the other rows nor on the threads, who share out rows of w.
+// Rows of w are read from memory once per CHUNK rows of x: a block of them stays in the second-level cache meanwhile.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+#if defined(PORTABLE)
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#define NEON
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr bool MANY_REGISTERS = true;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr bool MANY_REGISTERS = false;
+#elif defined(NEON)
+constexpr int LANES = 4;
+constexpr bool MANY_REGISTERS = true;
+#else
+constexpr int LANES = 4;
+constexpr bool MANY_REGISTERS = false;
+#endif
+constexpr int STEP = 2 * LANES;               // elements of K in a register of weights
+constexpr int ROWS = 4;                       // rows of x in a tile, at most
+constexpr int64_t GROUP = 32;                 // rows of w whose outputs are narrowed together
+constexpr int64_t CHUNK = 256;                // rows of x whose widened form is held at once
+constexpr int64_t BLOCK_BYTES = 128 << 10;    // weights that stay in the cache for all rows of a chunk
+constexpr int64_t MIN_WORK = 1 << 16;         // multiplications under which another thread costs more than it does
+enum Status { OK = 0, NO_MEMORY = 1 };
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+inline vec even(words pairs) { return reinterpret_cast<vec>(pairs << 16); }
+inline vec odd(words pairs) { return reinterpret_cast<vec>(pairs & 0xffff0000u); }
+inline words load(const uint16_t* p) { return *reinterpret_cast<const words*>(p); }
+
+inline vec multiply_add(vec a, vec b, vec sum) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+#elif defined(NEON)
+  return reinterpret_cast<vec>(vfmaq_f32(reinterpret_cast<float32x4_t>(sum), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+#else
+  return a * b + sum;
+#endif
+}
+
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline vec4 add_halves(vec v) {
+#if defined(__AVX512F__)
+  typedef float vec8 __attribute__((vector_size(32)));
+  const vec8 by8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(by8, by8, 0, 1, 2, 3) + __builtin_shufflevector(by8, by8, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
+#endif
+}
+
+// The sums of registers' lanes, four at once where there are four; in one order either way.
+template <int COUNT>
+inline void add_lanes(const vec* sums, float* out) {
+  int i = 0;
+  for (; i + 4 <= COUNT; i += 4) {
+    const vec4 a = add_halves(sums[i]), b = add_halves(sums[i + 1]), c = add_halves(sums[i + 2]), d = add_halves(sums[i + 3]);
+    const vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const vec4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *reinterpret_cast<vec4*>(out + i) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  }
+  for (; i < COUNT; ++i) {
+    const vec4 v = add_halves(sums[i]);
+    out[i] = (v[0] + v[2]) + (v[1] + v[3]);
+  }
+}
+
+inline float widen(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// The last elements of a row, fewer than STEP, with zeros after them.
+inline words load_tail(const uint16_t* p, int64_t count) {
+  uint16_t padded[STEP] = {};
+  std::memcpy(padded, p, count * sizeof *p);
+  return load(padded);
+}
+
+struct alignas(64) Line {
+  float values[16];
+};
+
+struct Problem {
+  int64_t M, N, K;
+  const uint16_t* x;
+  int64_t x_stride;
+  const uint16_t* w;
+  int64_t w_stride;
+  const uint16_t* bias;  // [N], or null
+  uint16_t* y;           // [M][N]
+  int64_t padded() const { return (K + STEP - 1) / STEP * STEP; }
+};
+
+// One row of x, widened: evens of every STEP, then its odds.
+void widen_row(const uint16_t* x, int64_t K, float* wide) {
+  for (int64_t k = 0; k < K; k += STEP) {
+    const words pairs = k + STEP <= K ? load(x + k) : load_tail(x + k, K - k);
+    *reinterpret_cast<vec*>(wide + k) = even(pairs);
+    *reinterpret_cast<vec*>(wide + k + LANES) = odd(pairs);
+  }
+}
+
+template <int M, int WIDTH>
+inline void tile_step(const float* const* x, const words* pairs, int64_t k, vec* sums) {
+  if constexpr (WIDTH > M) {
+    vec evens[M], odds[M];
+    for (int m = 0; m < M; ++m) evens[m] = *reinterpret_cast<const vec*>(x[m] + k);
+    for (int m = 0; m < M; ++m) odds[m] = *reinterpret_cast<const vec*>(x[m] + k + LANES);
+    for (int r = 0; r < WIDTH; ++r) {
+      const vec low = even(pairs[r]), high = odd(pairs[r]);
+      for (int m = 0; m < M; ++m) sums[r * M + m] = multiply_add(high, odds[m], multiply_add(low, evens[m], sums[r * M + m]));
+    }
+  } else {
+    vec low[WIDTH], high[WIDTH];
+    for (int r = 0; r < WIDTH; ++r) low[r] = even(pairs[r]), high[r] = odd(pairs[r]);
+    for (int m = 0; m < M; ++m) {
+      const vec evens = *reinterpret_cast<const vec*>(x[m] + k);
+      for (int r = 0; r < WIDTH; ++r) sums[r * M + m] = multiply_add(low[r], evens, sums[r * M + m]);
+      const vec odds = *reinterpret_cast<const vec*>(x[m] + k + LANES);
+      for (int r = 0; r < WIDTH; ++r) sums[r * M + m] = multiply_add(high[r], odds, sums[r * M + m]);
+    }
+  }
+}
+
+// M rows of x by WIDTH rows of w.  out [WIDTH][M].  `ahead` elements further on is what a later tile reads, asked for now.
+template <int M, int WIDTH>
+inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride, int64_t K, int64_t ahead, float* out) {
+  vec sums[WIDTH * M] = {};
+  words pairs[WIDTH];
+  int64_t k = 0;
+  for (; k + STEP <= K; k += STEP) {
+    for (int r = 0; r < WIDTH; ++r) pairs[r] = load(w + r * w_stride + k);
+    for (int r = 0; r < WIDTH; ++r) __builtin_prefetch(w + r * w_stride + k + ahead, 0, 2);
+    tile_step<M, WIDTH>(x, pairs, k, sums);
+  }
+  if (k < K) {
+    for (int r = 0; r < WIDTH; ++r) pairs[r] = load_tail(w + r * w_stride + k, K - k);
+    tile_step<M, WIDTH>(x, pairs, k, sums);
+  }
+  add_lanes<WIDTH * M>(sums, out);
+}
+
+// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: rows further on is what is
+// read after these; 0: the tiles follow each other.
+template <int M>
+void run_rows(const Problem& p, const float* wide, int64_t first, int64_t last, int64_t next, uint16_t* y) {
+  constexpr int WIDTH = M == 1 ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
+  const int64_t ahead = (next > 0 ? next : WIDTH) * p.w_stride;
+  const float* x[M];
+  for (int m = 0; m < M; ++m) x[m] = wide + m * p.padded();
+  float out[GROUP * M];
+  for (int64_t n = first; n < last; n += GROUP) {
+    const int64_t count = std::min(GROUP, last - n);
+    const uint16_t* w = p.w + n * p.w_stride;
+    int64_t r = 0;
+    for (; r + WIDTH <= count; r += WIDTH) run_tile<M, WIDTH>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r * M);
+    for (; r < count; ++r) run_tile<M, 1>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r * M);
+    for (int m = 0; m < M; ++m) {
+      uint16_t* row = y + m * p.N + n;
+      if (p.bias != nullptr) {
+        for (r = 0; r < count; ++r) row[r] = narrow(out[r * M + m] + widen(p.bias[n + r]));
+      } else {
+        for (r = 0; r < count; ++r) row[r] = narrow(out[r * M + m]);
+      }
+    }
+  }
+}
+
+// A thread's rows of w, a block at a time, for all M widened rows of a chunk.
+void run_share(const Problem& p, const float* wide, int64_t M, int64_t first, int64_t last, uint16_t* y) {
+  const int64_t block = std::max<int64_t>(8, BLOCK_BYTES / (2 * std::max<int64_t>(p.K, 1)) / 8 * 8);
+  for (int64_t n = first; n < last; n += block) {
+    const int64_t end = std::min(last, n + block);
+    int64_t m = 0;
+    for (; m + ROWS <= M; m += ROWS) {
+      const bool last_rows = m + 2 * ROWS > M && m > 0;
+      run_rows<ROWS>(p, wide + m * p.padded(), n, end, last_rows ? block : 0, y + m * p.N);
+    }
+    switch (M - m) {
+      case 1: run_rows<1>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
+      case 2: run_rows<2>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
+      case 3: run_rows<3>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
+    }
+  }
+}
+
+void run_chunk(const Problem& p, int64_t first_row, int64_t M, float* wide, int threads) {
+  const uint16_t* x = p.x + first_row * p.x_stride;
+  uint16_t* y = p.y + first_row * p.N;
+  if (threads == 1) {
+    for (int64_t m = 0; m < M; ++m) widen_row(x + m * p.x_stride, p.K, wide + m * p.padded());
+    run_share(p, wide, M, 0, p.N, y);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < M; ++m) widen_row(x + m * p.x_stride, p.K, wide + m * p.padded());
+    const int64_t units = (p.N + 7) / 8, team = omp_get_num_threads(), own = omp_get_thread_num();
+    run_share(p, wide, M, units * own / team * 8, std::min(p.N, units * (own + 1) / team * 8), y);
+  }
+}
+
+}  // namespace
+
+extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads) {
+  const Problem p{M, N, K, static_cast<const uint16_t*>(x), x_stride, static_cast<const uint16_t*>(w), w_stride, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y)};
+  static thread_local std::vector<Line> wide;
+  try {
+    const size_t need = static_cast<size_t>(std::min(M, CHUNK) * p.padded() / 16 + 1);
+    if (wide.size() < need) wide.resize(need);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  if (M * N * K < 2 * MIN_WORK) threads = 1;
+  for (int64_t first = 0; first < M; first += CHUNK) run_chunk(p, first, std::min(CHUNK, M - first), wide.data()->values, threads);
+  return OK;
+}

@@ -1,0 +1,68 @@
+"""Which instructions the op may use: the processor's, unless a variable holds it or torch's libraries to fewer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+# Holds this project's own kernels to a path; anything but the first also says that bf16 arithmetic is not to be used.
+VARIABLE = "LAGUNA_CPU_ISA"
+BF16 = "avx512bf16"
+# Best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
+PATHS: dict[str, frozenset[str]] = {
+    "avx512": frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")),
+    "avx2": frozenset(("avx2", "fma")),
+    "neon": frozenset(("asimd",)),
+    "portable": frozenset(),
+}
+# Instructions that multiply in bfloat16; `bf16` is ARM's.
+BF16_ARITHMETIC = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+# oneDNN's and ATen's own limits, for which a processor may be better than it is used.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+WITHOUT_AVX512 = frozenset(("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "DEFAULT"))
+WITHOUT_BF16 = WITHOUT_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
+
+
+class IsaError(ValueError):
+    """A path that there is not, or that the processor does not run; one line."""
+
+
+def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The processor's instructions; none where the kernel does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the processor has bf16 arithmetic that may be used."""
+    if environ.get(VARIABLE, BF16) != BF16 or _limits(environ) & WITHOUT_BF16:
+        return False
+    return bool(BF16_ARITHMETIC & set(read_flags() if flags is None else flags))
+
+
+def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """The best path for the processor, or the one that LAGUNA_CPU_ISA names.
+
+    Raises:
+        IsaError: it names none, or one whose instructions the processor lacks.
+    """
+    present = set(read_flags() if flags is None else flags)
+    wanted = environ.get(VARIABLE)
+    if wanted is not None and wanted != BF16:
+        if wanted not in PATHS:
+            raise IsaError(f"{VARIABLE}: expected {BF16}, {', '.join(PATHS)}, got {wanted!r}; correct or unset it")
+        if missing := sorted(PATHS[wanted] - present):
+            raise IsaError(f"{VARIABLE}={wanted}: expected a processor with {', '.join(missing)}; unset it")
+        return wanted
+    barred = {"avx512"} if _limits(environ) & WITHOUT_AVX512 else set()
+    return next(path for path, needed in PATHS.items() if needed <= present and path not in barred)
+
+
+def _limits(environ: Mapping[str, str]) -> set[str]:
+    return {environ.get(name, "").upper() for name in LIMITS}

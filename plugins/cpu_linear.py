@@ -1,0 +1,50 @@
+"""Linear layers in bfloat16 on CPUs without bfloat16 arithmetic (x86 with AVX2 or plain AVX-512, ARM without bf16).
+
+There oneDNN refuses bf16 products, and vLLM falls back to torch's, which compute eight rows in about the time of eight
+times one row: verifying drafts has no advantage.  `kernels/linear` reads each weight once for all rows.  vLLM's
+linear layers and its output layer ask one function how to multiply on a CPU, and this wraps it: layers with other
+dtypes, and all layers of processors that have bf16 arithmetic, are left to vLLM.
+
+Checked against vLLM 0.32.0.  It can go when `tests/plugins/test_cpu_linear.py::test_stock_falls_back_to_torch` fails.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers import utils
+
+from laguna_serve.kernels.linear import choose_path, linear, load_library, multiplies_bf16
+
+logger = init_logger("vllm.laguna_serve.cpu_linear")
+
+Dispatch = Callable[..., None]
+
+
+def accelerate_linear() -> None:
+    """Have linear layers loaded from now on use the op, where it is needed and can be built; again changes nothing.
+
+    The op is looked for when the first layer is loaded, in the process that computes.
+    """
+    stock: Dispatch | None = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    if stock is not None and not hasattr(stock, "__wrapped__") and not multiplies_bf16():
+        utils.dispatch_cpu_unquantized_gemm = wrap_dispatch(stock)
+
+
+def wrap_dispatch(stock: Dispatch) -> Dispatch:
+    """`dispatch_cpu_unquantized_gemm` that gives bf16 matrices our product and leaves the others to `stock`."""
+
+    @functools.wraps(stock)
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        weight: torch.Tensor = layer.weight
+        if weight.is_meta or weight.dim() != 2 or weight.dtype != torch.bfloat16 or load_library() is None:
+            stock(layer, remove_weight)
+            return
+        layer.cpu_linear = linear
+        logger.info_once("Linear layers in bfloat16: laguna_serve::linear (%s)", choose_path())
+
+    return dispatch

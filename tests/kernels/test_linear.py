@@ -1,0 +1,199 @@
+"""Linear layers in bfloat16: every path against fp32, bits that depend on the row alone, and which path is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from laguna_serve.kernels import linear as package
+from laguna_serve.kernels.linear import build, isa, launch, linear, linear_reference
+from laguna_serve.kernels.linear.isa import IsaError, choose_path, multiplies_bf16
+
+ZEN4 = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+SKYLAKE = ZEN4 - {"avx512_bf16"}
+HASWELL = {"avx2", "fma"}
+HERE = isa.read_flags()
+RUNNABLE = [path for path, needed in isa.PATHS.items() if needed <= HERE]
+# One step, a part of one, several and a rest; a row; fewer and more rows than are narrowed together.
+SIZES = [(K, N) for K in (1, 7, 16, 31, 160, 1030) for N in (1, 5, 33, 130)]
+
+
+@pytest.fixture(scope="session", params=RUNNABLE)
+def library(request: pytest.FixtureRequest) -> Callable[..., int]:
+    return build.open_library(build.build(request.param))
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was loaded before is forgotten, and what the test loads is too."""
+    build.load_library.cache_clear()
+    yield
+    build.load_library.cache_clear()
+
+
+def make(M: int, K: int, N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(M + K + N)
+    return tuple(torch.randn(*size).bfloat16() for size in ((M, K), (N, K), (N,)))  # type: ignore[return-value]
+
+
+def assert_close(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Within one rounding to bfloat16 of the sum, and what fp32 sums of another order differ by."""
+    exact = x.double() @ w.double().t() + (0 if bias is None else bias.double())
+    scale = x.double().abs() @ w.double().abs().t() + 1
+    assert out.dtype == torch.bfloat16
+    assert bool(((out.double() - exact).abs() <= exact.abs() * 2**-8 + scale * 1e-5).all())
+
+
+@pytest.mark.parametrize(("K", "N"), SIZES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_values(library: Callable[..., int], K: int, N: int, biased: bool) -> None:
+    x, w, bias = make(21, K, N)
+    out = launch.run_with(library, x, w, bias if biased else None, 1)
+    assert_close(out, x, w, bias if biased else None)
+
+
+@pytest.mark.parametrize(("K", "N"), [(31, 33), (160, 512), (2048, 130)])
+def test_bits_of_a_row_depend_on_neither_batch_nor_threads(library: Callable[..., int], K: int, N: int) -> None:
+    x, w, bias = make(300, K, N)  # more rows than are widened at once
+    whole = launch.run_with(library, x, w, bias, 1)
+    for M in (*range(18), 64, 257):
+        for threads in (1, 3):
+            assert torch.equal(launch.run_with(library, x[:M], w, bias, threads), whole[:M])
+    for first in (1, 2, 3, 255):  # another place in its tile
+        assert torch.equal(launch.run_with(library, x[first:], w, bias, 2), whole[first:])
+
+
+def test_strides(library: Callable[..., int]) -> None:
+    x, w, _ = make(9, 96, 24)
+    wide, fat = torch.randn(9, 200).bfloat16(), torch.randn(24, 100).bfloat16()
+    wide[:, 50:146], fat[:, 2:98] = x, w
+    plain = launch.run_with(library, x, w, None, 1)
+    assert torch.equal(launch.run_with(library, wide[:, 50:146], fat[:, 2:98], None, 1), plain)
+    assert torch.equal(launch.run_with(library, x.t().contiguous().t(), w, None, 1), plain)
+    assert torch.equal(launch.run_with(library, x.view(3, 3, 96), w, None, 1), plain.view(3, 3, 24))
+    assert torch.equal(launch.run_with(library, x[0], w, None, 1), plain[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4), (3, 0, 4), (3, 8, 0)], ids=["no rows", "no inputs", "no outputs"])
+def test_empty(library: Callable[..., int], shape: tuple[int, int, int]) -> None:
+    x, w, bias = make(*shape)
+    out = launch.run_with(library, x, w, bias, 2)
+    assert out.shape == (shape[0], shape[2])
+    assert torch.equal(out, linear_reference(x, w, bias))
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column(library: Callable[..., int]) -> None:
+    x, w, _ = make(4, 40, 6)
+    x[1, 39], w[2, 3] = float("nan"), float("inf")
+    out, clean = launch.run_with(library, x, w, None, 1), launch.run_with(library, *make(4, 40, 6)[:2], None, 1)
+    assert out[1].isnan().all()
+    assert not out[[0, 2, 3]][:, 2].isfinite().any()
+    keep = [0, 1, 3, 4, 5]
+    assert torch.equal(out[[0, 2, 3]][:, keep], clean[[0, 2, 3]][:, keep])
+
+
+def test_op_is_a_node_of_a_compiled_graph() -> None:
+    x, w, bias = make(5, 48, 20)
+    torch.library.opcheck(torch.ops.laguna_serve.linear.default, (x, w, bias))
+    compiled = torch.compile(lambda rows: linear(rows * 2, w, bias) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), linear(x * 2, w, bias) + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.zeros(2, 8)}, TypeError, "in bfloat16, got torch.float32"),
+        ({"bias": torch.zeros(4)}, TypeError, "in bfloat16"),
+        ({"x": torch.zeros(2, 9).bfloat16()}, ValueError, r"x \[..., K\] and weight \[N, K\]"),
+        ({"weight": torch.zeros(8, 4).bfloat16().t()}, ValueError, "contiguous rows"),
+        ({"bias": torch.zeros(5).bfloat16()}, ValueError, r"expected \[4\]"),
+    ],
+)
+def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], says: str) -> None:
+    zeros = {"x": torch.zeros(2, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
+    with pytest.raises(error, match=says):
+        linear(**({name: tensor.bfloat16() for name, tensor in zeros.items()} | change))
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "bf16", "path"),
+    [
+        (ZEN4, {}, True, "avx512"),
+        (SKYLAKE, {}, False, "avx512"),
+        (HASWELL, {}, False, "avx2"),
+        ({"avx2"}, {}, False, "portable"),
+        ({"asimd"}, {}, False, "neon"),
+        ({"asimd", "bf16"}, {}, True, "neon"),
+        (set(), {}, False, "portable"),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False, "avx2"),
+        (ZEN4, {"ATEN_CPU_CAPABILITY": "avx2"}, False, "avx2"),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "avx512"),
+        (ZEN4, {"LAGUNA_CPU_ISA": "avx2"}, False, "avx2"),
+        (ZEN4, {"LAGUNA_CPU_ISA": "portable"}, False, "portable"),
+        (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512"),
+    ],
+)
+def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str) -> None:
+    assert multiplies_bf16(flags, environ) is bf16
+    assert choose_path(flags, environ) == path
+
+
+@pytest.mark.parametrize(("name", "says"), [("sse9", "expected avx512bf16, avx512, "), ("avx512", "with avx512bw")])
+def test_wrong_choice(name: str, says: str) -> None:
+    with pytest.raises(IsaError, match=says):
+        choose_path(HASWELL, {"LAGUNA_CPU_ISA": name})
+
+
+def test_variable_chooses_the_library(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(build, "build", lambda path: built.append(path) or Path("none.so"))  # type: ignore[func-returns-value]
+    monkeypatch.setenv("LAGUNA_CPU_ISA", "portable")
+    assert build.load_library() is None
+    assert built == ["portable"]
+
+
+def test_no_compiler(
+    forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    x, w, bias = make(3, 16, 8)
+    with caplog.at_level(logging.WARNING):
+        assert_close(linear(x, w, bias), x, w, bias)
+        linear(x, w, bias)
+    (record,) = caplog.records
+    assert "install g++ or name one in CXX" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"), [("exit 0", "No such file"), ("echo 'cpu.cpp:1: error: no' >&2; exit 1", "error: no")]
+)
+def test_compiler_that_fails(
+    forgotten: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    script: str,
+    says: str,
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.load_library() is None
+    assert "using torch's" in caplog.text
+    assert says in caplog.text
+
+
+def test_library_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = build.build("portable")
+    stamp = first.stat().st_mtime_ns
+    assert build.build("portable") == first
+    assert first.stat().st_mtime_ns == stamp
+    assert build.SOURCE.parent == Path(package.__file__).parent

@@ -1,0 +1,77 @@
+"""Linear layers on a processor held to AVX2: what stock vLLM does, and that every layer of a model takes ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from probes import run_probe
+
+from laguna_serve.plugins import cpu_linear
+
+pytestmark = pytest.mark.vllm
+TOY = Path(__file__).resolve().parent.parent / "toy"
+
+
+@pytest.fixture(scope="module")
+def held_to_avx2() -> dict[str, Any]:
+    return run_probe("linear_probe.py", str(TOY / "teacher"), str(TOY / "prompts.jsonl"))  # type: ignore[no-any-return]
+
+
+def test_stock_falls_back_to_torch(held_to_avx2: dict[str, Any]) -> None:
+    """When this fails, oneDNN multiplies in bfloat16 there: time it against ours, and retire `plugins/cpu_linear.py`.
+
+    vLLM gives a layer's weight to oneDNN and empties it; where oneDNN refuses, the weight stays for torch.
+    """
+    assert held_to_avx2["stock_keeps_the_weight"]
+
+
+def test_every_bf16_layer_takes_the_op(held_to_avx2: dict[str, Any]) -> None:
+    assert held_to_avx2["wrapped_once"]
+    assert held_to_avx2["torch.bfloat16"]
+    assert not held_to_avx2["torch.float32"]
+    assert held_to_avx2["layers"]["all"] == held_to_avx2["layers"]["ours"] > 30
+
+
+def test_the_model_still_writes_code(held_to_avx2: dict[str, Any]) -> None:
+    """By what it learned: a product that is off by more than rounding writes nothing of the kind."""
+    assert all(text.strip() for text in held_to_avx2["texts"])
+    assert any("return" in text or "=" in text for text in held_to_avx2["texts"])
+
+
+@pytest.mark.parametrize("library", [None, len], ids=["no compiler", "a library"])
+@pytest.mark.parametrize(
+    ("weight", "taken"),
+    [
+        (torch.zeros(4, 8, dtype=torch.bfloat16), True),
+        (torch.zeros(4, 8), False),
+        (torch.zeros(4, 8, dtype=torch.float16), False),
+        (torch.zeros(4, 1, 4, dtype=torch.bfloat16), False),
+        (torch.zeros(4, 8, dtype=torch.bfloat16, device="meta"), False),
+    ],
+    ids=["bf16", "fp32", "fp16", "convolution", "missing"],
+)
+def test_others_are_left_to_vllm(
+    library: Any, weight: torch.Tensor, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_linear, "load_library", lambda: library)
+    left: list[tuple[Any, bool]] = []
+    layer = torch.nn.Module()
+    layer.weight = weight
+    cpu_linear.wrap_dispatch(lambda layer, remove_weight: left.append((layer, remove_weight)))(layer, True)
+    taken = taken and library is not None
+    assert left == ([] if taken else [(layer, True)])
+    assert (getattr(layer, "cpu_linear", None) is cpu_linear.linear) == taken
+    assert layer.weight is weight
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_processors_with_bf16_arithmetic_keep_vllms_own(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(layer: torch.nn.Module, remove_weight: bool) -> None: ...
+
+    monkeypatch.setattr(cpu_linear.utils, "dispatch_cpu_unquantized_gemm", stock)
+    monkeypatch.setattr(cpu_linear, "multiplies_bf16", lambda: bf16)
+    cpu_linear.accelerate_linear()
+    assert (cpu_linear.utils.dispatch_cpu_unquantized_gemm is stock) == bf16
