@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -37,7 +37,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json
 from laguna_serve.serving.speculation.acceptance import read_acceptance
 from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma
 
@@ -96,7 +96,7 @@ class GrpoConfig:
         check_bounds(self)
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self) -> JsonObject:
         """What decides about a run; another run's folder is not continued."""
         sizes = ("prompts_per_step", "group", "max_tokens")
         names = ("model", "draft", "gamma", "draft_sampling", *sizes, "lr", "dtype", "seed")
@@ -107,7 +107,7 @@ class GrpoResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
     """A run; `run` is what decided about it."""
 
     environment: Environment
-    run: dict[str, Any]
+    run: JsonObject
     log: tuple[Step, ...]
     held_out_reward: HeldOut
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
@@ -84,7 +84,7 @@ class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
     recipe: ToyRecipe
     python: str
     versions: dict[str, str]
-    stages: dict[str, dict[str, Any]]
+    stages: dict[str, JsonObject]
     sha256: dict[str, str]
 
 
@@ -134,7 +134,7 @@ def make_toy(config: ToyConfig) -> ToyManifest:
     return write_manifest(config.recipe, work, config.out)
 
 
-def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
+def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Train tokenizer and teacher; cut the held-out prompts."""
     import torch
 
@@ -161,7 +161,7 @@ def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
+def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """The teacher's greedy text on training modules, by vLLM."""
     from laguna_serve.scripts.text import corpus
     from laguna_serve.scripts.training.toy import continuations
@@ -176,17 +176,17 @@ def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, An
     return {"prompts": len(prompts), "tokens": int(data.lengths.sum())}
 
 
-def make_dflash(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
+def make_dflash(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """The drafter in Laguna's own format, trained on the continuations."""
     return _make_drafter(recipe, work, out, "dflash")
 
 
-def make_speculators(recipe: ToyRecipe, work: Path, out: Path) -> dict[str, Any]:
+def make_speculators(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """A smaller drafter in the speculators format, trained on the same."""
     return _make_drafter(recipe, work, out, "dflash-speculators")
 
 
-def _make_drafter(recipe: ToyRecipe, work: Path, out: Path, name: str) -> dict[str, Any]:
+def _make_drafter(recipe: ToyRecipe, work: Path, out: Path, name: str) -> JsonObject:
     import torch
     from transformers import LagunaForCausalLM
 
@@ -206,7 +206,7 @@ def _make_drafter(recipe: ToyRecipe, work: Path, out: Path, name: str) -> dict[s
     return {"parameters": sum(p.numel() for p in drafter.parameters()), "log": log}
 
 
-STAGES: dict[str, Callable[[ToyRecipe, Path, Path], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[ToyRecipe, Path, Path], JsonObject]] = {
     "teacher": make_teacher,
     "continuations": make_continuations,
     "dflash": make_dflash,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from laguna_serve.evals.problems import SHIPPED
 from laguna_serve.evals.problems.mbpp_splits import Split
@@ -15,6 +15,7 @@ from laguna_serve.evals.problems.template import TemplateFields, Thinking, make_
 from laguna_serve.evals.sandbox import Wanted
 from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.results import JsonObject
 
 MAX_TOKENS = ", ".join(f"{name} {protocol.max_tokens}" for name, protocol in PROTOCOLS.items())
 
@@ -108,6 +109,6 @@ class CodeTasksConfig:
             raise FlagError(f"--api-key-env: expected the key in ${self.api_key_env}, got nothing; set it")
 
     @property
-    def template(self) -> dict[str, Any]:
+    def template(self) -> JsonObject:
         """Fields for the chat template."""
         return make_template(self.thinking, self.chat_template_kwargs)

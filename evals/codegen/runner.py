@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.codegen.grading import Limits, grade_answer
 from laguna_serve.evals.codegen.samples import AnswerLine, GradeLine, Key, SampleLog
@@ -22,6 +21,7 @@ from laguna_serve.evals.problems.protocols import make_prompt
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Endpoint
+from laguna_serve.serving.kit.results import JsonObject
 
 ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
 
@@ -41,7 +41,7 @@ class Workload:
     seed: int = 0
     concurrency: int = 8
     protocol: str = "project"
-    template: dict[str, Any] = field(default_factory=dict)
+    template: JsonObject = field(default_factory=dict)
 
     def make_sampling(self, problem: Problem, sample: int) -> dict[str, object]:
         """The request's fields for one sample; each has a seed of its own."""

@@ -12,6 +12,7 @@ import aiohttp
 
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.logprobs import Probe
+from laguna_serve.serving.kit.results import JsonObject
 
 
 class ChatClient(Client):
@@ -38,7 +39,7 @@ class ChatClient(Client):
         return await self._ask({**self._body, "messages": [{"role": "user", "content": prompt}], **extra}, decode_chat)
 
 
-def decode_chat(answer: dict[str, Any]) -> Probe:
+def decode_chat(answer: JsonObject) -> Probe:
     """Read a chat answer, as parity.decode_probe reads a completion's.
 
     Raises:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError
+from laguna_serve.serving.kit.results import JsonObject
 
 # As `datasets` calls the builder that reads such a file.
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
@@ -27,7 +27,7 @@ def write_tasks(suite: Suite, data: Path, harness_tasks: Path, folder: Path) -> 
         SuiteError: a file is missing in `data`; nothing is written then.
     """
     definitions = find_definitions(suite, harness_tasks)
-    tasks: dict[str, Any] = {}
+    tasks: JsonObject = {}
     read: list[Path] = []
     for definition in definitions:
         # A pattern's definitions are named after their subjects: mmlu_anatomy.yaml reads …/anatomy/; MMLU-Pro's one

@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.harnesses.data import write_tasks
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError
 from laguna_serve.serving.kit.progress import SPARSE_S, Progress
+from laguna_serve.serving.kit.results import JsonObject
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-evals"
 POLL_S = 0.2
@@ -56,7 +56,7 @@ class Target:
     chat: bool
     concurrency: int
     limit: int | None
-    template: dict[str, Any] = field(default_factory=dict)
+    template: JsonObject = field(default_factory=dict)
     max_tokens: int | None = None
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -21,6 +20,7 @@ from laguna_serve.evals.codegen.result import CodeTasksResult
 from laguna_serve.evals.harnesses.code_suites import SamplesResult
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError
 from laguna_serve.evals.problems.mbpp_splits import describe_split
+from laguna_serve.serving.kit.results import JsonObject
 
 NOTE = "suite.json"
 Z95 = 1.959964
@@ -28,7 +28,7 @@ Z95 = 1.959964
 EVALPLUS_NAME = re.compile(r"_[a-z]+_temp_[\d.]+_eval_results$")
 EVALPLUS_SETS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
 # As JSON has it; what a harness was given to generate with is an object.
-Setting = str | int | float | bool | dict[str, Any] | None
+Setting = str | int | float | bool | JsonObject | None
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,7 @@ class _LmEvalConfig(msgspec.Struct, frozen=True):
     model: str
     fewshot_seed: int | None
     limit: int | float | None
-    gen_kwargs: dict[str, Any] | str | None
+    gen_kwargs: JsonObject | str | None
 
 
 class _LmEvalCount(msgspec.Struct, frozen=True):
@@ -91,7 +91,7 @@ class _LmEval(msgspec.Struct, frozen=True, kw_only=True):
     """results_*.json of lm-evaluation-harness; of a task's `results` the metrics are "name,filter"."""
 
     config: _LmEvalConfig
-    results: dict[str, dict[str, Any]]
+    results: dict[str, JsonObject]
     group_subtasks: dict[str, list[str]] = {}
     versions: dict[str, int | float | str | None]
     shots: dict[str, int] = msgspec.field(name="n-shot")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import aiohttp
 import msgspec
@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.results import JsonObject, write_result
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 
 JOBS = ("list", "suites", "samples", "merge")
@@ -92,7 +92,7 @@ class SuitesConfig:
                 raise FlagError(f"--{given[0]}: expected --{name.replace('_', '-')} with it, got none; add it")
 
     @property
-    def template(self) -> dict[str, Any]:
+    def template(self) -> JsonObject:
         """Fields for the chat template."""
         return make_template(self.thinking, self.chat_template_kwargs)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiohttp
 
@@ -18,6 +18,7 @@ from laguna_serve.evals.perplexity.rows import Row
 from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.results import JsonObject
 
 # In place of −∞, which JSON does not have, vLLM answers this.
 CLAMPED = -9999.0
@@ -78,7 +79,7 @@ class ScoringEndpoint:
         """
         body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
 
-        def decode(answer: dict[str, Any]) -> list[float]:
+        def decode(answer: JsonObject) -> list[float]:
             steps = answer["choices"][0]["prompt_logprobs"]
             return [-float(step[str(token)]["logprob"]) for token, step in zip(tokens[1:], steps[1:], strict=True)]
 
@@ -97,7 +98,7 @@ class ScoringEndpoint:
         )
 
     async def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None, decode: Callable[[dict[str, Any]], Decoded]
+        self, method: str, path: str, body: JsonObject | None, decode: Callable[[JsonObject], Decoded]
     ) -> Decoded:
         url = self._url + path
         named = {"model": self.model_name} if self.model_name else {}

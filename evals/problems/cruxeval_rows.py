@@ -12,9 +12,9 @@ import ast
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
+from laguna_serve.serving.kit.results import JsonObject
 
 # The name under which the grader asks for the value.
 ENTRY_POINT = "predict_output"
@@ -82,7 +82,7 @@ assert f({input}) == ??
 )
 
 
-def read_cruxeval(where: str, row: dict[str, Any], protocol: str) -> Problem:
+def read_cruxeval(where: str, row: JsonObject, protocol: str) -> Problem:
     """A row of cruxeval.jsonl.
 
     Raises:

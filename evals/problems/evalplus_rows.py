@@ -11,9 +11,9 @@ import ast
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
+from laguna_serve.serving.kit.results import JsonObject
 
 TEXTS = ("task_id", "prompt", "entry_point", "canonical_solution")
 # What MBPP+'s arguments are, by task id, where JSON cannot say it (evalplus_check.shape); read off the canonical
@@ -47,7 +47,7 @@ def check(candidate):
 """
 
 
-def read_evalplus(where: str, row: dict[str, Any], _: str) -> Problem:
+def read_evalplus(where: str, row: JsonObject, _: str) -> Problem:
     """A row of evalplus's own files.
 
     Raises:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ast
 import textwrap
 from dataclasses import replace
-from typing import Any
 
 from laguna_serve.evals.problems.mbpp_splits import find_number
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
+from laguna_serve.serving.kit.results import JsonObject
 
 
-def read_mbpp(where: str, row: dict[str, Any], protocol: str) -> Problem:
+def read_mbpp(where: str, row: JsonObject, protocol: str) -> Problem:
     """A row of mbpp.jsonl or sanitized-mbpp.json.
 
     Raises:
@@ -50,7 +50,7 @@ def read_mbpp(where: str, row: dict[str, Any], protocol: str) -> Problem:
     )
 
 
-def read_mbpp_plus(where: str, row: dict[str, Any], protocol: str) -> Problem:
+def read_mbpp_plus(where: str, row: JsonObject, protocol: str) -> Problem:
     """A row of evalplus's MBPP+ as on the hub: MBPP's tests are the base, the script in `test` has all of them.
 
     Raises:

@@ -6,9 +6,10 @@ been written of one that only the 500 can give (42.60% is 213 of 500; no whole n
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from laguna_serve.evals.problems.problem import ProblemsError
+from laguna_serve.serving.kit.results import JsonObject
 
 Split = Literal["prompt", "test", "validation", "train", "all"]
 # First and last task id.
@@ -19,7 +20,7 @@ SPLITS: dict[str, tuple[int, int]] = {
     "train": (601, 974),
     "all": (1, 974),
 }
-Row = tuple[str, dict[str, Any]]
+Row = tuple[str, JsonObject]
 
 
 def choose_split(rows: list[Row], split: str, form: str, name: str) -> list[Row]:
@@ -41,7 +42,7 @@ def choose_split(rows: list[Row], split: str, form: str, name: str) -> list[Row]
     return found
 
 
-def find_number(where: str, row: dict[str, Any]) -> int:
+def find_number(where: str, row: JsonObject) -> int:
     """A row's task id as a number, 1 to 974.
 
     Raises:

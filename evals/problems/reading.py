@@ -31,6 +31,7 @@ from laguna_serve.evals.problems.mbpp_rows import read_mbpp, read_mbpp_plus
 from laguna_serve.evals.problems.mbpp_splits import choose_split
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
 from laguna_serve.evals.problems.protocols import ask_by, choose_protocol
+from laguna_serve.serving.kit.results import JsonObject
 
 __all__ = ["SHIPPED", "Problem", "ProblemsError", "find_form", "load_problems", "read_rows"]
 
@@ -68,7 +69,7 @@ def load_problems(path: Path, protocol: str = "", split: str = "") -> list[Probl
     return problems
 
 
-def find_form(row: dict[str, Any]) -> str:
+def find_form(row: JsonObject) -> str:
     """A form's name, from the fields of a row."""
     if row.keys() >= {"base_input", "plus_input"}:
         return "evalplus"
@@ -77,7 +78,7 @@ def find_form(row: dict[str, Any]) -> str:
     return "cruxeval" if row.keys() >= {"code", "input", "output"} else "humaneval"
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
     """Every row with its place, as "file:line" (of an array, the number of the item).
 
     Raises:
@@ -120,7 +121,7 @@ def _parse_line(where: str, line: str) -> Any:
         raise ProblemsError(f"{where}: expected one JSON object, got invalid JSON ({error}); fix the line") from error
 
 
-def read_humaneval(where: str, item: dict[str, Any], _: str) -> Problem:
+def read_humaneval(where: str, item: JsonObject, _: str) -> Problem:
     """A row of HumanEval's schema.
 
     Raises:
@@ -154,7 +155,7 @@ def _show(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:80]
 
 
-READERS: dict[str, Callable[[str, dict[str, Any], str], Problem]] = {
+READERS: dict[str, Callable[[str, JsonObject, str], Problem]] = {
     "humaneval": read_humaneval,
     "evalplus": read_evalplus,
     "mbpp": read_mbpp,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.results import JsonObject
 
 Template = Mapping[str, Any]
 
@@ -32,6 +33,6 @@ TemplateFields = Annotated[
 ]
 
 
-def make_template(thinking: Literal["on", "off"] | None, fields: Template | None) -> dict[str, Any]:
+def make_template(thinking: Literal["on", "off"] | None, fields: Template | None) -> JsonObject:
     """The template's fields, of which `thinking` sets enable_thinking."""
     return {**(fields or {}), **({} if thinking is None else {"enable_thinking": thinking == "on"})}

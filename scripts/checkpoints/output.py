@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit import files
 from laguna_serve.serving.kit.progress import ByteProgress
+from laguna_serve.serving.kit.results import JsonObject
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json")
 # Beside the tensors: headers, tokenizer, config and index.
@@ -34,7 +34,7 @@ class Output:
     """An output folder that is ours: what was asked for, and the bytes of every finished file."""
 
     folder: Path
-    arguments: dict[str, Any]
+    arguments: JsonObject
     journal: str
     finished: dict[str, int] = field(default_factory=dict)
     complete: bool = False
@@ -66,7 +66,7 @@ class Output:
         write_file(self.folder / self.journal, lambda path: path.write_text(json.dumps(journal, indent=1) + "\n"))
 
 
-def open_output(folder: Path, base: Path, arguments: dict[str, Any], journal: str = JOURNALS[0]) -> Output:
+def open_output(folder: Path, base: Path, arguments: JsonObject, journal: str = JOURNALS[0]) -> Output:
     """The folder to write into or to continue in; nothing is written yet.
 
     Raises:
@@ -82,7 +82,7 @@ def open_output(folder: Path, base: Path, arguments: dict[str, Any], journal: st
     return _continue(folder, arguments, journal)
 
 
-def _continue(folder: Path, arguments: dict[str, Any], journal: str) -> Output:
+def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
     try:
         noted = json.loads((folder / journal).read_text(encoding="utf-8"))
         begun, finished = noted["arguments"], noted["finished"]

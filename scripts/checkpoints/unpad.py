@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -30,6 +30,7 @@ from laguna_serve.scripts.checkpoints.widths import (
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
+from laguna_serve.serving.kit.results import JsonObject
 
 Status = Literal["written", "already complete", "dry run"]
 UNPAD_EXAMPLES = """examples:
@@ -136,7 +137,7 @@ def pad(config: WidthsConfig) -> PadResult:
     return PadResult(**_convert(config, folder, source, "pad", time.monotonic() - started))
 
 
-def _convert(config: WidthsConfig, folder: Path, source: WidthsSource, tool: str, read_s: float) -> dict[str, Any]:
+def _convert(config: WidthsConfig, folder: Path, source: WidthsSource, tool: str, read_s: float) -> JsonObject:
     """Writes what is not there yet; the fields of a WidthsResult."""
     status: Status = "dry run"
     verified: bool | UnsetType = UNSET

@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.results import JsonObject
 
 QUESTION = {"role": "user", "content": "laguna probe"}
 TOOL_NAME, ARGUMENT = "laguna_probe_tool", "laguna_probe_argument"
@@ -95,7 +96,7 @@ def read_file(path: Path) -> str | None:
     raise CheckpointError(f"{path}: expected a file of UTF-8, got {got}; fetch it again")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """A JSON object, empty when there is no such file.  Raises CheckpointError when it is something else."""
     text = read_file(path)
     if text is None:

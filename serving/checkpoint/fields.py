@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.results import JsonObject
 
 # Of a value that is not as expected, as much as a line has room for.
 MAX_SHOWN = 120
@@ -14,7 +14,7 @@ MAX_INTEGER, MAX_LAYERS = 1 << 40, 10_000
 
 
 # A config.json as it was read: any JSON object, passed on to vLLM or written again with all of its keys.
-ConfigJson = dict[str, Any]
+ConfigJson = JsonObject
 
 
 class CheckpointError(CommandError, ValueError):

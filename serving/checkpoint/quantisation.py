@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
+from laguna_serve.serving.kit.results import JsonObject
 
 FP8, NVFP4, INT4, OTHER = "fp8", "nvfp4", "int4", "other"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -109,7 +110,7 @@ def read_quantisation(folder: Path, config: ConfigJson) -> Quantisation | None:
     )
 
 
-def _read_group(folder: Path, key: str, group: dict[str, Any]) -> Group:
+def _read_group(folder: Path, key: str, group: JsonObject) -> Group:
     weights, targets = group.get("weights"), group.get("targets")
     if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not _are_patterns(targets):
         expected = f"quantization_config.config_groups.{key} to have targets and weights.num_bits"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.plugins.layers import (
     DEFAULTS,
@@ -20,6 +19,7 @@ from laguna_serve.plugins.layers import (
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
+from laguna_serve.serving.kit.results import JsonObject
 
 STOCK = "LagunaForCausalLM"
 PER_HEAD, PER_ELEMENT = "per-head", "per-element"
@@ -61,7 +61,7 @@ class Target:
     sliding_window: int | None
     tied: bool
     quantisation: Quantisation | None
-    overrides: dict[str, Any]
+    overrides: JsonObject
     pruned: bool = False
 
     @property
@@ -112,7 +112,7 @@ def read_target(folder: Path) -> Target:
     fields = Fields(folder, config, defaults=DEFAULTS)
     layers = fields.layers()
     attention = _read_attention(fields, layers)
-    overrides: dict[str, Any] = {}
+    overrides: JsonObject = {}
     try:
         kinds = resolve_layer_kinds(config)
     except LayersError as error:

@@ -18,6 +18,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+from laguna_serve.serving.kit.results import JsonObject
 
 # A request that says nothing for this long is dead, not slow.
 SILENCE_S = 600.0
@@ -58,7 +59,7 @@ class Client:
         self._url = base_url.rstrip("/") + "/v1/completions"
         self._renderer = base_url.rstrip("/") + "/tokenize"
         self._rendered: dict[str, list[int]] = {}
-        self._body: dict[str, Any] = {
+        self._body: JsonObject = {
             "model": model_name,
             "max_tokens": max_tokens,
             **PLAIN_SAMPLING,
@@ -125,7 +126,7 @@ class Client:
         text = await self._render(prompt)
         body = {**self._body, "prompt": text, "max_tokens": 1, "prompt_logprobs": 0}
 
-        def decode(answer: dict[str, Any]) -> list[float]:
+        def decode(answer: JsonObject) -> list[float]:
             steps = answer["choices"][0]["prompt_logprobs"][1:]
             return [-float(next(iter(step.values()))["logprob"]) for step in steps]
 
@@ -162,7 +163,7 @@ class Client:
             self._rendered[prompt.id] = ids
         return self._rendered[prompt.id]
 
-    async def _ask(self, url: str, body: dict[str, Any], decode: Callable[[dict[str, Any]], Decoded]) -> Decoded:
+    async def _ask(self, url: str, body: JsonObject, decode: Callable[[JsonObject], Decoded]) -> Decoded:
         try:
             async with self._session.post(url, json=body) as response:
                 if response.status != 200:

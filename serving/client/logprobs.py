@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from laguna_serve.serving.kit.results import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Probe:
     prompt_ids: tuple[int, ...] = ()
 
 
-def decode_probe(answer: dict[str, Any]) -> Probe:
+def decode_probe(answer: JsonObject) -> Probe:
     """Read a completion answered with `return_token_ids`, `logprobs` and `return_tokens_as_token_ids` ("token_id:7").
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from laguna_serve.serving.client.sse import DONE, SseParser
+from laguna_serve.serving.kit.results import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def decode_stream(raw: RawStream) -> Record:
     return record
 
 
-def _take_event(record: Record, event: dict[str, Any], arrived_ns: int) -> str | None:
+def _take_event(record: Record, event: JsonObject, arrived_ns: int) -> str | None:
     """Add one event to the record; return the error that it reports, if it does."""
     if event.get("error") is not None:
         return f"error event in the stream: {_message(event['error'])}"

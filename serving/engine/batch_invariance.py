@@ -17,7 +17,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+
+from laguna_serve.serving.kit.results import JsonObject
 
 PROMPTS = tuple(
     f"def step_{lines}(value, limit={lines}):\n" + "".join(f"    value = value * {n} + limit\n" for n in range(lines))
@@ -99,7 +100,7 @@ class _Server:
         steps = choice["prompt_logprobs"][len(answer.prompt_ids) :]
         return [steps[i][str(token)]["logprob"] for i, token in enumerate(answer.token_ids)]
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, body: JsonObject) -> JsonObject:
         body |= {"model": self.model_name, "temperature": 0, "ignore_eos": True}
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
         headers = {"Content-Type": "application/json"}
@@ -108,7 +109,7 @@ class _Server:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=TIMEOUT_S) as answer:
-                choice: dict[str, Any] = json.load(answer)["choices"][0]
+                choice: JsonObject = json.load(answer)["choices"][0]
                 return choice
         except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
             raise ExactError(f"--exact: expected the engine to answer the check, got {error}; see its log") from None

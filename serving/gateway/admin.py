@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import jinja2
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
@@ -24,12 +24,13 @@ from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.status import describe
+from laguna_serve.serving.kit.results import JsonObject
 
 # vLLM's routes, forwarded to every engine of a model: commands that leave its weights as they are, and queries.
 ENGINE_COMMANDS = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")
 CACHE_RESETS = ("reset_prefix_cache", "reset_encoder_cache", "reset_mm_cache")
 ENGINE_QUERIES = ("weight_info", "is_paused", "is_sleeping", "get_world_size")
-REFUSALS: dict[int | str, dict[str, Any]] = {
+REFUSALS: dict[int | str, JsonObject] = {
     400: {"description": "no model named where there are several, a body that is no JSON, or a strange Host"},
     401: {"description": "no admin key"},
     403: {"description": "from a page in a browser"},
@@ -46,7 +47,7 @@ FROM_A_PAGE = (
     "The request has an Origin header, as those of web pages have. Pages may not steer engines: send it from a program,"
     " without that header."
 )
-Payload = dict[str, Any] | list[dict[str, Any]]
+Payload = JsonObject | list[JsonObject]
 Model = Annotated[str | None, Query(description="default: the only one")]
 
 
@@ -110,7 +111,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         return JSONResponse({"error": str(error), "upstreams": {e.name: t for e, t in error.errors.items()}}, 502)
 
     @app.get("/admin/status")
-    async def status() -> dict[str, Any]:
+    async def status() -> JsonObject:
         """Engines, load, acceptance, speed, weights and the last errors."""
         return await describe(find(), time.monotonic())
 
@@ -127,35 +128,35 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         return JSONResponse(report, 200 if report["outcome"] == "updated" else 502)
 
     @app.post("/pause")
-    async def pause(mode: PauseMode = "abort", model: Model = None) -> dict[str, Any]:
+    async def pause(mode: PauseMode = "abort", model: Model = None) -> JsonObject:
         """Requests wait in the gateway until `/resume`."""
         async with alone(model) as group:
             await group.pause(mode)
         return {"status": "paused"}
 
     @app.post("/resume")
-    async def resume(model: Model = None) -> dict[str, Any]:
+    async def resume(model: Model = None) -> JsonObject:
         """Let the requests that wait in the gateway go on to their engines."""
         async with alone(model) as group:
             await group.resume()
         return {"status": "resumed"}
 
     @app.post("/start_weight_update")
-    async def start(model: Model = None) -> dict[str, Any]:
+    async def start(model: Model = None) -> JsonObject:
         """Begin an update of the model."""
         async with alone(model) as group:
             await group.start("update")
         return {"message": "Weight update started"}
 
     @app.post("/start_draft_weight_update")
-    async def start_draft(model: Model = None) -> dict[str, Any]:
+    async def start_draft(model: Model = None) -> JsonObject:
         """Begin an update of its drafter."""
         async with alone(model) as group:
             await group.start("draft_update")
         return {"message": "Draft weight update started"}
 
     @app.post("/update_weights")
-    async def update(update_info: Annotated[Payload, Body(embed=True)], model: Model = None) -> dict[str, Any]:
+    async def update(update_info: Annotated[Payload, Body(embed=True)], model: Model = None) -> JsonObject:
         """A part of the weights."""
         async with alone(model) as group:
             await group.update(update_info)
@@ -166,7 +167,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         weight_version: Annotated[Version | None, Body(embed=True)] = None,
         draft_version: Annotated[Version | None, Body(embed=True)] = None,
         model: Model = None,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """All engines have them; answers say so from now on."""
         async with alone(model) as group:
             await group.finish(weight_version, draft_version)
@@ -185,7 +186,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     return app
 
 
-async def _read_json(request: Request) -> dict[str, Any] | None:
+async def _read_json(request: Request) -> JsonObject | None:
     """The body's object, None without a body. Raises HTTPException: 400 it is none."""
     if not (data := await request.body()):
         return None

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +21,7 @@ from laguna_serve.serving.gateway.config.tables import Server
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
+from laguna_serve.serving.kit.results import JsonObject
 
 # How often a server looks whether it should end where nobody has woken it.
 TICK_S = 1.0
@@ -168,7 +168,7 @@ class GatewayServer(_EventServer):
         if files[0] is not None and files == (server.ssl_certfile, server.ssl_keyfile):
             context.load_cert_chain(files[0], files[1])
 
-    def _note_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _note_loop_error(self, loop: asyncio.AbstractEventLoop, context: JsonObject) -> None:
         """What the loop cannot give to anybody: accepting connections without descriptors, again and again."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.relay.access import Holder
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
+from laguna_serve.serving.kit.results import JsonObject
 
 # Speeds are over the time since the last look, where that is not longer ago.
 MOST_AGE_S = 60.0
 
 
-async def describe(services: Services, now: float) -> dict[str, Any]:
+async def describe(services: Services, now: float) -> JsonObject:
     """Everything, JSON-ready; asks the engines for their counters. `now` in seconds of `time.monotonic`."""
     relay = services.relay
     engines = [engine for pool in relay.pools.values() for engine in pool.engines]
@@ -41,7 +41,7 @@ async def describe(services: Services, now: float) -> dict[str, Any]:
     }
 
 
-def _describe_key(holder: Holder) -> dict[str, Any]:
+def _describe_key(holder: Holder) -> JsonObject:
     return {
         "name": holder.name,
         "in_flight": holder.in_flight,
@@ -51,7 +51,7 @@ def _describe_key(holder: Holder) -> dict[str, Any]:
     }
 
 
-def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> dict[str, Any]:
+def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> JsonObject:
     stats = engine.stats
     state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down" if engine.refused else "silent"
     state = "restarting" if engine.away and engine.returns else state

@@ -18,15 +18,17 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_json
 
 R = TypeVar("R", bound=msgspec.Struct)
+# What JSON has in braces: messages on the wire, config.json, rows of published data. Results are structs.
+JsonObject = dict[str, Any]
 
 
 class ResultError(CommandError):
     """A file that is not the result it should be."""
 
 
-def to_json(result: msgspec.Struct) -> dict[str, Any]:
+def to_json(result: msgspec.Struct) -> JsonObject:
     """The result as JSON values, its schema first."""
-    built: dict[str, Any] = msgspec.to_builtins(result)
+    built: JsonObject = msgspec.to_builtins(result)
     return built
 
 

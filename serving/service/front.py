@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from laguna_serve.serving.engine.keeper import Death
+from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.planning.launch import EngineError, require_port
 from laguna_serve.serving.service.api_keys import describe_keys
 
@@ -71,7 +72,7 @@ def make_config(settings: FrontSettings, engine_url: str) -> Config:
 
     source = "laguna serve" if settings.file is None else str(settings.file)
     tables = _read_tables(settings.file)
-    server: dict[str, Any] = {"port": DEFAULT_PORT, "shutdown_timeout_s": DRAIN_S}
+    server: JsonObject = {"port": DEFAULT_PORT, "shutdown_timeout_s": DRAIN_S}
     server |= Server.rename_keys(_table(tables, "server", source))
     server |= {k: v for k, v in (("host", settings.host), ("port", settings.port)) if v is not None}
     if settings.origins:
@@ -122,7 +123,7 @@ class Front:
 
     def note_deaths(self, deaths: Collection[Death]) -> None:
         """Why it died, and those before it: for the status page."""
-        noted: tuple[dict[str, Any], ...] = tuple(map(msgspec.to_builtins, deaths))
+        noted: tuple[JsonObject, ...] = tuple(map(msgspec.to_builtins, deaths))
 
         def act(relay: Relay) -> None:
             engine = self._find(relay)[1]
@@ -186,7 +187,7 @@ def open_front(settings: FrontSettings, engine_url: str) -> Iterator[Front]:
         yield front
 
 
-def _read_tables(file: Path | None) -> dict[str, Any]:
+def _read_tables(file: Path | None) -> JsonObject:
     if file is None:
         return {}
     try:
@@ -198,21 +199,21 @@ def _read_tables(file: Path | None) -> dict[str, Any]:
         raise EngineError(f"--gateway-config {file}: expected TOML, got {error}; fix the file") from None
 
 
-def _table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+def _table(tables: Mapping[str, Any], name: str, source: str) -> JsonObject:
     table = tables.get(name, {})
     if not isinstance(table, dict):
         raise EngineError(f"{source}: {name}: expected a table, got {table!r}; write [{name}]")
     return table
 
 
-def _list_tables(tables: Mapping[str, Any], name: str, source: str) -> list[dict[str, Any]]:
+def _list_tables(tables: Mapping[str, Any], name: str, source: str) -> list[JsonObject]:
     listed = tables.get(name, [])
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise EngineError(f"{source}: {name}: expected tables, got {listed!r}; write [[{name}]]")
     return listed
 
 
-def _add_engine(models: list[dict[str, Any]], settings: FrontSettings, url: str, source: str) -> list[dict[str, Any]]:
+def _add_engine(models: list[JsonObject], settings: FrontSettings, url: str, source: str) -> list[JsonObject]:
     """The models with our engine in the one that it serves, which need not be there, nor have another engine."""
     names = [
         upstream.get("name")

@@ -13,11 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder, read_target
 from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter, read_drafter
+from laguna_serve.serving.kit.results import JsonObject
 
 HALF_RANGE = ("float16", "half")
 # How drafts are chosen where tokens are sampled: the drafter's likeliest token, or one drawn from its distribution,
@@ -27,7 +28,7 @@ DRAFT_SAMPLING = ("greedy", "probabilistic")
 
 def speculative_config(
     draft: str, target: str | None = None, gamma: int | Literal["max"] = "max", sampling: str = DRAFT_SAMPLING[0]
-) -> dict[str, Any]:
+) -> JsonObject:
     """vLLM's ``speculative_config`` for a DFlash drafter in either format.
 
     Args:
@@ -48,12 +49,12 @@ def speculative_config(
 
 def format_speculation(
     draft: str, gamma: int, schedule: Sequence[tuple[int, int, int]] | None = None, sampling: str = DRAFT_SAMPLING[0]
-) -> dict[str, Any]:
+) -> JsonObject:
     """vLLM's spelling of a drafter and γ that were checked.
 
     It has γ by batch size where that differs, and how drafts are sampled.
     """
-    config: dict[str, Any] = {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
+    config: JsonObject = {"method": "dflash", "model": os.path.expanduser(draft), "num_speculative_tokens": gamma}
     if schedule is not None and any(entry[2] != gamma for entry in schedule):
         config["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
     if sampling != DRAFT_SAMPLING[0]:

@@ -27,6 +27,7 @@ from laguna_serve.evals.sandbox.inside.remote_program import RemoteProgram
 from laguna_serve.evals.sandbox.inside.report import Seal
 from laguna_serve.evals.sandbox.inside.watcher import Watcher
 from laguna_serve.evals.sandbox.inside.worker import describe
+from laguna_serve.evals.sandbox.messages.forms import Space
 from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
 
 SWALLOWED = (Exception, Unsendable, PeerExit, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -130,7 +131,7 @@ class Run:
         self._config = config
         self.tally = Tally(report_fd, config)
         self.observer = Observer(config["baseline"], config["test"], config["open_ended"], self.tally.note)
-        self.space: dict[str, Any] = {}
+        self.space: Space = {}
 
     def load(self, read_original: Any) -> None:
         """The prompt's definitions and the tests, rewritten.
@@ -215,7 +216,7 @@ def is_installed(name: str) -> bool:
 
 def load_prompt(prompt: str) -> dict[str, Any]:
     """A namespace with the prompt's own functions: some problems' tests call helpers that the prompt defines."""
-    space: dict[str, Any] = {"__name__": "solution"}
+    space: Space = {"__name__": "solution"}
     for text in (prompt, prompt.rstrip() + "\n    pass\n"):
         try:
             code = compile(text, "prompt.py", "exec")

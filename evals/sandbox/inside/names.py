@@ -5,10 +5,11 @@ from __future__ import annotations
 import builtins
 import dis
 from types import CodeType
-from typing import Any
+
+from laguna_serve.evals.sandbox.messages.forms import Space
 
 
-def find_missing(code: CodeType, space: dict[str, Any]) -> list[str]:
+def find_missing(code: CodeType, space: Space) -> list[str]:
     """Names that the code reads as globals, and that neither it nor `space` nor Python defines."""
     read: set[str] = set()
     written: set[str] = set()

@@ -17,6 +17,7 @@ from typing import Any
 
 from laguna_serve.evals.sandbox.inside.observe import Observer, make_key
 from laguna_serve.evals.sandbox.inside.worker import MODULE, VALUE
+from laguna_serve.evals.sandbox.messages.forms import Named, Options
 from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
 from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.messages.proxies import (
@@ -76,7 +77,7 @@ class RemoteProgram(ObjectPeer):
 
     # What the program may ask for.
 
-    def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
+    def operate(self, value: Any, operation: str, args: list[Any], named: Named) -> Any:
         """Serve what is harmless."""
         if operation in ("getattr", "setattr", "delattr"):
             return self._reach(value, operation, args)
@@ -120,7 +121,7 @@ class RemoteProgram(ObjectPeer):
 
     # The calls of its function.
 
-    def call(self, number: int, operation: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, number: int, operation: str, args: tuple[Any, ...], named: Named) -> Any:
         """As it is, but that StopIteration of a function ends no loop of the tests', and the entry is observed."""
         observed = number == ENTRY and not operation
         outer = self._key, self._changed
@@ -150,11 +151,11 @@ class RemoteProgram(ObjectPeer):
         finally:
             self._key, self._changed = outer
 
-    def list_options(self, call: Call) -> dict[str, Any]:
+    def list_options(self, call: Call) -> Options:
         """Streams that the tests have replaced, and the state of `random` where they have set it."""
         if call.number == ENTRY and not call.operation:
             self._key = make_key(call.items, call.named, call.encoder.nodes)
-        options: dict[str, Any] = {}
+        options: Options = {}
         captured = [name for name in ("stdout", "stderr") if getattr(sys, name) is not REAL[name]]
         if captured:
             options["captured"] = captured
@@ -168,7 +169,7 @@ class RemoteProgram(ObjectPeer):
             options["random"] = state
         return options
 
-    def take_options(self, options: dict[str, Any]) -> None:
+    def take_options(self, options: Options) -> None:
         """What the program wrote and read."""
         written = options.get("written", {})
         for name in ("stdout", "stderr"):
@@ -178,7 +179,7 @@ class RemoteProgram(ObjectPeer):
         if "read" in options and isinstance(sys.stdin, io.StringIO):
             sys.stdin.read(int(options["read"]))
 
-    def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def enter(self, options: Options) -> Callable[[], Options]:
         """What the program wrote before it called back."""
         self.take_options(options)
         return dict

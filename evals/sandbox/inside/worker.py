@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from laguna_serve.evals.sandbox.messages.forms import Named, Options, Space
 from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
 from laguna_serve.evals.sandbox.messages.pipe import PeerGone
 from laguna_serve.evals.sandbox.messages.proxies import make_proxy, operate_on
@@ -55,12 +56,12 @@ class Capture(io.TextIOBase):
 class WorkerPeer(ObjectPeer):
     """The program's end of the pipe: does what the tests ask for."""
 
-    def __init__(self, fd: int, message_bytes: int, space: dict[str, Any]) -> None:
+    def __init__(self, fd: int, message_bytes: int, space: Space) -> None:
         super().__init__(fd, message_bytes)
         self._space = space
         self._captures: dict[str, Capture] = {}
 
-    def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
+    def operate(self, value: Any, operation: str, args: list[Any], named: Named) -> Any:
         """Everything that the tests ask for; "global" gives one of the program's names."""
         if operation == "global":
             return self._find_global(args[0])
@@ -73,7 +74,7 @@ class WorkerPeer(ObjectPeer):
         found = self._space[name]
         return (MODULE, found.__name__) if isinstance(found, types.ModuleType) else (VALUE, found)
 
-    def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def enter(self, options: Options) -> Callable[[], Options]:
         """Streams and the state of `random` that the tests have replaced or set."""
         if not options:
             return dict
@@ -90,7 +91,7 @@ class WorkerPeer(ObjectPeer):
         if "input" in options:
             builtins.input = make_proxy(self, options["input"], INPUT, self._classes)  # type: ignore[assignment]
 
-        def leave() -> dict[str, Any]:
+        def leave() -> Options:
             more: dict[str, Any] = {"written": self._take_written()}
             if "stdin" in options and isinstance(sys.stdin, io.StringIO):
                 more["read"] = sys.stdin.tell()
@@ -101,7 +102,7 @@ class WorkerPeer(ObjectPeer):
 
         return leave
 
-    def list_options(self, call: Call) -> dict[str, Any]:
+    def list_options(self, call: Call) -> Options:
         """What has been written so far, so that it stands before what the test writes when it is called back."""
         return {"written": self._take_written()} if self._captures else {}
 

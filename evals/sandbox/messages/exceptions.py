@@ -9,6 +9,8 @@ import builtins
 import sys
 from typing import Any
 
+from laguna_serve.evals.sandbox.messages.forms import Description
+
 # Exception classes that mean something to a test runner are never taken for the runner's own.
 RUNNERS = ("unittest", "doctest", "bdb", "pdb", "test", "pytest", "_pytest")
 
@@ -18,7 +20,7 @@ def list_lineage(kind: type) -> list[str]:
     return [f"{base.__module__}:{base.__qualname__}" for base in kind.__mro__ if base is not object]
 
 
-def describe_exception(error: BaseException) -> dict[str, Any]:
+def describe_exception(error: BaseException) -> Description:
     """What is copied of an exception."""
     attributes = {
         name: value

@@ -20,6 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 Node = list[Any]
+# Keyword arguments; what travels beside a call or an answer; an exception or a class in words; a program's names.
+Named = dict[str, Any]
+Options = dict[str, Any]
+Description = dict[str, Any]
+Space = dict[str, Any]
 ARRAY_CODES = frozenset("bBuhHiIlLqQfd")
 NUMPY_KINDS = frozenset("biufcSUmM")
 # Their subclasses are what they override: those stay objects of the program's.

@@ -16,7 +16,7 @@ from laguna_serve.evals.sandbox.messages.exceptions import (
     make_exception,
     make_exception_class,
 )
-from laguna_serve.evals.sandbox.messages.forms import MalformedError, Node, list_attributes
+from laguna_serve.evals.sandbox.messages.forms import Description, MalformedError, Node, list_attributes
 from laguna_serve.evals.sandbox.messages.pipe import PeerExit
 from laguna_serve.evals.sandbox.messages.proxies import (
     AsyncRunner,
@@ -94,14 +94,14 @@ class ObjectPeer(Peer):
         """This side's class for one of the other side."""
         return make_exception_class(names, self._exceptions, self.shared)
 
-    def describe_error(self, error: BaseException) -> dict[str, Any]:
+    def describe_error(self, error: BaseException) -> Description:
         """Everything of an exception that can be copied."""
         try:
             return describe_exception(error)
         except Exception:
             return {"names": list_lineage(type(error)), "text": "", "args": {}, "attributes": {}, "cause": None}
 
-    def make_error(self, description: dict[str, Any], decode: Callable[[Any], Any], call: Call) -> BaseException:
+    def make_error(self, description: Description, decode: Callable[[Any], Any], call: Call) -> BaseException:
         """A copy of the other side's exception; PeerExit of one that would end this side."""
         names = [str(name) for name in decode(description["names"])]
         args = [decode(item) for item in description["args"].values()]

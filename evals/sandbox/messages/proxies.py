@@ -12,6 +12,8 @@ import types
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from laguna_serve.evals.sandbox.messages.forms import Description, Named, Space
+
 if TYPE_CHECKING:
     import asyncio
     import inspect
@@ -112,7 +114,7 @@ def is_used(remote: Remote) -> bool:
     return bool(object.__getattribute__(remote, "_remote_used"))
 
 
-def describe_class(kind: type) -> dict[str, Any]:
+def describe_class(kind: type) -> Description:
     """What a proxy's class is made from."""
     specials = [
         name
@@ -132,7 +134,7 @@ def make_proxy(peer: Peer, number: int, description: Any, classes: dict[Any, typ
     name, specials = str(description["name"]), [str(name) for name in description["specials"]]
     known = (name, *specials, bool(description["function"]), bool(description["unhashable"]))
     if known not in classes:
-        space: dict[str, Any] = {"__slots__": (), "__module__": "solution", "__doc__": property(_get_doc)}
+        space: Space = {"__slots__": (), "__module__": "solution", "__doc__": property(_get_doc)}
         for special in specials:
             if special in SPECIALS:
                 space[special] = _make_method(special)
@@ -193,7 +195,7 @@ async def iterate_remotely(peer: Peer, number: int) -> AsyncIterator[Any]:
         yield value
 
 
-def operate_on(value: Any, operation: str, args: list[Any], named: dict[str, Any], run: Callable[..., Any]) -> Any:
+def operate_on(value: Any, operation: str, args: list[Any], named: Named, run: Callable[..., Any]) -> Any:
     """Do what `operate` asked for, with an object of this side. `run` runs a coroutine to its end."""
     match operation:
         case "":

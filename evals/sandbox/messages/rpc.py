@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from laguna_serve.evals.sandbox.messages.forms import Description, Named, Options
 from laguna_serve.evals.sandbox.messages.kept import MAX_KEPT, TAGS, Kept, count_references
 from laguna_serve.evals.sandbox.messages.pipe import PeerGone, Pipe, Unsendable
 from laguna_serve.evals.sandbox.messages.values import (
@@ -41,7 +42,7 @@ class Call:
     operation: str
     encoder: Encoder
     items: list[Any]
-    named: dict[str, Any]
+    named: Named
     changes: dict[int, Node] = field(default_factory=dict)
 
 
@@ -66,27 +67,27 @@ class Peer(Pipe):
         """The value of a node that `refer` made on the other side."""
         raise NotImplementedError
 
-    def operate(self, value: Any, operation: str, args: list[Any], named: dict[str, Any]) -> Any:
+    def operate(self, value: Any, operation: str, args: list[Any], named: Named) -> Any:
         """What the other side asks of an object of this one."""
         raise NotImplementedError
 
-    def describe_error(self, error: BaseException) -> dict[str, Any]:
+    def describe_error(self, error: BaseException) -> Description:
         """An exception, for the other side; its values are left to `encode`."""
         raise NotImplementedError
 
-    def make_error(self, description: dict[str, Any], decode: Callable[[Any], Any], call: Call) -> BaseException:
+    def make_error(self, description: Description, decode: Callable[[Any], Any], call: Call) -> BaseException:
         """The other side's exception, as one of this side."""
         raise NotImplementedError
 
-    def list_options(self, call: Call) -> dict[str, Any]:
+    def list_options(self, call: Call) -> Options:
         """What travels with a call besides its arguments."""
         return {}
 
-    def enter(self, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def enter(self, options: Options) -> Callable[[], Options]:
         """Take the options of a call that is served; the result gives those of the answer."""
         return dict
 
-    def take_options(self, options: dict[str, Any]) -> None:
+    def take_options(self, options: Options) -> None:
         """Take the options of an answer."""
 
     def may_change_kept(self) -> bool:
@@ -108,7 +109,7 @@ class Peer(Pipe):
             self.exported.append(value)
         return number
 
-    def call(self, number: int, operation: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, number: int, operation: str, args: tuple[Any, ...], named: Named) -> Any:
         """Call an object of the other side, or operate on it.
 
         Raises:
@@ -161,7 +162,7 @@ class Peer(Pipe):
             raise PeerGone(f"expected an answer, got {str(message)[:60]}") from trouble
         raise error
 
-    def _take_kept(self, call: Call, options: dict[str, Any]) -> None:
+    def _take_kept(self, call: Call, options: Options) -> None:
         """What has become of arguments that the other side has kept, and those that it keeps of this call."""
         if changes := options.get("kept"):
             self._kept_there.take(changes, self.may_change_kept())
@@ -223,9 +224,9 @@ class Peer(Pipe):
                 self.send(["unsendable", str(second)])
         return None
 
-    def _keep(self, decoder: Decoder, indices: list[int]) -> dict[str, Any]:
+    def _keep(self, decoder: Decoder, indices: list[int]) -> Options:
         """The options of an answer that tell of kept arguments: changes of earlier ones, and new ones."""
-        options: dict[str, Any] = {}
+        options: Options = {}
         if changes := self._kept_here.list_changes():
             options["kept"] = changes
         if keep := indices[: MAX_KEPT - len(self._kept_here)]:
@@ -234,7 +235,7 @@ class Peer(Pipe):
                 self._kept_here.add(decoder.objects[index], decoder.nodes[index][0])
         return options
 
-    def _answer(self, decoder: Decoder, result: Any, error: BaseException | None, options: dict[str, Any]) -> None:
+    def _answer(self, decoder: Decoder, result: Any, error: BaseException | None, options: Options) -> None:
         known = {id(value): index for index, value in enumerate(decoder.objects) if decoder.nodes[index][0] != "yours"}
         encoder = Encoder(self.refer, known)
         if error is None:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from laguna_serve.scripts.checkpoints.headers import (
     read_headers,
 )
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
+from laguna_serve.serving.kit.results import JsonObject
 
 PLAIN = frozenset(("BF16", "F16", "F32"))
 QUANTISED = re.compile(r"(_scale|_scale_2|_scale_inv|_zero_point|_zeros|_packed|qweight|qzeros|g_idx|scales)$")
@@ -148,7 +148,7 @@ def read_experts(folder: Path, base: Base, layer: int) -> Iterator[Expert]:
 
 
 def _read_expert(
-    files: dict[str, Any], base: Base, layer: int, expert: int
+    files: JsonObject, base: Base, layer: int, expert: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prefix = f"model.layers.{layer}.mlp.experts"
     if base.fused:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from laguna_serve.plugins.pruning import (
     draw_random_mask,
     read_pruning,
 )
+from laguna_serve.serving.kit.results import JsonObject
 
 
 def choose_pruning(
@@ -26,7 +26,7 @@ def choose_pruning(
     ratio: float | None,
     block_size: int | None,
     seed: int,
-) -> tuple[Pruning, dict[str, Any]]:
+) -> tuple[Pruning, JsonObject]:
     """What is pruned, and where that comes from: digests of the files, or the draw's ratio and seed.
 
     A mask needs its indices; a draw takes the groups of the indices, or atoms in their own order by `block_size`.
@@ -34,7 +34,7 @@ def choose_pruning(
     Raises:
         PruningError: a file that cannot be read or does not fit, or a ratio or block size that cannot be had.
     """
-    source: dict[str, Any] = {}
+    source: JsonObject = {}
     if group_indices is not None:
         source["group_indices_sha256"] = _hash(group_indices)
     if keep_mask is not None and group_indices is not None:

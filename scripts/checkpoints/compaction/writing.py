@@ -12,12 +12,13 @@ from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
 from laguna_serve.serving.checkpoint import ConfigJson
+from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaSentinelForCausalLM"
 
 
-def write_checkpoint(job: Compaction, shards: list[Shard], output: Output, source: dict[str, Any]) -> None:
+def write_checkpoint(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
     """Write what is not there yet; config.json and the index come last."""
     sizes = {shard.name: sum(tensor_bytes(job, shard).values()) for shard in shards}
     missing, progress = begin(output, sizes)
@@ -43,7 +44,7 @@ def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> 
         write_tensors(path, tensors)
 
 
-def write_description(job: Compaction, shards: list[Shard], output: Output, source: dict[str, Any]) -> None:
+def write_description(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
     """The index, where the base has one, and config.json."""
     files: dict[str, bytes] = {}
     if job.zeroed:
@@ -61,7 +62,7 @@ def write_description(job: Compaction, shards: list[Shard], output: Output, sour
         output.note(name)
 
 
-def describe_config(job: Compaction, source: dict[str, Any]) -> ConfigJson:
+def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
     """The base's config with the architecture and the blocks of the output."""
     described = {
         "block_size": job.pruning.block_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,12 +15,13 @@ from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.checkpoint.drafter import Drafter
+from laguna_serve.serving.kit.results import JsonObject
 
 # What is folded is rounded once more in the stored dtype: of bf16's 8 bits, over a few layers.
 TOLERANCE = 3e-2
 CONTEXTS, LENGTH = 4, 24
 
-Checkpoint = tuple[dict[str, Any], Tensors]
+Checkpoint = tuple[JsonObject, Tensors]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_dropped_rope
 from laguna_serve.serving.checkpoint import ConfigJson
+from laguna_serve.serving.kit.results import JsonObject
 
 SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -37,7 +38,7 @@ def describe_laguna(
         num_target_layers: how many layers the target has; None where that is not known.
         rope: rotary parameters of every layer.
     """
-    dflash: dict[str, Any] = {"block_size": block_size, "mask_token_id": mask_token_id}
+    dflash: JsonObject = {"block_size": block_size, "mask_token_id": mask_token_id}
     if num_target_layers is not None:
         dflash["num_target_layers"] = num_target_layers
     window = {"sliding_window": sizes["sliding_window"]} if sizes.get("sliding_window") else {}
@@ -70,7 +71,7 @@ def read_layer_types(config: ConfigJson) -> list[str]:
     return list(config.get("layer_types") or [FULL] * config["num_hidden_layers"])
 
 
-def read_rope(config: ConfigJson) -> dict[str, Any]:
+def read_rope(config: ConfigJson) -> JsonObject:
     """The rotary parameters of the layers, all of one kind, whichever way the config says them."""
     stated = find_dropped_rope(config)
     if stated is not None:

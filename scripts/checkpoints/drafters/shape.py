@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from laguna_serve.scripts.checkpoints.drafters.layout import (
     read_rope,
 )
 from laguna_serve.serving.checkpoint import ConfigJson
+from laguna_serve.serving.kit.results import JsonObject
 
 MAX_POSITIONS = 2048
 
@@ -40,7 +40,7 @@ class DrafterShape:
     gated: bool = True
     causal: bool = False
     sliding_window: int | None = None
-    token_ids: dict[str, Any] = field(default_factory=dict)
+    token_ids: JsonObject = field(default_factory=dict)
 
     @property
     def gamma(self) -> int:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 
 from laguna_serve.evals.codegen.syntax_reward import reward_syntax
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.results import JsonObject
 
 TIMEOUT_S = 600.0
 
@@ -60,7 +60,7 @@ async def sample_groups(
         return list(await asyncio.gather(*map(ask, prompts)))
 
 
-def read_choice(prompt: str, choice: dict[str, Any], version: str) -> Rollout:
+def read_choice(prompt: str, choice: JsonObject, version: str) -> Rollout:
     """One of an answer's choices, rewarded."""
     return Rollout(
         prompt_ids=tuple(choice["prompt_token_ids"]),

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import in_background
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.results import JsonObject
 
 UPDATE_S = 600.0
 # Requests beyond those that run wait in the engine, which batches them; the gateway only counts them.
@@ -41,7 +41,7 @@ class TrainingService:
             UpdateRefusedError: the engine goes on with `previous`, or with nothing.
         """
         update = {"folder": str(folder.resolve()), "sha256": digests}
-        body: dict[str, Any] = {"weight_version": version, "update": [update], "mode": "wait"}
+        body: JsonObject = {"weight_version": version, "update": [update], "mode": "wait"}
         body["rollback"] = {"update": [{"folder": str(previous.resolve())}]}
         data = json.dumps(body).encode()
         url = f"{self.admin_url}/admin/update_weights"
@@ -65,7 +65,7 @@ def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str],
     """Raises EngineError when the engine or the gateway does not start."""
     with Engine(config, log_path=log_path, announce=announce) as engine:
         upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": IN_FLIGHT}
-        tables: dict[str, Any] = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}
+        tables: JsonObject = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}
         tables["models"] = [{"name": engine.model_name, "upstreams": [upstream]}]
         with in_background(parse_config(tables, "grpo")) as (base_url, admin_url):
             yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -20,6 +19,7 @@ from laguna_serve.scripts.training.rl.rollouts import Rollout
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_stream
+from laguna_serve.serving.kit.results import JsonObject
 
 STATE = "state.pt"
 CLIP_NORM = 1.0
@@ -34,13 +34,13 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     out: Path
-    decisive: dict[str, Any]
+    decisive: JsonObject
     step: int = 0
     folder: Path = Path()
     log: list[Step] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path, out: Path, lr: float, decisive: dict[str, Any]) -> Trainer:
+    def open(cls, folder: Path, out: Path, lr: float, decisive: JsonObject) -> Trainer:
         """Start from a checkpoint, or where the run in `out` was saved.
 
         Raises:

@@ -10,19 +10,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from matplotlib.axes import Axes
 
 from laguna_serve.scripts.training.figure import draw_figure
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import JsonObject
 
 COLORS = {"dflash": "#0b7a75", "dflash-speculators": "#c2410c"}
 LABELS = {"dflash": "Laguna\n2 layers, 4 taps", "dflash-speculators": "speculators\n1 layer, 3 taps"}
 
 
-def draw_drafters(logs: dict[str, Any], path: Path) -> None:
+def draw_drafters(logs: JsonObject, path: Path) -> None:
     """`logs` is training.json's object: for every drafter records of step and tau."""
 
     def curves(axes: Axes) -> None:

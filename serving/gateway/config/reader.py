@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.resources
 import tomllib
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from laguna_serve.serving.gateway.config import faults
 from laguna_serve.serving.gateway.config.faults import ConfigError
 from laguna_serve.serving.gateway.config.tables import Config
+from laguna_serve.serving.kit.results import JsonObject
 
 
-def load_config(path: Path, server: dict[str, Any] | None = None) -> Config:
+def load_config(path: Path, server: JsonObject | None = None) -> Config:
     """Read and validate a file; `server` has what the command line says instead of the file.
 
     Raises:
@@ -30,7 +30,7 @@ def load_config(path: Path, server: dict[str, Any] | None = None) -> Config:
     return parse_config(tables, str(path))
 
 
-def read_tables(path: Path) -> dict[str, Any]:
+def read_tables(path: Path) -> JsonObject:
     """A file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def read_tables(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
 
 
-def parse_config(tables: dict[str, Any], source: str) -> Config:
+def parse_config(tables: JsonObject, source: str) -> Config:
     """Validate tables that were read from `source`. Raises ConfigError, which names all that is wrong."""
     try:
         return Config.model_validate(tables)

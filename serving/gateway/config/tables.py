@@ -28,6 +28,7 @@ from laguna_serve.serving.gateway.config.values import (
     Url,
     UrlPath,
 )
+from laguna_serve.serving.kit.results import JsonObject
 
 MIB = 1 << 20
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class _Table(BaseModel):
         return cls.rename_keys(given) if isinstance(given, dict) else given
 
     @classmethod
-    def rename_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def rename_keys(cls, given: JsonObject) -> JsonObject:
         """The same table with keys under their names of today, and a warning for each that was not."""
         for old in cls.old_names.keys() & given.keys():
             table, new = cls.__name__.lower(), cls.old_names[old]
@@ -171,7 +172,7 @@ class Endpoint(_Table):
         """For connections over https."""
         return self._tls
 
-    def request_options(self) -> dict[str, Any]:
+    def request_options(self) -> JsonObject:
         """What every request of the gateway's own to this engine needs, as aiohttp's arguments.
 
         Redirects are not followed: they would lead the credential elsewhere.

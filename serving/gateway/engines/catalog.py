@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import aiohttp
 import msgspec
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.kit.results import JsonObject
 
 MODELS = "/v1/models"
 TIMEOUT_S = 2.0
@@ -23,7 +23,7 @@ MAX_NAMES = 1000
 # So often engines are asked at most, whatever is looked up; so long their word is good for a name that they listed.
 ASK_EVERY_S = 1.0
 GOOD_FOR_S = 30.0
-Card = dict[str, Any]
+Card = JsonObject
 
 
 class Catalog:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
+from laguna_serve.serving.kit.results import JsonObject
 
 TIMEOUT_S = 600.0
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
@@ -35,9 +36,9 @@ class Update(_Body):
     """What one version is made of: the bodies of `/update_weights`, in order, for the model and for its drafter."""
 
     weight_version: Version | None = None
-    update: Sequence[dict[str, Any]] = ()
+    update: Sequence[JsonObject] = ()
     draft_version: Version | None = None
-    draft_update: Sequence[dict[str, Any]] = ()
+    draft_update: Sequence[JsonObject] = ()
 
 
 class UpdateRequest(Update):
@@ -118,7 +119,7 @@ class WeightGroup:
             parts.add("weight_version")
         self._settle(parts, weight_version, draft_version)
 
-    async def apply(self, request: UpdateRequest) -> dict[str, Any]:
+    async def apply(self, request: UpdateRequest) -> JsonObject:
         """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
         parts = _list_parts(request)
         if missing := self._list_needed() - parts:
@@ -259,7 +260,7 @@ class WeightGroup:
         fenced = [engine.fenced is not None for engine in self.pool.engines]
         return "unavailable" if all(fenced) else "reduced" if any(fenced) else "rolled_back"
 
-    def _report(self, outcome: str, error: str | None) -> dict[str, Any]:
+    def _report(self, outcome: str, error: str | None) -> JsonObject:
         engines = {
             engine.name: {
                 "weight_version": engine.versions[0].decode(),

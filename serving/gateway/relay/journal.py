@@ -9,13 +9,13 @@ import logging
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any
 
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.event_log import BurstLog
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.kit.results import JsonObject
 
 REMEMBERED_ERRORS = 20
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Journal:
     """Takes note of requests that have ended, and of what kept them from beginning."""
 
     def __init__(self, metrics: Metrics, access_log: AccessLog) -> None:
-        self.last_errors: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_ERRORS)
+        self.last_errors: deque[JsonObject] = deque(maxlen=REMEMBERED_ERRORS)
         self._metrics, self._access_log = metrics, access_log
         self._bursts = BurstLog(logger)
 

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter
 from laguna_serve.serving.gateway.config.tables import Model, Shadow
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.wire.headers import Head
+from laguna_serve.serving.kit.results import JsonObject
 
 MOST_AT_ONCE = 32
 MOST_BYTES = 8 << 20
@@ -114,7 +115,7 @@ def find_difference(ours: list[Any], theirs: list[Any]) -> int | None:
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
-def _list_events(body: bytes) -> Iterator[dict[str, Any]]:
+def _list_events(body: bytes) -> Iterator[JsonObject]:
     if not body.lstrip().startswith(b"data:"):
         yield json.loads(body)
         return

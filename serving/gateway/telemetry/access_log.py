@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TextIO
 
 import msgspec
+
+from laguna_serve.serving.kit.results import JsonObject
 
 # Lines are written together, away from the moment in which requests end and others begin.
 WRITE_AFTER_S = 0.05
@@ -18,7 +20,7 @@ class AccessLog:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[JsonObject] = []
         self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -30,7 +32,7 @@ class AccessLog:
         """False where nothing is written: records need not be made."""
         return self._stream is not None
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: JsonObject) -> None:
         """A request has ended. The line is this log's from now on; its `time` is in seconds of the epoch."""
         if self._stream is None:
             return

@@ -11,9 +11,9 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.kit.results import JsonObject
 
 # Of one event. What is longer passes in pieces, so that nothing is buffered without limit.
 MAX_HELD_BYTES = 1 << 20
@@ -90,7 +90,7 @@ class ResponseStream(EventStream):
     def __init__(self) -> None:
         super().__init__()
         self.passes = False
-        self._response: dict[str, Any] | None = None
+        self._response: JsonObject | None = None
         self._unread = FIRST_READS
         self._sequence = -1
 
@@ -110,9 +110,9 @@ class ResponseStream(EventStream):
         response = self._response or {"id": "resp_unknown", "object": "response", "created_at": int(time.time())}
         code = error.code if error.code == "rate_limit_exceeded" else "server_error"
         about = {"code": code, "message": error.message}
-        first: dict[str, Any] = {"type": "error", **about, "param": None, "sequence_number": self._sequence + 1}
+        first: JsonObject = {"type": "error", **about, "param": None, "sequence_number": self._sequence + 1}
         first["error"] = {"type": error.kind, **about, "param": None}
-        last: dict[str, Any] = {"type": "response.failed", "sequence_number": self._sequence + 2}
+        last: JsonObject = {"type": "response.failed", "sequence_number": self._sequence + 2}
         last["response"] = {"output": [], **response, "status": "failed", "error": about}
         return _render(first) + _render(last)
 
@@ -133,11 +133,11 @@ def frame_events(
     return events, headers
 
 
-def _render(event: dict[str, Any]) -> bytes:
+def _render(event: JsonObject) -> bytes:
     return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
 
 
-def _read_response(events: bytes) -> dict[str, Any] | None:
+def _read_response(events: bytes) -> JsonObject | None:
     """The response that the first event with one tells of."""
     for line in re.split(rb"\r\n|\n|\r", events):
         if line.startswith(b"data:"):

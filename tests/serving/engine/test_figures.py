@@ -10,14 +10,14 @@ GIB = 2**30
 GPU_LOG = """\
 (EngineCore pid=9) INFO 11-26 13:26:23 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: \
 model='XS.2', speculative_config=None, dtype=torch.bfloat16, max_seq_len=2048
-(EngineCore pid=9) INFO 11-26 13:26:25 [gpu_model_runner.py:5150] Model loading took 62.4 GiB memory and 12.340000 seconds
+(EngineCore pid=9) INFO [gpu_model_runner.py:5150] Model loading took 62.4 GiB memory and 12.340000 seconds
 (EngineCore pid=9) INFO 11-26 13:26:26 [gpu_worker.py:760] Available KV cache memory: 8.25 GiB
 (EngineCore pid=9) INFO 11-26 13:26:26 [kv_cache_utils.py:2327] GPU KV cache size: 167,772 tokens, Maximum concurrency \
 for 2,048 tokens per request: 81.92x
 (EngineCore pid=9) INFO 11-26 13:26:40 [gpu_model_runner.py:6582] Graph capturing finished in 14 secs, took 0.61 GiB
-(EngineCore pid=9) INFO 11-26 13:26:40 [gpu_worker.py:1035] Free memory on device (78.0/79.1 GiB) on startup. Desired \
-GPU memory utilization is (0.92, 72.8 GiB). Actual usage is 62.9 GiB for consumed memory (weights + non-torch), 1.5 GiB \
-for peak activation, and 0.61 GiB for CUDAGraph memory.
+(EngineCore pid=9) INFO [gpu_worker.py:1035] Free memory on device (78.0/79.1 GiB) on startup. Desired \
+GPU memory utilization is (0.92, 72.8 GiB). Actual usage is 62.9 GiB for consumed memory (weights + non-torch), \
+1.5 GiB for peak activation, and 0.61 GiB for CUDAGraph memory.
 """
 CPU_LOG = """\
 (EngineCore pid=9) INFO 11-26 13:26:23 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: \
