@@ -17,9 +17,10 @@ from msgspec import structs
 from laguna_serve.bench.certificate.report import summarise
 from laguna_serve.bench.certificate.verdict import DEFECT
 from laguna_serve.bench.certify import CertifyConfig, certify, list_own_specs
-from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype, make_spec
+from laguna_serve.bench.harness.arm_options import ArmsConfig, Sequential, find_dtype, make_spec
 from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.assemble import assemble
+from laguna_serve.bench.harness.order import Load, choose_order
 from laguna_serve.bench.harness.prompts import PromptsConfig, split_prompts
 from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
@@ -40,6 +41,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import check_out
 
 MIN_WARMUP = 4
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
@@ -68,7 +70,9 @@ exit status:
   2    could not run: bad input, or an engine did not start
   130  interrupted: what was measured is reported and marked partial
 
-On a GPU one engine fills the memory unless --kv-cache-gib is given; the arms are then measured one after the other.
+Both engines are up and take turns where both fit, by the sizes of weights, buffers and KV cache. Where they do not, one
+runs at a time, the baseline first and last: its two passes show how much the machine drifted, and the interval of the
+speed-up allows for that.
 """
 
 
@@ -86,10 +90,15 @@ class AbConfig(PromptsConfig, ArmsConfig):
         ),
     ] = False
     concurrency: Annotated[int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1)] = 1
-    sequential: Annotated[bool, Flag("one engine at a time, even if both would fit")] = False
-    control: Annotated[int, Flag("prompts the baseline runs twice (default: 16; 0: none)", metavar="N", at_least=0)] = (
-        16
-    )
+    sequential: Sequential = None
+    control: Annotated[
+        int,
+        Flag(
+            "prompts the baseline runs twice (default: 16; 0: none; one engine at a time: all, as it runs last, too)",
+            metavar="N",
+            at_least=0,
+        ),
+    ] = 16
     certify: Annotated[
         bool,
         Flag("then certify parity on the same prompts (bench/certify.py), with one page in DIR/certificate"),
@@ -127,7 +136,10 @@ def compare(config: AbConfig) -> AbResult:
     config.out.mkdir(parents=True, exist_ok=True)
     environment = read_environment(current_argv())
     load = OtherLoad()
-    run = run_plan(plan, specs, config.out, config.sequential, Progress())
+    progress = Progress()
+    load_at_once = Load.of(plan.prompts, config.max_tokens, config.concurrency)
+    order = choose_order(specs, config.sequential, load_at_once, progress.say)
+    run = run_plan(plan, [order.apply(spec) for spec in specs], config.out, order, progress)
     result = assemble(
         run,
         plan,
@@ -193,9 +205,11 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
     """Everything that can be refused before an engine starts.
 
     Raises:
+        RunDirError: `out` cannot be a folder.
         PromptsError: the prompts file cannot be used.
         EngineError: an arm could not be started; with `certify` also the certificate's own.
     """
+    check_out(config.out)
     prompts = config.load_prompts()
     count = config.num_prompts
     if count is None and config.at_most is not None:

@@ -41,7 +41,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 from laguna_serve.serving.speculation.drafting import format_speculation, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
@@ -142,6 +142,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         PromptsError, CheckpointError: an input cannot be used, or the folder holds another certificate's passes.
         EngineError: an engine could not be started.
     """
+    check_out(config.out)
     prompts = config.load_prompts()
     if config.num_prompts is not None and config.num_prompts > len(prompts):
         expected = f"expected at most {len(prompts)}, got {config.num_prompts}"
@@ -203,7 +204,7 @@ def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: 
     folder = find_folder(config.draft)
     if folder is None:
         return f"{config.draft} is not on this machine"
-    gamma = resolve_gamma(config.gamma, open_drafter(folder, config.draft))
+    gamma = resolve_gamma(config.gamma, open_drafter(folder, config.draft), beyond_block=config.beyond_block)
     eager = "; eager" if config.eager else ""
     assert config.model is not None
     base = replace(engine, model=config.model, gamma=gamma, extra_args=tuple(shlex.split(config.baseline_args)))

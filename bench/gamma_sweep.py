@@ -1,7 +1,8 @@
 """How many tokens should a drafter propose here? Every γ at every concurrency, measured against plain decoding.
 
-The baseline engine stays up for the whole sweep, a candidate engine is started per γ. What was measured is kept in
-DIR/points: the same command continues after an interruption, and a γ that fails does not lose the others. DIR gets
+The baseline engine stays up for the whole sweep, a candidate engine is started per γ; where both do not fit, one runs
+at a time, the baseline first and last. What was measured is kept in DIR/points: the same command continues after an
+interruption, and a γ that fails does not lose the others. DIR gets
 sweep.json, sweep.md and sweep.png, and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout
 line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma/cost_model.py; what
 the drafter's share of a step is: gamma/points.py.
@@ -21,6 +22,7 @@ from laguna_serve.bench.gamma.points import claim_points, measure_missing, read_
 from laguna_serve.bench.gamma.report import render_markdown, render_text
 from laguna_serve.bench.gamma.result import SweepResult, shorten
 from laguna_serve.bench.harness.arms import check_specs
+from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
@@ -28,7 +30,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import is_begun
+from laguna_serve.serving.kit.run_dir import check_out, is_begun
 
 __all__ = ["SweepConfig", "SweepResult", "main", "sweep"]
 EXAMPLES = """
@@ -39,6 +41,10 @@ examples:
   python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4 --mixed \\
       --stack fp8-kv prefix-caching chunked-prefill dense=tests/toy/dense \\
       --prompts tests/toy/prompts.jsonl --out out/sweep
+  python bench/gamma_sweep.py --model MODEL --draft DRAFTER --gammas 3,5,7,9,11 --beyond-block --sequential \\
+      --prompts FILE --out DIR   # γ that the drafter was never trained for, one engine at a time
+  python bench/gamma_sweep.py --model served-name --draft DRAFTER --baseline-url http://127.0.0.1:8000 \\
+      --candidate-url 3=http://127.0.0.1:8003 --candidate-url 7=http://127.0.0.1:8007 --prompts FILE --out DIR
 
 then: laguna serve MODEL --draft DRAFTER --gamma auto
 
@@ -87,8 +93,10 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
 
     First the points, then ablations and mixed load where they are asked for. Raises as `sweep`.
     """
+    check_out(config.out)
     progress, environment = Progress(), read_environment(current_argv())
     gammas, prompts = config.list_gammas(), config.load_prompts()
+    split_prompts(prompts, config.num_prompts, 0)  # refuses too few
     if not is_begun(config.points):
         check_specs([*map(config.make_spec, (None, *gammas)), *list_ablation_specs(config, max(gammas))])
     claim_points(config, environment)
@@ -102,12 +110,14 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     yield publish(config, result)
     if config.stack:
         gamma = next(choice.gamma for choice in result.choices if choice.concurrency == config.concurrency[0])
-        gamma = gamma or max(point.gamma for point in points)  # γ* is plain decoding: show the most
+        gamma = gamma or max(point.gamma for point in points if not point.beyond_block)  # γ* is 0: show the most
         result = structs.replace(result, stack=measure_ablations(config, gamma, prompts, progress))
         yield publish(config, result)
     if config.mixed:
         schedule = result.schedule.num_speculative_tokens_per_batch_size
-        mixed = compare_schedule(config, find_best_single(points), schedule, prompts, progress)
+        mixed = compare_schedule(
+            config, find_best_single([point for point in points if not point.beyond_block]), schedule, prompts, progress
+        )
         yield publish(config, structs.replace(result, mixed=mixed))
 
 

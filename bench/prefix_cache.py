@@ -1,8 +1,9 @@
 """Does prefix caching cost a DFlash drafter its acceptance? Measured cold, warm, in chunks, in groups and preempted.
 
-Every scenario runs on engines started here; acceptance lengths and their intervals come from vLLM's counters, read
-after each request or group. DIR gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is
-one JSON object (schema laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
+Every scenario runs on engines started here, one at a time; acceptance lengths and their intervals come from vLLM's
+counters, read after each request or group. What an engine did is kept in DIR/points: the same command continues. DIR
+gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object (schema
+laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from laguna_serve.bench.prefix.result import PrefixCacheResult, shorten
 from laguna_serve.bench.prefix.runner import Outcome, run_engines
 from laguna_serve.bench.prefix.traffic import plan_traffic
 from laguna_serve.bench.prefix.verdict import compare, describe
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
-from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 
 __all__ = ["PrefixCacheConfig", "PrefixCacheResult", "main", "measure_acceptance"]
 EXAMPLES = """
@@ -38,7 +41,7 @@ exit status:
   0    held: acceptance falls nowhere
   1    fell short: it falls somewhere, or a scenario could not be provoked
   2    could not run: bad input, or an engine did not start
-  130  interrupted: what was measured is reported and marked partial
+  130  interrupted: what was measured is reported and marked partial; the same command continues
 """
 
 
@@ -62,16 +65,18 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     Raises:
         PromptsError: the prompts file cannot be used, or has too few.
         EngineError, EndpointError: an engine did not start or died, or a request failed.
+        RunDirError: the folder holds another measurement.
         KeyboardInterrupt: it ended before anything was measured. Later, the result says that it is partial.
     """
+    check_out(config.out)
     progress = Progress()
     lengths = config.characters, 2 * config.characters
-    traffic = plan_traffic(
-        load_texts(config.prompts), config.num_prompts, lengths, config.small_blocks, config.block_size
-    )
-    check_specs(map(config.make_spec, traffic.engines))
-    config.out.mkdir(parents=True, exist_ok=True)
+    prompts = load_texts(config.prompts)
+    traffic = plan_traffic(prompts, config.num_prompts, lengths, config.small_blocks, config.block_size)
+    if not is_begun(config.points):
+        check_specs(map(config.make_spec, traffic.engines))
     environment = read_environment(current_argv())
+    claim_points(config, prompts, environment)
     load, outcomes = OtherLoad(), dict[str, Outcome]()
     interrupted = False
     try:
@@ -94,6 +99,18 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     write_result(config.out / "prefix_cache.json", result)
     write_text(config.out / "prefix_cache.md", render_markdown(result))
     return result
+
+
+def claim_points(config: PrefixCacheConfig, prompts: Sequence[Prompt], environment: Environment) -> None:
+    """Take the folder of finished engines. Raises RunDirError when it holds those of another measurement."""
+    names = ("model", "draft", "gamma", "compiled", "num_prompts", "characters", "max_tokens", "block_size")
+    settings = {name: getattr(config, name) for name in (*names, "small_blocks", "dtype", "seed")} | {
+        "prompts": [prompt.text for prompt in prompts],
+        "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
+        "versions": environment.versions,
+        "device": environment.device.name if environment.device is not None else None,
+    }
+    claim_folder(config.points, settings)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What does a rollout for RL cost, and does speculation make it cheaper? Groups of sampled completions, both arms up.
+"""What does a rollout for RL cost, and does speculation make it cheaper? Groups of sampled completions.
 
 Groups of completions of one shared prompt (`n` in one request, token ids and log-probabilities returned) go to the
-plain engine and to the speculating one, interleaved, at every batch size: tokens per second and per device-second,
-their ratio with an interval, acceptance, and the acceptance at which speculation stops paying. `--versions` are
-checkpoints of later policies: both running engines are given each, the drafter stays the old one. What was measured is
-kept in DIR/points: the same command continues. DIR gets rollouts.json, rollouts.md and rollouts.png; the last stdout
-line is one JSON object (schema laguna_serve.rollouts/1). How a round is run: rollout/points.py; break-even:
-rollout/break_even.py.
+plain engine and to the speculating one at every batch size, in turns where both fit and one after the other elsewhere:
+tokens per second and per device-second, their ratio with an interval, acceptance, and the acceptance at which
+speculation stops paying. `--versions` are checkpoints of later policies: both running engines are given each, the
+drafter stays the old one. What was measured is kept in DIR/points: the same command continues. DIR gets rollouts.json,
+rollouts.md and rollouts.png; the last stdout line is one JSON object (schema laguna_serve.rollouts/1). How a round is
+run: rollout/points.py; break-even: rollout/break_even.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.run_dir import check_out
 
 __all__ = ["RolloutsConfig", "RolloutsResult", "main", "measure_rollouts"]
 EXAMPLES = """
@@ -34,6 +35,8 @@ examples:
       --prompts tests/toy/prompts.jsonl --out out/rollouts
   python bench/rollouts.py --model M --draft D --gamma 7 --prompts FILE --out DIR \\
       --versions run/step-100 run/step-200 run/step-400 --version-batch 32
+  python bench/rollouts.py --model served-name --draft D --baseline-url http://127.0.0.1:8000 \\
+      --candidate-url 7=http://127.0.0.1:8001 --prompts FILE --out DIR   # started with VLLM_SERVER_DEV_MODE=1
   python bench/rollouts.py --model M --draft D --batch 8,64 --price-per-hour 3.50 --prompts FILE --out DIR
 
 exit status:
@@ -65,6 +68,7 @@ def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
         PromptsError, CheckpointError, RunDirError: something does not fit.
         EngineError, EndpointError, MeasurementStoppedError: something could not be measured; finished points stay.
     """
+    check_out(config.out)
     environment = read_environment(current_argv())
     job = prepare(config, environment)
     load = OtherLoad()
@@ -86,6 +90,8 @@ def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> Roll
         assert measured is not None, "measured before"
         return summarise_point(measured, config.seed, config.price_per_hour)
 
+    points = [summarise(batch, None) for batch in job.batches]
+    versions = [summarise(job.version_batch, name) for name in ([None, *job.versions] if job.versions else [])]
     return RolloutsResult(
         environment=environment,
         model=config.model,
@@ -94,10 +100,13 @@ def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> Roll
         gamma=job.gamma,
         device=job.work.device,
         workload=RolloutsWorkload(
-            **structs.asdict(job.work), prompts=str(config.prompts), prefix_caching=config.prefix_caching
+            **structs.asdict(job.work),
+            prompts=str(config.prompts),
+            prefix_caching=config.prefix_caching,
+            interleaved=not any(point.drift for point in (*points, *versions)),
         ),
-        points=[summarise(batch, None) for batch in job.batches],
-        versions=[summarise(job.version_batch, name) for name in ([None, *job.versions] if job.versions else [])],
+        points=points,
+        versions=versions,
         price=PRICE,
         price_per_hour=config.price_per_hour,
     )

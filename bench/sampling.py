@@ -1,10 +1,11 @@
 """Under temperature, does speculation preserve the distribution? A two-sample test on many short completions.
 
 Every prompt is completed many times by the baseline, by the baseline again (the control) and by the candidate at every
-γ. Each pair of sets is tested prompt by prompt and as a whole (stats/two_sample.py), corrected for prompts and for the
-number of γ. The power is simulated on what the baseline said: how large a share of completions would a bug have to turn
-into the likeliest one to be found? DIR gets sampling.json and sampling.md, and keeps the completions, so that the same
-command continues; the last stdout line is one JSON object (schema laguna_serve.sampling/1).
+γ, one engine after another: nothing is timed here, and one at a time needs the least memory. Each pair of sets is
+tested prompt by prompt and as a whole (stats/two_sample.py), corrected for prompts and for the number of γ. The power
+is simulated on what the baseline said: how large a share of completions would a bug have to turn into the likeliest one
+to be found? DIR gets sampling.json and sampling.md, and keeps the completions, so that the same command continues; the
+last stdout line is one JSON object (schema laguna_serve.sampling/1).
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 
 __all__ = ["SamplingConfig", "SamplingResult", "compare_distributions", "main"]
 EXAMPLES = """
 examples:
   python bench/sampling.py --model tests/toy/teacher --draft tests/toy/dflash \\
       --prompts tests/toy/prompts.jsonl --out out/sampling
+  python bench/sampling.py --model served-name --draft D --baseline-url http://127.0.0.1:8000 \\
+      --candidate-url 7=http://127.0.0.1:8001 --prompts FILE --out DIR   # two servers that already run
   python bench/sampling.py --model M --draft D --gammas 7 --temperature 0.7 --quick --prompts FILE --out DIR
 
 exit status:
@@ -63,6 +66,7 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
         PromptsError, CheckpointError, RunDirError: something does not fit.
         EngineError, EndpointError: an engine did not start or died, or a request failed; finished arms stay.
     """
+    check_out(config.out)
     environment = read_environment(current_argv())
     prompts, gammas = choose_prompts(config), config.list_gammas()
     if not is_begun(config.samples):
@@ -106,6 +110,7 @@ def claim_samples(config: SamplingConfig, prompts: Sequence[Prompt], environment
         "prompts": [prompt.text for prompt in prompts],
         "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
         "versions": environment.versions,
+        **config.list_urls(),
     }
     claim_folder(config.samples, settings)
 

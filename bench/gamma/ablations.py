@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laguna_serve.bench.gamma.options import Ablation, SweepConfig
-from laguna_serve.bench.gamma.points import measure_point
+from laguna_serve.bench.gamma.passes import Asked, make_measure, open_passes
+from laguna_serve.bench.gamma.points import choose_sweep_order, join_point, measure_point, plan_point
 from laguna_serve.bench.gamma.result import AblationResult, MeasuredPoint, PlainTarget
 from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.harness.in_turn import measure_in_turn
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
@@ -21,15 +23,6 @@ from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 
 PLAIN = "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """An arm's greedy answers, and the loss (nats per token) over the `tokens` of the prompts."""
-
-    token_ids: list[list[int]]
-    loss: float
-    tokens: int
 
 
 def measure_ablations(
@@ -78,14 +71,12 @@ def _measure_ablation(
             return stored
     progress.say(f"ablation {ablation.name}, γ {gamma}")
     specs = _make_specs(config, ablation, gamma)
+
+    def ask(arm: Arm) -> Asked:
+        return asyncio.run(_ask(arm, prompts[: config.num_prompts], config.max_tokens))
+
     try:
-        with (
-            open_arm(specs[0], config.points, progress.say) as baseline,
-            open_arm(specs[1], config.points, progress.say) as candidate,
-        ):
-            point = measure_point(config, gamma, 1, prompts, (baseline, candidate), progress)
-            # After the timed prompts, or a prefix cache would know them.
-            asked = asyncio.run(_ask(baseline, prompts[: config.num_prompts], config.max_tokens))
+        point, asked = _measure_pair(config, ablation, gamma, prompts, specs, ask, progress)
     except (EngineError, EndpointError, MeasurementStoppedError) as error:
         progress.say(f"ablation {ablation.name} failed and is left out: {error}")
         return AblationResult(ablation=ablation.name, checkpoint=ablation.checkpoint, gamma=gamma, failed=str(error))
@@ -94,7 +85,35 @@ def _measure_ablation(
     return result
 
 
-def _compare(ablation: Ablation, point: MeasuredPoint, asked: _Asked, plain: PlainTarget) -> AblationResult:
+def _measure_pair(
+    config: SweepConfig,
+    ablation: Ablation,
+    gamma: int,
+    prompts: list[Prompt],
+    specs: list[ArmSpec],
+    ask: Callable[[Arm], Asked],
+    progress: Progress,
+) -> tuple[MeasuredPoint, Asked]:
+    """Both arms of an ablation, and its plain one's answers; after the timed prompts, which a cache would know else."""
+    order = choose_sweep_order(config, specs, prompts, progress)
+    if not order.sequential:
+        with open_arm(order.apply(specs[0]), config.points, progress.say) as baseline:
+            if order.allows(baseline, progress.say):
+                with open_arm(order.apply(specs[1]), config.points, progress.say) as candidate:
+                    point = measure_point(config, gamma, 1, prompts, (baseline, candidate), progress)
+                    return point, ask(baseline)
+    identity = hashlib.sha256(repr((gamma, ablation)).encode()).hexdigest()[:8]
+    passes, plan = open_passes(config.points / f"passes-{ablation.name}-{identity}"), plan_point(config, 1, prompts)
+    measure = make_measure(passes, {"c1": plan}, progress, {"c1": [gamma + 1]}, ask)
+    failed = measure_in_turn(specs, {"c1": [CANDIDATE]}, passes, measure, progress)
+    if (bracket := passes.find_bracket(CANDIDATE, "c1")) is None:
+        raise MeasurementStoppedError(failed[CANDIDATE])
+    asked = bracket.after.asked
+    assert asked is not None, "plain engines are asked in each pass"
+    return join_point(config, gamma, plan, bracket, specs[1]), asked
+
+
+def _compare(ablation: Ablation, point: MeasuredPoint, asked: Asked, plain: PlainTarget) -> AblationResult:
     return AblationResult(
         ablation=ablation.name,
         checkpoint=ablation.checkpoint,
@@ -105,6 +124,7 @@ def _compare(ablation: Ablation, point: MeasuredPoint, asked: _Asked, plain: Pla
         tok_per_s=point.tok_per_s,
         memory=point.memory,
         parity=point.parity,
+        drift=point.drift,
         failed=None,
         differ_from_plain_target=sum(a != b for a, b in zip(asked.token_ids, plain.token_ids, strict=True)),
         loss=asked.loss,
@@ -112,7 +132,7 @@ def _compare(ablation: Ablation, point: MeasuredPoint, asked: _Asked, plain: Pla
     )
 
 
-async def _ask(arm: Arm, prompts: Sequence[Prompt], max_tokens: int) -> _Asked:
+async def _ask(arm: Arm, prompts: Sequence[Prompt], max_tokens: int) -> Asked:
     async with open_session() as session:
         model_name = arm.model_name or await find_model_name(session, arm.base_url)
         client = Client(session, arm.base_url, model_name, max_tokens)
@@ -120,7 +140,7 @@ async def _ask(arm: Arm, prompts: Sequence[Prompt], max_tokens: int) -> _Asked:
         for prompt in prompts:
             answers.append(list((await client.probe(prompt)).token_ids))
             losses += await client.score(prompt)
-    return _Asked(answers, sum(losses) / len(losses), len(losses))
+    return Asked(token_ids=answers, loss=sum(losses) / len(losses), tokens=len(losses))
 
 
 def _find_path(config: SweepConfig, name: str) -> Path:

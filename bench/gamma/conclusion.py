@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from laguna_serve.bench.gamma.cost_model import Point, choose_gamma, fit_costs, make_schedule
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.result import (
+    Choice,
     MeasuredPoint,
     Schedule,
     StepCost,
@@ -17,28 +18,42 @@ from laguna_serve.bench.gamma.result import (
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.speculation.gamma_store import Advice, store_advice
 
+UNTRAINED = "no γ within the drafter's block was measured"
+
 
 def conclude(
     config: SweepConfig, environment: Environment, measured: Sequence[MeasuredPoint], failed: Mapping[int, str]
 ) -> SweepResult:
-    """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`."""
+    """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`.
+
+    A γ beyond the drafter's block is not chosen, as `laguna serve` refuses it. Of endpoints nothing is stored.
+    """
     by_concurrency: dict[int, list[Point]] = {}
+    trained: dict[int, list[Point]] = {}
     for point in measured:
         by_concurrency.setdefault(point.concurrency, []).append(Point.of(point))
-    choices = [choose_gamma(points, config.seed) for points in by_concurrency.values()]
+        trained.setdefault(point.concurrency, []).extend([] if point.beyond_block else [Point.of(point)])
+    choices = [
+        choose_gamma(points, config.seed) if points else Choice(concurrency, 0, UNTRAINED)
+        for concurrency, points in trained.items()
+    ]
     models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
     schedule = make_schedule(choices)
-    stored = store_advice(Advice(config.model, config.draft, tuple(schedule), environment.date))
+    advice = Advice(config.model, config.draft, tuple(schedule), environment.date)
+    stored = None if config.by_url else store_advice(advice).name
     return SweepResult(
         environment=environment,
         model=config.model,
         draft=config.draft,
         workload=SweepWorkload(
-            prompts=str(config.prompts), num_prompts=config.num_prompts, max_tokens=config.max_tokens
+            prompts=str(config.prompts),
+            num_prompts=config.num_prompts,
+            max_tokens=config.max_tokens,
+            interleaved=not any(point.drift for point in measured),
         ),
         choices=choices,
         schedule=Schedule(schedule),
-        stored=stored.name,
+        stored=stored,
         cost={
             str(concurrency): StepCost(fixed=model.fixed, per_token=model.per_token)
             for concurrency, model in models.items()

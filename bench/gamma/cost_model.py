@@ -18,7 +18,10 @@ from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_ratio
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One γ at one concurrency. `pairs` are the rounds of its A/B, `step_cost` is in plain steps."""
+    """One γ at one concurrency. `pairs` are the rounds of its A/B, `step_cost` is in plain steps.
+
+    `slack`: the least factor that a drift leaves of a ratio to this one.
+    """
 
     gamma: int
     concurrency: int
@@ -28,6 +31,7 @@ class Point:
     per_position: tuple[float, ...]
     step_cost: float
     pairs: tuple[RoundPair, ...]
+    slack: float = 1.0
 
     @classmethod
     def of(cls, measured: MeasuredPoint) -> Point:
@@ -41,6 +45,7 @@ class Point:
             tuple(measured.per_position),
             measured.step_cost,
             tuple(measured.pairs),
+            measured.drift.reach[0] if measured.drift else 1.0,
         )
 
 
@@ -80,7 +85,7 @@ def choose_gamma(points: Sequence[Point], seed: int) -> Choice:
         if point.gamma >= best.gamma:
             break
         low, high = bootstrap_ratio(best.pairs, point.pairs, seed)
-        if low <= 1:
+        if low * min(best.slack, point.slack) <= 1:
             reason = f"{_show(point)}; {best.gamma} is no different ({low:.2f}–{high:.2f} times this)"
             return Choice(concurrency, point.gamma, reason)
     return Choice(concurrency, best.gamma, _show(best))

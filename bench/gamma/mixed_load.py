@@ -1,16 +1,21 @@
-"""Does a schedule of γ by batch size beat the best single γ? Both engines under a load that changes all the time."""
+"""Does a schedule of γ by batch size beat the best single γ? Both under a load that changes all the time."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
 from laguna_serve.bench.gamma.options import SweepConfig
-from laguna_serve.bench.gamma.points import MIN_WARMUP, measure_plan
+from laguna_serve.bench.gamma.passes import make_measure, open_passes
+from laguna_serve.bench.gamma.points import MIN_WARMUP, assemble_sound, choose_sweep_order, measure_plan
 from laguna_serve.bench.gamma.result import MixedLoad, PointFigures
 from laguna_serve.bench.harness.arms import ArmSpec, open_arm
+from laguna_serve.bench.harness.in_turn import join_run, measure_in_turn
 from laguna_serve.bench.harness.prompts import split_prompts
+from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.bench.harness.runner import MeasurementStoppedError
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, Round, make_plan
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
@@ -20,6 +25,7 @@ from laguna_serve.serving.kit.results import read_result, write_result
 Schedule = Sequence[tuple[int, int, int]]
 # Rounds of every concurrency: enough pairs for an interval.
 CYCLES = 12
+MIXED = "mixed"
 
 
 def find_best_single(points: Sequence[PointFigures]) -> int:
@@ -56,13 +62,8 @@ def compare_schedule(
         ArmSpec(CANDIDATE, f"γ by batch size: {list(schedule)}", config=_make_scheduled(config, schedule)),
     )
     plan = make_mixed_plan(config, prompts)
-    with (
-        open_arm(specs[0], config.points, progress.say) as baseline,
-        open_arm(specs[1], config.points, progress.say) as candidate,
-    ):
-        progress.say(f"mixed load: rounds of {', '.join(map(str, config.concurrency))} prompts, interleaved")
-        result, _ = measure_plan(config, plan, (baseline, candidate), progress, drafting=True)
-    assert result.speedup.ci95 is not None, "measure_plan raises where a figure is withheld"
+    result = _measure_pair(config, specs, plan, prompts, progress)
+    assert result.speedup.ci95 is not None, "a figure that is withheld raises"
     mixed = MixedLoad(
         single=single,
         schedule=list(schedule),
@@ -72,9 +73,29 @@ def compare_schedule(
         speedup=result.speedup.point,
         ci95=result.speedup.ci95,
         parity=result.parity.summarise(),
+        drift=result.drift,
     )
     write_result(path, mixed)
     return mixed
+
+
+def _measure_pair(
+    config: SweepConfig, specs: tuple[ArmSpec, ArmSpec], plan: Plan, prompts: list[Prompt], progress: Progress
+) -> AbResult:
+    progress.say(f"mixed load: rounds of {', '.join(map(str, config.concurrency))} prompts")
+    order = choose_sweep_order(config, specs, prompts, progress)
+    if not order.sequential:
+        with open_arm(order.apply(specs[0]), config.points, progress.say) as baseline:
+            if order.allows(baseline, progress.say):
+                with open_arm(order.apply(specs[1]), config.points, progress.say) as candidate:
+                    return measure_plan(config, plan, (baseline, candidate), progress)[0]
+    identity = hashlib.sha256(repr([spec.label for spec in specs]).encode()).hexdigest()[:8]
+    passes = open_passes(config.points / f"passes-mixed-{identity}")
+    measure = make_measure(passes, {MIXED: plan}, progress)
+    failed = measure_in_turn(specs, {MIXED: [CANDIDATE]}, passes, measure, progress)
+    if (bracket := passes.find_bracket(CANDIDATE, MIXED)) is None:
+        raise MeasurementStoppedError(failed[CANDIDATE])
+    return assemble_sound(config, plan, join_run(*(one.run for one in bracket)), specs[1].label)
 
 
 def make_mixed_plan(config: SweepConfig, prompts: list[Prompt]) -> Plan:

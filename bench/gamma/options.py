@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.harness.arm_options import TimedDrafterConfig, choose_gammas, parse_numbers
+from laguna_serve.bench.harness.arm_options import (
+    BeyondBlock,
+    DrafterOrUrlsConfig,
+    Sequential,
+    choose_gammas,
+    find_most,
+    parse_numbers,
+)
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
@@ -50,7 +57,7 @@ def parse_ablation(text: str) -> Ablation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(PromptsConfig, TimedDrafterConfig):
+class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     """Which γ to measure at which concurrency, on what; the files go to `out`."""
 
     gammas: Annotated[
@@ -62,6 +69,7 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
             parse=parse_numbers,
         ),
     ] = None
+    beyond_block: BeyondBlock = False
     concurrency: Annotated[tuple[int, ...], Flag("default: 1", metavar="N,…", at_least=1, parse=parse_numbers)] = (1,)
     num_prompts: Annotated[int, Flag("the first N prompts (default: 32)", metavar="N", at_least=1)] = 32
     max_tokens: Annotated[int, Flag("output tokens per prompt (default: 96)", metavar="N", at_least=1)] = 96
@@ -75,6 +83,7 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
             several=True,
         ),
     ] = ()
+    sequential: Sequential = None
     mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
     # Where gammas are not given: the least, the middle and the most alone.
@@ -91,6 +100,10 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
         if self.num_prompts < LEAST_ROUNDS * most:
             expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
             raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")
+        if self.by_url and (self.gammas or self.stack or self.mixed):
+            raise FlagError(
+                "--gammas, --stack and --mixed: expected none with URLs, as those servers already run; drop them"
+            )
 
     @property
     def points(self) -> Path:
@@ -107,7 +120,14 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
         def choose(most: int) -> list[int]:
             return sorted({1, (most + 1) // 2, most}) if self.three_gammas else list(range(1, most + 1))
 
-        return choose_gammas(self.draft, self.gammas, choose)
+        if self.by_url:
+            return sorted(gamma for gamma, _ in self.candidate_url)
+        return choose_gammas(self.draft, self.gammas, choose, beyond_block=self.beyond_block)
+
+    def is_beyond(self, gamma: int) -> bool:
+        """Whether the drafter was never trained to propose so many; of endpoints that is not known."""
+        most = None if self.by_url or not self.beyond_block else find_most(self.draft)
+        return most is not None and gamma > most
 
     def make_engine(self, gamma: int | None) -> EngineConfig:
         """The engine of a γ, or of plain decoding (None)."""
@@ -115,6 +135,7 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
             model=self.model,
             draft=None if gamma is None else self.draft,
             gamma=gamma,
+            beyond_block=gamma is not None and self.beyond_block,
             dtype=self.dtype,
             enforce_eager=self.eager,
             prefix_caching=False,
@@ -124,7 +145,10 @@ class SweepConfig(PromptsConfig, TimedDrafterConfig):
 
     def make_spec(self, gamma: int | None) -> ArmSpec:
         """The baseline (None), or the candidate of a γ."""
+        if (running := self.make_url_spec(gamma)) is not None:
+            return running
         engine = self.make_engine(gamma)
         if gamma is None:
             return ArmSpec(BASELINE, f"{self.model}; no drafter", config=engine)
-        return ArmSpec(CANDIDATE, f"{self.model}; drafter {self.draft}, γ {gamma}", config=engine)
+        beyond = ", beyond its block" if self.is_beyond(gamma) else ""
+        return ArmSpec(CANDIDATE, f"{self.model}; drafter {self.draft}, γ {gamma}{beyond}", config=engine)

@@ -1,22 +1,23 @@
-"""The points of a γ sweep: an A/B with both engines up, its cost per step, and what of a step is the drafter's."""
+"""The points of a γ sweep: an A/B with both engines up or in turn, its cost per step, and the drafter's share of it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from laguna_serve.bench.gamma.options import SweepConfig
+from laguna_serve.bench.gamma.passes import SweepPass, make_measure, measure_rows, open_passes
 from laguna_serve.bench.gamma.result import MeasuredPoint
-from laguna_serve.bench.harness.arms import Arm, has_room_beside, open_arm
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
 from laguna_serve.bench.harness.assemble import assemble, list_pairs
+from laguna_serve.bench.harness.in_turn import Bracket, join_run, measure_in_turn
+from laguna_serve.bench.harness.order import Load, Order, choose_order
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.runner import ArmRun, MeasurementStoppedError, Run, measure
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
-from laguna_serve.bench.stats.intervals import chunk_gaps_ms
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
@@ -34,7 +35,7 @@ def claim_points(config: SweepConfig, environment: Environment) -> None:
     settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
     settings |= {name: value for name in ("chat", "thinking") if (value := getattr(config, name))}
     device = environment.device.name if environment.device is not None else None
-    claim_folder(config.points, settings | {"versions": environment.versions, "device": device})
+    claim_folder(config.points, settings | {"versions": environment.versions, "device": device} | config.list_urls())
 
 
 def read_points(folder: Path) -> list[MeasuredPoint]:
@@ -49,7 +50,7 @@ def measure_missing(
     """Measure the points that the folder lacks. Returns γ → what went wrong, for those that failed.
 
     Raises:
-        EngineError: the baseline did not start or died, or there is no room beside it.
+        EngineError: the baseline did not start or died.
     """
     done = {(point.gamma, point.concurrency) for point in read_points(config.points)}
     missing = {gamma: [c for c in config.concurrency if (gamma, c) not in done] for gamma in gammas}
@@ -59,22 +60,80 @@ def measure_missing(
     failed: dict[int, str] = {}
     if not missing:
         return failed
-    with ExitStack() as stack:
-        baseline = stack.enter_context(open_arm(config.make_spec(None), config.points, progress.say))
-        if not has_room_beside(baseline):
-            raise EngineError("memory: expected room for two engines, got too little; pass a smaller --kv-cache-gib")
-        for gamma, concurrencies in missing.items():
-            try:
-                with open_arm(config.make_spec(gamma), config.points, progress.say) as candidate:
-                    for concurrency in concurrencies:
-                        progress.say(f"γ {gamma}, concurrency {concurrency}")
-                        point = measure_point(config, gamma, concurrency, prompts, (baseline, candidate), progress)
-                        write_result(config.points / f"gamma{gamma}-c{concurrency}.json", point)
-            except (EngineError, EndpointError, MeasurementStoppedError) as error:
-                baseline.check()
-                failed[gamma] = str(error)
-                progress.say(f"γ {gamma} failed and is left out: {error}")
+    order = choose_sweep_order(config, [config.make_spec(None), config.make_spec(max(missing))], prompts, progress)
+    if not order.sequential:
+        with open_arm(order.apply(config.make_spec(None)), config.points, progress.say) as baseline:
+            if order.allows(baseline, progress.say):
+                return _measure_beside(config, baseline, missing, prompts, order, progress)
+    return measure_points_in_turn(config, missing, prompts, progress)
+
+
+def choose_sweep_order(
+    config: SweepConfig, specs: Sequence[ArmSpec], prompts: Sequence[Prompt], progress: Progress
+) -> Order:
+    """For two engines under this sweep's load."""
+    load = Load.of(prompts, config.max_tokens, max(config.concurrency))
+    return choose_order(specs, config.sequential, load, progress.say)
+
+
+def _measure_beside(
+    config: SweepConfig,
+    baseline: Arm,
+    missing: Mapping[int, Sequence[int]],
+    prompts: list[Prompt],
+    order: Order,
+    progress: Progress,
+) -> dict[int, str]:
+    """Each γ beside the baseline, which is up."""
+    failed: dict[int, str] = {}
+    for gamma, concurrencies in missing.items():
+        try:
+            with open_arm(order.apply(config.make_spec(gamma)), config.points, progress.say) as candidate:
+                for concurrency in concurrencies:
+                    progress.say(f"γ {gamma}, concurrency {concurrency}")
+                    point = measure_point(config, gamma, concurrency, prompts, (baseline, candidate), progress)
+                    write_point(config, point)
+        except (EngineError, EndpointError, MeasurementStoppedError) as error:
+            baseline.check()
+            failed[gamma] = str(error)
+            progress.say(f"γ {gamma} failed and is left out: {error}")
     return failed
+
+
+def measure_points_in_turn(
+    config: SweepConfig, missing: Mapping[int, Sequence[int]], prompts: list[Prompt], progress: Progress
+) -> dict[int, str]:
+    """Plain decoding, each γ, and plain decoding again, one engine at a time; as `measure_missing`."""
+    parts = {concurrency: f"c{concurrency}" for concurrency in config.concurrency}
+    arms = {gamma: f"gamma{gamma}" for gamma in missing}
+    plans = {part: plan_point(config, concurrency, prompts) for concurrency, part in parts.items()}
+    rows = {part: [c * (gamma + 1) for gamma in missing if c in missing[gamma]] for c, part in parts.items()}
+    specs = [config.make_spec(None), *(replace(config.make_spec(gamma), name=name) for gamma, name in arms.items())]
+    wanted = {part: [arms[gamma] for gamma in missing if c in missing[gamma]] for c, part in parts.items()}
+    passes = open_passes(config.points / "passes")
+    said = measure_in_turn(specs, wanted, passes, make_measure(passes, plans, progress, rows), progress)
+    failed = {gamma: said[name] for gamma, name in arms.items() if name in said}
+    for gamma, concurrency in [(gamma, concurrency) for gamma, several in missing.items() for concurrency in several]:
+        if (bracket := passes.find_bracket(arms[gamma], parts[concurrency])) is None:
+            continue
+        try:
+            write_point(config, join_point(config, gamma, plans[parts[concurrency]], bracket, config.make_spec(gamma)))
+        except MeasurementStoppedError as error:
+            failed[gamma] = str(error)
+    return failed
+
+
+def write_point(config: SweepConfig, point: MeasuredPoint) -> None:
+    """File a point where the next run finds it."""
+    write_result(config.points / f"gamma{point.gamma}-c{point.concurrency}.json", point)
+
+
+def plan_point(config: SweepConfig, concurrency: int, prompts: Sequence[Prompt]) -> Plan:
+    """The rounds of a concurrency."""
+    timed, warmup = split_prompts(prompts, config.num_prompts, max(MIN_WARMUP, concurrency))
+    return make_plan(
+        timed, warmup, max_tokens=config.max_tokens, concurrency=concurrency, control=concurrency, seed=config.seed
+    )
 
 
 def measure_point(
@@ -90,11 +149,27 @@ def measure_point(
     Raises:
         MeasurementStoppedError: a figure was withheld.
     """
-    timed, warmup = split_prompts(prompts, config.num_prompts, max(MIN_WARMUP, concurrency))
-    plan = make_plan(
-        timed, warmup, max_tokens=config.max_tokens, concurrency=concurrency, control=concurrency, seed=config.seed
-    )
-    result, run = measure_plan(config, plan, arms, progress, drafting=True)
+    plan = plan_point(config, concurrency, prompts)
+    result, run = measure_plan(config, plan, arms, progress)
+    rows_ms = asyncio.run(measure_rows(arms[0], plan, concurrency * (gamma + 1)))
+    return describe_point(config, gamma, concurrency, result, run, rows_ms)
+
+
+def join_point(
+    config: SweepConfig, gamma: int, plan: Plan, bracket: Bracket[SweepPass], candidate: ArmSpec
+) -> MeasuredPoint:
+    """A point from three passes. Raises MeasurementStoppedError when a figure was withheld."""
+    run = join_run(*(one.run for one in bracket))
+    result = assemble_sound(config, plan, run, candidate.label)
+    rows_ms = [ms for one in bracket if (ms := one.rows_ms.get(plan.concurrency * (gamma + 1))) is not None]
+    mean_ms = sum(rows_ms) / len(rows_ms) if rows_ms else None
+    return describe_point(config, gamma, plan.concurrency, result, run, mean_ms)
+
+
+def describe_point(
+    config: SweepConfig, gamma: int, concurrency: int, result: AbResult, run: Run, rows_ms: float | None
+) -> MeasuredPoint:
+    """The figures of a point whose A/B withheld none. `rows_ms`: a plain step over as many rows."""
     baseline, candidate = result.arms[BASELINE], result.arms[CANDIDATE]
     assert baseline.chunk_gap_ms is not None
     assert candidate.chunk_gap_ms is not None
@@ -102,7 +177,6 @@ def measure_point(
     assert result.speedup.ci95 is not None
     assert result.acceptance.length is not None
     step_ms = candidate.chunk_gap_ms.mean
-    rows_ms = asyncio.run(_measure_rows(arms[0], timed, concurrency * (gamma + 1), config.max_tokens))
     return MeasuredPoint(
         gamma=gamma,
         concurrency=concurrency,
@@ -116,42 +190,24 @@ def measure_point(
         memory={name: result.arms[name].memory for name in ARMS},
         parity=result.parity.summarise(),
         divergences=result.parity.divergences,
+        drift=result.drift,
+        beyond_block=config.is_beyond(gamma),
         pairs=list(list_pairs(run).values()),
     )
 
 
-def measure_plan(
-    config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progress: Progress, *, drafting: bool
-) -> tuple[AbResult, Run]:
+def measure_plan(config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progress: Progress) -> tuple[AbResult, Run]:
     """Run a plan on two arms that are up. Raises MeasurementStoppedError when a figure was withheld."""
     run = Run({arm.name: ArmRun(arm.spec.label) for arm in arms})
     asyncio.run(measure(plan, arms, run, progress))
+    return assemble_sound(config, plan, run, arms[1].spec.label), run
+
+
+def assemble_sound(config: SweepConfig, plan: Plan, run: Run, label: str) -> AbResult:
+    """The A/B of a run; `label` is the candidate's. Raises MeasurementStoppedError when a figure was withheld."""
     environment = Environment(date="", command="")  # the sweep's own result has it
-    result = assemble(run, plan, environment, dtype=config.dtype, drafting=drafting, prompts_file=str(config.prompts))
+    result = assemble(run, plan, environment, dtype=config.dtype, drafting=True, prompts_file=str(config.prompts))
     if result.refused:
         reasons = "; ".join(sorted({refusal.reason for refusal in result.refused}))
-        raise MeasurementStoppedError(f"{arms[1].spec.label}: {reasons}")
-    return result, run
-
-
-async def _measure_rows(arm: Arm, prompts: Sequence[Prompt], rows: int, max_tokens: int) -> float | None:
-    """Mean ms of a plain step over so many rows, as many sequences decoding together.
-
-    That is what verifying them takes, and what a speculative step takes beyond it is the drafter's. None with fewer
-    prompts than rows.
-    """
-    if rows > len(prompts):
-        return None
-    async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        records = await Client(session, arm.base_url, model_name, max_tokens).run_round(prompts[:rows])
-    # From when the last prompt has been read to when the first answer ends, all rows are in every step.
-    begin = max(record.chunk_ns[0] for record in records)
-    end = min(record.chunk_ns[-1] for record in records)
-    gaps = [
-        gap
-        for record in records
-        for gap, ns in zip(chunk_gaps_ms(record.chunk_ns), record.chunk_ns[1:], strict=True)
-        if begin < ns <= end
-    ]
-    return float(sum(gaps) / len(gaps)) if gaps else None
+        raise MeasurementStoppedError(f"{label}: {reasons}")
+    return result

@@ -20,6 +20,7 @@ ABLATION_COLUMNS = (
     "loss",
     "GiB plain / with",
 )
+BEYOND = "*"
 
 
 def render_text(result: SweepResult) -> str:
@@ -37,7 +38,7 @@ def render_markdown(result: SweepResult) -> str:
         "# γ sweep",
         "",
         f"{result.model}, drafter {result.draft}; {work.num_prompts} prompts × {work.max_tokens} tokens of"
-        f" {work.prompts}, greedy. Each point is an A/B against plain decoding, both engines up and interleaved;"
+        f" {work.prompts}, greedy. Each point is an A/B against plain decoding, {_describe_order(result)};"
         " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
         " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
         " many sequences; too low where their attention costs more than that of one sequence's rows.",
@@ -56,6 +57,14 @@ def render_markdown(result: SweepResult) -> str:
     return "\n".join([*lines, cite_environment(result.environment)]) + "\n"
 
 
+def _describe_order(result: SweepResult) -> str:
+    if result.workload.interleaved:
+        return "both engines up and interleaved"
+    return (
+        "one engine at a time, plain decoding first and last, with intervals that allow for its drift between the two"
+    )
+
+
 def _show_gamma(gamma: int) -> str:
     """`γ 7`; 0 is plain decoding."""
     return f"γ {gamma}" if gamma else "plain decoding"
@@ -69,7 +78,7 @@ def _list_cells(point: SweepPoint) -> list[str]:
     low, high = point.ci95
     return [
         str(point.concurrency),
-        str(point.gamma),
+        f"{point.gamma}{BEYOND * point.beyond_block}",
         f"{point.speedup:.2f}×",
         f"{low:.2f}–{high:.2f}",
         f"{point.predicted:.2f}×",
@@ -115,8 +124,12 @@ def _conclude(result: SweepResult) -> list[str]:
         f"{cost.per_token:.3f}·γ plain steps"
         for concurrency, cost in result.cost.items()
     ]
+    if any(point.beyond_block for point in result.points):
+        lines.append(f"{BEYOND} beyond the drafter's block, whose last places it was never trained for; never chosen")
+    lines += [_describe_drift(concurrency, result) for concurrency in _list_drifting(result)]
     lines += [f"γ {gamma} failed: {reason}" for gamma, reason in result.failed.items()]
     lines.append(f"schedule: {_show_schedule(result)}")
+    lines += [f"ablation {item.ablation}: {item.drift.describe()}" for item in result.stack or [] if item.drift]
     lines += [f"ablation {item.ablation} failed: {item.failed}" for item in result.stack or [] if item.failed]
     if mixed := result.mixed:
         single = _show_gamma(mixed.single)
@@ -126,7 +139,18 @@ def _conclude(result: SweepResult) -> list[str]:
             low, high = mixed.ci95
             ratio = f"{mixed.speedup:.2f} times as fast ({low:.2f}–{high:.2f})"
             lines.append(f"mixed load: the schedule is {ratio} as {single} throughout, the best single choice")
+            lines += [f"mixed load: {mixed.drift.describe()}"] if mixed.drift else []
     return lines
+
+
+def _list_drifting(result: SweepResult) -> list[int]:
+    return sorted({point.concurrency for point in result.points if point.drift})
+
+
+def _describe_drift(concurrency: int, result: SweepResult) -> str:
+    """The largest drift at a concurrency, where a continued sweep has several."""
+    drifts = [point.drift for point in result.points if point.drift and point.concurrency == concurrency]
+    return f"concurrency {concurrency}: {max(drifts, key=lambda drift: abs(drift.ratio - 1)).describe()}"
 
 
 def _show_schedule(result: SweepResult) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType, field, structs
 
 from laguna_serve.bench.harness.result import ParitySummary
+from laguna_serve.bench.stats.drift import Drift
 from laguna_serve.bench.stats.intervals import RoundPair
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.kit.environment import Environment
@@ -24,6 +25,8 @@ class PointFigures(Struct, frozen=True, kw_only=True):
         tau: tokens per step; `per_position[i]`: share of drafts whose token i was accepted.
         step_cost: of a speculative step, in plain steps.
         draft_share: of a step, the drafter's part; None where there were too few prompts to tell.
+        drift: of the baseline, where one engine was measured at a time; `ci95` allows for it.
+        beyond_block: more tokens than the drafter was trained to propose.
     """
 
     gamma: int
@@ -38,6 +41,8 @@ class PointFigures(Struct, frozen=True, kw_only=True):
     memory: dict[str, EngineMemory | None]
     parity: ParitySummary
     divergences: list[Verdict]
+    drift: Drift | UnsetType = UNSET
+    beyond_block: bool = False
 
 
 class MeasuredPoint(PointFigures, frozen=True, kw_only=True):
@@ -89,6 +94,7 @@ class AblationResult(Struct, frozen=True, kw_only=True):
         failed: why there are no figures; then the others are unset.
         differ_from_plain_target: prompts whose plain answers differ.
         loss_change: of the loss on the prompts (nats per token), against the plain target's.
+        drift: of the ablation's own plain decoding, where one engine was measured at a time.
     """
 
     ablation: str = field(name="lever")
@@ -104,6 +110,7 @@ class AblationResult(Struct, frozen=True, kw_only=True):
     differ_from_plain_target: int | UnsetType = UNSET
     loss: float | UnsetType = UNSET
     loss_change: float | UnsetType = UNSET
+    drift: Drift | UnsetType = UNSET
 
 
 class MixedLoad(Struct, frozen=True, kw_only=True):
@@ -117,21 +124,23 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
     speedup: float | None
     ci95: Interval | UnsetType = UNSET
     parity: ParitySummary | UnsetType = UNSET
+    drift: Drift | UnsetType = UNSET
 
 
 class SweepWorkload(Struct, frozen=True, kw_only=True):
-    """The prompts that every point of a sweep was asked."""
+    """The prompts that every point of a sweep was asked; `interleaved`: with both engines up at every point."""
 
     prompts: str
     num_prompts: int
     max_tokens: int
+    interleaved: bool = True
 
 
 class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gamma_sweep/1"):
     """A sweep over γ.
 
     Attributes:
-        stored: the file of the schedule that `laguna serve --gamma auto` finds.
+        stored: the file of the schedule that `laguna serve --gamma auto` finds; None where endpoints were measured.
         cost: by concurrency.
         failed: γ → why it is not among the points.
     """
@@ -142,7 +151,7 @@ class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     workload: SweepWorkload
     choices: list[Choice]
     schedule: Schedule
-    stored: str
+    stored: str | None
     cost: dict[str, StepCost]
     failed: dict[str, str]
     points: list[SweepPoint]

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
@@ -45,6 +45,22 @@ DraftSampling = Annotated[
 ]
 
 
+BeyondBlock = Annotated[
+    bool,
+    Flag(
+        "allow a γ beyond the drafter's block − 1, places it was never trained for, and mark it so (without: refused)"
+    ),
+]
+Sequential = Annotated[
+    bool | None,
+    Flag(
+        "one engine at a time, the baseline first and last; --no-sequential: both up, whatever the plan of the memory "
+        "says (default: both where they fit)",
+        either_way=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArmsConfig:
     """Two arms: a baseline, and a candidate that differs from it by what --candidate-… and --draft give it."""
@@ -62,6 +78,7 @@ class ArmsConfig:
     ] = None
     draft: Annotated[str | None, Flag("DFlash drafter checkpoint: the candidate's only difference", metavar="D")] = None
     gamma: Gamma = None
+    beyond_block: BeyondBlock = False
     baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
     candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
     dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
@@ -101,6 +118,8 @@ class ArmsConfig:
             raise FlagError("--model: expected a checkpoint, or two URLs, got neither")
         if self.gamma is not None and self.draft is None:
             raise FlagError("--gamma: expected --draft beside it, got none")
+        if self.beyond_block and self.gamma is None:
+            raise FlagError("--beyond-block: expected --gamma beside it, got none")
         for name in ("baseline_args", "candidate_args"):
             try:
                 shlex.split(getattr(self, name))
@@ -131,31 +150,102 @@ class TimedDrafterConfig(DrafterConfig):
     kv_cache_gib: Annotated[float | None, Flag("KV cache per engine (default: by free memory)", metavar="G")] = None
 
 
+class GammaUrl(NamedTuple):
+    """An endpoint that drafts so many tokens per step."""
+
+    gamma: int
+    url: str
+
+
+def parse_gamma_url(text: str) -> GammaUrl:
+    """`7=http://127.0.0.1:8001`."""
+    gamma, _, url = text.partition("=")
+    if not gamma.isdecimal() or not int(gamma) or not url.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"expected γ=URL like 7=http://127.0.0.1:8001, got {text!r}")
+    return GammaUrl(int(gamma), url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterOrUrlsConfig(TimedDrafterConfig):
+    """The same, or endpoints that already run: what they serve is not checked, and goes by the names given."""
+
+    baseline_url: Annotated[
+        str | None,
+        Flag(
+            "of the plain engine; --model is then its served name, --draft what results call the drafter",
+            metavar="U",
+            group="or endpoints that already run",
+        ),
+    ] = None
+    candidate_url: Annotated[
+        tuple[GammaUrl, ...],
+        Flag("of the engine that drafts γ tokens", metavar="γ=U", parse=parse_gamma_url, repeated=True),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse half a set of endpoints, and several for one γ."""
+        super().__post_init__()
+        if self.by_url != bool(self.candidate_url):
+            raise FlagError("--baseline-url and --candidate-url: expected both or neither, got one")
+        gammas = [gamma for gamma, _ in self.candidate_url]
+        if len(set(gammas)) < len(gammas):
+            raise FlagError(f"--candidate-url: expected one for each γ, got {sorted(gammas)}; drop one")
+
+    @property
+    def by_url(self) -> bool:
+        """No engine is started here."""
+        return self.baseline_url is not None
+
+    def list_urls(self) -> dict[str, Any]:
+        """The endpoints as JSON values, for what a folder's parts were measured with; empty without any."""
+        return {"urls": [self.baseline_url, *map(list, self.candidate_url)]} if self.by_url else {}
+
+    def make_url_spec(self, gamma: int | None) -> ArmSpec | None:
+        """The endpoint of a γ, or of plain decoding (None); None where engines are started here."""
+        if self.baseline_url is None:
+            return None
+        url = self.baseline_url if gamma is None else dict(self.candidate_url)[gamma]
+        name = BASELINE if gamma is None else CANDIDATE
+        label = f"running at {url}" if gamma is None else f"γ {gamma}, running at {url}"
+        return ArmSpec(name, label, url=url, model_name=self.model)
+
+
 def choose_gammas(
     draft: str,
     given: Sequence[int] | None,
     default: Callable[[int], Sequence[int]],
     unknown: Sequence[int] | None = None,
+    beyond_block: bool | None = None,
 ) -> list[int]:
     """The γ to measure: those given, else what `default` makes of the drafter's most.
 
-    Of a drafter that is not on this machine: `unknown`.
+    Of a drafter that is not on this machine: `unknown`. Those that it was not trained for only with `beyond_block`,
+    None where a command has no flag for it.
 
     Raises:
         CheckpointError: the drafter cannot be read, or was not trained for one of them; or there are none at all.
     """
-    folder = find_folder(draft)
-    if folder is None:
+    if (most := find_most(draft)) is None:
         if (gammas := given or unknown) is None:
             expected = "--gammas for a drafter that is not on this machine"
             raise CheckpointError(f"{draft}: expected {expected}, got none; pass them")
         return list(gammas)
-    most = open_drafter(folder, draft).max_gamma
     gammas = list(given or default(most))
-    if max(gammas) > most:
+    if max(gammas) > most and not beyond_block:
         expected = f"expected at most {most}, the drafter's block − 1, got {max(gammas)}"
-        raise CheckpointError(f"--gammas: {expected}; lower it")
+        remedy = "lower it" if beyond_block is None else "lower it, or measure it all the same with --beyond-block"
+        raise CheckpointError(f"--gammas: {expected}; {remedy}")
     return gammas
+
+
+def find_most(draft: str) -> int | None:
+    """The most tokens that a drafter was trained to propose; None where it is not on this machine.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    folder = find_folder(draft)
+    return None if folder is None else open_drafter(folder, draft).max_gamma
 
 
 def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
@@ -171,6 +261,7 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
         model=model,
         draft=config.draft if drafting else None,
         gamma=config.gamma if drafting else None,
+        beyond_block=config.beyond_block and drafting,
         dtype=config.dtype,
         enforce_eager=config.eager,
         prefix_caching=config.prefix_caching,
@@ -181,6 +272,8 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     )
     gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
     parts = [model, f"drafter {config.draft}, γ {gamma}" if drafting else "no drafter"]
+    most = find_most(config.draft) if config.beyond_block and drafting and config.draft else None
+    parts += [f"beyond the drafter's block − 1 = {most}"] if most is not None and (config.gamma or 0) > most else []
     parts += ["eager"] if config.eager else []
     parts += ["exact"] if engine.exact else []
     parts += [shlex.join(extra)] if extra else []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from laguna_serve.serving.client.completions import list_models, open_session
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.machine.memory import EngineMemory, process_memory
@@ -14,6 +17,8 @@ from laguna_serve.serving.planning.launch import check_launches
 
 # The second engine may be this much larger than the first (a drafter, larger graphs).
 ROOM_FACTOR = 1.3
+# What an endpoint that already runs may take to say what it serves.
+ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +79,33 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
 
 
 def check_specs(specs: Iterable[ArmSpec]) -> None:
-    """Refuse what can be refused of engines that are not started yet.
+    """Refuse what can be refused before the first engine starts.
 
-    That is checkpoints, drafters and γ, weights, memory, and vLLM's own flags. Of endpoints that already run nothing is
-    known.
+    That is checkpoints, drafters and γ, weights, memory, and vLLM's own flags. Endpoints that already run are asked
+    what they serve; more is not known of them.
 
     Raises:
         EngineError: the first engine that could not be started.
+        EndpointError: an endpoint does not answer, or serves no such model.
     """
+    specs = list(specs)
     check_launches([spec.config for spec in specs if spec.config is not None])
+    if running := [spec for spec in specs if spec.url is not None]:
+        asyncio.run(_check_endpoints(running))
+
+
+async def _check_endpoints(specs: Sequence[ArmSpec]) -> None:
+    async with open_session() as session:
+        for spec in specs:
+            assert spec.url is not None
+            try:
+                served = await asyncio.wait_for(list_models(session, spec.url), ANSWER_S)
+            except TimeoutError:
+                expected = f"an answer within {ANSWER_S:.0f} s, got none; is the engine up?"
+                raise EndpointError(f"{spec.url}: expected {expected}") from None
+            if spec.model_name is not None and spec.model_name not in served:
+                expected = f"a server of {spec.model_name!r}, got one of {', '.join(map(repr, served))}"
+                raise EndpointError(f"{spec.url}: expected {expected}; name that with --model")
 
 
 def has_room_beside(arm: Arm) -> bool:

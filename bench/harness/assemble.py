@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import msgspec
 from msgspec import UNSET
@@ -31,9 +31,10 @@ from laguna_serve.bench.harness.validity import (
     find_refusals,
 )
 from laguna_serve.bench.stats import intervals
-from laguna_serve.bench.stats.intervals import Spread
+from laguna_serve.bench.stats.drift import Drift, find_drift, widen
+from laguna_serve.bench.stats.intervals import RoundPair, Spread
 from laguna_serve.bench.stats.parity import NOISE_MULTIPLE, Verdict, classify, find_mismatch, measure_noise
-from laguna_serve.serving.client.counters import Counters, summarise_acceptance
+from laguna_serve.serving.client.counters import Counters, sum_counters, summarise_acceptance
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.kit.environment import Environment
 
@@ -58,8 +59,9 @@ def assemble(
             ignore_eos=not plan.stop_at_eos,
             chat_prompts=sum(prompt.chat is not None for prompt in plan.prompts),
         ),
-        arms={name: _describe_arm(run.arms[name], f"arms.{name}" in withheld) for name in ARMS},
+        arms={name: _describe_arm(run.passes(name), f"arms.{name}" in withheld) for name in ARMS},
         speedup=_describe_speedup(run, plan, withheld),
+        drift=UNSET if SPEEDUP in withheld or (drift := see_drift(run, plan.seed)) is None else drift,
         parity=_describe_parity(run, dtype, withheld),
         acceptance=_describe_acceptance(None if ACCEPTANCE in withheld else counter_delta(run.arms[CANDIDATE])),
         forced_acceptance=UNSET if (forced := run.arms[CANDIDATE].forced) is None else _describe_acceptance(forced),
@@ -74,38 +76,61 @@ def assemble(
     )
 
 
-def list_pairs(run: Run) -> dict[int, intervals.RoundPair]:
-    """Rounds that both arms completed without a failure, by index."""
-    pairs: dict[int, intervals.RoundPair] = {}
-    baseline_rounds, candidate_rounds = (run.arms[name].rounds for name in ARMS)
-    for index in sorted(baseline_rounds.keys() & candidate_rounds.keys()):
-        baseline, candidate = baseline_rounds[index], candidate_rounds[index]
-        if all(record.error is None for record in [*baseline, *candidate]):
-            pairs[index] = intervals.RoundPair(
-                _count_tokens(baseline), wall_s(baseline), _count_tokens(candidate), wall_s(candidate)
-            )
-    return pairs
+def list_pairs(run: Run) -> dict[int, RoundPair]:
+    """Rounds that both arms completed without a failure, by index; the baseline's are those of all its passes."""
+    baselines, candidate = run.passes(BASELINE), run.arms[CANDIDATE]
+    if not run.interleaved and run.again is None:
+        return {}
+    return {
+        index: RoundPair(*_add_up(baselines, index), *_add_up([candidate], index))
+        for index in sorted(candidate.rounds)
+        if all(_is_sound(arm, index) for arm in (*baselines, candidate))
+    }
+
+
+def see_drift(run: Run, seed: int) -> Drift | None:
+    """What the baseline's two passes show; None where there are no two, or a round failed in one of them."""
+    first, again = run.arms[BASELINE], run.again
+    if again is None or not first.rounds or first.rounds.keys() != again.rounds.keys():
+        return None
+    if not all(_is_sound(arm, index) for index in first.rounds for arm in (first, again)):
+        return None
+    return find_drift(
+        [RoundPair(*_add_up([first], index), *_add_up([again], index)) for index in sorted(first.rounds)], seed
+    )
+
+
+def _is_sound(arm: ArmRun, index: int) -> bool:
+    return index in arm.rounds and all(record.error is None for record in arm.rounds[index])
+
+
+def _add_up(passes: Sequence[ArmRun], index: int) -> tuple[int, float]:
+    """Tokens and seconds of a round."""
+    rounds = [arm.rounds[index] for arm in passes]
+    return sum(map(_count_tokens, rounds)), sum(map(wall_s, rounds))
 
 
 def _count_tokens(records: list[Record]) -> int:
     return sum(len(record.token_ids) for record in records)
 
 
-def _describe_arm(arm: ArmRun, withheld: bool) -> ArmResult:
-    records = [record for record in arm.records.values() if record.error is None]
-    timed_s = sum(wall_s(records) for records in arm.rounds.values())
+def _describe_arm(passes: Sequence[ArmRun], withheld: bool) -> ArmResult:
+    everything = [record for arm in passes for record in arm.records.values()]
+    records = [record for record in everything if record.error is None]
+    timed_s = sum(wall_s(records) for arm in passes for records in arm.rounds.values())
     tokens = sum(len(record.token_ids) for record in records)
+    deltas = [counter_delta(arm) for arm in passes]
     return ArmResult(
-        label=arm.label,
-        command=arm.command,
-        requests=len(arm.records),
-        failed=len(arm.records) - len(records),
+        label=passes[0].label,
+        command=passes[0].command,
+        requests=len(everything),
+        failed=len(everything) - len(records),
         output_tokens=tokens,
         wall_s=timed_s,
         tok_per_s=tokens / timed_s if tokens and not withheld else None,
         **_summarise_times([] if withheld else records),
-        memory=arm.memory,
-        counters=counter_delta(arm),
+        memory=passes[0].memory,
+        counters=None if None in deltas else sum_counters([delta for delta in deltas if delta is not None]),
         ended=sum(record.finish_reason == "stop" for record in records),
     )
 
@@ -126,13 +151,14 @@ def _summarise_times(records: list[Record]) -> dict[str, Spread | None]:
 
 
 def _describe_speedup(run: Run, plan: Plan, withheld: Set[str]) -> Speedup:
-    pairs = list_pairs(run)
+    pairs, drift = list_pairs(run), see_drift(run, plan.seed)
     refused = SPEEDUP in withheld
     bounded = not refused and INTERVAL not in withheld
+    interval = intervals.bootstrap_speedup(list(pairs.values()), plan.seed) if bounded else None
     names = ["+".join(prompt.id for prompt in prompts) for prompts in plan.rounds]
     return Speedup(
         point=None if refused else intervals.pool_speedup(list(pairs.values())),
-        ci95=intervals.bootstrap_speedup(list(pairs.values()), plan.seed) if bounded else None,
+        ci95=None if interval is None else widen(interval, drift),
         pairs=len(pairs),
         per_round=[
             RoundSpeedup(prompts=names[index], speedup=None if refused else pair.speedup, first=plan.orders[index][0])

@@ -71,7 +71,7 @@ def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:
     work = result.workload
     for name in ARMS:
         yield name, result.arms[name].label
-    order = "both engines up, interleaved" if work.interleaved else "one engine after the other"
+    order = "both engines up, interleaved" if work.interleaved else "one engine at a time, the baseline first and last"
     end = "end of text ignored" if work.ignore_eos else "answers stop at their end"
     asked = f", {work.chat_prompts} through the chat template" if work.chat_prompts else ""
     yield "setting", f"{order}; greedy, {end}; prompts from {work.prompts_file}{asked}"
@@ -117,6 +117,8 @@ def _show_gib(size: int | None) -> str:
 
 def _list_findings(result: AbResult) -> Iterator[tuple[str, str]]:
     yield "speedup", _describe_speedup(result)
+    if result.drift is not UNSET:
+        yield "drift", result.drift.describe()
     yield "parity", _describe_parity(result.parity)
     control = result.parity.control
     if control is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from laguna_serve.bench.stats.drift import Drift
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.client.counters import Counters
@@ -70,7 +71,7 @@ class RoundSpeedup(Struct, frozen=True, kw_only=True):
 
 
 class Speedup(Struct, frozen=True, kw_only=True):
-    """Pooled candidate tok/s ÷ baseline tok/s, with its paired bootstrap interval."""
+    """Pooled candidate tok/s ÷ baseline tok/s, with its paired bootstrap interval, which allows for a drift."""
 
     point: float | None
     ci95: tuple[float, float] | None
@@ -157,6 +158,9 @@ class AbResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lagun
 
     `forced_acceptance`, where answers stop at their end: over the same prompts made to go on past it. A model repeats
     itself there, and drafts of repetition are accepted: what ignoring the end adds to `acceptance`.
+
+    One engine at a time, the baseline's figures are those of both its passes, the last of which is its control, too;
+    `drift` compares them.
     """
 
     partial: bool
@@ -165,6 +169,7 @@ class AbResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lagun
     workload: Workload
     arms: dict[str, ArmResult]
     speedup: Speedup
+    drift: Drift | UnsetType = UNSET
     parity: Parity
     acceptance: ArmAcceptance
     forced_acceptance: ArmAcceptance | UnsetType = UNSET

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.harness.order import Order
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, Round
 from laguna_serve.bench.stats.parity import find_mismatch
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
@@ -59,9 +60,13 @@ class ArmRun:
 
 @dataclass(slots=True)
 class Run:
-    """A whole run. `stopped` says why it ended early, `interrupted` that a person (or a signal) ended it."""
+    """A whole run. `stopped` says why it ended early, `interrupted` that a person (or a signal) ended it.
+
+    One engine at a time (not `interleaved`), `again` is the baseline's last pass, after the candidate's.
+    """
 
     arms: dict[str, ArmRun]
+    again: ArmRun | None = None
     interleaved: bool = True
     stopped: str | None = None
     interrupted: bool = False
@@ -69,30 +74,39 @@ class Run:
     @property
     def mismatched(self) -> list[str]:
         """Prompt ids whose answers differ between the arms."""
-        baseline, candidate = (self.arms[name].records for name in ARMS)
-        return [
-            prompt_id
-            for prompt_id, record in baseline.items()
-            if (other := candidate.get(prompt_id)) is not None
-            and record.error is None
-            and other.error is None
-            and find_mismatch(record, other) is not None
-        ]
+        return list_mismatches(*(self.arms[name] for name in ARMS))
+
+    def passes(self, name: str) -> list[ArmRun]:
+        """All that an arm ran."""
+        return [self.arms[name], *([self.again] if self.again is not None and name == BASELINE else [])]
 
 
 class MeasurementStoppedError(CommandError, RuntimeError):
     """The run cannot go on; what was measured stays."""
 
 
-def run_plan(plan: Plan, specs: Sequence[ArmSpec], out: Path, sequential: bool, progress: Progress) -> Run:
+def list_mismatches(baseline: ArmRun, candidate: ArmRun) -> list[str]:
+    """Prompt ids whose answers differ."""
+    others = candidate.records
+    return [
+        prompt_id
+        for prompt_id, record in baseline.records.items()
+        if (other := others.get(prompt_id)) is not None
+        and record.error is None
+        and other.error is None
+        and find_mismatch(record, other) is not None
+    ]
+
+
+def run_plan(plan: Plan, specs: Sequence[ArmSpec], out: Path, order: Order, progress: Progress) -> Run:
     """Run everything. Ctrl-C, or an engine that dies, ends the run early and keeps what was measured.
 
     Raises:
         EngineError, EndpointError, KeyboardInterrupt: the run ended before anything was measured.
     """
-    run = Run({spec.name: ArmRun(spec.label) for spec in specs}, interleaved=not sequential)
+    run = Run({spec.name: ArmRun(spec.label) for spec in specs}, interleaved=not order.sequential)
     try:
-        _run_arms(plan, dict(zip(ARMS, specs, strict=True)), out, run, progress)
+        _run_arms(plan, dict(zip(ARMS, specs, strict=True)), out, run, order, progress)
     except KeyboardInterrupt:
         if not any(arm.rounds for arm in run.arms.values()):
             raise
@@ -106,62 +120,82 @@ def run_plan(plan: Plan, specs: Sequence[ArmSpec], out: Path, sequential: bool, 
     return run
 
 
-def _run_arms(plan: Plan, specs: dict[str, ArmSpec], out: Path, run: Run, progress: Progress) -> None:
-    with ExitStack() as stack:
-        baseline = stack.enter_context(open_arm(specs[BASELINE], out, progress.say))
-        if run.interleaved and not has_room_beside(baseline):
-            run.interleaved = False
-            progress.say("not enough free memory for both engines at once: measuring one arm after the other")
-        if run.interleaved:
-            candidate = stack.enter_context(open_arm(specs[CANDIDATE], out, progress.say))
-            asyncio.run(measure(plan, [baseline, candidate], run, progress))
+def _run_arms(plan: Plan, specs: dict[str, ArmSpec], out: Path, run: Run, order: Order, progress: Progress) -> None:
+    first, second = (run.arms[name] for name in ARMS)
+    with open_arm(specs[BASELINE], out, progress.say) as baseline:
+        if run.interleaved and order.allows(baseline, progress.say):
+            with open_arm(specs[CANDIDATE], out, progress.say) as candidate:
+                asyncio.run(measure(plan, [baseline, candidate], run, progress))
             return
-        asyncio.run(measure(plan, [baseline], run, progress))
+        run.interleaved = False
+        asyncio.run(measure_alone(plan, baseline, first, progress))
     with open_arm(specs[CANDIDATE], out, progress.say) as candidate:
-        asyncio.run(measure(plan, [candidate], run, progress))
-    if run.mismatched:
-        with open_arm(specs[BASELINE], out, progress.say) as baseline:
-            asyncio.run(_measure_probes(plan, baseline, run, progress))
+        asyncio.run(measure_alone(plan, candidate, second, progress, lambda: run.mismatched))
+    run.again = ArmRun(first.label)
+    with open_arm(specs[BASELINE], out, progress.say) as baseline:
+        asyncio.run(measure_alone(plan, baseline, run.again, progress, lambda: run.mismatched))
+    join_passes(run, run.again)
+
+
+def join_passes(run: Run, again: ArmRun) -> None:
+    """File the baseline's last pass: it is the control of the first, and was asked about what differs."""
+    run.again, run.interleaved = again, False
+    run.arms[BASELINE].control = [*again.records.values()]
+    run.arms[BASELINE].probes = again.probes
 
 
 async def measure(plan: Plan, arms: Sequence[Arm], run: Run, progress: Progress) -> None:
-    """Warm up, run every round on the arms that are up, and examine what differs; all of it is filed in `run`."""
+    """Both arms are up: warm up, run every round on either, and examine what differs; all of it is filed in `run`."""
     async with open_session() as session:
         drivers = {arm.name: await _connect(session, arm, plan, run.arms[arm.name]) for arm in arms}
-        progress.say(f"warming up with {sum(map(len, plan.warmup))} prompts")
-        for driver in drivers.values():
-            await driver.warm_up(plan.warmup)
-        progress.say(f"measuring {len(plan.prompts)} prompts × {plan.max_tokens} tokens on {' and '.join(drivers)}")
-        try:
-            await _run_rounds(plan, drivers, progress)
-        except BaseException:
-            await _close_cut_frames(drivers)
-            raise
-        for driver in drivers.values():
-            await driver.close_frame()
-        if BASELINE in drivers and plan.control:
+        await _run_framed(plan, drivers, progress)
+        if plan.control:
             progress.say(f"control: the baseline against itself on {sum(map(len, plan.control))} prompts")
             await drivers[BASELINE].run_control(plan.control)
-        if CANDIDATE in drivers and plan.stop_at_eos:
-            progress.say(f"acceptance past the end: the candidate again on {len(plan.prompts)} prompts, end ignored")
-            await drivers[CANDIDATE].run_forced(plan.rounds)
-        if CANDIDATE in drivers and (mismatched := run.mismatched):
-            progress.say(f"examining {len(mismatched)} prompts whose answers differ")
-            for driver in drivers.values():
-                await driver.probe(_choose_probed(plan, mismatched))
+        if plan.stop_at_eos:
+            await _force(plan, drivers[CANDIDATE], progress)
+        await _examine(plan, drivers, run.mismatched, progress)
 
 
-async def _close_cut_frames(drivers: dict[str, Driver]) -> None:
-    for driver in drivers.values():
-        with suppress(EndpointError):  # it may be the reason why the run was cut
-            await driver.close_frame(cut=True)
-
-
-async def _measure_probes(plan: Plan, arm: Arm, run: Run, progress: Progress) -> None:
+async def measure_alone(
+    plan: Plan, arm: Arm, into: ArmRun, progress: Progress, find_differing: Callable[[], list[str]] = list
+) -> None:
+    """One pass of one arm: warm up, run every round, and examine the prompts (ids) that then turn out to differ."""
     async with open_session() as session:
-        driver = await _connect(session, arm, plan, run.arms[arm.name])
-        progress.say(f"examining {len(run.mismatched)} prompts whose answers differ on the {arm.name}")
-        await driver.probe(_choose_probed(plan, run.mismatched))
+        drivers = {arm.name: await _connect(session, arm, plan, into)}
+        await _run_framed(plan, drivers, progress)
+        if plan.stop_at_eos and arm.name == CANDIDATE:
+            await _force(plan, drivers[CANDIDATE], progress)
+        await _examine(plan, drivers, find_differing(), progress)
+
+
+async def _force(plan: Plan, candidate: Driver, progress: Progress) -> None:
+    progress.say(f"acceptance past the end: the candidate again on {len(plan.prompts)} prompts, end ignored")
+    await candidate.run_forced(plan.rounds)
+
+
+async def _run_framed(plan: Plan, drivers: dict[str, Driver], progress: Progress) -> None:
+    progress.say(f"warming up with {sum(map(len, plan.warmup))} prompts")
+    for driver in drivers.values():
+        await driver.warm_up(plan.warmup)
+    progress.say(f"measuring {len(plan.prompts)} prompts × {plan.max_tokens} tokens on {' and '.join(drivers)}")
+    try:
+        await _run_rounds(plan, drivers, progress)
+    except BaseException:
+        for driver in drivers.values():
+            with suppress(EndpointError):  # it may be the reason why the run was cut
+                await driver.close_frame(cut=True)
+        raise
+    for driver in drivers.values():
+        await driver.close_frame()
+
+
+async def _examine(plan: Plan, drivers: dict[str, Driver], mismatched: list[str], progress: Progress) -> None:
+    if not mismatched:
+        return
+    progress.say(f"examining {len(mismatched)} prompts whose answers differ on {' and '.join(drivers)}")
+    for driver in drivers.values():
+        await driver.probe(_choose_probed(plan, mismatched))
 
 
 def _choose_probed(plan: Plan, mismatched: list[str]) -> list[Prompt]:
@@ -176,11 +210,10 @@ async def _run_rounds(plan: Plan, drivers: dict[str, Driver], progress: Progress
     progress.begin()
     done, total = 0, len(plan.prompts) * len(drivers)
     for index, (prompts, order) in enumerate(zip(plan.rounds, plan.orders, strict=True)):
-        for name in order:
-            if name in drivers:
-                await drivers[name].run_round(index, prompts)
-                done += len(prompts)
-                progress.step(name, done, total, drivers[name].tok_per_s)
+        for name in order if len(drivers) > 1 else drivers:
+            await drivers[name].run_round(index, prompts)
+            done += len(prompts)
+            progress.step(name, done, total, drivers[name].tok_per_s)
 
 
 class Driver:

@@ -8,7 +8,7 @@ who may stop when the figures look good would bias them).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.bench.harness.runner import ArmRun, Run, counter_delta
@@ -41,19 +41,30 @@ def find_refusals(run: Run, plan: Plan, drafting: bool) -> list[Refusal]:
     return list(dict.fromkeys(refusals))
 
 
+def find_faults(name: str, arm: ArmRun) -> list[str]:
+    """Why a pass is not to be used; `name` is what its arm is called."""
+    failed = _describe_failures(name, [arm])
+    return [*failed, *_doubt_counters(name, arm, bool(failed))]
+
+
 def _judge_arms(run: Run) -> Iterator[Refusal]:
     for name in ARMS:
-        arm = run.arms[name]
         figures = [f"arms.{name}", SPEEDUP] + ([ACCEPTANCE] if name == CANDIDATE else [])
-        failed = [record for record in arm.records.values() if record.error is not None]
-        if failed:
-            reason = f"{len(failed)} of the {name}'s requests failed (prompt {failed[0].prompt_id}: {failed[0].error})"
-            yield from (Refusal(figure, reason) for figure in [*figures, BOUND])
-        for reason in _find_faults(name, arm, bool(failed)):
-            yield from (Refusal(figure, reason) for figure in figures)
+        passes = run.passes(name)
+        failed = _describe_failures(name, passes)
+        yield from (Refusal(figure, reason) for reason in failed for figure in [*figures, BOUND])
+        doubts = [reason for arm in passes for reason in _doubt_counters(name, arm, bool(failed))]
+        yield from (Refusal(figure, reason) for reason in doubts for figure in figures)
 
 
-def _find_faults(name: str, arm: ArmRun, failed: bool) -> Iterator[str]:
+def _describe_failures(name: str, passes: Sequence[ArmRun]) -> list[str]:
+    failed = [record for arm in passes for record in arm.records.values() if record.error is not None]
+    if not failed:
+        return []
+    return [f"{len(failed)} of the {name}'s requests failed (prompt {failed[0].prompt_id}: {failed[0].error})"]
+
+
+def _doubt_counters(name: str, arm: ArmRun, failed: bool) -> Iterator[str]:
     delta = counter_delta(arm)
     if delta is None:
         return
@@ -92,9 +103,11 @@ def _judge_pairs(run: Run, plan: Plan) -> Iterator[Refusal]:
 
 def _judge_ending(run: Run, plan: Plan) -> Iterator[Refusal]:
     pairs = len(run.arms[BASELINE].rounds.keys() & run.arms[CANDIDATE].rounds.keys())
-    counted = all(counter_delta(run.arms[name]) is not None for name in ARMS)
-    if pairs < len(plan.rounds) or not counted:
+    counted = all(counter_delta(arm) is not None for name in ARMS for arm in run.passes(name))
+    lasted = run.interleaved or (run.again is not None and len(run.again.rounds) == len(plan.rounds))
+    if pairs < len(plan.rounds) or not counted or not lasted:
         reason = f"the run ended early ({run.stopped}): {pairs} of {len(plan.rounds)} rounds ran on both arms"
+        reason += "" if lasted else ", and the baseline's last pass, which shows a drift, is not whole"
         reason += "" if counted else ", and not all counters could be read after them"
         yield from (Refusal(figure, reason) for figure in (SPEEDUP, ACCEPTANCE))
     elif pairs < MIN_PAIRS:

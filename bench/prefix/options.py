@@ -42,6 +42,11 @@ class PrefixCacheConfig(DrafterConfig):
 
     QUICK: ClassVar = Quick("8 prompts × 48 tokens", {"num_prompts": 8, "max_tokens": 48})
 
+    @property
+    def points(self) -> Path:
+        """The folder of finished engines."""
+        return self.out / "points"
+
     def make_spec(self, setting: EngineSetting) -> ArmSpec:
         """The engine of a setting; its name is its log's, too."""
         engine = EngineConfig(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
+from msgspec import Struct
 
 from laguna_serve.bench.harness.arms import Arm, open_arm
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
@@ -16,6 +18,7 @@ from laguna_serve.serving.client.counters import Counters, scrape_counters, sett
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import read_result, write_result
 
 
 @dataclass(slots=True)
@@ -38,16 +41,59 @@ class Outcome:
         return tokens / max(1, sum(len(record.chunk_tokens) - 1 for record in self.records))
 
 
+class KeptOutcome(Struct, frozen=True, kw_only=True):
+    """An outcome as DIR/points keeps it."""
+
+    records: list[Record]
+    readings: dict[int, Counters]
+
+
+class EngineOutcomes(Struct, frozen=True, kw_only=True):
+    """All that one engine did, by scenario."""
+
+    outcomes: dict[str, KeptOutcome]
+
+
 def run_engines(config: PrefixCacheConfig, traffic: Traffic, progress: Progress, outcomes: dict[str, Outcome]) -> None:
     """Start one engine after the other and send each its scenarios; outcomes are filed by scenario as they come.
+
+    An engine that was through with all of them is read from DIR/points. One that was not starts again from the first,
+    as what a cache holds is theirs.
 
     Raises:
         EngineError, EndpointError: an engine did not start or died, or a request failed.
     """
     for setting in traffic.engines:
         scenarios = [scenario for scenario in traffic.scenarios if scenario.engine == setting.name]
-        with open_arm(config.make_spec(setting), config.out, progress.say) as arm:
+        spec = config.make_spec(setting)
+        path = config.points / f"{spec.name}.json"
+        if path.exists():
+            progress.say(f"{setting.name}: continuing, it was measured")
+            _read_outcomes(path, scenarios, traffic, setting, outcomes)
+            continue
+        with open_arm(spec, config.out, progress.say) as arm:
             asyncio.run(_run_scenarios(config, arm, setting, scenarios, traffic, progress, outcomes))
+        own = {name: one for name, one in outcomes.items() if one.scenario.engine == setting.name}
+        kept = {name: KeptOutcome(records=one.records, readings=one.readings) for name, one in own.items()}
+        write_result(path, EngineOutcomes(outcomes=kept))
+
+
+def _read_outcomes(
+    path: Path, scenarios: Sequence[Scenario], traffic: Traffic, setting: EngineSetting, outcomes: dict[str, Outcome]
+) -> None:
+    kept = read_result(path, EngineOutcomes).outcomes
+    for scenario in scenarios:
+        outcomes[scenario.name] = Outcome(scenario, kept[scenario.name].records, kept[scenario.name].readings)
+    if (second := _plan_second_turn(traffic, setting, outcomes)) is not None:
+        outcomes[second.name] = Outcome(second, kept[second.name].records, kept[second.name].readings)
+
+
+def _plan_second_turn(traffic: Traffic, setting: EngineSetting, outcomes: dict[str, Outcome]) -> Scenario | None:
+    """With the answers of the engine without caching; None for engines that are not asked a second turn."""
+    if setting.name not in (REFERENCE, "caching"):
+        return None
+    answers = {record.prompt_id: record.text for record in outcomes["prompts"].records}
+    return plan_second_turn(traffic.shorts, answers, setting.name)
 
 
 async def _run_scenarios(
@@ -63,11 +109,9 @@ async def _run_scenarios(
         for scenario in scenarios:
             progress.say(f"{scenario.name}: {len(scenario.prompts)} requests")
             outcomes[scenario.name] = await _send(session, config, arm, scenario)
-        if setting.name in (REFERENCE, "caching"):
-            answers = {record.prompt_id: record.text for record in outcomes["prompts"].records}
-            scenario = plan_second_turn(traffic.shorts, answers, setting.name)
-            progress.say(f"{scenario.name}: {len(scenario.prompts)} requests")
-            outcomes[scenario.name] = await _send(session, config, arm, scenario)
+        if (second := _plan_second_turn(traffic, setting, outcomes)) is not None:
+            progress.say(f"{second.name}: {len(second.prompts)} requests")
+            outcomes[second.name] = await _send(session, config, arm, second)
 
 
 async def _send(session: aiohttp.ClientSession, config: PrefixCacheConfig, arm: Arm, scenario: Scenario) -> Outcome:

@@ -10,10 +10,9 @@ above, below or inside of it exactly when the ratio's interval lies above, below
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import numpy as np
-from msgspec import structs
+from msgspec import UnsetType, structs
 
 from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE
 from laguna_serve.bench.rollout.result import (
@@ -26,8 +25,9 @@ from laguna_serve.bench.rollout.result import (
     RolloutPoint,
     Turn,
 )
+from laguna_serve.bench.stats.drift import Drift, widen
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, bootstrap_table, pool_speedup
-from laguna_serve.serving.client.counters import Counters, summarise_acceptance
+from laguna_serve.serving.client.counters import sum_counters, summarise_acceptance
 
 START = "start"  # what people read for the policy that the drafter was trained for
 PRICE = "price per million tokens = price per hour ÷ 3600 ÷ tok/s × 1,000,000"
@@ -36,19 +36,19 @@ PRICE = "price per million tokens = price per hour ÷ 3600 ÷ tok/s × 1,000,000
 def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | None = None) -> RolloutPoint:
     """Rates, ratios with their 95% intervals, acceptance, break-even and verdict of a stored point."""
     turns = measured.turns
-    deltas = {name: add_up([turn.delta for turn in turns[name]]) for name in ARMS}
-    ratio = compare_rates(turns[BASELINE], turns[CANDIDATE], "wall_s", seed)
+    deltas = {name: sum_counters([turn.delta for turn in turns[name]]) for name in ARMS}
+    ratio = compare_rates(turns[BASELINE], turns[CANDIDATE], "wall_s", measured.drift, seed)
     acceptance = summarise_acceptance(deltas[CANDIDATE])
     assert ratio is not None, "wall time passes"
     assert acceptance is not None, "points without drafts are not stored"
     tau, (low, high) = acceptance.length, ratio.ci95
     rates = {name: find_rate(turns[name], "wall_s") for name in ARMS}
-    per_device = compare_rates(turns[BASELINE], turns[CANDIDATE], "device_s", seed)
+    per_device = compare_rates(turns[BASELINE], turns[CANDIDATE], "device_s", measured.drift, seed)
     return RolloutPoint(
         batch=measured.batch,
         version=measured.version,
         rounds=len(turns[BASELINE]),
-        tokens=sum(turn.tokens for turn in turns[BASELINE]),
+        tokens=sum(turn.tokens for turn in turns[CANDIDATE]),
         tok_per_s=rates,
         ratio=ratio,
         tok_per_device_s={name: find_rate(turns[name], "device_s") for name in ARMS} if per_device else None,
@@ -61,10 +61,13 @@ def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | 
         },
         preemptions={name: delta.preemptions for name, delta in deltas.items()},
         price_per_million=_price(rates, price_per_hour),
+        drift=measured.drift,
     )
 
 
-def compare_rates(baseline: Sequence[Turn], candidate: Sequence[Turn], clock: str, seed: int) -> Estimate | None:
+def compare_rates(
+    baseline: Sequence[Turn], candidate: Sequence[Turn], clock: str, drift: Drift | UnsetType, seed: int
+) -> Estimate | None:
     """The candidate's tokens per second over the baseline's, by `clock` ("wall_s" or "device_s"), paired over rounds.
 
     None where a turn took less than the clock resolves.
@@ -75,7 +78,7 @@ def compare_rates(baseline: Sequence[Turn], candidate: Sequence[Turn], clock: st
         RoundPair(plain.tokens, getattr(plain, clock), speculative.tokens, getattr(speculative, clock))
         for plain, speculative in zip(baseline, candidate, strict=True)
     ]
-    return Estimate(point=pool_speedup(pairs), ci95=bootstrap_speedup(pairs, seed))
+    return Estimate(point=pool_speedup(pairs), ci95=widen(bootstrap_speedup(pairs, seed), drift))
 
 
 def find_rate(turns: Sequence[Turn], clock: str) -> float:
@@ -97,11 +100,3 @@ def find_price(per_hour: float, tok_per_s: float) -> float:
 
 def _price(rates: Mapping[str, float], per_hour: float | None) -> dict[str, float] | None:
     return None if per_hour is None else {name: find_price(per_hour, rate) for name, rate in rates.items()}
-
-
-def add_up(parts: Sequence[Counters]) -> Counters:
-    """What was counted in all of them together."""
-    names = [field.name for field in fields(Counters) if field.name != "accepted_per_position"]
-    positions = zip(*(part.accepted_per_position for part in parts), strict=True)
-    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
-    return Counters(**sums, accepted_per_position=tuple(map(sum, positions)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from laguna_serve.bench.harness.arm_options import DraftSampling, Gamma, TimedDrafterConfig, parse_numbers
+from laguna_serve.bench.harness.arm_options import DrafterOrUrlsConfig, DraftSampling, Gamma, Sequential, parse_numbers
 from laguna_serve.bench.harness.arms import ArmSpec
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
@@ -21,7 +21,7 @@ GROUPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutsConfig(PromptsConfig, TimedDrafterConfig):
+class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
     """Groups of sampled completions at every batch size, for the model and later versions of it; files go to `out`."""
 
     gamma: Gamma = None
@@ -52,6 +52,7 @@ class RolloutsConfig(PromptsConfig, TimedDrafterConfig):
         int,
         Flag(f"of each arm at each point, at least {MIN_PAIRS} (default: 12)", metavar="N", at_least=MIN_PAIRS),
     ] = 12
+    sequential: Sequential = None
     prefix_caching: Annotated[
         bool, Flag("a group's completions compute their prompt one by one (default: they share it)")
     ] = True
@@ -64,6 +65,8 @@ class RolloutsConfig(PromptsConfig, TimedDrafterConfig):
     def __post_init__(self) -> None:
         """Refuse batches that are not whole groups, greedy decoding, and a price that is none."""
         super().__post_init__()
+        if self.by_url and (self.gamma is not None or len(self.candidate_url) != 1):
+            raise FlagError("--candidate-url: expected one, with its γ, and no --gamma beside it; drop the others")
         for flag, batch in [("--version-batch", self.versions_at), *(("--batch", batch) for batch in self.batches)]:
             if batch < 1 or (batch > self.group and batch % self.group):
                 expected = f"expected a multiple of the group of {self.group}, or less than it"
@@ -113,6 +116,9 @@ class RolloutsConfig(PromptsConfig, TimedDrafterConfig):
 
     def make_specs(self, gamma: int) -> tuple[ArmSpec, ArmSpec]:
         """The plain engine, and the one that drafts."""
+        running = self.make_url_spec(None), self.make_url_spec(gamma) if self.by_url else None
+        if running[0] is not None and running[1] is not None:
+            return running[0], running[1]
         plain = ArmSpec(BASELINE, f"{self.model}; no drafter", config=self.make_engine(drafting=False))
         label = f"{self.model}; drafter {self.draft}, γ {gamma}"
         return plain, ArmSpec(CANDIDATE, label, config=self.make_engine(drafting=True))

@@ -21,7 +21,7 @@ import psutil
 from laguna_serve.bench.harness.arms import Arm
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
 from laguna_serve.bench.rollout.result import Turn, Work
 from laguna_serve.bench.rollout.weights import empty_cache
 from laguna_serve.serving.client.completions import Client
@@ -39,10 +39,11 @@ class Driver:
     """One arm with an open session."""
 
     def __init__(self, session: aiohttp.ClientSession, arm: Arm, work: Work) -> None:
-        assert arm.engine is not None, "device-seconds are read from processes that were started here"
-        self.arm, self._session, self._work, self._engine = arm, session, work, arm.engine
+        self.arm, self._session, self._work = arm, session, work
+        # Those of an endpoint that runs somewhere are not known.
+        self._pids = arm.engine.pids if arm.engine is not None else list
         sampling = {"temperature": work.temperature, "logprobs": LOGPROBS}
-        self._client = Client(session, arm.base_url, arm.engine.model_name, work.max_tokens, sampling)
+        self._client = Client(session, arm.base_url, arm.model_name or "", work.max_tokens, sampling)
 
     async def run(self, prompts: Sequence[Prompt], sequences: int) -> Turn:
         """A group of `sequences` completions of each prompt, all at once.
@@ -55,10 +56,10 @@ class Driver:
         try:
             await empty_cache(self._session, self.arm)
             before = await scrape_counters(self._session, self.arm.base_url)
-            cpu_s, started = read_cpu_s(self._engine.pids()), time.perf_counter()
+            cpu_s, started = read_cpu_s(self._pids()), time.perf_counter()
             await asyncio.gather(*(self._client.sample(prompt, sequences) for prompt in prompts))
             wall_s = time.perf_counter() - started
-            cpu_s = read_cpu_s(self._engine.pids()) - cpu_s
+            cpu_s = read_cpu_s(self._pids()) - cpu_s
             after = await settle_counters(self._session, self.arm.base_url, before, tokens)
         except EndpointError:
             self.arm.check()
@@ -69,7 +70,7 @@ class Driver:
                 f"{self.arm.name}: expected {tokens} tokens counted, got {delta.generation_tokens}; does somebody else "
                 "use this engine?"
             )
-        return Turn(tokens, wall_s, wall_s if self._work.device == "gpu" else cpu_s, delta)
+        return Turn(tokens, wall_s, {"gpu": wall_s, "cpu": cpu_s}.get(self._work.device, 0.0), delta)
 
 
 def read_cpu_s(pids: Iterable[int]) -> float:
@@ -92,25 +93,33 @@ def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:
 async def measure_point(
     work: Work, batch: int, prompts: Sequence[Prompt], drivers: Mapping[str, Driver], progress: Progress
 ) -> dict[str, list[Turn]]:
-    """Warm both arms up, then interleave them. Returns the turns of both.
+    """Warm the arms that are up, then interleave them, or run the one alone. Returns the turns of each.
 
     Raises:
         EngineError, EndpointError: an engine died, or a request failed.
         MeasurementStoppedError: somebody else used an engine, or the drafter never drafted.
     """
     plan, (_, sequences) = plan_point(work, batch, prompts), work.split(batch)
-    for name in ARMS:
+    for driver in drivers.values():
         for group in plan.warmup:
-            await drivers[name].run(group, sequences)
-    turns: dict[str, list[Turn]] = {name: [] for name in ARMS}
+            await driver.run(group, sequences)
+    turns: dict[str, list[Turn]] = {name: [] for name in drivers}
     progress.begin()
-    for index, (group, order) in enumerate(zip(plan.rounds, plan.orders, strict=True)):
-        for name in order:
+    done, total = 0, len(drivers) * len(plan.rounds)
+    for group, order in zip(plan.rounds, plan.orders, strict=True):
+        for name in order if len(drivers) > 1 else drivers:
             turns[name].append(await drivers[name].run(group, sequences))
-            done, total = 2 * index + 1 + (name == order[1]), 2 * len(plan.rounds)
+            done += 1
             progress.step(name, done, total, turns[name][-1].tokens / turns[name][-1].wall_s)
-    if not sum(turn.delta.drafts for turn in turns[CANDIDATE]):
-        raise MeasurementStoppedError(f"{CANDIDATE}: expected drafts, got none counted; is the drafter served?")
-    if sum(turn.delta.drafts for turn in turns[BASELINE]):
-        raise MeasurementStoppedError(f"{BASELINE}: expected plain decoding, got drafts counted; is it served plainly?")
+    for name, own in turns.items():
+        check_drafts(name, own)
     return turns
+
+
+def check_drafts(name: str, turns: Sequence[Turn]) -> None:
+    """Raises MeasurementStoppedError for a candidate without drafts, or a baseline with some."""
+    drafts = sum(turn.delta.drafts for turn in turns)
+    if name == CANDIDATE and not drafts:
+        raise MeasurementStoppedError(f"{name}: expected drafts, got none counted; is the drafter served?")
+    if name == BASELINE and drafts:
+        raise MeasurementStoppedError(f"{name}: expected plain decoding, got drafts counted; is it served plainly?")

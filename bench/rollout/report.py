@@ -12,9 +12,11 @@ from laguna_serve.serving.kit.tables import Table
 
 DEVICE_SECONDS = {
     "cpu": "A core-second is a second of a core's time used by the engine's processes, waiting loops included",
+    "url": "Device-seconds of endpoints are not known",
     "gpu": "A device-second is a second of wall time, as the engine has one GPU to itself in its turn",
 }
-UNIT = {"cpu": "core-s", "gpu": "device-s"}
+UNIT = {"cpu": "core-s", "gpu": "device-s", "url": "device-s"}
+IN_TURN = "one engine at a time, plain decoding first and last, with intervals that allow for its drift"
 
 
 def render_text(result: RolloutsResult) -> str:
@@ -33,8 +35,9 @@ def render_markdown(result: RolloutsResult) -> str:
         "",
         f"{result.model}, drafter {result.draft} ({sampling}), γ {result.gamma}; groups of {work.group} completions of"
         f" one prompt ({work.prompts}), {work.max_tokens} tokens each at temperature {work.temperature:g},"
-        f" with the log-probability of every token. {work.rounds} rounds per point and arm, interleaved; both"
-        " engines up, the baseline without the drafter and otherwise the same.",
+        f" with the log-probability of every token. {work.rounds} rounds per point and arm,"
+        f" {'interleaved; both engines up' if work.interleaved else IN_TURN}, the baseline without the drafter and"
+        " otherwise the same.",
         "",
         f"A batch is the number of sequences in flight. {DEVICE_SECONDS[result.device]}. Ratios are speculative ÷"
         " plain, paired over rounds, with bootstrap intervals. Break-even: the τ at which speculation stops paying at"
@@ -107,6 +110,11 @@ def conclude(result: RolloutsResult) -> list[str]:
     points, later = result.points, result.versions[1:]
     lines = [f"batch {point.batch}: {_judge(point)}" for point in points]
     lines += [f"version {point.version}, batch {point.batch}: {_judge(point)}" for point in later]
+    drifts = [(point.batch, point.version, point.drift) for point in [*points, *later] if point.drift]
+    lines += [
+        f"batch {batch}{'' if version is None else f', version {version}'}: {drift.describe()}"
+        for batch, version, drift in drifts
+    ]
     if (preempted := sum(sum(point.preemptions.values()) for point in [*points, *later])) > 0:
         lines.append(
             f"{preempted} sequences were preempted and computed again: the KV cache is too small for the batch"
@@ -137,6 +145,7 @@ def list_limits(result: RolloutsResult) -> list[str]:
     """What these figures do not say."""
     device = {
         "cpu": "what other machines need: engine and client share this machine's cores",
+        "url": "what the endpoints' devices cost: nothing is known of them here",
         "gpu": "what the host's processors cost: device-seconds are the GPU's alone",
     }[result.device]
     return [

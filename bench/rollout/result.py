@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from msgspec import Struct, field
+from msgspec import UNSET, Struct, UnsetType, field
 
-from laguna_serve.serving.client.counters import Acceptance, Counters
+from laguna_serve.bench.stats.drift import Drift
+from laguna_serve.serving.client.counters import Acceptance, Counters, sum_counters
 from laguna_serve.serving.kit.environment import Environment
 
 PAYS, LOSES, INCONCLUSIVE = "pays", "does not pay", "cannot be told"
@@ -12,7 +13,10 @@ Rates = dict[str, float]
 
 
 class Work(Struct, frozen=True):
-    """What every point has in common. `group`: completions per prompt; `device`: "cpu" or "gpu"."""
+    """What every point has in common.
+
+    `group`: completions per prompt; `device`: "cpu", "gpu", or "url" for endpoints, of whose device nothing is known.
+    """
 
     group: int
     max_tokens: int
@@ -34,6 +38,15 @@ class Turn(Struct, frozen=True):
     device_s: float
     delta: Counters = field(name="moved")
 
+    def join(self, other: Turn) -> Turn:
+        """The same work done twice, as one."""
+        return Turn(
+            self.tokens + other.tokens,
+            self.wall_s + other.wall_s,
+            self.device_s + other.device_s,
+            sum_counters([self.delta, other.delta]),
+        )
+
 
 class MeasuredPoint(Struct, frozen=True, kw_only=True):
     """A point as DIR/points keeps it: every turn of both arms.
@@ -41,6 +54,7 @@ class MeasuredPoint(Struct, frozen=True, kw_only=True):
     Attributes:
         version: of the policy; None for the model itself.
         fingerprint: of the version's folder.
+        drift: of the baseline, whose turns are then those of both its passes together.
     """
 
     version: str | None
@@ -49,6 +63,7 @@ class MeasuredPoint(Struct, frozen=True, kw_only=True):
     requests: int
     sequences_per_request: int
     turns: dict[str, list[Turn]]
+    drift: Drift | UnsetType = UNSET
 
 
 class Estimate(Struct, frozen=True, kw_only=True):
@@ -72,6 +87,7 @@ class RolloutPoint(Struct, frozen=True, kw_only=True):
         break_even: the τ at which speculation stops paying.
         cached_share: of prompt tokens.
         price_per_million: of tokens, where an hour has a price.
+        drift: of the baseline, where one engine was measured at a time; intervals allow for it.
     """
 
     batch: int
@@ -88,6 +104,7 @@ class RolloutPoint(Struct, frozen=True, kw_only=True):
     cached_share: Rates
     preemptions: dict[str, int]
     price_per_million: Rates | None
+    drift: Drift | UnsetType = UNSET
 
 
 class RolloutsWorkload(Work, frozen=True, kw_only=True):
@@ -95,6 +112,7 @@ class RolloutsWorkload(Work, frozen=True, kw_only=True):
 
     prompts: str
     prefix_caching: bool
+    interleaved: bool = True
 
 
 class RolloutsResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.rollouts/1"):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from msgspec import structs
+from msgspec import UNSET, Struct, UnsetType, structs
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, has_room_beside, open_arm
+from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, open_arm
+from laguna_serve.bench.harness.in_turn import Passes, measure_in_turn
+from laguna_serve.bench.harness.order import Load, choose_order
 from laguna_serve.bench.harness.prompts import PromptsError
+from laguna_serve.bench.harness.runner import MeasurementStoppedError
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.points import Driver, measure_point, plan_point
-from laguna_serve.bench.rollout.result import MeasuredPoint, Work
+from laguna_serve.bench.rollout.result import MeasuredPoint, Turn, Work
 from laguna_serve.bench.rollout.weights import give_version, open_versions
+from laguna_serve.bench.stats.drift import Drift, find_drift
+from laguna_serve.bench.stats.intervals import RoundPair
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
@@ -38,6 +42,13 @@ class Job:
     versions: dict[str, Path]
     version_batch: int
     folder: Path
+    sequential: bool | None
+
+
+class TurnsPass(Struct, frozen=True, kw_only=True):
+    """All turns of one engine at a point."""
+
+    turns: list[Turn]
 
 
 def prepare(config: RolloutsConfig, environment: Environment) -> Job:
@@ -48,14 +59,14 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
         RunDirError: the folder holds another measurement.
         EngineError: an engine could not be started.
     """
-    device = environment.device.kind if environment.device is not None else "cpu"
+    device = "url" if config.by_url else environment.device.kind if environment.device is not None else "cpu"
     work = Work(config.group, config.max_tokens, config.temperature, config.rounds, config.seed, device)
-    gamma = inspect(config.make_engine(drafting=True)).gamma
+    gamma = config.candidate_url[0].gamma if config.by_url else inspect(config.make_engine(drafting=True)).gamma
     assert gamma is not None, "there is a draft"
     specs = config.make_specs(gamma)
     if not is_begun(config.points):
         check_specs(specs)
-    versions = open_versions(config.model, [str(folder) for folder in config.versions])
+    versions = open_versions(None if config.by_url else config.model, [str(folder) for folder in config.versions])
     batches = sorted({*config.batches, *([config.versions_at] if versions else [])})
     prompts = config.load_prompts()
     needed, _ = work.split(max(batches))
@@ -63,7 +74,7 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
         expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"
         raise PromptsError(f"{config.prompts}: {expected}; add prompts, or lower --rounds or --batch")
     claim_points(config, environment, work, gamma, prompts)
-    return Job(work, specs, prompts, gamma, batches, versions, config.versions_at, config.points)
+    return Job(work, specs, prompts, gamma, batches, versions, config.versions_at, config.points, config.sequential)
 
 
 def claim_points(
@@ -79,6 +90,7 @@ def claim_points(
         "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
         "packages": environment.versions,
         "device": environment.device.name if environment.device is not None else None,
+        **config.list_urls(),
     }
     claim_folder(config.points, settings)
 
@@ -96,13 +108,48 @@ def measure_missing(job: Job, progress: Progress) -> None:
         return
     if len(batches) + len(versions) < len(job.batches) + len(job.versions):
         progress.say(f"continuing: {len(batches) + len(versions)} points are missing")
-    plain, speculating = job.specs
-    with ExitStack() as stack:
-        baseline = stack.enter_context(open_arm(plain, job.folder, progress.say))
-        if not has_room_beside(baseline):
-            raise EngineError("memory: expected room for two engines, got too little; pass a smaller --kv-cache-gib")
-        candidate = stack.enter_context(open_arm(speculating, job.folder, progress.say))
-        asyncio.run(_measure(job, (baseline, candidate), batches, versions, progress))
+    load = Load.of(job.prompts, job.work.max_tokens, max(job.batches))
+    order = choose_order(job.specs, job.sequential, load, progress.say)
+    plain, speculating = (order.apply(spec) for spec in job.specs)
+    if not order.sequential:
+        with open_arm(plain, job.folder, progress.say) as baseline:
+            if order.allows(baseline, progress.say):
+                with open_arm(speculating, job.folder, progress.say) as candidate:
+                    asyncio.run(_measure(job, (baseline, candidate), batches, versions, progress))
+                return
+    _measure_in_turn(job, batches, versions, progress)
+
+
+def _measure_in_turn(job: Job, batches: Sequence[int], versions: Sequence[str], progress: Progress) -> None:
+    """Every point on the plain engine, on the speculating one, and on the plain one again; passes are kept."""
+    points: list[tuple[int, str | None]] = [(batch, None) for batch in batches]
+    points += [(job.version_batch, name) for name in versions]
+    parts = {find_path(job, *point).stem: point for point in points}
+    passes = Passes(job.folder / "passes", TurnsPass)
+
+    def measure(arm: Arm, part: str) -> TurnsPass:
+        return asyncio.run(_measure_pass(job, arm, *parts[part], progress))
+
+    failed = measure_in_turn(job.specs, {part: [CANDIDATE] for part in parts}, passes, measure, progress)
+    for part, (batch, version) in parts.items():
+        if (bracket := passes.find_bracket(CANDIDATE, part)) is None:
+            continue
+        before, candidate, after = (kept.turns for kept in bracket)
+        twice = list(zip(before, after, strict=True))
+        rounds = [RoundPair(first.tokens, first.wall_s, last.tokens, last.wall_s) for first, last in twice]
+        turns = {BASELINE: [first.join(last) for first, last in twice], CANDIDATE: candidate}
+        write_result(find_path(job, batch, version), _make_point(job, batch, version, turns, find_drift(rounds, 0)))
+    if failed:
+        raise MeasurementStoppedError(failed[CANDIDATE])
+
+
+async def _measure_pass(job: Job, arm: Arm, batch: int, version: str | None, progress: Progress) -> TurnsPass:
+    async with open_session() as session:
+        if version is not None:
+            await give_version(session, arm, version, job.versions[version])
+        driver = Driver(session, arm, job.work)
+        turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress)
+        return TurnsPass(turns=turns[arm.name])
 
 
 async def _measure(
@@ -125,16 +172,22 @@ async def _measure_one(
     what = "" if version is None else f"version {version}, "
     progress.say(f"{what}batch {batch}: {len(plan.rounds)} rounds of {batch} × {job.work.max_tokens} tokens per arm")
     turns = await measure_point(job.work, batch, job.prompts, drivers, progress)
+    write_result(find_path(job, batch, version), _make_point(job, batch, version, turns))
+
+
+def _make_point(
+    job: Job, batch: int, version: str | None, turns: dict[str, list[Turn]], drift: Drift | UnsetType = UNSET
+) -> MeasuredPoint:
     requests, sequences = job.work.split(batch)
-    point = MeasuredPoint(
+    return MeasuredPoint(
         version=version,
         fingerprint="" if version is None else fingerprint(str(job.versions[version])),
         batch=batch,
         requests=requests,
         sequences_per_request=sequences,
         turns=turns,
+        drift=drift,
     )
-    write_result(find_path(job, batch, version), point)
 
 
 def find_path(job: Job, batch: int, version: str | None) -> Path:

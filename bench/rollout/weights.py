@@ -28,8 +28,10 @@ class _Answer(msgspec.Struct, frozen=True):
     weight_version: str | None = None
 
 
-def open_versions(model: str, folders: Sequence[str]) -> dict[str, Path]:
+def open_versions(model: str | None, folders: Sequence[str]) -> dict[str, Path]:
     """Name → folder of every version, in the order given; a version is called like its folder.
+
+    `model` is None for an endpoint's, whose checkpoint is not known.
 
     Raises:
         CheckpointError: a folder is not there, two have one name, or the tensors are not those of the model.
@@ -42,7 +44,7 @@ def open_versions(model: str, folders: Sequence[str]) -> dict[str, Path]:
         if path.name in versions:
             raise CheckpointError(f"--versions {given}: expected folders of different names, got two; rename one")
         versions[path.name] = path
-    own = find_folder(model) if versions else None
+    own = find_folder(model) if versions and model is not None else None
     expected = {name: header.shape for name, header in read_headers(own).items()} if own is not None else {}
     for path in versions.values():
         _check_tensors(path, {name: header.shape for name, header in read_headers(path).items()}, expected)

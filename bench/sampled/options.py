@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from laguna_serve.bench.harness.arm_options import (
+    DrafterOrUrlsConfig,
     DraftSampling,
-    TimedDrafterConfig,
     choose_gammas,
     parse_numbers,
 )
@@ -23,12 +23,17 @@ DEFAULT_GAMMAS = (1, 3, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(PromptsConfig, TimedDrafterConfig):
+class SamplingConfig(PromptsConfig, DrafterOrUrlsConfig):
     """Which γ to test, on how many completions of which prompts; the files go to `out`."""
 
     gammas: Annotated[
         tuple[int, ...] | None,
-        Flag("γ to test (default: 1,3,7 as far as the drafter goes)", metavar="N,…", at_least=1, parse=parse_numbers),
+        Flag(
+            "γ to test (default: 1,3,7 as far as the drafter goes)",
+            metavar="N,…",
+            at_least=1,
+            parse=parse_numbers,
+        ),
     ] = None
     draft_sampling: DraftSampling = "greedy"
     num_prompts: Annotated[int, Flag("the first N prompts (default: 24)", metavar="N", at_least=1)] = 24
@@ -51,6 +56,8 @@ class SamplingConfig(PromptsConfig, TimedDrafterConfig):
     def __post_init__(self) -> None:
         """Refuse greedy decoding, and a level that is no probability."""
         super().__post_init__()
+        if self.by_url and self.gammas:
+            raise FlagError("--gammas: expected none with URLs, which say their γ; drop it")
         if not self.temperature > 0:
             raise FlagError(
                 f"--temperature: expected more than 0, got {self.temperature:g}; greedy parity: bench/certify.py"
@@ -73,10 +80,14 @@ class SamplingConfig(PromptsConfig, TimedDrafterConfig):
         def choose(most: int) -> list[int]:
             return [most] if self.largest_gamma else sorted({min(gamma, most) for gamma in DEFAULT_GAMMAS})
 
+        if self.by_url:
+            return sorted(gamma for gamma, _ in self.candidate_url)
         return choose_gammas(self.draft, self.gammas, choose, unknown=DEFAULT_GAMMAS)
 
     def make_spec(self, gamma: int | None, seed: int) -> ArmSpec:
         """The baseline (None), or the candidate of a γ."""
+        if (running := self.make_url_spec(gamma)) is not None:
+            return running
         engine = EngineConfig(
             model=self.model,
             draft=None if gamma is None else self.draft,

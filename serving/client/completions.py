@@ -174,7 +174,12 @@ class Client:
 
 
 async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:
-    """The first model that the endpoint serves.
+    """The first model that the endpoint serves; raises as `list_models`."""
+    return (await list_models(session, base_url))[0]
+
+
+async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str]:
+    """The names under which the endpoint serves; one at least.
 
     Raises:
         EndpointError: nothing answers there, or what answers is no OpenAI-compatible server.
@@ -183,7 +188,8 @@ async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:
     try:
         async with session.get(url) as response:
             response.raise_for_status()
-            return str((await response.json())["data"][0]["id"])
+            served = [str(item["id"]) for item in (await response.json())["data"]]
+            return [served[0], *served[1:]]
     except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise EndpointError(
             f"{url}: expected a list of models, got {type(error).__name__}: {error}; is the engine up?"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -57,6 +58,15 @@ class Counters:
             **{name: getattr(self, name) - getattr(before, name) for name in NAMES.values()},
             accepted_per_position=tuple(self.accepted_per_position[i] - earlier[i] for i in positions),
         )
+
+
+def sum_counters(parts: Sequence[Counters]) -> Counters:
+    """What was counted in all of them together."""
+    positions = zip(*(part.accepted_per_position for part in parts), strict=True)
+    return Counters(
+        **{name: sum(getattr(part, name) for part in parts) for name in NAMES.values()},
+        accepted_per_position=tuple(map(sum, positions)),
+    )
 
 
 def parse_counters(text: str) -> Counters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ NOTE = "settings.sha256"
 
 class RunDirError(CommandError):
     """A folder with the parts of another measurement; one line."""
+
+
+def check_out(folder: Path) -> None:
+    """Refuse what cannot become a folder for results; nothing is made yet.
+
+    Raises:
+        RunDirError: a file is in its place or above it, or it may not be written to.
+    """
+    above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path())
+    if not above.is_dir():
+        raise RunDirError(f"--out {folder}: expected a folder, got the file {above}; choose another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunDirError(
+            f"--out {folder}: expected a folder to write to, got {above}, which is closed; choose another"
+        )
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:

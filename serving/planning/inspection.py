@@ -93,7 +93,9 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     return Checkpoints(
         target=target,
         drafter=drafter,
-        gamma=resolve_gamma(config.gamma, drafter) if config.draft is not None else None,
+        gamma=resolve_gamma(config.gamma, drafter, beyond_block=config.beyond_block)
+        if config.draft is not None
+        else None,
         weight_bytes=_weigh(target, drafter, target_folder, draft_folder),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),

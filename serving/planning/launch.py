@@ -40,6 +40,8 @@ OURS = {
 }
 # Weights that are made up, or read from elsewhere than the checkpoint's safetensors.
 LOAD_FORMAT = "--load-format"
+# What vLLM takes for --dtype (config/model.py of 0.32, ModelDType).
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 # Keys of clients are the gateway's; one that is inherited would lock the engine to everybody who does not have it.
 KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
 ENGINE_KEY = "VLLM_API_KEY"
@@ -122,6 +124,8 @@ def check_launch(config: EngineConfig) -> Checkpoints:
         flag = argument.partition("=")[0]
         if flag in OURS:
             raise CheckpointError(f"{flag}: expected it from the launcher, got it among vLLM's flags; use {OURS[flag]}")
+    if config.dtype not in DTYPES:
+        raise CheckpointError(f"dtype: expected {', '.join(DTYPES)}, got {config.dtype!r}; pass one of them")
     checkpoints = inspect(config)
     if not any(argument.partition("=")[0] == LOAD_FORMAT for argument in config.extra_args):
         for name in filter(None, (config.model, config.draft)):

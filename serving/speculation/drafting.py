@@ -115,11 +115,11 @@ def _check_layer_ids(target: Target, drafter: Drafter, subject: str, remedy: str
         raise CheckpointError(f"{subject}: expected different {limits}, got {list(drafter.layer_ids)}; {remedy}")
 
 
-def resolve_gamma(gamma: int | None, drafter: Drafter | None) -> int:
+def resolve_gamma(gamma: int | None, drafter: Drafter | None, *, beyond_block: bool = False) -> int:
     """The number of proposals per step: the given γ if the drafter was trained for it, by default its maximum.
 
-    Beyond block − 1 the drafter sees positions it was never trained on; vLLM would run it without a word.  For a
-    drafter that is not on this machine (None) γ cannot be checked and must be given.
+    Beyond block − 1 the drafter sees positions it was never trained on; vLLM would run it without a word, here that
+    takes ``beyond_block``.  For a drafter that is not on this machine (None) γ cannot be checked and must be given.
     """
     if gamma is not None and gamma < 1:
         raise CheckpointError(
@@ -135,7 +135,7 @@ def resolve_gamma(gamma: int | None, drafter: Drafter | None) -> int:
         raise CheckpointError(
             f"drafter {drafter.name}: expected a block of at least 2, got {drafter.block_size}; check it"
         )
-    if gamma is not None and gamma > drafter.max_gamma:
+    if gamma is not None and gamma > drafter.max_gamma and not beyond_block:
         block = f"block {drafter.block_size} of {drafter.name}"
         raise CheckpointError(f"gamma: expected 1 to {drafter.max_gamma} ({block}), got {gamma}; lower it")
     return gamma or drafter.max_gamma

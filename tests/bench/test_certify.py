@@ -277,7 +277,7 @@ def test_ab_certifies_on_request(
     assert result["certificate"]["verdict"] == "identical"
     assert json.loads((tmp_path / "ab" / "ab.json").read_text())["certificate"]["verdict"] == "identical"
     assert (tmp_path / "ab" / "certificate" / "certificate.html").exists()
-    assert engines.started_roles == ("baseline", "candidate", "baseline", "row-matched", "candidate")
+    assert engines.started_roles == (*("baseline", "candidate", "baseline"), *("baseline", "row-matched", "candidate"))
 
 
 def test_ab_keeps_its_figures_when_the_certificate_cannot_be_made(

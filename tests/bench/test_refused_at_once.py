@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mock_engine import MockEngine
 
 from laguna_serve.bench import ab, certify, gamma_sweep, prefix_cache, rollouts, sampling
 from laguna_serve.bench.harness import arms
 from laguna_serve.evals import invariance
 from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.kit.run_dir import claim_folder
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PROMPTS = ["--prompts", str(TOY / "prompts.jsonl")]
+NOBODY = "http://127.0.0.1:9"
 Main = Callable[[list[str]], int]
 # The command, its other arguments, and what γ is called there.
 COMMANDS: dict[str, tuple[Main, list[str], str]] = {
@@ -32,6 +36,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "invariance": (invariance.main, ["--form", "completion", "--walls", "none"], "--gamma"),
 }
 each_command = pytest.mark.parametrize("command", COMMANDS)
+each_benchmark = pytest.mark.parametrize("command", [name for name in COMMANDS if name != "invariance"])
 each_arm = pytest.mark.parametrize("name", ["ab", "ab-certify", "certify", "invariance"])
 
 
@@ -114,6 +119,72 @@ def test_checkpoint_that_is_not_there(refuse: Callable[..., str], tmp_path: Path
 def test_memory_that_cannot_suffice(refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a small one", 1 << 30, 1 << 30))
     assert refuse(command).split(": ", 1)[1].startswith("error: memory of a small one: expected ")
+
+
+@each_command
+def test_dtype_that_there_is_none_of(refuse: Callable[..., str], command: str) -> None:
+    assert "dtype: expected auto, half, float16, bfloat16, float, float32, got 'float8'" in refuse(
+        command, "--dtype", "float8"
+    )
+
+
+@each_benchmark
+def test_folder_that_cannot_be_one(refuse: Callable[..., str], tmp_path: Path, command: str) -> None:
+    (tmp_path / "a-file").write_text("")
+    line = refuse(command, "--out", str(tmp_path / "a-file" / "below"))
+    assert f"expected a folder, got the file {tmp_path / 'a-file'}; choose another" in line
+
+
+@each_benchmark
+def test_prompts_that_are_not_there(refuse: Callable[..., str], tmp_path: Path, command: str) -> None:
+    line = refuse(command, "--prompts", str(tmp_path / "none.jsonl"))
+    assert "none.jsonl: expected a prompts file, got No such file or directory; check --prompts" in line
+
+
+@each_benchmark
+def test_more_prompts_than_there_are(refuse: Callable[..., str], command: str) -> None:
+    flags = ["--batch", "4096"] if command == "rollouts" else ["--num-prompts", "100000"]
+    line = refuse(command, *flags)
+    assert re.search(r"expected (at most 512, got 100000|prompts enough for 100000|6144 of them)", line), line
+
+
+@each_benchmark
+def test_prompts_that_are_no_json(refuse: Callable[..., str], tmp_path: Path, command: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\nnonsense\n')
+    assert "bad.jsonl:2: expected one JSON object, got invalid JSON" in refuse(
+        command, "--prompts", str(tmp_path / "bad.jsonl")
+    )
+
+
+@pytest.mark.parametrize("command", ["certify", "gamma_sweep", "sampling", "rollouts", "prefix_cache"])
+def test_folder_of_another_measurement(refuse: Callable[..., str], tmp_path: Path, command: str) -> None:
+    for name in ("passes", "points", "samples"):
+        claim_folder(tmp_path / "out" / name, {"of": "another"})
+    assert "got another one's; choose another --out or remove it" in refuse(command)
+
+
+@pytest.mark.parametrize("command", ["gamma_sweep", "sampling", "rollouts"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--baseline-url", NOBODY], "--baseline-url and --candidate-url: expected both or neither, got one"),
+        (["--candidate-url", f"7={NOBODY}"], "--baseline-url and --candidate-url: expected both or neither, got one"),
+        (["--baseline-url", NOBODY, "--candidate-url", NOBODY], "expected γ=URL like 7=http://127.0.0.1:8001"),
+        (["--baseline-url", NOBODY, "--candidate-url", f"7={NOBODY}"], "expected a list of models, got"),
+        (["--baseline-url", NOBODY, *["--candidate-url", f"7={NOBODY}"] * 2], "--candidate-url: expected one"),
+    ],
+)
+def test_endpoints(refuse: Callable[..., str], command: str, flags: list[str], message: str) -> None:
+    assert message in refuse(command, *flags)
+
+
+@pytest.mark.parametrize("command", ["ab", "certify", "gamma_sweep", "sampling", "rollouts"])
+def test_endpoint_of_another_model(refuse: Callable[..., str], command: str) -> None:
+    with MockEngine() as engine:
+        candidate = engine.url if command in ("ab", "certify") else f"7={engine.url}"
+        urls = ["--baseline-url", engine.url, "--candidate-url", candidate]
+        line = refuse(command, *urls, model=Path("theirs"), draft=None if candidate == engine.url else TOY / "dflash")
+    assert f"{engine.url}: expected a server of 'theirs', got one of 'fake'; name that with --model" in line
 
 
 @each_arm
