@@ -66,9 +66,9 @@ def _repair_runner() -> None:
         return
 
     def init(self: Sampler, *args: Any, **kwargs: Any) -> None:
-        from laguna_serve.plugins.repairs import compiled_loading, seeds
+        from laguna_serve.plugins.repairs import compilation, seeds
 
-        compiled_loading.apply()
+        compilation.apply()
         seeds.apply()
         drafted_sampling.apply_to_runner()
         stock_init(self, *args, **kwargs)

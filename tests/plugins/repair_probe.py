@@ -24,7 +24,10 @@ from vllm.platforms import current_platform
 current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 
+from torch._dispatch.python import enable_python_dispatcher  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
+from vllm._custom_ops import CPUDNNLGEMMHandler  # noqa: E402
 from vllm.compilation import caching, decorators  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
@@ -48,7 +51,8 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 
 def main() -> None:
     cases = (top_k_in_a_prefill, refused, processed, min_tokens_behind_drafts, named_beside_drafts, named_and_likeliest,
-             cut_prompt, seeded, stored_function, named_by_instruction_set)  # fmt: skip
+             cut_prompt, seeded, stored_function, named_by_instruction_set,
+             released_while_tracing)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
 
@@ -221,6 +225,22 @@ def named_by_instruction_set() -> Any:
         os.environ["ATEN_CPU_CAPABILITY"] = limit
         names.append(caching.aot_compile_hash_factors(VllmConfig()))
     return names[0] != names[1]
+
+
+def released_while_tracing() -> Any:
+    """Which handles are given back when a prepared matrix is collected while a model is traced."""
+    released: list[int] = []
+    handler = CPUDNNLGEMMHandler()
+    handler.handler_tensor = torch.tensor(7)
+    handler.dtor = released.append
+    with FakeTensorMode() as mode, enable_python_dispatcher():
+        mode.from_tensor(torch.ones(2)) + 1
+        try:
+            handler.__del__()
+        except Exception as error:
+            return type(error).__name__
+    handler.handler_tensor = None
+    return released
 
 
 if __name__ == "__main__":

@@ -38,9 +38,18 @@ def test_stock_runner_turns_a_generator_back() -> None:
 
 
 def test_stock_loader_wants_more_than_a_function() -> None:
-    """When this fails, vLLM loads what a CPU's engine stored: retire plugins/repairs/compiled_loading.py."""
+    """When this fails, vLLM loads what a CPU's engine stored: retire plugins/repairs/compilation.py."""
     assert probe("stock")["stored_function"] is None
     assert probe("stock")["named_by_instruction_set"] is False
+
+
+def test_stock_handle_is_not_released_while_tracing() -> None:
+    """When this fails, vLLM gives prepared matrices back at any time: retire that half of repairs/compilation.py."""
+    assert probe("stock")["released_while_tracing"] != [7]
+
+
+def test_handle_is_released_while_tracing() -> None:
+    assert probe("repaired")["released_while_tracing"] == [7]
 
 
 def test_stored_function_is_loaded_and_named_by_its_instruction_set() -> None:
