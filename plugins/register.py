@@ -52,7 +52,9 @@ def register() -> None:
 
     repair_front_end()
     if current_platform.is_cpu():
+        from laguna_serve.plugins.core_start import fork_core
         from laguna_serve.plugins.cpu_linear import accelerate_linear
 
+        fork_core()
         repair_runner()
         accelerate_linear()
