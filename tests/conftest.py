@@ -6,10 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from warm import start_engines_warm
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 
 TOY = Path(__file__).resolve().parent / "toy"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Real engines of the test's own process start warm (see tests/warm); those of `laguna serve` as users start them.
+
+    It is decided before any fixture is set up.
+    """
+    start_engines_warm(item.get_closest_marker("vllm") is not None)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from probes import run_program
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 PROMPTS = 64
@@ -29,10 +28,7 @@ def run_model(prompts_file: Path) -> Any:
 
     @functools.cache
     def run(model: Path, settings: str) -> dict[str, Any]:
-        probe = Path(__file__).with_name("model_probe.py")
-        command = [sys.executable, str(probe), str(model), str(prompts_file), settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = run_program("model_probe.py", str(model), str(prompts_file), settings)
         report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return report | {"log": done.stdout + done.stderr}
 

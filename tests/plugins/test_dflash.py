@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from probes import run_program
 
 pytestmark = pytest.mark.vllm
 TESTS = Path(__file__).resolve().parent.parent
@@ -116,15 +115,7 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name, gamma = request.param
     folder = MAKERS[name](tmp_path_factory.mktemp(name)) if name in MAKERS else TOY / name
     out = tmp_path_factory.mktemp("proposals") / "proposals.json"
-    probe = Path(__file__).with_name("proposals_probe.py")
-    done = subprocess.run(
-        [sys.executable, str(probe), str(TOY), str(folder), str(gamma), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=560,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program("proposals_probe.py", str(TOY), str(folder), str(gamma), str(out))
     return {"drafter": folder, **json.loads(out.read_text())}
 
 

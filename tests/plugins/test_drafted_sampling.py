@@ -6,10 +6,10 @@ import functools
 import itertools
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
+from warm import run_warm
 
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
@@ -86,8 +86,7 @@ print(json.dumps([measure(*case) for case in json.loads(sys.argv[2])]))
 @functools.cache
 def run_probe(kind: str) -> subprocess.CompletedProcess[str]:
     cases = list(itertools.product(DRAFT_SAMPLING, WISHES)) if kind == "repaired" else [("greedy", {})]
-    command = [sys.executable, "-c", PROBE, kind, json.dumps(cases)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return run_warm(PROBE, kind, json.dumps(cases))
 
 
 def test_stock_kernel_writes_nothing() -> None:

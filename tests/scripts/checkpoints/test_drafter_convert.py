@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from warm import run_warm
 
 from laguna_serve.scripts.checkpoints import drafter as command
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
@@ -232,8 +233,7 @@ def test_vllm_proposes_the_same_in_both_formats(tmp_path: Path, capsys: pytest.C
     seen = []
     for name in ("there", "back"):
         out = tmp_path / f"{name}.json"
-        arguments = [str(TOY), str(tmp_path / name), "7", str(out)]
-        done = subprocess.run([sys.executable, str(probe), *arguments], capture_output=True, text=True, check=False)
+        done = run_warm(probe, str(TOY), str(tmp_path / name), "7", str(out))
         assert done.returncode == 0, done.stderr[-3000:]
         seen.append(json.loads(out.read_text())["requests"])
     assert [request["output"] for request in seen[0]] == [request["output"] for request in seen[1]]

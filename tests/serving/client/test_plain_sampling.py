@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from warm import run_warm
 
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 
@@ -34,13 +33,7 @@ print(json.dumps({
 
 @pytest.mark.vllm
 def test_a_plain_request_takes_nothing_from_generation_config() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(PLAIN_SAMPLING)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_warm(PROBE, json.dumps(PLAIN_SAMPLING))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["taken"]) == {"temperature", "max_tokens", *PLAIN_SAMPLING}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from release_cases import RELEASES, folder
+from warm import run_warm
 
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.checkpoint.drafter import read_drafter
@@ -26,14 +25,7 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, list[str]]]:
     """Form → capability → vLLM's backends for experts, as it answers in a process of its own."""
-    probe = Path(__file__).with_name("kernel_probe.py")
-    done = subprocess.run(
-        [sys.executable, str(probe), *map(str, CAPABILITIES)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_warm(Path(__file__).with_name("kernel_probe.py"), *map(str, CAPABILITIES))
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,0 +1,125 @@
+"""Asks the warm process of this test run, which starts at the first question."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SERVER = Path(__file__).with_name("server.py")
+
+
+class WarmProcess:
+    """A forked process, as `subprocess.Popen` has it."""
+
+    def __init__(self, server: Warm, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._server = server
+        self._pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._server.ask({"poll": self.pid})["status"]
+            if self.returncode is not None:
+                os.close(self._pidfd)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            select.select([self._pidfd], [], [], left)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Warm:
+    """The process that has imported vLLM. It ends with this one, as its questions do."""
+
+    def __init__(self) -> None:
+        # Offline before anything is imported: huggingface_hub reads it once.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
+        environment.pop("PYTHONPATH", None)
+        self._process = subprocess.Popen(
+            [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        self._read()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(
+        self,
+        target: str,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        output: Path | str = os.devnull,
+        error: Path | str = os.devnull,
+    ) -> WarmProcess:
+        """Run a file, code, a module or a "module:function" in a process of its own."""
+        work = {
+            "target": target,
+            "arguments": arguments,
+            "environment": dict(os.environ) if environment is None else environment,
+            "folder": os.getcwd(),
+            "output": str(output),
+            "error": str(error),
+        }
+        return WarmProcess(self, self.ask({"start": work})["pid"])
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process that imports vLLM has ended; its stderr says why"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def run_warm(
+    target: str | Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` gives for a program of Python's: a file, or its code itself. It is ended with this call."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, error = Path(folder, "output"), Path(folder, "error")
+        process = warm().start(str(target), *arguments, environment=environment, output=output, error=error)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        texts = [path.read_text() if path.exists() else "" for path in (output, error)]
+        return subprocess.CompletedProcess([str(target), *arguments], status, *texts)
+
+
+@functools.cache
+def warm() -> Warm:
+    """The one of this process."""
+    return Warm()

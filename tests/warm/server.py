@@ -1,0 +1,122 @@
+"""The process that has imported vLLM: ``server.py`` reads a JSON object a line and answers with one.
+
+{"start": {target, arguments, environment, folder, output, error}} → {"pid": …}: forked, and running.
+{"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}.
+
+`target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+from typing import Any
+
+import setproctitle
+
+MODULES = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.models.laguna",
+    "vllm.model_executor.models.qwen3_dflash",
+    "transformers.models.laguna.configuration_laguna",
+    "laguna_serve.serving.supervision.reaper",
+)
+
+
+def serve() -> dict[str, Any] | None:
+    """Answer until nobody asks any more; in a forked process, return what it was asked to run."""
+    requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.dup(1)
+    os.dup2(2, 1)
+    for name in MODULES:
+        importlib.import_module(name)
+    # It finds the memory of the arguments by that of the environment, which forks replace.
+    setproctitle.getproctitle()
+    # What is there now is nobody's garbage: the engines' own collections need not look through it.
+    gc.collect()
+    gc.freeze()
+    os.write(answers, b"{}\n")
+    while line := requests.readline():
+        request = json.loads(line)
+        if "poll" in request:
+            answer = {"status": poll(request["poll"])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                requests.close()
+                os.close(answers)
+                work: dict[str, Any] = request["start"]
+                return work
+            answer = {"pid": pid}
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+    return None
+
+
+def poll(pid: int) -> int | None:
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def become(work: dict[str, Any]) -> None:
+    """Take on the standard streams, environment, folder and arguments of another program."""
+    os.setsid()
+    for fd, path in ((1, work["output"]), (2, work["error"])):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(opened, fd)
+        os.close(opened)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.set_wakeup_fd(-1)
+    take_environment(work["environment"])
+    os.chdir(work["folder"])
+    sys.argv = ["", *work["arguments"]]
+
+
+def take_environment(environment: dict[str, str]) -> None:
+    """What an interpreter and OpenMP read when they start is read here."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if threads := environment.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    if environment.get("PYTHONFAULTHANDLER"):
+        import faulthandler
+
+        faulthandler.enable()
+
+
+def run(target: str, arguments: list[Any]) -> object:
+    if "\n" in target:
+        sys.argv[0] = "-c"
+        return exec(compile(target, "<string>", "exec"), {"__name__": "__main__"})
+    if target.endswith(".py"):
+        sys.path[0] = os.path.dirname(target)
+        sys.argv[0] = target
+        return runpy.run_path(target, run_name="__main__")
+    module, _, function = target.partition(":")
+    if function:
+        return getattr(importlib.import_module(module), function)(*arguments)
+    return runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    asked = serve()
+    if asked is not None:
+        become(asked)
+        result = run(asked["target"], asked["arguments"])
+        sys.exit(result if isinstance(result, int) else 0)
