@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
-from vllm.model_executor.layers import utils
 
 from laguna_serve.kernels.linear import choose_path, linear, load_library, multiplies_bf16
 
@@ -30,8 +29,12 @@ def accelerate_linear() -> None:
 
     The op is looked for when the first layer is loaded, in the process that computes.
     """
+    if multiplies_bf16():
+        return
+    from vllm.model_executor.layers import utils
+
     stock: Dispatch | None = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
-    if stock is not None and not hasattr(stock, "__wrapped__") and not multiplies_bf16():
+    if stock is not None and not hasattr(stock, "__wrapped__"):
         utils.dispatch_cpu_unquantized_gemm = wrap_dispatch(stock)
 
 

@@ -15,6 +15,8 @@ from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.machine.dtype import AUTO
+from laguna_serve.serving.planning.launch import find_engine_dtype
 from laguna_serve.serving.speculation.drafting import open_drafter
 from laguna_serve.serving.speculation.flags import parse_gamma
 
@@ -81,7 +83,9 @@ class ArmsConfig:
     beyond_block: BeyondBlock = False
     baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
     candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
-    dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
+    dtype: Annotated[
+        str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
+    ] = "auto"
     eager: Annotated[bool, Flag("no compilation, no graphs: starts fast, runs slowly")] = False
     exact: Annotated[
         Literal["candidate", "both"] | None,
@@ -134,7 +138,9 @@ class DrafterConfig:
 
     model: Annotated[str, Flag("target checkpoint, folder or hub id", metavar="M", group="engines")]
     draft: Annotated[str, Flag("DFlash drafter checkpoint", metavar="D")]
-    dtype: Annotated[str, Flag("vLLM's --dtype for both (default: the checkpoint's)")] = "auto"
+    dtype: Annotated[
+        str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
+    ] = "auto"
     seed: Annotated[int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)")] = 0
 
     def __post_init__(self) -> None:
@@ -262,7 +268,7 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
         draft=config.draft if drafting else None,
         gamma=config.gamma if drafting else None,
         beyond_block=config.beyond_block and drafting,
-        dtype=config.dtype,
+        dtype=settle_arms_dtype(config),
         enforce_eager=config.eager,
         prefix_caching=config.prefix_caching,
         kv_cache_gib=config.kv_cache_gib,
@@ -280,10 +286,20 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     return ArmSpec(name, "; ".join(parts), config=engine)
 
 
+def settle_arms_dtype(config: ArmsConfig) -> str:
+    """What both arms compute in: as asked, else what the baseline's model gets on this machine; "auto" by URL."""
+    if config.dtype != AUTO or config.model is None or config.baseline_url is not None:
+        return config.dtype
+    return find_engine_dtype(EngineConfig(model=config.model))
+
+
 def find_dtype(config: ArmsConfig) -> str:
-    """The models' dtype: as asked, else as the checkpoint says, else unknown (judged as strictly as float32)."""
-    if config.dtype != "auto":
-        return {"half": "float16", "float": "float32"}.get(config.dtype, str(config.dtype))
+    """The models' dtype: as asked, else as the machine or the checkpoint says, else unknown.
+
+    Unknown is judged as strictly as float32.
+    """
+    if (settled := settle_arms_dtype(config)) != AUTO:
+        return {"half": "float16", "float": "float32"}.get(settled, settled)
     try:
         declared = json.loads((Path(config.model or "") / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -20,13 +20,13 @@ from typing import Annotated
 import msgspec
 
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
-from laguna_serve.serving.commands.rates import Rates, find_rates, multiplies_bf16
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, describe_device, find_device, find_vllm
+from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
@@ -255,13 +255,6 @@ def _diagnose_architectures(report: ProbeReport) -> list[InstallProblem]:
     return problems
 
 
-def describe_rates(rates: Rates) -> str:
-    """Which type to serve in on a processor without bf16 arithmetic."""
-    if rates.gain > 1:
-        return f"no bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast; serve with --dtype float32"
-    return f"no bfloat16 in this processor; float32 is still {1 / rates.gain:.1f} times slower"
-
-
 def format_result(result: DoctorResult) -> str:
     """The check as a table for people."""
     device = result.device
@@ -271,7 +264,7 @@ def format_result(result: DoctorResult) -> str:
         free = f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free"
         rows.append(("device", f"{device.kind}, {device.name}, {free}"))
     if result.rates is not None:
-        rows.append(("arithmetic", describe_rates(result.rates)))
+        rows.append(("arithmetic", describe_rates(result.rates, bf16=multiplies_bf16())))
     rows.append(("entry point", result.entry_point.value or "missing"))
     rows += [(name, classes.actual or "does not load") for name, classes in result.architectures.items()]
     width = max(len(name) for name, _ in rows)

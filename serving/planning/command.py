@@ -10,10 +10,13 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
+from laguna_serve.serving.checkpoint.parameters import estimate_bytes
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints
@@ -42,6 +45,19 @@ KV_DTYPE = "--kv-cache-dtype"
 EXACT_ENVIRONMENT = {"cpu": {"VLLM_CPU_ATTN_SPLIT_KV": "0"}, "gpu": {"VLLM_BATCH_INVARIANT": "1"}}
 # The transfer engine that plugins/register.py registers under this name.
 WEIGHT_TRANSFER = {"backend": "folder"}
+
+
+def settle_dtype(
+    config: EngineConfig, checkpoints: Checkpoints, device: Device
+) -> tuple[EngineConfig, tuple[str, ...]]:
+    """The configuration with the dtype that this machine computes fastest, where none was asked for; and notes on it.
+
+    The drafter does not count, so that an engine with and one without it get the same.
+    """
+    if checkpoints.target is None or checkpoints.target.quantisation is not None:
+        return config, ()
+    choice = choose_dtype(config.dtype, checkpoints.target.dtype, estimate_bytes(checkpoints.target), device)
+    return replace(config, dtype=choice.dtype), () if choice.note is None else (choice.note,)
 
 
 def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[VllmSetting, ...]:

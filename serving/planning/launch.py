@@ -22,6 +22,7 @@ from laguna_serve.serving.planning.command import (
     build_environment,
     choose_settings,
     list_device_warnings,
+    settle_dtype,
 )
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
@@ -75,6 +76,7 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
     device = require_device()
     try:
         checkpoints = check_launch(config)
+        config, notes = settle_dtype(config, checkpoints, device)
         port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
         command = build_command(config, checkpoints, device, port)
     except (BudgetError, CheckpointError) as error:
@@ -99,8 +101,16 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
         base_url=f"http://{_format_host(_reachable(config.host))}:{port}",
         gamma=checkpoints.gamma,
         chat=checkpoints.chat,
-        warnings=(*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
+        warnings=(*notes, *checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
     )
+
+
+def find_engine_dtype(config: EngineConfig) -> str:
+    """vLLM's --dtype as `plan_launch` would settle it; as asked where device or model cannot be read."""
+    try:
+        return settle_dtype(config, inspect(config, weights=False), require_device())[0].dtype
+    except (CheckpointError, EngineError):
+        return config.dtype
 
 
 def check_launches(configs: Iterable[EngineConfig]) -> None:

@@ -22,6 +22,7 @@ from laguna_serve.serving.planning.command import (
     choose_settings,
     count_ranks,
     list_device_warnings,
+    settle_dtype,
     wanted_weight_bytes,
 )
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -109,6 +110,7 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         CheckpointError: target or drafter cannot be read, or do not fit each other.
     """
     checkpoints = inspect(config, weights=False)
+    config, notes = settle_dtype(config, checkpoints, device)
     target, drafter = checkpoints.target, checkpoints.drafter
     refusals: list[str] = []
     command: tuple[str, ...] = ()
@@ -156,7 +158,7 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         environment={name: value for name, value in environment.items() if base.get(name) != value},
         unset=tuple(sorted(base.keys() - environment.keys())),
         refusals=tuple(refusals),
-        warnings=(*checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
+        warnings=(*notes, *checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
     )
 
 

@@ -51,6 +51,7 @@ class Environment:
             own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
         repairs = "def repair_front_end(): pass\ndef repair_runner(): pass\n"
         self.register.with_name("repairs.py").write_text(repairs, encoding="utf-8")
+        self.register.with_name("cpu_linear.py").write_text("def accelerate_linear(): pass\n", encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"

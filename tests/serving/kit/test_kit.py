@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from laguna_serve.serving.kit import environment, progress
@@ -28,6 +29,8 @@ from laguna_serve.serving.kit.environment import describe_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
 from laguna_serve.serving.kit.signals import check_signals, defer_signals
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.rates import Rates, describe_rates
 
 
 def fail(error: BaseException) -> Callable[[], int]:
@@ -229,6 +232,26 @@ def test_the_environment_says_where_and_with_what() -> None:
     assert found["memory_gib"] > 0
     assert {"laguna-serve", "numpy", "aiohttp"} <= found["versions"].keys()
     json.dumps(found)
+
+
+def test_the_environment_has_rates_where_engines_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(bfloat16={"1": 0.5, "8": 3.0}, float32={"1": 1.0, "8": 2.5}, kernel={"1": 0.5, "8": 1.0}, path="avx2")
+    kinds = iter(("cpu", "gpu"))
+    monkeypatch.setattr(environment, "find_rates", lambda: rates)
+    monkeypatch.setattr(environment, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(environment, "find_device", lambda _: Device(next(kinds), "x", 1, 1))  # type: ignore[arg-type]
+    on_cpu, on_gpu = (environment.read_environment(["x"]) for _ in range(2))
+    assert on_cpu.rates == rates
+    assert on_cpu.arithmetic == describe_rates(rates, bf16=False)
+    assert msgspec.json.decode(msgspec.json.encode(on_cpu), type=environment.Environment) == on_cpu
+    assert any("float32 1.00 / 2.50" in line for line in environment.list_environment(on_cpu))
+    assert on_gpu.rates is on_gpu.arithmetic is None
+
+
+def test_older_results_have_no_rates() -> None:
+    found = msgspec.json.decode(b'{"date": "2026-01-01", "command": "x"}', type=environment.Environment)
+    assert found.rates is None
+    assert not any("rates" in line for line in environment.list_environment(found))
 
 
 @pytest.mark.parametrize(

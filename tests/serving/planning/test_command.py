@@ -13,17 +13,22 @@ from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint, write_drafter_wei
 
 from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.machine import dtype as dtype_module
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.rates import KERNEL_LIMIT, LIMITS, Rates
+from laguna_serve.serving.planning import launch
 from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.command import (
     build_command,
     build_environment,
     list_device_warnings,
+    settle_dtype,
     wanted_kv_bytes,
     wanted_weight_bytes,
 )
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
+from laguna_serve.serving.planning.plan import make_plan
 
 CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 
@@ -136,6 +141,46 @@ def test_memory_follows_the_dtype(
     assert wanted_weight_bytes(config, checkpoints) == weight_bytes // 100 * (100 + drafter_bytes)
     target_values, drafter_values = 2 * 6 * 2 * 32, 2 * 2 * 2 * 32
     assert wanted_kv_bytes(config, checkpoints) == value_bytes * (target_values + drafter_values) * 10 * 3
+
+
+HASWELL = replace(CPU, isa=("fpu", "avx2"))
+SLOW_BF16 = Rates(bfloat16={"1": 0.4, "8": 2.6}, float32={"1": 0.3, "8": 0.3})
+
+
+@pytest.fixture
+def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without bf16 arithmetic, and no kernel of ours."""
+    for name in (*LIMITS, KERNEL_LIMIT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dtype_module, "find_rates", lambda: SLOW_BF16)
+    monkeypatch.setattr(launch, "require_device", lambda: HASWELL)
+
+
+def test_faster_float32_reaches_the_command_and_the_memory(slow_bf16: None, target: Path, drafter: Path) -> None:
+    plain = launch.plan_launch(EngineConfig(model=str(target)))
+    drafting = launch.plan_launch(EngineConfig(model=str(target), draft=str(drafter)))
+    for planned in (plain, drafting):
+        assert flag(planned.command, "--dtype") == "float32"
+        (note,) = (line for line in planned.warnings if line.startswith("dtype: float32"))
+        assert "--dtype overrides" in note
+    config = EngineConfig(model=str(target))
+    settled, _ = settle_dtype(config, inspect(config), HASWELL)
+    assert wanted_kv_bytes(settled, inspect(config)) == 2 * wanted_kv_bytes(config, inspect(config))
+    assert make_plan(config, HASWELL).config.dtype == "float32"
+    assert make_plan(config, CPU).config.dtype == "auto"
+
+
+def test_asked_dtype_is_kept(slow_bf16: None, target: Path) -> None:
+    planned = launch.plan_launch(EngineConfig(model=str(target), dtype="bfloat16"))
+    assert flag(planned.command, "--dtype") == "bfloat16"
+    assert not any(line.startswith("dtype:") for line in planned.warnings)
+
+
+def test_models_that_cannot_be_read_keep_their_dtype(slow_bf16: None, target: Path) -> None:
+    assert launch.find_engine_dtype(EngineConfig(model=str(target))) == "float32"
+    assert launch.find_engine_dtype(EngineConfig(model="someone/elsewhere")) == "auto"
+    (target / "config.json").write_text("{")
+    assert launch.find_engine_dtype(EngineConfig(model=str(target))) == "auto"
 
 
 def test_environment_is_private_and_offline_for_local_files() -> None:

@@ -1,0 +1,129 @@
+"""Which type a processor multiplies fastest in: known by its instructions, else measured once and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.serving.machine import rates
+from laguna_serve.serving.machine.rates import (
+    KERNEL_LIMIT,
+    LIMITS,
+    PROBE,
+    Rates,
+    describe_rates,
+    find_rates,
+    list_rates,
+    measure_rates,
+    multiplies_bf16,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (*LIMITS, KERNEL_LIMIT):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("isa", "has"),
+    [
+        (["cpu family 25", "model 17", "avx2", "avx512f", "avx512_bf16"], True),
+        (["cpu family 6", "model 143", "avx2", "avx512f", "amx_bf16"], True),
+        (["asimd", "bf16"], True),
+        (["cpu family 25", "model 33", "avx2"], False),
+        (["cpu family 6", "model 85", "avx2", "avx512f"], False),
+        ([], False),
+    ],
+)
+def test_bf16_arithmetic_by_instructions(isa: list[str], has: bool) -> None:
+    assert multiplies_bf16(isa) is has
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "avx2"), ("LAGUNA_CPU_ISA", "avx512")]
+)
+def test_libraries_held_to_less_do_not_have_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert not multiplies_bf16(["avx2", "avx512f", "avx512_bf16"])
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_real_probe_times_every_case(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if held:
+        monkeypatch.setenv(KERNEL_LIMIT, "portable")
+    measured = measure_rates()
+    assert measured is not None
+    arms = [measured.bfloat16, measured.float32, *([measured.kernel] if measured.kernel is not None else [])]
+    assert all(arm.keys() == {"1", "8"} for arm in arms)
+    assert all(0 < ms < 1000 for arm in arms for ms in arm.values())
+    assert measured.torch_isa
+    assert (measured.path == "portable") == held
+    assert (measured.kernel is None) == multiplies_bf16()
+
+
+def test_kernel_is_asked_what_we_say_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rule in two places, as the launcher does not import torch."""
+    from laguna_serve.kernels.linear import isa
+
+    assert set(LIMITS) == set(isa.LIMITS)
+    assert isa.VARIABLE == KERNEL_LIMIT
+    assert isa.BF16_ARITHMETIC == rates.BF16_ARITHMETIC
+    assert isa.WITHOUT_BF16 == rates.WITHOUT_BF16
+    for name, value in ((KERNEL_LIMIT, "avx2"), ("ATEN_CPU_CAPABILITY", "default"), (KERNEL_LIMIT, "avx512bf16")):
+        monkeypatch.setenv(name, value)
+        for flags in (["avx2", "avx512_bf16"], ["avx2"]):
+            assert multiplies_bf16(flags) == isa.multiplies_bf16(flags)
+
+
+def test_measured_once_and_again_where_the_file_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    result = Rates(bfloat16={"1": 0.4, "8": 2.6}, float32={"1": 0.3, "8": 0.3})
+
+    def measure() -> Rates:
+        calls.append(1)
+        return result
+
+    monkeypatch.setattr(rates, "measure_rates", measure)
+    assert find_rates() == find_rates() == result
+    assert len(calls) == 1
+    (kept,) = (tmp_path / "laguna-serve" / "rates").iterdir()
+    kept.write_text("{")
+    assert find_rates() == result
+    assert len(calls) == 2
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other settings are other rates
+    find_rates()
+    assert len(calls) == 3
+
+
+def test_rates_are_had_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "laguna-serve").write_text("a file where the folder should be")
+    monkeypatch.setattr(rates, "measure_rates", lambda: Rates(bfloat16={"1": 1.0}, float32={"1": 0.5}))
+    found = find_rates()
+    assert found is not None
+    assert found.gain == 2.0
+
+
+@pytest.mark.parametrize(
+    ("float32", "kernel", "bf16", "says"),
+    [
+        (0.5, None, False, "no bfloat16 in this processor: float32 is 2.0 times as fast"),
+        (2.0, None, False, "float32 is still 2.0 times slower"),
+        (0.5, 0.25, False, "by laguna_serve::linear (avx2), 4.0 times as fast as torch's, 2.0 times as float32"),
+        (0.5, 0.8, False, "float32 is 1.6 times as fast"),
+        (2.0, None, True, "in the processor's own arithmetic, 2.0 times as fast as float32"),
+    ],
+)
+def test_said_in_words(float32: float, kernel: float | None, bf16: bool, says: str) -> None:
+    of = Rates(
+        bfloat16={"1": 1.0}, float32={"1": float32}, kernel=None if kernel is None else {"1": kernel}, path="avx2"
+    )
+    assert says in describe_rates(of, bf16=bf16)
+    assert f"float32 {float32:.2f}" in list_rates(of)
+
+
+def test_a_probe_without_torch_has_no_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "PROBE", PROBE.replace("import torch\n", "import no_such_torch\n", 1))
+    assert measure_rates() is None
