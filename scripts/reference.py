@@ -96,11 +96,15 @@ def list_subcommands() -> Iterator[tuple[str, str]]:
 
 
 def list_commands(folder: str) -> Iterator[tuple[str, str]]:
-    """(path, help) of the commands that are files of a folder."""
-    for path in sorted((ROOT / folder).glob("*.py")):
-        module = importlib.import_module(f"laguna_serve.{folder}.{path.stem}")
+    """(path, help) of the commands that are files of a folder, or folders in it."""
+    modules = {path.name: f"{folder}.{path.stem}" for path in (ROOT / folder).glob("*.py")}
+    modules |= {
+        path.parent.name: f"{folder}.{path.parent.name}.__main__" for path in (ROOT / folder).glob("*/__main__.py")
+    }
+    for name, dotted in sorted(modules.items()):
+        module = importlib.import_module(f"laguna_serve.{dotted}")
         if hasattr(module, "main"):
-            yield f"python {folder}/{path.name}", _help(lambda module=module: module.main(["--help"]))  # type: ignore[misc]
+            yield f"python {folder}/{name}", _help(lambda module=module: module.main(["--help"]))  # type: ignore[misc]
 
 
 def write_commands(title: str, text: str, commands: Iterator[tuple[str, str]]) -> str:
