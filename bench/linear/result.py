@@ -39,7 +39,7 @@ class LinearRow(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The row's label."""
+        """The row's label in tables."""
         return f"{self.inputs}x{self.outputs}, {self.rows} rows"
 
 
