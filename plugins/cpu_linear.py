@@ -38,6 +38,12 @@ def accelerate_linear() -> None:
         utils.dispatch_cpu_unquantized_gemm = wrap_dispatch(stock)
 
 
+@functools.cache
+def takes_over() -> bool:
+    """Whether bf16 products of this process belong to the op: it is needed and was built."""
+    return not multiplies_bf16() and load_library() is not None
+
+
 def wrap_dispatch(stock: Dispatch) -> Dispatch:
     """`dispatch_cpu_unquantized_gemm` that gives bf16 matrices our product and leaves the others to `stock`."""
 

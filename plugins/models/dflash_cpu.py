@@ -5,6 +5,8 @@ one call whose weights have a row per layer.  vLLM's CPU `rms_norm` takes the fi
 expanded (stride 0) input as if it were contiguous, out of bounds: with two layers or more, acceptance falls to
 nothing and the text can be corrupted.  Here the mean square is taken once and each layer's row is applied to it.
 
+On a processor without bf16 arithmetic these products take plugins/cpu_linear.py's op, as linear layers do.
+
 Checked against vLLM 0.32.0.  It can go when
 `tests/plugins/test_dflash.py::test_stock_grouped_norm_ignores_the_layer` fails.
 """
@@ -15,9 +17,12 @@ from types import MethodType
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen3_dflash
 
+from laguna_serve.kernels.linear import linear
+from laguna_serve.plugins.cpu_linear import takes_over
 from laguna_serve.plugins.models import dflash
 
 
@@ -42,10 +47,29 @@ def project_context_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, each [L, T, kv_heads, head_dim], of context states [T, hidden] under every layer's own norm."""
     normed = grouped_rms_norm(context_states.unsqueeze(0), self._input_layernorm_weights, self._rms_norm_eps)
-    kv = torch.bmm(normed, self._kv_weights.transpose(1, 2))
+    if normed.dtype == torch.bfloat16 and takes_over():
+        kv = torch.stack([linear(rows, weight) for rows, weight in zip(normed, self._kv_weights, strict=True)])
+    else:
+        kv = torch.bmm(normed, self._kv_weights.transpose(1, 2))
     if self._kv_biases is not None:
         kv += self._kv_biases[:, None, :]
     keys, values = kv.view(num_layers, num_ctx, 2, num_kv_heads, head_dim).permute(2, 0, 1, 3, 4).contiguous()
+    return keys, values
+
+
+def project_shared_kv(
+    self: Any, context_states: torch.Tensor, num_ctx: int, num_layers: int, num_kv_heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as `project_context_kv` has them, of context states under one norm for all layers."""
+    if self._fused_kv_weight is None or context_states.dtype != torch.bfloat16:
+        kv: tuple[torch.Tensor, torch.Tensor] = type(self)._project_context_kv(
+            self, context_states, num_ctx, num_layers, num_kv_heads, head_dim
+        )
+        return kv
+    normed = torch.empty_like(context_states)
+    ops.rms_norm(normed, context_states, self._hidden_norm_weight, self._rms_norm_eps)
+    flat = linear(normed, self._fused_kv_weight, self._fused_kv_bias)
+    keys, values = flat.view(num_ctx, num_layers, 2, num_kv_heads, head_dim).permute(2, 1, 0, 3, 4).contiguous()
     return keys, values
 
 
@@ -76,3 +100,5 @@ class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: igno
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.model._normalize_context_k = MethodType(normalize_context_k, self.model)
+        if takes_over():
+            self.model._project_context_kv = MethodType(project_shared_kv, self.model)

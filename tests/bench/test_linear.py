@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from laguna_serve.bench.linear import __main__ as command
+from laguna_serve.bench.linear import run as command
 from laguna_serve.bench.linear import timing
 from laguna_serve.bench.linear.result import LinearResult
 from laguna_serve.kernels.linear import linear
@@ -25,13 +25,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads
 
 
-def run(tmp_path: Path, *flags: str) -> int:
+def call(tmp_path: Path, *flags: str) -> int:
     small = ["--shapes", "32x16,8x40", "--rows", "1,5", "--seconds", "0"]
     return command.main([*small, "--out", str(tmp_path / "out"), *flags])
 
 
 def test_run_writes_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path) == 0
+    assert call(tmp_path) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads((tmp_path / "out" / "linear.json").read_text(encoding="utf-8"))
     result = read_result(tmp_path / "out" / "linear.json", LinearResult)
@@ -56,7 +56,7 @@ def test_wrong_result_gets_no_speed(
     fault: Callable[[torch.Tensor, int], torch.Tensor], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "linear", lambda x, weight: fault(linear(x, weight).float(), len(x)).bfloat16())
-    assert run(tmp_path, "--rows", "5") == 1
+    assert call(tmp_path, "--rows", "5") == 1
     result = read_result(tmp_path / "out" / "linear.json", LinearResult)
     assert all(reason in why for why in result.refused)
     assert len(result.refused) == len(result.rows) == 2
@@ -66,14 +66,14 @@ def test_no_compiler_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(timing, "load_library", lambda: None)
-    assert run(tmp_path) == 2
+    assert call(tmp_path) == 2
     assert "expected it to build" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["160", "0x4", "4x", "4X4"])
 def test_what_is_no_shape_is_refused(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(tmp_path, "--shapes", shape)
+        call(tmp_path, "--shapes", shape)
     assert ended.value.code == 2
     assert "like 2048x8192" in capsys.readouterr().err
 

@@ -77,3 +77,42 @@ def test_processors_with_bf16_arithmetic_keep_vllms_own(bf16: bool, monkeypatch:
     monkeypatch.setattr(cpu_linear, "multiplies_bf16", lambda: bf16)
     cpu_linear.accelerate_linear()
     assert (utils.dispatch_cpu_unquantized_gemm is stock) == bf16
+
+
+def make_projection() -> Any:
+    """What a drafter's model holds for its context's keys and values: 2 layers, hidden 32, 1 head of 8."""
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    weights = torch.randn(2, 16, 32).bfloat16()
+    return SimpleNamespace(
+        _input_layernorm_weights=torch.rand(2, 32).bfloat16(),
+        _hidden_norm_weight=torch.rand(32).bfloat16(),
+        _rms_norm_eps=1e-6,
+        _kv_weights=weights,
+        _kv_biases=torch.randn(2, 16).bfloat16(),
+        _fused_kv_weight=weights.flatten(0, 1),
+        _fused_kv_bias=torch.randn(32).bfloat16(),
+    )
+
+
+def test_context_of_a_drafter_takes_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
+    from laguna_serve.plugins.models import dflash_cpu
+
+    model, states = make_projection(), torch.randn(5, 32).bfloat16()
+    calls: list[tuple[int, ...]] = []
+    op = dflash_cpu.linear
+    monkeypatch.setattr(dflash_cpu, "linear", lambda x, *rest: calls.append(tuple(x.shape)) or op(x, *rest))
+    found = {}
+    for ours in (False, True):
+        monkeypatch.setattr(dflash_cpu, "takes_over", lambda ours=ours: ours)
+        found[ours] = dflash_cpu.project_context_kv(model, states, 5, 2, 1, 8)
+    assert calls == [(5, 32), (5, 32)]
+    stock = DFlashQwen3Model._project_context_kv(model, states, 5, 2, 1, 8)
+    shared = dflash_cpu.project_shared_kv(model, states, 5, 2, 1, 8)
+    assert len(calls) == 3
+    for theirs, own in (*zip(found[False], found[True], strict=True), *zip(stock, shared, strict=True)):
+        assert own.shape == theirs.shape == (2, 5, 1, 8)
+        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2)
