@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.compilation import caching
 
+from laguna_serve.plugins.cpu_linear import takes_over
+
 stock_load = torch.compiler.load_compiled_function
 stock_factors = caching.aot_compile_hash_factors
 
@@ -41,9 +43,13 @@ def load(*args: Any, **kwargs: Any) -> Any:
 
 
 def list_factors(*args: Any) -> list[str]:
-    """`caching.aot_compile_hash_factors` and the processor's instruction sets, as far as they may be used."""
+    """`caching.aot_compile_hash_factors`, the processor's instruction sets as far as they may be used, and our op.
+
+    A stored model multiplies with what it was compiled for, whatever a layer would choose now.
+    """
     isa = sorted(torch.cpu.get_capabilities().items())
-    return [*stock_factors(*args), str(isa), str(os.environ.get("ATEN_CPU_CAPABILITY"))]
+    linear = f"laguna_serve::linear: {takes_over()}"
+    return [*stock_factors(*args), str(isa), str(os.environ.get("ATEN_CPU_CAPABILITY")), linear]
 
 
 def release(handler: CPUDNNLGEMMHandler) -> None:

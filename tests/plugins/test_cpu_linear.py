@@ -116,3 +116,15 @@ def test_context_of_a_drafter_takes_the_op(monkeypatch: pytest.MonkeyPatch) -> N
     for theirs, own in (*zip(found[False], found[True], strict=True), *zip(stock, shared, strict=True)):
         assert own.shape == theirs.shape == (2, 5, 1, 8)
         torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_stored_models_with_and_without_the_op_have_unlike_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from laguna_serve.plugins.repairs import compiled_loading
+
+    monkeypatch.setattr(compiled_loading, "stock_factors", lambda *args: ["stock"])
+    names = []
+    for ours in (False, True):
+        monkeypatch.setattr(compiled_loading, "takes_over", lambda ours=ours: ours)
+        names.append(compiled_loading.list_factors(None))
+    assert names[0][0] == "stock"
+    assert names[0] != names[1]
