@@ -30,7 +30,7 @@ def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> 
     if asked != AUTO or stored != BF16 or not known or multiplies_bf16(device.isa):
         return DtypeChoice(asked)
     rates = find_rates()
-    if rates is None or rates.gain <= 1:
+    if rates is None or not rates.prefers_float32:
         return DtypeChoice(asked)
     faster = f"no bfloat16 in this processor, which multiplies float32 {rates.gain:.1f} times as fast"
     if 2 * weight_bytes > MOST_OF_MEMORY * device.total_bytes:

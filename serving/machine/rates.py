@@ -29,6 +29,8 @@ WITHOUT_BF16 = frozenset(
     ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "DEFAULT", "AVX512_CORE", "AVX512_CORE_VNNI")
 )
 ROWS = (1, 8)
+# How many times as fast float32 must be for twice the memory, above what a busy machine's measurement may err by.
+WORTH_IT = 1.1
 TIMEOUT_S = 120.0
 PROBE = """
 import json, sys, time
@@ -84,6 +86,11 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
         return sum((self.kernel or self.bfloat16).values()) / sum(self.float32.values())
 
     @property
+    def prefers_float32(self) -> bool:
+        """Whether float32 is faster by more than a little."""
+        return self.gain > WORTH_IT
+
+    @property
     def kernel_gain(self) -> float | None:
         """Time of torch's bfloat16 ÷ time of the kernel's."""
         return None if self.kernel is None else sum(self.bfloat16.values()) / sum(self.kernel.values())
@@ -132,12 +139,12 @@ def describe_rates(rates: Rates, *, bf16: bool) -> str:
     """What engines multiply with here, as a part of a sentence. `bf16`: the processor has bf16 arithmetic."""
     if bf16:
         return f"bfloat16 in the processor's own arithmetic, {1 / rates.gain:.1f} times as fast as float32"
-    if rates.kernel_gain is not None and rates.gain <= 1:
+    if rates.kernel_gain is not None and not rates.prefers_float32:
         by = f"bfloat16 by laguna_serve::linear ({rates.path})"
         return f"{by}, {rates.kernel_gain:.1f} times as fast as torch's, {1 / rates.gain:.1f} times as float32"
-    if rates.gain > 1:
+    if rates.prefers_float32:
         return f"no bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast"
-    return f"no bfloat16 in this processor; float32 is still {1 / rates.gain:.1f} times slower"
+    return f"no bfloat16 in this processor; float32 is {1 / rates.gain:.1f} times as fast"
 
 
 def list_rates(rates: Rates) -> str:

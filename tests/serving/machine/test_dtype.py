@@ -17,6 +17,9 @@ SLOW = Rates(bfloat16={"1": 0.4, "8": 2.6}, float32={"1": 0.3, "8": 0.3})
 OURS = Rates(bfloat16={"1": 0.4, "8": 2.6}, float32={"1": 0.3, "8": 0.3}, kernel={"1": 0.2, "8": 0.3}, path="avx2")
 
 
+CLOSE = Rates(bfloat16={"1": 0.31, "8": 0.31}, float32={"1": 0.3, "8": 0.3})
+
+
 @pytest.fixture(autouse=True)
 def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*LIMITS, KERNEL_LIMIT):
@@ -60,9 +63,20 @@ def test_what_is_free_at_the_moment_changes_nothing(monkeypatch: pytest.MonkeyPa
         (SLOW, "auto", "bfloat16", replace(HASWELL, isa=())),
         (SLOW, "auto", "bfloat16", replace(HASWELL, kind="gpu")),
         (OURS, "auto", "bfloat16", HASWELL),
+        (CLOSE, "auto", "bfloat16", HASWELL),
         (None, "auto", "bfloat16", HASWELL),
     ],
-    ids=["asked", "asked otherwise", "fp16", "bf16 arithmetic", "unknown", "gpu", "our kernel", "not measured"],
+    ids=[
+        "asked",
+        "asked otherwise",
+        "fp16",
+        "bf16 arithmetic",
+        "unknown",
+        "gpu",
+        "our kernel",
+        "hardly faster",
+        "not measured",
+    ],
 )
 def test_otherwise_it_stays(
     monkeypatch: pytest.MonkeyPatch, rates: Rates | None, asked: str, stored: str, device: Device
