@@ -1,6 +1,6 @@
 """Every published release on every GPU that can be planned for: what runs, with how much context, and why not.
 
-    python bench/release_matrix.py
+    python scripts/release_matrix.py
 
 writes bench/results/release-matrix.json and .md from the releases' configs (tests/fixtures/releases); nothing is
 started, and nothing of this machine enters but the version of the code.  Memory is worked out and not measured.
@@ -30,7 +30,7 @@ from laguna_serve.serving.planning.result import PlanResult, describe_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
-COMMAND = "python bench/release_matrix.py"
+COMMAND = "python scripts/release_matrix.py"
 # Large enough for any release, so that what is refused is refused for its numbers.
 CPU = Device("cpu", "CPU with AVX-512 and AMX, 1 TiB", 1 << 40, 1 << 40, isa=("avx512f", "amx_tile"))
 MOST_RANKS = 8
@@ -82,7 +82,7 @@ class ReleaseMatrix(Struct, frozen=True, kw_only=True, tag_field="schema", tag="
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    config = read_flags(ReleaseMatrixConfig, argv, prog="bench/release_matrix.py", description=__doc__)
+    config = read_flags(ReleaseMatrixConfig, argv, prog="scripts/release_matrix.py", description=__doc__)
 
     def run() -> int:
         matrix = write_matrix(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from laguna_serve.bench.release_matrix import RELEASES, ROOT, format_matrix, list_pairs, make_matrix
+from laguna_serve.scripts.release_matrix import RELEASES, ROOT, format_matrix, list_pairs, make_matrix
 from laguna_serve.serving.kit.results import to_json
 
 RESULTS = ROOT / "bench" / "results"
