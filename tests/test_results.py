@@ -18,9 +18,9 @@ from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rate_check.result import CrosscheckResult
 from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
-from laguna_serve.scripts.release_matrix import ReleaseMatrix
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.sampled.result import SamplingResult
+from laguna_serve.scripts.release_matrix import ReleaseMatrix
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
