@@ -12,6 +12,7 @@ import aiohttp
 
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.logprobs import Probe
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -29,14 +30,15 @@ class ChatClient(Client):
         super().__init__(session, base_url, model_name, max_tokens, sampling)
         self._url = base_url.rstrip("/") + "/v1/chat/completions"
 
-    async def probe(self, prompt: str | Sequence[int], logprobs: int = 2) -> Probe:
+    async def probe(self, prompt: Prompt | str | Sequence[int], logprobs: int = 2) -> Probe:
         """As a raw completion's.
 
         Raises:
             EndpointError: the request failed.
         """
         extra = {"logprobs": True, "top_logprobs": logprobs, "return_tokens_as_token_ids": True}
-        return await self._ask({**self._body, "messages": [{"role": "user", "content": prompt}], **extra}, decode_chat)
+        messages = [{"role": "user", "content": prompt.text if isinstance(prompt, Prompt) else prompt}]
+        return await self._ask(self._url, {**self._body, "messages": messages, **extra}, decode_chat)
 
 
 def decode_chat(answer: JsonObject) -> Probe:
