@@ -7,7 +7,6 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from laguna_serve.bench.harness.arms import ArmSpec
@@ -301,8 +300,9 @@ def find_dtype(config: ArmsConfig) -> str:
     if (settled := settle_arms_dtype(config)) != AUTO:
         return {"half": "float16", "float": "float32"}.get(settled, settled)
     try:
-        declared = json.loads((Path(config.model or "") / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        folder = find_folder(config.model or "")
+        declared = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+    except (CheckpointError, OSError, ValueError):
         return "unknown"
     return str(declared.get("dtype") or declared.get("torch_dtype") or "unknown")
 

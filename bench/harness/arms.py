@@ -11,6 +11,7 @@ from pathlib import Path
 from laguna_serve.serving.client.completions import list_models, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.engine.figures import EngineFigures, read_figures
 from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.machine.memory import EngineMemory, process_memory
 from laguna_serve.serving.planning.launch import check_launches
@@ -59,6 +60,10 @@ class Arm:
     def read_memory(self) -> EngineMemory | None:
         """Memory of the engine's processes now; None for an endpoint that was not started here."""
         return process_memory(self.engine.pids()) if self.engine is not None else None
+
+    def read_figures(self) -> EngineFigures | None:
+        """What an engine started here says of its own memory and dtype; None for an endpoint."""
+        return read_figures(self.engine.log_path) if self.engine is not None else None
 
 
 @contextlib.contextmanager

@@ -42,7 +42,12 @@ from laguna_serve.serving.kit.environment import Environment
 def assemble(
     run: Run, plan: Plan, environment: Environment, *, dtype: str, drafting: bool, prompts_file: str
 ) -> AbResult:
-    """The full result. `dtype`: the models' ("bfloat16", …), which bounds the noise of their logits."""
+    """The full result. `dtype`: the models' ("bfloat16", …), which bounds the noise of their logits.
+
+    What the baseline's engine says of its dtype goes before it: of a hub id, or of a default, nobody else may know.
+    """
+    said = run.arms[BASELINE].figures
+    dtype = (said and said.dtype) or dtype
     refusals = find_refusals(run, plan, drafting)
     withheld = {refusal.figure for refusal in refusals}
     return AbResult(
@@ -130,6 +135,7 @@ def _describe_arm(passes: Sequence[ArmRun], withheld: bool) -> ArmResult:
         tok_per_s=tokens / timed_s if tokens and not withheld else None,
         **_summarise_times([] if withheld else records),
         memory=passes[0].memory,
+        engine=passes[0].figures,
         counters=None if None in deltas else sum_counters([delta for delta in deltas if delta is not None]),
         ended=sum(record.finish_reason == "stop" for record in records),
     )

@@ -101,6 +101,16 @@ def _list_rows(result: AbResult) -> Iterator[list[str]]:
         yield row("engine memory, GiB (PSS)", lambda arm: _show_gib(arm.memory.pss_bytes if arm.memory else None))
     if any(arm.memory and arm.memory.gpu_bytes for arm in arms):
         yield row("engine memory, GiB (GPU)", lambda arm: _show_gib(arm.memory.gpu_bytes if arm.memory else None))
+    for part in ("weights", "kv_cache", "graphs", "peak_activation"):
+        if any(_find_bytes(arm, part) is not None for arm in arms):
+            name = f"{part.replace('_', ' ')}, GiB"
+            yield [name, *(_show_gib(_find_bytes(arm, part)) for arm in arms)]
+
+
+def _find_bytes(arm: ArmResult, part: str) -> int | None:
+    """What the engine says that a part of its memory takes."""
+    found: int | None = getattr(arm.engine, f"{part}_bytes", None)
+    return found
 
 
 def _show_spread(spread: Spread | None) -> str:

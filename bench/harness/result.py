@@ -12,6 +12,7 @@ from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import RequestRecord
+from laguna_serve.serving.engine.figures import EngineFigures
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.memory import EngineMemory
@@ -43,6 +44,8 @@ class ArmResult(Struct, frozen=True, kw_only=True):
         e2e_ms: request sent → last token.
         counters: what vLLM counted meanwhile.
         ended: answers that ended by themselves, before max_tokens.
+        engine: its memory by what it is for, by its own words; `memory` is what its processes hold, on a GPU a reserved
+            share. None for an endpoint that was not started here.
     """
 
     label: str
@@ -60,6 +63,7 @@ class ArmResult(Struct, frozen=True, kw_only=True):
     memory: EngineMemory | None
     counters: Counters | None
     ended: int = 0
+    engine: EngineFigures | None = None
 
 
 class RoundSpeedup(Struct, frozen=True, kw_only=True):

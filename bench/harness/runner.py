@@ -20,6 +20,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.engine.figures import EngineFigures
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.machine.memory import EngineMemory
@@ -38,7 +39,7 @@ class ArmRun:
 
     `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless `cut`: then a
     request that was broken off may be in the counters but not in the records. `forced`: what was counted over the same
-    prompts when answers had to go on past their end.
+    prompts when answers had to go on past their end; `figures`: what the engine says of itself.
     """
 
     label: str
@@ -51,6 +52,7 @@ class ArmRun:
     control: list[Record] = field(default_factory=list)
     probes: dict[str, Probe] = field(default_factory=dict)
     memory: EngineMemory | None = None
+    figures: EngineFigures | None = None
 
     @property
     def records(self) -> dict[str, Record]:
@@ -243,7 +245,7 @@ class Driver:
     async def close_frame(self, cut: bool = False) -> None:
         """Read the memory, and the counters after the timed rounds. `cut`: the rounds were broken off."""
         self._run.cut = cut
-        self._run.memory = self._arm.read_memory()
+        self._run.memory, self._run.figures = self._arm.read_memory(), self._arm.read_figures()
         if self._run.before is not None:
             tokens = sum(len(record.token_ids) for record in self._run.records.values())
             url, settle_s = self._arm.base_url, 0.0 if cut else SETTLE_S

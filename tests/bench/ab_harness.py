@@ -36,7 +36,8 @@ class MockLauncher:
     configs: tuple[EngineConfig, ...] = ()
     started: int = 0
 
-    def __init__(self, config: EngineConfig, **_: Any) -> None:
+    def __init__(self, config: EngineConfig, log_path: Path = Path("none"), **_: Any) -> None:
+        self.log_path = log_path
         self.command, self.model_name = ["vllm", config.model], "fake"
         self._fake = MockEngine(self.choose(config))
         type(self).configs += (config,)
