@@ -191,6 +191,9 @@ async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str
             served = [str(item["id"]) for item in (await response.json())["data"]]
             return [served[0], *served[1:]]
     except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        remedy = "is the engine up?"
+        if isinstance(error, aiohttp.ClientResponseError):
+            remedy = "name the engine's own address: no key is sent"
         raise EndpointError(
-            f"{url}: expected a list of models, got {type(error).__name__}: {error}; is the engine up?"
+            f"{url}: expected a list of models, got {type(error).__name__}: {error}; {remedy}"
         ) from error

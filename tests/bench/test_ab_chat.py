@@ -35,8 +35,13 @@ def test_answers_that_differ_are_examined_through_the_template_too(run_ab: RunAb
 
 
 def test_a_template_that_refuses_is_named(
-    run_ab: RunAb, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_ab: RunAb,
+    prompts_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ab, "check_specs", list)  # which would find out first that no key is sent
     with MockEngine(Settings(key="k")) as engine:
         urls = ["--baseline-url", engine.url, "--candidate-url", engine.url, "--model", "fake"]
         assert ab.main([*urls, *common_flags(prompts_file, tmp_path), "--chat"]) == 2

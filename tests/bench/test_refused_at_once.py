@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mock_engine import MockEngine
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import ab, certify, gamma_sweep, prefix_cache, rollouts, sampling
 from laguna_serve.bench.harness import arms
@@ -176,6 +176,14 @@ def test_folder_of_another_measurement(refuse: Callable[..., str], tmp_path: Pat
 )
 def test_endpoints(refuse: Callable[..., str], command: str, flags: list[str], message: str) -> None:
     assert message in refuse(command, *flags)
+
+
+def test_endpoint_that_asks_for_a_key(refuse: Callable[..., str]) -> None:
+    with MockEngine(Settings(key="k")) as engine:
+        urls = ["--baseline-url", engine.url, "--candidate-url", engine.url]
+        line = refuse("ab", *urls, draft=None)
+    assert "401" in line
+    assert line.endswith("name the engine's own address: no key is sent")
 
 
 @pytest.mark.parametrize("command", ["ab", "certify", "gamma_sweep", "sampling", "rollouts"])
