@@ -103,7 +103,7 @@ def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> Roll
             **structs.asdict(job.work),
             prompts=str(config.prompts),
             prefix_caching=config.prefix_caching,
-            interleaved=not any(point.drift for point in (*points, *versions)),
+            sequential=any(point.drift for point in (*points, *versions)),
         ),
         points=points,
         versions=versions,

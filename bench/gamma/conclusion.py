@@ -49,7 +49,7 @@ def conclude(
             prompts=str(config.prompts),
             num_prompts=config.num_prompts,
             max_tokens=config.max_tokens,
-            interleaved=not any(point.drift for point in measured),
+            sequential=any(point.drift for point in measured),
         ),
         choices=choices,
         schedule=Schedule(schedule),

@@ -31,7 +31,8 @@ def _draw_points(axes: Axes, result: SweepResult) -> None:
         axes.errorbar(gammas, speedups, yerr=spread, fmt="o", color=color, markersize=4.5, capsize=2.5, linewidth=1.1)
         axes.plot(gammas, [p.predicted for p in points], color=color, linewidth=1.4, alpha=0.6)
         beyond = [p for p in points if p.beyond_block]
-        axes.scatter([p.gamma for p in beyond], [p.speedup for p in beyond], s=22, color="white", zorder=3)
+        hollow = axes.scatter([p.gamma for p in beyond], [p.speedup for p in beyond], s=26, zorder=3)
+        hollow.set(facecolors="white", edgecolors=color, linewidths=1.3)
         best = [p for p in points if p.gamma == chosen[concurrency]]
         axes.scatter([p.gamma for p in best], [p.speedup for p in best], s=110, facecolors="none", edgecolors=color)
         label = f"{concurrency} at once\nγ {chosen[concurrency] or '–'}"
@@ -42,5 +43,5 @@ def _draw_points(axes: Axes, result: SweepResult) -> None:
     measure = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
     style_axes(axes, "What γ brings", measure)
     axes.set_xticks(sorted({point.gamma for point in result.points}))
-    hollow = "; hollow: beyond the drafter's block" if any(point.beyond_block for point in result.points) else ""
-    axes.set_xlabel(f"γ, tokens drafted per step{hollow}")
+    beyond = "; hollow: beyond the drafter's block" if any(point.beyond_block for point in result.points) else ""
+    axes.set_xlabel(f"γ, tokens drafted per step{beyond}")

@@ -58,7 +58,7 @@ def render_markdown(result: SweepResult) -> str:
 
 
 def _describe_order(result: SweepResult) -> str:
-    if result.workload.interleaved:
+    if not result.workload.sequential:
         return "both engines up and interleaved"
     return (
         "one engine at a time, plain decoding first and last, with intervals that allow for its drift between the two"

@@ -128,12 +128,12 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
 
 
 class SweepWorkload(Struct, frozen=True, kw_only=True):
-    """The prompts that every point of a sweep was asked; `interleaved`: with both engines up at every point."""
+    """The prompts that every point of a sweep was asked; `sequential`: one engine at a time, at some of them."""
 
     prompts: str
     num_prompts: int
     max_tokens: int
-    interleaved: bool = True
+    sequential: bool = False
 
 
 class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gamma_sweep/1"):

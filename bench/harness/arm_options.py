@@ -163,7 +163,7 @@ class GammaUrl(NamedTuple):
 
 
 def parse_gamma_url(text: str) -> GammaUrl:
-    """`7=http://127.0.0.1:8001`."""
+    """Read an endpoint with its γ, `7=http://127.0.0.1:8001`."""
     gamma, _, url = text.partition("=")
     if not gamma.isdecimal() or not int(gamma) or not url.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"expected γ=URL like 7=http://127.0.0.1:8001, got {text!r}")

@@ -36,7 +36,7 @@ def render_markdown(result: RolloutsResult) -> str:
         f"{result.model}, drafter {result.draft} ({sampling}), γ {result.gamma}; groups of {work.group} completions of"
         f" one prompt ({work.prompts}), {work.max_tokens} tokens each at temperature {work.temperature:g},"
         f" with the log-probability of every token. {work.rounds} rounds per point and arm,"
-        f" {'interleaved; both engines up' if work.interleaved else IN_TURN}, the baseline without the drafter and"
+        f" {IN_TURN if work.sequential else 'interleaved; both engines up'}, the baseline without the drafter and"
         " otherwise the same.",
         "",
         f"A batch is the number of sequences in flight. {DEVICE_SECONDS[result.device]}. Ratios are speculative ÷"

@@ -112,7 +112,7 @@ class RolloutsWorkload(Work, frozen=True, kw_only=True):
 
     prompts: str
     prefix_caching: bool
-    interleaved: bool = True
+    sequential: bool = False
 
 
 class RolloutsResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.rollouts/1"):

@@ -82,7 +82,7 @@ def test_sweep_runs_plain_decoding_first_and_last(sweep: Any, tmp_path: Path) ->
     status, result, started, err = sweep("--gammas", "1,3")
     assert (status, started) == (0, [None, 1, 3, None])
     assert "one engine at a time, the baseline first and last" in err
-    assert result["workload"]["interleaved"] is False
+    assert result["workload"]["sequential"] is True
     for point in read_points(tmp_path).values():
         assert point["speedup"] == pytest.approx(3)
         assert point["drift"]["ratio"] == pytest.approx(1)
@@ -180,7 +180,7 @@ def test_too_little_memory_for_both_goes_in_turn(
     monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a small one", 5 << 30, 5 << 30))
     status, result, started, err = sweep("--gammas", "3", order=order)
     assert (status, started) == (0, expected)
-    assert result["workload"]["interleaved"] is bool(order)
+    assert result["workload"]["sequential"] is not bool(order)
     said = "and a small one has 5.0 GiB for them: one engine at a time, the baseline first and last"
     assert (said in err) is not bool(order)
 
@@ -291,7 +291,7 @@ def test_rollouts_in_turn_say_what_interleaved_ones_say(roll: Any, tmp_path: Pat
     status, result, engines = roll()
     assert status == 1
     assert [config.draft is not None for config in engines.configs] == [False, True, False]
-    assert result["workload"]["interleaved"] is False
+    assert result["workload"]["sequential"] is True
     assert [(p["version"], p["acceptance"]["length"], p["verdict"]) for p in result["versions"]] == [
         (None, 4, PAYS),
         ("v1", 2, INCONCLUSIVE),

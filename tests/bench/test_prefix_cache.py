@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ab_harness import MockLauncher, mock_launchers
+from mock_engine import Settings
 
 from laguna_serve.bench import prefix_cache
 from laguna_serve.bench.harness.prompts import PromptsError
@@ -22,6 +24,7 @@ from laguna_serve.bench.prefix.traffic import GROUP, Comparison, Scenario, join_
 from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import Prompt, Record
+from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import read_result
 
@@ -243,6 +246,37 @@ def test_lost_context_is_caught_on_real_engines(
     assert verdicts["cold against no caching"] == "holds"
     warm = next(c for c in result["comparisons"] if c["name"] == "warm against cold")
     assert warm["differing"] == 0
+
+
+def test_engines_that_were_measured_are_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--num-prompts", "4", "--max-tokens", "8", "--characters", "120", "--out", str(tmp_path / "out")]
+    drafting = Settings(gamma=3, chunk_tokens=3)
+    with mock_launchers(monkeypatch, drafting, drafting) as made:
+
+        def interrupt(_engine: MockLauncher, _config: EngineConfig) -> Settings:
+            if made.started == 2:
+                raise KeyboardInterrupt
+            return drafting
+
+        with monkeypatch.context() as patch:
+            patch.setattr(made, "choose", interrupt)
+            assert prefix_cache.main([*COMMAND, *flags]) == 130
+        partial = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert partial["partial"]
+        prefix_cache.main([*COMMAND, *flags])
+        assert made.started == 5, "two, and the three that were missing"
+        captured = capsys.readouterr()
+        whole = json.loads(captured.out.splitlines()[-1])
+        assert "no caching: continuing, it was measured" in captured.err
+        assert not whole["partial"]
+        assert len(whole["comparisons"]) == 13
+        assert [c for c in whole["comparisons"] if c["name"] in {p["name"] for p in partial["comparisons"]}] == partial[
+            "comparisons"
+        ]
+        assert prefix_cache.main([*COMMAND, *flags, "--seed", "1"]) == 2
+        assert "got another one's" in capsys.readouterr().err
 
 
 def test_interrupted_run_is_partial_and_from_python_silent(
