@@ -106,18 +106,17 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     points = [point for point in read_points(config.points) if point.gamma in gammas]
     if not points:
         raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
+    trained = [point for point in points if not point.beyond_block]
     result = conclude(config, environment, points, failed)
     yield publish(config, result)
     if config.stack:
         gamma = next(choice.gamma for choice in result.choices if choice.concurrency == config.concurrency[0])
-        gamma = gamma or max(point.gamma for point in points if not point.beyond_block)  # γ* is 0: show the most
+        gamma = gamma or max(point.gamma for point in trained or points)  # γ* is plain decoding: show the most
         result = structs.replace(result, stack=measure_ablations(config, gamma, prompts, progress))
         yield publish(config, result)
     if config.mixed:
         schedule = result.schedule.num_speculative_tokens_per_batch_size
-        mixed = compare_schedule(
-            config, find_best_single([point for point in points if not point.beyond_block]), schedule, prompts, progress
-        )
+        mixed = compare_schedule(config, find_best_single(trained) if trained else 0, schedule, prompts, progress)
         yield publish(config, structs.replace(result, mixed=mixed))
 
 

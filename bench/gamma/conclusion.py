@@ -26,7 +26,8 @@ def conclude(
 ) -> SweepResult:
     """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`.
 
-    A γ beyond the drafter's block is not chosen, as `laguna serve` refuses it. Of endpoints nothing is stored.
+    A γ beyond the drafter's block is not chosen, as `laguna serve` refuses it. Nothing is stored of endpoints,
+    nor where no other γ was measured.
     """
     by_concurrency: dict[int, list[Point]] = {}
     trained: dict[int, list[Point]] = {}
@@ -40,7 +41,8 @@ def conclude(
     models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
     schedule = make_schedule(choices)
     advice = Advice(config.model, config.draft, tuple(schedule), environment.date)
-    stored = None if config.by_url else store_advice(advice).name
+    known = not config.by_url and all(trained.values())
+    stored = store_advice(advice).name if known else None
     return SweepResult(
         environment=environment,
         model=config.model,

@@ -43,5 +43,5 @@ def _draw_points(axes: Axes, result: SweepResult) -> None:
     measure = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
     style_axes(axes, "What γ brings", measure)
     axes.set_xticks(sorted({point.gamma for point in result.points}))
-    beyond = "; hollow: beyond the drafter's block" if any(point.beyond_block for point in result.points) else ""
-    axes.set_xlabel(f"γ, tokens drafted per step{beyond}")
+    key = "; hollow: beyond the drafter's block" if any(point.beyond_block for point in result.points) else ""
+    axes.set_xlabel(f"γ, tokens drafted per step{key}")

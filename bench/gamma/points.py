@@ -169,7 +169,13 @@ def join_point(
 def describe_point(
     config: SweepConfig, gamma: int, concurrency: int, result: AbResult, run: Run, rows_ms: float | None
 ) -> MeasuredPoint:
-    """The figures of a point whose A/B withheld none. `rows_ms`: a plain step over as many rows."""
+    """The figures of a point whose A/B withheld none. `rows_ms`: a plain step over as many rows.
+
+    Raises:
+        MeasurementStoppedError: an endpoint is not what it was given as.
+    """
+    if config.by_url:
+        _check_endpoints(gamma, result)
     baseline, candidate = result.arms[BASELINE], result.arms[CANDIDATE]
     assert baseline.chunk_gap_ms is not None
     assert candidate.chunk_gap_ms is not None
@@ -194,6 +200,17 @@ def describe_point(
         beyond_block=config.is_beyond(gamma),
         pairs=list(list_pairs(run).values()),
     )
+
+
+def _check_endpoints(gamma: int, result: AbResult) -> None:
+    """What their counters say of endpoints, of which else nothing is known."""
+    plain, drafted = result.arms[BASELINE].counters, len(result.acceptance.per_position or [])
+    if plain is not None and plain.drafts:
+        expected = "expected plain decoding, got drafts counted; name an engine without a drafter"
+        raise MeasurementStoppedError(f"{result.arms[BASELINE].label}: {expected}")
+    if drafted not in (0, gamma):
+        expected = f"expected drafts of {gamma} tokens, got {drafted} by its counters; give its own γ"
+        raise MeasurementStoppedError(f"{result.arms[CANDIDATE].label}: {expected}")
 
 
 def measure_plan(config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progress: Progress) -> tuple[AbResult, Run]:

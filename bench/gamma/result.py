@@ -140,7 +140,8 @@ class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     """A sweep over γ.
 
     Attributes:
-        stored: the file of the schedule that `laguna serve --gamma auto` finds; None where endpoints were measured.
+        stored: the file of the schedule that `laguna serve --gamma auto` finds; None of endpoints, and
+            where no γ within the drafter's block was measured.
         cost: by concurrency.
         failed: γ → why it is not among the points.
     """

@@ -328,3 +328,39 @@ def test_rollouts_by_url(roll: Any) -> None:
     assert result["gamma"] == 7
     assert result["points"][0]["device_ratio"] is None
     assert result["points"][0]["verdict"] == PAYS
+
+
+@pytest.mark.parametrize(("gamma", "status"), [(3, 0), (5, 2)])
+def test_sweep_by_url(sweep: Any, clock: Clock, tmp_path: Path, gamma: int, status: int) -> None:
+    plain = Settings(clock=clock, delay_s=0.002)
+    with MockEngine(plain) as ours, MockEngine(replace(plain, gamma=3, chunk_tokens=3)) as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", f"{gamma}={theirs.url}", "--model", "fake"]
+        got, result, started, err = sweep(*urls)
+    assert (got, started) == (status, [])
+    if status:
+        assert "no γ could be measured" in err
+        return
+    assert result["stored"] is None
+    assert read_points(tmp_path)[3]["speedup"] == pytest.approx(3)
+    assert read_points(tmp_path)[3]["memory"] == {"baseline": None, "candidate": None}
+
+
+def test_gamma_beyond_the_block_is_measured_marked_and_not_chosen(sweep: Any, tmp_path: Path) -> None:
+    status, result, started, _ = sweep("--gammas", "7,9", "--beyond-block")
+    assert (status, started) == (0, [None, 7, 9, None])
+    points = read_points(tmp_path)
+    assert [points[gamma]["beyond_block"] for gamma in (7, 9)] == [False, True]
+    assert result["choices"][0]["gamma"] == 7
+    page = (tmp_path / "out" / "sweep.md").read_text()
+    assert "| 1 | 9* |" in page
+    assert "* beyond the drafter's block" in page
+
+
+def test_gammas_that_are_all_beyond_the_block_leave_nothing_to_choose(sweep: Any) -> None:
+    status, result, _, _ = sweep("--gammas", "9", "--beyond-block", "--mixed", "--stack", "prefix-caching")
+    assert status == 0
+    assert result["stored"] is None
+    assert [item["gamma"] for item in result["stack"]] == [9]
+    assert result["choices"] == [
+        {"concurrency": 1, "gamma": 0, "reason": "no γ within the drafter's block was measured"}
+    ]
