@@ -152,11 +152,13 @@ def distil(config: DistillConfig) -> DistillResult:
     folder, recipe = require_folder(config.teacher), config.recipe
     work = open_work(config, recipe, folder)
     import torch
-    from transformers import AutoTokenizer, LagunaForCausalLM
+    from transformers import AutoConfig, AutoTokenizer, LagunaForCausalLM
 
     from laguna_serve.scripts.text.rows import read_rows
     from laguna_serve.scripts.training.dense import stages, student, text
 
+    # Refused before the text is read and the weights are.
+    widths = student.choose_widths(AutoConfig.from_pretrained(folder), dict(config.width))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -167,7 +169,6 @@ def distil(config: DistillConfig) -> DistillResult:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     teacher = LagunaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
-    widths = student.choose_widths(teacher.config, dict(config.width))
     sparse = [layer for layer, kind in enumerate(teacher.config.mlp_layer_types) if kind == "sparse"]
 
     started = time.monotonic()

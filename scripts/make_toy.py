@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
 EXAMPLES = """examples:
   python scripts/make_toy.py                         remake tests/toy (under 40 minutes on two cores)
-  python scripts/make_toy.py --out /tmp/toy --smoke  a few steps of everything, to see that it works (3 minutes)
+  python scripts/make_toy.py --out /tmp/toy --smoke  a few steps of everything, to see that it works (2 minutes)
 """
 
 
@@ -69,7 +69,7 @@ class ToyConfig:
     @property
     def recipe(self) -> ToyRecipe:
         """All that decides the outcome: a few steps of everything with `smoke`."""
-        return ToyRecipe(self.seed, 20, 20, 64) if self.smoke else ToyRecipe(self.seed)
+        return ToyRecipe(self.seed, 5, 5, 64) if self.smoke else ToyRecipe(self.seed)
 
     @property
     def work_folder(self) -> Path:

@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Set up, then every test, with those that start a real vLLM engine: two files at a time.
+# Set up, then every test, with those that start a real vLLM engine.
 #
 #   bash scripts/test.sh
+#   bash scripts/test.sh -m fast               # most tests, in a minute and a half
 #   bash scripts/test.sh -m 'not vllm'         # any flag of pytest
 #   bash scripts/test.sh -n 0 -x -k weights    # in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
-bash scripts/client_env.sh evals
-bash scripts/client_env.sh spec_rl
-# Two at a time: a thread that waits for another one must sleep, not spin on the core that it waits for.
+workers=3
+if [[ " $* " == *' -m fast '* ]]; then
+  workers=4  # they wait more than they compute
+else
+  bash scripts/client_env.sh evals
+  bash scripts/client_env.sh spec_rl
+fi
+# More at a time than cores: a thread that waits for another one must sleep, not spin on the core that it waits for.
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-# By file, as a file's tests share what they start; in the order of collection, as the longest come early.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
+# By file, as a file's tests share what they start; in the order of collection, as the longest come first
+# (tests/conftest.py).
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=25 "$@"

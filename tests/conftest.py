@@ -10,7 +10,21 @@ from warm import start_engines_warm
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 
+# Tests that are not fast, from those that take longest.
+RANKS = ("vllm", "slow", "gpu")
 TOY = Path(__file__).resolve().parent / "toy"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is neither slow nor in need of vLLM or a GPU, before -m chooses; files that take long come first."""
+    longest: dict[Path, int] = {}
+    for item in items:
+        rank = next((rank for rank, name in enumerate(RANKS) if item.get_closest_marker(name)), len(RANKS))
+        if rank == len(RANKS):
+            item.add_marker("fast")
+        longest[item.path] = min(rank, longest.get(item.path, rank))
+    items.sort(key=lambda item: longest[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)

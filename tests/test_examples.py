@@ -25,6 +25,7 @@ def list_examples() -> list[object]:
     return [pytest.param(name, marks=marks[name], id=name) for name in EXAMPLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_examples())
 def test_example_runs(name: str) -> None:
     command = [sys.executable, f"examples/{name}.py"]

@@ -61,6 +61,7 @@ def test_docstrings_say_something() -> None:
     assert short == [], f"fewer than {FEWEST_WORDS} words: say what it returns, in which unit, when; or leave it out"
 
 
+@pytest.mark.slow
 def test_strings_have_the_fields_words() -> None:
     assert [f"{path}:{found}" for path, tree in list_trees() for found in find_house_words(tree)] == []
 
@@ -72,6 +73,7 @@ def test_pages_have_the_fields_words() -> None:
     assert [f"{path.relative_to(ROOT)}: {line}" for path, line in lines if HOUSE_WORDS.search(line)] == []
 
 
+@pytest.mark.slow
 def test_exceptions_are_still_there() -> None:
     constants = (node for _, tree in list_trees() for node in ast.walk(tree) if isinstance(node, ast.Constant))
     assert set(PUBLISHED) <= {node.value for node in constants if isinstance(node.value, str)}

@@ -50,6 +50,7 @@ def test_an_engine_that_dies_leaves_its_cause_and_what_was_measured(
     assert result["arms"]["baseline"]["tok_per_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_was_measured(prompts_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     with ExitStack() as stack:

@@ -30,39 +30,44 @@ FLAGS = [
 SHARED = ("baseline*", "again*", "row-matched*")
 
 # A plugin of vLLM's that plants a defect in engines with a trained drafter; the row-matched control's is left alone.
+# It does so when the sampler is made, in whatever other plugins have made of it by then.
 PLANT = """
 from vllm.v1.sample import rejection_sampler
 
 
 def register():
-    judge, prepare = rejection_sampler.rejection_sample, rejection_sampler.RejectionSampler.forward
     make = rejection_sampler.RejectionSampler.__init__
-    state = {"planted": False, "seen": 0}
 
     def note(self, sampler, spec_config=None, *more, **named):
         make(self, sampler, spec_config, *more, **named)
-        state["planted"] = spec_config is not None and "random-drafter" not in spec_config.model
+        if spec_config is not None and "random-drafter" not in spec_config.model:
+            plant(self)
 
     rejection_sampler.RejectionSampler.__init__ = note
-    DEFECT
+
+
+DEFECT
 """
 # Draft i is held against what the target says of position i + 1, and so is what is reported of it.
 OFF_BY_ONE = """
-    def verify(self, metadata, draft_probs, logits, sampling_metadata):
-        if state["planted"]:
-            metadata.target_logits_indices = metadata.target_logits_indices + 1
-        return prepare(self, metadata, draft_probs, logits, sampling_metadata)
+def plant(sampler):
+    forward = sampler.forward
 
-    rejection_sampler.RejectionSampler.forward = verify
+    def verify(metadata, *more, **named):
+        metadata.target_logits_indices = metadata.target_logits_indices + 1
+        return forward(metadata, *more, **named)
+
+    sampler.forward = verify
 """
 # Every 40th drafted token is accepted whatever the target says.
 NOT_THE_ARGMAX = """
+def plant(sampler):
+    judge, seen = rejection_sampler.rejection_sample, iter(range(1, 1 << 30))
+
     def accept(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named):
-        if state["planted"]:
-            for row, token in enumerate(draft_token_ids.tolist()):
-                state["seen"] += 1
-                if state["seen"] % 40 == 0:
-                    target_logits[row, token] = target_logits[row].max() + 1
+        for row, token in enumerate(draft_token_ids.tolist()):
+            if next(seen) % 40 == 0:
+                target_logits[row, token] = target_logits[row].max() + 1
         return judge(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named)
 
     rejection_sampler.rejection_sample = accept
@@ -112,7 +117,7 @@ def test_one_weight_off_is_a_defect(sound: tuple[Path, dict[str, Any]], tmp_path
 def test_off_by_one_position_is_a_defect(
     sound: tuple[Path, dict[str, Any]], tmp_path: Path, plant: Callable[[str], None]
 ) -> None:
-    plant(PLANT.replace("    DEFECT\n", OFF_BY_ONE))
+    plant(PLANT.replace("DEFECT\n", OFF_BY_ONE))
     status, result = certify_like(sound, tmp_path / "out")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("differ beyond rounding" in reason for reason in result["reasons"])
@@ -123,7 +128,7 @@ def test_off_by_one_position_is_a_defect(
 def test_accepted_token_that_was_not_the_argmax_is_a_defect(
     sound: tuple[Path, dict[str, Any]], tmp_path: Path, plant: Callable[[str], None]
 ) -> None:
-    plant(PLANT.replace("    DEFECT\n", NOT_THE_ARGMAX))
+    plant(PLANT.replace("DEFECT\n", NOT_THE_ARGMAX))
     status, result = certify_like(sound, tmp_path / "out", "--no-replay")
     assert (status, result["verdict"]) == (1, "defect")
     assert any("own log-probabilities do not put first" in reason for reason in result["reasons"])

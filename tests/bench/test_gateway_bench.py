@@ -11,6 +11,8 @@ import pytest
 from laguna_serve.bench import gateway
 from laguna_serve.serving.kit.results import read_result
 
+pytestmark = pytest.mark.slow
+
 SIZE = ["--streams", "1,3", "--requests", "3", "--rounds", "2", "--chunks", "5", "--gap-ms", "1"]
 
 

@@ -26,6 +26,7 @@ def run(tmp_path: Path, *flags: str) -> int:
     return moe.main([*SMALL, *small, "--out", str(tmp_path / "out"), *flags])
 
 
+@pytest.mark.slow
 def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--routing", "uniform,skewed") == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -42,6 +43,7 @@ def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.Captur
     assert "÷ vLLM (95%)" in (tmp_path / "out" / "moe.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype_runs_without_vllm(dtype: str, tmp_path: Path) -> None:
     assert run(tmp_path, "--no-vllm", "--dtype", dtype) == 0
@@ -49,6 +51,7 @@ def test_every_dtype_runs_without_vllm(dtype: str, tmp_path: Path) -> None:
     assert all(row["ratio"] is None for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -135,6 +138,7 @@ def test_bad_flag_is_refused(flags: list[str], tmp_path: Path) -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 def test_interrupted_run_keeps_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +158,7 @@ def test_interrupted_run_keeps_its_rows(
     assert len(result["rows"]) == 2
 
 
+@pytest.mark.slow
 def test_kernels_are_timed_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = moe.MoeConfig(
         device="cpu",

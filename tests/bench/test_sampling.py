@@ -68,6 +68,7 @@ def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     return run_sampling
 
 
+@pytest.mark.slow
 def test_sound_arms_do_not_differ(engines: type[GammaEngine], run: Any, tmp_path: Path) -> None:
     status, result, output = run()
     assert status == 0
@@ -80,6 +81,7 @@ def test_sound_arms_do_not_differ(engines: type[GammaEngine], run: Any, tmp_path
     assert len(engines.seeds) == 3  # everything was there
 
 
+@pytest.mark.slow
 def test_sharpened_arm_is_found(engines: type[GammaEngine], run: Any) -> None:
     engines.by_gamma = {3: Settings(sharpen=0.3)}
     status, result, output = run()
@@ -92,6 +94,7 @@ def test_sharpened_arm_is_found(engines: type[GammaEngine], run: Any) -> None:
     assert "another distribution" in output
 
 
+@pytest.mark.slow
 def test_engine_that_dies_keeps_the_other_arms(engines: type[GammaEngine], run: Any) -> None:
     engines.by_gamma = {3: Settings(die_after=2)}
     status, _, output = run()
@@ -151,6 +154,7 @@ def test_real_engines_sound_and_biased(
     assert [row["differs"] for row in result["comparisons"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_sampling_from_python(
     engines: type[GammaEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

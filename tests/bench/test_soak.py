@@ -15,6 +15,7 @@ from laguna_serve.serving.kit.results import read_result
 ERROR = b'data: {"error": {"code": 502}}\n\n'
 
 
+@pytest.mark.slow
 def test_short_soak_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert soak.main(["--requests", "4000", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -64,6 +65,7 @@ def test_size_must_make_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--requests: expected at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_soak_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = soak.soak(soak.SoakConfig(requests=100, streams=8, out=tmp_path))
     assert sum(result.requests.values()) == 100

@@ -62,6 +62,7 @@ def test_sharpening_moves_towards_the_likeliest() -> None:
     assert sharpen(completions, 0.0, rng) == completions
 
 
+@pytest.mark.slow
 def test_power_grows_with_the_share_and_is_the_level_without_one() -> None:
     rng = np.random.default_rng(0)
     pool = draw(rng, 4, 300)

@@ -40,6 +40,7 @@ def count_runs(folder: Path) -> int:
     return len((folder / "runs").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_library_is_built_once(fake_compiler: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         made = set(pool.map(lambda _: building.build(), range(4)))

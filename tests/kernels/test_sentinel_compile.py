@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 from laguna_serve.kernels.sentinel_moe import decode, prefill
 from laguna_serve.kernels.sentinel_moe.configs import ANY_DECODE, ANY_PREFILL, DECODE, PREFILL
 
+pytestmark = pytest.mark.slow
+
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = 227 * 1024

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from laguna_serve.scripts.release_matrix import RELEASES, ROOT, format_matrix, list_pairs, make_matrix
 from laguna_serve.serving.kit.results import to_json
 
 RESULTS = ROOT / "bench" / "results"
 
 
+@pytest.mark.slow
 def test_committed_matrix_is_current() -> None:
     matrix = make_matrix(RELEASES)
     assert json.loads((RESULTS / "release-matrix.json").read_text(encoding="utf-8")) == json.loads(

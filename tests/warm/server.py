@@ -108,6 +108,7 @@ def run(target: str, arguments: list[Any]) -> object:
         sys.path[0] = os.path.dirname(target)
         sys.argv[0] = target
         return runpy.run_path(target, run_name="__main__")
+    sys.path[0] = os.getcwd()  # as of `python -m`
     module, _, function = target.partition(":")
     if function:
         return getattr(importlib.import_module(module), function)(*arguments)

@@ -178,6 +178,7 @@ def test_bad_input_is_refused(flags: list[str], message: str, capsys: pytest.Cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_endpoint_that_is_down_is_told(run: Run, tmp_path: Path) -> None:
     with answering(solve) as server:
         pass

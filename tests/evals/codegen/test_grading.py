@@ -268,6 +268,7 @@ while True:
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", HANGS.values(), ids=HANGS)
 def test_program_that_hangs_runs_out_of_time(program: str) -> None:
     assert grade(ADD, program, make_limits(cpu_s=1, wall_s=2)).status == "timeout"

@@ -143,6 +143,7 @@ def test_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_safely("def add(a, b):\n    return 2\n", ADD, "chat").defines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["import time\ntime.sleep(999)", "while True: pass", "x = bytearray(1 << 40)"])
 def test_reader_that_stalls_or_grows_is_ended(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     # In the place of a text that does this to CPython's parser, of which none is known in this version.
@@ -174,6 +175,7 @@ NASTY = {
 }
 
 
+@pytest.mark.slow
 @needs_walls
 @pytest.mark.parametrize("code", NASTY.values(), ids=NASTY)
 def test_program_that_hurts_a_parser_is_graded_all_the_same(code: str) -> None:

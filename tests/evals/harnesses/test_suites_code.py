@@ -42,6 +42,7 @@ def list_rows(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]
     return {(row["suite"], row["metric"]): next(iter(row["cells"].values())) for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_suites_name_their_prompt_form_and_thinking(run: Any, tmp_path: Path) -> None:
     reply = f"```python\n{VOWELS}```"
     status, result, seen, _ = run("humaneval,humaneval-plus", lambda _: reply, "--chat", "--thinking", "off")
@@ -68,6 +69,7 @@ def test_suites_name_their_prompt_form_and_thinking(run: Any, tmp_path: Path) ->
     assert seen[0]["max_tokens"] == 2048  # half of the context
 
 
+@pytest.mark.slow
 def test_mbpp_is_asked_in_the_split_and_by_the_prompt_that_the_name_says(run: Any) -> None:
     bodies: list[Mapping[str, Any]] = []
 
@@ -95,6 +97,7 @@ def test_mbpp_is_asked_in_the_split_and_by_the_prompt_that_the_name_says(run: An
     assert "mbpp-bigcode, raw" in output
 
 
+@pytest.mark.slow
 def test_cruxeval_takes_a_prompt_beside_its_data(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data" / "cruxeval"
     folder.mkdir(parents=True)

@@ -173,6 +173,7 @@ def test_same_command_continues(run: Run, save: Callable[..., Path], tmp_path: P
     assert len(journal.read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_good_order(run: Run, save: Callable[..., Path], tmp_path: Path) -> None:
     array, journal = save("a.npy", np.full((3000, 3), 5)), tmp_path / "out" / "rows.jsonl"
     with MockEngine(scoring()) as fake:

@@ -143,6 +143,7 @@ def test_engine_that_dies_keeps_what_was_measured(engines: type[MockLossEngine],
     assert engines.started.count("ranked-10pct") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tools")
 def test_another_measurements_folder_is_refused(engines: type[MockLossEngine], run: Run) -> None:
     assert run()[0] == 0
@@ -179,6 +180,7 @@ def test_tool_that_fails_is_quoted_in_one_line(tmp_path: Path) -> None:
         run_script("scripts.toy_text", "--out", tmp_path / "none" / "t.jsonl")
 
 
+@pytest.mark.slow
 def test_tools_make_the_models(
     engines: type[MockLossEngine], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_prompt_ends_in_a_docstring_and_calls_are_asserted(problem: Problem) -> 
     assert 6 <= sum(isinstance(node, ast.Assert) for node in check.body) <= 18
 
 
+@pytest.mark.slow
 @needs_walls
 def test_canonical_solutions_pass_in_the_sandbox() -> None:
     with ThreadPoolExecutor(2) as pool:
@@ -63,6 +64,7 @@ def test_canonical_solutions_pass_in_the_sandbox() -> None:
     assert [(p.task_id, g.status, g.detail) for p, g in zip(PROBLEMS, grades, strict=True) if not g.passed] == []
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_are_true(probed: dict[str, dict[str, Any]]) -> None:
     assert [name for name, row in probed.items() if not row["examples"]] == []
     assert [name for name, row in probed.items() if row["false_examples"]] == []

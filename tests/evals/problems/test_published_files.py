@@ -176,6 +176,7 @@ def test_arguments_are_what_mbpp_plus_means(problem: Any, program: str, publishe
     assert grade(problem, program, LIMITS).published is published
 
 
+@pytest.mark.slow
 @needs_walls
 def test_universal_wrong_answers_are_tried_on_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base inputs sort most of them out; what passes those is tried on all."""

@@ -12,7 +12,7 @@ from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals.codegen.grading import Grade, grade
 
-pytestmark = needs_walls
+pytestmark = [needs_walls, pytest.mark.slow]
 
 # Of all pairs of a program and a form; cheat_matrix.py tries all of them.
 EVERY = 9

@@ -81,6 +81,7 @@ def list_successes(found: dict[str, Any], kind: str) -> list[str]:
     return escaped + [text for text in found["damage"] if text.startswith(kind)]
 
 
+@pytest.mark.slow
 @each_case
 def test_files_are_out_of_reach(user: str, walls: str) -> None:
     assert list_successes(attack(user, walls), "files") == []
@@ -169,6 +170,7 @@ def check_canonical(user: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, sys.executable, *CODE_TASKS, *flags], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_command_takes_the_walls_that_a_container_leaves() -> None:
     if not find_version():
         pytest.skip("this kernel has no Landlock")
@@ -177,6 +179,7 @@ def test_command_takes_the_walls_that_a_container_leaves() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["walls"] == "landlock"
 
 
+@pytest.mark.slow
 def test_command_gives_no_figures_without_walls() -> None:
     done = check_canonical("old-container-user")
     assert (done.returncode, done.stdout) == (2, "")

@@ -66,6 +66,7 @@ def _stopped() -> Iterator[None]:
     assert list_servers() == []
 
 
+@pytest.mark.slow
 def test_servers_are_started_once() -> None:
     grade(ADD, ADD.prompt + "    return a + b\n", LIMITS)
     first = {server.pid for server in list_servers()}
@@ -155,6 +156,7 @@ run_trial(problem, "import time\\ntime.sleep(1000)\\n", Limits(wall_s=1000.0, cp
 """
 
 
+@pytest.mark.slow
 def test_servers_and_forks_end_with_a_host_that_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", HOST, LIMITS.walls], stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
@@ -186,6 +188,7 @@ assert all(ok) and passes()
 """
 
 
+@pytest.mark.slow
 def test_fork_of_the_host_has_servers_of_its_own() -> None:
     command = [sys.executable, "-c", FORKED_HOST, LIMITS.walls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -226,6 +229,7 @@ def test_servers_are_out_of_the_terminals_reach() -> None:
     assert os.getsid(0) not in {os.getsid(server.pid) for server in list_servers()}
 
 
+@pytest.mark.slow
 def test_time_runs_from_when_both_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
     real = servers.Server.__init__
 

@@ -111,6 +111,7 @@ def programs() -> dict[str, Grade]:
         return dict(zip(PROGRAMS, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_hostile_program_ends_and_does_not_pass(programs: dict[str, Grade], name: str) -> None:
     found = programs[name]

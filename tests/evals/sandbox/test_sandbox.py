@@ -106,6 +106,7 @@ def blown() -> dict[str, Grade]:
         return dict(zip(BOMBS, pool.map(lambda program: grade(ADD, program, SHORT), programs), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb_ends_in_its_jail(blown: dict[str, Grade], name: str) -> None:
     found = blown[name]
@@ -125,6 +126,7 @@ RETURNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", RETURNS.values(), ids=RETURNS)
 def test_monstrous_value_is_a_failure(value: str) -> None:
     problem = make_problem("assert list(candidate()) == [1]")

@@ -69,6 +69,7 @@ def show(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(VALUES)
 def test_any_value_comes_back_as_it_was(value: Any) -> None:
@@ -176,6 +177,7 @@ TAGS = st.sampled_from(
 NODES = st.lists(st.one_of(st.tuples(TAGS, JUNK, st.lists(JUNK, max_size=4)).map(list), JUNK), max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(NODES, JUNK)
 def test_forged_nodes_are_refused_and_never_raise_anything_else(nodes: Any, item: Any) -> None:

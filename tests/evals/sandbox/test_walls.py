@@ -117,6 +117,7 @@ def test_installed_packages_are_there_when_asked_for(walls: Walls) -> None:
     assert not grade(PLUS, program, limits).passed
 
 
+@pytest.mark.slow
 @each_wall
 def test_wrong_programs_and_their_ends_are_told_apart(walls: Walls) -> None:
     limits = make_limits(walls)

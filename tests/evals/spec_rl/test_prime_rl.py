@@ -41,6 +41,7 @@ def run(home: Path, proxy: str, *arguments: str, config: Path = CONFIG) -> list[
     return [episode["traces"][0] for episode in episodes]
 
 
+@pytest.mark.slow
 @needs_verifiers
 @needs_walls
 def test_env_server_gives_the_rewards_of_the_command(tmp_path: Path) -> None:

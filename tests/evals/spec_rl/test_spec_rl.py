@@ -85,6 +85,7 @@ def test_shipped_problems_are_on_both_sides() -> None:
     assert len(train) > 2 * len(held_out)
 
 
+@pytest.mark.slow
 @needs_verifiers
 def test_problems_that_ask_for_a_value_stay_such(tmp_path: Path) -> None:
     cruxeval = Path(__file__).resolve().parents[1] / "published" / "cruxeval" / "cruxeval.jsonl"
@@ -99,6 +100,7 @@ def test_problems_that_ask_for_a_value_stay_such(tmp_path: Path) -> None:
     assert kinds == [{"value"}, {"function"}]
 
 
+@pytest.mark.slow
 @needs_verifiers
 def test_environment_loads_by_name(tmp_path: Path) -> None:
     small, large = (str(write_problems(tmp_path / f"{count}.jsonl", count)) for count in (12, 30))
@@ -135,6 +137,7 @@ def test_environment_loads_by_name(tmp_path: Path) -> None:
         assert message in found["error"], item
 
 
+@pytest.mark.slow
 @needs_verifiers
 @needs_walls
 def test_command_reports_the_rewards(tmp_path: Path) -> None:
@@ -172,6 +175,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @needs_verifiers
 def test_no_walls_no_rewards(tmp_path: Path) -> None:
     with MockVllm() as server:

@@ -224,6 +224,7 @@ def test_verify_finds_a_changed_weight(tmp_path: Path, capsys: pytest.CaptureFix
         assert ("model.morn.weight" if damage == "name" else name) in result["verify"]["difference"]
 
 
+@pytest.mark.slow
 def test_laguna_hands_the_command_to_the_tool(tmp_path: Path) -> None:
     laguna = [sys.executable, "-m", "laguna_serve.serving.cli", "compact"]
     shown = subprocess.run([*laguna, "--help"], capture_output=True, text=True, check=False)

@@ -61,6 +61,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--zeroed"]], ids=["compact", "zeroed"])
 def test_peak_memory_is_at_most_two_shards(large: Path, tmp_path: Path, mode: list[str]) -> None:
     if not Path("/proc/self/clear_refs").exists():
@@ -76,6 +77,7 @@ def test_peak_memory_is_at_most_two_shards(large: Path, tmp_path: Path, mode: li
         assert peak <= 2 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_stopped_and_continued(large: Path, tmp_path: Path, sent: signal.Signals) -> None:
     out = tmp_path / "out"
@@ -165,6 +167,7 @@ def test_full_disk_leaves_finished_files(
     assert compact.main([*command, "--verify"]) == 0
 
 
+@pytest.mark.slow
 def test_file_size_limit_is_a_full_disk(large: Path, tmp_path: Path) -> None:
     """The real thing: the kernel refuses in the middle of a file."""
     limit = 24 * MIB

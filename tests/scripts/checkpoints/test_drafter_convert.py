@@ -242,6 +242,7 @@ def test_vllm_proposes_the_same_in_both_formats(tmp_path: Path, capsys: pytest.C
     assert sum(a == b for a, b in pairs) >= 0.97 * len(pairs), "fp32 leaves hardly a tie"
 
 
+@pytest.mark.slow
 def test_command_line() -> None:
     laguna = [sys.executable, "-m", "laguna_serve.serving.cli", "drafter"]
     done = subprocess.run([*laguna, "convert", "--help"], capture_output=True, text=True, check=True)

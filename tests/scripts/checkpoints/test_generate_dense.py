@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from laguna_serve.plugins.padding import scan_layers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 DENSE = ROOT / "tests" / "toy" / "dense"
 

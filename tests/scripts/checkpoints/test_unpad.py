@@ -257,6 +257,7 @@ def test_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     """Through `laguna`, and ended by a signal like any other program."""
     command = [sys.executable, "-m", "laguna_serve.serving.cli"]

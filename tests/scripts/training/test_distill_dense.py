@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LagunaForCausalLM
 
+from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense import stages, student, text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +55,7 @@ def test_committed_student_is_padded_and_as_good_as_its_report_says() -> None:
     assert {f"layer {layer}" for layer in range(1, 6)} < report["logs"]["stage1"][0].keys()
 
 
+@pytest.mark.slow
 def test_student_begins_as_the_teachers_most_used_experts(teacher: Any, tokenizer: Any) -> None:
     recipe = stages.Recipe(seed=0, stage1_steps=1, stage2_steps=1, rows=2, length=64)
     training = text.read_text("toy:training", tokenizer, 64)
@@ -177,13 +179,22 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
         (["--rows", "0"], "--rows: expected at least 1, got 0"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
-    done = run("--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *flags)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+def test_bad_input_is_one_line(
+    tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "use_deterministic_algorithms", lambda *_given, **_named: None)
+            status = distill_dense.main([str(TOY / "teacher"), *where, *flags])
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_student_is_not_distilled_again(tmp_path: Path) -> None:
     command = [*COMMAND[:2], str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -191,9 +202,15 @@ def test_student_is_not_distilled_again(tmp_path: Path) -> None:
     assert "expected a mixture of experts, got dense layers alone" in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     """Stopped in stage 1 after a state was saved; the blocks at the end are those of a run in one go."""
-    cut = [*SHORT, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
+    prompts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()]
+    turns = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": prompt}] for prompt in prompts]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    short = [*SHORT, "--text", str(TOY / "prompts.jsonl"), "--chats", str(chats)]
+    cut = [*short, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
     with subprocess.Popen([*COMMAND, *cut], stderr=subprocess.PIPE, text=True) as first:
         deadline = time.monotonic() + 600
         while not (tmp_path / "cut.work" / "stage1.state").exists():
@@ -207,7 +224,7 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     resumed = run(*cut)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert "stage 1: resuming at step 200 of 220" in resumed.stderr
-    whole = run(*SHORT, "--work", str(tmp_path / "whole.work"), "--out", str(tmp_path / "whole"))
+    whole = run(*short, "--work", str(tmp_path / "whole.work"), "--out", str(tmp_path / "whole"))
     assert whole.returncode == 0
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
@@ -217,6 +234,6 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for value in result["measured"]["after_stage2"].values())
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {"stage1_nmse.png", "stage2_kl.png", "distillation.json", "MANIFEST.json", "config.json"} <= names
-    other = run(*SHORT, "--seed", "1", "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "other"))
+    other = run(*short, "--seed", "1", "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "other"))
     assert other.returncode == 2
     assert "got another run's; pass --fresh or --work" in other.stderr

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
 RESULT = ROOT / "bench" / "results" / "toy-pruning-loss"
@@ -24,6 +26,7 @@ def test_committed_curve_was_measured_with_the_committed_masks() -> None:
         assert result["unpruned"] < point["ranked"] < min(point["random"])
 
 
+@pytest.mark.slow
 def test_script_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "pruning_curve.py"), str(TOY / "teacher")]
     flags = ["--masks", str(TOY / "masks"), "--tokens", "384", "--seeds", "2", "--out", str(tmp_path)]

@@ -171,6 +171,7 @@ def test_committed_masks_fit_the_teacher_and_their_manifest() -> None:
             assert mask.any(-1).all()
 
 
+@pytest.mark.slow
 def test_somebody_elses_scores_are_grouped_and_ranked(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).random((5, 16, 128)).astype(np.float32)
     np.save(tmp_path / "theirs.npy", scores)

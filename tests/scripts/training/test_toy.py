@@ -119,6 +119,7 @@ def test_launcher_finds_that_it_can() -> None:
         assert release.missing_tokens == ()
 
 
+@pytest.mark.slow
 def test_marks_take_the_ids_of_bytes_that_no_text_holds() -> None:
     """So naming them changes the ids of no text, and the weights stay what they are."""
     alphabet = dict(zip(tokenizer_source.UNUSED_BYTES, tokenizer_source.MARKS, strict=True))

@@ -68,6 +68,7 @@ def try_plan(model: str, draft: str | None, chat: ChatOptions | None = None) -> 
         return [str(error)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "draft", "changed"), CASES)
 def test_no_config_leads_to_more_than_a_line(model: str, draft: str | None, changed: str, tmp_path: Path) -> None:
     place = Path(shutil.copytree(folder(changed), tmp_path / changed))

@@ -88,6 +88,7 @@ def test_command_line_starts_without_the_stack() -> None:
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     done = subprocess.run([*LAGUNA, name, "--help"], capture_output=True, text=True, timeout=60, check=False)
@@ -100,6 +101,7 @@ def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert default_log_path(8001) == tmp_path / "laguna-serve" / "serve-8001.log"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_serve_runs_until_told_to_end(fake_vllm: Path, target: Path, tmp_path: Path, number: signal.Signals) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would stay
@@ -125,6 +127,7 @@ def ask_ready(url: str) -> int:
         connection.close()
 
 
+@pytest.mark.slow
 def test_serve_puts_the_gateway_in_front(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with serving(target, tmp_path) as server:
         url = read_url(server)
@@ -152,6 +155,7 @@ def test_serve_refuses_a_taken_port_before_an_engine_starts(fake_vllm: Path, tar
     assert not fake_vllm.exists()
 
 
+@pytest.mark.slow
 def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with serving(target, tmp_path, "--no-restart") as server:
         connection = http.client.HTTPConnection(read_url(server).removeprefix("http://"), timeout=5)
@@ -166,6 +170,7 @@ def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_pat
     wait_until_gone(read_pids(fake_vllm, 3), timeout_s=0)
 
 
+@pytest.mark.slow
 def test_serve_interrupted_at_start_leaves_nothing(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_launcher_killed_during_start_leaves_nothing(
     wait_until_gone(members)
 
 
+@pytest.mark.slow
 def test_killed_supervisor_leaves_nothing(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with start(target, tmp_path) as engine:
         members = read_pids(fake_vllm, MEMBERS)
@@ -151,6 +152,7 @@ def test_death_while_serving_is_told_by_check(fake_vllm: Path, target: Path, tmp
             check_until_dead(engine)
 
 
+@pytest.mark.slow
 def test_silent_engine_times_out(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def test_answer_whose_head_comes_after_an_update_names_both() -> None:
         assert waiting.result(5).header("x-weight-version") == "default, 7"
 
 
+@pytest.mark.slow
 def test_engine_that_comes_back_with_old_weights_is_fenced() -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
         update(front)

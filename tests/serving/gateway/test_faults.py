@@ -232,6 +232,7 @@ def test_engine_that_fails_connections_is_tried_elsewhere_within_a_budget() -> N
         front.wait_idle()
 
 
+@pytest.mark.slow
 def test_burst_of_connections() -> None:
     """As many as this machine lets one process have, up to 10,000: both ends are here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

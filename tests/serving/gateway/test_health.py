@@ -56,6 +56,7 @@ def find_engine(front: Gateway, index: int = 0) -> Engine:
     return engine
 
 
+@pytest.mark.slow
 def test_last_engine_is_never_given_up_for_silence() -> None:
     with Clinic() as clinic, front_of(clinic) as front:
         clinic.state = "late"
@@ -68,6 +69,7 @@ def test_last_engine_is_never_given_up_for_silence() -> None:
         wait_until(lambda: find_engine(front).healthy is True)
 
 
+@pytest.mark.slow
 def test_silent_engine_is_passed_over_where_there_is_another() -> None:
     with Clinic() as silent, Clinic() as well, front_of(silent, well) as front:
         silent.state = "late"
@@ -78,6 +80,7 @@ def test_silent_engine_is_passed_over_where_there_is_another() -> None:
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(12)} == {"a", "b"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["503 Service Unavailable", "404 Not Found", "late"])
 def test_one_miss_is_none(state: str) -> None:
     with Clinic() as clinic, front_of(clinic, failures=1000) as front:
@@ -88,6 +91,7 @@ def test_one_miss_is_none(state: str) -> None:
         wait_until(lambda: find_engine(front).misses == 0)
 
 
+@pytest.mark.slow
 def test_engine_that_says_that_it_is_unwell_is_given_up_after_several_misses() -> None:
     with Clinic() as clinic, front_of(clinic) as front:
         clinic.state = "500 Internal Server Error"
@@ -96,6 +100,7 @@ def test_engine_that_says_that_it_is_unwell_is_given_up_after_several_misses() -
         assert front.ask("/ready").status == 503
 
 
+@pytest.mark.slow
 def test_refused_connection_counts_at_once_and_coming_back_too() -> None:
     clinic = Clinic().__enter__()
     with front_of(clinic, failures=1000) as front:
@@ -118,6 +123,7 @@ def test_refused_connection_counts_at_once_and_coming_back_too() -> None:
                     wait_until(lambda: engine.healthy is True)
 
 
+@pytest.mark.slow
 def test_slow_health_under_load_is_no_outage() -> None:
     """While answers come from an engine, a late health check is no miss."""
     more = asyncio.Event()
@@ -140,6 +146,7 @@ def test_slow_health_under_load_is_no_outage() -> None:
         wait_until(lambda: find_engine(front).healthy is False)
 
 
+@pytest.mark.slow
 def test_slow_engine_holds_up_no_other_check() -> None:
     with Clinic() as slow, Clinic() as quick:
         health = {"interval_s": 0.05, "timeout_s": 60.0, "path": "/alive"}

@@ -118,6 +118,7 @@ def test_silence_counts_from_the_first_byte_of_the_body(waits: Waits, begun: boo
     on_a_kept_connection(steps)
 
 
+@pytest.mark.slow
 def test_silence_of_one_answer_is_not_counted_for_the_next() -> None:
     """The timer is kept with the connection: it comes due in the middle of a later answer."""
 

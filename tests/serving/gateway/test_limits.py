@@ -57,6 +57,7 @@ def write(path: Path, url: str, max_in_flight: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_process_raises_its_limit_of_open_files(tmp_path: Path) -> None:
     with Upstream() as engine, process(write(tmp_path / "g.toml", engine.url, 8), (256, 4096)) as (server, port):
         assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (4096, 4096)

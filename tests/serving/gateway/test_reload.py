@@ -62,6 +62,7 @@ def test_fault_is_found_by_check_and_at_the_start(
     assert "sk-secret" not in told[0]
 
 
+@pytest.mark.slow
 def test_reload_with_a_fault_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "gateway.toml"
     with Upstream() as engine:

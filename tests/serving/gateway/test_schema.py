@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import schemathesis
 from gateway_engine import RlEngine
 from gateway_fakes import gateway
 from hypothesis import HealthCheck, given, settings
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -109,6 +109,7 @@ def test_trailers_are_no_headers_of_any_request(name: str) -> None:
             assert not {b"x-checksum", b"x-evil", b"authorization"} & headers.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [b"2;x=", b"2\r\n{}\r\n0\r\nx-long: "], ids=["extension", "trailer"])
 def test_padding_without_end_is_refused(start: bytes) -> None:
     with Upstream() as engine, gateway(engine, server={"max_head_bytes": 4096}) as front, front.connect() as client:

@@ -188,6 +188,7 @@ def secure_engine(certificate: tuple[str, str]) -> Iterator[Upstream]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_certificate_of_an_engine_is_checked(certificate: tuple[str, str]) -> None:
     with secure_engine(certificate) as engine:
         with gateway(engine, upstream={"tls_ca_file": certificate[0]}) as front:

@@ -50,6 +50,7 @@ def test_libraries_held_to_less_do_not_have_it(name: str, value: str, monkeypatc
     assert not multiplies_bf16(["avx2", "avx512f", "avx512_bf16"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [True, False])
 def test_real_probe_times_every_case(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if held:

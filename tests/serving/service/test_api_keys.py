@@ -57,6 +57,7 @@ def test_the_gateway_is_given_digests() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["flag", "file", "environment"])
 @pytest.mark.parametrize("bare", [False, True], ids=["gateway", "bare"])
 def test_keys_are_asked_for_and_seen_nowhere(
@@ -83,6 +84,7 @@ def test_keys_are_asked_for_and_seen_nowhere(
     assert KEY not in out + err + (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_an_open_door_is_told_once(fake_vllm: Path, target: Path, tmp_path: Path, host: str, keyed: bool) -> None:

@@ -139,6 +139,7 @@ def read_line(server: Any, mark: str) -> str:
     raise AssertionError(f"expected {mark!r}")
 
 
+@pytest.mark.slow
 def test_sighup_reads_the_file_again(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     """Before and after a restart of the engine, whose address is not in the file."""
     file = tmp_path / "gateway.toml"

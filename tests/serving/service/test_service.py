@@ -22,6 +22,8 @@ from laguna_serve.serving.engine import find_port
 from laguna_serve.serving.engine.keeper import RestartPolicy
 from laguna_serve.serving.service import service
 
+pytestmark = pytest.mark.slow
+
 COMPLETIONS = "/v1/completions"
 # The main process, its child, the orphan in a session of its own, and the core.
 MEMBERS = 4
