@@ -15,6 +15,8 @@ else
   bash scripts/client_env.sh evals
   bash scripts/client_env.sh spec_rl
 fi
+# The many short programs that tests start compile what they import once, not each time.
+unset PYTHONDONTWRITEBYTECODE
 # More at a time than cores: a thread that waits for another one must sleep, not spin on the core that it waits for.
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
 # By file, as a file's tests share what they start; in the order of collection, as the longest come first
