@@ -45,6 +45,7 @@ constexpr int ROWS = 4;                       // rows of x in a tile, at most
 constexpr int64_t GROUP = 32;                 // rows of w whose outputs are narrowed together
 constexpr int64_t CHUNK = 256;                // rows of x whose widened form is held at once
 constexpr int64_t BLOCK_BYTES = 128 << 10;    // weights that stay in the cache for all rows of a chunk
+constexpr int64_t FETCH_AHEAD = 4096;         // weights, at least: the time to memory at full bandwidth
 constexpr int64_t MIN_WORK = 1 << 16;         // multiplications under which another thread costs more than it does
 enum Status { OK = 0, NO_MEMORY = 1 };
 
@@ -182,12 +183,12 @@ inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride,
   add_lanes<WIDTH * M>(sums, out);
 }
 
-// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: rows further on is what is
-// read after these; 0: the tiles follow each other.
+// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: so many rows further on is
+// what is read after these; 0: the tiles follow each other.
 template <int M>
 void run_rows(const Problem& p, const float* wide, int64_t first, int64_t last, int64_t next, uint16_t* y) {
   constexpr int WIDTH = M == 1 ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
-  const int64_t ahead = (next > 0 ? next : WIDTH) * p.w_stride;
+  const int64_t ahead = next > 0 ? next * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = wide + m * p.padded();
   float out[GROUP * M];
