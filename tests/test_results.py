@@ -14,6 +14,7 @@ from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.bench.linear.result import LinearResult
 from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rate_check.result import CrosscheckResult
@@ -33,6 +34,7 @@ TYPES: tuple[type[msgspec.Struct], ...] = (
     CrosscheckResult,
     FuzzResult,
     GatewayBenchResult,
+    LinearResult,
     MoeResult,
     PrefixCacheResult,
     ReleaseMatrix,
