@@ -56,6 +56,8 @@ inline float exponential(float x) {
   return p * scale;
 }
 
+inline float weigh(float weight, float gate, float up) { return weight * (gate / (1.0f + exponential(-gate))) * up; }
+
 template <int N>
 struct Int {
   static constexpr int value = N;
@@ -85,9 +87,9 @@ struct Steps {
   static constexpr int UNROLLED = STEP < LINE ? LINE : STEP;       // a whole line, so that it is asked for once
   static constexpr bool MANY = Ops::REGISTERS >= 32;
   static constexpr int TOKENS = 6;                                 // tokens of a tile of `activate`
-  static constexpr int rows_for(int tokens) { return MANY ? (tokens <= 2 ? 4 : 2) : (tokens <= 2 ? 2 : 1); }
+  static constexpr int ROWS = MANY ? 2 : 1;                        // atoms of a tile of `activate`
   static constexpr int ROW_TOKENS = MANY ? 4 : 2;                  // tokens of a tile of `add_rows`
-  static constexpr int group_for(int tokens) { return Ops::ATOM_STEP * (MANY ? (tokens <= 2 ? 8 : 4) : (tokens == 1 ? 8 : 4)); }
+  static constexpr int group_for(int tokens) { return MANY || tokens == 1 ? 8 : 4; }  // atoms of one
   static constexpr int COLUMN_TOKENS = MANY ? 12 : 6;              // tokens of a tile of `add_columns`
 
   static const T* weights(const void* p) { return static_cast<const T*>(p); }
@@ -113,7 +115,8 @@ struct Steps {
     if constexpr (PARTS == 2) dot_part<M, R, REST, 1>(x, gate, up, H, h, sums);
   }
 
-  // FETCH: the rows of the next tile are asked for on the way.
+  // FETCH: the rows of the next tile are asked for on the way, into the second-level cache: they are a page or more
+  // ahead, and would push this tile out of the first.
   template <int M, int R, bool FETCH>
   static void dot_tile(const T* const* x, const T* gate, const T* up, int64_t H, const T* next_gate, const T* next_up, float* gates, float* ups) {
     Vec sums[2 * R][M] = {};
@@ -122,8 +125,8 @@ struct Steps {
       if constexpr (FETCH) {
         for (int r = 0; r < R; ++r) {
           for (int i = 0; i < UNROLLED; i += LINE) {
-            __builtin_prefetch(next_gate + r * H + h + i, 0, 3);
-            __builtin_prefetch(next_up + r * H + h + i, 0, 3);
+            __builtin_prefetch(next_gate + r * H + h + i, 0, 2);
+            __builtin_prefetch(next_up + r * H + h + i, 0, 2);
           }
         }
       }
@@ -143,7 +146,7 @@ struct Steps {
 
   template <int M, bool FETCH>
   static void activate_tile(const Block& block, int64_t token, int64_t atom) {
-    constexpr int R = rows_for(M);
+    constexpr int R = ROWS;
     const T* x[M];
     for (int m = 0; m < M; ++m) x[m] = static_cast<const T*>(block.inputs[token + m]);
     float gates[M * ATOMS], ups[M * ATOMS];
@@ -159,8 +162,7 @@ struct Steps {
       const float weight = block.weights[token + m];
       float values[ATOMS];
       for (int a = 0; a < ATOMS; ++a) {
-        const float gate = gates[m * ATOMS + a];
-        values[a] = weight * (gate / (1.0f + exponential(-gate))) * ups[m * ATOMS + a];
+        values[a] = weigh(weight, gates[m * ATOMS + a], ups[m * ATOMS + a]);
       }
       for (int a = 0; a < ATOMS; ++a) act[a] = Ops::round(values[a]);
     }
@@ -209,7 +211,7 @@ struct Steps {
     for (; h + UNROLLED <= H; h += UNROLLED) {
       if constexpr (FETCH) {
         for (int g = 0; g < G; ++g) {
-          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(row + (G + g) * H + h + i, 0, 3);
+          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(row + (G + g) * H + h + i, 0, 2);
         }
       }
       for (int i = 0; i < UNROLLED; i += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h + i);

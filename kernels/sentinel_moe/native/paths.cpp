@@ -9,13 +9,15 @@
 PATH(sentinel_avx512bf16)
 PATH(sentinel_avx512)
 PATH(sentinel_avx2)
+PATH(sentinel_neonbf16)
+PATH(sentinel_neon)
 PATH(sentinel_portable)
 
 namespace sentinel {
 
 namespace {
 
-const Path* const PATHS[] = {&sentinel_avx512bf16, &sentinel_avx512, &sentinel_avx2, &sentinel_portable};
+const Path* const PATHS[] = {&sentinel_avx512bf16, &sentinel_avx512, &sentinel_avx2, &sentinel_neonbf16, &sentinel_neon, &sentinel_portable};
 
 }  // namespace
 

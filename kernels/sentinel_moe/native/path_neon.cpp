@@ -1,0 +1,17 @@
+// ARM's Advanced SIMD, which every 64-bit ARM has.  Thirty-two registers of four floats.
+
+#if defined(__aarch64__)
+
+#include "neon.hpp"
+
+namespace {
+
+bool is_supported() { return true; }
+
+}  // namespace
+
+extern const sentinel::Kernels sentinel_neon_f32 = Steps<PlainOps<Neon, F32>>::table;
+extern const sentinel::Kernels sentinel_neon_f16 = Steps<PlainOps<Neon, F16>>::table;
+extern const sentinel::Path sentinel_neon = {"neon", "a 64-bit ARM", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &Steps<PlainOps<Neon, BF16>>::table}};
+
+#endif

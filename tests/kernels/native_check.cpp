@@ -1,0 +1,133 @@
+// The kernels without torch, for processors that are emulated: every path that runs here, against fp64, and row bits.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "driver.hpp"
+
+using namespace sentinel;
+
+namespace {
+
+void run_in_turn(int64_t count, void (*work)(int64_t, int64_t, void*), void* state) {
+  for (int64_t i = 0; i < count; ++i) work(i, i + 1, state);
+}
+
+float widen(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Values of few bits, exact in every dtype: of fp16 and bf16 those whose bits end in zeros.
+struct Values {
+  DType dtype;
+  std::vector<char> bytes;
+  std::vector<double> exact;
+};
+
+Values draw(DType dtype, int64_t count, std::mt19937* random) {
+  Values values{dtype, std::vector<char>(count * (dtype == F32 ? 4 : 2)), std::vector<double>(count)};
+  for (int64_t i = 0; i < count; ++i) {
+    const int steps = static_cast<int>((*random)() % 63) - 31;
+    const float value = static_cast<float>(steps) / 64;
+    values.exact[i] = value;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (dtype == F16) half = steps == 0 ? 0 : static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 13 & 0x3ffff) - (112u << 10)));
+    if (dtype == F32) std::memcpy(&values.bytes[i * 4], &value, 4);
+    else std::memcpy(&values.bytes[i * 2], &half, 2);
+  }
+  return values;
+}
+
+double read(const char* p, DType dtype) {
+  float value;
+  uint16_t half;
+  std::memcpy(&value, p, dtype == F32 ? 4 : 2);
+  std::memcpy(&half, p, 2);
+  if (dtype == F32) std::memcpy(&value, p, 4);
+  if (dtype == BF16) value = widen(half);
+  if (dtype == F16) value = static_cast<float>((half & 0x8000 ? -1 : 1) * ((half >> 10 & 31) ? std::ldexp(1024 + (half & 1023), (half >> 10 & 31) - 25) : std::ldexp(half & 1023, -24)));
+  return value;
+}
+
+int failures = 0;
+
+void check(const Path& path, DType dtype, int64_t T, int64_t H, int64_t B, int64_t threads) {
+  std::mt19937 random(static_cast<unsigned>(T * 31 + H + B));
+  const int64_t E = 5, k = 2, size = dtype == F32 ? 4 : 2;
+  const std::vector<int32_t> start = {0, 2, 3, 3, 6, 7};
+  const int64_t n = start.back();
+  const Values x = draw(dtype, T * H, &random), w13 = draw(dtype, n * 2 * B * H, &random), w2 = draw(dtype, n * B * H, &random);
+  std::vector<float> weights(T * k);
+  std::vector<int32_t> ids(T * k);
+  for (int64_t i = 0; i < T * k; ++i) {
+    weights[i] = static_cast<float>(random() % 16 + 1) / 16;
+    ids[i] = static_cast<int32_t>(random() % 6) - 1;
+  }
+  std::vector<char> out(T * H * size, 127), row(H * size);
+  Call call{dtype, T, H, k, E, B, n, x.bytes.data(), weights.data(), ids.data(), w13.bytes.data(), w2.bytes.data(), start.data(), out.data()};
+  if (run(call, path, {threads, run_in_turn}).status != OK) ++failures;
+  double off = 0, whole = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    std::vector<double> sums(H, 0.0);
+    for (int64_t j = 0; j < k; ++j) {
+      const int32_t e = ids[t * k + j];
+      for (int64_t atom = e < 0 ? 0 : start[e] * B; atom < (e < 0 ? 0 : start[e + 1] * B); ++atom) {
+        double gate = 0, up = 0;
+        for (int64_t h = 0; h < H; ++h) {
+          gate += x.exact[t * H + h] * w13.exact[(atom / B * 2 * B + atom % B) * H + h];
+          up += x.exact[t * H + h] * w13.exact[(atom / B * 2 * B + B + atom % B) * H + h];
+        }
+        const double act = weights[t * k + j] * gate / (1 + std::exp(-gate)) * up;
+        for (int64_t h = 0; h < H; ++h) sums[h] += act * w2.exact[atom * H + h];
+      }
+    }
+    for (int64_t h = 0; h < H; ++h) {
+      const double difference = read(&out[(t * H + h) * size], dtype) - sums[h];
+      off += difference * difference;
+      whole += sums[h] * sums[h];
+    }
+    Call alone = call;
+    alone.T = 1;
+    alone.x = &x.bytes[t * H * size];
+    alone.weights = &weights[t * k];
+    alone.ids = &ids[t * k];
+    alone.out = row.data();
+    run(alone, path, {1, run_in_turn});
+    if (std::memcmp(row.data(), &out[t * H * size], H * size) != 0) {
+      std::printf("%s dtype %d T %d: row %d differs alone\n", path.name, dtype, static_cast<int>(T), static_cast<int>(t));
+      ++failures;
+    }
+  }
+  const double limits[] = {2e-6, 1e-3, 6e-3}, error = std::sqrt(off / (whole > 0 ? whole : 1));
+  if (!(error < limits[dtype])) {
+    std::printf("%s dtype %d T %d H %d B %d: error %g\n", path.name, dtype, static_cast<int>(T), static_cast<int>(H), static_cast<int>(B), error);
+    ++failures;
+  }
+}
+
+}  // namespace
+
+int main() {
+  visit_paths(
+      [](const Path& path, void*) {
+        if (!path.is_supported()) return;
+        for (const DType dtype : {F32, F16, BF16}) {
+          for (const int64_t T : {1, 2, 5, 9, 17, 40}) {
+            check(path, dtype, T, 16, 16, 1);
+            check(path, dtype, T, 80, 48, 3);
+            check(path, dtype, T, 272, 64, 2);
+          }
+        }
+        std::printf("%s\n", path.name);
+      },
+      nullptr);
+  return failures == 0 ? 0 : 1;
+}
