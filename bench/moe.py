@@ -2,11 +2,12 @@
 
 A row is a number of tokens, a share of pruned blocks and a routing.  Its bytes are the kept blocks of the experts that
 the batch chose, each once, with inputs and output; the floor is these bytes at the bandwidth that a large copy reached
-in the same run (on a CPU: the better of a copy and a sum, as the op mostly reads).  Every call has a routing of its
+in the same run, on a CPU the time of reading the same blocks, in turn with the calls.  Every call has a routing of its
 own, so that the experts of one are not in the cache for the next, and both kernels are interleaved on the same
 batches.  A row whose result is wrong, or whose rows depend on their batch for up to 16 tokens, gets no speed.
 
-On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed.
+On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed.  LAGUNA_SENTINEL_PATH
+forces one of the kernel's paths on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from msgspec import structs
 
-from laguna_serve.bench.moe_layer.layers import Shape, measure_bandwidth
+from laguna_serve.bench.moe_layer.layers import Shape, find_path, measure_bandwidth
 from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.report import render_markdown, render_text, summarise
 from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
@@ -108,6 +109,7 @@ def describe(config: MoeConfig, shape: Shape) -> LayerSettings:
         topk=shape.topk,
         dtype=config.dtype,
         seed=config.seed,
+        path=find_path(shape),
     )
 
 

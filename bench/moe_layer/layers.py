@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laguna_serve.kernels.sentinel_moe import sentinel_moe, sentinel_moe_reference
+from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe, sentinel_moe_reference
 from laguna_serve.plugins.pruning import rank_groups
 
 # ‖out − reference‖ ÷ ‖reference‖: the rounding of the activations and of the result, see tests/kernels.
@@ -131,6 +131,22 @@ def run_kernel(layer: Layer, batch: Batch, shape: Shape) -> torch.Tensor:
         layer.block_start,
         max_blocks_per_expert=shape.intermediate // shape.block,
     )
+
+
+def find_path(shape: Shape) -> str | None:
+    """Which instructions the kernel uses on a CPU."""
+    return cpu.describe() if shape.device.type == "cpu" else None
+
+
+def read_blocks(layer: Layer, batch: Batch) -> None:
+    """Read what the kernel would, and compute nothing; where the kernel is plain torch, what it would as one sum."""
+    tensors = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
+    if cpu.load() is not None:
+        torch.ops.laguna_serve.sentinel_moe_read.default(*tensors)
+        return
+    for blocks in (layer.w13_blocks, layer.w2_blocks):
+        share = len(batch.ids.unique()) / (len(layer.block_start) - 1)
+        blocks.view(torch.int32).flatten()[: int(share * blocks.numel() * blocks.itemsize // 4)].sum()
 
 
 def bytes_read(layer: Layer, batch: Batch, shape: Shape) -> int:

@@ -18,14 +18,17 @@ class MoeConfig:
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Flag("default: the GPU, if there is one", group="what to time")
     ] = "auto"
-    tokens: Annotated[tuple[int, ...], Flag("default: 1,2,4,8,16,64,256", metavar="LIST", at_least=1)] = (
+    tokens: Annotated[tuple[int, ...], Flag("default: 1,2,4,8,16,17,32,64,256,1024", metavar="LIST", at_least=1)] = (
         1,
         2,
         4,
         8,
         16,
+        17,
+        32,
         64,
         256,
+        1024,
     )
     pruning: Annotated[
         tuple[float, ...], Flag("shares of pruned blocks (default: 0,0.1,0.25,0.4)", metavar="LIST", at_least=0)

@@ -43,7 +43,7 @@ def _draw_times(axes: Axes, rows: list[MoeRow], kind: str) -> None:
         axes.plot(tokens, [us for _, us, _ in timed], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
         axes.plot(tokens, [floor for _, _, floor in timed], ls=":", lw=1.2, color=shade)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs per layer")
-    _style(axes, rows, f"Time, {kind} routing", "dotted: the bytes at the floor's bandwidth")
+    _style(axes, rows, f"Time, {kind} routing", "dotted: the floor, reading the same bytes")
     axes.legend(frameon=False, fontsize=8.5)
 
 

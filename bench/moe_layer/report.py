@@ -12,10 +12,11 @@ def render_text(result: MoeResult) -> str:
     """What was timed where, and a row for each setting."""
     settings, bandwidth = result.settings, result.bandwidth_gb_s
     read = f", read {bandwidth['read']:.1f}" if "read" in bandwidth else ""
+    path = f" ({settings.path})" if settings.path else ""
     lines = [
         f"MoE layer: {settings.experts} experts × {settings.intermediate}, hidden {settings.hidden},"
         f" top-{settings.topk}, blocks of {settings.block}, {settings.dtype}",
-        f"device {settings.device}, {settings.threads} threads; GB/s: copy {bandwidth['copy']:.1f}{read}",
+        f"device {settings.device}{path}, {settings.threads} threads; GB/s: copy {bandwidth['copy']:.1f}{read}",
         f"vLLM: {result.stock}",
         "",
         Table("l" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),

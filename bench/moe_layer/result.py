@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 
 class LayerSettings(Struct, frozen=True, kw_only=True):
-    """The layer, and where it ran: `device` is a GPU's name or "cpu"."""
+    """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's kernel used."""
 
     device: str
     threads: int
@@ -21,13 +21,16 @@ class LayerSettings(Struct, frozen=True, kw_only=True):
     topk: int
     dtype: str
     seed: int
+    path: str | None = None
 
 
 class MoeRow(Struct, frozen=True, kw_only=True):
     """One number of tokens, share of pruned blocks and routing.
 
     Attributes:
-        us: median of a call; `us_p10_p90`: its deciles; `floor_us`: its `bytes` at the floor's bandwidth.
+        us: median of a call; `us_p10_p90`: its deciles.
+        floor_us: on a CPU the median time of reading the same bytes, in turn with the calls, and `percent_of_floor` the
+            median ratio of the two; on a GPU, and in older files, its `bytes` at the floor's bandwidth.
         error: against the reference, relative; None where it is not finite.
         refused: why there is no time; then the others are unset.
         ratio: time ÷ that of vLLM's kernel (`stock_us`), None where that was not measured.

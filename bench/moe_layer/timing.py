@@ -49,9 +49,10 @@ class Subject:
 
 @dataclass(slots=True)
 class Seconds:
-    """Of every timed call, by kernel as `Subject.list_kernels` has them; and what the batches were."""
+    """Of every timed call, by kernel as `Subject.list_kernels` has them, of reading the same; what the batches were."""
 
     of: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    reads: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     distinct: list[int] = field(default_factory=list)
 
@@ -118,13 +119,20 @@ def measure_row(subject: Subject, router: Router, blank: MoeRow, repeats: int | 
 
 
 def _time_calls(subject: Subject, router: Router, tokens: int, repeats: int) -> Seconds:
-    """Single calls, each of both kernels on a batch of its own."""
+    """Single calls, each of both kernels on a batch of its own, and of reading its blocks."""
     seconds = Seconds()
     kernels = subject.list_kernels()
-    for repeat in range(repeats + 1):
-        batch = router.draw(tokens)
-        calls = [lambda kernel=kernel, batch=batch: kernel(0, batch) for kernel in kernels]
-        _time_round(subject, calls, [batch], repeat, seconds)
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            batch = router.draw(tokens)
+            calls = [lambda kernel=kernel, batch=batch: kernel(0, batch) for kernel in kernels]
+            _time_round(subject, calls, [batch], repeat, seconds)
+            read_s = layers.time_calls(
+                lambda batch=batch: layers.read_blocks(subject.layers[0], batch),  # type: ignore[misc]
+                subject.shape.device,
+            )
+            if repeat > 0:
+                seconds.reads.append(read_s)
     return seconds
 
 
@@ -180,6 +188,10 @@ def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
         ratio=None,
         ratio_ci95=None,
     )
+    if seconds.reads:
+        shares = [100 * read / kernel for read, kernel in zip(seconds.reads, kernel_s, strict=True)]
+        floor_us = statistics.median(seconds.reads) * 1e6
+        timed = structs.replace(timed, floor_us=floor_us, percent_of_floor=statistics.median(shares))
     if not stock_s:
         return timed
     pairs = [RoundPair(1, stock, 1, kernel) for kernel, stock in zip(kernel_s, stock_s, strict=True)]

@@ -34,9 +34,11 @@ def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.Captur
     assert last == stored
     assert stored["schema"] == "laguna_serve.moe/1"
     assert stored["refused"] == []
+    assert stored["settings"]["path"] in {path.name for path in moe_layers.cpu.load().paths}
     assert len(stored["rows"]) == 8
     for row in stored["rows"]:
         assert row["us"] > 0
+        assert row["floor_us"] > 0
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert row["ratio_ci95"][0] <= row["ratio"] <= row["ratio_ci95"][1]
     assert (tmp_path / "out" / "moe.png").stat().st_size > 10_000

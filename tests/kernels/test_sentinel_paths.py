@@ -47,7 +47,7 @@ def in_fp64(inputs: Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE])
 def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str) -> None:
     H, B, widths, k = (SHAPES | WIDE)[shape]
-    for T in (0, 1, 2, 7, 17, 40, 300):
+    for T in (0, 1, 7, 17, 70):
         inputs = make_inputs(T, H, B, widths, k, dtype)
         out = sentinel_moe(*inputs)
         assert out.dtype == dtype
@@ -84,8 +84,8 @@ def test_routing(routing: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("T", [2, 4, 16, 20, 70])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("T", [4, 40])
 def test_one_tokens_nan_stays_its_own(T: int, value: float, dtype: torch.dtype, path: str) -> None:
     inputs = make_inputs(T, *ROUTING_SHAPE, 2, dtype)
     clean = sentinel_moe(*inputs)
