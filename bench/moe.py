@@ -6,8 +6,8 @@ in the same run, on a CPU the time of reading the same blocks, in turn with the 
 own, so that the experts of one are not in the cache for the next, and both kernels are interleaved on the same
 batches.  A row whose result is wrong, or whose rows depend on their batch for up to 16 tokens, gets no speed.
 
-On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed.  LAGUNA_SENTINEL_PATH
-forces one of the kernel's paths on a CPU.
+On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed, of the path that
+LAGUNA_SENTINEL_PATH names or else the best.
 """
 
 from __future__ import annotations

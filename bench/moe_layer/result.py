@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 
 class LayerSettings(Struct, frozen=True, kw_only=True):
-    """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's kernel used."""
+    """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's op used."""
 
     device: str
     threads: int

@@ -81,7 +81,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process that vLLM starts sees (probe.py). `checked_vllm`: the first and last version that ours is for."""
+    """What a process that vLLM starts sees (probe.py).
+
+    Attributes:
+        checked_vllm: the first and last version that ours is for.
+        cpu_kernels: the instructions that the experts' kernels use on this CPU; None on a GPU.
+    """
 
     python: str
     executable: str
@@ -92,6 +97,7 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     entry_point: EntryPoint
     register_error: str | None
     architectures: dict[str, Architecture]
+    cpu_kernels: str | None = None
 
 
 class DoctorResult(ProbeReport, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.doctor/1"):
@@ -265,6 +271,8 @@ def format_result(result: DoctorResult) -> str:
         rows.append(("device", f"{device.kind}, {device.name}, {free}"))
     if result.rates is not None:
         rows.append(("arithmetic", describe_rates(result.rates, bf16=multiplies_bf16())))
+    if result.cpu_kernels is not None:
+        rows.append(("expert kernels", result.cpu_kernels))
     rows.append(("entry point", result.entry_point.value or "missing"))
     rows += [(name, classes.actual or "does not load") for name, classes in result.architectures.items()]
     width = max(len(name) for name, _ in rows)

