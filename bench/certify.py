@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,14 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import structs
 
+from laguna_serve.bench.certificate import check
+from laguna_serve.bench.certificate.check import CheckConfig, check_certificate, render_check
+from laguna_serve.bench.certificate.locating import DEFAULT_ROWS
 from laguna_serve.bench.certificate.report import render_html, render_markdown, render_text
 from laguna_serve.bench.certificate.result import Certificate, shorten
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.runner import REFERENCE, Job, run_job
+from laguna_serve.bench.certificate.subject import find_gamma, find_identity
 from laguna_serve.bench.certificate.verdict import DEFECT, ROW_MATCHED
 from laguna_serve.bench.harness.arm_options import (
     ENGINE_FLAGS,
@@ -40,7 +45,7 @@ from laguna_serve.serving.kit.environment import Environment, OtherLoad, current
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.results import to_json, write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 from laguna_serve.serving.speculation.drafting import format_speculation, open_drafter, resolve_gamma
 
@@ -59,6 +64,8 @@ examples:
   another checkpoint, or servers that already run (vLLM, without prefix caching):
     python bench/certify.py --model M --candidate-model N --prompts FILE --out DIR
     python bench/certify.py --baseline-url U --candidate-url U --reference-url U --prompts FILE --out DIR
+  does a certificate apply to this machine? (0 yes, 1 no: what differs, 2 cannot be told; its flags: --check --help)
+    python bench/certify.py --check out/certificate/certificate.json
 
 exit status:
   0    certified: identical, or different only where rounding decides a tie
@@ -89,6 +96,13 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
     row_matched_url: Annotated[str | None, Flag("an endpoint that is that control", metavar="U")] = None
     replay: Annotated[bool, Flag("leave the third path out: in float32 it takes twice a 16-bit model's memory")] = True
     reference_url: Annotated[str | None, Flag("an endpoint of the exact model, for the replay", metavar="U")] = None
+    locate: Annotated[
+        bool | None,
+        Flag(
+            "name the first operation that differs between one row and γ + 1 rows (default: where something differs)",
+            either_way=True,
+        ),
+    ] = None
     out: Annotated[Path, Flag("folder for the certificate", metavar="DIR")]
 
     QUICK: ClassVar = Quick(
@@ -98,6 +112,9 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--check" for argument in argv):
+        return _check(argv)
     config, always_json = read_flags_and_json(
         CertifyConfig, argv, prog="bench/certify.py", description=__doc__, epilog=EXAMPLES
     )
@@ -110,6 +127,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("certify.py", run, measures=True, interrupted=CONTINUES)
 
 
+def _check(argv: Sequence[str]) -> int:
+    """The command line with `--check`."""
+    config, always_json = read_flags_and_json(
+        CheckConfig, argv, prog="bench/certify.py --check", description=check.__doc__, epilog=check.EXAMPLES
+    )
+
+    def run() -> int:
+        found = check_certificate(config, read_environment(current_argv()))
+        print_result(render_check(found), to_json(found), None, always_json=always_json)
+        return found.status
+
+    return run_command("certify.py", run)
+
+
 def certify(config: CertifyConfig, environment: Environment | None = None) -> Certificate:
     """Make the passes that are missing in `config.out`, judge them, and write the certificate there.
 
@@ -120,9 +151,10 @@ def certify(config: CertifyConfig, environment: Environment | None = None) -> Ce
     environment = environment or read_environment(current_argv())
     job = make_job(config, environment)
     load = OtherLoad()
+    identity = find_identity(config, job.specs, environment)
     certificate = run_job(job, environment, Progress())
     measured = structs.replace(environment, other_load=load.find_share())
-    certificate = structs.replace(certificate, environment=measured)
+    certificate = structs.replace(certificate, environment=measured, identity=identity)
     write_result(job.out / "certificate.json", certificate)
     write_text(job.out / "certificate.md", render_markdown(certificate))
     write_text(job.out / "certificate.html", render_html(certificate))
@@ -183,6 +215,8 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         dtype=find_dtype(config),
         seed=config.seed,
         out=out,
+        rows=(find_gamma(config) or DEFAULT_ROWS - 1) + 1,
+        locate=config.locate,
     )
 
 

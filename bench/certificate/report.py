@@ -8,7 +8,9 @@ from pathlib import Path
 
 from msgspec import UNSET
 
+from laguna_serve.bench.certificate.locating import describe_rows
 from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadResult
+from laguna_serve.bench.certificate.runner import ROW_CHECK
 from laguna_serve.bench.certificate.verdict import AGAIN, CLASSES, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
@@ -91,8 +93,11 @@ def list_notes(result: Certificate) -> list[str]:
     for name, arm in result.arms.items():
         tau = "" if arm.acceptance is None else f"; {arm.acceptance:.2f} tokens per step"
         notes.append(f"{name}: {arm.label}{tau}.")
-    names = {"reference": "replay", ROW_MATCHED: ARM_NAMES[ROW_MATCHED]}
+    notes += describe_rows(result.row_check) if result.row_check is not None else []
+    names = {"reference": "replay", ROW_MATCHED: ARM_NAMES[ROW_MATCHED], ROW_CHECK: "word on the first operation"}
     notes += [f"No {names[name]}: {reason}." for name, reason in result.missing.items()]
+    if result.identity is not None:
+        notes.append(f"Identity {result.identity.sha256}; whether it applies elsewhere says certify.py --check.")
     return notes
 
 
@@ -144,6 +149,10 @@ def render_markdown(result: Certificate) -> str:
         lines += [f"- {_describe(item)}" for item in divergences[:SHOWN]]
         if len(divergences) > SHOWN:
             lines.append(f"- … and {len(divergences) - SHOWN} more, in certificate.html")
+    if result.identity is not None:
+        rows = [[name, value] for name, value in result.identity.parts.items()]
+        lines += ["", "## Where it applies", "", Table("ll", ("part", "value"), rows).to_markdown()]
+        lines += ["", f"SHA-256 of these: `{result.identity.sha256}`"]
     return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 

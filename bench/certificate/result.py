@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from laguna_serve.bench.certificate.identity import Identity
+from laguna_serve.serving.engine.row_check import RowCheck
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import to_json
 
@@ -153,6 +155,8 @@ class Certificate(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     Attributes:
         missing: of a control or path that could not be had, why.
         replay: None where nothing was replayed.
+        identity: where it applies; None for endpoints by URL, and for those made before there was one.
+        row_check: which operation differs first; None where that was not asked.
     """
 
     verdict: str
@@ -164,6 +168,8 @@ class Certificate(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     streams: dict[str, StreamCheck]
     replay: ReplaySummary | None
     loads: list[LoadResult]
+    identity: Identity | None = None
+    row_check: RowCheck | None = None
 
 
 def shorten(certificate: Certificate) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from laguna_serve.bench.certificate.locating import DEFAULT_ROWS, MAX_COPIES, choose_sequence, differs
 from laguna_serve.bench.certificate.passes import Answers, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
 from laguna_serve.bench.certificate.result import (
@@ -38,11 +39,13 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.engine.row_check import RowCheck, check_rows
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 
 REFERENCE = "reference"
+ROW_CHECK = "row_check"
 # Prompts that are also streamed without log-probabilities, as users send them.
 STREAMED = 16
 # Tokens per step up to which a control counts as accepting nothing: random drafts hit now and then.
@@ -63,6 +66,9 @@ class Job:
     dtype: str
     seed: int
     out: Path
+    # Rows at once, γ + 1; `locate` None: ask for the first operation where something differs.
+    rows: int = DEFAULT_ROWS
+    locate: bool | None = None
 
     @property
     def passes(self) -> Path:
@@ -94,6 +100,7 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> Certifica
             judge_load(Load(concurrency, answers, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
         )
     replay = _replay(job, loads, baseline, progress)
+    located = _locate(job, loads, progress)
     streams, reasons = _judge_streams(job, loads, baseline, arms)
     verdict, reasons = find_verdict(loads, reasons)
     return Certificate(
@@ -108,10 +115,12 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> Certifica
             seed=job.seed,
         ),
         arms={name: arm.about for name, arm in arms.items()},
-        missing=missing | ({REFERENCE: replay} if isinstance(replay, str) else {}),
+        missing=missing
+        | {name: found for name, found in ((REFERENCE, replay), (ROW_CHECK, located)) if isinstance(found, str)},
         streams=streams,
         replay=None if isinstance(replay, str) else replay,
         loads=loads,
+        row_check=None if isinstance(located, str) else located,
     )
 
 
@@ -219,6 +228,23 @@ def _replay(
         return str(error)
     attach(loads, baseline, steps)
     return summarise([d for load in loads for d in load.candidate.divergences])
+
+
+def _locate(job: Job, loads: Sequence[LoadResult], progress: Progress) -> RowCheck | str | None:
+    """Ask the baseline's own modules which operation differs first. Returns what they say, or why nothing was asked."""
+    if job.locate is False or (job.locate is None and not differs(loads)):
+        return None
+    engine = job.specs[BASELINE].config
+    if engine is None:
+        return "the arms were given by URL"
+    answers = _read(job, BASELINE, job.concurrencies[0]), _read(job, CANDIDATE, job.concurrencies[0])
+    copies = min(max(job.concurrencies), MAX_COPIES)
+    progress.say(f"looking for the first operation that differs between one row and {job.rows}")
+    try:
+        return check_rows(engine, choose_sequence(*answers, job.rows), job.rows, copies, job.passes / "row-check.log")
+    except (EngineError, OSError) as error:
+        progress.say(f"the first operation was not found, the certificate goes on without it: {error}")
+        return str(error)
 
 
 async def _ask(

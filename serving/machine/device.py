@@ -90,6 +90,11 @@ def _read_capability() -> int | None:
     return int(major) * 10 + int(minor) if major.isdigit() and minor.isdigit() else None
 
 
+def read_driver() -> str | None:
+    """The NVIDIA driver's version, or None."""
+    return (_query_gpu("driver_version") or "").strip() or None
+
+
 def _query_gpu(fields: str) -> str | None:
     """nvidia-smi's line about the first visible GPU, or None."""
     if shutil.which("nvidia-smi") is None:

@@ -10,6 +10,7 @@ from ab_harness import PROMPTS, Answer, RunAb, common_flags
 from mock_engine import Clock, MockEngine, Settings
 
 from laguna_serve.bench import ab
+from laguna_serve.bench.certificate import identity
 from laguna_serve.bench.harness import plot
 from laguna_serve.serving.client import completions
 from laguna_serve.serving.machine.device import Device
@@ -34,6 +35,14 @@ def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines are fake here, so whether there is memory for real ones does not matter."""
     monkeypatch.setattr(launch, "find_device", lambda _install: Device("cpu", "a roomy one", 64 << 30, 64 << 30))
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What torch would say of this machine, which takes seconds to ask; change it to change the machine."""
+    found = {"torch's instruction set": "AVX512", "sentinel op": "avx512bf16, sources 01", "linear op": "not used"}
+    monkeypatch.setattr(identity, "ask_torch", lambda: dict(found))
+    return found
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from mock_engine.models import list_tokens
 from laguna_serve.bench import ab, certify
 from laguna_serve.bench.certificate import runner
 from laguna_serve.bench.harness import arms
-from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.engine.row_check import FirstDifference, RowCheck, Way
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
@@ -28,6 +29,16 @@ class RoleEngine(MockLauncher):
 
     roles: ClassVar[dict[str, Settings]] = {}
     started_roles: ClassVar[tuple[str, ...]] = ()
+
+    rows_asked: ClassVar[list[tuple[Any, ...]]] = []
+    rows_found: ClassVar[RowCheck | EngineError] = RowCheck(tokens=9, ways=[])
+
+    @classmethod
+    def check_rows(cls, *asked: Any) -> RowCheck:
+        cls.rows_asked.append(asked)
+        if isinstance(cls.rows_found, EngineError):
+            raise cls.rows_found
+        return cls.rows_found
 
     def choose(self, config: EngineConfig) -> Settings:
         role = find_role(config)
@@ -43,9 +54,10 @@ def find_role(config: EngineConfig) -> str:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[RoleEngine]:
-    made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": ()})
+    made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": (), "rows_asked": []})
     monkeypatch.setattr(arms, "Engine", made)
     monkeypatch.setattr(runner, "DEATH_S", 0.0)
+    monkeypatch.setattr(runner, "check_rows", made.check_rows)
     return made
 
 
@@ -110,6 +122,73 @@ def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tm
     page = (tmp_path / "c" / "certificate.html").read_text()
     assert "Equal up to ties" in page
     assert "Replayed, the exact model prefers the candidate&#39;s by 0.05 nats" in page
+
+
+DIFFERENCE = FirstDifference(
+    layer=2,
+    module="model.layers.2.mlp.down_proj",
+    kind="RowParallelLinear",
+    side="output",
+    operations=["linear"],
+    positions=[7, 8],
+    inputs_alone=[[1, 64]],
+    inputs=[[4, 64]],
+    dtype="bfloat16",
+    largest=0.0625,
+    ulps=2.0,
+)
+
+
+def near_ties() -> dict[str, Settings]:
+    return {
+        "baseline": Settings(margin=NEAR),
+        "row-matched": Settings(margin=NEAR, noise=0.02, gamma=3),
+        "candidate": Settings(flips={PROMPTS[2]: 4}, margin=NEAR),
+    }
+
+
+def test_first_operation_is_named_where_answers_part(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
+    engines.roles = near_ties()
+    engines.rows_found = RowCheck(
+        tokens=9,
+        ways=[
+            Way(name="again", label="one row, again", compared=70, first=None),
+            Way(name="rows", label="8 rows", compared=30, first=DIFFERENCE),
+        ],
+    )
+    status, result, output = run("--no-replay")
+    assert status == 0
+    ((config, sequence, rows, copies, _),) = engines.rows_asked
+    assert (config.draft, rows, copies) == (None, 8, 3)
+    told = json.loads((tmp_path / "c" / "passes" / "baseline-c1.jsonl").read_text().splitlines()[2])
+    # Four tokens agree; as many as are verified at once follow.
+    assert list(sequence) == told["prompt_ids"] + told["token_ids"][: 4 + 8]
+    assert result["row_check"]["ways"][1]["first"]["module"] == "model.layers.2.mlp.down_proj"
+    assert "one row, again against one row at a time (9 tokens): none differs, over 70 values" in output
+    named = "model.layers.2.mlp.down_proj (RowParallelLinear, calls linear; inputs [1, 64] alone, [4, 64] here)"
+    assert f"the first that differs: {named} differs by at most 0.0625, 2 ulp of bfloat16." in output
+
+
+def test_first_operation_is_asked_for_only_where_something_differs_or_by_request(
+    engines: type[RoleEngine], run: Any
+) -> None:
+    assert run()[1]["row_check"] is None
+    assert engines.rows_asked == []
+    assert run("--locate")[1]["row_check"] == {"tokens": 9, "ways": []}
+
+
+def test_certificate_goes_on_without_the_first_operation(engines: type[RoleEngine], run: Any) -> None:
+    engines.roles = near_ties()
+    engines.rows_found = EngineError("row check: expected a report, got status 1")
+    status, result, output = run("--no-replay")
+    assert (status, result["row_check"]) == (0, None)
+    assert "No word on the first operation: row check: expected a report, got status 1." in output
+
+
+def test_first_operation_is_left_out_by_request(engines: type[RoleEngine], run: Any) -> None:
+    engines.roles = near_ties()
+    assert run("--no-replay", "--no-locate")[1]["row_check"] is None
+    assert engines.rows_asked == []
 
 
 def test_defect_fails(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""What of an identity is the certificate's own: which models, and how both arms are set."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
+from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype
+from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.serving.chat.vendor_defaults import find_value
+from laguna_serve.serving.checkpoint import find_folder
+from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
+
+BASELINE_ROLE, CANDIDATE_ROLE, DRAFT_ROLE = "target", "candidate's target", "drafter"
+DTYPE, GAMMA, COMPILE = "dtype", "γ", "compile mode"
+# Of an arm's flags, those that choose kernels are named apart.
+BACKENDS = {"attention backend": "--attention-backend", "MoE backend": "--moe-backend"}
+
+
+def find_identity(config: ArmsConfig, specs: Mapping[str, ArmSpec], environment: Environment) -> Identity | None:
+    """The identity of a certificate; None for endpoints by URL, whose machine is not known.
+
+    Raises:
+        EngineError, IdentityError, OSError: it cannot be found out.
+    """
+    if specs[BASELINE].config is None or config.model is None:
+        return None
+    models = {BASELINE_ROLE: config.model, CANDIDATE_ROLE: config.candidate_model, DRAFT_ROLE: config.draft}
+    named = {role: name for role, name in models.items() if name is not None}
+    parts = read_machine(environment) | read_weights(named) | _list_settings(config)
+    return make_identity(parts, named)
+
+
+def _list_settings(config: ArmsConfig) -> dict[str, str]:
+    parts = {DTYPE: find_dtype(config), COMPILE: "eager" if config.eager else "compiled"}
+    if config.draft is not None:
+        parts[GAMMA] = str(find_gamma(config) or "the drafter's most")
+    settings: dict[str, object] = {"prefix caching": config.prefix_caching, "exact": config.exact or "no"}
+    for arm, text in ((BASELINE, config.baseline_args), (CANDIDATE, config.candidate_args)):
+        flags = shlex.split(text)
+        settings[f"{arm}'s vLLM flags"] = shlex.join(flags)
+        for name, flag in BACKENDS.items():
+            settings[f"{arm}'s {name}"] = find_value(flags, flag) or "vLLM's choice"
+    return parts | {f"setting, {name}": str(value) for name, value in settings.items()}
+
+
+def find_gamma(config: ArmsConfig) -> int | None:
+    """γ as given, else the most that the drafter was trained for; None for one that is not on this machine."""
+    folder = None if config.draft is None else find_folder(config.draft)
+    if folder is None or config.draft is None:
+        return config.gamma
+    return resolve_gamma(config.gamma, open_drafter(folder, config.draft))
