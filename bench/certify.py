@@ -64,7 +64,7 @@ examples:
   another checkpoint, or servers that already run (vLLM, without prefix caching):
     python bench/certify.py --model M --candidate-model N --prompts FILE --out DIR
     python bench/certify.py --baseline-url U --candidate-url U --reference-url U --prompts FILE --out DIR
-  does a certificate apply to this machine? (0 yes, 1 no: what differs, 2 cannot be told; its flags: --check --help)
+  does a certificate apply to this machine? (0 yes, 1 no: what differs, 2 not known; its flags: --check --help)
     python bench/certify.py --check out/certificate/certificate.json
 
 exit status:

@@ -37,7 +37,7 @@ examples:
 exit status:
   0  it applies here
   1  it does not: every part that differs is named
-  2  that cannot be told: the certificate carries no identity, or weights are not on this machine
+  2  not known: the certificate carries no identity, or weights are not on this machine
 """
 
 
@@ -68,10 +68,10 @@ class CertificateCheck(
     """Whether a certificate applies here.
 
     Attributes:
-        applies: None where that cannot be told.
+        applies: None where that is not known.
         verdict: the certificate's.
         expected, got: SHA-256 of the certificate's identity and of the one here; None without one.
-        unknown: why it cannot be told, a line each.
+        unknown: why it is not known, a line each.
     """
 
     applies: bool | None
@@ -158,7 +158,7 @@ def render_check(check: CertificateCheck) -> str:
         return f"applies here: {check.verdict} (identity {check.expected})"
     lines = [f"does not apply here: {len(check.differing)} parts of its identity differ"]
     if check.applies is None:
-        lines = ["cannot be told whether it applies here"]
+        lines = ["not known whether it applies here"]
     lines += [
         f"- {item.part}: expected {item.expected or 'none'}, got {item.got or 'none'}" for item in check.differing
     ]

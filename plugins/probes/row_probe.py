@@ -118,7 +118,7 @@ class _HiddenStates:
             self._kept = [*self._kept, states.detach().clone()][-self._rows :]
 
     def stack(self) -> torch.Tensor:
-        """[rows, H]."""
+        """The rows as one batch, [rows, H]."""
         return torch.cat(self._kept)
 
 

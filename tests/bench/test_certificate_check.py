@@ -84,7 +84,7 @@ def test_weights_that_are_not_here_leave_it_open(check: Any, models: Path) -> No
     shutil.rmtree(models / "dflash")
     status, lines = check()
     assert status == 2
-    assert lines[0] == "cannot be told whether it applies here"
+    assert lines[0] == "not known whether it applies here"
     assert any("weights, drafter" in line and "--draft" in line for line in lines)
 
 
