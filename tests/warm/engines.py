@@ -23,7 +23,7 @@ class _Subprocess:
         if SUPERVISOR not in command or SERVER_MODULE not in command:
             return subprocess.Popen(command, env=env, **named)
         own = command[command.index(SUPERVISOR) + 2 :]  # without the parent's id: it is another one here
-        return warm().start("warm.supervisor:supervise", *own, environment=env)
+        return warm().start("supervisor:supervise", *own, environment=env)  # which server.py has imported
 
 
 def start_engines_warm(yes: bool) -> None:

@@ -31,7 +31,7 @@ MODULES = (
     "vllm.model_executor.models.laguna",
     "vllm.model_executor.models.qwen3_dflash",
     "transformers.models.laguna.configuration_laguna",
-    "laguna_serve.serving.supervision.reaper",
+    "supervisor",
 )
 
 
