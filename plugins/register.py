@@ -7,6 +7,8 @@ until a model of that architecture is loaded.
 
 from __future__ import annotations
 
+import multiprocessing
+
 # Every vLLM minor version between these two, both included, is supported.
 CHECKED_VLLM = ("0.26", "0.33")
 
@@ -27,6 +29,8 @@ CPU_ARCHITECTURES = {
 
 # The name of weight_folder.py's engine in vLLM's --weight-transfer-config.
 TRANSFER_BACKEND = "folder"
+# The name of random_weights.py's loader in vLLM's --load-format.
+RANDOM_WEIGHTS = "laguna-random"
 
 
 def architectures() -> dict[str, str]:
@@ -48,6 +52,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
         )
+    if multiprocessing.parent_process() is not None:  # the API server loads no weights: two seconds of imports less
+        register_random_weights()
     from laguna_serve.plugins.repairs import repair_front_end, repair_runner
 
     repair_front_end()
@@ -58,3 +64,13 @@ def register() -> None:
         fork_core()
         repair_runner()
         accelerate_linear()
+
+
+def register_random_weights() -> None:
+    """Register the loader of RANDOM_WEIGHTS, once; processes that vLLM starts have it by themselves."""
+    from vllm.model_executor import model_loader
+
+    if RANDOM_WEIGHTS not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        from laguna_serve.plugins.random_weights import RandomWeightsLoader
+
+        model_loader.register_model_loader(RANDOM_WEIGHTS)(RandomWeightsLoader)

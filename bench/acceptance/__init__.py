@@ -1,0 +1,1 @@
+"""A drafter's acceptance by γ and position, as it is published for a model."""

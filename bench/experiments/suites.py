@@ -1,0 +1,89 @@
+"""The campaign's steps that are this project's own tests, and what a person has to run on the host."""
+
+from __future__ import annotations
+
+from laguna_serve.bench.experiments.step import OUT, PYTHON, TOY_FILES, Step
+
+
+def run_tests(*arguments: str) -> tuple[str, ...]:
+    """pytest in one process, with its counts in junit.xml."""
+    return (
+        PYTHON,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        f"--junitxml={OUT}/junit.xml",
+        *arguments,
+    )
+
+
+KERNEL_TESTS = Step(
+    name="kernel-tests",
+    part="kernels",
+    row=5,
+    command=run_tests("-m", "gpu", "tests/kernels"),
+    rehearsal=run_tests("tests/kernels/test_sentinel_moe.py", "-k", "float32"),
+    result="junit.xml",
+    expected="all pass, row bits equal for T = 1…16 in bf16 too",
+    why="nothing below counts before this",
+    work_s=150,
+    needs=("tests/kernels",),
+)
+
+SERVICE_TESTS = Step(
+    name="service-tests",
+    part="engine",
+    row=23,
+    command=run_tests("tests/serving/service/test_contract_vllm.py", "tests/serving/service/test_service_vllm.py"),
+    result="junit.xml",
+    expected="all pass",
+    why="tool calls, thoughts and restarts where the engine has other processes",
+    starts=6,
+    work_s=120,
+    needs=("tests/serving/service", *TOY_FILES),
+)
+
+WEIGHT_UPDATES = Step(
+    name="weight-updates",
+    part="engine",
+    row=17,
+    command=run_tests("tests/plugins/test_weight_folder.py"),
+    result="junit.xml",
+    expected="an update gives what a restart gives, with CUDA graphs on; a refused one changes nothing; memory"
+    " after 100 updates as after one; on vLLM 0.26, against which the engine was only read, updates through the"
+    " gateway go without a version, as `/weight_info` came with 0.29",
+    why="new weights in place under graphs, and the room that the second copy takes; then `tests/toy/teacher`"
+    " served by `laguna serve --weight-updates` and 100 updates in a row",
+    starts=4,
+    work_s=90,
+    needs=("tests/plugins", *TOY_FILES),
+)
+
+SANDBOX = Step(
+    name="sandbox",
+    part="host",
+    row=25,
+    command=run_tests("tests/evals/sandbox/test_escapes.py"),
+    result="junit.xml",
+    expected="every attempt refused in each mode that the container allows; `laguna`'s commands say which walls"
+    " were up",
+    why="the walls have been run on one kernel (6.18); also as an ordinary user, and `python"
+    " tests/evals/codegen/grading_speed.py`",
+    work_s=120,
+    needs=("tests/evals/sandbox",),
+)
+
+PRIME_RL = Step(
+    name="prime-rl",
+    part="host",
+    row=24,
+    by_hand="`uv run eval @ evals/spec_rl/prime_rl.toml` in a prime-rl checkout beside `laguna serve XS2 --draft"
+    " XS2-drafter`",
+    expected="a sample of every task with its reward; the same rewards as `evals/code_tasks.py` gives those answers",
+    why="prime-rl wants a GPU stack: its `evals` of commit 559b447 was run without one (evals/spec_rl/README.md),"
+    " the `eval` after it could not be had",
+)

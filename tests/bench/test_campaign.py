@@ -1,0 +1,262 @@
+"""bench/campaign.py: what is planned, run, kept, repeated and left out, with small programs as steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from laguna_serve.bench import campaign
+from laguna_serve.bench.experiments import plan, report, runner
+from laguna_serve.bench.experiments.result import CampaignResult, StepRun
+from laguna_serve.bench.experiments.step import OUT, PYTHON, Step
+from laguna_serve.serving.kit.results import read_result
+
+DEADLINE_S = 60.0
+# Ends with a status; the last line is a result that is known.
+DOCTOR = '{"schema": "laguna_serve.doctor/1", "ok": true, "versions": {"torch": "1"}, "problems": []}'
+SAY = (
+    "import sys, pathlib; pathlib.Path(sys.argv[1], 'ran').open('a').write('x'); print(sys.argv[2]); sys.exit({status})"
+)
+# Starts another process in a session of its own, says which, and waits for both.
+HANG = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+path = pathlib.Path(sys.argv[1], "child")
+path.with_suffix(".part").write_text(str(child.pid))
+path.with_suffix(".part").rename(path)
+time.sleep(600)
+"""
+
+
+def make_step(name: str, *, code: str = SAY.format(status=0), work_s: int = 100, **options: Any) -> Step:
+    command = (PYTHON, "-c", code, OUT, DOCTOR)
+    given = {"part": "kernels", "row": 1, "command": command, "rehearsal": command, "expected": "much", "why": "so"}
+    return Step(name=name, work_s=work_s, **{**given, **options})
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the campaign consist of these steps."""
+
+    def use_steps(*steps: Step) -> None:
+        monkeypatch.setattr(plan, "STEPS", steps)
+        monkeypatch.setattr(report, "BY_NAME", {step.name: step for step in steps})
+
+    return use_steps
+
+
+def rehearse(out: Path, *flags: str) -> int:
+    return campaign.main(["--rehearse", "--out", str(out), *flags])
+
+
+def read(out: Path) -> CampaignResult:
+    return read_result(out / "campaign.json", CampaignResult)
+
+
+def count_runs(out: Path, folder: str) -> int:
+    return len((out / "steps" / folder / "ran").read_text())
+
+
+def wait_for(path: Path) -> str:
+    """Its content, once it is there."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def assert_gone(pid: int) -> None:
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_plan_takes_what_fits_from_the_front_and_runs_nothing(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(make_step("a", work_s=50), make_step("b", work_s=60), make_step("c", work_s=10), make_step("d", by_hand="`do`"))
+    assert campaign.main(["--plan", "--budget-min", "1.1", "--out", str(tmp_path / "out")]) == 0
+    text, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    steps = {item["step"]: item["left_out"] for item in json.loads(line)["steps"]}
+    assert steps["a"] is None
+    assert steps["b"] == "takes about 60 s, and 16 s of the budget are left"
+    assert steps["c"] is None
+    assert steps["d"] == "by hand: `do`"
+    assert "60 of 66 s planned, 2 steps" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(make_step("a"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    assert campaign.main(["--out", str(tmp_path / "out")]) == 2
+    assert "expected an NVIDIA GPU" in (said := capsys.readouterr().err)
+    assert "--rehearse" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--out: expected a folder"),
+        (["--rehearse", "--out", "x", "--step", "nothing"], "--step: expected steps"),
+        (["--rehearse", "--out", "x", "--part", "nothing"], "--part: expected one of kernels"),
+        (["--rehearse", "--out", "x", "--budget-min", "0"], "--budget-min: expected at least 0.1"),
+    ],
+)
+def test_refusals_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status: int | str | None = campaign.main(flags)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_measurements_takes_no_rehearsal(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(make_step("a"))
+    assert rehearse(tmp_path / "out") == 0
+    (tmp_path / "out" / "settings.sha256").write_text("a campaign's on a GPU")
+    assert rehearse(tmp_path / "out") == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Path) -> None:
+    use(make_step("good"), make_step("short", code=SAY.format(status=1)))
+    for _ in range(2):
+        assert rehearse(tmp_path) == 1
+        assert (count_runs(tmp_path, "good"), count_runs(tmp_path, "short")) == (1, 1)
+    result = read(tmp_path)
+    assert [run.outcome for run in result.runs] == ["held", "fell short"]
+    assert result.runs[0].figures == ["all well", "torch 1"]
+    assert result.left_out == {}
+
+
+def test_failed_step_is_retried_once_and_only_when_asked(use: Callable[..., None], tmp_path: Path) -> None:
+    use(make_step("bad", code=SAY.format(status=3)), make_step("good"))
+    assert rehearse(tmp_path) == 1
+    assert read(tmp_path).left_out == {}
+    assert rehearse(tmp_path) == 1
+    assert read(tmp_path).left_out["bad"] == "failed before: --retry runs it once more"
+    assert "exit status 3" in str(read(tmp_path).last_runs["bad"].reason)
+    assert count_runs(tmp_path, "good") == 1, "a failure ends nothing else"
+    rehearse(tmp_path, "--retry")
+    rehearse(tmp_path, "--retry")
+    assert [run.folder for run in read(tmp_path).runs if run.step == "bad"] == ["steps/bad", "steps/bad-2"]
+
+
+def test_step_that_hangs_is_ended_with_all_that_it_started(
+    use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(make_step("hangs", code=HANG), make_step("next"))
+    monkeypatch.setattr(runner, "REHEARSAL_LIMIT_S", 10.0)
+    assert rehearse(tmp_path) == 1
+    assert_gone(int((tmp_path / "steps" / "hangs" / "child").read_text()))
+    assert [run.outcome for run in read(tmp_path).runs] == ["timed out", "held"]
+
+
+def test_budget_that_ends_is_no_failure(use: Callable[..., None], tmp_path: Path) -> None:
+    use(make_step("hangs", code=HANG), make_step("next"))
+    assert rehearse(tmp_path, "--budget-min", "0.15") == 0
+    result = read(tmp_path)
+    assert [(run.outcome, run.reason) for run in result.runs] == [("stopped", "the budget ended")]
+    assert result.left_out == {"next": "the budget ended"}
+    assert "the budget ended" in (tmp_path / "campaign.md").read_text()
+
+
+def test_interruption_keeps_all_and_the_same_command_continues(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(make_step("first"), make_step("hangs", code=HANG), make_step("last"))
+    child = tmp_path / "steps" / "hangs" / "child"
+
+    def interrupt() -> None:
+        wait_for(child)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert rehearse(tmp_path) == 130
+    thread.join()
+    assert_gone(int(child.read_text()))
+    result = read(tmp_path)
+    assert [run.outcome for run in result.runs] == ["held", "stopped"]
+    assert result.interrupted
+    use(make_step("first"), make_step("hangs"), make_step("last"))
+    assert rehearse(tmp_path) == 0
+    last = read(tmp_path).last_runs
+    assert {name: run.outcome for name, run in last.items()} == {"first": "held", "hangs": "held", "last": "held"}
+    assert last["hangs"].folder == "steps/hangs", "a step that was stopped continues where it was"
+    assert count_runs(tmp_path, "first") == 1
+
+
+def test_another_machine_begins_a_stopped_step_afresh() -> None:
+    step, here = make_step("a"), {"device": "H100", "commit": "c"}
+    stopped = StepRun(
+        **here,
+        step="a",
+        outcome="stopped",
+        status=None,
+        rehearsed=False,
+        started="",
+        wall_s=1.0,
+        estimate_s=1,
+        command=[],
+        folder="steps/a",
+        schema=None,
+        figures=[],
+        reason=None,
+    )
+    environment = runner.Environment(date="", command="", cpu="H100", git_commit="c")
+    assert runner.choose_folder(step, [stopped], environment) == "a"
+    other = runner.Environment(date="", command="", cpu="H200", git_commit="c")
+    assert runner.choose_folder(step, [stopped], other) == "a-2"
+
+
+def test_step_without_its_result_file_has_failed(use: Callable[..., None], tmp_path: Path) -> None:
+    use(make_step("a", result="ab.json"))
+    assert rehearse(tmp_path) == 1
+    assert read(tmp_path).runs[0].reason == "ab.json: expected a result file, got No such file or directory"
+
+
+def test_page_says_what_was_expected_and_what_was_left_out(use: Callable[..., None], tmp_path: Path) -> None:
+    use(
+        make_step("a", expected="all | well"),
+        make_step("b", rehearsal=(), expected="later"),
+        make_step("c", needs=("x/y",)),
+    )
+    assert rehearse(tmp_path) == 0
+    page = (tmp_path / "campaign.md").read_text()
+    assert str(tmp_path) not in page.partition("## Where and how")[0], "a page names no folder of this machine"
+    assert "- expected: all | well\n- rehearsed: all well" in page
+    assert "| b | later | nothing to rehearse on a CPU |" in page
+    assert "| c | much | needs x/y, which only a checkout of the repository has |" in page
+
+
+@pytest.mark.vllm
+def test_rehearsal_of_kernels_and_one_engine(tmp_path: Path) -> None:
+    """The real commands: the doctor, the MoE kernel, and an A/B whose two engines are eager and tiny."""
+    assert rehearse(tmp_path, "--step", "doctor,moe-decode,toy-ab") == 0
+    figures = {name: run.figures for name, run in read(tmp_path).last_runs.items()}
+    assert figures["doctor"][0] == "all well"
+    assert any(line.startswith("M 1, 0% pruned") for line in figures["moe-decode"])
+    assert any(line.startswith("τ ") for line in figures["toy-ab"])
