@@ -8,6 +8,7 @@ until a model of that architecture is loaded.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 
 # Every vLLM minor version between these two, both included, is supported.
 CHECKED_VLLM = ("0.26", "0.33")
@@ -52,7 +53,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "laguna_serve.plugins.weight_folder", "FolderWeightTransferEngine"
         )
-    if multiprocessing.parent_process() is not None:  # the API server loads no weights: two seconds of imports less
+    # The API server loads no weights: two seconds of imports less, unless its core, forked, is to find the loader.
+    if multiprocessing.parent_process() is not None or any(RANDOM_WEIGHTS in argument for argument in sys.argv):
         register_random_weights()
     from laguna_serve.plugins.repairs import repair_front_end, repair_runner
 

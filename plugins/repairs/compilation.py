@@ -19,6 +19,7 @@ Checked against vLLM 0.32.0.  The halves can go when `test_stock_loader_wants_mo
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ def list_factors(*args: Any) -> list[str]:
 
 
 def release(handler: CPUDNNLGEMMHandler) -> None:
-    """`CPUDNNLGEMMHandler.__del__`, outside whatever is being traced."""
-    if handler.handler_tensor is not None:
+    """`CPUDNNLGEMMHandler.__del__`, outside whatever is being traced; a process that ends gives everything back."""
+    if handler.handler_tensor is not None and not sys.is_finalizing():
         with no_python_dispatcher(), _disable_current_modes():
             handler.dtor(handler.handler_tensor.item())
 
