@@ -18,7 +18,7 @@ from laguna_serve.bench.harness.arm_options import make_spec
 from laguna_serve.serving.kit.environment import Environment, read_environment
 from laguna_serve.serving.kit.results import read_result, write_result
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
 OLD = ROOT / "bench" / "results" / "toy-certificate-cpu" / "certificate.json"
 

@@ -28,7 +28,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import read_result
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 COMMAND = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash"), "--prompts", str(TOY / "prompts.jsonl")]
 # Once a prompt was begun behind its first token (a prefix hit), nothing of the context is written any more until one
 # is begun at the front: what would happen if the engine took a hit's draft context for written when it is not.

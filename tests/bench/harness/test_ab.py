@@ -12,7 +12,7 @@ from mock_engine import Clock, MockEngine, Settings
 from laguna_serve.bench import ab
 from laguna_serve.serving.kit.flags import read_flags
 
-TEACHER = Path(__file__).resolve().parents[1] / "toy" / "teacher"
+TEACHER = Path(__file__).resolve().parents[2] / "toy" / "teacher"
 
 
 def make_config(*flags: str) -> ab.AbConfig:

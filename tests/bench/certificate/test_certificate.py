@@ -30,7 +30,7 @@ from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.kit.run_dir import RunDirError, claim_folder, fingerprint
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PROMPTS = [f"p{i}" for i in range(12)]
 LENGTH = 8
 

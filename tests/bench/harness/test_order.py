@@ -16,8 +16,8 @@ from laguna_serve.serving.planning import launch
 from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.devices import plan_for
 
-RELEASES = Path(__file__).resolve().parents[1] / "fixtures" / "releases"
-TOY = Path(__file__).resolve().parents[1] / "toy"
+RELEASES = Path(__file__).resolve().parents[2] / "fixtures" / "releases"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 # A sweep's default: 96 tokens after a short prompt, one at a time; and a server's worth.
 LIGHT, HEAVY = Load(1000, 1), Load(4096, 16)
 

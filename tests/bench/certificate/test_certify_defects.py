@@ -15,7 +15,7 @@ from laguna_serve.bench import certify
 
 pytestmark = pytest.mark.vllm
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 SIZE = ["--num-prompts", "16", "--max-tokens", "32", "--concurrency", "1,3", "--eager"]
 FLAGS = [
     "--model",

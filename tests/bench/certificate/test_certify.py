@@ -18,7 +18,7 @@ from laguna_serve.bench.harness import arms
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.engine.row_check import FirstDifference, RowCheck, Way
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 ROLES = ("baseline", "row-matched", "candidate", "reference")
 NEAR, FAR = 0.01, 0.5

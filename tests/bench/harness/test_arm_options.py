@@ -11,7 +11,7 @@ from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype, make_
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.engine import EngineConfig
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 
 
 @pytest.mark.parametrize(("found", "judged"), [("float32", "float32"), ("auto", "bfloat16")])

@@ -27,7 +27,7 @@ from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 Step = Callable[[EngineConfig], Settings | BaseException]
 

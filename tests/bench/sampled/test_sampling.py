@@ -18,7 +18,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.results import read_result
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 # A plugin of vLLM's under which every draft with a fair chance is accepted, as if the drafter knew best.
 BIAS = """

@@ -28,8 +28,8 @@ from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import ResultError, read_result
 from laguna_serve.serving.speculation.gamma_store import Advice, find_advice, store_advice
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
-COMMITTED = Path(__file__).resolve().parents[2] / "bench" / "results" / "toy-gamma-sweep" / "sweep.json"
+TOY = Path(__file__).resolve().parents[2] / "toy"
+COMMITTED = Path(__file__).resolve().parents[3] / "bench" / "results" / "toy-gamma-sweep" / "sweep.json"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 
 

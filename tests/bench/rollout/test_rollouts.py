@@ -27,7 +27,7 @@ from laguna_serve.serving.client import counters as metrics
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.kit.results import read_result
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 TEACHER = TOY / "teacher"
 PAIR = ["--model", str(TEACHER), "--draft", str(TOY / "dflash")]
 Answer = tuple[int, dict[str, Any], str]

@@ -20,7 +20,7 @@ from laguna_serve.serving.kit.run_dir import claim_folder
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
 
-TOY = Path(__file__).resolve().parents[1] / "toy"
+TOY = Path(__file__).resolve().parents[2] / "toy"
 PROMPTS = ["--prompts", str(TOY / "prompts.jsonl")]
 NOBODY = "http://127.0.0.1:9"
 Main = Callable[[list[str]], int]
