@@ -7,7 +7,7 @@ own, so that the experts of one are not in the cache for the next, and both kern
 batches.  A row whose result is wrong, or whose rows depend on their batch for up to 16 tokens, gets no speed.
 
 On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed, of the path that
-LAGUNA_SENTINEL_PATH names or else the best.
+LAGUNA_CPU_ISA names or else the best.
 """
 
 from __future__ import annotations

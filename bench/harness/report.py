@@ -138,7 +138,7 @@ def _list_findings(result: AbResult) -> Iterator[tuple[str, str]]:
         )
     yield "acceptance", _describe_acceptance(result)
     if (forced := result.forced_acceptance) is not UNSET and forced.length is not None:
-        yield "past the end", f"{forced.length:.2f} tokens per step where the same answers had to go on past their end"
+        yield "past end", f"{forced.length:.2f} tokens per step where the same answers had to go on past their end"
     if positions := result.acceptance.per_position:
         yield "by position", "  ".join(f"{share:.0%}" for share in positions)
 

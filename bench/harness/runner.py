@@ -271,8 +271,12 @@ class Driver:
             self._run.control += await self._client.run_round(prompts)
 
     async def run_forced(self, rounds: Sequence[Round]) -> None:
-        """Count over the same rounds with end-of-sequence ignored; not filed where nothing drafts, or one fails."""
-        if (counted := counter_delta(self._run)) is None or counted.drafts == 0:
+        """Count over the same rounds with end-of-sequence ignored.
+
+        Not filed where nothing drafts, no answer had ended by itself, or one fails.
+        """
+        counted, answers = counter_delta(self._run), self._run.records.values()
+        if counted is None or counted.drafts == 0 or all(answer.finish_reason != "stop" for answer in answers):
             return
         before = await scrape_counters(self._session, self._arm.base_url)
         tokens = 0

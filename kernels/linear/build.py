@@ -9,15 +9,12 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from laguna_serve.kernels.linear.isa import choose_path
+from laguna_serve.kernels.toolchain import BuildError, find_compiler, keep_library, run_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +27,6 @@ PATH_FLAGS = {
     "neon": (),
     "portable": ("-DPORTABLE",),
 }
-COMPILE_LIMIT_S = 300
-
-
-class BuildError(RuntimeError):
-    """cpu.cpp could not be built or loaded, as one line."""
 
 
 @functools.cache
@@ -71,28 +63,14 @@ def build(path: str) -> Path:
 
     Raises:
         BuildError: no compiler, or it failed.
-        OSError: the cache cannot be written.
+        OSError: neither the cache nor a temporary folder can be written.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError("expected a C++ compiler, found none; install g++ or name one in CXX")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    compiler = find_compiler()
     flags = (*FLAGS, *PATH_FLAGS[path])
-    key = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, version, *flags, platform.machine()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laguna-serve" / "kernels"
-    library = folder / f"linear-{path}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *flags, "-o", str(made), str(SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{compiler}: expected an end within {COMPILE_LIMIT_S} s, got none") from None
-        if done.returncode != 0:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-            raise BuildError(f"{compiler}: expected to compile cpu.cpp, got {first.strip()}")
-        made.replace(library)
-    return library
+    parts = (SOURCE.read_text(encoding="utf-8"), *compiler.command, compiler.version, *flags, platform.machine())
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def compile_to(made: Path) -> None:
+        run_compiler([*compiler.command, *flags, "-o", str(made), str(SOURCE)], SOURCE.name)
+
+    return keep_library(f"linear-{path}-{key}.so", compile_to)

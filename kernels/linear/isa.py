@@ -7,9 +7,9 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-# Holds this project's own kernels to a path; anything but the first also says that bf16 arithmetic is not to be used.
+# Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
-BF16 = "avx512bf16"
+BF16 = ("avx512bf16", "neonbf16")
 # Best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
 PATHS: dict[str, frozenset[str]] = {
     "avx512": frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")),
@@ -41,7 +41,7 @@ def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the processor has bf16 arithmetic that may be used."""
-    if environ.get(VARIABLE, BF16) != BF16 or _limits(environ) & WITHOUT_BF16:
+    if environ.get(VARIABLE, BF16[0]) not in BF16 or _limits(environ) & WITHOUT_BF16:
         return False
     return bool(BF16_ARITHMETIC & set(read_flags() if flags is None else flags))
 
@@ -54,9 +54,9 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
     """
     present = set(read_flags() if flags is None else flags)
     wanted = environ.get(VARIABLE)
-    if wanted is not None and wanted != BF16:
+    if wanted is not None and wanted not in BF16:
         if wanted not in PATHS:
-            raise IsaError(f"{VARIABLE}: expected {BF16}, {', '.join(PATHS)}, got {wanted!r}; correct or unset it")
+            raise IsaError(f"{VARIABLE}: expected {', '.join((*BF16, *PATHS))}, got {wanted!r}; correct or unset it")
         if missing := sorted(PATHS[wanted] - present):
             raise IsaError(f"{VARIABLE}={wanted}: expected a processor with {', '.join(missing)}; unset it")
         return wanted

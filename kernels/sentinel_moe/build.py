@@ -7,26 +7,17 @@ library uses torch's stable interface, so that a newer torch does not need anoth
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from laguna_serve.kernels.toolchain import BuildError, Compiler, find_compiler, keep_library, run_compiler
+
 SOURCES = Path(__file__).with_name("native")
-COMPILERS = ("g++", "clang++", "c++")
 # Strict floating point: a row's bits may not depend on how the compiler regroups or contracts a sum.
 STRICT = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*STRICT, "-fPIC", "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -40,19 +31,6 @@ PATHS = {
     },
     "aarch64": {"path_neon": (), "path_neonbf16": ("-march=armv8.2-a+bf16",)},
 }
-COMPILE_LIMIT_S = 300
-
-
-class BuildError(RuntimeError):
-    """The library could not be built or loaded, as one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compiler:
-    """`command`: what is in CXX, a compiler cache perhaps before the compiler."""
-
-    command: tuple[str, ...]
-    version: str
 
 
 def build() -> Path:
@@ -63,29 +41,7 @@ def build() -> Path:
         OSError: neither the cache nor a temporary folder can be written.
     """
     compiler = find_compiler()
-    library = find_cache() / f"sentinel_moe-{make_key(compiler)}.so"
-    if is_ours(library):
-        return library
-    with hold_lock(library.with_suffix(".lock")):
-        if not is_ours(library):
-            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-                compile_library(compiler, Path(scratch) / library.name).replace(library)
-    return library
-
-
-def find_compiler() -> Compiler:
-    """What CXX names, or else the first of the usual compilers.
-
-    Raises:
-        BuildError: there is none.
-    """
-    named = shlex.split(os.environ.get("CXX", ""))
-    command = named or [name for name in COMPILERS if shutil.which(name)][:1]
-    if not command or any(shutil.which(word) is None for word in command if not word.startswith("-")):
-        got = f"CXX={shlex.join(named)!r}" if named else "none"
-        raise BuildError(f"expected a C++ compiler, got {got}; install g++ or name one in CXX")
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    return Compiler(tuple(command), done.stdout)
+    return keep_library(f"sentinel_moe-{make_key(compiler)}.so", lambda made: compile_library(compiler, made))
 
 
 def make_key(compiler: Compiler) -> str:
@@ -93,39 +49,6 @@ def make_key(compiler: Compiler) -> str:
     parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".hpp")]
     parts += [*compiler.command, compiler.version, *FLAGS, repr(PATHS), platform.machine(), torch.__version__]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _find_temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="laguna-kernels-"))
-
-
-def find_cache() -> Path:
-    """The user's cache folder, or a temporary one, of this process, where that is not to be had or not the user's."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "laguna-serve" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return _find_temporary()
-    return folder if is_ours(folder) and os.access(folder, os.W_OK) else _find_temporary()
-
-
-def is_ours(path: Path) -> bool:
-    """It exists, and nobody else could have written it."""
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    return found.st_uid == os.geteuid() and not found.st_mode & stat.S_IWOTH
-
-
-@contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, which the system gives up with the process."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def compile_library(compiler: Compiler, library: Path) -> Path:
@@ -143,7 +66,7 @@ def compile_library(compiler: Compiler, library: Path) -> Path:
         include = ("-isystem", str(torch_folder / "include"))
         command = [*compiler.command, *FLAGS, *units[name], *include, "-c", str(SOURCES / f"{name}.cpp")]
         try:
-            _run([*command, "-o", str(unit)], f"{name}.cpp")
+            run_compiler([*command, "-o", str(unit)], f"{name}.cpp")
         except BuildError:
             if name in own:
                 return None
@@ -153,15 +76,5 @@ def compile_library(compiler: Compiler, library: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = [str(unit) for unit in pool.map(compile_unit, units) if unit is not None]
     link = ("-L", str(torch_folder / "lib"), "-ltorch_cpu")
-    _run([*compiler.command, "-shared", "-o", str(library), *made, *link], "the library")
+    run_compiler([*compiler.command, "-shared", "-o", str(library), *made, *link], "the library")
     return library
-
-
-def _run(command: list[str], what: str) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]}: expected an end within {COMPILE_LIMIT_S} s, got none") from None
-    if done.returncode != 0:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-        raise BuildError(f"{command[0]}: expected to make {what}, got {first.strip()}")

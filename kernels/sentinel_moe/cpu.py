@@ -1,6 +1,6 @@
 """The op on a CPU: the library of native/, and which of its paths runs.
 
-The best path that the processor has is taken, or the one that LAGUNA_SENTINEL_PATH names.  Once loaded, the library
+The best path that the processor has is taken, or the one that LAGUNA_CPU_ISA names.  Once loaded, the library
 answers for CPU tensors without Python in between.  Without a compiler plain torch does the work, several times slower;
 a warning says so once.
 """
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from laguna_serve.kernels.sentinel_moe.build import BuildError, build
+from laguna_serve.kernels.sentinel_moe.build import build
+from laguna_serve.kernels.toolchain import BuildError
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "LAGUNA_SENTINEL_PATH"
+VARIABLE = "LAGUNA_CPU_ISA"
 
 
 class PathError(ValueError):
@@ -65,7 +66,7 @@ def load() -> Kernels | None:
     """The library, from now on behind the op for CPU tensors; None, with a warning, where it cannot be had.
 
     Raises:
-        PathError: LAGUNA_SENTINEL_PATH names a path that cannot run here.
+        PathError: LAGUNA_CPU_ISA names a path that cannot run here.
     """
     try:
         library = str(build())
@@ -82,7 +83,7 @@ def describe() -> str:
     """What runs the op on this machine's CPU; builds it where that was not done yet.
 
     Raises:
-        PathError: LAGUNA_SENTINEL_PATH names a path that cannot run here.
+        PathError: LAGUNA_CPU_ISA names a path that cannot run here.
     """
     kernels = load()
     if kernels is None:

@@ -14,7 +14,8 @@ import torch
 
 from laguna_serve import kernels, plugins
 from laguna_serve.kernels import linear, sentinel_moe
-from laguna_serve.kernels.linear import BuildError, IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.linear import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.toolchain import BuildError
 
 SOURCES = (".py", ".cpp", ".hpp", ".cu", ".json")
 # What asks computes nothing that is served.

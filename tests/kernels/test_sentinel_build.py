@@ -16,6 +16,7 @@ from moe_cases import ROUTING_SHAPE, TOLERANCE, make_inputs, relative_error
 
 from laguna_serve.kernels.sentinel_moe import build as building
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe_reference
+from laguna_serve.kernels.toolchain import BuildError
 
 # A compiler that writes what it was asked for at once, and counts how often.
 FAKE = """#!/bin/sh
@@ -60,13 +61,13 @@ def test_compiler_may_stand_behind_a_cache_of_its_own(fake_compiler: Path, monke
 @pytest.mark.parametrize("named", ["no-such-compiler", "env no-such-compiler"])
 def test_missing_compiler_is_named(named: str, fake_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", named)
-    with pytest.raises(building.BuildError, match=rf"expected a C\+\+ compiler, got CXX='{named}'; install g\+\+"):
+    with pytest.raises(BuildError, match=rf"expected a C\+\+ compiler, got CXX='{named}'; install g\+\+"):
         building.build()
 
 
 def test_failing_compiler_is_reported_and_leaves_nothing(fake_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fake_compiler / "compiler").write_text("#!/bin/sh\necho 'x.cpp:1: error: no' >&2\nexit 1\n")
-    with pytest.raises(building.BuildError, match=r"compiler: expected to make driver\.cpp, got x\.cpp:1: error: no"):
+    with pytest.raises(BuildError, match=r"compiler: expected to make driver\.cpp, got x\.cpp:1: error: no"):
         building.build()
     assert not list(fake_compiler.rglob("*.so"))
 
@@ -115,7 +116,7 @@ def run_python(source: str, **variables: str) -> subprocess.CompletedProcess[str
 
 def test_path_is_named_by_a_variable() -> None:
     source = "from laguna_serve.kernels.sentinel_moe import cpu; print(cpu.describe())"
-    done = run_python(source, LAGUNA_SENTINEL_PATH="portable")
+    done = run_python(source, LAGUNA_CPU_ISA="portable")
     assert done.stdout == "portable\n", done.stderr
 
 
@@ -126,9 +127,7 @@ def test_path_that_cannot_run_is_refused(name: str, needs: str) -> None:
     if any(path.name == name and path.supported for path in kernels.paths):
         pytest.skip("this processor has it")
     before = kernels.use_path(None)
-    with pytest.raises(
-        cpu.PathError, match=rf"^LAGUNA_SENTINEL_PATH: expected one of .*portable on this .*, got {name}"
-    ):
+    with pytest.raises(cpu.PathError, match=rf"^LAGUNA_CPU_ISA: expected one of .*portable on this .*, got {name}"):
         kernels.use_path(name)
     assert kernels.use_path(None) == before
 

@@ -61,8 +61,14 @@ def test_answers_end_and_what_lies_past_the_end_is_counted_apart(run_ab: RunAb) 
     assert result["forced_acceptance"]["length"] == pytest.approx(4.0)
     assert result["forced_acceptance"]["drafts"] == 20
     assert result["acceptance"]["drafts"] < 20
-    assert "past the end" in output
+    assert "past end    4.00 tokens per step" in output
     assert "answers that ended by themselves" in output
+
+
+def test_where_no_answer_ends_nothing_lies_past_it(run_ab: RunAb) -> None:
+    _, result, output = run_ab(Settings(), Settings(chunk_tokens=4, gamma=7), "--stop-at-eos")
+    assert "forced_acceptance" not in result
+    assert "past end" not in output
 
 
 def test_lengths_that_differ_are_a_mismatch_and_no_reason_to_withhold(run_ab: RunAb) -> None:
