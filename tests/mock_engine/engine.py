@@ -51,7 +51,7 @@ class MockEngine(MockServer):
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most = self._in_flight = 0
-        self._tokenized: dict[tuple[int, ...], str] = {}
+        self._rendered: dict[tuple[int, ...], str] = {}
         self._met = asyncio.Event()
 
     @property
@@ -88,10 +88,12 @@ class MockEngine(MockServer):
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if "messages" in body:
+        is_chat = "messages" in body
+        if is_chat:
             body = {"prompt": models.render_chat(body), "add_special_tokens": True}
         tokens = [BEGIN] * body["add_special_tokens"] + [ord(character) for character in body["prompt"]]
-        self._tokenized[tuple(tokens)] = body["prompt"]
+        if is_chat:
+            self._rendered[tuple(tokens)] = body["prompt"]
         answer = {"count": len(tokens), "max_model_len": self.settings.max_model_len, "tokens": tokens}
         return self._refuse(request) or web.json_response(answer)
 
@@ -151,7 +153,7 @@ class MockEngine(MockServer):
     async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
         settings, prompt = self.settings, read_prompt(body)
         if isinstance(prompt, list):
-            prompt = self._tokenized.get(tuple(prompt), prompt)
+            prompt = self._rendered.get(tuple(prompt), prompt)
         fault = settings.faults.get(prompt) if isinstance(prompt, str) else None
         self.counters.count_drafts(settings.drafts_per_answer)
         if fault == "http_500":

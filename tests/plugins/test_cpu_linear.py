@@ -119,12 +119,12 @@ def test_context_of_a_drafter_takes_the_op(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_stored_models_with_and_without_the_op_have_unlike_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from laguna_serve.plugins.repairs import compiled_loading
+    from laguna_serve.plugins.repairs import compilation
 
-    monkeypatch.setattr(compiled_loading, "stock_factors", lambda *args: ["stock"])
+    monkeypatch.setattr(compilation, "stock_factors", lambda *args: ["stock"])
     names = []
     for ours in (False, True):
-        monkeypatch.setattr(compiled_loading, "takes_over", lambda ours=ours: ours)
-        names.append(compiled_loading.list_factors(None))
+        monkeypatch.setattr(compilation, "takes_over", lambda ours=ours: ours)
+        names.append(compilation.list_factors(None))
     assert names[0][0] == "stock"
     assert names[0] != names[1]
