@@ -161,7 +161,7 @@ def test_real_engine(tmp_path: Path) -> None:
     found = check_rows(config, sequence, 8, 2, tmp_path / "log")
     ways = {way.name: way for way in found.ways}
     assert found.tokens == 40
-    assert list(ways) == ["again", "rows", "copies", "whole"]
+    assert list(ways) == ["again", "rows", "copies", "whole", "cached"]
     assert ways["again"].first is None
     # Six layers of at least eight modules, in and out.
     assert ways["again"].compared > 40 * 6 * 8 * 2
