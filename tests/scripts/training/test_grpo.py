@@ -153,7 +153,8 @@ def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.vllm
 def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "2", "--group", "4", "--max-tokens", "12"]
+    # Many prompts: a tie of experts in a prompt takes its whole group with it.
+    small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "4", "--group", "2", "--max-tokens", "12"]
     small += ["--draft-sampling", "probabilistic"]
     status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
     assert status in (0, 1), said
@@ -166,7 +167,7 @@ def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path
     # The weights that sampled are the trainer's: after every update, and after the start from the saved state.
     assert all(line["mismatch_nats"] < 1e-3 for line in steps)
     # What stands behind a tie of experts is left out of the mismatch: about half of these few tokens, never most.
-    assert sum(line["tied"]["tokens"] for line in steps) < 0.8 * sum(line["tokens"] for line in steps)
+    assert sum(line["tied"]["tokens"] for line in steps) < sum(line["tokens"] for line in steps) / 2
     assert all(1 <= line["acceptance_length"] <= 8 for line in steps)
     assert result["held_out_reward"]["prompts"] > 0
     assert {path.name for path in (out / "versions").iterdir()} == {"step-0", "step-2", "step-3"}
