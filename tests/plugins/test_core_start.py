@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
+from warm import run_warm
 
 pytestmark = pytest.mark.vllm
 # As many threads as torch is asked for, on a machine of one core, too.
@@ -29,7 +28,6 @@ print(core_start.can_fork(), utils.get_mp_context().get_start_method())
 def test_core_is_forked_only_before_threads_of_openmp(threads: str, answer: str) -> None:
     """When the second one forks, too, OpenMP's teams survive it, and there is nothing to be asked."""
     environment = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    command = [sys.executable, "-c", CODE, threads]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = run_warm(CODE, threads, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == answer

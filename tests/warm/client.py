@@ -76,6 +76,7 @@ class Warm:
         target: str,
         *arguments: str,
         environment: dict[str, str] | None = None,
+        source: Path | str = os.devnull,
         output: Path | str = os.devnull,
         error: Path | str = os.devnull,
     ) -> WarmProcess:
@@ -85,6 +86,7 @@ class Warm:
             "arguments": arguments,
             "environment": dict(os.environ) if environment is None else environment,
             "folder": os.getcwd(),
+            "input": str(source),
             "output": str(output),
             "error": str(error),
         }
@@ -105,12 +107,22 @@ class Warm:
 
 
 def run_warm(
-    target: str | Path, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 400
+    target: str | Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    timeout: float = 400,
+    text: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` gives for a program of Python's: a file, or its code itself. It is ended with this call."""
+    """What `subprocess.run` gives for a program of Python's: a file, a module, or its code itself; `text` is its stdin.
+
+    It is ended with this call.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        output, error = Path(folder, "output"), Path(folder, "error")
-        process = warm().start(str(target), *arguments, environment=environment, output=output, error=error)
+        source, output, error = (Path(folder, name) for name in ("input", "output", "error"))
+        source.write_text(text)
+        process = warm().start(
+            str(target), *arguments, environment=environment, source=source, output=output, error=error
+        )
         try:
             status = process.wait(timeout)
         finally:

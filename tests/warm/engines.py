@@ -1,13 +1,15 @@
-"""Engines of this process start warm: their supervisor and their API server are forked, and import nothing again."""
+"""Engines of this process, and what is asked of vLLM before one starts, are warm: forked, they import nothing again."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from typing import Any
 
-from laguna_serve.serving.engine import engine
+from laguna_serve.serving.engine import engine, row_check
+from laguna_serve.serving.planning import vllm_flags
 from laguna_serve.serving.planning.command import SERVER_MODULE
-from warm.client import warm
+from warm.client import run_warm, warm
 
 SUPERVISOR = "laguna_serve.serving.supervision.reaper"
 
@@ -26,6 +28,30 @@ class _Subprocess:
         return warm().start("supervisor:supervise", *own, environment=env)  # which server.py has imported
 
 
+class _Programs:
+    """`subprocess` for what runs a program of Python's to its end."""
+
+    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
+
+    @staticmethod
+    def run(
+        command: list[str],
+        *,
+        input: str,  # noqa: A002
+        timeout: float,
+        env: dict[str, str] | None = None,
+        stderr: Any = None,
+        **_named: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable and command[1] in ("-c", "-m")
+        done = run_warm(command[2], *command[3:], environment=env, timeout=timeout, text=input)
+        if stderr is not None:
+            stderr.write(done.stderr)
+        return done
+
+
 def start_engines_warm(yes: bool) -> None:
     """From now on, or no more."""
     engine.subprocess = _Subprocess if yes else subprocess  # type: ignore[attr-defined]
+    for module in (row_check, vllm_flags):
+        module.subprocess = _Programs if yes else subprocess  # type: ignore[attr-defined]

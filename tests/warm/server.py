@@ -1,6 +1,6 @@
 """The process that has imported vLLM: ``server.py`` reads a JSON object a line and answers with one.
 
-{"start": {target, arguments, environment, folder, output, error}} → {"pid": …}: forked, and running.
+{"start": {target, arguments, environment, folder, input, output, error}} → {"pid": …}: forked, and running.
 {"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}.
 
 `target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.
@@ -75,8 +75,8 @@ def become(work: dict[str, Any]) -> None:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, fd)
         os.close(opened)
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+    with open(work["input"], "rb") as asked:
+        os.dup2(asked.fileno(), 0)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.set_wakeup_fd(-1)
