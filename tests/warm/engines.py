@@ -37,13 +37,14 @@ class _Programs:
     def run(
         command: list[str],
         *,
-        input: str,  # noqa: A002
+        input: str,
         timeout: float,
         env: dict[str, str] | None = None,
         stderr: Any = None,
         **_named: Any,
     ) -> subprocess.CompletedProcess[str]:
-        assert command[0] == sys.executable and command[1] in ("-c", "-m")
+        assert command[0] == sys.executable
+        assert command[1] in ("-c", "-m")
         done = run_warm(command[2], *command[3:], environment=env, timeout=timeout, text=input)
         if stderr is not None:
             stderr.write(done.stderr)
