@@ -24,21 +24,15 @@ from laguna_serve.bench.harness.order import Load, choose_order
 from laguna_serve.bench.harness.prompts import PromptsConfig, split_prompts
 from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
-from laguna_serve.bench.harness.result import AbResult, CertificateSummary, shorten
+from laguna_serve.bench.harness.result import LINE, AbResult, CertificateSummary
 from laguna_serve.bench.harness.runner import run_plan
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
-from laguna_serve.serving.kit.cli import (
-    COULD_NOT_RUN,
-    FELL_SHORT,
-    HELD,
-    INTERRUPTED,
-    print_result,
-    run_command,
-)
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
+from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
@@ -111,17 +105,16 @@ class AbConfig(PromptsConfig, ArmsConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        AbConfig, argv, prog="bench/ab.py", description=DESCRIPTION, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command(
+        "bench/ab.py",
+        AbConfig,
+        DESCRIPTION,
+        EXAMPLES,
+        measures=True,
+        interrupted="what was measured by then, if anything, is in --out",
     )
-
-    def run() -> int:
-        result = compare(config)
-        print_result(render_text(result), shorten(result), config.out, always_json=always_json)
-        return judge(result)
-
-    return run_command("ab.py", run, measures=True, interrupted="what was measured by then, if anything, is in --out")
+    return command.run(argv, compare, show=render_text, line=LINE, judge=judge)
 
 
 def compare(config: AbConfig) -> AbResult:

@@ -10,7 +10,6 @@ again, on whichever machine. The list: bench/results/GPU_TODO.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from laguna_serve.bench.experiments.options import CampaignConfig
 from laguna_serve.bench.experiments.plan import make_plan
@@ -23,7 +22,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json
 
 __all__ = ["CampaignConfig", "CampaignResult", "main", "plan_campaign", "run"]
 EXAMPLES = """
@@ -87,7 +86,7 @@ def run(config: CampaignConfig) -> CampaignResult:
     return run_campaign(open_campaign(config, environment, Progress().say))
 
 
-def shorten(result: CampaignResult) -> dict[str, Any]:
+def shorten(result: CampaignResult) -> JsonObject:
     """The one-line form: of each step its outcome, its seconds and its figures."""
     runs = {
         name: {"outcome": done.outcome, "wall_s": done.wall_s, "figures": done.figures}

@@ -21,10 +21,10 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import structs
 
 from laguna_serve.bench.certificate import check
-from laguna_serve.bench.certificate.check import CheckConfig, check_certificate, render_check
+from laguna_serve.bench.certificate.check import CertificateCheck, CheckConfig, check_certificate, render_check
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS
 from laguna_serve.bench.certificate.report import render_html, render_markdown, render_text
-from laguna_serve.bench.certificate.result import Certificate, shorten
+from laguna_serve.bench.certificate.result import LINE, Certificate
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.runner import REFERENCE, Job, run_job
 from laguna_serve.bench.certificate.subject import find_gamma, find_identity
@@ -40,12 +40,13 @@ from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError
 from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick, read_flags_and_json
+from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 from laguna_serve.serving.speculation.drafting import format_speculation, open_drafter, resolve_gamma
 
@@ -111,34 +112,27 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if any(argument.partition("=")[0] == "--check" for argument in argv):
         return _check(argv)
-    config, always_json = read_flags_and_json(
-        CertifyConfig, argv, prog="bench/certify.py", description=__doc__, epilog=EXAMPLES
-    )
+    command = Command("bench/certify.py", CertifyConfig, __doc__, EXAMPLES, measures=True, interrupted=CONTINUES)
+    return command.run(argv, certify, show=render_text, line=LINE, judge=judge)
 
-    def run() -> int:
-        certificate = certify(config)
-        print_result(render_text(certificate), shorten(certificate), config.out, always_json=always_json)
-        return FELL_SHORT if certificate.verdict == DEFECT else HELD
 
-    return run_command("certify.py", run, measures=True, interrupted=CONTINUES)
+def judge(certificate: Certificate) -> int:
+    """Return the exit status that a verdict stands for."""
+    return FELL_SHORT if certificate.verdict == DEFECT else HELD
 
 
 def _check(argv: Sequence[str]) -> int:
-    """The command line with `--check`."""
-    config, always_json = read_flags_and_json(
-        CheckConfig, argv, prog="bench/certify.py --check", description=check.__doc__, epilog=check.EXAMPLES
-    )
+    """Run the command line with `--check`."""
+    command = Command("bench/certify.py --check", CheckConfig, check.__doc__, check.EXAMPLES)
 
-    def run() -> int:
-        found = check_certificate(config, read_environment(current_argv()))
-        print_result(render_check(found), to_json(found), None, always_json=always_json)
-        return found.status
+    def act(config: CheckConfig) -> CertificateCheck:
+        return check_certificate(config, read_environment(current_argv()))
 
-    return run_command("certify.py", run)
+    return command.run(argv, act, show=render_check, judge=lambda found: found.status)
 
 
 def certify(config: CertifyConfig, environment: Environment | None = None) -> Certificate:

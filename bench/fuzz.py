@@ -16,10 +16,10 @@ import asyncio
 from collections.abc import Sequence
 
 from laguna_serve.bench.fuzzing.options import FuzzConfig
-from laguna_serve.bench.fuzzing.result import FuzzResult, shorten
+from laguna_serve.bench.fuzzing.result import LINE, FuzzResult
 from laguna_serve.bench.fuzzing.runner import Fuzz
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.flags import read_flags_and_json
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.progress import Progress
 
 __all__ = ["FuzzConfig", "FuzzResult", "fuzz_engine", "main"]
@@ -33,18 +33,16 @@ exit status: 0 nothing found, 1 something found, 2 could not run, 130 interrupte
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        FuzzConfig, argv, prog="bench/fuzz.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("bench/fuzz.py", FuzzConfig, __doc__, EXAMPLES, interrupted="--resume continues")
+    return command.run(
+        argv, fuzz_engine, show=render_text, line=LINE, judge=lambda result: FELL_SHORT if result.findings else HELD
     )
 
-    def run() -> int:
-        result = fuzz_engine(config)
-        text = f"{result.requests:,} requests in {result.minutes:.1f} min: {len(result.findings)} findings"
-        print_result(text, shorten(result), config.out, always_json=always_json)
-        return FELL_SHORT if result.findings else HELD
 
-    return run_command("fuzz.py", run, interrupted="--resume continues")
+def render_text(result: FuzzResult) -> str:
+    """Render the result in one line."""
+    return f"{result.requests:,} requests in {result.minutes:.1f} min: {len(result.findings)} findings"
 
 
 def fuzz_engine(config: FuzzConfig) -> FuzzResult:

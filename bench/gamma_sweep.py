@@ -20,7 +20,7 @@ from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_sing
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.points import claim_points, measure_missing, read_points
 from laguna_serve.bench.gamma.report import render_markdown, render_text
-from laguna_serve.bench.gamma.result import SweepResult, shorten
+from laguna_serve.bench.gamma.result import LINE, SweepResult
 from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.runner import MeasurementStoppedError
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = stage
         finally:  # the sweep itself is worth its table where an ablation could not be measured
             if result is not None:
-                print_result(render_text(result), shorten(result), config.out, always_json=always_json)
+                print_result(render_text(result), LINE(result), config.out, always_json=always_json)
         assert result is not None
         return HELD if result.held else FELL_SHORT
 

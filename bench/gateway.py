@@ -25,12 +25,12 @@ from laguna_serve.bench.relay.processes import GATEWAY_COMMAND, run_child, write
 from laguna_serve.bench.relay.report import render_markdown, render_text
 from laguna_serve.bench.relay.result import GatewayBenchResult
 from laguna_serve.serving.engine import find_port
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 
 __all__ = ["GatewayBenchConfig", "GatewayBenchResult", "main", "measure_gateway"]
 EXAMPLES = """
@@ -45,17 +45,11 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        GatewayBenchConfig, argv, prog="bench/gateway.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("bench/gateway.py", GatewayBenchConfig, __doc__, EXAMPLES, measures=True)
+    return command.run(
+        argv, measure_gateway, show=render_text, judge=lambda result: HELD if result.held else FELL_SHORT
     )
-
-    def run() -> int:
-        result = measure_gateway(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return HELD if result.held else FELL_SHORT
-
-    return run_command("gateway.py", run, measures=True)
 
 
 def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:

@@ -22,12 +22,12 @@ from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.report import render_markdown, render_text, summarise
 from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
 from laguna_serve.bench.moe_layer.timing import KernelTimer, make_shape
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 
 __all__ = ["MoeConfig", "MoeResult", "main", "time_kernels"]
 DESCRIPTION = "Time the sentinel MoE kernel against the bandwidth floor and vLLM's fused MoE."
@@ -42,18 +42,22 @@ exit status: 0 every row was measured, 1 a row was refused, 2 could not run, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        MoeConfig, argv, prog="bench/moe.py", description=DESCRIPTION, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command(
+        "bench/moe.py",
+        MoeConfig,
+        DESCRIPTION,
+        EXAMPLES,
+        others=(torch.OutOfMemoryError,),
+        measures=True,
+        interrupted="nothing was measured",
     )
-
-    def run() -> int:
-        result = time_kernels(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return INTERRUPTED if result.partial else FELL_SHORT if result.refused else HELD
-
-    others = (torch.OutOfMemoryError,)
-    return run_command("moe.py", run, measures=True, others=others, interrupted="nothing was measured")
+    return command.run(
+        argv,
+        time_kernels,
+        show=render_text,
+        judge=lambda result: INTERRUPTED if result.partial else FELL_SHORT if result.refused else HELD,
+    )
 
 
 def time_kernels(config: MoeConfig) -> MoeResult:

@@ -21,10 +21,10 @@ from laguna_serve.bench.prefix.runner import Outcome, run_engines
 from laguna_serve.bench.prefix.traffic import plan_traffic
 from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
@@ -46,17 +46,17 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        PrefixCacheConfig, argv, prog="bench/prefix_cache.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command(
+        "bench/prefix_cache.py", PrefixCacheConfig, __doc__, EXAMPLES, measures=True, interrupted="nothing was measured"
     )
-
-    def run() -> int:
-        result = measure_acceptance(config)
-        print_result(render_text(result), shorten(result), config.out, always_json=always_json)
-        return INTERRUPTED if result.partial else HELD if result.held else FELL_SHORT
-
-    return run_command("prefix_cache.py", run, measures=True, interrupted="nothing was measured")
+    return command.run(
+        argv,
+        measure_acceptance,
+        show=render_text,
+        line=shorten,
+        judge=lambda result: INTERRUPTED if result.partial else HELD if result.held else FELL_SHORT,
+    )
 
 
 def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:

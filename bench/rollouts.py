@@ -20,12 +20,12 @@ from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.report import render_markdown, render_text
 from laguna_serve.bench.rollout.result import RolloutPoint, RolloutsResult, RolloutsWorkload
 from laguna_serve.bench.rollout.runner import Job, measure_missing, prepare, read_point
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
 __all__ = ["RolloutsConfig", "RolloutsResult", "main", "measure_rollouts"]
@@ -48,17 +48,11 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        RolloutsConfig, argv, prog="bench/rollouts.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("bench/rollouts.py", RolloutsConfig, __doc__, EXAMPLES, measures=True, interrupted=CONTINUES)
+    return command.run(
+        argv, measure_rollouts, show=render_text, judge=lambda result: HELD if result.pays else FELL_SHORT
     )
-
-    def run() -> int:
-        result = measure_rollouts(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return HELD if result.pays else FELL_SHORT
-
-    return run_command("rollouts.py", run, measures=True, interrupted=CONTINUES)
 
 
 def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:

@@ -17,13 +17,13 @@ from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.sampled.completions import draw_completions
 from laguna_serve.bench.sampled.options import SamplingConfig
 from laguna_serve.bench.sampled.report import render_markdown, render_text
-from laguna_serve.bench.sampled.result import SamplingResult, SamplingWorkload, shorten
+from laguna_serve.bench.sampled.result import LINE, SamplingResult, SamplingWorkload
 from laguna_serve.bench.sampled.verdict import judge
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
@@ -46,17 +46,15 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        SamplingConfig, argv, prog="bench/sampling.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("bench/sampling.py", SamplingConfig, __doc__, EXAMPLES, interrupted=CONTINUES)
+    return command.run(
+        argv,
+        compare_distributions,
+        show=render_text,
+        line=LINE,
+        judge=lambda result: HELD if result.held else FELL_SHORT,
     )
-
-    def run() -> int:
-        result = compare_distributions(config)
-        print_result(render_text(result), shorten(result), config.out, always_json=always_json)
-        return HELD if result.held else FELL_SHORT
-
-    return run_command("sampling.py", run, interrupted=CONTINUES)
 
 
 def compare_distributions(config: SamplingConfig) -> SamplingResult:

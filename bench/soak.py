@@ -15,13 +15,13 @@ from contextlib import ExitStack
 from laguna_serve.bench.relay.options import SoakConfig
 from laguna_serve.bench.relay.processes import GATEWAY_COMMAND, run_child, write_config
 from laguna_serve.bench.relay.report import render_soak, render_soak_markdown
-from laguna_serve.bench.relay.result import SoakResult, shorten
+from laguna_serve.bench.relay.result import LINE, SoakResult
 from laguna_serve.bench.relay.soaking import Soak
 from laguna_serve.serving.engine import find_port
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 
@@ -37,17 +37,11 @@ exit status: 0 held, 1 a request ended otherwise than it must or something was l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        SoakConfig, argv, prog="bench/soak.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("bench/soak.py", SoakConfig, __doc__, EXAMPLES)
+    return command.run(
+        argv, soak, show=render_soak, line=LINE, judge=lambda result: FELL_SHORT if result.failures else HELD
     )
-
-    def run() -> int:
-        result = soak(config)
-        print_result(render_soak(result), shorten(result), config.out, always_json=always_json)
-        return FELL_SHORT if result.failures else HELD
-
-    return run_command("soak.py", run)
 
 
 def soak(config: SoakConfig) -> SoakResult:

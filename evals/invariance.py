@@ -16,8 +16,8 @@ from laguna_serve.evals.equivalence.invariance import InvarianceConfig, compare_
 from laguna_serve.evals.equivalence.report import render_text
 from laguna_serve.evals.equivalence.result import InvarianceResult, shorten
 from laguna_serve.evals.equivalence.verdict import COULD_NOT_TELL, EXPLAINED, INVARIANT, NOISE
-from laguna_serve.serving.kit.cli import CONTINUES, COULD_NOT_RUN, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.flags import read_flags_and_json
+from laguna_serve.serving.kit.cli import CONTINUES, COULD_NOT_RUN, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 
 __all__ = ["InvarianceConfig", "InvarianceResult", "compare_answers", "main"]
 
@@ -40,19 +40,18 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        InvarianceConfig, argv, prog="evals/invariance.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command(
+        "evals/invariance.py", InvarianceConfig, __doc__, EXAMPLES, others=(JailError,), interrupted=CONTINUES
     )
+    return command.run(argv, compare_answers, show=render_text, line=shorten, judge=judge)
 
-    def run() -> int:
-        result = compare_answers(config)
-        print_result(render_text(result), shorten(result), config.out, always_json=always_json)
-        if result.verdict == COULD_NOT_TELL:
-            return COULD_NOT_RUN
-        return HELD if result.verdict in (INVARIANT, EXPLAINED, NOISE) else FELL_SHORT
 
-    return run_command("invariance.py", run, others=(JailError,), interrupted=CONTINUES)
+def judge(result: InvarianceResult) -> int:
+    """Return the exit status that a verdict stands for."""
+    if result.verdict == COULD_NOT_TELL:
+        return COULD_NOT_RUN
+    return HELD if result.verdict in (INVARIANT, EXPLAINED, NOISE) else FELL_SHORT
 
 
 if __name__ == "__main__":

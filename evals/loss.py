@@ -16,9 +16,8 @@ from collections.abc import Sequence
 
 from laguna_serve.evals.perplexity.loss import LossConfig, measure_loss
 from laguna_serve.evals.perplexity.loss_report import LossResult, render_text
-from laguna_serve.serving.kit.cli import CONTINUES, HELD, print_result, run_command
-from laguna_serve.serving.kit.flags import read_flags_and_json
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.cli import CONTINUES
+from laguna_serve.serving.kit.command import Command
 
 __all__ = ["LossConfig", "LossResult", "main", "measure_loss"]
 
@@ -37,17 +36,9 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        LossConfig, argv, prog="evals/loss.py", description=__doc__, epilog=EXAMPLES
-    )
-
-    def run() -> int:
-        result = measure_loss(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return HELD
-
-    return run_command("loss.py", run, interrupted=CONTINUES)
+    """Run the command line; return the exit status."""
+    command = Command("evals/loss.py", LossConfig, __doc__, EXAMPLES, interrupted=CONTINUES)
+    return command.run(argv, measure_loss, show=render_text)
 
 
 if __name__ == "__main__":

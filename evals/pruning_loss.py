@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 from laguna_serve.evals.perplexity.pruning import PruningConfig, measure_pruning
 from laguna_serve.evals.perplexity.pruning_report import PruningResult, render_text
-from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.flags import read_flags_and_json
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
 
 __all__ = ["PruningConfig", "PruningResult", "main", "measure_pruning"]
 
@@ -35,17 +34,14 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        PruningConfig, argv, prog="evals/pruning_loss.py", description=__doc__, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command("evals/pruning_loss.py", PruningConfig, __doc__, EXAMPLES, interrupted=CONTINUES)
+    return command.run(
+        argv,
+        measure_pruning,
+        show=render_text,
+        judge=lambda result: HELD if all(point.ranked_is_better for point in result.points) else FELL_SHORT,
     )
-
-    def run() -> int:
-        result = measure_pruning(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return HELD if all(point.ranked_is_better for point in result.points) else FELL_SHORT
-
-    return run_command("pruning_loss.py", run, interrupted=CONTINUES)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
-from laguna_serve.serving.kit.cli import HELD, run_command
-from laguna_serve.serving.kit.flags import Flag, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.command import Command
+from laguna_serve.serving.kit.flags import Flag
 
 STD = 0.02
 LAYERS_PER_SHARD = 4
@@ -71,14 +70,9 @@ class GenerateResult(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config = read_flags(GenerateConfig, argv, prog="scripts/generate_dense.py", description=__doc__, epilog=EXAMPLES)
-
-    def body() -> int:
-        print(json.dumps(to_json(generate(config))))
-        return HELD
-
-    return run_command("generate_dense.py", body, interrupted="remove the folder")
+    """Run the command line; return the exit status."""
+    command = Command("scripts/generate_dense.py", GenerateConfig, __doc__, EXAMPLES, interrupted="remove the folder")
+    return command.run(argv, generate)
 
 
 def generate(config: GenerateConfig) -> GenerateResult:

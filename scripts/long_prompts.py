@@ -18,11 +18,10 @@ import msgspec
 from tokenizers import Tokenizer
 
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.flags import Flag, check_bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = frozenset((".py", ".md", ".sh", ".toml", ".cpp", ".hpp", ".c", ".h", ".js", ".ts", ".go", ".rs", ".java"))
@@ -67,14 +66,9 @@ class LongPromptsError(CommandError, ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config = read_flags(LongPromptsConfig, argv, prog="scripts/long_prompts.py", description=__doc__, epilog=EXAMPLES)
-
-    def body() -> int:
-        print(json.dumps(to_json(write_long_prompts(config))))
-        return HELD
-
-    return run_command("long_prompts.py", body)
+    """Run the command line; return the exit status."""
+    command = Command("scripts/long_prompts.py", LongPromptsConfig, __doc__, EXAMPLES)
+    return command.run(argv, write_long_prompts)
 
 
 def write_long_prompts(config: LongPromptsConfig) -> LongPromptsResult:

@@ -5,7 +5,6 @@ The share's lowest-scored groups go, over all layers together, but every expert 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import PruningError, rank_groups
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import WriteError, write_stream
-from laguna_serve.serving.kit.flags import Flag, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.flags import Flag
 
 EXAMPLES = """examples:
   python scripts/pruning_mask.py tests/toy/masks/group_scores_importance_sorted.npy --share 0.2 --out mask.npy
@@ -47,14 +45,9 @@ class MaskResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config = read_flags(MaskConfig, argv, prog="scripts/pruning_mask.py", description=__doc__, epilog=EXAMPLES)
-
-    def body() -> int:
-        print(json.dumps(to_json(write_mask(config))))
-        return HELD
-
-    return run_command("pruning_mask.py", body, others=(PruningError,))
+    """Run the command line; return the exit status."""
+    command = Command("scripts/pruning_mask.py", MaskConfig, __doc__, EXAMPLES, others=(PruningError,))
+    return command.run(argv, write_mask)
 
 
 def write_mask(config: MaskConfig) -> MaskResult:

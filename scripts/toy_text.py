@@ -15,10 +15,9 @@ from typing import Annotated
 import msgspec
 
 from laguna_serve.scripts.text import corpus
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import Flag, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.flags import Flag
 
 EXAMPLES = """examples:
   python scripts/toy_text.py --out held-out.jsonl
@@ -44,14 +43,9 @@ class TextResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config = read_flags(TextConfig, argv, prog="scripts/toy_text.py", description=__doc__, epilog=EXAMPLES)
-
-    def body() -> int:
-        print(json.dumps(to_json(write_toy_text(config))))
-        return HELD
-
-    return run_command("toy_text.py", body)
+    """Run the command line; return the exit status."""
+    command = Command("scripts/toy_text.py", TextConfig, __doc__, EXAMPLES)
+    return command.run(argv, write_toy_text)
 
 
 def write_toy_text(config: TextConfig) -> TextResult:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
 from laguna_serve.bench.certificate.identity import Identity
 from laguna_serve.serving.engine.row_check import RowCheck
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
-
-LINE_DIVERGENCES = 3
 
 
 class Replayed(Struct, frozen=True, kw_only=True):
@@ -172,11 +170,8 @@ class Certificate(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     row_check: RowCheck | None = None
 
 
-def shorten(certificate: Certificate) -> dict[str, Any]:
-    """The one-line form: without the long lists; counts say what they hold."""
-    short = to_json(certificate)
-    for load in short["loads"]:
-        for comparison in (load["candidate"], *load["controls"].values()):
-            comparison["divergences"] = comparison["divergences"][:LINE_DIVERGENCES]
-            comparison["not_own_best"] = len(comparison["not_own_best"])
-    return short
+# The line for programs: of the long lists a few items, or how many there are.
+LINE = Brief(
+    first={"loads.*.candidate.divergences": 3, "loads.*.controls.*.divergences": 3},
+    counted=("loads.*.candidate.not_own_best", "loads.*.controls.*.not_own_best"),
+)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import Struct
 
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
 
 
 class SentRequest(Struct, frozen=True, kw_only=True):
@@ -64,8 +62,5 @@ class FuzzResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lag
     statuses: dict[str, int]
 
 
-def shorten(result: FuzzResult) -> dict[str, Any]:
-    """The one-line form: without the statuses."""
-    short = to_json(result)
-    del short["statuses"]
-    return short
+# The line for programs.
+LINE = Brief(without=("statuses",))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from msgspec import UNSET, Struct, UnsetType, field, structs
+from msgspec import UNSET, Struct, UnsetType, field
 
 from laguna_serve.bench.harness.result import ParitySummary
 from laguna_serve.bench.stats.drift import Drift
 from laguna_serve.bench.stats.intervals import RoundPair
 from laguna_serve.bench.stats.parity import Verdict
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.memory import EngineMemory
 
 Rates = dict[str, float]
@@ -174,6 +172,5 @@ def publish_point(point: MeasuredPoint, predicted: float) -> SweepPoint:
     return SweepPoint(**figures, predicted=predicted)
 
 
-def shorten(result: SweepResult) -> dict[str, Any]:
-    """The one-line form: of the points their number."""
-    return to_json(structs.replace(result, points=[])) | {"points": len(result.points)}
+# The line for programs.
+LINE = Brief(counted=("points",))

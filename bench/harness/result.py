@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
@@ -13,11 +11,9 @@ from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import RequestRecord
 from laguna_serve.serving.engine.figures import EngineFigures
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.memory import EngineMemory
-
-LINE_DIVERGENCES = 5
 
 
 class Workload(Struct, frozen=True, kw_only=True):
@@ -190,9 +186,5 @@ class AbResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lagun
 INTERRUPTED = "interrupted"
 
 
-def shorten(result: AbResult) -> dict[str, Any]:
-    """The one-line form: without per-request lists, and with the first few divergences only (`mismatches` has all)."""
-    short = to_json(result)
-    del short["requests"], short["speedup"]["per_round"]
-    short["parity"]["divergences"] = short["parity"]["divergences"][:LINE_DIVERGENCES]
-    return short
+# The line for programs; `mismatches` counts what `divergences` has a few of.
+LINE = Brief(without=("requests", "speedup.per_round"), first={"parity.divergences": 5})

@@ -17,12 +17,13 @@ from typing import Annotated
 from msgspec import UNSET, structs
 
 from laguna_serve.bench.linear.result import LinearResult, LinearRow
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED, print_result, run_command
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags_and_json
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.rates import KERNEL_LIMIT, LIMITS
 
@@ -73,17 +74,16 @@ class LinearConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        LinearConfig, argv, prog="bench/linear", description=DESCRIPTION, epilog=EXAMPLES
+    """Run the command line; return the exit status."""
+    command = Command(
+        "bench/linear", LinearConfig, DESCRIPTION, EXAMPLES, measures=True, interrupted="nothing was measured"
     )
-
-    def run() -> int:
-        result = time_linear(config)
-        print_result(render_text(result), to_json(result), config.out, always_json=always_json)
-        return INTERRUPTED if result.partial else FELL_SHORT if result.refused else HELD
-
-    return run_command("linear", run, measures=True, interrupted="nothing was measured")
+    return command.run(
+        argv,
+        time_linear,
+        show=render_text,
+        judge=lambda result: INTERRUPTED if result.partial else FELL_SHORT if result.refused else HELD,
+    )
 
 
 def time_linear(config: LinearConfig) -> LinearResult:

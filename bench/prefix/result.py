@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import Struct
 
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json
 
 HOLDS, FALLS = "holds", "falls"
 
@@ -72,6 +70,6 @@ class PrefixCacheResult(Struct, frozen=True, kw_only=True, tag_field="schema", t
         return all(comparison.verdict == HOLDS for comparison in self.comparisons)
 
 
-def shorten(result: PrefixCacheResult) -> dict[str, Any]:
+def shorten(result: PrefixCacheResult) -> JsonObject:
     """The one-line form: of the scenarios their number."""
     return to_json(result) | {"scenarios": f"{len(result.scenarios)}, in the file"}

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import UNSET, Struct, UnsetType, field
 
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
 
 
 class Quartiles(Struct, frozen=True, kw_only=True):
@@ -105,8 +103,5 @@ class SoakResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lag
     failures: list[str]
 
 
-def shorten(result: SoakResult) -> dict[str, Any]:
-    """The one-line form: without the samples."""
-    short = to_json(result)
-    del short["samples"]
-    return short
+# The line for programs.
+LINE = Brief(without=("samples",))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import Struct
 
+from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
 
 
 class SamplingWorkload(Struct, frozen=True, kw_only=True):
@@ -62,9 +60,5 @@ class SamplingResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
         return not any(comparison.differs for comparison in self.comparisons)
 
 
-def shorten(result: SamplingResult) -> dict[str, Any]:
-    """The one-line form: without the p-values of every prompt."""
-    short = to_json(result)
-    for comparison in short["comparisons"]:
-        del comparison["p_values"]
-    return short
+# The line for programs: without the p-values of every prompt.
+LINE = Brief(without=("comparisons.*.p_values",))

@@ -6,7 +6,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 
 from laguna_serve.evals.codegen.grading import Grade
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json
 
 # How many divergences and failures the line on stdout has.
 LINE_ITEMS = 3
@@ -165,7 +165,7 @@ class InvarianceResult(Struct, frozen=True, kw_only=True, tag_field="schema", ta
     problems: list[ComparedProblem]
 
 
-def shorten(result: InvarianceResult) -> dict[str, object]:
+def shorten(result: InvarianceResult) -> JsonObject:
     """The result without the long lists, for one line; `levels` counts what they hold."""
     divergences = [structs.replace(item, programs=UNSET) for item in (result.divergences or [])[:LINE_ITEMS]]
     failures = dict(list((result.failures or {}).items())[:LINE_ITEMS])
