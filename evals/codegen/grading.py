@@ -23,8 +23,7 @@ from weakref import WeakValueDictionary
 from laguna_serve.evals.codegen.printable import make_printable
 from laguna_serve.evals.extraction.worker import read_safely
 from laguna_serve.evals.problems.problem import Form, Problem
-from laguna_serve.evals.sandbox import JailError, Limits, Trial, run_trial
-from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.evals.sandbox import JailError, Limits, RunRecord, Trial, run_trial
 
 __all__ = [
     "Baseline",
@@ -87,7 +86,7 @@ class Baseline:
     """What the canonical solution's run says of a problem: its `record` of `tests` tests, or the problem's `fault`."""
 
     tests: int = 0
-    record: JsonObject | None = None
+    record: RunRecord | None = None
     fault: str = ""
 
 

@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.sandbox.servers import BOOT, ENVIRONMENT, ONE_THREAD
+from laguna_serve.evals.sandbox.walls.config import WallsConfig
 
 NAME = "bwrap"
 # Where the sandbox's own code lies for the program; it holds no secret.
@@ -36,7 +36,7 @@ def is_installed() -> bool:
 class Enclosed:
     """A worker in bubblewrap, to the host what a fork server's process is."""
 
-    def __init__(self, config: dict[str, Any], scratch: str, fds: list[int]) -> None:
+    def __init__(self, config: WallsConfig, scratch: str, fds: list[int]) -> None:
         """`fds`: configuration, output, ready and wire; `scratch` is the program's /tmp.
 
         Raises:
@@ -79,7 +79,7 @@ class Enclosed:
             self._process.wait(0)
 
 
-def make_command(config: dict[str, Any], scratch: str) -> list[str]:
+def make_command(config: WallsConfig, scratch: str) -> list[str]:
     """bwrap with the walls of a configuration, up to the interpreter's own arguments."""
     command = [shutil.which(NAME) or NAME, "--die-with-parent", "--cap-drop", "ALL", "--unshare-cgroup-try"]
     command += [f"--unshare-{name}" for name in NAMESPACES]

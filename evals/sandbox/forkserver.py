@@ -35,7 +35,8 @@ COMMON = (
 PR_SET_DUMPABLE = 4
 READY, FORKED, ENDED, FAILED = b"=", b"+", b".", b"!"
 
-Work = Callable[[dict[str, Any], int, int], None]
+# The configuration is that of the role (walls/config.py), the numbers its wire and its report.
+Work = Callable[[Any, int, int], None]
 
 
 def main() -> None:

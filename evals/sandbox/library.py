@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.evals.sandbox.trial import JailError
 
@@ -46,8 +45,11 @@ def find_packages(names: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def list_paths() -> dict[str, list[Any]]:
-    """What of the file system the program may read: the standard library and the libraries under it, no package."""
+def list_paths() -> tuple[list[tuple[str, str]], list[str]]:
+    """List what of the file system a program may read, and folders within it that are to be empty.
+
+    The first, (path, real path), are the standard library and the libraries under it; the second, packages.
+    """
     roots = [os.path.dirname(os.__file__), *(prefix + "/lib" for prefix in (sys.base_prefix, sys.base_exec_prefix))]
     readable: list[tuple[str, str]] = []
     for path in sorted({*LIBRARIES, *roots}):
@@ -55,4 +57,4 @@ def list_paths() -> dict[str, list[Any]]:
         if os.path.exists(path) and not inside:
             readable.append((path, os.path.realpath(path)))
     hidden = {str(path) for root, _ in readable for pattern in PACKAGES for path in Path(root).glob(pattern)}
-    return {"readable": readable, "hidden": sorted(hidden)}
+    return readable, sorted(hidden)

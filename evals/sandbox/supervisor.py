@@ -17,37 +17,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
-import re
 import secrets
 import selectors
 import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, BinaryIO
 
 from laguna_serve.evals.problems import Problem
-from laguna_serve.evals.sandbox.bubblewrap import Enclosed, is_installed
+from laguna_serve.evals.sandbox.child import END_S, Child, start_child, stop_children
 from laguna_serve.evals.sandbox.inside.report import KEY_BYTES, ForgedError, Seal
-from laguna_serve.evals.sandbox.library import PACKAGES_FOLDER, find_packages, list_paths
+from laguna_serve.evals.sandbox.roles import make_grader_config, make_worker_config
 from laguna_serve.evals.sandbox.scratch import Scratch, make_scratch
-from laguna_serve.evals.sandbox.servers import ONE_THREAD, START_S, Process, ServerError, spawn
+from laguna_serve.evals.sandbox.servers import START_S, ServerError
 from laguna_serve.evals.sandbox.trial import JailError, Limits, Trial, WallError, Walls
+from laguna_serve.evals.sandbox.walls.config import RunRecord
 from laguna_serve.evals.sandbox.walls.jail import NOT_WALLED
-from laguna_serve.evals.sandbox.walls.landlock import find_version
-from laguna_serve.evals.sandbox.walls.other_user import choose_id
 
-GRADER_MEMORY_BYTES, GRADER_FILES = 2 << 30, 256
-# How long processes may take to disappear when killed, and to end when done for.
-REAP_S, END_S = 30.0, 1.0
-CLASS = re.compile(r"^class[ \t]+(\w+)", re.MULTILINE)
-# Where no mount bounds what a program writes: how often it is measured, and the share that one file may have.
-MEASURE_S, FILE_SHARE = 0.05, 8
+# How often it is measured what a program has written where no mount bounds it.
+MEASURE_S = 0.05
 OBSTACLE_TRIES = 3
 # What the judge says of single tests (grader.py), and where it is counted.
 SIGNS = {b"+": "passed", b"!": "weak", b"-": "failed", b"?": "unjudged", b"~": "unmet"}
@@ -59,26 +47,8 @@ PROBE = Problem("probe", "", "f", "def check(candidate):\n    assert candidate()
 PROBE_PROGRAM = "def f():\n    return 1\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Pipe:
-    reading: BinaryIO
-    writing: BinaryIO
-
-
-@dataclass(slots=True)
-class _Child:
-    process: Process | Enclosed
-    ready_fd: int
-    output_fd: int
-    output: bytearray = field(default_factory=bytearray)
-    # What it said when its walls were up: which ones.
-    started: bytes = b""
-    # The process that we know is outside of the jail: terminated, it kills the jail's first one and buries it.
-    has_watcher: bool = False
-
-
 def run_trial(
-    problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None = None, probes: bool = False
+    problem: Problem, program: str, limits: Limits, baseline: RunRecord | None = None, probes: bool = False
 ) -> Trial:
     """Run the problem's tests on a program. Blocking; may be called from several threads at once.
 
@@ -95,51 +65,27 @@ def run_trial(
         raise WallError(f"{error}; {REMEDY}") from None
 
 
-def _run(problem: Problem, program: str, limits: Limits, baseline: dict[str, Any] | None, probes: bool) -> Trial:
+def _run(problem: Problem, program: str, limits: Limits, baseline: RunRecord | None, probes: bool) -> Trial:
     scratch: Scratch | None = None
     trial = Trial()
     with contextlib.ExitStack() as stack:
         if limits.walls != "namespaces":
             scratch = stack.enter_context(make_scratch(limits.temporary_bytes))
-        installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        mounted = limits.walls in ("namespaces", "bubblewrap")
-        inside = [PACKAGES_FOLDER] if mounted else installed
-        directory = scratch.path if scratch and not mounted else "/tmp"
-        worker_config = {
-            "program": program,
-            "entry_point": problem.entry_point,
-            "shared": sorted(set(CLASS.findall(problem.prompt + "\n" + problem.test)) - {problem.entry_point}),
-            "packages": inside if limits.packages else [],
-            "directory": directory,
-            "environment": ({} if mounted else {"TMPDIR": directory}) | (ONE_THREAD if limits.packages else {}),
-        }
+        worker_config = make_worker_config(problem, program, limits, scratch)
         key = secrets.token_bytes(KEY_BYTES)
-        grader_config = {
-            "key": key.hex(),
-            "test": problem.test,
-            "prompt": problem.prompt,
-            "entry_point": problem.entry_point,
-            "open_ended": problem.open_ended,
-            "baseline": baseline,
-            "probes": probes,
-            "packages": installed,
-            "directory": "/",
-            "environment": ONE_THREAD,
-        }
+        grader_config = make_grader_config(problem, limits, key, baseline, probes)
         # Sockets: what /proc shows of a pipe can be opened anew, at either end.
         report, reporter = socket.socketpair()
         stack.enter_context(report)
         ours, theirs = socket.socketpair()
         # The children's ends are theirs alone, or nobody would see them end.
         with ours, theirs, reporter:
-            worker = stack.enter_context(_start("worker", worker_config, limits, theirs.fileno(), [], scratch=scratch))
+            worker = stack.enter_context(start_child("worker", worker_config, theirs.fileno(), [], scratch=scratch))
             reporting = [reporter.fileno()]
             imported = ("numpy",) if "numpy" in problem.test else ()
-            grader = stack.enter_context(
-                _start("grader", grader_config, _loosen(limits), ours.fileno(), reporting, imported)
-            )
+            grader = stack.enter_context(start_child("grader", grader_config, ours.fileno(), reporting, imported))
         _listen(trial, worker, grader, report.fileno(), limits, Seal(key), scratch)
-        _stop(worker, grader)
+        stop_children(worker, grader)
         trial.output = bytes(worker.output + grader.output)[: limits.output_bytes]
     return trial
 
@@ -162,79 +108,8 @@ def find_obstacle(walls: Walls = "namespaces") -> str | None:
     return obstacle
 
 
-@contextlib.contextmanager
-def _open_pipe() -> Iterator[_Pipe]:
-    reading, writing = os.pipe()
-    with open(reading, "rb", 0) as reader, open(writing, "wb", 0) as writer:
-        yield _Pipe(reader, writer)
-
-
-@contextlib.contextmanager
-def _start(
-    role: str,
-    config: dict[str, Any],
-    limits: Limits,
-    wire: int,
-    report: list[int],
-    packages: tuple[str, ...] = (),
-    scratch: Scratch | None = None,
-) -> Iterator[_Child]:
-    """A child of a role. `packages`: those that the fork server is to have imported; `scratch`: a worker's folder."""
-    config = config | _describe_walls(limits, role)
-    mode = config["mode"]
-    folders = tuple(config["packages"]) if packages else ()
-    with _open_pipe() as ready, _open_pipe() as output:
-        with open(os.memfd_create("config"), "w+b") as file, ready.writing, output.writing:
-            file.write(json.dumps(config).encode())
-            file.seek(0)
-            fds = [file.fileno(), output.writing.fileno(), ready.writing.fileno(), wire, *report]
-            process: Process | Enclosed
-            if scratch and mode == "bubblewrap":
-                process = Enclosed(config, scratch.path, fds)
-            else:
-                process = spawn(role, fds, Path(__file__).resolve().parent, folders, packages)
-        child = _Child(process, ready.reading.fileno(), output.reading.fileno(), has_watcher=mode == "namespaces")
-        try:
-            yield child
-        finally:
-            try:
-                _stop(child)
-            finally:
-                process.close()
-
-
-def _loosen(limits: Limits) -> Limits:
-    """The grader's limits: it runs the problem's own code, which may be large and may use numpy."""
-    cpu_s = math.ceil(limits.wall_s) + 1
-    return replace(limits, cpu_s=cpu_s, memory_bytes=GRADER_MEMORY_BYTES, open_files=GRADER_FILES)
-
-
-def _describe_walls(limits: Limits, role: str) -> dict[str, Any]:
-    """What the jail is to put up around a process; the grader has limits and a filter alone.
-
-    Raises:
-        JailError: this system lacks it.
-    """
-    mode = limits.walls if role == "worker" else "judge"
-    landlock = find_version() if mode not in ("judge", "none") else 0
-    if mode == "landlock" and not landlock:
-        raise WallError("sandbox: expected a kernel with Landlock (Linux 5.13 or newer, lsm=…,landlock), got none")
-    if mode == "bubblewrap" and not is_installed():
-        raise WallError("sandbox: expected bubblewrap to be installed, got no bwrap")
-    names = ("cpu_s", "memory_bytes", "file_bytes", "temporary_bytes", "open_files", "threads", "message_bytes")
-    walls: dict[str, Any] = {name: getattr(limits, name) for name in names}
-    paths = list_paths()
-    readable = [*paths["readable"], *find_packages(limits.packages)]
-    as_root = os.getuid() == 0
-    user = choose_id() if as_root and mode not in ("namespaces", "judge") else None
-    if mode in ("bubblewrap", "landlock", "none"):
-        walls["file_bytes"] = min(limits.file_bytes, limits.temporary_bytes // FILE_SHARE)
-    more = {"mode": mode, "landlock": landlock, "as_root": as_root, "user": user}
-    return walls | more | {**paths, "readable": readable}
-
-
 def _listen(
-    trial: Trial, worker: _Child, grader: _Child, report: int, limits: Limits, seal: Seal, scratch: Scratch | None
+    trial: Trial, worker: Child, grader: Child, report: int, limits: Limits, seal: Seal, scratch: Scratch | None
 ) -> None:
     """Read what both say until the grader has ended or the time is up, which runs from when both have started.
 
@@ -273,7 +148,7 @@ def _listen(
     for child in (worker, grader):
         # The grader may have come to its end without the worker: the tests do not load, or it ran probes.
         if not child.started and trial.ending in (None, "gone"):
-            _stop(worker, grader)
+            stop_children(worker, grader)
             said = child.output.decode(errors="replace").strip()[-500:]
             kind = WallError if child.process.poll() == NOT_WALLED else JailError
             raise kind(f"sandbox: expected its processes to start, got {said or 'nothing'}")
@@ -304,27 +179,3 @@ def _read_report(trial: Trial, data: bytes, unread: bytearray, seal: Seal) -> No
             continue
         name = SIGNS[text]
         setattr(trial, name, getattr(trial, name) + 1)
-
-
-def _stop(*children: _Child) -> None:
-    """End the children with all that is in their jails, and wait until it is gone: their outputs are closed then.
-
-    Raises:
-        ServerError: a fork server has ended, which ends them too.
-    """
-    for child in children:
-        child.process.send_signal(signal.SIGTERM if child.has_watcher else signal.SIGKILL)
-    deadline = time.monotonic() + REAP_S
-    for child in children:
-        try:
-            child.process.wait(END_S)
-        except TimeoutError:
-            child.process.send_signal(signal.SIGKILL)
-            child.process.wait(REAP_S)
-        os.set_blocking(child.output_fd, False)
-        while time.monotonic() < deadline:
-            try:
-                if not os.read(child.output_fd, 1 << 16):
-                    break
-            except BlockingIOError:
-                time.sleep(0.001)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from laguna_serve.evals.sandbox.walls.config import RunRecord
 
 Walls = Literal["namespaces", "bubblewrap", "landlock", "none"]
 
@@ -57,7 +59,7 @@ class Trial:
     unmet: int = 0
     ending: str | None = None
     detail: str = ""
-    record: dict[str, Any] | None = None
+    record: RunRecord | None = None
     probes: dict[str, list[bool]] | None = None
     timed_out: bool = False
     exit_code: int | None = None

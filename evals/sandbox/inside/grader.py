@@ -29,6 +29,7 @@ from laguna_serve.evals.sandbox.inside.watcher import Watcher
 from laguna_serve.evals.sandbox.inside.worker import describe
 from laguna_serve.evals.sandbox.messages.forms import Space
 from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
+from laguna_serve.evals.sandbox.walls.config import GraderConfig
 
 SWALLOWED = (Exception, Unsendable, PeerExit, SystemExit, KeyboardInterrupt, GeneratorExit)
 PASSED, WEAK, FAILED, UNJUDGED, UNMET = b"+", b"!", b"-", b"?", b"~"
@@ -39,7 +40,7 @@ SEED, seed_random = 0, random.seed
 class Tally:
     """What has passed and failed so far, reported to the host test by test: it may kill the grader at any time."""
 
-    def __init__(self, fd: int, config: dict[str, Any]) -> None:
+    def __init__(self, fd: int, config: GraderConfig) -> None:
         self._fd, self._lines = fd, config["test"].splitlines()
         self._seal = Seal(bytes.fromhex(config["key"]))
         self._details: dict[bytes, str] = {}
@@ -127,7 +128,7 @@ class FaultError(Exception):
 class Run:
     """One execution of a problem's tests, against a program or a probe."""
 
-    def __init__(self, config: dict[str, Any], report_fd: int) -> None:
+    def __init__(self, config: GraderConfig, report_fd: int) -> None:
         self._config = config
         self.tally = Tally(report_fd, config)
         self.observer = Observer(config["baseline"], config["test"], config["open_ended"], self.tally.note)
@@ -170,7 +171,7 @@ class Run:
         self.observer.close()
 
 
-def judge(config: dict[str, Any], wire_fd: int, report_fd: int) -> None:
+def judge(config: GraderConfig, wire_fd: int, report_fd: int) -> None:
     """Run config["test"] against the worker at the other end of the wire, or against the probes."""
     sys.path += config["packages"]
     os.environ.setdefault("HOME", "/")
@@ -214,7 +215,7 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def load_prompt(prompt: str) -> dict[str, Any]:
+def load_prompt(prompt: str) -> Space:
     """A namespace with the prompt's own functions: some problems' tests call helpers that the prompt defines."""
     space: Space = {"__name__": "solution"}
     for text in (prompt, prompt.rstrip() + "\n    pass\n"):
@@ -231,7 +232,7 @@ def load_prompt(prompt: str) -> dict[str, Any]:
     return space
 
 
-def probe(config: dict[str, Any], report_fd: int) -> None:
+def probe(config: GraderConfig, report_fd: int) -> None:
     """Run the tests on every universal wrong answer, and report which of them pass."""
 
     def stop(*_: Any) -> None:

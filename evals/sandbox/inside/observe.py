@@ -19,6 +19,7 @@ from typing import Any
 
 from laguna_serve.evals.sandbox.messages.forms import ITEMS, KEYS, VALUES, is_finite
 from laguna_serve.evals.sandbox.messages.proxies import Remote, get_number, is_used
+from laguna_serve.evals.sandbox.walls.config import RunRecord
 
 # How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
 MAX_CALLS, MAX_LOOKED = 20_000, 100_000
@@ -164,9 +165,7 @@ class Observer:
     `baseline`: the record of the canonical solution's run, or None. `note` is called with each weakness.
     """
 
-    def __init__(
-        self, baseline: dict[str, Any] | None, test: str, open_ended: bool, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, baseline: RunRecord | None, test: str, open_ended: bool, note: Callable[[str], None]) -> None:
         self.baseline = baseline
         self.calls = 0
         self.kinds: dict[str, Kind] = {}
@@ -186,7 +185,7 @@ class Observer:
     @property
     def entry_is_class(self) -> bool:
         """Does the problem ask for a class? As the canonical solution says, or without one the program."""
-        return self._entry_is_class and (self.baseline is None or bool(self.baseline["entry_is_class"]))
+        return self._entry_is_class and (self.baseline is None or self.baseline["entry_is_class"])
 
     def set_entry(self, is_class: bool) -> None:
         """What the program defines by the name."""
@@ -205,7 +204,7 @@ class Observer:
     def add_late_change(self) -> bool:
         """Note that an argument changes after its call; False where the canonical solution's run has none of that."""
         self._late = True
-        return self.baseline is None or bool(self.baseline["late"])
+        return self.baseline is None or self.baseline["late"]
 
     def add_answer(self, key: str, value: Any, changed: bool) -> None:
         """Note what a call has given."""
@@ -284,10 +283,16 @@ class Observer:
             if not looked_at and not (self.entry_is_class and find_family(value) in (OBJECT, CALLABLE)):
                 self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
 
-    def make_record(self, passed: int) -> dict[str, Any]:
+    def make_record(self, passed: int) -> RunRecord:
         """What the canonical solution's run leaves for those of others."""
-        noted = {"kinds": self.kinds, "weaknesses": sorted(self.weaknesses), "entry_is_class": self._entry_is_class}
-        return {"passed": passed, "calls": self.calls, "late": self._late, **noted}
+        return {
+            "passed": passed,
+            "calls": self.calls,
+            "late": self._late,
+            "kinds": self.kinds,
+            "weaknesses": sorted(self.weaknesses),
+            "entry_is_class": self._entry_is_class,
+        }
 
 
 def _has_nan(value: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from laguna_serve.evals.sandbox.inside.observe import Observer, make_key
 from laguna_serve.evals.sandbox.inside.worker import MODULE, VALUE
-from laguna_serve.evals.sandbox.messages.forms import Named, Options
+from laguna_serve.evals.sandbox.messages.forms import Named, Options, Space
 from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
 from laguna_serve.evals.sandbox.messages.pipe import PeerExit, PeerGone, Unsendable
 from laguna_serve.evals.sandbox.messages.proxies import (
@@ -56,7 +56,7 @@ class RemoteProgram(ObjectPeer):
         self._originals: dict[int, tuple[Any, list[Node], int, list[Any]]] = {}
         self._key, self._changed = "", False
 
-    def begin(self, node: Node, shared: dict[str, Any]) -> Any:
+    def begin(self, node: Node, shared: Space) -> Any:
         """The program's function, as the tests call it."""
         self.shared = {name: kind for name, kind in shared.items() if isinstance(kind, type)}
         try:

@@ -16,6 +16,7 @@ from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
 from laguna_serve.evals.sandbox.messages.pipe import PeerGone
 from laguna_serve.evals.sandbox.messages.proxies import make_proxy, operate_on
 from laguna_serve.evals.sandbox.messages.rpc import TEXT_CHARS, Call
+from laguna_serve.evals.sandbox.walls.config import WorkerConfig
 
 NAME = "solution"
 # What a name of the program's stands for.
@@ -110,7 +111,7 @@ class WorkerPeer(ObjectPeer):
         return {name: capture.take() for name, capture in self._captures.items()}
 
 
-def play(config: dict[str, Any], wire_fd: int) -> None:
+def play(config: WorkerConfig, wire_fd: int) -> None:
     """Run config["program"], say whether it defines config["entry_point"], and serve until the grader is through."""
     sys.path += config["packages"]
     # Known by its name, as dataclasses and type hints look it up; not "__main__", or its own demonstration would run.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import builtins
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from laguna_serve.evals.sandbox.messages.forms import Description
+from laguna_serve.evals.sandbox.messages.forms import Description, Named
 
 # Exception classes that mean something to a test runner are never taken for the runner's own.
 RUNNERS = ("unittest", "doctest", "bdb", "pdb", "test", "pytest", "_pytest")
@@ -38,7 +39,7 @@ def describe_exception(error: BaseException) -> Description:
 
 
 def make_exception_class(
-    names: list[str], made: dict[tuple[str, ...], type[BaseException]], own: dict[str, Any]
+    names: list[str], made: dict[tuple[str, ...], type[BaseException]], own: Mapping[str, type]
 ) -> type[BaseException]:
     """The class of that lineage: one that both sides have, or a new one below the nearest of them.
 
@@ -65,7 +66,7 @@ def _show_exception(self: BaseException) -> str:
     return text if isinstance(text, str) else BaseException.__str__(self)
 
 
-def _find_exception_class(name: str, own: dict[str, Any]) -> type[BaseException] | None:
+def _find_exception_class(name: str, own: Mapping[str, type]) -> type[BaseException] | None:
     module, _, qualname = name.partition(":")
     if module == "builtins":
         found = getattr(builtins, qualname, None)
@@ -79,7 +80,7 @@ def _find_exception_class(name: str, own: dict[str, Any]) -> type[BaseException]
 
 
 def make_exception(
-    kind: type[BaseException], args: list[Any], attributes: dict[str, Any], text: str, made_here: bool
+    kind: type[BaseException], args: list[Any], attributes: Named, text: str, made_here: bool
 ) -> BaseException:
     """The copy of an exception. `made_here`: its class was made for it, so nothing of its constructor is known."""
     try:

@@ -19,8 +19,9 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from laguna_serve.evals.sandbox.walls.config import JailConfig, WallsConfig
 from laguna_serve.evals.sandbox.walls.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
 from laguna_serve.evals.sandbox.walls.other_user import (
     FIRST_ID,
@@ -44,17 +45,18 @@ OTHERS_THREADS = 256
 # Queued signals and timers, of which the user has a number in all.
 MAX_SIGNALS = 256
 OLD = "/old"
+C = TypeVar("C", bound=JailConfig)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(parent: int, work: Callable[[dict[str, Any], int, int], None], ready: int, wire: int, report: int) -> NoReturn:
+def main(parent: int, work: Callable[[C, int, int], None], ready: int, wire: int, report: int) -> NoReturn:
     """Entry of the child, a fork of `parent`: stdin holds the configuration as JSON, `work` is done inside.
 
     Dumpable while the walls are built: others' files in /proc/self cannot be written, as of the server that it is from.
     """
     with open(0, "rb") as file:
-        config = json.load(file)
+        config: C = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -76,7 +78,7 @@ def main(parent: int, work: Callable[[dict[str, Any], int, int], None], ready: i
     os._exit(0)
 
 
-def isolate(config: dict[str, Any], fds: list[int]) -> None:
+def isolate(config: WallsConfig, fds: list[int]) -> None:
     """Go on in a process inside of new namespaces, the others keep watch. `fds` are the program's alone.
 
     Raises:
@@ -138,11 +140,8 @@ def _watch(pid: int, fds: list[int]) -> None:
             os._exit(code if code >= 0 else 128 - code)
 
 
-def build_root(config: dict[str, Any]) -> None:
-    """Make a file system of read-only libraries and a bounded /tmp, and leave the old one.
-
-    config["readable"]: [path, real path] pairs; config["hidden"]: folders within them to be empty.
-    """
+def build_root(config: WallsConfig) -> None:
+    """Make a file system of read-only libraries and a bounded /tmp, and leave the old one."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
     os.mkdir("/tmp" + OLD)
@@ -179,14 +178,14 @@ def _set_read_only(path: str, flags: int) -> None:
     _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, size)
 
 
-def restrict(config: dict[str, Any]) -> list[str]:
+def restrict(config: JailConfig) -> list[str]:
     """Limits, Landlock, no capabilities, the filter; the environment is emptied. Returns which walls are up.
 
     Raises:
         OSError: one of them cannot be had.
     """
     mode, kept = config["mode"], 0
-    walls = [mode] if mode in ("namespaces", "bubblewrap") else []
+    walls: list[str] = [mode] if mode in ("namespaces", "bubblewrap") else []
     os.chdir(config["directory"])
     ruleset = make_ruleset(config) if config["landlock"] else None
     threads = config["threads"]
@@ -226,7 +225,7 @@ def restrict(config: dict[str, Any]) -> list[str]:
     return [*walls, "filter"]
 
 
-def make_ruleset(config: dict[str, Any]) -> Ruleset:
+def make_ruleset(config: JailConfig) -> Ruleset:
     """The files that a program may open.
 
     Raises:
@@ -246,7 +245,7 @@ def make_ruleset(config: dict[str, Any]) -> Ruleset:
     return ruleset
 
 
-def list_readable(config: dict[str, Any]) -> list[str]:
+def list_readable(config: WallsConfig) -> list[str]:
     """The real paths of what a program may read."""
     return sorted({real for _, real in config["readable"]})
 

@@ -28,7 +28,7 @@ import psutil
 
 from laguna_serve.evals.codegen.grading import grade
 from laguna_serve.evals.problems import SHIPPED
-from laguna_serve.evals.sandbox import Limits, Trial, Walls, Wanted, choose_walls, run_trial, stop_servers, supervisor
+from laguna_serve.evals.sandbox import Limits, Trial, Walls, Wanted, child, choose_walls, roles, run_trial, stop_servers
 from laguna_serve.evals.sandbox.walls.other_user import choose_id
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -115,7 +115,7 @@ class Victims:
             "datagrams": str(self.folder / "dgram"),
             "stream": str(self.folder / "stream"),
             "problems": str(SHIPPED),
-            "code": str(supervisor.__file__),
+            "code": str(child.__file__),
             "library": os.__file__,
             "bystander": self.bystander.pid,
             "group": self.bystander.pid,
@@ -214,7 +214,7 @@ def attack(walls: Walls, kinds: tuple[str, ...] = ()) -> dict[str, Any]:
             found["up"], found["said"] = trial.walls, f"{trial.ending}: {trial.detail}"
             if kinds:
                 return found
-            if supervisor.choose_id is choose_id:  # the kernel counts none of root's threads: memory alone bounds them
+            if roles.choose_id is choose_id:  # the kernel counts none of root's threads: memory alone bounds them
                 found["threads"], _ = ask(world, "count_threads()", limits)
             found["graded"] = grade(ADD, SOLUTION, limits).reward
             forged = grade(ADD, f"import json\n{FORGERY}", limits)
@@ -249,12 +249,12 @@ def flood(limits: Limits) -> list[str]:
 
 def attack_without_filter() -> dict[str, Any]:
     """No walls at all: attempts that do not hurt this process succeed."""
-    code = Path(supervisor.__file__).parent
+    code = Path(child.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         shutil.copytree(code, folder, dirs_exist_ok=True)
         (Path(folder) / "walls" / "seccomp.py").write_text("def install_filter(pid, own_files):\n    pass\n")
-        supervisor.__file__ = str(Path(folder) / "supervisor.py")
+        child.__file__ = str(Path(folder) / "child.py")
         return attack("none", CONTROL)
 
 
@@ -283,10 +283,10 @@ def main() -> None:
     elif wanted == "orphan":
         return leave_orphan(cast("Walls", sys.argv[2]))
     elif wanted == "landlock-1":
-        supervisor.find_version = lambda: 1
+        roles.find_version = lambda: 1
         found = attack("landlock")
     elif wanted == "landlock-root":
-        supervisor.choose_id = lambda: None
+        roles.choose_id = lambda: None
         found = attack("landlock")
     else:
         found = attack(choose_walls(cast("Wanted", wanted)))

@@ -20,7 +20,7 @@ from humaneval_like import ADD, make_problem
 from walls_here import make_limits, needs_namespaces, needs_walls
 
 from laguna_serve.evals.codegen.grading import Grade, forget_baselines, grade
-from laguna_serve.evals.sandbox import JailError, Limits, find_obstacle, run_trial, stop_servers, supervisor
+from laguna_serve.evals.sandbox import JailError, Limits, child, find_obstacle, roles, run_trial, stop_servers
 from laguna_serve.evals.sandbox.walls import seccomp
 
 pytestmark = needs_walls
@@ -142,7 +142,7 @@ def test_file_system_holds_the_library_alone(tmp_path: Path) -> None:
 import os
 def f():
     home = [attempt(os.listdir, path) for path in ({str(Path.home() / ".ssh")!r}, {str(tmp_path)!r}, "/proc", "/sys")]
-    paths = ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(supervisor.__file__))!r})
+    paths = ("/etc/passwd", {str(Path(__file__))!r}, {str(Path(child.__file__))!r})
     files = [attempt(open, path) for path in paths]
     os.symlink({str(tmp_path / "secret")!r}, "/tmp/link")
     return home + files + [attempt(open, "/tmp/link"), attempt(os.link, "/etc/ld.so.cache", "/tmp/hard")]
@@ -222,9 +222,9 @@ def f():
 @needs_namespaces
 def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
-    shutil.copytree(Path(supervisor.__file__).parent, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(Path(child.__file__).parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "walls" / "seccomp.py").write_text("def install_filter(pid, own_files=True):\n    pass\n")
-    monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "supervisor.py"))
+    monkeypatch.setattr(child, "__file__", str(tmp_path / "child.py"))
     program = """
 import os, signal, time
 def f():
@@ -291,10 +291,10 @@ def f():
 
 @needs_namespaces
 def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    def paths() -> dict[str, list[object]]:
-        return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
+    def paths() -> tuple[list[tuple[str, str]], list[str]]:
+        return [("/usr/lib", "/no/such/folder")], []
 
-    monkeypatch.setattr(supervisor, "list_paths", paths)
+    monkeypatch.setattr(roles, "list_paths", paths)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         grade(ADD, "def add(a, b):\n    return a + b\n")
     find_obstacle.cache_clear()

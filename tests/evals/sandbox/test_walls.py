@@ -17,11 +17,11 @@ from laguna_serve.evals.sandbox import (
     JailError,
     Limits,
     Walls,
+    child,
     choice,
     choose_walls,
     find_obstacle,
     run_trial,
-    supervisor,
 )
 from laguna_serve.evals.sandbox.inside.report import ForgedError, Seal
 from laguna_serve.evals.sandbox.walls import landlock, seccomp, system_calls
@@ -155,8 +155,8 @@ def test_no_walls_no_reward_unless_forced(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_walls_that_the_system_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "find_version", lambda: 0)
-    monkeypatch.setattr(supervisor, "is_installed", lambda: False)
+    monkeypatch.setattr(child, "find_version", lambda: 0)
+    monkeypatch.setattr(child, "is_installed", lambda: False)
     with pytest.raises(JailError, match="expected a kernel with Landlock"):
         grade(ADD, "", Limits(walls="landlock"))
     with pytest.raises(JailError, match="expected bubblewrap to be installed"):
@@ -168,7 +168,7 @@ def test_grade_without_walls_is_refused_with_a_remedy(monkeypatch: pytest.Monkey
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
     make_limits("namespaces")
-    monkeypatch.setattr(supervisor, "list_paths", readable)
+    monkeypatch.setattr(child, "list_paths", readable)
     with pytest.raises(JailError, match=r"No such file.*; allow unprivileged user namespaces, install bubblewrap or"):
         grade(ADD, "")
 
@@ -178,7 +178,7 @@ def test_landlock_that_the_kernel_refuses_is_no_verdict(monkeypatch: pytest.Monk
         return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
 
     make_limits("landlock")
-    monkeypatch.setattr(supervisor, "list_paths", readable)
+    monkeypatch.setattr(child, "list_paths", readable)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         run_trial(ADD, "", Limits(walls="landlock"))
 
@@ -325,14 +325,14 @@ def test_seal_knows_others_lines() -> None:
 def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     """Should a program ever reach the judge's channel: here, somebody writes there before the judge."""
     forget_baselines()
-    spawn = supervisor.spawn
+    spawn = child.spawn
 
     def forge(role: str, fds: list[int], *rest: Any) -> Any:
         if role == "grader":
             os.write(fds[-1], text)
         return spawn(role, fds, *rest)
 
-    monkeypatch.setattr(supervisor, "spawn", forge)
+    monkeypatch.setattr(child, "spawn", forge)
     found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", Limits(walls=choose_walls()))
     assert (found.passed, found.published, found.reward, found.status) == (False, False, 0.0, "died")
     assert "report: expected a line by the judge" in found.detail
