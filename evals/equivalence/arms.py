@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside, open_arm
+from laguna_serve.bench.arms.arms import Arm, ArmSpec, has_room_beside, open_arm
 
 
 class Arms:

@@ -5,14 +5,14 @@ serving/client/completions.py does so of the completions route: the two give the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import aiohttp
 
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -25,7 +25,7 @@ class ChatClient(Client):
         base_url: str,
         model_name: str,
         max_tokens: int,
-        sampling: Mapping[str, Any],
+        sampling: RequestFields,
     ) -> None:
         super().__init__(session, base_url, model_name, max_tokens, sampling)
         self._url = base_url.rstrip("/") + "/v1/chat/completions"

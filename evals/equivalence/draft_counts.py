@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.serving.client.counters import Counters, scrape_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.journal import Journal

@@ -11,14 +11,14 @@ from typing import Annotated
 
 from msgspec import structs
 
-from laguna_serve.bench.harness.arm_options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
-from laguna_serve.bench.harness.arms import check_specs
-from laguna_serve.bench.harness.schedule import ARMS, CANDIDATE
+from laguna_serve.bench.arms.arms import ARMS, CANDIDATE, check_specs
+from laguna_serve.bench.arms.options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
 from laguna_serve.evals.codegen.grading import Limits
+from laguna_serve.evals.equivalence.comparison import Case
 from laguna_serve.evals.equivalence.report import render_markdown
 from laguna_serve.evals.equivalence.result import ComparedArm, ComparedProblem, InvarianceResult, Workload
 from laguna_serve.evals.equivalence.runner import Job, Outcome, run
-from laguna_serve.evals.equivalence.verdict import COULD_NOT_TELL, Case, judge
+from laguna_serve.evals.equivalence.verdict import COULD_NOT_TELL, judge
 from laguna_serve.evals.problems import SHIPPED, Problem, ProblemsError, load_problems
 from laguna_serve.evals.problems.problem import Form
 from laguna_serve.evals.sandbox import NO_WALLS_WARNING, Wanted, choose_walls

@@ -7,18 +7,15 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from laguna_serve.evals.equivalence.comparison import LEVELS, REWARD, TOKENS, UNEXPLAINED
 from laguna_serve.evals.equivalence.result import Divergence, InvarianceResult, LevelCounts
 from laguna_serve.evals.equivalence.verdict import (
     COULD_NOT_TELL,
     DIFFERS,
     EXPLAINED,
     INVARIANT,
-    LEVELS,
     NOISE,
-    REWARD,
-    TOKENS,
     UNCLEAR,
-    UNEXPLAINED,
 )
 
 WIDTH = 110

@@ -27,14 +27,14 @@ from typing import Literal
 
 import aiohttp
 
+from laguna_serve.bench.arms.arms import ARMS, Arm, ArmSpec
 from laguna_serve.bench.certificate.passes import Answers
-from laguna_serve.bench.harness.arms import Arm, ArmSpec
-from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.evals.codegen.grading import Grade, Limits, grade
 from laguna_serve.evals.equivalence.arms import Arms
 from laguna_serve.evals.equivalence.chat_client import ChatClient
+from laguna_serve.evals.equivalence.comparison import Case, Comparison
 from laguna_serve.evals.equivalence.draft_counts import DraftCounts
-from laguna_serve.evals.equivalence.verdict import CONFIRM, Case, Comparison
+from laguna_serve.evals.equivalence.verdict import CONFIRM
 from laguna_serve.evals.extraction.worker import read_safely
 from laguna_serve.evals.problems import Problem
 from laguna_serve.serving.client.closed_loop import run_closed_loop
