@@ -14,11 +14,12 @@ from typing import Annotated, ClassVar
 
 from msgspec import structs
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec, check_specs
+from laguna_serve.bench.arms.drafters import Sequential
+from laguna_serve.bench.arms.options import ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.certificate.report import summarise
 from laguna_serve.bench.certificate.verdict import DEFECT
 from laguna_serve.bench.certify import CertifyConfig, certify, list_own_specs
-from laguna_serve.bench.harness.arm_options import ArmsConfig, Sequential, find_dtype, make_spec
-from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.assemble import assemble
 from laguna_serve.bench.harness.order import Load, choose_order
 from laguna_serve.bench.harness.prompts import PromptsConfig, split_prompts
@@ -26,7 +27,7 @@ from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
 from laguna_serve.bench.harness.result import LINE, AbResult, CertificateSummary
 from laguna_serve.bench.harness.runner import run_plan
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.harness.schedule import Plan, make_plan
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment

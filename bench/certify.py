@@ -20,6 +20,8 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import structs
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec, check_specs
+from laguna_serve.bench.arms.options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.certificate import check
 from laguna_serve.bench.certificate.check import CertificateCheck, CheckConfig, check_certificate, render_check
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS
@@ -29,22 +31,13 @@ from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.runner import REFERENCE, Job, run_job
 from laguna_serve.bench.certificate.subject import find_gamma, find_identity
 from laguna_serve.bench.certificate.verdict import DEFECT, ROW_MATCHED
-from laguna_serve.bench.harness.arm_options import (
-    ENGINE_FLAGS,
-    ArmsConfig,
-    find_dtype,
-    make_spec,
-    parse_numbers,
-)
-from laguna_serve.bench.harness.arms import ArmSpec, check_specs
 from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick
+from laguna_serve.serving.kit.flags import Flag, Quick, parse_numbers
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from msgspec import structs
 
+from laguna_serve.bench.arms.arms import check_specs
 from laguna_serve.bench.gamma.ablations import list_ablation_specs, measure_ablations
 from laguna_serve.bench.gamma.conclusion import conclude
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single
@@ -21,9 +22,8 @@ from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.points import claim_points, measure_missing, read_points
 from laguna_serve.bench.gamma.report import render_markdown, render_text
 from laguna_serve.bench.gamma.result import LINE, SweepResult
-from laguna_serve.bench.harness.arms import check_specs
 from laguna_serve.bench.harness.prompts import split_prompts
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
+from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text

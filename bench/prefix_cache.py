@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from laguna_serve.bench.harness.arms import check_specs
+from laguna_serve.bench.arms.arms import check_specs
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.prefix.report import render_markdown, render_text

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from laguna_serve.bench.harness.arms import check_specs
+from laguna_serve.bench.arms.arms import check_specs
 from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.sampled.completions import draw_completions
 from laguna_serve.bench.sampled.options import SamplingConfig

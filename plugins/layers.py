@@ -12,8 +12,10 @@ Read in transformers 5.19.0 (models/laguna/configuration_laguna.py) and vLLM 0.2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
+# What a config.json holds: whatever its maker wrote.
+ConfigJson = Mapping[str, Any]
 DENSE, SPARSE = "dense", "sparse"
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What LagunaConfig has for keys that a config.json leaves out.
@@ -32,7 +34,17 @@ DEFAULTS: dict[str, Any] = {
     "num_experts": 256,
     "num_experts_per_tok": 8,
 }
-DEFAULT_ROPE: dict[str, dict[str, Any]] = {
+
+
+class Rope(TypedDict):
+    """Parameters of the rotary embedding, as `rope_parameters` has them."""
+
+    rope_type: str
+    rope_theta: float
+    partial_rotary_factor: float
+
+
+DEFAULT_ROPE: dict[str, Rope] = {
     FULL: {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
     SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
 }
@@ -42,13 +54,13 @@ class LayersError(ValueError):
     """A config.json whose kinds of layers are not clear, as one line without its subject."""
 
 
-def read_setting(config: Mapping[str, Any], key: str) -> Any:
+def read_setting(config: ConfigJson, key: str) -> Any:
     """A key's value, or LagunaConfig's default."""
     value = config.get(key)
     return DEFAULTS[key] if value is None else value
 
 
-def resolve_layer_kinds(config: Mapping[str, Any]) -> list[str]:
+def resolve_layer_kinds(config: ConfigJson) -> list[str]:
     """The kind of every layer, dense or sparse.
 
     A model is dense when any of the keys says so of all layers: tools that make a dense model out of a mixture do not
@@ -70,7 +82,7 @@ def resolve_layer_kinds(config: Mapping[str, Any]) -> list[str]:
     return list(stated or older or [DENSE, *[SPARSE] * (count - 1)])
 
 
-def _read_older_keys(config: Mapping[str, Any], count: int) -> list[str] | None:
+def _read_older_keys(config: ConfigJson, count: int) -> list[str] | None:
     """The layers' kinds by `mlp_only_layers` and `decoder_sparse_step`; None without either.
 
     The second says every how many layers one is sparse.
@@ -87,7 +99,7 @@ def _read_older_keys(config: Mapping[str, Any], count: int) -> list[str] | None:
     return [SPARSE if kind else DENSE for kind in sparse]
 
 
-def stock_layer_kinds(config: Mapping[str, Any]) -> list[str]:
+def stock_layer_kinds(config: ConfigJson) -> list[str]:
     """The same as vLLM 0.32 takes it, with transformers' LagunaConfig."""
     count = read_setting(config, "num_hidden_layers")
     if read_setting(config, "num_experts") == 0:
@@ -95,7 +107,7 @@ def stock_layer_kinds(config: Mapping[str, Any]) -> list[str]:
     return list(config.get("mlp_layer_types") or [DENSE, *[SPARSE] * (count - 1)])
 
 
-def find_dropped_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_dropped_rope(config: ConfigJson) -> Rope | None:
     """The rotary parameters of a config that says `rope_theta` alone; None for one that says more, or nothing.
 
     transformers' LagunaConfig drops a lone `rope_theta` for its own defaults (theta 10,000 in sliding layers).

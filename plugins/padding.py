@@ -9,7 +9,7 @@ this rule, or was touched afterwards: it is kept whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from laguna_serve.plugins.layers import SPARSE, LayersError, resolve_layer_kinds
+from laguna_serve.plugins.layers import SPARSE, ConfigJson, LayersError, resolve_layer_kinds
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WIDTHS_KEY = "intermediate_size_per_layer"
@@ -134,7 +134,7 @@ def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
         return found
 
 
-def read_widths(config: Mapping[str, Any], name: str) -> list[int] | None:
+def read_widths(config: ConfigJson, name: str) -> list[int] | None:
     """The widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
 
     Raises:
@@ -151,7 +151,7 @@ def read_widths(config: Mapping[str, Any], name: str) -> list[int] | None:
     return list(widths)
 
 
-def is_dense(config: Mapping[str, Any]) -> bool:
+def is_dense(config: ConfigJson) -> bool:
     """Whether a Laguna config.json describes dense layers alone, in any of its spellings (layers.py)."""
     if config.get("model_type") != "laguna":
         return False

@@ -26,7 +26,7 @@ from laguna_serve.scripts.text.rows import TOY
 from laguna_serve.scripts.training.dense.stages import Recipe
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
-from laguna_serve.serving.kit.environment import Environment, current_argv, describe_environment
+from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 
@@ -193,7 +193,7 @@ def distil(config: DistillConfig) -> DistillResult:
     padded = true + sum(3 * (max(widths) - width) * teacher.config.hidden_size for width in widths)
     parameters = {"teacher": sum(p.numel() for p in teacher.parameters()), "true": true, "stored": padded}
     fields = {"widths": widths, "parameters": parameters, "minutes": minutes, "measured": measured, "logs": logs}
-    described = {"environment": describe_environment(current_argv()), "teacher": config.teacher}
+    described = {"environment": msgspec.to_builtins(read_environment(current_argv())), "teacher": config.teacher}
     described |= {"recipe": asdict(recipe) | {"text": config.text, "chats": config.chats}}
     return msgspec.convert({"schema": SCHEMA, **round_floats(described | fields)}, DistillResult)
 

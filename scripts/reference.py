@@ -14,10 +14,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -26,6 +26,7 @@ from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.results import JsonObject
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "reference"
@@ -144,7 +145,7 @@ def write_metrics() -> str:
     return "\n".join(["# Metrics", "", text, "", "| metric | type | what |", "|--|--|--|", *rows]) + "\n"
 
 
-def list_schemas() -> Iterator[tuple[str, Mapping[str, Any]]]:
+def list_schemas() -> Iterator[tuple[str, JsonObject]]:
     """(file name, JSON Schema) of every result type of the commands that were imported, and of `laguna`'s."""
     for name in ("serving.cli", *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "drafter"))):
         importlib.import_module(f"laguna_serve.{name}")
@@ -206,7 +207,7 @@ def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def _show_type(field: Mapping[str, Any]) -> str:
+def _show_type(field: JsonObject) -> str:
     if "anyOf" in field:
         return " or ".join(_show_type(part) for part in field["anyOf"] if part.get("type") != "null")
     if "$ref" in field:
@@ -220,7 +221,7 @@ def _show_type(field: Mapping[str, Any]) -> str:
     return " ".join([str(field.get("type", "any")), *limits])
 
 
-def _show_default(field: Mapping[str, Any], required: bool) -> str:
+def _show_default(field: JsonObject, required: bool) -> str:
     if required:
         return "required"
     default = field.get("default")

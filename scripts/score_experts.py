@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ import numpy.typing as npt
 from laguna_serve.plugins.pruning import ExpertShape, PruningError, read_shape
 from laguna_serve.scripts.training.pruning.artefacts import (
     ScoresManifest,
+    ScoresSource,
     choose_block_size,
     hash_file,
     make_artefacts,
@@ -97,7 +98,7 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
     block_size = choose_block_size(config.block_size, shape)
     if config.atomic_scores is not None:
         scores = read_scores(config.atomic_scores, shape)
-        how: dict[str, Any] = {"score": str(config.atomic_scores), "scores_sha256": hash_file(config.atomic_scores)}
+        how: ScoresSource = {"score": str(config.atomic_scores), "scores_sha256": hash_file(config.atomic_scores)}
     else:
         scores, how = measure_scores(config, folder, shape)
     digests = write_artefacts(config.out, make_artefacts(scores, block_size, config.seed))
@@ -116,8 +117,8 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
 
 def measure_scores(
     config: ScoreConfig, folder: Path, shape: ExpertShape
-) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    """Atomic scores [L, E, N] measured on the text, and the manifest's fields that say how."""
+) -> tuple[npt.NDArray[np.float32], ScoresSource]:
+    """Measure atomic scores [L, E, N] on the text, and say how."""
     from laguna_serve.scripts.text.rows import read_rows
     from laguna_serve.scripts.training.pruning.scores import SCORES, score_atoms
 
@@ -125,8 +126,13 @@ def measure_scores(
     text = read_rows(config.text, tokenizer, config.length, config.tokens)
     say(f"{text.tokens} tokens of {config.text} in {len(text.rows)} rows")
     scores = score_atoms(model, shape, text.rows, SCORES[config.score], say)
-    how = {"score": config.score, "text": text.source, "documents": text.documents}
-    return scores, {**how, "rows": len(text.rows), "tokens": text.tokens}
+    return scores, {
+        "score": config.score,
+        "text": text.source,
+        "documents": text.documents,
+        "rows": len(text.rows),
+        "tokens": text.tokens,
+    }
 
 
 def say(text: str) -> None:

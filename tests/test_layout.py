@@ -40,7 +40,7 @@ HOMES = {
     r"text_string_to_metric_families\(": "serving/client/exposition.py",
     r"^INK\b": "serving/kit/figures.py",
     r"mpl\.use\(": "serving/kit/figures.py",
-    r"^def describe_environment\b": "serving/kit/environment.py",
+    r"^def read_environment\b": "serving/kit/environment.py",
     r"^class Journal\(": "serving/kit/journal.py",
     r"^class Table\b": "serving/kit/tables.py",
 }

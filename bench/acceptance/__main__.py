@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Annotated
 
 from laguna_serve.bench.acceptance.result import AcceptanceCurve, Curve, CurvePoint
+from laguna_serve.bench.arms.drafters import BeyondBlock, Sequential, TimedDrafterConfig
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.result import SweepPoint
 from laguna_serve.bench.gamma_sweep import sweep
-from laguna_serve.bench.harness.arm_options import BeyondBlock, Sequential, TimedDrafterConfig, parse_numbers
 from laguna_serve.bench.harness.prompts import Thinking
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, read_flags_and_json
+from laguna_serve.serving.kit.flags import Flag, parse_numbers, read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_result
 from laguna_serve.serving.kit.tables import Table
 

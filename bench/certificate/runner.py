@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS, MAX_COPIES, choose_sequence, differs
 from laguna_serve.bench.certificate.passes import Answers, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
@@ -31,8 +32,6 @@ from laguna_serve.bench.certificate.verdict import (
     judge_load,
     judge_streams,
 )
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError

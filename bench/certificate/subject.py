@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.options import ArmsConfig, find_dtype
 from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
-from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype
-from laguna_serve.bench.harness.arms import ArmSpec
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment

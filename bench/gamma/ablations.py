@@ -7,14 +7,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.gamma.options import Ablation, SweepConfig
 from laguna_serve.bench.gamma.passes import Asked, make_measure, open_passes
 from laguna_serve.bench.gamma.points import choose_sweep_order, join_point, measure_point, plan_point
 from laguna_serve.bench.gamma.result import AblationResult, MeasuredPoint, PlainTarget
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
 from laguna_serve.bench.harness.in_turn import measure_in_turn
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec, open_arm
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.passes import make_measure, open_passes
 from laguna_serve.bench.gamma.points import MIN_WARMUP, assemble_sound, choose_sweep_order, measure_plan
 from laguna_serve.bench.gamma.result import MixedLoad, PointFigures
-from laguna_serve.bench.harness.arms import ArmSpec, open_arm
 from laguna_serve.bench.harness.in_turn import join_run, measure_in_turn
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.result import AbResult
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, Round, make_plan
+from laguna_serve.bench.harness.run import MeasurementStoppedError
+from laguna_serve.bench.harness.schedule import Plan, Round, make_plan
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.progress import Progress

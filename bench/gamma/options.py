@@ -7,19 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.harness.arm_options import (
-    BeyondBlock,
-    DrafterOrUrlsConfig,
-    Sequential,
-    choose_gammas,
-    find_most,
-    parse_numbers,
-)
-from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.drafters import BeyondBlock, DrafterOrUrlsConfig, Sequential, choose_gammas, find_most
 from laguna_serve.bench.harness.prompts import PromptsConfig
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
 
 FLAGS = {
     "fp8-kv": ("--kv-cache-dtype", "fp8"),

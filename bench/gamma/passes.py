@@ -8,10 +8,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.bench.arms.arms import BASELINE, Arm
 from laguna_serve.bench.harness.in_turn import Passes, run_pass
-from laguna_serve.bench.harness.runner import ArmRun, MeasurementStoppedError, counter_delta
-from laguna_serve.bench.harness.schedule import BASELINE, Plan
+from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, counter_delta
+from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.bench.stats.intervals import chunk_gaps_ms
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.kit.progress import Progress

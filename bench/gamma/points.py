@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.passes import SweepPass, make_measure, measure_rows, open_passes
 from laguna_serve.bench.gamma.result import MeasuredPoint
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
 from laguna_serve.bench.harness.assemble import assemble, list_pairs
 from laguna_serve.bench.harness.in_turn import Bracket, join_run, measure_in_turn
 from laguna_serve.bench.harness.order import Load, Order, choose_order
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.result import AbResult
-from laguna_serve.bench.harness.runner import ArmRun, MeasurementStoppedError, Run, measure
-from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run
+from laguna_serve.bench.harness.runner import measure
+from laguna_serve.bench.harness.schedule import Plan, make_plan
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError

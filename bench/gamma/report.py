@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from laguna_serve.bench.arms.arms import ARMS
 from laguna_serve.bench.gamma.result import AblationResult, SweepPoint, SweepResult
-from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.memory import EngineMemory

@@ -8,6 +8,7 @@ from collections.abc import Sequence, Set
 import msgspec
 from msgspec import UNSET
 
+from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.bench.harness.result import (
     AbResult,
     ArmAcceptance,
@@ -20,8 +21,8 @@ from laguna_serve.bench.harness.result import (
     Withheld,
     Workload,
 )
-from laguna_serve.bench.harness.runner import ArmRun, Run, counter_delta, wall_s
-from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan
+from laguna_serve.bench.harness.run import ArmRun, Run, counter_delta, wall_s
+from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.bench.harness.validity import (
     ACCEPTANCE,
     BOUND,

@@ -15,16 +15,10 @@ from typing import Generic, NamedTuple, TypeVar
 
 from msgspec import Struct
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
-from laguna_serve.bench.harness.runner import (
-    ArmRun,
-    MeasurementStoppedError,
-    Run,
-    join_passes,
-    list_mismatches,
-    measure_alone,
-)
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
+from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, list_mismatches
+from laguna_serve.bench.harness.runner import join_passes, measure_alone
+from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.bench.harness.validity import find_faults
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.engine import EngineError

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, has_room_beside
+from laguna_serve.bench.arms.arms import Arm, ArmSpec, has_room_beside
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig

@@ -10,14 +10,15 @@ silently skipped or repeated answers another question than the one asked.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.results import JsonObject
 
 SYNTHETIC_LINE = "def warm_up_{index}(value):\n    return value + {index}\n\n"
 
@@ -119,7 +120,7 @@ def _parse_line(where: str, number: int, line: str, chat: bool, thinking: Thinki
     return Prompt(id=label, text=text)
 
 
-def _check_chat(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
+def _check_chat(where: str, item: JsonObject) -> JsonObject:
     messages = item["messages"]
     turns = messages if isinstance(messages, list) else []
     if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
@@ -131,7 +132,7 @@ def _check_chat(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
     return {name: item[name] for name in CHAT_FIELDS if name in item}
 
 
-def _make_chat(label: str, chat: dict[str, Any], thinking: Thinking | None) -> Prompt:
+def _make_chat(label: str, chat: JsonObject, thinking: Thinking | None) -> Prompt:
     if thinking is not None:
         kwargs = chat.get("chat_template_kwargs", {}) | {"enable_thinking": thinking == "on"}
         chat = chat | {"chat_template_kwargs": kwargs}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 from msgspec import UNSET
 
+from laguna_serve.bench.arms.arms import ARMS
 from laguna_serve.bench.harness.result import AbResult, ArmResult, Parity
-from laguna_serve.bench.harness.schedule import ARMS
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.kit.environment import list_environment

@@ -11,11 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.serving.client.records import Prompt
-
-BASELINE = "baseline"
-CANDIDATE = "candidate"
-ARMS = (BASELINE, CANDIDATE)
 
 Round = tuple[Prompt, ...]
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from laguna_serve.bench.harness.runner import ArmRun, Run, counter_delta
-from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE, Plan
+from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
+from laguna_serve.bench.harness.run import ArmRun, Run, counter_delta
+from laguna_serve.bench.harness.schedule import Plan
 
 # Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
 MIN_PAIRS = 8

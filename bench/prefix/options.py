@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.harness.arm_options import DrafterConfig, Gamma
-from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.arms.arms import ArmSpec
+from laguna_serve.bench.arms.drafters import DrafterConfig, Gamma
 from laguna_serve.bench.prefix.traffic import EngineSetting
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, Quick

@@ -10,13 +10,14 @@ from pathlib import Path
 import aiohttp
 from msgspec import Struct
 
-from laguna_serve.bench.harness.arms import Arm, open_arm
+from laguna_serve.bench.arms.arms import Arm, open_arm
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.prefix.traffic import REFERENCE, EngineSetting, Scenario, Traffic, plan_second_turn
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 
@@ -118,7 +119,7 @@ async def _send(session: aiohttp.ClientSession, config: PrefixCacheConfig, arm: 
     reading = await scrape_counters(session, arm.base_url)
     readings = {0: reading}
     records: list[Record] = []
-    sampling = {"temperature": 1.0} if scenario.sampled else None
+    sampling: RequestFields | None = {"temperature": 1.0} if scenario.sampled else None
     client = Client(session, arm.base_url, arm.model_name or "", config.max_tokens, sampling)
     for prompts in scenario.rounds:
         answers = await client.run_round(prompts)

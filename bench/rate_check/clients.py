@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Struct
 
-from laguna_serve.bench.harness.runner import wall_s
+from laguna_serve.bench.harness.run import wall_s
 from laguna_serve.bench.rate_check.result import CLIENT, NAMES, VLLM
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters

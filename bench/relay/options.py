@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from laguna_serve.bench.harness.arm_options import parse_numbers
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import Flag, check_bounds, parse_numbers
 
 
 def parse_peer(text: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from msgspec import UnsetType, structs
 
-from laguna_serve.bench.harness.schedule import ARMS, BASELINE, CANDIDATE
+from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.bench.rollout.result import (
     INCONCLUSIVE,
     LOSES,

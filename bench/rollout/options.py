@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from laguna_serve.bench.harness.arm_options import DrafterOrUrlsConfig, DraftSampling, Gamma, Sequential, parse_numbers
-from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, Gamma, Sequential
 from laguna_serve.bench.harness.prompts import PromptsConfig
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError
+from laguna_serve.serving.kit.flags import Flag, FlagError, parse_numbers
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 GROUP = 8

@@ -18,16 +18,17 @@ from contextlib import suppress
 import aiohttp
 import psutil
 
-from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm
 from laguna_serve.bench.harness.prompts import split_prompts
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE, Plan, make_plan
+from laguna_serve.bench.harness.run import MeasurementStoppedError
+from laguna_serve.bench.harness.schedule import Plan, make_plan
 from laguna_serve.bench.rollout.result import Turn, Work
 from laguna_serve.bench.rollout.weights import empty_cache
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.counters import scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.progress import Progress
 
 WARMUP_ROUNDS = 2
@@ -42,7 +43,7 @@ class Driver:
         self.arm, self._session, self._work = arm, session, work
         # Those of an endpoint that runs somewhere are not known.
         self._pids = arm.engine.pids if arm.engine is not None else list
-        sampling = {"temperature": work.temperature, "logprobs": LOGPROBS}
+        sampling: RequestFields = {"temperature": work.temperature, "logprobs": LOGPROBS}
         self._client = Client(session, arm.base_url, arm.model_name or "", work.max_tokens, sampling)
 
     async def run(self, prompts: Sequence[Prompt], sequences: int) -> Turn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from laguna_serve.bench.harness.schedule import ARMS
+from laguna_serve.bench.arms.arms import ARMS
 from laguna_serve.bench.rollout.break_even import PRICE, START
 from laguna_serve.bench.rollout.result import LOSES, PAYS, Estimate, RolloutPoint, RolloutsResult
 from laguna_serve.serving.kit.environment import cite_environment

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, check_specs, open_arm
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, check_specs, open_arm
 from laguna_serve.bench.harness.in_turn import Passes, measure_in_turn
 from laguna_serve.bench.harness.order import Load, choose_order
 from laguna_serve.bench.harness.prompts import PromptsError
-from laguna_serve.bench.harness.runner import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.points import Driver, measure_point, plan_point
 from laguna_serve.bench.rollout.result import MeasuredPoint, Turn, Work

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
 
-from laguna_serve.bench.harness.arms import Arm
+from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.drafter_weights import read_headers
 from laguna_serve.serving.client.errors import EndpointError
@@ -51,7 +50,7 @@ def open_versions(model: str | None, folders: Sequence[str]) -> dict[str, Path]:
     return versions
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     if not tensors:
         raise CheckpointError(f"{path}: expected *.safetensors in it, got none; write the version first")
     for name in sorted(expected.keys() | tensors.keys()) if expected else ():
@@ -95,7 +94,7 @@ async def _post(
     session: aiohttp.ClientSession,
     arm: Arm,
     path: str,
-    body: Mapping[str, Any] | None = None,
+    body: Mapping[str, object] | None = None,
     params: Mapping[str, str] | None = None,
 ) -> _Answer:
     return await _request(session, arm, "POST", path, body, params)
@@ -106,7 +105,7 @@ async def _request(
     arm: Arm,
     method: str,
     path: str,
-    body: Mapping[str, Any] | None = None,
+    body: Mapping[str, object] | None = None,
     params: Mapping[str, str] | None = None,
 ) -> _Answer:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from laguna_serve.bench.harness.arms import Arm, open_arm
-from laguna_serve.bench.harness.schedule import BASELINE
+from laguna_serve.bench.arms.arms import BASELINE, Arm, open_arm
 from laguna_serve.bench.sampled.options import SamplingConfig
 from laguna_serve.bench.stats.two_sample import Completion
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.harness.arm_options import (
-    DrafterOrUrlsConfig,
-    DraftSampling,
-    choose_gammas,
-    parse_numbers,
-)
-from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.arms.arms import BASELINE, ArmSpec
+from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, choose_gammas
 from laguna_serve.bench.harness.prompts import PromptsConfig
-from laguna_serve.bench.harness.schedule import BASELINE
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 DEFAULT_GAMMAS = (1, 3, 7)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laguna_serve.bench.harness.schedule import BASELINE
+from laguna_serve.bench.arms.arms import BASELINE
 from laguna_serve.bench.sampled.completions import AGAIN, Sets, name_gamma
 from laguna_serve.bench.sampled.result import ArmComparison
 from laguna_serve.bench.stats.two_sample import Comparison, compare, find_power

@@ -21,6 +21,7 @@ from laguna_serve.evals.problems.protocols import make_prompt
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Endpoint
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
 ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
@@ -43,9 +44,9 @@ class Workload:
     protocol: str = "project"
     template: JsonObject = field(default_factory=dict)
 
-    def make_sampling(self, problem: Problem, sample: int) -> dict[str, object]:
+    def make_sampling(self, problem: Problem, sample: int) -> RequestFields:
         """The request's fields for one sample; each has a seed of its own."""
-        fields: dict[str, object] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        fields: RequestFields = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         if self.temperature > 0:
             fields["seed"] = self.seed + sample
         if self.form == "completion":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from laguna_serve.bench.harness.arms import Arm, ArmSpec, open_arm
+from laguna_serve.bench.arms.arms import Arm, ArmSpec, open_arm
 from laguna_serve.evals.perplexity.endpoint import open_endpoint, score_rows
 from laguna_serve.evals.perplexity.rows import Row, RowsError, choose_evenly, cut_rows
 from laguna_serve.evals.perplexity.scored import ScoredRows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -135,7 +135,7 @@ def compile_template(template: str) -> Callable[..., str]:
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     compiled = environment.from_string(template)
 
-    def render(messages: list[Mapping[str, Any]], **variables: Any) -> str:
+    def render(messages: list[JsonObject], **variables: Any) -> str:
         return compiled.render(messages=messages, add_generation_prompt=True, **variables)
 
     return render
@@ -149,7 +149,7 @@ def _can_call_tools(render: Callable[..., str]) -> bool:
     return TOOL_NAME in listed and POOLSIDE_CALL.search(called) is not None
 
 
-def _attempt(render: Callable[..., str], messages: list[Mapping[str, Any]], **variables: Any) -> str:
+def _attempt(render: Callable[..., str], messages: list[JsonObject], **variables: Any) -> str:
     """What comes out, or nothing when the template refuses."""
     try:
         return render(messages, **variables)

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import aiohttp
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
-from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
 # A request that says nothing for this long is dead, not slow.
 SILENCE_S = 600.0
 # vLLM's HTTP server closes an idle connection after 5 s; reusing one about to be closed fails the request.
 KEEPALIVE_S = 3.0
-NONE: Mapping[str, Any] = {}
-
-
+NONE: RequestFields = {}
 Decoded = TypeVar("Decoded")
 
 
@@ -53,7 +51,7 @@ class Client:
         base_url: str,
         model_name: str,
         max_tokens: int,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: RequestFields | None = None,
     ) -> None:
         self._session = session
         self._url = base_url.rstrip("/") + "/v1/completions"
@@ -69,7 +67,7 @@ class Client:
             **(sampling or {}),
         }
 
-    async def run_round(self, prompts: Sequence[Prompt], fields: Mapping[str, Any] = NONE) -> list[Record]:
+    async def run_round(self, prompts: Sequence[Prompt], fields: RequestFields = NONE) -> list[Record]:
         """Send the prompts at once, wait for all of them, decode. A failed request becomes a record with `error`.
 
         `fields`: what these requests say besides or instead.
@@ -92,7 +90,7 @@ class Client:
         streams = await asyncio.gather(*map(send, prompts, inputs))
         return [decode_stream(raw) for raw in streams]
 
-    async def _stream(self, prompt: Prompt, text: str | list[int], fields: Mapping[str, Any] = NONE) -> RawStream:
+    async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields = NONE) -> RawStream:
         body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
         raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())
         try:

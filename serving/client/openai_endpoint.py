@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import openai
 
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.sampling import RequestFields
 
 Form = Literal["chat", "completion"]
 # Which weights answered, named by servers whose weights change while they serve.
@@ -75,7 +76,7 @@ class Endpoint:
     ) -> None:
         await self._client.close()
 
-    async def ask(self, prompt: str, form: Form, sampling: Mapping[str, Any]) -> Answer:
+    async def ask(self, prompt: str, form: Form, sampling: RequestFields) -> Answer:
         """One answer: to a user's message, or a raw completion.
 
         `sampling`: the request's other fields; those that are not the OpenAI API's own go as they are.

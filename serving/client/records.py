@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ class Prompt:
 
     id: str
     text: str
-    chat: Mapping[str, Any] | None = field(default=None, compare=False)
+    chat: JsonObject | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)

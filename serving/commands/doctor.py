@@ -21,11 +21,11 @@ import msgspec
 
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.environment import EnvironmentDevice
+from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
-from laguna_serve.serving.machine.device import Device, describe_device, find_device, find_vllm
+from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
@@ -154,7 +154,7 @@ def diagnose() -> DoctorResult:
     return DoctorResult(
         ok=not problems,
         problems=tuple(problems),
-        device=None if device is None else msgspec.convert(describe_device(device), EnvironmentDevice),
+        device=None if device is None else describe_device(device),
         rates=find_rates() if device is not None and device.kind == "cpu" and not multiplies_bf16() else None,
         **msgspec.structs.asdict(report),
     )

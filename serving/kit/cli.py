@@ -80,7 +80,7 @@ def add_json_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line on a terminal, too")
 
 
-def print_result(text: str, line: Mapping[str, Any], out: Path | None, *, always_json: bool) -> None:
+def print_result(text: str, line: Mapping[str, object], out: Path | None, *, always_json: bool) -> None:
     """Print a command's table and the folder of its files, then, for programs, one JSON object.
 
     That is the last line of stdout, where stdout is no terminal, or with `always_json`.

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
 
-from laguna_serve.serving.machine.device import describe_device, find_device, find_vllm, read_cpu_name, read_isa
+from laguna_serve.serving.machine.device import Device, find_device, find_vllm, read_cpu_name, read_isa
 from laguna_serve.serving.machine.memory import total_bytes
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates, multiplies_bf16
 
@@ -40,7 +39,7 @@ class EnvironmentDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """What `describe_environment` says, as a result carries it; a field that older results lack has a default.
+    """Where and with what a result was measured; a field that older results lack has a default.
 
     Attributes:
         isa: family and model of the processor, and its instruction sets: processors of one name differ.
@@ -71,9 +70,41 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return self.device.name if self.device is not None else self.cpu or "unknown"
 
 
+def describe_device(device: Device) -> EnvironmentDevice:
+    """Describe a device for a result."""
+    capability = msgspec.UNSET if device.capability is None else device.capability / 10
+    return EnvironmentDevice(
+        kind=device.kind,
+        name=device.name,
+        total_bytes=device.total_bytes,
+        free_bytes=device.free_bytes,
+        capability=capability,
+    )
+
+
 def read_environment(argv: Sequence[str]) -> Environment:
-    """`describe_environment` as a part of a typed result."""
-    return msgspec.convert(describe_environment(argv), Environment)
+    """Read date (UTC), command line, code version, host, device and package versions. What cannot be known is None.
+
+    All of it is about this host and this Python environment; engines reached by URL may run elsewhere.
+    """
+    device = find_device(find_vllm())
+    rates = find_rates() if device is not None and device.kind == "cpu" else None
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(argv),
+        git_commit=_read_commit(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=read_cpu_name(),
+        isa=read_isa(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        memory_gib=round(total_bytes() / 2**30, 1),
+        load_average=tuple(round(load, 2) for load in os.getloadavg()),
+        device=describe_device(device) if device is not None else None,
+        versions={name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
+        rates=rates,
+        arithmetic=None if rates is None else describe_rates(rates, bf16=multiplies_bf16()),
+    )
 
 
 def list_environment(environment: Environment) -> list[str]:
@@ -91,31 +122,6 @@ def cite_environment(environment: Environment) -> str:
     where += [f"{environment.cpu}", f"{environment.cores} cores", environment.date]
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     return f"`{environment.command}` on {', '.join(where)}; {versions}."
-
-
-def describe_environment(argv: Sequence[str]) -> dict[str, Any]:
-    """Date (UTC), command line, code version, host, device and package versions. What cannot be known is None.
-
-    All of it is about this host and this Python environment; engines reached by URL may run elsewhere.
-    """
-    device = find_device(find_vllm())
-    rates = find_rates() if device is not None and device.kind == "cpu" else None
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(argv),
-        "git_commit": _read_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": read_cpu_name(),
-        "isa": read_isa(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(total_bytes() / 2**30, 1),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "device": describe_device(device) if device is not None else None,
-        "versions": {name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
-        "rates": None if rates is None else msgspec.to_builtins(rates),
-        "arithmetic": None if rates is None else describe_rates(rates, bf16=multiplies_bf16()),
-    }
 
 
 def current_argv() -> list[str]:

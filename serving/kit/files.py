@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object, one line per top-level key. Raises WriteError; ValueError for NaN, as JSON has none."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False, allow_nan=False)}" for key, item in value.items()

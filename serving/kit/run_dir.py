@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -33,7 +32,7 @@ def check_out(folder: Path) -> None:
         )
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     """Make the folder and note what its parts were measured with (JSON values).
 
     Raises:

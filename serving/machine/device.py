@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from laguna_serve.serving.machine.memory import available_bytes, total_bytes
 
@@ -141,14 +141,3 @@ def _read_cpuinfo(key: str) -> str | None:
             )
     except OSError:
         return None
-
-
-def describe_device(device: Device) -> dict[str, Any]:
-    """The device as a JSON object, sizes in bytes."""
-    return {
-        "kind": device.kind,
-        "name": device.name,
-        "total_bytes": device.total_bytes,
-        "free_bytes": device.free_bytes,
-        **({} if device.capability is None else {"capability": device.capability / 10}),
-    }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import structs
 
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.parameters import count_drafter
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
-from laguna_serve.serving.kit.environment import EnvironmentDevice
-from laguna_serve.serving.machine.device import describe_device
+from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.planning.plan import EnginePlan
 from laguna_serve.serving.planning.report import count_stored, describe_runner
 from laguna_serve.serving.planning.support import SupportVerdict
@@ -112,7 +112,7 @@ def describe_plan(plan: EnginePlan) -> PlanResult:
         ok=not plan.refusals,
         refusals=plan.refusals,
         warnings=plan.warnings,
-        device=msgspec.convert(describe_device(plan.device) | {"planned": plan.planned}, PlannedDevice),
+        device=PlannedDevice(**structs.asdict(describe_device(plan.device)), planned=plan.planned),
         model=plan.config.model,
         draft=plan.config.draft,
         classes=dict(plan.classes),

@@ -6,11 +6,11 @@ Its configuration, and what becomes of requests when the engine dies and comes b
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -199,14 +199,14 @@ def _read_tables(file: Path | None) -> JsonObject:
         raise EngineError(f"--gateway-config {file}: expected TOML, got {error}; fix the file") from None
 
 
-def _table(tables: Mapping[str, Any], name: str, source: str) -> JsonObject:
+def _table(tables: JsonObject, name: str, source: str) -> JsonObject:
     table = tables.get(name, {})
     if not isinstance(table, dict):
         raise EngineError(f"{source}: {name}: expected a table, got {table!r}; write [{name}]")
     return table
 
 
-def _list_tables(tables: Mapping[str, Any], name: str, source: str) -> list[JsonObject]:
+def _list_tables(tables: JsonObject, name: str, source: str) -> list[JsonObject]:
     listed = tables.get(name, [])
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise EngineError(f"{source}: {name}: expected tables, got {listed!r}; write [[{name}]]")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mock_engine import MockEngine, Settings
 
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.serving.engine import EngineConfig, EngineError
 
 PROMPTS = [f"def f{index}(x):\n    return '{'é' * index}'" for index in range(14)]

@@ -75,7 +75,7 @@ def read_rope(config: ConfigJson) -> JsonObject:
     """The rotary parameters of the layers, all of one kind, whichever way the config says them."""
     stated = find_dropped_rope(config)
     if stated is not None:
-        return stated
+        return dict(stated)
     kind = read_layer_types(config)[0]
     rope: ConfigJson = config.get("rope_parameters") or DEFAULT_ROPE
     return dict(rope.get(kind, rope))

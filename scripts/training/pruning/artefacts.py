@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import msgspec
 import numpy as np
@@ -17,6 +17,17 @@ from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.results import to_json
 
 RATIOS = (0.10, 0.25, 0.40)
+
+
+class ScoresSource(TypedDict, total=False):
+    """Where atomic scores come from, as the manifest says it."""
+
+    score: Required[str]
+    scores_sha256: str
+    text: str
+    documents: int
+    rows: int
+    tokens: int
 
 
 class ScoresManifest(

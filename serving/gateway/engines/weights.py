@@ -104,7 +104,7 @@ class WeightGroup:
         self._open |= set(self.pool.engines)
         await self._step(START[part])
 
-    async def update(self, info: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    async def update(self, info: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
         """One body of `/update_weights` to every engine. Raises StepError as `start`."""
         await self._step("/update_weights", {"update_info": info})
 
@@ -147,7 +147,7 @@ class WeightGroup:
         self,
         path: str,
         engines: Sequence[Engine],
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         params: Mapping[str, str] | None = None,
         method: str = "POST",
     ) -> dict[Engine, Any]:
@@ -219,7 +219,7 @@ class WeightGroup:
         for engine in engines:
             self._changed.setdefault(engine, set()).add(part)
 
-    async def _step(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+    async def _step(self, path: str, body: Mapping[str, object] | None = None) -> None:
         self._note_changed(self.pool.engines, self._part)
         await self._guarded(lambda: self.call(path, self.pool.engines, body))
 
@@ -237,7 +237,12 @@ class WeightGroup:
             raise StepError(VERSION_PATH, wrong)
 
     async def _ask(
-        self, method: str, engine: Engine, path: str, body: Mapping[str, Any] | None, params: Mapping[str, str] | None
+        self,
+        method: str,
+        engine: Engine,
+        path: str,
+        body: Mapping[str, object] | None,
+        params: Mapping[str, str] | None,
     ) -> Any:
         """The answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)

@@ -170,3 +170,11 @@ def _list_of(kind: Any) -> Callable[[str], tuple[Any, ...]]:
             raise argparse.ArgumentTypeError(f"expected values separated by commas, got {text!r}") from None
 
     return parse
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Positive integers separated by commas, each once, rising."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected positive numbers like 1,3,7, got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from laguna_serve.bench import certify
+from laguna_serve.bench.arms.options import make_spec
 from laguna_serve.bench.certificate import identity
 from laguna_serve.bench.certificate.identity import NOT_HERE, list_variables, make_identity
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.certificate.subject import find_identity
-from laguna_serve.bench.harness.arm_options import make_spec
 from laguna_serve.serving.kit.environment import Environment, read_environment
 from laguna_serve.serving.kit.results import read_result, write_result
 

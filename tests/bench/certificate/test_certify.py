@@ -13,8 +13,8 @@ from mock_engine import MockEngine, Settings
 from mock_engine.models import list_tokens
 
 from laguna_serve.bench import ab, certify
+from laguna_serve.bench.arms import arms
 from laguna_serve.bench.certificate import runner
-from laguna_serve.bench.harness import arms
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.engine.row_check import FirstDifference, RowCheck, Way
 

@@ -15,8 +15,8 @@ from mock_engine import START, Clock, MockEngine, Rollouts, Settings, Weights
 from rollout_launcher import GAMMA, RolloutLauncher
 
 from laguna_serve.bench import ab, gamma_sweep, rollouts
+from laguna_serve.bench.arms import arms
 from laguna_serve.bench.gamma import plot as gamma_plot
-from laguna_serve.bench.harness import arms
 from laguna_serve.bench.harness.in_turn import Passes
 from laguna_serve.bench.rollout import plot as rollouts_plot
 from laguna_serve.bench.rollout import points as rollouts_points

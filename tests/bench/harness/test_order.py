@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.harness.arms import ArmSpec
+from laguna_serve.bench.arms.arms import ArmSpec
 from laguna_serve.bench.harness.order import AT_A_TIME, Load, choose_order, find_room
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig

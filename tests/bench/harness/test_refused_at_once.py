@@ -13,7 +13,7 @@ import pytest
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import ab, certify, gamma_sweep, prefix_cache, rollouts, sampling
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.evals import invariance
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.run_dir import claim_folder

@@ -16,7 +16,7 @@ from msgspec import structs
 from rollout_launcher import RolloutLauncher
 
 from laguna_serve.bench import rollouts
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.bench.rollout import plot as rollouts_plot
 from laguna_serve.bench.rollout import points as rollouts_points
 from laguna_serve.bench.rollout import runner as rollouts_runner

@@ -12,7 +12,7 @@ from ab_harness import MockLauncher
 from mock_engine import Settings
 
 from laguna_serve.bench import sampling
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.bench.sampled import verdict
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import read_flags

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mock_engine import MockEngine, Settings, Variants
 
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.evals import invariance
 from laguna_serve.evals.codegen.grading import Grade, Limits
 from laguna_serve.evals.equivalence import arms as equivalence_arms

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mock_engine import MockEngine, scoring
 
-from laguna_serve.bench.harness import arms
+from laguna_serve.bench.arms import arms
 from laguna_serve.evals import pruning_loss
 from laguna_serve.evals.perplexity import pruning_arms
 from laguna_serve.evals.perplexity.pruning_arms import Plan, ToolError, list_plans, run_script

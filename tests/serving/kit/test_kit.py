@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pty
 import resource
@@ -25,7 +24,6 @@ from laguna_serve.serving.kit.cli import (
     print_result,
     run_command,
 )
-from laguna_serve.serving.kit.environment import describe_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
 from laguna_serve.serving.kit.signals import check_signals, defer_signals
@@ -226,12 +224,14 @@ def test_progress_on_a_terminal_is_redrawn_and_gives_the_cursor_back() -> None:
 
 
 def test_the_environment_says_where_and_with_what() -> None:
-    found = describe_environment(["python", "bench/ab.py", "--out", "a folder"])
-    assert found["command"] == "python bench/ab.py --out 'a folder'"
-    assert found["cores"] >= 1
-    assert found["memory_gib"] > 0
-    assert {"laguna-serve", "numpy", "aiohttp"} <= found["versions"].keys()
-    json.dumps(found)
+    found = environment.read_environment(["python", "bench/ab.py", "--out", "a folder"])
+    assert found.command == "python bench/ab.py --out 'a folder'"
+    assert found.cores is not None
+    assert found.cores >= 1
+    assert found.memory_gib is not None
+    assert found.memory_gib > 0
+    assert {"laguna-serve", "numpy", "aiohttp"} <= found.versions.keys()
+    assert msgspec.json.decode(msgspec.json.encode(found), type=environment.Environment) == found
 
 
 def test_the_environment_has_rates_where_engines_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

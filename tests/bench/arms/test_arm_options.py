@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.harness import arm_options
-from laguna_serve.bench.harness.arm_options import ArmsConfig, find_dtype, make_spec
-from laguna_serve.bench.harness.schedule import BASELINE, CANDIDATE
+from laguna_serve.bench.arms import options as arm_options
+from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE
+from laguna_serve.bench.arms.options import ArmsConfig, find_dtype, make_spec
 from laguna_serve.serving.engine import EngineConfig
 
 TOY = Path(__file__).resolve().parents[2] / "toy"

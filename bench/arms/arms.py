@@ -16,6 +16,9 @@ from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.machine.memory import EngineMemory, process_memory
 from laguna_serve.serving.planning.launch import check_launches
 
+BASELINE = "baseline"
+CANDIDATE = "candidate"
+ARMS = (BASELINE, CANDIDATE)
 # The second engine may be this much larger than the first (a drafter, larger graphs).
 ROOM_FACTOR = 1.3
 # What an endpoint that already runs may take to say what it serves.
