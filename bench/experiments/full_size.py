@@ -14,6 +14,7 @@ from laguna_serve.bench.experiments.step import (
     OUT,
     PROMPTS,
     PYTHON,
+    SMALL_ENGINE,
     XS2,
     XS2_DRAFT,
     XS2_DRAFT_RANDOM,
@@ -25,9 +26,10 @@ from laguna_serve.bench.experiments.step import (
 
 INTO = ("--out", OUT)
 LOAD = "--load-format laguna-random"
+BOTH_LOAD = (f"--baseline-args={LOAD}", f"--candidate-args={LOAD}")
 CONFIGS = ("tests/fixtures/releases", "tests/toy/teacher", "tests/toy/prompts.jsonl")
 FEW = ("--num-prompts", "16", "--max-tokens", "128", "--control", "0")
-TINY = ("--num-prompts", "8", "--max-tokens", "8", "--control", "0", "--eager", "--kv-cache-gib", "0.05")
+TINY = ("--num-prompts", "8", "--max-tokens", "8", "--control", "0", *SMALL_ENGINE)
 # The dense student as vLLM's own class serves it, padding and all.
 STOCK_BASELINE = """--baseline-args=--hf-overrides '{"architectures":["LagunaForCausalLM"]}'"""
 PUBLISHED_PAIR = ("--model", XS2, "--draft", XS2_DRAFT)
@@ -56,6 +58,14 @@ def compare_synthetic(gamma: int, length: float, *size: str) -> tuple[str, ...]:
     )
 
 
+def compare_checkpoints(model: str, candidate: str, *size: str) -> tuple[str, ...]:
+    """A/B of two checkpoints of full size, of which one fits at a time."""
+    return (
+        *(PYTHON, "bench/ab.py", "--model", model, "--candidate-model", candidate, "--sequential"),
+        *("--prompts", PROMPTS, *size, *INTO),
+    )
+
+
 def make_synthetic_step(gamma: int, length: float, *, first: bool = False) -> Step:
     """Rows 3 and 4 of the list: the baseline's speed is the plain arm's, the step's cost is both arms'."""
     return Step(
@@ -66,7 +76,7 @@ def make_synthetic_step(gamma: int, length: float, *, first: bool = False) -> St
         # A CPU's rejection sampler does not know the setting: the drafter alone is rehearsed.
         rehearsal=(
             *(PYTHON, "bench/ab.py", "--model", XS2_RANDOM, "--sequential", "--prompts", PROMPTS, *TINY),
-            *("--draft", XS2_DRAFT_RANDOM, "--gamma", "3", f"--baseline-args={LOAD}", f"--candidate-args={LOAD}"),
+            *("--draft", XS2_DRAFT_RANDOM, "--gamma", "3", *BOTH_LOAD),
             *INTO,
         )
         if first
@@ -95,14 +105,8 @@ FULL_SIZE = (
         name="xs2-pruned-memory",
         part="full-size",
         row=7,
-        command=(
-            *(PYTHON, "bench/ab.py", "--model", XS2_RANDOM, "--candidate-model", XS2_PRUNED_RANDOM, "--sequential"),
-            *("--prompts", PROMPTS, *FEW, f"--baseline-args={LOAD}", f"--candidate-args={LOAD}", *INTO),
-        ),
-        rehearsal=(
-            *(PYTHON, "bench/ab.py", "--model", XS2_RANDOM, "--candidate-model", XS2_PRUNED_RANDOM, "--sequential"),
-            *("--prompts", PROMPTS, *TINY, f"--baseline-args={LOAD}", f"--candidate-args={LOAD}", *INTO),
-        ),
+        command=compare_checkpoints(XS2_RANDOM, XS2_PRUNED_RANDOM, *FEW, *BOTH_LOAD),
+        rehearsal=compare_checkpoints(XS2_RANDOM, XS2_PRUNED_RANDOM, *TINY, *BOTH_LOAD),
         result="ab.json",
         expected="weights 5.850 GiB smaller at 10% (arithmetic); answers differ, as the weights do",
         why="memory read from the device",
@@ -129,16 +133,10 @@ FULL_SIZE = (
         name="dense-ab",
         part="full-size",
         row=9,
-        command=(
-            *(PYTHON, "bench/ab.py", "--model", DENSE_RANDOM, "--candidate-model", DENSE_RANDOM, "--sequential"),
-            *("--prompts", PROMPTS, "--num-prompts", "32", "--control", "4"),
-            *(STOCK_BASELINE, *INTO),
+        command=compare_checkpoints(
+            DENSE_RANDOM, DENSE_RANDOM, "--num-prompts", "32", "--control", "4", STOCK_BASELINE
         ),
-        rehearsal=(
-            *(PYTHON, "bench/ab.py", "--model", DENSE_RANDOM, "--candidate-model", DENSE_RANDOM, "--sequential"),
-            *("--prompts", PROMPTS, *TINY),
-            *(STOCK_BASELINE, *INTO),
-        ),
+        rehearsal=compare_checkpoints(DENSE_RANDOM, DENSE_RANDOM, *TINY, STOCK_BASELINE),
         result="ab.json",
         expected="≥ 1.25× at 1 (7.30 → 5.58 GB are read per token: at most 1.31×), ≥ 1.7 GB less resident, tokens equal"
         ' or near ties; the log\'s "Looked for padding" under 5 s',
@@ -199,10 +197,7 @@ PUBLISHED = (
         name="xs2-pruned-ab",
         part="published",
         row=8,
-        command=(
-            *(PYTHON, "bench/ab.py", "--model", XS2, "--candidate-model", XS2_PRUNED, "--sequential"),
-            *("--prompts", PROMPTS, "--num-prompts", "32", *INTO),
-        ),
+        command=compare_checkpoints(XS2, XS2_PRUNED, "--num-prompts", "32"),
         result="ab.json",
         expected="up to 1.03× at concurrency 1 (routed experts are a third of the bytes); answers differ",
         why="what 10% pruning buys end to end",

@@ -6,7 +6,7 @@ A number in `expected` that comes from arithmetic says so; none has been seen on
 from __future__ import annotations
 
 from laguna_serve.bench.experiments.full_size import FULL_SIZE, PUBLISHED
-from laguna_serve.bench.experiments.step import DRAFT, OUT, PROMPTS, PYTHON, TOY, TOY_FILES, Step
+from laguna_serve.bench.experiments.step import DRAFT, OUT, PROMPTS, PYTHON, SMALL_ENGINE, TOY, TOY_FILES, Step
 from laguna_serve.bench.experiments.suites import KERNEL_TESTS, PRIME_RL, SANDBOX, SERVICE_TESTS, WEIGHT_UPDATES
 
 PAIR = ("--model", TOY, "--draft", DRAFT)
@@ -53,7 +53,7 @@ ENGINE = (
         row=1,
         command=(PYTHON, "bench/ab.py", *PAIR, "--gamma", "7", *CACHE, *ASKED, "--num-prompts", "64", *INTO),
         rehearsal=(
-            *(PYTHON, "bench/ab.py", *PAIR, "--gamma", "3", "--eager", "--kv-cache-gib", "0.05", *ASKED),
+            *(PYTHON, "bench/ab.py", *PAIR, "--gamma", "3", *SMALL_ENGINE, *ASKED),
             *("--num-prompts", "8", "--max-tokens", "16", "--control", "2", *INTO),
         ),
         result="ab.json",
@@ -71,7 +71,7 @@ ENGINE = (
         row=13,
         command=(PYTHON, "bench/certify.py", *PAIR, *CACHE, *ASKED, "--quick", *INTO),
         rehearsal=(
-            *(PYTHON, "bench/certify.py", *PAIR, "--eager", "--kv-cache-gib", "0.05", *ASKED, "--no-replay"),
+            *(PYTHON, "bench/certify.py", *PAIR, *SMALL_ENGINE, *ASKED, "--no-replay"),
             *("--row-matched", "none", "--num-prompts", "8", "--max-tokens", "16", "--concurrency", "1", *INTO),
         ),
         result="certificate.json",
@@ -117,7 +117,7 @@ ENGINE = (
         row=15,
         command=(PYTHON, "bench/sampling.py", *PAIR, *CACHE, *ASKED, "--gammas", "1,3,7", *INTO),
         rehearsal=(
-            *(PYTHON, "bench/sampling.py", *PAIR, "--eager", "--kv-cache-gib", "0.05", *ASKED, "--gammas", "3"),
+            *(PYTHON, "bench/sampling.py", *PAIR, *SMALL_ENGINE, *ASKED, "--gammas", "3"),
             *("--num-prompts", "4", "--completions", "20", "--tokens", "4", *INTO),
         ),
         result="sampling.json",
@@ -133,7 +133,7 @@ ENGINE = (
         row=12,
         command=(PYTHON, "bench/gamma_sweep.py", *PAIR, *CACHE, *ASKED, "--concurrency", "1,8,32", *SWEPT, *INTO),
         rehearsal=(
-            *(PYTHON, "bench/gamma_sweep.py", *PAIR, "--eager", "--kv-cache-gib", "0.05", *ASKED, "--gammas", "3"),
+            *(PYTHON, "bench/gamma_sweep.py", *PAIR, *SMALL_ENGINE, *ASKED, "--gammas", "3"),
             *("--num-prompts", "8", "--max-tokens", "16", *INTO),
         ),
         result="sweep.json",
@@ -149,7 +149,7 @@ ENGINE = (
         row=26,
         command=(PYTHON, "bench/acceptance", *PAIR, *CACHE, *ASKED, "--gammas", "3,7", *INTO),
         rehearsal=(
-            *(PYTHON, "bench/acceptance", *PAIR, "--eager", "--kv-cache-gib", "0.05", *ASKED),
+            *(PYTHON, "bench/acceptance", *PAIR, *SMALL_ENGINE, *ASKED),
             *("--gammas", "3", "--thinking", "off", "--num-prompts", "8", "--max-tokens", "16", *INTO),
         ),
         result="acceptance.json",
@@ -165,7 +165,7 @@ ENGINE = (
         row=18,
         command=(PYTHON, "bench/rollouts.py", *PAIR, *CACHE, "--gamma", "7", *ASKED, "--batch", "1,8,16,32,64", *INTO),
         rehearsal=(
-            *(PYTHON, "bench/rollouts.py", *PAIR, "--eager", "--kv-cache-gib", "0.05", *ASKED, "--batch", "2"),
+            *(PYTHON, "bench/rollouts.py", *PAIR, *SMALL_ENGINE, *ASKED, "--batch", "2"),
             *("--group", "2", "--max-tokens", "8", "--rounds", "8", *INTO),
         ),
         result="rollouts.json",

@@ -6,29 +6,18 @@ serving/client/completions.py does so of the completions route: the two give the
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import aiohttp
+from typing import ClassVar
 
 from laguna_serve.serving.client.completions import Client
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
 
 class ChatClient(Client):
     """Sends every prompt as a user's message, through the server's chat template."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        base_url: str,
-        model_name: str,
-        max_tokens: int,
-        sampling: RequestFields,
-    ) -> None:
-        super().__init__(session, base_url, model_name, max_tokens, sampling)
-        self._url = base_url.rstrip("/") + "/v1/chat/completions"
+    ROUTE: ClassVar = "/v1/chat/completions"
 
     async def probe(self, prompt: Prompt | str | Sequence[int], logprobs: int = 2) -> Probe:
         """As a raw completion's.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import aiohttp
 
@@ -45,6 +45,8 @@ class Client:
     would be measured unseen.
     """
 
+    ROUTE: ClassVar = "/v1/completions"
+
     def __init__(
         self,
         session: aiohttp.ClientSession,
@@ -54,7 +56,7 @@ class Client:
         sampling: RequestFields | None = None,
     ) -> None:
         self._session = session
-        self._url = base_url.rstrip("/") + "/v1/completions"
+        self._url = base_url.rstrip("/") + self.ROUTE
         self._renderer = base_url.rstrip("/") + "/tokenize"
         self._rendered: dict[str, list[int]] = {}
         self._body: JsonObject = {

@@ -65,7 +65,7 @@ def check_protocol(settings: uvicorn.Config) -> None:
         UnfitServerError: it is not.
     """
     protocol_class: Any = settings.http_protocol_class if settings.loaded else settings.http
-    relay, transport, loop = _Probe(), _Wire(), asyncio.new_event_loop()
+    relay, transport, loop = _Probe(), Wire(), asyncio.new_event_loop()
     own = {"find_relay": staticmethod(lambda: relay), "turns": Turns()}
     bound = type("ProbeProtocol", (protocol_class,), own)
     try:
@@ -101,7 +101,7 @@ class _Probe:
         raise AssertionError
 
 
-class _Wire:
+class Wire:
     """A transport without a network."""
 
     def __init__(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,45 @@ def flags(prompts_file: Path, tmp_path: Path, *more: str) -> list[str]:
     return [*PAIR, *common, *more]
 
 
+@dataclass
+class SweepRun:
+    """`gamma_sweep.py` on mock engines that take as long for every step, by the clock; no picture is drawn."""
+
+    clock: Clock
+    prompts_file: Path
+    folder: Path
+    patch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    @contextmanager
+    def engines(self, chunk_tokens: int = 3) -> Iterator[type[MockLauncher]]:
+        """A plain engine, and one that emits so many tokens a step."""
+        with mock_launchers(
+            self.patch, timed(self.clock), timed(self.clock, gamma=3, chunk_tokens=chunk_tokens)
+        ) as made:
+            yield made
+
+    def start(self, *more: str) -> int:
+        """Run the command; its exit status."""
+        return gamma_sweep.main(flags(self.prompts_file, self.folder, *more))
+
+    def read_page(self) -> str:
+        """The page that it wrote."""
+        return (self.folder / "out" / "sweep.md").read_text()
+
+
+@pytest.fixture
+def run(
+    clock: Clock,
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_picture: None,
+) -> SweepRun:
+    return SweepRun(clock, prompts_file, tmp_path, monkeypatch, capsys)
+
+
 def read(*argv: str) -> SweepConfig:
     return read_flags(SweepConfig, argv, prog="gamma_sweep.py", description=None)
 
@@ -72,45 +113,30 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return result
 
 
-def test_sweep_measures_chooses_and_stores(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
-    slow, quick = timed(clock), timed(clock, gamma=3, chunk_tokens=3)
-    with mock_launchers(monkeypatch, slow, quick) as made:
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3,1")) == 0
+def test_sweep_measures_chooses_and_stores(run: SweepRun) -> None:
+    with run.engines() as made:
+        assert run.start("--gammas", "3,1") == 0
         assert [config.gamma for config in made.configs] == [None, 1, 3]
-        result = last_line(capsys)
+        result = last_line(run.capsys)
         assert result["points"] == 2
         assert result["choices"][0]["gamma"] in (1, 3)
-        stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
+        stored = json.loads((run.folder / "out" / "sweep.json").read_text())
         assert {point["gamma"] for point in stored["points"]} == {1, 3}
         assert all(point["speedup"] == pytest.approx(3) for point in stored["points"])
-        assert "| 1 | 3 |" in (tmp_path / "out" / "sweep.md").read_text()
+        assert "| 1 | 3 |" in run.read_page()
         # Everything is there: no engine is started again.
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3,1")) == 0
+        assert run.start("--gammas", "3,1") == 0
         assert made.started == 3
         # One more γ: the baseline and that one.
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "1,2,3")) == 0
+        assert run.start("--gammas", "1,2,3") == 0
         assert [config.gamma for config in made.configs[3:]] == [None, 2]
     advice = find_advice(str(TOY / "teacher"), str(TOY / "dflash"))
     assert advice.gamma in (1, 2, 3)
     assert advice.schedule[0][:2] == (1, 1)
 
 
-def test_failing_gamma_does_not_lose_the_others(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=2)) as made:
+def test_failing_gamma_does_not_lose_the_others(run: SweepRun) -> None:
+    with run.engines(chunk_tokens=2) as made:
         enter = made.__enter__
 
         def fail_for_two(engine: MockLauncher) -> MockLauncher:
@@ -118,38 +144,24 @@ def test_failing_gamma_does_not_lose_the_others(
                 raise EngineError("engine fake: no memory for two")
             return enter(engine)
 
-        monkeypatch.setattr(made, "__enter__", fail_for_two)
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "1,2,3")) == 1
-    result = last_line(capsys)
+        run.patch.setattr(made, "__enter__", fail_for_two)
+        assert run.start("--gammas", "1,2,3") == 1
+    result = last_line(run.capsys)
     assert result["failed"] == {"2": "engine fake: no memory for two"}
     assert result["points"] == 2
 
 
-def test_other_sweep_is_not_continued(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=2)):
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3")) == 0
-        capsys.readouterr()
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3", "--seed", "1")) == 2
-    assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
+def test_other_sweep_is_not_continued(run: SweepRun) -> None:
+    with run.engines(chunk_tokens=2):
+        assert run.start("--gammas", "3") == 0
+        run.capsys.readouterr()
+        assert run.start("--gammas", "3", "--seed", "1") == 2
+    assert "got another one's; choose another --out or remove it" in run.capsys.readouterr().err
 
 
-def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_target(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
+def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_target(run: SweepRun) -> None:
     more = ["--gammas", "3", "--stack", "fp8-kv", "prefix-caching", f"dense={TOY / 'dense'}", "chunked-prefill"]
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)) as made:
+    with run.engines() as made:
         start = made.__init__
 
         def behave(engine: MockLauncher, config: EngineConfig, **named: Any) -> None:
@@ -159,9 +171,9 @@ def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_targe
             if "dense" in config.model:  # another model: other tokens and another loss, with and without a drafter
                 engine._fake.settings = replace(engine._fake.settings, flips={PROMPTS[4]: 3}, loss=2.6)
 
-        monkeypatch.setattr(made, "__init__", behave)
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
-        ablations = {item["lever"]: item for item in last_line(capsys)["stack"]}
+        run.patch.setattr(made, "__init__", behave)
+        assert run.start(*more) == 1
+        ablations = {item["lever"]: item for item in last_line(run.capsys)["stack"]}
         assert ablations["fp8-kv"]["failed"] == "engine fake: no fp8 here"
         assert ablations["prefix-caching"]["speedup"] == pytest.approx(3)
         assert ablations["prefix-caching"]["differ_from_plain_target"] == 0
@@ -169,28 +181,21 @@ def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_targe
         assert ablations["dense"]["parity"]["mismatches"] == 0
         assert ablations["dense"]["differ_from_plain_target"] == 1
         assert ablations["dense"]["loss_change"] == pytest.approx(0.1)
-        page = (tmp_path / "out" / "sweep.md").read_text()
+        page = run.read_page()
         assert "| fp8-kv | 3 | failed |" in page
         assert "ablation fp8-kv failed: engine fake: no fp8 here" in page
         # What was measured is kept; the one that failed is tried again.
         started = made.started
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, *more)) == 1
+        assert run.start(*more) == 1
         assert made.started == started  # it fails before it starts
 
 
-def test_schedule_is_held_against_the_best_single_gamma(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "1,3", "--mixed")) == 0
-    mixed = last_line(capsys)["mixed"]
+def test_schedule_is_held_against_the_best_single_gamma(run: SweepRun) -> None:
+    with run.engines():
+        assert run.start("--gammas", "1,3", "--mixed") == 0
+    mixed = last_line(run.capsys)["mixed"]
     assert mixed["skipped"] == "the schedule is a single γ"
-    assert "mixed load: not measured" in (tmp_path / "out" / "sweep.md").read_text()
+    assert "mixed load: not measured" in run.read_page()
 
 
 def test_schedule_is_measured_under_changing_load(
@@ -312,48 +317,34 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
-def test_sweep_from_python(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
+def test_sweep_from_python(run: SweepRun) -> None:
     config = SweepConfig(
         model=str(TOY / "teacher"),
         draft=str(TOY / "dflash"),
-        prompts=prompts_file,
+        prompts=run.prompts_file,
         num_prompts=9,
         max_tokens=12,
         gammas=(3,),
-        out=tmp_path / "out",
+        out=run.folder / "out",
     )
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
+    with run.engines():
         result = gamma_sweep.sweep(config)
     assert result.held
     assert [point.gamma for point in result.points] == [3]
-    assert read_result(tmp_path / "out" / "sweep.json", SweepResult) == result
-    assert capsys.readouterr().out == ""
+    assert read_result(run.folder / "out" / "sweep.json", SweepResult) == result
+    assert run.capsys.readouterr().out == ""
     with pytest.raises(FlagError, match="--num-prompts: expected at least 16, 8 rounds of 2, got 9"):
         replace(config, concurrency=(2,))
 
 
-def test_sweep_is_reported_though_its_ablations_could_not_be_made(
-    clock: Clock,
-    prompts_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_picture: None,
-) -> None:
+def test_sweep_is_reported_though_its_ablations_could_not_be_made(run: SweepRun) -> None:
     def fail(*_: Any) -> None:
         raise EngineError("engine fake: gone")
 
-    monkeypatch.setattr(gamma_sweep, "measure_ablations", fail)
-    with mock_launchers(monkeypatch, timed(clock), timed(clock, gamma=3, chunk_tokens=3)):
-        assert gamma_sweep.main(flags(prompts_file, tmp_path, "--gammas", "3", "--stack", "fp8-kv")) == 2
-    captured = capsys.readouterr()
+    run.patch.setattr(gamma_sweep, "measure_ablations", fail)
+    with run.engines():
+        assert run.start("--gammas", "3", "--stack", "fp8-kv") == 2
+    captured = run.capsys.readouterr()
     assert json.loads(captured.out.strip().splitlines()[-1])["points"] == 1
     assert "engine fake: gone" in captured.err
 

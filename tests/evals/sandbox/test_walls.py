@@ -21,6 +21,7 @@ from laguna_serve.evals.sandbox import (
     choice,
     choose_walls,
     find_obstacle,
+    roles,
     run_trial,
 )
 from laguna_serve.evals.sandbox.inside.report import ForgedError, Seal
@@ -155,8 +156,8 @@ def test_no_walls_no_reward_unless_forced(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_walls_that_the_system_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "find_version", lambda: 0)
-    monkeypatch.setattr(child, "is_installed", lambda: False)
+    monkeypatch.setattr(roles, "find_version", lambda: 0)
+    monkeypatch.setattr(roles, "is_installed", lambda: False)
     with pytest.raises(JailError, match="expected a kernel with Landlock"):
         grade(ADD, "", Limits(walls="landlock"))
     with pytest.raises(JailError, match="expected bubblewrap to be installed"):
@@ -164,21 +165,21 @@ def test_walls_that_the_system_lacks_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_grade_without_walls_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def readable() -> dict[str, list[object]]:
-        return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
+    def readable() -> tuple[list[tuple[str, str]], list[str]]:
+        return [("/usr/lib", "/no/such/folder")], []
 
     make_limits("namespaces")
-    monkeypatch.setattr(child, "list_paths", readable)
+    monkeypatch.setattr(roles, "list_paths", readable)
     with pytest.raises(JailError, match=r"No such file.*; allow unprivileged user namespaces, install bubblewrap or"):
         grade(ADD, "")
 
 
 def test_landlock_that_the_kernel_refuses_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    def readable() -> dict[str, list[object]]:
-        return {"readable": [("/usr/lib", "/no/such/folder")], "hidden": []}
+    def readable() -> tuple[list[tuple[str, str]], list[str]]:
+        return [("/usr/lib", "/no/such/folder")], []
 
     make_limits("landlock")
-    monkeypatch.setattr(child, "list_paths", readable)
+    monkeypatch.setattr(roles, "list_paths", readable)
     with pytest.raises(JailError, match=r"expected its processes to start, got .*No such file"):
         run_trial(ADD, "", Limits(walls="landlock"))
 

@@ -13,29 +13,10 @@ from gateway_fakes import Upstream, gateway
 from raw_requests import CHUNKED, OFFER, PATH, UPGRADES, WHOLE, ask, chunked, post
 from uvicorn.server import ServerState
 
+from laguna_serve.serving.gateway.clients.startup_check import Wire
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 
 INNER = post(body=b'{"evil": 1}')
-
-
-class Wire:
-    """A transport without a network."""
-
-    def __init__(self) -> None:
-        self.written, self.closed = b"", False
-
-    def write(self, data: bytes) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def get_extra_info(self, name: str) -> None: ...
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
 
 
 def read(*pieces: bytes) -> tuple[list[tuple[str, bytes, dict[bytes, bytes]]], bytes]:
