@@ -150,7 +150,7 @@ def compare(config: AbConfig) -> AbResult:
 
 
 def judge(result: AbResult) -> int:
-    """The exit status that a result stands for."""
+    """Return the exit status that a result stands for."""
     certificate = result.certificate or None
     if result.interrupted or (certificate is not None and certificate.reasons == [INTERRUPTION]):
         return INTERRUPTED
@@ -161,7 +161,7 @@ def judge(result: AbResult) -> int:
 
 
 def certify_arms(config: AbConfig, prompts: int, environment: Environment) -> CertificateSummary:
-    """The certificate of the same arms, in DIR/certificate, in short."""
+    """Certify the same arms in DIR/certificate; return the certificate in short."""
     try:
         certificate = certify(beside(config, prompts), environment)
     except KeyboardInterrupt:
@@ -172,7 +172,7 @@ def certify_arms(config: AbConfig, prompts: int, environment: Environment) -> Ce
 
 
 def beside(config: AbConfig, prompts: int | None) -> CertifyConfig:
-    """The certificate of an A/B's arms, prompts, tokens and concurrency."""
+    """Configure the certificate of an A/B's arms, prompts, tokens and concurrency."""
     arms = {field.name: getattr(config, field.name) for field in fields(ArmsConfig)}
     return CertifyConfig(
         **arms,

@@ -43,7 +43,7 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config, always_json = read_flags_and_json(
         CampaignConfig, argv, prog="bench/campaign.py", description=__doc__, epilog=EXAMPLES
     )
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan_campaign(config: CampaignConfig) -> CampaignPlan:
-    """What would run within the budget, after what the journal in `config.out` has of it.
+    """Plan what would run within the budget, after what the journal in `config.out` has of it.
 
     Raises:
         PlanError: there is no such step; JournalError: the journal cannot be read.
@@ -87,7 +87,7 @@ def run(config: CampaignConfig) -> CampaignResult:
 
 
 def shorten(result: CampaignResult) -> JsonObject:
-    """The one-line form: of each step its outcome, its seconds and its figures."""
+    """Shorten a result to one line: of each step its outcome, its seconds and its figures."""
     runs = {
         name: {"outcome": done.outcome, "wall_s": done.wall_s, "figures": done.figures}
         for name, done in result.last_runs.items()

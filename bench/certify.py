@@ -149,7 +149,7 @@ def certify(config: CertifyConfig, environment: Environment | None = None) -> Ce
 
 
 def list_own_specs(config: CertifyConfig) -> list[ArmSpec]:
-    """The arms that a certificate beside an A/B starts besides the A/B's, as far as they can be checked before."""
+    """List the arms that a certificate beside an A/B starts besides the A/B's, as far as they can be checked before."""
     reference = _make_reference(config, {BASELINE: make_spec(config, BASELINE)}, config.out)
     return [reference] if isinstance(reference, ArmSpec) else []
 
@@ -208,7 +208,9 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
 
 
 def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: Path) -> ArmSpec | str:
-    """The control's arm, or why there is none. Its target is the baseline's: a wrong candidate must not excuse itself.
+    """Make the control's arm, or say why there is none.
+
+    Its target is the baseline's: a wrong candidate must not excuse itself.
 
     vLLM's synthetic acceptance at length 1.0 should emit the target's first choice and nothing else: that each of its
     tokens is its own step's best, and that nothing was accepted, is checked as for every arm and shown.
@@ -244,7 +246,7 @@ def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: 
 
 
 def _make_reference(config: CertifyConfig, specs: Mapping[str, ArmSpec], _out: Path) -> ArmSpec | str:
-    """The third path's arm, or why there is none."""
+    """Make the third path's arm, or say why there is none."""
     if config.reference_url is not None:
         return ArmSpec(
             REFERENCE, f"running at {config.reference_url}", url=config.reference_url, model_name=config.model

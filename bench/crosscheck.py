@@ -36,7 +36,7 @@ The endpoint must run with prefix caching off. Exit status: 0 within 5%, 1 outsi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
+    """Run the command line; return 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
     config = read_flags(CrosscheckConfig, argv, prog="bench/crosscheck.py", description=DESCRIPTION, epilog=EXAMPLES)
 
     def run() -> int:

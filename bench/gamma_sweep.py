@@ -57,7 +57,7 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config, always_json = read_flags_and_json(
         SweepConfig, argv, prog="bench/gamma_sweep.py", description=__doc__, epilog=EXAMPLES
     )
@@ -89,7 +89,7 @@ def sweep(config: SweepConfig) -> SweepResult:
 
 
 def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
-    """The result as it grows, written at each stage.
+    """Yield the result as it grows, written at each stage.
 
     First the points, then ablations and mixed load where they are asked for. Raises as `sweep`.
     """

@@ -76,7 +76,7 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
 
 @contextmanager
 def start_paths(config: GatewayBenchConfig, progress: Progress) -> Iterator[Paths]:
-    """The mock engine, the gateway and every relay, up while the block lasts. Raises EngineError."""
+    """Keep the mock engine, the gateway and every relay up while the block lasts. Raises EngineError."""
     python = [sys.executable, "-m"]
     with ExitStack() as stack:
         engine = config.engine_port or find_port("127.0.0.1")

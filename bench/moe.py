@@ -102,7 +102,7 @@ def time_kernels(config: MoeConfig) -> MoeResult:
 
 
 def describe(config: MoeConfig, shape: Shape) -> LayerSettings:
-    """The layer and the machine."""
+    """Describe the layer and the machine."""
     return LayerSettings(
         device=torch.cuda.get_device_name() if shape.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),

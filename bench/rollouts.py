@@ -77,7 +77,7 @@ def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
 
 
 def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> RolloutsResult:
-    """The whole result, from the folder of finished points. The first version, None, is the model itself."""
+    """Make the whole result, from the folder of finished points. The first version, None, is the model itself."""
 
     def summarise(batch: int, version: str | None) -> RolloutPoint:
         measured = read_point(job, batch, version)

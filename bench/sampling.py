@@ -93,7 +93,7 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
 
 
 def choose_prompts(config: SamplingConfig) -> list[Prompt]:
-    """The first prompts of the file. Raises PromptsError when there are too few."""
+    """Choose the first prompts of the file. Raises PromptsError when there are too few."""
     prompts = config.load_prompts()
     if config.num_prompts > len(prompts):
         expected = f"expected at most {len(prompts)}, got {config.num_prompts}"

@@ -62,7 +62,7 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config, always_json = read_flags_and_json(
         CodeTasksConfig, argv, prog="evals/code_tasks.py", description=__doc__, epilog=EXAMPLES
     )

@@ -53,7 +53,7 @@ exit status:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config, always_json = read_flags_and_json(
         SuitesConfig, argv, prog="evals/suites.py", description=__doc__, epilog=EXAMPLES
     )

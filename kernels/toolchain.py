@@ -32,7 +32,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """What CXX names, or else the first of the usual compilers.
+    """Find what CXX names, or else the first of the usual compilers.
 
     Raises:
         BuildError: there is none.
@@ -47,7 +47,7 @@ def find_compiler() -> Compiler:
 
 
 def keep_library(name: str, compile_to: Callable[[Path], object]) -> Path:
-    """The library of this name in the cache, compiled unless it is there; who wants it meanwhile waits for it.
+    """Keep the library of this name in the cache, compiled unless it is there; who wants it meanwhile waits for it.
 
     Raises:
         BuildError: what `compile_to`, given a path to make it at, raises.
@@ -71,7 +71,7 @@ def _find_temporary() -> Path:
 
 
 def find_cache() -> Path:
-    """The user's cache folder, or a temporary one, of this process, where that is not to be had or not the user's."""
+    """Find the user's cache folder; where that is not to be had or not the user's, a temporary one of this process."""
     root = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(root) if root else Path.home() / ".cache") / "laguna-serve" / "kernels"
     try:
@@ -82,7 +82,7 @@ def find_cache() -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """It exists, and nobody else could have written it."""
+    """Say whether it exists, and nobody else could have written it."""
     try:
         found = path.stat()
     except OSError:

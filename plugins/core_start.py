@@ -47,7 +47,7 @@ def _choose_context(stock: Any) -> Any:
 
 @functools.cache
 def can_fork() -> bool:
-    """True if a child of this process gets through a parallel region, answered once per process."""
+    """Say whether a child of this process gets through a parallel region; answered once per process."""
     import torch
 
     child = os.fork()

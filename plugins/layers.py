@@ -55,13 +55,13 @@ class LayersError(ValueError):
 
 
 def read_setting(config: ConfigJson, key: str) -> Any:
-    """A key's value, or LagunaConfig's default."""
+    """Read a key's value, or LagunaConfig's default."""
     value = config.get(key)
     return DEFAULTS[key] if value is None else value
 
 
 def resolve_layer_kinds(config: ConfigJson) -> list[str]:
-    """The kind of every layer, dense or sparse.
+    """Resolve the kind of every layer, dense or sparse.
 
     A model is dense when any of the keys says so of all layers: tools that make a dense model out of a mixture do not
     change every key.  Otherwise `mlp_layer_types` goes before the older keys.
@@ -83,7 +83,7 @@ def resolve_layer_kinds(config: ConfigJson) -> list[str]:
 
 
 def _read_older_keys(config: ConfigJson, count: int) -> list[str] | None:
-    """The layers' kinds by `mlp_only_layers` and `decoder_sparse_step`; None without either.
+    """Read the layers' kinds by `mlp_only_layers` and `decoder_sparse_step`; None without either.
 
     The second says every how many layers one is sparse.
     """
@@ -100,7 +100,7 @@ def _read_older_keys(config: ConfigJson, count: int) -> list[str] | None:
 
 
 def stock_layer_kinds(config: ConfigJson) -> list[str]:
-    """The same as vLLM 0.32 takes it, with transformers' LagunaConfig."""
+    """Return the same as vLLM 0.32 takes it, with transformers' LagunaConfig."""
     count = read_setting(config, "num_hidden_layers")
     if read_setting(config, "num_experts") == 0:
         return [DENSE] * count
@@ -108,7 +108,7 @@ def stock_layer_kinds(config: ConfigJson) -> list[str]:
 
 
 def find_dropped_rope(config: ConfigJson) -> Rope | None:
-    """The rotary parameters of a config that says `rope_theta` alone; None for one that says more, or nothing.
+    """Find the rotary parameters of a config that says `rope_theta` alone; None for one that says more, or nothing.
 
     transformers' LagunaConfig drops a lone `rope_theta` for its own defaults (theta 10,000 in sliding layers).
     """

@@ -57,20 +57,20 @@ class Units:
         return self.width == self.stored
 
     def trim(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """The kept units of a tensor that has them along `dim`; a view where they are one run."""
+        """Trim the kept units of a tensor that has them along `dim`; a view where they are one run."""
         if len(self.runs) == 1:
             start, stop = self.runs[0]
             return tensor.narrow(dim, start, stop - start)
         return tensor.index_select(dim, self.index())
 
     def pad(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """The opposite of `trim`: zeros where the padding was."""
+        """Put zeros where the padding was, the opposite of `trim`."""
         shape = list(tensor.shape)
         shape[dim] = self.stored
         return tensor.new_zeros(shape).index_copy_(dim, self.index(), tensor)
 
     def index(self) -> torch.Tensor:
-        """The kept units' numbers, [width] int64."""
+        """Return the kept units' numbers, [width] int64."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
 
     @property
@@ -135,7 +135,7 @@ def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
 
 
 def read_widths(config: ConfigJson, name: str) -> list[int] | None:
-    """The widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
+    """Read the widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
 
     Raises:
         PaddingError: something else than that; the message begins with `name`.
@@ -162,7 +162,7 @@ def is_dense(config: ConfigJson) -> bool:
 
 
 def round_width(width: int, most: int) -> int:
-    """The width to allocate on a GPU, at most `most`.
+    """Round the width to allocate on a GPU, at most `most`.
 
     It is a multiple of the largest tile for which that adds 2% at most.
     """
@@ -174,7 +174,7 @@ def round_width(width: int, most: int) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> npt.NDArray[np.integer[Any]]:
-    """The same memory as integers: NumPy knows no bf16, and an OR is quicker than a comparison."""
+    """View the same memory as integers: NumPy knows no bf16, and an OR is quicker than a comparison."""
     array: npt.NDArray[np.integer[Any]] = tensor.view(_INTEGERS[tensor.dtype]).numpy()
     return array
 

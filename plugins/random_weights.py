@@ -35,7 +35,7 @@ class RandomWeightsLoader(DummyModelLoader):  # type: ignore[misc]
 
 
 def finish_drafter(model: Any, inner: Any) -> None:
-    """What a drafter notes when its weights are loaded, which no dummy loader does.
+    """Set what a drafter notes when its weights are loaded, which no dummy loader does.
 
     It has the target's embedding; a head of its own only where its vocabulary is reduced: with the target's, its ids
     would lead beyond the table that maps them.

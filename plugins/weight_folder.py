@@ -94,13 +94,13 @@ class FolderWeightTransferEngine(WeightTransferEngine[FolderInitInfo, FolderUpda
         logger.info("%s: new weights from %s", "drafter" if is_draft else "model", update_info.folder)
 
     def finish_weight_update(self) -> None:
-        """Raises WeightFolderError when no folder came."""
+        """Raise WeightFolderError when no folder came."""
         if not self._received:
             raise WeightFolderError("update: expected a folder before its end, got none; call /update_weights first")
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:
-        """Always raises NotImplementedError: a trainer writes a folder instead. vLLM 0.26 demands the method."""
+        """Raise NotImplementedError always: a trainer writes a folder instead. vLLM 0.26 demands the method."""
         raise NotImplementedError("weights from a folder: write the folder and name it in /update_weights")
 
     def shutdown(self) -> None:
@@ -111,7 +111,7 @@ class FolderWeightTransferEngine(WeightTransferEngine[FolderInitInfo, FolderUpda
 
 
 def find_files(info: FolderUpdateInfo) -> list[Path]:
-    """The files of a version, in the order of their names.
+    """Find the files of a version, in the order of their names.
 
     Raises:
         WeightFolderError: the folder, or one of the files, is not there.

@@ -128,7 +128,7 @@ class DistillResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(DistillConfig, argv, prog="scripts/distill_dense.py", description=__doc__, epilog=EXAMPLES)
     interrupted = "the same command continues from the last saved step"
     return run_command("distill_dense.py", lambda: run(config), interrupted=interrupted)
@@ -199,7 +199,7 @@ def distil(config: DistillConfig) -> DistillResult:
 
 
 def add_minutes(work: Path, stage: str, started: float) -> dict[str, float]:
-    """What every stage took so far, earlier runs that were stopped included."""
+    """Add to what every stage took so far, earlier runs that were stopped included."""
     noted = work / "minutes.json"
     minutes: dict[str, float] = json.loads(noted.read_text()) if noted.exists() else {}
     minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
@@ -208,7 +208,7 @@ def add_minutes(work: Path, stage: str, started: float) -> dict[str, float]:
 
 
 def _held_out(source: str) -> str:
-    """The toy corpus has a half that nothing was trained on; of another source the same text is measured."""
+    """Name the half of the toy corpus that nothing was trained on; of another source the same text is measured."""
     return source.replace(":training", ":held-out") if source in TOY else source
 
 
@@ -231,7 +231,7 @@ def write_report(result: DistillResult, report: Path) -> None:
 
 
 def write_manifest(result: DistillResult, out: Path) -> None:
-    """What was made, how and from what, with a SHA-256 of every file; beside the checkpoint."""
+    """Write what was made, how and from what, with a SHA-256 of every file; beside the checkpoint."""
     files = sorted(path for path in out.iterdir() if path.is_file() and path.suffix != ".md")
     digests = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != "MANIFEST.json"
@@ -241,7 +241,7 @@ def write_manifest(result: DistillResult, out: Path) -> None:
 
 
 def round_floats(value: Any, digits: int = 5) -> Any:
-    """The same with every float to so many significant digits: logs are read by people."""
+    """Round every float to so many significant digits: logs are read by people."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
@@ -250,7 +250,7 @@ def round_floats(value: Any, digits: int = 5) -> Any:
 
 
 def open_work(config: DistillConfig, recipe: Recipe, folder: Path) -> Path:
-    """The folder of the training states.  Raises CheckpointError when it holds another run's."""
+    """Open the folder of the training states.  Raises CheckpointError when it holds another run's."""
     wanted: dict[str, Any] = asdict(recipe) | {
         "text": config.text,
         "chats": config.chats,

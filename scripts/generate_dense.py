@@ -93,7 +93,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
 
 
 def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of a stock checkpoint in bf16: embedding, layers a few at a time, last norm and head."""
+    """Build the tensors of a stock checkpoint in bf16: embedding, layers a few at a time, last norm and head."""
     H, D, stored = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     layers, kv = config["num_hidden_layers"], config["num_key_value_heads"]
     heads = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
@@ -126,7 +126,7 @@ def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[d
 
 
 def choose_widths(config: ConfigJson, asked: Sequence[tuple[range, int]]) -> list[int]:
-    """The width of every layer.  Raises CheckpointError for one that the config has no place for."""
+    """Choose the width of every layer.  Raises CheckpointError for one that the config has no place for."""
     stored, layers = config["intermediate_size"], config["num_hidden_layers"]
     widths = [stored] * layers
     for place, width in asked:

@@ -40,7 +40,7 @@ class JobError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, metavar="S", help="Git address, folder, or .tar.gz or .zip of one")
     parser.add_argument("--ref", metavar="R", help="branch, tag or commit of a Git address (default: its own)")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fetch(source: str, ref: str | None, tree: Path) -> Path:
-    """The project's folder: a local one as it is, anything else below `tree`.
+    """Fetch the project's folder: a local one as it is, anything else below `tree`.
 
     Raises:
         JobError: it is no such thing, or not this project; CalledProcessError: Git could not have it.
@@ -124,7 +124,7 @@ def run_campaign(command: Sequence[str], tree: Path) -> int:
 
 
 def unpack(archive: Path, work: Path) -> None:
-    """An earlier job's results, where this one goes on; no member may lead out of the folder."""
+    """Unpack an earlier job's results, where this one goes on; no member may lead out of the folder."""
     with tarfile.open(archive) as tar:
         tar.extractall(work, filter="data")
 

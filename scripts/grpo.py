@@ -141,7 +141,7 @@ def read_prompts(path: Path) -> Prompts:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(GrpoConfig, argv, prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES)
     return run_command(
         "grpo.py", lambda: run(config), interrupted="the same command continues from the last saved step"
@@ -200,7 +200,7 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
 
 
 def train(config: GrpoConfig, base: Path, service: TrainingService, prompts: Prompts, trainer: Trainer) -> list[Step]:
-    """The loop; returns the log. Interrupted, it leaves what the same command continues from."""
+    """Train, in a loop; returns the log. Interrupted, it leaves what the same command continues from."""
     log, path = trainer.log, config.out / "log.jsonl"
     path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in log))
     folder, digests = trainer.write()
@@ -259,7 +259,7 @@ def measure(config: GrpoConfig, service: TrainingService, prompts: Prompts, vers
 def sample(
     service: TrainingService, texts: Sequence[str], version: str, group: int, max_tokens: int
 ) -> list[list[Rollout]]:
-    """Groups of rollouts, all of one version. Raises RolloutError when they are not."""
+    """Sample groups of rollouts, all of one version. Raises RolloutError when they are not."""
     asked = sample_groups(service.base_url, service.model_name, texts, group=group, max_tokens=max_tokens)
     groups = asyncio.run(asked)
     versions = {rollout.version for rollouts in groups for rollout in rollouts}
@@ -271,7 +271,7 @@ def sample(
 
 
 def format_step(step: Step) -> str:
-    """A step in one line."""
+    """Format a step in one line."""
     parts = [f"step {step.step:>4}"]
     named = {"reward": step.reward, "held out": step.held_out_reward, "τ": step.acceptance_length}
     parts += [f"{name} {value:.3f}" for name, value in named.items() if value is not None]

@@ -92,7 +92,7 @@ def write_long_prompts(config: LongPromptsConfig) -> LongPromptsResult:
 
 
 def open_tokenizer(model: str) -> Tokenizer:
-    """The checkpoint's tokenizer.json.
+    """Open the checkpoint's tokenizer.json.
 
     Raises:
         CheckpointError: the model is not on this machine, or has none that can be read.

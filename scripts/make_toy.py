@@ -89,7 +89,7 @@ class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(ToyConfig, argv, prog="scripts/make_toy.py", description=__doc__, epilog=EXAMPLES)
     interrupted = "the same command continues from the last saved step"
     return run_command("make_toy.py", lambda: run(config), interrupted=interrupted)
@@ -162,7 +162,7 @@ def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
 
 
 def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
-    """The teacher's greedy text on training modules, by vLLM."""
+    """Make the teacher's greedy text on training modules, by vLLM."""
     from laguna_serve.scripts.text import corpus
     from laguna_serve.scripts.training.toy import continuations
     from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
@@ -177,12 +177,12 @@ def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
 
 
 def make_dflash(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
-    """The drafter in Laguna's own format, trained on the continuations."""
+    """Make the drafter in Laguna's own format, trained on the continuations."""
     return _make_drafter(recipe, work, out, "dflash")
 
 
 def make_speculators(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
-    """A smaller drafter in the speculators format, trained on the same."""
+    """Make a smaller drafter in the speculators format, trained on the same."""
     return _make_drafter(recipe, work, out, "dflash-speculators")
 
 

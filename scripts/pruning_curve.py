@@ -55,7 +55,7 @@ class CurveConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(CurveConfig, argv, prog="scripts/pruning_curve.py", description=__doc__, epilog=EXAMPLES)
     return run_command("pruning_curve.py", lambda: run(config), others=(PruningError,))
 

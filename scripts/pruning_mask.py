@@ -65,7 +65,7 @@ def write_mask(config: MaskConfig) -> MaskResult:
 
 
 def read_scores(path: Path) -> npt.NDArray[np.float32]:
-    """The file's scores. Raises PruningError when there are none."""
+    """Read the file's scores. Raises PruningError when there are none."""
     try:
         scores = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -51,7 +51,7 @@ class ReferenceConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(ReferenceConfig, argv, prog="scripts/reference.py", description=__doc__, epilog=EXAMPLES)
 
     def run() -> int:
@@ -109,13 +109,13 @@ def list_commands(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def write_commands(title: str, text: str, commands: Iterator[tuple[str, str]]) -> str:
-    """A page of `--help`s."""
+    """Write a page of `--help`s."""
     parts = [f"# {title}", text, *(f"## {name}\n\n```text\n{said}```" for name, said in commands)]
     return "\n\n".join(parts) + "\n"
 
 
 def write_configuration() -> str:
-    """A table per part of gateway.toml."""
+    """Write a table per part of gateway.toml."""
     schema = Config.model_json_schema()
     parts = [
         "# gateway.toml",
@@ -136,7 +136,7 @@ def write_configuration() -> str:
 
 
 def write_metrics() -> str:
-    """A table of what /metrics has of the gateway's own."""
+    """Write a table of what /metrics has of the gateway's own."""
     rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in Metrics().collect()]
     text = (
         "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
@@ -157,7 +157,7 @@ def list_schemas() -> Iterator[tuple[str, JsonObject]]:
 
 
 def write_index(schemas: Sequence[str]) -> str:
-    """The page that leads to the others."""
+    """Write the page that leads to the others."""
     lines = [
         "# Reference",
         "",

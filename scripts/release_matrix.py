@@ -81,7 +81,7 @@ class ReleaseMatrix(Struct, frozen=True, kw_only=True, tag_field="schema", tag="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(ReleaseMatrixConfig, argv, prog="scripts/release_matrix.py", description=__doc__)
 
     def run() -> int:
@@ -129,7 +129,7 @@ def list_pairs(folder: Path) -> list[tuple[str, str | None]]:
 
 
 def plan_cell(folder: Path, model: str, draft: str | None, name: str, device: Device) -> MatrixCell:
-    """The plan on one device, or on as few of them as serve it."""
+    """Plan the plan on one device, or on as few of them as serve it."""
     ranks = 1
     while True:
         plan = _plan(folder, model, draft, device, ranks)
@@ -172,7 +172,7 @@ def _plan(folder: Path, model: str, draft: str | None, device: Device, ranks: in
 
 
 def format_matrix(matrix: ReleaseMatrix) -> str:
-    """A table of the longest context, and one of what is refused, as Markdown."""
+    """Format a table of the longest context, and one of what is refused, as Markdown."""
     rows: dict[tuple[str, str | None], list[MatrixCell]] = {}
     for cell in matrix.cells:
         rows.setdefault((cell.model, cell.draft), []).append(cell)

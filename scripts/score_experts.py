@@ -76,7 +76,7 @@ class ScoreConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(ScoreConfig, argv, prog="scripts/score_experts.py", description=__doc__, epilog=EXAMPLES)
 
     def body() -> int:
@@ -136,7 +136,7 @@ def measure_scores(
 
 
 def say(text: str) -> None:
-    """A line of progress on stderr."""
+    """Print a line of progress on stderr."""
     print(f"score_experts: {text}", file=sys.stderr, flush=True)
 
 

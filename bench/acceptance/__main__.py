@@ -59,7 +59,7 @@ class AcceptanceConfig(TimedDrafterConfig):
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     def make_sweep(self, thinking: Thinking) -> SweepConfig:
-        """The sweep of one setting of the template."""
+        """Make the sweep of one setting of the template."""
         return SweepConfig(
             model=self.model,
             draft=self.draft,
@@ -80,7 +80,7 @@ class AcceptanceConfig(TimedDrafterConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config, always_json = read_flags_and_json(
         AcceptanceConfig, argv, prog="bench/acceptance", description=__doc__, epilog=EXAMPLES
     )
@@ -136,13 +136,13 @@ def describe_point(point: SweepPoint) -> CurvePoint:
 
 
 def name_checkpoint(name: str) -> str:
-    """A hub id as it is, of a folder its name: where it lay is nobody's business."""
+    """Name a hub id as it is, a folder by its name: where it lay is nobody's business."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_dir() else name
 
 
 def tabulate(result: AcceptanceCurve) -> Table:
-    """A row per setting and γ."""
+    """Tabulate the curves, a row per setting and γ."""
     rows = [
         [
             *(curve.thinking or "default", str(point.gamma), f"{point.tau:.2f}"),
@@ -155,7 +155,7 @@ def tabulate(result: AcceptanceCurve) -> Table:
 
 
 def render_markdown(result: AcceptanceCurve) -> str:
-    """The curves as a page."""
+    """Render the curves as a page."""
     prompts = f"{result.num_prompts} prompts × {result.max_tokens} tokens of {Path(result.prompts_file).name}"
     return "\n".join(
         [

@@ -65,7 +65,7 @@ class Arm:
         return process_memory(self.engine.pids()) if self.engine is not None else None
 
     def read_figures(self) -> EngineFigures | None:
-        """What an engine started here says of its own memory and dtype; None for an endpoint."""
+        """Read what an engine started here says of its own memory and dtype; None for an endpoint."""
         return read_figures(self.engine.log_path) if self.engine is not None else None
 
 

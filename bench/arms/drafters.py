@@ -111,11 +111,11 @@ class DrafterOrUrlsConfig(TimedDrafterConfig):
         return self.baseline_url is not None
 
     def list_urls(self) -> dict[str, object]:
-        """The endpoints as JSON values, for what a folder's parts were measured with; empty without any."""
+        """List the endpoints as JSON values, for what a folder's parts were measured with; empty without any."""
         return {"urls": [self.baseline_url, *map(list, self.candidate_url)]} if self.by_url else {}
 
     def make_url_spec(self, gamma: int | None) -> ArmSpec | None:
-        """The endpoint of a γ, or of plain decoding (None); None where engines are started here."""
+        """Describe the endpoint of a γ, or of plain decoding (None); None where engines are started here."""
         if self.baseline_url is None:
             return None
         url = self.baseline_url if gamma is None else dict(self.candidate_url)[gamma]
@@ -131,7 +131,7 @@ def choose_gammas(
     unknown: Sequence[int] | None = None,
     beyond_block: bool | None = None,
 ) -> list[int]:
-    """The γ to measure: those given, else what `default` makes of the drafter's most.
+    """Choose the γ to measure: those given, else what `default` makes of the drafter's most.
 
     Of a drafter that is not on this machine: `unknown`. Those that it was not trained for only with `beyond_block`,
     None where a command has no flag for it.
@@ -153,7 +153,7 @@ def choose_gammas(
 
 
 def find_most(draft: str) -> int | None:
-    """The most tokens that a drafter was trained to propose; None where it is not on this machine.
+    """Find the most tokens that a drafter was trained to propose; None where it is not on this machine.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -131,14 +131,17 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
 
 
 def settle_arms_dtype(config: ArmsConfig) -> str:
-    """What both arms compute in: as asked, else what the baseline's model gets on this machine; "auto" by URL."""
+    """Settle what both arms compute in.
+
+    That is what was asked for, else what the baseline's model gets on this machine; "auto" by URL.
+    """
     if config.dtype != AUTO or config.model is None or config.baseline_url is not None:
         return config.dtype
     return find_engine_dtype(EngineConfig(model=config.model))
 
 
 def find_dtype(config: ArmsConfig) -> str:
-    """The models' dtype: as asked, else as the machine or the checkpoint says, else unknown.
+    """Find the models' dtype: as asked, else as the machine or the checkpoint says, else unknown.
 
     Unknown is judged as strictly as float32.
     """

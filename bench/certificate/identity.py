@@ -57,14 +57,14 @@ class IdentityError(CommandError):
 
 
 def make_identity(parts: Mapping[str, str], models: Mapping[str, str]) -> Identity:
-    """The parts with their hash."""
+    """Make an identity of the parts, with their hash."""
     ordered = dict(sorted(parts.items()))
     digest = hashlib.sha256(json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
     return Identity(sha256=digest, parts=ordered, models=dict(models))
 
 
 def read_machine(environment: Environment) -> dict[str, str]:
-    """The parts that are this machine's: build, code, device, threads, variables.
+    """Read the parts that are this machine's: build, code, device, threads, variables.
 
     Raises:
         EngineError: there is no vLLM, or no device for it.
@@ -80,12 +80,12 @@ def read_machine(environment: Environment) -> dict[str, str]:
 
 
 def list_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are set and bear on what is computed."""
+    """List the variables that are set and bear on what is computed."""
     return {f"${name}": value for name, value in environ.items() if name in VARIABLES or name.startswith(PREFIXES)}
 
 
 def read_weights(models: Mapping[str, str]) -> dict[str, str]:
-    """The weights by role, of content; NOT_HERE for what only a hub has.
+    """Read the weights by role, of content; NOT_HERE for what only a hub has.
 
     Raises:
         CheckpointError: a name that is neither an existing folder nor a hub id.
@@ -99,7 +99,7 @@ def read_weights(models: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask_torch() -> dict[str, str]:
-    """The parts that only a process with torch can tell.
+    """Ask for the parts that only a process with torch can tell.
 
     Raises:
         IdentityError: it does not answer.

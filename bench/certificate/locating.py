@@ -44,7 +44,7 @@ def choose_sequence(baseline: Answers, candidate: Answers, rows: int) -> tuple[i
 
 
 def describe_rows(check: RowCheck) -> list[str]:
-    """A sentence for each way in which the rows were computed."""
+    """Describe each way in which the rows were computed, a sentence each."""
     lines = []
     for way in check.ways:
         what = f"Operations, {way.label} against one row at a time ({check.tokens} tokens): "

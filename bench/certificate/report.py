@@ -35,7 +35,7 @@ ARM_NAMES = {"candidate": "candidate", AGAIN: "baseline again", ROW_MATCHED: "ro
 
 
 def summarise(result: Certificate) -> str:
-    """The verdict in a sentence."""
+    """Summarise the verdict in a sentence."""
     work, loads = result.workload, result.loads
     at = ", ".join(map(str, work.concurrency))
     scope = f"{work.prompts} prompts × {work.max_tokens} tokens at concurrency {at}"
@@ -79,7 +79,7 @@ def tabulate(result: Certificate) -> Table:
 
 
 def list_notes(result: Certificate) -> list[str]:
-    """What else there is to say, a sentence each."""
+    """List what else there is to say, a sentence each."""
     notes = [f"At concurrency {load.concurrency} {_describe_differences(load)}." for load in result.loads]
     if (replay := result.replay) is not None:
         p = replay.sign_test_p
@@ -138,7 +138,7 @@ def render_text(result: Certificate) -> str:
 
 
 def render_markdown(result: Certificate) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     lines = ["# Parity certificate", "", f"**{summarise(result)}**", ""]
     lines.append(tabulate(result).to_markdown())
     lines += ["", "Δ: difference of log-probabilities (nats) from the baseline's where tokens agree.", ""]

@@ -24,12 +24,12 @@ Step = dict[int, float]
 
 
 def list_questions(loads: Sequence[LoadResult], baseline: Sequence[Mapping[str, Probe]]) -> dict[Prefix, None]:
-    """The distinct prefixes to ask about, of `judge_load`'s results and the baseline's answers at the same loads."""
+    """List the distinct prefixes to ask about, of `judge_load`'s results and the baseline's answers there."""
     return dict.fromkeys(prefix for _, prefix in _find_prefixes(loads, baseline))
 
 
 async def ask(client: Client, prefixes: Sequence[Prefix], report: Callable[[int], None]) -> dict[Prefix, Step]:
-    """The exact model's log-probabilities (nats) of the next token after each prefix, the best LOGPROBS of them.
+    """Ask for the exact model's best LOGPROBS log-probabilities (nats) of the next token after each prefix.
 
     Args:
         client: with `max_tokens` 1.

@@ -54,7 +54,7 @@ def _randomise(path: Path, rng: np.random.Generator) -> None:
 
 
 def _encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes of float32 values in a tensor's dtype; bfloat16 is the upper half of a float32."""
+    """Encode float32 values as bytes of a tensor's dtype; bfloat16 is the upper half of a float32."""
     if dtype == "F32":
         return values.view(np.uint8)
     if dtype == "F16":

@@ -20,7 +20,7 @@ BACKENDS = {"attention backend": "--attention-backend", "MoE backend": "--moe-ba
 
 
 def find_identity(config: ArmsConfig, specs: Mapping[str, ArmSpec], environment: Environment) -> Identity | None:
-    """The identity of a certificate; None for endpoints by URL, whose machine is not known.
+    """Find the identity of a certificate; None for endpoints by URL, whose machine is not known.
 
     Raises:
         EngineError, IdentityError, OSError: it cannot be found out.

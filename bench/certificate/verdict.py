@@ -87,7 +87,7 @@ def judge_load(load: Load, dtype: str, seed: int) -> LoadResult:
 
 
 def find_verdict(loads: Sequence[LoadResult], more_reasons: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The verdict over all loads, and the reasons for a defect."""
+    """Find the verdict over all loads, and the reasons for a defect."""
     reasons = [f"at concurrency {load.concurrency}: {reason}" for load in loads for reason in load.reasons]
     reasons += more_reasons
     if reasons:

@@ -83,7 +83,7 @@ def write_checkpoints(folder: Path, *, small: bool) -> None:
 
 
 def shrink_target(config: ConfigJson) -> ConfigJson:
-    """The same kinds of layers, a few of each, narrow."""
+    """Keep the same kinds of layers, a few of each, narrow."""
     per_layer = {name: config[name][:SMALL_LAYERS] for name in PER_LAYER}
     heads = [count // SMALL_HEADS for count in per_layer["num_attention_heads_per_layer"]]
     per_layer["num_attention_heads_per_layer"] = heads
@@ -91,12 +91,12 @@ def shrink_target(config: ConfigJson) -> ConfigJson:
 
 
 def shrink_drafter(config: ConfigJson) -> ConfigJson:
-    """A drafter of the same kind for the small target."""
+    """Shrink a drafter to one of the same kind for the small target."""
     return config | SMALL_DRAFTER | {"transformer_layer_config": config["transformer_layer_config"] | SMALL_DRAFT_LAYER}
 
 
 def prune(config: ConfigJson) -> ConfigJson:
-    """The same with PRUNED_SHARE of every layer's blocks gone."""
+    """Take PRUNED_SHARE of every layer's blocks away."""
     blocks = config["moe_intermediate_size"] // BLOCK
     kept = round(config["num_experts"] * blocks * (1 - PRUNED_SHARE))
     layers = config["mlp_layer_types"].count("sparse")
@@ -105,13 +105,13 @@ def prune(config: ConfigJson) -> ConfigJson:
 
 
 def make_dense(config: ConfigJson) -> ConfigJson:
-    """The dense student's shape: every layer's feed-forward as wide as the first one's."""
+    """Make the dense student's shape: every layer's feed-forward as wide as the first one's."""
     layers = config["num_hidden_layers"]
     return config | {"mlp_layer_types": ["dense"] * layers, "mlp_only_layers": list(range(layers))}
 
 
 def write_empty_weights(folder: Path) -> None:
-    """A drafter's weight file: its header and zeros that take no room on the disk."""
+    """Write a drafter's weight file: its header and zeros that take no room on the disk."""
     end, header = 0, {}
     drafter = read_drafter(folder)
     shapes = {name: ("BF16", 2, shape) for name, shape in expected_tensors(drafter).items()}

@@ -42,7 +42,7 @@ class Doctor(Struct, frozen=True):
 
 
 def extract_figures(path: Path) -> tuple[str, list[str]]:
-    """The file's schema ("junit" of tests), and what came out.
+    """Extract the file's schema ("junit" of tests), and what came out.
 
     Raises:
         FiguresError: it is not there, or nothing that is known here.
@@ -112,12 +112,12 @@ def describe_ab(content: Any, path: Path) -> list[str]:
 
 
 def describe_certificate(content: Any, _path: Path) -> list[str]:
-    """The certificate's summary of itself."""
+    """Describe the certificate's summary of itself."""
     return [summarise(convert(content, Certificate))]
 
 
 def describe_sweep(content: Any, _path: Path) -> list[str]:
-    """The best γ of every concurrency, and what was not equal."""
+    """Describe the best γ of every concurrency, and what was not equal."""
     result = convert(content, SweepResult)
     lines = []
     for choice in result.choices:
@@ -135,14 +135,14 @@ def describe_sweep(content: Any, _path: Path) -> list[str]:
 
 
 def describe_moe(content: Any, _path: Path) -> list[str]:
-    """Times under uniform routing, and what was refused."""
+    """Describe times under uniform routing, and what was refused."""
     result = convert(content, MoeResult)
     rows = [_show_row(row) for row in result.rows if row.routing == result.rows[0].routing and not row.refused]
     return [f"{result.settings.device}, floor {result.bandwidth_gb_s['floor']:,.0f} GB/s", *rows, *result.refused]
 
 
 def describe_prefix(content: Any, _path: Path) -> list[str]:
-    """The verdict of every comparison."""
+    """Describe the verdict of every comparison."""
     result = convert(content, PrefixCacheResult)
     return [f"{item.name}: {item.verdict}, {item.ratio:.2f}{_show_interval(item.ci95)}" for item in result.comparisons]
 
@@ -156,7 +156,7 @@ def describe_sampling(content: Any, _path: Path) -> list[str]:
 
 
 def describe_rollouts(content: Any, _path: Path) -> list[str]:
-    """The ratio at every batch, and whether it pays."""
+    """Describe the ratio at every batch, and whether it pays."""
     result = convert(content, RolloutsResult)
     return [
         f"batch {point.batch}: {point.ratio.point:.2f}×{_show_interval(point.ratio.ci95)},"

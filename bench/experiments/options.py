@@ -49,6 +49,6 @@ class CampaignConfig:
         return self.budget_min * 60
 
     def list_given(self) -> dict[str, str]:
-        """The user's own checkpoints, by placeholder."""
+        """List the user's own checkpoints, by placeholder."""
         given = {XS2: self.xs2, XS2_DRAFT: self.xs2_draft, XS2_PRUNED: self.xs2_pruned}
         return {name: value for name, value in given.items() if value is not None}

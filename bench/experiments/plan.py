@@ -20,7 +20,7 @@ class PlanError(CommandError):
 
 
 def choose_steps(config: CampaignConfig) -> list[Step]:
-    """The steps of the parts and names that were asked for, in the list's order.
+    """Choose the steps of the parts and names that were asked for, in the list's order.
 
     Raises:
         PlanError: there is no step of that name among them.
@@ -59,7 +59,7 @@ def make_plan(
 
 
 def describe_step(step: Step, left_out: str | None) -> PlannedStep:
-    """A step and whether it is to run."""
+    """Describe a step and whether it is to run."""
     return PlannedStep(
         step=step.name,
         part=step.part,

@@ -69,7 +69,7 @@ def run_process(command: Sequence[str], log: Path, limit_s: float, cwd: Path, gr
 
 
 def read_tail(log: Path) -> list[str]:
-    """The last lines of a log that are not blank."""
+    """Read the last lines of a log that are not blank."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))

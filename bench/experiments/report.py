@@ -34,7 +34,7 @@ SHORT = {
 
 
 def render_plan(plan: CampaignPlan) -> str:
-    """What fits into the budget, in order, and what is left out."""
+    """Render what fits into the budget, in order, and what is left out."""
     elapsed, rows, left = 0, [], []
     for item in plan.steps:
         if item.left_out is not None:
@@ -55,7 +55,7 @@ def render_plan(plan: CampaignPlan) -> str:
 
 
 def render_text(result: CampaignResult) -> str:
-    """A line per step that was run, and how many were not."""
+    """Render a line per step that was run, and how many were not."""
     lines = [_summarise(result), "", _tabulate(result).to_text()]
     if result.left_out:
         lines += ["", f"not run: {', '.join(result.left_out)} (campaign.md says why)"]
@@ -63,7 +63,7 @@ def render_text(result: CampaignResult) -> str:
 
 
 def render_markdown(result: CampaignResult) -> str:
-    """The page: a table, then per step what was run, what was expected and what came out."""
+    """Render the page: a table, then per step what was run, what was expected and what came out."""
     title = "Rehearsal of the campaign (toy sizes on a CPU: nothing here is a measurement)"
     lines = [f"# {title if result.rehearsed else 'GPU campaign'}", "", _summarise(result), ""]
     lines += [_tabulate(result).to_markdown(), ""]
@@ -133,7 +133,7 @@ def render_todo() -> str:
 
 
 def show_seconds(step: Step) -> str:
-    """The estimate; a person's time is not estimated."""
+    """Show the estimate; a person's time is not estimated."""
     return "–" if step.by_hand else str(step.estimate_s)
 
 

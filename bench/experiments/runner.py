@@ -58,7 +58,7 @@ class Campaign:
 
 
 def open_campaign(config: CampaignConfig, environment: Environment, say: Say) -> Campaign:
-    """The folder and its journal, after everything that can be refused.
+    """Open the folder and its journal, after everything that can be refused.
 
     Raises:
         PlanError: no GPU, or no such step; RunDirError: the folder is a rehearsal's, or no rehearsal's;
@@ -99,7 +99,7 @@ def run_campaign(campaign: Campaign) -> CampaignResult:
 
 
 def find_due(campaign: Campaign, tried: Set[str]) -> list[str]:
-    """The steps that are still to be run and fit; of those that do not, `left_out` gets the reasons.
+    """Find the steps that are still to be run and fit; of those that do not, `left_out` gets the reasons.
 
     Planned anew each time: a step that was quick leaves room for one that did not fit.
     """
@@ -159,7 +159,7 @@ def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
 
 
 def judge(ending: Ending, log: Path, *, by_budget: bool) -> tuple[Outcome, str | None]:
-    """The outcome of a process, and why it is not "held"."""
+    """Judge the outcome of a process, and why it is not "held"."""
     if ending.stopped_by == "person":
         return "stopped", "interrupted"
     if ending.stopped_by == "limit":
@@ -172,7 +172,7 @@ def judge(ending: Ending, log: Path, *, by_budget: bool) -> tuple[Outcome, str |
 
 
 def choose_folder(step: Step, runs: Sequence[StepRun], environment: Environment) -> str:
-    """A stopped step continues where it was on the same device and code; any other attempt begins afresh."""
+    """Choose where an attempt runs: a stopped step continues on the same device and code, any other begins afresh."""
     if not runs:
         return step.name
     last = runs[-1]
@@ -183,7 +183,7 @@ def choose_folder(step: Step, runs: Sequence[StepRun], environment: Environment)
 
 
 def find_result(step: Step, out: Path, log: Path) -> Path:
-    """The step's result file; where there is none, the last JSON line that it printed is made one."""
+    """Find the step's result file; where there is none, the last JSON line that it printed is made one."""
     if step.result:
         return out / step.result
     path = out / "result.json"

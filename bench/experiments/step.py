@@ -73,7 +73,7 @@ class Step:
 
 
 def fill(command: tuple[str, ...], places: Mapping[str, str]) -> list[str]:
-    """The command with its placeholders replaced, also within words."""
+    """Fill the placeholders of a command, also within words."""
     filled = []
     for word in command:
         for name, value in places.items():
@@ -83,7 +83,7 @@ def fill(command: tuple[str, ...], places: Mapping[str, str]) -> list[str]:
 
 
 def list_places(out: Path, checkpoints: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """What the placeholders stand for; `given`: checkpoints of the user's."""
+    """List what the placeholders stand for; `given`: checkpoints of the user's."""
     toy = ROOT / "tests" / "toy"
     return {
         PYTHON: sys.executable,

@@ -51,12 +51,12 @@ async def send(session: aiohttp.ClientSession, base_url: str, request: Request) 
 
 
 def judge_status(status: int) -> str | None:
-    """What is wrong with a status alone; 501 says that the model has no such task."""
+    """Say what is wrong with a status alone; 501 says that the model has no such task."""
     return None if status == 200 or status in range(400, 500) or status == 501 else f"status {status}"
 
 
 def judge(status: int, kind: str, body: bytes, route: str) -> str | None:
-    """What is wrong with a whole answer; None when nothing is."""
+    """Say what is wrong with a whole answer; None when nothing is."""
     if (wrong := judge_status(status)) is not None:
         return f"{wrong}: {body[:300].decode(errors='replace')}"
     if kind == "text/event-stream":
@@ -67,7 +67,7 @@ def judge(status: int, kind: str, body: bytes, route: str) -> str | None:
 
 
 def judge_error(body: bytes, route: str) -> str | None:
-    """An error has OpenAI's form, or Anthropic's on its routes."""
+    """Judge the form of an error: OpenAI's, or Anthropic's on its routes."""
     try:
         answer = json.loads(body)
     except ValueError:
@@ -104,7 +104,7 @@ async def is_healthy(session: aiohttp.ClientSession, base_url: str) -> bool:
 
 
 async def ask_control(session: aiohttp.ClientSession, base_url: str, model: str) -> list[int] | None:
-    """The tokens of a greedy request that is always the same; None where it fails."""
+    """Ask for the tokens of a greedy request that is always the same; None where it fails."""
     body = {"model": model, "prompt": CONTROL_PROMPT, "max_tokens": CONTROL_TOKENS, "temperature": 0}
     try:
         async with session.post(base_url + "/v1/completions", json=body | {"return_token_ids": True}) as response:
@@ -130,6 +130,6 @@ async def check_batch(
 
 
 def open_session() -> aiohttp.ClientSession:
-    """A client session for `check_batch`."""
+    """Open a client session for `check_batch`."""
     timeout = aiohttp.ClientTimeout(total=ANSWER_S)
     return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))

@@ -11,7 +11,10 @@ from laguna_serve.bench.fuzzing.requests import BASES, Request
 async def minimise(
     batch: list[Request], persists: Callable[[list[Request]], Awaitable[bool]], *, most: int
 ) -> list[Request]:
-    """The smallest batch found in at most `most` attempts; `persists` says whether a smaller one shows the same."""
+    """Return the smallest batch found in at most `most` attempts.
+
+    `persists` says whether a smaller one shows the same.
+    """
     attempts = 0
     reduced = True
     while reduced:

@@ -48,7 +48,7 @@ class Request:
     leave_after: int | None = None
 
     def quote(self) -> SentRequest:
-        """The request as a report has it, its body as Python text."""
+        """Quote the request as a report has it, its body as Python text."""
         return SentRequest(route=self.route, body=repr(self.body), leave_after=self.leave_after)
 
 
@@ -76,7 +76,7 @@ def _find_objects(schema: JsonObject, schemas: JsonObject) -> list[JsonObject]:
 
 
 def find_values(name: str, schema: JsonObject) -> list[Any]:
-    """What to send as a parameter: by its name, else what its schema lists; junk in any case."""
+    """Find what to send as a parameter: by its name, else what its schema lists; junk in any case."""
     listed = [value for one in (schema, *schema.get("anyOf", ())) for value in one.get("enum", ())]
     return [*VALUES.get(name, listed), *JUNK]
 

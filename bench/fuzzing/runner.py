@@ -114,7 +114,7 @@ class Fuzz:
         return islice(mixed, self._batches, None)
 
     async def _start(self) -> Engine:
-        """The engine, started if it is not running."""
+        """Return the engine, started if it is not running."""
         if self._engine is not None:
             return self._engine
         engine = Engine(self._config.make_engine(), log_path=self._config.out / f"engine-{self._starts}.log")
@@ -165,5 +165,5 @@ class Fuzz:
 
 
 def normalise(wrong: str) -> str:
-    """What is wrong without the numbers in it, so that it is reported once."""
+    """Strip what is wrong of its numbers, so that it is reported once."""
     return re.sub(r"\d+", "#", wrong)[:KIND_CHARS]

@@ -18,7 +18,7 @@ CHARACTERS = "def f(x):\n    return x\n"
 
 
 def nest(depth: int, key: str | None = None) -> Any:
-    """A list, or an object under `key`, in itself `depth` times."""
+    """Nest a list, or an object under `key`, in itself `depth` times."""
     value: Any = 1
     for _ in range(depth):
         value = [value] if key is None else {key: value}
@@ -26,7 +26,7 @@ def nest(depth: int, key: str | None = None) -> Any:
 
 
 def nest_schema(depth: int) -> JsonObject:
-    """A JSON schema of objects in objects."""
+    """Make a JSON schema of objects in objects."""
     schema: JsonObject = {"type": "integer"}
     for _ in range(depth):
         schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}

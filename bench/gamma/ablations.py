@@ -37,7 +37,7 @@ def measure_ablations(
 
 
 def list_ablation_specs(config: SweepConfig, gamma: int) -> list[ArmSpec]:
-    """The engines of every ablation at a γ."""
+    """List the engines of every ablation at a γ."""
     return [spec for ablation in config.stack for spec in _make_specs(config, ablation, gamma)]
 
 

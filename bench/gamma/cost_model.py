@@ -35,7 +35,7 @@ class Point:
 
     @classmethod
     def of(cls, measured: MeasuredPoint) -> Point:
-        """What the model needs of a measurement."""
+        """Take what the model needs of a measurement."""
         return cls(
             measured.gamma,
             measured.concurrency,
@@ -71,7 +71,7 @@ class CostModel:
 
 
 def choose_gamma(points: Sequence[Point], seed: int) -> Choice:
-    """The γ of one concurrency: the best by the lower end of its interval.
+    """Choose the γ of one concurrency: the best by the lower end of its interval.
 
     Of those that do not differ from it, the smallest. Plain decoding where no lower end is above 1.
     """

@@ -29,7 +29,7 @@ MIXED = "mixed"
 
 
 def find_best_single(points: Sequence[PointFigures]) -> int:
-    """The γ, 0 for plain decoding, that needs the least time for a mixed load, by the measured rates.
+    """Find the γ, 0 for plain decoding, that needs the least time for a mixed load, by the measured rates.
 
     In that load every concurrency comes equally often with as many prompts.
     """
@@ -45,7 +45,7 @@ def find_best_single(points: Sequence[PointFigures]) -> int:
 def compare_schedule(
     config: SweepConfig, single: int, schedule: Schedule, prompts: list[Prompt], progress: Progress
 ) -> MixedLoad:
-    """An A/B of a single γ (baseline) and the schedule (candidate), or why there is none to make.
+    """Compare a single γ (baseline) with the schedule (candidate) in an A/B, or say why there is none to make.
 
     Raises:
         EngineError, EndpointError, MeasurementStoppedError: it could not be made.

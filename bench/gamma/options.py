@@ -29,7 +29,7 @@ class Ablation:
     checkpoint: str | None = None
 
     def apply(self, config: EngineConfig) -> EngineConfig:
-        """The engine with this change."""
+        """Return the engine with this change."""
         if self.checkpoint is not None:
             return replace(config, model=self.checkpoint)
         if self.name == "prefix-caching":
@@ -103,7 +103,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         return self.out / "points"
 
     def list_gammas(self) -> list[int]:
-        """The γ to measure: those given, else 1 to the drafter's block − 1, or three of these.
+        """List the γ to measure: those given, else 1 to the drafter's block − 1, or three of these.
 
         Raises:
             CheckpointError: the drafter cannot be read, or was not trained for one of them.
@@ -122,7 +122,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         return most is not None and gamma > most
 
     def make_engine(self, gamma: int | None) -> EngineConfig:
-        """The engine of a γ, or of plain decoding (None)."""
+        """Make the engine of a γ, or of plain decoding (None)."""
         return EngineConfig(
             model=self.model,
             draft=None if gamma is None else self.draft,
@@ -136,7 +136,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         )
 
     def make_spec(self, gamma: int | None) -> ArmSpec:
-        """The baseline (None), or the candidate of a γ."""
+        """Make the baseline (None), or the candidate of a γ."""
         if (running := self.make_url_spec(gamma)) is not None:
             return running
         engine = self.make_engine(gamma)

@@ -37,7 +37,7 @@ Measure = Callable[[Arm, str], SweepPass]
 
 
 def open_passes(folder: Path) -> Passes[SweepPass]:
-    """The passes of a sweep, of one of its ablations, or of its mixed load."""
+    """Open the passes of a sweep, of one of its ablations, or of its mixed load."""
     return Passes(folder, SweepPass)
 
 

@@ -130,7 +130,7 @@ def write_point(config: SweepConfig, point: MeasuredPoint) -> None:
 
 
 def plan_point(config: SweepConfig, concurrency: int, prompts: Sequence[Prompt]) -> Plan:
-    """The rounds of a concurrency."""
+    """Plan the rounds of a concurrency."""
     timed, warmup = split_prompts(prompts, config.num_prompts, max(MIN_WARMUP, concurrency))
     return make_plan(
         timed, warmup, max_tokens=config.max_tokens, concurrency=concurrency, control=concurrency, seed=config.seed
@@ -145,7 +145,7 @@ def measure_point(
     arms: tuple[Arm, Arm],
     progress: Progress,
 ) -> MeasuredPoint:
-    """The figures of ab.py for (plain, speculating) arms, the rounds, the cost of a step and the drafter's share of it.
+    """Measure ab.py's figures for (plain, speculating) arms, the rounds, a step's cost and the drafter's share of it.
 
     Raises:
         MeasurementStoppedError: a figure was withheld.
@@ -159,7 +159,7 @@ def measure_point(
 def join_point(
     config: SweepConfig, gamma: int, plan: Plan, bracket: Bracket[SweepPass], candidate: ArmSpec
 ) -> MeasuredPoint:
-    """A point from three passes. Raises MeasurementStoppedError when a figure was withheld."""
+    """Join three passes to a point. Raises MeasurementStoppedError when a figure was withheld."""
     run = join_run(*(one.run for one in bracket))
     result = assemble_sound(config, plan, run, candidate.label)
     rows_ms = [ms for one in bracket if (ms := one.rows_ms.get(plan.concurrency * (gamma + 1))) is not None]
@@ -170,7 +170,7 @@ def join_point(
 def describe_point(
     config: SweepConfig, gamma: int, concurrency: int, result: AbResult, run: Run, rows_ms: float | None
 ) -> MeasuredPoint:
-    """The figures of a point whose A/B withheld none. `rows_ms`: a plain step over as many rows.
+    """Describe the figures of a point whose A/B withheld none. `rows_ms`: a plain step over as many rows.
 
     Raises:
         MeasurementStoppedError: an endpoint is not what it was given as.
@@ -204,7 +204,7 @@ def describe_point(
 
 
 def _check_endpoints(gamma: int, result: AbResult) -> None:
-    """What their counters say of endpoints, of which else nothing is known."""
+    """Check endpoints by their counters; nothing else is known of them."""
     plain, drafted = result.arms[BASELINE].counters, len(result.acceptance.per_position or [])
     if plain is not None and plain.drafts:
         expected = "expected plain decoding, got drafts counted; name an engine without a drafter"
@@ -222,7 +222,10 @@ def measure_plan(config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progres
 
 
 def assemble_sound(config: SweepConfig, plan: Plan, run: Run, label: str) -> AbResult:
-    """The A/B of a run; `label` is the candidate's. Raises MeasurementStoppedError when a figure was withheld."""
+    """Assemble the A/B of a run; `label` is the candidate's.
+
+    Raises MeasurementStoppedError when a figure was withheld.
+    """
     environment = Environment(date="", command="")  # the sweep's own result has it
     result = assemble(run, plan, environment, dtype=config.dtype, drafting=True, prompts_file=str(config.prompts))
     if result.refused:

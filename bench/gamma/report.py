@@ -32,7 +32,7 @@ def render_text(result: SweepResult) -> str:
 
 
 def render_markdown(result: SweepResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     work = result.workload
     lines = [
         "# γ sweep",
@@ -148,7 +148,7 @@ def _list_drifting(result: SweepResult) -> list[int]:
 
 
 def _describe_drift(concurrency: int, result: SweepResult) -> str:
-    """The largest drift at a concurrency, where a continued sweep has several."""
+    """Describe the largest drift at a concurrency, where a continued sweep has several."""
     drifts = [point.drift for point in result.points if point.drift and point.concurrency == concurrency]
     return f"concurrency {concurrency}: {max(drifts, key=lambda drift: abs(drift.ratio - 1)).describe()}"
 

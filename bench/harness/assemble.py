@@ -43,7 +43,7 @@ from laguna_serve.serving.kit.environment import Environment
 def assemble(
     run: Run, plan: Plan, environment: Environment, *, dtype: str, drafting: bool, prompts_file: str
 ) -> AbResult:
-    """The full result. `dtype`: the models' ("bfloat16", …), which bounds the noise of their logits.
+    """Assemble the full result. `dtype`: the models' ("bfloat16", …), which bounds the noise of their logits.
 
     What the baseline's engine says of its dtype goes before it: of a hub id, or of a default, nobody else may know.
     """
@@ -83,7 +83,10 @@ def assemble(
 
 
 def list_pairs(run: Run) -> dict[int, RoundPair]:
-    """Rounds that both arms completed without a failure, by index; the baseline's are those of all its passes."""
+    """List the rounds that both arms completed without a failure, by index.
+
+    The baseline's are those of all its passes.
+    """
     baselines, candidate = run.passes(BASELINE), run.arms[CANDIDATE]
     if not run.interleaved and run.again is None:
         return {}
@@ -95,7 +98,7 @@ def list_pairs(run: Run) -> dict[int, RoundPair]:
 
 
 def see_drift(run: Run, seed: int) -> Drift | None:
-    """What the baseline's two passes show; None where there are no two, or a round failed in one of them."""
+    """Say what the baseline's two passes show; None where there are no two, or a round failed in one of them."""
     first, again = run.arms[BASELINE], run.again
     if again is None or not first.rounds or first.rounds.keys() != again.rounds.keys():
         return None
@@ -143,7 +146,7 @@ def _describe_arm(passes: Sequence[ArmRun], withheld: bool) -> ArmResult:
 
 
 def _summarise_times(records: list[Record]) -> dict[str, Spread | None]:
-    """The times of an ArmResult by name."""
+    """Summarise the times of an ArmResult by name."""
     return {
         "ttft_ms": intervals.summarise([(record.chunk_ns[0] - record.started_ns) / 1e6 for record in records]),
         "itl_ms": intervals.summarise(
@@ -197,7 +200,7 @@ def _describe_parity(run: Run, dtype: str, withheld: Set[str]) -> Parity:
 
 
 def _classify_all(run: Run, dtype: str) -> tuple[list[Verdict], float | None]:
-    """The verdict on every mismatch, and the noise they were judged by (None when nothing was re-requested)."""
+    """Give every mismatch its class, with the noise they were judged by (None when nothing was re-requested)."""
     baseline, candidate = (run.arms[name] for name in ARMS)
     both = [prompt_id for prompt_id in baseline.probes if prompt_id in candidate.probes]
     probes = {prompt_id: (baseline.probes[prompt_id], candidate.probes[prompt_id]) for prompt_id in both}
@@ -212,7 +215,7 @@ def _classify_all(run: Run, dtype: str) -> tuple[list[Verdict], float | None]:
 
 
 def _compare_control(arm: ArmRun) -> ControlResult | None:
-    """The baseline against itself; None when it did not run."""
+    """Compare the baseline with itself; None when it did not run."""
     timed = arm.records
     pairs = [(timed[again.prompt_id], again) for again in arm.control if again.error is None]
     pairs = [(first, again) for first, again in pairs if first.error is None]

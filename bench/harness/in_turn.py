@@ -57,7 +57,7 @@ class Passes(Generic[P]):
         return [one for one in made if part in (None, one.part)]
 
     def read(self, made: Made) -> P:
-        """Raises ResultError when the file is not what it should be."""
+        """Read a pass. Raises ResultError when the file is not what it should be."""
         return read_result(self._find_path(made), self._kind)
 
     def add(self, arm: str, part: str, kept: P) -> None:
@@ -67,7 +67,7 @@ class Passes(Generic[P]):
         write_result(self._find_path(Made(made[-1].number + 1 if made else 1, arm, part)), kept)
 
     def plan(self, part: str, candidates: Sequence[str]) -> list[str]:
-        """The arms of a part that are to be measured, in their order; empty where everything is there."""
+        """Plan the arms of a part that are to be measured, in their order; empty where everything is there."""
         made = [one.arm for one in self.list_made(part)]
         missing = [name for name in candidates if name not in made]
         closed = bool(made) and made[-1] == BASELINE
@@ -76,7 +76,10 @@ class Passes(Generic[P]):
         return [*([] if closed else [BASELINE]), *missing, BASELINE]
 
     def find_bracket(self, arm: str, part: str) -> Bracket[P] | None:
-        """The latest pass of a candidate between the baseline's nearest; None where one of the three is missing."""
+        """Find the latest pass of a candidate between the baseline's nearest.
+
+        None where one of the three is missing.
+        """
         made = self.list_made(part)
         number = max((one.number for one in made if one.arm == arm), default=None)
         if number is None:
@@ -165,7 +168,7 @@ def run_pass(
 
 
 def join_run(before: ArmRun, candidate: ArmRun, after: ArmRun) -> Run:
-    """The run that three passes make together."""
+    """Join three passes to the run that they make together."""
     run = Run({BASELINE: before, CANDIDATE: candidate})
     join_passes(run, after)
     return run

@@ -64,14 +64,17 @@ class Order:
         return False
 
     def apply(self, spec: ArmSpec) -> ArmSpec:
-        """The arm with its share of the memory."""
+        """Give an arm its share of the memory."""
         if spec.config is None or self.kv_cache_gib is None:
             return spec
         return replace(spec, config=replace(spec.config, kv_cache_gib=self.kv_cache_gib))
 
 
 def choose_order(specs: Sequence[ArmSpec], asked: bool | None, load: Load, say: Callable[[str], None]) -> Order:
-    """The order for arms of which two at most are up at once; `asked`: what the user says of it, None for nothing."""
+    """Choose the order for arms of which two at most are up at once.
+
+    `asked`: what the user says of it, None for nothing.
+    """
     configs = [spec.config for spec in specs if spec.config is not None]
     if asked or len(configs) < len(specs):
         if asked:

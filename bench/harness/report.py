@@ -22,7 +22,7 @@ SHOWN_DIVERGENCES = 10
 
 
 def render_text(result: AbResult) -> str:
-    """The whole report as plain text."""
+    """Render the whole report as plain text."""
     lines = [_title(result)]
     for name, sentence in _describe_setting(result):
         lines += _wrap_named(name, sentence)
@@ -41,7 +41,7 @@ def render_text(result: AbResult) -> str:
 
 
 def render_markdown(result: AbResult) -> str:
-    """The same report as Markdown, with the commands that started the engines."""
+    """Render the same report as Markdown, with the commands that started the engines."""
     lines = [
         f"# {_title(result)}",
         "",
@@ -108,7 +108,7 @@ def _list_rows(result: AbResult) -> Iterator[list[str]]:
 
 
 def _find_bytes(arm: ArmResult, part: str) -> int | None:
-    """What the engine says that a part of its memory takes."""
+    """Find what the engine says that a part of its memory takes."""
     found: int | None = getattr(arm.engine, f"{part}_bytes", None)
     return found
 

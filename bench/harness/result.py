@@ -116,7 +116,7 @@ class Parity(ParitySummary, frozen=True, kw_only=True):
     divergences: list[Verdict]
 
     def summarise(self) -> ParitySummary:
-        """The counts, without the divergences themselves."""
+        """Summarise the counts, without the divergences themselves."""
         return msgspec.convert(self, ParitySummary, from_attributes=True)
 
 

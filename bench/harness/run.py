@@ -83,7 +83,7 @@ def list_mismatches(baseline: ArmRun, candidate: ArmRun) -> list[str]:
 
 
 def counter_delta(arm: ArmRun) -> Counters | None:
-    """What the arm's counters gained over the timed rounds; None when the run ended before they were read again."""
+    """Return what the arm's counters gained over the timed rounds; None when it ended before they were read again."""
     return None if arm.before is None or arm.after is None else arm.after.since(arm.before)
 
 

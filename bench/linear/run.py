@@ -126,7 +126,7 @@ def time_linear(config: LinearConfig) -> LinearResult:
 
 
 def render_text(result: LinearResult) -> str:
-    """What was timed where, and a row for each setting."""
+    """Render what was timed where, and a row for each setting."""
     held = ", ".join(f"{name}={value}" for name, value in result.limits.items())
     lines = [
         f"linear: bfloat16 by the kernel ({result.path}), by torch ({result.torch_isa}), and torch's float32",
@@ -139,7 +139,7 @@ def render_text(result: LinearResult) -> str:
 
 
 def summarise(row: LinearRow) -> str:
-    """A row in a few words."""
+    """Summarise a row in a few words."""
     if row.refused:
         return f"REFUSED: {row.refused}"
     return f"{row.kernel_us:.1f} µs, {row.against_bfloat16:.2f} × bf16, {row.against_float32:.2f} × fp32"

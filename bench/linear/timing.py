@@ -101,7 +101,7 @@ def measure_row(matrices: Matrices, blank: LinearRow, seconds: float) -> LinearR
 
 
 def find_fault(x: torch.Tensor, weight: torch.Tensor) -> tuple[float | None, str | None]:
-    """The op's error, and what is wrong with its result: values, or a row that depends on its batch."""
+    """Find the op's error, and what is wrong with its result: values, or a row that depends on its batch."""
     out, expected = linear(x, weight), linear_reference(x, weight)
     error = float((out.float() - expected.float()).abs().max() / expected.float().abs().max())
     if not error <= MOST_ERROR:
@@ -130,7 +130,7 @@ def time_arms(arms: dict[str, Arm], seconds: float) -> dict[str, list[float]]:
 
 
 def describe(row: LinearRow, times: dict[str, list[float]], size: int) -> LinearRow:
-    """The row with its times, and how many times as fast as torch the kernel is."""
+    """Describe the row with its times, and how many times as fast as torch the kernel is."""
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     speedups = {name: estimate_median(times[name], times[KERNEL]) for name in (BFLOAT16, FLOAT32)}
     return structs.replace(
@@ -149,7 +149,7 @@ def describe(row: LinearRow, times: dict[str, list[float]], size: int) -> Linear
 
 
 def estimate_median(theirs: list[float], ours: list[float]) -> tuple[float, tuple[float, float]]:
-    """The median of the rounds' ratios, and its 95% interval by order statistics.
+    """Estimate the median of the rounds' ratios, and its 95% interval by order statistics.
 
     Other processes stop a call now and then for longer than a thousand of them take: a mean would be theirs.
     """

@@ -110,7 +110,7 @@ class Router:
         self.log_shares = shares.log()[torch.randperm(shape.experts, generator=self.generator)]
 
     def draw(self, tokens: int) -> Batch:
-        """A batch with its own routing."""
+        """Draw a batch with its own routing."""
         shape = self.shape
         noise = -torch.empty(tokens, shape.experts, dtype=torch.float64).exponential_(generator=self.generator).log()
         ids = (self.log_shares + noise).topk(shape.topk, dim=1).indices.to(torch.int32)
@@ -121,7 +121,7 @@ class Router:
 
 
 def run_kernel(layer: Layer, batch: Batch, shape: Shape) -> torch.Tensor:
-    """The kernel that is measured."""
+    """Run the kernel that is measured."""
     return sentinel_moe(
         batch.x,
         batch.weights,
@@ -157,7 +157,7 @@ def bytes_read(layer: Layer, batch: Batch, shape: Shape) -> int:
 
 
 def find_fault(layer: Layer, batch: Batch, shape: Shape) -> tuple[float, str | None]:
-    """The op's error against the reference, and what is wrong with it, if anything is."""
+    """Find the op's error against the reference, and what is wrong with it, if anything is."""
     out = run_kernel(layer, batch, shape)
     inputs = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
     reference = sentinel_moe_reference(*inputs).double()

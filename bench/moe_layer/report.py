@@ -9,7 +9,7 @@ HEADS = ("routing", "tokens", "pruned", "experts", "µs", "p10–p90", "GB/s", "
 
 
 def render_text(result: MoeResult) -> str:
-    """What was timed where, and a row for each setting."""
+    """Render what was timed where, and a row for each setting."""
     settings, bandwidth = result.settings, result.bandwidth_gb_s
     read = f", read {bandwidth['read']:.1f}" if "read" in bandwidth else ""
     path = f" ({settings.path})" if settings.path else ""
@@ -25,12 +25,12 @@ def render_text(result: MoeResult) -> str:
 
 
 def render_markdown(result: MoeResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     return f"```text\n{render_text(result)}\n```\n"
 
 
 def summarise(row: MoeRow) -> str:
-    """A row in a few words."""
+    """Summarise a row in a few words."""
     if row.refused:
         return f"REFUSED: {row.refused}"
     versus = f", {row.ratio:.2f} × vLLM's" if row.ratio else ""

@@ -37,11 +37,11 @@ class Subject:
     stock: Sequence[Kernel] | None
 
     def run_kernel(self, index: int, batch: Batch) -> torch.Tensor:
-        """The kernel that is measured, on the copies in turn."""
+        """Run the kernel that is measured, on the copies in turn."""
         return layers.run_kernel(self.layers[index % len(self.layers)], batch, self.shape)
 
     def list_kernels(self) -> list[Callable[[int, Batch], torch.Tensor]]:
-        """The kernel, and vLLM's, each called with the index of a copy and a batch."""
+        """List the kernel, and vLLM's, each called with the index of a copy and a batch."""
         if (stock := self.stock) is None:
             return [self.run_kernel]
         return [self.run_kernel, lambda index, batch: stock[index % len(stock)](batch)]
@@ -137,7 +137,7 @@ def _time_calls(subject: Subject, router: Router, tokens: int, repeats: int) -> 
 
 
 def _time_replays(subject: Subject, router: Router, tokens: int, repeats: int) -> Seconds:
-    """A CUDA graph of GRAPH_CALLS calls per kernel over the copies, replayed."""
+    """Time a CUDA graph of GRAPH_CALLS calls per kernel over the copies, replayed."""
     seconds = Seconds()
     batches = [router.draw(tokens) for _ in range(layers.GRAPH_CALLS)]
 
@@ -170,7 +170,7 @@ def _time_round(
 
 
 def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
-    """The row with its times, and their ratio to vLLM's, pooled over the pairs of calls, with its 95% interval."""
+    """Describe the row: its times, and their ratio to vLLM's, pooled over pairs of calls, with its 95% interval."""
     kernel_s, stock_s = seconds.of
     median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes)
     deciles = statistics.quantiles(kernel_s, n=10) if len(kernel_s) > 1 else [median] * 9
@@ -205,7 +205,7 @@ def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
 
 
 def make_shape(config: MoeConfig) -> Shape:
-    """The layer that was asked for.
+    """Make the layer that was asked for.
 
     Raises:
         MoeBenchError: no such device, a block that does not divide the experts, or more than memory holds.

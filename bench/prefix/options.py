@@ -48,7 +48,7 @@ class PrefixCacheConfig(DrafterConfig):
         return self.out / "points"
 
     def make_spec(self, setting: EngineSetting) -> ArmSpec:
-        """The engine of a setting; its name is its log's, too."""
+        """Make the engine of a setting; its name is its log's, too."""
         engine = EngineConfig(
             model=self.model,
             draft=self.draft,

@@ -16,7 +16,7 @@ def render_text(result: PrefixCacheResult) -> str:
 
 
 def render_markdown(result: PrefixCacheResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     lines = [
         "# Acceptance under prefix caching",
         "",

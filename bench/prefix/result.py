@@ -71,5 +71,5 @@ class PrefixCacheResult(Struct, frozen=True, kw_only=True, tag_field="schema", t
 
 
 def shorten(result: PrefixCacheResult) -> JsonObject:
-    """The one-line form: of the scenarios their number."""
+    """Shorten a result to one line: of the scenarios their number."""
     return to_json(result) | {"scenarios": f"{len(result.scenarios)}, in the file"}

@@ -160,6 +160,6 @@ def plan_traffic(
 
 
 def plan_second_turn(shorts: Sequence[Prompt], answers: dict[str, str], engine: str) -> Scenario:
-    """A first prompt, its answer and the beginning of what comes next."""
+    """Plan a second turn: a first prompt, its answer and the beginning of what comes next."""
     rounds = tuple((Prompt(p.id, p.text + answers[p.id] + FOLLOW_UP),) for p in shorts if p.id in answers)
     return Scenario("second turn" if engine == REFERENCE else "second turn, warm", engine, rounds)

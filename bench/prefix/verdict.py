@@ -33,7 +33,7 @@ def describe(outcome: Outcome) -> ScenarioResult:
 
 
 def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: int) -> ComparisonResult:
-    """The ratio of acceptance lengths with its interval, and the verdict.
+    """Compare acceptance lengths: their ratio with its interval, and the verdict.
 
     A pair is what both scenarios have counted apart: a prompt, a group's copies, or the prompts that lost their blocks
     together. Its tokens (drafts + accepted) stand for a rate's numerator, its drafts for the seconds.

@@ -80,7 +80,7 @@ class _Stream(asyncio.Protocol):
 
 
 def run_round(host: str, port: int, streams: int, requests: int, key: str, spread_s: float) -> Sample:
-    """`requests` streams in all, `streams` at once, each connection kept; the first of each begin within `spread_s`."""
+    """Send `requests` streams, `streams` at once, each connection kept; the first of each begin within `spread_s`."""
     return uvloop.run(_run(host, port, streams, requests, key, spread_s))
 
 

@@ -69,7 +69,7 @@ def measure_load(
 
 
 def read_own_time(host: str, port: int) -> tuple[float, float]:
-    """The gateway's own time over all chunks of answers so far, in seconds, and how many there were."""
+    """Read the gateway's own time over all chunks of answers so far, in seconds, and how many there were."""
     request = urllib.request.Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=START_S) as answer:
         samples = read_samples(answer.read().decode())

@@ -37,7 +37,7 @@ class StreamEngine(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has left: its stream ends."""
+        """End the stream of a client that has left."""
         if self._timer is not None:
             self._timer.cancel()
         self._transport = None

@@ -21,7 +21,10 @@ GATEWAY_COMMAND = (sys.executable, "-m", "laguna_serve.serving.cli", "gateway")
 
 
 def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
-    """A gateway's configuration with all that costs a request something: keys, access log, affinity, admin port."""
+    """Write a gateway's configuration with all that costs a request something.
+
+    That is keys, access log, affinity, admin port.
+    """
     upstreams = "".join(
         f"""
         [[models.upstreams]]
@@ -53,7 +56,7 @@ def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
 
 @contextmanager
 def run_child(command: Sequence[str], port: int, log: Path) -> Iterator[psutil.Process]:
-    """A process that listens on `port` when the block begins, and is gone when it ends. Raises EngineError."""
+    """Run a process that listens on `port` when the block begins, and is gone when it ends. Raises EngineError."""
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             deadline = time.monotonic() + START_S

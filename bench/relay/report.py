@@ -26,12 +26,12 @@ HEADS = (
 
 
 def render_text(result: GatewayBenchResult) -> str:
-    """The result as a table in columns, for a terminal."""
+    """Render the result as a table in columns, for a terminal."""
     return _tabulate(result).to_text()
 
 
 def render_markdown(result: GatewayBenchResult) -> str:
-    """The result as a page with its table."""
+    """Render the result as a page with its table."""
     environment = result.environment
     lines = [
         "# What the gateway adds",
@@ -81,7 +81,7 @@ def _show(value: float | UnsetType) -> str:
 
 
 def render_soak(result: SoakResult) -> str:
-    """A soak for the terminal."""
+    """Render a soak for the terminal."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.requests.items())
     rss, files = result.rss_mib, result.open_files
     growth = "" if result.memory_growth is None else f" (last quarter ÷ second: {result.memory_growth:.3f})"
@@ -94,7 +94,7 @@ def render_soak(result: SoakResult) -> str:
 
 
 def render_soak_markdown(result: SoakResult) -> str:
-    """A soak as a page."""
+    """Render a soak as a page."""
     verdict = "**Fell short.**" if result.failures else "**Held**: every request ended as it must."
     lines = ["# The gateway's soak", verdict, *render_soak(result).split("\n"), cite_environment(result.environment)]
     return "\n\n".join(lines) + "\n"

@@ -116,7 +116,7 @@ class Soak:
         return check_stream(answer, whole=kind == "stream")
 
     async def _update(self, session: aiohttp.ClientSession) -> None:
-        """New weights, and the configuration read again, alternately."""
+        """Give new weights, and read the configuration again, alternately."""
         while True:
             await asyncio.sleep(UPDATE_EVERY_S)
             body = {"weight_version": f"v{self._updates}", "update": [{"names": []}]}
@@ -151,7 +151,7 @@ class Soak:
         return files
 
     def _find_growth(self) -> float | None:
-        """The last quarter's memory against the second's; None for a run too short."""
+        """Hold the last quarter's memory against the second's; None for a run too short."""
         rss = [sample.rss_mib for sample in self._samples]
         if len(rss) < 20:
             return None
@@ -160,7 +160,7 @@ class Soak:
 
 
 def find_leftovers(in_flight: int, before: int, after: int, growth: float | None) -> list[str]:
-    """What the gateway kept that it must not: requests in flight, open files, memory."""
+    """Find what the gateway kept that it must not: requests in flight, open files, memory."""
     left = []
     if in_flight:
         left.append(f"in flight at the end: expected 0, got {in_flight}")
@@ -172,7 +172,7 @@ def find_leftovers(in_flight: int, before: int, after: int, growth: float | None
 
 
 def check_stream(answer: bytes, *, whole: bool) -> str | None:
-    """What is wrong with a stream's events, or None: complete, or to the fault and then one error.
+    """Say what is wrong with a stream's events, or None: complete, or to the fault and then one error.
 
     Lines that announce new weights may stand between events.
     """
@@ -186,6 +186,6 @@ def check_stream(answer: bytes, *, whole: bool) -> str | None:
 
 
 def check_version(version: str, headers: Mapping[str, str]) -> str | None:
-    """An answer's weights must be those that its header names (or one of them, over an update)."""
+    """Check that an answer's weights are those that its header names (or one of them, over an update)."""
     named = headers["X-Weight-Version"].split(", ")
     return None if version in named else f"expected weights {named}, got {version}"

@@ -68,7 +68,7 @@ def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | 
 def compare_rates(
     baseline: Sequence[Turn], candidate: Sequence[Turn], clock: str, drift: Drift | UnsetType, seed: int
 ) -> Estimate | None:
-    """The candidate's tokens per second over the baseline's, by `clock` ("wall_s" or "device_s"), paired over rounds.
+    """Compare tokens per second with the baseline's by `clock` ("wall_s" or "device_s"), paired over rounds.
 
     None where a turn took less than the clock resolves.
     """

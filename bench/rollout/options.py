@@ -98,7 +98,7 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         return max(EngineConfig(self.model).max_num_seqs, self.versions_at, *self.batches)
 
     def make_engine(self, *, drafting: bool) -> EngineConfig:
-        """An engine that trainers would roll out with: a group shares its prompt, and new weights are taken."""
+        """Make an engine that trainers would roll out with: a group shares its prompt, and new weights are taken."""
         return EngineConfig(
             model=self.model,
             draft=self.draft if drafting else None,
@@ -114,7 +114,7 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         )
 
     def make_specs(self, gamma: int) -> tuple[ArmSpec, ArmSpec]:
-        """The plain engine, and the one that drafts."""
+        """Make the plain engine, and the one that drafts."""
         running = self.make_url_spec(None), self.make_url_spec(gamma) if self.by_url else None
         if running[0] is not None and running[1] is not None:
             return running[0], running[1]

@@ -47,7 +47,7 @@ class Driver:
         self._client = Client(session, arm.base_url, arm.model_name or "", work.max_tokens, sampling)
 
     async def run(self, prompts: Sequence[Prompt], sequences: int) -> Turn:
-        """A group of `sequences` completions of each prompt, all at once.
+        """Run a group of `sequences` completions of each prompt, all at once.
 
         Raises:
             EngineError, EndpointError: the engine died, or a request failed.
@@ -85,7 +85,7 @@ def read_cpu_s(pids: Iterable[int]) -> float:
 
 
 def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:
-    """The rounds of a batch size, from the file's first prompts, with the order of the arms in each."""
+    """Plan the rounds of a batch size, from the file's first prompts, with the order of the arms in each."""
     requests, _ = work.split(batch)
     timed, warmup = split_prompts(prompts, work.rounds * requests, WARMUP_ROUNDS * requests)
     return make_plan(timed, warmup, max_tokens=work.max_tokens, concurrency=requests, control=0, seed=work.seed)
@@ -118,7 +118,7 @@ async def measure_point(
 
 
 def check_drafts(name: str, turns: Sequence[Turn]) -> None:
-    """Raises MeasurementStoppedError for a candidate without drafts, or a baseline with some."""
+    """Raise MeasurementStoppedError for a candidate without drafts, or a baseline with some."""
     drafts = sum(turn.delta.drafts for turn in turns)
     if name == CANDIDATE and not drafts:
         raise MeasurementStoppedError(f"{name}: expected drafts, got none counted; is the drafter served?")

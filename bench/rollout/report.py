@@ -28,7 +28,7 @@ def render_text(result: RolloutsResult) -> str:
 
 
 def render_markdown(result: RolloutsResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     work, sampling = result.workload, result.draft_sampling or "greedy"
     lines = [
         "# What a rollout costs",
@@ -106,7 +106,7 @@ def _show_range(ends: tuple[float, float]) -> str:
 
 
 def conclude(result: RolloutsResult) -> list[str]:
-    """A verdict per batch and per later version, and the price."""
+    """Conclude with a verdict per batch and per later version, and the price."""
     points, later = result.points, result.versions[1:]
     lines = [f"batch {point.batch}: {_judge(point)}" for point in points]
     lines += [f"version {point.version}, batch {point.batch}: {_judge(point)}" for point in later]
@@ -142,7 +142,7 @@ def _judge(point: RolloutPoint) -> str:
 
 
 def list_limits(result: RolloutsResult) -> list[str]:
-    """What these figures do not say."""
+    """List what these figures do not say."""
     device = {
         "cpu": "what other machines need: engine and client share this machine's cores",
         "url": "what the endpoints' devices cost: nothing is known of them here",

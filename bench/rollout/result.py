@@ -26,7 +26,7 @@ class Work(Struct, frozen=True):
     device: str
 
     def split(self, batch: int) -> tuple[int, int]:
-        """(requests, sequences of each) of so many sequences: whole groups, or one smaller group."""
+        """Split so many sequences into (requests, sequences of each): whole groups, or one smaller group."""
         return (1, batch) if batch < self.group else (batch // self.group, self.group)
 
 
@@ -39,7 +39,7 @@ class Turn(Struct, frozen=True):
     delta: Counters = field(name="moved")
 
     def join(self, other: Turn) -> Turn:
-        """The same work done twice, as one."""
+        """Join the same work done twice, as one."""
         return Turn(
             self.tokens + other.tokens,
             self.wall_s + other.wall_s,

@@ -190,12 +190,12 @@ def _make_point(
 
 
 def find_path(job: Job, batch: int, version: str | None) -> Path:
-    """The file of a point. Of a version the batch is in its name too: another --version-batch is another point."""
+    """Find the file of a point. Of a version the batch is in its name too: another --version-batch is another point."""
     return job.folder / (f"batch{batch}.json" if version is None else f"batch{batch}-version-{version}.json")
 
 
 def read_point(job: Job, batch: int, version: str | None) -> MeasuredPoint | None:
-    """A finished point, or None. Raises RunDirError when it is of another version of that name."""
+    """Read a finished point, or None. Raises RunDirError when it is of another version of that name."""
     path = find_path(job, batch, version)
     if not path.exists():
         return None

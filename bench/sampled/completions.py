@@ -26,7 +26,7 @@ Sets = Mapping[str, list[list[Completion]]]
 
 
 def name_gamma(gamma: int) -> str:
-    """The arm of a γ."""
+    """Name the arm of a γ."""
     return f"γ {gamma}"
 
 

@@ -65,7 +65,7 @@ class SamplingConfig(PromptsConfig, DrafterOrUrlsConfig):
         return self.out / "samples"
 
     def list_gammas(self) -> list[int]:
-        """The γ to test: those given, else 1, 3 and 7 as far as the drafter goes, or its most.
+        """List the γ to test: those given, else 1, 3 and 7 as far as the drafter goes, or its most.
 
         Raises:
             CheckpointError: the drafter cannot be read, or was not trained for one of them.
@@ -79,7 +79,7 @@ class SamplingConfig(PromptsConfig, DrafterOrUrlsConfig):
         return choose_gammas(self.draft, self.gammas, choose, unknown=DEFAULT_GAMMAS)
 
     def make_spec(self, gamma: int | None, seed: int) -> ArmSpec:
-        """The baseline (None), or the candidate of a γ."""
+        """Make the baseline (None), or the candidate of a γ."""
         if (running := self.make_url_spec(gamma)) is not None:
             return running
         engine = EngineConfig(

@@ -9,12 +9,12 @@ from laguna_serve.serving.kit.tables import Table
 
 
 def render_text(result: SamplingResult) -> str:
-    """The result as a table in columns, and what the test would have seen."""
+    """Render the result as a table in columns, and what the test would have seen."""
     return f"{_tabulate(result).to_text()}\n\n{_describe_power(result)}"
 
 
 def render_markdown(result: SamplingResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     work, sampling = result.workload, result.draft_sampling or "greedy"
     scope = f"{work.prompts} prompts × {work.completions} completions of {work.tokens} tokens at temperature"
     power = [[f"{float(share):.0%}", f"{value:.0%}"] for share, value in result.power.items()]

@@ -38,7 +38,7 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
         return min(factors), max(factors)
 
     def widen(self, interval: Interval) -> Interval:
-        """An interval of a ratio to both passes, so that it holds against either."""
+        """Widen an interval of a ratio to both passes, so that it holds against either."""
         least, most = self.reach
         return interval[0] * least, interval[1] * most
 
@@ -57,5 +57,5 @@ def find_drift(passes: Sequence[RoundPair], seed: int) -> Drift:
 
 
 def widen(interval: Interval, drift: Drift | msgspec.UnsetType | None) -> Interval:
-    """The interval, allowing for a drift where there was one to see."""
+    """Widen the interval, allowing for a drift where there was one to see."""
     return drift.widen(interval) if isinstance(drift, Drift) else interval

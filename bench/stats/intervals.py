@@ -44,7 +44,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarise(values: Sequence[float] | Floats) -> Spread | None:
-    """The values' spread; None when there is no value."""
+    """Summarise the values' spread; None when there is no value."""
     if len(values) == 0:
         return None
     array = np.asarray(values, dtype=np.float64)

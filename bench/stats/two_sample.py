@@ -68,7 +68,7 @@ def adjust(p_values: Sequence[float]) -> list[float]:
 
 
 def sharpen(completions: Sequence[Completion], share: float, rng: np.random.Generator) -> list[Completion]:
-    """What a speculative bug would do: so large a share of completions replaced by the prompt's most frequent one.
+    """Do what a speculative bug would: replace so large a share of completions by the prompt's most frequent one.
 
     It happens when drafts are accepted too readily.
     """
@@ -114,7 +114,7 @@ def _deal(size: int, rng: np.random.Generator, permutations: int) -> npt.NDArray
 
 
 def _score(completions: Sequence[Completion], deals: npt.NDArray[np.float32]) -> Floats:
-    """The statistic [deals] of one prompt."""
+    """Compute the statistic [deals] of one prompt."""
     members = _tabulate(completions)
     total = members.sum(axis=0, dtype=np.float64)
     counts = (deals @ members).astype(np.float64)
@@ -135,5 +135,5 @@ def _tabulate(completions: Sequence[Completion]) -> npt.NDArray[np.float32]:
 
 
 def _rank(statistics: Floats) -> float:
-    """The permutation p-value of the first one, itself counted among them; rounding must not break a tie."""
+    """Compute the permutation p-value of the first one, itself counted among them; rounding must not break a tie."""
     return float(np.count_nonzero(statistics >= statistics[0] * (1 - 1e-12)) / len(statistics))

@@ -97,7 +97,7 @@ def _grade(problem: Problem, limits: Limits) -> Grade | None:
 
 
 def list_failing(checked: Sequence[Checked]) -> list[Failing]:
-    """The solutions that do not pass, with their reasons."""
+    """List the solutions that do not pass, with their reasons."""
     return [_describe(one) for one in checked if not one.passes]
 
 
@@ -107,7 +107,7 @@ def count_tests(checked: Sequence[Checked]) -> dict[str, int]:
 
 
 def render_solutions(result: CanonicalResult) -> str:
-    """A line for each solution that does not pass, then the counts."""
+    """Render a line for each solution that does not pass, then the counts."""
     lines = [f"{make_printable(row.task_id)}: {row.status}: {row.detail}" for row in result.failing]
     return "\n".join([*lines, f"{result.passing} of {result.problems} canonical solutions pass; {result.tests} tests"])
 

@@ -128,7 +128,9 @@ def grade_answer(problem: Problem, answer: str, form: Form, limits: Limits) -> V
 
 
 def grade_base(problem: Problem, program: str, graded: Grade, limits: Limits) -> bool | None:
-    """Does a program pass the base tests, as published? None of a problem without; what passes all passes these.
+    """Say whether a program passes the base tests, as published.
+
+    None of a problem without; what passes all passes these.
 
     Raises:
         JailError: see `grade_answer`.
@@ -139,7 +141,7 @@ def grade_base(problem: Problem, program: str, graded: Grade, limits: Limits) ->
 
 
 def refuse(problem: Problem, detail: str, limits: Limits = DEFAULT_LIMITS) -> Grade:
-    """The grade of an answer in which there is no program that can be read."""
+    """Grade an answer in which there is no program that can be read."""
     return Grade(0.0, False, 0, max(1, find_baseline(problem, limits).tests), "broken", _clean(detail))
 
 
@@ -190,7 +192,7 @@ def forget_baselines() -> None:
 
 
 def _judge_canonical(trial: Trial, limits: Limits) -> tuple[Baseline, bool]:
-    """The baseline, and whether another run would say the same."""
+    """Make the baseline, and say whether another run would say the same."""
     tests = trial.passed + trial.weak
     if trial.ending == "ended" and not trial.failed and not trial.unjudged and tests and trial.record is not None:
         return Baseline(trial.record["passed"], trial.record), True
@@ -222,7 +224,10 @@ def _explain(trial: Trial, limits: Limits, baseline: Baseline) -> tuple[str, str
 
 
 def _is_out_of_time(trial: Trial) -> bool:
-    """The CPU limit, soft and hard, is one number: the kernel may skip its warning and kill."""
+    """Say whether the CPU time was used up.
+
+    The limit, soft and hard, is one number: the kernel may skip its warning and kill.
+    """
     return trial.ending == "gone" and trial.exit_code in (128 + signal.SIGKILL, -signal.SIGKILL, -signal.SIGXCPU)
 
 

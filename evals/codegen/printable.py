@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def make_printable(text: str) -> str:
-    """The text in one line: line ends and tabs become blanks, what a terminal would act on is written as an escape."""
+    """Put a text in one line.
+
+    Line ends and tabs become blanks, what a terminal would act on is written as an escape.
+    """
     if text.isprintable():
         return text
     return "".join(_escape(char) for char in text)

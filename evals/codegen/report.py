@@ -11,7 +11,7 @@ DETAIL_CHARS = 60
 
 
 def render_text(result: CodeTasksResult) -> str:
-    """A row per problem, then the figures."""
+    """Render a row per problem, then the figures."""
     rows = result.problems
     width = max(len("problem"), *(len(row.task_id) for row in rows))
     lines = [f"{'problem':<{width}}  passed  reward  first failure"]
@@ -47,7 +47,7 @@ def _name_figures(result: CodeTasksResult) -> dict[str, Estimate]:
 
 
 def render_markdown(result: CodeTasksResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     work, environment = result.workload, result.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     kind = "greedy" if not work.temperature else f"temperature {work.temperature:g}, seed {work.seed}"

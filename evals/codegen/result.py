@@ -100,7 +100,7 @@ class CodeTasksResult(Asked, frozen=True, kw_only=True, tag_field="schema", tag=
 
 
 def summarise(asked: Asked, samples: Sequence[Sample], ks: Sequence[int]) -> CodeTasksResult:
-    """The result, from all samples in the problems' order.
+    """Summarise all samples, in the problems' order.
 
     Figures are withheld (None, with the reason in `refused`) while an answer is missing: a request that failed is
     neither passed nor failed.

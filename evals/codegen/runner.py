@@ -45,7 +45,7 @@ class Workload:
     template: JsonObject = field(default_factory=dict)
 
     def make_sampling(self, problem: Problem, sample: int) -> RequestFields:
-        """The request's fields for one sample; each has a seed of its own."""
+        """Make the request's fields for one sample; each has a seed of its own."""
         fields: RequestFields = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         if self.temperature > 0:
             fields["seed"] = self.seed + sample
@@ -107,7 +107,7 @@ async def run_samples(
 async def _answer(
     endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog[AnswerLine]
 ) -> str | None:
-    """The sample's answer, kept or asked for; None when the request failed, which is noted."""
+    """Return the sample's answer, kept or asked for; None when the request failed, which is noted."""
     kept = answers.by_key.get(key)
     if kept is None or kept.text is None:
         prompt = make_prompt(problem, workload.form)

@@ -37,7 +37,7 @@ class AnswerLine(Line, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, key: Key, answer: Answer) -> AnswerLine:
-        """The line of one sample's answer."""
+        """Make the line of one sample's answer."""
         return cls(
             task_id=key[0],
             sample=key[1],
@@ -64,7 +64,7 @@ class GradeLine(Line, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, key: Key, verdict: Verdict) -> GradeLine:
-        """The line of one sample's verdict."""
+        """Make the line of one sample's verdict."""
         grade = {name: getattr(verdict.grade, name) for name in Grade.__dataclass_fields__}
         return cls(task_id=key[0], sample=key[1], program=verdict.program, base=verdict.base, **grade)
 

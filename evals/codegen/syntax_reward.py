@@ -17,7 +17,7 @@ BODY = "\n pass"
 
 
 def reward_syntax(prompt: str, completion: str) -> float:
-    """The share of a completion's lines that are Python by themselves, 0 … 1.
+    """Return the share of a completion's lines that are Python by themselves, 0 … 1.
 
     A line that opens a block counts, and so does an `else`; one in the midst of a bracket or a long string does not.
     Blank lines, comments, texts that stand alone and repeated lines are lines written, but earn nothing.  The first

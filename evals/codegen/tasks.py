@@ -122,7 +122,9 @@ def check_canonical(config: CodeTasksConfig) -> CanonicalResult:
 
 
 def prepare(config: CodeTasksConfig) -> Work:
-    """The problems that are asked and the limits of programs; protocol, tokens and time as the file's form has them.
+    """Prepare the problems that are asked and the limits of programs.
+
+    Protocol, tokens and time are as the file's form has them.
 
     Raises:
         ProblemsError: the file cannot be used, or not in this way.
@@ -151,7 +153,7 @@ def prepare(config: CodeTasksConfig) -> Work:
 
 
 def choose_problems(config: CodeTasksConfig) -> list[Problem]:
-    """The problems of the file that are asked.
+    """Choose the problems of the file that are asked.
 
     Raises:
         ProblemsError: the file cannot be used, or lacks one that was asked for.
@@ -164,7 +166,7 @@ def choose_problems(config: CodeTasksConfig) -> list[Problem]:
 
 
 def make_limits(config: CodeTasksConfig, usual_s: int) -> Limits:
-    """The sandbox's limits.
+    """Make the sandbox's limits.
 
     Raises:
         JailError: there is no sandbox on this system, and the configuration does not say to do without.
@@ -182,7 +184,7 @@ def make_limits(config: CodeTasksConfig, usual_s: int) -> Limits:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """A file by its name and what is in it."""
+    """Identify a file by its name and what is in it."""
     return FileDigest(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -203,7 +205,7 @@ def probe(problems: Sequence[Problem], limits: Limits) -> list[Weakness] | None:
 
 
 def list_weak(weaknesses: Sequence[Weakness]) -> list[Weakness]:
-    """The problems that a universal wrong answer passes, or that are at fault themselves."""
+    """List the problems that a universal wrong answer passes, or that are at fault themselves."""
     return [weakness for weakness in weaknesses if weakness.published or weakness.strict or weakness.fault]
 
 

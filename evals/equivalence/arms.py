@@ -29,7 +29,7 @@ class Arms:
         self._close()
 
     def take_turns(self, names: Sequence[str]) -> Iterator[list[Arm]]:
-        """The named arms: in one list when they are up together, else each in its own, those that are up first.
+        """Group the named arms: in one list when they are up together, else each in its own, those that are up first.
 
         Raises:
             EngineError: an engine did not start.

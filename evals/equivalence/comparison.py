@@ -76,7 +76,7 @@ class Comparison:
         ]
 
     def list_convictions(self) -> list[str]:
-        """What a test convicts the candidate of, a sentence each."""
+        """List what a test convicts the candidate of, a sentence each."""
         found = []
         for level, what in ((UNEXPLAINED, "tokens part beyond rounding"), (REWARD, "rewards differ")):
             differ = self.differ[level]
@@ -88,7 +88,7 @@ class Comparison:
         return found
 
     def count(self, level: str) -> LevelCounts:
-        """The figures of a level."""
+        """Compute the figures of a level."""
         differ, repeats = self.differ[level], len(self.cases[0].answers) // 2
         own = repeats * (repeats - 1) * len(differ)
         across = _count(differ)
@@ -165,7 +165,7 @@ def _list_own_pairs(cases: Sequence[Case]) -> Iterator[tuple[Probe, Probe]]:
 
 
 def _classify_pairs(case: Case, noise: float) -> dict[tuple[int, int], Verdict]:
-    """The verdict on every pair i < j of answers whose tokens or text differ."""
+    """Classify every pair i < j of answers whose tokens or text differ."""
     records = [Record(case.task_id, 0, 0, token_ids=list(a.token_ids), text=a.text) for a in case.answers]
     found = {}
     for pair in combinations(range(len(records)), 2):
@@ -197,7 +197,7 @@ def name_count(count: int) -> str:
 
 
 def _cut_context(baseline: str, candidate: str) -> tuple[str, str, str]:
-    """What both said before their texts part, and each from there on."""
+    """Cut out what both said before their texts part, and each from there on."""
     pairs = enumerate(zip(baseline, candidate, strict=False))
     common = next((index for index, (a, b) in pairs if a != b), min(len(baseline), len(candidate)))
     before = baseline[max(0, common - BEFORE) : common]

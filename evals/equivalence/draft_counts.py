@@ -65,7 +65,7 @@ class DraftCounts:
 
 
 async def _read_counters(session: aiohttp.ClientSession, arm: Arm) -> Counters | None:
-    """An arm's counters now; None where it shows none, as a gateway in front of the engine may not."""
+    """Read an arm's counters now; None where it shows none, as a gateway in front of the engine may not."""
     try:
         return await scrape_counters(session, arm.base_url)
     except EndpointError:

@@ -91,7 +91,7 @@ def compare_answers(config: InvarianceConfig) -> InvarianceResult:
 
 
 def assemble(config: InvarianceConfig, job: Job, environment: Environment, outcome: Outcome) -> InvarianceResult:
-    """The result; without figures where requests failed."""
+    """Assemble the result; without figures where requests failed."""
     without = InvarianceResult(
         verdict=COULD_NOT_TELL,
         reasons=[f"{len(outcome.failures)} requests failed; the same command asks for them again"],
@@ -168,7 +168,7 @@ def make_job(config: InvarianceConfig, environment: Environment) -> Job:
 
 
 def choose_limits(walls: Wanted) -> Limits:
-    """The sandbox's limits.
+    """Choose the sandbox's limits.
 
     Raises:
         JailError: there is no sandbox on this system, and nobody said to do without.
@@ -179,7 +179,7 @@ def choose_limits(walls: Wanted) -> Limits:
 
 
 def list_settings(config: InvarianceConfig, problems: Sequence[Problem], environment: Environment) -> dict[str, object]:
-    """What decides about the answers. The repeats too: adding some after a look would bend the tests."""
+    """List what decides about the answers. The repeats too: adding some after a look would bend the tests."""
     work = ("prefix_caching", "baseline_url", "candidate_url", "form", "max_tokens", "repeats", "concurrency", "seed")
     checkpoints = [fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := getattr(config, name))]
     return {name: getattr(config, name) for name in (*ENGINE_FLAGS, *work)} | {

@@ -26,7 +26,7 @@ HEADER = ("level", "baseline", "candidate", "between", "at 95%", "p, apart", "p,
 
 
 def summarise(result: InvarianceResult) -> str:
-    """The verdict in a sentence or three."""
+    """Summarise the verdict in a sentence or three."""
     work, verdict = result.workload, result.verdict
     scope = f"{work.problems} problems, each answered {work.repeats} times by each arm"
     if verdict == COULD_NOT_TELL:
@@ -56,7 +56,7 @@ def summarise(result: InvarianceResult) -> str:
 
 
 def render_text(result: InvarianceResult) -> str:
-    """The result as lines for a terminal."""
+    """Render the result as lines for a terminal."""
     lines = ["", *textwrap.wrap(summarise(result), WIDTH)]
     if result.levels:
         lines += ["", "problems with answers that differ: within the baseline, within the candidate, between them"]
@@ -75,7 +75,7 @@ def render_text(result: InvarianceResult) -> str:
 
 
 def render_markdown(result: InvarianceResult) -> str:
-    """The same as a page, with the programs that differ."""
+    """Render the same as a page, with the programs that differ."""
     environment = result.environment
     lines = ["# Invariance", "", f"**{summarise(result)}**", ""]
     if result.levels:
@@ -116,7 +116,7 @@ def list_rows(levels: Mapping[str, LevelCounts]) -> list[tuple[str, ...]]:
 
 
 def list_notes(result: InvarianceResult) -> list[str]:
-    """What else there is to know, a sentence each."""
+    """List what else there is to know, a sentence each."""
     work, notes = result.workload, []
     if (rewards := result.rewards) and (nats := result.difference_nats):
         low, high = rewards.ci95
@@ -147,7 +147,7 @@ def list_notes(result: InvarianceResult) -> list[str]:
 
 
 def describe_divergence(item: Divergence) -> str:
-    """A divergence in a line."""
+    """Describe a divergence in a line."""
     where = "equal tokens" if item.index is None else f"token {item.index}"
     text = f"{item.task_id}: {', '.join(item.levels)} differ from {where} on: "
     text += f"{item.classification.replace('_', ' ')}; {item.reason}"
@@ -178,7 +178,7 @@ def _render_table(levels: Mapping[str, LevelCounts]) -> list[str]:
 
 
 def _render_programs(item: Divergence) -> list[str]:
-    """A unified diff of the two programs, in a fence longer than any run of backticks in it."""
+    """Render a unified diff of the two programs, in a fence longer than any run of backticks in it."""
     if not item.programs:
         return []
     baseline, candidate = (program.splitlines() for program in item.programs)

@@ -166,7 +166,7 @@ class InvarianceResult(Struct, frozen=True, kw_only=True, tag_field="schema", ta
 
 
 def shorten(result: InvarianceResult) -> JsonObject:
-    """The result without the long lists, for one line; `levels` counts what they hold."""
+    """Leave the long lists out of a result, for one line; `levels` counts what they hold."""
     divergences = [structs.replace(item, programs=UNSET) for item in (result.divergences or [])[:LINE_ITEMS]]
     failures = dict(list((result.failures or {}).items())[:LINE_ITEMS])
     short = structs.replace(

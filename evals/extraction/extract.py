@@ -56,7 +56,7 @@ class Parser:
         self.work, self._budget = 0, budget
 
     def parse(self, code: str) -> ast.Module | SyntaxError | None:
-        """The tree, what CPython says is wrong, or None where it says nothing of use."""
+        """Parse code: its tree, what CPython says is wrong, or None where it says nothing of use."""
         self.work += len(code)
         if self.work > self._budget:
             return None
@@ -70,7 +70,7 @@ class Parser:
                 return None
 
     def find_definitions(self, code: str) -> list[ast.stmt]:
-        """The statements at the left margin; none of code that does not parse."""
+        """Find the statements at the left margin; none of code that does not parse."""
         tree = self.parse(code)
         return tree.body if isinstance(tree, ast.Module) else []
 
@@ -88,7 +88,7 @@ class Parser:
 
 
 def extract_program(answer: str, problem: Problem, form: Form) -> str:
-    """The whole program to grade.
+    """Extract the whole program to grade.
 
     Raises:
         ExtractionError: the answer is too long.
@@ -97,7 +97,7 @@ def extract_program(answer: str, problem: Problem, form: Form) -> str:
 
 
 def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
-    """The whole program to grade, and whether it parses and defines the function.
+    """Read the whole program to grade, and whether it parses and defines the function.
 
     Of a value, whether it is written out as the task asks.
 
@@ -128,12 +128,12 @@ def make_budget(text: str, problem: Problem) -> int:
 
 
 def cut_at_stops(answer: str, stops: Sequence[str] = STOPS) -> str:
-    """A raw completion up to the first stop sequence, wherever it stands: also within a string."""
+    """Cut a raw completion at the first stop sequence, wherever it stands: also within a string."""
     return answer[: min((at for stop in stops if (at := answer.find(stop)) >= 0), default=len(answer))]
 
 
 def _find_code(text: str, problem: Problem, parser: Parser) -> str:
-    """The code of an answer: bare around fences of its docstring, else of its fences, else bare."""
+    """Find the code of an answer: bare around fences of its docstring, else of its fences, else bare."""
     code = _find_code_around_fences(text, problem, parser)
     if code is None:
         code, defines = _choose_fences(text, problem.entry_point, parser)
@@ -157,7 +157,7 @@ def _find_code_around_fences(text: str, problem: Problem, parser: Parser) -> str
 
 
 def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | None, bool]:
-    """The last Python block that defines the function, after the earlier blocks that only define things, and True.
+    """Choose the last Python block that defines the function, after earlier ones that only define things, and True.
 
     A usage example behind the solution is left out, a helper in a fence of its own is kept. With no such block, the
     last one (it may be the function's body) and False. None without fences.
@@ -202,7 +202,7 @@ def _list_starts(lines: list[str], entry_point: str) -> list[int]:
 
 
 def _cut_to_parse(lines: list[str], parser: Parser) -> Iterator[str]:
-    """The lines up to where they stop being Python.
+    """Keep the lines up to where they stop being Python.
 
     They are cut before the statement in which CPython finds an error, until there is none.
     """
@@ -235,7 +235,7 @@ def _complete(code: str, problem: Problem, parser: Parser) -> str:
 
 
 def _find_header(problem: Problem) -> str:
-    """The prompt's text before the function: imports and helpers that an answer may take for granted."""
+    """Find the prompt's text before the function: imports and helpers that an answer may take for granted."""
     for text in (problem.prompt, problem.prompt.rstrip() + "\n    pass\n"):
         for node in Parser(len(text)).find_definitions(text):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == problem.entry_point:
@@ -245,7 +245,7 @@ def _find_header(problem: Problem) -> str:
 
 
 def _list_names(node: ast.stmt) -> set[str]:
-    """The names that a statement defines."""
+    """List the names that a statement defines."""
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}

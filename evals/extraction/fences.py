@@ -33,7 +33,7 @@ def find_fences(text: str) -> list[Block]:
 
 
 def list_readings(text: str) -> Iterator[list[Block]]:
-    """The blocks of a text in the ways in which it may be meant, the likeliest first.
+    """List the blocks of a text in the ways in which it may be meant, the likeliest first.
 
     With fences in the strings of Python as text; CommonMark's; and the first with every fence at its word, as models
     forget to indent the code within a list.
@@ -87,7 +87,7 @@ def read_python_fence(state: StateBlock, start: int, end: int, silent: bool) -> 
 
 
 def find_open_string(line: str, quote: str) -> str:
-    """The triple quotes that are open behind a line of Python, where `quote` were before it; "" for none."""
+    """Find the triple quotes that are open behind a line of Python, where `quote` were before it; "" for none."""
     at = 0
     while True:
         found = (IN_STRING[quote] if quote else TOKEN).search(line, at)

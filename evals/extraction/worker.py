@@ -150,7 +150,7 @@ atexit.register(stop_workers)
 
 
 def serve() -> None:
-    """The worker's side: a request a line on stdin, a reply a line on stdout, until stdin ends."""
+    """Serve the worker's side: a request a line on stdin, a reply a line on stdout, until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, sink = sys.stdin.buffer, sys.stdout.buffer

@@ -48,14 +48,14 @@ class SamplesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 
 def name_run(suite: Suite, target: Target) -> str:
-    """A code suite's name with how it is asked, as "humaneval-plus, chat, thinking"."""
+    """Name a code suite with how it is asked, as "humaneval-plus, chat, thinking"."""
     parts = [suite.name, "chat" if target.chat else "raw"]
     thinking = target.template.get("enable_thinking")
     return ", ".join(parts + ([] if thinking is None else ["thinking" if thinking else "no thinking"]))
 
 
 def find_problems(suite: Suite, data: Path | None) -> Path:
-    """The file of a suite's problems: in the folder of local data sets, or in a package that has it.
+    """Find the file of a suite's problems: in the folder of local data sets, or in a package that has it.
 
     Raises:
         SuiteError: there is none.
@@ -110,7 +110,7 @@ def run_code_suite(suite: Suite, target: Target, data: Path | None, folder: Path
 
 
 def choose_max_tokens(suite: Suite, target: Target) -> int:
-    """The most tokens of an answer: as asked for, or the protocol's own number.
+    """Choose the most tokens of an answer: as asked for, or the protocol's own number.
 
     With thoughts all that the context is likely to have room for; never more than half of the context.
     """

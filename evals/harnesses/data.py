@@ -52,7 +52,7 @@ def write_tasks(suite: Suite, data: Path, harness_tasks: Path, folder: Path) -> 
 
 
 def find_definitions(suite: Suite, harness_tasks: Path) -> list[Path]:
-    """The harness's own files that define the suite.
+    """Find the harness's own files that define the suite.
 
     Raises:
         SuiteError: there is none, as in another release.

@@ -61,7 +61,7 @@ class Target:
 
 
 def find_harness() -> Harness:
-    """What scripts/client_env.sh installed.
+    """Find what scripts/client_env.sh installed.
 
     Raises:
         SuiteError: it was not made, or not to its end.
@@ -96,7 +96,7 @@ def run_lm_eval(suite: Suite, target: Target, data: Path | None, folder: Path, p
 
 
 def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
-    """The arguments of `lm_eval run`."""
+    """List the arguments of `lm_eval run`."""
     path = "chat/completions" if target.chat else "completions"
     arguments: dict[str, object] = {
         "model": target.model,
@@ -173,7 +173,7 @@ def stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def read_last_line(log: Path) -> str:
-    """The newest line of a log that is for people; progress bars end theirs with a carriage return."""
+    """Read the newest line of a log that is for people; progress bars end theirs with a carriage return."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").replace("\r", "\n").split("\n")]
     return next((line[:200] for line in reversed(lines) if line and not line.startswith("{")), "nothing said yet")
 

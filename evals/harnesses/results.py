@@ -182,7 +182,7 @@ def _join_versions(task: str, leaves: Sequence[str], versions: dict[str, int | f
 
 
 def _find_leaves(task: str, parts: dict[str, list[str]]) -> list[str]:
-    """The tasks that were asked under a group's name; the task itself if it is no group."""
+    """Find the tasks that were asked under a group's name; the task itself if it is no group."""
     if not parts.get(task):
         return [task]
     return [leaf for part in parts[task] for leaf in _find_leaves(part, parts)]
@@ -193,7 +193,7 @@ def _is_metric(key: str, value: object) -> bool:
 
 
 def _read_note(path: Path) -> Note:
-    """What suites.py noted beside the harness's results; nothing for a run made by hand."""
+    """Read what suites.py noted beside the harness's results; nothing for a run made by hand."""
     # A harness puts a folder of its own between.
     for folder in list(path.parents)[:2]:
         if (folder / NOTE).is_file():
@@ -272,7 +272,7 @@ def _make_pass_score(
 
 
 def _find_interval(value: float, stderr: object, n: int, counted: bool) -> tuple[float, float] | None:
-    """The 95% interval of a score.
+    """Find the 95% interval of a score.
 
     Wilson's of questions that are right or wrong, as all pinned metrics count them; else from the harness's standard
     error, which is 0 where all are right or all wrong.

@@ -177,7 +177,7 @@ def run_suite(suite: Suite, target: Target, root: str, data: Path | None, out: P
 
 
 async def describe_target(config: SuitesConfig) -> tuple[Target, str]:
-    """What the endpoint says of its model, and where the model came from ("" if it does not say).
+    """Describe what the endpoint says of its model, and where the model came from ("" if it does not say).
 
     Raises:
         EndpointError: no OpenAI-compatible server answers there.
@@ -221,7 +221,7 @@ async def _list_models(base_url: str) -> dict[str, _Model]:
 
 
 def list_settings(suite: Suite, target: Target, root: str, data: Path | None) -> dict[str, object]:
-    """What decides about a suite's answers; the endpoint's address does not."""
+    """List what decides about a suite's answers; the endpoint's address does not."""
     files = sorted(data.glob(f"{suite.data.replace('{subject}', '*')}/*")) if data is not None else []
     return {
         "suite": [suite.task, suite.shots, suite.seed, suite.split],

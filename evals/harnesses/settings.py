@@ -66,7 +66,7 @@ def load_suites(path: Path = SHIPPED) -> dict[str, Suite]:
 
 
 def choose_suites(names: str, suites: dict[str, Suite]) -> list[Suite]:
-    """The suites of a list such as "gsm8k,mmlu-5,mbpp-bigcode:train".
+    """Choose the suites of a list such as "gsm8k,mmlu-5,mbpp-bigcode:train".
 
     Raises:
         SuiteError: one of them is not known, or has no such split.
@@ -92,7 +92,7 @@ def _take_split(suite: Suite, split: str) -> Suite:
 
 
 def render_list(suites: Sequence[Suite]) -> str:
-    """The settings in columns; below each its source, and what its data are and where they are to be had."""
+    """Render the settings in columns; below each its source, and what its data are and where they are to be had."""
     lines = [f"{'suite':<18} {'run':<14} {'task':<14} {'shots':>5} {'seed':>5}  scores"]
     for suite in suites:
         scores = "; ".join(score.removesuffix(",none") for score in suite.scores)

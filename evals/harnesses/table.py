@@ -32,7 +32,10 @@ class SuitesResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="l
 
 
 def merge(scores_of: Mapping[Path, Sequence[Score]], suites: Sequence[Suite], environment: Environment) -> SuitesResult:
-    """The table of the folders' scores. Of several runs of the same suite and metric in a folder the newest counts."""
+    """Merge the folders' scores into one table.
+
+    Of several runs of the same suite and metric in a folder the newest counts.
+    """
     places = Counter(model for scores in scores_of.values() for model in {score.model for score in scores})
     cells: dict[tuple[str, str], dict[str, Cell]] = {}
     columns: dict[str, None] = {}
@@ -74,7 +77,7 @@ def render_text(table: SuitesResult) -> str:
 
 
 def render_markdown(table: SuitesResult) -> str:
-    """The table as a page, its notes below."""
+    """Render the table as a page, its notes below."""
     lines = ["# Standard suites", "", "| suite | metric | " + " | ".join(table.columns) + " |"]
     lines.append("|--|--|" + "--:|" * len(table.columns))
     for row in table.rows:

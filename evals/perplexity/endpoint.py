@@ -64,7 +64,7 @@ class ScoringEndpoint:
         self.max_model_len = int(length) if length else (await self._tokenize("a", special=False))[1]
 
     async def tokenize(self, text: str, special: bool = True) -> list[int]:
-        """The token ids of a text, by default with the special tokens that the tokenizer puts around a prompt.
+        """Turn a text into token ids, by default with the special tokens that the tokenizer puts around a prompt.
 
         Raises:
             EndpointError: the request failed.
@@ -72,7 +72,7 @@ class ScoringEndpoint:
         return (await self._tokenize(text, special))[0]
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        """The loss (nats) of every token after the first.
+        """Measure the loss (nats) of every token after the first.
 
         Raises:
             EndpointError: the request failed, or a token has no finite loss.
@@ -120,7 +120,7 @@ class ScoringEndpoint:
 async def open_endpoint(
     session: aiohttp.ClientSession, base_url: str, model_name: str | None = None, api_key: str | None = None
 ) -> ScoringEndpoint:
-    """The model of an endpoint; `base_url` with or without /v1 at its end.
+    """Open the model of an endpoint; `base_url` with or without /v1 at its end.
 
     Raises:
         EndpointError: no vLLM endpoint answers, or it has no such model.

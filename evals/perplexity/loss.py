@@ -130,7 +130,7 @@ def measure_loss(config: LossConfig) -> LossResult:
 
 
 def read_source(config: LossConfig) -> Source:
-    """The file that is asked for. Raises RowsError."""
+    """Read the file that is asked for. Raises RowsError."""
     if config.text is not None:
         return Source(config.text.name, documents=tuple(read_documents(config.text)))
     assert config.tokens is not None
@@ -163,7 +163,7 @@ async def _measure(config: LossConfig, source: Source, environment: Environment)
 
 
 async def cut_source(endpoint: ScoringEndpoint, source: Source, config: LossConfig) -> Cut:
-    """The rows to score, every one of which the endpoint takes.
+    """Cut the source into rows to score, every one of which the endpoint takes.
 
     Raises:
         RowsError: rows too long for it, or text too short for one.

@@ -49,13 +49,13 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 
 def render_text(result: LossResult) -> str:
-    """The figures in columns, and the data below."""
+    """Render the figures in columns, and the data below."""
     lines = [f"{name:<16} {value:>10} {interval:>20}" for name, value, interval in _list_figures(result)]
     return "\n".join([f"{'':<16} {'':>10} {'95% interval':>20}", *lines, "", _describe_data(result)])
 
 
 def render_markdown(result: LossResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     environment = result.environment
     lines = [f"# Loss of {result.endpoint.model} on {result.data.source}", ""]
     lines += ["| | | 95% interval |", "|--|--|--|"]

@@ -47,7 +47,7 @@ def average(rows: Sequence[Row], nats: Mapping[int, float], seed: int = 0) -> Me
 
 
 def choose_unit(rows: Sequence[Row]) -> str:
-    """What is drawn for the interval."""
+    """Choose what is drawn for the interval."""
     return "documents" if len({row.document for row in rows}) >= MIN_DOCUMENTS else "rows"
 
 

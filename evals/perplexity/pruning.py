@@ -138,7 +138,7 @@ def prepare(config: PruningConfig) -> Setting:
 
 
 def make_point(rows: list[Row], share: float, seeds: int, losses: Losses) -> Point:
-    """The figures of one share of pruned groups."""
+    """Make the figures of one share of pruned groups."""
     base, ranked = losses[Plan("unpruned").name], losses[Plan("ranked", share).name]
     random = [average(rows, losses[Plan("random", share, seed).name]).nats_per_token for seed in range(seeds)]
     loss = average(rows, ranked).nats_per_token

@@ -88,7 +88,7 @@ def run_script(module: str, *arguments: str | Path) -> dict[str, object]:
 
 
 def find_mask(setting: Setting, share: float) -> Path:
-    """The published mask of a share, or one made from the groups' scores."""
+    """Find the published mask of a share, or make one from the groups' scores."""
     published = setting.masks / f"group_keep_mask_{share * 100:g}pct.npy"
     if published.is_file():
         return published
@@ -99,7 +99,7 @@ def find_mask(setting: Setting, share: float) -> Path:
 
 
 def measure_plan(setting: Setting, plan: Plan, progress: Progress) -> tuple[list[Row], dict[int, float]]:
-    """The rows, and the summed loss of each; what is on disk is not measured again.
+    """Measure the rows and the summed loss of each; what is on disk is not measured again.
 
     Raises:
         CheckpointError: the folder holds another measurement.
@@ -122,7 +122,7 @@ def measure_plan(setting: Setting, plan: Plan, progress: Progress) -> tuple[list
 
 
 def list_settings(setting: Setting) -> dict[str, object]:
-    """What decides about the losses of all models."""
+    """List what decides about the losses of all models."""
     return {
         "model": fingerprint(str(setting.model)),
         "masks": [fingerprint(str(setting.masks / name)) for name in (INDICES, SCORES)],
@@ -140,7 +140,7 @@ def choose_flags(setting: Setting, plan: Plan, mask: Path | None) -> list[str | 
 
 
 def make_spec(setting: Setting, plan: Plan, model: Path) -> ArmSpec:
-    """The engine: without compilation, as it runs for seconds."""
+    """Make the engine: without compilation, as it runs for seconds."""
     config = EngineConfig(
         model=str(model),
         dtype=setting.dtype,
@@ -180,7 +180,7 @@ def choose_rows(documents: Sequence[Sequence[int]], length: int, wanted: int) ->
 
 
 def read_rows(folder: Path) -> list[Row] | None:
-    """The rows that the first engine cut; None before."""
+    """Read the rows that the first engine cut; None before."""
     path = folder / "rows.json"
     if not path.exists():
         return None

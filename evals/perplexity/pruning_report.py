@@ -46,7 +46,7 @@ class PruningResult(
 
 
 def render_text(result: PruningResult) -> str:
-    """The points in columns, and the data below."""
+    """Render the points in columns, and the data below."""
     rows = [("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most"), *_list_cells(result)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -54,7 +54,7 @@ def render_text(result: PruningResult) -> str:
 
 
 def render_markdown(result: PruningResult) -> str:
-    """The same as a page."""
+    """Render the same as a page."""
     environment = result.environment
     lines = ["# What pruning adds to the loss, through vLLM", "", f"{result.model}, nats per token.", ""]
     lines += ["| groups pruned | ranked | Δ | 95% interval of Δ | random, mean | Δ | random, least to most |"]

@@ -42,7 +42,7 @@ class Row:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a UTF-8 file: of a .jsonl the "text" or "prompt" of every line, else the file as it is.
+    """Read the documents of a UTF-8 file: of a .jsonl the "text" or "prompt" of every line, else the file as it is.
 
     Raises:
         RowsError: the file is missing, empty or of another kind.
@@ -99,7 +99,9 @@ def choose_evenly(rows: Sequence[Row], wanted: int | None) -> list[Row]:
 
 
 def read_array(path: Path, pad_id: int | None) -> list[Row]:
-    """The rows of an integer array [N, L] without the padding at their ends; a row that is padding alone is left out.
+    """Read the rows of an integer array [N, L] without the padding at their ends.
+
+    A row that is padding alone is left out.
 
     Raises:
         RowsError: the file is no such array, an id is negative, or a row has one token.

@@ -83,7 +83,7 @@ assert f({input}) == ??
 
 
 def read_cruxeval(where: str, row: JsonObject, protocol: str) -> Problem:
-    """A row of cruxeval.jsonl.
+    """Read a row of cruxeval.jsonl.
 
     Raises:
         ProblemsError: a field is missing, or the code defines no `f`, or input and output are no expressions.
@@ -113,7 +113,7 @@ def read_cruxeval(where: str, row: JsonObject, protocol: str) -> Problem:
 
 
 def fill_asked(problems: Sequence[Problem], path: Path) -> list[Problem]:
-    """The problems with another prompt, from a file with {code} and {input} in it.
+    """Give the problems another prompt, from a file with {code} and {input} in it.
 
     Raises:
         ProblemsError: the file cannot be read or lacks them, or the problems are not CRUXEval's.
@@ -135,12 +135,12 @@ def fill_asked(problems: Sequence[Problem], path: Path) -> list[Problem]:
 
 
 def fill_prompt(template: str, code: str, given: str) -> str:
-    """A prompt with the function and its input in the places of {code} and {input}."""
+    """Fill a prompt with the function and its input in the places of {code} and {input}."""
     return template.replace("{input}", "\0").replace("{code}", code).replace("\0", given)
 
 
 def find_value(answer: str) -> str | None:
-    """The expression that an answer gives.
+    """Find the expression that an answer gives.
 
     Of the last assertion between the tags (or after the opening one, or in the whole text), what stands behind its
     `==`; without an assertion, the text itself. None where that is no expression.

@@ -24,7 +24,7 @@ NUMBERS = (int, float, complex)
 
 
 def load_reference(program: str, entry_point: str) -> Callable[..., Any]:
-    """The canonical solution's function."""
+    """Load the canonical solution's function."""
     space: dict[str, Any] = {"__name__": "reference"}
     exec(compile(program, "reference.py", "exec"), space)
     function: Callable[..., Any] = space[entry_point]
@@ -60,7 +60,7 @@ def shape_one(value: Any, word: str) -> Any:
 
 
 def is_floats(value: Any) -> bool:
-    """A float, or a list or tuple of nothing but floats."""
+    """Say whether it is a float, or a list or tuple of nothing but floats."""
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(item, float) for item in value)
     return isinstance(value, float)
@@ -89,7 +89,7 @@ def agrees(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def agrees_specially(name: str, value: Any, expected: Any, tolerance: float, arguments: list[Any]) -> bool | None:
-    """What evalplus says of functions of which more than one value is right; None of all others.
+    """Judge as evalplus does where a function may give more than one value; None of all other functions.
 
     `name`: of the set and of the function, as "Mbpp/Diff".
     """
@@ -133,10 +133,10 @@ def assert_right(name: str, value: Any, expected: Any, tolerance: float, argumen
 
 
 def read_inputs(text: str, shapes: list[str]) -> list[list[Any]]:
-    """The arguments of every call, from JSON."""
+    """Read the arguments of every call, from JSON."""
     return [shape(arguments, shapes) for arguments in json.loads(text)]
 
 
 def copy_all(arguments: list[Any]) -> list[Any]:
-    """The same arguments once more."""
+    """Copy the arguments once more."""
     return copy.deepcopy(arguments)

@@ -48,7 +48,7 @@ def check(candidate):
 
 
 def read_evalplus(where: str, row: JsonObject, _: str) -> Problem:
-    """A row of evalplus's own files.
+    """Read a row of evalplus's own files.
 
     Raises:
         ProblemsError: a field is missing or of another kind, or there is no input.

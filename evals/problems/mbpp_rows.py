@@ -17,7 +17,7 @@ from laguna_serve.serving.kit.results import JsonObject
 
 
 def read_mbpp(where: str, row: JsonObject, protocol: str) -> Problem:
-    """A row of mbpp.jsonl or sanitized-mbpp.json.
+    """Read a row of mbpp.jsonl or sanitized-mbpp.json.
 
     Raises:
         ProblemsError: the row has other fields, or its tests call no function of its solution.
@@ -51,7 +51,7 @@ def read_mbpp(where: str, row: JsonObject, protocol: str) -> Problem:
 
 
 def read_mbpp_plus(where: str, row: JsonObject, protocol: str) -> Problem:
-    """A row of evalplus's MBPP+ as on the hub: MBPP's tests are the base, the script in `test` has all of them.
+    """Read a row of evalplus's MBPP+ as on the hub: MBPP's tests are the base, the script in `test` has all of them.
 
     Raises:
         ProblemsError: the row has other fields, or its script does not end in a loop over inputs and results.

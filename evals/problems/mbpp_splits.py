@@ -24,7 +24,7 @@ Row = tuple[str, JsonObject]
 
 
 def choose_split(rows: list[Row], split: str, form: str, name: str) -> list[Row]:
-    """The rows of one split, in order.
+    """Choose the rows of one split, in order.
 
     Raises:
         ProblemsError: no such split, a file that has none, or one without a row of it.
@@ -43,7 +43,7 @@ def choose_split(rows: list[Row], split: str, form: str, name: str) -> list[Row]
 
 
 def find_number(where: str, row: JsonObject) -> int:
-    """A row's task id as a number, 1 to 974.
+    """Find a row's task id as a number, 1 to 974.
 
     Raises:
         ProblemsError: it has none.

@@ -64,7 +64,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def choose_protocol(form: str, protocol: str) -> str:
-    """The protocol that is meant for a file of this form.
+    """Choose the protocol that is meant for a file of this form.
 
     Raises:
         ProblemsError: the form does not allow it.
@@ -88,7 +88,7 @@ def check_asking(protocol: str, form: str) -> None:
 
 
 def ask_by(protocol: str, problem: Problem) -> Problem:
-    """The problem with what is sent by a protocol, and where a completion of it ends."""
+    """Ask a problem as a protocol does: what is sent, and where a completion of it ends."""
     prompt = problem.prompt
     mbpp = problem.task_id.startswith("Mbpp/")
     if protocol == "bigcode":
@@ -101,7 +101,7 @@ def ask_by(protocol: str, problem: Problem) -> Problem:
 
 
 def make_prompt(problem: Problem, form: Form) -> str:
-    """What is sent: the prompt itself, or a message with it; or what the problem's protocol has in place of it."""
+    """Make what is sent: the prompt itself, or a message with it; or what the problem's protocol has in place of it."""
     if form == "completion":
         return problem.asked or problem.prompt
     return problem.message or INSTRUCTION.format(problem.prompt.strip())

@@ -70,7 +70,7 @@ def load_problems(path: Path, protocol: str = "", split: str = "") -> list[Probl
 
 
 def find_form(row: JsonObject) -> str:
-    """A form's name, from the fields of a row."""
+    """Find a form's name, from the fields of a row."""
     if row.keys() >= {"base_input", "plus_input"}:
         return "evalplus"
     if row.keys() >= {"code", "test_list"}:
@@ -122,7 +122,7 @@ def _parse_line(where: str, line: str) -> Any:
 
 
 def read_humaneval(where: str, item: JsonObject, _: str) -> Problem:
-    """A row of HumanEval's schema.
+    """Read a row of HumanEval's schema.
 
     Raises:
         ProblemsError: a field is missing or of another kind.

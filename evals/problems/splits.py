@@ -15,7 +15,9 @@ HELD_OUT_SHARE = 0.25
 
 
 def is_held_out(task_id: str, share: float = HELD_OUT_SHARE, seed: int = 0) -> bool:
-    """True for about `share` (above 0, below 1) of all ids. A larger share keeps what a smaller one held out.
+    """Say whether an id is held out, as about `share` (above 0, below 1) of all are.
+
+    A larger share keeps what a smaller one held out.
 
     Raises:
         ValueError: a share that leaves nothing on one side.
@@ -29,7 +31,7 @@ def is_held_out(task_id: str, share: float = HELD_OUT_SHARE, seed: int = 0) -> b
 def split_problems(
     problems: Sequence[Problem], share: float = HELD_OUT_SHARE, seed: int = 0
 ) -> tuple[list[Problem], list[Problem]]:
-    """The problems to train on and the held-out ones, each in the order given.
+    """Split the problems into those to train on and the held-out ones, each in the order given.
 
     Raises:
         ValueError: a share out of range, or a side without a problem.

@@ -14,7 +14,7 @@ Template = Mapping[str, Any]
 
 
 def parse_fields(text: str) -> Template:
-    """A JSON object of fields; raises ArgumentTypeError."""
+    """Parse a JSON object of fields; raises ArgumentTypeError."""
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -34,5 +34,5 @@ TemplateFields = Annotated[
 
 
 def make_template(thinking: Literal["on", "off"] | None, fields: Template | None) -> JsonObject:
-    """The template's fields, of which `thinking` sets enable_thinking."""
+    """Make the template's fields, of which `thinking` sets enable_thinking."""
     return {**(fields or {}), **({} if thinking is None else {"enable_thinking": thinking == "on"})}

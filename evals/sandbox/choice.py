@@ -21,7 +21,7 @@ HELP = (
 
 
 def choose_walls(wanted: Wanted = "auto") -> Walls:
-    """The walls to use; "none" only where that was asked for.
+    """Choose the walls to use; "none" only where that was asked for.
 
     Raises:
         WallError: none of those that are wanted can be had here; the message says why, and what to do.

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def load(role: str) -> Work:
-    """What the forks of a role do once they are in jail; the other role's modules are not imported."""
+    """Load what the forks of a role do once they are in jail; the other role's modules are not imported."""
     if role == "grader":
         from laguna_serve.evals.sandbox.inside.grader import judge
 

@@ -69,7 +69,7 @@ def _list_installed() -> list[str]:
 
 
 def _loosen(limits: Limits) -> Limits:
-    """The grader's limits: it runs the problem's own code, which may be large and may use numpy."""
+    """Return the grader's limits: it runs the problem's own code, which may be large and may use numpy."""
     cpu_s = math.ceil(limits.wall_s) + 1
     return replace(limits, cpu_s=cpu_s, memory_bytes=GRADER_MEMORY_BYTES, open_files=GRADER_FILES)
 

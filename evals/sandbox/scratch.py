@@ -30,7 +30,7 @@ class Scratch:
         self._free_bytes = _measure_free(path)
 
     def find_excess(self) -> str | None:
-        """What there is too much of, or None. May run while the program writes: what vanishes is not counted."""
+        """Find what there is too much of, or None. May run while the program writes: what vanishes is not counted."""
         entries = size = 0
         levels = [_Level(self.path, None)]
         try:
@@ -76,7 +76,7 @@ def _measure_free(path: str) -> int:
 
 @contextlib.contextmanager
 def make_scratch(limit_bytes: int) -> Iterator[Scratch]:
-    """A new folder, gone with all that is in it at the end."""
+    """Make a new folder, gone with all that is in it at the end."""
     path = tempfile.mkdtemp(prefix="jail-")
     try:
         yield Scratch(path, limit_bytes)
@@ -120,7 +120,7 @@ def _empty(name: str, root: int, numbers: Iterator[int]) -> None:
 
 
 def _find_free(root: int, numbers: Iterator[int]) -> str:
-    """A name that nothing in the folder has: a program may have taken any."""
+    """Find a name that nothing in the folder has: a program may have taken any."""
     for number in numbers:
         name = f"moved-{number}"
         try:

@@ -162,7 +162,9 @@ _lock = threading.Lock()
 
 
 def spawn(role: str, fds: list[int], folder: Path, folders: tuple[str, ...], packages: tuple[str, ...]) -> Process:
-    """A new process of a role, by a server of those of its kind. `fds`: configuration, output, ready, wire, report.
+    """Spawn a new process of a role, by a server of those of its kind.
+
+    `fds`: configuration, output, ready, wire, report.
 
     `folder` is the sandbox's code; `packages` are imported beforehand, from `folders`.
 

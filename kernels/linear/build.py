@@ -31,7 +31,7 @@ PATH_FLAGS = {
 
 @functools.cache
 def load_library() -> Callable[..., int] | None:
-    """The compiled entry point for this machine's path, or None (with a warning) where it cannot be had.
+    """Load the compiled entry point for this machine's path, or None (with a warning) where it cannot be had.
 
     Raises:
         IsaError: LAGUNA_CPU_ISA names a path that cannot run here.
@@ -45,7 +45,7 @@ def load_library() -> Callable[..., int] | None:
 
 
 def open_library(library: Path) -> Callable[..., int]:
-    """The entry point of a built library.
+    """Open the entry point of a built library.
 
     Raises:
         OSError: it cannot be loaded.

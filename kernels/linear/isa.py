@@ -30,7 +30,7 @@ class IsaError(ValueError):
 
 
 def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The processor's instructions; none where the kernel does not tell."""
+    """Read the processor's instructions; none where the kernel does not tell."""
     try:
         text = cpuinfo.read_text(encoding="utf-8")
     except OSError:
@@ -47,7 +47,7 @@ def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, 
 
 
 def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> str:
-    """The best path for the processor, or the one that LAGUNA_CPU_ISA names.
+    """Choose the best path for the processor, or the one that LAGUNA_CPU_ISA names.
 
     Raises:
         IsaError: it names none, or one whose instructions the processor lacks.

@@ -36,14 +36,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition: everything widened, multiplied by torch in fp32, rounded once."""
+    """Define the op: everything widened, multiplied by torch in fp32, rounded once."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def run_with(
     library: Callable[..., int], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int
 ) -> torch.Tensor:
-    """The op with a library of one path."""
+    """Run the op with a library of one path."""
     _check(x, weight, bias)
     N, K = weight.shape
     rows = x if x.dim() == 2 else x.reshape(-1, K)

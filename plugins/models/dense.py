@@ -65,7 +65,7 @@ class DenseMLP(nn.Module):
         return out
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
-        """Called by vLLM's loader with what the checkpoint has under `mlp.`, perhaps in several goes.
+        """Load what the checkpoint has under `mlp.`; vLLM's loader calls it, perhaps in several goes.
 
         Yields what was set; the merged matrix once both of its halves have come: vLLM refuses to start without.
         """
@@ -84,7 +84,7 @@ class DenseMLP(nn.Module):
                 raise self._mismatch("gate_proj, up_proj and down_proj", name)
 
     def _fit(self, name: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """The kept units of a padded matrix or all of an unpadded one, with zeros up to the allocated width."""
+        """Fit the kept units of a padded matrix or all of an unpadded one, with zeros up to the allocated width."""
         stored, width = tensor.shape[dim], self.units.width
         if stored == self.units.stored:
             kept = self.units.trim(tensor, dim)
@@ -154,7 +154,7 @@ def _find_layers(vllm_config: VllmConfig) -> list[Units]:
 
 
 def _find_files(vllm_config: VllmConfig) -> list[Path]:
-    """The checkpoint's safetensors files, downloaded if need be; none where weights come in another way."""
+    """Find the checkpoint's safetensors files, downloaded if need be; none where weights come in another way."""
     load, model = vllm_config.load_config, vllm_config.model_config
     if load.load_format not in FILE_FORMATS:
         logger.info("Load format %s: layers are kept at the width that config.json says", load.load_format)

@@ -21,7 +21,7 @@ from laguna_serve.plugins.layers import DEFAULT_ROPE, find_dropped_rope
 
 
 def complete_config(config: Any) -> None:
-    """Writes what a drafter's config.json says, and LagunaConfig did not take over, into its Hugging Face config."""
+    """Write what a drafter's config.json says, and LagunaConfig did not take over, into its Hugging Face config."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or {kind: rope.get(kind) for kind in DEFAULT_ROPE} == DEFAULT_ROPE:
         # Not rope_scaling, which transformers answers with its own defaults, and would have read.

@@ -45,7 +45,7 @@ class Rows:
         self.sent = 0
 
     def send(self, rows: int, copies: int = 1, *, cached: bool = False) -> None:
-        """The sequence, `copies` times beside each other, `rows` tokens of each at once (0: as many as fit)."""
+        """Send the sequence, `copies` times beside each other, `rows` tokens of each at once (0: as many as fit)."""
         from vllm import SamplingParams
 
         scheduler = self.core.scheduler
@@ -118,12 +118,12 @@ class _HiddenStates:
             self._kept = [*self._kept, states.detach().clone()][-self._rows :]
 
     def stack(self) -> torch.Tensor:
-        """The rows as one batch, [rows, H]."""
+        """Stack the rows as one batch, [rows, H]."""
         return torch.cat(self._kept)
 
 
 def check_logits(model: Any, hidden: torch.Tensor) -> Report | None:
-    """The output layer, which only the last row of a prompt goes through: rows together against each alone."""
+    """Check the output layer, which only the last row of a prompt goes through: rows together against each alone."""
     with torch.inference_mode():
         together = model.compute_logits(hidden)
         alone = torch.cat([model.compute_logits(hidden[row : row + 1]) for row in range(len(hidden))])
@@ -147,7 +147,7 @@ def check_logits(model: Any, hidden: torch.Tensor) -> Report | None:
 
 
 def describe(seen: Seen, recorder: RowRecorder, kinds: dict[str, str]) -> Report:
-    """The operation and its largest difference from the row alone."""
+    """Describe the operation and its largest difference from the row alone."""
     event = seen.event
     alone = recorder.fetched[event]
     order = {position: row for row, position in enumerate(alone.positions)}

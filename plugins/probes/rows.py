@@ -63,18 +63,18 @@ class RowRecorder:
 
     @contextmanager
     def learn(self) -> Iterator[None]:
-        """What runs inside is how the values should be."""
+        """Learn from what runs inside how the values should be."""
         yield from self._during("learn")
 
     @contextmanager
     def compare(self) -> Iterator[None]:
-        """What runs inside is held against it, up to the first difference: `found`, None without one."""
+        """Compare what runs inside with it, up to the first difference: `found`, None without one."""
         self.found, self.compared = None, 0
         yield from self._during("compare")
 
     @contextmanager
     def fetch(self, wanted: Sequence[Seen]) -> Iterator[None]:
-        """What runs inside gives `fetched`, the values of these events, and `operations`, what their modules called."""
+        """Fetch from what runs inside these events' values (`fetched`) and what their modules called (`operations`)."""
         self._wanted = {seen.event: seen.positions for seen in wanted}
         yield from self._during("fetch")
 
@@ -103,7 +103,7 @@ class RowRecorder:
         self._rows = []
 
     def _place(self, ids: list[int], positions: list[int]) -> list[int]:
-        """The position of every row that stands for a token of the sequence, −1 of the others (and of what follows)."""
+        """Find the position of every row that stands for a token of the sequence; −1 of others, and of what follows."""
         rows: list[int] = []
         for token, position in zip(ids, positions, strict=True):
             follows = bool(rows) and position > 0 and positions[len(rows) - 1] == position - 1
@@ -207,13 +207,13 @@ class _OperationLog(TorchDispatchMode):
 
 
 def find_layer(module: str) -> int | None:
-    """The number of the layer that a module is in."""
+    """Find the number of the layer that a module is in."""
     found = LAYER.search(module)
     return int(found[1]) if found else None
 
 
 def measure(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """The largest absolute difference, and the largest in units of the last place (0 or 1 for whole numbers)."""
+    """Measure the largest difference, absolute and in units of the last place (0 or 1 for whole numbers)."""
     a, b = one.double(), other.double()
     difference = (a - b).abs().nan_to_num(nan=math.inf)
     largest = float(difference.max())
@@ -225,7 +225,7 @@ def measure(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
 
 
 def _digest_rows(tensor: torch.Tensor) -> list[int]:
-    """A number other than 0 for every row, equal for equal values; −0 is 0."""
+    """Digest every row as a number other than 0, equal for equal values; −0 is 0."""
     rows = tensor.detach().reshape(tensor.shape[0], -1)
     if rows.dtype in (torch.float32, torch.float16, torch.bfloat16):
         rows = rows + 0.0

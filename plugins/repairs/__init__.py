@@ -43,7 +43,7 @@ def repair_runner() -> None:
 
 
 def _attempt(name: str, repair: Callable[[], None]) -> None:
-    """What another vLLM does not have is left as it is, with a warning: our classes do not need it."""
+    """Leave what another vLLM does not have as it is, with a warning: our classes do not need it."""
     try:
         repair()
     except (ImportError, AttributeError) as error:

@@ -36,7 +36,7 @@ def translate(body: bytes, status: int) -> dict[str, Any] | None:
 
 
 def wrap(stock: Callable[[Any, Exception], Awaitable[Any]]) -> Callable[[Any, Exception], Awaitable[Any]]:
-    """An exception handler of the application's that minds the route."""
+    """Wrap an exception handler of the application's, so that it minds the route."""
 
     async def handle(request: Any, error: Exception) -> Any:
         from starlette.responses import JSONResponse

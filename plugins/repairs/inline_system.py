@@ -20,7 +20,7 @@ GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
 def wrap(stock: Callable[[str | None], bool]) -> Callable[[str | None], bool]:
-    """The trial, of a template without the tags: they mark what they hold and change nothing."""
+    """Wrap the trial, which gets a template without the tags: they mark what they hold and change nothing."""
 
     def detect(chat_template: str | None) -> bool:
         return stock(GENERATION_TAG.sub("", chat_template) if chat_template else chat_template)

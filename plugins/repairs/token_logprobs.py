@@ -25,7 +25,7 @@ stock_forward = Sampler.forward
 def gather(
     logprobs: torch.Tensor, tokens: torch.Tensor, count: int | None, named: dict[int, list[int]]
 ) -> LogprobsTensors:
-    """The sampled token's log-probability in column 0, then the row's named tokens or the `count` likeliest.
+    """Gather the sampled token's log-probability in column 0, then the row's named tokens or the `count` likeliest.
 
     Args:
         logprobs: [rows, vocabulary] float32.

@@ -30,29 +30,29 @@ class UnmetError(Exception):
 
 
 def expect(holds: object, what: str) -> None:
-    """Raises UnmetError unless it holds."""
+    """Raise UnmetError unless it holds."""
     if not holds:
         raise UnmetError(what)
 
 
 def expect_text(text: str | None) -> str:
-    """An answer's first words."""
+    """Expect an answer's first words."""
     expect(text, "text, got none")
     return repr(str(text)[:30])
 
 
 def expect_pieces(whole: str, parts: Sequence[str]) -> None:
-    """A stream that says the same as the whole answer, in more than two pieces."""
+    """Expect a stream that says the same as the whole answer, in more than two pieces."""
     expect("".join(parts) == whole and len(parts) > 2, f"{whole!r} in pieces, got {parts}")
 
 
 def read_deltas(chunks: Iterable[Any]) -> list[str]:
-    """The pieces of text in a chat completion's stream."""
+    """Read the pieces of text in a chat completion's stream."""
     return [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
 
 
 def expect_call(name: object, arguments: object) -> str:
-    """The forced tool call, as its parts."""
+    """Expect the forced tool call, as its parts."""
     got: Any = json.loads(arguments) if isinstance(arguments, str) else arguments
     expect(name == "read" and isinstance(got, dict), f"a call of read, got {name!r}({got!r})")
     expect(isinstance(got["path"], str) and isinstance(got["count"], int), f"path and count, got {got!r}")
@@ -60,7 +60,7 @@ def expect_call(name: object, arguments: object) -> str:
 
 
 def refused(error: type[BaseException], call: Callable[[], object]) -> str:
-    """What is said when the server refuses; it must be the client's own error class."""
+    """Return what is said when the server refuses; it must be the client's own error class."""
     try:
         call()
     except error as got:
@@ -69,7 +69,7 @@ def refused(error: type[BaseException], call: Callable[[], object]) -> str:
 
 
 def lost(stream: Callable[[], Iterable[object]]) -> str:
-    """A stream whose engine is lost after a few events must end in an error, not as if it were complete."""
+    """Expect a stream whose engine is lost after a few events to end in an error, not as if it were complete."""
     seen = 0
     try:
         for _ in stream():

@@ -134,7 +134,7 @@ def instructor_checks(client: openai.OpenAI) -> Checks:
 
 
 def llm_checks(folder: Path) -> Checks:
-    """The llm command, with the server as an extra OpenAI model."""
+    """Check the llm command, with the server as an extra OpenAI model."""
     for name, base in (("laguna", URL), ("laguna-lost", LOST)):
         entry = f"- model_id: {name}\n  model_name: {MODEL}\n  api_base: {base}/v1\n  supports_tools: true\n"
         with (folder / "extra-openai-models.yaml").open("a") as file:

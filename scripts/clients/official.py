@@ -35,12 +35,12 @@ from laguna_serve.scripts.clients.expectations import (
 
 
 def open_openai(base: str) -> openai.OpenAI:
-    """A client that tries once."""
+    """Open a client that tries once."""
     return openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
 
 
 def expect_models(client: openai.OpenAI | anthropic.Anthropic) -> str:
-    """The served model is in the list."""
+    """Expect the served model in the list."""
     names = [model.id for model in client.models.list()]
     expect(MODEL in names, f"{MODEL} in the list, got {names}")
     return str(names)
@@ -96,7 +96,7 @@ def _create(client: Any) -> Any:
 
 
 def list_responses_checks() -> Checks:
-    """The OpenAI SDK's Responses."""
+    """List the checks of the OpenAI SDK's Responses."""
     client, broken = open_openai(URL), open_openai(LOST)
     create: Any = client.responses.create
     usual: dict[str, Any] = {"model": MODEL, "input": ASK, "temperature": 0, "max_output_tokens": FEW, "store": False}
@@ -145,7 +145,7 @@ def list_responses_checks() -> Checks:
 
 
 def _until_failed(events: Any) -> Iterator[object]:
-    """The API's own way of saying that a response failed is an event, not an exception."""
+    """Raise where a response failed: the API's own way of saying so is an event, not an exception."""
     for event in events:
         if event.type in ("error", "response.failed"):
             raise openai.APIError(event.type, request=None, body=None)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Recorder:
 
 @contextmanager
 def record(server: str, cut_after: int | None = None) -> Iterator[Recorder]:
-    """A proxy in front of a server, in a thread of its own.
+    """Keep a proxy in front of a server, in a thread of its own.
 
     Args:
         server: its URL.
@@ -107,6 +107,6 @@ async def _forward(
 
 
 def _close(request: web.Request) -> None:
-    """Ends the connection without the end of the body; what has been written still goes out."""
+    """End the connection without the end of the body; what has been written still goes out."""
     if request.transport is not None:
         request.transport.close()

@@ -44,12 +44,12 @@ def table(checks: Sequence[ClientCheck]) -> list[list[str]]:
 
 
 def failures(checks: Sequence[ClientCheck]) -> list[str]:
-    """A line for each check that falls short."""
+    """List a line for each check that falls short."""
     return [f"{check.client}, {check.check}: {check.detail}" for check in checks if not check.ok]
 
 
 def render_text(result: ClientsResult) -> str:
-    """A table for a terminal, then what falls short."""
+    """Render a table for a terminal, then what falls short."""
     rows = table(result.checks)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -57,7 +57,7 @@ def render_text(result: ClientsResult) -> str:
 
 
 def render_markdown(result: ClientsResult) -> str:
-    """The same as a Markdown page, with what was run."""
+    """Render the same as a Markdown page, with what was run."""
     heading, *rows = table(result.checks)
     versions = ", ".join(f"{name} {release}" for name, release in result.versions.items())
     lines = [

@@ -71,7 +71,7 @@ class ClientsConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the last line on stdout is a JSON object."""
+    """Run the command line; the last line on stdout is a JSON object."""
     config = read_flags(ClientsConfig, argv, prog="scripts/clients.sh", description=__doc__, epilog=EXAMPLES)
     result = try_clients(config)
     print(render_text(result))
@@ -137,7 +137,7 @@ def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
 
 
 def run_sdks(url: str, only: str | None) -> list[ClientCheck]:
-    """The checks of the SDKs."""
+    """Run the checks of the SDKs."""
     checks = []
     with open_environment(url) as environment:
         if only in (None, "python"):
@@ -152,7 +152,10 @@ def run_sdks(url: str, only: str | None) -> list[ClientCheck]:
 
 @contextmanager
 def open_environment(url: str) -> Iterator[dict[str, str]]:
-    """The variables of SDK checks; the lost engine is behind a second gateway and a proxy that breaks every stream."""
+    """Set the variables of SDK checks.
+
+    The lost engine is behind a second gateway and a proxy that breaks every stream.
+    """
     with record(url, CUT_AFTER) as cutting:
         upstream = {"name": "lost", "url": cutting.url, "max_in_flight": 8}
         server, models = {"host": "127.0.0.1", "port": 0}, [{"name": "teacher", "upstreams": [upstream]}]
@@ -171,7 +174,7 @@ def open_environment(url: str) -> Iterator[dict[str, str]]:
 
 
 def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[ClientCheck]:
-    """The lines of one program; a check of its own when it does not come to its end."""
+    """Run the lines of one program; a check of its own when it does not come to its end."""
     print(f"clients: {name} …", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
@@ -190,7 +193,7 @@ def run_checks(name: str, command: list[str], environment: dict[str, str], folde
 
 
 def run_agents(url: str, folder: Path) -> list[ClientCheck]:
-    """The checks of the agents, through a proxy that notes their requests."""
+    """Run the checks of the agents, through a proxy that notes their requests."""
     checks: list[ClientCheck] = []
     with record(url) as recorder:
         for number, agent in enumerate(list_agents(recorder.url, "teacher")):
@@ -202,7 +205,7 @@ def run_agents(url: str, folder: Path) -> list[ClientCheck]:
 
 
 def read_node_version() -> str:
-    """That of the node on the path."""
+    """Read the version of the node on the path."""
     return subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip().lstrip("v")
 
 

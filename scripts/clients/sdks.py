@@ -36,7 +36,7 @@ from laguna_serve.scripts.clients.official import (
 
 
 def main() -> int:
-    """Runs every check; exit status 0, as the report is for the caller to judge."""
+    """Run every check; exit status 0, as the report is for the caller to judge."""
     chain: dict[str, Any] = {"model": MODEL, "api_key": KEY, "temperature": 0, "max_tokens": FEW, "max_retries": 0}
     open_chain = [ChatOpenAI(base_url=f"{base}/v1", **chain) for base in (URL, LOST)]
     anthropic_chain = [ChatAnthropic(base_url=base, **chain) for base in (URL, LOST)]

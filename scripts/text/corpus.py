@@ -62,7 +62,7 @@ def _is_table(text: str) -> bool:
 
 
 def functions(module: Module, max_characters: int = 900) -> Iterator[Function]:
-    """The functions of a module that have a body worth asking for."""
+    """Return the functions of a module that have a body worth asking for."""
     lines = module.text.splitlines()
     for node in ast.walk(ast.parse(module.text)):
         if not isinstance(node, ast.FunctionDef) or node.end_lineno is None:
@@ -78,7 +78,7 @@ def functions(module: Module, max_characters: int = 900) -> Iterator[Function]:
 
 
 def conversation(function: Function, system: bool = False) -> list[dict[str, str]]:
-    """The chat messages that ask for a function and answer with it."""
+    """Return the chat messages that ask for a function and answer with it."""
     messages = [
         {"role": "user", "content": REQUEST.format(head=function.head)},
         {"role": "assistant", "content": function.source},

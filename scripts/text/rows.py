@@ -59,7 +59,7 @@ def read_rows(source: str, tokenizer: Any, length: int, tokens: int) -> TextRows
 
 
 def read_documents(source: str) -> list[str]:
-    """The source's documents, in a fixed order."""
+    """Read the source's documents, in a fixed order."""
     if source in TOY:
         return [m.text for m in corpus.read_modules() if m.held_out == TOY[source]]
     try:

@@ -35,7 +35,7 @@ class Release:
 
 
 def read_release(folder: Path, tokenizer: Path, chat_template: str | None = None) -> Release:
-    """Reads the model's generation_config.json, and the chat template and vocabulary beside its tokenizer.
+    """Read the model's generation_config.json, and the chat template and vocabulary beside its tokenizer.
 
     Args:
         folder: of the model.
@@ -65,7 +65,7 @@ def read_release(folder: Path, tokenizer: Path, chat_template: str | None = None
 
 
 def read_given_template(given: str) -> str:
-    """The template in a file, or the text itself if it is one (vLLM: it holds a brace or a line break)."""
+    """Read the template in a file, or the text itself if it is one (vLLM: it holds a brace or a line break)."""
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

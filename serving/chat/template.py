@@ -63,7 +63,7 @@ class Abilities:
 
 
 def read_template(folder: Path) -> str | None:
-    """The checkpoint's chat template, from where transformers looks for it; None when it has none.
+    """Read the checkpoint's chat template, from where transformers looks for it; None when it has none.
 
     Raises:
         CheckpointError: tokenizer_config.json or chat_template.json cannot be read.
@@ -82,7 +82,7 @@ def read_template(folder: Path) -> str | None:
 
 
 def read_file(path: Path) -> str | None:
-    """A checkpoint's text; None when there is no such file.  Raises CheckpointError when it is something else."""
+    """Read a checkpoint's text; None when there is no such file.  Raises CheckpointError when it is something else."""
     if not os.path.lexists(path):
         return None
     try:
@@ -97,7 +97,7 @@ def read_file(path: Path) -> str | None:
 
 
 def read_object(path: Path) -> JsonObject:
-    """A JSON object, empty when there is no such file.  Raises CheckpointError when it is something else."""
+    """Read a JSON object, empty when there is no such file.  Raises CheckpointError when it is something else."""
     text = read_file(path)
     if text is None:
         return {}
@@ -111,7 +111,7 @@ def read_object(path: Path) -> JsonObject:
 
 
 def probe_template(template: str) -> Abilities:
-    """What the template can do.  One that fails to render a plain question can do nothing, and says why."""
+    """Probe what the template can do.  One that fails to render a plain question can do nothing, and says why."""
     try:
         render = compile_template(template)
         plain = render([QUESTION])
@@ -150,7 +150,7 @@ def _can_call_tools(render: Callable[..., str]) -> bool:
 
 
 def _attempt(render: Callable[..., str], messages: list[JsonObject], **variables: Any) -> str:
-    """What comes out, or nothing when the template refuses."""
+    """Render; nothing comes out when the template refuses."""
     try:
         return render(messages, **variables)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
@@ -176,6 +176,6 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Called by jinja2 at the tag: the block's body, without what the tag would do with it."""
+        """Parse the tag for jinja2: the block's body, without what the tag would do with it."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)

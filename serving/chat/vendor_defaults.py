@@ -97,7 +97,7 @@ NO_CONTRACT = ChatContract()
 
 
 def describe_chat(contract: ChatContract) -> list[str]:
-    """What it can do in a chat, for people, a line each; nothing of a model without a chat template."""
+    """Describe what it can do in a chat, for people, a line each; nothing of a model without a chat template."""
     if not contract.template:
         return []
     tools = "off" if contract.tool_parser is None else f"on ({contract.tool_parser})"
@@ -107,7 +107,7 @@ def describe_chat(contract: ChatContract) -> list[str]:
 
 
 def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequence[str] = ()) -> ChatContract:
-    """The chat flags of vLLM's command line.  What ``extra_args`` sets itself is left to it.
+    """Choose the chat flags of vLLM's command line.  What ``extra_args`` sets itself is left to it.
 
     Raises:
         CheckpointError: thinking is asked of a template that has no such switch.
@@ -185,7 +185,7 @@ def names_flag(arguments: Sequence[str], *flags: str) -> bool:
 
 
 def find_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The last value given for a flag, or None."""
+    """Find the last value given for a flag, or None."""
     value = None
     for position, argument in enumerate(arguments):
         name, equals, inline = argument.partition("=")
@@ -236,7 +236,7 @@ def _choose_reasoning_parser(release: Release, options: ChatOptions, notes: list
 
 
 def _choose_template_kwargs(release: Release, options: ChatOptions) -> VllmSetting | None:
-    """The variables that requests get which do not say otherwise.
+    """Choose the variables that requests get which do not say otherwise.
 
     The reasoning parser sees these and not the template: thinking that is the template's own default must be said.
     """

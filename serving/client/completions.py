@@ -29,7 +29,7 @@ Decoded = TypeVar("Decoded")
 
 
 def open_session() -> aiohttp.ClientSession:
-    """A session without a connection limit (the caller limits what is in flight)."""
+    """Open a session without a connection limit (the caller limits what is in flight)."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S),
@@ -118,7 +118,7 @@ class Client:
         return await self._ask(self._url, {**self._body, "prompt": text, **extra}, decode_probe)
 
     async def score(self, prompt: Prompt) -> list[float]:
-        """The loss (nats) of every token of a prompt after its first.
+        """Measure the loss (nats) of every token of a prompt after its first.
 
         Raises:
             EndpointError: the request failed.
@@ -133,7 +133,7 @@ class Client:
         return await self._ask(self._url, body, decode)
 
     async def sample(self, prompt: Prompt, count: int) -> list[list[int]]:
-        """The token ids of `count` completions of one prompt, in one request.
+        """Sample `count` completions of one prompt, in one request; return their token ids.
 
         Raises:
             EndpointError: the request failed.
@@ -147,7 +147,9 @@ class Client:
         return answers
 
     async def _render(self, prompt: Prompt) -> str | list[int]:
-        """What is sent: the text, or the token ids that the engine's chat template makes of a conversation (once).
+        """Render what is sent.
+
+        That is the text, or the token ids that the engine's chat template makes of a conversation (once).
 
         Raises:
             EndpointError: the template refused it, or the endpoint has no /tokenize.
@@ -174,12 +176,12 @@ class Client:
 
 
 async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:
-    """The first model that the endpoint serves; raises as `list_models`."""
+    """Find the first model that the endpoint serves; raises as `list_models`."""
     return (await list_models(session, base_url))[0]
 
 
 async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str]:
-    """The names under which the endpoint serves; one at least.
+    """List the names under which the endpoint serves; one at least.
 
     Raises:
         EndpointError: nothing answers there, or what answers is no OpenAI-compatible server.

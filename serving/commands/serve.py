@@ -133,7 +133,7 @@ class ServicePlan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until Ctrl-C or SIGTERM; the last line on stdout is a JSON object."""
+    """Serve until Ctrl-C or SIGTERM; the last line on stdout is a JSON object."""
     given, extra_args = split_extra_args(argv)
     config = read_flags(ServeConfig, given, prog="laguna serve", description=DESCRIPTION, epilog=EPILOG)
     return run(replace(config, extra_args=extra_args))
@@ -166,7 +166,7 @@ def run(config: ServeConfig) -> int:
 
 
 def plan_service(config: ServeConfig) -> ServicePlan:
-    """The engine and the gateway of a configuration; what both refuse without an engine is refused here.
+    """Plan the engine and the gateway of a configuration; what both refuse without an engine is refused here.
 
     Raises:
         CheckpointError, EngineError: something does not go together, or cannot be had.
@@ -190,7 +190,7 @@ def plan_service(config: ServeConfig) -> ServicePlan:
 
 
 def engine_config(config: ServeConfig) -> EngineConfig:
-    """The engine by itself. Raises CheckpointError when --gamma auto finds nothing."""
+    """Return the engine by itself. Raises CheckpointError when --gamma auto finds nothing."""
     return replace(
         make_engine_config(config.model, config),
         host=config.host or DEFAULT_HOST,
@@ -203,7 +203,7 @@ def engine_config(config: ServeConfig) -> EngineConfig:
 
 
 def bare_engine_config(config: ServeConfig, keys: Sequence[str]) -> EngineConfig:
-    """The engine without the gateway: at a port that stays the same when it is started again.
+    """Return the engine without the gateway: at a port that stays the same when it is started again.
 
     Raises:
         CheckpointError: what only the gateway does was asked for.

@@ -94,7 +94,7 @@ class _Server:
         )
 
     def prefill(self, answer: _Answer) -> list[float]:
-        """The log-probabilities of an answer's tokens when prompt and answer are read at once."""
+        """Return the log-probabilities of an answer's tokens when prompt and answer are read at once."""
         prompt = [*answer.prompt_ids, *answer.token_ids]
         choice = self._post({"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0})
         steps = choice["prompt_logprobs"][len(answer.prompt_ids) :]

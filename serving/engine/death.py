@@ -33,7 +33,7 @@ def describe_death(status: int | None, words: str, *, memory_kills: int = 0) -> 
 
 
 def find_signal(status: int | None) -> int | None:
-    """The signal that a status stands for."""
+    """Find the signal that a status stands for."""
     if status is None or 0 <= status <= 128:
         return None
     return status - 128 if status > 0 else -status

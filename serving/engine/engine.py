@@ -90,7 +90,7 @@ class Engine:
         self._members: set[psutil.Process] = set()
 
     def __enter__(self) -> Engine:
-        """Validates, starts, and waits until the engine answers.
+        """Validate, start, and wait until the engine answers.
 
         Raises:
             EngineError: bad input (before anything is started), death or silence of the engine.
@@ -118,7 +118,7 @@ class Engine:
         return sorted(process.pid for process in self._members if _is_alive(process))
 
     def check(self) -> None:
-        """Raises EngineError with the cause from the log if the engine is not running."""
+        """Raise EngineError with the cause from the log if the engine is not running."""
         if self.is_dead():
             raise EngineError(self.describe_death())
         if self._marks:  # it has been ready
@@ -128,7 +128,7 @@ class Engine:
                 self._marks.popleft()
 
     def is_dead(self) -> bool:
-        """True once vLLM, or a process that it cannot do without, has ended.  Raises EngineError before the start."""
+        """Say whether vLLM, or a process that it cannot do without, has ended.  Raises EngineError before the start."""
         if self._supervisor is None:
             raise EngineError(f"engine {self.model_name}: expected a running engine, got one that was not started")
         return self._supervisor.poll() is not None or not all(map(_is_alive, self._core))
@@ -147,7 +147,7 @@ class Engine:
         return f"engine {self.model_name}: expected it to run, got {cause}; see {self.log_path}"
 
     def stop(self) -> None:
-        """Ends every process of the engine; returns when none is left.  Safe to call at any time and again."""
+        """End every process of the engine; return when none is left.  Safe to call at any time and again."""
         supervisor = self._supervisor
         if supervisor is None:
             return
@@ -191,7 +191,7 @@ class Engine:
         )
 
     def _empty_log(self) -> None:
-        """A log that cannot be written is refused, unless that may pass: the supervisor reports a full disk."""
+        """Refuse a log that cannot be written, unless that may pass: the supervisor reports a full disk."""
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self.log_path.open("wb").close()

@@ -52,7 +52,7 @@ class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_figures(log: Path) -> EngineFigures:
-    """What the engine that writes this log has said so far; nothing where there is no log."""
+    """Read what the engine that writes this log has said so far; nothing where there is no log."""
     try:
         with log.open("rb") as file:
             text = file.read(MAX_BYTES).decode(errors="replace")

@@ -89,7 +89,7 @@ class Keeper:
         return self._ready_since is None
 
     def note_death(self, error: EngineError) -> None:
-        """The engine has died of this: what is left of it is ended."""
+        """Note that the engine has died of this: what is left of it is ended."""
         served_s = None if self._ready_since is None else self._clock() - self._ready_since
         rounded = None if served_s is None else round(served_s, 1)
         self.deaths.append(Death(datetime.now(UTC).isoformat(timespec="seconds"), str(error), rounded))

@@ -60,7 +60,7 @@ MAX_BYTES = 1 << 20
 
 
 def read_log(path: Path, since: int = 0) -> str:
-    """The log's text from an offset in bytes on, at most its last MAX_BYTES; nothing when it cannot be read.
+    """Read the log's text from an offset in bytes on, at most its last MAX_BYTES; nothing when it cannot be read.
 
     A log that is shorter than the offset was begun again, and is read whole.
     """
@@ -83,7 +83,7 @@ def measure_log(path: Path) -> int:
 
 
 def find_phase(log: str) -> str:
-    """What the engine is doing, for a progress line."""
+    """Find what the engine is doing, for a progress line."""
     current = FIRST_PHASE
     for mark, phase in PHASES:
         if mark in log:
@@ -92,7 +92,7 @@ def find_phase(log: str) -> str:
 
 
 def find_cause(log: str) -> str:
-    """The line that says why the engine died.
+    """Find the line that says why the engine died.
 
     As `find_exception`, else the last line logged as an error, else the last line, else a statement that there is none.
     """
@@ -108,7 +108,7 @@ def find_cause(log: str) -> str:
 
 
 def find_exception(log: str) -> str | None:
-    """A lost GPU, else the last crash in native code, else the last exception that does not point at another one."""
+    """Find a lost GPU, else the last crash in native code, else the last exception that points at no other."""
     lines = _list_lines(log)
     lost = next((line for line in lines if GPU_LOST.search(line)), None)
     if lost is not None:
@@ -121,7 +121,7 @@ def find_exception(log: str) -> str | None:
 
 
 def find_last_line(log: str) -> str:
-    """The last line that says something, or that there is none."""
+    """Find the last line that says something, or that there is none."""
     spoken = [line for line in _list_lines(log) if line.strip() and not NOISE.search(line)]
     return spoken[-1].strip()[:MAX_CAUSE_CHARS] if spoken else "the log is empty"
 
@@ -155,7 +155,7 @@ def _describe_crash(lines: list[str], crashes: list[int]) -> str:
 
 
 def _join_message(lines: list[str], index: int) -> str:
-    """What an exception says, on one line.
+    """Join what an exception says, on one line.
 
     pydantic puts it on the lines that follow "1 validation error for ModelConfig", others go on after a colon; one that
     says little by itself gets its place in the code.
@@ -174,7 +174,7 @@ def _join_message(lines: list[str], index: int) -> str:
 
 
 def _find_place(lines: list[str], index: int) -> str | None:
-    """The innermost frame of the traceback that ends with this line, and its code."""
+    """Find the innermost frame of the traceback that ends with this line, and its code."""
     for above in range(index - 1, max(-1, index - FRAME_LINES), -1):
         if (frame := FRAME.match(lines[above])) is not None:
             code = lines[above + 1].strip() if above + 1 < index else ""

@@ -11,7 +11,7 @@ from laguna_serve.serving.gateway.config.tables import Admin, Server
 
 
 def with_ports(config: Config) -> Config:
-    """The configuration with the ports that are listened on. Raises EngineError when one is taken."""
+    """Return the configuration with the ports that are listened on. Raises EngineError when one is taken."""
     server = config.server.model_copy(update={"port": _find_port(config.server)})
     admin = config.admin.model_copy(update={"port": _find_port(config.admin)})
     return config.model_copy(update={"server": server, "admin": admin})

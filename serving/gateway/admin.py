@@ -52,7 +52,7 @@ Model = Annotated[str | None, Query(description="default: the only one")]
 
 
 def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
-    """The application beside the gateway's, whose parts `find` gives: it may start later than this one."""
+    """Create the application beside the gateway's, whose parts `find` gives: it may start later than this one."""
     groups: dict[str, WeightGroup] = {}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = importlib.resources.files(__package__).joinpath("status.html.j2").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        """A page in a browser on this machine may not steer; nor may anybody without the key, where there is one."""
+        """Refuse a page in a browser on this machine, and whoever has not the key, where there is one."""
         if admin.host in LOOPBACK and _read_host(request) not in LOOPBACK:
             # Else a page could come by a name of its own that leads to this machine.
             return JSONResponse({"error": STRANGE_HOST}, 400)
@@ -117,7 +117,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse)
     async def show() -> str:
-        """The same as a page."""
+        """Show the same as a page."""
         return template.render(status=await describe(find(), time.monotonic()))
 
     @app.post("/admin/update_weights")
@@ -129,7 +129,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     @app.post("/pause")
     async def pause(mode: PauseMode = "abort", model: Model = None) -> JsonObject:
-        """Requests wait in the gateway until `/resume`."""
+        """Let requests wait in the gateway until `/resume`."""
         async with alone(model) as group:
             await group.pause(mode)
         return {"status": "paused"}
@@ -157,7 +157,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     @app.post("/update_weights")
     async def update(update_info: Annotated[Payload, Body(embed=True)], model: Model = None) -> JsonObject:
-        """A part of the weights."""
+        """Update a part of the weights."""
         async with alone(model) as group:
             await group.update(update_info)
         return {"message": "Weights updated"}
@@ -187,7 +187,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
 
 async def _read_json(request: Request) -> JsonObject | None:
-    """The body's object, None without a body. Raises HTTPException: 400 it is none."""
+    """Read the body's object, None without a body. Raises HTTPException: 400 it is none."""
     if not (data := await request.body()):
         return None
     try:
@@ -200,6 +200,6 @@ async def _read_json(request: Request) -> JsonObject | None:
 
 
 def _read_host(request: Request) -> str:
-    """The Host header without its port, nor the brackets of an IPv6 address."""
+    """Read the Host header without its port, nor the brackets of an IPv6 address."""
     host = request.headers.get("host", "").lower()
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

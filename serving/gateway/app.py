@@ -27,7 +27,7 @@ OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
 
 
 def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
-    """The application of a configuration, which logs to `log` instead of stderr.
+    """Create the application of a configuration, which logs to `log` instead of stderr.
 
     Once it has started, `find_services` has its parts.
     """
@@ -65,7 +65,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        """The gateway itself is alive."""
+        """Say that the gateway itself is alive."""
         return Response(status_code=200)
 
     @app.api_route("/ready", methods=["GET", "HEAD"])

@@ -63,7 +63,7 @@ def in_background(config: Config) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
-    """A gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks.
+    """Open a gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks.
 
     When the block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
 

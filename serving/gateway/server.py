@@ -169,7 +169,7 @@ class GatewayServer(_EventServer):
             context.load_cert_chain(files[0], files[1])
 
     def _note_loop_error(self, loop: asyncio.AbstractEventLoop, context: JsonObject) -> None:
-        """What the loop cannot give to anybody: accepting connections without descriptors, again and again."""
+        """Note what the loop cannot give to anybody: accepting connections without descriptors, again and again."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in LOCAL_SHORTAGE:
             self.relay.journal.note_shortage(error.strerror or type(error).__name__)
@@ -192,7 +192,7 @@ class GatewayServer(_EventServer):
         logger.info("stopping: no new requests, %d in flight", len(self.relay.exchanges))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end in good order, a second one cuts it short."""
+        """End in good order at the first signal; a second one cuts it short."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
@@ -203,7 +203,7 @@ class GatewayServer(_EventServer):
 
 
 def list_fixed_changes(before: Config, after: Config) -> list[str]:
-    """The keys that differ and are read at the start alone."""
+    """List the keys that differ and are read at the start alone."""
     return [
         f"{table}.{key}"
         for table, keys in FIXED.items()

@@ -70,7 +70,10 @@ def run_command(
 
 
 def end_unread() -> int:
-    """The exit status where nobody reads stdout any more, as in `laguna doctor | head -1`; nothing more is written."""
+    """Return the exit status where nobody reads stdout any more, as in `laguna doctor | head -1`.
+
+    Nothing more is written.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
     return READER_GONE
 

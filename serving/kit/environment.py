@@ -116,7 +116,7 @@ def list_environment(environment: Environment) -> list[str]:
 
 
 def cite_environment(environment: Environment) -> str:
-    """The command, where and when it ran, and with what, as a sentence in Markdown."""
+    """Cite the command, where and when it ran, and with what, as a sentence in Markdown."""
     gpu = environment.device is not None and environment.device.kind == "gpu"
     where = [environment.device_name] if gpu else []
     where += [f"{environment.cpu}", f"{environment.cores} cores", environment.date]
@@ -125,7 +125,7 @@ def cite_environment(environment: Environment) -> str:
 
 
 def current_argv() -> list[str]:
-    """This process's command line as a person would repeat it."""
+    """Return this process's command line as a person would repeat it."""
     return ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
 
 
@@ -136,7 +136,7 @@ class OtherLoad:
         self._started_s, self._busy_s, self._own_s = time.monotonic(), read_busy_s(), read_own_s()
 
     def find_share(self) -> float | None:
-        """The others' share of all processors' time so far, 0 to 1; None after less than MIN_WALL_S."""
+        """Find the others' share of all processors' time so far, 0 to 1; None after less than MIN_WALL_S."""
         wall_s = time.monotonic() - self._started_s
         if wall_s < MIN_WALL_S:
             return None
@@ -144,7 +144,7 @@ class OtherLoad:
         return min(1.0, max(0.0, others_s / (wall_s * (os.cpu_count() or 1))))
 
     def describe(self) -> str | None:
-        """A warning for people, where the share is above MAX_OTHER_SHARE."""
+        """Warn people where the share is above MAX_OTHER_SHARE."""
         share = self.find_share()
         if share is None or share <= MAX_OTHER_SHARE:
             return None
@@ -172,7 +172,7 @@ def read_own_s() -> float:
 
 
 def _read_commit() -> str | None:
-    """The commit of this checkout, with "+" when tracked files differ from it."""
+    """Read the commit of this checkout, with "+" when tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -22,7 +22,7 @@ GOOD, BAD = "#0b7a75", "#c2410c"
 
 @contextmanager
 def open_figure(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes (as plt.subplots gives them) to draw into; written to `path` as PNG at the end."""
+    """Open a figure and its axes (as plt.subplots gives them) to draw into; written to `path` as PNG at the end."""
     with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
         figure, axes = plt.subplots(rows, columns, dpi=150, **options)
         try:

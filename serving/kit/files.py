@@ -38,7 +38,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """The same where `write` wants an open file, as np.save and torch.save take one. Raises WriteError."""
+    """Write as `write_file` where `write` wants an open file, as np.save and torch.save take one. Raises WriteError."""
 
     def open_and_write(partial: Path) -> None:
         with partial.open("wb") as file:

@@ -61,7 +61,7 @@ class ByteProgress:
             self._show()
 
     def finish(self) -> None:
-        """The last line, whatever the time."""
+        """Show the last line, whatever the time."""
         self._show()
         self._output.close()
 

@@ -27,7 +27,7 @@ class ResultError(CommandError):
 
 
 def to_json(result: msgspec.Struct) -> JsonObject:
-    """The result as JSON values, its schema first."""
+    """Return the result as JSON values, its schema first."""
     built: JsonObject = msgspec.to_builtins(result)
     return built
 

@@ -39,7 +39,7 @@ def defer_signals() -> Iterator[None]:
 
 
 def check_signals() -> None:
-    """Raises KeyboardInterrupt once a signal has come."""
+    """Raise KeyboardInterrupt once a signal has come."""
     if _received:
         raise KeyboardInterrupt
 

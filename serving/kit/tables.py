@@ -26,7 +26,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a row, or `align`, has not as many columns as there are heads."""
+        """Raise ValueError where a row, or `align`, has not as many columns as there are heads."""
         for row in (self.align, *self.rows):
             if len(row) != len(self.heads):
                 raise ValueError(f"table: expected {len(self.heads)} columns, got {list(row)}")

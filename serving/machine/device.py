@@ -54,7 +54,7 @@ class Device:
 
 
 def find_vllm() -> VllmInstall | None:
-    """The installed vLLM, or None when it is missing or only its metadata is left."""
+    """Find the installed vLLM, or None when it is missing or only its metadata is left."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:  # no origin: a folder that happens to be called vllm
         return None
@@ -67,7 +67,7 @@ def find_vllm() -> VllmInstall | None:
 
 
 def find_device(install: VllmInstall | None) -> Device | None:
-    """The device the installed vLLM uses; None when it is the GPU build and no GPU answers."""
+    """Find the device the installed vLLM uses; None when it is the GPU build and no GPU answers."""
     gpu = None if install is not None and install.for_cpu else find_gpu()
     if gpu is None and install is not None and not install.for_cpu:
         return None
@@ -75,7 +75,7 @@ def find_device(install: VllmInstall | None) -> Device | None:
 
 
 def find_gpu() -> Device | None:
-    """The first visible NVIDIA GPU according to ``nvidia-smi``, which is installed wherever the driver is."""
+    """Find the first visible NVIDIA GPU according to ``nvidia-smi``, which is installed wherever the driver is."""
     line = _query_gpu("name,memory.total,memory.free")
     try:
         name, total_mib, free_mib = (field.strip() for field in (line or "").rsplit(",", 2))
@@ -91,7 +91,7 @@ def _read_capability() -> int | None:
 
 
 def read_driver() -> str | None:
-    """The NVIDIA driver's version, or None."""
+    """Read the NVIDIA driver's version, or None."""
     return (_query_gpu("driver_version") or "").strip() or None
 
 
@@ -109,17 +109,17 @@ def _query_gpu(fields: str) -> str | None:
 
 
 def read_cpu_name() -> str:
-    """The processor's model name, or "cpu" where the kernel does not tell."""
+    """Read the processor's model name, or "cpu" where the kernel does not tell."""
     return _read_cpuinfo("model name") or "cpu"
 
 
 def read_cpu_flags() -> tuple[str, ...]:
-    """The processor's instructions; none where the kernel does not tell."""
+    """Read the processor's instructions; none where the kernel does not tell."""
     return tuple((_read_cpuinfo("flags") or _read_cpuinfo("Features") or "").split())
 
 
 def read_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The processor's family and model, and which of the instruction sets that matter to a CPU engine it has.
+    """Read the processor's family and model, and which of the instruction sets that matter to a CPU engine it has.
 
     Processors of one name differ in them, and so do their figures.
     """

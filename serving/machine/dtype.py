@@ -21,7 +21,7 @@ class DtypeChoice:
 
 
 def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> DtypeChoice:
-    """What to compute in. `stored`, `weight_bytes`: the target's numbers and their size.
+    """Choose what to compute in. `stored`, `weight_bytes`: the target's numbers and their size.
 
     bfloat16 becomes float32 on a CPU without bf16 arithmetic that multiplies float32 faster, if that much fits.  It
     follows from the machine, not from what is free at the moment, so that two engines of one model agree.

@@ -104,7 +104,7 @@ def multiplies_bf16(isa: Sequence[str] | None = None) -> bool:
 
 
 def find_rates() -> Rates | None:
-    """The rates of this machine: kept ones, else measured in about a second. None where torch cannot be asked."""
+    """Find the rates of this machine: kept ones, else measured in about a second. None where torch cannot be asked."""
     path = _place()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Rates)
@@ -136,7 +136,7 @@ def measure_rates() -> Rates | None:
 
 
 def describe_rates(rates: Rates, *, bf16: bool) -> str:
-    """What engines multiply with here, as a part of a sentence. `bf16`: the processor has bf16 arithmetic."""
+    """Describe what engines multiply with here, as a part of a sentence. `bf16`: the processor has bf16 arithmetic."""
     if bf16:
         return f"bfloat16 in the processor's own arithmetic, {1 / rates.gain:.1f} times as fast as float32"
     if rates.kernel_gain is not None and not rates.prefers_float32:
@@ -148,7 +148,7 @@ def describe_rates(rates: Rates, *, bf16: bool) -> str:
 
 
 def list_rates(rates: Rates) -> str:
-    """Times in ms of one row and of eight, by type."""
+    """List times in ms of one row and of eight, by type."""
     times = {"bfloat16": rates.bfloat16, "bfloat16 by laguna_serve::linear": rates.kernel, "float32": rates.float32}
     shown = [f"{name} {' / '.join(f'{ms:.2f}' for ms in by.values())}" for name, by in times.items() if by is not None]
     return f"ms for {' / '.join(rates.float32)} rows of 1024 by 4096: {', '.join(shown)}"

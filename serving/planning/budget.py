@@ -27,7 +27,7 @@ class BudgetError(ValueError):
 
 
 def plan_memory(device: Device, *, weight_bytes: int, wanted_kv_bytes: int, kv_cache_gib: float | None) -> list[str]:
-    """The memory arguments for vLLM.
+    """Plan the memory arguments for vLLM.
 
     Args:
         device: where the engine runs, with its free bytes.

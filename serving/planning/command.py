@@ -50,7 +50,9 @@ WEIGHT_TRANSFER = {"backend": "folder"}
 def settle_dtype(
     config: EngineConfig, checkpoints: Checkpoints, device: Device
 ) -> tuple[EngineConfig, tuple[str, ...]]:
-    """The configuration with the dtype that this machine computes fastest, where none was asked for; and notes on it.
+    """Settle the configuration with the dtype that this machine computes fastest, where none was asked for.
+
+    Returns it, and notes on it.
 
     The drafter does not count, so that an engine with and one without it get the same.
     """
@@ -61,12 +63,12 @@ def settle_dtype(
 
 
 def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[VllmSetting, ...]:
-    """What vLLM's environment needs for these checkpoints on this device."""
+    """Choose what vLLM's environment needs for these checkpoints on this device."""
     return choose_environment(device.kind, drafter=config.draft is not None, configs=checkpoints.configs)
 
 
 def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
-    """What differs on this device from what was asked for, or has not been measured on it, a line each.
+    """List what differs on this device from what was asked for, or has not been measured on it, a line each.
 
     On a CPU bench/prefix_cache.py finds a drafter's acceptance unchanged by prefix caching; a GPU has another model
     runner in vLLM, of which others report that it falls.
@@ -94,7 +96,7 @@ def _list_gpu_notes(config: EngineConfig, checkpoints: Checkpoints, device: Devi
 
 
 def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device, port: int) -> list[str]:
-    """The vLLM command line.
+    """Build the vLLM command line.
 
     Raises:
         BudgetError: not enough free memory.
@@ -142,7 +144,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
 
 
 def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> int | str | None:
-    """The longest sequence.
+    """Choose the longest sequence.
 
     On a GPU, where none is asked for, it is what one sequence can have in the memory that is left, which vLLM works
     out: with the model's own length it does not start where that does not fit.  With a drafter on a CPU the last block
@@ -182,7 +184,7 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
 
 
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
-    """The weights as they will lie in a device's memory, in bytes.
+    """Return the weights as they will lie in a device's memory, in bytes.
 
     Those on disk, twice that when 16 bits are widened to 32, and a part of them where several devices share a model.
     """
@@ -198,7 +200,7 @@ def count_ranks(arguments: Sequence[str], flags: Sequence[str] = PARALLEL_FLAGS)
 
 
 def locate(name: str) -> str:
-    """A checkpoint for vLLM: its folder, of a folder of the hub's cache the snapshot; a hub id as it is."""
+    """Locate a checkpoint for vLLM: its folder, of a folder of the hub's cache the snapshot; a hub id as it is."""
     return str(find_folder(name)) if os.path.isdir(_expand(name)) else _expand(name)
 
 
@@ -221,7 +223,7 @@ def build_environment(
     weight_updates: bool = False,
     settings: Sequence[VllmSetting] = (),
 ) -> dict[str, str]:
-    """The engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
+    """Build the engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
     On a CPU one core is left to the HTTP server, unless the caller has set OMP_NUM_THREADS; nor do ``settings`` replace
     what the caller has set.

@@ -51,7 +51,7 @@ class Checkpoints:
 
 
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
-    """Reads and checks target, drafter and γ.  Raises CheckpointError with one line.
+    """Read and check target, drafter and γ.  Raises CheckpointError with one line.
 
     ``weights`` is False for a plan, which needs no more of a drafter than its config.json.
     """
@@ -117,7 +117,7 @@ def _weigh(
 
 
 def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:
-    """The chat flags for a model in a folder, or for a hub id that is not on this machine."""
+    """Choose the chat flags for a model in a folder, or for a hub id that is not on this machine."""
     if config.chat is None:
         return NO_CONTRACT
     tokenizer = find_folder(find_value(config.extra_args, "--tokenizer") or config.model)

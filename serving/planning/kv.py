@@ -49,11 +49,11 @@ class KvLayout:
     in_flight: int
 
     def sequence_bytes(self, tokens: int) -> int:
-        """What vLLM wants to be free for one sequence of that length."""
+        """Return what vLLM wants to be free for one sequence of that length."""
         return self.total_bytes(tokens, 1)
 
     def total_bytes(self, tokens: int, sequences: int) -> int:
-        """What so many sequences of that length take: a window each in sliding groups, and what is in flight."""
+        """Total what so many sequences of that length take: a window each in sliding groups, and what is in flight."""
         # One block more than a window takes, as it begins anywhere in a block.
         held = self.full * sequences * ceil(tokens / self.block)
         if sequences == 1:
@@ -70,7 +70,7 @@ class KvLayout:
         return self.full * self.group_layers * self.layer_bytes
 
     def longest(self, available: int, sequences: int, limit: int) -> int:
-        """The longest context, up to ``limit``, that so many sequences can have at once; 0 for none."""
+        """Return the longest context, up to ``limit``, that so many sequences can have at once; 0 for none."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -93,7 +93,7 @@ def choose_batched_tokens(device: Device) -> int:
 def plan_layout(
     target: Target, drafter: Drafter | None, device: Device, *, value_bytes: int, batched_tokens: int, ranks: int = 1
 ) -> KvLayout:
-    """The layout on a device; ``ranks`` devices share the heads."""
+    """Plan the layout on a device; ``ranks`` devices share the heads."""
     heads = ceil(target.num_kv_heads / ranks)
     layer_bytes = 2 * heads * target.head_dim * value_bytes
     full = target.full_layers
@@ -125,7 +125,7 @@ def _choose_group_size(full: int, sliding: int) -> int:
 def estimate_activations(
     target: Target, *, batched_tokens: int, sequences: int, rows: int, value_bytes: int = 2
 ) -> int:
-    """What a step of the largest batch needs besides the weights: one layer's rows, and logits in fp32.
+    """Estimate what a step of the largest batch needs besides the weights: one layer's rows, and logits in fp32.
 
     An estimate: vLLM measures it when it starts.  ``rows`` are those of a sequence whose logits are taken, γ + 1.
     """

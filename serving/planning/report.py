@@ -18,14 +18,14 @@ WIDTH = 13
 
 
 def format_command(plan: EnginePlan) -> str:
-    """The command with its environment, for a POSIX shell."""
+    """Format the command with its environment, for a POSIX shell."""
     variables = [part for name in plan.unset for part in ("-u", name)]
     variables += [f"{name}={value}" for name, value in sorted(plan.environment.items())]
     return shlex.join(["env", *variables, *plan.command])
 
 
 def format_plan(plan: EnginePlan) -> str:
-    """A line for each thing that is known, the command last."""
+    """Format a line for each thing that is known, the command last."""
     rows = list(_list_rows(plan))
     lines = [f"{name:<{WIDTH}} {text}" for name, text in rows]
     lines += [f"{'warning':<{WIDTH}} {warning}" for warning in plan.warnings]

@@ -105,7 +105,7 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 
 def describe_plan(plan: EnginePlan) -> PlanResult:
-    """The plan as its result."""
+    """Describe the plan as its result."""
     target, drafter = plan.checkpoints.target, plan.checkpoints.drafter
     context = plan.context
     return PlanResult(

@@ -85,12 +85,12 @@ KV_FP8_CAPABILITY = 89
 
 
 def judge_target(target: Target, device: Device) -> SupportVerdict:
-    """What becomes of the model's weights."""
+    """Judge what becomes of the model's weights."""
     return judge(target.quantisation, device, experts=not target.dense)
 
 
 def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
-    """What becomes of a drafter's weights.
+    """Judge what becomes of a drafter's weights.
 
     vLLM's Laguna drafter reads `qkv_proj.weight` itself, for the keys and values of all layers at once, and so cannot
     have it quantised (https://github.com/vllm-project/vllm/issues/51581); Qwen3's asks the quantisation for them.
@@ -106,7 +106,7 @@ def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
 
 
 def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -> SupportVerdict:
-    """What becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
+    """Judge what becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
     kind = PLAIN if quantisation is None else quantisation.kind
     if kind == OTHER and quantisation is not None:
         return SupportVerdict(
@@ -132,7 +132,7 @@ def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> SupportVerdict
 
 
 def check_support(target: Target | None, drafter: Drafter | None, device: Device) -> None:
-    """Raises CheckpointError for what the device does not run: weights, or a drafter's kinds of attention."""
+    """Raise CheckpointError for what the device does not run: weights, or a drafter's kinds of attention."""
     verdicts = [] if target is None else [(target.name, target.quantisation, judge_target(target, device))]
     verdicts += [] if drafter is None else [(drafter.name, drafter.quantisation, judge_drafter(drafter, device))]
     for name, quantisation, verdict in verdicts:
@@ -148,7 +148,7 @@ def check_support(target: Target | None, drafter: Drafter | None, device: Device
 
 
 def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> None:
-    """Raises CheckpointError for what tensor parallelism cannot cut into `ranks` equal parts.
+    """Raise CheckpointError for what tensor parallelism cannot cut into `ranks` equal parts.
 
     vLLM asserts each of these while it builds the layers, in every rank (models/laguna.py, distributed/utils.py of
     0.32); a drafter is cut like its target.  Heads of keys and values may also be fewer than the ranks, which then
@@ -178,7 +178,7 @@ def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> N
 
 
 def check_use(target: Target, keep_mask: str | None) -> None:
-    """Raises CheckpointError for a quantised base whose experts are to be pruned."""
+    """Raise CheckpointError for a quantised base whose experts are to be pruned."""
     if keep_mask is not None and target.quantisation is not None:
         remedy = "prune the bf16 release, or serve this one whole, without the mask"
         expected = "expected an unquantised base for --keep-mask, as blocks of experts are cut out of plain weights"

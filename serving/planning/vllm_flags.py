@@ -31,7 +31,7 @@ USAGE_STATUS = 2
 
 
 def check_flags(commands: Sequence[Sequence[str]]) -> None:
-    """Raises CheckpointError, quoting vLLM, for the first command line (python -m MODULE …) that it refuses."""
+    """Raise CheckpointError, quoting vLLM, for the first command line (python -m MODULE …) that it refuses."""
     if not commands:
         return
     arguments = json.dumps([list(command[3:]) for command in commands])

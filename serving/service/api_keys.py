@@ -14,7 +14,7 @@ FILE_MARK = "@"
 
 
 def read_keys(given: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The keys given as KEY or @FILE (one per line), else that of the environment; none: everybody may ask.
+    """Read the keys given as KEY or @FILE (one per line), else that of the environment; none: everybody may ask.
 
     Raises:
         CheckpointError: a file cannot be read or holds no key, or a key cannot travel in a header.
@@ -31,7 +31,7 @@ def read_keys(given: Sequence[str], environment: Mapping[str, str]) -> tuple[str
 
 
 def describe_keys(keys: Sequence[str]) -> list[dict[str, str]]:
-    """The gateway's table of keys: names by order, digests."""
+    """Describe the gateway's table of keys: names by order, digests."""
     return [
         {"name": f"api-key-{number}", "sha256": hashlib.sha256(key.encode()).hexdigest()}
         for number, key in enumerate(keys, 1)

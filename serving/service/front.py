@@ -62,7 +62,7 @@ class FrontSettings:
 
 
 def make_config(settings: FrontSettings, engine_url: str) -> Config:
-    """The gateway's configuration with the engine at an address in it.
+    """Make the gateway's configuration with the engine at an address in it.
 
     Raises:
         EngineError: it cannot be read, or does not go together with the rest of the command line.
@@ -118,7 +118,7 @@ class Front:
         self._server.call(self._mark)
 
     def leave(self, reason: str) -> None:
-        """The engine has died: requests wait, streams in flight end with an error."""
+        """Note that the engine has died: requests wait, streams in flight end with an error."""
         self._server.call(lambda relay: self._find(relay)[1].leave(reason))
 
     def note_deaths(self, deaths: Collection[Death]) -> None:
@@ -142,7 +142,7 @@ class Front:
         self._engine_url = engine_url
 
     def give_up(self) -> None:
-        """The engine does not come back: requests that wait are refused."""
+        """Note that the engine does not come back: requests that wait are refused."""
 
         def act(relay: Relay) -> None:
             pool, engine = self._find(relay)
@@ -155,7 +155,7 @@ class Front:
         self._server.schedule(self._reload)
 
     def read_config(self) -> Config:
-        """The configuration as it is now.  Raises ConfigError."""
+        """Read the configuration as it is now.  Raises ConfigError."""
         from laguna_serve.serving.gateway.config import ConfigError
 
         try:
@@ -177,7 +177,7 @@ class Front:
 
 @contextmanager
 def open_front(settings: FrontSettings, engine_url: str) -> Iterator[Front]:
-    """The gateway for as long as the block runs.  Raises EngineError."""
+    """Open the gateway for as long as the block runs.  Raises EngineError."""
     # FastAPI and aiohttp take half a second to import, which no other command needs.
     from laguna_serve.serving.gateway.run import open_background
 
@@ -214,7 +214,7 @@ def _list_tables(tables: JsonObject, name: str, source: str) -> list[JsonObject]
 
 
 def _add_engine(models: list[JsonObject], settings: FrontSettings, url: str, source: str) -> list[JsonObject]:
-    """The models with our engine in the one that it serves, which need not be there, nor have another engine."""
+    """Add our engine to the model that it serves, which need not be there, nor have another engine."""
     names = [
         upstream.get("name")
         for model in models

@@ -53,7 +53,7 @@ def serve(
     restart: bool,
     greet: Callable[[Engine, str, str | None], str],
 ) -> ServeResult:
-    """Serves until a signal, or until the engine is given up.
+    """Serve until a signal, or until the engine is given up.
 
     Args:
         settings: of the gateway in front of the engine; None: there is none.

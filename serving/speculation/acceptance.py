@@ -45,7 +45,7 @@ class AcceptanceReport(msgspec.Struct, frozen=True):
 
 
 def read_acceptance(base_url: str) -> Acceptance | None:
-    """What the engine's /metrics say; None when it does not answer in time or does not speculate."""
+    """Read what the engine's /metrics say; None when it does not answer in time or does not speculate."""
     try:
         with urllib.request.urlopen(f"{base_url}/metrics", timeout=TIMEOUT_S) as answer:
             text = answer.read().decode("utf-8", "replace")
@@ -79,7 +79,7 @@ class AcceptanceWatch:
         self._seen: Acceptance | None = None
 
     def look(self) -> None:
-        """Called often; asks the engine seldom, and no more once the line is out."""
+        """Ask the engine seldom, though called often, and no more once the line is out."""
         if self._gamma is None or self._shown or time.monotonic() - self._last < LOOK_S:
             return
         self.read()

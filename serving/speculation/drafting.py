@@ -73,7 +73,7 @@ def open_drafter(folder: Path, name: str) -> Drafter:
 
 
 def check_fit(target: Target, drafter: Drafter) -> None:
-    """Raises CheckpointError naming the first thing in which the drafter does not fit its target."""
+    """Raise CheckpointError naming the first thing in which the drafter does not fit its target."""
     subject = f"drafter {drafter.name}"
     remedy = f"take a drafter trained for {target.name}"
     for what, expected, got in (
@@ -116,7 +116,7 @@ def _check_layer_ids(target: Target, drafter: Drafter, subject: str, remedy: str
 
 
 def resolve_gamma(gamma: int | None, drafter: Drafter | None, *, beyond_block: bool = False) -> int:
-    """The number of proposals per step: the given γ if the drafter was trained for it, by default its maximum.
+    """Resolve the number of proposals per step: the given γ if the drafter was trained for it, by default its maximum.
 
     Beyond block − 1 the drafter sees positions it was never trained on; vLLM would run it without a word, here that
     takes ``beyond_block``.  For a drafter that is not on this machine (None) γ cannot be checked and must be given.
@@ -144,7 +144,7 @@ def resolve_gamma(gamma: int | None, drafter: Drafter | None, *, beyond_block: b
 def list_warnings(
     target: Target, drafter: Drafter, *, dtype: str, max_model_len: int | None, pruned: bool
 ) -> list[str]:
-    """What works but should be known, a line each.
+    """List what works but should be known, a line each.
 
     ``dtype`` and ``max_model_len`` are those asked for ("auto" and None: the target's own); ``pruned`` says that the
     target's experts are pruned while it is loaded.

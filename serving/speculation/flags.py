@@ -9,7 +9,7 @@ from laguna_serve.serving.kit.flags import Flag
 
 
 def parse_gamma(text: str) -> int | None:
-    """A number of tokens, or "max" (None)."""
+    """Parse a number of tokens, or "max" (None)."""
     if text == "max":
         return None
     try:

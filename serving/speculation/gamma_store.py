@@ -39,7 +39,7 @@ def store_advice(advice: Advice) -> Path:
 
 
 def find_advice(model: str, draft: str) -> Advice:
-    """What was stored for this pair on this device with this vLLM.
+    """Find what was stored for this pair on this device with this vLLM.
 
     Raises:
         CheckpointError: nothing, or a file that cannot be read; the message says how to get one.
@@ -68,6 +68,6 @@ def _place(model: str, draft: str) -> Path:
 
 
 def _name(checkpoint: str) -> str:
-    """A folder by where it really lies, a hub id as it is."""
+    """Name a folder by where it really lies, a hub id as it is."""
     path = Path(checkpoint).expanduser()
     return str(path.resolve()) if path.is_dir() else checkpoint

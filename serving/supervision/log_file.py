@@ -49,7 +49,7 @@ class LogWriter:
             self._fd = None
 
     def _open(self) -> int:
-        """The descriptor of the file that now has the path: a deleted or full one is left for a new one."""
+        """Open the descriptor of the file that now has the path: a deleted or full one is left for a new one."""
         if self._fd is not None:
             held = os.fstat(self._fd)
             if stat.S_ISREG(held.st_mode):

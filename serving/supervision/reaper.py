@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 16
 
 
 def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str]) -> int:
-    """Runs the command until it ends, the parent is gone or a signal asks for the end; leaves no process behind."""
+    """Run the command until it ends, the parent is gone or a signal asks for the end; leave no process behind."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
@@ -89,13 +89,13 @@ def copy_lines(source: IO[bytes], log: LogWriter) -> None:
 
 
 def report(line: str) -> None:
-    """A line for people; they may have left."""
+    """Print a line for people; they may have left."""
     with contextlib.suppress(OSError):
         print(f"laguna: warning: {line}", file=sys.stderr, flush=True)
 
 
 def reap_orphans(main_pid: int) -> None:
-    """Collects adopted processes that have ended; the main process's status is left for its own wait."""
+    """Collect adopted processes that have ended; the main process's status is left for its own wait."""
     for process in psutil.Process().children():
         if process.pid != main_pid:
             with contextlib.suppress(ChildProcessError):
@@ -103,7 +103,7 @@ def reap_orphans(main_pid: int) -> None:
 
 
 def end_tree(grace_s: float) -> None:
-    """Waits up to grace_s for every descendant to end, then kills them until none is left."""
+    """Wait up to grace_s for every descendant to end, then kill them until none is left."""
     deadline = time.monotonic() + grace_s
     while survivors := list_live_descendants():
         if time.monotonic() >= deadline:

@@ -48,7 +48,7 @@ class Tally:
         self.counts = {PASSED: 0, WEAK: 0, FAILED: 0, UNJUDGED: 0, UNMET: 0}
 
     def note(self, text: str) -> None:
-        """A weakness of the test that is under way, or of the next one."""
+        """Note a weakness of the test that is under way, or of the next one."""
         self._pending.append(text)
 
     @property
@@ -135,7 +135,7 @@ class Run:
         self.space: Space = {}
 
     def load(self, read_original: Any) -> None:
-        """The prompt's definitions and the tests, rewritten.
+        """Load the prompt's definitions and the tests, rewritten.
 
         Raises:
             FaultError: they do not load.
@@ -216,7 +216,7 @@ def is_installed(name: str) -> bool:
 
 
 def load_prompt(prompt: str) -> Space:
-    """A namespace with the prompt's own functions: some problems' tests call helpers that the prompt defines."""
+    """Make a namespace with the prompt's own functions: some problems' tests call helpers that the prompt defines."""
     space: Space = {"__name__": "solution"}
     for text in (prompt, prompt.rstrip() + "\n    pass\n"):
         try:

@@ -37,7 +37,7 @@ class Names:
 
 
 def rewrite(test: str, entry_point: str) -> ast.Module:
-    """The test with `check`'s body guarded statement by statement.
+    """Rewrite the test, with `check`'s body guarded statement by statement.
 
     Raises:
         SyntaxError: it is no Python.
@@ -228,7 +228,7 @@ class _Watching(ast.NodeTransformer):
         return node if len(node.elts) > 64 else self.generic_visit(node)
 
     def _read_originals(self, node: ast.expr) -> ast.expr:
-        """An oracle's expression: what it reads of the arguments is what they were before the program had them."""
+        """Let an oracle's expression read the arguments as they were before the program had them."""
         if self._is_answer(node):
             return node
         return _Originals(self._names.arguments).visit(node)  # type: ignore[no-any-return]

@@ -49,7 +49,7 @@ Kind = list[Any]
 
 
 def find_family(value: Any) -> str:
-    """The family of a value: within one, a test may take one type for another."""
+    """Find the family of a value: within one, a test may take one type for another."""
     if isinstance(value, Remote):
         kind = type(value)
         if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
@@ -93,7 +93,7 @@ def describe_kind(value: Any, changed: bool) -> Kind:
 
 
 def look_into(value: Any) -> Iterator[Any]:
-    """What a value consists of, to a bounded extent."""
+    """Yield what a value consists of, to a bounded extent."""
     waiting, seen = [value], 0
     while waiting and seen < MAX_LOOKED:
         part = waiting.pop()
@@ -125,7 +125,7 @@ def is_compatible(kind: Kind, expected: Kind, open_ended: bool) -> bool:
 
 
 def show_kind(kind: Kind) -> str:
-    """The kind in words, as "a list of 3"."""
+    """Show the kind in words, as "a list of 3"."""
     family, length, _, finite, _ = kind
     said = f"a {family}" if family not in (RAISED, NOTHING) else {RAISED: "an exception", NOTHING: "None"}[family]
     if family in (MANY, MAPPING) and length is not None:
@@ -136,7 +136,10 @@ def show_kind(kind: Kind) -> str:
 
 
 def make_key(items: Any, named: Any, nodes: list[Any]) -> str:
-    """What tells one call from another: its arguments; of what cannot be sent only that there is something."""
+    """Make a key that tells one call from another.
+
+    It has the arguments; of what cannot be sent only that there is something.
+    """
     plain = [[node[0], None, node[2]] if node[0] in REFERENCES else node for node in nodes]
     text = json.dumps([items, named, plain], separators=(",", ":"), sort_keys=True)
     return f"{hash(text):x}"  # the same in every grader: they are started with one hash seed
@@ -188,11 +191,11 @@ class Observer:
         return self._entry_is_class and (self.baseline is None or self.baseline["entry_is_class"])
 
     def set_entry(self, is_class: bool) -> None:
-        """What the program defines by the name."""
+        """Note what the program defines by the name."""
         self._entry_is_class = is_class
 
     def expect(self, key: str) -> Kind | None:
-        """What the canonical solution gave for the call that is about to be noted, if that is known."""
+        """Return what the canonical solution gave for the call that is about to be noted, if that is known."""
         kinds: dict[str, Kind] = self.baseline["kinds"] if self.baseline else {}
         return kinds.get(f"{key}.{self._seen[key]}")
 
@@ -239,19 +242,19 @@ class Observer:
     # Answers that are read item by item: how long they are shows when they have ended.
 
     def follow(self, number: int, iterator: Any) -> None:
-        """An iterator has been taken of the program's object of that number."""
+        """Note that an iterator has been taken of the program's object of that number."""
         stream = self._streams.get(number)
         if stream is not None and isinstance(iterator, Remote) and get_number(iterator) != number:
             self._streams[get_number(iterator)] = Stream(stream.kind, stream.expected)
 
     def add_item(self, number: int, item: Any) -> None:
-        """It has given an item."""
+        """Note that it has given an item."""
         stream = self._streams.get(number)
         if stream is not None:
             stream.add(item)
 
     def end_stream(self, number: int) -> None:
-        """It has no more."""
+        """Note that it has no more."""
         stream = self._streams.pop(number, None)
         if stream is None:
             return
@@ -284,7 +287,7 @@ class Observer:
                 self.note("unused", f"expected a value to check, got a {type(value).__name__} that no test used")
 
     def make_record(self, passed: int) -> RunRecord:
-        """What the canonical solution's run leaves for those of others."""
+        """Record what the canonical solution's run leaves for those of others."""
         return {
             "passed": passed,
             "calls": self.calls,

@@ -57,7 +57,7 @@ class RemoteProgram(ObjectPeer):
         self._key, self._changed = "", False
 
     def begin(self, node: Node, shared: Space) -> Any:
-        """The program's function, as the tests call it."""
+        """Return the program's function, as the tests call it."""
         self.shared = {name: kind for name, kind in shared.items() if isinstance(kind, type)}
         try:
             candidate = self.resolve(str(node[0]), node[1], [])
@@ -67,7 +67,7 @@ class RemoteProgram(ObjectPeer):
         return candidate
 
     def read_global(self, name: str) -> Any:
-        """What the program calls by that name, or MISSING. A module of the standard library is the tests' own."""
+        """Read what the program calls by that name, or MISSING. A module of the standard library is the tests' own."""
         match self.call(SPACE, "global", (name,), {}):
             case (kind, value) if kind == VALUE:
                 return value
@@ -170,7 +170,7 @@ class RemoteProgram(ObjectPeer):
         return options
 
     def take_options(self, options: Options) -> None:
-        """What the program wrote and read."""
+        """Take what the program wrote and read."""
         written = options.get("written", {})
         for name in ("stdout", "stderr"):
             text = written.get(name)
@@ -180,7 +180,7 @@ class RemoteProgram(ObjectPeer):
             sys.stdin.read(int(options["read"]))
 
     def enter(self, options: Options) -> Callable[[], Options]:
-        """What the program wrote before it called back."""
+        """Take what the program wrote before it called back."""
         self.take_options(options)
         return dict
 
@@ -207,13 +207,13 @@ class RemoteProgram(ObjectPeer):
         return self._observer.add_late_change()
 
     def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
-        """The result; an argument that is itself the answer has no original any more."""
+        """Take the result; an argument that is itself the answer has no original any more."""
         value = super().take_result(call, item, decoder)
         self._originals.pop(id(value), None)
         return value
 
     def read_original(self, value: Any) -> Any:
-        """An argument as it was before the last call that changed it."""
+        """Read an argument as it was before the last call that changed it."""
         found = self._originals.get(id(value))
         if found is None or found[0] is not value:
             return value
@@ -223,7 +223,7 @@ class RemoteProgram(ObjectPeer):
         return copies[index]
 
     def _copy(self, nodes: list[Node]) -> list[Any]:
-        """The objects of a call's nodes once more."""
+        """Copy the objects of a call's nodes once more."""
         return Decoder(nodes, self._resolve_own, self.bounds).objects
 
     def _resolve_own(self, tag: str, extra: Any, values: list[Any]) -> Any:

@@ -22,11 +22,11 @@ class Seal:
         self._key, self._number = key, 0
 
     def close(self, text: bytes) -> bytes:
-        """The line of the next message, which holds no line break."""
+        """Make the line of the next message, which holds no line break."""
         return self._next_tag(text) + b" " + text + b"\n"
 
     def open(self, line: bytes) -> bytes:
-        """The next message's text, from its line without the break.
+        """Read the next message's text from its line without the break.
 
         Raises:
             ForgedError: the line is not the judge's.

@@ -19,7 +19,7 @@ class Watcher:
         self._observer, self._read_original = observer, read_original
 
     def original(self, _: int, value: Any) -> Any:
-        """What an oracle reads of an argument."""
+        """Return what an oracle reads of an argument."""
         if isinstance(value, list | tuple) and not self._observer.is_answer(value):
             found = self._read_original(value)
             if found is value:
@@ -30,7 +30,7 @@ class Watcher:
         return self._read_original(value)
 
     def loop(self, line: int, items: Iterable[Any]) -> Iterator[Any]:
-        """A loop of tests over an answer must be entered."""
+        """Watch that a loop of tests over an answer is entered."""
         entered = False
         for item in items:
             entered = True
@@ -75,7 +75,7 @@ class Watcher:
         return function(first, second, *args, **named)
 
     def zip(self, line: int, *items: Any, **named: Any) -> Iterator[Any]:
-        """The builtin; an answer must not be the shorter one."""
+        """Do as the builtin; an answer must not be the shorter one."""
         iterators = [iter(item) for item in items]
         strict = bool(named.get("strict"))
         while True:

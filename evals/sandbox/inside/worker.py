@@ -48,7 +48,7 @@ class Capture(io.TextIOBase):
         self._real.flush()
 
     def take(self) -> str:
-        """What has been written since the last time."""
+        """Take what has been written since the last time."""
         text = self._text.getvalue()
         self._text = io.StringIO()
         return text
@@ -104,7 +104,7 @@ class WorkerPeer(ObjectPeer):
         return leave
 
     def list_options(self, call: Call) -> Options:
-        """What has been written so far, so that it stands before what the test writes when it is called back."""
+        """List what has been written so far, so that it stands before what the test writes when it is called back."""
         return {"written": self._take_written()} if self._captures else {}
 
     def _take_written(self) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _is_plain(kind: type) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """The exception in one line, with the program's line where it arose."""
+    """Describe the exception in one line, with the program's line where it arose."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == NAME + ".py"]
     where = f" (line {lines[-1]})" if lines else ""
     try:

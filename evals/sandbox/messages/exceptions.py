@@ -17,12 +17,12 @@ RUNNERS = ("unittest", "doctest", "bdb", "pdb", "test", "pytest", "_pytest")
 
 
 def list_lineage(kind: type) -> list[str]:
-    """An exception class and its bases, as module:name."""
+    """List an exception class and its bases, as module:name."""
     return [f"{base.__module__}:{base.__qualname__}" for base in kind.__mro__ if base is not object]
 
 
 def describe_exception(error: BaseException) -> Description:
-    """What is copied of an exception."""
+    """Describe what is copied of an exception."""
     attributes = {
         name: value
         for name in (*vars(error), *(("errno", "strerror", "filename") if isinstance(error, OSError) else ()))
@@ -41,7 +41,7 @@ def describe_exception(error: BaseException) -> Description:
 def make_exception_class(
     names: list[str], made: dict[tuple[str, ...], type[BaseException]], own: Mapping[str, type]
 ) -> type[BaseException]:
-    """The class of that lineage: one that both sides have, or a new one below the nearest of them.
+    """Make the class of that lineage: one that both sides have, or a new one below the nearest of them.
 
     `own`: classes of this side that stand for those of the same name there.
     """
@@ -82,7 +82,7 @@ def _find_exception_class(name: str, own: Mapping[str, type]) -> type[BaseExcept
 def make_exception(
     kind: type[BaseException], args: list[Any], attributes: Named, text: str, made_here: bool
 ) -> BaseException:
-    """The copy of an exception. `made_here`: its class was made for it, so nothing of its constructor is known."""
+    """Make the copy of an exception. `made_here`: its class was made for it, so nothing of its constructor is known."""
     try:
         error = kind.__new__(kind, *args) if made_here else kind(*args)
     except Exception:

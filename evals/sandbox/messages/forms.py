@@ -47,7 +47,7 @@ class MalformedError(Exception):
 
 
 def find_form(value: Any, kind: type) -> type | None:
-    """The type as which a value travels: its own, or the nearest base that has a form."""
+    """Find the type as which a value travels: its own, or the nearest base that has a form."""
     if isinstance(value, type):
         return type if TYPES.get(value.__name__) is value else None
     if kind in FORMS:
@@ -82,7 +82,7 @@ def describe(value: Any, form: type, tag: str = "") -> tuple[str, Any, list[Any]
 
 
 def list_attributes(value: Any) -> list[Any]:
-    """An object's own attributes, names and values alternating, slots among them."""
+    """List an object's own attributes, names and values alternating, slots among them."""
     pairs = dict(getattr(value, "__dict__", {}))
     for base in type(value).__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -110,7 +110,7 @@ def _pairs(value: Any) -> list[Any]:
 
 
 def _zone(value: Any) -> Any:
-    """A time zone: its name, its offset from UTC in seconds, or None."""
+    """Describe a time zone: its name, its offset from UTC in seconds, or None."""
     if value.tzinfo is None:
         return None
     key = getattr(value.tzinfo, "key", None)
@@ -194,7 +194,7 @@ FORMS: dict[type, Callable[[Any], tuple[str, Any, list[Any]]]] = {
 
 
 def is_finite(value: Any) -> bool:
-    """False of a number that is infinite or none."""
+    """Return False for a number that is infinite or NaN."""
     try:
         return not isinstance(value, int | float | complex | decimal.Decimal) or _is_finite_number(value)
     except (OverflowError, decimal.DecimalException):

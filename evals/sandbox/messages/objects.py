@@ -46,7 +46,7 @@ class ObjectPeer(Peer):
         self._exceptions: dict[tuple[str, ...], type[BaseException]] = {}
 
     def refer(self, value: Any) -> Referred | None:
-        """A proxy goes back as the other side's object; instances of shared classes and exceptions are copied."""
+        """Send a proxy back as the other side's object; instances of shared classes and exceptions are copied."""
         if isinstance(value, Remote):
             mark_used(value)
             return ["yours", get_number(value), []], []
@@ -67,7 +67,7 @@ class ObjectPeer(Peer):
         return ["object", description, []], []
 
     def resolve(self, tag: str, extra: Any, values: list[Any]) -> Any:
-        """The value of what the other side's `refer` made."""
+        """Make the value of what the other side's `refer` made."""
         match tag:
             case "yours":
                 return self.exported[int(extra)]
@@ -91,7 +91,7 @@ class ObjectPeer(Peer):
         raise MalformedError(f"a node of kind {str(tag)[:20]}")
 
     def find_exception_class(self, names: list[str]) -> type[BaseException]:
-        """This side's class for one of the other side."""
+        """Find this side's class for one of the other side."""
         return make_exception_class(names, self._exceptions, self.shared)
 
     def describe_error(self, error: BaseException) -> Description:
@@ -102,7 +102,7 @@ class ObjectPeer(Peer):
             return {"names": list_lineage(type(error)), "text": "", "args": {}, "attributes": {}, "cause": None}
 
     def make_error(self, description: Description, decode: Callable[[Any], Any], call: Call) -> BaseException:
-        """A copy of the other side's exception; PeerExit of one that would end this side."""
+        """Make a copy of the other side's exception; PeerExit of one that would end this side."""
         names = [str(name) for name in decode(description["names"])]
         args = [decode(item) for item in description["args"].values()]
         attributes = {str(name): decode(item) for name, item in description["attributes"].items()}
@@ -126,6 +126,6 @@ class ObjectPeer(Peer):
         return make_exception(kind, list(args), {str(k): v for k, v in attributes.items()}, text, made_here)
 
     def compare(self, remote: Remote, operation: str, other: Any) -> Any:
-        """A comparison with an object of the other side."""
+        """Compare something with an object of the other side."""
         mark_used(remote)
         return self.call(get_number(remote), operation, (other,), {})

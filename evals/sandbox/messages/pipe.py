@@ -29,7 +29,7 @@ class Pipe:
         self._fd, self._message_bytes = fd, message_bytes
 
     def receive(self) -> list[Any]:
-        """The next message: a list that begins with its kind.
+        """Receive the next message: a list that begins with its kind.
 
         Raises:
             PeerGone: the other side ended or said something else.

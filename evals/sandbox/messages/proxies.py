@@ -115,7 +115,7 @@ def is_used(remote: Remote) -> bool:
 
 
 def describe_class(kind: type) -> Description:
-    """What a proxy's class is made from."""
+    """Describe what a proxy's class is made from."""
     specials = [
         name
         for name in (*SPECIALS, *ASYNC_SPECIALS)
@@ -130,7 +130,7 @@ def describe_class(kind: type) -> Description:
 
 
 def make_proxy(peer: Peer, number: int, description: Any, classes: dict[Any, type[Remote]]) -> Remote:
-    """The proxy of an object, of a class that is made once for each description."""
+    """Make the proxy of an object, of a class that is made once for each description."""
     name, specials = str(description["name"]), [str(name) for name in description["specials"]]
     known = (name, *specials, bool(description["function"]), bool(description["unhashable"]))
     if known not in classes:
@@ -181,12 +181,12 @@ def _make_async_method(special: str) -> Callable[..., Any]:
 
 
 async def run_remotely(peer: Peer, number: int) -> Any:
-    """A coroutine of the other side."""
+    """Run a coroutine of the other side."""
     return peer.call(number, "await", (), {})
 
 
 async def iterate_remotely(peer: Peer, number: int) -> AsyncIterator[Any]:
-    """An asynchronous generator of the other side."""
+    """Iterate over an asynchronous generator of the other side."""
     while True:
         try:
             value = peer.call(number, "__anext__", (), {})
@@ -226,14 +226,14 @@ def operate_on(value: Any, operation: str, args: list[Any], named: Named, run: C
 
 
 def _get_code(value: Any) -> types.SimpleNamespace:
-    """What may be known of a function's code: its numbers and names."""
+    """Tell what may be known of a function's code: its numbers and names."""
     code = value.__code__
     pairs = {name: getattr(code, name) for name in dir(code) if name.startswith("co_") and name != "co_consts"}
     return types.SimpleNamespace(**{k: v for k, v in pairs.items() if isinstance(v, int | str | tuple)})
 
 
 def describe_signature(value: Any) -> list[list[Any]]:
-    """A function's parameters: name, kind, whether there is a default, and the default where it is plain."""
+    """Describe a function's parameters: name, kind, whether there is a default, and the default where it is plain."""
     import inspect  # as asyncio below: each process would pay for it, few need it
 
     plain = (bool, int, float, str, type(None), tuple, list, dict)
@@ -244,7 +244,7 @@ def describe_signature(value: Any) -> list[list[Any]]:
 
 
 def make_signature(parameters: Any) -> inspect.Signature:
-    """The signature that was described."""
+    """Make the signature that was described."""
     import inspect
 
     made = []
@@ -274,7 +274,7 @@ class AsyncRunner:
 
 
 def is_async(value: Any) -> str:
-    """The tag of a coroutine or of an asynchronous generator, or nothing."""
+    """Return the tag of a coroutine or of an asynchronous generator, or nothing."""
     if isinstance(value, types.CoroutineType | Coroutine):
         return "coroutine"
     return "agen" if isinstance(value, types.AsyncGeneratorType) else ""

@@ -60,27 +60,27 @@ class Peer(Pipe):
     # What the two ends do differently.
 
     def refer(self, value: Any) -> tuple[Node, list[Any]] | None:
-        """The node and the children of an object without a form of its own, or None."""
+        """Make the node and the children of an object without a form of its own, or None."""
         raise NotImplementedError
 
     def resolve(self, tag: str, extra: Any, values: list[Any]) -> Any:
-        """The value of a node that `refer` made on the other side."""
+        """Make the value of a node that `refer` made on the other side."""
         raise NotImplementedError
 
     def operate(self, value: Any, operation: str, args: list[Any], named: Named) -> Any:
-        """What the other side asks of an object of this one."""
+        """Do what the other side asks of an object of this one."""
         raise NotImplementedError
 
     def describe_error(self, error: BaseException) -> Description:
-        """An exception, for the other side; its values are left to `encode`."""
+        """Describe an exception, for the other side; its values are left to `encode`."""
         raise NotImplementedError
 
     def make_error(self, description: Description, decode: Callable[[Any], Any], call: Call) -> BaseException:
-        """The other side's exception, as one of this side."""
+        """Make the other side's exception, as one of this side."""
         raise NotImplementedError
 
     def list_options(self, call: Call) -> Options:
-        """What travels with a call besides its arguments."""
+        """List what travels with a call besides its arguments."""
         return {}
 
     def enter(self, options: Options) -> Callable[[], Options]:
@@ -102,7 +102,7 @@ class Peer(Pipe):
     # Calls.
 
     def export(self, value: Any) -> int:
-        """The number of an object of this side; the same each time."""
+        """Give an object of this side its number; the same each time."""
         number = self._numbers.get(id(value))
         if number is None:
             number = self._numbers[id(value)] = len(self.exported)
@@ -163,7 +163,7 @@ class Peer(Pipe):
         raise error
 
     def _take_kept(self, call: Call, options: Options) -> None:
-        """What has become of arguments that the other side has kept, and those that it keeps of this call."""
+        """Take what has become of arguments that the other side has kept, and those that it keeps of this call."""
         if changes := options.get("kept"):
             self._kept_there.take(changes, self.may_change_kept())
         for index in options.get("keep", []):
@@ -172,7 +172,7 @@ class Peer(Pipe):
             self._kept_there.add(call.encoder.objects[index], call.encoder.nodes[index][0])
 
     def take_result(self, call: Call, item: Any, decoder: Decoder) -> Any:
-        """The result of a call."""
+        """Take the result of a call."""
         return decoder.decode(item)
 
     def serve(self) -> None:
@@ -225,7 +225,7 @@ class Peer(Pipe):
         return None
 
     def _keep(self, decoder: Decoder, indices: list[int]) -> Options:
-        """The options of an answer that tell of kept arguments: changes of earlier ones, and new ones."""
+        """Make the options of an answer that tell of kept arguments: changes of earlier ones, and new ones."""
         options: Options = {}
         if changes := self._kept_here.list_changes():
             options["kept"] = changes
@@ -262,7 +262,7 @@ def _is_same(now: Node, before: Node) -> bool:
 
 
 def _encode_or_drop(encoder: Encoder, value: Any) -> Any:
-    """A list's items, or whatever else: what cannot be sent is left out as None."""
+    """Encode a list's items, or whatever else: what cannot be sent is left out as None."""
     if isinstance(value, dict):
         return {str(name): _encode_or_drop(encoder, part) for name, part in value.items()}
     try:

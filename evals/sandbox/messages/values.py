@@ -70,7 +70,7 @@ class Encoder:
         return [self._item(value) for value in values]
 
     def encode_content(self, value: Any, node: Node) -> Node:
-        """What a known object has become, in the form of the node as which it arrived."""
+        """Encode what a known object has become, in the form of the node as which it arrived."""
         tag, extra, children = describe(value, type(value), node[0])
         changed = [tag, extra, self.encode_items(children)]
         while self._queue:
@@ -124,7 +124,7 @@ class Decoder:
             raise MalformedError(f"expected nodes, got what gives {type(error).__name__}: {error}") from error
 
     def decode(self, item: Any) -> Any:
-        """The value of an item.
+        """Decode the value of an item.
 
         Raises:
             MalformedError: it is none.

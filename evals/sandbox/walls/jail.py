@@ -226,7 +226,7 @@ def restrict(config: JailConfig) -> list[str]:
 
 
 def make_ruleset(config: JailConfig) -> Ruleset:
-    """The files that a program may open.
+    """Make the rules for the files that a program may open.
 
     Raises:
         OSError: there is no Landlock, or one of the paths.
@@ -246,7 +246,7 @@ def make_ruleset(config: JailConfig) -> Ruleset:
 
 
 def list_readable(config: WallsConfig) -> list[str]:
-    """The real paths of what a program may read."""
+    """List the real paths of what a program may read."""
     return sorted({real for _, real in config["readable"]})
 
 

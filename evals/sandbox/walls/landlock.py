@@ -30,7 +30,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def find_version() -> int:
-    """The kernel's version of Landlock; 0: it has none, or it is not enabled."""
+    """Find the kernel's version of Landlock; 0: it has none, or it is not enabled."""
     return max(0, int(libc.syscall(SYS_CREATE_RULESET, None, ctypes.c_size_t(0), CREATE_RULESET_VERSION)))
 
 

@@ -25,7 +25,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def choose_id() -> int | None:
-    """An id for one program, from those that the user namespace maps.
+    """Choose an id for one program, from those that the user namespace maps.
 
     None: none can be had, or it cannot be cleaned up after its user.
     """
@@ -43,13 +43,16 @@ def choose_id() -> int | None:
 
 
 def read_capabilities() -> int:
-    """This process's effective capabilities, as the kernel's bit mask."""
+    """Read this process's effective capabilities, as the kernel's bit mask."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
 
 
 def find_reading_capability() -> int:
-    """The least that lets another user read what only root may; most containers have but the greater one."""
+    """Find the least capability that lets another user read what only root may.
+
+    Most containers have but the greater one.
+    """
     return DAC_READ_SEARCH if read_capabilities() & DAC_READ_SEARCH else DAC_OVERRIDE
 
 

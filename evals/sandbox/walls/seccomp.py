@@ -81,7 +81,7 @@ def install_filter(pid: int, own_files: bool = True) -> None:
 
 
 def build_filter(machine: str, pid: int, own_files: bool) -> bytes:
-    """The filter as BPF: a search for the call's number, at whose end is what becomes of it."""
+    """Build the filter as BPF: a search for the call's number, at whose end is what becomes of it."""
     column = list(AUDIT_ARCH).index(machine)
     bodies: dict[int, bytes] = {}
 
@@ -118,7 +118,7 @@ def build_filter(machine: str, pid: int, own_files: bool) -> bytes:
 
 
 def _list_ranges(bodies: dict[int, bytes]) -> list[tuple[int, bytes]]:
-    """What becomes of every number: the first ones of ranges, and the code for a range."""
+    """List what becomes of every number: the first ones of ranges, and the code for a range."""
     ranges: list[tuple[int, bytes]] = []
     for number in range(max(FIRST_NEW, *bodies) + 2):
         body = bodies.get(number, DENY if number < FIRST_NEW else LACK)
@@ -129,7 +129,10 @@ def _list_ranges(bodies: dict[int, bytes]) -> list[tuple[int, bytes]]:
 
 
 def _search(ranges: list[tuple[int, bytes]]) -> bytes:
-    """A binary search, which the kernel also walks once for every number that there is (as it remembers the result)."""
+    """Build a binary search.
+
+    The kernel also walks it once for every number that there is, as it remembers the result.
+    """
     if len(ranges) == 1:
         return ranges[0][1]
     middle = len(ranges) // 2
@@ -144,7 +147,7 @@ def _one_of(argument: int, values: Iterable[int]) -> bytes:
 
 
 def _if_equal(argument: int, value: int, body: bytes, mask: int = FULL) -> bytes:
-    """The body, which must return, where the masked argument is the value."""
+    """Put the body, which must return, where the masked argument is the value."""
     return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(AND, mask) + _pack(IF_EQUAL, value, 0, 1) + body
 
 

@@ -17,7 +17,7 @@ __all__ = ["OneAnswerHarness", "SpecRlEnv", "SpecRlTaskset", "load_environment"]
 
 
 def load_environment(**taskset: Any) -> vf.Env[Any]:
-    """The environment for Python callers, with the settings of `SpecRlConfig` by name.
+    """Load the environment for Python callers, with the settings of `SpecRlConfig` by name.
 
         env = load_environment(split="held_out", held_out_share=0.2, task={"wall_s": 5})
 

@@ -100,7 +100,7 @@ class SpecRlTask(vf.Task[SpecRlData, vf.State, SpecRlTaskConfig]):
         return found.reward
 
     async def validate(self, runtime: vf.Runtime) -> bool | None:
-        """Does the canonical solution pass? None where the problem has none."""
+        """Say whether the canonical solution passes; None where the problem has none."""
         if self.data.canonical_solution is None:
             return None
         found = await self._in_thread(grade, self.data.stub + self.data.canonical_solution)
@@ -148,7 +148,7 @@ class SpecRlTaskset(vf.Taskset[SpecRlTask, SpecRlConfig]):
 
 
 def choose_problems(config: SpecRlConfig) -> list[Problem]:
-    """The problems that the configuration names.
+    """Choose the problems that the configuration names.
 
     Raises:
         ProblemsError: a file that cannot be read.
@@ -162,7 +162,10 @@ def choose_problems(config: SpecRlConfig) -> list[Problem]:
 
 
 def describe(problem: Problem) -> SpecRlData:
-    """A problem as a task's data; the question is that of evals/code_tasks.py, so that rewards can be compared."""
+    """Describe a problem as a task's data.
+
+    The question is that of evals/code_tasks.py, so that rewards can be compared.
+    """
     return SpecRlData(
         id=problem.task_id,
         prompt=make_prompt(problem, "chat"),

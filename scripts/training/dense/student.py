@@ -31,7 +31,7 @@ class WidthError(CommandError, ValueError):
 
 
 def choose_widths(config: LagunaConfig, overrides: dict[int, int]) -> list[int]:
-    """The width of every layer: the active path's where the teacher is sparse, its own where it is dense.
+    """Choose the width of every layer: the active path's where the teacher is sparse, its own where it is dense.
 
     Raises:
         WidthError: an override of a layer that is not there, below 1, or below a dense layer's own width.
@@ -52,7 +52,7 @@ def choose_widths(config: LagunaConfig, overrides: dict[int, int]) -> list[int]:
 
 
 def student_config(config: LagunaConfig, widths: list[int]) -> LagunaConfig:
-    """The teacher's config with dense layers alone, as wide as the widest."""
+    """Return the teacher's config with dense layers alone, as wide as the widest."""
     described = copy.deepcopy(config)
     described.mlp_layer_types = ["dense"] * config.num_hidden_layers
     # What older releases of vLLM and transformers read instead.
@@ -108,7 +108,7 @@ def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: tor
 
 @torch.no_grad()
 def assemble_student(teacher: LagunaForCausalLM, blocks: nn.ModuleDict, widths: list[int]) -> LagunaForCausalLM:
-    """The student at its true widths, fp32: what is the teacher's is copied, the blocks are taken over."""
+    """Assemble the student at its true widths, fp32: what is the teacher's is copied, the blocks are taken over."""
     student = LagunaForCausalLM(student_config(teacher.config, [1]))
     for layer, width in enumerate(widths):
         if str(layer) in blocks:

@@ -116,7 +116,7 @@ def hash_file(path: Path) -> str:
 
 
 def choose_block_size(given: int | None, shape: ExpertShape) -> int:
-    """The given width of a group, by default an eighth of an expert."""
+    """Choose the given width of a group, by default an eighth of an expert."""
     size = given if given is not None else max(1, shape.intermediate_size // 8)
     if size < 1 or shape.intermediate_size % size:
         expected = f"a divisor of the experts' width {shape.intermediate_size}"

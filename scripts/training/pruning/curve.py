@@ -47,7 +47,7 @@ class CurveResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
 
 
 def format_table(result: CurveResult) -> str:
-    """A Markdown page: a row per share of pruned groups, and how it was measured."""
+    """Format a Markdown page: a row per share of pruned groups, and how it was measured."""
     base, text = result.unpruned, result.text
     lines = [
         "# Held-out loss of the pruned toy teacher" if text.source == "toy:held-out" else "# Held-out loss, pruned",

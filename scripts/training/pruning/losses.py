@@ -14,7 +14,7 @@ from laguna_serve.plugins.pruning import ExpertShape, Pruning
 
 @contextmanager
 def zeroed(model: Any, shape: ExpertShape, pruning: Pruning) -> Iterator[None]:
-    """The model with every pruned atom's gate row, up row and down column at zero; put back at the end."""
+    """Yield the model with every pruned atom's gate row, up row and down column at zero; put back at the end."""
     experts = [model.model.layers[layer].mlp.experts for layer in shape.layers]
     saved = [(e.gate_up_proj.data.clone(), e.down_proj.data.clone()) for e in experts]
     try:

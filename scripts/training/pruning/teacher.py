@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load_model(folder: Path, threads: int) -> tuple[Any, Any]:
-    """transformers' Laguna in fp32 on the CPU, and its tokenizer."""
+    """Load transformers' Laguna in fp32 on the CPU, and its tokenizer."""
     import torch
     import transformers
 

@@ -62,7 +62,7 @@ class Routers:
         return tied.cummax(dim=1).values
 
     def note(self, router: nn.Module, _: object, chosen: tuple[torch.Tensor, ...]) -> None:
-        """A router's choices for B × (L − 1) tokens: how close each was."""
+        """Note a router's choices for B × (L − 1) tokens: how close each was."""
         assert isinstance(router, LagunaTopKRouter)
         scores = torch.sigmoid(chosen[0].detach()) + router.e_score_correction_bias
         best = scores.topk(router.top_k + 1, dim=-1).values

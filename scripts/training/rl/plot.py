@@ -64,7 +64,7 @@ class RunsPlotConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(RunsPlotConfig, argv, prog="laguna_serve.scripts.training.rl.plot", description=__doc__)
 
     def body() -> int:

@@ -37,7 +37,7 @@ class RolloutBatch:
 
 
 def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
-    """A group, one row per rollout: they share their prompt, so that little is padded."""
+    """Make a group, one row per rollout: they share their prompt, so that little is padded."""
     length = max(len(rollout.prompt_ids) + len(rollout.token_ids) for rollout in rollouts)
     tokens = torch.zeros(len(rollouts), length, dtype=torch.int64)
     sampled = torch.zeros(len(rollouts), length - 1, dtype=torch.bool)
@@ -71,7 +71,7 @@ def find_logprobs(model: LagunaForCausalLM, tokens: torch.Tensor) -> torch.Tenso
 
 
 def find_loss(logprobs: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
-    """The clipped objective, negated: sum over all sampled tokens."""
+    """Compute the clipped objective, negated: sum over all sampled tokens."""
     ratio = (logprobs - batch.behaviour).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
@@ -79,7 +79,10 @@ def find_loss(logprobs: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
 
 
 def write_version(model: LagunaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
-    """A checkpoint that can be served and transferred; SHA-256 by file. An earlier folder of that name is replaced."""
+    """Write a checkpoint that can be served and transferred; SHA-256 by file.
+
+    An earlier folder of that name is replaced.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -62,7 +62,7 @@ class TrainingService:
 
 @contextmanager
 def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str], None]) -> Iterator[TrainingService]:
-    """Raises EngineError when the engine or the gateway does not start."""
+    """Start the engine and the gateway for as long as the block runs. Raises EngineError when one does not start."""
     with Engine(config, log_path=log_path, announce=announce) as engine:
         upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": IN_FLIGHT}
         tables: JsonObject = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}

@@ -85,7 +85,7 @@ class Trainer:
         return mismatch
 
     def write(self) -> tuple[Path, dict[str, str]]:
-        """The present weights as a checkpoint; its folder and the digests of its files. Older ones go."""
+        """Write the present weights as a checkpoint; return its folder and the digests of its files. Older ones go."""
         self.folder = self.out / "served" / self.version
         digests = write_version(self.model, self.tokenizer, self.folder)
         versions = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)

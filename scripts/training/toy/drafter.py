@@ -115,13 +115,13 @@ def accepted_length(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def make_drafter(teacher: LagunaForCausalLM, seed: int) -> LagunaDrafter:
-    """The untrained drafter in Laguna's own format."""
+    """Make the untrained drafter in Laguna's own format."""
     torch.manual_seed(seed)
     return LagunaDrafter(drafter_shape(teacher))
 
 
 def make_speculators(teacher: LagunaForCausalLM, data: Continuations, seed: int) -> SpeculatorsDrafter:
-    """The untrained drafter in the speculators format: one layer, three taps, half of the vocabulary."""
+    """Make the untrained drafter in the speculators format: one layer, three taps, half of the vocabulary."""
     torch.manual_seed(seed)
     shape = replace(
         drafter_shape(teacher),

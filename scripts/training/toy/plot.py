@@ -24,7 +24,7 @@ LABELS = {"dflash": "Laguna\n2 layers, 4 taps", "dflash-speculators": "speculato
 
 
 def draw_drafters(logs: JsonObject, path: Path) -> None:
-    """`logs` is training.json's object: for every drafter records of step and tau."""
+    """Draw τ over the steps; `logs` is training.json's object: for every drafter records of step and tau."""
 
     def curves(axes: Axes) -> None:
         for name, color in COLORS.items():
@@ -49,7 +49,7 @@ class DraftersPlotConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(DraftersPlotConfig, argv, prog="laguna_serve.scripts.training.toy.plot", description=__doc__)
 
     def body() -> int:

@@ -107,7 +107,7 @@ def train_tokenizer(modules: list[Module]) -> PreTrainedTokenizerFast:
 
 
 def name_marks(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with `MARKS` in place of `UNUSED_BYTES`; every text without a mark keeps its ids."""
+    """Put `MARKS` in the place of `UNUSED_BYTES` in the tokenizer; every text without a mark keeps its ids."""
     state = json.loads(tokenizer.to_str())
     model = state["model"]
     for byte, mark in zip(UNUSED_BYTES, MARKS, strict=True):

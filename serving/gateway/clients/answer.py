@@ -39,7 +39,7 @@ class Client(Protocol):
     lingering: bool
 
     def on_response_complete(self) -> None:
-        """The next request may begin."""
+        """Let the next request begin."""
 
 
 class _Unawaited:
@@ -96,7 +96,7 @@ class Answer:
         self._unsent: list[bytes] = []
 
     def begin(self) -> None:
-        """It is this request's turn. Its body may be there already, if it waited behind another one."""
+        """Take this request's turn. Its body may be there already, if it waited behind another one."""
         self.exchange = self._relay.begin(self.head, self)
         if self.exchange.finished:
             return
@@ -106,7 +106,7 @@ class Answer:
             self._transport.write(CONTINUE)
 
     def add(self, data: bytes) -> None:
-        """A part of the body; most come in one."""
+        """Add a part of the body; most come in one."""
         if not self.body:
             self.body = data
             return
@@ -122,13 +122,13 @@ class Answer:
             self.exchange.fail(error)
 
     def send(self) -> None:
-        """The body is there: on to the relay, of whose answer this is the sink."""
+        """Send the body, which is there, on to the relay, of whose answer this is the sink."""
         self.incomplete = False
         body, self.body = bytes(self.body), b""
         self._relay.send(self.exchange, body)
 
     def start(self, status: int, headers: Headers) -> None:
-        """The head. Without a length the body is chunked, or ends with the connection for HTTP/1.0."""
+        """Write the head. Without a length the body is chunked, or ends with the connection for HTTP/1.0."""
         self.response_started = True
         self._silent = self.head.method == "HEAD" or status in (204, 304)
         parts = self._unsent
@@ -155,14 +155,14 @@ class Answer:
             self._unsent.append(data)
 
     def flush(self) -> None:
-        """A system call for all that has come at once: it is what a chunk costs most."""
+        """Make one system call for all that has come at once: it is what a chunk costs most."""
         if self._unsent:
             data = b"".join(self._unsent)
             self._unsent.clear()
             self._transport.write(data)
 
     def end(self) -> None:
-        """The body is complete."""
+        """End the body, which is complete."""
         if self._chunked:
             self._unsent.append(b"0\r\n\r\n")
         self.flush()
@@ -186,5 +186,5 @@ class Answer:
             self._transport.close()
 
     def give_up(self) -> None:
-        """The body did not come."""
+        """Give up a request whose body did not come."""
         self.exchange.fail(errors.body_too_slow())

@@ -47,7 +47,7 @@ class RelayApp:
             reader.cancel()
 
     async def _feed(self, exchange: Exchange, sink: _AsgiSink, receive: Receive) -> None:
-        """The body to the exchange, then watch for the client's going."""
+        """Feed the body to the exchange, then watch for the client's going."""
         try:
             async with asyncio.timeout(self._relay.config.server.body_timeout_s):
                 self._relay.send(exchange, await self._read_body(exchange, sink, receive))

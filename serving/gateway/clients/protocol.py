@@ -59,7 +59,7 @@ class GatewayProtocol(StrictProtocol):
         self.lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The first head is awaited from here. As uvicorn's, without the addresses that only a scope needs."""
+        """Await the first head from here. As uvicorn's, without the addresses that only a scope needs."""
         self.connections.add(self)
         self.transport, self.flow = transport, FlowControl(transport)
         if len(self.connections) > self._relay.max_connections:
@@ -73,7 +73,7 @@ class GatewayProtocol(StrictProtocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone. No timer outlives its connection, and nothing of it stays behind."""
+        """Let go of a client that is gone. No timer outlives its connection, and nothing of it stays behind."""
         self._timer.close()
         self._held.clear()
         super().connection_lost(exc)
@@ -83,7 +83,7 @@ class GatewayProtocol(StrictProtocol):
             self._answer = None
 
     def data_received(self, data: bytes) -> None:
-        """A request that begins waits for its turn; what belongs to one that has begun does not."""
+        """Let a request that begins wait for its turn; what belongs to one that has begun does not."""
         if self._held:
             self._held.append(data)
         elif self._answer is not None or self.turns.take(self.loop):
@@ -119,13 +119,13 @@ class GatewayProtocol(StrictProtocol):
         self._watch()
 
     def on_message_begin(self) -> None:
-        """A request; the time between two has been watched."""
+        """Note that a request begins; the time between two has been watched."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
         if self._head_bytes is None:
             self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """The head of a request is there.
+        """Note that the head of a request is there.
 
         It is of a request for an engine, for the gateway itself, or of one to be read without its offer to upgrade.
         """
@@ -170,7 +170,7 @@ class GatewayProtocol(StrictProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body."""
+        """Take a part of a body."""
         self._framing_bytes = 0
         answer = self.cycle
         if not isinstance(answer, Answer):
@@ -181,7 +181,7 @@ class GatewayProtocol(StrictProtocol):
                 self.flow.pause_reading()  # it is not its turn yet
 
     def on_request_complete(self) -> None:
-        """The body is there; what its request is for takes it."""
+        """Note that the body is there; what its request is for takes it."""
         answer = self.cycle
         if not isinstance(answer, Answer):
             super().on_request_complete()
@@ -194,19 +194,19 @@ class GatewayProtocol(StrictProtocol):
             answer.send()
 
     def pause_writing(self) -> None:
-        """The client takes no more for now: neither does the engine's connection."""
+        """Pause the engine's connection: the client takes no more for now."""
         super().pause_writing()
         if self._answer is not None:
             self._answer.exchange.pause()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Resume the engine's connection: the client has caught up."""
         super().resume_writing()
         if self._answer is not None:
             self._answer.exchange.resume()
 
     def on_response_complete(self) -> None:
-        """The next request of this connection may begin."""
+        """Let the next request of this connection begin."""
         self._answer = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -252,7 +252,7 @@ class GatewayProtocol(StrictProtocol):
                 self._timer.start(within_s)
 
     def _give_up(self) -> None:
-        """What was awaited has not come."""
+        """Give up: what was awaited has not come."""
         awaited, self._awaited = self._awaited, NOTHING
         if awaited == HEAD:
             self._refuse(TOO_SLOW)
@@ -273,7 +273,10 @@ class GatewayProtocol(StrictProtocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP. Behind a request it may not stand in that one's answer; within one it is the answer."""
+        """Refuse what came, which is no HTTP.
+
+        Behind a request it may not stand in that one's answer; within one it is the answer.
+        """
         answer = self._answer
         if answer is not None and answer is self.cycle and answer.incomplete and not answer.response_started:
             answer.exchange.leave()
@@ -289,7 +292,7 @@ class GatewayProtocol(StrictProtocol):
 def make_protocol(
     header_timeout_s: float, max_head_bytes: int, own_paths: frozenset[str], find_relay: Callable[[], Relay]
 ) -> type[GatewayProtocol]:
-    """A class with these bounds; paths in `own_paths` go to the application."""
+    """Make a class with these bounds; paths in `own_paths` go to the application."""
     given = {
         "header_timeout_s": header_timeout_s,
         "max_head_bytes": max_head_bytes,

@@ -39,7 +39,7 @@ class UnfitServerError(RuntimeError):
 
 
 def check_uvicorn() -> None:
-    """The version, and what the gateway overrides.
+    """Check the version, and what the gateway overrides.
 
     Raises:
         UnfitServerError: it is another one.

@@ -37,7 +37,7 @@ class StrictProtocol(HttpToolsProtocol):
             self.send_400_response(INVALID)
 
     def _refuse_upgrade(self) -> bytes:
-        """The head without the offer to upgrade that the parser stopped at, for a new parser."""
+        """Refuse the head without the offer to upgrade that the parser stopped at, for a new parser."""
         head = self._render_plain_head()
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -57,7 +57,7 @@ class StrictProtocol(HttpToolsProtocol):
         return b"".join(parts)
 
     def on_headers_complete(self) -> None:
-        """The head is there. What a body trails goes to a list of its own, which nobody reads."""
+        """Note that the head is there. What a body trails goes to a list of its own, which nobody reads."""
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self.headers = []
@@ -65,12 +65,12 @@ class StrictProtocol(HttpToolsProtocol):
                 self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
-        """The body is there, or what the parser takes for all of a request that offers an upgrade."""
+        """Note that the body is there, or what the parser takes for all of a request that offers an upgrade."""
         if not self.parser.should_upgrade():
             self.on_request_complete()
 
     def on_request_complete(self) -> None:
-        """The body is there, and the parser has not stopped at an offer to upgrade."""
+        """Note that the body is there, and that the parser has not stopped at an offer to upgrade."""
         super().on_message_complete()
 
     def is_receiving(self) -> bool:
@@ -78,7 +78,7 @@ class StrictProtocol(HttpToolsProtocol):
         return self.cycle is not None and self.cycle.more_body
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone, and so is all that it sent."""
+        """Forget a client that is gone, and all that it sent."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         for cycle in (self.cycle, *(cycle for cycle, _ in self.pipeline)):

@@ -18,7 +18,7 @@ PREFIX = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 
 
 def check_url(url: str) -> str:
-    """An engine's root, without a slash at the end; what is asked for under it is the request's to say.
+    """Check an engine's root, without a slash at the end; what is asked for under it is the request's to say.
 
     Raises:
         ValueError: it is none; without the URL itself, in which there may be a password.
@@ -43,7 +43,10 @@ def check_url(url: str) -> str:
 
 
 def read_credential(file: str | None, variable: str | None) -> str | None:
-    """The API key of an engine, from a file or from the environment. Raises ValueError, without any of its text."""
+    """Read the API key of an engine, from a file or from the environment.
+
+    Raises ValueError, without any of its text.
+    """
     if file is not None and variable is not None:
         raise ValueError("expected api_key_file or api_key_env, got both")
     if file is not None:
@@ -61,7 +64,10 @@ def read_credential(file: str | None, variable: str | None) -> str | None:
 
 
 def read_file(path: str, what: str, most: int) -> str:
-    """The text of a regular file: what else could be opened might block. Raises ValueError, without path or text."""
+    """Read the text of a regular file: what else could be opened might block.
+
+    Raises ValueError, without path or text.
+    """
     try:
         if not Path(path).is_file():
             Path(path).stat()
@@ -92,7 +98,7 @@ def make_client_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
 
 
 def check_certificate(certfile: str | None, keyfile: str | None) -> None:
-    """The gateway's own certificate and its key fit together. Raises ValueError."""
+    """Check that the gateway's own certificate and its key fit together. Raises ValueError."""
     if certfile is None:
         if keyfile is not None:
             raise ValueError("expected ssl_certfile beside ssl_keyfile, got none")

@@ -58,13 +58,13 @@ def describe(error: ValidationError, root: type[BaseModel], source: str) -> str:
 
 
 def format_key(loc: Sequence[int | str]) -> str:
-    """The dotted key, parts that are no bare TOML keys quoted."""
+    """Format the dotted key, parts that are no bare TOML keys quoted."""
     parts = [part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part)[:MAX_SHOWN] for part in map(str, loc)]
     return ".".join(parts) or "the file"
 
 
 def redact_url(url: str) -> str:
-    """A URL without what may be secret in it: user and password, query."""
+    """Redact what may be secret in a URL: user and password, query."""
     return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", url, flags=re.DOTALL), flags=re.DOTALL)
 
 
@@ -89,7 +89,7 @@ def _describe_fault(fault: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _show(loc: Sequence[int | str], value: Any) -> str:
-    """The value that was given, where it may be seen."""
+    """Show the value that was given, where it may be seen."""
     names = [part for part in loc if isinstance(part, str)]
     name = names[-1] if names else ""
     if isinstance(value, bool):
@@ -104,7 +104,7 @@ def _show(loc: Sequence[int | str], value: Any) -> str:
 
 
 def _round(bound: Any) -> Any:
-    """A bound as people write it: 86,400, not 86400.0."""
+    """Round a bound as people write it: 86,400, not 86400.0."""
     return f"{int(bound):,}" if isinstance(bound, int | float) and bound == int(bound) else bound
 
 
@@ -114,7 +114,7 @@ def _name_type(value: Any) -> str:
 
 
 def _suggest(loc: Sequence[int | str], root: type[BaseModel]) -> str:
-    """The key that was probably meant: the nearest one of the same table, or the table that has it."""
+    """Suggest the key that was probably meant: the nearest one of the same table, or the table that has it."""
     *above, name = loc
     table = root
     for part in above:

@@ -31,7 +31,7 @@ def load_config(path: Path, server: JsonObject | None = None) -> Config:
 
 
 def read_tables(path: Path) -> JsonObject:
-    """A file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
+    """Read a file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -49,7 +49,7 @@ def parse_config(tables: JsonObject, source: str) -> Config:
 
 
 def read_example() -> str:
-    """The example configuration, which has every key."""
+    """Read the example configuration, which has every key."""
     return (
         importlib.resources.files("laguna_serve.serving.gateway")
         .joinpath("gateway.example.toml")

@@ -49,7 +49,7 @@ class _Table(BaseModel):
 
     @classmethod
     def rename_keys(cls, given: JsonObject) -> JsonObject:
-        """The same table with keys under their names of today, and a warning for each that was not."""
+        """Rename keys to their names of today, with a warning for each that was not."""
         for old in cls.old_names.keys() & given.keys():
             table, new = cls.__name__.lower(), cls.old_names[old]
             logger.warning("%s.%s: its name is %s now; rename it in the file", table, old, new)
@@ -173,7 +173,7 @@ class Endpoint(_Table):
         return self._tls
 
     def request_options(self) -> JsonObject:
-        """What every request of the gateway's own to this engine needs, as aiohttp's arguments.
+        """List what every request of the gateway's own to this engine needs, as aiohttp's arguments.
 
         Redirects are not followed: they would lead the credential elsewhere.
         """

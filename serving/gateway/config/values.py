@@ -33,7 +33,10 @@ def _check_model_name(name: str) -> str:
 
 
 def _check_digest(digest: str) -> str:
-    """A SHA-256, in either case of its letters. The messages never have it: a key may have been put here in plain."""
+    """Check a SHA-256, in either case of its letters.
+
+    The messages never have it: a key may have been put here in plain.
+    """
     expected = "expected the SHA-256 of a key, 64 hexadecimal digits"
     if not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
         raise ValueError(f"{expected}, got something else (not shown); make it with: {HOW_TO_DIGEST}")
@@ -62,7 +65,7 @@ def _check_network(network: str) -> str:
 
 
 def read_schedule(value: Any) -> Any:
-    """A schedule, or the sweep.json that has it."""
+    """Read a schedule, or the sweep.json that has it."""
     if not isinstance(value, str):
         return value
     try:

@@ -52,7 +52,7 @@ class Catalog:
             await asyncio.gather(self._asking, return_exceptions=True)
 
     def find(self, name: str) -> Pool | None:
-        """The model of a name that is configured, or was listed not long ago."""
+        """Find the model of a name that is configured, or was listed not long ago."""
         if (pool := self._configured.get(name)) is not None:
             return pool
         if self._clock() - self._asked_s > GOOD_FOR_S:
@@ -64,7 +64,7 @@ class Catalog:
         return pool.model.name in self._nameless
 
     async def search(self, name: str) -> Pool | None:
-        """The model of a name; engines are asked for one that is not known."""
+        """Search for the model of a name; engines are asked for one that is not known."""
         if (pool := self.find(name)) is None:
             await self._ask_engines()
             pool = self.find(name)
@@ -116,7 +116,7 @@ class Catalog:
             self._asking = None
 
     async def _ask(self, engine: Engine) -> dict[str, Card] | None:
-        """What an engine lists; None if it does not answer."""
+        """Ask what an engine lists; None if it does not answer."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         try:
             async with self._session.get(

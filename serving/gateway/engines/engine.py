@@ -79,7 +79,7 @@ class Engine:
         return self.healthy is not False and not self.away and self.fenced is None and now >= self.open_until
 
     def is_last_resort(self) -> bool:
-        """It is down, and nothing but silence speaks against it: where no engine is up, it is tried."""
+        """Say whether it is down, and nothing but silence speaks against it: where no engine is up, it is tried."""
         return self.fenced is None and not self.refused and not self.away
 
     def has_slot(self) -> bool:
@@ -99,7 +99,7 @@ class Engine:
         self.fenced = None
 
     def note_failure(self, reason: str, now: float, *, silent: bool = False) -> None:
-        """It could not be reached.
+        """Note that it could not be reached.
 
         One that breaks off is not left alone for it: the request may be to blame.
         """
@@ -112,7 +112,7 @@ class Engine:
             self._note_lost(f"{self.failures} connections in a row failed: {reason}")
 
     def note_success(self) -> None:
-        """It answered: the circuit breaker closes, and a loss that the log has is over."""
+        """Note that it answered: the circuit breaker closes, and a loss that the log has is over."""
         self.answers += 1
         self.failures = 0
         self.open_until = 0.0
@@ -121,7 +121,7 @@ class Engine:
             self.lost_s = None
 
     def note_well(self) -> None:
-        """A health check succeeded."""
+        """Note that a health check succeeded."""
         self.healthy = self.seen_well = True
         self.misses, self.refusals, self.refused = 0, 0, False
         self.note_success()
@@ -143,23 +143,26 @@ class Engine:
             self._note_lost(reason)
 
     def leave(self, reason: str) -> None:
-        """It has died, and may be started again."""
+        """Note that it has died, and may be started again."""
         self.away, self.healthy, self.refused, self.last_error = True, False, True, reason
         self._note_lost(reason)
 
     def note_unreachable(self, reason: str) -> None:
-        """It could not be connected to, and returns: nothing is sent to it before a health check, or its successor."""
+        """Note that it could not be connected to, and returns.
+
+        Nothing is sent to it before a health check, or its successor.
+        """
         self.healthy, self.refused, self.last_error = False, True, reason
         self._note_lost(reason)
 
     def remove(self) -> None:
-        """It is in the configuration no more. What is in flight finishes."""
+        """Take it out: it is in the configuration no more. What is in flight finishes."""
         self.removed = True
         self.origin.close()
         logger.info("engine %s removed; requests in flight: %d", self.name, self.in_flight)
 
     def release(self) -> None:
-        """A request of its own has ended."""
+        """Release the slot of a request of its own that has ended."""
         self.in_flight -= 1
         if self.removed and not self.in_flight:
             logger.info("engine %s drained", self.name)

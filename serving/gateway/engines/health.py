@@ -41,7 +41,7 @@ class Checked(Protocol):
         """Whether a piece of an answer under way has come from the engine since then (`time.perf_counter`)."""
 
     def note_shortage(self, reason: str) -> None:
-        """This machine has run out of something that a connection needs."""
+        """Note that this machine has run out of something that a connection needs."""
 
 
 async def check_forever(session: aiohttp.ClientSession, gateway: Checked) -> None:
@@ -85,7 +85,7 @@ def _find_wait(gateway: Checked, engine: Engine, last: asyncio.Task[float] | Non
 
 
 def _find_interval(gateway: Checked, engine: Engine) -> float:
-    """An engine that is down, or that could not be connected to, is asked more often."""
+    """Find how often it is asked: one that is down, or that could not be connected to, more often."""
     interval_s = gateway.config.health.interval_s
     is_well = engine.healthy is True and not engine.misses and not engine.failures
     return interval_s if is_well else min(interval_s, RECHECK_S)

@@ -58,7 +58,7 @@ class Origin:
         self._idle: list[Connection] = []
 
     def configure(self, endpoint: Endpoint) -> None:
-        """The credential and the authorities of a configuration that has the same URL."""
+        """Take the credential and the authorities of a configuration that has the same URL."""
         authorization = endpoint.authorization
         self._tls, self.has_credential = endpoint.tls, authorization is not None
         self.lines = b"host: " + self.site.authority + b"\r\n"
@@ -66,7 +66,7 @@ class Origin:
             self.lines += b"authorization: " + authorization.encode() + b"\r\n"
 
     def take(self) -> Connection | None:
-        """An idle connection, if there is one."""
+        """Take an idle connection, if there is one."""
         now = asyncio.get_running_loop().time()
         while self._idle:
             connection = self._idle.pop()
@@ -76,7 +76,7 @@ class Origin:
         return None
 
     async def connect(self, timeout_s: float) -> Connection:
-        """A new connection. Raises UnreachableError."""
+        """Open a new connection. Raises UnreachableError."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
@@ -86,7 +86,7 @@ class Origin:
         return made
 
     async def ask_status(self, path: str, timeout_s: float) -> int:
-        """The status of a GET, on a connection of its own.
+        """Ask for the status of a GET, on a connection of its own.
 
         An engine that listens no more may still answer on an old one. Raises UnreachableError, BrokenError,
         TimeoutError.

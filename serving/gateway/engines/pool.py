@@ -51,7 +51,10 @@ class Pool:
         self._take_limits(self.limits)
 
     def plan(self, model: Model) -> list[Engine]:
-        """The engines that a configuration asks for; one of the same name and URL keeps its state. Changes nothing."""
+        """Plan the engines that a configuration asks for; one of the same name and URL keeps its state.
+
+        Changes nothing.
+        """
         known = {(engine.config.name, engine.config.url): engine for engine in self.engines}
         return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
 
@@ -75,7 +78,7 @@ class Pool:
             engine.origin.close()
 
     def remove(self) -> None:
-        """The model is in the configuration no more. What is in flight, or waits, finishes."""
+        """Take the model out: it is in the configuration no more. What is in flight, or waits, finishes."""
         for engine in self.engines:
             engine.remove()
 
@@ -137,7 +140,7 @@ class Pool:
                 return engine
 
     def succeed(self, old: Engine, url: str) -> None:
-        """A new engine, at a new address, is there in the place of one that died.
+        """Put a new engine, at a new address, in the place of one that died.
 
         It has the checkpoint's weights: after an update it is fenced off until the next one, which must bring it all.
         """
@@ -155,7 +158,7 @@ class Pool:
         self._wake_all()
 
     def give_up(self, engine: Engine) -> None:
-        """It is not started again: nobody need wait for it."""
+        """Note that it is not started again: nobody need wait for it."""
         engine.returns = False
         self._wake_all()
 
@@ -171,7 +174,7 @@ class Pool:
         self._retries = min(RETRY_BURST, self._retries + RETRY_SHARE)
 
     def pause(self) -> None:
-        """Requests that come wait in the queue until `resume`; engines may be silent."""
+        """Let requests that come wait in the queue until `resume`; engines may be silent."""
         self.paused = True
         logger.info("model %s paused: requests wait", self.model.name)
         for engine in self.engines:
@@ -212,7 +215,7 @@ class Pool:
         )
 
     def welcome(self, engine: Engine) -> None:
-        """An engine is up that was not: it gets its share from now on, and nothing of what it missed."""
+        """Note that an engine is up that was not: it gets its share from now on, and nothing of what it missed."""
         others = [other.turns / other.config.weight for other in self.engines if other is not engine]
         engine.turns = max(engine.turns, max(others, default=0.0) * engine.config.weight)
         self.wake()
@@ -263,7 +266,9 @@ class Pool:
                 heapq.heapify(self._waiting)
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
-        """The engine for a request, by weight either way: of what belongs together the same one, else the least busy.
+        """Choose the engine for a request, by weight either way.
+
+        What belongs together gets the same one, else it is the least busy.
 
         The least busy has the least to do for its weight, and among idle ones it is the one that has had the least.
         Engines for which speculation pays at their load come first, then plain ones.

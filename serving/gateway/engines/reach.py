@@ -36,7 +36,7 @@ class Request(Protocol):
 
 
 def take_kept(engine: Engine, size: int) -> Connection | None:
-    """An idle connection to the engine, where a request with a body of this size may use one."""
+    """Take an idle connection to the engine, where a request with a body of this size may use one."""
     return engine.origin.take() if size <= MAX_REMEMBERED_BYTES else None
 
 

@@ -120,7 +120,7 @@ class WeightGroup:
         self._settle(parts, weight_version, draft_version)
 
     async def apply(self, request: UpdateRequest) -> JsonObject:
-        """The whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
+        """Carry out the whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
         parts = _list_parts(request)
         if missing := self._list_needed() - parts:
             fault = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
@@ -151,7 +151,7 @@ class WeightGroup:
         params: Mapping[str, str] | None = None,
         method: str = "POST",
     ) -> dict[Engine, Any]:
-        """The same request to several engines at once; their answers. Raises StepError when one has none."""
+        """Ask several engines the same at once; their answers. Raises StepError when one has none."""
         found = await asyncio.gather(*(self._ask(method, engine, path, body, params) for engine in engines))
         answers = dict(zip(engines, found, strict=True))
         if errors := {engine: str(a) for engine, a in answers.items() if isinstance(a, OSError)}:
@@ -208,7 +208,7 @@ class WeightGroup:
         self._fence_changed()
 
     def _list_needed(self) -> set[Part]:
-        """What an update must bring so that all engines are the same after it."""
+        """List what an update must bring so that all engines are the same after it."""
         needed = set[Part]()
         for engine in self.pool.engines:
             if engine.fenced:
@@ -244,7 +244,7 @@ class WeightGroup:
         body: Mapping[str, object] | None,
         params: Mapping[str, str] | None,
     ) -> Any:
-        """The answer, or the OSError that stands for it."""
+        """Return the answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         url, options = engine.config.url + path, engine.config.request_options()
         options |= {"json": body, "params": params, "timeout": timeout}

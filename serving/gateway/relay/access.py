@@ -92,12 +92,12 @@ class Access:
         return holder
 
     def check(self, named: Mapping[bytes, bytes]) -> None:
-        """A known key must be there where keys are set. Raises GatewayError: 401."""
+        """Check that a known key is there where keys are set. Raises GatewayError: 401."""
         if self._holders:
             self._find(named)
 
     def leave(self, holder: Holder | None) -> None:
-        """The request has ended."""
+        """Note that the request has ended."""
         if holder is not None:
             holder.in_flight -= 1
 

@@ -33,11 +33,11 @@ class Backlog:
             raise errors.queue_bytes_full()
 
     def check(self, announced: int) -> None:
-        """A body of this size may come, by what there is now. Raises GatewayError as `hold`."""
+        """Check that a body of this size may come, by what there is now. Raises GatewayError as `hold`."""
         if self.total + announced > self.most:
             raise errors.queue_bytes_full()
 
     def release(self, holding: Holding) -> None:
-        """The body has gone to an engine, or will not go to any."""
+        """Release a body that has gone to an engine, or will not go to any."""
         self.total -= holding.held
         holding.held = 0

@@ -84,7 +84,7 @@ class Exchange:
     _recent: tuple[bytes, bytes] = (b"", b"")
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
-        """What the client will have got: the body of a complete answer with status 200, or None."""
+        """Keep what the client will have got: the body of a complete answer with status 200, or None."""
         if self.answer is None:
             self.copy, self.answer = bytearray(), asyncio.get_running_loop().create_future()
         return self.answer
@@ -115,7 +115,7 @@ class Exchange:
         self.wait_for(reach(self, pool, len(body)), self._go)
 
     def leave(self) -> None:
-        """The client is gone: the engine's work is aborted, the slot freed."""
+        """Note that the client is gone: the engine's work is aborted, the slot freed."""
         if not self.finished:
             self.status = CLIENT_GONE
             self._finish()
@@ -137,7 +137,7 @@ class Exchange:
         self._finish()
 
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
-        """An answer of the gateway's own."""
+        """Give an answer of the gateway's own."""
         self.status = status
         found = [*headers, (REQUEST_ID, self.head.request_id)]
         if status != 204:
@@ -153,13 +153,13 @@ class Exchange:
         self._finish()
 
     def pause(self) -> None:
-        """The client takes no more for now."""
+        """Pause the engine: the client takes no more for now."""
         self._paused = True
         if self._connection is not None:
             self._connection.pause()
 
     def resume(self) -> None:
-        """The client has caught up."""
+        """Resume the engine: the client has caught up."""
         self._paused = False
         if self._connection is not None:
             self._connection.resume()
@@ -197,7 +197,7 @@ class Exchange:
         self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
 
     def on_head(self, status: int, headers: Headers) -> None:
-        """The engine answers: the head goes on, under the versions of the weights that it has."""
+        """Pass on the head of the engine's answer, under the versions of the weights that it has."""
         engine = self.engine
         assert engine is not None
         assert self._said is not None
@@ -219,7 +219,7 @@ class Exchange:
         self._sink.start(status, found)
 
     def on_data(self, data: bytes) -> None:
-        """A piece of the engine's answer."""
+        """Pass on a piece of the engine's answer."""
         engine = self.engine
         assert engine is not None
         assert self._connection is not None
@@ -247,14 +247,14 @@ class Exchange:
         self._sink.write(data)
 
     def on_pause(self) -> None:
-        """The engine has sent no more for now."""
+        """Note that the engine has sent no more for now."""
         assert self.engine is not None
         assert self._connection is not None
         self._sink.flush()
         self.engine.stats.added_chunk.add(time.perf_counter() - self._connection.received_s)
 
     def on_end(self) -> None:
-        """The engine's answer is complete."""
+        """Note that the engine's answer is complete."""
         assert self.engine is not None
         self.complete, self._connection = True, None
         if self._events is not None and (rest := self._events.end()):
@@ -269,7 +269,7 @@ class Exchange:
         self._finish()
 
     def on_error(self, error: OSError) -> None:
-        """The engine broke off or fell silent, or the client takes nothing."""
+        """Note that the engine broke off or fell silent, or that the client takes nothing."""
         assert self.engine is not None
         assert self._pool is not None
         self._connection = None

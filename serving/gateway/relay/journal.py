@@ -30,7 +30,7 @@ class Journal:
         self._bursts = BurstLog(logger)
 
     def note(self, exchange: Exchange) -> None:
-        """A request has ended."""
+        """Note that a request has ended."""
         seconds = time.perf_counter() - exchange.started_s
         self._metrics.note(exchange.head.path, exchange.status, seconds)
         if exchange.refusal is not None:
@@ -39,7 +39,7 @@ class Journal:
             self._record(exchange, seconds)
 
     def note_too_many_connections(self, most: int) -> None:
-        """A client was turned away before it could ask."""
+        """Note that a client was turned away before it could ask."""
         self._metrics.note_refusal("too_many_connections", "")
         self._bursts.write(
             "clients turned away",
@@ -49,11 +49,11 @@ class Journal:
         )
 
     def note_shortage(self, reason: str) -> None:
-        """This machine has run out of something that a connection needs."""
+        """Note that this machine has run out of something that a connection needs."""
         self._bursts.write("connections that could not be opened", "connection could not be opened: %s", reason)
 
     def note_reload(self, *, taken: bool) -> None:
-        """The configuration was read again."""
+        """Note that the configuration was read again."""
         self._metrics.note_reload(taken)
 
     def flush(self) -> None:
@@ -62,7 +62,10 @@ class Journal:
         self._bursts.flush()
 
     def _note_refusal(self, exchange: Exchange, refusal: GatewayError) -> None:
-        """Counted. A failure of the gateway or its engines has a line in the log, with or without an access log."""
+        """Count a refusal.
+
+        A failure of the gateway or its engines has a line in the log, with or without an access log.
+        """
         self._metrics.note_refusal(refusal.reason, _find_key(exchange) or "")
         if refusal.status < 500:
             return
@@ -104,7 +107,7 @@ class Journal:
 
 
 def _find_key(exchange: Exchange) -> str | None:
-    """The name of the key: also of one that is over its limits, which never entered."""
+    """Find the name of the key: also of one that is over its limits, which never entered."""
     if exchange.key is not None:
         return exchange.key.name
     return None if exchange.refusal is None else exchange.refusal.key

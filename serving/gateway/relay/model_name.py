@@ -33,7 +33,7 @@ class _Envelope(msgspec.Struct):
 
 
 def read_model(body: bytes, content_type: bytes) -> str | None:
-    """The name, or None where the body has none; an empty one is none, as for vLLM.
+    """Read the name, or None where the body has none; an empty one is none, as for vLLM.
 
     Raises:
         UnreadableError: the body is not what it should be, or its name is no string.

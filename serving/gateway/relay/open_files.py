@@ -23,18 +23,18 @@ def raise_limit() -> int:
 
 
 def find_limit() -> int:
-    """The soft limit; a very large number where there is none."""
+    """Find the soft limit; a very large number where there is none."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
 def count_slots(config: Config) -> int:
-    """Requests that may be in all engines at once."""
+    """Count the requests that may be in all engines at once."""
     return sum(upstream.max_in_flight for model in config.models for upstream in model.upstreams)
 
 
 def find_max_connections(config: Config, limit: int) -> int:
-    """Connections of clients that leave enough for those to engines, or half where the limit is low."""
+    """Find how many connections of clients leave enough for those to engines, or half where the limit is low."""
     spare = max(limit - RESERVE, 2)
     return spare - min(count_slots(config), spare // 2)
 

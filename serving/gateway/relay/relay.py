@@ -118,11 +118,11 @@ class Relay:
         return any(exchange.engine is engine and exchange.last_s > since_s for exchange in self.exchanges)
 
     def note_shortage(self, reason: str) -> None:
-        """This machine has run out of something that a connection needs."""
+        """Note that this machine has run out of something that a connection needs."""
         self.journal.note_shortage(reason)
 
     def check_size(self, size: int, *, is_options: bool = False) -> None:
-        """A body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
+        """Check a body of so many bytes so far. Raises GatewayError: 413 it is more than the gateway takes."""
         most = min(self._most_body_bytes, MAX_OPTIONS_BYTES) if is_options else self._most_body_bytes
         if size > most:
             raise errors.body_too_large(most)
@@ -136,7 +136,7 @@ class Relay:
         self.backlog.hold(exchange, size)
 
     def send(self, exchange: Exchange, body: bytes) -> None:
-        """The body is there: find its model and an engine, or answer what the gateway knows itself."""
+        """Find the model and an engine for a body that is there, or answer what the gateway knows itself."""
         if exchange.finished:
             return
         try:
@@ -170,7 +170,10 @@ class Relay:
             exchange.wait_for(self._search(name, alone), lambda found: self._dispatch(exchange, body, found))
 
     async def _search(self, name: str, alone: Pool | None) -> Pool:
-        """An engine that lists no models would answer to any name, so that the only model's own is asked for then."""
+        """Search for a name's model.
+
+        An engine that lists no models would answer to any name, so that the only model's own is asked for then.
+        """
         if (pool := await self.catalog.search(name)) is None:
             pool = alone if alone is not None and not self.catalog.is_nameless(alone) else None
         if pool is None:

@@ -88,7 +88,7 @@ class Shadows:
 
 
 def read_answer(body: bytes) -> list[Any]:
-    """An answer's token ids, or its characters, in order; of several choices one after the other.
+    """Read an answer's token ids, or its characters, in order; of several choices one after the other.
 
     Raises:
         ValueError, TypeError, LookupError: it is no completion, or an error.

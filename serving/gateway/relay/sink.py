@@ -14,16 +14,16 @@ class Sink(Protocol):
     """The connection of a client, as far as an exchange writes to it."""
 
     def start(self, status: int, headers: Headers) -> None:
-        """The head; names in lower case."""
+        """Start with the head; names in lower case."""
 
     def write(self, data: bytes) -> None:
-        """A chunk of the body."""
+        """Write a chunk of the body."""
 
     def flush(self) -> None:
         """Nothing more for now: what was written is to be sent."""
 
     def end(self) -> None:
-        """The body is complete."""
+        """End the body, which is complete."""
 
     def cut(self) -> None:
         """Close the connection in the middle: the body is short of its length, or of what its encoding needs."""

@@ -33,7 +33,7 @@ class AccessLog:
         return self._stream is not None
 
     def write(self, line: JsonObject) -> None:
-        """A request has ended. The line is this log's from now on; its `time` is in seconds of the epoch."""
+        """Write that a request has ended. The line is this log's from now on; its `time` is in seconds of the epoch."""
         if self._stream is None:
             return
         self._lines.append(line)

@@ -42,7 +42,7 @@ class BurstLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, kind: str, message: str, *arguments: object) -> None:
-        """A line at level WARNING, or one more that is only counted. `kind` is of a bounded number of them."""
+        """Write a line at level WARNING, or one more that is only counted. `kind` is of a bounded number of them."""
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         if count <= FULL_LINES:
             self._logger.warning(message, *arguments)

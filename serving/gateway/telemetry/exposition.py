@@ -20,7 +20,7 @@ TIMEOUT_S = 2.0
 
 
 async def read_metrics(session: aiohttp.ClientSession, endpoint: Endpoint) -> str:
-    """The text that an engine shows, or nothing."""
+    """Read the text that an engine shows, or nothing."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
         async with session.get(f"{endpoint.url}/metrics", timeout=timeout, **endpoint.request_options()) as response:

@@ -112,22 +112,25 @@ class Metrics:
         ProcessCollector(namespace="laguna_gateway", registry=self.registry)
 
     def note(self, path: str, status: int, seconds: float) -> None:
-        """A request has ended. Paths that nobody serves share a label, or a scanner would make them without end."""
+        """Note that a request has ended.
+
+        Paths that nobody serves share a label, or a scanner would make them without end.
+        """
         key = (path if path in KNOWN_PATHS else "other", status)
         self.requests[key] = self.requests.get(key, 0) + 1
         self.seconds.add(seconds)
 
     def note_refusal(self, reason: str, key: str) -> None:
-        """The gateway has not given a request an engine's answer, or not all of it."""
+        """Note that the gateway has not given a request an engine's answer, or not all of it."""
         self.refusals[reason, key] = self.refusals.get((reason, key), 0) + 1
 
     def note_reload(self, taken: bool) -> None:
-        """The configuration was read again, and taken or not."""
+        """Note that the configuration was read again, and whether it was taken."""
         self.reload_taken = taken
         self.reloaded_s = time.time() if taken else self.reloaded_s
 
     def render(self) -> bytes:
-        """The text of /metrics, in Prometheus' exposition format."""
+        """Render the text of /metrics, in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:

@@ -25,7 +25,7 @@ class Proxies:
         self._networks: list[Network] = [ipaddress.ip_network(network) for network in networks]
 
     def find_client(self, head: Head) -> tuple[str, bytes]:
-        """The client's address, and the X-Forwarded-For for the engine, which ends in the peer's."""
+        """Find the client's address, and the X-Forwarded-For for the engine, which ends in the peer's."""
         if not self._networks or not self._is_trusted(peer := _parse(head.peer)):
             return head.peer, head.peer.encode()
         client, hops = peer, []
@@ -54,7 +54,7 @@ def _list_hops(head: Head) -> Iterator[str]:
 
 
 def _parse(text: str) -> Address | None:
-    """An address, perhaps with a port."""
+    """Parse an address, perhaps with a port."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]

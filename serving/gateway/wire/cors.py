@@ -62,7 +62,7 @@ class Cors:
         return 204, found, b""
 
     def replace_headers(self, headers: Headers, origin: bytes | None) -> list[tuple[bytes, bytes]]:
-        """An engine's answer's headers with these rules instead of its own; names in lower case."""
+        """Give an engine's answer's headers these rules instead of its own; names in lower case."""
         kept = [(name, value) for name, value in headers if not name.startswith(PREFIX)]
         return [*kept, *self.list_headers(origin)]
 

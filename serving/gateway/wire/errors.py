@@ -44,7 +44,7 @@ class GatewayError(Exception):
     key: str | None = None
 
     def forget_origin(self) -> GatewayError:
-        """The same error, without the frames that it passed through."""
+        """Forget the frames that the error passed through; it is the same one."""
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
 
@@ -58,11 +58,11 @@ class GatewayError(Exception):
         return found
 
     def body(self, path: str) -> bytes:
-        """The answer, in the form of the API that `path` belongs to."""
+        """Return the answer, in the form of the API that `path` belongs to."""
         return json.dumps(self._describe(path)).encode()
 
     def event(self, path: str) -> bytes:
-        """The last events of a stream that cannot go on."""
+        """Return the last events of a stream that cannot go on."""
         if _is_messages(path):
             return b"event: error\ndata: " + self.body(path) + b"\n\n"
         if _is_cohere(path):
@@ -71,7 +71,7 @@ class GatewayError(Exception):
         return b"data: " + self.body(path) + b"\n\n" + DONE
 
     def describe(self) -> dict[str, str | None]:
-        """The object under `error` in OpenAI's form."""
+        """Describe the error as the object under `error` in OpenAI's form."""
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
     def _describe(self, path: str) -> dict[str, object]:
@@ -97,14 +97,14 @@ def missing_key() -> GatewayError:
 
 
 def wrong_key() -> GatewayError:
-    """A key that is not known."""
+    """Say that a key is not known."""
     return GatewayError(
         401, "invalid_request_error", "The API key is not valid.", code="invalid_api_key", reason="wrong_key"
     )
 
 
 def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> GatewayError:
-    """The request cannot be routed."""
+    """Say that the request cannot be routed."""
     return GatewayError(400, "invalid_request_error", message, code=code, param=param, reason="bad_request")
 
 
@@ -123,13 +123,13 @@ def unknown_path(method: str, path: str) -> GatewayError:
 
 
 def body_too_large(most: int) -> GatewayError:
-    """The body is larger than the gateway takes."""
+    """Say that the body is larger than the gateway takes."""
     message = f"Request body is too large: the maximum is {most} bytes."
     return GatewayError(413, "invalid_request_error", message, code="request_too_large", reason="body_too_large")
 
 
 def body_too_slow() -> GatewayError:
-    """The body did not arrive in time."""
+    """Say that the body did not arrive in time."""
     message = "Request timed out: its body did not arrive in time."
     return GatewayError(408, "timeout_error", message, code="request_timeout", reason="body_too_slow")
 
@@ -150,27 +150,27 @@ def queue_bytes_full() -> GatewayError:
 
 
 def key_in_flight(most: int) -> GatewayError:
-    """The key has as many requests in flight as it may."""
+    """Say that the key has as many requests in flight as it may."""
     message = f"Rate limit exceeded: this API key may have {most} requests at once. Please try again later."
     code, reason = "rate_limit_exceeded", "key_in_flight"
     return GatewayError(429, "rate_limit_error", message, RETRY_AFTER_S, code=code, reason=reason)
 
 
 def out_of_descriptors() -> GatewayError:
-    """The gateway may open no more files, so that no engine can be reached."""
+    """Say that the gateway may open no more files, so that no engine can be reached."""
     message = "The server has run out of file descriptors. Please try again later."
     code, reason = "service_unavailable", "out_of_descriptors"
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code=code, reason=reason)
 
 
 def too_often(retry_after_s: int) -> GatewayError:
-    """The key has used up its requests of this minute."""
+    """Say that the key has used up its requests of this minute."""
     message = f"Rate limit exceeded: too many requests per minute. Please try again in {retry_after_s}s."
     return GatewayError(429, "rate_limit_error", message, retry_after_s, code="rate_limit_exceeded", reason="key_rate")
 
 
 def queue_timeout() -> GatewayError:
-    """It waited too long for a slot."""
+    """Say that a request waited too long for a slot."""
     message = "Request timed out while it was waiting in the queue. Please try again later."
     return GatewayError(408, "timeout_error", message, code="request_timeout", reason="queue_timeout")
 
@@ -182,30 +182,30 @@ def not_ready() -> GatewayError:
 
 
 def draining() -> GatewayError:
-    """The gateway is about to stop."""
+    """Say that the gateway is about to stop."""
     message = "The server is shutting down. Please try again later."
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="draining")
 
 
 def stopped() -> GatewayError:
-    """The gateway stops before the answer is complete."""
+    """Say that the gateway stops before the answer is complete."""
     message = "The server shut down before the response was complete."
     return GatewayError(503, "server_error", message, code="server_error", reason="stopped")
 
 
 def failed() -> GatewayError:
-    """A defect of the gateway; its log has the traceback."""
+    """Admit a defect of the gateway; its log has the traceback."""
     message = "The server had an error while processing your request. Please try again later."
     return GatewayError(500, "server_error", message, code="server_error", reason="failed")
 
 
 def engine_lost() -> GatewayError:
-    """The engine's connection broke."""
+    """Say that the engine's connection broke."""
     message = "The connection to the engine was lost before the response was complete."
     return GatewayError(502, "server_error", message, code="server_error", reason="engine_lost")
 
 
 def engine_silent() -> GatewayError:
-    """The engine sent nothing for too long."""
+    """Say that the engine sent nothing for too long."""
     message = "The engine sent nothing for too long."
     return GatewayError(504, "server_error", message, code="server_error", reason="engine_silent")

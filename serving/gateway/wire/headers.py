@@ -61,7 +61,7 @@ def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: He
 def render_request(
     head: Head, body: bytes, lines: bytes, prefix: bytes = b"", forwarded_for: bytes = b"", *, keys_are_ours: bool
 ) -> bytes:
-    """The request for an engine, whose own header `lines` (host, credential) come first.
+    """Render the request for an engine, whose own header `lines` (host, credential) come first.
 
     Headers that the client's Connection names stay behind, and a key that was for the gateway.
     """
@@ -81,7 +81,7 @@ def render_request(
 
 
 def read_connection(headers: Headers) -> frozenset[bytes]:
-    """The headers that Connection names, in lower case: of this connection only. Names are in lower case."""
+    """Read the headers that Connection names, in lower case: of this connection only. Names are in lower case."""
     values = [value for name, value in headers if name == b"connection"]
     if not values:
         return NONE
@@ -89,7 +89,7 @@ def read_connection(headers: Headers) -> frozenset[bytes]:
 
 
 def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
-    """An engine's answer's headers for the client, names in lower case.
+    """Pass an engine's answer's headers on to the client, names in lower case.
 
     None of its connection's own is among them, and none that leads past the gateway.
     """

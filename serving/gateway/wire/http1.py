@@ -49,13 +49,13 @@ class Receiver(Protocol):
         """Status and headers, names in lower case."""
 
     def on_data(self, data: bytes) -> None:
-        """A piece of the body, freed of its framing: a chunk, or the part of one that has arrived."""
+        """Take a piece of the body, freed of its framing: a chunk, or the part of one that has arrived."""
 
     def on_pause(self) -> None:
         """All that has arrived by now was passed on."""
 
     def on_end(self) -> None:
-        """The answer is complete."""
+        """Note that the answer is complete."""
 
     def on_error(self, error: OSError) -> None:
         """BrokenError, SilentError or StalledError: there will be no more of it."""
@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
         return self.idle_since > 0
 
     def is_usable(self) -> bool:
-        """It is open; an end that has arrived is seen though the event loop has not come to it."""
+        """Say whether it is open; an end that has arrived is seen though the event loop has not come to it."""
         return self._transport is not None and not self._poll.poll(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -158,11 +158,11 @@ class Connection(asyncio.Protocol):
                 self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def eof_received(self) -> None:
-        """The engine sends no more. What it had not received when it closed, it never will."""
+        """Note that the engine sends no more. What it had not received when it closed, it never will."""
         self._unread = self._unanswered and self._has_unreceived()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The engine has closed, or died."""
+        """Note that the engine has closed, or died."""
         self._look_no_more()
         self._transport = None
         self._parser = None  # else the two would keep each other until the garbage collector comes

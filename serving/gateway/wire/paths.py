@@ -21,7 +21,7 @@ NOT_PUBLIC = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/in
 
 
 def check_path(head: Head, more: Iterable[str]) -> None:
-    """A path must be one that engines serve to clients, or one of `more`.
+    """Check that a path is one that engines serve to clients, or one of `more`.
 
     Raises:
         GatewayError: 400 it could leave the engine's root or be read differently by two servers, 404 it is none.

@@ -26,14 +26,14 @@ class Site:
 
 
 def localize(name: bytes, value: bytes, site: Site) -> bytes:
-    """A header's value, one of POINTING, for clients of the gateway."""
+    """Translate a header's value, one of POINTING, for clients of the gateway."""
     if name == b"link":
         return TARGETS.sub(lambda found: b"<" + localize_url(found[1], site) + b">", value)
     return localize_url(value, site)
 
 
 def localize_url(url: bytes, site: Site) -> bytes:
-    """A URL of the engine as a path on the gateway; any other as it is."""
+    """Turn a URL of the engine into a path on the gateway; any other stays as it is."""
     text = url.strip().decode("latin-1")
     try:
         parts = urlsplit(text)

@@ -42,7 +42,7 @@ class EventStream:
         self.broken_open = False
 
     def take(self, data: bytes) -> bytes:
-        """What can be handed on now, after `data` has come."""
+        """Take what can be handed on now, after `data` has come."""
         if self.broken_open:
             return self._take_rest(data)
         if before := len(self._held):
@@ -60,13 +60,13 @@ class EventStream:
         return passed
 
     def end(self) -> bytes:
-        """The stream ended as it should: the rest, though no blank line ends it."""
+        """Take the rest of a stream that ended as it should, though no blank line ends it."""
         rest = bytes(self._held)
         self._held.clear()
         return rest
 
     def render_error(self, error: GatewayError, path: str) -> bytes:
-        """The events that end a broken stream."""
+        """Render the events that end a broken stream."""
         return error.event(path)
 
     def _take_rest(self, data: bytes) -> bytes:
@@ -106,7 +106,7 @@ class ResponseStream(EventStream):
         return passed
 
     def render_error(self, error: GatewayError, path: str) -> bytes:
-        """The two last events, `error` and `response.failed`."""
+        """Render the two last events, `error` and `response.failed`."""
         response = self._response or {"id": "resp_unknown", "object": "response", "created_at": int(time.time())}
         code = error.code if error.code == "rate_limit_exceeded" else "server_error"
         about = {"code": code, "message": error.message}
@@ -138,7 +138,7 @@ def _render(event: JsonObject) -> bytes:
 
 
 def _read_response(events: bytes) -> JsonObject | None:
-    """The response that the first event with one tells of."""
+    """Read the response that the first event with one tells of."""
     for line in re.split(rb"\r\n|\n|\r", events):
         if line.startswith(b"data:"):
             try:

@@ -35,7 +35,7 @@ def read_flags(
     description: str | None,
     epilog: str | None = None,
 ) -> C:
-    """The command line as a configuration. Exits with status 2 and one line on a bad one, 0 after `--help`."""
+    """Read the command line as a configuration. Exits with status 2 and one line on a bad one, 0 after `--help`."""
     parser = Parser(prog=prog, description=description, epilog=epilog)
     add_flags(parser, config)
     return make_config(parser, config, parser.parse_args(argv))
@@ -73,7 +73,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
 
 
 def make_config(parser: argparse.ArgumentParser, config: type[C], given: argparse.Namespace) -> C:
-    """The configuration from a command line that `add_flags` described; what it cannot be ends in `parser.error`."""
+    """Make the configuration from a command line that `add_flags` described.
+
+    What it cannot be ends in `parser.error`.
+    """
     hints = get_type_hints(config, include_extras=True)
     quick = find_quick(config) if getattr(given, "quick", False) else None
     values = {**(quick.values if quick else {}), **vars(given)}

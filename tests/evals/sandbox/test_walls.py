@@ -326,6 +326,7 @@ def test_seal_knows_others_lines() -> None:
 def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     """Should a program ever reach the judge's channel: here, somebody writes there before the judge."""
     forget_baselines()
+    limits = Limits(walls=choose_walls())  # which tries them
     spawn = child.spawn
 
     def forge(role: str, fds: list[int], *rest: Any) -> Any:
@@ -334,6 +335,6 @@ def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: 
         return spawn(role, fds, *rest)
 
     monkeypatch.setattr(child, "spawn", forge)
-    found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", Limits(walls=choose_walls()))
+    found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", limits)
     assert (found.passed, found.published, found.reward, found.status) == (False, False, 0.0, "died")
     assert "report: expected a line by the judge" in found.detail
