@@ -8,131 +8,33 @@ call for call give a value of a compatible kind; without, the findings that spea
 
 from __future__ import annotations
 
-import array
 import collections
-import decimal
-import fractions
 import json
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from laguna_serve.evals.sandbox.messages.forms import ITEMS, KEYS, VALUES, is_finite
+from laguna_serve.evals.sandbox.inside.kinds import (
+    CALLABLE,
+    FUNCTION,
+    MANY,
+    MAPPING,
+    MAX_LOOKED,
+    NOTHING,
+    OBJECT,
+    RAISED,
+    Kind,
+    describe_kind,
+    find_family,
+    has_nan,
+    is_compatible,
+    show_kind,
+)
 from laguna_serve.evals.sandbox.messages.proxies import Remote, get_number, is_used
 from laguna_serve.evals.sandbox.walls.config import RunRecord
 
-# How many calls' kinds and how many answers are remembered, and how far into an answer is looked.
-MAX_CALLS, MAX_LOOKED = 20_000, 100_000
-RAISED, NOTHING, TRUTH, NUMBER, TEXT, BYTES, MAPPING, MANY = (
-    *("raised", "None", "truth value", "number", "text", "bytes", "mapping", "collection"),
-)
-FUNCTION, OBJECT, CALLABLE = "function", "object", "callable object"
-MAPPINGS = (dict, collections.ChainMap, collections.UserDict, types.MappingProxyType)
-COLLECTIONS = (
-    collections.UserList,
-    list,
-    tuple,
-    set,
-    frozenset,
-    range,
-    collections.deque,
-    array.array,
-    KEYS,
-    VALUES,
-    ITEMS,
-)
-NUMBERS = (int, float, complex, decimal.Decimal, fractions.Fraction)
-# Where a test takes one for the other: a match or None for a truth value, a truth value for a number.
-ALIKE = ({NOTHING, TRUTH, OBJECT}, {TRUTH, NUMBER}, {CALLABLE, FUNCTION}, {CALLABLE, OBJECT})
+# How many calls' kinds and how many answers are remembered.
+MAX_CALLS = 20_000
 REFERENCES = frozenset(("object", "yours", "coroutine", "agen"))
-Kind = list[Any]
-
-
-def find_family(value: Any) -> str:
-    """Find the family of a value: within one, a test may take one type for another."""
-    if isinstance(value, Remote):
-        kind = type(value)
-        if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
-            return MANY
-        shown: Any = value  # a proxy of a function says that it is one
-        if isinstance(shown, types.FunctionType):
-            return FUNCTION
-        return CALLABLE if callable(value) else OBJECT
-    if value is None:
-        return NOTHING
-    for family, kinds in (
-        (TRUTH, bool),
-        (NUMBER, NUMBERS),
-        (TEXT, (str, collections.UserString)),
-        (MAPPING, MAPPINGS),
-        (MANY, COLLECTIONS),
-    ):
-        if isinstance(value, kinds):
-            return family
-    if isinstance(value, bytes | bytearray | memoryview):
-        return BYTES
-    if type(value).__module__ == "numpy":
-        if getattr(value, "ndim", None):
-            return MANY
-        return TRUTH if value.dtype.kind == "b" else TEXT if value.dtype.kind in "US" else NUMBER
-    return type(value).__name__
-
-
-def describe_kind(value: Any, changed: bool) -> Kind:
-    """[family, length or None, number of distinct items or None, all numbers finite, arguments changed]."""
-    family, length, distinct = find_family(value), None, None
-    if family in (MANY, MAPPING) and not isinstance(value, Remote):
-        length = len(value)
-        try:
-            distinct = len(set(value))
-        except TypeError:
-            distinct = None
-    elif family in (TEXT, BYTES):
-        length = min(len(value), 1)
-    return [family, length, distinct, all(map(is_finite, look_into(value))), changed]
-
-
-def look_into(value: Any) -> Iterator[Any]:
-    """Yield what a value consists of, to a bounded extent."""
-    waiting, seen = [value], 0
-    while waiting and seen < MAX_LOOKED:
-        part = waiting.pop()
-        seen += 1
-        if isinstance(part, dict):
-            waiting += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple | set | frozenset | collections.deque):
-            waiting += part
-        elif type(part).__module__ == "numpy" and hasattr(part, "tolist"):
-            numbers = part.ravel()[:MAX_LOOKED].tolist() if part.dtype.kind in "fc" else []
-            waiting += numbers
-        else:
-            yield part
-
-
-def is_compatible(kind: Kind, expected: Kind, open_ended: bool) -> bool:
-    """Whether an answer of this kind may stand where the canonical solution gives one of the other."""
-    family, length, distinct, finite, _ = kind
-    wanted, wanted_length, wanted_distinct, wanted_finite, _ = expected
-    if family != wanted:
-        return any({family, wanted} <= alike for alike in ALIKE)
-    if wanted_finite and not finite:
-        return False
-    if length is None or wanted_length is None or length == wanted_length:
-        return True
-    if bool(length) != bool(wanted_length):
-        return False
-    return open_ended or (distinct is not None and distinct == wanted_distinct)
-
-
-def show_kind(kind: Kind) -> str:
-    """Show the kind in words, as "a list of 3"."""
-    family, length, _, finite, _ = kind
-    said = f"a {family}" if family not in (RAISED, NOTHING) else {RAISED: "an exception", NOTHING: "None"}[family]
-    if family in (MANY, MAPPING) and length is not None:
-        said += f" of {length}"
-    elif family in (TEXT, BYTES) and not length:
-        said = f"no {family}"
-    return said if finite else said + " that is not finite"
 
 
 def make_key(items: Any, named: Any, nodes: list[Any]) -> str:
@@ -217,7 +119,7 @@ class Observer:
         if len(self.answers) < MAX_CALLS and find_family(value) in (MANY, MAPPING, FUNCTION, OBJECT, CALLABLE):
             self.answers[id(value)] = value
         self._compare(key, kind)
-        if self.baseline is None and not kind[3] and not self._mentions_nan and _has_nan(value):
+        if self.baseline is None and not kind[3] and not self._mentions_nan and has_nan(value):
             self.note("nan", "expected a number, got NaN")
 
     def add_exception(self, key: str, changed: bool) -> None:
@@ -296,13 +198,3 @@ class Observer:
             "weaknesses": sorted(self.weaknesses),
             "entry_is_class": self._entry_is_class,
         }
-
-
-def _has_nan(value: Any) -> bool:
-    for part in look_into(value):
-        try:
-            if isinstance(part, float | complex | decimal.Decimal) and part != part:
-                return True
-        except decimal.DecimalException:
-            return True
-    return False

@@ -1,0 +1,100 @@
+"""The figures that the house is held to (house.py), and that they are of what they say."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import house
+import pytest
+
+MOST_UNTYPED = 40
+MOST_LINES = 310
+MOST_SKELETON = 0.30
+MOST_README = 150
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[house.Source]:
+    return house.read_sources()
+
+
+def make_source(text: str, path: str = "bench/x.py") -> house.Source:
+    return house.Source(path, text, ast.parse(text))
+
+
+def test_signatures_are_typed(sources: list[house.Source]) -> None:
+    untyped = house.list_signatures(sources, house.UNTYPED)
+    assert len(untyped) <= MOST_UNTYPED, untyped
+
+
+def test_results_are_typed(sources: list[house.Source]) -> None:
+    """Whoever takes or makes a result has no dict[str, Any] beside it."""
+    both = [
+        name
+        for name in house.list_signatures(sources, house.UNTYPED)
+        if name in house.list_signatures(sources, re.compile(r"\w+Result\b"))
+    ]
+    assert not both
+    modules = {name.partition(":")[0] for name in house.list_signatures(sources, house.UNTYPED)}
+    assert not [path for path in modules if Path(path).stem == "result"]
+
+
+def test_argparse_ends_in_the_kit(sources: list[house.Source]) -> None:
+    found = house.list_signatures(sources, re.compile(r"argparse\.Namespace"))
+    assert {name.partition(":")[0] for name in found} == {"serving/kit/flags/command_line.py"}
+
+
+def test_files_import_each_other_in_no_circle(sources: list[house.Source]) -> None:
+    assert not house.find_circles(house.find_imports(sources))
+
+
+def test_files_are_short(sources: list[house.Source]) -> None:
+    assert not [source.path for source in sources if source.lines > MOST_LINES], "give a part of it a file"
+
+
+def test_commands_are_more_than_their_frame(sources: list[house.Source]) -> None:
+    commands = [source for source in sources if source.is_command]
+    frame = sum(map(house.measure_frame, commands)) / sum(source.lines for source in commands)
+    assert frame <= MOST_SKELETON, "what commands share belongs into serving/kit/command.py"
+
+
+def test_readme_is_short() -> None:
+    assert len((house.ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README
+
+
+def test_untyped_parameters_are_counted() -> None:
+    text = "def f(a: int, **b: dict[str, Any]) -> None: ...\ndef g(a: Mapping[str, int]) -> None: ...\n"
+    assert house.list_signatures([make_source(text)], house.UNTYPED) == ["bench/x.py:1 f"]
+
+
+def test_frame_is_imports_help_and_reading_of_flags() -> None:
+    text = 'import os\nEXAMPLES = """\none\n"""\nVALUE = 1\ndef main() -> int:\n    return 0\ndef work() -> None: ...\n'
+    assert house.measure_frame(make_source(text)) == 1 + 3 + 2
+
+
+def test_circles_are_found() -> None:
+    there = make_source("from laguna_serve.bench.y import b\n")
+    back = make_source("def b() -> None:\n    from laguna_serve.bench.x import a\n", "bench/y.py")
+    assert house.find_circles(house.find_imports([there, back])) == [["bench/x.py", "bench/y.py"]]
+
+
+def test_walks_follow_calls_by_name() -> None:
+    start = make_source("from laguna_serve.bench.y import Tool\ndef go(tool: Tool) -> None:\n    tool.use()\n")
+    tool = "from laguna_serve.bench import z, w\nclass Tool:\n    def use(self): z.act()\n    def rest(self): w.act()\n"
+    others = [make_source(tool, "bench/y.py")]
+    others += [make_source("def act(): ...\n", f"bench/{name}.py") for name in "zw"]
+    assert house.Walker([start, *others]).walk("bench/x.py", "go") == {"bench/x.py", "bench/y.py", "bench/z.py"}
+
+
+@pytest.mark.parametrize(
+    ("walk", "visited"),
+    [
+        ("a gateway request", {"serving/gateway/relay/exchange.py", "serving/gateway/wire/http1.py"}),
+        ("a prompt of an A/B", {"serving/client/completions.py", "serving/client/sse.py"}),
+        ("a compaction", {"scripts/checkpoints/compaction/writing.py", "plugins/pruning.py"}),
+    ],
+)
+def test_walks_come_by(sources: list[house.Source], walk: str, visited: set[str]) -> None:
+    assert visited <= house.Walker(sources).walk(*house.WALKS[walk][0])
