@@ -129,7 +129,7 @@ def list_pairs(folder: Path) -> list[tuple[str, str | None]]:
 
 
 def plan_cell(folder: Path, model: str, draft: str | None, name: str, device: Device) -> MatrixCell:
-    """Plan the plan on one device, or on as few of them as serve it."""
+    """Plan a cell on one device, or on as few of them as serve it."""
     ranks = 1
     while True:
         plan = _plan(folder, model, draft, device, ranks)

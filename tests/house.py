@@ -19,8 +19,9 @@ import sys
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,8 +67,11 @@ class Source:
         """It is started by its path, with `--help`."""
         return '__name__ == "__main__"' in self.text and any(name in self.text for name in HELP[:2])
 
-    def list_functions(self) -> Iterator[Function]:
-        yield from (node for node in ast.walk(self.tree) if isinstance(node, Function))
+    @cached_property
+    def signatures(self) -> dict[str, str]:
+        """The types of parameters and result by function, as path:line name."""
+        functions = [node for node in ast.walk(self.tree) if isinstance(node, Function)]
+        return {f"{self.path}:{each.lineno} {each.name}": " ".join(_list_types(each)) for each in functions}
 
 
 def read_sources(root: Path = ROOT) -> list[Source]:
@@ -92,12 +96,7 @@ def count_files(sources: list[Source]) -> dict[str, int]:
 
 def list_signatures(sources: list[Source], pattern: re.Pattern[str]) -> list[str]:
     """The functions, as path:line name, of which a parameter or the result is of such a type."""
-    return [
-        f"{source.path}:{function.lineno} {function.name}"
-        for source in sources
-        for function in source.list_functions()
-        if pattern.search(" ".join(_list_types(function)))
-    ]
+    return [name for source in sources for name, types in source.signatures.items() if pattern.search(types)]
 
 
 def _list_types(function: Function) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import house
 import pytest
 
+pytestmark = pytest.mark.slow
 MOST_UNTYPED = 40
 MOST_LINES = 310
 MOST_SKELETON = 0.30
@@ -18,6 +19,11 @@ MOST_README = 150
 @pytest.fixture(scope="module")
 def sources() -> list[house.Source]:
     return house.read_sources()
+
+
+@pytest.fixture(scope="module")
+def walker(sources: list[house.Source]) -> house.Walker:
+    return house.Walker(sources)
 
 
 def make_source(text: str, path: str = "bench/x.py") -> house.Source:
@@ -31,14 +37,9 @@ def test_signatures_are_typed(sources: list[house.Source]) -> None:
 
 def test_results_are_typed(sources: list[house.Source]) -> None:
     """Whoever takes or makes a result has no dict[str, Any] beside it."""
-    both = [
-        name
-        for name in house.list_signatures(sources, house.UNTYPED)
-        if name in house.list_signatures(sources, re.compile(r"\w+Result\b"))
-    ]
-    assert not both
-    modules = {name.partition(":")[0] for name in house.list_signatures(sources, house.UNTYPED)}
-    assert not [path for path in modules if Path(path).stem == "result"]
+    untyped = house.list_signatures(sources, house.UNTYPED)
+    assert not {*untyped} & {*house.list_signatures(sources, re.compile(r"\w+Result\b"))}
+    assert not [name for name in untyped if Path(name.partition(":")[0]).stem == "result"]
 
 
 def test_argparse_ends_in_the_kit(sources: list[house.Source]) -> None:
@@ -96,5 +97,5 @@ def test_walks_follow_calls_by_name() -> None:
         ("a compaction", {"scripts/checkpoints/compaction/writing.py", "plugins/pruning.py"}),
     ],
 )
-def test_walks_come_by(sources: list[house.Source], walk: str, visited: set[str]) -> None:
-    assert visited <= house.Walker(sources).walk(*house.WALKS[walk][0])
+def test_walks_come_by(walker: house.Walker, walk: str, visited: set[str]) -> None:
+    assert visited <= walker.walk(*house.WALKS[walk][0])

@@ -39,7 +39,7 @@ def describe_arithmetic() -> dict[str, str]:
 
 
 def hash_sources(folders: Iterable[str]) -> str:
-    """Hash the first 16 digits of the SHA-256 over code and configuration in these folders, but for the probes."""
+    """Hash code and configuration in these folders, but for the probes: 16 digits of a SHA-256."""
     found = hashlib.sha256()
     for folder in map(Path, folders):
         paths = (path for path in folder.resolve().rglob("*") if path.suffix in SOURCES and path.parent != OWN)
