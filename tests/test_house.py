@@ -42,6 +42,21 @@ def test_results_are_typed(sources: list[house.Source]) -> None:
     assert not [name for name in untyped if Path(name.partition(":")[0]).stem == "result"]
 
 
+def test_fields_of_results_are_typed(sources: list[house.Source]) -> None:
+    """Of every struct that goes into a result file: those of other programs' files begin with an underscore."""
+    untyped = [
+        f"{source.path} {node.name}.{ast.unparse(field.target)}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if any(ast.unparse(base).rpartition(".")[2] == "Struct" for base in node.bases)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+        and re.search(r"\b(Any|\w+Json|JsonObject)\b", ast.unparse(field.annotation))
+    ]
+    assert not untyped
+
+
 def test_argparse_ends_in_the_kit(sources: list[house.Source]) -> None:
     found = house.list_signatures(sources, re.compile(r"argparse\.Namespace"))
     assert {name.partition(":")[0] for name in found} == {"serving/kit/flags/command_line.py"}

@@ -42,6 +42,22 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: StepSeconds | None = None
 
 
+class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides about a run; another run's folder is not continued. `draft_sampling`: older runs did not say."""
+
+    model: str
+    draft: str | None
+    gamma: int | None
+    draft_sampling: str | msgspec.UnsetType = msgspec.UNSET
+    prompts_per_step: int
+    group: int
+    max_tokens: int
+    lr: float
+    dtype: str
+    seed: int
+    prompts: str
+
+
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """Mean reward on the held-out prompts before the first step and after the last."""
 

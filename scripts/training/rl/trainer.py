@@ -16,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, make_batch, write_version
 from laguna_serve.scripts.training.rl.rollouts import Rollout
-from laguna_serve.scripts.training.rl.steps import Step
+from laguna_serve.scripts.training.rl.steps import GrpoRun, Step
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_stream
-from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.kit.results import to_json
 
 STATE = "state.pt"
 CLIP_NORM = 1.0
@@ -34,13 +34,13 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     out: Path
-    decisive: JsonObject
+    decisive: GrpoRun
     step: int = 0
     folder: Path = Path()
     log: list[Step] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path, out: Path, lr: float, decisive: JsonObject) -> Trainer:
+    def open(cls, folder: Path, out: Path, lr: float, decisive: GrpoRun) -> Trainer:
         """Start from a checkpoint, or where the run in `out` was saved.
 
         Raises:
@@ -56,7 +56,7 @@ class Trainer:
         trainer = cls(model, optimizer, AutoTokenizer.from_pretrained(folder), out, decisive)
         if (out / STATE).exists():
             state = torch.load(out / STATE, weights_only=True)
-            if state["decisive"] != json.dumps(decisive, sort_keys=True):
+            if state["decisive"] != _show_run(decisive):
                 raise CheckpointError(f"{out}: expected this run's state, got another run's; choose another --out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -97,5 +97,9 @@ class Trainer:
         """Keep this version, and everything that the run continues from."""
         write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        state |= {"log": msgspec.json.encode(self.log).decode(), "decisive": json.dumps(self.decisive, sort_keys=True)}
+        state |= {"log": msgspec.json.encode(self.log).decode(), "decisive": _show_run(self.decisive)}
         write_stream(self.out / STATE, lambda file: torch.save(state, file))
+
+
+def _show_run(run: GrpoRun) -> str:
+    return json.dumps(to_json(run), sort_keys=True)
