@@ -79,7 +79,7 @@ class Pruning:
 
 
 def read_shape(config: Mapping[str, Any], name: str) -> ExpertShape:
-    """The experts that a Laguna config.json describes.
+    """Read the experts that a Laguna config.json describes.
 
     Raises:
         PruningError: the config is not that of a Laguna with routed experts; the message begins with ``name``.
@@ -138,7 +138,9 @@ def check_pruning(
 
 
 def draw_random_mask(shape: ExpertShape, groups: int, ratio: float, seed: int) -> npt.NDArray[np.bool_]:
-    """The control: keep [L, E, groups] with ⌊ratio · all groups⌋ pruned at random, at least one kept in every expert.
+    """Draw the control: a keep mask.
+
+    That is [L, E, groups] with ⌊ratio · all groups⌋ pruned at random, at least one kept in every expert.
 
     Raises:
         PruningError: the ratio is not in [0, 1), or more than can go while every expert keeps a group.

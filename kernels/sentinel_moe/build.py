@@ -34,7 +34,7 @@ PATHS = {
 
 
 def build() -> Path:
-    """The library, compiled unless the cache has it; processes that want it at once wait for the first.
+    """Build the library unless the cache has it; processes that want it at once wait for the first.
 
     Raises:
         BuildError: no compiler, or it failed.
@@ -45,7 +45,7 @@ def build() -> Path:
 
 
 def make_key(compiler: Compiler) -> str:
-    """A name that changes with all that the library is made of."""
+    """Make a name that changes with all that the library is made of."""
     parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".hpp")]
     parts += [*compiler.command, compiler.version, *FLAGS, repr(PATHS), platform.machine(), torch.__version__]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

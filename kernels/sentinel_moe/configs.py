@@ -58,10 +58,10 @@ ANY_PREFILL = PrefillConfig(32, 16, 64, 64, 32, (4, 4), (3, 3))
 
 
 def decode_config(block_size: int, element_size: int) -> DecodeConfig:
-    """The decode tiles for blocks of ``block_size`` atoms; the number of tokens is left out on purpose."""
+    """Choose the decode tiles for blocks of ``block_size`` atoms; the number of tokens is left out on purpose."""
     return DECODE.get((block_size, element_size), ANY_DECODE)
 
 
 def prefill_config(element_size: int) -> PrefillConfig:
-    """The prefill tiles, which any block size fits."""
+    """Choose the prefill tiles, which any block size fits."""
     return PREFILL.get(element_size, ANY_PREFILL)

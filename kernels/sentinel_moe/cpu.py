@@ -63,7 +63,7 @@ class Kernels:
 
 @functools.cache
 def load() -> Kernels | None:
-    """The library, from now on behind the op for CPU tensors; None, with a warning, where it cannot be had.
+    """Load the library, from now on behind the op for CPU tensors; None, with a warning, where it cannot be had.
 
     Raises:
         PathError: LAGUNA_CPU_ISA names a path that cannot run here.
@@ -80,7 +80,7 @@ def load() -> Kernels | None:
 
 
 def describe() -> str:
-    """What runs the op on this machine's CPU; builds it where that was not done yet.
+    """Describe what runs the op on this machine's CPU; builds it where that was not done yet.
 
     Raises:
         PathError: LAGUNA_CPU_ISA names a path that cannot run here.
@@ -99,7 +99,7 @@ def run_torch(
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
 ) -> torch.Tensor:
-    """The op for checked CPU tensors by torch's matrix products in fp32, expert by expert.
+    """Run the op for checked CPU tensors by torch's matrix products in fp32, expert by expert.
 
     Raises:
         IndexError: an expert id, or a chosen expert's entry of block_start, is out of range.

@@ -28,7 +28,10 @@ def run(
     block_start: torch.Tensor,
     max_blocks: int,
 ) -> torch.Tensor:
-    """The op for checked tensors (shapes as in launch.py): decode kernels up to 16 tokens, prefill kernels above."""
+    """Run the op for checked tensors (shapes as in launch.py).
+
+    These are decode kernels up to 16 tokens, prefill kernels above.
+    """
     out = torch.empty_like(x)
     T, k = topk_ids.shape
     if T == 0:
@@ -123,7 +126,7 @@ def run_prefill(
     max_blocks: int,
     out: torch.Tensor,
 ) -> None:
-    """Grouped GEMMs for any number of tokens whose scratch fits."""
+    """Run grouped GEMMs for any number of tokens whose scratch fits."""
     k = topk_ids.shape[1]
     _, B, H = w2_blocks.shape
     config = prefill_config(x.element_size())
@@ -169,7 +172,7 @@ def run_prefill(
 
 
 def sort_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, ...]:
-    """The tiles of the prefill path, on the device and without a look at its values.
+    """Sort pairs into the tiles of the prefill path, on the device and without a look at its values.
 
     Returns order [P] (pair at each sorted place), tile_expert and tile_first [M] (expert and first place of every
     tile), pair_end [E] (place behind an expert's last pair) and num_tiles [1]; M is the most tiles that P pairs can

@@ -83,7 +83,7 @@ class SentinelExperts(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
-        """Called by vLLM's loader with what the checkpoint has under `mlp.experts.`, perhaps in several goes.
+        """Load what the checkpoint has under `mlp.experts.`; vLLM's loader calls it, perhaps in several goes.
 
         Yields what was set, the blocks once all that makes them up has come: vLLM refuses to start without.
         """
@@ -223,7 +223,7 @@ def _plan_layers(config: Any) -> dict[int, LayerPlan]:
 
 
 def _without_feed_forward(config: Any) -> Any:
-    """A copy of the config whose layers are all dense and one wide."""
+    """Return a copy of the config whose layers are all dense and one wide."""
     narrow = copy.copy(config)
     narrow.num_experts = 0
     narrow.intermediate_size = 1

@@ -126,7 +126,7 @@ class CompactResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     config = read_flags(CompactConfig, argv, prog="laguna compact", description=DESCRIPTION, epilog=EXAMPLES)
     return run_tool(lambda: run(config), "the same command continues from the last finished file")
 
@@ -188,7 +188,7 @@ def _mode(config: CompactConfig) -> Literal["compact", "zeroed"]:
 
 
 def estimate_savings(config: ConfigJson, folder: Path, name: str, pruning: Pruning, shape: ExpertShape) -> Savings:
-    """What would be saved, by the config, and by the weights' headers where they are there."""
+    """Estimate what would be saved, by the config, and by the weights' headers where they are there."""
     if (folder / INDEX).is_file() or (folder / "model.safetensors").is_file():
         return measure_savings(read_base(folder, name), pruning)
     item_bytes = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), 2)
@@ -196,7 +196,7 @@ def estimate_savings(config: ConfigJson, folder: Path, name: str, pruning: Pruni
 
 
 def measure_savings(base: Base, pruning: Pruning) -> Savings:
-    """What is saved, counted in the headers; says so when the config describes another number."""
+    """Measure what is saved, counted in the headers; says so when the config describes another number."""
     stored = sum(entry.numel for entry in base.tensors.values())
     expected = count_parameters(base.config, base.shape)
     if stored != expected:
@@ -224,7 +224,7 @@ def run_verify(job: Compaction, shards: list[Shard], out: Path) -> Verification:
 
 
 def format_result(result: CompactResult) -> str:
-    """The result as rows for people."""
+    """Format the result as rows for people."""
     before, after = result.parameters_before, result.parameters_after
     low, high = result.kept_range
     rows = [

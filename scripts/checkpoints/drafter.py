@@ -85,7 +85,7 @@ class ConvertResult(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line; return the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -167,7 +167,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's head and embedding, [V, H] each; one that ties them has the embedding alone."""
+    """Read the target's head and embedding, [V, H] each; one that ties them has the embedding alone."""
     headers, _ = read_headers(folder, str(folder))
     shared: Tensors = {}
     for name in HEADS:
@@ -180,7 +180,7 @@ def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def choose_tokens(config: ConvertConfig, target_folder: Path, drafter: Drafter) -> torch.Tensor | None:
-    """The tokens of a reduced vocabulary, by how often they are in the text."""
+    """Choose the tokens of a reduced vocabulary, by how often they are in the text."""
     if config.draft_vocab is None or config.text is None:
         return None
     if not 1 <= config.draft_vocab < drafter.target_vocab_size:
@@ -194,7 +194,7 @@ def choose_tokens(config: ConvertConfig, target_folder: Path, drafter: Drafter) 
 
 
 def format_result(result: ConvertResult) -> str:
-    """What carries over and what does not, a line each, and what came of it."""
+    """Format what carries over and what does not, a line each, and what came of it."""
     rows = [(name, f"carries over: {how}") for name, how in result.carried.items()]
     rows += [(name, f"DOES NOT CARRY OVER: {why}") for name, why in result.lost.items()]
     if not result.lost:

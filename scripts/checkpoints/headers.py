@@ -65,7 +65,7 @@ def check_unquantised(config: ConfigJson, name: str) -> None:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """The file, mapped; its tensors are views of the mapping for as long as they live."""
+    """Open the file, mapped; its tensors are views of the mapping for as long as they live."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -112,7 +112,7 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
 
 
 def _identify(path: Path) -> bytes:
-    """What distinguishes one version of a file from another without reading its gigabytes: size, time and header."""
+    """Identify a version of a file without reading its gigabytes: by size, time and header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)

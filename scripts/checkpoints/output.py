@@ -67,7 +67,7 @@ class Output:
 
 
 def open_output(folder: Path, base: Path, arguments: JsonObject, journal: str = JOURNALS[0]) -> Output:
-    """The folder to write into or to continue in; nothing is written yet.
+    """Open the folder to write into or to continue in; nothing is written yet.
 
     Raises:
         CheckpointError: it lies in the base, holds something else, or was begun with other arguments.
@@ -128,7 +128,7 @@ def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], ByteProgres
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises CheckpointError when the file system of the folder has less free than is still to be written."""
+    """Raise CheckpointError when the file system of the folder has less free than is still to be written."""
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SLACK_BYTES:

@@ -17,7 +17,10 @@ from laguna_serve.serving.kit.signals import defer_signals
 
 
 def run_tool(body: Callable[[], int], interrupted: str) -> int:
-    """The tool's exit status; bad input is one line on stderr, and so is an interruption, with what becomes of it."""
+    """Run a tool; its exit status.
+
+    Bad input is one line on stderr, and so is an interruption, with what becomes of it.
+    """
     try:
         with defer_signals():
             return body()

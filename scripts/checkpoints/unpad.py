@@ -105,7 +105,7 @@ class PadResult(WidthsResult, frozen=True, kw_only=True, tag_field="schema", tag
 
 
 def main(argv: Sequence[str] | None = None, tool: Literal["unpad", "pad"] = "unpad") -> int:
-    """The command line of either tool. Returns the exit status."""
+    """Run the command line of either tool; return the exit status."""
     description, examples = DESCRIPTIONS[tool]
     config = read_flags(WidthsConfig, argv, prog=f"laguna {tool}", description=description, epilog=examples)
     return run_tool(lambda: run(config, tool), "the same command continues from the last finished file")
@@ -138,7 +138,7 @@ def pad(config: WidthsConfig) -> PadResult:
 
 
 def _convert(config: WidthsConfig, folder: Path, source: WidthsSource, tool: str, read_s: float) -> JsonObject:
-    """Writes what is not there yet; the fields of a WidthsResult."""
+    """Write what is not there yet; return the fields of a WidthsResult."""
     status: Status = "dry run"
     verified: bool | UnsetType = UNSET
     if config.out is not None and not config.dry_run:
@@ -189,7 +189,7 @@ def _count_negative_zeros(source: WidthsSource) -> int:
 
 
 def format_result(result: WidthsResult) -> str:
-    """The result as rows for people."""
+    """Format the result as rows for people."""
     before, after = result.parameters_before, result.parameters_after
     saved, unpads = abs(result.bytes_saved), isinstance(result, UnpadResult)
     rows = [

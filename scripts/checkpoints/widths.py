@@ -58,7 +58,7 @@ class WidthsSource:
         return sorted({entry.file for entry in self.tensors.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape in the output."""
+        """Return a tensor's shape in the output."""
         shape, padded = list(self.tensors[name].shape), self.find(name)
         if padded is not None:
             units, dim = padded
@@ -66,21 +66,21 @@ class WidthsSource:
         return tuple(shape)
 
     def find(self, name: str) -> tuple[Units, int] | None:
-        """The units of a layer's matrix and the dimension along which it has them; None for another tensor."""
+        """Find the units of a layer's matrix and the dimension along which it has them; None for another tensor."""
         match = MATRIX.fullmatch(name)
         if match is None or int(match[1]) not in self.units:
             return None
         return self.units[int(match[1])], 1 if match[2] == "down" else 0
 
     def change(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor as it is in the output."""
+        """Change a tensor to what it is in the output."""
         padded = self.find(name)
         if padded is None:
             return tensor
         return padded[0].trim(tensor, padded[1]) if self.unpads else padded[0].pad(tensor, padded[1])
 
     def num_bytes(self, name: str, *, changed: bool) -> int:
-        """A tensor's size here or in the output."""
+        """Count a tensor's bytes here or in the output."""
         entry = self.tensors[name]
         if not changed:
             return entry.num_bytes
@@ -96,7 +96,7 @@ class WidthsSource:
 
 
 def read_padded(folder: Path, name: str) -> WidthsSource:
-    """A dense checkpoint in stock layout, with the padding found in its files.
+    """Read a dense checkpoint in stock layout, with the padding found in its files.
 
     Raises:
         CheckpointError, PaddingError: it is something else, or nothing is padded.
@@ -117,7 +117,7 @@ def read_padded(folder: Path, name: str) -> WidthsSource:
 
 
 def read_unpadded(folder: Path, name: str) -> WidthsSource:
-    """A checkpoint that `unpad` wrote.
+    """Read a checkpoint that `unpad` wrote.
 
     Raises:
         CheckpointError, PaddingError: it is something else, or its tensors are not as its config says.
@@ -170,7 +170,7 @@ def _read_dense(folder: Path, name: str) -> ConfigJson:
 
 
 def describe(source: WidthsSource) -> ConfigJson:
-    """The output's config.json: the source's, at the widths that are stored."""
+    """Describe the output's config.json: the source's, at the widths that are stored."""
     config = dict(source.config)
     if not source.unpads:
         origin = config.pop(ORIGIN_KEY, None) or {}

@@ -34,7 +34,7 @@ def digest_checkpoint(folder: Path, whole_bytes: int = WHOLE_BYTES) -> str:
 
 
 def _find_blob(path: Path) -> str | None:
-    """The SHA-256 that the Hugging Face cache names a file by; small files are named by something shorter."""
+    """Find the SHA-256 that the Hugging Face cache names a file by; small files are named by something shorter."""
     target = path.resolve()
     return target.name if target.parent.name == "blobs" and BLOB.fullmatch(target.name) else None
 

@@ -99,7 +99,7 @@ class Drafter:
 
 
 def read_drafter(folder: Path) -> Drafter:
-    """Reads and checks a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
+    """Read and check a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
         got = ", ".join(read_architectures(folder, config) or ["no architectures"])

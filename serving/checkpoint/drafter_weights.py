@@ -35,7 +35,7 @@ class Header:
 
 
 def check_weights(folder: Path, drafter: Drafter) -> None:
-    """Raises CheckpointError naming the first tensor that is missing or not as it must be.
+    """Raise CheckpointError naming the first tensor that is missing or not as it must be.
 
     Weights in another format than safetensors, and quantised ones, are left to vLLM.
     """
@@ -117,7 +117,10 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: Header
 
 
 def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]) -> None:
-    """The draft vocabulary's table to the target's (``d2t``: differences), and the one back, where it is there."""
+    """Check the draft vocabulary's table to the target's, and the one back, where it is there.
+
+    The first, ``d2t``, has differences.
+    """
     V, size = drafter.target_vocab_size, drafter.draft_vocab_size
     if D2T not in headers:
         if size != V:

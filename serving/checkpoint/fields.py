@@ -22,7 +22,7 @@ class CheckpointError(CommandError, ValueError):
 
 
 def show(value: object) -> str:
-    """A value of a file for a message: one line in ASCII, its middle left out where it is long."""
+    """Show a value of a file for a message: one line in ASCII, its middle left out where it is long."""
     text = ascii(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 20]} … {text[-17:]}"
 
@@ -41,7 +41,7 @@ class Fields:
         self.config: ConfigJson = {**(defaults or {}), **{k: v for k, v in config.items() if v is not None}}
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A field that is there, or has a default."""
+        """Return a field that is there, or has a default."""
         value = self.config.get(key)
         if value is None and default is not None:
             return default
@@ -52,7 +52,7 @@ class Fields:
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """An integer, at least 1."""
+        """Return an integer, at least 1."""
         value = self.integer(key, default)
         if value < 1:
             raise self.mismatch(key, "a positive integer", value)
@@ -66,21 +66,21 @@ class Fields:
         return count
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """A list of integers, empty or not."""
+        """Return a list of integers, empty or not."""
         value = self.config.get(key)
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self.mismatch(key, "a list of integers", value)
         return tuple(value)
 
     def name(self, key: str) -> str | None:
-        """A text, where it is there."""
+        """Return a text, where it is there."""
         value = self.config.get(key)
         if not (value is None or (isinstance(value, str) and value.isprintable())):
             raise self.mismatch(key, "a name", value)
         return value
 
     def kinds(self, key: str, count: int, allowed: tuple[str, ...]) -> tuple[str, ...] | None:
-        """A word of `allowed` for each of `count` layers; None where the key is not there."""
+        """Return a word of `allowed` for each of `count` layers; None where the key is not there."""
         value = self.config.get(key)
         if value is None:
             return None
@@ -90,7 +90,7 @@ class Fields:
         return tuple(value)
 
     def mismatch(self, key: str, expected: str, got: object) -> CheckpointError:
-        """The error that names a field."""
+        """Return the error that names a field."""
         what = "nothing" if got is None else show(got)
         return CheckpointError(
             f"{self.folder}: expected {self.prefix}{key} to be {expected}, got {what}; fetch it again"

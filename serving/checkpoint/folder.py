@@ -19,7 +19,7 @@ SAFETENSORS = "vLLM's Laguna reads safetensors: take the release itself (poolsid
 
 
 def find_folder(name: str) -> Path | None:
-    """The local folder of a path or hub id; None for a hub id that is not in the Hugging Face cache.
+    """Find the local folder of a path or hub id; None for a hub id that is not in the Hugging Face cache.
 
     A folder of the cache itself (models--org--name) stands for its main branch's snapshot.
 
@@ -52,7 +52,7 @@ def require_folder(name: str) -> Path:
 
 
 def find_cached_snapshot(hub_id: str) -> Path | None:
-    """The snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
+    """Find the snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(os.environ.get("HF_HOME") or caches / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
@@ -79,7 +79,10 @@ def _open_cache_folder(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> ConfigJson:
-    """The checkpoint's config.json as a JSON object.  Raises CheckpointError when there is none or it is not JSON."""
+    """Read the checkpoint's config.json as a JSON object.
+
+    Raises CheckpointError when there is none or it is not JSON.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +115,7 @@ def _is_mlx(config: ConfigJson) -> bool:
 
 
 def check_pruning_files(keep_mask: str | None, group_indices: str | None) -> None:
-    """Raises CheckpointError unless both files are given and there, or neither; the model checks what is in them."""
+    """Raise CheckpointError unless both files are given and there, or neither; the model checks what is in them."""
     for name, path in (("keep mask", keep_mask), ("group indices", group_indices)):
         if path is None and (keep_mask or group_indices):
             raise CheckpointError(f"{name}: expected a file beside {keep_mask or group_indices}, got none; pass both")

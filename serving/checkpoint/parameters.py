@@ -17,7 +17,7 @@ ITEM_BYTES = {"float32": 4, "float": 4}
 
 
 def list_modules(target: Target) -> Iterator[tuple[str, int]]:
-    """A representative linear module's name, and how many weights there are of its like."""
+    """List a representative linear module's name, and how many weights there are of its like."""
     H = target.hidden_size
     for layer, (heads, kind) in enumerate(zip(target.heads, target.mlp_kinds, strict=True)):
         name, width = f"model.layers.{layer}", heads * target.head_dim
@@ -57,7 +57,7 @@ def count_active(target: Target) -> int:
 
 
 def estimate_bytes(target: Target) -> int:
-    """The weights as they are stored."""
+    """Estimate the bytes of the weights as they are stored."""
     item = ITEM_BYTES.get(target.dtype, 2)
     quantisation = target.quantisation
     if quantisation is None:
@@ -76,5 +76,8 @@ def count_drafter(drafter: Drafter) -> int:
 
 
 def estimate_drafter_bytes(drafter: Drafter) -> int:
-    """A drafter's weights; those of a quantised one as if they were not, as there is none published."""
+    """Estimate the bytes of a drafter's weights.
+
+    Those of a quantised one as if they were not, as there is none published.
+    """
     return ITEM_BYTES.get(drafter.dtype, 2) * count_drafter(drafter)

@@ -70,7 +70,7 @@ class Quantisation:
 
 
 def read_quantisation(folder: Path, config: ConfigJson) -> Quantisation | None:
-    """What a config says of its quantisation; None for a plain checkpoint.
+    """Read what a config says of its quantisation; None for a plain checkpoint.
 
     Raises:
         CheckpointError: a description that cannot be read.

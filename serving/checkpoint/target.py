@@ -96,7 +96,7 @@ class Target:
 
 
 def read_target(folder: Path) -> Target:
-    """Reads and checks a Laguna model's config."""
+    """Read and check a Laguna model's config."""
     config = read_config(folder)
     if is_drafter(config):
         raise CheckpointError(f"{folder}: expected a Laguna model, got a DFlash drafter; pass it as the draft instead")
@@ -177,12 +177,12 @@ def read_gate_width(fields: Fields) -> int:
 
 
 def read_dtype(config: ConfigJson) -> str:
-    """The dtype that a config names, in torch's spelling."""
+    """Read the dtype that a config names, in torch's spelling."""
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
 
 
 def is_drafter(config: ConfigJson) -> bool:
-    """True for a DFlash drafter in either format."""
+    """Say whether it is a DFlash drafter, in either format."""
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     return (
@@ -193,7 +193,7 @@ def is_drafter(config: ConfigJson) -> bool:
 
 
 def read_architectures(folder: Path, config: ConfigJson) -> list[str]:
-    """The classes that a config names; empty without any."""
+    """Read the classes that a config names; empty without any."""
     names = config.get("architectures")
     if names is None:
         return []

@@ -41,7 +41,7 @@ class TensorHeader(msgspec.Struct, frozen=True):
 
 
 def require_weights(folder: Path, *, complete: bool) -> None:
-    """Raises CheckpointError, in one line, for the first file that is missing or not whole.
+    """Raise CheckpointError, in one line, for the first file that is missing or not whole.
 
     `complete` is False for a snapshot of the hub's cache that was asked for by its hub id: what it lacks vLLM fetches.
     """
@@ -77,7 +77,7 @@ def count_values(folder: Path) -> int:
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """The folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed."""
+    """List the folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed."""
     try:
         names = os.listdir(folder)  # glob swallows a refusal
     except OSError as error:
@@ -86,7 +86,10 @@ def list_weights(folder: Path) -> list[Path]:
 
 
 def list_indexed(folder: Path) -> list[str]:
-    """The files that an index names, each once; none without an index.  Raises CheckpointError when it is no index."""
+    """List the files that an index names, each once; none without an index.
+
+    Raises CheckpointError when it is no index.
+    """
     path = folder / INDEX
     if not os.path.lexists(path):
         return []
@@ -100,7 +103,7 @@ def list_indexed(folder: Path) -> list[str]:
 
 
 def check_file(path: Path) -> dict[str, TensorHeader]:
-    """What a file's header says of every tensor.
+    """Check what a file's header says of every tensor.
 
     Raises:
         CheckpointError: the file has no header, or not as many bytes as that says.
@@ -129,7 +132,7 @@ def check_file(path: Path) -> dict[str, TensorHeader]:
 
 
 def _measure(path: Path) -> int:
-    """A file's size; a folder, and a link that leads nowhere, are errors of their own."""
+    """Measure a file's size; a folder, and a link that leads nowhere, are errors of their own."""
     try:
         status = path.stat()
     except OSError as error:

@@ -57,7 +57,7 @@ class Base:
         return self.tensors[self.expert_names(self.shape.layers[0])[0]].dtype
 
     def expert_names(self, layer: int) -> list[str]:
-        """The tensors that hold a sparse layer's routed experts."""
+        """List the tensors that hold a sparse layer's routed experts."""
         return list(expert_shapes(self.shape, layer, self.fused))
 
 
@@ -134,7 +134,7 @@ Expert = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def read_experts(folder: Path, base: Base, layer: int) -> Iterator[Expert]:
-    """Number, gate [N, H], up [N, H] and down [H, N] of each of a layer's experts, from the base or a folder like it.
+    """Read each of a layer's experts, from the base or a folder like it: number, gate and up [N, H], down [H, N].
 
     The matrices are views that live until the next expert is asked for.
     """

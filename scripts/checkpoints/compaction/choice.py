@@ -27,7 +27,7 @@ def choose_pruning(
     block_size: int | None,
     seed: int,
 ) -> tuple[Pruning, JsonObject]:
-    """What is pruned, and where that comes from: digests of the files, or the draw's ratio and seed.
+    """Choose what is pruned, and where that comes from: digests of the files, or the draw's ratio and seed.
 
     A mask needs its indices; a draw takes the groups of the indices, or atoms in their own order by `block_size`.
 
@@ -47,7 +47,7 @@ def choose_pruning(
 
 
 def _read_indices(path: Path, shape: ExpertShape) -> npt.NDArray[np.int64]:
-    """Indices alone, checked by way of a mask that keeps everything."""
+    """Read indices alone, checked by way of a mask that keeps everything."""
     try:
         indices = np.load(path, mmap_mode="r", allow_pickle=False)
         keep = np.ones(indices.shape[:3], dtype=bool)
@@ -57,7 +57,7 @@ def _read_indices(path: Path, shape: ExpertShape) -> npt.NDArray[np.int64]:
 
 
 def _number(block_size: int | None, shape: ExpertShape) -> npt.NDArray[np.int64]:
-    """Groups of atoms in their own order."""
+    """Make groups of atoms in their own order."""
     N = shape.intermediate_size
     size = block_size if block_size is not None else max(1, N // 8)
     if size < 1 or N % size:

@@ -63,7 +63,7 @@ def _count_attention(config: ConfigJson, H: int, heads: int) -> int:
 
 
 def compute_savings(parameters: int, shape: ExpertShape, pruning: Pruning, item_bytes: int) -> Savings:
-    """What the pruning saves of a model with that many parameters."""
+    """Compute what the pruning saves of a model with that many parameters."""
     gone = pruning.pruned_blocks * pruning.block_size * PROJECTIONS * shape.hidden_size
     kept = pruning.kept_blocks
     return Savings(

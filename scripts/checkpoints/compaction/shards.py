@@ -52,7 +52,7 @@ class Compaction:
 
 
 def plan_shards(job: Compaction) -> list[Shard]:
-    """The output files, in the order in which they are written."""
+    """Plan the output files, in the order in which they are written."""
     base = job.base
     if job.zeroed:
         return [Shard(file, (), {n: n for n, e in base.tensors.items() if e.file == file}) for file in base.files]
@@ -70,14 +70,14 @@ def plan_shards(job: Compaction) -> list[Shard]:
 
 
 def publish_name(name: str) -> str:
-    """The published checkpoints' name of a tensor that is passed on."""
+    """Name a tensor that is passed on as published checkpoints do."""
     for pattern, replacement in RENAMED:
         name = pattern.sub(replacement, name)
     return name
 
 
 def block_names(job: Compaction, layer: int) -> tuple[str, str, str]:
-    """The compact tensors of a sparse layer: gate and up blocks, down blocks, where each expert's start."""
+    """Name the compact tensors of a sparse layer: gate and up blocks, down blocks, where each expert's start."""
     prefix = f"model.layers.{job.base.shape.layers[layer]}.mlp.experts"
     return f"{prefix}.w13_blocks", f"{prefix}.w2_blocks", f"{prefix}.block_start"
 
@@ -95,7 +95,7 @@ def tensor_bytes(job: Compaction, shard: Shard) -> dict[str, int]:
 
 @contextmanager
 def build_tensors(job: Compaction, shard: Shard, advance: Advance) -> Iterator[dict[str, torch.Tensor]]:
-    """The shard's tensors, which live as long as the context; `advance` gets the bytes of each as it is built."""
+    """Build the shard's tensors, which live as long as the context; `advance` gets the bytes of each as it is built."""
     with open_files(job.base.folder, (job.base.tensors[name].file for name in shard.passed)) as files:
         tensors: dict[str, torch.Tensor] = {}
         for name, out in shard.passed.items():
@@ -108,7 +108,7 @@ def build_tensors(job: Compaction, shard: Shard, advance: Advance) -> Iterator[d
 
 
 def list_inputs(job: Compaction, shard: Shard) -> list[str]:
-    """The base's files that a shard is made from."""
+    """List the base's files that a shard is made from."""
     base = job.base
     names = [*shard.passed, *(n for layer in shard.layers for n in base.expert_names(base.shape.layers[layer]))]
     return sorted({base.tensors[name].file for name in names})

@@ -31,7 +31,7 @@ class DifferenceError(CheckpointError):
 
 
 def verify(job: Compaction, shards: list[Shard], out: Path, say: Callable[[str], None]) -> list[float]:
-    """The largest error of each sparse layer's routed output, relative to its largest value.
+    """Verify each sparse layer's routed output: its largest error, relative to its largest value.
 
     Raises:
         DifferenceError: a tensor is missing or of another shape, or one that is only passed on has changed.
@@ -73,7 +73,7 @@ def _compare_passed(job: Compaction, shard: Shard, base: dict[str, Any], made: A
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes, so that NaN equals NaN and −0 does not equal 0."""
+    """View the bytes, so that NaN equals NaN and −0 does not equal 0."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

@@ -45,7 +45,7 @@ def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> 
 
 
 def write_description(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
-    """The index, where the base has one, and config.json."""
+    """Write the index, where the base has one, and config.json."""
     files: dict[str, bytes] = {}
     if job.zeroed:
         for name in (INDEX, "config.json") if job.base.sharded else ("config.json",):
@@ -63,7 +63,7 @@ def write_description(job: Compaction, shards: list[Shard], output: Output, sour
 
 
 def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
-    """The base's config with the architecture and the blocks of the output."""
+    """Describe the base's config with the architecture and the blocks of the output."""
     described = {
         "block_size": job.pruning.block_size,
         "blocks_per_expert": job.pruning.blocks_per_expert,
@@ -74,7 +74,7 @@ def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
 
 
 def _public_name(name: str) -> str:
-    """A hub id as it is, of a folder its last part: where it lay is nobody's business."""
+    """Name a hub id as it is, a folder by its last part: where it lay is nobody's business."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_dir() else name
 

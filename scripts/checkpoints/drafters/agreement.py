@@ -28,7 +28,7 @@ Checkpoint = tuple[JsonObject, Tensors]
 def measure_difference(
     drafter: Drafter, before: Checkpoint, after: Checkpoint, head: torch.Tensor, embedding: torch.Tensor
 ) -> float | None:
-    """The largest difference of final hidden states, relative to the largest value.
+    """Measure the largest difference of final hidden states, relative to the largest value.
 
     None for sliding windows, which the plain form has not.
     """
@@ -47,7 +47,7 @@ def measure_difference(
 
 
 def _load(config: ConfigJson, tensors: Tensors) -> LagunaDrafter:
-    """The plain form of a checkpoint that is not on disk yet."""
+    """Load the plain form of a checkpoint that is not on disk yet."""
     kind = SpeculatorsDrafter if "speculators_model_type" in config else LagunaDrafter
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -175,7 +175,7 @@ def _drop_tap_norms(done: Conversion, tensors: Tensors, config: ConfigJson) -> N
 
 
 def _fold_gates(done: Conversion, tensors: Tensors, layers: int) -> float:
-    """The constant that the gates come to, for the output projections."""
+    """Fold the gates to the constant that they come to, for the output projections."""
     gates = [tensors.get(f"layers.{layer}.self_attn.g_proj.weight") for layer in range(layers)]
     present = [gate for gate in gates if gate is not None]
     if not present:

@@ -153,7 +153,7 @@ class LagunaDrafter(nn.Module):
         context_positions: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Final hidden states [B, Q, H] of block rows, ready for the target's head.
+        """Compute final hidden states [B, Q, H] of block rows, ready for the target's head.
 
         block [B, Q, H] embeddings, positions [B, Q]; hidden_states [B, T, taps, H] of the target, context_positions
         [B, T]; mask [B, Q, T + Q] bool, true where a block row may look.
@@ -171,19 +171,19 @@ class LagunaDrafter(nn.Module):
         return F.linear(hidden, head)
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the logits are to predict for the target's tokens, or `IGNORED` where they cannot."""
+        """Return what the logits are to predict for the target's tokens, or `IGNORED` where they cannot."""
         return tokens
 
     @torch.no_grad()
     def propose(
         self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor, head: torch.Tensor
     ) -> list[int]:
-        """The γ greedy proposals after `anchor`, given the target's states [T, taps, H] of all tokens before it."""
+        """Propose γ greedy tokens after `anchor`, given the target's states [T, taps, H] of all tokens before it."""
         return self.logits(self.draft(anchor, hidden_states, gamma, embedding), head).argmax(-1).tolist()
 
     @torch.no_grad()
     def draft(self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [γ, H] of the mask rows after `anchor`."""
+        """Compute final hidden states [γ, H] of the mask rows after `anchor`."""
         length = hidden_states.shape[0]
         block = torch.full((1, gamma + 1), self.shape.mask_token_id)
         block[0, 0] = anchor
@@ -223,5 +223,5 @@ class TapReader:
         return keep
 
     def read(self) -> torch.Tensor:
-        """The last run's states [B, T, taps, H]."""
+        """Read the last run's states [B, T, taps, H]."""
         return torch.stack([self.seen[i] for i in self.layer_ids], dim=2)

@@ -28,7 +28,7 @@ def describe_laguna(
     rope: Mapping[str, Any],
     dtype: str = "bfloat16",
 ) -> ConfigJson:
-    """A config.json in the published layout.
+    """Describe a config.json in the published layout.
 
     ``rope`` is said in full and not as ``rope_theta`` alone, which transformers drops (plugins/layers.py).
 
@@ -72,7 +72,7 @@ def read_layer_types(config: ConfigJson) -> list[str]:
 
 
 def read_rope(config: ConfigJson) -> JsonObject:
-    """The rotary parameters of the layers, all of one kind, whichever way the config says them."""
+    """Read the rotary parameters of the layers, all of one kind, whichever way the config says them."""
     stated = find_dropped_rope(config)
     if stated is not None:
         return dict(stated)

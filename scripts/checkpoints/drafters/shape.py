@@ -47,7 +47,7 @@ class DrafterShape:
         return self.block_size - 1
 
     def config(self) -> ConfigJson:
-        """The checkpoint's config.json, in the published layout."""
+        """Return the checkpoint's config.json, in the published layout."""
         return (
             describe_laguna(
                 asdict(self) | {"max_position_embeddings": MAX_POSITIONS},

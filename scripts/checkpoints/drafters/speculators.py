@@ -60,7 +60,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         context_positions: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Final hidden states of a block, shapes as `LagunaDrafter.forward`."""
+        """Compute final hidden states of a block, shapes as `LagunaDrafter.forward`."""
         context = self.hidden_norm(self.fc(hidden_states.flatten(2)))
         x = block
         for layer in self.layers:
@@ -73,7 +73,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         return F.linear(hidden, head if self.lm_head is None else self.lm_head.weight)
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The draft vocabulary's number of each token, `IGNORED` for one that it lacks."""
+        """Return the draft vocabulary's number of each token, `IGNORED` for one that it lacks."""
         return self.get_buffer("to_draft")[tokens]
 
     def propose(
@@ -85,7 +85,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         return tokens
 
     def config(self, verifier: str) -> ConfigJson:
-        """The checkpoint's config.json; `verifier` names the target."""
+        """Return the checkpoint's config.json; `verifier` names the target."""
         shape = self.shape
         layers = {
             "model_type": "qwen3",
@@ -173,7 +173,7 @@ class SpeculatorsDrafter(LagunaDrafter):
 
 
 def choose_vocabulary(tokens: torch.Tensor, size: int, vocab_size: int) -> torch.Tensor:
-    """The `size` tokens that are most frequent in `tokens` [N], rising; of equal ones the lower first."""
+    """Choose the `size` tokens that are most frequent in `tokens` [N], rising; of equal ones the lower first."""
     counts = torch.bincount(tokens, minlength=vocab_size)
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
