@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from laguna_serve.kernels.sentinel_moe.build import build
+from laguna_serve.kernels.sentinel_moe.reference import dequantise
 from laguna_serve.kernels.toolchain import BuildError
 
 logger = logging.getLogger(__name__)
@@ -98,15 +99,17 @@ def run_torch(
     w13_blocks: torch.Tensor,
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
+    w13_scales: torch.Tensor | None = None,
+    w2_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the op for checked CPU tensors by torch's matrix products in fp32, expert by expert.
+    """Run the op for checked tensors by torch's matrix products in fp32, expert by expert.
 
     Raises:
         IndexError: an expert id, or a chosen expert's entry of block_start, is out of range.
     """
     H, n = x.shape[1], len(w2_blocks)
     start = block_start.tolist()
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
         if expert == -1:
             continue
@@ -120,8 +123,9 @@ def run_torch(
         rows = chosen.any(dim=1).nonzero().squeeze(1)
         weights = (topk_weights * chosen).sum(dim=1)[rows, None]
         blocks = slice(start[expert], start[expert + 1])
-        gate, up = (w13_blocks[blocks, part].reshape(-1, H).float() for part in (0, 1))
+        gate, up = dequantise(w13_blocks, w13_scales, blocks).transpose(0, 1).reshape(2, -1, H)
+        down = dequantise(w2_blocks, w2_scales, blocks).reshape(-1, H)
         inputs = x[rows].float()
         hidden = F.silu(inputs @ gate.t()) * (inputs @ up.t()) * weights
-        out[rows] += hidden.to(x.dtype).float() @ w2_blocks[blocks].reshape(-1, H).float()
+        out[rows] += hidden.to(x.dtype).float() @ down
     return out.to(x.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+SCALED_COLUMNS = 128  # of a row of 8-bit weights have one scale
+
 
 def sentinel_moe_reference(
     x: torch.Tensor,
@@ -14,6 +16,8 @@ def sentinel_moe_reference(
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
     *,
+    w13_scales: torch.Tensor | None = None,
+    w2_scales: torch.Tensor | None = None,
     max_blocks_per_expert: int | None = None,
 ) -> torch.Tensor:
     """Routed experts of which only some blocks are kept; arguments and result as `sentinel_moe`, computed in fp32.
@@ -26,9 +30,20 @@ def sentinel_moe_reference(
     start = block_start.tolist()
     for expert in topk_ids.unique().tolist():
         rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = w13_blocks[start[expert] : start[expert + 1]].float().transpose(0, 1).reshape(2, -1, H)
-        down = w2_blocks[start[expert] : start[expert + 1]].float().reshape(-1, H)
+        blocks = slice(start[expert], start[expert + 1])
+        gate, up = dequantise(w13_blocks, w13_scales, blocks).transpose(0, 1).reshape(2, -1, H)
+        down = dequantise(w2_blocks, w2_scales, blocks).reshape(-1, H)
         inputs = x[rows].float()
         hidden = F.silu(inputs @ gate.t()) * (inputs @ up.t())
         out.index_add_(0, rows, (hidden @ down) * topk_weights[rows, slots, None])
     return out.to(x.dtype)
+
+
+def dequantise(
+    weights: torch.Tensor, scales: torch.Tensor | None, blocks: slice = slice(None), dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Some of the blocks [n, ..., H] in `dtype`, by their scales [n, ..., ⌈H / 128⌉] if they have any."""
+    values = weights[blocks].to(dtype)
+    if scales is None:
+        return values
+    return values * scales[blocks].to(dtype).repeat_interleave(SCALED_COLUMNS, dim=-1)[..., : values.shape[-1]]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from laguna_serve.kernels.sentinel_moe.reference import dequantise
+
 # ‖out − reference‖ ÷ ‖reference‖.  fp32 differs in the order of its sums; fp16 and bf16 by the one rounding of the
 # weighted activations and that of the result, 2⁻¹¹ and 2⁻⁸ relative each.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -54,6 +56,40 @@ def make_inputs(
         start,
     )
     return Inputs(*(tensor.to(device) for tensor in inputs))
+
+
+def quantise(inputs: Inputs) -> tuple[Inputs, dict[str, torch.Tensor]]:
+    """The layer with 8-bit weights, and the scales of each row's 128 columns as the op's keywords."""
+
+    def split(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        H = blocks.shape[-1]
+        groups = -(-H // 128)
+        columns = torch.nn.functional.pad(blocks.float(), (0, groups * 128 - H)).unflatten(-1, (groups, 128))
+        scales = columns.abs().amax(-1).clamp_min(1e-6) / 448
+        values = (columns / scales[..., None]).flatten(-2)[..., :H].contiguous()
+        return values.to(torch.float8_e4m3fn), scales
+
+    (w13, w13_scales), (w2, w2_scales) = split(inputs.w13_blocks), split(inputs.w2_blocks)
+    return inputs._replace(w13_blocks=w13, w2_blocks=w2), {"w13_scales": w13_scales, "w2_scales": w2_scales}
+
+
+def in_fp64(
+    inputs: Inputs, w13_scales: torch.Tensor | None = None, w2_scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition, expert by expert in fp64."""
+    x, weights, ids, w13, w2, start = inputs
+    H = x.shape[1]
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        blocks = slice(int(start[expert]), int(start[expert + 1]))
+        rows = dequantise(w13, w13_scales, blocks, torch.float64).transpose(0, 1).reshape(2, -1, H)
+        gate, up = (x.double() @ part.t() for part in rows)
+        share = (weights * (ids == expert)).sum(1, dtype=torch.float64)[:, None]
+        down = dequantise(w2, w2_scales, blocks, torch.float64).reshape(-1, H)
+        out += share * (gate * gate.sigmoid() * up @ down)
+    return out
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

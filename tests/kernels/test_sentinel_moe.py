@@ -193,7 +193,7 @@ def test_fake_tensors_have_the_outputs_shape() -> None:
 
 
 def test_op_passes_torchs_own_checks() -> None:
-    torch.library.opcheck(torch.ops.laguna_serve.sentinel_moe.default, (*good(), 4))
+    torch.library.opcheck(torch.ops.laguna_serve.sentinel_moe.default, (*good(), None, None, 4))
 
 
 def test_compiled_graph_keeps_the_op_whole() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, Inputs, make_inputs, relative_error
+from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, in_fp64, make_inputs, relative_error
 
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe
 
@@ -28,19 +28,6 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     assert KERNELS.use_path(request.param) == request.param
     yield request.param
     KERNELS.use_path(None)
-
-
-def in_fp64(inputs: Inputs) -> torch.Tensor:
-    """The definition, expert by expert in fp64."""
-    x, weights, ids, w13, w2, start = inputs
-    H = x.shape[1]
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for expert in ids.unique().tolist():
-        blocks = slice(int(start[expert]), int(start[expert + 1]))
-        gate, up = (x.double() @ w13[blocks, part].reshape(-1, H).double().t() for part in (0, 1))
-        share = (weights * (ids == expert)).sum(1, dtype=torch.float64)[:, None]
-        out += share * (gate * gate.sigmoid() * up @ w2[blocks].reshape(-1, H).double())
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -53,7 +53,13 @@ Call read_call(const Tensor& x, const Tensor& weights, const Tensor& ids, const 
   return {dtype, T, H, k, E, B, n, x.data_ptr(), static_cast<const float*>(weights.data_ptr()), static_cast<const int32_t*>(ids.data_ptr()), w13.data_ptr(), w2.data_ptr(), static_cast<const int32_t*>(start.data_ptr()), nullptr};
 }
 
-Tensor sentinel_moe(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor start, std::optional<int64_t> max_blocks) {
+Tensor sentinel_moe(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor start, std::optional<Tensor> w13_scales, std::optional<Tensor> w2_scales, std::optional<int64_t> max_blocks) {
+  if (w13_scales.has_value() || w2_scales.has_value()) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 9> stack{from(x), from(weights), from(ids), from(w13), from(w2), from(start), from(w13_scales), from(w2_scales), from(max_blocks)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("laguna_serve::sentinel_moe_by_torch", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   Call call = read_call(x, weights, ids, w13, w2, start);
   if (max_blocks.has_value() && *max_blocks < 1) throw std::invalid_argument("max_blocks_per_expert: expected at least 1, got " + std::to_string(*max_blocks));
   Tensor out = torch::stable::empty_like(x);
