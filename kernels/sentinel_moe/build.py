@@ -28,6 +28,7 @@ PATHS = {
         "path_avx2": ("-mavx2", "-mfma", "-mf16c"),
         "path_avx512": ("-mavx512f", "-mavx512bw", "-mfma", "-mf16c"),
         "path_avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
+        "path_avx512vbmi": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi", "-mfma", "-mf16c"),
     },
     "aarch64": {"path_neon": (), "path_neonbf16": ("-march=armv8.2-a+bf16",)},
 }

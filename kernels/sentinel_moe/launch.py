@@ -79,7 +79,7 @@ def sentinel_moe(
             w2_scales,
             max_blocks_per_expert,
         )
-    except (ValueError, RuntimeError):
+    except ValueError:
         # The kernels of a CPU say that something is wrong, and leave it to this to find what.
         _find_fault(
             x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks_per_expert
@@ -244,21 +244,6 @@ def _run_without_kernels(
     )
 
 
-def _run_torch(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_blocks: torch.Tensor,
-    w2_blocks: torch.Tensor,
-    block_start: torch.Tensor,
-    w13_scales: torch.Tensor | None,
-    w2_scales: torch.Tensor | None,
-    max_blocks_per_expert: int | None,
-) -> torch.Tensor:
-    _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks_per_expert)
-    return cpu.run_torch(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales)
-
-
 def _run_triton(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -298,8 +283,6 @@ _library.define(SCHEMA, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compl
 # The library of a CPU registers itself, before which this stands in for it.
 _library.impl("sentinel_moe", _run_without_kernels, "CompositeExplicitAutograd")
 _library.impl("sentinel_moe", _run_triton, "CUDA")
-_library.define(SCHEMA.replace("sentinel_moe", "sentinel_moe_by_torch", 1))
-_library.impl("sentinel_moe_by_torch", _run_torch, "CompositeExplicitAutograd")
 torch.library.register_fake("laguna_serve::sentinel_moe", _run_fake, lib=_library)
 torch.library.register_autograd(
     "laguna_serve::sentinel_moe", lambda ctx, grad: None, setup_context=_refuse_gradient, lib=_library

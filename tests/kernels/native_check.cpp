@@ -72,7 +72,7 @@ void check(const Path& path, DType dtype, int64_t T, int64_t H, int64_t B, int64
     ids[i] = static_cast<int32_t>(random() % 6) - 1;
   }
   std::vector<char> out(T * H * size, 127), row(H * size);
-  Call call{dtype, T, H, k, E, B, n, x.bytes.data(), weights.data(), ids.data(), w13.bytes.data(), w2.bytes.data(), start.data(), out.data()};
+  Call call{dtype, T, H, k, E, B, n, x.bytes.data(), weights.data(), ids.data(), w13.bytes.data(), w2.bytes.data(), start.data(), out.data(), nullptr, nullptr};
   if (run(call, path, {threads, run_in_turn}).status != OK) ++failures;
   double off = 0, whole = 0;
   for (int64_t t = 0; t < T; ++t) {

@@ -38,6 +38,24 @@ struct Avx512 {
   static inline Vec f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static inline uint16_t to_f16(float value) { return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
   static inline float from_f16(uint16_t value) { return _cvtsh_ss(value); }
+
+  // e4m3: 64 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32.
+  static constexpr float UNSCALE = 256.0f;
+  static inline void decode(const uint8_t* p, Vec* w) {
+    for (int i = 0; i < 2; ++i) {
+      const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i));
+      const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(static_cast<short>(0xbf80)));
+      w[2 * i] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+      w[2 * i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    }
+  }
+  struct Flags {
+    __m512i seen = _mm512_setzero_si512();
+    inline void note(const uint8_t* p) { seen = _mm512_max_epu8(seen, _mm512_or_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)))); }
+    inline uint64_t find() const { return _mm512_cmpeq_epi8_mask(seen, _mm512_set1_epi8(-1)); }
+    inline bool any() const { return find() != 0; }
+    inline bool has(int i) const { return (find() >> i & 1) != 0; }
+  };
 };
 
 }  // namespace

@@ -27,6 +27,8 @@ constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next 
 constexpr int64_t LINE = 64;
 constexpr int64_t SIZES[DTYPES] = {4, 2, 2};
 
+int64_t size_of_weight(const Call& call) { return call.w13_scales == nullptr ? SIZES[call.dtype] : 1; }
+
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // Memory of the calling thread that stays between calls, so that its pages are touched once.
@@ -83,11 +85,12 @@ class Batch {
  public:
   Batch(const Call& call, const Kernels& kernels, const Team& team, const Pairs& pairs) : call_(call), kernels_(kernels), team_(team), pairs_(pairs) {
     size_ = SIZES[call.dtype];
-    stride_ = round_up(call.H, COLUMNS);
+    groups_ = (call.H + SCALED - 1) / SCALED;
+    stride_ = round_up(call.H, kernels.columns);
     threads_ = std::max<int64_t>(1, team.threads);
-    const int64_t count = static_cast<int64_t>(pairs.tokens.size());
-    inputs_.resize(count);
-    for (int64_t i = 0; i < count; ++i) inputs_[i] = static_cast<const char*>(call.x) + pairs.tokens[i] * call.H * size_;
+    scratch_bytes_ = round_up(kernels.count_scratch(call.B, call.H), LINE);
+    x_stride_ = kernels.x_size == 0 ? call.H * size_ : groups_ * SCALED * kernels.x_size;
+    x_bytes_ = kernels.x_size == 0 ? 0 : round_up(call.T * x_stride_, LINE);
     for (size_t i = 0; i < pairs.experts.size(); ++i) widest_ = std::max(widest_, pairs.first[i + 1] - pairs.first[i]);
   }
 
@@ -101,11 +104,29 @@ class Batch {
   int64_t find_start(int64_t chosen) const { return call_.block_start[pairs_.experts[chosen]]; }
   int64_t count_blocks(int64_t chosen) const { return call_.block_start[pairs_.experts[chosen] + 1] - find_start(chosen); }
 
-  Block describe(int64_t chosen, int64_t number, void* act, int64_t act_stride) const {
-    const int64_t bytes = call_.B * call_.H * size_, block = find_start(chosen) + number;
+  // The memory of this batch, behind its prepared rows of x.
+  char* reserve(int64_t bytes) {
+    char* memory = scratch.reserve(x_bytes_ + bytes);
+    const char* x = static_cast<const char*>(call_.x);
+    if (x_bytes_ > 0) {
+      share(team_, call_.T, [&](int64_t t, int64_t) { kernels_.prepare(x + t * call_.H * size_, call_.H, memory + t * x_stride_); });
+    }
+    inputs_.resize(pairs_.tokens.size());
+    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = (x_bytes_ > 0 ? memory : x) + pairs_.tokens[i] * x_stride_;
+    return memory + x_bytes_;
+  }
+
+  Block describe(int64_t chosen, int64_t number, void* act, int64_t act_stride, void* own) const {
+    const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(chosen) + number;
     const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
     const int64_t first = pairs_.first[chosen];
-    return {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, nullptr};
+    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own};
+    if (call_.w13_scales != nullptr) {
+      described.gate_scales = call_.w13_scales + block * 2 * scales;
+      described.up_scales = described.gate_scales + scales;
+      described.down_scales = call_.w2_scales + block * scales;
+    }
+    return described;
   }
 
   void run_by_blocks() {
@@ -118,8 +139,8 @@ class Batch {
       for (int64_t pair = pairs_.first[i]; pair < pairs_.first[i + 1]; ++pair) first[pairs_.tokens[pair] + 1] += width;
     }
     for (int64_t t = 0; t < call_.T; ++t) first[t + 1] += first[t];
-    const int64_t act_bytes = round_up(widest_ * call_.B * kernels_.act_size, LINE);
-    char* memory = scratch.reserve(partials * stride_ * sizeof(float) + threads_ * act_bytes);
+    const int64_t act_bytes = round_up(widest_ * call_.B * kernels_.act_size, LINE), own_bytes = act_bytes + scratch_bytes_;
+    char* memory = reserve(partials * stride_ * sizeof(float) + threads_ * own_bytes);
     float* sums = reinterpret_cast<float*>(memory);
     char* acts = memory + partials * stride_ * sizeof(float);
     std::vector<const float*> rows(partials);
@@ -130,7 +151,8 @@ class Batch {
     }
     share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
       const Task& task = tasks[number];
-      const Block block = describe(task.chosen, task.number, acts + worker * act_bytes, call_.B);
+      char* own = acts + worker * own_bytes;
+      const Block block = describe(task.chosen, task.number, own, call_.B, own + act_bytes);
       kernels_.activate(block);
       kernels_.add_rows(block, sums + task.place * stride_, stride_);
     });
@@ -152,25 +174,23 @@ class Batch {
       acts += width * call_.B * count_pairs(i);
     }
     const int64_t sums_bytes = call_.T * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
-    const int64_t packed_bytes = call_.B * COLUMNS * static_cast<int64_t>(sizeof(float));
-    char* memory = scratch.reserve(sums_bytes + act_bytes + threads_ * packed_bytes);
+    char* memory = reserve(sums_bytes + act_bytes + threads_ * scratch_bytes_);
     float* sums = reinterpret_cast<float*>(memory);
     char* act = memory + sums_bytes;
-    const auto describe_task = [&](const Task& task) {
+    const auto describe_task = [&](const Task& task, int64_t worker) {
       const int64_t stride = count_blocks(task.chosen) * call_.B;
-      return describe(task.chosen, task.number, act + (task.place + task.number * call_.B) * kernels_.act_size, stride);
+      void* own = act + act_bytes + worker * scratch_bytes_;
+      return describe(task.chosen, task.number, act + (task.place + task.number * call_.B) * kernels_.act_size, stride, own);
     };
     std::vector<float*> rows(pairs_.tokens.size());
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
-    share(team_, tasks.size(), [&](int64_t number, int64_t) { kernels_.activate(describe_task(tasks[number])); });
-    const int64_t tiles = stride_ / COLUMNS, owners = std::min(threads_, tiles);
+    share(team_, tasks.size(), [&](int64_t number, int64_t worker) { kernels_.activate(describe_task(tasks[number], worker)); });
+    const int64_t columns = kernels_.columns, tiles = stride_ / columns, owners = std::min(threads_, tiles);
     run_team(team_, owners, [&](int64_t begin, int64_t end) {
-      const int64_t from = begin * tiles / owners * COLUMNS, to = std::min(end * tiles / owners * COLUMNS, call_.H);
-      for (int64_t t = 0; t < call_.T; ++t) std::memset(sums + t * stride_ + from, 0, round_up(to - from, COLUMNS) * sizeof(float));
+      const int64_t from = begin * tiles / owners * columns, to = std::min(end * tiles / owners * columns, call_.H);
+      for (int64_t t = 0; t < call_.T; ++t) std::memset(sums + t * stride_ + from, 0, round_up(to - from, columns) * sizeof(float));
       for (const Task& task : tasks) {
-        Block block = describe_task(task);
-        block.scratch = act + act_bytes + begin * packed_bytes;
-        kernels_.add_columns(block, from, to - from, &rows[pairs_.first[task.chosen]]);
+        kernels_.add_columns(describe_task(task, begin), from, to - from, &rows[pairs_.first[task.chosen]]);
       }
       for (int64_t t = 0; t < call_.T; ++t) {
         for (int64_t column = from; column < to; column += REDUCED) {
@@ -189,7 +209,7 @@ class Batch {
   const Kernels& kernels_;
   const Team& team_;
   const Pairs& pairs_;
-  int64_t size_, stride_, threads_, widest_ = 0;
+  int64_t size_, groups_, stride_, threads_, scratch_bytes_, x_stride_, x_bytes_, widest_ = 0;
   std::vector<const void*> inputs_;  // [pairs] rows of x
 };
 
@@ -208,7 +228,8 @@ Outcome run(const Call& whole, const Path& path, const Team& team) {
       Pairs pairs;
       const Outcome outcome = sort_pairs(call, &pairs);
       if (outcome.status != OK) return outcome;
-      Batch(call, *path.kernels[call.dtype], team, pairs).run();
+      const Kernels* kernels = call.w13_scales == nullptr ? path.kernels[call.dtype] : path.find_fp8(call.dtype);
+      Batch(call, *kernels, team, pairs).run();
     }
     scratch.shrink();
   } catch (const std::bad_alloc&) {
@@ -220,21 +241,29 @@ Outcome run(const Call& whole, const Path& path, const Team& team) {
 uint64_t read_blocks(const Call& call, const Team& team) {
   Pairs pairs;
   if (sort_pairs(call, &pairs).status != OK) return 0;
-  const int64_t words = call.B * call.H * SIZES[call.dtype] / 8;
-  std::vector<const uint64_t*> parts;
+  struct Part {
+    const uint64_t* first;
+    int64_t words;
+  };
+  std::vector<Part> parts;
+  const auto add = [&](const void* p, int64_t block, int64_t bytes) { parts.push_back({static_cast<const uint64_t*>(p) + block * bytes / 8, bytes / 8}); };
+  const int64_t bytes = call.B * call.H * size_of_weight(call), scales = call.B * ((call.H + SCALED - 1) / SCALED) * 4;
   for (const int32_t expert : pairs.experts) {
     for (int64_t block = call.block_start[expert]; block < call.block_start[expert + 1]; ++block) {
-      parts.push_back(static_cast<const uint64_t*>(call.w13) + block * 2 * words);
-      parts.push_back(parts.back() + words);
-      parts.push_back(static_cast<const uint64_t*>(call.w2) + block * words);
+      add(call.w13, 2 * block, bytes);
+      add(call.w13, 2 * block + 1, bytes);
+      add(call.w2, block, bytes);
+      if (call.w13_scales != nullptr) add(call.w13_scales, block, 2 * scales);
+      if (call.w2_scales != nullptr) add(call.w2_scales, block, scales);
     }
   }
   std::atomic<uint64_t> total{0};
   share(team, parts.size(), [&](int64_t number, int64_t) {
     uint64_t sums[8] = {};
-    for (int64_t i = 0; i < words; i += 8) {
-      __builtin_prefetch(parts[number] + i + 1024, 0, 2);  // two pages ahead
-      for (int j = 0; j < 8; ++j) sums[j] += parts[number][i + j];
+    const Part part = parts[number];
+    for (int64_t i = 0; i < part.words; i += 8) {
+      __builtin_prefetch(part.first + i + 1024, 0, 2);  // two pages ahead
+      for (int j = 0; j < 8; ++j) sums[j] += part.first[i + j];
     }
     for (const uint64_t sum : sums) total.fetch_add(sum, std::memory_order_relaxed);
   });

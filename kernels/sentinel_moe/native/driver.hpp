@@ -7,7 +7,7 @@
 namespace sentinel {
 
 struct Call {
-  DType dtype;
+  DType dtype;                  // of x, out and, unless they have scales, the weights
   int64_t T, H, k, E, B, n;     // n kept blocks
   const void* x;                // [T, H]
   const float* weights;         // [T, k]
@@ -15,6 +15,7 @@ struct Call {
   const void *w13, *w2;         // [n, 2, B, H], [n, B, H]
   const int32_t* block_start;   // [E + 1]
   void* out;                    // [T, H]
+  const float *w13_scales, *w2_scales;  // [n, 2, B, ⌈H / SCALED⌉], [n, B, ⌈H / SCALED⌉] of weights of e4m3, or null
 };
 
 // Calls work(begin, end, state) for parts of 0 … count − 1 that cover it, at once where it can.

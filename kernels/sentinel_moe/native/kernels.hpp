@@ -315,7 +315,9 @@ struct Steps {
     Ops::store(sums, columns, static_cast<T*>(out));
   }
 
-  static constexpr Kernels table = {sizeof(Act), activate, add_rows, add_columns, reduce};
+  static int64_t count_scratch(int64_t B, int64_t) { return B * COLUMNS * static_cast<int64_t>(sizeof(float)); }
+
+  static constexpr Kernels table = {sizeof(Act), COLUMNS, activate, add_rows, add_columns, reduce, count_scratch, 0, nullptr};
 };
 
 }  // namespace

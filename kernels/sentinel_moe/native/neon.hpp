@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "plain_ops.hpp"
+#include "fp8_plain.hpp"
 
 namespace {
 
@@ -29,6 +29,27 @@ struct Neon {
   static inline Vec f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static inline uint16_t to_f16(float value) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0); }
   static inline float from_f16(uint16_t value) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value))), 0); }
+
+  // e4m3: 16 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32.
+  static constexpr float UNSCALE = 256.0f;
+  static inline void decode(const uint8_t* p, Vec* w) {
+    for (int i = 0; i < 2; ++i) {
+      const int16x8_t wide = vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p) + 8 * i));
+      const float16x8_t halves = vreinterpretq_f16_s16(vandq_s16(vshlq_n_s16(wide, 7), vdupq_n_s16(static_cast<int16_t>(0xbf80))));
+      w[2 * i] = vcvt_f32_f16(vget_low_f16(halves));
+      w[2 * i + 1] = vcvt_f32_f16(vget_high_f16(halves));
+    }
+  }
+  struct Flags {
+    uint8x16_t seen = vdupq_n_u8(0);
+    inline void note(const uint8_t* p) { seen = vmaxq_u8(seen, vorrq_u8(vld1q_u8(p), vdupq_n_u8(0x80))); }
+    inline bool any() const { return vmaxvq_u8(seen) == 0xff; }
+    inline bool has(int i) const {
+      uint8_t bytes[16];
+      vst1q_u8(bytes, seen);
+      return bytes[i] == 0xff;
+    }
+  };
 };
 
 }  // namespace

@@ -36,7 +36,7 @@ bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
 }
 
 // The arguments as sentinel_moe states them; what is wrong with others is found in Python.
-Call read_call(const Tensor& x, const Tensor& weights, const Tensor& ids, const Tensor& w13, const Tensor& w2, const Tensor& start) {
+Call read_call(const Tensor& x, const Tensor& weights, const Tensor& ids, const Tensor& w13, const Tensor& w2, const Tensor& start, const std::optional<Tensor>& w13_scales, const std::optional<Tensor>& w2_scales) {
   const auto refuse_unless = [](bool good) {
     if (!good) throw std::invalid_argument("sentinel_moe: expected tensors as its documentation has them, got others; see sentinel_moe's arguments");
   };
@@ -44,23 +44,26 @@ Call read_call(const Tensor& x, const Tensor& weights, const Tensor& ids, const 
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1), n = w2.size(0), B = w2.size(1), E = start.size(0) - 1;
   const ScalarType type = x.scalar_type();
   refuse_unless(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16);
-  refuse_unless(w13.scalar_type() == type && w2.scalar_type() == type && weights.scalar_type() == ScalarType::Float);
+  const bool scaled = w13_scales.has_value();
+  const ScalarType weight_type = scaled ? ScalarType::Float8_e4m3fn : type;
+  refuse_unless(w13.scalar_type() == weight_type && w2.scalar_type() == weight_type && weights.scalar_type() == ScalarType::Float);
   refuse_unless(ids.scalar_type() == ScalarType::Int && start.scalar_type() == ScalarType::Int);
   refuse_unless(H > 0 && B > 0 && H % 16 == 0 && B % 16 == 0 && k >= 1 && k <= MAX_TOPK && E >= 1);
   refuse_unless(has_shape(x, {T, H}) && has_shape(weights, {T, k}) && has_shape(ids, {T, k}) && has_shape(w13, {n, 2, B, H}) && has_shape(w2, {n, B, H}) && has_shape(start, {E + 1}));
   for (const Tensor* tensor : {&x, &weights, &ids, &w13, &w2, &start}) refuse_unless(tensor->is_cpu());
+  refuse_unless(scaled == w2_scales.has_value());
+  if (scaled) {
+    const int64_t groups = (H + sentinel::SCALED - 1) / sentinel::SCALED;
+    refuse_unless(has_shape(*w13_scales, {n, 2, B, groups}) && has_shape(*w2_scales, {n, B, groups}));
+    for (const Tensor* tensor : {&*w13_scales, &*w2_scales}) refuse_unless(tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float);
+  }
+  const auto scales_of = [&](const std::optional<Tensor>& scales) { return scaled ? static_cast<const float*>(scales->data_ptr()) : nullptr; };
   const sentinel::DType dtype = type == ScalarType::Float ? sentinel::F32 : type == ScalarType::Half ? sentinel::F16 : sentinel::BF16;
-  return {dtype, T, H, k, E, B, n, x.data_ptr(), static_cast<const float*>(weights.data_ptr()), static_cast<const int32_t*>(ids.data_ptr()), w13.data_ptr(), w2.data_ptr(), static_cast<const int32_t*>(start.data_ptr()), nullptr};
+  return {dtype, T, H, k, E, B, n, x.data_ptr(), static_cast<const float*>(weights.data_ptr()), static_cast<const int32_t*>(ids.data_ptr()), w13.data_ptr(), w2.data_ptr(), static_cast<const int32_t*>(start.data_ptr()), nullptr, scales_of(w13_scales), scales_of(w2_scales)};
 }
 
 Tensor sentinel_moe(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor start, std::optional<Tensor> w13_scales, std::optional<Tensor> w2_scales, std::optional<int64_t> max_blocks) {
-  if (w13_scales.has_value() || w2_scales.has_value()) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 9> stack{from(x), from(weights), from(ids), from(w13), from(w2), from(start), from(w13_scales), from(w2_scales), from(max_blocks)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("laguna_serve::sentinel_moe_by_torch", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  Call call = read_call(x, weights, ids, w13, w2, start);
+  Call call = read_call(x, weights, ids, w13, w2, start, w13_scales, w2_scales);
   if (max_blocks.has_value() && *max_blocks < 1) throw std::invalid_argument("max_blocks_per_expert: expected at least 1, got " + std::to_string(*max_blocks));
   Tensor out = torch::stable::empty_like(x);
   call.out = out.data_ptr();
@@ -72,8 +75,8 @@ Tensor sentinel_moe(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2,
   throw std::out_of_range(expected + ", got " + std::to_string(outcome.value) + (experts ? "; check the router" : "; check the checkpoint"));
 }
 
-int64_t read_blocks(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor start) {
-  return static_cast<int64_t>(sentinel::read_blocks(read_call(x, weights, ids, w13, w2, start), make_team()));
+int64_t read_blocks(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor start, std::optional<Tensor> w13_scales, std::optional<Tensor> w2_scales) {
+  return static_cast<int64_t>(sentinel::read_blocks(read_call(x, weights, ids, w13, w2, start, w13_scales, w2_scales), make_team()));
 }
 
 }  // namespace
@@ -103,7 +106,7 @@ EXPORTED const char* sentinel_list_paths() {
   return text.c_str();
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(laguna_serve, library) { library.def("sentinel_moe_read(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_blocks, Tensor w2_blocks, Tensor block_start) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(laguna_serve, library) { library.def("sentinel_moe_read(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_blocks, Tensor w2_blocks, Tensor block_start, Tensor? w13_scales=None, Tensor? w2_scales=None) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(laguna_serve, CPU, library) {
   library.impl("sentinel_moe", TORCH_BOX(&sentinel_moe));

@@ -3,6 +3,7 @@
 #if defined(__AVX512F__)
 
 #include "avx512.hpp"
+#include "fp8_plain.hpp"
 
 namespace {
 
@@ -14,6 +15,7 @@ bool is_supported() {
 
 extern const sentinel::Kernels sentinel_avx512_f32 = Steps<PlainOps<Avx512, F32>>::table;
 extern const sentinel::Kernels sentinel_avx512_f16 = Steps<PlainOps<Avx512, F16>>::table;
-extern const sentinel::Path sentinel_avx512 = {"avx512", "AVX-512 F and BW", is_supported, {&sentinel_avx512_f32, &sentinel_avx512_f16, &Steps<PlainOps<Avx512, BF16>>::table}};
+const sentinel::Kernels* sentinel_avx512_fp8(sentinel::DType dtype) { return Fp8PlainTables<Avx512>::find(dtype); }
+extern const sentinel::Path sentinel_avx512 = {"avx512", "AVX-512 F and BW", is_supported, {&sentinel_avx512_f32, &sentinel_avx512_f16, &Steps<PlainOps<Avx512, BF16>>::table}, sentinel_avx512_fp8};
 
 #endif

@@ -12,6 +12,6 @@ bool is_supported() { return true; }
 
 extern const sentinel::Kernels sentinel_neon_f32 = Steps<PlainOps<Neon, F32>>::table;
 extern const sentinel::Kernels sentinel_neon_f16 = Steps<PlainOps<Neon, F16>>::table;
-extern const sentinel::Path sentinel_neon = {"neon", "a 64-bit ARM", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &Steps<PlainOps<Neon, BF16>>::table}};
+extern const sentinel::Path sentinel_neon = {"neon", "a 64-bit ARM", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &Steps<PlainOps<Neon, BF16>>::table}, Fp8PlainTables<Neon>::find};
 
 #endif

@@ -106,7 +106,7 @@ struct MatrixSteps : Steps<PairOps> {
     }
   }
 
-  static constexpr Kernels matrix_table = {sizeof(Act), activate, add_rows, add_columns, reduce};
+  static constexpr Kernels matrix_table = {sizeof(Act), COLUMNS, activate, add_rows, add_columns, reduce, count_scratch, 0, nullptr};
 };
 
 bool is_supported() { return (getauxval(AT_HWCAP2) & (1UL << 14)) != 0; }  // HWCAP2_BF16

@@ -1,6 +1,6 @@
 // Any little-endian processor that the compiler knows: vectors of four floats as the compiler lowers them.
 
-#include "plain_ops.hpp"
+#include "fp8_plain.hpp"
 
 namespace {
 
@@ -39,6 +39,25 @@ uint16_t narrow_half(float value) {
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13));
 }
 
+struct E4m3 {
+  float values[256];
+};
+
+constexpr E4m3 list_e4m3() {
+  E4m3 table{};
+  for (int code = 0; code < 128; ++code) {
+    const int exponent = code >> 3, fraction = code & 7;
+    float value = static_cast<float>(exponent == 0 ? fraction : fraction + 8) / 512;
+    for (int i = 1; i < exponent; ++i) value *= 2;
+    if (code == 127) value = __builtin_nanf("");
+    table.values[code] = value;
+    table.values[code + 128] = -value;
+  }
+  return table;
+}
+
+constexpr E4m3 E4M3 = list_e4m3();
+
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
@@ -69,10 +88,16 @@ struct Portable {
   static inline Vec f16(const uint16_t* p) { return Vec{widen_half(p[0]), widen_half(p[1]), widen_half(p[2]), widen_half(p[3])}; }
   static inline uint16_t to_f16(float value) { return narrow_half(value); }
   static inline float from_f16(uint16_t value) { return widen_half(value); }
+
+  using Flags = NoFlags;
+  static constexpr float UNSCALE = 1.0f;
+  static inline void decode(const uint8_t* p, Vec* w) {
+    for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = E4M3.values[p[i]];
+  }
 };
 
 bool is_supported() { return true; }
 
 }  // namespace
 
-extern const sentinel::Path sentinel_portable = {"portable", "nothing", is_supported, {PlainTables<Portable>::of[0], PlainTables<Portable>::of[1], PlainTables<Portable>::of[2]}};
+extern const sentinel::Path sentinel_portable = {"portable", "nothing", is_supported, {PlainTables<Portable>::of[0], PlainTables<Portable>::of[1], PlainTables<Portable>::of[2]}, Fp8PlainTables<Portable>::find};
