@@ -120,7 +120,7 @@ class Batch {
     const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(chosen) + number;
     const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
     const int64_t first = pairs_.first[chosen];
-    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own};
+    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr};
     if (call_.w13_scales != nullptr) {
       described.gate_scales = call_.w13_scales + block * 2 * scales;
       described.up_scales = described.gate_scales + scales;
@@ -152,7 +152,11 @@ class Batch {
     share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
       const Task& task = tasks[number];
       char* own = acts + worker * own_bytes;
-      const Block block = describe(task.chosen, task.number, own, call_.B, own + act_bytes);
+      Block block = describe(task.chosen, task.number, own, call_.B, own + act_bytes);
+      if (number + threads_ < static_cast<int64_t>(tasks.size())) {
+        const Task& next = tasks[number + threads_];
+        block.next = describe(next.chosen, next.number, nullptr, 0, nullptr).gate;
+      }
       kernels_.activate(block);
       kernels_.add_rows(block, sums + task.place * stride_, stride_);
     });

@@ -38,12 +38,13 @@ struct Fp8Steps {
   static constexpr int LANES = UNIT / SUMS;
   static constexpr bool MANY = Ops::REGISTERS >= 32;
   static constexpr int DIRECT = 4;                     // tokens up to which a row is decoded as it is multiplied
-  static constexpr int TOKENS = 6;                     // tokens of a tile of decoded rows
+  static constexpr int TOKENS = MANY ? 6 : 4;          // tokens of a tile of decoded rows
+  static constexpr int64_t SEGMENT = MANY ? 2048 : 512;  // columns of it at a time
   static constexpr int GROUP = 8;                      // atoms whose rows are decoded, or added, at once
   static constexpr int ROW_TOKENS = MANY ? 4 : 2;      // tokens of a tile of `add_rows`
   static constexpr int COLUMN_TOKENS = MANY ? 6 : 3;   // tokens of a tile of `add_columns`
   static constexpr int CHUNK = 48;                     // tokens whose activations are scaled at once; all tiles fill it
-  static constexpr int64_t AHEAD = 4096;               // bytes of a stream that are asked for ahead
+  static constexpr int64_t AHEAD = 16384;              // bytes of a stream that are asked for ahead
 
   static int64_t count_groups(int64_t H) { return (H + SCALED - 1) / SCALED; }
   static int64_t pad(int64_t H) { return count_groups(H) * SCALED; }
@@ -91,37 +92,50 @@ struct Fp8Steps {
     const float* scales;
   };
 
-  // results[r][m]: R rows times M tokens.  `ahead` is asked for on the way, unless it is null.
+  // One unit of R rows into the sums of M tokens.
   template <int M, int R, bool DECODED>
-  static inline void dot_rows(const X* const* x, const Row* rows, int64_t H, const uint8_t* ahead, Flags* flags, float (*results)[M]) {
-    Vec totals[R][M] = {};
-    for (int64_t h = 0; h < H; h += SCALED) {
-      const int64_t end = h + SCALED < H ? h + SCALED : H;
-      Vec sums[R][M] = {};
-      for (int64_t u = h; u < end; u += UNIT) {
-        if (ahead != nullptr && u % 64 == 0) __builtin_prefetch(ahead + u, 0, 2);
-        Vec w[R][VECS];
-        for (int r = 0; r < R; ++r) {
-          if constexpr (DECODED) {
-            for (int v = 0; v < VECS; ++v) w[r][v] = rows[r].decoded[u / UNIT * VECS + v];
-          } else {
-            decode_row(rows[r].codes + u, end - u, w[r], flags);
-          }
-        }
-        for (int v = 0; v < VECS; ++v) {
-          for (int m = 0; m < M; ++m) {
-            const Vec input = Ops::load_x(x[m] + u + v * (UNIT / VECS));
-            for (int r = 0; r < R; ++r) sums[r][m] = Ops::dot(input, w[r][v], sums[r][m]);
-          }
-        }
+  static inline void dot_unit(const X* const* x, const Row* rows, int64_t u, int64_t left, Flags* flags, Vec (*sums)[M]) {
+    Vec w[R][VECS];
+    for (int r = 0; r < R; ++r) {
+      if constexpr (DECODED) {
+        for (int v = 0; v < VECS; ++v) w[r][v] = rows[r].decoded[u / UNIT * VECS + v];
+      } else {
+        decode_row(rows[r].codes + u, left, w[r], flags + r);
       }
+    }
+    for (int v = 0; v < VECS; ++v) {
+      for (int m = 0; m < M; ++m) {
+        const Vec input = Ops::load_x(x[m] + u + v * (UNIT / VECS));
+        for (int r = 0; r < R; ++r) sums[r][m] = Ops::dot(input, w[r][v], sums[r][m]);
+      }
+    }
+  }
+
+  // Columns from `first`, where a group begins, to `end` of R rows into the totals of M tokens.  `ahead`, of R rows
+  // too, is asked for on the way, unless it is null.
+  template <int M, int R, bool DECODED>
+  static inline void dot_rows(const X* const* x, const Row* rows, int64_t H, int64_t first, int64_t end, const uint8_t* ahead, Flags* flags, Vec (*totals)[M]) {
+    const auto add_group = [&](int64_t h, Vec (*sums)[M]) {
       for (int r = 0; r < R; ++r) {
         const Vec scale = Ops::set1(rows[r].scales[h / SCALED] * Ops::UNSCALE);
         for (int m = 0; m < M; ++m) totals[r][m] = Ops::multiply_add(sums[r][m], scale, totals[r][m]);
       }
+    };
+    int64_t h = first;
+    for (; h + SCALED <= end; h += SCALED) {
+      if (ahead != nullptr) {
+        for (int r = 0; r < R; ++r) {
+          for (int i = 0; i < SCALED; i += 64) __builtin_prefetch(ahead + r * H + h + i, 0, 2);
+        }
+      }
+      Vec sums[R][M] = {};
+      for (int i = 0; i < SCALED; i += UNIT) dot_unit<M, R, DECODED>(x, rows, h + i, UNIT, flags, sums);
+      add_group(h, sums);
     }
-    for (int r = 0; r < R; ++r) {
-      for (int m = 0; m < M; ++m) results[r][m] = Ops::sum(totals[r][m]);
+    if (h < end) {
+      Vec sums[R][M] = {};
+      for (int64_t u = h; u < end; u += UNIT) dot_unit<M, R, DECODED>(x, rows, u, end - u, flags, sums);
+      add_group(h, sums);
     }
   }
 
@@ -132,7 +146,8 @@ struct Fp8Steps {
   // Few tokens: gate, up and then the first of `down` are one stream after the other.
   template <int M, typename Round>
   static void activate_direct(const Block& block, Round round) {
-    const int64_t H = block.H, B = block.B, groups = count_groups(H), ahead = (AHEAD + H - 1) / H;
+    constexpr int R = MANY || M == 1 ? 2 : 1;
+    const int64_t H = block.H, B = block.B, groups = count_groups(H), ahead = (AHEAD + H - 1) / H / R * R;
     float* results = static_cast<float*>(block.scratch);  // [gate, up][B][M]
     const X* x[M];
     for (int m = 0; m < M; ++m) x[m] = static_cast<const X*>(block.inputs[m]);
@@ -140,13 +155,16 @@ struct Fp8Steps {
       const uint8_t* first = codes(part == 0 ? block.gate : block.up);
       const uint8_t* next = codes(part == 0 ? block.up : block.down);
       const float* scales = part == 0 ? block.gate_scales : block.up_scales;
-      for (int64_t a = 0; a < B; ++a) {
-        const Row row = {first + a * H, nullptr, scales + a * groups};
+      for (int64_t a = 0; a < B; a += R) {
+        Row rows[R];
+        for (int r = 0; r < R; ++r) rows[r] = {first + (a + r) * H, nullptr, scales + (a + r) * groups};
         const uint8_t* later = a + ahead < B ? first + (a + ahead) * H : next + (a + ahead - B) * H;
-        Flags flags{};
-        float sums[1][M];
-        dot_rows<M, 1, false>(x, &row, H, a + ahead - B < B ? later : nullptr, &flags, sums);
-        for (int m = 0; m < M; ++m) results[(part * B + a) * M + m] = poison(flags, sums[0][m]);
+        Flags flags[R]{};
+        Vec totals[R][M] = {};
+        dot_rows<M, R, false>(x, rows, H, 0, H, a + ahead - B < B ? later : nullptr, flags, totals);
+        for (int r = 0; r < R; ++r) {
+          for (int m = 0; m < M; ++m) results[(part * B + a + r) * M + m] = poison(flags[r], Ops::sum(totals[r][m]));
+        }
       }
     }
     for (int m = 0; m < M; ++m) {
@@ -163,27 +181,26 @@ struct Fp8Steps {
     return flags;
   }
 
-  // More: GROUP atoms' rows are decoded once for all tokens.
+  // More: GROUP atoms' rows are decoded once for all tokens, of which a tile's SEGMENT columns stay in the first cache.
   template <int M, typename Round>
   static void activate_tile(const Block& block, int64_t token, int64_t atom, const Vec* decoded, const bool (*is_nan)[2], Round round) {
-    const int64_t groups = count_groups(block.H), length = decoded_vecs(block.H);
+    const int64_t H = block.H, groups = count_groups(H), length = decoded_vecs(H);
     const X* x[M];
     for (int m = 0; m < M; ++m) x[m] = static_cast<const X*>(block.inputs[token + m]);
-    float results[GROUP][2][M];
+    Row rows[GROUP][2];
     for (int64_t a = 0; a < GROUP; ++a) {
-      const Vec* at = decoded + a * 2 * length;
-      const Row rows[2] = {{nullptr, at, block.gate_scales + (atom + a) * groups}, {nullptr, at + length, block.up_scales + (atom + a) * groups}};
-      if constexpr (MANY) {
-        dot_rows<M, 2, true>(x, rows, block.H, nullptr, nullptr, results[a]);
-      } else {
-        dot_rows<M, 1, true>(x, rows, block.H, nullptr, nullptr, results[a]);
-        dot_rows<M, 1, true>(x, rows + 1, block.H, nullptr, nullptr, results[a] + 1);
-      }
+      rows[a][0] = {nullptr, decoded + a * 2 * length, block.gate_scales + (atom + a) * groups};
+      rows[a][1] = {nullptr, decoded + (a * 2 + 1) * length, block.up_scales + (atom + a) * groups};
+    }
+    Vec totals[GROUP][2][M] = {};
+    for (int64_t h = 0; h < H; h += SEGMENT) {
+      const int64_t end = h + SEGMENT < H ? h + SEGMENT : H;
+      for (int64_t a = 0; a < GROUP; ++a) dot_rows<M, 2, true>(x, rows[a], H, h, end, nullptr, nullptr, totals[a]);
     }
     for (int m = 0; m < M; ++m) {
       float* act = static_cast<float*>(block.act) + (token + m) * block.act_stride + atom;
       for (int a = 0; a < GROUP; ++a) {
-        const float value = weigh(block.weights[token + m], results[a][0][m], results[a][1][m]);
+        const float value = weigh(block.weights[token + m], Ops::sum(totals[a][0][m]), Ops::sum(totals[a][1][m]));
         act[a] = is_nan[a][0] || is_nan[a][1] ? NAN_VALUE : round(value);
       }
     }
@@ -255,12 +272,12 @@ struct Fp8Steps {
       for (int a = 0; a < GROUP; a += ATOM_STEP) Ops::scale_along(act + a, scales + a * groups, groups, scaled + (m * GROUP + a) * groups);
     }
     const uint8_t* row = codes(block.down) + atom * H;
-    const bool fetch = token == 0 && atom + GROUP < block.B;
+    const uint8_t* ahead = token > 0 ? nullptr : atom + GROUP < block.B ? row + GROUP * H : codes(block.next);
     for (int64_t h = 0; h < H; h += UNIT) {
       const Act* acts[M];
       for (int m = 0; m < M; ++m) acts[m] = scaled + m * GROUP * groups + h / SCALED * ATOM_STEP;
-      if (fetch && h % 64 == 0) {
-        for (int g = 0; g < GROUP; ++g) __builtin_prefetch(row + (GROUP + g) * H + h, 0, 2);
+      if (ahead != nullptr && h % 64 == 0) {
+        for (int g = 0; g < GROUP; ++g) __builtin_prefetch(ahead + g * H + h, 0, 2);
       }
       row_unit<M, FIRST>(row + h, H, H - h, acts, groups, sums, h);
     }

@@ -24,6 +24,7 @@ struct Block {
   void* act;                    // [count][act_stride] weighted activations
   int64_t act_stride;
   void* scratch;                // of `count_scratch` bytes
+  const void* next;             // the gate rows that are probably read after this block, or null
 };
 
 // Sums are rows of fp32 of a multiple of `columns`.  A sum over a block's atoms starts from zero and takes the atoms in
