@@ -6,6 +6,9 @@ in the same run, on a CPU the time of reading the same blocks, in turn with the 
 own, so that the experts of one are not in the cache for the next, and both kernels are interleaved on the same
 batches.  A row whose result is wrong, or whose rows depend on their batch for up to 16 tokens, gets no speed.
 
+The kernel is timed with the layer's dtype and with 8-bit weights in turn, both against vLLM's in that dtype.  Rows are
+written as they are measured; --resume goes on.
+
 On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed, of the path that
 LAGUNA_CPU_ISA names or else the best.
 """
@@ -21,20 +24,22 @@ from laguna_serve.bench.moe_layer.layers import Shape, find_path, measure_bandwi
 from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.report import render_markdown, render_text, summarise
 from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
-from laguna_serve.bench.moe_layer.timing import KernelTimer, make_shape
+from laguna_serve.bench.moe_layer.timing import KernelTimer, MoeBenchError, make_shape
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.results import read_result, write_result
 
 __all__ = ["MoeConfig", "MoeResult", "main", "time_kernels"]
+RESULT = "moe.json"
 DESCRIPTION = "Time the sentinel MoE kernel against the bandwidth floor and vLLM's fused MoE."
 EXAMPLES = """
 examples:
-  python bench/moe.py --out out/moe                                   everything, on the GPU if there is one
-  python bench/moe.py --tokens 1,8,64 --pruning 0,0.4 --out out/moe   a part of it
+  python bench/moe.py --out out/moe                                   the usual rows, on the GPU if there is one
+  python bench/moe.py --tokens 1,2,4,8,16,17,32,64,256,1024 --pruning 0,0.1,0.25,0.4 --out out/moe --resume
+  LAGUNA_CPU_ISA=avx2 python bench/moe.py --tokens 1,8 --weights fp8 --out out/avx2
   python bench/moe.py --experts 16 --hidden 160 --intermediate 128 --block 16 --topk 4 --out out/toy
 
 exit status: 0 every row was measured, 1 a row was refused, 2 could not run, 130 interrupted (finished rows are kept)
@@ -64,41 +69,60 @@ def time_kernels(config: MoeConfig) -> MoeResult:
     """Measure every row, and write moe.json, moe.md and moe.png to `config.out`.
 
     Raises:
-        MoeBenchError: no such device, a shape that the kernel does not take, or more than memory holds.
+        MoeBenchError: no such device, a shape that the kernel does not take, more than memory holds, or rows to resume
+            that are of another layer or path.
+        ResultError: the folder of a run to resume holds another file.
         KeyboardInterrupt: it ended before a row was measured. Later, the result says that it is partial.
     """
     shape = make_shape(config)
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress = read_environment(current_argv()), Progress()
     load = OtherLoad()
+    measured = _read_measured(config, shape) if config.resume else []
     bandwidth = measure_bandwidth(shape.device)
     bandwidth["floor"] = max(bandwidth.values())
-    timer = KernelTimer(config, shape, bandwidth["floor"])
+    timer = KernelTimer(config, shape, bandwidth["floor"], measured)
     rows: list[MoeRow] = []
+
+    def make_result(*, partial: bool) -> MoeResult:
+        return MoeResult(
+            environment=structs.replace(environment, other_load=load.find_share()),
+            settings=describe(config, shape),
+            bandwidth_gb_s=bandwidth,
+            stock=timer.stock,
+            rows=rows,
+            refused=[f"{row.name}: {row.refused}" for row in rows if row.refused],
+            partial=partial,
+        )
+
     interrupted = False
     try:
         for done, row in enumerate(timer.list_rows(), start=1):
             rows.append(row)
+            write_result(config.out / RESULT, make_result(partial=True))
             progress.say(f"  {done}/{timer.total} {row.name}: {summarise(row)}")
     except KeyboardInterrupt:
         if not rows:
             raise
         interrupted = True
-    result = MoeResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
-        settings=describe(config, shape),
-        bandwidth_gb_s=bandwidth,
-        stock=timer.stock,
-        rows=rows,
-        refused=[f"{row.name}: {row.refused}" for row in rows if row.refused],
-        partial=interrupted,
-    )
-    write_result(config.out / "moe.json", result)
+    result = make_result(partial=interrupted)
+    write_result(config.out / RESULT, result)
     write_text(config.out / "moe.md", render_markdown(result))
     from laguna_serve.bench.moe_layer.plot import draw  # takes a second to import
 
     draw(result, config.out / "moe.png")
     return result
+
+
+def _read_measured(config: MoeConfig, shape: Shape) -> list[MoeRow]:
+    """Read the rows that an earlier run into the same folder measured, of the same layer by the same path."""
+    if not (config.out / RESULT).exists():
+        return []
+    earlier = read_result(config.out / RESULT, MoeResult)
+    settings = describe(config, shape)
+    if earlier.settings != settings:
+        raise MoeBenchError(f"--resume: expected {settings}, got {earlier.settings}; pass another --out")
+    return [row for row in earlier.rows if not row.refused]
 
 
 def describe(config: MoeConfig, shape: Shape) -> LayerSettings:

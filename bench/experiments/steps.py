@@ -16,6 +16,10 @@ CACHE = ("--kv-cache-gib", "2")
 SWEPT = ("--gammas", "1,3,5,7", "--num-prompts", "256")
 SMALL_LAYER = ("--experts", "16", "--hidden", "160", "--intermediate", "128", "--block", "16", "--topk", "4")
 SMALL_ROWS = ("--tokens", "1,8", "--pruning", "0,0.25", "--routing", "uniform", "--repeats", "3")
+WHOLE_TABLE = (
+    *("--tokens", "1,2,4,8,16,17,32,64,256,1024", "--pruning", "0,0.1,0.25,0.4"),
+    *("--routing", "uniform,skewed"),
+)
 
 
 KERNELS = (
@@ -214,7 +218,7 @@ ENGINE_LATER = (
         name="moe-all",
         part="kernels",
         row=6,
-        command=(PYTHON, "bench/moe.py", *INTO),
+        command=(PYTHON, "bench/moe.py", *WHOLE_TABLE, *INTO),
         result="moe.json",
         expected="as moe-decode; the crossover to the grouped path between 16 and 64 tokens",
         why="the whole table: 7 numbers of tokens × 4 shares × 2 routings",

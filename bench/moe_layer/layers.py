@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe, sentinel_moe_reference
+from laguna_serve.kernels.sentinel_moe.reference import SCALED_COLUMNS
 from laguna_serve.plugins.pruning import rank_groups
 
 # ‖out − reference‖ ÷ ‖reference‖: the rounding of the activations and of the result, see tests/kernels.
@@ -61,13 +62,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's kept blocks, and the same weights at full width with the pruned atoms zeroed (None: not needed)."""
+    """One layer's kept blocks, and the same weights at full width with the pruned atoms zeroed (None: not needed).
+
+    Scales, [..., ⌈H / 128⌉] in fp32, belong to kept blocks in 8 bits.
+    """
 
     w13_blocks: torch.Tensor
     w2_blocks: torch.Tensor
     block_start: torch.Tensor
     w13: torch.Tensor | None
     w2: torch.Tensor | None
+    w13_scales: torch.Tensor | None = None
+    w2_scales: torch.Tensor | None = None
 
 
 def make_layer(shape: Shape, pruning: float, seed: int, *, with_zeroed: bool) -> Layer:
@@ -92,6 +98,25 @@ def make_layer(shape: Shape, pruning: float, seed: int, *, with_zeroed: bool) ->
     w13.masked_fill_(gone[:, None, :, None], 0)
     w2.masked_fill_(gone[:, :, None], 0)
     return Layer(w13_blocks, w2_blocks, start, w13.view(E, 2 * N, H), w2.transpose(1, 2).contiguous())
+
+
+def quantise(layer: Layer) -> Layer:
+    """The kept blocks in 8 bits (e4m3), each row's 128 columns by a scale of their own."""
+    w13, w13_scales = _quantise(layer.w13_blocks)
+    w2, w2_scales = _quantise(layer.w2_blocks)
+    return Layer(w13, w2, layer.block_start, None, None, w13_scales, w2_scales)
+
+
+def _quantise(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    H = blocks.shape[-1]
+    groups = -(-H // SCALED_COLUMNS)
+    codes = torch.empty_like(blocks, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(*blocks.shape[:-1], groups, dtype=torch.float32, device=blocks.device)
+    for block, to, own in zip(blocks, codes, scales, strict=True):  # one at a time: no fp32 copy of a whole layer
+        columns = torch.nn.functional.pad(block.float(), (0, groups * SCALED_COLUMNS - H)).unflatten(-1, (groups, -1))
+        own.copy_(columns.abs().amax(-1).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max)
+        to.copy_((columns / own[..., None]).flatten(-2)[..., :H])
+    return codes, scales
 
 
 class Router:
@@ -129,6 +154,8 @@ def run_kernel(layer: Layer, batch: Batch, shape: Shape) -> torch.Tensor:
         layer.w13_blocks,
         layer.w2_blocks,
         layer.block_start,
+        w13_scales=layer.w13_scales,
+        w2_scales=layer.w2_scales,
         max_blocks_per_expert=shape.intermediate // shape.block,
     )
 
@@ -142,25 +169,28 @@ def read_blocks(layer: Layer, batch: Batch) -> None:
     """Read what the kernel would, and compute nothing; where the kernel is plain torch, what it would as one sum."""
     tensors = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
     if cpu.load() is not None:
-        torch.ops.laguna_serve.sentinel_moe_read.default(*tensors)
+        torch.ops.laguna_serve.sentinel_moe_read.default(*tensors, layer.w13_scales, layer.w2_scales)
         return
     for blocks in (layer.w13_blocks, layer.w2_blocks):
         share = len(batch.ids.unique()) / (len(layer.block_start) - 1)
         blocks.view(torch.int32).flatten()[: int(share * blocks.numel() * blocks.itemsize // 4)].sum()
 
 
-def bytes_read(layer: Layer, batch: Batch, shape: Shape) -> int:
+def bytes_read(layer: Layer, batch: Batch) -> int:
     """Kept blocks of the distinct experts of a batch, its inputs and its output, each once."""
     widths = layer.block_start.diff().cpu()
     blocks = int(widths[batch.ids.cpu().unique().long()].sum())
-    return blocks * shape.block_bytes + 2 * batch.x.nbytes + batch.weights.nbytes + batch.ids.nbytes
+    held = (layer.w13_blocks, layer.w2_blocks, layer.w13_scales, layer.w2_scales)
+    block_bytes = sum(tensor[0].nbytes for tensor in held if tensor is not None)
+    return blocks * block_bytes + 2 * batch.x.nbytes + batch.weights.nbytes + batch.ids.nbytes
 
 
 def find_fault(layer: Layer, batch: Batch, shape: Shape) -> tuple[float, str | None]:
     """Find the op's error against the reference, and what is wrong with it, if anything is."""
     out = run_kernel(layer, batch, shape)
     inputs = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
-    reference = sentinel_moe_reference(*inputs).double()
+    scales = {"w13_scales": layer.w13_scales, "w2_scales": layer.w2_scales}
+    reference = sentinel_moe_reference(*inputs, **scales).double()
     error = float((out.double() - reference).norm() / reference.norm())
     limit = ERROR_LIMITS[shape.dtype]
     if not error <= limit:

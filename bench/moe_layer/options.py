@@ -18,24 +18,18 @@ class MoeConfig:
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Flag("default: the GPU, if there is one", group="what to time")
     ] = "auto"
-    tokens: Annotated[tuple[int, ...], Flag("default: 1,2,4,8,16,17,32,64,256,1024", metavar="LIST", at_least=1)] = (
-        1,
-        2,
-        4,
-        8,
-        16,
-        17,
-        32,
-        64,
-        256,
-        1024,
-    )
+    tokens: Annotated[tuple[int, ...], Flag("default: 1,8,17,64,256", metavar="LIST", at_least=1)] = (1, 8, 17, 64, 256)
     pruning: Annotated[
-        tuple[float, ...], Flag("shares of pruned blocks (default: 0,0.1,0.25,0.4)", metavar="LIST", at_least=0)
-    ] = (0.0, 0.1, 0.25, 0.4)
+        tuple[float, ...], Flag("shares of pruned blocks (default: 0,0.25,0.4)", metavar="LIST", at_least=0)
+    ] = (0.0, 0.25, 0.4)
     routing: Annotated[
-        tuple[Literal["uniform", "skewed"], ...], Flag("uniform, skewed or both (default)", metavar="LIST")
-    ] = ("uniform", "skewed")
+        tuple[Literal["uniform", "skewed"], ...], Flag("uniform (default), skewed or both", metavar="LIST")
+    ] = ("uniform",)
+    weights: Annotated[
+        tuple[Literal["full", "fp8"], ...] | None,
+        Flag("full (--dtype's), fp8 or both (default: both on a CPU, full on a GPU)", metavar="LIST"),
+    ] = None
+    resume: Annotated[bool, Flag("keep the rows that an earlier run into the same folder measured")] = False
     repeats: Annotated[int | None, Flag("timed calls (CPU: 40) or replays (GPU: 30)", metavar="N", at_least=1)] = None
     vllm: Annotated[bool, Flag("this project's kernel alone")] = True
     experts: Annotated[

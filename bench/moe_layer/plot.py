@@ -15,12 +15,14 @@ SHADES = ("#12355b", "#1f6f9f", "#0b7a75", "#c2410c", "#7a5195", "#5f6b78")
 
 
 def draw(result: MoeResult, path: Path) -> None:
-    """Write the PNG: a row of two panels for each routing."""
-    kinds = list(dict.fromkeys(row.routing for row in result.rows))
+    """Write the PNG: a row of two panels for each routing and kind of weights."""
+    kinds = list(dict.fromkeys((row.routing, row.weights) for row in result.rows))
     size = (11, 0.9 + 4 * len(kinds))
     with open_figure(path, len(kinds), 2, figsize=size, squeeze=False) as (figure, axes):
-        for (left, right), kind in zip(axes, kinds, strict=True):
-            rows = [row for row in result.rows if row.routing == kind and not row.refused]
+        for (left, right), (routing, weights) in zip(axes, kinds, strict=True):
+            same = [row for row in result.rows if (row.routing, row.weights) == (routing, weights)]
+            rows = [row for row in same if not row.refused]
+            kind = f"{routing} routing" + (", weights in 8 bits" if weights == "fp8" else "")
             if rows:
                 _draw_times(left, rows, kind)
                 _draw_ratio(right, rows, kind)
@@ -43,7 +45,7 @@ def _draw_times(axes: Axes, rows: list[MoeRow], kind: str) -> None:
         axes.plot(tokens, [us for _, us, _ in timed], marker="o", ms=4, color=shade, label=f"{pruning:.0%} pruned")
         axes.plot(tokens, [floor for _, _, floor in timed], ls=":", lw=1.2, color=shade)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs per layer")
-    _style(axes, rows, f"Time, {kind} routing", "dotted: the floor, reading the same bytes")
+    _style(axes, rows, f"Time, {kind}", "dotted: the floor, reading the same bytes")
     axes.legend(frameon=False, fontsize=8.5)
 
 
@@ -56,7 +58,7 @@ def _draw_ratio(axes: Axes, rows: list[MoeRow], kind: str) -> None:
         axes.errorbar(tokens, ratios, yerr=spread, marker="o", ms=4, capsize=2, lw=1.2, color=shade)
     axes.axhline(1.0, color=SOFT, lw=1)
     axes.set(xscale="log", xlabel="tokens", ylabel="time ÷ vLLM's", ylim=(0, None))
-    _style(axes, rows, f"Against vLLM's fused MoE, {kind} routing", "on the zeroed weights; bars: 95% intervals")
+    _style(axes, rows, f"Against vLLM's fused MoE, {kind}", "on the zeroed weights; bars: 95% intervals")
     if not compared:
         axes.text(0.5, 0.5, "vLLM's kernel was not measured", transform=axes.transAxes, ha="center", color=SOFT)
 

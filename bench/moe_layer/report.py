@@ -5,7 +5,19 @@ from __future__ import annotations
 from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
 from laguna_serve.serving.kit.tables import Table
 
-HEADS = ("routing", "tokens", "pruned", "experts", "µs", "p10–p90", "GB/s", "of floor", "vLLM µs", "÷ vLLM (95%)")
+HEADS = (
+    "routing",
+    "weights",
+    "tokens",
+    "pruned",
+    "experts",
+    "µs",
+    "p10–p90",
+    "GB/s",
+    "of floor",
+    "vLLM µs",
+    "÷ vLLM (95%)",
+)
 
 
 def render_text(result: MoeResult) -> str:
@@ -19,7 +31,7 @@ def render_text(result: MoeResult) -> str:
         f"device {settings.device}{path}, {settings.threads} threads; GB/s: copy {bandwidth['copy']:.1f}{read}",
         f"vLLM: {result.stock}",
         "",
-        Table("l" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),
+        Table("ll" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),
     ]
     return "\n".join([*lines, *(f"refused: {reason}" for reason in result.refused)])
 
@@ -38,9 +50,9 @@ def summarise(row: MoeRow) -> str:
 
 
 def _list_cells(row: MoeRow) -> list[str]:
-    cells = [row.routing, str(row.tokens), f"{row.pruning:.0%}"]
+    cells = [row.routing, row.weights, str(row.tokens), f"{row.pruning:.0%}"]
     if row.refused or not row.us_p10_p90:
-        return [*cells, "", "refused", *[""] * (len(HEADS) - 5)]
+        return [*cells, "", "refused", *[""] * (len(HEADS) - 6)]
     low, high = row.us_p10_p90
     cells += [f"{row.distinct_experts:.1f}", f"{row.us:.1f}", f"{low:.0f}–{high:.0f}", f"{row.gb_s:.1f}"]
     cells.append(f"{row.percent_of_floor:.0f}%")

@@ -28,17 +28,20 @@ class MoeRow(Struct, frozen=True, kw_only=True):
     """One number of tokens, share of pruned blocks and routing.
 
     Attributes:
+        weights: "full" for the layer's dtype, "fp8" for e4m3 with scales of 128 columns.
         us: median of a call; `us_p10_p90`: its deciles.
         floor_us: on a CPU the median time of reading the same bytes, in turn with the calls, and `percent_of_floor` the
             median ratio of the two; on a GPU, and in older files, its `bytes` at the floor's bandwidth.
         error: against the reference, relative; None where it is not finite.
         refused: why there is no time; then the others are unset.
-        ratio: time ÷ that of vLLM's kernel (`stock_us`), None where that was not measured.
+        ratio: time ÷ that of vLLM's kernel (`stock_us`, always with weights of the layer's dtype), None where that was
+            not measured.
     """
 
     tokens: int
     pruning: float
     routing: str
+    weights: str = "full"
     effective_experts: float
     us: float | UnsetType = UNSET
     us_p10_p90: Interval | UnsetType = UNSET
@@ -56,7 +59,8 @@ class MoeRow(Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """The row's label in tables and figures."""
-        return f"{self.routing}, {self.tokens} tokens, {self.pruning:.0%} pruned"
+        kind = "" if self.weights == "full" else f", {self.weights}"
+        return f"{self.routing}, {self.tokens} tokens, {self.pruning:.0%} pruned{kind}"
 
 
 class MoeResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.moe/1"):

@@ -19,6 +19,7 @@ from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, poo
 from laguna_serve.serving.kit.errors import CommandError
 
 CALLS_CPU, REPLAYS_GPU = 40, 30
+STOCK = "vLLM"
 LAYERS_GPU = 3  # 4.8 GB at full size, against 50 MB of second-level cache
 Kernel = Callable[[Batch], torch.Tensor]
 Call = Callable[[], object]
@@ -30,58 +31,70 @@ class MoeBenchError(CommandError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is timed at one share of pruning: copies of a layer, and of each vLLM's kernel, where that can be had."""
+    """What is timed at one share of pruning: copies of a layer by kind of weights, and vLLM's kernels, if any."""
 
     shape: Shape
-    layers: Sequence[Layer]
+    layers: dict[str, Sequence[Layer]]
     stock: Sequence[Kernel] | None
 
-    def run_kernel(self, index: int, batch: Batch) -> torch.Tensor:
-        """Run the kernel that is measured, on the copies in turn."""
-        return layers.run_kernel(self.layers[index % len(self.layers)], batch, self.shape)
-
-    def list_kernels(self) -> list[Callable[[int, Batch], torch.Tensor]]:
-        """List the kernel, and vLLM's, each called with the index of a copy and a batch."""
-        if (stock := self.stock) is None:
-            return [self.run_kernel]
-        return [self.run_kernel, lambda index, batch: stock[index % len(stock)](batch)]
+    def list_kernels(self) -> dict[str, Callable[[int, Batch], torch.Tensor]]:
+        """List the kernel by kind of weights, and vLLM's, each called with the index of a copy and a batch."""
+        kernels: dict[str, Callable[[int, Batch], torch.Tensor]] = {}
+        for kind, copies in self.layers.items():
+            kernels[kind] = lambda index, batch, copies=copies: layers.run_kernel(  # type: ignore[misc]
+                copies[index % len(copies)], batch, self.shape
+            )
+        if (stock := self.stock) is not None:
+            kernels[STOCK] = lambda index, batch: stock[index % len(stock)](batch)
+        return kernels
 
 
 @dataclass(slots=True)
 class Seconds:
-    """Of every timed call, by kernel as `Subject.list_kernels` has them, of reading the same; what the batches were."""
+    """Of every timed call by kernel, and of reading the same by kind of weights; what the batches were."""
 
-    of: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    reads: list[float] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    of: dict[str, list[float]] = field(default_factory=dict)
+    reads: dict[str, list[float]] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     distinct: list[int] = field(default_factory=list)
 
 
 class KernelTimer:
     """Times every row of a configuration. `stock`: what is held against the kernel, or why nothing is."""
 
-    def __init__(self, config: MoeConfig, shape: Shape, floor_gb_s: float) -> None:
+    def __init__(self, config: MoeConfig, shape: Shape, floor_gb_s: float, measured: Sequence[MoeRow] = ()) -> None:
         self._config, self._shape, self._floor_gb_s = config, shape, floor_gb_s
+        self._measured = {row.name: row for row in measured}
         self.stock = "vLLM's cpu_fused_moe, weights packed" if config.vllm else "not measured: --no-vllm"
-        self.total = len(config.pruning) * len(config.routing) * len(config.tokens)
+        on_gpu = shape.device.type == "cuda"
+        self._kinds: tuple[str, ...] = config.weights or (("full",) if on_gpu else ("full", "fp8"))
+        self.total = len(config.pruning) * len(config.routing) * len(config.tokens) * len(self._kinds)
 
     def list_rows(self) -> Iterator[MoeRow]:
         """One row after the other; the weights of one share of pruning are in memory at a time."""
         config, shape = self._config, self._shape
         for pruning in config.pruning:
-            subject = self._make_subject(pruning)
+            subject: Subject | None = None
             for routing in config.routing:
                 router = Router(shape, routing, config.seed)
                 for tokens in config.tokens:
-                    blank = MoeRow(
-                        tokens=tokens,
-                        pruning=pruning,
-                        routing=routing,
-                        effective_experts=router.effective_experts,
-                        error=None,
-                        refused=None,
-                    )
-                    yield measure_row(subject, router, blank, config.repeats, self._floor_gb_s)
+                    blanks = [
+                        MoeRow(
+                            tokens=tokens,
+                            pruning=pruning,
+                            routing=routing,
+                            weights=kind,
+                            effective_experts=router.effective_experts,
+                            error=None,
+                            refused=None,
+                        )
+                        for kind in self._kinds
+                    ]
+                    if all(blank.name in self._measured for blank in blanks):
+                        yield from (self._measured[blank.name] for blank in blanks)
+                        continue
+                    subject = subject or self._make_subject(pruning)
+                    yield from measure_rows(subject, router, blanks, config.repeats, self._floor_gb_s)
 
     def _make_subject(self, pruning: float) -> Subject:
         config, shape = self._config, self._shape
@@ -90,7 +103,8 @@ class KernelTimer:
         stock = self._prepare_stock(made) if config.vllm else None
         if shape.device.type == "cpu":  # packed by vLLM's op: the plain copy is not needed any more
             made = [Layer(item.w13_blocks, item.w2_blocks, item.block_start, None, None) for item in made]
-        return Subject(shape, made, stock)
+        as_kind = {"full": lambda layer: layer, "fp8": layers.quantise}
+        return Subject(shape, {kind: [as_kind[kind](layer) for layer in made] for kind in self._kinds}, stock)
 
     def _prepare_stock(self, made: Sequence[Layer]) -> list[Kernel] | None:
         """vLLM's kernel for each layer, or None, with the reason in `stock`, where it cannot be had."""
@@ -107,32 +121,40 @@ class KernelTimer:
         return kernels
 
 
-def measure_row(subject: Subject, router: Router, blank: MoeRow, repeats: int | None, floor_gb_s: float) -> MoeRow:
-    """Check one setting, then time it; a wrong result is refused a time."""
-    error, fault = layers.find_fault(subject.layers[0], router.draw(blank.tokens), subject.shape)
-    if fault is not None:
-        return structs.replace(blank, error=error if math.isfinite(error) else None, refused=fault)
+def measure_rows(
+    subject: Subject, router: Router, blanks: Sequence[MoeRow], repeats: int | None, floor_gb_s: float
+) -> list[MoeRow]:
+    """Check one setting for each kind of weights, then time them in turn; a wrong result is refused a time."""
+    checked: list[MoeRow] = []
+    for blank in blanks:
+        error, fault = layers.find_fault(subject.layers[blank.weights][0], router.draw(blank.tokens), subject.shape)
+        checked.append(structs.replace(blank, error=error if math.isfinite(error) else None, refused=fault))
+    right = [row.weights for row in checked if not row.refused]
+    if not right:
+        return checked
+    sound = Subject(subject.shape, {kind: subject.layers[kind] for kind in right}, subject.stock)
     on_gpu = subject.shape.device.type == "cuda"
     repeats = repeats or (REPLAYS_GPU if on_gpu else CALLS_CPU)
-    seconds = (_time_replays if on_gpu else _time_calls)(subject, router, blank.tokens, repeats)
-    return describe(structs.replace(blank, error=error), seconds, floor_gb_s)
+    seconds = (_time_replays if on_gpu else _time_calls)(sound, router, blanks[0].tokens, repeats)
+    return [row if row.refused else describe(row, seconds, floor_gb_s) for row in checked]
 
 
 def _time_calls(subject: Subject, router: Router, tokens: int, repeats: int) -> Seconds:
-    """Single calls, each of both kernels on a batch of its own, and of reading its blocks."""
+    """Single calls, all kernels on the same batch of its own, each followed by reading what it read."""
     seconds = Seconds()
     kernels = subject.list_kernels()
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             batch = router.draw(tokens)
-            calls = [lambda kernel=kernel, batch=batch: kernel(0, batch) for kernel in kernels]
+            calls = {name: lambda kernel=kernel, batch=batch: kernel(0, batch) for name, kernel in kernels.items()}
             _time_round(subject, calls, [batch], repeat, seconds)
-            read_s = layers.time_calls(
-                lambda batch=batch: layers.read_blocks(subject.layers[0], batch),  # type: ignore[misc]
-                subject.shape.device,
-            )
-            if repeat > 0:
-                seconds.reads.append(read_s)
+            for kind, copies in subject.layers.items():
+                read_s = layers.time_calls(
+                    lambda layer=copies[0], batch=batch: layers.read_blocks(layer, batch),  # type: ignore[misc]
+                    subject.shape.device,
+                )
+                if repeat > 0:
+                    seconds.reads.setdefault(kind, []).append(read_s)
     return seconds
 
 
@@ -148,31 +170,33 @@ def _time_replays(subject: Subject, router: Router, tokens: int, repeats: int) -
 
         return layers.record_graph(run)
 
-    replays = [record(kernel) for kernel in subject.list_kernels()]
+    replays = {name: record(kernel) for name, kernel in subject.list_kernels().items()}
     for repeat in range(repeats + 1):
         _time_round(subject, replays, batches, repeat, seconds)
     return seconds
 
 
 def _time_round(
-    subject: Subject, calls: Sequence[Call], batches: Sequence[Batch], repeat: int, seconds: Seconds
+    subject: Subject, calls: dict[str, Call], batches: Sequence[Batch], repeat: int, seconds: Seconds
 ) -> None:
-    """Both kernels once, in alternating order; the first round warms up."""
-    order = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
-    for which in order:
-        each_s = layers.time_calls(calls[which], subject.shape.device) / len(batches)
+    """Every kernel once, the first of them in turn; the first round warms up."""
+    names = list(calls)
+    turn = repeat % len(names)
+    for name in names[turn:] + names[:turn]:
+        each_s = layers.time_calls(calls[name], subject.shape.device) / len(batches)
         if repeat > 0:
-            seconds.of[which].append(each_s)
+            seconds.of.setdefault(name, []).append(each_s)
     for index, batch in enumerate(batches):
-        layer = subject.layers[index % len(subject.layers)]
-        seconds.sizes.append(layers.bytes_read(layer, batch, subject.shape))
+        for kind, copies in subject.layers.items():
+            size = layers.bytes_read(copies[index % len(copies)], batch)
+            seconds.sizes.setdefault(kind, []).append(size)
         seconds.distinct.append(len(batch.ids.unique()))
 
 
 def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
     """Describe the row: its times, and their ratio to vLLM's, pooled over pairs of calls, with its 95% interval."""
-    kernel_s, stock_s = seconds.of
-    median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes)
+    kernel_s, stock_s = seconds.of[row.weights], seconds.of.get(STOCK, [])
+    median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes[row.weights])
     deciles = statistics.quantiles(kernel_s, n=10) if len(kernel_s) > 1 else [median] * 9
     gb_s = size / median / 1e9
     timed = structs.replace(
@@ -188,9 +212,9 @@ def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
         ratio=None,
         ratio_ci95=None,
     )
-    if seconds.reads:
-        shares = [100 * read / kernel for read, kernel in zip(seconds.reads, kernel_s, strict=True)]
-        floor_us = statistics.median(seconds.reads) * 1e6
+    if reads := seconds.reads.get(row.weights):
+        shares = [100 * read / kernel for read, kernel in zip(reads, kernel_s, strict=True)]
+        floor_us = statistics.median(reads) * 1e6
         timed = structs.replace(timed, floor_us=floor_us, percent_of_floor=statistics.median(shares))
     if not stock_s:
         return timed
@@ -222,7 +246,7 @@ def make_shape(config: MoeConfig) -> Shape:
     dtype: torch.dtype = getattr(torch, config.dtype)
     shape = Shape(experts, config.hidden, config.intermediate, config.block, config.topk, dtype, torch.device(kind))
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else psutil.virtual_memory().available
-    need = (4 if config.vllm else 2) * shape.layer_bytes * (LAYERS_GPU if kind == "cuda" else 1)
+    need = (4.5 if config.vllm else 2.5) * shape.layer_bytes * (LAYERS_GPU if kind == "cuda" else 1)
     if need > free:
         sizes = f"{need / 2**30:.1f} GiB for {experts} experts, got {free / 2**30:.1f} GiB"
         raise MoeBenchError(f"memory: expected {sizes}; pass fewer --experts or --no-vllm")

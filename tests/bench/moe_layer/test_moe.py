@@ -35,7 +35,8 @@ def test_run_writes_table_picture_and_json(tmp_path: Path, capsys: pytest.Captur
     assert stored["schema"] == "laguna_serve.moe/1"
     assert stored["refused"] == []
     assert stored["settings"]["path"] in {path.name for path in moe_layers.cpu.load().paths}
-    assert len(stored["rows"]) == 8
+    assert len(stored["rows"]) == 16
+    assert {row["weights"] for row in stored["rows"]} == {"full", "fp8"}
     for row in stored["rows"]:
         assert row["us"] > 0
         assert row["floor_us"] > 0
@@ -68,7 +69,7 @@ def test_wrong_kernel_gets_no_speed(
 ) -> None:
     right = moe_layers.run_kernel
     monkeypatch.setattr(moe_layers, "run_kernel", lambda *args: fault(right(*args), len(args[1].x)))
-    assert run(tmp_path, "--dtype", "float32", "--tokens", "4") == 1
+    assert run(tmp_path, "--dtype", "float32", "--tokens", "4", "--weights", "full") == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["refused"]) == 2
     assert all(reason in text for text in result["refused"])
@@ -81,7 +82,7 @@ def test_bytes_are_the_kept_blocks_of_the_distinct_experts() -> None:
     batch = Batch(torch.zeros(3, 64), torch.zeros(3, 2), ids)
     widths = layer.block_start.diff()
     kept = int(widths[3] + widths[5] + widths[9])
-    assert moe_layers.bytes_read(layer, batch, SHAPE) == kept * 3 * 16 * 64 * 4 + 2 * 3 * 64 * 4 + 3 * 2 * 8
+    assert moe_layers.bytes_read(layer, batch) == kept * 3 * 16 * 64 * 4 + 2 * 3 * 64 * 4 + 3 * 2 * 8
 
 
 def test_zeroed_and_compact_layers_are_the_same_function() -> None:
@@ -144,20 +145,40 @@ def test_bad_flag_is_refused(flags: list[str], tmp_path: Path) -> None:
 def test_interrupted_run_keeps_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure_row = timing.measure_row
+    measure_rows = timing.measure_rows
     calls = []
 
-    def stop_at_the_third(*args: Any) -> MoeRow:
+    def stop_at_the_third(*args: Any) -> list[MoeRow]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure_row(*args)
+        return measure_rows(*args)
 
-    monkeypatch.setattr(timing, "measure_row", stop_at_the_third)
+    monkeypatch.setattr(timing, "measure_rows", stop_at_the_third)
     assert run(tmp_path) == 130
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["partial"]
-    assert len(result["rows"]) == 2
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["partial"]
+    assert len(first["rows"]) == 4
+    calls.clear()
+    assert run(tmp_path, "--resume") == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not second["partial"]
+    assert second["rows"][:4] == first["rows"]
+    assert len(second["rows"]) == 8
+    assert len(calls) == 2
+    assert run(tmp_path, "--resume", "--block", "32") == 2
+    assert "--resume: expected" in capsys.readouterr().err
+
+
+def test_eight_bits_are_the_layer_within_their_rounding() -> None:
+    layer = moe_layers.make_layer(
+        Shape(4, 144, 32, 16, 2, torch.bfloat16, torch.device("cpu")), 0, 0, with_zeroed=False
+    )
+    narrow = moe_layers.quantise(layer)
+    assert narrow.w13_scales is not None
+    assert narrow.w13_scales.shape == (8, 2, 16, 2)
+    values = narrow.w13_blocks.float() * narrow.w13_scales.repeat_interleave(128, -1)[..., :144]
+    assert float((values - layer.w13_blocks.float()).norm() / layer.w13_blocks.float().norm()) < 0.04
 
 
 @pytest.mark.slow
@@ -173,6 +194,7 @@ def test_kernels_are_timed_from_python(tmp_path: Path, capsys: pytest.CaptureFix
         pruning=(0.5,),
         routing=("uniform",),
         repeats=3,
+        weights=("fp8",),
         vllm=False,
         out=tmp_path,
     )
