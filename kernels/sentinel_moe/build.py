@@ -21,14 +21,18 @@ SOURCES = Path(__file__).with_name("native")
 # Strict floating point: a row's bits may not depend on how the compiler regroups or contracts a sum.
 STRICT = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*STRICT, "-fPIC", "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mfma", "-mf16c")
+AVX512_BF16 = (*AVX512, "-mavx512vl", "-mavx512bf16")
+VBMI = (*AVX512_BF16, "-mavx512vbmi")
 # Files that any processor runs, and by architecture those that it must have the instructions for.
 COMMON = ("driver", "op", "pairs", "paths", "path_portable")
 PATHS = {
     "x86_64": {
         "path_avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "path_avx512": ("-mavx512f", "-mavx512bw", "-mfma", "-mf16c"),
-        "path_avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
-        "path_avx512vbmi": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi", "-mfma", "-mf16c"),
+        "path_avx512": AVX512,
+        "path_avx512bf16": AVX512_BF16,
+        "path_avx512vbmi": VBMI,
+        "path_amx": (*VBMI, "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"path_neon": (), "path_neonbf16": ("-march=armv8.2-a+bf16",)},
 }

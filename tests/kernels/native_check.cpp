@@ -46,6 +46,22 @@ Values draw(DType dtype, int64_t count, std::mt19937* random) {
   return values;
 }
 
+// Codes of e4m3, all but NaN's, whose scales are drawn too: [rows, H] with one for 128 columns.
+Values draw_codes(int64_t rows, int64_t H, std::mt19937* random, std::vector<float>* scales) {
+  const int64_t groups = (H + SCALED - 1) / SCALED;
+  Values values{F32, std::vector<char>(rows * H), std::vector<double>(rows * H)};
+  for (int64_t i = 0; i < rows * groups; ++i) scales->push_back(static_cast<float>((*random)() % 31 + 1) / 4096);
+  for (int64_t i = 0; i < rows * H; ++i) {
+    int code = static_cast<int>((*random)() % 256);
+    if ((code & 127) == 127) code = 0;
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const double magnitude = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+    values.bytes[i] = static_cast<char>(code);
+    values.exact[i] = (code & 128 ? -magnitude : magnitude) * (*scales)[i / H * groups + i % H / SCALED];
+  }
+  return values;
+}
+
 double read(const char* p, DType dtype) {
   float value;
   uint16_t half;
@@ -59,12 +75,15 @@ double read(const char* p, DType dtype) {
 
 int failures = 0;
 
-void check(const Path& path, DType dtype, int64_t T, int64_t H, int64_t B, int64_t threads) {
+void check(const Path& path, DType dtype, bool fp8, int64_t T, int64_t H, int64_t B, int64_t threads) {
   std::mt19937 random(static_cast<unsigned>(T * 31 + H + B));
   const int64_t E = 5, k = 2, size = dtype == F32 ? 4 : 2;
   const std::vector<int32_t> start = {0, 2, 3, 3, 6, 7};
   const int64_t n = start.back();
-  const Values x = draw(dtype, T * H, &random), w13 = draw(dtype, n * 2 * B * H, &random), w2 = draw(dtype, n * B * H, &random);
+  std::vector<float> w13_scales, w2_scales;
+  const Values x = draw(dtype, T * H, &random);
+  const Values w13 = fp8 ? draw_codes(n * 2 * B, H, &random, &w13_scales) : draw(dtype, n * 2 * B * H, &random);
+  const Values w2 = fp8 ? draw_codes(n * B, H, &random, &w2_scales) : draw(dtype, n * B * H, &random);
   std::vector<float> weights(T * k);
   std::vector<int32_t> ids(T * k);
   for (int64_t i = 0; i < T * k; ++i) {
@@ -72,7 +91,7 @@ void check(const Path& path, DType dtype, int64_t T, int64_t H, int64_t B, int64
     ids[i] = static_cast<int32_t>(random() % 6) - 1;
   }
   std::vector<char> out(T * H * size, 127), row(H * size);
-  Call call{dtype, T, H, k, E, B, n, x.bytes.data(), weights.data(), ids.data(), w13.bytes.data(), w2.bytes.data(), start.data(), out.data(), nullptr, nullptr};
+  Call call{dtype, T, H, k, E, B, n, x.bytes.data(), weights.data(), ids.data(), w13.bytes.data(), w2.bytes.data(), start.data(), out.data(), fp8 ? w13_scales.data() : nullptr, fp8 ? w2_scales.data() : nullptr};
   if (run(call, path, {threads, run_in_turn}).status != OK) ++failures;
   double off = 0, whole = 0;
   for (int64_t t = 0; t < T; ++t) {
@@ -102,32 +121,35 @@ void check(const Path& path, DType dtype, int64_t T, int64_t H, int64_t B, int64
     alone.out = row.data();
     run(alone, path, {1, run_in_turn});
     if (std::memcmp(row.data(), &out[t * H * size], H * size) != 0) {
-      std::printf("%s dtype %d T %d: row %d differs alone\n", path.name, dtype, static_cast<int>(T), static_cast<int>(t));
+      std::printf("%s dtype %d fp8 %d T %d H %d B %d: row %d differs alone\n", path.name, dtype, fp8, static_cast<int>(T), static_cast<int>(H), static_cast<int>(B), static_cast<int>(t));
       ++failures;
     }
   }
   const double limits[] = {2e-6, 1e-3, 6e-3}, error = std::sqrt(off / (whole > 0 ? whole : 1));
   if (!(error < limits[dtype])) {
-    std::printf("%s dtype %d T %d H %d B %d: error %g\n", path.name, dtype, static_cast<int>(T), static_cast<int>(H), static_cast<int>(B), error);
+    std::printf("%s dtype %d fp8 %d T %d H %d B %d: error %g\n", path.name, dtype, fp8, static_cast<int>(T), static_cast<int>(H), static_cast<int>(B), error);
     ++failures;
   }
 }
 
 }  // namespace
 
-int main() {
+// Of all paths, or the one that is named.
+int main(int count, char** words) {
   visit_paths(
-      [](const Path& path, void*) {
-        if (!path.is_supported()) return;
+      [](const Path& path, void* only) {
+        if (!path.is_supported() || (only != nullptr && std::strcmp(path.name, static_cast<const char*>(only)) != 0)) return;
         for (const DType dtype : {F32, F16, BF16}) {
           for (const int64_t T : {1, 2, 5, 9, 17, 40}) {
-            check(path, dtype, T, 16, 16, 1);
-            check(path, dtype, T, 80, 48, 3);
-            check(path, dtype, T, 272, 64, 2);
+            for (const bool fp8 : {false, true}) {
+              check(path, dtype, fp8, T, 16, 16, 1);
+              check(path, dtype, fp8, T, 80, 48, 3);
+              check(path, dtype, fp8, T, 272, 64, 2);
+            }
           }
         }
         std::printf("%s\n", path.name);
       },
-      nullptr);
+      count > 1 ? words[1] : nullptr);
   return failures == 0 ? 0 : 1;
 }

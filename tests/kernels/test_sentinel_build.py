@@ -148,6 +148,40 @@ for _ in range(2):
     assert done.stderr.count("using plain torch, several times slower: expected a C++ compiler") == 1
 
 
+def has_avx512bf16() -> bool:
+    kernels = cpu.load()
+    return kernels is not None and any(path.name == "avx512bf16" and path.supported for path in kernels.paths)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_avx512bf16(), reason="what is around the tiles needs AVX512-BF16")
+def test_tiles_of_an_emulated_amx(tmp_path: Path) -> None:
+    """The AMX path with its tiles in plain C++: results and row bits; no silicon has run it."""
+    check, compiler = Path(__file__).with_name("native_check.cpp"), shutil.which("g++") or "c++"
+    names = ("path_amx", "path_avx512", "path_portable", "paths", "driver", "pairs")
+    flags = building.PATHS["x86_64"]
+    emulated = ("-DSENTINEL_EMULATE_AMX", f"-I{check.parent}")
+    commands = [
+        (str(building.SOURCES / f"{name}.cpp"), name, (*flags.get(name, ()), *(emulated if name == "path_amx" else ())))
+        for name in names
+    ]
+    commands.append((str(check), "check", (f"-I{building.SOURCES}",)))
+
+    def compile_one(command: tuple[str, str, tuple[str, ...]]) -> str:
+        source, name, own = command
+        made = str(tmp_path / f"{name}.o")
+        subprocess.run([compiler, *building.STRICT, "-O2", "-w", *own, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(compile_one, commands))
+    program = str(tmp_path / "run")
+    subprocess.run([compiler, "-o", program, *made], check=True)
+    done = subprocess.run([program, "amx"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.split() == ["amx"]
+
+
 @pytest.mark.skipif(
     not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"), reason="needs a compiler and qemu"
 )

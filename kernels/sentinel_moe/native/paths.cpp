@@ -6,6 +6,7 @@
 
 // A file that the compiler could not make leaves a null.
 #define PATH(name) extern const sentinel::Path name __attribute__((weak, visibility("hidden")));
+PATH(sentinel_amx)
 PATH(sentinel_avx512bf16)
 PATH(sentinel_avx512)
 PATH(sentinel_avx2)
@@ -17,7 +18,7 @@ namespace sentinel {
 
 namespace {
 
-const Path* const PATHS[] = {&sentinel_avx512bf16, &sentinel_avx512, &sentinel_avx2, &sentinel_neonbf16, &sentinel_neon, &sentinel_portable};
+const Path* const PATHS[] = {&sentinel_amx, &sentinel_avx512bf16, &sentinel_avx512, &sentinel_avx2, &sentinel_neonbf16, &sentinel_neon, &sentinel_portable};
 
 }  // namespace
 
