@@ -272,7 +272,8 @@ def format_result(result: DoctorResult) -> str:
     if result.rates is not None:
         rows.append(("arithmetic", describe_rates(result.rates, bf16=multiplies_bf16())))
     if result.cpu_kernels is not None:
-        rows.append(("expert kernels", result.cpu_kernels))
+        widths = "" if " " in result.cpu_kernels else ", weights of 32, 16 and 8 bits"  # else why there are none
+        rows.append(("expert kernels", f"{result.cpu_kernels}{widths}"))
     rows.append(("entry point", result.entry_point.value or "missing"))
     rows += [(name, classes.actual or "does not load") for name, classes in result.architectures.items()]
     width = max(len(name) for name, _ in rows)

@@ -139,12 +139,14 @@ struct Fp8Steps {
     }
   }
 
+  using Round = float (*)(float);  // of an activation, for the dtype of x
+
   static const uint8_t* codes(const void* p) { return static_cast<const uint8_t*>(p); }
   static float poison(const Flags& flags, float value) { return flags.any() ? NAN_VALUE : value; }
   static constexpr float NAN_VALUE = __builtin_nanf("");
 
   // Few tokens: gate, up and then the first of `down` are one stream after the other.
-  template <int M, typename Round>
+  template <int M>
   static void activate_direct(const Block& block, Round round) {
     constexpr int R = MANY || M == 1 ? 2 : 1;
     const int64_t H = block.H, B = block.B, groups = count_groups(H), ahead = (AHEAD + H - 1) / H / R * R;
@@ -182,7 +184,7 @@ struct Fp8Steps {
   }
 
   // More: GROUP atoms' rows are decoded once for all tokens, of which a tile's SEGMENT columns stay in the first cache.
-  template <int M, typename Round>
+  template <int M>
   static void activate_tile(const Block& block, int64_t token, int64_t atom, const Vec* decoded, const bool (*is_nan)[2], Round round) {
     const int64_t H = block.H, groups = count_groups(H), length = decoded_vecs(H);
     const X* x[M];
@@ -206,7 +208,6 @@ struct Fp8Steps {
     }
   }
 
-  template <typename Round>
   static void activate(const Block& block, Round round) {
     if (block.count <= DIRECT) {
       with_count<DIRECT>(block.count, [&](auto m) { activate_direct<decltype(m)::value>(block, round); });

@@ -243,4 +243,4 @@ def test_this_installation_is_well() -> None:
     report = json.loads(done.stdout)
     assert report["problems"] == []
     if report["platform"] == "cpu":
-        assert report["cpu_kernels"] in {"avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable"}
+        assert report["cpu_kernels"] in {"amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable"}
