@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Build the wheel and import every module of it that needs no engine, in a clean environment outside the repository.
+# Build the wheel, with the CPU kernels made for this platform, and import every module of it that needs no engine, in
+# a clean environment outside the repository.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
 root=$PWD
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-.venv/bin/python -m build --wheel --no-isolation --outdir "$work" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
+library=
+trap 'rm -rf "$work" $library' EXIT
+library=$(.venv/bin/python - <<'PYTHON'
+from laguna_serve.kernels.sentinel_moe.build import SOURCES, make_prebuilt
+print(make_prebuilt(SOURCES))
+PYTHON
+)
+platform=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_platform().replace("-", "_").replace(".", "_"))')
+.venv/bin/python -m build --wheel --no-isolation -C--build-option="bdist_wheel --plat-name=$platform" --outdir "$work" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
   -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[bench,evals]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
@@ -25,6 +33,7 @@ light = [n for n in names if n.split(".")[1] in {"bench", "evals", "serving"} or
 light = [n for n in light if n not in {f"laguna_serve.bench.{m}" for m in ("linear.timing", "moe", "moe_layer.layers", "moe_layer.timing")}]  # kernel benchmarks
 sources = {f.name for f in importlib.metadata.files("laguna-serve") or []}
 assert {"driver.cpp", "kernels.hpp"} <= sources, "wheel: expected the CPU kernels' source, got none; see package-data in pyproject.toml"
+assert any(name.endswith(".so") for name in sources), "wheel: expected the CPU kernels' library, got none; see package-data in pyproject.toml"
 assert "py.typed" in sources, "wheel: expected py.typed, got none; see package-data in pyproject.toml"
 for name in light:
     importlib.import_module(name)

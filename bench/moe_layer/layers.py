@@ -101,7 +101,7 @@ def make_layer(shape: Shape, pruning: float, seed: int, *, with_zeroed: bool) ->
 
 
 def quantise(layer: Layer) -> Layer:
-    """The kept blocks in 8 bits (e4m3), each row's 128 columns by a scale of their own."""
+    """Give the kept blocks 8 bits (e4m3), each row's 128 columns by a scale of their own."""
     w13, w13_scales = _quantise(layer.w13_blocks)
     w2, w2_scales = _quantise(layer.w2_blocks)
     return Layer(w13, w2, layer.block_start, None, None, w13_scales, w2_scales)

@@ -2,7 +2,8 @@
 
 Every instruction set has a file of its own, compiled with its own flags; which one runs is decided when the library is
 loaded (cpu.py).  A set that the compiler does not know is left out.  g++ from 11 and clang++ from 14 will do.  The
-library uses torch's stable interface, so that a newer torch does not need another.
+library uses torch's stable interface, so that a newer torch does not need another, and a wheel for one platform can
+carry it beside the sources (scripts/wheel.sh).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,10 +52,34 @@ def build() -> Path:
     return keep_library(f"sentinel_moe-{make_key(compiler)}.so", lambda made: compile_library(compiler, made))
 
 
+def find_prebuilt() -> Path | None:
+    """Find the library of these very sources that came with a wheel for this architecture."""
+    library = SOURCES / name_prebuilt()
+    return library if library.exists() else None
+
+
+def name_prebuilt() -> str:
+    """Name a library for this architecture as it is called beside its sources."""
+    key = hashlib.sha256("\0".join([*_read_sources(), repr(PATHS)]).encode()).hexdigest()[:16]
+    return f"sentinel_moe-{platform.machine()}-{key}.so"
+
+
+def _read_sources() -> list[str]:
+    paths = (path for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".hpp"))
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
 def make_key(compiler: Compiler) -> str:
     """Make a name that changes with all that the library is made of."""
-    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".hpp")]
-    parts += [*compiler.command, compiler.version, *FLAGS, repr(PATHS), platform.machine(), torch.__version__]
+    parts = [
+        *_read_sources(),
+        *compiler.command,
+        compiler.version,
+        *FLAGS,
+        repr(PATHS),
+        platform.machine(),
+        torch.__version__,
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -84,3 +111,15 @@ def compile_library(compiler: Compiler, library: Path) -> Path:
     link = ("-L", str(torch_folder / "lib"), "-ltorch_cpu")
     run_compiler([*compiler.command, "-shared", "-o", str(library), *made, *link], "the library")
     return library
+
+
+def make_prebuilt(folder: Path) -> Path:
+    """Compile the library for a wheel into `folder`.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    target = folder / name_prebuilt()
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(compile_library(find_compiler(), Path(scratch) / target.name), target)
+    return target

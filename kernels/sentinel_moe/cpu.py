@@ -12,11 +12,12 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from laguna_serve.kernels.sentinel_moe.build import build
+from laguna_serve.kernels.sentinel_moe.build import build, find_prebuilt
 from laguna_serve.kernels.sentinel_moe.reference import dequantise
 from laguna_serve.kernels.toolchain import BuildError
 
@@ -69,15 +70,30 @@ def load() -> Kernels | None:
     Raises:
         PathError: LAGUNA_CPU_ISA names a path that cannot run here.
     """
+    library = _load_prebuilt()
     try:
-        library = str(build())
-        torch.ops.load_library(library)
+        if library is None:
+            library = build()
+            torch.ops.load_library(str(library))
     except (BuildError, OSError) as error:
         logger.warning("sentinel_moe on a CPU: using plain torch, several times slower: %s", error)
         return None
-    kernels = Kernels(ctypes.CDLL(library))
+    kernels = Kernels(ctypes.CDLL(str(library)))
     kernels.use_path(os.environ.get(VARIABLE) or None)
     return kernels
+
+
+def _load_prebuilt() -> Path | None:
+    """Load what came with the wheel, unless this system's libraries are too old for it."""
+    library = find_prebuilt()
+    if library is None:
+        return None
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        logger.info("sentinel_moe on a CPU: building it, as the wheel's library does not load: %s", error)
+        return None
+    return library
 
 
 def describe() -> str:

@@ -42,7 +42,7 @@ def sentinel_moe_reference(
 def dequantise(
     weights: torch.Tensor, scales: torch.Tensor | None, blocks: slice = slice(None), dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Some of the blocks [n, ..., H] in `dtype`, by their scales [n, ..., ⌈H / 128⌉] if they have any."""
+    """Widen some of the blocks [n, ..., H] to `dtype`, by their scales [n, ..., ⌈H / 128⌉] if they have any."""
     values = weights[blocks].to(dtype)
     if scales is None:
         return values

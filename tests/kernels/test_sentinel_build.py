@@ -103,6 +103,30 @@ def test_folder_that_anyone_can_write_is_not_trusted(fake_compiler: Path) -> Non
     assert building.build().read_text() == "made\n"
 
 
+def test_a_wheels_library_needs_no_compiler(fake_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fake_compiler / "native"
+    shutil.copytree(building.SOURCES, folder)
+    monkeypatch.setattr(building, "SOURCES", folder)
+    assert building.find_prebuilt() is None
+    library = folder / building.name_prebuilt()
+    library.write_text("made elsewhere\n")
+    assert building.find_prebuilt() == library
+    with (folder / "driver.cpp").open("a") as source:
+        source.write("// changed\n")
+    assert building.find_prebuilt() is None, "a library of other sources was taken"
+
+
+def test_a_wheels_library_that_does_not_load_is_built_instead() -> None:
+    source = """
+from pathlib import Path
+from laguna_serve.kernels.sentinel_moe import cpu
+cpu.find_prebuilt = lambda: Path("/dev/null")
+print(cpu.load() is not None)
+"""
+    done = run_python(source)
+    assert done.stdout == "True\n", done.stderr
+
+
 def run_python(source: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", source],

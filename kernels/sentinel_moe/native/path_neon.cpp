@@ -12,6 +12,7 @@ bool is_supported() { return true; }
 
 extern const sentinel::Kernels sentinel_neon_f32 = Steps<PlainOps<Neon, F32>>::table;
 extern const sentinel::Kernels sentinel_neon_f16 = Steps<PlainOps<Neon, F16>>::table;
-extern const sentinel::Path sentinel_neon = {"neon", "a 64-bit ARM", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &Steps<PlainOps<Neon, BF16>>::table}, Fp8PlainTables<Neon>::find};
+const sentinel::Kernels* sentinel_neon_fp8(sentinel::DType dtype) { return Fp8PlainTables<Neon>::find(dtype); }
+extern const sentinel::Path sentinel_neon = {"neon", "a 64-bit ARM", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &Steps<PlainOps<Neon, BF16>>::table}, sentinel_neon_fp8};
 
 #endif

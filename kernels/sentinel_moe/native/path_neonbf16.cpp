@@ -1,5 +1,5 @@
 // Advanced SIMD with bf16 (BFMMLA and BFDOT): Neoverse V1 and N2, Graviton 3, Grace.  bf16 weights meet bf16 inputs in
-// products of two rows by two columns; the other dtypes go as without.
+// products of two rows by two columns; the other dtypes, and weights in 8 bits, go as without.
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 
@@ -8,6 +8,7 @@
 #include "neon.hpp"
 
 extern const sentinel::Kernels sentinel_neon_f32, sentinel_neon_f16;
+const sentinel::Kernels* sentinel_neon_fp8(sentinel::DType dtype);
 
 namespace {
 
@@ -113,6 +114,6 @@ bool is_supported() { return (getauxval(AT_HWCAP2) & (1UL << 14)) != 0; }  // HW
 
 }  // namespace
 
-extern const sentinel::Path sentinel_neonbf16 = {"neonbf16", "ARM's bf16 instructions", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &MatrixSteps::matrix_table}};
+extern const sentinel::Path sentinel_neonbf16 = {"neonbf16", "ARM's bf16 instructions", is_supported, {&sentinel_neon_f32, &sentinel_neon_f16, &MatrixSteps::matrix_table}, sentinel_neon_fp8};
 
 #endif
