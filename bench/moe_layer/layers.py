@@ -189,8 +189,7 @@ def find_fault(layer: Layer, batch: Batch, shape: Shape) -> tuple[float, str | N
     """Find the op's error against the reference, and what is wrong with it, if anything is."""
     out = run_kernel(layer, batch, shape)
     inputs = (batch.x, batch.weights, batch.ids, layer.w13_blocks, layer.w2_blocks, layer.block_start)
-    scales = {"w13_scales": layer.w13_scales, "w2_scales": layer.w2_scales}
-    reference = sentinel_moe_reference(*inputs, **scales).double()
+    reference = sentinel_moe_reference(*inputs, w13_scales=layer.w13_scales, w2_scales=layer.w2_scales).double()
     error = float((out.double() - reference).norm() / reference.norm())
     limit = ERROR_LIMITS[shape.dtype]
     if not error <= limit:

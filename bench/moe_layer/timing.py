@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -177,7 +177,7 @@ def _time_replays(subject: Subject, router: Router, tokens: int, repeats: int) -
 
 
 def _time_round(
-    subject: Subject, calls: dict[str, Call], batches: Sequence[Batch], repeat: int, seconds: Seconds
+    subject: Subject, calls: Mapping[str, Call], batches: Sequence[Batch], repeat: int, seconds: Seconds
 ) -> None:
     """Every kernel once, the first of them in turn; the first round warms up."""
     names = list(calls)

@@ -264,9 +264,7 @@ def _run_triton(
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("max_blocks_per_expert: expected a number in a CUDA graph, got None; pass the bound")
         max_blocks_per_expert = max(1, int(block_start.diff().max()))
-    return gpu.run(
-        x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks_per_expert
-    )
+    return gpu.run(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
 
 
 def _run_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
