@@ -41,6 +41,13 @@ class Doctor(Struct, frozen=True):
     problems: list[dict[str, str]]
 
 
+class Generated(Struct, frozen=True):
+    """What is read of `scripts/generate_dense.py`'s laguna_serve.generate_dense/1."""
+
+    parameters: int
+    widths: list[int]
+
+
 def extract_figures(path: Path) -> tuple[str, list[str]]:
     """Extract the file's schema ("junit" of tests), and what came out.
 
@@ -80,6 +87,12 @@ def describe_doctor(content: Any, _path: Path) -> list[str]:
     return ["all well" if result.ok else "something is off", ", ".join(versions)] + [
         problem.get("what", "") for problem in result.problems
     ]
+
+
+def describe_generated(content: Any, _path: Path) -> list[str]:
+    """Describe the size of a checkpoint of random weights."""
+    made = convert(content, Generated)
+    return [f"{made.parameters / 1e9:.3f} billion parameters", f"{len(made.widths)} layers"]
 
 
 def describe_plan_result(content: Any, _path: Path) -> list[str]:
@@ -183,6 +196,7 @@ def describe_acceptance(content: Any, _path: Path) -> list[str]:
 
 BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     "laguna_serve.doctor/1": describe_doctor,
+    "laguna_serve.generate_dense/1": describe_generated,
     str(PlanResult.__struct_config__.tag): describe_plan_result,
     str(AbResult.__struct_config__.tag): describe_ab,
     str(Certificate.__struct_config__.tag): describe_certificate,

@@ -151,6 +151,15 @@ def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Pat
     assert result.left_out == {}
 
 
+def test_two_models_may_differ(use: Callable[..., None], tmp_path: Path) -> None:
+    use(
+        make_step("models", code=SAY.format(status=1), differs=True),
+        make_step("bad", code=SAY.format(status=3), differs=True),
+    )
+    assert rehearse(tmp_path) == 1
+    assert [run.outcome for run in read(tmp_path).runs] == ["held", "failed"]
+
+
 def test_failed_step_is_retried_once_and_only_when_asked(use: Callable[..., None], tmp_path: Path) -> None:
     use(make_step("bad", code=SAY.format(status=3)), make_step("good"))
     assert rehearse(tmp_path) == 1
