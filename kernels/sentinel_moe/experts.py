@@ -1,15 +1,20 @@
-"""Triton kernels of the decode path, up to ROWS tokens: two launches, every kept block of a chosen expert read once.
+"""Triton kernels of the routed experts: what was pruned is neither loaded nor computed, and a row's bits are its own.
 
-`gate_up` has a program for each (pair, tile of atoms).  The first pair that names an expert works for all tokens that
-chose it, the later ones return at once; the tile is always ROWS tokens wide, so that a token's sums are formed by the
-same instructions whatever shares the batch with it.  The routing weight is folded in before the one rounding, and rows
-that did not choose the expert are stored as zeros.
+The members of an expert are the (token, slot) pairs that chose it, gathered into tiles of MEMBERS columns.  A product
+is of one shape whatever is in it, and each of its columns is its own: so a pair's result depends on neither the number
+of tokens nor the other members.  It is kept in fp32, and `combine` adds a token's pairs in the order of its slots.
+Nothing of an expert reaches a row that did not choose it, not even its NaN; an id outside 0 to E − 1 is no pair at all.
 
-`down` is then one product, act [ROWS, K] · w2 [K, H] over the atoms of all chosen experts in ascending order.  A
-program owns a range of columns and a slice of every block's atoms.  This split follows from the block size alone, never
-from the batch; the slices' partial sums are added in order by the program that arrives last.
+`gate_up` has a program for each (tile, range of atoms), `down` for each (tile, range of columns, part of the expert's
+blocks).  Where the pairs are few, a program of `gate_up` finds its members itself among the ids: tile i is led by pair
+i if that is the first of MEMBERS that share its expert, and else is empty.  Where they are many, `group` has listed
+them.  The same kernels decode and prefill: configs.py holds the tiles of both.
 
-Dimension letters: T tokens, k experts per token, E experts, B atoms per block, H hidden size.
+8-bit weights (e4m3 as uint8) carry a scale for each row and 128 hidden columns: `gate_up` multiplies the product of 128
+columns by it, `down` the activation, in fp32 and before its one rounding.
+
+Dimension letters: T tokens, k experts per token, P = T · k pairs, E experts, n blocks in all, B atoms per block, H
+hidden size.
 """
 
 from __future__ import annotations
@@ -18,154 +23,272 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ROWS = tl.constexpr(16)
+from laguna_serve.kernels.sentinel_moe.e4m3 import widen, widen_high, widen_low
+
+GROUP = tl.constexpr(128)
 
 
 @triton.jit
-def _load_ids(ids_ptr, T, k, K_PAD: tl.constexpr):
-    """All of topk_ids [T, k] as [ROWS, K_PAD] and each place's pair number; −1 outside."""
-    i_row = tl.arange(0, ROWS)[:, None]
-    i_slot = tl.arange(0, K_PAD)[None, :]
-    pair = i_row * k + i_slot
-    inside = (i_row < T) & (i_slot < k)
-    return tl.load(ids_ptr + pair, mask=inside, other=-1), tl.where(inside, pair, ROWS * K_PAD)
+def find_blocks(block_start_ptr, expert, n, max_blocks):
+    """First kept block of an expert and their number, held to what the weights have and the grid covers."""
+    start = tl.minimum(tl.maximum(tl.load(block_start_ptr + expert), 0), n)
+    end = tl.minimum(tl.load(block_start_ptr + expert + 1), n)
+    return start.to(tl.int64), tl.minimum(tl.maximum(end - start, 0), max_blocks)
 
 
-@triton.jit(do_not_specialize=["T", "k", "E", "num_arrivals"])
+@triton.jit(do_not_specialize=["P", "k", "E", "n", "max_blocks"])
 def gate_up(
     x_ptr,
     weights_ptr,
     ids_ptr,
     w13_ptr,
+    scales_ptr,
     block_start_ptr,
     act_ptr,
-    plan_ptr,
-    arrivals_ptr,
-    T,
+    members_ptr,
+    experts_ptr,
+    P,
     k,
     E,
-    num_arrivals,
+    n,
+    max_blocks,
+    act_stride,
     H: tl.constexpr,
     B: tl.constexpr,
-    E_PAD: tl.constexpr,
-    K_PAD: tl.constexpr,
-    MAX_BLOCKS_PAD: tl.constexpr,
-    ARRIVALS_PAD: tl.constexpr,
+    P_PAD: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    LISTED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PTX: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """act [n, ROWS, B] ← weight · silu(x · gateᵀ) ∘ (x · upᵀ) for the blocks of chosen experts.
+    """act [P, act_stride] ← weight · silu(x · gateᵀ) ∘ (x · upᵀ), a row for every pair.
 
-    The program behind the last tile of pair 0 writes the plan of `down`: the number of chosen blocks, then their
-    numbers, experts ascending; and sets its arrival counters to zero.
+    members [tiles, MEMBERS] and experts [tiles] describe the tiles: read where LISTED, else written for `down`.
     """
     if PDL:
         gdc_launch_dependents()
-    i_pair = tl.program_id(0)
-    i_tile = tl.program_id(1)
-    ids, pairs = _load_ids(ids_ptr, T, k, K_PAD)  # [ROWS, K_PAD]
-    if i_tile == tl.num_programs(1) - 1:
-        if i_pair == 0:
-            _write_plan(ids, block_start_ptr, plan_ptr, E, E_PAD, K_PAD, MAX_BLOCKS_PAD)
-            i_arrival = tl.arange(0, ARRIVALS_PAD)
-            tl.store(arrivals_ptr + i_arrival, 0, mask=i_arrival < num_arrivals)
+    i_tile = tl.program_id(0)
+    i_atoms = tl.program_id(1)
+    column = tl.arange(0, MEMBERS)
+    pair = tl.arange(0, P_PAD)
+    if LISTED:
+        expert = tl.load(experts_ptr + i_tile)
+        if expert < 0:
+            return
+        members = tl.load(members_ptr + i_tile * MEMBERS + column)
+    else:
+        expert = tl.load(ids_ptr + i_tile)
+        chose = tl.load(ids_ptr + pair, mask=pair < P, other=-1) == expert
+        before = tl.sum((chose & (pair < i_tile)).to(tl.int32), 0)
+        leads = (before % MEMBERS == 0) & (expert >= 0) & (expert < E)
+        if i_atoms == 0:
+            tl.store(experts_ptr + i_tile, tl.where(leads, expert, -1))
+        if leads == 0:
+            return
+    start, count = find_blocks(block_start_ptr, expert, n, max_blocks)
+    width = count * B
+    if i_atoms * BLOCK_A >= tl.maximum(width, 1):
         return
-    expert = tl.load(ids_ptr + i_pair)
-    chose = ids == expert
-    if tl.sum(tl.sum((chose & (pairs < i_pair)).to(tl.int32), 1), 0) > 0:
-        return
-    start = tl.load(block_start_ptr + expert).to(tl.int64)
-    width = (tl.load(block_start_ptr + expert + 1).to(tl.int64) - start) * B
-    if i_tile * BLOCK_A >= width:
-        return
+    if not LISTED:
+        place = tl.cumsum(chose.to(tl.int32), 0) - 1 - before  # [P_PAD]
+        is_member = chose[:, None] & (place[:, None] == column[None, :])
+        members = tl.sum(tl.where(is_member, pair[:, None] + 1, 0), 0) - 1
+        if i_atoms == 0:
+            tl.store(members_ptr + i_tile * MEMBERS + column, members)
 
-    i_row = tl.arange(0, ROWS)
-    member = tl.sum(chose.to(tl.int32), 1) > 0  # [ROWS]
-    weight = tl.sum(tl.load(weights_ptr + pairs, mask=chose, other=0.0), 1)
-    atom = i_tile * BLOCK_A + tl.arange(0, BLOCK_A)
+    there = members >= 0  # [MEMBERS]
+    weight = tl.load(weights_ptr + members, mask=there, other=0.0)
+    i_row = tl.arange(0, 2 * BLOCK_A)  # gate rows, then up rows
+    atom = i_atoms * BLOCK_A + i_row % BLOCK_A
+    row = (start + atom // B) * (2 * B) + (i_row // BLOCK_A) * B + atom % B  # int64
     inside = atom < width
-    block = start + atom // B  # [BLOCK_A] int64
-    p_gate = w13_ptr + (block * (2 * B) + atom % B)[:, None] * H
+    p_w13 = w13_ptr + row[:, None] * H
     i_h = tl.arange(0, BLOCK_H)
-    p_x = x_ptr + i_row[None, :].to(tl.int64) * H
-    gate = tl.zeros((BLOCK_A, ROWS), dtype=tl.float32)
-    up = tl.zeros((BLOCK_A, ROWS), dtype=tl.float32)
+    p_x = x_ptr + (tl.maximum(members, 0) // k).to(tl.int64)[None, :] * H
+    sums = tl.zeros((2 * BLOCK_A, MEMBERS), dtype=tl.float32)
     for h in range(0, H, BLOCK_H):
-        column = h + i_h
-        b_x = tl.load(p_x + column[:, None], mask=member[None, :] & (column < H)[:, None], other=0.0)  # [BLOCK_H, ROWS]
-        b_mask = inside[:, None] & (column < H)[None, :]
-        b_gate = tl.load(p_gate + column[None, :], mask=b_mask, other=0.0, eviction_policy="evict_first")
-        b_up = tl.load(p_gate + (B * H + column)[None, :], mask=b_mask, other=0.0, eviction_policy="evict_first")
-        gate = tl.dot(b_gate, b_x, gate, input_precision=PRECISION)
-        up = tl.dot(b_up, b_x, up, input_precision=PRECISION)
+        hidden = h + i_h
+        b_x = tl.load(p_x + hidden[:, None], mask=there[None, :] & (hidden < H)[:, None], other=0.0)
+        b_mask = inside[:, None] & (hidden < H)[None, :]
+        b_w = tl.load(p_w13 + hidden[None, :], mask=b_mask, other=0.0, eviction_policy="evict_first")
+        if SCALED:
+            scale = tl.load(scales_ptr + row * tl.cdiv(H, GROUP) + h // GROUP, mask=inside, other=0.0)
+            part = tl.dot(widen(b_w, b_x.dtype, PTX), b_x, input_precision=PRECISION)
+            sums += part * scale[:, None]
+        else:
+            sums = tl.dot(b_w, b_x, sums, input_precision=PRECISION)
+    halves = tl.permute(tl.reshape(sums, (2, BLOCK_A, MEMBERS)), (1, 2, 0))
+    gate, up = tl.split(halves)  # [BLOCK_A, MEMBERS] each
     act = weight[None, :] * (gate / (1.0 + tl.exp(-gate))) * up
-    act = tl.where(member[None, :], act, 0.0)
-    p_act = act_ptr + (block * (ROWS * B) + atom % B)[:, None] + (i_row * B)[None, :]
-    tl.store(p_act, act.to(act_ptr.dtype.element_ty), mask=inside[:, None])
+    i_atom = i_atoms * BLOCK_A + tl.arange(0, BLOCK_A)
+    p_act = act_ptr + members.to(tl.int64)[None, :] * act_stride + i_atom[:, None]
+    tl.store(p_act, act.to(act_ptr.dtype.element_ty), mask=(i_atom < width)[:, None] & there[None, :])
 
 
-@triton.jit
-def _write_plan(
-    ids, block_start_ptr, plan_ptr, E, E_PAD: tl.constexpr, K_PAD: tl.constexpr, MAX_BLOCKS_PAD: tl.constexpr
-):
-    named = tl.reshape(ids, (ROWS * K_PAD,))
-    expert = tl.arange(0, E_PAD)
-    chosen = (tl.histogram(named, E_PAD, mask=named >= 0) > 0) & (expert < E)
-    start = tl.load(block_start_ptr + expert, mask=chosen, other=0)
-    count = tl.load(block_start_ptr + expert + 1, mask=chosen, other=0) - start  # [E_PAD]
-    end = tl.cumsum(count, 0)
-    i_block = tl.arange(0, MAX_BLOCKS_PAD)[None, :]
-    p_plan = plan_ptr + 1 + (end - count)[:, None] + i_block
-    tl.store(plan_ptr, tl.sum(count, 0))
-    tl.store(p_plan, start[:, None] + i_block, mask=i_block < count[:, None])
-
-
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["P", "n", "max_blocks"])
 def down(
     act_ptr,
     w2_ptr,
-    plan_ptr,
-    partial_ptr,
-    arrivals_ptr,
-    out_ptr,
-    T,
+    scales_ptr,
+    block_start_ptr,
+    members_ptr,
+    experts_ptr,
+    pair_out_ptr,
+    P,
+    n,
+    max_blocks,
+    act_stride,
+    first_column,
+    columns,
     H: tl.constexpr,
     B: tl.constexpr,
-    SPLIT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PTX: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out [T, H] ← act · w2 over the plan's blocks, one at a step; partial [SPLIT, ROWS, H] fp32 is scratch."""
-    SLICE: tl.constexpr = B // SPLIT
-    i_n = tl.program_id(0)
-    i_split = tl.program_id(1)
-    column = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """pair_out [PARTS, P, columns] fp32 ← act · w2, of the hidden columns from first_column on.
+
+    A part is a range of the expert's own blocks: which they are follows from its width alone.
+    """
+    ROWS: tl.constexpr = MEMBERS if MEMBERS > 16 else 16  # the least that the matrix units take
+    i_tile = tl.program_id(0)
+    i_n = tl.program_id(1)
+    i_part = tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    expert = tl.load(experts_ptr + i_tile)
+    if expert < 0:
+        return
+    start, count = find_blocks(block_start_ptr, expert, n, max_blocks)
+    first = (count * i_part // PARTS) * B
+    end = (count * (i_part + 1) // PARTS) * B
     i_row = tl.arange(0, ROWS)
-    atom = i_split * SLICE + tl.arange(0, SLICE)
-    inside = (column < H)[None, :]
+    members = tl.load(members_ptr + i_tile * MEMBERS + i_row, mask=i_row < MEMBERS, other=-1)
+    there = members >= 0
+    i_k = tl.arange(0, BLOCK_K)
+    p_act = act_ptr + tl.maximum(members, 0).to(tl.int64)[:, None] * act_stride
+    i_column = first_column + i_n * BLOCK_N
+    if SCALED:
+        # Two neighbouring columns are one uint16, so that bytes need not be transposed one by one.
+        i_word = i_column // 2 + tl.arange(0, BLOCK_N // 2)
+        p_w2 = w2_ptr + start * B * (H // 2) + i_word[None, :]
+        p_scale = scales_ptr + start * B * tl.cdiv(H, GROUP) + i_column // GROUP
+        even = tl.zeros((ROWS, BLOCK_N // 2), dtype=tl.float32)
+        odd = tl.zeros((ROWS, BLOCK_N // 2), dtype=tl.float32)
+        for k in range(first, end, BLOCK_K):
+            atom = k + i_k
+            inside = atom < end
+            wide = tl.load(p_act + atom[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            scale = tl.load(p_scale + atom * tl.cdiv(H, GROUP), mask=inside, other=0.0)
+            b_act = (wide * (scale * SHIFT)[None, :]).to(COMPUTE)  # [ROWS, BLOCK_K]
+            b_mask = inside[:, None] & (i_word < H // 2)[None, :]
+            p_pairs = p_w2 + atom[:, None].to(tl.int64) * (H // 2)
+            pairs = tl.load(p_pairs, mask=b_mask, other=0, eviction_policy="evict_first")
+            even = tl.dot(b_act, widen_low(pairs, COMPUTE, PTX), even, input_precision=PRECISION)
+            odd = tl.dot(b_act, widen_high(pairs, COMPUTE, PTX), odd, input_precision=PRECISION)
+        sums = tl.reshape(tl.join(even, odd), (ROWS, BLOCK_N)) * (1.0 / SHIFT)
+    else:
+        column = i_column + tl.arange(0, BLOCK_N)
+        p_w2 = w2_ptr + start * B * H + column[None, :]
+        sums = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+        for k in range(first, end, BLOCK_K):
+            atom = k + i_k
+            inside = atom < end
+            b_act = tl.load(p_act + atom[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            b_mask = inside[:, None] & (column < H)[None, :]
+            p_rows = p_w2 + atom[:, None].to(tl.int64) * H
+            b_w = tl.load(p_rows, mask=b_mask, other=0.0, eviction_policy="evict_first")
+            sums = tl.dot(b_act, b_w, sums, input_precision=PRECISION)
+    column = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_out = pair_out_ptr + (i_part * P + tl.maximum(members, 0)).to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(p_out, sums, mask=there[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["P", "E"])
+def combine(
+    pair_out_ptr,
+    ids_ptr,
+    out_ptr,
+    P,
+    E,
+    first_column,
+    columns,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out [T, H] ← the sum of a token's pairs, slots ascending, and of each pair's parts, ascending.
+
+    pair_out [PARTS, P, columns] fp32 is of the columns from first_column on.
+    """
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         gdc_wait()
-    num_blocks = tl.load(plan_ptr)
-    sums = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
-    for i_block in range(num_blocks):
-        block = tl.load(plan_ptr + 1 + i_block).to(tl.int64)
-        b_act = tl.load(act_ptr + block * (ROWS * B) + (i_row * B)[:, None] + atom[None, :])  # [ROWS, SLICE]
-        p_w2 = w2_ptr + (block * B + atom)[:, None] * H + column[None, :]
-        b_w2 = tl.load(p_w2, mask=inside, other=0.0, eviction_policy="evict_first")  # [SLICE, BLOCK_N]
-        sums = tl.dot(b_act, b_w2, sums, input_precision=PRECISION)
-    p_out = out_ptr + i_row[:, None].to(tl.int64) * H + column[None, :]
-    keep = (i_row < T)[:, None] & (column < H)[None, :]
-    if SPLIT == 1:
-        tl.store(p_out, sums.to(out_ptr.dtype.element_ty), mask=keep)
-    else:
-        p_partial = partial_ptr + i_row[:, None] * H + column[None, :]
-        tl.store(p_partial + i_split * (ROWS * H), sums, mask=keep)
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals_ptr + i_n, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
-            for i in tl.static_range(SPLIT):
-                total += tl.load(p_partial + i * (ROWS * H), mask=keep, other=0.0, cache_modifier=".cg")
-            tl.store(p_out, total.to(out_ptr.dtype.element_ty), mask=keep)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for slot in tl.static_range(K):
+        pair = token * K + slot
+        expert = tl.load(ids_ptr + pair)
+        there = tl.where((expert >= 0) & (expert < E), columns, 0)
+        for part in tl.static_range(PARTS):
+            p_pair = pair_out_ptr + (part * P + pair).to(tl.int64) * columns
+            total += tl.load(p_pair + column, mask=column < there, other=0.0)
+    p_out = out_ptr + token.to(tl.int64) * H + first_column + column
+    tl.store(p_out, total.to(out_ptr.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["P", "E", "tiles"])
+def group(
+    ids_ptr,
+    members_ptr,
+    experts_ptr,
+    P,
+    E,
+    tiles,
+    E_PAD: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """members [tiles, MEMBERS] and experts [tiles] of all pairs, experts and pairs ascending; a program per expert.
+
+    Each counts the pairs of all experts for itself, to know where its own tiles begin.  The last one marks as empty,
+    by expert −1, the tiles that are left over.
+    """
+    expert = tl.program_id(0)
+    i_chunk = tl.arange(0, CHUNK)
+    i_expert = tl.arange(0, E_PAD)
+    counts = tl.zeros((E_PAD,), dtype=tl.int32)
+    for first in range(0, P, CHUNK):
+        pair = first + i_chunk
+        ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
+        counts += tl.histogram(ids, E_PAD, mask=(ids >= 0) & (ids < E))
+    needed = (counts + MEMBERS - 1) // MEMBERS
+    begin = tl.sum(tl.where(i_expert < expert, needed, 0), 0)
+    end = begin + tl.sum(tl.where(i_expert == expert, needed, 0), 0)
+    place = begin * MEMBERS
+    for first in range(0, P, CHUNK):
+        pair = first + i_chunk
+        chose = (tl.load(ids_ptr + pair, mask=pair < P, other=-1) == expert).to(tl.int32)
+        tl.store(members_ptr + place + tl.cumsum(chose, 0) - 1, pair, mask=chose > 0)
+        place += tl.sum(chose, 0)
+    rest = place + tl.arange(0, MEMBERS)
+    tl.store(members_ptr + rest, -1, mask=rest < end * MEMBERS)
+    for tile in range(begin, end):
+        tl.store(experts_ptr + tile, expert)
+    if expert == E - 1:
+        for tile in range(end, tiles):
+            tl.store(experts_ptr + tile, -1)

@@ -7,16 +7,55 @@ allocator on the current stream, so that calls on several streams do not share i
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 
-from laguna_serve.kernels.sentinel_moe import decode, prefill
-from laguna_serve.kernels.sentinel_moe.configs import decode_config, prefill_config
+from laguna_serve.kernels.sentinel_moe import experts
+from laguna_serve.kernels.sentinel_moe.configs import Tiles, choose_tiles, kind_of_weights
 
-DECODE_ROWS = int(decode.ROWS.value)
-# Activations and pair outputs of one pass of the prefill path: 6,500 tokens at 8 experts of 512 and hidden size 2048.
-PREFILL_SCRATCH_BYTES = 256 * 2**20
+# Up to here a program finds an expert's members itself, and the tiles are those of one token.
+DECODE_TOKENS = 64
+# vLLM's own switch, which `laguna serve --exact` sets: the tiles of one token for any number of them.
+EXACT = "VLLM_BATCH_INVARIANT"
+# Of the pairs' results in fp32: more are made and summed a range of columns at a time.
+PAIR_OUT_BYTES = 256 * 2**20
+# Of activations: 32,768 tokens of 8 experts of 512 in 16 bits.  More go in pieces, each of which reads all weights.
+ACT_BYTES = 256 * 2**20
+COMBINED_COLUMNS = 512
+LISTED_AT_ONCE = 1024
+# Weighted activations times scales are small: kept off fp16's subnormals by this power of two, taken back from the sum.
+FP16_SHIFT = 1024
+COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# block_start → the number of blocks and the bound that its entries were found to respect.
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A layer's kept experts, as in launch.py; at most `most` blocks each."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    start: torch.Tensor
+    w13_scales: torch.Tensor | None
+    w2_scales: torch.Tensor | None
+    most: int
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the weights are 8-bit."""
+        return self.w13_scales is not None
+
+    @property
+    def num_experts(self) -> int:
+        """E, of which some may have kept nothing."""
+        return self.start.numel() - 1
 
 
 def run(
@@ -26,172 +65,236 @@ def run(
     w13_blocks: torch.Tensor,
     w2_blocks: torch.Tensor,
     block_start: torch.Tensor,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
     max_blocks: int,
 ) -> torch.Tensor:
-    """Run the op for checked tensors (shapes as in launch.py).
+    """The op for checked tensors (shapes as in launch.py); the first look at a block_start reads it on the host.
 
-    These are decode kernels up to 16 tokens, prefill kernels above.
+    Raises:
+        IndexError: block_start does not ascend within the weights, or an expert has more than `max_blocks`.
     """
+    blocks = Blocks(w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks)
+    check_block_start(blocks)
     out = torch.empty_like(x)
     T, k = topk_ids.shape
     if T == 0:
         return out
-    if T <= DECODE_ROWS:
-        run_decode(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks, out)
-        return out
-    per_token = k * (max_blocks * w2_blocks.shape[1] + x.shape[1]) * x.element_size()
-    tokens = max(DECODE_ROWS, PREFILL_SCRATCH_BYTES // per_token)
-    for first in range(0, T, tokens):
-        rows = slice(first, first + tokens)
-        run_prefill(
-            x[rows], topk_weights[rows], topk_ids[rows], w13_blocks, w2_blocks, block_start, max_blocks, out[rows]
-        )
+    exact = T <= DECODE_TOKENS or is_exact()
+    tiles = choose_tiles(x.device, "decode" if exact else "prefill", kind_of_weights(x.dtype, w13_blocks.dtype))
+    width = max_blocks * w2_blocks.shape[1]
+    at_once = max(DECODE_TOKENS, ACT_BYTES // (k * width * (4 if blocks.scaled else x.element_size())))
+    for first in range(0, T, at_once):
+        rows = slice(first, first + at_once)
+        run_tokens(x[rows], topk_weights[rows], topk_ids[rows], blocks, tiles, out[rows])
     return out
 
 
-def run_decode(
+def run_tokens(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_blocks: torch.Tensor,
-    w2_blocks: torch.Tensor,
-    block_start: torch.Tensor,
-    max_blocks: int,
+    blocks: Blocks,
+    tiles: Tiles,
     out: torch.Tensor,
 ) -> None:
-    """Two launches for 1 to 16 tokens."""
-    T, k = topk_ids.shape
-    E = block_start.numel() - 1
-    n, B, H = w2_blocks.shape
-    config = decode_config(B, x.element_size())
-    split, column_tiles = B // config.slice_, triton.cdiv(H, config.block_n)
-    act = x.new_empty(n, DECODE_ROWS, B)
-    plan = torch.empty(1 + T * k * max_blocks, dtype=torch.int32, device=x.device)
-    arrivals = torch.empty(column_tiles, dtype=torch.int32, device=x.device)
-    partial = torch.empty((split, DECODE_ROWS, H) if split > 1 else 1, dtype=torch.float32, device=x.device)
-    dependent_launch = _has_dependent_launch(x.device)
-    decode.gate_up[(T * k, triton.cdiv(max_blocks * B, config.block_a) + 1)](
+    """Three launches, four where an expert's members have to be listed, two more for each further range of columns."""
+    pairs, H = topk_ids.numel(), x.shape[1]
+    members, owners = list_members(topk_ids, blocks.num_experts, tiles.members)
+    act = x.new_empty(pairs, blocks.most * blocks.w2.shape[1], dtype=torch.float32 if blocks.scaled else x.dtype)
+    run_gate_up(x, topk_weights, topk_ids, blocks, tiles, members, owners, act)
+    fitting = PAIR_OUT_BYTES // (tiles.parts * pairs * 4) // tiles.block_n * tiles.block_n
+    columns = min(H, max(tiles.block_n, fitting))
+    pair_out = torch.empty(tiles.parts * pairs * columns, dtype=torch.float32, device=x.device)
+    for first in range(0, H, columns):
+        window = (first, min(columns, H - first))
+        run_down(act, blocks, tiles, members, owners, pair_out, window, COMPUTE[x.dtype])
+        run_combine(pair_out, topk_ids, blocks.num_experts, tiles.parts, window, out)
+
+
+def list_members(topk_ids: torch.Tensor, num_experts: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """members [tiles, size] and owners [tiles], listed already where there are more than DECODE_TOKENS tokens."""
+    pairs = topk_ids.numel()
+    listed = is_listed(topk_ids)
+    most = pairs // size + min(num_experts, pairs) if listed else pairs
+    members = torch.empty(most, size, dtype=torch.int32, device=topk_ids.device)
+    owners = torch.empty(most, dtype=torch.int32, device=topk_ids.device)
+    if listed:
+        experts.group[(num_experts,)](
+            topk_ids,
+            members,
+            owners,
+            pairs,
+            num_experts,
+            most,
+            E_PAD=triton.next_power_of_2(num_experts),
+            MEMBERS=size,
+            CHUNK=LISTED_AT_ONCE,
+        )
+    return members, owners
+
+
+def is_listed(topk_ids: torch.Tensor) -> bool:
+    """Whether `group` lists the members, rather than each program of `gate_up` finding its own."""
+    return topk_ids.shape[0] > DECODE_TOKENS
+
+
+def run_gate_up(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    blocks: Blocks,
+    tiles: Tiles,
+    members: torch.Tensor,
+    owners: torch.Tensor,
+    act: torch.Tensor,
+) -> None:
+    """act [P, most · B]: the weighted activations of every pair."""
+    pairs, k = topk_ids.numel(), topk_ids.shape[1]
+    n, B, H = blocks.w2.shape
+    listed = is_listed(topk_ids)
+    experts.gate_up[(owners.numel(), triton.cdiv(act.shape[1], tiles.block_a))](
         x,
         topk_weights,
         topk_ids,
-        w13_blocks,
-        block_start,
+        blocks.w13.view(torch.uint8) if blocks.scaled else blocks.w13,
+        topk_weights if blocks.w13_scales is None else blocks.w13_scales,
+        blocks.start,
         act,
-        plan,
-        arrivals,
-        T,
+        members,
+        owners,
+        pairs,
         k,
-        E,
-        column_tiles,
+        blocks.num_experts,
+        n,
+        blocks.most,
+        act.stride(0),
         H=H,
         B=B,
-        E_PAD=triton.next_power_of_2(E),
-        K_PAD=triton.next_power_of_2(k),
-        MAX_BLOCKS_PAD=triton.next_power_of_2(max_blocks),
-        ARRIVALS_PAD=triton.next_power_of_2(column_tiles),
-        BLOCK_A=config.block_a,
-        BLOCK_H=config.block_h,
+        P_PAD=16 if listed else max(16, triton.next_power_of_2(pairs)),
+        MEMBERS=tiles.members,
+        BLOCK_A=tiles.block_a,
+        BLOCK_H=tiles.block_h,
+        LISTED=listed,
+        SCALED=blocks.scaled,
+        PTX=_has_ptx(x.device),
         PRECISION="ieee",
-        PDL=dependent_launch,
-        num_warps=config.warps[0],
-        num_stages=config.stages[0],
+        PDL=_has_dependent_launch(x.device),
+        num_warps=tiles.warps[0],
+        num_stages=tiles.stages[0],
     )
-    decode.down[(column_tiles, split)](
+
+
+def run_down(
+    act: torch.Tensor,
+    blocks: Blocks,
+    tiles: Tiles,
+    members: torch.Tensor,
+    owners: torch.Tensor,
+    pair_out: torch.Tensor,
+    window: tuple[int, int],
+    compute: tl.dtype,
+) -> None:
+    """pair_out [parts, P, columns]: the pairs' results for a window (first column, columns) of the hidden size."""
+    n, B, H = blocks.w2.shape
+    dependent_launch = _has_dependent_launch(act.device)
+    experts.down[(owners.numel(), triton.cdiv(window[1], tiles.block_n), tiles.parts)](
         act,
-        w2_blocks,
-        plan,
-        partial,
-        arrivals,
-        out,
-        T,
+        blocks.w2.view(torch.int16) if blocks.scaled else blocks.w2,
+        pair_out if blocks.w2_scales is None else blocks.w2_scales,
+        blocks.start,
+        members,
+        owners,
+        pair_out,
+        act.shape[0],
+        n,
+        blocks.most,
+        act.stride(0),
+        *window,
         H=H,
         B=B,
-        SPLIT=split,
-        BLOCK_N=config.block_n,
+        MEMBERS=tiles.members,
+        PARTS=tiles.parts,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        SCALED=blocks.scaled,
+        COMPUTE=compute,
+        SHIFT=FP16_SHIFT if compute == tl.float16 else 1,
+        PTX=_has_ptx(act.device),
         PRECISION="ieee",
         PDL=dependent_launch,
-        num_warps=config.warps[1],
-        num_stages=config.stages[1],
+        num_warps=tiles.warps[1],
+        num_stages=tiles.stages[1],
         **({"launch_pdl": True} if dependent_launch else {}),
     )
 
 
-def run_prefill(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
+def run_combine(
+    pair_out: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_blocks: torch.Tensor,
-    w2_blocks: torch.Tensor,
-    block_start: torch.Tensor,
-    max_blocks: int,
+    num_experts: int,
+    parts: int,
+    window: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
-    """Run grouped GEMMs for any number of tokens whose scratch fits."""
-    k = topk_ids.shape[1]
-    _, B, H = w2_blocks.shape
-    config = prefill_config(x.element_size())
-    tiles = sort_pairs(topk_ids, block_start.numel() - 1, config.block_m)
-    num_tiles = tiles[1].numel()
-    act = x.new_empty(topk_ids.numel(), max_blocks * B)
-    pair_out = x.new_empty(topk_ids.numel(), H)
-    prefill.gate_up[(triton.cdiv(max_blocks * B, config.block_a), num_tiles)](
-        x,
-        topk_weights,
-        *tiles,
-        w13_blocks,
-        block_start,
-        act,
-        k,
-        act.stride(0),
-        H=H,
-        B=B,
-        BLOCK_M=config.block_m,
-        BLOCK_A=config.block_a,
-        BLOCK_H=config.block_h,
-        PRECISION="ieee",
-        num_warps=config.warps[0],
-        num_stages=config.stages[0],
-    )
-    prefill.down[(triton.cdiv(H, config.block_n), num_tiles)](
-        act,
-        *tiles,
-        w2_blocks,
-        block_start,
+    """The window's columns of out [T, H]."""
+    T, k = topk_ids.shape
+    dependent_launch = _has_dependent_launch(out.device)
+    experts.combine[(T, triton.cdiv(window[1], COMBINED_COLUMNS))](
         pair_out,
-        act.stride(0),
-        H=H,
-        B=B,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        PRECISION="ieee",
-        num_warps=config.warps[1],
-        num_stages=config.stages[1],
+        topk_ids,
+        out,
+        topk_ids.numel(),
+        num_experts,
+        *window,
+        H=out.shape[1],
+        K=k,
+        PARTS=parts,
+        BLOCK_N=COMBINED_COLUMNS,
+        PDL=dependent_launch,
+        num_warps=4,
+        **({"launch_pdl": True} if dependent_launch else {}),
     )
-    out.copy_(pair_out.view(-1, k, H).sum(dim=1, dtype=torch.float32))
 
 
-def sort_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, ...]:
-    """Sort pairs into the tiles of the prefill path, on the device and without a look at its values.
+def check_block_start(blocks: Blocks) -> None:
+    """Once per tensor, as it is read on the host; the kernels hold every entry to these limits as well.
 
-    Returns order [P] (pair at each sorted place), tile_expert and tile_first [M] (expert and first place of every
-    tile), pair_end [E] (place behind an expert's last pair) and num_tiles [1]; M is the most tiles that P pairs can
-    need, those from num_tiles on are to be passed over.
+    Raises:
+        IndexError: an entry is out of range, or an expert has more blocks than the bound.
     """
-    pairs = topk_ids.numel()
-    ids, order = topk_ids.flatten().sort(stable=True)
-    experts = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
-    bounds = torch.searchsorted(ids, experts)  # [E + 1]
-    tile_end = ((bounds.diff() + (block_m - 1)) // block_m).cumsum(0)  # [E]
-    most = pairs // block_m + min(num_experts, pairs)
-    tile = torch.arange(most, device=ids.device)
-    tile_expert = torch.searchsorted(tile_end, tile, right=True).clamp_(max=num_experts - 1)
-    before = torch.where(tile_expert > 0, tile_end[tile_expert - 1], 0)
-    tile_first = bounds[tile_expert] + (tile - before) * block_m
-    return order, tile_expert, tile_first, bounds[1:].contiguous(), tile_end[-1:]
+    start, n = blocks.start, len(blocks.w2)
+    if _checked.get(start) == (n, blocks.most, start._version):
+        return
+    if start.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    entries = start.tolist()
+    widths = [end - begin for begin, end in itertools.pairwise(entries)]
+    if entries[0] < 0 or entries[-1] > n or min(widths) < 0:
+        limit = f"ascending numbers up to {n}"
+        raise IndexError(f"block_start: expected {limit}, got {_show(entries)}; check the checkpoint")
+    if max(widths) > blocks.most:
+        limit = f"at most {blocks.most} blocks for an expert, as max_blocks_per_expert says"
+        raise IndexError(f"block_start: expected {limit}, got {max(widths)}; pass the true bound")
+    _checked[start] = (n, blocks.most, start._version)
+
+
+def _show(entries: list[int]) -> str:
+    return str(entries) if len(entries) <= 12 else f"{entries[:6]} … {entries[-3:]}"[:200]
+
+
+@functools.cache
+def is_exact() -> bool:
+    """Whether a row's bits are to be the same for any number of tokens, at some cost above DECODE_TOKENS of them."""
+    return os.environ.get(EXACT, "0") not in ("", "0")
+
+
+@functools.cache
+def _has_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache
 def _has_dependent_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Programmatic dependent launch: NVIDIA's, from Hopper on."""
+    return _has_ptx(device) and torch.cuda.get_device_capability(device) >= (9, 0)

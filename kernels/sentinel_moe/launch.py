@@ -258,13 +258,13 @@ def _run_triton(
     from laguna_serve.kernels.sentinel_moe import gpu  # imports triton, which a CPU need not have
 
     _check(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks_per_expert)
-    if w13_scales is not None:
-        return cpu.run_torch(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales)
     if max_blocks_per_expert is None:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("max_blocks_per_expert: expected a number in a CUDA graph, got None; pass the bound")
         max_blocks_per_expert = max(1, int(block_start.diff().max()))
-    return gpu.run(x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, max_blocks_per_expert)
+    return gpu.run(
+        x, topk_weights, topk_ids, w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks_per_expert
+    )
 
 
 def _run_fake(x: torch.Tensor, *_: object) -> torch.Tensor:

@@ -23,9 +23,8 @@ def fixed_order_dot(_builder: Any, a: Any, b: Any, d: Any, input_precision: Any,
     """d [M, N] fp32 + a [M, K] · b [K, N], K ascending.  The other arguments are the interpreter's, and unused."""
     left, right = widen(a), widen(b)
     assert d.data.dtype == np.float32, f"accumulator: expected float32, got {d.data.dtype}"
-    sums = d.data.copy()
-    for k in range(left.shape[1]):
-        sums += left[:, k, None] * right[None, k, :]
+    products = left.T[:, :, None] * right[:, None, :]  # [K, M, N]
+    sums = np.add.accumulate(np.concatenate([d.data[None], products]), axis=0)[-1]
     return type(d)(sums, d.dtype.scalar)
 
 
