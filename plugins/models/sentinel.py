@@ -168,8 +168,9 @@ class SentinelMoE(nn.Module):
         logits = logits.float()
         if self.softcap > 0.0:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        weights, ids = route(logits, self.experts.e_score_correction_bias, self.top_k, renormalize=self.renormalize)
-        out: torch.Tensor = self.experts(x, weights * self.routed_scale, ids)
+        bias = self.experts.e_score_correction_bias
+        weights, ids = route(logits, bias, self.top_k, renormalize=self.renormalize, scale=self.routed_scale)
+        out: torch.Tensor = self.experts(x, weights, ids)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x)
         return out.view(hidden_states.shape)
