@@ -56,7 +56,10 @@ ROOMS = {
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.
-KERNEL_BENCHMARKS = {"bench/linear/timing.py", "bench/moe.py", "bench/moe_layer/layers.py", "bench/moe_layer/timing.py"}
+KERNEL_BENCHMARKS = {
+    *("bench/linear/timing.py", "bench/moe.py", "bench/moe_layer/layers.py", "bench/moe_layer/timing.py"),
+    *("bench/moe_tuning/__main__.py", "bench/moe_tuning/measure.py", "bench/moe_tuning/space.py"),
+}
 # It asks every command for its flags.
 REFERENCE = "scripts/reference.py"
 HEAVY = {"torch", "vllm", "transformers", "triton"}

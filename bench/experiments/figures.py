@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from msgspec import Struct, convert
@@ -17,6 +18,7 @@ from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
+from laguna_serve.bench.moe_tuning.result import TilesTable
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.sampled.result import SamplingResult
@@ -154,6 +156,21 @@ def describe_moe(content: Any, _path: Path) -> list[str]:
     return [f"{result.settings.device}, floor {result.bandwidth_gb_s['floor']:,.0f} GB/s", *rows, *result.refused]
 
 
+def describe_tiles(content: Any, _path: Path) -> list[str]:
+    """Of each row of the table what was chosen, and how much sooner than the shipped tiles it was done."""
+    result = convert(content, TilesTable, str_keys=True)
+    lines = [f"{result.device}{', a plan' if result.plan else ''}"]
+    for row in result.rows:
+        shipped = row.candidates[0]
+        chosen = next(candidate for candidate in row.candidates if candidate.tiles == row.tiles)
+        times = [
+            f"{tokens}: {median(us):.1f} µs ({median(us) / median(shipped.us[tokens]):.2f} of shipped)"
+            for tokens, us in chosen.us.items()
+        ]
+        lines.append(f"{row.path} {row.weights}, {len(row.candidates)} candidates: {', '.join(times) or 'not timed'}")
+    return lines
+
+
 def describe_prefix(content: Any, _path: Path) -> list[str]:
     """Describe the verdict of every comparison."""
     result = convert(content, PrefixCacheResult)
@@ -202,6 +219,7 @@ BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     str(Certificate.__struct_config__.tag): describe_certificate,
     str(SweepResult.__struct_config__.tag): describe_sweep,
     str(MoeResult.__struct_config__.tag): describe_moe,
+    str(TilesTable.__struct_config__.tag): describe_tiles,
     str(PrefixCacheResult.__struct_config__.tag): describe_prefix,
     str(SamplingResult.__struct_config__.tag): describe_sampling,
     str(RolloutsResult.__struct_config__.tag): describe_rollouts,

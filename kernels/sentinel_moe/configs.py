@@ -57,8 +57,3 @@ def kind_of_weights(activations: torch.dtype, weights: torch.dtype) -> Weights:
     if weights.itemsize == 1:
         return "fp8"
     return "fp32" if activations == torch.float32 else "16-bit"
-
-
-def choose_tiles(device: torch.device, path: Path, weights: Weights) -> Tiles:
-    """The row for a device."""
-    return TABLE[path, weights]

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
 from laguna_serve.kernels.sentinel_moe import experts
-from laguna_serve.kernels.sentinel_moe.configs import Tiles, choose_tiles, kind_of_weights
+from laguna_serve.kernels.sentinel_moe.configs import TABLE, Path, Tiles, Weights, kind_of_weights
+from laguna_serve.kernels.sentinel_moe.tables import find_table
 
 # Up to here a program finds an expert's members itself, and the tiles are those of one token.
 DECODE_TOKENS = 64
@@ -281,6 +282,12 @@ def check_block_start(blocks: Blocks) -> None:
 
 def _show(entries: list[int]) -> str:
     return str(entries) if len(entries) <= 12 else f"{entries[:6]} … {entries[-3:]}"[:200]
+
+
+@functools.cache
+def choose_tiles(device: torch.device, path: Path, weights: Weights) -> Tiles:
+    """The row for a device: as measured on its like, if that was done."""
+    return (find_table(torch.cuda.get_device_name(device)) if device.type == "cuda" else TABLE)[path, weights]
 
 
 @functools.cache

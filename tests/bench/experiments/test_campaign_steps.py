@@ -19,6 +19,7 @@ from laguna_serve.bench.experiments.steps import STEPS
 from laguna_serve.bench.fuzzing.options import FuzzConfig
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.moe_layer.options import MoeConfig
+from laguna_serve.bench.moe_tuning.__main__ import TuningConfig
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.sampled.options import SamplingConfig
@@ -35,6 +36,7 @@ CONFIGS: dict[str, Any] = {
     "bench/fuzz.py": FuzzConfig,
     "bench/gamma_sweep.py": SweepConfig,
     "bench/moe.py": MoeConfig,
+    "bench/moe_tuning": TuningConfig,
     "bench/prefix_cache.py": PrefixCacheConfig,
     "bench/rollouts.py": RolloutsConfig,
     "bench/sampling.py": SamplingConfig,
