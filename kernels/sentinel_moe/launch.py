@@ -41,15 +41,16 @@ def sentinel_moe(
     its dtype.  A row of gate or up is summed 128 columns at a time, each sum times its scale; the scales of a row of w2
     multiply its weighted activation, before the rounding where bf16 is multiplied as bf16, after it elsewhere.
 
-    Deterministic.  A row's bits do not depend on T or on the other rows, on a CPU for any T, on a GPU up to 16.  No
-    device value is read on the host if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All
+    Deterministic.  A row's bits do not depend on T or on the other rows: on a CPU for any T, on a GPU for T up to 64
+    and, where VLLM_BATCH_INVARIANT is 1, for any T at some cost.  No device value is read on the host but
+    block_start, once per tensor, if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All
     tensors are contiguous and on one device, a CUDA GPU or the CPU.
 
     Args:
         x: [T, H] bf16, fp16 or fp32; H a multiple of 16.
         topk_weights: [T, k] fp32, k from 1 to 16.
-        topk_ids: [T, k] int32, experts from 0 to E − 1; an expert named twice counts with both weights.  On a CPU −1
-            names none.  Other values are undefined behaviour on a GPU, where checking would cost a synchronisation.
+        topk_ids: [T, k] int32, experts from 0 to E − 1, or −1 for none; an expert named twice counts with both weights.
+            On a GPU any other number names none either, as checking would cost a synchronisation.
         w13_blocks: [n, 2, B, H] in x's dtype, or float8_e4m3fn with scales: each kept block's gate rows, then its up
             rows; B a multiple of 16.
         w2_blocks: [n, B, H] in the dtype of w13_blocks: the block's down columns, as rows.
@@ -64,7 +65,7 @@ def sentinel_moe(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape, stride or device is not as above.
-        IndexError: an expert id, or a chosen expert's entry of block_start, is out of range (CPU only).
+        IndexError: an entry of block_start is out of range (on a CPU of a chosen expert); on a CPU also an expert id.
         RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured, or a gradient is asked for.
     """
     try:

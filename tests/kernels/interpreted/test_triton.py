@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, Inputs, in_fp64, make_inputs, quantise, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 from laguna_serve.kernels.sentinel_moe import gpu, sentinel_moe
 from laguna_serve.kernels.sentinel_moe.configs import TABLE
@@ -252,6 +254,33 @@ def test_every_pair_is_listed_once(tokens: int, experts: int, monkeypatch: pytes
     there = (ids.flatten() >= 0) & (ids.flatten() < experts)
     assert sorted(seen) == there.nonzero().flatten().tolist()
     assert owners[owners >= 0].tolist() == sorted(owners[owners >= 0].tolist())
+
+
+@pytest.mark.parametrize(("T", "launches"), [(1, 3), (64, 3), (65, 4)])
+@pytest.mark.parametrize("scaled", [False, True], ids=["wide", "8-bit"])
+def test_launches_of_a_layer(T: int, launches: int, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kernels, and no operator of torch's beside them but those that allocate."""
+    inputs, scales = make_inputs(T, 48, 16, [1] * 6, 3, torch.bfloat16), {}
+    if scaled:
+        inputs, scales = quantise(inputs)
+    launched: list[str] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: launched.append(self.__name__))
+    with OperatorNames() as operators:
+        sentinel_moe(*inputs, **scales, max_blocks_per_expert=1)
+    assert launched == ["group", "gate_up", "down", "combine"][4 - launches :]
+    assert operators.names - {"sentinel_moe", "empty", "empty_like", "new_empty", "fill_", "slice", "view"} == set()
+
+
+class OperatorNames(TorchDispatchMode):
+    """The operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_gradient_is_refused_and_fakes_have_the_outputs_shape() -> None:
