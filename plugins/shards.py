@@ -30,7 +30,7 @@ class Shard:
 
 
 def take_shard(block_start: torch.Tensor, rank: int, ranks: int) -> Shard:
-    """What `rank` holds of a layer whose experts keep block_start [E + 1]; index blocks and scales by `Shard.blocks`.
+    """Take what `rank` holds of a layer whose experts keep block_start [E + 1]; blocks and scales go by `Shard.blocks`.
 
     Raises:
         ShardError: rank is not below ranks, or block_start does not ascend from 0.

@@ -74,7 +74,7 @@ class TuningConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command line. Returns the exit status."""
     config, always_json = read_flags_and_json(
         TuningConfig, argv, prog="bench/moe_tuning", description=__doc__, epilog=EXAMPLES
     )
@@ -125,7 +125,7 @@ def tune(config: TuningConfig) -> TilesTable:
 
 
 def find_capability(config: TuningConfig) -> int:
-    """Of the GPU here, or of the plan.
+    """Find the GPU's, or the plan's.
 
     Raises:
         TuningError: as `tune`.
@@ -146,7 +146,7 @@ def find_capability(config: TuningConfig) -> int:
 
 
 def choose(candidates: Sequence[Candidate]) -> TileSizes:
-    """The least sum of medians relative to the first, the shipped row, which a plan keeps."""
+    """Find the least sum of medians relative to the first, the shipped row, which a plan keeps."""
     shipped = candidates[0]
 
     def cost(candidate: Candidate) -> float:
@@ -156,7 +156,7 @@ def choose(candidates: Sequence[Candidate]) -> TileSizes:
 
 
 def tabulate(result: TilesTable) -> Table:
-    """A line for each row of the table."""
+    """Lay out a line for each row of the table."""
     lines = []
     for row in result.rows:
         chosen = next(candidate for candidate in row.candidates if candidate.tiles == row.tiles)

@@ -25,7 +25,7 @@ MOST_REGISTERS = {"decode": 168, "prefill": 255}
 
 
 def list_variants(path: Path, weights: Weights) -> Iterator[Tiles]:
-    """The shipped row, then every other that differs from it in one kernel, in an order without order: see --most."""
+    """List the shipped row, then, shuffled, every other that differs from it in one kernel."""
     shipped = TABLE[path, weights]
     others = list(_list_others(shipped, path, weights))
     random.Random(0).shuffle(others)
@@ -52,7 +52,7 @@ def _list_others(shipped: Tiles, path: Path, weights: Weights) -> Iterator[Tiles
 
 
 def compile_variant(path: Path, weights: Weights, tiles: Tiles, capability: int) -> tuple[Binary, Binary] | None:
-    """Both kernels for XS.2's layer in bf16, or None where one does not fit the device or does not compile."""
+    """Compile both kernels for XS.2's layer in bf16, or None where one does not fit the device or does not compile."""
     shape = LayerShape(scaled=weights == "fp8")
     try:
         pair = (
@@ -68,7 +68,7 @@ def compile_variant(path: Path, weights: Weights, tiles: Tiles, capability: int)
 def find_space(
     path: Path, weights: Weights, capability: int, threads: int, most: int | None
 ) -> list[tuple[Tiles, tuple[Binary, Binary]]]:
-    """What is worth timing of the first `most` variants, with what the compiler made of it, the shipped row first."""
+    """Find what is worth timing of the first `most` variants, the shipped row first, and what it compiles to."""
     variants = list(list_variants(path, weights))[:most]
     with ThreadPoolExecutor(threads) as pool:
         compiled = pool.map(lambda tiles: compile_variant(path, weights, tiles, capability), variants)

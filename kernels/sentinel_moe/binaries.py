@@ -219,7 +219,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _count_loop(assembly: str) -> Counter[str]:
-    """The shortest loop with a matrix instruction."""
+    """Count the instructions of the shortest loop with a matrix instruction."""
     lines = [line for line in assembly.splitlines() if _LABEL.match(line) or _INSTRUCTION.match(line)]
     labels: dict[str, int] = {}
     bodies: list[list[str]] = []

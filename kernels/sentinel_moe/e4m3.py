@@ -49,7 +49,7 @@ def widen(codes, TO: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def widen_low(pairs, TO: tl.constexpr, PTX: tl.constexpr):
-    """The lower bytes of uint16, the first of two neighbours in memory → TO."""
+    """Widen the lower bytes of uint16, the first of two neighbours in memory → TO."""
     if PTX and tl.bfloat16 == TO:
         return tl.inline_asm_elementwise(_LOW_BF16, "=r,r", [pairs], dtype=tl.bfloat16, is_pure=True, pack=2)
     if PTX and tl.float16 == TO:
@@ -59,7 +59,7 @@ def widen_low(pairs, TO: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def widen_high(pairs, TO: tl.constexpr, PTX: tl.constexpr):
-    """The upper bytes of uint16, the second of two neighbours in memory → TO."""
+    """Widen the upper bytes of uint16, the second of two neighbours in memory → TO."""
     if PTX and tl.bfloat16 == TO:
         return tl.inline_asm_elementwise(_HIGH_BF16, "=r,r", [pairs], dtype=tl.bfloat16, is_pure=True, pack=2)
     if PTX and tl.float16 == TO:

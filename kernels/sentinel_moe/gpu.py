@@ -7,16 +7,15 @@ allocator on the current stream, so that calls on several streams do not share i
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakIdKeyDictionary
 
 from laguna_serve.kernels.sentinel_moe import experts
+from laguna_serve.kernels.sentinel_moe.bounds import check_block_start
 from laguna_serve.kernels.sentinel_moe.configs import TABLE, Path, Tiles, Weights, kind_of_weights
 from laguna_serve.kernels.sentinel_moe.tables import find_table
 
@@ -33,8 +32,6 @@ LISTED_AT_ONCE = 1024
 # Weighted activations times scales are small: kept off fp16's subnormals by this power of two, taken back from the sum.
 FP16_SHIFT = 1024
 COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# block_start → the number of blocks and the bound that its entries were found to respect.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +67,13 @@ def run(
     w2_scales: torch.Tensor | None,
     max_blocks: int,
 ) -> torch.Tensor:
-    """The op for checked tensors (shapes as in launch.py); the first look at a block_start reads it on the host.
+    """Run the op for checked tensors (shapes as in launch.py); the first look at a block_start reads it on the host.
 
     Raises:
         IndexError: block_start does not ascend within the weights, or an expert has more than `max_blocks`.
     """
     blocks = Blocks(w13_blocks, w2_blocks, block_start, w13_scales, w2_scales, max_blocks)
-    check_block_start(blocks)
+    check_block_start(block_start, len(w2_blocks), max_blocks)
     out = torch.empty_like(x)
     T, k = topk_ids.shape
     if T == 0:
@@ -238,7 +235,7 @@ def run_combine(
     window: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
-    """The window's columns of out [T, H]."""
+    """Write the window's columns of out [T, H]."""
     T, k = topk_ids.shape
     dependent_launch = _has_dependent_launch(out.device)
     experts.combine[(T, triton.cdiv(window[1], COMBINED_COLUMNS))](
@@ -258,35 +255,9 @@ def run_combine(
     )
 
 
-def check_block_start(blocks: Blocks) -> None:
-    """Once per tensor, as it is read on the host; the kernels hold every entry to these limits as well.
-
-    Raises:
-        IndexError: an entry is out of range, or an expert has more blocks than the bound.
-    """
-    start, n = blocks.start, len(blocks.w2)
-    if _checked.get(start) == (n, blocks.most, start._version):
-        return
-    if start.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    entries = start.tolist()
-    widths = [end - begin for begin, end in itertools.pairwise(entries)]
-    if entries[0] < 0 or entries[-1] > n or min(widths) < 0:
-        limit = f"ascending numbers up to {n}"
-        raise IndexError(f"block_start: expected {limit}, got {_show(entries)}; check the checkpoint")
-    if max(widths) > blocks.most:
-        limit = f"at most {blocks.most} blocks for an expert, as max_blocks_per_expert says"
-        raise IndexError(f"block_start: expected {limit}, got {max(widths)}; pass the true bound")
-    _checked[start] = (n, blocks.most, start._version)
-
-
-def _show(entries: list[int]) -> str:
-    return str(entries) if len(entries) <= 12 else f"{entries[:6]} … {entries[-3:]}"[:200]
-
-
 @functools.cache
 def choose_tiles(device: torch.device, path: Path, weights: Weights) -> Tiles:
-    """The row for a device: as measured on its like, if that was done."""
+    """Choose the row for a device: as measured on its like, if that was done."""
     return (find_table(torch.cuda.get_device_name(device)) if device.type == "cuda" else TABLE)[path, weights]
 
 

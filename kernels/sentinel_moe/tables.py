@@ -32,7 +32,7 @@ def name_file(device: str) -> str:
 
 @functools.cache
 def find_table(device: str) -> dict[tuple[configs.Path, Weights], Tiles]:
-    """The table for a device of this name: its measured rows, and for the rest those of configs.py.
+    """Find the table for a device of this name: its measured rows, and for the rest those of configs.py.
 
     Raises:
         TableError: LAGUNA_MOE_TILES names something else than a table of this device.
@@ -45,7 +45,7 @@ def find_table(device: str) -> dict[tuple[configs.Path, Weights], Tiles]:
 
 
 def read_table(path: Path, device: str) -> dict[tuple[configs.Path, Weights], Tiles]:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Raises:
         TableError: it cannot be read, has another schema or device, or a row is not as Tiles are.
