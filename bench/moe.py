@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from msgspec import structs
 
-from laguna_serve.bench.moe_layer.layers import Shape, find_path, measure_bandwidth
+from laguna_serve.bench.moe_layer.layers import Shape, choose_clock, find_path, measure_bandwidth
 from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.report import render_markdown, render_text, summarise
 from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
@@ -39,7 +39,7 @@ EXAMPLES = """
 examples:
   python bench/moe.py --out out/moe                                   the usual rows, on the GPU if there is one
   python bench/moe.py --tokens 1,2,4,8,16,17,32,64,256,1024 --pruning 0,0.1,0.25,0.4 --out out/moe --resume
-  LAGUNA_CPU_ISA=avx2 python bench/moe.py --tokens 1,8 --weights fp8 --out out/avx2
+  LAGUNA_CPU_ISA=avx2 python bench/moe.py --tokens 1,8 --threads 1 --out out/avx2
   python bench/moe.py --experts 16 --hidden 160 --intermediate 128 --block 16 --topk 4 --out out/toy
 
 exit status: 0 every row was measured, 1 a row was refused, 2 could not run, 130 interrupted (finished rows are kept)
@@ -75,6 +75,15 @@ def time_kernels(config: MoeConfig) -> MoeResult:
         KeyboardInterrupt: it ended before a row was measured. Later, the result says that it is partial.
     """
     shape = make_shape(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        return _time_kernels(config, shape)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress = read_environment(current_argv()), Progress()
     load = OtherLoad()
@@ -138,6 +147,7 @@ def describe(config: MoeConfig, shape: Shape) -> LayerSettings:
         dtype=config.dtype,
         seed=config.seed,
         path=find_path(shape),
+        clock=choose_clock(shape.device),
     )
 
 

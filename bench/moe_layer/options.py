@@ -31,6 +31,10 @@ class MoeConfig:
     ] = None
     resume: Annotated[bool, Flag("keep the rows that an earlier run into the same folder measured")] = False
     repeats: Annotated[int | None, Flag("timed calls (CPU: 40) or replays (GPU: 30)", metavar="N", at_least=1)] = None
+    threads: Annotated[
+        int | None,
+        Flag("on a CPU (default: torch's); of one thread the processor time counts", metavar="N", at_least=1),
+    ] = None
     vllm: Annotated[bool, Flag("this project's kernel alone")] = True
     experts: Annotated[
         int | None, Flag("default: 256 on a GPU, 64 on a CPU", metavar="E", at_least=1, group="the layer")

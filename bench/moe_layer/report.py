@@ -25,10 +25,12 @@ def render_text(result: MoeResult) -> str:
     settings, bandwidth = result.settings, result.bandwidth_gb_s
     read = f", read {bandwidth['read']:.1f}" if "read" in bandwidth else ""
     path = f" ({settings.path})" if settings.path else ""
+    threads = f"{settings.threads} threads" if settings.threads > 1 else "1 thread"
+    clock = ", its processor time" if settings.clock == "processor" else ""
     lines = [
         f"MoE layer: {settings.experts} experts × {settings.intermediate}, hidden {settings.hidden},"
         f" top-{settings.topk}, blocks of {settings.block}, {settings.dtype}",
-        f"device {settings.device}{path}, {settings.threads} threads; GB/s: copy {bandwidth['copy']:.1f}{read}",
+        f"device {settings.device}{path}, {threads}{clock}; GB/s: copy {bandwidth['copy']:.1f}{read}",
         f"vLLM: {result.stock}",
         "",
         Table("ll" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),

@@ -10,7 +10,10 @@ Interval = tuple[float, float]
 
 
 class LayerSettings(Struct, frozen=True, kw_only=True):
-    """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's op used."""
+    """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's op used.
+
+    `clock` is "wall", or "processor" where one thread's processor time was taken.
+    """
 
     device: str
     threads: int
@@ -22,6 +25,7 @@ class LayerSettings(Struct, frozen=True, kw_only=True):
     dtype: str
     seed: int
     path: str | None = None
+    clock: str = "wall"
 
 
 class MoeRow(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
-BF16 = ("avx512bf16", "neonbf16")
+BF16 = ("avx512bf16", "amx", "neonbf16")
 # Best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
 PATHS: dict[str, frozenset[str]] = {
     "avx512": frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")),

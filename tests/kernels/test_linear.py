@@ -143,7 +143,7 @@ def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("sse9", "expected avx512bf16, neonbf16, avx512, "), ("avx512", "with avx512bw")]
+    ("name", "says"), [("sse9", "expected avx512bf16, amx, neonbf16, avx512, "), ("avx512", "with avx512bw")]
 )
 def test_wrong_choice(name: str, says: str) -> None:
     with pytest.raises(IsaError, match=says):

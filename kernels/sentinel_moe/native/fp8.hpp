@@ -17,6 +17,8 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include "kernels.hpp"
 
 namespace {
@@ -145,10 +147,19 @@ struct Fp8Steps {
   static float poison(const Flags& flags, float value) { return flags.any() ? NAN_VALUE : value; }
   static constexpr float NAN_VALUE = __builtin_nanf("");
 
+  // A block's scales, a line every 2 KiB of weights or so, which no stream is made of.
+  static void fetch_scales(const Block& block) {
+    const int64_t bytes = block.B * count_groups(block.H) * static_cast<int64_t>(sizeof(float));
+    for (const float* scales : {block.gate_scales, block.up_scales, block.down_scales}) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(scales) + i, 0, 2);
+    }
+  }
+
   // Few tokens: gate, up and then the first of `down` are one stream after the other.
   template <int M>
   static void activate_direct(const Block& block, Round round) {
     constexpr int R = MANY || M == 1 ? 2 : 1;
+    fetch_scales(block);
     const int64_t H = block.H, B = block.B, groups = count_groups(H), ahead = (AHEAD + H - 1) / H / R * R;
     float* results = static_cast<float*>(block.scratch);  // [gate, up][B][M]
     const X* x[M];
