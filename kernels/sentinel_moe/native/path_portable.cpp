@@ -92,7 +92,9 @@ struct Portable {
   using Flags = NoFlags;
   static constexpr float UNSCALE = 1.0f;
   static inline void decode(const uint8_t* p, Vec* w) {
-    for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = E4M3.values[p[i]];
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = E4M3.values[p[i]];
+    std::memcpy(w, values, sizeof values);
   }
 };
 
