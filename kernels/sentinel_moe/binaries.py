@@ -52,7 +52,7 @@ class LayerShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight."""
+        """Size of one weight as it is stored."""
         return 1 if self.scaled else self.activations.itemsize
 
 
@@ -122,7 +122,7 @@ def down_step(shape: LayerShape, tiles: Tiles) -> tuple[int, int]:
 
 
 def compile_gate_up(shape: LayerShape, tiles: Tiles, capability: int, *, listed: bool = False) -> Binary:
-    """`gate_up` as gpu.py launches it on an NVIDIA GPU."""
+    """Compile `gate_up` as gpu.py launches it on an NVIDIA GPU."""
     constants = {
         "H": shape.hidden,
         "B": shape.block,
@@ -140,7 +140,7 @@ def compile_gate_up(shape: LayerShape, tiles: Tiles, capability: int, *, listed:
 
 
 def compile_down(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
-    """`down` likewise."""
+    """Compile `down` as gpu.py launches it."""
     constants = {
         "H": shape.hidden,
         "B": shape.block,
@@ -159,13 +159,13 @@ def compile_down(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
 
 
 def compile_combine(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
-    """`combine` likewise."""
+    """Compile `combine` as gpu.py launches it."""
     constants = {"H": shape.hidden, "K": shape.topk, "PARTS": tiles.parts, "BLOCK_N": 512, "PDL": capability >= 90}
     return _compile(experts.combine, shape, constants, 4, 3, capability)
 
 
 def compile_group(num_experts: int, tiles: Tiles, capability: int) -> Binary:
-    """`group` likewise."""
+    """Compile `group` as gpu.py launches it, for all pairs at once."""
     constants = {"E_PAD": triton.next_power_of_2(num_experts), "MEMBERS": tiles.members, "CHUNK": 1024}
     return _compile(experts.group, LayerShape(), constants, 4, 3, capability)
 
