@@ -5,6 +5,9 @@ A *unit* of a SwiGLU layer is one gate row, one up row and one down column.  Sto
 silu(0) · 0 · 0 = 0 to the output.  A unit is padding when all three of its parts are exactly zero (−0 counts as zero);
 the padding need not be at the end.  A layer in which a unit is zero in one part and not in another was not padded by
 this rule, or was touched afterwards: it is kept whole.
+
+Of layers in FP8 with 128×128 blocks of scales (formats/experts.py) the padding at the end alone is cut off, so that
+every unit that stays lies in the block that it lay in.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from laguna_serve.plugins.formats.experts import SCALE_BLOCK
 from laguna_serve.plugins.layers import SPARSE, ConfigJson, LayersError, resolve_layer_kinds
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -28,7 +32,8 @@ WIDTHS_KEY = "intermediate_size_per_layer"
 TILES = (128, 64, 32, 16, 8)
 MOST_ROUNDING = 0.02
 
-_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+FP8 = torch.float8_e4m3fn
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, FP8: torch.int8}
 
 
 class PaddingError(ValueError):
@@ -67,7 +72,18 @@ class Units:
         """Put zeros where the padding was, the opposite of `trim`."""
         shape = list(tensor.shape)
         shape[dim] = self.stored
-        return tensor.new_zeros(shape).index_copy_(dim, self.index(), tensor)
+        bits = tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor  # torch 2.13 copies no FP8 by index
+        return bits.new_zeros(shape).index_copy_(dim, self.index(), bits).view(tensor.dtype)
+
+    def trim_scale(self, scale: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return scales of the blocks that hold kept units, which are the first ones."""
+        return scale.narrow(dim, 0, -(-self.width // SCALE_BLOCK))
+
+    def pad_scale(self, scale: torch.Tensor, dim: int, value: float) -> torch.Tensor:
+        """Undo `trim_scale`, with that value in blocks of padding."""
+        shape = list(scale.shape)
+        shape[dim] = -(-self.stored // SCALE_BLOCK) - shape[dim]
+        return torch.cat([scale, scale.new_full(shape, value)], dim)
 
     def index(self) -> torch.Tensor:
         """Return the kept units' numbers, [width] int64."""
@@ -92,6 +108,8 @@ def find_units(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Unit
     zero = _is_zero(_bits(down[:1]), axis=0)
     if not zero.any():
         return whole
+    if gate.dtype == FP8:
+        return _find_end(gate, up, down)
     first = int(zero.argmax())
     parts = np.stack(
         [
@@ -106,6 +124,14 @@ def find_units(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Unit
     kept = np.concatenate([np.ones(first, dtype=bool), ~padding])
     kept[0] |= not kept.any()
     return Units(stored, _find_runs(kept))
+
+
+def _find_end(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Units:
+    """Find the units up to the last that is no padding."""
+    bits = (_bits(gate), _bits(up), _bits(down).T)
+    padding = np.stack([_is_zero(part, axis=1) for part in bits]).all(axis=0)
+    kept = np.flatnonzero(~padding)
+    return Units(gate.shape[0], ((0, int(kept[-1]) + 1 if len(kept) else 1),))
 
 
 def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
@@ -128,7 +154,7 @@ def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
             gate, up, down = (where[name].get_tensor(name) for name in names)
             if not gate.shape == up.shape == down.shape[::-1] or gate.dtype not in _INTEGERS:
                 got = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in (gate, up, down))
-                expected = "gate and up [N, H] and down [H, N] in bf16, fp16 or fp32"
+                expected = "gate and up [N, H] and down [H, N] in bf16, fp16, fp32 or FP8"
                 raise PaddingError(f"model.layers.{layer}.mlp: expected {expected}, got {got}; fetch it again")
             found[layer] = find_units(gate, up, down)
         return found

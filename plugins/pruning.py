@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from laguna_serve.plugins.layers import SPARSE, LayersError, read_setting, resolve_layer_kinds
 
@@ -174,18 +173,6 @@ def rank_groups(scores: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np
     keep = np.ones(scores.size, dtype=bool)
     keep[order[:count]] = False
     return keep.reshape(scores.shape)
-
-
-def gather_blocks(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, atoms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One expert's kept blocks.
-
-    gate, up [N, H], down [H, N], atoms [n, B] int64 → w13 [n, 2, B, H] (gate rows, then up rows) and w2 [n, B, H]
-    (columns of down as rows), in the weights' dtype.
-    """
-    w13 = torch.stack([gate[atoms], up[atoms]], dim=1)
-    return w13, down.t()[atoms]
 
 
 def _check_permutations(indices: npt.NDArray[np.int64], shape: ExpertShape, name: str) -> None:

@@ -80,7 +80,7 @@ def load_in_place(
     """Give a model new weights, in the names and shapes of its checkpoint.
 
     Args:
-        model: loaded by vLLM, unquantised.
+        model: loaded by vLLM, unquantised but for experts in FP8 (SentinelExperts).
         weights: (name, tensor) as a checkpoint has them; they are read as they are needed.
         kept: modules that are left alone, such as those that a drafter shares with its target.
 
@@ -143,7 +143,9 @@ def _check_loaded(model: nn.Module, modules: Collection[nn.Module]) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None or name in OPTIONAL or not parameter.is_floating_point():
                 continue
-            if not torch.isfinite(parameter).all():
+            # torch 2.13 looks for NaN in FP8 in a wider dtype alone.
+            values = parameter.half() if parameter.element_size() == 1 else parameter
+            if not torch.isfinite(values).all():
                 expected = f"finite values for all of {prefix}.{name} {list(parameter.shape)}"
                 raise StagingError(f"weights: expected {expected}, got NaN or nothing; write them again")
 

@@ -147,7 +147,10 @@ def write_metrics() -> str:
 
 def list_schemas() -> Iterator[tuple[str, JsonObject]]:
     """(file name, JSON Schema) of every result type of the commands that were imported, and of `laguna`'s."""
-    for name in ("serving.cli", *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "drafter"))):
+    for name in (
+        "serving.cli",
+        *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "quantise", "drafter")),
+    ):
         importlib.import_module(f"laguna_serve.{name}")
     importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}

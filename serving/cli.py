@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compact": (checkpoint_tools.compact, "make a smaller checkpoint from a pruning mask"),
     "unpad": (checkpoint_tools.unpad, "store a dense student without its padding"),
     "pad": (checkpoint_tools.pad, "give an unpadded dense student its stock layout back"),
+    "quantise": (checkpoint_tools.quantise, "store a model in FP8 as released, or one in FP8 in plain numbers"),
     "drafter": (checkpoint_tools.drafter, "turn a DFlash drafter into the other published format"),
 }
 

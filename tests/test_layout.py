@@ -28,8 +28,8 @@ MAY_REACH_UP = {"serving/commands/checkpoint_tools.py": {"scripts"}}
 HTTP_ONLY = {"serving", "evals", "bench"}
 # The ground floor of serving, which the rest of it and all the others stand on.
 GROUND_FLOOR = ("serving/machine", "serving/kit", "serving/client", "serving/checkpoint")
-# Names of layer kinds, without an import of the stack.
-LEAVES = {"laguna_serve.plugins.layers"}
+# Names of layer kinds and of formats, without an import of the stack.
+LEAVES = {"laguna_serve.plugins.layers", "laguna_serve.plugins.formats.experts"}
 # Each has one home: exit statuses, progress, whole files, the palette of figures, and so on.
 HOMES = {
     r"^HELD\b.*=": "serving/kit/cli.py",

@@ -13,7 +13,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from laguna_serve.bench.experiments.step import DENSE_CONFIG, ROOT, XS2_DRAFT_RANDOM, XS2_PRUNED_RANDOM, XS2_RANDOM
+from laguna_serve.bench.experiments.step import (
+    DENSE_CONFIG,
+    ROOT,
+    XS2_DRAFT_RANDOM,
+    XS2_FP8_PRUNED_RANDOM,
+    XS2_FP8_RANDOM,
+    XS2_PRUNED_RANDOM,
+    XS2_RANDOM,
+)
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.checkpoint.drafter_weights import D2T, expected_tensors
 from laguna_serve.serving.kit.files import write_json
@@ -21,6 +29,7 @@ from laguna_serve.serving.kit.files import write_json
 ConfigJson = dict[str, Any]
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
 TARGET, DRAFTER = RELEASES / "Laguna-XS.2", RELEASES / "Laguna-XS.2-speculator.dflash"
+TARGET_FP8 = RELEASES / "Laguna-XS.2-FP8"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Of the blocks of routed experts, in both sizes.
 PRUNED_SHARE = 0.1
@@ -62,12 +71,14 @@ def write_checkpoints(folder: Path, *, small: bool) -> None:
     Raises:
         OSError: a published config is not there, or a file cannot be written.
     """
-    target, drafter = _read(TARGET), _read(DRAFTER)
+    target, fp8, drafter = _read(TARGET), _read(TARGET_FP8), _read(DRAFTER)
     if small:
-        target, drafter = shrink_target(target), shrink_drafter(drafter)
+        target, fp8, drafter = shrink_target(target), shrink_target(fp8), shrink_drafter(drafter)
     for placeholder, config in (
         (XS2_RANDOM, target),
         (XS2_PRUNED_RANDOM, prune(target)),
+        (XS2_FP8_RANDOM, fp8),
+        (XS2_FP8_PRUNED_RANDOM, prune(fp8, "fp8")),
         (DENSE_CONFIG, make_dense(target)),
         (XS2_DRAFT_RANDOM, drafter),
     ):
@@ -95,12 +106,12 @@ def shrink_drafter(config: ConfigJson) -> ConfigJson:
     return config | SMALL_DRAFTER | {"transformer_layer_config": config["transformer_layer_config"] | SMALL_DRAFT_LAYER}
 
 
-def prune(config: ConfigJson) -> ConfigJson:
-    """Take PRUNED_SHARE of every layer's blocks away."""
+def prune(config: ConfigJson, stored: str = "plain") -> ConfigJson:
+    """Take PRUNED_SHARE of every layer's blocks away; the others are stored in that format."""
     blocks = config["moe_intermediate_size"] // BLOCK
     kept = round(config["num_experts"] * blocks * (1 - PRUNED_SHARE))
     layers = config["mlp_layer_types"].count("sparse")
-    pruning = {"block_size": BLOCK, "blocks_per_expert": blocks, "kept_blocks": [kept] * layers}
+    pruning = {"format": stored, "block_size": BLOCK, "blocks_per_expert": blocks, "kept_blocks": [kept] * layers}
     return config | {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": pruning}
 
 

@@ -18,6 +18,8 @@ from laguna_serve.bench.experiments.step import (
     XS2,
     XS2_DRAFT,
     XS2_DRAFT_RANDOM,
+    XS2_FP8_PRUNED_RANDOM,
+    XS2_FP8_RANDOM,
     XS2_PRUNED,
     XS2_PRUNED_RANDOM,
     XS2_RANDOM,
@@ -111,6 +113,30 @@ FULL_SIZE = (
         expected="weights 5.850 GiB smaller at 10% (arithmetic); answers differ, as the weights do",
         differs=True,
         why="memory read from the device",
+        starts=3,
+        work_s=60,
+        full_size=True,
+        needs=CONFIGS,
+    ),
+    Step(
+        name="xs2-fp8-pruned",
+        part="full-size",
+        row=27,
+        command=(
+            *(PYTHON, "bench/ab.py", "--model", XS2_FP8_RANDOM, "--candidate-model", XS2_FP8_PRUNED_RANDOM),
+            *("--sequential", "--prompts", PROMPTS, *FEW, f"--baseline-args={LOAD}", f"--candidate-args={LOAD}", *INTO),
+        ),
+        # On a CPU vLLM has no kernel for whole experts in FP8: the pruned one in bf16 stands for it.
+        rehearsal=(
+            *(PYTHON, "bench/ab.py", "--model", XS2_PRUNED_RANDOM, "--candidate-model", XS2_FP8_PRUNED_RANDOM),
+            *("--sequential", "--prompts", PROMPTS, *TINY, *INTO),
+            *(f"--baseline-args={LOAD}", f"--candidate-args={LOAD}"),
+        ),
+        result="ab.json",
+        expected="weights 32.9 GiB whole by vLLM's FP8 layers, 30.8 GiB at 10% by sentinel_moe, whose atoms have scales"
+        " of their own (arithmetic); answers differ, as the weights do",
+        why="whether FP8 blocks beat vLLM's own FP8 experts, and by how much of the bytes; then `laguna compact"
+        " poolside/Laguna-XS.2-FP8` with the published masks, and tokens against the zeroed form",
         starts=3,
         work_s=60,
         full_size=True,

@@ -22,12 +22,13 @@ LEAST_LIMIT_S = 120
 # What stands for a path or a checkpoint in a command.
 PYTHON, OUT, TOY, DRAFT, PROMPTS = "{python}", "{out}", "{toy}", "{draft}", "{prompts}"
 XS2_RANDOM, XS2_DRAFT_RANDOM, XS2_PRUNED_RANDOM = "{xs2-random}", "{xs2-draft-random}", "{xs2-pruned-random}"
+XS2_FP8_RANDOM, XS2_FP8_PRUNED_RANDOM = "{xs2-fp8-random}", "{xs2-fp8-pruned-random}"
 DENSE_CONFIG, DENSE_RANDOM = "{dense-config}", "{dense-random}"
 XS2, XS2_DRAFT, XS2_PRUNED = "{xs2}", "{xs2-draft}", "{xs2-pruned}"
 # Engines at toy size on a CPU: not compiled, with a small cache.
 SMALL_ENGINE = ("--eager", "--kv-cache-gib", "0.05")
 TOY_FILES = ("tests/toy/teacher", "tests/toy/dflash", "tests/toy/prompts.jsonl")
-MADE = (XS2_RANDOM, XS2_DRAFT_RANDOM, XS2_PRUNED_RANDOM, DENSE_CONFIG)
+MADE = (XS2_RANDOM, XS2_DRAFT_RANDOM, XS2_PRUNED_RANDOM, XS2_FP8_RANDOM, XS2_FP8_PRUNED_RANDOM, DENSE_CONFIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

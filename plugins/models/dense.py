@@ -5,7 +5,10 @@ that narrower layers are padded with.  Here a checkpoint's files are scanned bef
 or the config says the widths (`laguna unpad` writes them); the padding is cut off on the host while the weights are
 loaded.  Gate and up are one matrix, as in vLLM's other dense models.
 
-Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Tensor parallelism and quantised weights are refused.
+Checkpoints in FP8 (compressed-tensors, 128×128 blocks) are dequantised on a CPU (fp8_layers.py).  On a GPU an unpadded
+one has vLLM's own layers at its widths, with gate and up apart; one with its padding is left to stock vLLM.
+
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Tensor parallelism and other quantised weights are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +29,14 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models import laguna
 from vllm.platforms import current_platform
 
+from laguna_serve.plugins.formats.experts import read_base_format
 from laguna_serve.plugins.layers import DENSE
+from laguna_serve.plugins.models.fp8_layers import (
+    build_unquantised,
+    check_method,
+    dequantise_linears,
+    dequantises,
+)
 from laguna_serve.plugins.padding import (
     WIDTHS_KEY,
     PaddingError,
@@ -110,19 +120,33 @@ class LagunaDenseForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
         config.mlp_layer_types = [DENSE] * config.num_hidden_layers  # whichever key said so
         layers = _find_layers(vllm_config)
         widths = [units.width for units in layers]
-        if not current_platform.is_cpu():
+        if not current_platform.is_cpu() and vllm_config.quant_config is None:
             widths = [round_width(units.width, units.stored) for units in layers]
         # vLLM's compile cache hashes the config: other widths are another model.
         setattr(config, WIDTHS_KEY, [units.width for units in layers])
         # Built with feed-forward layers of width 1, which are then replaced: vLLM's own would hold the padding.
         narrow = copy.copy(config)
         narrow.intermediate_size = 1
-        super().__init__(vllm_config=vllm_config.with_hf_config(narrow), prefix=prefix)
+        plain = dequantises(vllm_config)
+        inner = build_unquantised(vllm_config.with_hf_config(narrow), only_feed_forward=not plain)
+        super().__init__(vllm_config=inner, prefix=prefix)
+        self._dequantises = plain
         self.config = self.model.config = config
+        quant_config = None if plain else vllm_config.quant_config
         for number in range(self.model.start_layer, self.model.end_layer):
             name = f"{prefix}.model.layers.{number}.mlp".lstrip(".")
-            self.model.layers[number].mlp = DenseMLP(config.hidden_size, layers[number], widths[number], name)
+            sizes = (config.hidden_size, widths[number])
+            self.model.layers[number].mlp = (
+                DenseMLP(sizes[0], layers[number], sizes[1], name)
+                if quant_config is None
+                else laguna.LagunaMLP(*sizes, config.hidden_act, quant_config, prefix=name)
+            )
         _log_widths(layers, widths, config.hidden_size)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; returns the names of the parameters that were set."""
+        loaded: set[str] = super().load_weights(dequantise_linears(weights) if self._dequantises else weights)
+        return loaded
 
 
 def _find_layers(vllm_config: VllmConfig) -> list[Units]:
@@ -192,6 +216,13 @@ def _refuse_what_is_not_supported(vllm_config: VllmConfig) -> None:
     if parallel.tensor_parallel_size > 1:
         size = parallel.tensor_parallel_size
         raise PaddingError(f"LagunaDenseForCausalLM: expected one device, got tensor parallel size {size}; {remedy}")
-    if vllm_config.quant_config is not None:
-        method = vllm_config.quant_config.get_name()
-        raise PaddingError(f"LagunaDenseForCausalLM: expected unquantised weights, got {method}; {remedy}")
+    try:
+        check_method(vllm_config, "LagunaDenseForCausalLM", remedy)
+        if vllm_config.quant_config is not None:
+            read_base_format(config.to_dict(), "LagunaDenseForCausalLM", "layers")
+    except ValueError as error:
+        raise PaddingError(str(error)) from None
+    on_gpu = vllm_config.quant_config is not None and not current_platform.is_cpu()
+    if on_gpu and getattr(config, WIDTHS_KEY, None) is None:
+        expected = "true widths in FP8 on a GPU, got padding; `laguna unpad` it, or"
+        raise PaddingError(f"LagunaDenseForCausalLM: expected {expected} {remedy}")

@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from laguna_serve.plugins.formats.experts import FP8
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, read_shape
-from laguna_serve.scripts.checkpoints.compaction.base import Base, check_config, read_base
+from laguna_serve.scripts.checkpoints.compaction.base import check_config, read_base
 from laguna_serve.scripts.checkpoints.compaction.choice import choose_pruning
+from laguna_serve.scripts.checkpoints.compaction.room import Room, find_room, format_room
+from laguna_serve.scripts.checkpoints.compaction.rounding import Rounding, format_rounding, measure_rounding
 from laguna_serve.scripts.checkpoints.compaction.savings import (
-    DTYPE_BYTES,
     Savings,
-    compute_savings,
     count_parameters,
+    cut_target,
+    estimate_savings,
+    measure_savings,
 )
 from laguna_serve.scripts.checkpoints.compaction.shards import Compaction, Shard, plan_shards
 from laguna_serve.scripts.checkpoints.compaction.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.checkpoints.compaction.writing import write_checkpoint
-from laguna_serve.scripts.checkpoints.headers import INDEX, ITEM_BYTES
+from laguna_serve.scripts.checkpoints.headers import INDEX, count_stored
 from laguna_serve.scripts.checkpoints.output import open_output
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
-from laguna_serve.serving.checkpoint import ConfigJson, read_config, require_folder
+from laguna_serve.serving.checkpoint import CheckpointError, Target, read_config, read_target, require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 from laguna_serve.serving.kit.signals import check_signals
@@ -41,6 +45,10 @@ EXAMPLES = """examples:
   laguna compact BASE --random-mask 0.1 --dry-run         what would it save? (needs config.json only)
   laguna compact BASE --random-mask 0.25 --seed 1 --out random-25pct --verify
   laguna compact BASE --keep-mask M --group-indices G --out DIR --zeroed    for engines that know no blocks
+  laguna compact poolside/Laguna-XS.2-FP8 --random-mask 0.25 --dry-run      and beside which context does it fit?
+  laguna compact BF16 --keep-mask M --group-indices G --to fp8 --out DIR    experts in FP8, a scale per atom
+
+Bases in bf16, fp16, fp32, or in FP8 as released (compressed-tensors, 128×128 blocks), of which no value is changed.
 
 `python scripts/score_experts.py` makes the mask and the indices.  Stopped?  The same command continues.
 exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 interrupted
@@ -62,6 +70,7 @@ class CompactConfig:
     block_size: Annotated[int | None, Flag("random mask without indices: atoms in a group", metavar="N")] = None
     seed: Annotated[int | None, Flag("of the random mask (default 0)", metavar="N")] = None
     out: Annotated[Path | None, Flag("folder for the checkpoint", metavar="DIR")] = None
+    to: Annotated[Literal["fp8"] | None, Flag("round a plain base's experts to FP8, a scale per atom")] = None
     zeroed: Annotated[bool, Flag("keep the base's layout, with what is pruned at zero")] = False
     verify: Annotated[bool, Flag("compare the files written with the masked base")] = False
     dry_run: Annotated[bool, Flag("say what would be saved; write nothing")] = False
@@ -80,6 +89,8 @@ class CompactConfig:
             raise FlagError(
                 "--block-size: expected a random mask without indices, got groups that have a size; leave it out"
             )
+        if self.zeroed and self.to is not None:
+            raise FlagError(f"--zeroed: expected the base's own numbers, got --to {self.to}; leave one of them out")
         if self.out is None and not self.dry_run:
             raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
 
@@ -102,7 +113,14 @@ class CompactResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     """What a compaction saved, or would save.
 
     Attributes:
+        format: of the routed experts that are written, plain or fp8.
+        bytes_before, bytes_after: of all tensors.
+        bytes_saved: by the routed experts.
+        expert_bytes, scale_bytes: the routed experts' values, and their scales where they are in FP8.
+        held_bytes: the weights in a GPU's memory, where scales are fp32.
         kept_range: the fewest and the most blocks kept of any sparse layer, of `blocks_per_layer`.
+        room: what fits beside them on two GPUs; of a dry run alone.
+        rounding: what `--to fp8` costs; of what is written.
         verify: None where it was not asked for; absent from a dry run.
     """
 
@@ -110,13 +128,21 @@ class CompactResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     base: str
     out: str | None
     status: Literal["written", "already complete", "dry run"]
+    format: str
     parameters_before: int
     parameters_after: int
     blocks: int
     blocks_pruned: int
+    bytes_before: int
+    bytes_after: int
     bytes_saved: int
+    expert_bytes: int
+    scale_bytes: int
+    held_bytes: int
     kept_range: tuple[int, int]
     blocks_per_layer: int
+    room: tuple[Room, ...] | UnsetType = UNSET
+    rounding: Rounding | UnsetType = UNSET
     verify: Verification | UnsetType | None = UNSET
 
     @property
@@ -149,24 +175,32 @@ def compact(config: CompactConfig) -> CompactResult:
     """
     folder = require_folder(config.base)
     described = read_config(folder)
-    check_config(described, config.base)
-    shape = read_shape(described, config.base)
+    stored = check_config(described, config.base)
+    if stored == config.to:
+        raise CheckpointError(f"{config.base}: expected plain weights for --to {config.to}, got FP8; leave --to out")
+    stored = config.to or stored
+    shape, target = read_shape(described, config.base), read_target(folder)
     pruning, source = choose_pruning(
         shape, config.keep_mask, config.group_indices, config.random_mask, config.block_size, config.seed or 0
     )
     if config.dry_run or config.out is None:
-        return _report(config, "dry run", estimate_savings(described, folder, config.base, pruning, shape))
-    job = Compaction(read_base(folder, config.base), pruning, config.zeroed)
+        savings = foresee(config, folder, target, pruning, shape, stored)
+        pruned = target if config.zeroed else cut_target(target, pruning, stored)
+        return _report(config, "dry run", savings, room=find_room(pruned))
+    job = Compaction(read_base(folder, config.base), pruning, config.zeroed, stored)
     shards = plan_shards(job)
     decisive = {"base": job.base.fingerprint, "mode": _mode(config), "block_size": pruning.block_size, **source}
     decisive.pop("keep_mask", None)  # the file may have another name by now
-    output = open_output(config.out, folder, decisive)
+    output = open_output(config.out, folder, decisive if config.to is None else {**decisive, "to": config.to})
     was_complete = output.complete
-    savings = measure_savings(job.base, pruning)
+    savings = measure(job, target)
     if not was_complete:
-        write_checkpoint(job, shards, output, source)
+        write_checkpoint(
+            job, shards, output, source if config.to is None else {**source, "rounded_from": job.base.dtype}
+        )
+    rounding = measure_rounding(job) if job.rounds else UNSET
     verification = run_verify(job, shards, config.out) if config.verify else None
-    return _report(config, "already complete" if was_complete else "written", savings, verification)
+    return _report(config, "already complete" if was_complete else "written", savings, verification, rounding=rounding)
 
 
 def _report(
@@ -174,12 +208,19 @@ def _report(
     status: Literal["written", "already complete", "dry run"],
     savings: Savings,
     verification: Verification | UnsetType | None = UNSET,
+    *,
+    room: tuple[Room, ...] | UnsetType = UNSET,
+    rounding: Rounding | UnsetType = UNSET,
 ) -> CompactResult:
-    if config.zeroed:  # which saves nothing
-        savings = replace(savings, parameters_after=savings.parameters_before, bytes_saved=0)
-    out = None if config.out is None else str(config.out)
     return CompactResult(
-        mode=_mode(config), base=config.base, out=out, status=status, **asdict(savings), verify=verification
+        mode=_mode(config),
+        base=config.base,
+        out=None if config.out is None else str(config.out),
+        status=status,
+        **asdict(savings),
+        room=room,
+        rounding=rounding,
+        verify=verification,
     )
 
 
@@ -187,22 +228,23 @@ def _mode(config: CompactConfig) -> Literal["compact", "zeroed"]:
     return "zeroed" if config.zeroed else "compact"
 
 
-def estimate_savings(config: ConfigJson, folder: Path, name: str, pruning: Pruning, shape: ExpertShape) -> Savings:
+def foresee(
+    config: CompactConfig, folder: Path, target: Target, pruning: Pruning, shape: ExpertShape, stored: str
+) -> Savings:
     """Estimate what would be saved, by the config, and by the weights' headers where they are there."""
     if (folder / INDEX).is_file() or (folder / "model.safetensors").is_file():
-        return measure_savings(read_base(folder, name), pruning)
-    item_bytes = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), 2)
-    return compute_savings(count_parameters(config, shape), shape, pruning, item_bytes)
+        return measure(Compaction(read_base(folder, config.base), pruning, config.zeroed, stored), target)
+    parameters = count_parameters(read_config(folder), shape)
+    return estimate_savings(target, pruning, stored, parameters, shape, zeroed=config.zeroed)
 
 
-def measure_savings(base: Base, pruning: Pruning) -> Savings:
+def measure(job: Compaction, target: Target) -> Savings:
     """Measure what is saved, counted in the headers; says so when the config describes another number."""
-    stored = sum(entry.numel for entry in base.tensors.values())
-    expected = count_parameters(base.config, base.shape)
+    stored, expected = count_stored(job.base.tensors), count_parameters(job.base.config, job.base.shape)
     if stored != expected:
         note = f"the files hold {stored:,} parameters, config.json describes {expected:,}; the files are counted"
-        print(f"laguna: note: {base.name}: {note}", file=sys.stderr)
-    return compute_savings(stored, base.shape, pruning, ITEM_BYTES[base.dtype])
+        print(f"laguna: note: {job.base.name}: {note}", file=sys.stderr)
+    return measure_savings(job, target)
 
 
 def run_verify(job: Compaction, shards: list[Shard], out: Path) -> Verification:
@@ -230,17 +272,32 @@ def format_result(result: CompactResult) -> str:
     rows = [
         ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
         ("blocks pruned", f"{result.blocks_pruned:,} of {result.blocks:,}"),
-        ("saved", f"{result.bytes_saved / 2**30:.3f} GiB"),
+        ("saved", _size(result.bytes_saved)),
         ("kept per layer", f"{low:,} to {high:,} of {result.blocks_per_layer:,} blocks"),
+        ("on disk", f"{_size(result.bytes_before)} → {_size(result.bytes_after)}"),
+        ("experts", f"{_size(result.expert_bytes)}{_format_scales(result)}"),
     ]
+    if not isinstance(result.room, UnsetType):
+        rows.append(("on a GPU", _size(result.held_bytes)))
+        rows += [("", f"{room.device}: {format_room(room)}") for room in result.room]
     if result.status != "dry run":
         rows.append(("checkpoint", f"{result.out}: {result.status}"))
+    if not isinstance(result.rounding, UnsetType):
+        rows.append(("rounding", format_rounding(result.rounding)))
     if isinstance(result.verify, Verification) and result.verify.max_relative_error is not None:
         errors = result.verify.max_relative_error
         largest = "NaN" if None in errors else f"{max(e for e in errors if e is not None):.1e}"
         verdict = "held" if result.verify.held else "FELL SHORT"
         rows.append(("verify", f"{verdict}: largest relative error {largest}, at most {TOLERANCE:.0e} expected"))
     return "\n".join(f"{name:<15} {text}" for name, text in rows)
+
+
+def _format_scales(result: CompactResult) -> str:
+    return f" in FP8 and {_size(result.scale_bytes)} of scales" if result.format == FP8 else ""
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
+from laguna_serve.serving.checkpoint import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "BOOL": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "I64": 8, "I32": 4, "BOOL": 1}
+FP8_DTYPE = "F8_E4M3"
+# What belongs to a weight or to the KV cache, and is no parameter.
+SCALE_SUFFIXES = (".weight_scale", ".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class Entry:
         return self.numel * ITEM_BYTES[self.dtype]
 
 
+def count_stored(tensors: Mapping[str, Entry]) -> int:
+    """Parameters of a checkpoint, without the scales that belong to them."""
+    return sum(entry.numel for name, entry in tensors.items() if not name.endswith(SCALE_SUFFIXES))
+
+
 def read_headers(folder: Path, name: str) -> tuple[dict[str, Entry], str]:
     """Every tensor of a checkpoint, and a fingerprint of its config and files.
 
@@ -52,15 +60,6 @@ def read_headers(folder: Path, name: str) -> tuple[dict[str, Entry], str]:
     if (folder / INDEX).is_file():
         _check_index(folder, tensors)
     return tensors, digest.hexdigest()
-
-
-def check_unquantised(config: ConfigJson, name: str) -> None:
-    """Refuse a quantised checkpoint's config."""
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
-            remedy = "pass the unquantised base (bf16, fp16 or fp32); a quantised one is served whole, as it is"
-            raise CheckpointError(f"{name}: expected unquantised weights, got {key} of method {method!r}; {remedy}")
 
 
 @contextmanager

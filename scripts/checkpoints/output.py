@@ -23,7 +23,7 @@ from laguna_serve.serving.kit import files
 from laguna_serve.serving.kit.progress import ByteProgress
 from laguna_serve.serving.kit.results import JsonObject
 
-JOURNALS = ("compact.json", "unpad.json", "pad.json")
+JOURNALS = ("compact.json", "unpad.json", "pad.json", "quantise.json")
 # Beside the tensors: headers, tokenizer, config and index.
 SLACK_BYTES = 2**20
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from laguna_serve.plugins.formats.experts import ExpertFormatError
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED
@@ -24,7 +25,7 @@ def run_tool(body: Callable[[], int], interrupted: str) -> int:
     try:
         with defer_signals():
             return body()
-    except (CommandError, PaddingError, PruningError) as error:
+    except (CommandError, ExpertFormatError, PaddingError, PruningError) as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:

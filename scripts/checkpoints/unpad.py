@@ -19,14 +19,8 @@ from msgspec import UNSET, UnsetType
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.checkpoints.output import open_output
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
-from laguna_serve.scripts.checkpoints.widths import (
-    WidthsSource,
-    compare,
-    count_negative_zeros,
-    read_padded,
-    read_unpadded,
-    write,
-)
+from laguna_serve.scripts.checkpoints.width_checks import compare, count_negative_zeros
+from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded, write
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
@@ -37,6 +31,7 @@ UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify
   laguna unpad STUDENT --dry-run                  which layers are padded, and what would be saved?
 
+FP8 as released (compressed-tensors, 128×128 blocks) is cut with its scales, behind the last unit that is not padding.
 The result loads in `laguna serve` without a scan; `laguna pad` turns it back for other engines.
 Stopped?  The same command continues.
 exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 interrupted

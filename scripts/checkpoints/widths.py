@@ -10,26 +10,33 @@ back stands in the unpadded config.json:
     "unpadded_from": {"architectures": as before, "kept_units": {"3": [[0, 100], [120, 640]], …}}
 
 where `kept_units` has the layers of which not the first units were kept, as runs [start, stop).
+
+Scales of FP8 matrices are cut to the blocks of the true width.  What the blocks of padding had is in
+`unpadded_from.padding_scales` (matrix → its value).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from laguna_serve.plugins.padding import WIDTHS_KEY, PaddingError, Units, is_dense, read_widths, scan_layers
+from laguna_serve.plugins.formats.experts import SCALE_BLOCK, read_base_format
+from laguna_serve.plugins.padding import WIDTHS_KEY, Units, is_dense, read_widths, scan_layers
 from laguna_serve.scripts.checkpoints.headers import (
     INDEX,
     ITEM_BYTES,
+    SCALE_SUFFIXES,
     Entry,
-    check_unquantised,
+    count_stored,
     open_file,
+    open_files,
     read_headers,
 )
 from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
@@ -38,12 +45,18 @@ from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
 ORIGIN_KEY = "unpadded_from"
-MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+SCALES_KEY = "padding_scales"
+MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight(_scale)?")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WidthsSource:
-    """A checked dense checkpoint and the units of its layers.  `unpads`: the padding goes; else it comes back."""
+    """A checked dense checkpoint and the units of its layers.
+
+    Attributes:
+        unpads: the padding goes; else it comes back.
+        padding_scales: scale of an FP8 matrix → what it has in blocks of padding.
+    """
 
     folder: Path
     config: ConfigJson
@@ -51,6 +64,7 @@ class WidthsSource:
     units: dict[int, Units]
     fingerprint: str
     unpads: bool
+    padding_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def files(self) -> list[str]:
@@ -63,10 +77,12 @@ class WidthsSource:
         if padded is not None:
             units, dim = padded
             shape[dim] = units.width if self.unpads else units.stored
+            if name.endswith(SCALE_SUFFIXES):
+                shape[dim] = -(-shape[dim] // SCALE_BLOCK)
         return tuple(shape)
 
     def find(self, name: str) -> tuple[Units, int] | None:
-        """Find the units of a layer's matrix and the dimension along which it has them; None for another tensor."""
+        """Find the units of a layer's matrix, or of its scales, and the dimension that has them; None else."""
         match = MATRIX.fullmatch(name)
         if match is None or int(match[1]) not in self.units:
             return None
@@ -77,6 +93,9 @@ class WidthsSource:
         padded = self.find(name)
         if padded is None:
             return tensor
+        if name.endswith(SCALE_SUFFIXES):
+            units, dim = padded
+            return units.trim_scale(tensor, dim) if self.unpads else units.pad_scale(tensor, dim, self._scale_of(name))
         return padded[0].trim(tensor, padded[1]) if self.unpads else padded[0].pad(tensor, padded[1])
 
     def num_bytes(self, name: str, *, changed: bool) -> int:
@@ -89,10 +108,13 @@ class WidthsSource:
             count *= size
         return count * ITEM_BYTES[entry.dtype]
 
+    def _scale_of(self, name: str) -> float:
+        return self.padding_scales.get(name.removesuffix("_scale"), 1.0)
+
     def parameters(self, *, changed: bool) -> int:
         """How many parameters there are here or in the output."""
-        sizes = ITEM_BYTES
-        return sum(self.num_bytes(name, changed=changed) // sizes[e.dtype] for name, e in self.tensors.items())
+        shapes = {name: self.shape(name) if changed else entry.shape for name, entry in self.tensors.items()}
+        return count_stored({name: replace(entry, shape=shapes[name]) for name, entry in self.tensors.items()})
 
 
 def read_padded(folder: Path, name: str) -> WidthsSource:
@@ -113,7 +135,28 @@ def read_padded(folder: Path, name: str) -> WidthsSource:
         raise CheckpointError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
     if all(own.is_whole for own in units.values()) and not any(own.broken is not None for own in units.values()):
         raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
-    return WidthsSource(folder, config, tensors, units, fingerprint, unpads=True)
+    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=True)
+    return replace(source, padding_scales=_read_padding_scales(source))
+
+
+def _read_padding_scales(source: WidthsSource) -> dict[str, float]:
+    """Matrix → the scale that its blocks of padding have, the first where they differ, which is noted."""
+    names = [name for name in source.tensors if name.endswith(SCALE_SUFFIXES) and source.find(name) is not None]
+    found, mixed = {}, 0
+    with open_files(source.folder, (source.tensors[name].file for name in names)) as files:
+        for name in names:
+            padded = source.find(name)
+            assert padded is not None
+            units, dim = padded
+            scale, first = files[source.tensors[name].file].get_tensor(name), -(-units.width // SCALE_BLOCK)
+            gone = scale.narrow(dim, first, scale.shape[dim] - first)
+            if gone.numel():
+                found[name.removesuffix("_scale")] = float(gone.flatten()[0])
+                mixed += bool((gone != gone.flatten()[0]).any())
+    if mixed:
+        note = f"scales of the padding differ within {mixed} matrices; `laguna pad` gives the first of each"
+        print(f"laguna: note: {note}", file=sys.stderr)
+    return found
 
 
 def read_unpadded(folder: Path, name: str) -> WidthsSource:
@@ -137,10 +180,16 @@ def read_unpadded(folder: Path, name: str) -> WidthsSource:
             raise CheckpointError(f"{name}: expected {expected}, got {runs!r}; unpad the checkpoint again")
         units[layer] = Units(stored, tuple((start, stop) for start, stop in runs))
     tensors, fingerprint = read_headers(folder, name)
-    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=False)
+    scales = origin.get(SCALES_KEY, {}) if isinstance(origin, dict) else {}
+    if not isinstance(scales, dict) or not all(isinstance(value, float | int) for value in scales.values()):
+        expected = f"{ORIGIN_KEY}.{SCALES_KEY} to be numbers by matrix"
+        raise CheckpointError(f"{name}: expected {expected}, got {scales!r}; unpad the checkpoint again")
+    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=False, padding_scales=scales)
     for tensor, entry in tensors.items():
         padded = source.find(tensor)
-        if padded is not None and entry.shape[padded[1]] != padded[0].width:
+        if padded is None or tensor.endswith(SCALE_SUFFIXES):
+            continue
+        if entry.shape[padded[1]] != padded[0].width:
             expected = f"{tensor} of {padded[0].width} units as config.json says"
             raise CheckpointError(
                 f"{name}: expected {expected}, got {entry.shape[padded[1]]}; unpad the checkpoint again"
@@ -161,7 +210,7 @@ def _are_runs(runs: object, width: int, stored: int) -> bool:
 
 def _read_dense(folder: Path, name: str) -> ConfigJson:
     config = read_config(folder)
-    check_unquantised(config, name)
+    read_base_format(config, name, "layers")
     if not is_dense(config):
         got = config.get("model_type") or config.get("architectures") or "nothing"
         remedy = "for a mixture of experts there is `laguna compact`"
@@ -180,6 +229,8 @@ def describe(source: WidthsSource) -> ConfigJson:
         return config
     runs = {str(layer): units.runs for layer, units in source.units.items() if units.runs != ((0, units.width),)}
     origin = {"architectures": config.get("architectures") or ["LagunaForCausalLM"], "kept_units": runs}
+    if source.padding_scales:
+        origin[SCALES_KEY] = dict(source.padding_scales)
     config["architectures"] = [ARCHITECTURE]
     widths = [source.units[layer].width for layer in sorted(source.units)]
     return {**config, WIDTHS_KEY: widths, ORIGIN_KEY: origin}
@@ -224,38 +275,3 @@ def _write_descriptions(source: WidthsSource, sizes: dict[str, int], output: Out
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         output.note(name)
-
-
-def count_negative_zeros(source: WidthsSource) -> int:
-    """How many values of the padding are −0, which comes back as +0."""
-    count = 0
-    for file in source.files:
-        with open_file(source.folder / file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                padded = source.find(name)
-                if padded is not None and not padded[0].is_whole:
-                    cut = padded[0].padding.trim(opened.get_tensor(name), padded[1])
-                    count += int(torch.count_nonzero(cut.signbit()))
-                    check_signals()
-    return count
-
-
-def compare(source: WidthsSource, out: Path) -> None:
-    """Read back what was written and compare it with the source, bit for bit.
-
-    Raises:
-        PaddingError: a tensor is missing, or is not what it should be.
-    """
-    for file in source.files:
-        with open_file(source.folder / file) as before, open_file(out / file) as after:
-            if set(before.keys()) != set(after.keys()):
-                raise PaddingError(f"{out / file}: expected the tensors of the source, got others; make it again")
-            for name in before.keys():  # noqa: SIM118
-                wanted, got = source.change(name, before.get_tensor(name)), after.get_tensor(name)
-                if (wanted.dtype, wanted.shape) != (got.dtype, got.shape) or not torch.equal(_bits(wanted), _bits(got)):
-                    raise PaddingError(f"{out / file}: expected {name} of the source, got other values; make it again")
-                check_signals()
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS, FLOAT_QUANTIZED, matches
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 from laguna_serve.serving.kit.results import JsonObject
 
 FP8, NVFP4, INT4, OTHER = "fp8", "nvfp4", "int4", "other"
-COMPRESSED_TENSORS = "compressed-tensors"
-FORMATS = {"float-quantized": FP8, "nvfp4-pack-quantized": NVFP4, "pack-quantized": INT4}
+FORMATS = {FLOAT_QUANTIZED: FP8, "nvfp4-pack-quantized": NVFP4, "pack-quantized": INT4}
 # Bytes of a stored weight with its scales: 128×128 blocks; 16 values with an FP8 scale; 4 or 8 bits and a bf16 scale.
 FP8_BYTES, NVFP4_BYTES = 1 + 2 / 128**2, 1 / 2 + 1 / 16
 
@@ -53,9 +53,9 @@ class Quantisation:
 
     def find_group(self, module: str) -> Group | None:
         """How a linear module's weights are stored; None for one that is not quantised."""
-        if any(_matches(pattern, module) for pattern in self.ignore):
+        if any(matches(pattern, module) for pattern in self.ignore):
             return None
-        return next((group for group in self.groups if any(_matches(t, module) for t in group.targets)), None)
+        return next((group for group in self.groups if any(matches(t, module) for t in group.targets)), None)
 
     def weight_bytes(self, module: str) -> float:
         """Bytes of one of a linear module's weights, scales included; 2 for one that is not quantised."""
@@ -130,10 +130,3 @@ def _are_patterns(names: object) -> TypeGuard[list[str]]:
     except re.error:
         return False
     return True
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """compressed-tensors' rule: a regular expression from the name's beginning, a name, or a class of modules."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return pattern in (module, "Linear")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from laguna_serve.plugins.formats.experts import ExpertFormatError, StoredExperts, read_stored_experts
 from laguna_serve.plugins.layers import (
     DEFAULTS,
     DENSE,
@@ -37,7 +38,8 @@ class Target:
         gate_width: values of the output gate per head: 1, head_dim, or 0 without a gate.
         sliding_window: tokens that a sliding layer sees; None where there is no such layer.
         overrides: what vLLM needs as --hf-overrides because it reads the config otherwise than it is meant.
-        pruned: of the experts only some blocks are stored.
+        pruned: of the experts only some blocks are stored, or loaded.
+        experts: what is stored of them; None of whole ones.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Target:
     quantisation: Quantisation | None
     overrides: JsonObject
     pruned: bool = False
+    experts: StoredExperts | None = None
 
     @property
     def dense(self) -> bool:
@@ -149,7 +152,15 @@ def read_target(folder: Path) -> Target:
         quantisation=read_quantisation(folder, config),
         overrides=overrides,
         pruned=bool(config.get("expert_pruning")),
+        experts=_read_experts(folder, config),
     )
+
+
+def _read_experts(folder: Path, config: ConfigJson) -> StoredExperts | None:
+    try:
+        return read_stored_experts(config, str(folder))
+    except ExpertFormatError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _read_attention(fields: Fields, layers: int) -> tuple[str, ...]:

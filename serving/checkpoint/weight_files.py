@@ -63,7 +63,7 @@ def measure_weights(folder: Path) -> int:
 
 
 def count_values(folder: Path) -> int:
-    """Floating-point values in the safetensors files: the parameters of an unquantised checkpoint.
+    """Floating-point values in the safetensors files, without scales: the parameters of an unquantised checkpoint.
 
     Raises:
         CheckpointError: a file that is not whole.
@@ -71,8 +71,8 @@ def count_values(folder: Path) -> int:
     return sum(
         math.prod(tensor.shape)
         for path in list_weights(folder)
-        for tensor in check_file(path).values()
-        if tensor.dtype.startswith(("F", "BF"))
+        for name, tensor in check_file(path).items()
+        if tensor.dtype.startswith(("F", "BF")) and not name.endswith("_scales")
     )
 
 

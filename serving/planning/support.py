@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from laguna_serve.plugins.formats.experts import ExpertFormatError, read_base_format
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
-from laguna_serve.serving.checkpoint.fields import CheckpointError, show
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
 from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.machine.device import Device
@@ -21,6 +22,7 @@ NATIVE, WEIGHT_ONLY, REFUSED, UNKNOWN = "native", "weight-only", "refused", "unk
 # The instructions that decide what of quantised weights a CPU computes with, as /proc/cpuinfo calls them.
 AMX, AVX512 = "amx_tile", "avx512f"
 MIN_CAPABILITY = 80
+FP8_ON_CPU = ", or its compact form (`laguna compact --random-mask 0`), whose experts run here in FP8"
 QUANTISED_ON_CPU = "serve the bf16 release here, or this one on a GPU of compute capability 8.0 or later"
 
 
@@ -82,11 +84,19 @@ GPU_ROWS = (
     GpuRow(INT4, 80, SupportVerdict(WEIGHT_ONLY, MARLIN)),
 )
 KV_FP8_CAPABILITY = 89
+OURS_ON_CPU = "experts stay in FP8 for sentinel_moe; FP8 linear layers are dequantised once, while they are loaded"
 
 
 def judge_target(target: Target, device: Device) -> SupportVerdict:
     """Judge what becomes of the model's weights."""
+    if device.kind == "cpu" and is_dequantised(target):
+        return SupportVerdict(WEIGHT_ONLY, OURS_ON_CPU)
     return judge(target.quantisation, device, experts=not target.dense)
+
+
+def is_dequantised(target: Target) -> bool:
+    """FP8 that our own classes load on a CPU, with its linear layers dequantised: kept experts, and dense models."""
+    return target.quantisation is not None and target.quantisation.kind == FP8 and (target.pruned or target.dense)
 
 
 def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
@@ -125,7 +135,7 @@ def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> SupportVerdict
         return SupportVerdict(REFUSED, "vLLM has no FP4 kernel for a CPU", QUANTISED_ON_CPU)
     if experts:
         reason = "vLLM's quantised experts on a CPU know routers without Laguna's selection bias alone"
-        return SupportVerdict(REFUSED, reason, QUANTISED_ON_CPU)
+        return SupportVerdict(REFUSED, reason, QUANTISED_ON_CPU + (FP8_ON_CPU if kind == FP8 else ""))
     if kind == FP8 and AMX not in isa:
         return SupportVerdict(REFUSED, "vLLM's FP8 layers on a CPU need AMX", QUANTISED_ON_CPU)
     return SupportVerdict(WEIGHT_ONLY if kind == INT4 else NATIVE, "vLLM's CPU kernels")
@@ -177,12 +187,14 @@ def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> N
             raise CheckpointError(f"{part.name}: {expected}, got {ranks} of them; {remedy}")
 
 
-def check_use(target: Target, keep_mask: str | None) -> None:
-    """Raise CheckpointError for a quantised base whose experts are to be pruned."""
-    if keep_mask is not None and target.quantisation is not None:
-        remedy = "prune the bf16 release, or serve this one whole, without the mask"
-        expected = "expected an unquantised base for --keep-mask, as blocks of experts are cut out of plain weights"
-        raise CheckpointError(f"{target.name}: {expected}, got {describe_kind(target.quantisation)}; {remedy}")
+def check_use(name: str, config: ConfigJson, keep_mask: str | None) -> None:
+    """Raise CheckpointError for a base whose experts cannot be cut into blocks, where they are to be pruned."""
+    if keep_mask is None:
+        return
+    try:
+        read_base_format(config, f"{name}: --keep-mask")
+    except ExpertFormatError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def describe_kind(quantisation: Quantisation) -> str:

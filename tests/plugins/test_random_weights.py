@@ -68,3 +68,25 @@ def test_a_drafter_is_finished_as_its_own_loader_would(reduced: bool) -> None:
     model = SimpleNamespace(draft_id_to_target_id=torch.zeros(4) if reduced else None)
     finish_drafter(model, SimpleNamespace(**{BUILD: lambda: built.append(True)}))
     assert (built, model.has_own_lm_head, model.has_own_embed_tokens) == ([True], reduced, False)
+
+
+class Blocks(nn.Module):
+    """Weights in FP8 with a scale for 128 columns, and the scales of a KV cache, as vLLM's dummy loader leaves them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w2_blocks = nn.Parameter(torch.zeros(8, 16, 1024).to(torch.float8_e4m3fn), requires_grad=False)
+        self.w2_scales = nn.Parameter(torch.full((8, 16, 8), -1e-3), requires_grad=False)
+        self.k_scale = nn.Parameter(torch.tensor(-1e-3), requires_grad=False)
+
+
+def test_weights_in_fp8_have_a_real_model_s_size() -> None:
+    from laguna_serve.plugins.formats.fp8 import dequantise_atoms
+    from laguna_serve.plugins.random_weights import fill_parameters
+
+    blocks = Blocks()
+    fill_parameters(blocks)
+    weights = dequantise_atoms(blocks.w2_blocks, blocks.w2_scales)
+    assert weights.std().item() == pytest.approx(1024**-0.5, rel=0.1)
+    assert torch.isfinite(weights).all()
+    assert blocks.k_scale == 1.0

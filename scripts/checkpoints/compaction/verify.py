@@ -1,7 +1,8 @@
 """Does what was written compute what the masked base computes?  Read back from the files and compared, layer by layer.
 
-The truth is worked out without the blocks: every expert of the base in full, in fp32, with the activations of pruned
-atoms set to zero.  Against it stand the blocks on disk, through the kernel's reference, or the zeroed matrices on disk.
+The truth is worked out without the blocks: every expert of the base in full, in fp32, dequantised where it is FP8, with
+the activations of pruned atoms set to zero.  Against it stand the blocks on disk, through the kernel's reference, or
+the zeroed matrices on disk.  Of a base that is rounded to FP8 the truth is the matrices so rounded, atom by atom.
 Everything that pruning does not touch must be identical to the last bit.
 """
 
@@ -15,8 +16,17 @@ import torch
 import torch.nn.functional as F
 
 from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
+from laguna_serve.plugins.formats.fp8 import Matrix, dequantise_atoms, quantise_atoms
 from laguna_serve.scripts.checkpoints.compaction.base import read_experts
-from laguna_serve.scripts.checkpoints.compaction.shards import Compaction, Shard, block_names, list_inputs
+from laguna_serve.scripts.checkpoints.compaction.shards import (
+    SCALE_DTYPE,
+    TORCH_DTYPES,
+    Compaction,
+    Shard,
+    block_names,
+    block_shapes,
+    list_inputs,
+)
 from laguna_serve.scripts.checkpoints.headers import open_file, open_files
 from laguna_serve.serving.checkpoint import CheckpointError
 
@@ -86,30 +96,24 @@ def _compare_layer(job: Compaction, layer: int, where: dict[str, str], out: Path
     else:
         names = block_names(job, layer)
         with open_files(out, (where[name] for name in names)) as made:
-            w13, w2, start = (made[where[name]].get_tensor(name) for name in names)
-            _check_blocks(job, layer, (w13, w2, start), out)
+            blocks = {name: made[where[name]].get_tensor(name) for name in names}
+            _check_blocks(job, layer, blocks, out)
+            w13, w2, start, *scales = blocks.values()
+            if scales:
+                w13, w2 = dequantise_atoms(w13, scales[0]), dequantise_atoms(w2, scales[1])
             got = sentinel_moe_reference(x, weights, ids, w13, w2, start)
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
-def _check_blocks(
-    job: Compaction, layer: int, blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: Path
-) -> None:
-    start = blocks[2]
-    n, B, H = job.pruning.kept_blocks[layer], job.pruning.block_size, job.base.shape.hidden_size
-    for name, tensor, shape in zip(
-        block_names(job, layer),
-        blocks,
-        ((n, 2, B, H), (n, B, H), (job.base.shape.num_experts + 1,)),
-        strict=True,
-    ):
-        if tensor.shape != shape:
-            expected = f"{name} {list(shape)}"
-            raise DifferenceError(f"{out}: expected {expected}, got {list(tensor.shape)}; remove the folder")
-    if start.dtype != torch.int32 or start.tolist() != job.pruning.block_start(layer).tolist():
-        raise DifferenceError(
-            f"{out}: expected {block_names(job, layer)[2]} of the mask, got another; remove the folder"
-        )
+def _check_blocks(job: Compaction, layer: int, blocks: dict[str, torch.Tensor], out: Path) -> None:
+    for name, (dtype, shape) in block_shapes(job, layer).items():
+        tensor, stored = blocks[name], torch.int32 if dtype == "I32" else TORCH_DTYPES[dtype]
+        if tensor.shape != shape or tensor.dtype != stored:
+            expected, got = f"{name} {list(shape)} in {stored}", f"{list(tensor.shape)} in {tensor.dtype}"
+            raise DifferenceError(f"{out}: expected {expected}, got {got}; remove the folder")
+    name = block_names(job, layer)[2]
+    if blocks[name].tolist() != job.pruning.block_start(layer).tolist():
+        raise DifferenceError(f"{out}: expected {name} of the mask, got another; remove the folder")
 
 
 def _draw_inputs(job: Compaction, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +152,15 @@ def _run_experts(
     out = torch.zeros_like(x)
     for expert, *matrices in read_experts(folder, job.base, job.base.shape.layers[layer]):
         rows, slots = (ids == expert).nonzero(as_tuple=True)
-        gate, up, down = (matrix.float() for matrix in matrices)
+        gate, up, down = (
+            _round(matrix) if job.rounds else matrix.float() for matrix in (*matrices[:2], matrices[2].t())
+        )
         hidden = F.silu(x[rows] @ gate.t()) * (x[rows] @ up.t()) * kept[expert]
-        out.index_add_(0, rows, (hidden @ down.t()) * weights[rows, slots, None])
+        out.index_add_(0, rows, (hidden @ down) * weights[rows, slots, None])
     return out
+
+
+def _round(matrix: Matrix) -> torch.Tensor:
+    """Rows of atoms [N, H] as they are in FP8, in fp32."""
+    rounded = quantise_atoms(matrix.values, TORCH_DTYPES[SCALE_DTYPE])
+    return dequantise_atoms(rounded.values, rounded.require_scale())

@@ -65,6 +65,7 @@ def write_description(job: Compaction, shards: list[Shard], output: Output, sour
 def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
     """Describe the base's config with the architecture and the blocks of the output."""
     described = {
+        "format": job.format,
         "block_size": job.pruning.block_size,
         "blocks_per_expert": job.pruning.blocks_per_expert,
         "kept_blocks": job.pruning.kept_blocks,

@@ -1,8 +1,9 @@
 """The published form of a pruned model: the base's files byte for byte, but for zeros in what is pruned.
 
-A file is copied tensor by tensor, so that one tensor at a time is in memory and header, order and padding stay as they
-are.  The library does not say where a tensor lies; its format does: eight bytes of length, a JSON header with
-`data_offsets` from the end of the header on, then the data (https://github.com/huggingface/safetensors#format).
+Scales of FP8 stay as they are.  A file is copied tensor by tensor, so that one tensor at a time is in memory and
+header, order and padding stay as they are.  The library does not say where a tensor lies; its format does: eight bytes
+of length, a JSON header with `data_offsets` from the end of the header on, then the data
+(https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import Pruning
-from laguna_serve.scripts.checkpoints.compaction.base import EXPERTS, Base
+from laguna_serve.scripts.checkpoints.compaction.base import EXPERTS, SCALE, Base
 from laguna_serve.scripts.checkpoints.headers import ITEM_BYTES
 
 CHUNK_BYTES = 2**24
@@ -23,7 +24,7 @@ CHUNK_BYTES = 2**24
 
 def copy_zeroed(base: Base, pruning: Pruning, file: str, destination: Path, advance: Callable[[int], None]) -> None:
     """Copy one of the base's files to `destination`, with every pruned atom's rows and columns at zero."""
-    experts = {name for layer in base.shape.layers for name in base.expert_names(layer)}
+    experts = {name for layer in base.shape.layers for name in base.expert_names(layer) if not name.endswith(SCALE)}
     with (base.folder / file).open("rb") as source, destination.open("wb") as target:
         prefix = source.read(8)
         header = source.read(int.from_bytes(prefix, "little"))

@@ -70,7 +70,7 @@ def test_names_are_distinct_and_a_step_is_run_or_described() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
     assert all(bool(step.command) != bool(step.by_hand) for step in STEPS)
     assert all(step.estimate_s > 0 for step in STEPS if step.command)
-    assert {step.row for step in STEPS} == set(range(1, 27))
+    assert {step.row for step in STEPS} == set(range(1, 28))
 
 
 def test_what_prescribes_acceptance_is_labelled() -> None:
@@ -100,7 +100,7 @@ def test_checkpoints_are_taken_by_the_launcher(small: bool, tmp_path: Path) -> N
     checked = inspect(pair)
     assert checked.gamma == 7
     assert checked.warnings == () or "trained for" in checked.warnings[0]
-    for name in ("xs2-pruned-random", "dense-config"):
+    for name in ("xs2-pruned-random", "xs2-fp8-random", "xs2-fp8-pruned-random", "dense-config"):
         assert inspect(EngineConfig(str(tmp_path / name))).target is not None
     if not small:
         assert 66.0e9 < checked.weight_bytes < 69.0e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from laguna_serve.plugins.pruning import draw_random_mask, read_shape
 
+RELEASES = Path(__file__).resolve().parents[2] / "fixtures" / "releases"
 E, N, H, B = 4, 16, 8, 4
 
 
@@ -63,6 +65,23 @@ def weights(cfg: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[st
             shapes |= {f"{prefix}.{name}.{part}_proj.weight": (size, hidden) for part in ("gate", "up")}
             shapes[f"{prefix}.{name}.down_proj.weight"] = (hidden, size)
     return {name: torch.randn(size, generator=generator).to(dtype) for name, size in shapes.items()}
+
+
+def quantise(cfg: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The same in FP8 as released: random payload and scales for every feed-forward matrix, and the KV cache's."""
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for name, tensor in tensors.items():
+        if not re.search(r"mlp\..*(gate|up|down)_proj\.weight$", name):
+            made[name] = tensor
+            continue
+        made[name] = (tensor.float() * 20).to(torch.float8_e4m3fn)
+        blocks = [-(-size // 128) for size in tensor.shape]
+        made[f"{name}_scale"] = (torch.rand(blocks, generator=generator) / 100 + 0.01).bfloat16()
+    for layer in range(cfg["num_hidden_layers"]):
+        made |= {f"model.layers.{layer}.self_attn.{part}_scale": torch.ones(1).bfloat16() for part in "kv"}
+    released = json.loads((RELEASES / "Laguna-XS.2-FP8" / "config.json").read_text())
+    return cfg | {"quantization_config": released["quantization_config"]}, made
 
 
 def write_base(folder: Path, cfg: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:

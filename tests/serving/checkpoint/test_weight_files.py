@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.weight_files import INDEX, measure_weights, require_weights
+from laguna_serve.serving.checkpoint.weight_files import INDEX, count_values, measure_weights, require_weights
 from laguna_serve.serving.cli import main
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -148,3 +148,12 @@ def test_permissions_are_told(tmp_path: Path, what: str) -> None:
         denied.chmod(0o700)
     assert "Permission denied" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_scales_of_blocks_are_no_parameters(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"w2_blocks": torch.zeros(3, 4, 128).to(torch.float8_e4m3fn), "w2_scales": torch.ones(3, 4, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert count_values(tmp_path) == 3 * 4 * 128

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, read_tensors, weigh
 
@@ -268,13 +269,54 @@ def test_doctor_names_what_is_wrong_in_one_line(
     assert len(error.splitlines()) == 1
 
 
-def test_pruning_a_quantised_base_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("Laguna-XS.2-NVFP4", "NVFP4"), ("Laguna-XS.2-INT4", "INT4")])
+def test_pruning_packed_experts_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "mask.npy").touch()
     mask = str(tmp_path / "mask.npy")
     with pytest.raises(
-        CheckpointError, match=r"expected an unquantised base for --keep-mask.*got FP8 .*; prune the bf16"
+        CheckpointError, match=rf"--keep-mask: expected plain experts or FP8 .*got {kind} .*; cut the bf16 or FP8"
     ):
-        plan("Laguna-XS.2-FP8", keep_mask=mask, group_indices=mask)
+        plan(name, keep_mask=mask, group_indices=mask)
+
+
+def test_fp8_students_are_dequantised_on_a_cpu(tmp_path: Path) -> None:
+    """Padded ones, too: vLLM's own class has no kernel there. A GPU's has, and keeps it."""
+    config = json.loads((TOY / "dense" / "config.json").read_text())
+    released = json.loads((Path(folder("Laguna-XS.2-FP8")) / "config.json").read_text())["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": released}))
+    made = make_plan(EngineConfig(str(tmp_path)), CPU, planned=True)
+    assert made.refusals == ()
+    assert list(made.classes) == ["LagunaDenseForCausalLM"]
+    assert made.memory is not None
+    assert made.memory.weights == pytest.approx(2 * 2_682_144, rel=0.01)
+    assert list(make_plan(EngineConfig(str(tmp_path)), plan_for("l40s"), planned=True).classes) == ["LagunaForCausalLM"]
+
+
+def test_new_weights_for_quantised_models_are_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"weight updates: expected a checkpoint without quantization_config, got F"
+    ):
+        plan("Laguna-XS.2-FP8", weight_updates=True)
+
+
+@pytest.mark.parametrize("device", ["h100-80gb", "cpu"])
+def test_pruned_fp8_base_is_planned_by_what_the_mask_keeps(tmp_path: Path, device: str) -> None:
+    """An atom's three vectors of 2,048 in FP8 and 16 scales each in fp32; on a CPU linear layers become bf16."""
+    keep = np.ones((39, 256, 8), dtype=bool)
+    keep[:, :, 6:] = False
+    np.save(tmp_path / "mask.npy", keep)
+    mask, base = str(tmp_path / "mask.npy"), folder("Laguna-XS.2-FP8")
+    config = EngineConfig(base, keep_mask=mask, group_indices=mask)
+    made = make_plan(config, CPU if device == "cpu" else plan_for(device), planned=True)
+    assert made.refusals == ()
+    assert made.target_verdict is not None
+    assert made.target_verdict.served
+    assert made.memory is not None
+    experts = int(keep.sum()) * 64 * 3 * (2048 + 4 * 16)
+    linear = 39 * 3 * 512 * 2048 + 3 * 8192 * 2048
+    linear_bytes = 2 * linear if device == "cpu" else linear + 4 * linear // 128**2
+    rest = count_parameters(read_target(Path(base))) - 39 * 256 * 3 * 512 * 2048 - linear
+    assert made.memory.weights == pytest.approx(experts + linear_bytes + 2 * rest, rel=1e-4)
 
 
 def run_laguna(*arguments: str) -> subprocess.CompletedProcess[str]:

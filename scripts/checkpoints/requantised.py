@@ -1,0 +1,197 @@
+"""Change the numbers that a Laguna is stored in: plain ones to FP8 as the releases have it, or FP8 to plain ones.
+
+The layout is that of Laguna-XS.2-FP8 (tests/fixtures/releases): compressed-tensors' `float-quantized`, 128×128 blocks,
+`weight` in e4m3 with `weight_scale` in bf16, in the feed-forward layers alone; attention, router, embedding and head
+stay as they are, and a scale each for keys and values asks for an FP8 KV cache.  The releases rotate the residual
+stream first (`transform_config`), which is stored in the weights and no work at run time; here nothing is rotated.
+
+Files, their metadata and the order of the tensors are kept, and written one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from laguna_serve.plugins.formats.experts import FP8, PLAIN, read_base_format
+from laguna_serve.plugins.formats.fp8 import count_blocks, dequantise_blocks, quantise_blocks
+from laguna_serve.scripts.checkpoints.headers import INDEX, ITEM_BYTES, Entry, open_file, open_files, read_headers
+from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
+from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.kit.signals import check_signals
+
+MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.(?:.+\.)?(?:gate|up|down)_proj\.weight")
+KEYS = re.compile(r"(model\.layers\.\d+\.self_attn\.)k_proj\.weight")
+SCALE, KV_SCALES = "_scale", ("k_scale", "v_scale")
+DTYPES = {"bf16": ("BF16", "bfloat16", torch.bfloat16), "fp32": ("F32", "float32", torch.float32)}
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+_ARGUMENTS: JsonObject = {
+    "actorder": None,
+    "group_size": None,
+    "num_bits": 8,
+    "observer_kwargs": {},
+    "scale_dtype": None,
+    "symmetric": True,
+    "type": "float",
+    "zp_dtype": None,
+}
+BLOCKS = [128, 128]
+QUANTISATION: JsonObject = {
+    "config_groups": {
+        "group_0": {
+            "format": "float-quantized",
+            "input_activations": _ARGUMENTS
+            | {"block_structure": None, "dynamic": True, "group_size": 128, "observer": None, "strategy": "group"},
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": _ARGUMENTS
+            | {"block_structure": BLOCKS, "dynamic": False, "observer": "memoryless_minmax", "strategy": "block"},
+        }
+    },
+    "format": "float-quantized",
+    "global_compression_ratio": None,
+    "ignore": [
+        "lm_head",
+        *(f"re:.*\\.self_attn\\.{name}_proj$" for name in "qkvog"),
+        "re:.*\\.mlp\\.gate$",
+    ],
+    "kv_cache_scheme": _ARGUMENTS
+    | {"block_structure": None, "dynamic": False, "observer": "minmax", "strategy": "tensor"},
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": "0.14.1",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NumbersSource:
+    """A checked checkpoint and the numbers that are wanted of it: "fp8", "bf16" or "fp32"."""
+
+    folder: Path
+    config: ConfigJson
+    tensors: dict[str, Entry]
+    fingerprint: str
+    to: str
+
+    @property
+    def files(self) -> list[str]:
+        """Of its tensors, in the order in which they are written."""
+        return sorted({entry.file for entry in self.tensors.values()})
+
+    def plan(self, file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Output tensor → dtype in safetensors' spelling and shape, of one file."""
+        planned: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, entry in self.tensors.items():
+            if entry.file != file or (self.to != FP8 and name.endswith(SCALE)):
+                continue
+            if self.to != FP8:
+                planned[name] = (DTYPES[self.to][0] if entry.dtype[0] in "BF" else entry.dtype, entry.shape)
+                continue
+            if match := KEYS.fullmatch(name):
+                planned |= {match[1] + scale: ("BF16", (1,)) for scale in KV_SCALES}
+            if MATRIX.fullmatch(name):
+                rows, columns = entry.shape
+                planned[name + SCALE] = ("BF16", (count_blocks(rows), count_blocks(columns)))
+            planned[name] = ("F8_E4M3" if MATRIX.fullmatch(name) else entry.dtype, entry.shape)
+        return planned
+
+    def size(self, file: str) -> int:
+        """Bytes of an output file's tensors."""
+        return sum(torch.Size(shape).numel() * ITEM_BYTES[dtype] for dtype, shape in self.plan(file).values())
+
+
+def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
+    """Read a checkpoint whose numbers can be changed so.
+
+    Raises:
+        CheckpointError, ExpertFormatError: it has them already, or other ones than plain and FP8.
+    """
+    config = read_config(folder)
+    if config.get("expert_pruning") or config.get("intermediate_size_per_layer"):
+        remedy = "change the numbers first, and cut then"
+        raise CheckpointError(f"{name}: expected a checkpoint in stock layout, got one that was cut; {remedy}")
+    wanted = PLAIN if to == FP8 else FP8
+    if read_base_format(config, name) != wanted:
+        raise CheckpointError(f"{name}: expected {wanted} weights for --to {to}, got others; there is nothing to do")
+    tensors, fingerprint = read_headers(folder, name)
+    for key, entry in tensors.items():
+        fits = entry.dtype in PLAIN_DTYPES and len(entry.shape) == 2 if wanted == PLAIN else key + SCALE in tensors
+        if MATRIX.fullmatch(key) and not fits:
+            expected = "plain matrices" if wanted == PLAIN else f"{key}{SCALE} beside it"
+            raise CheckpointError(f"{name}: expected {expected}, got {key} in {entry.dtype}; fetch it again")
+    if not any(map(MATRIX.fullmatch, tensors)):
+        raise CheckpointError(f"{name}: expected feed-forward layers with a matrix each, got none; use published names")
+    return NumbersSource(folder, config, tensors, fingerprint, to)
+
+
+def write(source: NumbersSource, output: Output) -> None:
+    """Write what is not there yet; config.json and the index come last."""
+    todo, progress = begin(output, {file: source.size(file) for file in source.files})
+    for file in todo:
+        progress.label = file
+        _write_file(source, file, output.folder / file, progress.advance)
+        output.note(file)
+        check_signals()
+    progress.finish()
+    for name in copy_others(source.folder, output):
+        output.note(name)
+    described = {"config.json": describe(source)}
+    if (source.folder / INDEX).is_file():
+        weight_map = {name: file for file in source.files for name in source.plan(file)}
+        total = sum(map(source.size, source.files))
+        described[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    for name, content in described.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        output.note(name)
+    output.close()
+
+
+def describe(source: NumbersSource) -> ConfigJson:
+    """Describe the output's numbers in its config.json."""
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    if source.to == FP8:
+        return {**config, "quantization_config": QUANTISATION}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: DTYPES[source.to][1]}
+
+
+def _write_file(source: NumbersSource, file: str, path: Path, advance: Callable[[int], None]) -> None:
+    with open_file(source.folder / file) as opened:
+        tensors: dict[str, torch.Tensor] = {}
+        for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
+            made = _quantise(name, opened.get_tensor(name)) if source.to == FP8 else _dequantise(source, name)
+            tensors |= made
+            advance(sum(tensor.nbytes for tensor in made.values()))
+        write_tensors(path, tensors, opened.metadata())
+        tensors.clear()
+
+
+def _quantise(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if match := KEYS.fullmatch(name):
+        scale = torch.ones(1, dtype=torch.bfloat16)
+        return {name: tensor, **{match[1] + part: scale.clone() for part in KV_SCALES}}
+    if not MATRIX.fullmatch(name):
+        return {name: tensor}
+    matrix = quantise_blocks(tensor)
+    return {name: matrix.values, name + SCALE: matrix.require_scale()}
+
+
+def _dequantise(source: NumbersSource, name: str) -> dict[str, torch.Tensor]:
+    """One tensor in plain numbers; nothing of a scale, which may lie in another file than its matrix."""
+    if name.endswith(SCALE):
+        return {}
+    dtype = DTYPES[source.to][2]
+    names = [name, name + SCALE] if name + SCALE in source.tensors else [name]
+    with open_files(source.folder, (source.tensors[key].file for key in names)) as files:
+        tensor, *scale = (files[source.tensors[key].file].get_tensor(key) for key in names)
+        plain = dequantise_blocks(tensor, scale[0]) if scale else tensor
+        return {name: plain.to(dtype) if plain.is_floating_point() else plain}

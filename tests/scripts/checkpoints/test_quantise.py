@@ -1,0 +1,136 @@
+"""`laguna quantise`: the releases' FP8 layout, and back; FP8 dense students through `laguna unpad` and `laguna pad`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compact_cases import config, read_tensors, weights, write_base
+
+from laguna_serve.scripts.checkpoints import quantise, unpad
+
+TESTS = Path(__file__).resolve().parents[2]
+RELEASE = TESTS / "fixtures" / "releases" / "Laguna-XS.2-FP8"
+
+
+def run(capsys: pytest.CaptureFixture[str], main: Any, *flags: object) -> tuple[int, dict[str, Any], str]:
+    code = main([str(flag) for flag in flags])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    return code, json.loads(lines[-1]) if lines else {}, said.err
+
+
+def name_parts(names: Any) -> set[str]:
+    """Tensor names without the numbers of layers and experts, and with ranges' choices apart."""
+    return {re.sub(r"\d+", "N", name) for name in names}
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_layout_is_the_release_s(tmp_path: Path, capsys: pytest.CaptureFixture[str], shards: int) -> None:
+    cfg = config(hidden=160, width=144)
+    tensors = weights(cfg)
+    write_base(tmp_path / "base", cfg, tensors, shards)
+    code, result, _ = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")
+    assert code == 0
+    made = read_tensors(tmp_path / "fp8")
+    published = json.loads((RELEASE / "tensors.json").read_text())
+    expanded: dict[str, str] = {}
+    for pattern, (dtype, _) in published.items():
+        plain = re.sub(r"\{[\d,-]+\}", "N", pattern)
+        choice = re.search(r"\{(.*?)\}", plain)
+        for word in choice[1].split(",") if choice else [""]:
+            expanded[re.sub(r"\d+", "N", re.sub(r"\{.*?\}", word, plain))] = dtype
+    assert name_parts(made) == set(expanded)
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}  # biases as in this base
+    assert all(tensor.dtype == dtypes[expanded[re.sub(r"\d+", "N", name)]] for name, tensor in made.items())
+    assert result["bytes_after"] == sum(tensor.nbytes for tensor in made.values())
+    released = json.loads((RELEASE / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text()) == cfg | {
+        "quantization_config": released | {"transform_config": {}}
+    }
+
+    for to, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert run(capsys, quantise.main, tmp_path / "fp8", "--to", to, "--out", tmp_path / to)[0] == 0
+        plain = read_tensors(tmp_path / to)
+        assert plain.keys() == tensors.keys()
+        for name, tensor in plain.items():
+            exact = tensors[name].float()
+            if f"{name}_scale" in made:
+                rows, columns = (np.arange(size) // 128 for size in tensor.shape)
+                exact = made[name].float() * made[f"{name}_scale"].float()[rows][:, columns]
+                assert ((exact - tensors[name].float()).abs().max() / tensors[name].abs().max()) < 2**-4
+            assert torch.equal(tensor, exact.to(dtype)), name
+        assert "quantization_config" not in json.loads((tmp_path / to / "config.json").read_text())
+
+
+def test_what_cannot_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config()
+    write_base(tmp_path / "base", cfg, weights(cfg))
+    assert run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")[0] == 0
+    for source, to, said in (
+        ("base", "bf16", "expected fp8 weights for --to bf16, got others"),
+        ("fp8", "fp8", "expected plain weights for --to fp8, got others"),
+        (RELEASE.parent / "Laguna-XS.2-NVFP4", "bf16", "got NVFP4 (nvfp4-pack-quantized)"),
+    ):
+        code, _, error = run(capsys, quantise.main, tmp_path / source, "--to", to, "--out", tmp_path / "other")
+        assert code == 2
+        assert said in error
+        assert not (tmp_path / "other").exists()
+
+
+def make_student(folder: Path, widths: tuple[int, ...], stored: int = 384) -> Path:
+    """A padded dense student in FP8, its blocks' scales in the padding other than 1."""
+    cfg = config(hidden=160, layers=len(widths))
+    cfg |= {"mlp_layer_types": ["dense"] * len(widths), "intermediate_size": stored, "tie_word_embeddings": False}
+    tensors = weights(cfg)
+    for layer, width in enumerate(widths):
+        prefix = f"model.layers.{layer}.mlp"
+        for name in ("gate", "up"):
+            tensors[f"{prefix}.{name}_proj.weight"][width:] = 0
+        tensors[f"{prefix}.down_proj.weight"][:, width:] = 0
+        tensors[f"{prefix}.up_proj.weight"][3] = 0  # of one part alone, or inside: it stays
+    write_base(folder / "plain", cfg, tensors)
+    quantise.quantise(quantise.QuantiseConfig(source=str(folder / "plain"), to="fp8", out=folder / "student"))
+    return folder / "student"
+
+
+def test_fp8_student_is_cut_with_its_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Widths that are a multiple of 128, that end inside a block, and a layer without padding."""
+    widths = (256, 200, 384)
+    student = make_student(tmp_path, widths)
+    code, result, _ = run(capsys, unpad.main, student, "--out", tmp_path / "cut", "--verify")
+    assert (code, result["widths"], result["verified"]) == (0, list(widths), True)
+    before, after = read_tensors(student), read_tensors(tmp_path / "cut")
+    for layer, width in enumerate(widths):
+        prefix, blocks = f"model.layers.{layer}.mlp", -(-width // 128)
+        for name in ("gate", "up"):
+            assert after[f"{prefix}.{name}_proj.weight"].shape == (width, 160)
+            scale = before[f"{prefix}.{name}_proj.weight_scale"]
+            assert torch.equal(after[f"{prefix}.{name}_proj.weight_scale"], scale[:blocks])
+        assert after[f"{prefix}.down_proj.weight"].shape == (160, width)
+        scale = before[f"{prefix}.down_proj.weight_scale"]
+        assert torch.equal(after[f"{prefix}.down_proj.weight_scale"], scale[:, :blocks])
+    saved = sum(tensor.nbytes for tensor in before.values()) - sum(tensor.nbytes for tensor in after.values())
+    assert result["bytes_saved"] == saved
+    assert run(capsys, _pad, tmp_path / "cut", "--out", tmp_path / "again", "--verify")[0] == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (student / name).read_bytes()
+
+
+def _pad(argv: list[str]) -> int:
+    return unpad.main(argv, tool="pad")
+
+
+def test_packed_student_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = make_student(tmp_path, (256,))
+    described = json.loads((student / "config.json").read_text())
+    packed = json.loads((RELEASE.parent / "Laguna-XS.2-INT4" / "config.json").read_text())["quantization_config"]
+    (student / "config.json").write_text(json.dumps(described | {"quantization_config": packed}))
+    code, _, error = run(capsys, unpad.main, student, "--out", tmp_path / "cut")
+    assert code == 2
+    assert "expected plain layers or FP8 ones in blocks of 128×128, got INT4" in error
