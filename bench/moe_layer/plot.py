@@ -16,11 +16,11 @@ SHADES = ("#12355b", "#1f6f9f", "#0b7a75", "#c2410c", "#7a5195", "#5f6b78")
 
 def draw(result: MoeResult, path: Path) -> None:
     """Write the PNG: a row of two panels for each routing and kind of weights."""
-    kinds = list(dict.fromkeys((row.routing, row.weights) for row in result.rows))
+    kinds = list(dict.fromkeys((row.routing, row.kind) for row in result.rows))
     size = (11, 0.9 + 4 * len(kinds))
     with open_figure(path, len(kinds), 2, figsize=size, squeeze=False) as (figure, axes):
         for (left, right), (routing, weights) in zip(axes, kinds, strict=True):
-            same = [row for row in result.rows if (row.routing, row.weights) == (routing, weights)]
+            same = [row for row in result.rows if (row.routing, row.kind) == (routing, weights)]
             rows = [row for row in same if not row.refused]
             kind = f"{routing} routing" + (", weights in 8 bits" if weights == "fp8" else "")
             if rows:

@@ -52,7 +52,7 @@ def summarise(row: MoeRow) -> str:
 
 
 def _list_cells(row: MoeRow) -> list[str]:
-    cells = [row.routing, row.weights, str(row.tokens), f"{row.pruning:.0%}"]
+    cells = [row.routing, row.kind, str(row.tokens), f"{row.pruning:.0%}"]
     if row.refused or not row.us_p10_p90:
         return [*cells, "", "refused", *[""] * (len(HEADS) - 6)]
     low, high = row.us_p10_p90

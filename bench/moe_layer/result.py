@@ -12,7 +12,7 @@ Interval = tuple[float, float]
 class LayerSettings(Struct, frozen=True, kw_only=True):
     """The layer, and where it ran: `device` is a GPU's name or "cpu", `path` the instructions that a CPU's op used.
 
-    `clock` is "wall", or "processor" where one thread's processor time was taken.
+    `clock` is "wall", or "processor" where one thread's processor time was taken; None, in older files, is "wall".
     """
 
     device: str
@@ -25,14 +25,14 @@ class LayerSettings(Struct, frozen=True, kw_only=True):
     dtype: str
     seed: int
     path: str | None = None
-    clock: str = "wall"
+    clock: str | None = None
 
 
 class MoeRow(Struct, frozen=True, kw_only=True):
     """One number of tokens, share of pruned blocks and routing.
 
     Attributes:
-        weights: "full" for the layer's dtype, "fp8" for e4m3 with scales of 128 columns.
+        weights: "full" for the layer's dtype, "fp8" for e4m3 with scales; None, in older files, is "full".
         us: median of a call; `us_p10_p90`: its deciles.
         floor_us: on a CPU the median time of reading the same bytes, in turn with the calls, and `percent_of_floor` the
             median ratio of the two; on a GPU, and in older files, its `bytes` at the floor's bandwidth.
@@ -45,7 +45,7 @@ class MoeRow(Struct, frozen=True, kw_only=True):
     tokens: int
     pruning: float
     routing: str
-    weights: str = "full"
+    weights: str | None = None
     effective_experts: float
     us: float | UnsetType = UNSET
     us_p10_p90: Interval | UnsetType = UNSET
@@ -61,9 +61,14 @@ class MoeRow(Struct, frozen=True, kw_only=True):
     ratio_ci95: Interval | UnsetType | None = UNSET
 
     @property
+    def kind(self) -> str:
+        """What the weights were."""
+        return self.weights or "full"
+
+    @property
     def name(self) -> str:
         """The row's label in tables and figures."""
-        kind = "" if self.weights == "full" else f", {self.weights}"
+        kind = "" if self.kind == "full" else f", {self.kind}"
         return f"{self.routing}, {self.tokens} tokens, {self.pruning:.0%} pruned{kind}"
 
 

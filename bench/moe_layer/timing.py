@@ -127,9 +127,9 @@ def measure_rows(
     """Check one setting for each kind of weights, then time them in turn; a wrong result is refused a time."""
     checked: list[MoeRow] = []
     for blank in blanks:
-        error, fault = layers.find_fault(subject.layers[blank.weights][0], router.draw(blank.tokens), subject.shape)
+        error, fault = layers.find_fault(subject.layers[blank.kind][0], router.draw(blank.tokens), subject.shape)
         checked.append(structs.replace(blank, error=error if math.isfinite(error) else None, refused=fault))
-    right = [row.weights for row in checked if not row.refused]
+    right = [row.kind for row in checked if not row.refused]
     if not right:
         return checked
     sound = Subject(subject.shape, {kind: subject.layers[kind] for kind in right}, subject.stock)
@@ -195,8 +195,8 @@ def _time_round(
 
 def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
     """Describe the row: its times, and their ratio to vLLM's, pooled over pairs of calls, with its 95% interval."""
-    kernel_s, stock_s = seconds.of[row.weights], seconds.of.get(STOCK, [])
-    median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes[row.weights])
+    kernel_s, stock_s = seconds.of[row.kind], seconds.of.get(STOCK, [])
+    median, size = statistics.median(kernel_s), statistics.mean(seconds.sizes[row.kind])
     deciles = statistics.quantiles(kernel_s, n=10) if len(kernel_s) > 1 else [median] * 9
     gb_s = size / median / 1e9
     timed = structs.replace(
@@ -212,7 +212,7 @@ def describe(row: MoeRow, seconds: Seconds, floor_gb_s: float) -> MoeRow:
         ratio=None,
         ratio_ci95=None,
     )
-    if reads := seconds.reads.get(row.weights):
+    if reads := seconds.reads.get(row.kind):
         shares = [100 * read / kernel for read, kernel in zip(reads, kernel_s, strict=True)]
         floor_us = statistics.median(reads) * 1e6
         timed = structs.replace(timed, floor_us=floor_us, percent_of_floor=statistics.median(shares))
