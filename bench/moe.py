@@ -4,7 +4,7 @@ A row is a number of tokens, a share of pruned blocks and a routing.  Its bytes 
 the batch chose, each once, with inputs and output; the floor is these bytes at the bandwidth that a large copy reached
 in the same run, on a CPU the time of reading the same blocks, in turn with the calls.  Every call has a routing of its
 own, so that the experts of one are not in the cache for the next, and both kernels are interleaved on the same
-batches.  A row whose result is wrong, or whose rows depend on their batch for up to 16 tokens, gets no speed.
+batches.  A row whose result is wrong, or whose rows depend on their batch for up to 64 tokens, gets no speed.
 
 The kernel is timed with the layer's dtype and with 8-bit weights in turn, both against vLLM's in that dtype.  Rows are
 written as they are measured; --resume goes on.

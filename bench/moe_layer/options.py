@@ -27,7 +27,7 @@ class MoeConfig:
     ] = ("uniform",)
     weights: Annotated[
         tuple[Literal["full", "fp8"], ...] | None,
-        Flag("full (--dtype's), fp8 or both (default: both on a CPU, full on a GPU)", metavar="LIST"),
+        Flag("full (--dtype's), fp8 or both (default: both)", metavar="LIST"),
     ] = None
     resume: Annotated[bool, Flag("keep the rows that an earlier run into the same folder measured")] = False
     repeats: Annotated[int | None, Flag("timed calls (CPU: 40) or replays (GPU: 30)", metavar="N", at_least=1)] = None

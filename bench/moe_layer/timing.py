@@ -66,8 +66,7 @@ class KernelTimer:
         self._config, self._shape, self._floor_gb_s = config, shape, floor_gb_s
         self._measured = {row.name: row for row in measured}
         self.stock = "vLLM's cpu_fused_moe, weights packed" if config.vllm else "not measured: --no-vllm"
-        on_gpu = shape.device.type == "cuda"
-        self._kinds: tuple[str, ...] = config.weights or (("full",) if on_gpu else ("full", "fp8"))
+        self._kinds: tuple[str, ...] = config.weights or ("full", "fp8")
         self.total = len(config.pruning) * len(config.routing) * len(config.tokens) * len(self._kinds)
 
     def list_rows(self) -> Iterator[MoeRow]:
