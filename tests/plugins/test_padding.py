@@ -152,7 +152,7 @@ def test_matrices_that_do_not_fit_each_other_are_named(tmp_path: Path) -> None:
 
 def test_integers_are_refused(tmp_path: Path) -> None:
     tensors = {name: tensor.to(torch.int8) for name, tensor in layer([0]).items()}
-    with pytest.raises(PaddingError, match=r"in bf16, fp16 or fp32, got .*int8"):
+    with pytest.raises(PaddingError, match=r"in bf16, fp16, fp32 or FP8, got .*int8"):
         scan_layers(write_layers(tmp_path, [tensors]), layers=1)
 
 
