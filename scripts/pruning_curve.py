@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, read_pruning, read_shape
 from laguna_serve.scripts.training.pruning.artefacts import RATIOS, hash_file
@@ -24,6 +24,9 @@ from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 from laguna_serve.serving.kit.results import to_json
+
+if TYPE_CHECKING:
+    from laguna_serve.scripts.text.rows import TextRows
 
 THREADS = 2  # forward passes alone come out the same every time
 INDICES = "group_indices_importance_sorted.npy"
@@ -41,9 +44,9 @@ class CurveConfig:
         str, Flag("Laguna checkpoint: a folder, or a hub id that is in the local cache", positional=True)
     ]
     masks: Annotated[Path, Flag("folder that score_experts.py wrote")]
-    text: Annotated[str, Flag("text to measure on: .txt, .jsonl with text or prompt, or toy:held-out (default)")] = (
-        "toy:held-out"
-    )
+    text: Annotated[
+        str, Flag("to measure on: .txt, .jsonl with text, prompt or messages, chunks.npy, or toy:held-out (default)")
+    ] = "toy:held-out"
     tokens: Annotated[int, Flag("about how many tokens (default 65536)")] = 65_536
     length: Annotated[int, Flag("tokens in a row at most (default 384)")] = 384
     seeds: Annotated[int, Flag("random masks per size, at least 2 (default 5)")] = 5
@@ -89,7 +92,7 @@ def measure_curve(config: CurveConfig) -> CurveResult:
     draws = {r: draw_controls(ranked[r], shape, r, config.seeds, str(path)) for r, path in masks.items()}
     model, tokenizer = load_model(folder, THREADS)
     text = read_rows(config.text, tokenizer, config.length, config.tokens)
-    meter = Meter(model, shape, text.rows, 1 + len(RATIOS) * (1 + config.seeds))
+    meter = Meter(model, shape, text, 1 + len(RATIOS) * (1 + config.seeds))
     unpruned = meter.measure("unpruned", None)
     points = [
         CurvePoint(
@@ -114,8 +117,8 @@ def measure_curve(config: CurveConfig) -> CurveResult:
 class Meter:
     """Measures losses of one model on one text, and says how far it is."""
 
-    def __init__(self, model: Any, shape: ExpertShape, rows: list[Any], count: int) -> None:
-        self.model, self.shape, self.rows, self.count = model, shape, rows, count
+    def __init__(self, model: Any, shape: ExpertShape, text: TextRows, count: int) -> None:
+        self.model, self.shape, self.text, self.count = model, shape, text, count
         self.done, self.started = 0, time.monotonic()
 
     def measure(self, label: str, pruning: Pruning | None) -> float:
@@ -123,7 +126,7 @@ class Meter:
         from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
 
         with zeroed(self.model, self.shape, pruning) if pruning is not None else nullcontext():
-            loss = mean_loss(self.model, self.rows)
+            loss = mean_loss(self.model, self.text.rows, self.text.scored)
         self.done += 1
         left_s = (time.monotonic() - self.started) / self.done * (self.count - self.done)
         print(f"pruning_curve: {label}: {loss:.4f} nats; {left_s:.0f} s left", file=sys.stderr, flush=True)

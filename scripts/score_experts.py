@@ -7,10 +7,18 @@ Written to --out, in the published formats (L sparse layers, E experts of N atom
   group_scores_importance_sorted.npy     [L, E, G] float32     sum of a group's scores
   group_keep_mask_{10,25,40}pct.npy      [L, E, G] bool        all but the lowest groups, at least one per expert
   group_keep_mask_random_{…}pct.npy      [L, E, G] bool        the control: as many groups, drawn at random
+  summary.json, native_group_pruning_stats.md                  what the masks remove, per layer
   MANIFEST.json                          how they were made, and a SHA-256 of each
 
 `laguna compact` makes a smaller checkpoint from a mask and the indices.  The text should be the kind of text that the
 model is for, and none that the result will be judged on.
+
+Scores (scripts/training/pruning/scores.py has the formulas): loss, what removing an atom adds to the loss, to second
+order; heapr, that of HEAPr; reap, of whole experts, and output: forward passes alone; magnitude: no text.
+
+The model is read layer by layer from its shards, in bf16, fp16, fp32 or FP8 (128×128 blocks): at most three times its
+largest layer is in memory, and one row of text, whatever the model's size; each layer's input lies in the work folder
+(OUT/work), whose size --dry-run says.  Interrupted?  The same command continues with the layer that it was at.
 """
 
 from __future__ import annotations
@@ -18,14 +26,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from laguna_serve.plugins.pruning import ExpertShape, PruningError, read_shape
 from laguna_serve.scripts.training.pruning.artefacts import (
@@ -38,16 +44,22 @@ from laguna_serve.scripts.training.pruning.artefacts import (
     write_artefacts,
     write_manifest,
 )
-from laguna_serve.scripts.training.pruning.teacher import load_model
+from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
-from laguna_serve.serving.kit.cli import HELD, run_command
-from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 
-THREADS = 1  # with two, a backward pass adds up in another order every time (seen: scores differ by 7e-7)
+if TYPE_CHECKING:
+    from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
+    from laguna_serve.scripts.training.pruning.streaming.plan import ScoringPlan
+
 EXAMPLES = """examples:
   python scripts/score_experts.py tests/toy/teacher --out tests/toy/masks          the toy family's (one minute)
   python scripts/score_experts.py MODEL --text code.jsonl --block-size 64 --out DIR
+  python scripts/score_experts.py MODEL --score heapr --text chunks.npy --device cuda --dtype bfloat16 --out DIR
+  python scripts/score_experts.py MODEL --text conversations.jsonl --out DIR --dry-run    what it would take
   python scripts/score_experts.py MODEL --atomic-scores theirs.npy --out DIR       somebody else's scores
 """
 
@@ -62,17 +74,32 @@ class ScoreConfig:
     out: Annotated[Path, Flag("folder for the artefacts")]
     text: Annotated[
         str,
-        Flag("calibration text: .txt, .jsonl with text or prompt, or toy:training (default)", old=("--prompts",)),
+        Flag(
+            "calibration text: .txt, .jsonl with text, prompt or messages, token ids as chunks.npy, or toy:training"
+            " (default)",
+            old=("--prompts",),
+        ),
     ] = "toy:training"
-    tokens: Annotated[int, Flag("about how many tokens to read (default 98304)")] = 98_304
-    length: Annotated[int, Flag("tokens in a row at most (default 384)")] = 384
-    score: Annotated[Literal["loss", "output"], Flag("see training/pruning/scores.py")] = "loss"
+    tokens: Annotated[int, Flag("about how many tokens to read (default 98304)", at_least=1)] = 98_304
+    length: Annotated[int | None, Flag("tokens in a row at most (default 384; of a .npy, its own rows)")] = None
+    score: Annotated[
+        Literal["loss", "heapr", "output", "reap", "magnitude"],
+        Flag("see training/pruning/scores.py (default loss)"),
+    ] = "loss"
     atomic_scores: Annotated[Path | None, Flag("take these scores [L, E, N] and read no text")] = None
     block_size: Annotated[int | None, Flag("atoms in a group (default: an eighth of an expert)")] = None
     seed: Annotated[int, Flag("of the random controls (default 0)")] = 0
+    device: Annotated[Literal["cpu", "cuda"], Flag("where it is computed (default cpu)")] = "cpu"
+    dtype: Annotated[Literal["float32", "bfloat16"], Flag("in which it is computed (default float32)")] = "float32"
+    threads: Annotated[int, Flag("on a CPU (default 1: with more, sums differ from run to run)", at_least=1)] = 1
+    work: Annotated[Path | None, Flag("folder for activations and gradients (default: OUT/work)")] = None
+    dry_run: Annotated[bool, Flag("say what memory and disk it takes, and stop")] = False
 
     def __post_init__(self) -> None:
+        """Refuse what means nothing. Raises FlagError."""
         check_bounds(self)
+        if self.dry_run and self.atomic_scores is not None:
+            raise FlagError("--dry-run: expected scores to measure, got --atomic-scores, which takes seconds; leave it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,11 +107,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_flags(ScoreConfig, argv, prog="scripts/score_experts.py", description=__doc__, epilog=EXAMPLES)
 
     def body() -> int:
+        if config.dry_run:
+            plan = plan_scoring(config)
+            say(plan.describe())
+            print(json.dumps(to_json(plan)))
+            return HELD
         manifest = score_experts(config)
         print(json.dumps({"out": str(config.out), **to_json(manifest)}))
         return HELD
 
-    return run_command("score_experts.py", body, others=(PruningError,))
+    return run_command("score_experts.py", body, others=(PruningError,), interrupted=CONTINUES)
+
+
+def plan_scoring(config: ScoreConfig) -> ScoringPlan:
+    """Say what scoring takes, from headers and the text alone.
+
+    Raises:
+        CheckpointError, PruningError: teacher, text or block size cannot be used.
+    """
+    folder = require_folder(config.teacher)
+    shape = read_shape(read_config(folder), config.teacher)
+    choose_block_size(config.block_size, shape)
+    return open_measurement(config, folder, shape).plan
 
 
 def score_experts(config: ScoreConfig) -> ScoresManifest:
@@ -92,16 +136,22 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
 
     Raises:
         CheckpointError, PruningError: teacher, text, scores or block size cannot be used.
+        RunDirError: the work folder is another measurement's. CommandError: not enough disk, or no such device.
     """
     folder = require_folder(config.teacher)
     shape = read_shape(read_config(folder), config.teacher)
     block_size = choose_block_size(config.block_size, shape)
+    measured: Measured | None = None
     if config.atomic_scores is not None:
         scores = read_scores(config.atomic_scores, shape)
         how: ScoresSource = {"score": str(config.atomic_scores), "scores_sha256": hash_file(config.atomic_scores)}
     else:
-        scores, how = measure_scores(config, folder, shape)
-    digests = write_artefacts(config.out, make_artefacts(scores, block_size, config.seed))
+        measured = measure_scores(config, folder, shape)
+        scores, how = measured.scores(config.score), measured.source(config.score)
+    files = make_artefacts(scores, block_size, config.seed)
+    digests = write_artefacts(config.out, files)
+    routed = None if measured is None else measured.routed
+    write_summary(config.out, summarise(config.teacher, how["score"], shape, files, how.get("loss"), routed))
     manifest = ScoresManifest(
         model=config.teacher,
         **how,
@@ -115,24 +165,38 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
     return manifest
 
 
-def measure_scores(
-    config: ScoreConfig, folder: Path, shape: ExpertShape
-) -> tuple[npt.NDArray[np.float32], ScoresSource]:
-    """Measure atomic scores [L, E, N] on the text, and say how."""
-    from laguna_serve.scripts.text.rows import read_rows
-    from laguna_serve.scripts.training.pruning.scores import SCORES, score_atoms
+def measure_scores(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Measured:
+    """Pass over the text, or go on with it; the sums stay in the work folder."""
+    measurement = open_measurement(config, folder, shape)
+    plan = measurement.plan
+    if plan.rows:
+        say(f"{plan.tokens} tokens of {config.text} in {plan.rows} rows")
+    say(plan.describe())
+    work = config.work if config.work is not None else config.out / "work"
+    if plan.rows:
+        work.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(work).free + sum(p.stat().st_size for p in work.rglob("*.bin"))
+        if free < plan.disk_bytes:
+            expected = f"{plan.disk_bytes / 2**30:.1f} GiB free for activations"
+            raise CommandError(f"{work}: expected {expected}, got {free / 2**30:.1f}; name another by --work")
+    return measurement.run(work)
 
-    model, tokenizer = load_model(folder, THREADS)
-    text = read_rows(config.text, tokenizer, config.length, config.tokens)
-    say(f"{text.tokens} tokens of {config.text} in {len(text.rows)} rows")
-    scores = score_atoms(model, shape, text.rows, SCORES[config.score], say)
-    return scores, {
-        "score": config.score,
-        "text": text.source,
-        "documents": text.documents,
-        "rows": len(text.rows),
-        "tokens": text.tokens,
-    }
+
+def open_measurement(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Measurement:
+    """Read the headers and the text."""
+    from laguna_serve.scripts.training.pruning.measurement import open_measurement
+
+    return open_measurement(
+        folder,
+        shape,
+        score=config.score,
+        text=config.text,
+        length=config.length,
+        tokens=config.tokens,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+    )
 
 
 def say(text: str) -> None:

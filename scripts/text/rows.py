@@ -1,7 +1,12 @@
 """Text to score experts on or to measure a loss on, as rows of token ids.
 
-A source is a file (.txt, or .jsonl with a "text" or "prompt" per line) or one half of the toy family's corpus:
-`toy:training` or `toy:held-out`.  No row crosses from one document into the next.
+A source is a file or one half of the toy family's corpus, `toy:training` or `toy:held-out`.  No row crosses from one
+document into the next.  Files:
+
+    .txt           one document
+    .jsonl         a document per line: "text" or "prompt", or a conversation, "messages" (and "tools"), of which what
+                   the assistant says is scored: the chat template's {% generation %} part
+    .npy           token ids [rows, tokens], as `chunks.npy` of published calibration caches
 """
 
 from __future__ import annotations
@@ -11,22 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text import corpus
 
 TOY = {"toy:training": False, "toy:held-out": True}
-SHORTEST = 16
+SHORTEST, LENGTH = 16, 384
+TEXT = ("text", "prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class TextRows:
-    """Rows of token ids [≤ length] int64 each, and what they were cut from."""
+    """Rows of token ids, and what they were cut from.
+
+    Attributes:
+        rows: [≤ length] int64 each.
+        scored: [≤ length] bool each: which of its tokens are to be predicted; never the first.
+    """
 
     source: str
     documents: int
     rows: list[torch.Tensor]
+    scored: list[torch.Tensor]
 
     @property
     def tokens(self) -> int:
@@ -35,48 +48,132 @@ class TextRows:
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted: all but the first of every row."""
-        return self.tokens - len(self.rows)
+        """Tokens that are predicted: of plain text, all but the first of every row."""
+        return sum(int(row.sum()) for row in self.scored)
 
 
-def read_rows(source: str, tokenizer: Any, length: int, tokens: int) -> TextRows:
+Document = tuple[torch.Tensor, torch.Tensor]
+
+
+def read_rows(source: str, tokenizer: Any, length: int | None, tokens: int) -> TextRows:
     """Cut the source into rows and take evenly spaced ones, about `tokens` tokens in all (everything if less).
+
+    `length`: None is LENGTH, and for token ids the file's own rows.
 
     Raises:
         PruningError: a source that is not there, is not text, or is too short for one row; rows too short.
     """
-    if length < SHORTEST:
-        raise PruningError(f"--length: expected at least {SHORTEST} tokens in a row, got {length}; 384 are usual")
-    documents = read_documents(source)
-    rows: list[torch.Tensor] = []
-    for document in documents:
-        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-        rows += [row for row in ids.split(length) if len(row) >= SHORTEST]
+    if length is not None and length < SHORTEST:
+        raise PruningError(f"--length: expected at least {SHORTEST} tokens in a row, got {length}; {LENGTH} are usual")
+    documents = _read_encoded(source, tokenizer)
+    longest = max((len(ids) for ids, _ in documents), default=0)
+    cut = length or (longest if source.endswith(".npy") else LENGTH) or LENGTH
+    rows = [row for document in documents for row in _cut(*document, cut)]
     if not rows:
         raise PruningError(f"{source}: expected at least {SHORTEST} tokens of text, got fewer; pass more text")
-    wanted = min(len(rows), max(1, round(tokens / length)))
-    return TextRows(source, len(documents), [rows[i * len(rows) // wanted] for i in range(wanted)])
+    wanted = min(len(rows), max(1, round(tokens / cut)))
+    chosen = [rows[i * len(rows) // wanted] for i in range(wanted)]
+    return TextRows(source, len(documents), [ids for ids, _ in chosen], [scored for _, scored in chosen])
+
+
+def _cut(ids: torch.Tensor, scored: torch.Tensor, length: int) -> list[Document]:
+    """Cut a document into rows that are long enough and have something to predict."""
+    rows = []
+    for part, wanted in zip(ids.split(length), scored.split(length), strict=True):
+        wanted = wanted.clone()
+        wanted[0] = False  # nothing comes before it
+        if len(part) >= SHORTEST and wanted.any():
+            rows.append((part, wanted))
+    return rows
+
+
+def _read_encoded(source: str, tokenizer: Any) -> list[Document]:
+    if source.endswith(".npy"):
+        return [_all_of(torch.from_numpy(row)) for row in _read_token_ids(source, len(tokenizer))]
+    if source.endswith(".jsonl"):
+        return [_encode(source, tokenizer, record) for record in _read_records(source)]
+    return [_encode(source, tokenizer, {"text": text}) for text in read_documents(source)]
+
+
+def _encode(source: str, tokenizer: Any, record: dict[str, Any]) -> Document:
+    if "messages" not in record:
+        return _all_of(torch.tensor(tokenizer(_find_text(record), verbose=False)["input_ids"], dtype=torch.int64))
+    try:
+        encoded = tokenizer.apply_chat_template(
+            record["messages"],
+            tools=record.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PruningError(f"{source}: expected messages that the chat template takes, got: {reason}") from None
+    scored = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
+    if not scored.any() and any(message.get("role") == "assistant" for message in record["messages"]):
+        expected = "a chat template that marks what the assistant says by {% generation %}"
+        raise PruningError(f"{source}: expected {expected}, got one that marks nothing; pass the conversations as text")
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64), scored
+
+
+def _all_of(ids: torch.Tensor) -> Document:
+    return ids, torch.ones(len(ids), dtype=torch.bool)
+
+
+def _read_token_ids(source: str, vocabulary: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    try:
+        ids = np.load(source, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise PruningError(f"{source}: expected token ids (.npy), got a file that cannot be read ({error})") from None
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
+        raise PruningError(f"{source}: expected integers [rows, tokens], got {got}; pass the cache's chunks.npy")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        expected = f"token ids below {vocabulary}, this tokenizer's"
+        raise PruningError(f"{source}: expected {expected}, got {ids.min()} to {ids.max()}; is it for this model?")
+    return ids.astype(np.int64)
+
+
+def _find_text(record: dict[str, Any]) -> str:
+    return str(record["text"] if "text" in record else record["prompt"])
 
 
 def read_documents(source: str) -> list[str]:
     """Read the source's documents, in a fixed order."""
     if source in TOY:
         return [m.text for m in corpus.read_modules() if m.held_out == TOY[source]]
+    if source.endswith(".jsonl"):
+        return [_find_text(_require(source, record, number, TEXT)) for number, record in _number_records(source)]
+    return [_read_text(source)]
+
+
+def _read_text(source: str) -> str:
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         expected = f"a text file, or one of {', '.join(TOY)}"
         raise PruningError(f"{source}: expected {expected}, got one that cannot be read ({error})") from None
-    return _read_jsonl(source, text) if source.endswith(".jsonl") else [text]
 
 
-def _read_jsonl(source: str, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+def _read_records(source: str) -> list[dict[str, Any]]:
+    return [_require(source, record, number, (*TEXT, "messages")) for number, record in _number_records(source)]
+
+
+def _number_records(source: str) -> list[tuple[int, Any]]:
+    """(line number, what it says) of every line; None for a line that is no JSON."""
+    records = []
+    for number, line in enumerate(_read_text(source).splitlines(), 1):
         try:
-            record = json.loads(line)
-            documents.append(str(record["text"] if "text" in record else record["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            expected = 'an object with "text" or "prompt"'
-            raise PruningError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None
-    return documents
+            records.append((number, json.loads(line)))
+        except ValueError:
+            records.append((number, None))
+    return records
+
+
+def _require(source: str, record: Any, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Require an object with one of the keys. Raises PruningError naming the line."""
+    if isinstance(record, dict) and any(key in record for key in keys):
+        return record
+    expected = "an object with " + " or ".join(f'"{key}"' for key in keys)
+    got = "no JSON" if record is None else json.dumps(record)[:40]
+    raise PruningError(f"{source}: expected {expected}, got {got} in line {number}; fix it")

@@ -28,6 +28,9 @@ class ScoresSource(TypedDict, total=False):
     documents: int
     rows: int
     tokens: int
+    loss: float
+    dtype: str
+    device: str
 
 
 class ScoresManifest(
@@ -42,7 +45,8 @@ class ScoresManifest(
 
     Attributes:
         score: how atoms were scored (scores.py), or the file that the scores come from, then with its digest.
-        text, documents, rows, tokens: what they were measured on.
+        text, documents, rows, tokens: what they were measured on; `loss`: the mean loss there, in nats.
+        dtype, device: what it was computed in and on.
         block_size: atoms in a group.
         seed: of the random masks.
     """
@@ -54,6 +58,9 @@ class ScoresManifest(
     documents: int | None = None
     rows: int | None = None
     tokens: int | None = None
+    loss: float | None = None
+    dtype: str | None = None
+    device: str | None = None
     block_size: int
     seed: int
     python: str

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning
 
+IGNORED = -100
+
 
 @contextmanager
 def zeroed(model: Any, shape: ExpertShape, pruning: Pruning) -> Iterator[None]:
@@ -31,11 +33,15 @@ def zeroed(model: Any, shape: ExpertShape, pruning: Pruning) -> Iterator[None]:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: list[torch.Tensor]) -> float:
-    """Mean next-token loss in nats, each predicted token counting the same."""
+def mean_loss(model: Any, rows: list[torch.Tensor], scored: list[torch.Tensor] | None = None) -> float:
+    """Mean next-token loss in nats, each predicted token counting the same.
+
+    `scored`: which tokens of each row are predicted (TextRows); None: all but the first.
+    """
     total, count = 0.0, 0
-    for row in rows:
+    for number, row in enumerate(rows):
+        wanted = row[1:] if scored is None else row[1:].where(scored[number][1:], IGNORED)
         logits = model(input_ids=row[None]).logits[0, :-1].float()
-        total += float(F.cross_entropy(logits, row[1:], reduction="sum"))
-        count += len(row) - 1
+        total += float(F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED))
+        count += int((wanted != IGNORED).sum())
     return total / count

@@ -1,25 +1,29 @@
-"""How much each atom of each routed expert matters, measured on text.
+"""How much each atom of each routed expert matters: five scores of the same sums over text.
 
-An atom is one gate row, one up row and one down column.  For a token that the router sends to the expert, with routing
-weight w (the routed scale included), the atom adds
+An atom is one gate row, one up row and one down column d.  For a token that the router sends to the expert, with
+routing weight w (the routed scale included), a = silu(gate · x) · (up · x) is the atom's strength, and the atom adds
 
-    δ = w · silu(gate · x) · (up · x) · down
+    δ = w · a · d
 
-to the layer's output.  A score is a sum over such tokens, divided by the number of *all* tokens read: an expert that is
-seldom chosen is of little importance, and scores compare between experts and between layers.
+to the layer's output.  g is the gradient of the row's summed loss with regard to the layer's output at that token, so
+that w · g is the gradient at the expert's own output.  n: tokens routed to the expert.  T: *all* tokens predicted.
 
-`loss_saliency` is, to second order and with the gradients' covariance in place of the Hessian (empirical Fisher), what
-removing the atom adds to the mean loss in nats per token: ½ (g · δ)², g being the gradient of the row's loss with
-regard to the layer's output at that token.  Atoms are taken one by one; that they err together is left out.
-`output_saliency` needs no gradients: ‖δ‖², the output's own change, as if every direction in every layer were alike.
+| score | of an atom | units |
+|--|--|--|
+| `loss` | Σ ½ (g · δ)² ÷ T | nats: what removing it adds to the mean loss, to second order, the gradients' covariance in place of the Hessian (empirical Fisher) |
+| `heapr` | (Σ a² ÷ n) · dᵀ M d, M = Σ (w g)(w g)ᵀ ÷ n | HEAPr's (arXiv:2509.22299), of the summed loss: a constant factor above its mean loss |
+| `output` | Σ ‖δ‖² ÷ T | squared units of the layer's output: no gradients |
+| `reap` | (Σ w ‖f(x)‖ ÷ n) ÷ N, f the expert | REAP's (arXiv:2510.13999), of whole experts: shared out evenly among N atoms |
+| `magnitude` | ‖gate‖² + ‖up‖² + ‖d‖² | no text |
 
-Source: the output-space view and the gradient covariance are HEAPr's (arXiv:2509.22299), which takes expectations of
-the activations and of the gradients apart; here each token's own gradient meets its own activation.
-"""
+`loss` and `output` weigh an expert by how often it is chosen.  `heapr` and `reap` are means over the tokens routed to it,
+so that frequency is divided out; an expert that no token was routed to scores 0.  HEAPr takes the expectations of
+activations and gradients apart, where `loss` has each token's own gradient meet its own activation.  dᵀ M d is the mean
+of (w g · d)², so that no [H, H] matrix is made.  Atoms are taken one by one; that they err together is left out.
+"""  # noqa: E501  a table
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,108 +33,131 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from laguna_serve.plugins.pruning import ExpertShape
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertCall:
-    """One expert's work on the n tokens of a row that were routed to it, all fp32.
+    """One expert's work on the n tokens of a row that were routed to it, in the model's dtype.
 
-    gate, up [N, H], down [H, N]: its weights.  x [n, H]: its inputs.  weights [n]: routing weights, scaled.
-    grads [n, H]: gradient of the row's summed loss with regard to the layer's output.
+    gate_up [2N, H], down [H, N]: its weights.  x [n, H]: its inputs.  weights [n]: routing weights, scaled.
+    grads [n, H]: gradient of the row's summed loss with regard to the layer's output; None without a backward pass.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
+    gate_up: torch.Tensor
     down: torch.Tensor
     x: torch.Tensor
     weights: torch.Tensor
-    grads: torch.Tensor
+    grads: torch.Tensor | None
 
 
-# One expert's call → the scores of its atoms [N] fp32, summed over the call's tokens; higher is more important.
-ScoreFunction = Callable[[ExpertCall], torch.Tensor]
+@dataclass(slots=True, eq=False)
+class ExpertSums:
+    """Sums over the tokens routed to each of a layer's E experts, in fp64, from which every score is computed.
+
+    Attributes:
+        tokens: [E] how many there were.
+        strengths: [E, N] Σ a².
+        outputs: [E, N] Σ (w a)².
+        pulls: [E, N] Σ (w g · d)²; zero without gradients, as are
+        losses: [E, N] Σ (g · δ)².
+        norms: [E] Σ w ‖f(x)‖.
+        means: [E, H] Σ f(x): divided by the tokens, MoNE's constant (arXiv:2507.00390).
+        columns: [E, N] ‖d‖², of the weights.
+        weights: [E, N] ‖gate‖² + ‖up‖² + ‖d‖².
+    """
+
+    tokens: torch.Tensor
+    strengths: torch.Tensor
+    outputs: torch.Tensor
+    pulls: torch.Tensor
+    losses: torch.Tensor
+    norms: torch.Tensor
+    means: torch.Tensor
+    columns: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of_weights(cls, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertSums:
+        """Of no token yet.  gate_up [E, 2N, H], down [E, H, N]: the layer's weights."""
+        E, H, N = down.shape
+
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=down.device)
+
+        # Expert by expert: fp32 copies of a whole layer would be as large as the layer.
+        columns = torch.stack([matrix.float().square().sum(0) for matrix in down]).double()
+        rows = torch.stack([matrix.float().square().sum(1).view(2, N).sum(0) for matrix in gate_up]).double()
+        atoms = [zeros(E, N) for _ in range(4)]
+        return cls(zeros(E), *atoms, zeros(E), zeros(E, H), columns, rows + columns)
+
+    def add(self, expert: int, call: ExpertCall) -> None:
+        """Add what an expert did for the tokens of a row."""
+        weights = call.weights.float()[:, None]
+        gate, up = (call.x @ call.gate_up.t()).float().chunk(2, dim=-1)
+        strengths = F.silu(gate) * up
+        outputs = (strengths.to(call.down.dtype) @ call.down.t()).float()
+        weighted = weights * strengths
+        self.tokens[expert] += len(call.x)
+        self.strengths[expert] += strengths.square().sum(0)
+        self.outputs[expert] += weighted.square().sum(0)
+        self.norms[expert] += (weights[:, 0] * outputs.norm(dim=-1)).sum()
+        self.means[expert] += outputs.sum(0)
+        if call.grads is not None:
+            pulls = (call.grads @ call.down).float()
+            self.pulls[expert] += (weights * pulls).square().sum(0)
+            self.losses[expert] += (weighted * pulls).square().sum(0)
+
+    def to_arrays(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Name → array, for a file."""
+        return {name: getattr(self, name).cpu().numpy() for name in self.__slots__}
+
+    @classmethod
+    def from_arrays(cls, arrays: Any) -> ExpertSums:
+        """Read what `to_arrays` gave."""
+        return cls(**{name: torch.from_numpy(np.asarray(arrays[name])) for name in cls.__slots__})
 
 
-def loss_saliency(call: ExpertCall) -> torch.Tensor:
-    """½ Σ (g · δ)²: nats."""
-    return 0.5 * (_strengths(call) * (call.grads @ call.down)).square().sum(0)
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A score: (sums, T) → [E, N] fp64, higher is more important; what it has to be measured with."""
+
+    compute: Callable[[ExpertSums, int], torch.Tensor]
+    needs_gradients: bool = False
+    needs_text: bool = True
 
 
-def output_saliency(call: ExpertCall) -> torch.Tensor:
-    """Σ ‖δ‖²: squared units of the layer's output."""
-    return _strengths(call).square().sum(0) * call.down.square().sum(0)
+def loss_saliency(sums: ExpertSums, targets: int) -> torch.Tensor:
+    """½ Σ (g · δ)² ÷ T: nats."""
+    return 0.5 * sums.losses / targets
 
 
-SCORES: dict[str, ScoreFunction] = {"loss": loss_saliency, "output": output_saliency}
+def heapr_saliency(sums: ExpertSums, _targets: int) -> torch.Tensor:
+    """Mean of a² times dᵀ M d, both over the tokens routed to the expert."""
+    return sums.strengths * sums.pulls / sums.tokens.clamp(min=1).square()[:, None]
 
 
-def _strengths(call: ExpertCall) -> torch.Tensor:
-    """[n, N]: the factor of each atom's down column in the layer's output."""
-    return call.weights[:, None] * F.silu(call.x @ call.gate.t()) * (call.x @ call.up.t())
+def output_saliency(sums: ExpertSums, targets: int) -> torch.Tensor:
+    """Σ ‖δ‖² ÷ T: squared units of the layer's output."""
+    return sums.outputs * sums.columns / targets
 
 
-class _Tap:
-    """Watches one layer's routed experts: what went in, and the gradient that comes back."""
-
-    def __init__(self, block: Any) -> None:
-        self.experts = block.experts
-        self.scale = float(block.routed_scaling_factor)
-        self.hook = block.experts.register_forward_hook(self._watch)
-        self.inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.grads: torch.Tensor | None = None
-
-    def _watch(self, _module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x, ids, weights = (tensor.detach() for tensor in inputs)
-        self.inputs = x, ids, weights
-        output.register_hook(self._keep)
-
-    def _keep(self, grads: torch.Tensor) -> None:
-        self.grads = grads
-
-    def add_scores(self, scores: torch.Tensor, score: ScoreFunction) -> None:
-        """Add the last row's scores to scores [E, N]."""
-        assert self.inputs is not None
-        assert self.grads is not None
-        x, ids, weights = self.inputs
-        for expert in ids.unique().tolist():
-            rows, slots = (ids == expert).nonzero(as_tuple=True)
-            gate, up = self.experts.gate_up_proj[expert].float().chunk(2)
-            down = self.experts.down_proj[expert].float()
-            # The layer scales what its experts give; the gradient here is before that, the atom's share after.
-            grads = self.grads[rows].float() / self.scale
-            call = ExpertCall(gate, up, down, x[rows].float(), weights[rows, slots].float() * self.scale, grads)
-            scores[expert] += score(call)
+def reap_saliency(sums: ExpertSums, _targets: int) -> torch.Tensor:
+    """REAP's score of the expert, an equal part of it for each atom."""
+    N = sums.strengths.shape[1]
+    return (sums.norms / sums.tokens.clamp(min=1) / N)[:, None].repeat(1, N)
 
 
-def score_atoms(
-    model: Any,
-    shape: ExpertShape,
-    rows: list[torch.Tensor],
-    score: ScoreFunction,
-    say: Callable[[str], None] = lambda _: None,
-) -> npt.NDArray[np.float32]:
-    """Scores [L, E, N] of a transformers Laguna: one forward and one backward pass per row of token ids."""
-    model.eval().requires_grad_(False)
-    taps = [_Tap(model.model.layers[layer].mlp) for layer in shape.layers]
-    scores = torch.zeros(len(taps), shape.num_experts, shape.intermediate_size)
-    started = last = time.monotonic()
-    try:
-        for done, row in enumerate(rows, 1):
-            embedded = model.model.embed_tokens(row[None]).requires_grad_()
-            logits = model(inputs_embeds=embedded).logits[0, :-1].float()
-            F.cross_entropy(logits, row[1:], reduction="sum").backward()
-            for tap, layer_scores in zip(taps, scores, strict=True):
-                tap.add_scores(layer_scores, score)
-            now = time.monotonic()
-            if now - last > 5 or done == len(rows):
-                last = now
-                say(f"row {done}/{len(rows)}, {(now - started) / done * (len(rows) - done):.0f} s left")
-    finally:
-        for tap in taps:
-            tap.hook.remove()
-    scores /= sum(len(row) - 1 for row in rows)
-    return scores.numpy()
+def magnitude(sums: ExpertSums, _targets: int) -> torch.Tensor:
+    """Squared norm of the atom's three vectors of weights."""
+    return sums.weights
+
+
+SCORES: dict[str, Score] = {
+    "loss": Score(loss_saliency, needs_gradients=True),
+    "heapr": Score(heapr_saliency, needs_gradients=True),
+    "output": Score(output_saliency),
+    "reap": Score(reap_saliency),
+    "magnitude": Score(magnitude, needs_text=False),
+}
 
 
 def group_atoms(

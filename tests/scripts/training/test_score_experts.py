@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import LagunaConfig, LagunaForCausalLM
+from tiny_laguna import make_tiny
 
 from laguna_serve.plugins.pruning import PruningError, check_pruning, draw_random_mask, rank_groups, read_shape
 from laguna_serve.scripts.text.rows import read_rows
 from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
-from laguna_serve.scripts.training.pruning.scores import SCORES, group_atoms, score_atoms
+from laguna_serve.scripts.training.pruning.scores import group_atoms
 
 ROOT = Path(__file__).resolve().parents[3]
 MASKS = ROOT / "tests" / "toy" / "masks"
@@ -27,98 +26,8 @@ SCRIPT = ROOT / "scripts" / "score_experts.py"
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    """Two sparse layers of four experts of eight, with a routed scale that is not 1."""
-    torch.manual_seed(0)
-    config = LagunaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_attention_heads_per_layer=[2, 2, 2],
-        num_key_value_heads=1,
-        head_dim=8,
-        layer_types=["full_attention"] * 3,
-        mlp_layer_types=["dense", "sparse", "sparse"],
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        moe_routed_scaling_factor=2.5,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LagunaForCausalLM(config).eval()
-    with torch.no_grad():  # transformers leaves the router at zero
-        for layer in model.model.layers[1:]:
-            layer.mlp.gate.weight.normal_()
-    return model, read_shape(config.to_dict(), "tiny")
-
-
-def atom_outputs(model: Any, layer: int, expert: int, atom: int, row: torch.Tensor) -> torch.Tensor:
-    """[T, H]: what one atom adds to the layer's output, as the difference of two runs of that layer."""
-    experts, found = model.model.layers[layer].mlp, {}
-    hook = experts.register_forward_pre_hook(lambda _module, inputs: found.update(x=inputs[0]))
-    with torch.no_grad():
-        model(input_ids=row[None])
-        hook.remove()
-        whole = experts(found["x"])
-        column = experts.experts.down_proj[expert, :, atom].clone()
-        experts.experts.down_proj[expert, :, atom] = 0
-        less = experts(found["x"])
-        experts.experts.down_proj[expert, :, atom] = column
-    return (whole - less)[0]
-
-
-def layer_gradient(model: Any, layer: int, row: torch.Tensor) -> torch.Tensor:
-    """[T, H]: gradient of the row's summed loss with regard to the layer's output."""
-    found: dict[str, torch.Tensor] = {}
-    block = model.model.layers[layer].mlp
-
-    def watch(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        output.register_hook(lambda grad: found.update(grad=grad))
-
-    hook = block.register_forward_hook(watch)
-    embedded = model.model.embed_tokens(row[None]).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded).logits[0, :-1]
-    F.cross_entropy(logits, row[1:], reduction="sum").backward()
-    hook.remove()
-    return found["grad"][0]
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_scores_are_their_definition(tiny: Any, name: str) -> None:
-    model, shape = tiny
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(3, 64, (length,), generator=generator) for length in (20, 13)]
-    scores = score_atoms(model, shape, rows, SCORES[name])
-    assert scores.shape == (2, 4, 8)
-    assert scores.dtype == np.float32
-    tokens = 19 + 12
-    for index, expert, atom in ((0, 0, 0), (0, 3, 5), (1, 1, 7), (1, 2, 2)):
-        wanted = 0.0
-        for row in rows:
-            outputs = atom_outputs(model, shape.layers[index], expert, atom, row)
-            if name == "output":
-                wanted += float(outputs.square().sum()) / tokens
-            else:
-                grads = layer_gradient(model, shape.layers[index], row)
-                wanted += 0.5 * float((outputs * grads).sum(-1).square().sum()) / tokens
-        assert wanted > 0
-        assert scores[index, expert, atom] == pytest.approx(wanted, rel=1e-3)
-
-
-def test_scores_are_repeatable_and_leave_the_model_alone(tiny: Any) -> None:
-    model, shape = tiny
-    rows = [torch.arange(3, 40)]
-    before = mean_loss(model, rows)
-    first = score_atoms(model, shape, rows, SCORES["loss"])
-    assert np.array_equal(first, score_atoms(model, shape, rows, SCORES["loss"]))
-    assert mean_loss(model, rows) == before
-    assert not model.model.layers[1].mlp.experts._forward_hooks
+    model = make_tiny()
+    return model, read_shape(model.config.to_dict(), "tiny")
 
 
 def test_groups_are_sorted_and_keep_every_atom() -> None:

@@ -1,0 +1,1 @@
+"""Scoring layer by layer: weights from the shards, activations and gradients on disk, one layer in memory."""
