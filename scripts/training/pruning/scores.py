@@ -86,8 +86,17 @@ class ExpertSums:
         # Expert by expert: fp32 copies of a whole layer would be as large as the layer.
         columns = torch.stack([matrix.float().square().sum(0) for matrix in down]).double()
         rows = torch.stack([matrix.float().square().sum(1).view(2, N).sum(0) for matrix in gate_up]).double()
-        atoms = [zeros(E, N) for _ in range(4)]
-        return cls(zeros(E), *atoms, zeros(E), zeros(E, H), columns, rows + columns)
+        return cls(
+            tokens=zeros(E),
+            strengths=zeros(E, N),
+            outputs=zeros(E, N),
+            pulls=zeros(E, N),
+            losses=zeros(E, N),
+            norms=zeros(E),
+            means=zeros(E, H),
+            columns=columns,
+            weights=rows + columns,
+        )
 
     def add(self, expert: int, call: ExpertCall) -> None:
         """Add what an expert did for the tokens of a row."""

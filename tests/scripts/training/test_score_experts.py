@@ -80,6 +80,63 @@ def test_committed_masks_fit_the_teacher_and_their_manifest() -> None:
             assert mask.any(-1).all()
 
 
+def run_script(*flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(MASKS.parent / "teacher"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_command_plans_scores_and_summarises(tmp_path: Path) -> None:
+    source = tmp_path / "chunks.npy"
+    np.save(source, np.random.default_rng(0).integers(5, 500, (2, 48)))
+    flags = ["--score", "heapr", "--text", source, "--dtype", "bfloat16", "--out", tmp_path / "out"]
+    planned = run_script(*flags, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout.splitlines()[-1])
+    assert plan["schema"] == "laguna_serve.expert_scoring_plan/1"
+    assert (plan["rows"], plan["longest"], plan["dtype"]) == (2, 48, "bfloat16")
+    assert plan["model_bytes"] > 3 * plan["part_bytes"]
+    assert "GiB of memory besides Python" in planned.stderr
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out" / "MANIFEST.json").read_text())
+    assert (manifest["score"], manifest["tokens"], manifest["dtype"]) == ("heapr", 96, "bfloat16")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["loss"] == manifest["loss"] > 0
+    assert summary["group_parameters"] == 16 * 3 * 160
+    assert summary["routed_parameters"] == 5 * 16 * 3 * 128 * 160
+    for share, pruned in zip(summary["shares"], (64, 160, 256), strict=True):
+        assert sum(share["pruned_groups_per_layer"]) == share["pruned_groups"] == pruned
+        assert share["removable_bytes_bf16"] == 2 * pruned * summary["group_parameters"]
+    page = (tmp_path / "out" / "native_group_pruning_stats.md").read_text()
+    assert page.count("\n| ") == 7, "a row per sparse layer, the head and the sum"
+    indices = np.load(tmp_path / "out" / "group_indices_importance_sorted.npy")
+    keep = np.load(tmp_path / "out" / "group_keep_mask_25pct.npy")
+    shape = read_shape(json.loads((MASKS.parent / "teacher" / "config.json").read_text()), "toy")
+    assert check_pruning(keep, indices, shape).pruned_blocks == 160
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--device", "cuda"], "expected a GPU that torch can use, got none"),
+        (["--text", "missing.jsonl"], "missing.jsonl: expected a text file"),
+        (["--dry-run", "--atomic-scores", "x.npy"], "--dry-run: expected scores to measure"),
+        (["--length", "8"], "--length: expected at least 16"),
+    ],
+)
+@pytest.mark.slow
+def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str], why: str) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run_script(*flags, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_somebody_elses_scores_are_grouped_and_ranked(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).random((5, 16, 128)).astype(np.float32)

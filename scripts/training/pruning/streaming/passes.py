@@ -203,8 +203,10 @@ class Tap:
     """Watches a sparse layer's routed experts: what goes in and comes out of the last row, and the sums of all."""
 
     def __init__(self, block: Any) -> None:
-        self._experts, self._scale = block.experts, float(block.routed_scaling_factor)
-        self.sums = ExpertSums.of_weights(block.experts.gate_up_proj, block.experts.down_proj)
+        # The weights, not the module: it holds this object's method, and a cycle would keep a layer in memory.
+        self._gate_up, self._down = block.experts.gate_up_proj.data, block.experts.down_proj.data
+        self._scale = float(block.routed_scaling_factor)
+        self.sums = ExpertSums.of_weights(self._gate_up, self._down)
         block.experts.register_forward_hook(self._watch)
 
     def _watch(self, _module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -218,8 +220,8 @@ class Tap:
                 rows, slots = (self._ids == expert).nonzero(as_tuple=True)
                 # The layer scales what its experts give; the gradient here is before that, the atom's share after.
                 call = ExpertCall(
-                    gate_up=self._experts.gate_up_proj[expert],
-                    down=self._experts.down_proj[expert],
+                    gate_up=self._gate_up[expert],
+                    down=self._down[expert],
                     x=self._x[rows],
                     weights=self._weights[rows, slots] * self._scale,
                     grads=None if grads is None else grads[rows] / self._scale,

@@ -118,4 +118,4 @@ def measure_row(layers: Layers, shape: ExpertShape, tokens: int) -> int:
     experts = K * (8 * N + 4 * H) + 6 * config.shared_expert_intermediate_size + 4 * shape.num_experts
     dense = 6 * config.intermediate_size if len(shape.layers) < config.num_hidden_layers else 0
     head = 5 * min(tokens, HEAD_CHUNK) * config.vocab_size
-    return 4 * max(tokens * (12 * H + attention + max(experts, dense)), head)
+    return 4 * int(max(tokens * (12 * H + attention + max(experts, dense)), head))

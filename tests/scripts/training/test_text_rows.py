@@ -1,0 +1,99 @@
+"""What scores are measured on: conversations of which the answers count, token ids, and files that are neither."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.scripts.text.rows import read_rows
+
+TEACHER = Path(__file__).resolve().parents[2] / "toy" / "teacher"
+QUESTION = {"role": "user", "content": "Write a function that adds two numbers."}
+ANSWER = {"role": "assistant", "content": "def add(a, b):\n    return a + b\n"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TEACHER)
+
+
+def write_lines(path: Path, *records: object) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_of_a_conversation_the_answers_are_scored(tokenizer: Any, tmp_path: Path) -> None:
+    other = {"role": "assistant", "content": "return 1"}
+    source = write_lines(
+        tmp_path / "c.jsonl", {"messages": [QUESTION, ANSWER, QUESTION, other]}, {"text": "import os\n" * 20}
+    )
+    found = read_rows(source, tokenizer, None, 10_000)
+    conversation, plain = zip(found.rows, found.scored, strict=True)
+    assert tokenizer.decode(conversation[0][conversation[1]]) == f"{ANSWER['content']}<|end|>return 1<|end|>"
+    assert not plain[1][0]
+    assert plain[1][1:].all()
+    assert found.targets == int(conversation[1].sum()) + len(plain[0]) - 1
+    assert found.documents == 2
+
+
+def test_rows_of_a_conversation_without_answers_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "c.jsonl", {"messages": [QUESTION | {"content": "x = 1\n" * 50}, ANSWER]})
+    found = read_rows(source, tokenizer, 32, 10_000)
+    assert all(scored.any() for scored in found.scored)
+    assert len(found.rows) < len(tokenizer(QUESTION["content"] * 3)["input_ids"])
+    alone = write_lines(tmp_path / "q.jsonl", {"messages": [QUESTION]})
+    with pytest.raises(PruningError, match="at least 16 tokens"):
+        read_rows(alone, tokenizer, None, 10_000)
+
+
+def test_a_template_that_marks_nothing_is_refused(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    source = write_lines(tmp_path / "c.jsonl", {"messages": [QUESTION, ANSWER]})
+    with pytest.raises(PruningError, match="generation"):
+        read_rows(source, tokenizer, None, 10_000)
+    wrong = write_lines(tmp_path / "w.jsonl", {"messages": [{"role": "judge", "content": "no"}]})
+    with pytest.raises(PruningError, match="role: expected system, user, assistant or tool, got judge"):
+        read_rows(wrong, AutoTokenizer.from_pretrained(TEACHER), None, 10_000)
+
+
+def test_token_ids_keep_their_rows(tokenizer: Any, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, len(tokenizer), (6, 700), dtype=np.uint16)
+    np.save(tmp_path / "chunks.npy", ids)
+    source = str(tmp_path / "chunks.npy")
+    found = read_rows(source, tokenizer, None, 10_000)
+    assert [row.tolist() for row in found.rows] == ids.tolist()
+    assert found.targets == 6 * 699
+    assert len(read_rows(source, tokenizer, None, 1400).rows) == 2
+    assert [len(row) for row in read_rows(source, tokenizer, 400, 10_000).rows[:2]] == [400, 300]
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        (np.zeros((2, 20), np.float32), "float32"),
+        (np.zeros(20, np.int64), r"\[20\]"),
+        (np.full((2, 20), 512), "below 512"),
+        (np.full((2, 20), -1), "-1 to -1"),
+        (np.zeros((0, 20), np.int64), r"\[0, 20\]"),
+    ],
+)
+def test_token_ids_of_another_kind_are_refused(tokenizer: Any, tmp_path: Path, ids: Any, why: str) -> None:
+    np.save(tmp_path / "chunks.npy", ids)
+    with pytest.raises(PruningError, match=why):
+        read_rows(str(tmp_path / "chunks.npy"), tokenizer, None, 1000)
+
+
+def test_a_line_that_says_nothing_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "t.jsonl", {"text": "a = 1\n" * 20}, {"x": 1})
+    with pytest.raises(PruningError, match=r'"messages", got \{"x": 1\} in line 2'):
+        read_rows(source, tokenizer, None, 1000)
+    (tmp_path / "t.jsonl").write_text("{\n")
+    with pytest.raises(PruningError, match="got no JSON in line 1"):
+        read_rows(source, tokenizer, None, 1000)
