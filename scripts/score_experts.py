@@ -44,6 +44,7 @@ from laguna_serve.scripts.training.pruning.artefacts import (
     write_artefacts,
     write_manifest,
 )
+from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
@@ -53,7 +54,6 @@ from laguna_serve.serving.kit.results import to_json
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
-    from laguna_serve.scripts.training.pruning.streaming.plan import ScoringPlan
 
 EXAMPLES = """examples:
   python scripts/score_experts.py tests/toy/teacher --out tests/toy/masks          the toy family's (one minute)

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.text.rows import TextRows, read_rows
 from laguna_serve.scripts.training.pruning.artefacts import ScoresSource
+from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.passes import Passes
-from laguna_serve.scripts.training.pruning.streaming.plan import ScoringPlan, make_plan
+from laguna_serve.scripts.training.pruning.streaming.sizes import make_plan
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.serving.checkpoint import read_config
 from laguna_serve.serving.kit.errors import CommandError

@@ -21,7 +21,7 @@ from laguna_serve.scripts.training.pruning.measurement import Measured, Measurem
 from laguna_serve.scripts.training.pruning.scores import SCORES
 from laguna_serve.scripts.training.pruning.streaming import passes
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
-from laguna_serve.scripts.training.pruning.streaming.plan import make_plan
+from laguna_serve.scripts.training.pruning.streaming.sizes import make_plan
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights, dequantise
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.run_dir import RunDirError
