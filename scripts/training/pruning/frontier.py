@@ -102,8 +102,8 @@ def format_page(result: FrontierResult) -> str:
     lines += [
         "",
         f"{result.targets:,} tokens of {result.text} in {result.rows} evenly spaced rows, fp32, masks applied in"
-        f" memory; scores of {result.calibration_tokens:,} tokens. Every expert keeps a group (of `-atoms`: an atom), also by"
-        " `reap`, which ranks whole experts: the router is left alone. Random masks prune groups of `loss`.",
+        f" memory; scores of {result.calibration_tokens:,} tokens. Every expert keeps a group (of `-atoms`: an atom),"
+        " also by `reap`, which ranks whole experts: the router is left alone. Random masks prune groups of `loss`.",
         "",
         cite_environment(result.environment),
     ]
