@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.run_dir import RunDirError
 
 ROOT = Path(__file__).resolve().parents[3]
+RELEASES = ROOT / "tests" / "fixtures" / "releases"
 ATOMS = ((0, 0, 0), (0, 3, 5), (1, 1, 7), (1, 2, 2))
 
 
@@ -227,7 +230,7 @@ def quantise(folder: Path, out: Path) -> Path:
             tensors[name] = (values.float() / wide[:, : values.shape[1]]).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale"] = scale
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    release = ROOT / "tests" / "fixtures" / "releases" / "Laguna-XS.2-FP8" / "config.json"
+    release = RELEASES / "Laguna-XS.2-FP8" / "config.json"
     described = json.loads(release.read_text())["quantization_config"]
     (out / "config.json").write_text(json.dumps(read_config(folder) | {"quantization_config": described}))
     return out
@@ -264,9 +267,8 @@ def test_scales_of_rows_and_of_matrices_are_read_and_others_refused() -> None:
 
 def test_what_cannot_be_read_is_refused_in_one_line(tiny: Any, text: TextRows, tmp_path: Path) -> None:
     config = read_config(tiny[2])
-    release = ROOT / "tests" / "fixtures" / "releases"
     for name in ("Laguna-XS.2-NVFP4", "Laguna-XS.2-INT4"):
-        described = json.loads((release / name / "config.json").read_text())["quantization_config"]
+        described = json.loads((RELEASES / name / "config.json").read_text())["quantization_config"]
         with pytest.raises(CheckpointError, match="score the bf16 or FP8 release"):
             Weights(tiny[2], config | {"quantization_config": described})
     cut = save_tiny(make_tiny(), tmp_path / "cut")
@@ -274,6 +276,47 @@ def test_what_cannot_be_read_is_refused_in_one_line(tiny: Any, text: TextRows, t
     wrong = open_tiny(cut, text, "heapr")
     with pytest.raises(CheckpointError, match=r"expected \[16, 16\].*got \[8, 16\]"):
         wrong.run(tmp_path / "work")
+
+
+def write_hollow(release: str, folder: Path) -> Path:
+    """A published checkpoint's headers, and a file with holes in the place of its tensors."""
+    sizes = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+    headers, end = {}, 0
+    for pattern, (dtype, shape) in json.loads((RELEASES / release / "tensors.json").read_text()).items():
+        for name in expand(pattern):
+            begin, end = end, end + sizes[dtype] * math.prod(shape)
+            headers[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(headers).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    (folder / "config.json").write_text((RELEASES / release / "config.json").read_text())
+    return folder
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a fixture's pattern stands for: {a,b} and {0-39}."""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    parts: list[str] = []
+    for part in found[1].split(","):
+        first, _, last = part.partition("-")
+        parts += [str(number) for number in range(int(first), int(last) + 1)] if last else [part]
+    return [name for part in parts for name in expand(pattern[: found.start()] + part + pattern[found.end() :])]
+
+
+@pytest.mark.parametrize(("release", "stored"), [("Laguna-XS.2", 66_885_254_144), ("Laguna-XS.2-FP8", 35_309_145_888)])
+def test_33_billion_parameters_fit_in_seven_gibibytes(release: str, stored: int, tmp_path: Path) -> None:
+    folder = write_hollow(release, tmp_path / "model")
+    rows = [torch.zeros(2048, dtype=torch.int64)] * 128
+    scored = [torch.arange(2048) > 0] * 128
+    plan = open_tiny(folder, TextRows("wikitext", 1, rows, scored), "heapr", torch.bfloat16).plan
+    assert plan.model_bytes == stored
+    assert plan.memory_bytes < 7 * 2**30
+    assert plan.disk_bytes < 45 * 2**30
+    assert plan.memory_bytes == plan.row_bytes + 3 * plan.part_bytes + 8 * 256 * (6 * 512 + 2048)
 
 
 CHILD = """
@@ -285,7 +328,7 @@ from test_streaming_scores import make_text, open_tiny
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
-measurement = open_tiny(folder, make_text(64, 64), "heapr")
+measurement = open_tiny(folder, make_text(64, 512), "heapr")
 torch.randn(64, 64, requires_grad=True).mm(torch.randn(64, 64)).sum().backward()  # the engine's threads are there
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 allowed = measurement.plan.memory_bytes + int(sys.argv[3])
@@ -341,4 +384,4 @@ def test_a_model_many_times_larger_than_the_allowed_memory_is_scored(tmp_path: P
     assert said["layers"] == 63
     assert np.isfinite(said["loss"])
     assert not said["whole"], "the limit holds: the model itself does not fit"
-    assert stored > 5 * said["allowed"] > 5 * said["bound"], "and is computed in fp32, of twice the size"
+    assert stored > 4 * said["allowed"] > 4 * said["bound"], "and is computed in fp32, of twice the size"
