@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laguna_serve.scripts.training.pruning.frontier import compare_rows, correlate, rank
+from laguna_serve.scripts.frontier.result import compare_rows, correlate, rank
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -37,7 +37,7 @@ def test_ranks_of_equal_values_are_shared() -> None:
 @pytest.mark.slow
 def test_script_measures_every_mask(tmp_path: Path) -> None:
     flags = ["--calibration-tokens", "384", "--tokens", "768", "--seeds", "1", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "scripts" / "pruning_frontier.py"), "--model", str(TOY / "teacher")]
+    command = [sys.executable, str(ROOT / "scripts" / "frontier"), "--model", str(TOY / "teacher")]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "frontier.json").read_text())

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, rank_groups, read_shape
-from laguna_serve.scripts.score_experts import ScoreConfig, measure_scores
-from laguna_serve.scripts.training.pruning.artefacts import RATIOS, choose_block_size
-from laguna_serve.scripts.training.pruning.frontier import (
+from laguna_serve.scripts.frontier.result import (
     FrontierPoint,
     FrontierResult,
     compare_rows,
     correlate,
     format_page,
 )
+from laguna_serve.scripts.score_experts import ScoreConfig, measure_scores
+from laguna_serve.scripts.training.pruning.artefacts import RATIOS, choose_block_size
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.checkpoint.weight_files import count_values
 from laguna_serve.serving.kit.cli import CONTINUES
@@ -40,8 +40,8 @@ from laguna_serve.serving.kit.results import write_result
 BF16_BYTES = 2
 EXAMPLES = """
 examples:
-  python scripts/pruning_frontier.py --model tests/toy/teacher --out out/frontier
-  python scripts/pruning_frontier.py --model M --calibration chunks.npy --text held-out.jsonl --out DIR
+  python scripts/frontier --model tests/toy/teacher --out out/frontier
+  python scripts/frontier --model M --calibration chunks.npy --text held-out.jsonl --out DIR
 
 exit status:
   0    measured
@@ -72,7 +72,7 @@ class FrontierConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "scripts/pruning_frontier.py",
+        "scripts/frontier",
         FrontierConfig,
         __doc__,
         EXAMPLES,
@@ -168,7 +168,7 @@ class Meter:
             means = np.array([mean_loss(self._model, [row], [scored]) for row, scored in rows])
         nats: npt.NDArray[np.float64] = means * self.targets
         took = f"{time.monotonic() - began:.0f} s"
-        print(f"pruning_frontier: {label}: {nats.sum() / self.targets.sum():.4f} nats; {took}", file=sys.stderr)
+        print(f"frontier: {label}: {nats.sum() / self.targets.sum():.4f} nats; {took}", file=sys.stderr)
         return nats
 
 

@@ -1,4 +1,4 @@
-"""The result of pruning_frontier.py: held-out loss by score and share, agreement of the scores, and the page."""
+"""The result of scripts/frontier: held-out loss by score and share, agreement of the scores, and the page."""
 
 from __future__ import annotations
 

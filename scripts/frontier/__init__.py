@@ -1,0 +1,1 @@
+"""Which score prunes best: held-out loss against bytes."""
