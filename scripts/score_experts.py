@@ -26,7 +26,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +47,6 @@ from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
-from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 
@@ -172,14 +170,7 @@ def measure_scores(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Mea
     if plan.rows:
         say(f"{plan.tokens} tokens of {config.text} in {plan.rows} rows")
     say(plan.describe())
-    work = config.work if config.work is not None else config.out / "work"
-    if plan.rows:
-        work.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(work).free + sum(p.stat().st_size for p in work.rglob("*.bin"))
-        if free < plan.disk_bytes:
-            expected = f"{plan.disk_bytes / 2**30:.1f} GiB free for activations"
-            raise CommandError(f"{work}: expected {expected}, got {free / 2**30:.1f}; name another by --work")
-    return measurement.run(work)
+    return measurement.run(config.work if config.work is not None else config.out / "work")
 
 
 def open_measurement(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Measurement:

@@ -26,7 +26,6 @@ from laguna_serve.scripts.frontier.result import (
     correlate,
     format_page,
 )
-from laguna_serve.scripts.score_experts import ScoreConfig, measure_scores
 from laguna_serve.scripts.training.pruning.artefacts import RATIOS, choose_block_size
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.checkpoint.weight_files import count_values
@@ -92,17 +91,21 @@ def measure_frontier(config: FrontierConfig) -> FrontierResult:
     shape = read_shape(read_config(folder), config.model)
     block_size = choose_block_size(config.block_size, shape)
     environment = read_environment(current_argv())
-    scoring = ScoreConfig(
-        teacher=config.model,
-        out=config.out,
-        text=config.calibration,
-        tokens=config.calibration_tokens,
-        length=config.length,
-        work=config.out / "work",
-    )
-    measured = measure_scores(scoring, folder, shape)
+    from laguna_serve.scripts.training.pruning.measurement import open_measurement
     from laguna_serve.scripts.training.pruning.scores import SCORES
 
+    measurement = open_measurement(
+        folder,
+        shape,
+        score="loss",  # what it needs, all others need too
+        text=config.calibration,
+        length=config.length,
+        tokens=config.calibration_tokens,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+    )
+    measured = measurement.run(config.out / "work")
     scores = {name: measured.scores(name) for name in SCORES}
     meter = Meter(config, folder, shape)
     base = meter.measure("unpruned", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.text.rows import TextRows, read_rows
 from laguna_serve.scripts.training.pruning.artefacts import ScoresSource
-from laguna_serve.scripts.training.pruning.plan import ScoringPlan
+from laguna_serve.scripts.training.pruning.plan import GIB, ScoringPlan
 from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.passes import Passes
@@ -75,16 +76,24 @@ class Measurement:
         """Measure what the work folder lacks.
 
         Raises:
-            RunDirError: it is another measurement's. CheckpointError, JournalError, WriteError: see `Passes.run`.
+            RunDirError: it is another measurement's. CommandError: its disk is too full. CheckpointError, JournalError, WriteError: see `Passes.run`.
         """
         score = SCORES[self.score]
         if not score.needs_text:
             return Measured([self._weigh(layer) for layer in self.shape.layers], self.text, None, self.plan)
+        self._check_room(work)
         folder = work / ("backward" if score.needs_gradients else "forward")
         claim_folder(folder, self._list_settings())
         passes = Passes(self.layers, self.shape, self.text, folder, score.needs_gradients, Progress())
         sums, loss = passes.run()
         return Measured(sums, self.text, loss, self.plan)
+
+    def _check_room(self, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(work).free + sum(path.stat().st_size for path in work.rglob("*.bin"))
+        if free < self.plan.disk_bytes:
+            expected = f"{self.plan.disk_bytes / GIB:.1f} GiB free for activations"
+            raise CommandError(f"{work}: expected {expected}, got {free / GIB:.1f}; name another folder by --work")
 
     def _weigh(self, number: int) -> ExpertSums:
         experts = self.layers.load(number).mlp.experts

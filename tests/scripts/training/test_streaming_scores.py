@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.sizes import make_plan
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights, dequantise
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.run_dir import RunDirError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -322,6 +324,7 @@ def test_33_billion_parameters_fit_in_seven_gibibytes(release: str, stored: int,
 CHILD = """
 import json, resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from transformers import LagunaForCausalLM
 from test_streaming_scores import make_text, open_tiny
@@ -385,3 +388,13 @@ def test_a_model_many_times_larger_than_the_allowed_memory_is_scored(tmp_path: P
     assert np.isfinite(said["loss"])
     assert not said["whole"], "the limit holds: the model itself does not fit"
     assert stored > 4 * said["allowed"] > 4 * said["bound"], "and is computed in fp32, of twice the size"
+
+
+def test_a_disk_that_is_too_full_is_said_before_the_work(
+    tiny: Any, text: TextRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurement = open_tiny(tiny[2], text, "heapr")
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=measurement.plan.disk_bytes - 1))
+    with pytest.raises(CommandError, match="free for activations.*--work"):
+        measurement.run(tmp_path / "work")
+    assert not (tmp_path / "work" / "backward").exists()
