@@ -76,7 +76,8 @@ class Measurement:
         """Measure what the work folder lacks.
 
         Raises:
-            RunDirError: it is another measurement's. CommandError: its disk is too full. CheckpointError, JournalError, WriteError: see `Passes.run`.
+            RunDirError: it is another measurement's. CommandError: its disk is too full.
+            CheckpointError, JournalError, WriteError: see `Passes.run`.
         """
         score = SCORES[self.score]
         if not score.needs_text:

@@ -395,6 +395,6 @@ def test_a_disk_that_is_too_full_is_said_before_the_work(
 ) -> None:
     measurement = open_tiny(tiny[2], text, "heapr")
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=measurement.plan.disk_bytes - 1))
-    with pytest.raises(CommandError, match="free for activations.*--work"):
+    with pytest.raises(CommandError, match=r"free for activations.*--work"):
         measurement.run(tmp_path / "work")
     assert not (tmp_path / "work" / "backward").exists()
