@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from laguna_serve.plugins.formats.fp8 import dequantise_blocks
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
 from laguna_serve.serving.checkpoint.quantisation import FP8, read_quantisation
 from laguna_serve.serving.checkpoint.weight_files import TensorHeader, check_file, list_weights, require_weights
@@ -110,13 +111,12 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Te
     """
     R, C = values.shape
     blocks = (-(-R // BLOCK), -(-C // BLOCK))
-    wide = scale.float()
     if tuple(scale.shape) == blocks:
-        wide = wide.repeat_interleave(BLOCK, dim=0)[:R].repeat_interleave(BLOCK, dim=1)[:, :C]
-    elif scale.numel() != 1 and tuple(scale.shape) != (R, 1):
+        return dequantise_blocks(values, scale)
+    if scale.numel() != 1 and tuple(scale.shape) != (R, 1):
         expected = f"scales {list(blocks)}, one per {BLOCK}×{BLOCK} block"
         raise CheckpointError(f"{name}: expected {expected}, got {list(scale.shape)}; fetch it again")
-    return values.float().mul_(wide)
+    return values.float().mul_(scale.float())
 
 
 def _list_tensors(path: Path) -> list[tuple[str, StoredTensor]]:
