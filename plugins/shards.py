@@ -1,8 +1,9 @@
 """Tensor parallelism of kept blocks: which of them a rank holds.
 
-The experts' output is a sum over blocks, so that any division of each expert's blocks gives partial outputs that one
-all-reduce adds up.  Rank r of n holds the blocks of every expert whose number within the expert is r modulo n, in
-their order: every rank has all experts, and at most one block an expert more than another.
+The experts' output is a sum over blocks, so that any division of them gives partial outputs that one all-reduce adds
+up.  Rank r of n holds the blocks of a layer whose number is r modulo n, in their order: an expert's blocks follow each
+other, so that every rank has all experts, and of each at most one block more than another rank.  How many blocks a rank
+holds follows from their number in the layer alone, which a checkpoint's config has.
 """
 
 from __future__ import annotations
@@ -13,35 +14,41 @@ import torch
 
 
 class ShardError(ValueError):
-    """A rank that does not exist, or a block_start that does not ascend, as one line."""
+    """A rank that does not exist, as one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's part of a layer: `blocks` [m] int64, its block numbers in the layer; `block_start` [E + 1] int32."""
+    """One rank of several. Raises ShardError where there is no such rank."""
 
-    blocks: torch.Tensor
-    block_start: torch.Tensor
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks:
+            expected = f"rank: expected 0 to {self.ranks - 1}, got {self.rank}"
+            raise ShardError(f"{expected}; check the parallel configuration")
 
     @property
-    def most(self) -> int:
-        """Blocks of the widest expert here: the bound that the op is given."""
-        return int(self.block_start.diff().max())
+    def blocks(self) -> slice:
+        """What is held of a layer's blocks or scales [n, …]."""
+        return slice(self.rank, None, self.ranks)
+
+    def count(self, blocks: int) -> int:
+        """Count those of a layer's first `blocks` blocks that are held."""
+        return (blocks + self.ranks - 1 - self.rank) // self.ranks
+
+    def narrow(self, block_start: torch.Tensor) -> torch.Tensor:
+        """Make the held blocks' block_start [E + 1] of the layer's."""
+        return (block_start + (self.ranks - 1 - self.rank)) // self.ranks
+
+    def bound(self, blocks_per_expert: int) -> int:
+        """Bound the blocks of an expert that any rank holds."""
+        return -(-blocks_per_expert // self.ranks)
+
+    def first(self, start: int) -> int:
+        """Find the first held one of the blocks that begin at `start`, counted from there."""
+        return (self.rank - start) % self.ranks
 
 
-def take_shard(block_start: torch.Tensor, rank: int, ranks: int) -> Shard:
-    """Take what `rank` holds of a layer whose experts keep block_start [E + 1]; blocks and scales go by `Shard.blocks`.
-
-    Raises:
-        ShardError: rank is not below ranks, or block_start does not ascend from 0.
-    """
-    if not 0 <= rank < ranks:
-        raise ShardError(f"rank: expected 0 to {ranks - 1}, got {rank}; check the parallel configuration")
-    start = block_start.to("cpu", torch.int64)
-    widths = start.diff()
-    if start[0] != 0 or (len(widths) and widths.min() < 0):
-        raise ShardError(f"block_start: expected ascending numbers from 0, got {start.tolist()[:8]}; make it again")
-    number = torch.arange(int(start[-1])) - start[:-1].repeat_interleave(widths)  # within the expert
-    held = (widths + (ranks - 1 - rank)) // ranks
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), held.cumsum(0)])
-    return Shard((number % ranks == rank).nonzero().flatten(), ends.to(torch.int32))
+WHOLE = Shard()

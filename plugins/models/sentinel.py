@@ -10,7 +10,10 @@ Both may be in FP8 (formats/experts.py): the blocks then stay so, with the scale
 fp8_layers.py says what becomes of the other layers.  Attention, norms, the dense layers and the shared experts are
 vLLM's Laguna; of its MoE layer nothing is used.
 
-Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Tensor and expert parallelism are refused.
+Of several tensor-parallel ranks each holds a part of every expert's blocks (plugins/shards.py), and one all-reduce
+adds up what routed and shared experts give.
+
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Expert parallelism is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import laguna
@@ -39,19 +43,23 @@ from laguna_serve.plugins.models.fp8_layers import (
 from laguna_serve.plugins.models.routing import route
 from laguna_serve.plugins.models.sentinel_experts import LayerPlan, SentinelExperts
 from laguna_serve.plugins.pruning import Pruning, PruningError, read_pruning, read_shape
+from laguna_serve.plugins.shards import Shard
 
 
 class SentinelMoE(nn.Module):
     """Laguna's sparse block: router, kept blocks of the routed experts, shared expert."""
 
-    def __init__(self, config: Any, plan: LayerPlan, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(
+        self, config: Any, plan: LayerPlan, quant_config: QuantizationConfig | None, prefix: str, shard: Shard
+    ) -> None:
         super().__init__()
+        self.ranks = shard.ranks
         self.top_k: int = config.num_experts_per_tok
         self.renormalize = bool(getattr(config, "norm_topk_prob", True))
         self.routed_scale = float(getattr(config, "moe_routed_scaling_factor", 1.0))
         self.softcap = float(getattr(config, "moe_router_logit_softcapping", 0.0) or 0.0)
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate")
-        self.experts = SentinelExperts(config.num_experts, config.hidden_size, plan, f"{prefix}.experts")
+        self.experts = SentinelExperts(config.num_experts, config.hidden_size, plan, f"{prefix}.experts", shard)
         self.shared_expert: laguna.LagunaMLP | None = None
         if config.shared_expert_intermediate_size > 0:
             self.shared_expert = laguna.LagunaMLP(
@@ -59,6 +67,7 @@ class SentinelMoE(nn.Module):
                 intermediate_size=config.shared_expert_intermediate_size,
                 hidden_act=config.hidden_act,
                 quant_config=quant_config,
+                reduce_results=False,
                 prefix=f"{prefix}.shared_expert",
             )
 
@@ -74,6 +83,8 @@ class SentinelMoE(nn.Module):
         out: torch.Tensor = self.experts(x, weights, ids)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x)
+        if self.ranks > 1:
+            out = tensor_model_parallel_all_reduce(out)
         return out.view(hidden_states.shape)
 
 
@@ -84,9 +95,10 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
         config = vllm_config.model_config.hf_config
         _refuse_what_is_not_supported(vllm_config)
         plans, plain = _plan_layers(config), dequantises(vllm_config)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
         # Built with feed-forward layers of width 1, which are then replaced: vLLM's own would hold every block.
         narrow = build_unquantised(
-            vllm_config.with_hf_config(_without_feed_forward(config)), only_feed_forward=not plain
+            vllm_config.with_hf_config(_without_feed_forward(config, ranks)), only_feed_forward=not plain
         )
         super().__init__(vllm_config=narrow, prefix=prefix)
         self.config = self.model.config = config
@@ -94,10 +106,11 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
         quant_config = vllm_config.quant_config
         if quant_config is not None and plain:
             quant_config = leave_out(quant_config, "")
+        shard = Shard(get_tensor_model_parallel_rank(), ranks)
         for number in range(self.model.start_layer, self.model.end_layer):
             layer, name = self.model.layers[number], f"{prefix}.model.layers.{number}.mlp".lstrip(".")
             if number in plans:
-                layer.mlp = SentinelMoE(config, plans[number], quant_config, name)
+                layer.mlp = SentinelMoE(config, plans[number], quant_config, name, shard)
             else:
                 layer.mlp = laguna.LagunaMLP(
                     config.hidden_size, config.intermediate_size, config.hidden_act, quant_config, prefix=name
@@ -135,20 +148,20 @@ def _plan_layers(config: Any) -> dict[int, LayerPlan]:
     }
 
 
-def _without_feed_forward(config: Any) -> Any:
-    """Return a copy of the config whose layers are all dense and one wide."""
+def _without_feed_forward(config: Any, ranks: int) -> Any:
+    """Return a copy of the config whose layers are all dense and, on each rank, one wide."""
     narrow = copy.copy(config)
     narrow.num_experts = 0
-    narrow.intermediate_size = 1
+    narrow.intermediate_size = ranks
     return narrow
 
 
 def _refuse_what_is_not_supported(vllm_config: VllmConfig) -> None:
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     remedy = "serve the base checkpoint instead"
-    if parallel.tensor_parallel_size > 1 or parallel.enable_expert_parallel:
-        size = parallel.tensor_parallel_size
-        raise ValueError(f"LagunaSentinelForCausalLM: expected one device, got tensor parallel size {size}; {remedy}")
+    if parallel.enable_expert_parallel:
+        expected = "expected experts on every rank, got expert parallelism"
+        raise ValueError(f"LagunaSentinelForCausalLM: {expected}; leave out --enable-expert-parallel")
     check_method(vllm_config, "LagunaSentinelForCausalLM", remedy)
     if getattr(config, "moe_apply_router_weight_on_input", False):
         raise ValueError(

@@ -18,6 +18,7 @@ from laguna_serve.kernels.sentinel_moe import sentinel_moe
 from laguna_serve.plugins.formats.experts import FP8, PLAIN
 from laguna_serve.plugins.formats.fp8 import DTYPE, count_blocks, gather_scales
 from laguna_serve.plugins.pruning import Pruning
+from laguna_serve.plugins.shards import WHOLE, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,21 @@ class LayerPlan:
 class SentinelExperts(nn.Module):
     """A sparse layer's routed experts: w13_blocks [n, 2, B, H], w2_blocks [n, B, H], block_start [E + 1] int32.
 
-    In FP8 with w13_scales [n, 2, B, G] and w2_scales [n, B, G] in fp32, G = ⌈H / 128⌉.
+    In FP8 with w13_scales [n, 2, B, G] and w2_scales [n, B, G] in fp32, G = ⌈H / 128⌉.  Of several ranks each holds a
+    part of the blocks and gives a partial output.
     """
 
     block_start: torch.Tensor
     w13_scales: nn.Parameter | None
     w2_scales: nn.Parameter | None
 
-    def __init__(self, num_experts: int, hidden_size: int, plan: LayerPlan, prefix: str) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, plan: LayerPlan, prefix: str, shard: Shard = WHOLE) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.plan = plan
         self.prefix = prefix
-        n, B, fp8 = plan.kept_blocks, plan.block_size, plan.format == FP8
+        self.shard = shard
+        n, B, fp8 = shard.count(plan.kept_blocks), plan.block_size, plan.format == FP8
         dtype, G = DTYPE if fp8 else torch.get_default_dtype(), count_blocks(hidden_size)
         self.w13_blocks = _make_parameter((n, 2, B, hidden_size), dtype)
         self.w2_blocks = _make_parameter((n, B, hidden_size), dtype)
@@ -59,10 +62,10 @@ class SentinelExperts(nn.Module):
         bias = torch.zeros(num_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
         # Not a parameter, as vLLM's dummy loader fills these with noise: even shares until a checkpoint says otherwise.
-        start = torch.arange(num_experts + 1, dtype=torch.int64) * n // num_experts
+        start = torch.arange(num_experts + 1, dtype=torch.int64) * plan.kept_blocks // num_experts
         if plan.pruning is not None:
             start = torch.from_numpy(plan.pruning.block_start(plan.index)).to(start)
-        self.register_buffer("block_start", start.to(torch.int32), persistent=False)
+        self.register_buffer("block_start", shard.narrow(start).to(torch.int32), persistent=False)
         self._blocks = ("w13_blocks", "w2_blocks", "w13_scales", "w2_scales")[: 4 if fp8 else 2]
         self._wanted = self._expected_names()
         self._missing = set(self._wanted)
@@ -78,7 +81,7 @@ class SentinelExperts(nn.Module):
             self.block_start,
             w13_scales=self.w13_scales,
             w2_scales=self.w2_scales,
-            max_blocks_per_expert=self.plan.blocks_per_expert,
+            max_blocks_per_expert=self.shard.bound(self.plan.blocks_per_expert),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
@@ -101,12 +104,13 @@ class SentinelExperts(nn.Module):
             if self.plan.pruning is not None:
                 self._load_expert(name, tensor)
             elif name == "block_start":
-                _load(self.block_start, self._check_start(tensor))
+                _load(self.block_start, self.shard.narrow(self._check_start(tensor)))
             else:
                 parameter = getattr(self, name)
-                if tensor.shape != parameter.shape:
-                    raise self._mismatch(f"{name} {list(parameter.shape)}", list(tensor.shape))
-                _load(parameter, tensor)
+                whole = [self.plan.kept_blocks, *parameter.shape[1:]]
+                if list(tensor.shape) != whole:
+                    raise self._mismatch(f"{name} {whole}", list(tensor.shape))
+                _load(parameter, tensor[self.shard.blocks])
             self._missing.discard(name)
             if not self._missing:
                 self._missing = set(self._wanted)  # of the next time that weights are loaded
@@ -120,13 +124,13 @@ class SentinelExperts(nn.Module):
         return frozenset(f"{expert}.{name}" for expert in range(self.num_experts) for name in names)
 
     def _load_expert(self, name: str, tensor: torch.Tensor) -> None:
-        """Cut one matrix of one expert, or its scales, down to its kept blocks."""
+        """Cut one matrix of one expert, or its scales, down to its kept blocks that are held here."""
         number, projection, part = name.split(".")
-        expert, plan = int(number), self.plan
+        expert, plan, shard = int(number), self.plan, self.shard
         assert plan.pruning is not None
-        start = plan.pruning.block_start(plan.index)
-        place: Any = slice(int(start[expert]), int(start[expert + 1]))
-        atoms = torch.from_numpy(plan.pruning.atoms(plan.index, expert))
+        start, end = (int(edge) for edge in plan.pruning.block_start(plan.index)[expert : expert + 2])
+        place: Any = slice(shard.count(start), shard.count(end))
+        atoms = torch.from_numpy(plan.pruning.atoms(plan.index, expert)[shard.first(start) :: shard.ranks])
         rows = tensor.t() if projection == "down_proj" else tensor
         kept = rows[atoms] if part == "weight" else gather_scales(rows, atoms)
         if projection != "down_proj":

@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -115,15 +118,16 @@ def test_weights_load_again_in_place(make_checkpoint: Any, run_model: Any, tmp_p
     assert restored == report["tokens"]
 
 
-def experts(percent: int, *, masked: bool) -> Any:
+def experts(percent: int, *, masked: bool, rank: int = 0, ranks: int = 1) -> Any:
     """A sparse layer's experts by themselves, and the artefacts they were built from."""
     from laguna_serve.plugins.models.sentinel import LayerPlan, SentinelExperts
     from laguna_serve.plugins.pruning import read_pruning, read_shape
+    from laguna_serve.plugins.shards import Shard
 
     config = json.loads((TOY / "teacher" / "config.json").read_text(encoding="utf-8"))
     pruning = read_pruning(mask(percent), INDICES, read_shape(config, "toy"))
     plan = LayerPlan(pruning.kept_blocks[2], BLOCK, BLOCKS, pruning if masked else None, 2)
-    return SentinelExperts(EXPERTS, HIDDEN, plan, "layer"), pruning
+    return SentinelExperts(EXPERTS, HIDDEN, plan, "layer", Shard(rank, ranks)), pruning
 
 
 def layer_tensors() -> list[tuple[str, torch.Tensor]]:
@@ -151,6 +155,26 @@ def test_experts_are_cut_as_the_files_say() -> None:
             block += 1
         assert module.block_start[expert + 1] == block
     assert block == len(module.w2_blocks)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["cut while loading", "compact"])
+def test_ranks_share_the_blocks(masked: bool) -> None:
+    """Three ranks' blocks, taken in turn, are the layer's; their partial outputs add up to its output."""
+    whole, _ = experts(25, masked=True)
+    list(whole.load_weights(layer_tensors()))
+    bias = ("e_score_correction_bias", whole.e_score_correction_bias)
+    compact = [(name, getattr(whole, name)) for name in ("w13_blocks", "w2_blocks", "block_start")]
+    x, weights = torch.randn(5, HIDDEN), torch.rand(5, 4)
+    ids = torch.stack([torch.randperm(EXPERTS)[:4] for _ in range(5)]).int()
+    total = torch.zeros(5, HIDDEN)
+    for rank in range(3):
+        part, _ = experts(25, masked=masked, rank=rank, ranks=3)
+        assert "w13_blocks" in set(part.load_weights(layer_tensors() if masked else [*compact, bias]))
+        assert torch.equal(part.w13_blocks, whole.w13_blocks[rank::3])
+        assert torch.equal(part.w2_blocks, whole.w2_blocks[rank::3])
+        assert part.block_start[-1] == len(part.w2_blocks)
+        total += part(x, weights, ids)
+    torch.testing.assert_close(total, whole(x, weights, ids), rtol=1e-4, atol=1e-5)
 
 
 def test_incomplete_expert_is_not_reported_as_loaded() -> None:
@@ -212,16 +236,28 @@ def test_config_that_describes_no_pruned_laguna_is_refused(changes: dict[str, An
         _plan_layers(config)
 
 
+def test_two_ranks_give_the_same_greedy_tokens(make_checkpoint: Any, run_model: Any, tmp_path: Path) -> None:
+    """Tensor parallel in fp32: sums in another order; behind a server, as the ranks are processes of their own."""
+    compact = make_checkpoint(25)
+    prompts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()[:4]]
+    flags = ("--tensor-parallel-size", "2", "--max-model-len", "512")
+    config = EngineConfig(str(compact), dtype="float32", enforce_eager=True, max_num_seqs=64, extra_args=flags)
+    body = {"prompt": prompts, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with Engine(config, log_path=tmp_path / "engine.log") as engine:
+        body["model"] = engine.model_name
+        answer = httpx.post(f"{engine.base_url}/v1/completions", json=body, timeout=300).raise_for_status().json()
+    tokens = [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+    assert tokens == [whole[:16] for whole in run_model(compact)["tokens"][:4]]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tensor-parallel-size", "2"], "expected one device, got tensor parallel size 2"),
+        (["--enable-expert-parallel"], "expected experts on every rank, got expert parallelism"),
         (["--hf-overrides", '{"architectures": ["LagunaSentinelForCausalLM"]}'], "expected expert_pruning, got None"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
-    from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
-
     overrides = ["--hf-overrides", json.dumps(masks_override(25))] if "--hf-overrides" not in flags else []
     config = EngineConfig(str(TOY / "teacher"), enforce_eager=True, extra_args=(*overrides, *flags))
     with pytest.raises(EngineError, match=message), Engine(config, log_path=tmp_path / "engine.log"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laguna_serve.kernels.sentinel_moe import sentinel_moe
-from laguna_serve.plugins.shards import ShardError, take_shard
+from laguna_serve.plugins.shards import Shard, ShardError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from moe_cases import SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relative_error
@@ -19,17 +19,24 @@ from moe_cases import SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relativ
 @pytest.mark.parametrize("widths", [[8, 7, 1, 3], [0, 3, 0, 2, 5], [1] * 6, [0]])
 def test_every_block_is_held_once_and_evenly(widths: list[int], ranks: int) -> None:
     start = torch.tensor([0, *widths]).cumsum(0).to(torch.int32)
-    shards = [take_shard(start, rank, ranks) for rank in range(ranks)]
-    assert sorted(torch.cat([shard.blocks for shard in shards]).tolist()) == list(range(sum(widths)))
-    held = torch.stack([shard.block_start.diff() for shard in shards])  # [ranks, E]
+    shards = [Shard(rank, ranks) for rank in range(ranks)]
+    numbers = torch.arange(sum(widths))
+    assert sorted(torch.cat([numbers[shard.blocks] for shard in shards]).tolist()) == numbers.tolist()
+    held = torch.stack([shard.narrow(start).diff() for shard in shards])  # [ranks, E]
     assert held.sum(0).tolist() == widths
     assert (held.max(0).values - held.min(0).values).max() <= 1
-    for rank, shard in enumerate(shards):
-        assert shard.blocks.tolist() == sorted(shard.blocks.tolist())
-        assert len(shard.blocks) == shard.block_start[-1]
-        for expert in range(len(widths)):
-            mine = shard.blocks[shard.block_start[expert] : shard.block_start[expert + 1]]
-            assert ((mine - start[expert]) % ranks == rank).all()
+    for shard in shards:
+        mine, narrow = numbers[shard.blocks], shard.narrow(start)
+        assert narrow.dtype == torch.int32
+        assert len(mine) == narrow[-1] == shard.count(len(numbers))
+        assert narrow.diff().max() <= shard.bound(max(widths))
+        for expert, width in enumerate(widths):
+            own = numbers[start[expert] : start[expert + 1]]
+            assert (
+                mine[narrow[expert] : narrow[expert + 1]].tolist()
+                == own[shard.first(int(start[expert])) :: ranks].tolist()
+            )
+            assert len(own) == width
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -43,23 +50,18 @@ def test_partial_outputs_add_up(shape: str, ranks: int) -> None:
         for whole, keywords in ((inputs, {}), (quantised, scales)):
             total = torch.zeros(7, H, dtype=torch.float64)
             for rank in range(ranks):
-                shard = take_shard(whole.block_start, rank, ranks)
+                shard = Shard(rank, ranks)
                 part = whole._replace(
-                    w13_blocks=whole.w13_blocks[shard.blocks],
-                    w2_blocks=whole.w2_blocks[shard.blocks],
-                    block_start=shard.block_start,
+                    w13_blocks=whole.w13_blocks[shard.blocks].contiguous(),
+                    w2_blocks=whole.w2_blocks[shard.blocks].contiguous(),
+                    block_start=shard.narrow(whole.block_start),
                 )
-                mine = {name: tensor[shard.blocks] for name, tensor in keywords.items()}
-                total += sentinel_moe(*part, **mine, max_blocks_per_expert=max(1, shard.most)).double()
+                mine = {name: tensor[shard.blocks].contiguous() for name, tensor in keywords.items()}
+                total += sentinel_moe(*part, **mine, max_blocks_per_expert=shard.bound(max(widths))).double()
             assert relative_error(total, in_fp64(whole, **keywords)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_rank_that_is_not_there_is_named(rank: int, ranks: int) -> None:
     with pytest.raises(ShardError, match=r"^rank: expected 0 to -?\d+, got -?\d+; check the parallel"):
-        take_shard(torch.tensor([0, 2], dtype=torch.int32), rank, ranks)
-
-
-def test_a_block_start_that_descends_is_named() -> None:
-    with pytest.raises(ShardError, match=r"^block_start: expected ascending numbers from 0, got \[0, 3, 1\]; make"):
-        take_shard(torch.tensor([0, 3, 1], dtype=torch.int32), 0, 2)
+        Shard(rank, ranks)
