@@ -13,8 +13,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-from laguna_serve.serving.kit.results import JsonObject
+if TYPE_CHECKING:
+    from laguna_serve.serving.kit.results import JsonObject
 
 GROUP = "vllm.general_plugins"
 NAME = "laguna_serve"

@@ -47,6 +47,7 @@ class Environment:
     def install_plugin(self) -> None:
         """Our entry point's file and what serving shares with it; empty classes and repairs: the mock has no vLLM."""
         self.register.parent.mkdir()
+        self.link("laguna_serve/plugins/formats", ROOT / "plugins" / "formats")
         for own in (self.register, self.register.with_name("layers.py")):
             own.write_text((ROOT / "plugins" / own.name).read_text(encoding="utf-8"), encoding="utf-8")
         repairs = "def repair_front_end(): pass\ndef repair_runner(): pass\n"
