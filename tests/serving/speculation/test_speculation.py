@@ -16,7 +16,7 @@ from laguna_serve.serving.planning.support import check_support
 from laguna_serve.serving.speculation.drafting import check_fit, list_warnings, resolve_gamma, speculative_config
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
-MASKS = {"expert_pruning": {"block_size": 16}}
+MASKS = {"expert_pruning": {"block_size": 64, "blocks_per_expert": 8, "kept_blocks": [96] * 5}}
 
 
 @pytest.mark.parametrize(
