@@ -70,10 +70,12 @@ def test_prefill_is_right(shape: str, dtype: torch.dtype) -> None:
     assert_right(make_inputs(65, H, B, widths, k, dtype))
 
 
-def test_row_bits_up_to_64_tokens_and_beyond_where_exact(exact: None) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["one block each", "toy"])
+def test_row_bits_up_to_64_tokens_and_beyond_where_exact(exact: None, shape: str, dtype: torch.dtype) -> None:
     """Among 80 tokens as among 64, 17 and alone: by the listed members as by those that a program finds itself."""
-    H, B, widths, k = SHAPES["one block each"]
-    inputs = make_inputs(80, H, B, widths, k, torch.float16)
+    H, B, widths, k = SHAPES[shape]
+    inputs = make_inputs(80, H, B, widths, k, dtype)
     whole = assert_right(inputs)
     for rows in (slice(0, 64), slice(20, 37), slice(70, 71), slice(7, 72)):
         assert torch.equal(sentinel_moe(*inputs.rows(rows)), whole[rows])
