@@ -57,10 +57,11 @@ def _repair_runner() -> None:
     """
     from vllm.v1.sample.sampler import Sampler
 
-    from laguna_serve.plugins.repairs import drafted_sampling, token_logprobs
+    from laguna_serve.plugins.repairs import drafted_sampling, thinking_budget, token_logprobs
 
     token_logprobs.apply()
     drafted_sampling.apply()
+    thinking_budget.apply()
     stock_init = Sampler.__init__
     if getattr(stock_init, "repairs_runner", False):
         return
