@@ -111,7 +111,13 @@ def answer_together(
                 guess = follow(one, one.prompt + out + own, end)
                 own.append(guess if draw.random() < 0.8 else draw.choice([*end, draw.randrange(8)]))
             drafts.append(own)
-        step(holder, rows, drafts, {i for i, (_, out) in enumerate(rows) if parts and not out and draw.random() < 0.5}, end)
+        step(
+            holder,
+            rows,
+            drafts,
+            {i for i, (_, out) in enumerate(rows) if parts and not out and draw.random() < 0.5},
+            end,
+        )
         if len(rows) > 1 and draw.random() < 0.2:
             rows[0], rows[-1] = rows[-1], rows[0]
             moved = [(0, len(rows) - 1, MoveDirectionality.SWAP)]
