@@ -47,7 +47,7 @@ class Rules(NamedTuple):
     budget: int
 
     def read_prompt(self, prompt: Sequence[int]) -> Section:
-        """The section after a prompt: in thinking if its last start marker comes after its last end marker."""
+        """Return the section after a prompt, in thinking if its last start marker comes after its last end marker."""
         begun, ended = _find_last(prompt, self.start), _find_last(prompt, self.end)
         tail = tuple(prompt[-max(len(self.start), len(self.end)) :])
         if begun <= ended:
@@ -55,7 +55,7 @@ class Rules(NamedTuple):
         return Section(thinking=True, spent=len(prompt) - begun - len(self.start), tail=tail)
 
     def take(self, section: Section, token: int) -> Section:
-        """The section after one more token."""
+        """Return the section after one more token."""
         tail = (*section.tail, token)[-max(len(self.start), len(self.end)) :]
         if tail[-len(self.end) :] == self.end:
             return Section(tail=tail)
@@ -67,7 +67,7 @@ class Rules(NamedTuple):
         return replace(section, tail=tail)
 
     def force(self, section: Section) -> int | None:
-        """The only token that may come next, or None where any may."""
+        """Return the only token that may come next, or None where any may."""
         return self.end[section.closing] if section.thinking and section.spent >= self.budget else None
 
 
