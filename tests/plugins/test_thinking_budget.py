@@ -131,7 +131,7 @@ def draw_requests(seed: int, count: int) -> list[Asked]:
     beginnings = [[], [1, 9, 2], [3]]
     return [
         Asked(
-            prompt=[*draw.choice(beginnings), *START[: draw.randrange(2)], *draw.choices(range(8), k=draw.randrange(6))],
+            prompt=[*draw.choice(beginnings), *START[: draw.randrange(2)], *draw.choices(range(8), k=i % 6)],
             budget=draw.choice([None, *range(12)]),
             seed=100 * seed + i,
             ends_by_itself=draw.choice([0, 0, 0.15]),
