@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from laguna_serve.serving.engine import Engine, EngineConfig
 
 # Tests that are not fast, from those that take longest.
 RANKS = ("vllm", "slow", "gpu")
+# A file of which no test is fast.
+NOT_FAST = re.compile(rf"^pytestmark = .*\bpytest\.mark\.({'|'.join(RANKS)})\b", re.MULTILINE)
 TOY = Path(__file__).resolve().parent / "toy"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast` a file that holds no fast test is not imported: some import vLLM, which takes seconds."""
+    if config.option.markexpr != "fast" or collection_path.suffix != ".py":
+        return None
+    return NOT_FAST.search(collection_path.read_text(encoding="utf-8")) is not None or None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,6 +13,7 @@ from laguna_serve.bench import ab
 from laguna_serve.bench.certificate import identity
 from laguna_serve.bench.harness import plot
 from laguna_serve.serving.client import completions
+from laguna_serve.serving.machine import rates
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
 
@@ -43,6 +44,15 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     found = {"torch's instruction set": "AVX512", "sentinel op": "avx512bf16, sources 01", "linear op": "not used"}
     monkeypatch.setattr(identity, "ask_torch", lambda: dict(found))
     return found
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The user's cache is the test's own, and the processor's rates need no measurement to be in it."""
+    known = rates.Rates(bfloat16={"1": 1.0, "8": 1.0}, float32={"1": 2.0, "8": 2.0})
+    monkeypatch.setattr(rates, "measure_rates", lambda: known)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from vllm import _custom_ops, forward_context
 from laguna_serve.plugins.models import routing
 from laguna_serve.plugins.models.routing import route, route_by_vllm
 
+pytestmark = pytest.mark.vllm
+
 E, K, SCALE = 32, 4, 2.5
 
 

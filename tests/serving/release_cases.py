@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -42,6 +43,7 @@ def read_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
+@functools.cache
 def weigh(name: str) -> int:
     """Bytes of the release's tensors."""
     return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in read_tensors(name).values())

@@ -36,9 +36,8 @@ PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 @pytest.fixture

@@ -33,8 +33,7 @@ Step = Callable[[EngineConfig], Settings | BaseException]
 
 
 @pytest.fixture(autouse=True)
-def _no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _no_figure(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     monkeypatch.setattr(gamma_plot, "draw", lambda _result, path: path.write_bytes(b""))
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anthropic
 import openai
 import pytest
 from gateway_fakes import SSE, Exchange, Reply, Upstream, gateway, make_request, read_reply
@@ -240,18 +239,22 @@ def test_openais_client_raises(path: str) -> None:
 
 
 def read_anthropic(url: str) -> None:
+    import anthropic
+
     with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as client:
         list(client.messages.create(model="m", max_tokens=1, messages=[], stream=True))
 
 
 def test_anthropics_client_raises() -> None:
+    from anthropic import APIError  # seconds of imports, for this test alone
+
     start = {"id": "1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
     usage = {"input_tokens": 1, "output_tokens": 1}
     first = event({"type": "message_start", "message": {**start, "stop_sequence": None, "usage": usage}}, named=True)
     with (
         Upstream({MESSAGES: serving(first, b'event: ping\ndata: {"ty')}) as engine,
         gateway(engine) as front,
-        pytest.raises(anthropic.APIError, match=re.escape(LOST)),
+        pytest.raises(APIError, match=re.escape(LOST)),
     ):
         read_anthropic(front.url)
 
