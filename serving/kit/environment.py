@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -171,8 +172,9 @@ def read_own_s() -> float:
     return total
 
 
+@functools.cache
 def _read_commit() -> str | None:
-    """Read the commit of this checkout, with "+" when tracked files differ from it."""
+    """Read the commit of this checkout, with "+" when tracked files differ from it; once, as the code is loaded once."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
@@ -182,6 +184,7 @@ def _read_commit() -> str | None:
     return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
+@functools.cache
 def _find_version(name: str) -> str | None:
     try:
         return metadata.version(name)

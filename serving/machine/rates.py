@@ -8,6 +8,7 @@ settings, and kept in the user's cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -157,14 +158,15 @@ def list_rates(rates: Rates) -> str:
 def _place() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = [*read_isa(), *(os.environ.get(name, "") for name in (*LIMITS, KERNEL_LIMIT, "CXX", "OMP_NUM_THREADS"))]
-    parts += [str(len(os.sched_getaffinity(0))), PROBE, metadata.version("torch") if _has_torch() else ""]
+    parts += [str(len(os.sched_getaffinity(0))), PROBE, _find_torch()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache / "laguna-serve" / "rates" / f"{digest}.json"
 
 
-def _has_torch() -> bool:
+@functools.cache
+def _find_torch() -> str:
+    """Its version, or nothing."""
     try:
-        metadata.version("torch")
+        return metadata.version("torch")
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""
