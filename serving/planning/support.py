@@ -8,15 +8,18 @@ has needs AMX, and a router without Laguna's selection bias; linear layers are a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from laguna_serve.plugins.formats.experts import ExpertFormatError, read_base_format
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
-from laguna_serve.serving.checkpoint.target import Target
+from laguna_serve.serving.checkpoint.target import STOCK, Target
 from laguna_serve.serving.machine.device import Device
 
+# Our class for dense models (plugins/models/dense.py).
+DENSE = "LagunaDenseForCausalLM"
 PLAIN = "plain"
 NATIVE, WEIGHT_ONLY, REFUSED, UNKNOWN = "native", "weight-only", "refused", "unknown"
 # The instructions that decide what of quantised weights a CPU computes with, as /proc/cpuinfo calls them.
@@ -185,6 +188,27 @@ def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> N
         if kv_heads % ranks and ranks % kv_heads:
             expected = f"expected {kv_heads} heads of keys and values to be shared evenly by the GPUs"
             raise CheckpointError(f"{part.name}: {expected}, got {ranks} of them; {remedy}")
+
+
+def check_one_device(target: Target | None, overrides: str | None, ranks: int) -> None:
+    """Raise CheckpointError where our dense class, which holds whole layers, would be asked for a part of them.
+
+    vLLM would load it in every rank before it said so.
+
+    Args:
+        target: the model.
+        overrides: the user's ``--hf-overrides``, which may name the class; what is no JSON is left to vLLM.
+        ranks: how many devices share each layer.
+    """
+    if target is None or ranks == 1:
+        return
+    try:
+        named = json.loads(overrides or "{}").get("architectures", [target.architecture])
+    except (ValueError, AttributeError):
+        return
+    if DENSE in named:
+        remedy = f"""serve it on one, or padded with --hf-overrides '{{"architectures": ["{STOCK}"]}}'"""
+        raise CheckpointError(f"{DENSE}: expected one device, got tensor parallel size {ranks}; {remedy}")
 
 
 def check_use(name: str, config: ConfigJson, keep_mask: str | None) -> None:

@@ -12,7 +12,7 @@ from mock_engine import Clock, MockEngine, Settings
 from laguna_serve.bench import ab
 from laguna_serve.bench.certificate import identity
 from laguna_serve.bench.harness import plot
-from laguna_serve.serving.client import completions
+from laguna_serve.serving.client import completions, counters
 from laguna_serve.serving.machine import rates
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning import launch
@@ -30,6 +30,13 @@ def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Drawing takes longer than everything else together; tests that look at the picture say so."""
     if "draws" not in request.fixturenames:
         monkeypatch.setattr(plot, "draw", lambda _result, path: path.write_bytes(b""))
+
+
+@pytest.fixture(autouse=True)
+def _counters_settle_soon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mock engines count at once; real ones need not be asked more often than a user would."""
+    if request.node.get_closest_marker("vllm") is None:
+        monkeypatch.setattr(counters, "POLL_S", 0.01)
 
 
 @pytest.fixture(autouse=True)

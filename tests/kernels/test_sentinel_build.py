@@ -116,6 +116,7 @@ def test_a_wheels_library_needs_no_compiler(fake_compiler: Path, monkeypatch: py
     assert building.find_prebuilt() is None, "a library of other sources was taken"
 
 
+@pytest.mark.slow
 def test_a_wheels_library_that_does_not_load_is_built_instead() -> None:
     source = """
 from pathlib import Path
@@ -138,6 +139,7 @@ def run_python(source: str, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_path_is_named_by_a_variable() -> None:
     source = "from laguna_serve.kernels.sentinel_moe import cpu; print(cpu.describe())"
     done = run_python(source, LAGUNA_CPU_ISA="portable")
@@ -156,6 +158,7 @@ def test_path_that_cannot_run_is_refused(name: str, needs: str) -> None:
     assert kernels.use_path(None) == before
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_does_the_work() -> None:
     source = """
 import logging, torch

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,19 +274,21 @@ def test_other_width_or_other_padding_is_refused() -> None:
         list(module.load_weights([("bias", torch.zeros(3))]))
 
 
-@pytest.mark.parametrize(
-    ("model", "flags", "message"),
-    [
-        ("dense", ["--tensor-parallel-size", "2"], "expected one device, got tensor parallel size 2"),
-        ("teacher", [], "expected dense layers alone, got sparse ones"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_in_one_line(
-    model: str, flags: list[str], message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
     from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 
     overrides = ("--hf-overrides", json.dumps(OURS))
-    config = EngineConfig(str(TOY / model), enforce_eager=True, extra_args=(*overrides, *flags))
+    config = EngineConfig(str(TOY / "teacher"), enforce_eager=True, extra_args=overrides)
+    message = "expected dense layers alone, got sparse ones"
     with pytest.raises(EngineError, match=message), Engine(config, log_path=tmp_path / "engine.log"):
         pass
+
+
+def test_several_devices_are_refused() -> None:
+    """Where no planner has seen to it (tests/serving/planning/test_command.py), as under `vllm serve`."""
+    from laguna_serve.plugins.models.dense import PaddingError, _refuse_what_is_not_supported
+
+    model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: json.loads((DENSE / "config.json").read_text())))
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    with pytest.raises(PaddingError, match="expected one device, got tensor parallel size 2"):
+        _refuse_what_is_not_supported(config)  # type: ignore[arg-type]

@@ -170,6 +170,7 @@ def test_stock_experts_are_packed_once(run_model: Callable[..., dict[str, Any]])
     assert stock["tokens_after_reload"] != [stock["tokens"]]
 
 
+@pytest.mark.vllm
 def test_files_are_found_and_read(tmp_path: Path) -> None:
     from laguna_serve.plugins.weight_folder import FolderUpdateInfo, WeightFolderError, find_files, read_files
 
@@ -185,6 +186,7 @@ def test_files_are_found_and_read(tmp_path: Path) -> None:
     assert [name for name, _ in read_files(named, digests)] == ["a"], "only the files that are named"
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("name", ["../v/model.safetensors", "other.safetensors"])
 def test_file_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     from laguna_serve.plugins.weight_folder import FolderUpdateInfo, WeightFolderError, find_files

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEACHER = ROOT / "tests" / "toy" / "teacher"
 
 
+@pytest.mark.slow
 def test_prompts_have_the_lengths_that_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "long.jsonl"
     command = ["--model", str(TEACHER), "--tokens", "300,3000", "--count", "3", "--out", str(out)]

@@ -173,6 +173,7 @@ def test_failed_step_is_retried_once_and_only_when_asked(use: Callable[..., None
     assert [run.folder for run in read(tmp_path).runs if run.step == "bad"] == ["steps/bad", "steps/bad-2"]
 
 
+@pytest.mark.slow
 def test_step_that_hangs_is_ended_with_all_that_it_started(
     use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_step_that_hangs_is_ended_with_all_that_it_started(
     assert [run.outcome for run in read(tmp_path).runs] == ["timed out", "held"]
 
 
+@pytest.mark.slow
 def test_budget_that_ends_is_no_failure(use: Callable[..., None], tmp_path: Path) -> None:
     use(make_step("hangs", code=HANG), make_step("next"))
     assert rehearse(tmp_path, "--budget-min", "0.15") == 0
@@ -192,6 +194,7 @@ def test_budget_that_ends_is_no_failure(use: Callable[..., None], tmp_path: Path
     assert "the budget ended" in (tmp_path / "campaign.md").read_text()
 
 
+@pytest.mark.slow
 def test_interruption_keeps_all_and_the_same_command_continues(
     use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

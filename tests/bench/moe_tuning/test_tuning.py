@@ -15,6 +15,7 @@ from laguna_serve.kernels.sentinel_moe.configs import TABLE
 from laguna_serve.kernels.sentinel_moe.tables import read_table
 
 
+@pytest.mark.slow
 def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--plan", "--capability", "90", "--path", "decode", "--weights", "fp8", "--most", "2", "--threads", "1"]
     assert main([*flags, "--out", str(tmp_path)]) == 0

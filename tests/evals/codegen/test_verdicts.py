@@ -44,6 +44,7 @@ def fooled() -> dict[str, tuple[Grade, Grade | None]]:
         return dict(zip(CASES["fooled"], pool.map(work, CASES["fooled"].values()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES["fooled"])
 def test_wrong_program_does_not_pass(fooled: dict[str, tuple[Grade, Grade | None]], name: str) -> None:
     wrong, good = fooled[name]
@@ -68,6 +69,7 @@ def right() -> dict[str, tuple[Grade, int]]:
         return dict(zip(CASES["right"], pool.map(work, CASES["right"].values()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES["right"])
 def test_right_program_passes(right: dict[str, tuple[Grade, int]], name: str) -> None:
     found, plain = right[name]
@@ -142,6 +144,7 @@ def test_universal_wrong_answers_are_named() -> None:
     assert "even strictly by" in lines[2]
 
 
+@pytest.mark.slow
 def test_shipped_problems_can_be_passed_by_no_universal_answer() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda problem: find_weakness(problem, LIMITS), load_problems(SHIPPED)))
@@ -169,6 +172,7 @@ def test_insides_of_the_tests_are_out_of_reach(program: str) -> None:
         assert "RuntimeError: got" not in found.detail, found
 
 
+@pytest.mark.slow
 def test_grader_is_bounded() -> None:
     problem = make("assert len(list(candidate(1))) == 1", None)
     for value in ("range(95_000_000)", "__import__('itertools').count()"):

@@ -70,10 +70,12 @@ def test_examples_in_docstrings_are_true(probed: dict[str, dict[str, Any]]) -> N
     assert [name for name, row in probed.items() if row["false_examples"]] == []
 
 
+@pytest.mark.slow
 def test_doing_nothing_fails(probed: dict[str, dict[str, Any]]) -> None:
     assert [name for name, row in probed.items() if (row["canonical"], row["empty"]) != ("passed", "failed")] == []
 
 
+@pytest.mark.slow
 def test_small_mistakes_are_caught(probed: dict[str, dict[str, Any]]) -> None:
     for name, row in probed.items():
         caught = row["ended"] - len(row["passed"])

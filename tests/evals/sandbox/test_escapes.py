@@ -87,21 +87,25 @@ def test_files_are_out_of_reach(user: str, walls: str) -> None:
     assert list_successes(attack(user, walls), "files") == []
 
 
+@pytest.mark.slow
 @each_case
 def test_processes_are_out_of_reach(user: str, walls: str) -> None:
     assert list_successes(attack(user, walls), "processes") == []
 
 
+@pytest.mark.slow
 @each_case
 def test_network_is_out_of_reach(user: str, walls: str) -> None:
     assert list_successes(attack(user, walls), "network") == []
 
 
+@pytest.mark.slow
 @each_case
 def test_kernel_objects_are_out_of_reach(user: str, walls: str) -> None:
     assert list_successes(attack(user, walls), "kernel") == []
 
 
+@pytest.mark.slow
 @each_case
 def test_verdict_cannot_be_forged(user: str, walls: str) -> None:
     found = attack(user, walls)
@@ -111,6 +115,7 @@ def test_verdict_cannot_be_forged(user: str, walls: str) -> None:
     assert found["graded"] == 1.0, "while right programs pass"
 
 
+@pytest.mark.slow
 @each_case
 def test_disk_and_threads_are_bounded(user: str, walls: str) -> None:
     found = attack(user, walls)
@@ -118,6 +123,7 @@ def test_disk_and_threads_are_bounded(user: str, walls: str) -> None:
     assert all("exit status 3" in said or "temporary files: expected" in said for said in found["flooded"])
 
 
+@pytest.mark.slow
 @each_case
 def test_nothing_is_left_behind(user: str, walls: str) -> None:
     found = attack(user, walls)
@@ -125,6 +131,7 @@ def test_nothing_is_left_behind(user: str, walls: str) -> None:
     assert found["processes"] == 0
 
 
+@pytest.mark.slow
 @each_case
 def test_walls_are_recorded(user: str, walls: str) -> None:
     up = attack(user, walls)["up"].split()

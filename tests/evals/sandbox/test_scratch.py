@@ -33,6 +33,7 @@ def inside(path: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+@pytest.mark.slow
 def test_tree_deeper_than_any_path_goes(folder: Path) -> None:
     with inside(folder):
         for _ in range(3000):

@@ -106,6 +106,7 @@ def test_stopped_and_continued(large: Path, tmp_path: Path, sent: signal.Signals
     )
 
 
+@pytest.mark.slow
 def test_every_place_to_stop_leads_to_the_same_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,6 +309,7 @@ def expand(pattern: str) -> list[str]:
     return [name for part in parts for name in expand(pattern[: found.start()] + part + pattern[found.end() :])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("release", "stored"), [("Laguna-XS.2", 66_885_254_144), ("Laguna-XS.2-FP8", 35_309_145_888)])
 def test_33_billion_parameters_fit_in_seven_gibibytes(release: str, stored: int, tmp_path: Path) -> None:
     folder = write_hollow(release, tmp_path / "model")

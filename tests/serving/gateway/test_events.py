@@ -245,6 +245,7 @@ def read_anthropic(url: str) -> None:
         list(client.messages.create(model="m", max_tokens=1, messages=[], stream=True))
 
 
+@pytest.mark.slow
 def test_anthropics_client_raises() -> None:
     from anthropic import APIError  # seconds of imports, for this test alone
 

@@ -30,6 +30,7 @@ from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
 from laguna_serve.serving.planning.plan import make_plan
 
+DENSE: dict[str, Any] = {"mlp_layer_types": ["dense"] * 6}
 CPU = Device("cpu", "cpu", 24 * GIB, 16 * GIB)
 
 
@@ -268,6 +269,29 @@ def test_several_ranks_are_not_squeezed_into_one_process(target: Path, flag: tup
     assert "--distributed-executor-backend" not in command
 
 
+@pytest.mark.parametrize(
+    ("changes", "extra", "refused"),
+    [
+        ({}, ("--hf-overrides", '{"architectures": ["LagunaDenseForCausalLM"]}', "--tensor-parallel-size", "2"), True),
+        ({"architectures": ["LagunaDenseForCausalLM"]}, ("-tp=2",), True),
+        ({"architectures": ["LagunaDenseForCausalLM"]}, ("-tp=1",), False),
+        ({"architectures": ["LagunaDenseForCausalLM"]}, ("-pp=2",), False),
+        ({}, ("--hf-overrides", '{"rope_theta": 1}', "-tp", "2"), False),
+        ({}, ("--hf-overrides", "[]", "-tp", "2"), False),
+        ({}, ("--hf-overrides", "not JSON", "-tp", "2"), False),
+    ],
+)
+def test_dense_class_on_several_devices_is_refused_before_an_engine_starts(
+    make_checkpoint: MakeCheckpoint, changes: dict[str, Any], extra: tuple[str, ...], refused: bool
+) -> None:
+    config = EngineConfig(model=str(make_checkpoint("model", TARGET, **DENSE, **changes)), extra_args=extra)
+    if not refused:
+        assert build(config)
+        return
+    with pytest.raises(CheckpointError, match=r"expected one device, got tensor parallel size 2; serve it on one, or"):
+        build(config)
+
+
 def test_pruning_files_become_overrides(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("mask.npy", "indices.npy"):
@@ -276,9 +300,6 @@ def test_pruning_files_become_overrides(target: Path, tmp_path: Path, monkeypatc
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     files = {"keep_mask": str(tmp_path / "mask.npy"), "group_indices": str(tmp_path / "indices.npy")}
     assert overrides == {"architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": files}
-
-
-DENSE: dict[str, Any] = {"mlp_layer_types": ["dense"] * 6}
 
 
 @pytest.mark.parametrize(
