@@ -11,6 +11,7 @@ document into the next.  Files:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,22 @@ class TextRows:
     Attributes:
         rows: [≤ length] int64 each.
         scored: [≤ length] bool each: which of its tokens are to be predicted; never the first.
+        available: rows that the source has, of which these were taken.
     """
 
     source: str
     documents: int
     rows: list[torch.Tensor]
     scored: list[torch.Tensor]
+    available: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids and of which are scored, in hex."""
+        digest = hashlib.sha256()
+        for row, scored in zip(self.rows, self.scored, strict=True):
+            digest.update(row.numpy().tobytes() + scored.numpy().tobytes() + b"/")
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:
@@ -55,10 +66,13 @@ class TextRows:
 Document = tuple[torch.Tensor, torch.Tensor]
 
 
-def read_rows(source: str, tokenizer: Any, length: int | None, tokens: int) -> TextRows:
+def read_rows(source: str, tokenizer: Any, length: int | None, tokens: int | None, seed: int | None = None) -> TextRows:
     """Cut the source into rows and take evenly spaced ones, about `tokens` tokens in all (everything if less).
 
-    `length`: None is LENGTH, and for token ids the file's own rows.
+    Args:
+        length: None is LENGTH, and for token ids the file's own rows.
+        tokens: None is everything.
+        seed: draws the rows at random, without replacement, where they would be evenly spaced.
 
     Raises:
         PruningError: a source that is not there, is not text, or is too short for one row; rows too short.
@@ -71,9 +85,12 @@ def read_rows(source: str, tokenizer: Any, length: int | None, tokens: int) -> T
     rows = [row for document in documents for row in _cut(*document, cut)]
     if not rows:
         raise PruningError(f"{source}: expected at least {SHORTEST} tokens of text, got fewer; pass more text")
-    wanted = min(len(rows), max(1, round(tokens / cut)))
-    chosen = [rows[i * len(rows) // wanted] for i in range(wanted)]
-    return TextRows(source, len(documents), [ids for ids, _ in chosen], [scored for _, scored in chosen])
+    wanted = len(rows) if tokens is None else min(len(rows), max(1, round(tokens / cut)))
+    places = [i * len(rows) // wanted for i in range(wanted)]
+    if seed is not None:
+        places = sorted(np.random.default_rng(seed).choice(len(rows), wanted, replace=False).tolist())
+    chosen = [rows[place] for place in places]
+    return TextRows(source, len(documents), [ids for ids, _ in chosen], [scored for _, scored in chosen], len(rows))
 
 
 def _cut(ids: torch.Tensor, scored: torch.Tensor, length: int) -> list[Document]:

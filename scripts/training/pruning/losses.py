@@ -41,7 +41,8 @@ def mean_loss(model: Any, rows: list[torch.Tensor], scored: list[torch.Tensor] |
     total, count = 0.0, 0
     for number, row in enumerate(rows):
         wanted = row[1:] if scored is None else row[1:].where(scored[number][1:], IGNORED)
-        logits = model(input_ids=row[None]).logits[0, :-1].float()
+        wanted = wanted.to(model.device)
+        logits = model(input_ids=row[None].to(model.device)).logits[0, :-1].float()
         total += float(F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED))
         count += int((wanted != IGNORED).sum())
     return total / count

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.text.rows import TextRows, read_rows
 from laguna_serve.scripts.training.pruning.artefacts import ScoresSource
 from laguna_serve.scripts.training.pruning.plan import GIB, ScoringPlan
-from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums
+from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums, find_constants, rank_mone, rank_reap
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.passes import Passes
 from laguna_serve.scripts.training.pruning.streaming.sizes import make_plan
@@ -45,6 +45,16 @@ class Measured:
         """[L, E, N]: a score, of those that the passes had everything for."""
         targets = max(1, self.text.targets)
         return torch.stack([SCORES[name].compute(sums, targets) for sums in self.layers]).float().numpy()
+
+    def rank_experts(self, name: Literal["reap", "mone"]) -> npt.NDArray[np.float64]:
+        """[L, E]: a score of whole experts."""
+        targets = max(1, self.text.targets)
+        found = [rank_reap(sums) if name == "reap" else rank_mone(sums, targets) for sums in self.layers]
+        return torch.stack(found).numpy()
+
+    def constants(self) -> npt.NDArray[np.float32]:
+        """[L, E, H]: what MoNE puts in a pruned expert's place."""
+        return torch.stack([find_constants(sums) for sums in self.layers]).float().numpy()
 
     def source(self, name: str) -> ScoresSource:
         """How it was measured, for the manifest."""
@@ -103,12 +113,10 @@ class Measurement:
 
     def _list_settings(self) -> dict[str, object]:
         """List what decides about the sums."""
-        digest = hashlib.sha256()
-        for row, scored in zip(self.text.rows, self.text.scored, strict=True):
-            digest.update(row.numpy().tobytes() + scored.numpy().tobytes() + b"/")
         return {
             "model": fingerprint(str(self.folder)),
-            "text": digest.hexdigest(),
+            "text": self.text.digest,
+            "sums": ExpertSums.__slots__,
             "dtype": self.plan.dtype,
             "device": self.plan.device,
         }
@@ -125,8 +133,9 @@ def open_measurement(
     device: str,
     dtype: str,
     threads: int,
+    seed: int | None = None,
 ) -> Measurement:
-    """Open model and text; nothing is computed yet.
+    """Open model and text; nothing is computed yet. `seed`: of the draw of rows, as in `read_rows`.
 
     Raises:
         CheckpointError, PruningError: the model or the text cannot be used. CommandError: there is no such device.
@@ -139,6 +148,6 @@ def open_measurement(
     wanted = SCORES[score]
     rows = TextRows(text, 0, [], [])
     if wanted.needs_text:
-        rows = read_rows(text, AutoTokenizer.from_pretrained(folder), length, tokens)
+        rows = read_rows(text, AutoTokenizer.from_pretrained(folder), length, tokens, seed)
     plan = make_plan(layers, shape, rows, score, wanted.needs_gradients, wanted.needs_text)
     return Measurement(folder, shape, layers, rows, score, plan)

@@ -20,6 +20,10 @@ that w · g is the gradient at the expert's own output.  n: tokens routed to the
 so that frequency is divided out; an expert that no token was routed to scores 0.  HEAPr takes the expectations of
 activations and gradients apart, where `loss` has each token's own gradient meet its own activation.  dᵀ M d is the mean
 of (w g · d)², so that no [H, H] matrix is made.  Atoms are taken one by one; that they err together is left out.
+
+MoNE (arXiv:2507.00390) ranks whole experts by the unbiased standard deviation of what they give times how much the
+router asks of them, √(Σ ‖f(x) − f̄‖² ÷ (n − 1)) · Σ w ÷ T, and puts the constant f̄ = Σ f(x) ÷ n in a pruned one's place.
+That the second factor is a sum of routing weights, not of tokens, follows the authors' program.
 """  # noqa: E501  a table
 
 from __future__ import annotations
@@ -60,6 +64,8 @@ class ExpertSums:
         pulls: [E, N] Σ (w g · d)²; zero without gradients, as are
         losses: [E, N] Σ (g · δ)².
         norms: [E] Σ w ‖f(x)‖.
+        gates: [E] Σ w.
+        squares: [E] Σ ‖f(x)‖².
         means: [E, H] Σ f(x): divided by the tokens, MoNE's constant (arXiv:2507.00390).
         columns: [E, N] ‖d‖², of the weights.
         weights: [E, N] ‖gate‖² + ‖up‖² + ‖d‖².
@@ -71,6 +77,8 @@ class ExpertSums:
     pulls: torch.Tensor
     losses: torch.Tensor
     norms: torch.Tensor
+    gates: torch.Tensor
+    squares: torch.Tensor
     means: torch.Tensor
     columns: torch.Tensor
     weights: torch.Tensor
@@ -93,6 +101,8 @@ class ExpertSums:
             pulls=zeros(E, N),
             losses=zeros(E, N),
             norms=zeros(E),
+            gates=zeros(E),
+            squares=zeros(E),
             means=zeros(E, H),
             columns=columns,
             weights=rows + columns,
@@ -109,6 +119,8 @@ class ExpertSums:
         self.strengths[expert] += strengths.square().sum(0)
         self.outputs[expert] += weighted.square().sum(0)
         self.norms[expert] += (weights[:, 0] * outputs.norm(dim=-1)).sum()
+        self.gates[expert] += weights.sum()
+        self.squares[expert] += outputs.square().sum()
         self.means[expert] += outputs.sum(0)
         if call.grads is not None:
             pulls = (call.grads @ call.down).float()
@@ -149,10 +161,26 @@ def output_saliency(sums: ExpertSums, targets: int) -> torch.Tensor:
     return sums.outputs * sums.columns / targets
 
 
+def rank_reap(sums: ExpertSums) -> torch.Tensor:
+    """REAP's score [E] of whole experts: mean routing weight times the norm of what they give."""
+    return sums.norms / sums.tokens.clamp(min=1)
+
+
+def rank_mone(sums: ExpertSums, targets: int) -> torch.Tensor:
+    """MoNE's score [E] of whole experts; 0 of one that fewer than two tokens were routed to."""
+    spread = sums.squares - sums.means.square().sum(1) / sums.tokens.clamp(min=1)
+    return (spread.clamp(min=0) / (sums.tokens - 1).clamp(min=1)).sqrt() * sums.gates / targets
+
+
+def find_constants(sums: ExpertSums) -> torch.Tensor:
+    """MoNE's constants [E, H]: the mean of what each expert gave; 0 of one that no token was routed to."""
+    return sums.means / sums.tokens.clamp(min=1)[:, None]
+
+
 def reap_saliency(sums: ExpertSums, _targets: int) -> torch.Tensor:
     """REAP's score of the expert, an equal part of it for each atom."""
     N = sums.strengths.shape[1]
-    return (sums.norms / sums.tokens.clamp(min=1) / N)[:, None].repeat(1, N)
+    return (rank_reap(sums) / N)[:, None].repeat(1, N)
 
 
 def magnitude(sums: ExpertSums, _targets: int) -> torch.Tensor:

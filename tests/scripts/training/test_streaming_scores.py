@@ -21,7 +21,7 @@ from tiny_laguna import make_config, make_tiny, read_config, save_tiny
 from laguna_serve.plugins.pruning import ExpertShape, read_shape
 from laguna_serve.scripts.text.rows import TextRows
 from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
-from laguna_serve.scripts.training.pruning.scores import SCORES
+from laguna_serve.scripts.training.pruning.scores import SCORES, find_constants, rank_mone
 from laguna_serve.scripts.training.pruning.streaming import passes
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.sizes import make_plan
@@ -157,17 +157,22 @@ def test_forward_alone_gives_the_scores_that_need_no_gradients(
     assert not (tmp_path / "backward").exists()
 
 
-def test_mones_constant_is_the_experts_mean_output(tiny: Any, text: TextRows, measured: Measured) -> None:
+def test_mones_score_and_constant_are_of_the_experts_outputs(tiny: Any, text: TextRows, measured: Measured) -> None:
     model, shape, _ = tiny
     experts = model.model.layers[shape.layers[1]].mlp.experts
-    outputs = []
+    outputs, asked = [], 0.0
     for row, scored in zip(text.rows, text.scored, strict=True):
         run = expert_runs(model, shape.layers[1], row, scored)
         x = run["x"][(run["ids"] == 2).any(-1)]
         gate, up = (x @ experts.gate_up_proj[2].detach().t()).chunk(2, dim=-1)
         outputs.append((F.silu(gate) * up) @ experts.down_proj[2].detach().t())
-    sums = measured.layers[1]
-    torch.testing.assert_close((sums.means[2] / sums.tokens[2]).float(), torch.cat(outputs).mean(0))
+        asked += 2.5 * float(run["weights"][run["ids"] == 2].sum())
+    given = torch.cat(outputs)
+    torch.testing.assert_close(torch.from_numpy(measured.constants()[1, 2]), given.mean(0))
+    wanted = float(given.var(0, unbiased=True).sum().sqrt()) * asked / text.targets
+    assert measured.rank_experts("mone")[1, 2] == pytest.approx(wanted, rel=1e-4)
+    atoms = measured.scores("reap")[1, 2]
+    assert measured.rank_experts("reap")[1, 2] == pytest.approx(float(atoms.sum()), rel=1e-5)
 
 
 def test_an_expert_without_tokens_scores_nothing(tiny: Any, measured: Measured) -> None:
@@ -177,6 +182,8 @@ def test_an_expert_without_tokens_scores_nothing(tiny: Any, measured: Measured) 
         values = score.compute(empty, 5)
         assert torch.isfinite(values).all()
         assert bool(values.any()) == (name == "magnitude")
+    assert not rank_mone(empty, 5).any()
+    assert not find_constants(empty).any()
 
 
 def test_an_interrupted_run_continues_at_its_layer(

@@ -97,3 +97,20 @@ def test_a_line_that_says_nothing_is_named(tokenizer: Any, tmp_path: Path) -> No
     (tmp_path / "t.jsonl").write_text("{\n")
     with pytest.raises(PruningError, match="got no JSON in line 1"):
         read_rows(source, tokenizer, None, 1000)
+
+
+def test_rows_are_drawn_by_a_seed(tokenizer: Any, tmp_path: Path) -> None:
+    source = str(tmp_path / "chunks.npy")
+    np.save(source, np.arange(5, 5 + 20)[:, None].repeat(32, axis=1))
+
+    def draw(seed: int | None, tokens: int | None = 128) -> list[int]:
+        return [int(row[0]) - 5 for row in read_rows(source, tokenizer, None, tokens, seed).rows]
+
+    assert draw(None) == [0, 5, 10, 15]
+    assert draw(0) == draw(0) == sorted(set(draw(0)))
+    assert len(draw(0)) == 4
+    assert draw(0) != draw(1)
+    assert draw(None, None) == list(range(20)), "everything"
+    assert read_rows(source, tokenizer, None, 128, 0).available == 20
+    first, second = (read_rows(source, tokenizer, None, 128, seed) for seed in (0, 1))
+    assert first.digest == read_rows(source, tokenizer, None, 128, 0).digest != second.digest
