@@ -52,7 +52,7 @@ ROOMS = {
         *("gateway", "service", "commands"),
     ),
     "serving/gateway": ("config", "wire", "telemetry", "engines", "relay", "clients"),
-    "scripts": ("text", "checkpoints", "training", "clients", "frontier"),
+    "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights"),
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.

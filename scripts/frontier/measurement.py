@@ -90,7 +90,7 @@ def measure(config: FrontierConfig) -> FrontierResult:
     meter = Meter(subject.text, subject.shape, work / "losses.jsonl")
     measure_losses(config, subject, meter, masks)
     first = next(iter(subject.formats))
-    table = Table(meter, masks, first)
+    readings = Readings(meter, masks, first)
     scores = [{name: draw.scores(name) for name in SCORES} for draw in draws]
     return FrontierResult(
         environment=environment,
@@ -105,12 +105,12 @@ def measure(config: FrontierConfig) -> FrontierResult:
             tokens=tuple(draw.text.tokens for draw in draws),
         ),
         formats=tuple(describe_format(subject, meter, name) for name in subject.formats),
-        points=tuple(point for name in subject.formats for point in table.list_points(name, subject)),
-        contests=tuple(contest for name in subject.formats for contest in table.list_contests(name)),
-        atoms={f"{name}-atoms": table.pair(first, f"{name}-atoms", name) for name in names.ATOMS},
+        points=tuple(point for name in subject.formats for point in readings.list_points(name, subject)),
+        contests=tuple(contest for name in subject.formats for contest in readings.list_contests(name)),
+        atoms={f"{name}-atoms": readings.pair(first, f"{name}-atoms", name) for name in names.ATOMS},
         repacking=tuple(
             Repacking(ratio=int(share) / 100, delta=gap.delta, low=gap.low, high=gap.high)
-            for share, gap in table.pair(first, names.REPACKED, names.PARENT).items()
+            for share, gap in readings.pair(first, names.REPACKED, names.PARENT).items()
         ),
         correlations=correlate(scores),
         repeatability=correlate_draws(scores),
@@ -192,7 +192,7 @@ def describe_format(subject: Subject, meter: Meter, name: str) -> FrontierFormat
     return FrontierFormat(format=name, bytes=size, loss=float(meter.read(name, None).sum() / meter.targets.sum()))
 
 
-class Table:
+class Readings:
     """Measured losses by mask and share: [S, R], draws by rows."""
 
     def __init__(self, meter: Meter, masks: list[Mask], own: str) -> None:

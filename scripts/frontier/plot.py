@@ -34,7 +34,7 @@ LEAST = 1e-4  # where a loss did not grow: the lower end of a logarithmic axis
 
 
 def draw_frontier(result: FrontierResult, path: Path) -> None:
-    """Write the PNG."""
+    """Write the frontier as a PNG."""
     with open_figure(path, figsize=(9.6, 5.6)) as (figure, axes):
         figure.subplots_adjust(left=0.09, right=0.73, top=0.85, bottom=0.17)
         _draw_points(result, axes)
