@@ -11,15 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import UNSET, UnsetType
 
-from laguna_serve.plugins.formats.experts import FP8
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, read_shape
 from laguna_serve.scripts.checkpoints.compaction.base import check_config, read_base
 from laguna_serve.scripts.checkpoints.compaction.choice import choose_pruning
-from laguna_serve.scripts.checkpoints.compaction.room import Room, find_room, format_room
-from laguna_serve.scripts.checkpoints.compaction.rounding import Rounding, format_rounding, measure_rounding
+from laguna_serve.scripts.checkpoints.compaction.report import (
+    CompactResult,
+    CompactShares,
+    Verification,
+    describe_share,
+    format_result,
+    format_shares,
+)
+from laguna_serve.scripts.checkpoints.compaction.room import Room, find_room
+from laguna_serve.scripts.checkpoints.compaction.rounding import Rounding, measure_rounding
 from laguna_serve.scripts.checkpoints.compaction.savings import (
     Savings,
     count_parameters,
@@ -43,6 +49,7 @@ EXAMPLES = """examples:
   laguna compact poolside/Laguna-XS.2 --keep-mask group_keep_mask_10pct.npy \\
       --group-indices group_indices_importance_sorted.npy --out xs2-10pct
   laguna compact BASE --random-mask 0.1 --dry-run         what would it save? (needs config.json only)
+  laguna compact BASE --shares 0,0.1,0.25,0.4 --dry-run   the same for several shares, in one table
   laguna compact BASE --random-mask 0.25 --seed 1 --out random-25pct --verify
   laguna compact BASE --keep-mask M --group-indices G --out DIR --zeroed    for engines that know no blocks
   laguna compact poolside/Laguna-XS.2-FP8 --random-mask 0.25 --dry-run      and beside which context does it fit?
@@ -66,6 +73,9 @@ class CompactConfig:
         Path | None, Flag("bool [layers, experts, groups]: what stays; this, or --random-mask", metavar="M.npy")
     ] = None
     random_mask: Annotated[float | None, Flag("prune this share of the groups at random", metavar="RATIO")] = None
+    shares: Annotated[
+        tuple[float, ...], Flag("with --dry-run: sizes of masks of these shares, in one table", metavar="RATIOS")
+    ] = ()
     group_indices: Annotated[Path | None, Flag("int64 [layers, experts, groups, atoms]", metavar="G.npy")] = None
     block_size: Annotated[int | None, Flag("random mask without indices: atoms in a group", metavar="N")] = None
     seed: Annotated[int | None, Flag("of the random mask (default 0)", metavar="N")] = None
@@ -76,6 +86,9 @@ class CompactConfig:
     dry_run: Annotated[bool, Flag("say what would be saved; write nothing")] = False
 
     def __post_init__(self) -> None:
+        if self.shares:
+            self._check_shares()
+            return
         if (self.keep_mask is None) == (self.random_mask is None):
             got = "neither" if self.keep_mask is None else "both"
             raise FlagError(f"--keep-mask or --random-mask: expected one of them, got {got}")
@@ -94,61 +107,12 @@ class CompactConfig:
         if self.out is None and not self.dry_run:
             raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
 
-
-class Verification(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was written against the masked base.
-
-    Attributes:
-        difference: the first tensor that is not as it should be; then nothing was computed.
-        max_relative_error: of each sparse layer's routed output; None for NaN.
-    """
-
-    held: bool
-    difference: str | None = None
-    tolerance: float | None = None
-    max_relative_error: tuple[float | None, ...] | None = None
-
-
-class CompactResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.compact/1"):
-    """What a compaction saved, or would save.
-
-    Attributes:
-        format: of the routed experts that are written, plain or fp8.
-        bytes_before, bytes_after: of all tensors.
-        bytes_saved: by the routed experts.
-        expert_bytes, scale_bytes: the routed experts' values, and their scales where they are in FP8.
-        held_bytes: the weights in a GPU's memory, where scales are fp32.
-        kept_range: the fewest and the most blocks kept of any sparse layer, of `blocks_per_layer`.
-        room: what fits beside them on two GPUs; of a dry run alone.
-        rounding: what `--to fp8` costs; of what is written.
-        verify: None where it was not asked for; absent from a dry run.
-    """
-
-    mode: Literal["compact", "zeroed"]
-    base: str
-    out: str | None
-    status: Literal["written", "already complete", "dry run"]
-    format: str
-    parameters_before: int
-    parameters_after: int
-    blocks: int
-    blocks_pruned: int
-    bytes_before: int
-    bytes_after: int
-    bytes_saved: int
-    expert_bytes: int
-    scale_bytes: int
-    held_bytes: int
-    kept_range: tuple[int, int]
-    blocks_per_layer: int
-    room: tuple[Room, ...] | UnsetType = UNSET
-    rounding: Rounding | UnsetType = UNSET
-    verify: Verification | UnsetType | None = UNSET
-
-    @property
-    def held(self) -> bool:
-        """No difference was found, or none was looked for."""
-        return not isinstance(self.verify, Verification) or self.verify.held
+    def _check_shares(self) -> None:
+        if self.keep_mask is not None or self.random_mask is not None:
+            given = "--keep-mask" if self.keep_mask is not None else "--random-mask"
+            raise FlagError(f"--shares: expected no other mask, got {given}; leave one of them out")
+        if not self.dry_run or self.zeroed:
+            raise FlagError("--shares: expected --dry-run and no --zeroed, as it only counts; add or leave them")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: CompactConfig) -> int:
     """Compact and print it. Returns the exit status."""
+    if config.shares:
+        shares = compare_shares(config)
+        print_outcome(format_shares(shares), shares)
+        return HELD
     result = compact(config)
     if isinstance(result.verify, Verification) and result.verify.difference is not None:
         print(f"laguna: verify: {result.verify.difference}", file=sys.stderr)
@@ -173,13 +141,7 @@ def compact(config: CompactConfig) -> CompactResult:
         CheckpointError, PruningError: base, mask or output folder cannot be used.
         KeyboardInterrupt: a signal came; the same configuration continues.
     """
-    folder = require_folder(config.base)
-    described = read_config(folder)
-    stored = check_config(described, config.base)
-    if stored == config.to:
-        raise CheckpointError(f"{config.base}: expected plain weights for --to {config.to}, got FP8; leave --to out")
-    stored = config.to or stored
-    shape, target = read_shape(described, config.base), read_target(folder)
+    folder, shape, target, stored = open_config(config)
     pruning, source = choose_pruning(
         shape, config.keep_mask, config.group_indices, config.random_mask, config.block_size, config.seed or 0
     )
@@ -201,6 +163,31 @@ def compact(config: CompactConfig) -> CompactResult:
     rounding = measure_rounding(job) if job.rounds else UNSET
     verification = run_verify(job, shards, config.out) if config.verify else None
     return _report(config, "already complete" if was_complete else "written", savings, verification, rounding=rounding)
+
+
+def open_config(config: CompactConfig) -> tuple[Path, ExpertShape, Target, str]:
+    """Read the base's config: its folder, experts and sizes, and the format that the output's experts have."""
+    folder = require_folder(config.base)
+    described = read_config(folder)
+    stored = check_config(described, config.base)
+    if stored == config.to:
+        raise CheckpointError(f"{config.base}: expected plain weights for --to {config.to}, got FP8; leave --to out")
+    return folder, read_shape(described, config.base), read_target(folder), config.to or stored
+
+
+def compare_shares(config: CompactConfig) -> CompactShares:
+    """Work out what every share would leave; nothing is written. Raises as `compact`."""
+    folder, shape, target, stored = open_config(config)
+    rows, found = [], None
+    for share in config.shares:
+        indices, size = config.group_indices, config.block_size
+        pruning, _ = choose_pruning(shape, None, indices, share, size, config.seed or 0)
+        found = foresee(config, folder, target, pruning, shape, stored)
+        rows.append(describe_share(share, found, find_room(cut_target(target, pruning, stored))))
+    assert found is not None
+    return CompactShares(
+        base=config.base, format=stored, blocks=found.blocks, released_bytes=found.bytes_before, shares=tuple(rows)
+    )
 
 
 def _report(
@@ -263,41 +250,6 @@ def run_verify(job: Compaction, shards: list[Shard], out: Path) -> Verification:
         tolerance=TOLERANCE,
         max_relative_error=tuple(error if error == error else None for error in errors),
     )
-
-
-def format_result(result: CompactResult) -> str:
-    """Format the result as rows for people."""
-    before, after = result.parameters_before, result.parameters_after
-    low, high = result.kept_range
-    rows = [
-        ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
-        ("blocks pruned", f"{result.blocks_pruned:,} of {result.blocks:,}"),
-        ("saved", _size(result.bytes_saved)),
-        ("kept per layer", f"{low:,} to {high:,} of {result.blocks_per_layer:,} blocks"),
-        ("on disk", f"{_size(result.bytes_before)} → {_size(result.bytes_after)}"),
-        ("experts", f"{_size(result.expert_bytes)}{_format_scales(result)}"),
-    ]
-    if not isinstance(result.room, UnsetType):
-        rows.append(("on a GPU", _size(result.held_bytes)))
-        rows += [("", f"{room.device}: {format_room(room)}") for room in result.room]
-    if result.status != "dry run":
-        rows.append(("checkpoint", f"{result.out}: {result.status}"))
-    if not isinstance(result.rounding, UnsetType):
-        rows.append(("rounding", format_rounding(result.rounding)))
-    if isinstance(result.verify, Verification) and result.verify.max_relative_error is not None:
-        errors = result.verify.max_relative_error
-        largest = "NaN" if None in errors else f"{max(e for e in errors if e is not None):.1e}"
-        verdict = "held" if result.verify.held else "FELL SHORT"
-        rows.append(("verify", f"{verdict}: largest relative error {largest}, at most {TOLERANCE:.0e} expected"))
-    return "\n".join(f"{name:<15} {text}" for name, text in rows)
-
-
-def _format_scales(result: CompactResult) -> str:
-    return f" in FP8 and {_size(result.scale_bytes)} of scales" if result.format == FP8 else ""
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
 
 
 if __name__ == "__main__":

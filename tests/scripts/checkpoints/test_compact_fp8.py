@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from laguna_serve.scripts.checkpoints import compact
 
 RELEASES = Path(__file__).resolve().parents[2] / "fixtures" / "releases"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 # Neither the hidden size nor the experts' width is a multiple of 128.
 H, N, B = 160, 144, 16
 COLUMNS = torch.arange(H) // 128
@@ -199,6 +200,58 @@ def test_full_size_arithmetic_is_the_documented_one(capsys: pytest.CaptureFixtur
     atoms = 39 * 256 * 512 * 3 // 4
     assert result["expert_bytes"] == atoms * 3 * 2048
     assert result["scale_bytes"] == atoms * 3 * 16 * 2
+
+
+def test_documented_table_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of docs/pruning.md: each share of XS.2 in FP8, and beside it in bf16."""
+    tables = []
+    for release in ("Laguna-XS.2-FP8", "Laguna-XS.2"):
+        code, result, _ = run(capsys, RELEASES / release, "--shares", "0,0.1,0.25,0.4", "--dry-run")
+        assert (code, result["schema"], result["blocks"]) == (0, "laguna_serve.compact_shares/1", 79872)
+        tables.append(result["shares"])
+    page = (DOCS / "pruning.md").read_text()
+    for fp8, plain in zip(*tables, strict=True):
+        small, large = (room["sequences"] for room in fp8["room"])
+        sizes = [f"{size / 2**30:.1f}" for size in (fp8["bytes"], fp8["held_bytes"], plain["held_bytes"])]
+        name = "0%, compact" if fp8["share"] == 0 else f"{fp8['share']:.0%}"
+        cells = [name, *sizes[:2], str(small), str(large), sizes[2], str(plain["room"][1]["sequences"])]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_shares_are_those_of_single_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_base(tmp_path)
+    base, sizes = tmp_path / "base", ["--block-size", B]
+    code, table, _ = run(capsys, base, "--shares", "0,0.5", *sizes, "--dry-run")
+    assert code == 0
+    for share in table["shares"]:
+        single = run(capsys, base, "--random-mask", share["share"], *sizes, "--dry-run")[1]
+        assert (share["bytes"], share["held_bytes"]) == (single["bytes_after"], single["held_bytes"])
+        assert (share["blocks_pruned"], share["room"]) == (single["blocks_pruned"], single["room"])
+    assert table["released_bytes"] == single["bytes_before"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shares", "0.1"], "--shares: expected --dry-run and no --zeroed"),
+        (
+            ["--shares", "0.1", "--random-mask", "0.2", "--dry-run"],
+            "--shares: expected no other mask, got --random-mask",
+        ),
+        (["--shares", "0.1,x", "--dry-run"], "expected values separated by commas, got '0.1,x'"),
+    ],
+)
+def test_unfit_shares_are_refused(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compact.main([str(RELEASES / "Laguna-XS.2-FP8"), *flags])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_shares_that_no_mask_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, RELEASES / "Laguna-XS.2-FP8", "--shares", "0.1,1.5", "--dry-run")
+    assert code == 2
+    assert "ratio: expected at least 0 and less than 1, got 1.5" in error
 
 
 @pytest.mark.parametrize(
