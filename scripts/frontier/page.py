@@ -42,7 +42,7 @@ def describe_contest(contest: Contest) -> str:
         return f"{where}`{contest.best}`, without a rival"
     if contest.equals:
         equals = ", ".join(f"`{name}`" for name in contest.equals)
-        least = f"`{contest.best}` has the least loss, and {equals} cannot be distinguished from it"
+        least = f"`{contest.best}` adds least, and {equals} cannot be distinguished from it"
         return f"{where}no winner: {least}{others}"
     return f"{where}`{contest.best}` wins by {show(contest.rivals[0])} over `{contest.rivals[0].mask}`{others}"
 

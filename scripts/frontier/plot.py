@@ -29,7 +29,11 @@ DASHED = ("heapr-repacked", "random", "reap")
 # Points of equal bytes are drawn so far apart that their bars do not cover each other.
 APART = 0.0022
 # What is drawn of XS.2's published curves.
-REFERENCES = {"XS.2, HEAPr groups": (INK, "-"), "XS.2, random groups": (SOFT, "--")}
+REFERENCES = {
+    "XS.2, HEAPr groups": (INK, "-"),
+    "XS.2, repacked": (INK, ":"),
+    "XS.2, random groups": (SOFT, "--"),
+}
 LEAST = 1e-4  # where a loss did not grow: the lower end of a logarithmic axis
 
 
@@ -49,7 +53,7 @@ def draw_frontier(result: FrontierResult, path: Path) -> None:
             axes,
             "What pruning adds to perplexity, against bytes",
             f"over {math.exp(first.loss):.2f} of the unpruned model in {first.format};"
-            " bars: 95% intervals over rows and calibration draws",
+            " bars: 95%, over rows and calibration draws; equal bytes side by side",
         )
         axes.set_xlabel(f"bytes of the whole model, of {first.bytes / 1e6:.2f} MB unpruned in {first.format}")
         lines, labels = axes.get_legend_handles_labels()
