@@ -182,14 +182,18 @@ def measure_losses(config: FrontierConfig, subject: Subject, meter: Meter, masks
 
 
 def describe_format(subject: Subject, meter: Meter, name: str) -> FrontierFormat:
-    """Describe the unpruned model: its compact form's bytes, and its loss."""
+    """Describe the unpruned model: its compact form's bytes, its loss, and what the format adds to that."""
     shape = subject.shape
     indices = np.arange(shape.intermediate_size).reshape(-1, subject.block_size)
     every = np.ones((len(shape.layers), shape.num_experts), dtype=bool)
     pruning = keep_whole(every, np.broadcast_to(indices, (*every.shape, *indices.shape)))
     job = Compaction(subject.base, pruning, zeroed=False, format=subject.formats[name])
     size = measure_savings(job, subject.target).bytes_after
-    return FrontierFormat(format=name, bytes=size, loss=float(meter.read(name, None).sum() / meter.targets.sum()))
+    nats, targets = meter.read(name, None), meter.targets
+    added = nats - meter.read(next(iter(subject.formats)), None)
+    return FrontierFormat(
+        format=name, bytes=size, loss=float(nats.sum() / targets.sum()), rounding=estimate(added[None], targets)
+    )
 
 
 class Readings:

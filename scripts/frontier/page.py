@@ -65,7 +65,9 @@ def _format_losses(result: FrontierResult, stored: FrontierFormat) -> str:
 
 
 def _list_pairs(result: FrontierResult) -> list[str]:
-    lines = [
+    first, *others = result.formats
+    lines = [f"- {one.format} less {first.format}, unpruned: {show(one.rounding)}" for one in others]
+    lines += [
         f"- {mask}, single atoms less groups: "
         + ", ".join(f"{share}% {show(interval)}" for share, interval in intervals.items())
         for mask, intervals in result.atoms.items()

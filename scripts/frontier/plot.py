@@ -44,7 +44,8 @@ def draw_frontier(result: FrontierResult, path: Path) -> None:
         _draw_points(result, axes)
         _draw_published(result, axes)
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], LEAST))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, LEAST), 2 * high)  # room for the formats' names
         axes.yaxis.set_major_formatter(lambda value, _: f"+{value:.2%}" if value < 0.01 else f"+{value:.0%}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -30,11 +30,16 @@ class FrontierCalibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontierFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """The unpruned model in one format: bytes of its compact form, and its loss in nats per token."""
+    """The unpruned model in one format: bytes of its compact form, and its loss in nats per token.
+
+    Attributes:
+        rounding: loss over that in the first format, whose own is 0.
+    """
 
     format: str
     bytes: int
     loss: float
+    rounding: Interval
 
 
 class FrontierPoint(Interval, frozen=True, kw_only=True):

@@ -120,6 +120,9 @@ def test_every_mask_is_measured_in_both_formats_at_its_bytes(whole: tuple[Fronti
     assert (result.calibration.rows, result.calibration.available) == (2, 6)
     plain, fp8 = result.formats
     assert (plain.format, fp8.format) == ("f32", "fp8")
+    assert (plain.rounding.delta, plain.rounding.high) == (0, 0)
+    assert fp8.rounding.delta == pytest.approx(fp8.loss - plain.loss)
+    assert fp8.rounding.low < fp8.rounding.delta < fp8.rounding.high
     atoms, H = 2 * 4 * 8, 16
     # Each atom has three vectors: of four bytes a value, or of one, and a scale of two bytes for them each.
     assert plain.bytes - fp8.bytes == atoms * 3 * (4 * H - H - 2)
