@@ -39,23 +39,41 @@ struct Avx512 {
   static inline uint16_t to_f16(float value) { return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
   static inline float from_f16(uint16_t value) { return _cvtsh_ss(value); }
 
-  // e4m3: 64 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32.
-  static constexpr float UNSCALE = 256.0f;
-  static inline void decode(const uint8_t* p, Vec* w) {
-    for (int i = 0; i < 2; ++i) {
-      const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i));
-      const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(static_cast<short>(0xbf80)));
-      w[2 * i] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-      w[2 * i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-    }
-  }
+  // e4m3: 64 codes as the AVX2 path decodes 32.
+  static constexpr float UNSCALE = 1.0f;
+  static constexpr int LARGEST = 60 + 17 * 7 + 14;
   struct Flags {
-    __m512i seen = _mm512_setzero_si512();
-    inline void note(const uint8_t* p) { seen = _mm512_max_epu8(seen, _mm512_or_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)))); }
-    inline uint64_t find() const { return _mm512_cmpeq_epi8_mask(seen, _mm512_set1_epi8(-1)); }
-    inline bool any() const { return find() != 0; }
-    inline bool has(int i) const { return (find() >> i & 1) != 0; }
+    __m512i largest = _mm512_setzero_si512();
+    inline bool any() const { return _mm512_cmpgt_epu8_mask(largest, bytes(LARGEST)) != 0; }
   };
+  static inline __m512i bytes(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+  static inline __m512i words(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+    alignas(16) static constexpr uint8_t UPPER[2][16] = {
+        {200, 61, 62, 63, 64, 65, 66, 67, 72, 189, 190, 191, 192, 193, 194, 195},
+        {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195}};
+    const auto look_up = [](const uint8_t* table, __m512i index) {
+      return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+    };
+    const __m512i codes = _mm512_loadu_si512(p);
+    const __m512i index = _mm512_and_si512(_mm512_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER[0], index);
+    flags->largest = _mm512_max_epu8(flags->largest, _mm512_add_epi8(codes, upper));
+    const __m512i lower = _mm512_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER[1], index) : upper;
+    const __m512i pairs[2] = {_mm512_unpacklo_epi8(lower, sound), _mm512_unpackhi_epi8(lower, sound)};
+    for (int i = 0; i < 2; ++i) {
+      w[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));
+      w[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs[i], words(0xfff00000u)));
+    }
+    for (int i = 0; EXACT && i < 4; ++i) w[i] = correct(w[i]);
+  }
+  static inline Vec correct(Vec w) {
+    const Vec magnitude = _mm512_abs_ps(w), subnormal = _mm512_sub_ps(_mm512_add_ps(magnitude, magnitude), set1(0x1p-6f));
+    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(w), words(0x80000000u));
+    const Vec sound = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(_mm512_min_ps(magnitude, subnormal)), sign));
+    return _mm512_mask_mov_ps(sound, _mm512_cmp_ps_mask(magnitude, set1(480.0f), _CMP_EQ_OQ), set1(__builtin_nanf("")));
+  }
+  static constexpr int place(int column) { return (column % 16 / 8 * 2 + column % 2) * LANES + column / 16 * 4 + column % 8 / 2; }
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
-// e4m3 by fp32 multiply-add: x is widened once a call, weights as they are used, in the order of their columns.
+// e4m3 by fp32 multiply-add: x is widened once a call, weights as they are used.
 //
-// V states a register of floats as for PlainOps, and: decode (4 · LANES codes to four registers, NaN's codes to some
-// number), Flags, UNSCALE.
+// V states a register of floats as for PlainOps, and of 4 · LANES codes: decode, Flags and UNSCALE as Ops, and place(c),
+// where column c goes in their four registers.
 
 #pragma once
 
@@ -19,9 +19,14 @@ struct Fp8Plain {
   static constexpr int LANES = V::LANES, UNIT = 4 * LANES, VECS = 4, SUMS = 4, ATOM_STEP = 1, REGISTERS = V::REGISTERS;
   static constexpr float UNSCALE = V::UNSCALE;
 
-  static constexpr int place(int column) { return column; }
-  static inline void decode(const uint8_t* p, Vec* w) { V::decode(p, w); }
-  static inline void decode_rows(const uint8_t* p, int64_t, Vec* parts) { V::decode(p, parts); }
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+    V::template decode<EXACT>(p, w, flags);
+  }
+  template <bool EXACT>
+  static inline void decode_rows(const uint8_t* p, int64_t, Vec* parts, Flags* flags) {
+    V::template decode<EXACT>(p, parts, flags);
+  }
   static inline Vec load_x(const float* p) { return V::load(p); }
   static inline Vec dot(Vec a, Vec b, Vec sum) { return V::multiply_add(a, b, sum); }
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return V::multiply_add(a, b, sum); }
@@ -44,19 +49,24 @@ struct Fp8Plain {
     return PlainOps<V, D>::round(value);
   }
   template <DType D>
-  static inline void store(float sum, int64_t column, void* out) {
-    if constexpr (D == F32) static_cast<float*>(out)[column] = sum;
-    if constexpr (D == F16) static_cast<uint16_t*>(out)[column] = V::to_f16(sum);
-    if constexpr (D == BF16) static_cast<uint16_t*>(out)[column] = narrow(sum);
+  static void store(const float* sums, int64_t columns, void* out) {
+    float values[REDUCED];
+    for (int64_t c = 0; c < columns; ++c) values[c] = sums[c / UNIT * UNIT + V::place(c % UNIT)];
+    if constexpr (D == F32) std::memcpy(out, values, columns * sizeof(float));
+    for (int64_t c = 0; c < columns; ++c) {
+      if constexpr (D == F16) static_cast<uint16_t*>(out)[c] = V::to_f16(values[c]);
+      if constexpr (D == BF16) static_cast<uint16_t*>(out)[c] = narrow(values[c]);
+    }
   }
   template <DType D>
   static void prepare(const void* x, int64_t H, int64_t padded, float* row) {
+    std::memset(row + H / UNIT * UNIT, 0, (padded - H / UNIT * UNIT) * sizeof(float));
     for (int64_t h = 0; h < H; ++h) {
-      if constexpr (D == F32) row[h] = static_cast<const float*>(x)[h];
-      if constexpr (D == F16) row[h] = V::from_f16(static_cast<const uint16_t*>(x)[h]);
-      if constexpr (D == BF16) row[h] = widen(static_cast<const uint16_t*>(x)[h]);
+      float* to = row + h / UNIT * UNIT + V::place(h % UNIT);
+      if constexpr (D == F32) *to = static_cast<const float*>(x)[h];
+      if constexpr (D == F16) *to = V::from_f16(static_cast<const uint16_t*>(x)[h]);
+      if constexpr (D == BF16) *to = widen(static_cast<const uint16_t*>(x)[h]);
     }
-    std::memset(row + H, 0, (padded - H) * sizeof(float));
   }
 };
 

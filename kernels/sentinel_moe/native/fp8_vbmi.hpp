@@ -44,7 +44,8 @@ struct VbmiOps {
   static inline Vec as_vec(__m512i v) { return _mm512_castsi512_ps(v); }
 
   // 64 codes; in each sixteen of them, the first eight in w[0] and the others in w[1].
-  static inline void decode(const uint8_t* p, Vec* w) {
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags*) {
     const __m512i codes = _mm512_loadu_si512(p);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(BF16_BYTES.low), codes, _mm512_load_si512(BF16_BYTES.low + 64));
     const __m512i magnitude = _mm512_permutex2var_epi8(_mm512_load_si512(BF16_BYTES.high), codes, _mm512_load_si512(BF16_BYTES.high + 64));
@@ -53,10 +54,11 @@ struct VbmiOps {
     w[1] = as_vec(_mm512_unpackhi_epi8(low, high));
   }
   // Two rows interleaved, so that a lane holds one column of both: of each sixteen columns four in each register.
-  static inline void decode_rows(const uint8_t* p, int64_t H, Vec* parts) {
+  template <bool EXACT>
+  static inline void decode_rows(const uint8_t* p, int64_t H, Vec* parts, Flags* flags) {
     Vec first[2], second[2];
-    decode(p, first);
-    decode(p + H, second);
+    decode<EXACT>(p, first, flags);
+    decode<EXACT>(p + H, second, flags);
     for (int i = 0; i < 2; ++i) {
       parts[2 * i] = as_vec(_mm512_unpacklo_epi16(as_bytes(first[i]), as_bytes(second[i])));
       parts[2 * i + 1] = as_vec(_mm512_unpackhi_epi16(as_bytes(first[i]), as_bytes(second[i])));
@@ -93,8 +95,10 @@ struct VbmiOps {
     return value;  // when its scale is applied
   }
   template <DType D>
-  static inline void store(float sum, int64_t column, void* out) {
-    static_cast<uint16_t*>(out)[column] = narrow(sum);
+  static void store(const float* sums, int64_t columns, void* out) {
+    float values[REDUCED];
+    for (int64_t c = 0; c < columns; ++c) values[c] = sums[c / UNIT * UNIT + place(c % UNIT)];
+    for (int64_t c = 0; c < columns; ++c) static_cast<uint16_t*>(out)[c] = narrow(values[c]);
   }
   template <DType D>
   static void prepare(const void* x, int64_t H, int64_t padded, X* row) {

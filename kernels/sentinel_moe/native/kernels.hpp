@@ -11,68 +11,22 @@
 
 #pragma once
 
-#include <cstring>
-
 #include "path.hpp"
+#include "scalar.hpp"
 
 namespace {
 
 using namespace sentinel;
 
-inline float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, NaN stays NaN.
-inline float exponential(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits, scale_bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  scale_bits = (bits << 23) + 0x3f800000u;
-  float scale;
-  std::memcpy(&scale, &scale_bits, sizeof scale);
-  return p * scale;
-}
-
-inline float weigh(float weight, float gate, float up) { return weight * (gate / (1.0f + exponential(-gate))) * up; }
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// Calls f with the compile-time constant that equals count, 1 … MAX.
-template <int MAX, typename F>
-inline void with_count(int64_t count, F f) {
-  if constexpr (MAX == 1) {
-    f(Int<1>());
-  } else {
-    if (count == MAX) {
-      f(Int<MAX>());
-    } else {
-      with_count<MAX - 1>(count, f);
+// sums [columns] = the sum of rows in their order; a register has LANES of them.
+template <class Ops, int LANES>
+void add_up(const float* const* rows, int64_t count, int64_t columns, float* sums) {
+  std::memset(sums, 0, columns * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) {
+    const float* next = rows[i + 1 < count ? i + 1 : i];
+    for (int64_t c = 0; c < columns; c += LANES) {
+      if (c % 16 == 0) __builtin_prefetch(next + c);
+      Ops::store_sum(sums + c, Ops::add(Ops::load_sum(sums + c), Ops::load_sum(rows[i] + c)));
     }
   }
 }
@@ -307,11 +261,8 @@ struct Steps {
   // --- after ---------------------------------------------------------------------------------------------
 
   static void reduce(const float* const* rows, int64_t count, int64_t columns, void* out) {
-    float sums[REDUCED] = {};
-    const int64_t padded = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < padded; c += STEP / 2) Ops::store_sum(sums + c, Ops::add(Ops::load_sum(sums + c), Ops::load_sum(rows[i] + c)));
-    }
+    float sums[REDUCED];
+    add_up<Ops, STEP / 2>(rows, count, (columns + COLUMNS - 1) / COLUMNS * COLUMNS, sums);
     Ops::store(sums, columns, static_cast<T*>(out));
   }
 

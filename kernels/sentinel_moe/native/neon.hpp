@@ -30,26 +30,27 @@ struct Neon {
   static inline uint16_t to_f16(float value) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0); }
   static inline float from_f16(uint16_t value) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value))), 0); }
 
-  // e4m3: 16 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32.
+  // e4m3: 16 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32; NaN's would be 480 · 2^-8.
   static constexpr float UNSCALE = 256.0f;
-  static inline void decode(const uint8_t* p, Vec* w) {
+  struct Flags {
+    uint8x16_t largest = vdupq_n_u8(0);
+    inline bool any() const { return vmaxvq_u8(largest) == 0xff; }
+  };
+  static constexpr int place(int column) { return column; }
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+    flags->largest = vmaxq_u8(flags->largest, vorrq_u8(vld1q_u8(p), vdupq_n_u8(0x80)));
     for (int i = 0; i < 2; ++i) {
       const int16x8_t wide = vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p) + 8 * i));
       const float16x8_t halves = vreinterpretq_f16_s16(vandq_s16(vshlq_n_s16(wide, 7), vdupq_n_s16(static_cast<int16_t>(0xbf80))));
       w[2 * i] = vcvt_f32_f16(vget_low_f16(halves));
       w[2 * i + 1] = vcvt_f32_f16(vget_high_f16(halves));
     }
-  }
-  struct Flags {
-    uint8x16_t seen = vdupq_n_u8(0);
-    inline void note(const uint8_t* p) { seen = vmaxq_u8(seen, vorrq_u8(vld1q_u8(p), vdupq_n_u8(0x80))); }
-    inline bool any() const { return vmaxvq_u8(seen) == 0xff; }
-    inline bool has(int i) const {
-      uint8_t bytes[16];
-      vst1q_u8(bytes, seen);
-      return bytes[i] == 0xff;
+    for (int i = 0; EXACT && i < 4; ++i) {
+      const uint32x4_t is_nan = vceqq_f32(vabsq_f32(w[i]), vdupq_n_f32(480.0f / 256));
+      w[i] = vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(w[i]), is_nan));
     }
-  };
+  }
 };
 
 }  // namespace

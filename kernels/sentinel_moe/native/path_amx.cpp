@@ -211,7 +211,7 @@ struct Dense {
 // --- weights in 8 bits ----------------------------------------------------------------------------------------------
 
 struct Narrow {
-  using Codes = Fp8Steps<VbmiOps>;
+  using Codes = Fp8Decoder<VbmiOps>;
   static constexpr int64_t ACT_SIZE = sizeof(float);
   static constexpr int64_t STEPS = SCALED / STEP;  // of a group
 
@@ -221,11 +221,10 @@ struct Narrow {
 
   // One group of sixteen rows, decoded, times the packed tokens, times the rows' scales, into totals.
   static void add_group(const uint8_t* row, const float* scales, int64_t H, int64_t h, const TileRows* packed, TileRows* decoded, TileSums products, TileSums totals) {
-    NoFlags flags;
     for (int64_t a = 0; a < TILE; ++a) {
       for (int64_t u = 0; u < SCALED; u += Codes::UNIT) {
         __m512 w[Codes::VECS] = {};
-        if (h + u < H) Codes::decode_row(row + a * H + h + u, H - h - u, w, &flags);
+        if (h + u < H) Codes::decode_row(row + a * H + h + u, H - h - u, w);
         for (int v = 0; v < Codes::VECS; ++v) _mm512_storeu_ps(decoded[u / STEP + v][a], w[v]);
       }
     }
@@ -281,12 +280,11 @@ struct Narrow {
     TileSums* products = memory.take<TileSums>(1);
     float* scales = memory.take<float>(block.B);
     std::memset(rows, 0, (Codes::SUMS + 1) * steps * sizeof(TileRows));  // where B ends within a step
-    NoFlags flags;
     for (int64_t column = first; column < first + columns; column += Codes::UNIT) {
       const uint8_t* down = Codes::codes(block.down) + column;
       for (int64_t atom = 0; atom < block.B; atom += 2, down += 2 * H) {
         __m512 parts[Codes::SUMS];
-        Codes::decode_rows(down, H, H - column, parts, &flags);
+        Codes::decode_rows(down, H, H - column, parts);
         for (int i = 0; i < Codes::SUMS; ++i) _mm512_storeu_ps(rows[i * steps + atom / STEP][atom % STEP / 2], parts[i]);
         scales[atom] = block.down_scales[atom * groups + column / SCALED];
         scales[atom + 1] = block.down_scales[(atom + 1) * groups + column / SCALED];

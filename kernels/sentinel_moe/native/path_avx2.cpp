@@ -34,26 +34,49 @@ struct Avx2 {
   static inline uint16_t to_f16(float value) { return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
   static inline float from_f16(uint16_t value) { return _cvtsh_ss(value); }
 
-  // e4m3: 32 codes, as fp16 2^-8 times as large, whose subnormals are theirs, and then as fp32.
-  static constexpr float UNSCALE = 256.0f;
-  static inline void decode(const uint8_t* p, Vec* w) {
-    for (int i = 0; i < 2; ++i) {
-      const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
-      const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-      w[2 * i] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-      w[2 * i + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-    }
-  }
+  // e4m3: 32 codes.  A code's upper half, sign and exponent but for its last bit, is looked up as the upper byte of
+  // bf16; its lower half shifted is the lower byte.  Subnormals, which this gets wrong, zero and the smallest normals
+  // share an upper half, whose entry is larger than all others once the code is added, which takes the sign away; as
+  // is the sum of NaN's codes.
+  static constexpr float UNSCALE = 1.0f;
+  static constexpr int LARGEST = 60 + 17 * 7 + 14;  // of the sums of all other codes
   struct Flags {
-    __m256i seen = _mm256_setzero_si256();
-    inline void note(const uint8_t* p) {
-      const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      seen = _mm256_max_epu8(seen, _mm256_or_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80))));
+    __m256i largest = _mm256_setzero_si256();
+    inline bool any() const {
+      const __m256i beyond = _mm256_subs_epu8(largest, bytes(LARGEST));
+      return !_mm256_testz_si256(beyond, beyond);
     }
-    inline uint32_t find() const { return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(seen, _mm256_set1_epi8(-1)))); }
-    inline bool any() const { return find() != 0; }
-    inline bool has(int i) const { return (find() >> i & 1) != 0; }
   };
+  static inline __m256i bytes(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+  static inline __m256i words(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+    alignas(16) static constexpr uint8_t UPPER[2][16] = {
+        {200, 61, 62, 63, 64, 65, 66, 67, 72, 189, 190, 191, 192, 193, 194, 195},
+        {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195}};
+    const auto look_up = [](const uint8_t* table, __m256i index) {
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+    };
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i index = _mm256_and_si256(_mm256_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER[0], index);
+    flags->largest = _mm256_max_epu8(flags->largest, _mm256_add_epi8(codes, upper));
+    const __m256i lower = _mm256_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER[1], index) : upper;
+    const __m256i pairs[2] = {_mm256_unpacklo_epi8(lower, sound), _mm256_unpackhi_epi8(lower, sound)};
+    for (int i = 0; i < 2; ++i) {
+      w[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));
+      w[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[i], words(0xfff00000u)));  // less the other's upper half
+    }
+    for (int i = 0; EXACT && i < 4; ++i) w[i] = correct(w[i]);
+  }
+  // A subnormal came as (1 + m/8) · 2^-7 instead of m/8 · 2^-6, NaN as 480.
+  static inline Vec correct(Vec w) {
+    const Vec sign = _mm256_set1_ps(-0.0f), magnitude = _mm256_andnot_ps(sign, w);
+    const Vec subnormal = _mm256_sub_ps(_mm256_add_ps(magnitude, magnitude), set1(0x1p-6f));
+    const Vec nan = _mm256_cmp_ps(magnitude, set1(480.0f), _CMP_EQ_OQ);
+    return _mm256_or_ps(_mm256_or_ps(_mm256_min_ps(magnitude, subnormal), nan), _mm256_and_ps(sign, w));
+  }
+  // Of each sixteen columns: the even ones of the first eight, the odd ones, the same of the others.
+  static constexpr int place(int column) { return (column % 16 / 8 * 2 + column % 2) * LANES + column / 16 * 4 + column % 8 / 2; }
 };
 
 // Whatever has AVX2 has F16C, for which clang 14 cannot ask.

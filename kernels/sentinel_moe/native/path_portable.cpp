@@ -91,7 +91,9 @@ struct Portable {
 
   using Flags = NoFlags;
   static constexpr float UNSCALE = 1.0f;
-  static inline void decode(const uint8_t* p, Vec* w) {
+  static constexpr int place(int column) { return column; }
+  template <bool EXACT>
+  static inline void decode(const uint8_t* p, Vec* w, Flags*) {
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = E4M3.values[p[i]];
     std::memcpy(w, values, sizeof values);

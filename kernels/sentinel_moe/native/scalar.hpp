@@ -1,0 +1,69 @@
+// What the paths compute outside of registers: bf16, the activation, and counts that are known when compiled.  Private to
+// the file that includes it, like kernels.hpp.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, NaN stays NaN.
+inline float exponential(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits, scale_bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  scale_bits = (bits << 23) + 0x3f800000u;
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof scale);
+  return p * scale;
+}
+
+inline float weigh(float weight, float gate, float up) { return weight * (gate / (1.0f + exponential(-gate))) * up; }
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls f with the compile-time constant that equals count, 1 … MAX.
+template <int MAX, typename F>
+inline void with_count(int64_t count, F f) {
+  if constexpr (MAX == 1) {
+    f(Int<1>());
+  } else {
+    if (count == MAX) {
+      f(Int<MAX>());
+    } else {
+      with_count<MAX - 1>(count, f);
+    }
+  }
+}
+
+}  // namespace
