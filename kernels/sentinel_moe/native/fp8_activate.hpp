@@ -81,6 +81,11 @@ struct Fp8Activate : Fp8Decoder<Ops> {
         }
       }
     }
+    for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < R; ++r) {
+        for (int m = 0; m < M; ++m) settle(sums[half][r][m]);
+      }
+    }
     return flags.any();
   }
 

@@ -33,19 +33,29 @@ struct Fp8Combine : Fp8Decoder<Ops> {
   static inline bool add_unit(const uint8_t* row, int64_t H, int64_t left, const Act* const* acts, int64_t groups, float* const* sums, int64_t h) {
     Vec total[M][SUMS];
     Flags flags{};
+    bool any = false;
     for (int m = 0; m < M; ++m) {
       for (int s = 0; s < SUMS; ++s) total[m][s] = FIRST ? Vec{} : Ops::load_sum(sums[m] + h + s * LANES);
     }
     for (int g = 0; g < GROUP / ATOM_STEP; ++g) {
       Vec parts[SUMS];
-      Base::template decode_rows<EXACT>(row + g * ATOM_STEP * H + h, H, left, parts, &flags);
+      const uint8_t* p = row + g * ATOM_STEP * H + h;
+      if constexpr (EXACT) {
+        any |= Base::decode_rows(p, H, left, parts);
+      } else {
+        Ops::template decode_rows<false>(p, H, parts, &flags);
+      }
       for (int m = 0; m < M; ++m) {
         const Vec act = Ops::spread(acts[m] + g * groups * ATOM_STEP);
         for (int s = 0; s < SUMS; ++s) total[m][s] = Ops::dot(act, parts[s], total[m][s]);
       }
     }
-    const bool any = flags.any();
-    if (!EXACT && any) return true;
+    if constexpr (!EXACT) {
+      for (int m = 0; m < M; ++m) {
+        for (int s = 0; s < SUMS; ++s) settle(total[m][s]);
+      }
+      if (flags.any()) return true;
+    }
     for (int m = 0; m < M; ++m) {
       for (int s = 0; s < SUMS; ++s) Ops::store_sum(sums[m] + h + s * LANES, total[m][s]);
     }

@@ -27,6 +27,16 @@ struct NoFlags {
   bool any() const { return false; }
 };
 
+// What made v comes before what follows: else g++ moves it behind the look at the flags, and spills what it is made of.
+template <class Vec>
+inline void settle(Vec& v) {
+#if defined(__x86_64__)
+  __asm__ volatile("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__ volatile("" : "+w"(v));
+#endif
+}
+
 template <class Ops>
 struct Fp8Decoder {
   using X = typename Ops::X;
@@ -65,16 +75,18 @@ struct Fp8Decoder {
     }
   }
 
-  // The same, right for every code.
+  // The same, right for every code; of rows it returns whether there was one for the exact decoder.
   static inline void decode_row(const uint8_t* p, int64_t left, Vec* w) {
     Flags flags{}, again{};
     decode_row<false>(p, left, w, &flags);
     if (flags.any()) decode_row<true>(p, left, w, &again);
   }
-  static inline void decode_rows(const uint8_t* p, int64_t H, int64_t left, Vec* parts) {
+  static inline bool decode_rows(const uint8_t* p, int64_t H, int64_t left, Vec* parts) {
     Flags flags{}, again{};
     decode_rows<false>(p, H, left, parts, &flags);
-    if (flags.any()) decode_rows<true>(p, H, left, parts, &again);
+    if (!flags.any()) return false;
+    decode_rows<true>(p, H, left, parts, &again);
+    return true;
   }
 };
 
