@@ -34,7 +34,7 @@ def repair_front_end() -> None:
     """Repair what checks requests and answers them, on every device."""
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MOST_SEQUENCES))
     for name in FRONT_END:
-        _attempt(name, lambda name=name: importlib.import_module(f"{__name__}.{name}").apply())  # type: ignore[misc]
+        _attempt(name, lambda name=name: importlib.import_module(f"{__name__}.front_end.{name}").apply())  # type: ignore[misc]
 
 
 def repair_runner() -> None:

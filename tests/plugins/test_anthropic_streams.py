@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.plugins.repairs import anthropic_streams
-from laguna_serve.plugins.repairs.anthropic_streams import Convert
+from laguna_serve.plugins.repairs.front_end import anthropic_streams
+from laguna_serve.plugins.repairs.front_end.anthropic_streams import Convert
 
 pytestmark = pytest.mark.vllm
 ERROR = {"error": {"message": "no such grammar", "type": "BadRequestError", "param": None, "code": 400}}
@@ -42,7 +42,7 @@ def collect(convert: Convert, *chunks: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_stock_reads_an_error_as_a_piece_of_the_answer(stock: Convert) -> None:
-    """When this fails, vLLM passes the error on: retire plugins/repairs/anthropic_streams.py."""
+    """When this fails, vLLM passes the error on: retire plugins/repairs/front_end/anthropic_streams.py."""
     error = next(event for event in collect(stock, ERROR) if event["type"] == "error")
     assert "validation error" in error["error"]["message"]
 

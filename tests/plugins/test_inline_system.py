@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.plugins.repairs import inline_system
+from laguna_serve.plugins.repairs.front_end import inline_system
 
 pytestmark = pytest.mark.vllm
 
@@ -29,7 +29,7 @@ def stock() -> Callable[[str | None], bool]:
 
 
 def test_stock_takes_the_generation_tag_for_a_refusal(stock: Callable[[str | None], bool]) -> None:
-    """When this fails, vLLM knows the tag: retire plugins/repairs/inline_system.py."""
+    """When this fails, vLLM knows the tag: retire plugins/repairs/front_end/inline_system.py."""
     assert stock(MARKED) is True
 
 

@@ -16,7 +16,7 @@ def probe(kind: str) -> dict[str, Any]:
 
 
 def test_stock_takes_any_number_in_a_schema() -> None:
-    """When this fails, vLLM has limits of its own: retire plugins/repairs/grammar_limits.py."""
+    """When this fails, vLLM has limits of its own: retire plugins/repairs/front_end/grammar_limits.py."""
     stock = probe("stock")
     assert set(stock["guidance"].values()) == {"taken"}
     assert stock["outlines"] == "taken"
@@ -24,18 +24,18 @@ def test_stock_takes_any_number_in_a_schema() -> None:
 
 
 def test_stock_blames_itself_for_a_surrogate() -> None:
-    """When this fails, vLLM refuses what it cannot send: retire plugins/repairs/unsendable.py."""
+    """When this fails, vLLM refuses what it cannot send: retire plugins/repairs/front_end/unsendable.py."""
     assert probe("stock")["surrogate"] == ["UnicodeEncodeError", []]
 
 
 def test_stock_blames_itself_for_what_it_cannot_read() -> None:
-    """When this fails, vLLM knows whose mistake it is: retire plugins/repairs/client_errors.py."""
+    """When this fails, vLLM knows whose mistake it is: retire plugins/repairs/front_end/client_errors.py."""
     assert probe("stock")["unreadable"] == [500, 500]
     assert probe("stock")["dead_end"] == "GenerationError"
 
 
 def test_stock_answers_messages_in_openais_form() -> None:
-    """When this fails, vLLM minds the route: retire plugins/repairs/anthropic_errors.py."""
+    """When this fails, vLLM minds the route: retire plugins/repairs/front_end/anthropic_errors.py."""
     assert [kind for _, kind, _ in probe("stock")["messages"][:2]] == [None, None]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from laguna_serve.plugins.repairs import response_nulls
+from laguna_serve.plugins.repairs.front_end import response_nulls
 
 pytestmark = pytest.mark.vllm
 FIELDS = ("background", "truncation")
@@ -27,7 +27,7 @@ def respond(from_request: Callable[..., Any], **fields: Any) -> Any:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_stock_cannot_repeat_a_null(field: str) -> None:
-    """When this fails, vLLM reads a null as the default: retire plugins/repairs/response_nulls.py."""
+    """When this fails, vLLM reads a null as the default: retire plugins/repairs/front_end/response_nulls.py."""
     with pytest.raises(ValidationError, match=field):
         respond(response_nulls.stock_from_request, **{field: None})
 

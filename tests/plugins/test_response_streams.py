@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.plugins.repairs import response_stream_errors
+from laguna_serve.plugins.repairs.front_end import response_stream_errors
 
 pytestmark = pytest.mark.vllm
 
@@ -49,7 +49,7 @@ def collect(convert: Callable[..., AsyncIterator[str]], events: int, error: Exce
 
 
 def test_stock_tears_the_stream_off() -> None:
-    """When this fails, vLLM ends the stream itself: retire plugins/repairs/response_stream_errors.py."""
+    """When this fails, vLLM ends the stream itself: retire plugins/repairs/front_end/response_stream_errors.py."""
     with pytest.raises(ValueError, match="no such grammar"):
         collect(response_stream_errors.stock_convert, 2, ValueError("no such grammar"))
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from laguna_serve.plugins.repairs.anthropic_errors import translate
+from laguna_serve.plugins.repairs.front_end.anthropic_errors import translate
 
 DATA = "data: "
 Convert = Callable[[Any, AsyncIterator[str]], AsyncIterator[str]]

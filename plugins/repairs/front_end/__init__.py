@@ -1,0 +1,1 @@
+"""Repairs of what checks requests and answers them, on every device."""
