@@ -10,6 +10,7 @@ import pytest
 
 from laguna_serve.scripts.clients.report import ClientsResult
 from laguna_serve.scripts.distill_dense import DistillResult
+from laguna_serve.scripts.frontier.result import FrontierResult
 from laguna_serve.scripts.grpo import GrpoResult
 from laguna_serve.scripts.make_toy import ToyManifest
 from laguna_serve.scripts.training.pruning.artefacts import ScoresManifest
@@ -21,6 +22,7 @@ FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/clients.json": ClientsResult,
     "bench/results/toy-distillation/distillation.json": DistillResult,
     **{f"bench/results/toy-grpo/seed-{seed}.json": GrpoResult for seed in range(3)},
+    "bench/results/toy-pruning-frontier/frontier.json": FrontierResult,
     "bench/results/toy-pruning-loss/curve.json": CurveResult,
     "tests/toy/MANIFEST.json": ToyManifest,
     "tests/toy/dense/MANIFEST.json": DistillResult,
