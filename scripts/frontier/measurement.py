@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from laguna_serve.scripts.frontier.estimates import (
 )
 from laguna_serve.scripts.frontier.losses import Meter
 from laguna_serve.scripts.frontier.masks import Mask, keep_whole, list_masks, weigh_mask
+from laguna_serve.scripts.frontier.options import FrontierConfig
 from laguna_serve.scripts.frontier.published import CURVES
 from laguna_serve.scripts.frontier.result import (
     FrontierCalibration,
@@ -49,9 +49,6 @@ from laguna_serve.scripts.training.pruning.teacher import join_layers
 from laguna_serve.serving.checkpoint import Target, read_config, read_target, require_folder
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
-
-if TYPE_CHECKING:
-    from laguna_serve.scripts.frontier.__main__ import FrontierConfig
 
 CANDIDATES = (*names.GROUPS, names.WHOLE, names.CONSTANTS)
 
