@@ -31,3 +31,18 @@ class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
         room = -length % block
         if room >= speculation.num_speculative_tokens + 1:
             self.model_runner.effective_drafter_max_model_len += room
+
+
+class AdaptiveCPUWorker(CPUWorker):
+    """The same, with the number of drafted tokens decided before every step (`--gamma adaptive`)."""
+
+    def init_device(self) -> None:
+        """Make the model runner that decides."""
+        from laguna_serve.plugins.adaptive.runner import AdaptiveModelRunner
+
+        stock = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = AdaptiveModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = stock

@@ -1,0 +1,191 @@
+"""vLLM's CPU model runner with the number of drafted tokens decided before every step (policy.py).
+
+Drafts are proposed at a step's end, and the scheduler takes as many as it is given: here the decision is made, the
+drafter's pass is as wide as it says, or left out, and what each request gets is cut to its number.  A step's time is
+from its beginning to the next one's, less the drafter's pass, where the next one has requests of it: then the engine
+did not wait for work.  Steps that read prompts are not counted.
+
+The pass is left out, too, where a sequence leaves it no room below the maximum length (stock vLLM then drafts zeros for
+all, and loses the context of the step).
+
+Checked against vLLM 0.32.0: `propose_draft_token_ids`, `take_draft_token_ids` and `_input_fits_in_drafter` of the V1
+runner, without asynchronous scheduling, which vLLM turns off on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from laguna_serve.plugins.adaptive.context import MOST_ROWS, WaitingContext
+from laguna_serve.plugins.adaptive.counters import Counters, open_counters
+from laguna_serve.plugins.adaptive.policy import PLAIN, Decision, Policy
+
+# Temperatures that share an estimate.
+TEMPERATURES_PER_UNIT = 4
+
+
+@dataclass(slots=True)
+class Step:
+    """A step under way: its requests and drafted rows, None where it also reads prompts; the drafter's pass so far."""
+
+    began: float
+    requests: frozenset[str]
+    drafted: int | None
+    width: int = 0
+    drafter_s: float = 0.0
+
+
+class AdaptiveModelRunner(CPUModelRunner):  # type: ignore[misc]
+    """Model runner V1 for a DFlash drafter with `num_speculative_tokens` as the most."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.policy = Policy(self.num_spec_tokens)
+        self._context = WaitingContext()
+        self._counters: Counters | None = open_counters()
+        self._decision, self._drafted_for = PLAIN, dict[str, int]()
+        self._step_under_way: Step | None = None
+        self._fits = True
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure the step before, write the context whose blocks may change hands, and run the target."""
+        now = perf_counter()
+        self._end_step(now, scheduler_output)
+        if self._context.rows and _changes_hands(scheduler_output):
+            self._context.write(self.drafter.model)
+        for request in scheduler_output.finished_req_ids:
+            self.policy.drop(request)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.policy.add(new.req_id, _find_kind(new.sampling_params))
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _end_step(self, now: float, scheduler_output: Any) -> None:
+        """Close the books on the step before, and open them for this one."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        step = self._step_under_way
+        if step is not None and not step.requests.isdisjoint(scheduled):
+            seconds = now - step.began
+            if step.drafted is not None:
+                self.policy.observe_step(
+                    len(step.requests), step.drafted, seconds - step.drafter_s, step.width, step.drafter_s
+                )
+                if self._counters is not None:
+                    self._counters.add(step.drafted, len(step.requests), seconds)
+        drafted = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        whole = scheduler_output.total_num_scheduled_tokens == len(scheduled) + drafted
+        decodes = whole and not scheduler_output.scheduled_new_reqs
+        self._step_under_way = Step(now, frozenset(scheduled), drafted if decodes else None) if scheduled else None
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """Have drafts proposed whenever there is a drafter: whether they fit is decided there."""
+        self._fits = super()._input_fits_in_drafter(common_attn_metadata)
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: Any,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> Any:
+        """Learn of the drafts that were verified, decide, and draft: tokens [batch, width] int64, width 0 for none."""
+        begin = perf_counter()
+        counts = None if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
+        valid = None if counts is None else (sampled_token_ids != -1).sum(dim=1).tolist()
+        if counts is not None and valid is not None:
+            self._observe(counts, valid)
+        self._decision = self._decide()
+        width = self._decision.width
+        if not width:
+            assert aux_hidden_states is not None, "a DFlash drafter taps the target"
+            kept = None if counts is None else _find_kept(common_attn_metadata, counts, valid or [])
+            rows = common_attn_metadata.num_actual_tokens
+            slots = common_attn_metadata.slot_mapping[:rows]
+            self._context.add(aux_hidden_states, self._get_positions(rows), slots, kept)
+            if self._context.rows >= MOST_ROWS:
+                self._context.write(self.drafter.model)
+            return torch.empty(self.input_batch.num_reqs, 0, dtype=torch.int64)
+        self._context.write(self.drafter.model)
+        scheduler_output.num_spec_tokens_to_schedule = width
+        drafts = super().propose_draft_token_ids(
+            scheduler_output,
+            sampled_token_ids,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            aux_hidden_states,
+            spec_decode_metadata,
+            common_attn_metadata,
+            slot_mappings,
+        )
+        if self._step_under_way is not None:
+            self._step_under_way.width, self._step_under_way.drafter_s = width, perf_counter() - begin
+        return drafts
+
+    def _observe(self, counts: list[int], valid: list[int]) -> None:
+        """Tell the policy what became of its drafts; placeholders of the scheduler's are none."""
+        drafts = []
+        for request, count, tokens in zip(self.input_batch.req_ids, counts, valid, strict=True):
+            if count and (drafted := min(count, self._drafted_for.get(request, 0))) and tokens:
+                drafts.append((request, drafted, min(tokens - 1, drafted)))
+        if drafts:
+            self.policy.observe_drafts(drafts)
+
+    def _decide(self) -> Decision:
+        """Decide for the requests that decode in the next step; those that still read their prompts get none."""
+        reading = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        requests = self.input_batch.req_ids
+        if reading.any():
+            requests = [request for request, reads in zip(requests, reading, strict=True) if not reads]
+        decision = self.policy.decide(requests) if self._fits else PLAIN
+        self._drafted_for = dict(zip(requests, decision.counts, strict=True)) if decision.width else {}
+        return decision
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Hand each request's drafts to the scheduler, cut to its number; None for no drafts at all."""
+        if not self._decision.width:
+            return None
+        taken = super().take_draft_token_ids()
+        if taken is None:
+            return None
+        cut = [
+            tokens[: self._drafted_for.get(request, 0)]
+            for request, tokens in zip(taken.req_ids, taken.draft_token_ids, strict=True)
+        ]
+        return DraftTokenIds(taken.req_ids, cut)
+
+
+def _changes_hands(scheduler_output: Any) -> bool:
+    """Whether blocks may be given to another request in this step, or be found by one through the prefix cache."""
+    if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
+        return True
+    cached = scheduler_output.scheduled_cached_reqs
+    return bool(cached.resumed_req_ids) or any(
+        new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs
+    )
+
+
+def _find_kind(sampling: Any) -> int:
+    """Requests of one number are expected to accept alike: by their temperature, 0 for greedy ones."""
+    return 0 if sampling is None else -int(-sampling.temperature * TEMPERATURES_PER_UNIT // 1)
+
+
+def _find_kept(common_attn_metadata: Any, counts: list[int], valid: list[int]) -> torch.Tensor:
+    """Rows of a step that hold committed tokens: of each request all but its rejected drafts, which are its last."""
+    bounds = common_attn_metadata.query_start_loc_cpu.tolist()
+    rows: list[int] = []
+    for index, (count, tokens) in enumerate(zip(counts, valid, strict=True)):
+        rejected = max(0, count + 1 - tokens) if count else 0
+        rows += range(bounds[index], bounds[index + 1] - rejected)
+    return torch.tensor(rows, dtype=torch.int64)
