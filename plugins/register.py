@@ -30,6 +30,8 @@ CPU_ARCHITECTURES = {
 
 # The name of weight_folder.py's engine in vLLM's --weight-transfer-config.
 TRANSFER_BACKEND = "folder"
+# Of the worker that counts what it decides (worker.py), on the server's command line.
+ADAPTIVE_WORKER = "laguna_serve.plugins.worker.AdaptiveCPUWorker"
 # The name of random_weights.py's loader in vLLM's --load-format.
 RANDOM_WEIGHTS = "laguna-random"
 
@@ -63,6 +65,10 @@ def register() -> None:
         from laguna_serve.plugins.core_start import fork_core
         from laguna_serve.plugins.cpu_linear import accelerate_linear
 
+        if multiprocessing.parent_process() is None and ADAPTIVE_WORKER in sys.argv:
+            from laguna_serve.plugins.adaptive.counters import publish_counters
+
+            publish_counters()
         fork_core()
         repair_runner()
         accelerate_linear()

@@ -91,8 +91,6 @@ class CostTable:
             # From the farthest number of requests to this one, each correcting what those before it say.
             for other in sorted(self._cells, key=lambda other: -abs(other - bucket))[-3:]:
                 curve = _correct(curve, self._cells[other])
-            for level in range(2, len(curve)):
-                curve[level] = max(curve[level], curve[level - 1])
             self._curves[bucket] = curve
         return curve
 
@@ -116,8 +114,24 @@ def find_bucket(requests: int) -> int:
 
 def _correct(curve: list[float], cells: dict[int, Cell]) -> list[float]:
     """Scale a curve so that it goes through the cells: in between by their factors' line, beyond by the last one's."""
-    known = sorted((level, math.exp(cell.value) / curve[level]) for level, cell in cells.items() if curve[level])
+    known = [(level, time / curve[level]) for level, time in _smooth(cells) if curve[level]]
     return [time * _interpolate(known, level) for level, time in enumerate(curve)]
+
+
+def _smooth(cells: dict[int, Cell]) -> list[tuple[int, float]]:
+    """List (level, time), never falling from level 1 on: cells that contradict each other are averaged by their counts.
+
+    So does a cell of one cold measurement not stand against many (isotonic regression, adjacent violators pooled).
+    """
+    blocks: list[tuple[list[int], float, float]] = []
+    for level in sorted(cells):
+        levels, weight, time = [level], float(cells[level].count), math.exp(cells[level].value)
+        while blocks and blocks[-1][0][0] > 0 and blocks[-1][2] > time:
+            before, others, other = blocks.pop()
+            levels, time = before + levels, (other * others + time * weight) / (others + weight)
+            weight += others
+        blocks.append((levels, weight, time))
+    return [(level, time) for levels, _, time in blocks for level in levels]
 
 
 def _interpolate(known: list[tuple[int, float]], level: int) -> float:

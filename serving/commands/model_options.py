@@ -12,7 +12,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, check_bounds
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma
+from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 from laguna_serve.serving.speculation.gamma_store import find_advice
 
 AUTO: Literal["auto"] = "auto"
@@ -20,8 +20,8 @@ BY_DEFAULT = "by default what the release names, else poolside_v1 where the chat
 
 
 def parse_gamma_or_auto(text: str) -> int | str | None:
-    """Parse a number of tokens, "max" (None), or "auto"."""
-    return AUTO if text == AUTO else parse_gamma(text)
+    """Parse a number of tokens, "max" (None), "auto" or "adaptive"."""
+    return AUTO if text == AUTO else parse_gamma_or_adaptive(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class ModelOptions:
     """What decides how a model is loaded and what it takes.
 
     Attributes:
-        gamma: None is the drafter's maximum; "auto" what a sweep stored for this model, drafter, device and vLLM.
+        gamma: None is the drafter's maximum; "auto" what a sweep stored for this model, drafter, device and vLLM;
+            "adaptive" decides in every step.
         extra_args: for vLLM, unchanged: what stands behind a bare `--`.
     """
 
@@ -40,11 +41,12 @@ class ModelOptions:
         Flag("DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id", metavar="D"),
     ] = None
     gamma: Annotated[
-        int | Literal["auto"] | None,
+        int | Literal["auto", "adaptive"] | None,
         Flag(
             "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto:"
-            " what bench/gamma_sweep.py found for this model, drafter, device and vLLM",
-            metavar="N|max|auto",
+            " what bench/gamma_sweep.py found for this model, drafter, device and vLLM; adaptive: decided in every step by"
+            " what is accepted and what steps take, down to none",
+            metavar="N|max|auto|adaptive",
             parse=parse_gamma_or_auto,
         ),
     ] = None
@@ -97,12 +99,12 @@ def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
     """Make the engine of these options, on the loopback address and a free port.
 
     Raises:
-        CheckpointError: γ "auto" without a drafter, or without a sweep of this pair.
+        CheckpointError: γ "auto" or "adaptive" without a drafter, or "auto" without a sweep of this pair.
     """
     draft, gamma, schedule, sampling = options.draft, options.gamma, None, str(options.draft_sampling)
-    if gamma == AUTO:
-        if draft is None:
-            raise CheckpointError("--gamma auto: expected --draft beside it, got none; name the drafter")
+    if gamma in (AUTO, ADAPTIVE) and draft is None:
+        raise CheckpointError(f"--gamma {gamma}: expected --draft beside it, got none; name the drafter")
+    if gamma == AUTO and draft is not None:
         advice = find_advice(model, draft)
         draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, None, None)
         sampling = DRAFT_SAMPLING[0] if draft is None else sampling
@@ -113,7 +115,8 @@ def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
         keep_mask=options.keep_mask,
         group_indices=options.group_indices,
         draft=draft,
-        gamma=gamma,
+        gamma=None if isinstance(gamma, str) else gamma,
+        adaptive=gamma == ADAPTIVE,
         gamma_schedule=schedule,
         draft_sampling=sampling,
         dtype=options.dtype,

@@ -25,6 +25,7 @@ from laguna_serve.serving.planning.result import describe_plan
 from laguna_serve.serving.service.api_keys import read_keys
 from laguna_serve.serving.service.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.service.service import DIED, serve
+from laguna_serve.serving.speculation.adaptive import describe_adaptive
 
 DESCRIPTION = "Serve a Laguna model, with a DFlash drafter if one is given, behind an OpenAI-compatible API."
 EPILOG = """examples:
@@ -153,6 +154,8 @@ def run(config: ServeConfig) -> int:
         print(format_plan(plan))
         print(json.dumps(to_json(describe_plan(plan))))
         return COULD_NOT_RUN if plan.refusals else HELD
+    if service.engine.adaptive:
+        print(f"--gamma adaptive: {describe_adaptive(require_device())}", file=sys.stderr)
     result = serve(
         service.engine,
         service.gateway,

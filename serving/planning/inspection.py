@@ -61,6 +61,9 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
         )
+    if config.adaptive and (config.draft is None or config.gamma_schedule is not None):
+        got = "no draft" if config.draft is None else "a schedule of γ"
+        raise CheckpointError(f"--gamma adaptive: expected a drafter and nothing else that decides, got {got}")
     if config.draft_sampling not in DRAFT_SAMPLING:
         got = f"got {config.draft_sampling!r}; choose one"
         raise CheckpointError(f"draft sampling: expected {' or '.join(DRAFT_SAMPLING)}, {got}")

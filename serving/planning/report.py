@@ -12,6 +12,7 @@ from laguna_serve.serving.checkpoint.quantisation import Quantisation
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
 from laguna_serve.serving.planning.plan import EnginePlan
 from laguna_serve.serving.planning.support import SupportVerdict, describe_kind
+from laguna_serve.serving.speculation.adaptive import describe_adaptive
 
 GIB, MIB = 1 << 30, 1 << 20
 WIDTH = 13
@@ -78,6 +79,9 @@ def _list_drafter(plan: EnginePlan, drafter: Drafter) -> Iterator[tuple[str, str
     yield "draft weights", _describe_weights(drafter.quantisation, plan.drafter_verdict)
     vendor = " or ".join(map(str, plan.vendor_gamma))
     recommended = f"; Poolside recommends {vendor}" if vendor else ""
+    if plan.config.adaptive:
+        yield "gamma", f"adaptive, up to {plan.checkpoints.gamma}: {describe_adaptive(plan.device)}"
+        return
     yield "gamma", f"{plan.checkpoints.gamma} of at most {drafter.max_gamma} (block {drafter.block_size}){recommended}"
 
 

@@ -36,13 +36,14 @@ class PlannedTarget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlannedDrafter(msgspec.Struct, frozen=True, kw_only=True):
-    """The drafter, and what the device makes of its weights."""
+    """The drafter, and what the device makes of its weights; `adaptive`: γ is decided in every step, up to `gamma`."""
 
     format: str
     layers: int
     parameters: int
     block_size: int
     gamma: int | None
+    adaptive: bool = False
     vendor_gamma: tuple[int, ...]
     quantisation: str | None
     verdict: SupportVerdict | None
@@ -152,6 +153,7 @@ def _describe_drafter(plan: EnginePlan, drafter: Drafter) -> PlannedDrafter:
         parameters=count_drafter(drafter),
         block_size=drafter.block_size,
         gamma=plan.checkpoints.gamma,
+        adaptive=plan.config.adaptive,
         vendor_gamma=plan.vendor_gamma,
         quantisation=None if drafter.quantisation is None else drafter.quantisation.kind,
         verdict=plan.drafter_verdict,

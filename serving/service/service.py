@@ -105,7 +105,7 @@ class _LastAcceptance:
 
 def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptance, *, restart: bool) -> bool:
     """Until a signal (False), or until the engine has died for good (True)."""
-    watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
+    watch = _watch(keeper.engine)
     try:
         while True:
             _wait_for_death(keeper.engine, watch)
@@ -122,7 +122,7 @@ def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptan
             if front is not None:
                 front.note_deaths(keeper.deaths)
                 front.succeed(keeper.engine.base_url)
-            watch = AcceptanceWatch(keeper.engine.base_url, keeper.engine.gamma)
+            watch = _watch(keeper.engine)
             _announce(f"engine {keeper.engine.model_name}: serving again, restart {keeper.restarts}")
     except EngineError as error:
         print(f"laguna: error: {error}", file=sys.stderr, flush=True)
@@ -134,6 +134,10 @@ def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptan
         acceptance.note(watch)
         if front is not None and keeper.away:
             front.give_up()
+
+
+def _watch(engine: Engine) -> AcceptanceWatch:
+    return AcceptanceWatch(engine.base_url, engine.gamma, adaptive=engine.config.adaptive)
 
 
 def _wait_for_death(engine: Engine, watch: AcceptanceWatch) -> None:

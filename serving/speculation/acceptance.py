@@ -60,11 +60,14 @@ def read_acceptance(base_url: str) -> Acceptance | None:
     return Acceptance(int(sums[DRAFTS]), int(sums[ACCEPTED]))
 
 
-def format_acceptance(acceptance: Acceptance, gamma: int) -> str:
-    """One line for people, with advice where speculation probably costs more than it brings."""
+def format_acceptance(acceptance: Acceptance, gamma: int, *, adaptive: bool = False) -> str:
+    """One line for people, with advice where speculation probably costs more than it brings.
+
+    With an adaptive γ nothing is advised: it is left out where it does.
+    """
     length = acceptance.length or 1.0
     line = f"acceptance: {length:.2f} tokens per step (at most {gamma + 1}), over {acceptance.drafts:,} drafts"
-    if length < BREAK_EVEN:
+    if length < BREAK_EVEN and not adaptive:
         line += "; a step with a draft costs more than a plain one: compare with bench/ab.py, or serve without --draft"
     return line
 
@@ -72,8 +75,8 @@ def format_acceptance(acceptance: Acceptance, gamma: int) -> str:
 class AcceptanceWatch:
     """Reads a speculating engine's acceptance now and then, and prints it once it rests on enough drafts."""
 
-    def __init__(self, base_url: str, gamma: int | None) -> None:
-        self._base_url, self._gamma = base_url, gamma
+    def __init__(self, base_url: str, gamma: int | None, *, adaptive: bool = False) -> None:
+        self._base_url, self._gamma, self._adaptive = base_url, gamma, adaptive
         self._last = time.monotonic()
         self._shown = False
         self._seen: Acceptance | None = None
@@ -84,7 +87,7 @@ class AcceptanceWatch:
             return
         self.read()
         if self._seen is not None and self._seen.drafts >= MIN_DRAFTS:
-            print(format_acceptance(self._seen, self._gamma), file=sys.stderr, flush=True)
+            print(format_acceptance(self._seen, self._gamma, adaptive=self._adaptive), file=sys.stderr, flush=True)
             self._shown = True
 
     def read(self) -> None:

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 from laguna_serve.serving.kit.flags import Flag
 
 
+ADAPTIVE: Literal["adaptive"] = "adaptive"
+
+
 def parse_gamma(text: str) -> int | None:
     """Parse a number of tokens, or "max" (None)."""
     if text == "max":
@@ -19,6 +22,11 @@ def parse_gamma(text: str) -> int | None:
     if gamma < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1 or max, got {gamma}; leave --draft out to serve without")
     return gamma
+
+
+def parse_gamma_or_adaptive(text: str) -> int | str | None:
+    """Parse a number of tokens, "max" (None), or "adaptive"."""
+    return ADAPTIVE if text == ADAPTIVE else parse_gamma(text)
 
 
 DraftSampling = Annotated[
