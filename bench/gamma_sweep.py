@@ -16,6 +16,7 @@ from msgspec import structs
 
 from laguna_serve.bench.arms.arms import check_specs
 from laguna_serve.bench.gamma.ablations import list_ablation_specs, measure_ablations
+from laguna_serve.bench.gamma.adaptive import compare_adaptive, measure_adaptive
 from laguna_serve.bench.gamma.conclusion import conclude
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single
 from laguna_serve.bench.gamma.options import SweepConfig
@@ -41,6 +42,8 @@ examples:
   python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4 --mixed \\
       --stack fp8-kv prefix-caching chunked-prefill dense=tests/toy/dense \\
       --prompts tests/toy/prompts.jsonl --out out/sweep
+  python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4,8,16 --adaptive \
+      --num-prompts 128 --temperature 1 --prompts tests/toy/prompts.jsonl --out out/sweep-t1
   python bench/gamma_sweep.py --model MODEL --draft DRAFTER --gammas 3,5,7,9,11 --beyond-block --sequential \\
       --prompts FILE --out DIR   # γ that the drafter was never trained for, one engine at a time
   python bench/gamma_sweep.py --model served-name --draft DRAFTER --baseline-url http://127.0.0.1:8000 \\
@@ -98,7 +101,8 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     gammas, prompts = config.list_gammas(), config.load_prompts()
     split_prompts(prompts, config.num_prompts, 0)  # refuses too few
     if not is_begun(config.points):
-        check_specs([*map(config.make_spec, (None, *gammas)), *list_ablation_specs(config, max(gammas))])
+        specs = [*map(config.make_spec, (None, *gammas)), *([config.make_adaptive_spec()] if config.adaptive else [])]
+        check_specs([*specs, *list_ablation_specs(config, max(gammas))])
     claim_points(config, environment)
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
@@ -109,6 +113,10 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     trained = [point for point in points if not point.beyond_block]
     result = conclude(config, environment, points, failed)
     yield publish(config, result)
+    if config.adaptive:
+        adaptive = compare_adaptive(measure_adaptive(config, prompts, progress), trained, result.schedule, config.seed)
+        result = structs.replace(result, adaptive=adaptive)
+        yield publish(config, result)
     if config.stack:
         gamma = next(choice.gamma for choice in result.choices if choice.concurrency == config.concurrency[0])
         gamma = gamma or max(point.gamma for point in trained or points)  # γ* is plain decoding: show the most

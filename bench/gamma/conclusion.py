@@ -26,8 +26,8 @@ def conclude(
 ) -> SweepResult:
     """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`.
 
-    A γ beyond the drafter's block is not chosen, as `laguna serve` refuses it. Nothing is stored of endpoints,
-    nor where no other γ was measured.
+    A γ beyond the drafter's block is not chosen, as `laguna serve` refuses it. Nothing is stored of endpoints, of
+    answers drawn at a temperature, nor where no other γ was measured.
     """
     by_concurrency: dict[int, list[Point]] = {}
     trained: dict[int, list[Point]] = {}
@@ -41,7 +41,7 @@ def conclude(
     models = {concurrency: fit_costs(points) for concurrency, points in by_concurrency.items()}
     schedule = make_schedule(choices)
     advice = Advice(config.model, config.draft, tuple(schedule), environment.date)
-    known = not config.by_url and all(trained.values())
+    known = not config.by_url and not config.temperature and all(trained.values())
     stored = store_advice(advice).name if known else None
     return SweepResult(
         environment=environment,
@@ -52,6 +52,7 @@ def conclude(
             num_prompts=config.num_prompts,
             max_tokens=config.max_tokens,
             sequential=any(point.drift for point in measured),
+            temperature=config.temperature,
         ),
         choices=choices,
         schedule=Schedule(schedule),

@@ -102,7 +102,15 @@ def make_mixed_plan(config: SweepConfig, prompts: list[Prompt]) -> Plan:
     """Interleaved rounds of every concurrency, CYCLES times or as long as there are prompts."""
     count = min(len(prompts), CYCLES * sum(config.concurrency))
     timed, warmup = split_prompts(prompts, count, max(MIN_WARMUP, *config.concurrency))
-    plan = make_plan(timed, warmup, max_tokens=config.max_tokens, concurrency=1, control=0, seed=config.seed)
+    plan = make_plan(
+        timed,
+        warmup,
+        max_tokens=config.max_tokens,
+        concurrency=1,
+        control=0,
+        seed=config.seed,
+        temperature=config.temperature,
+    )
     rounds: list[Round] = []
     left = timed
     for size in cycle(config.concurrency):

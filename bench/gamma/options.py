@@ -76,6 +76,10 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         ),
     ] = ()
     sequential: Sequential = None
+    adaptive: Annotated[bool, Flag("then γ decided in every step (laguna serve --gamma adaptive)")] = False
+    temperature: Annotated[
+        float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
+    ] = 0.0
     mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
     # Where gammas are not given: the least, the middle and the most alone.
@@ -92,10 +96,15 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         if self.num_prompts < LEAST_ROUNDS * most:
             expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
             raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")
-        if self.by_url and (self.gammas or self.stack or self.mixed):
+        if self.by_url and (self.gammas or self.stack or self.mixed or self.adaptive):
             raise FlagError(
-                "--gammas, --stack and --mixed: expected none with URLs, as those servers already run; drop them"
+                "--gammas, --stack, --mixed and --adaptive: expected none with URLs, as those servers already run; drop"
+                " them"
             )
+        if not 0 <= self.temperature <= 2:
+            raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
+        if self.temperature and self.stack:
+            raise FlagError("--stack: expected greedy answers, which are compared, got --temperature; drop one")
 
     @property
     def points(self) -> Path:
@@ -115,6 +124,16 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         if self.by_url:
             return sorted(gamma for gamma, _ in self.candidate_url)
         return choose_gammas(self.draft, self.gammas, choose, beyond_block=self.beyond_block)
+
+    @property
+    def most(self) -> int:
+        """The most that the drafter was trained to propose; of one that is not on this machine the largest γ."""
+        return find_most(self.draft) or max(self.list_gammas())
+
+    def make_adaptive_spec(self) -> ArmSpec:
+        """Make the candidate that decides γ in every step."""
+        engine = replace(self.make_engine(self.most), adaptive=True)
+        return ArmSpec(CANDIDATE, f"{self.model}; drafter {self.draft}, adaptive γ up to {self.most}", config=engine)
 
     def is_beyond(self, gamma: int) -> bool:
         """Whether the drafter was never trained to propose so many; of endpoints that is not known."""

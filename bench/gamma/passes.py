@@ -47,13 +47,18 @@ def make_measure(
     progress: Progress,
     rows: Mapping[str, Sequence[int]] | None = None,
     ask: Callable[[Arm], Asked] | None = None,
+    *,
+    drafts: bool = True,
 ) -> Measure:
-    """How a pass over a part's plan is made; of plain engines with steps over so many `rows`, and what `ask` asks."""
+    """How a pass over a part's plan is made; of plain engines with steps over so many `rows`, and what `ask` asks.
+
+    `drafts`: a candidate that never drafts was not what it was meant to be.
+    """
 
     def measure(arm: Arm, part: str) -> SweepPass:
         run = run_pass(arm, part, plans, passes, lambda kept: kept.run, progress)
         if arm.name != BASELINE:
-            if (delta := counter_delta(run)) is not None and not delta.drafts:
+            if drafts and (delta := counter_delta(run)) is not None and not delta.drafts:
                 raise MeasurementStoppedError("a drafter was configured but never drafted")
             return SweepPass(run=run)
         timed = {count: asyncio.run(measure_rows(arm, plans[part], count)) for count in (rows or {}).get(part, ())}

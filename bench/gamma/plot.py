@@ -39,9 +39,21 @@ def _draw_points(axes: Axes, result: SweepResult) -> None:
         axes.annotate(
             label, (1.015, speedups[-1]), xycoords=("axes fraction", "data"), color=color, va="center", size=9
         )
+    _draw_adaptive(axes, result, dict(zip(chosen, COLORS * 4, strict=False)))
     axes.axhline(1, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
     measure = "tok/s ÷ plain decoding's, 95% intervals; lines: predicted from τ and the cost of a step; circles: chosen"
     style_axes(axes, "What γ brings", measure)
-    axes.set_xticks(sorted({point.gamma for point in result.points}))
+    gammas = sorted({point.gamma for point in result.points})
+    axes.set_xticks([*gammas, *([gammas[-1] + 1] if result.adaptive else [])])
+    axes.set_xticklabels([*map(str, gammas), *(["adaptive"] if result.adaptive else [])])
     key = "; hollow: beyond the drafter's block" if any(point.beyond_block for point in result.points) else ""
     axes.set_xlabel(f"γ, tokens drafted per step{key}")
+
+
+def _draw_adaptive(axes: Axes, result: SweepResult, colors: dict[int, str]) -> None:
+    """Draw a diamond per concurrency, right of the last γ."""
+    place = max(point.gamma for point in result.points) + 1
+    for point in result.adaptive or []:
+        spread = [[point.speedup - point.ci95[0]], [point.ci95[1] - point.speedup]]
+        color = colors[point.concurrency]
+        axes.errorbar([place], [point.speedup], yerr=spread, fmt="D", color=color, markersize=5.5, capsize=2.5)

@@ -34,7 +34,7 @@ def claim_points(config: SweepConfig, environment: Environment) -> None:
     """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
     decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
     settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
-    settings |= {name: value for name in ("chat", "thinking") if (value := getattr(config, name))}
+    settings |= {name: value for name in ("chat", "thinking", "temperature") if (value := getattr(config, name))}
     device = environment.device.name if environment.device is not None else None
     claim_folder(config.points, settings | {"versions": environment.versions, "device": device} | config.list_urls())
 
@@ -133,7 +133,13 @@ def plan_point(config: SweepConfig, concurrency: int, prompts: Sequence[Prompt])
     """Plan the rounds of a concurrency."""
     timed, warmup = split_prompts(prompts, config.num_prompts, max(MIN_WARMUP, concurrency))
     return make_plan(
-        timed, warmup, max_tokens=config.max_tokens, concurrency=concurrency, control=concurrency, seed=config.seed
+        timed,
+        warmup,
+        max_tokens=config.max_tokens,
+        concurrency=concurrency,
+        control=concurrency,
+        seed=config.seed,
+        temperature=config.temperature,
     )
 
 
@@ -144,24 +150,34 @@ def measure_point(
     prompts: list[Prompt],
     arms: tuple[Arm, Arm],
     progress: Progress,
+    *,
+    adaptive: bool = False,
 ) -> MeasuredPoint:
     """Measure ab.py's figures for (plain, speculating) arms, the rounds, a step's cost and the drafter's share of it.
+
+    `adaptive`: γ is the most of an engine that decides in every step; its steps differ, and have no share.
 
     Raises:
         MeasurementStoppedError: a figure was withheld.
     """
     plan = plan_point(config, concurrency, prompts)
-    result, run = measure_plan(config, plan, arms, progress)
-    rows_ms = asyncio.run(measure_rows(arms[0], plan, concurrency * (gamma + 1)))
+    result, run = measure_plan(config, plan, arms, progress, drafting=not adaptive)
+    rows_ms = None if adaptive else asyncio.run(measure_rows(arms[0], plan, concurrency * (gamma + 1)))
     return describe_point(config, gamma, concurrency, result, run, rows_ms)
 
 
 def join_point(
-    config: SweepConfig, gamma: int, plan: Plan, bracket: Bracket[SweepPass], candidate: ArmSpec
+    config: SweepConfig,
+    gamma: int,
+    plan: Plan,
+    bracket: Bracket[SweepPass],
+    candidate: ArmSpec,
+    *,
+    adaptive: bool = False,
 ) -> MeasuredPoint:
     """Join three passes to a point. Raises MeasurementStoppedError when a figure was withheld."""
     run = join_run(*(one.run for one in bracket))
-    result = assemble_sound(config, plan, run, candidate.label)
+    result = assemble_sound(config, plan, run, candidate.label, drafting=not adaptive)
     rows_ms = [ms for one in bracket if (ms := one.rows_ms.get(plan.concurrency * (gamma + 1))) is not None]
     mean_ms = sum(rows_ms) / len(rows_ms) if rows_ms else None
     return describe_point(config, gamma, plan.concurrency, result, run, mean_ms)
@@ -182,14 +198,13 @@ def describe_point(
     assert candidate.chunk_gap_ms is not None
     assert result.speedup.point is not None
     assert result.speedup.ci95 is not None
-    assert result.acceptance.length is not None
     step_ms = candidate.chunk_gap_ms.mean
     return MeasuredPoint(
         gamma=gamma,
         concurrency=concurrency,
         speedup=result.speedup.point,
         ci95=result.speedup.ci95,
-        tau=result.acceptance.length,
+        tau=result.acceptance.length or 1.0,  # an adaptive engine may never have drafted
         per_position=result.acceptance.per_position or [],
         step_cost=step_ms / baseline.chunk_gap_ms.mean,
         draft_share=None if rows_ms is None else max(0.0, 1 - rows_ms / step_ms),
@@ -214,20 +229,25 @@ def _check_endpoints(gamma: int, result: AbResult) -> None:
         raise MeasurementStoppedError(f"{result.arms[CANDIDATE].label}: {expected}")
 
 
-def measure_plan(config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progress: Progress) -> tuple[AbResult, Run]:
-    """Run a plan on two arms that are up. Raises MeasurementStoppedError when a figure was withheld."""
+def measure_plan(
+    config: SweepConfig, plan: Plan, arms: tuple[Arm, Arm], progress: Progress, *, drafting: bool = True
+) -> tuple[AbResult, Run]:
+    """Run a plan on two arms that are up. Raises MeasurementStoppedError when a figure was withheld.
+
+    `drafting`: a candidate that never drafts is such a reason.
+    """
     run = Run({arm.name: ArmRun(arm.spec.label) for arm in arms})
     asyncio.run(measure(plan, arms, run, progress))
-    return assemble_sound(config, plan, run, arms[1].spec.label), run
+    return assemble_sound(config, plan, run, arms[1].spec.label, drafting=drafting), run
 
 
-def assemble_sound(config: SweepConfig, plan: Plan, run: Run, label: str) -> AbResult:
-    """Assemble the A/B of a run; `label` is the candidate's.
+def assemble_sound(config: SweepConfig, plan: Plan, run: Run, label: str, *, drafting: bool = True) -> AbResult:
+    """Assemble the A/B of a run; `label` is the candidate's, `drafting` as of `measure_plan`.
 
     Raises MeasurementStoppedError when a figure was withheld.
     """
     environment = Environment(date="", command="")  # the sweep's own result has it
-    result = assemble(run, plan, environment, dtype=config.dtype, drafting=True, prompts_file=str(config.prompts))
+    result = assemble(run, plan, environment, dtype=config.dtype, drafting=drafting, prompts_file=str(config.prompts))
     if result.refused:
         reasons = "; ".join(sorted({refusal.reason for refusal in result.refused}))
         raise MeasurementStoppedError(f"{label}: {reasons}")

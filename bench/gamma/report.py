@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laguna_serve.bench.arms.arms import ARMS
-from laguna_serve.bench.gamma.result import AblationResult, SweepPoint, SweepResult
+from laguna_serve.bench.gamma.result import AblationResult, PointFigures, SweepPoint, SweepResult
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.memory import EngineMemory
@@ -20,12 +20,18 @@ ABLATION_COLUMNS = (
     "loss",
     "GiB plain / with",
 )
+ADAPTIVE_COLUMNS = (
+    *("concurrency", "best fixed", "schedule", "adaptive", "95% interval", "÷ best fixed", "95% interval", "τ"),
+    *("step cost", "differ"),
+)
 BEYOND = "*"
 
 
 def render_text(result: SweepResult) -> str:
     """Every point in columns, then what was chosen."""
     lines = [_tabulate_points(result).to_text(), "", *_conclude(result)]
+    if result.adaptive:
+        lines += ["", _tabulate_adaptive(result).to_text()]
     if result.stack:
         lines += ["", _tabulate_ablations(result.stack).to_text()]
     return "\n".join(lines)
@@ -38,7 +44,7 @@ def render_markdown(result: SweepResult) -> str:
         "# γ sweep",
         "",
         f"{result.model}, drafter {result.draft}; {work.num_prompts} prompts × {work.max_tokens} tokens of"
-        f" {work.prompts}, greedy. Each point is an A/B against plain decoding, {_describe_order(result)};"
+        f" {work.prompts}, {f'at temperature {work.temperature:g}' if work.temperature else 'greedy'}. Each point is an A/B against plain decoding, {_describe_order(result)};"
         " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
         " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
         " many sequences; too low where their attention costs more than that of one sequence's rows.",
@@ -50,6 +56,10 @@ def render_markdown(result: SweepResult) -> str:
         "![the sweep](sweep.png)",
         "",
     ]
+    if result.adaptive:
+        lines += ["## γ decided in every step", "", _tabulate_adaptive(result).to_markdown(), ""]
+        lines += ["Speed-ups over plain decoding; ÷ best fixed: over the fixed γ that was fastest at that concurrency,"]
+        lines += ["where none was faster over plain decoding. τ is of the steps that drafted.", ""]
     if result.stack:
         lines += ["## Ablations", "", _tabulate_ablations(result.stack).to_markdown(), ""]
         lines += ["Own: against the ablation's own plain decoding. Plain: prompts whose answers differ from the plain"]
@@ -85,8 +95,38 @@ def _list_cells(point: SweepPoint) -> list[str]:
         f"{point.tau:.2f}",
         f"{point.step_cost:.2f}",
         "–" if point.draft_share is None else f"{point.draft_share:.0%}",
-        f"{point.parity.mismatches} of {point.parity.prompts}",
+        _show_differing(point),
     ]
+
+
+def _tabulate_adaptive(result: SweepResult) -> Table:
+    speedups = {(point.concurrency, point.gamma): point.speedup for point in result.points}
+
+    def show(concurrency: int, gamma: int) -> str:
+        speedup = speedups.get((concurrency, gamma))
+        return _show_gamma(gamma) + ("" if speedup is None else f": {speedup:.2f}×")
+
+    rows = [
+        [
+            str(point.concurrency),
+            show(point.concurrency, point.best),
+            show(point.concurrency, point.scheduled),
+            f"{point.speedup:.2f}×",
+            "{:.2f}–{:.2f}".format(*point.ci95),
+            f"{point.against_best:.2f}",
+            "{:.2f}–{:.2f}".format(*point.against_best_ci95),
+            f"{point.tau:.2f}",
+            f"{point.step_cost:.2f}",
+            _show_differing(point),
+        ]
+        for point in result.adaptive or []
+    ]
+    return Table("r" * len(ADAPTIVE_COLUMNS), ADAPTIVE_COLUMNS, rows)
+
+
+def _show_differing(point: PointFigures) -> str:
+    """`0 of 64`; a dash where answers were drawn, and not compared."""
+    return f"{point.parity.mismatches} of {point.parity.prompts}" if point.parity.prompts else "–"
 
 
 def _tabulate_ablations(ablations: list[AblationResult]) -> Table:

@@ -55,6 +55,21 @@ class SweepPoint(PointFigures, frozen=True, kw_only=True):
     predicted: float
 
 
+class AdaptivePoint(PointFigures, frozen=True, kw_only=True):
+    """γ decided in every step, up to `gamma`, at one concurrency.
+
+    Attributes:
+        best: the fixed γ that was fastest there, 0 for plain decoding; `scheduled`: the schedule's.
+        against_best: tok/s over that one's, both as ratios to plain decoding; with its 95% interval.
+        tau: of the steps that drafted; `step_cost` of all.
+    """
+
+    best: int
+    scheduled: int
+    against_best: float
+    against_best_ci95: Interval
+
+
 class Choice(Struct, frozen=True):
     """γ for one concurrency, 0 for plain decoding, and the reason in a few words."""
 
@@ -126,12 +141,16 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
 
 
 class SweepWorkload(Struct, frozen=True, kw_only=True):
-    """The prompts that every point of a sweep was asked; `sequential`: one engine at a time, at some of them."""
+    """The prompts that every point of a sweep was asked; `sequential`: one engine at a time, at some of them.
+
+    `temperature`: above 0 answers were drawn, and not compared.
+    """
 
     prompts: str
     num_prompts: int
     max_tokens: int
     sequential: bool = False
+    temperature: float = 0.0
 
 
 class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gamma_sweep/1"):
@@ -154,6 +173,7 @@ class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     cost: dict[str, StepCost]
     failed: dict[str, str]
     points: list[SweepPoint]
+    adaptive: list[AdaptivePoint] | UnsetType = UNSET
     stack: list[AblationResult] | UnsetType = UNSET
     mixed: MixedLoad | UnsetType = UNSET
 
@@ -161,7 +181,9 @@ class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
     def held(self) -> bool:
         """Everything was measured, and no divergence is a defect."""
         ablations = self.stack or []
-        parities = [point.parity for point in self.points] + [item.parity for item in ablations if item.parity]
+        parities = [point.parity for point in [*self.points, *(self.adaptive or [])]] + [
+            item.parity for item in ablations if item.parity
+        ]
         failed = self.failed or any(item.failed for item in ablations)
         return not failed and not any(parity.defects for parity in parities)
 

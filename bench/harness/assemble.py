@@ -184,6 +184,8 @@ def _describe_parity(run: Run, dtype: str, withheld: Set[str]) -> Parity:
         record.error is None and (other := run.arms[CANDIDATE].records.get(prompt_id)) is not None and not other.error
         for prompt_id, record in run.arms[BASELINE].records.items()
     )
+    if run.arms[BASELINE].sampled:
+        prompts = 0  # none was compared
     bounded = prompts > 0 and not refused and BOUND not in withheld
     classes = Counter(verdict.classification for verdict in verdicts)
     return Parity(

@@ -14,7 +14,7 @@ from laguna_serve.serving.client.completions import Client, find_model_name
 from laguna_serve.serving.client.counters import SETTLE_S, scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.client.sampling import RequestFields
+from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 
 # An endpoint that fails this many rounds in a row is taken for dead.
 MAX_FAILED_ROUNDS = 3
@@ -111,5 +111,8 @@ async def connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: Arm
     """Make the driver of an arm, under the model name that is served there."""
     model_name = arm.model_name or await find_model_name(session, arm.base_url)
     run.command = arm.command
+    run.sampled = plan.temperature > 0
     ending: RequestFields = {"ignore_eos": not plan.stop_at_eos}
+    if run.sampled:
+        ending |= {**PLAIN_SAMPLING, "temperature": plan.temperature}
     return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens, ending), run)

@@ -21,7 +21,8 @@ class ArmRun:
 
     `rounds` maps the round's index to its records; the counters frame exactly those rounds, unless `cut`: then a
     request that was broken off may be in the counters but not in the records. `forced`: what was counted over the same
-    prompts when answers had to go on past their end; `figures`: what the engine says of itself.
+    prompts when answers had to go on past their end; `figures`: what the engine says of itself. `sampled`: answers are
+    drawn at a temperature, and not to be compared.
     """
 
     label: str
@@ -35,6 +36,7 @@ class ArmRun:
     probes: dict[str, Probe] = field(default_factory=dict)
     memory: EngineMemory | None = None
     figures: EngineFigures | None = None
+    sampled: bool = False
 
     @property
     def records(self) -> dict[str, Record]:
@@ -70,7 +72,9 @@ class MeasurementStoppedError(CommandError, RuntimeError):
 
 
 def list_mismatches(baseline: ArmRun, candidate: ArmRun) -> list[str]:
-    """Prompt ids whose answers differ."""
+    """Prompt ids whose answers differ; none of answers that were drawn."""
+    if baseline.sampled or candidate.sampled:
+        return []
     others = candidate.records
     return [
         prompt_id

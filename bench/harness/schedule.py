@@ -21,7 +21,8 @@ Round = tuple[Prompt, ...]
 class Plan:
     """Timed rounds with the order of the arms in each, warm-up rounds, and how many rounds the control repeats.
 
-    `stop_at_eos`: answers may end before `max_tokens`; else end-of-sequence is ignored.
+    `stop_at_eos`: answers may end before `max_tokens`; else end-of-sequence is ignored. `temperature`: above 0 answers
+    are sampled without a seed, and not compared.
     """
 
     rounds: tuple[Round, ...]
@@ -32,6 +33,7 @@ class Plan:
     concurrency: int
     seed: int
     stop_at_eos: bool = False
+    temperature: float = 0.0
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -48,6 +50,7 @@ def make_plan(
     control: int,
     seed: int,
     stop_at_eos: bool = False,
+    temperature: float = 0.0,
 ) -> Plan:
     """Lay out a run. `control`: how many of the first timed prompts the baseline runs again (rounded up to rounds)."""
     rounds = _cut(timed, concurrency)
@@ -55,11 +58,12 @@ def make_plan(
         rounds=rounds,
         orders=_draw_orders(len(rounds), seed),
         warmup=_cut(warmup, concurrency),
-        control=rounds[: -(-control // concurrency)],
+        control=() if temperature else rounds[: -(-control // concurrency)],
         max_tokens=max_tokens,
         concurrency=concurrency,
         seed=seed,
         stop_at_eos=stop_at_eos,
+        temperature=temperature,
     )
 
 

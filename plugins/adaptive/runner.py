@@ -171,9 +171,7 @@ def _changes_hands(scheduler_output: Any) -> bool:
     if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
         return True
     cached = scheduler_output.scheduled_cached_reqs
-    return bool(cached.resumed_req_ids) or any(
-        new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs
-    )
+    return bool(cached.resumed_req_ids) or any(new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs)
 
 
 def _find_kind(sampling: Any) -> int:

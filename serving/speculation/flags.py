@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from laguna_serve.serving.kit.flags import Flag
 
-
 ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 
