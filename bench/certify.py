@@ -227,10 +227,12 @@ def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: 
     folder = find_folder(config.draft)
     if folder is None:
         return f"{config.draft} is not on this machine"
-    gamma = resolve_gamma(config.gamma, open_drafter(folder, config.draft), beyond_block=config.beyond_block)
+    gamma = resolve_gamma(config.fixed_gamma, open_drafter(folder, config.draft), beyond_block=config.beyond_block)
     eager = "; eager" if config.eager else ""
     assert config.model is not None
-    base = replace(engine, model=config.model, gamma=gamma, extra_args=tuple(shlex.split(config.baseline_args)))
+    base = replace(
+        engine, model=config.model, gamma=gamma, adaptive=False, extra_args=tuple(shlex.split(config.baseline_args))
+    )
     if config.row_matched == "synthetic":
         speculation = format_speculation(config.draft, gamma) | {
             "rejection_sample_method": "synthetic",

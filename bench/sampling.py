@@ -36,6 +36,8 @@ examples:
   python bench/sampling.py --model served-name --draft D --baseline-url http://127.0.0.1:8000 \\
       --candidate-url 7=http://127.0.0.1:8001 --prompts FILE --out DIR   # two servers that already run
   python bench/sampling.py --model M --draft D --gammas 7 --temperature 0.7 --quick --prompts FILE --out DIR
+  python bench/sampling.py --model tests/toy/teacher --draft tests/toy/dflash --adaptive --batch 2 \
+      --prompts tests/toy/prompts.jsonl --out DIR   # γ decided in every step
 
 exit status:
   0    held: no γ differs detectably from the baseline
@@ -108,6 +110,7 @@ def claim_samples(config: SamplingConfig, prompts: Sequence[Prompt], environment
         "prompts": [prompt.text for prompt in prompts],
         "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
         "versions": environment.versions,
+        **({"batch": config.batch} if config.batch != SamplingConfig.batch else {}),
         **config.list_urls(),
     }
     claim_folder(config.samples, settings)

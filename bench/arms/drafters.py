@@ -11,11 +11,19 @@ from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.speculation.drafting import open_drafter
-from laguna_serve.serving.speculation.flags import parse_gamma
+from laguna_serve.serving.speculation.flags import parse_gamma, parse_gamma_or_adaptive
 
 Gamma = Annotated[
     int | None,
     Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
+]
+GammaOrAdaptive = Annotated[
+    int | Literal["adaptive"] | None,
+    Flag(
+        "tokens drafted per step, N or max (default: the drafter's most), or adaptive: decided in every step",
+        metavar="N",
+        parse=parse_gamma_or_adaptive,
+    ),
 ]
 DraftSampling = Annotated[
     Literal["greedy", "probabilistic"],

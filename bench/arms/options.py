@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
-from laguna_serve.bench.arms.drafters import BeyondBlock, Gamma, find_most
+from laguna_serve.bench.arms.drafters import BeyondBlock, GammaOrAdaptive, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.launch import find_engine_dtype
+from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 # What of them decides how an arm answers; the first three name checkpoints.
 ENGINE_FLAGS = (
@@ -45,7 +46,7 @@ class ArmsConfig:
         str | None, Flag("the candidate's checkpoint, where it is another (pruned, unpadded)", metavar="M")
     ] = None
     draft: Annotated[str | None, Flag("DFlash drafter checkpoint: the candidate's only difference", metavar="D")] = None
-    gamma: Gamma = None
+    gamma: GammaOrAdaptive = None
     beyond_block: BeyondBlock = False
     baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
     candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
@@ -88,14 +89,19 @@ class ArmsConfig:
             raise FlagError("--model: expected a checkpoint, or two URLs, got neither")
         if self.gamma is not None and self.draft is None:
             raise FlagError("--gamma: expected --draft beside it, got none")
-        if self.beyond_block and self.gamma is None:
-            raise FlagError("--beyond-block: expected --gamma beside it, got none")
+        if self.beyond_block and self.fixed_gamma is None:
+            raise FlagError(f"--beyond-block: expected --gamma N beside it, got {self.gamma or 'none'}")
         for name in ("baseline_args", "candidate_args"):
             try:
                 shlex.split(getattr(self, name))
             except ValueError as error:
                 flag = f"--{name.replace('_', '-')}"
                 raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
+
+    @property
+    def fixed_gamma(self) -> int | None:
+        """γ where it is a number; None for the drafter's most, up to which an adaptive one goes."""
+        return self.gamma if isinstance(self.gamma, int) else None
 
 
 def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
@@ -110,7 +116,8 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     engine = EngineConfig(
         model=model,
         draft=config.draft if drafting else None,
-        gamma=config.gamma if drafting else None,
+        gamma=config.fixed_gamma if drafting else None,
+        adaptive=drafting and config.gamma == ADAPTIVE,
         beyond_block=config.beyond_block and drafting,
         dtype=settle_arms_dtype(config),
         enforce_eager=config.eager,
@@ -123,7 +130,9 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
     parts = [model, f"drafter {config.draft}, γ {gamma}" if drafting else "no drafter"]
     most = find_most(config.draft) if config.beyond_block and drafting and config.draft else None
-    parts += [f"beyond the drafter's block − 1 = {most}"] if most is not None and (config.gamma or 0) > most else []
+    parts += (
+        [f"beyond the drafter's block − 1 = {most}"] if most is not None and (config.fixed_gamma or 0) > most else []
+    )
     parts += ["eager"] if config.eager else []
     parts += ["exact"] if engine.exact else []
     parts += [shlex.join(extra)] if extra else []

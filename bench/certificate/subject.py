@@ -12,6 +12,7 @@ from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
+from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 BASELINE_ROLE, CANDIDATE_ROLE, DRAFT_ROLE = "target", "candidate's target", "drafter"
 DTYPE, GAMMA, COMPILE = "dtype", "γ", "compile mode"
@@ -36,7 +37,8 @@ def find_identity(config: ArmsConfig, specs: Mapping[str, ArmSpec], environment:
 def _list_settings(config: ArmsConfig) -> dict[str, str]:
     parts = {DTYPE: find_dtype(config), COMPILE: "eager" if config.eager else "compiled"}
     if config.draft is not None:
-        parts[GAMMA] = str(find_gamma(config) or "the drafter's most")
+        most = str(find_gamma(config) or "the drafter's most")
+        parts[GAMMA] = f"adaptive, up to {most}" if config.gamma == ADAPTIVE else most
     settings: dict[str, object] = {"prefix caching": config.prefix_caching, "exact": config.exact or "no"}
     for arm, text in ((BASELINE, config.baseline_args), (CANDIDATE, config.candidate_args)):
         flags = shlex.split(text)
@@ -50,5 +52,5 @@ def find_gamma(config: ArmsConfig) -> int | None:
     """γ as given, else the most that the drafter was trained for; None for one that is not on this machine."""
     folder = None if config.draft is None else find_folder(config.draft)
     if folder is None or config.draft is None:
-        return config.gamma
-    return resolve_gamma(config.gamma, open_drafter(folder, config.draft))
+        return config.fixed_gamma
+    return resolve_gamma(config.fixed_gamma, open_drafter(folder, config.draft))

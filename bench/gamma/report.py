@@ -40,11 +40,12 @@ def render_text(result: SweepResult) -> str:
 def render_markdown(result: SweepResult) -> str:
     """Render the same as a page."""
     work = result.workload
+    drawn = f"at temperature {work.temperature:g}" if work.temperature else "greedy"
     lines = [
         "# γ sweep",
         "",
         f"{result.model}, drafter {result.draft}; {work.num_prompts} prompts × {work.max_tokens} tokens of"
-        f" {work.prompts}, {f'at temperature {work.temperature:g}' if work.temperature else 'greedy'}. Each point is an A/B against plain decoding, {_describe_order(result)};"
+        f" {work.prompts}, {drawn}. Each point is an A/B against plain decoding, {_describe_order(result)};"
         " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
         " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
         " many sequences; too low where their attention costs more than that of one sequence's rows.",

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.bench.arms.arms import BASELINE, Arm, open_arm
-from laguna_serve.bench.sampled.options import SamplingConfig
+from laguna_serve.bench.sampled.options import Gamma, SamplingConfig
 from laguna_serve.bench.stats.two_sample import Completion
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.errors import EndpointError
@@ -19,19 +19,17 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 
 AGAIN = "baseline again"
-# Completions asked for in one request: vLLM runs them as so many sequences.
-BATCH = 50
 # Arm → prompt → its completions.
 Sets = Mapping[str, list[list[Completion]]]
 
 
-def name_gamma(gamma: int) -> str:
+def name_gamma(gamma: Gamma) -> str:
     """Name the arm of a γ."""
     return f"γ {gamma}"
 
 
 def draw_completions(
-    config: SamplingConfig, gammas: Sequence[int], prompts: Sequence[Prompt], progress: Progress
+    config: SamplingConfig, gammas: Sequence[Gamma], prompts: Sequence[Prompt], progress: Progress
 ) -> Sets:
     """Every arm's completions by prompt; those that are in the folder are read.
 
@@ -69,7 +67,7 @@ async def _draw_arm(
             completions: list[list[int]] = []
             while len(completions) < config.completions:
                 try:
-                    completions += await client.sample(prompt, min(BATCH, config.completions - len(completions)))
+                    completions += await client.sample(prompt, min(config.batch, config.completions - len(completions)))
                 except EndpointError:
                     arm.check()
                     raise

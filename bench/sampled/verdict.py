@@ -9,6 +9,7 @@ import numpy as np
 
 from laguna_serve.bench.arms.arms import BASELINE
 from laguna_serve.bench.sampled.completions import AGAIN, Sets, name_gamma
+from laguna_serve.bench.sampled.options import Gamma
 from laguna_serve.bench.sampled.result import ArmComparison
 from laguna_serve.bench.stats.two_sample import Comparison, compare, find_power
 
@@ -28,7 +29,7 @@ class Judgement:
     detectable_share: float | None
 
 
-def judge(sets: Sets, gammas: Sequence[int], level: float, seed: int) -> Judgement:
+def judge(sets: Sets, gammas: Sequence[Gamma], level: float, seed: int) -> Judgement:
     """Test the control and every γ. The level is shared by the γ; the control stands by itself."""
     rng = np.random.default_rng(seed)
     prompts = len(sets[BASELINE])

@@ -17,7 +17,7 @@ UNKNOWN, UNKNOWN_TRIES = 0.7, 2.0
 # A request's own: drafts, and steps without, after which they weigh a third; the shared estimate is worth so many
 # successes beside them.
 MEMORY_OWN, MEMORY_IDLE = 24.0, 200.0
-SHARED_SUCCESSES = 16.0
+SHARED_SUCCESSES = 32.0
 MOST = 0.98
 # Factors are rounded to powers of this, so that requests share their products.
 FACTOR_STEP = math.log(1.06)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 # A cell is the median of its first measurements; then each further one counts as much as any before it, up to this.
 FIRST, CELL_MEMORY = 5, 64
@@ -106,7 +107,7 @@ class CostTable:
 
 
 def find_bucket(requests: int) -> int:
-    """Number the cells' rows: exact for few requests, then by their logarithm."""
+    """Find the number of requests' row of cells: exact for few, then by the logarithm."""
     if requests <= EXACT_REQUESTS:
         return requests
     return EXACT_REQUESTS + round(BUCKETS_PER_DOUBLING * math.log2(requests / EXACT_REQUESTS))
@@ -137,7 +138,7 @@ def _smooth(cells: dict[int, Cell]) -> list[tuple[int, float]]:
 def _interpolate(known: list[tuple[int, float]], level: int) -> float:
     if level <= known[0][0]:
         return known[0][1]
-    for (left, low), (right, high) in zip(known, known[1:], strict=False):
+    for (left, low), (right, high) in pairwise(known):
         if level <= right:
             return low + (high - low) * (level - left) / (right - left)
     return known[-1][1]

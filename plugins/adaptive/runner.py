@@ -175,7 +175,7 @@ def _changes_hands(scheduler_output: Any) -> bool:
 
 
 def _find_kind(sampling: Any) -> int:
-    """Requests of one number are expected to accept alike: by their temperature, 0 for greedy ones."""
+    """Find which requests are expected to accept alike: by their temperature, 0 for greedy ones."""
     return 0 if sampling is None else -int(-sampling.temperature * TEMPERATURES_PER_UNIT // 1)
 
 

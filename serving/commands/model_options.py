@@ -44,8 +44,8 @@ class ModelOptions:
         int | Literal["auto", "adaptive"] | None,
         Flag(
             "tokens proposed per step; max, the default: as many as the drafter was trained for (its block − 1); auto:"
-            " what bench/gamma_sweep.py found for this model, drafter, device and vLLM; adaptive: decided in every step by"
-            " what is accepted and what steps take, down to none",
+            " what bench/gamma_sweep.py found for this model, drafter, device and vLLM; adaptive: decided every step,"
+            " down to none, by what is accepted and what steps take",
             metavar="N|max|auto|adaptive",
             parse=parse_gamma_or_auto,
         ),

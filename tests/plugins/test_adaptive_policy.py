@@ -1,0 +1,117 @@
+"""The policy on simulated engines: against every fixed γ, when acceptance changes, when the machine does."""
+
+from __future__ import annotations
+
+import pytest
+from adaptive_simulation import WIDTH, Simulation
+
+from laguna_serve.plugins.adaptive.acceptance import Acceptance
+from laguna_serve.plugins.adaptive.costs import CostTable, Pace, StepCosts, find_bucket, read
+from laguna_serve.plugins.adaptive.policy import PLAIN, Policy
+
+GREEDY, SAMPLED, BETWEEN = [0.8] * WIDTH, [0.36, *[0.48] * (WIDTH - 1)], [0.62] * WIDTH
+
+
+@pytest.mark.parametrize("requests", [1, 4, 16])
+@pytest.mark.parametrize("chances", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_it_comes_within_two_percent_of_the_best_fixed_gamma(requests: int, chances: list[float]) -> None:
+    steps = 3000 if requests == 1 else 1200
+    simulation = Simulation(lambda _step, _number: chances, requests)
+    gamma, rate = simulation.best(steps)
+    assert simulation.run(steps, Policy(WIDTH)) > 0.98 * rate
+    drafting = sum(width > 0 for width in simulation.widths[200:]) / (steps - 200)
+    assert drafting > 0.85 if gamma else drafting < 0.05
+
+
+def test_near_break_even_little_is_lost_either_way() -> None:
+    simulation = Simulation(lambda _step, _number: BETWEEN)
+    _, rate = simulation.best(3000)
+    assert simulation.run(3000, Policy(WIDTH)) > 0.95 * rate
+
+
+def test_it_stops_when_acceptance_falls_and_comes_back_when_it_rises() -> None:
+    def chances(step: int, _number: int) -> list[float]:
+        return GREEDY if 2000 <= step < 4000 else SAMPLED
+
+    simulation = Simulation(chances)
+    simulation.run(6000, Policy(WIDTH))
+    shares = [
+        sum(width > 0 for width in simulation.widths[start : start + 1000]) / 1000 for start in range(0, 6000, 1000)
+    ]
+    assert shares[1] < 0.1
+    assert shares[3] > 0.85
+    assert shares[5] < 0.35
+    assert shares[3] - shares[5] > 0.5
+
+
+def test_a_request_that_accepts_less_gets_fewer_drafts_than_its_neighbours() -> None:
+    policy = Policy(WIDTH)
+    simulation = Simulation(lambda _step, number: [0.1] * WIDTH if number == 0 else GREEDY, 4, length=100_000)
+    simulation.run(600, policy)
+    counts = [decision.counts for _ in range(40) if (decision := policy.decide(["0", "1", "2", "3"])).width]
+    assert sum(each[0] for each in counts) < 0.5 * sum(each[1] for each in counts)
+
+
+def test_load_of_others_changes_no_decision_for_long() -> None:
+    def slow(step: int) -> float:
+        return 2.0 if step // 300 % 2 else 1.0
+
+    for chances in (GREEDY, SAMPLED):
+        simulation = Simulation(lambda _step, _number, chances=chances: chances, slow=slow)  # type: ignore[misc]
+        _, rate = simulation.best(3000)
+        assert simulation.run(3000, Policy(WIDTH)) > 0.97 * rate
+
+
+def test_exploring_is_paid_from_a_small_part_of_the_time() -> None:
+    simulation = Simulation(lambda _step, _number: SAMPLED)
+    simulation.run(6000, Policy(WIDTH))
+    assert 5 < sum(width > 0 for width in simulation.widths[1000:]) < 0.02 * 5000
+
+
+def test_no_request_no_drafts_and_ended_requests_are_forgotten() -> None:
+    policy = Policy(3)
+    assert policy.decide([]) == PLAIN
+    policy.add("a", 0)
+    policy.drop("a")
+    policy.drop("a")
+    policy.observe_drafts([("a", 3, 1)])  # verified after its end
+    policy.add("b", 0)
+    assert policy.decide(["b"]).width <= 3
+
+
+def test_acceptance_by_position_forgets() -> None:
+    shared = Acceptance(3)
+    for step in range(2000):
+        shared.observe([(3, step % 4)], step)
+    assert shared.chances == pytest.approx([3 / 4, 2 / 3, 1 / 2], abs=0.03)
+    for step in range(2000, 3000):
+        shared.observe([(3, 0)], step)
+    assert shared.chances[0] < 0.05
+
+
+def test_costs_are_read_between_what_was_measured_and_beside_it() -> None:
+    costs = StepCosts(4)
+    for _ in range(10):
+        costs.observe(1, 0, 0.010, 4, 0.004)
+        costs.observe(1, 4, 0.020, 0, 0.0)
+    curve = costs.verify.curve(1)
+    assert curve[0] == pytest.approx(0.010)
+    assert curve[4] == pytest.approx(0.020)
+    assert curve[0] < curve[1] < curve[2] < curve[4]
+    assert costs.find_draft_curve(1)[4] == pytest.approx(0.004)
+    # Of another number of requests only the plain step is known: the rest is in proportion.
+    for _ in range(10):
+        costs.observe(16, 0, 0.050, 0, 0.0)
+    assert costs.verify.curve(16)[4] == pytest.approx(0.100)
+    assert read(curve, 0) == curve[0]
+    assert read(curve, 2.5) == pytest.approx((curve[2] + curve[3]) / 2)
+    assert find_bucket(8) == 8 < find_bucket(11) < find_bucket(16) < find_bucket(64)
+
+
+def test_one_cold_measurement_does_not_stand_against_many() -> None:
+    table = CostTable([1.0, 1.2, 1.4], Pace())
+    table.observe(1, 1, 0.5)
+    for _ in range(200):
+        table.observe(1, 2, 0.01)
+    assert table.curve(1)[2] < 0.013
+    assert table.curve(1)[1] <= table.curve(1)[2]

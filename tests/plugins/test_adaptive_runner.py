@@ -1,0 +1,40 @@
+"""Decisions on a real engine: the tokens do not depend on them, and no context of the drafter's is lost by any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from probes import run_probe
+
+pytestmark = pytest.mark.vllm
+TOY = Path(__file__).resolve().parent.parent / "toy"
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    ran: dict[str, Any] = run_probe("adaptive_probe.py", str(TOY))
+    return ran
+
+
+def test_tokens_are_the_same_whatever_is_decided(report: dict[str, Any]) -> None:
+    assert report["never"]["proposals"] == {}, "a step without drafts leaves the drafter's pass out"
+    assert report["mixed"]["accepted"] > 30
+    assert report["mixed"]["tokens"] == report["never"]["tokens"]
+    assert report["seeded mixed"]["tokens"] == report["seeded never"]["tokens"] != report["never"]["tokens"]
+
+
+def test_context_waits_and_is_written_before_the_next_draft(report: dict[str, Any]) -> None:
+    every, seldom = report["every"]["proposals"], report["seldom"]["proposals"]
+    assert 3 <= len(seldom) < len(every) // 4
+    assert seldom == {place: every[place] for place in seldom}
+
+
+def test_context_is_there_for_who_finds_it_in_the_prefix_cache(report: dict[str, Any]) -> None:
+    assert report["after none"]["cached"] == report["after drafts"]["cached"] >= 128
+    assert report["after none"]["proposals"] == report["after drafts"]["proposals"]
+
+
+def test_requests_that_ended_are_forgotten(report: dict[str, Any]) -> None:
+    assert report["seldom"]["known"] <= 1
