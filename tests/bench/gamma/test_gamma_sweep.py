@@ -134,6 +134,59 @@ def test_sweep_measures_chooses_and_stores(run: SweepRun) -> None:
     assert advice.schedule[0][:2] == (1, 1)
 
 
+def test_adaptive_engine_is_held_against_plain_decoding_and_the_best_fixed_gamma(run: SweepRun) -> None:
+    with run.engines() as made:
+        assert run.start("--gammas", "1,3", "--adaptive") == 0
+        assert [(config.gamma, config.adaptive) for config in made.configs] == [
+            *[(None, False), (1, False), (3, False)],
+            *[(None, False), (7, True)],
+        ]
+        run.capsys.readouterr()
+        assert run.start("--gammas", "1,3", "--adaptive") == 0
+        assert made.started == 5, "what was measured is kept"
+    (point,) = last_line(run.capsys)["adaptive"]
+    assert point["concurrency"] == 1
+    assert point["best"] in (1, 3)
+    assert point["speedup"] == pytest.approx(3)
+    assert point["against_best"] == pytest.approx(1)
+    assert "## γ decided in every step" in run.read_page()
+
+
+def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -> None:
+    with run.engines() as made:
+        start = made.__init__
+
+        def differ(engine: MockLauncher, config: EngineConfig, **named: Any) -> None:
+            start(engine, config, **named)
+            if config.draft is not None:
+                engine._fake.settings = replace(engine._fake.settings, flips={PROMPTS[4]: 3})
+
+        run.patch.setattr(made, "__init__", differ)
+        assert run.start("--gammas", "3", "--temperature", "1") == 0
+    result = last_line(run.capsys)
+    assert result["workload"]["temperature"] == 1
+    assert result["stored"] is None
+    assert "at temperature 1. Each point" in run.read_page()
+    assert any(line.endswith("| – |") for line in run.read_page().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--temperature", "1", "--stack", "fp8-kv"], "--stack: expected greedy answers"),
+        (["--temperature", "3"], "--temperature: expected 0 to 2, got 3"),
+        (
+            ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
+            "--adaptive: expected none with URLs",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_temperature_or_urls(run: SweepRun, more: list[str], complaint: str) -> None:
+    with pytest.raises(SystemExit):
+        run.start(*more)
+    assert complaint in run.capsys.readouterr().err
+
+
 def test_failing_gamma_does_not_lose_the_others(run: SweepRun) -> None:
     with run.engines(chunk_tokens=2) as made:
         enter = made.__enter__
