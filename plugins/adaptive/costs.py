@@ -102,7 +102,7 @@ class CostTable:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing was measured."""
+        """Whether nothing was measured yet."""
         return not self._cells
 
 
