@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from laguna_serve.serving.kit.files import write_stream
+from laguna_serve.serving.kit.signals import check_signals
 
 THREADS = 2  # fixed, because the order of a sum depends on it
 WARM_UP_STEPS = 100
@@ -50,21 +51,33 @@ def train(
     """Train `module` in place; returns the log, one record per `log_every` steps with means over them.
 
     `loss_of_step(step)` gives the loss and figures to print.  Gradients are clipped to norm 1, those of each module in
-    `clipped` by themselves (default: all together).  The state file is written every `SAVE_EVERY` steps and read back
-    when it exists; the caller deletes it when the result is safe.
+    `clipped` by themselves (default: all together).  The state file is written every `SAVE_EVERY` steps and after the last, and read back
+    when it exists; the caller deletes it when the result is safe.  Inside `defer_signals` it is written, too, when the
+    run is asked to stop, which is obeyed between two steps: nothing is lost then.
     """
     torch.set_num_threads(THREADS)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=schedule.weight_decay, fused=True)
-    first, log = 0, []
+    first, log, window = 0, [], []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        first, log = state["step"], state["log"]
+        first, log, window = state["step"], state["log"], state.get("window", [])
         print(f"{name}: resuming at step {first} of {schedule.steps}", file=sys.stderr)
-    started, window = time.monotonic(), []
+
+    def save(step: int) -> None:
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state |= {"log": log, "window": window}
+        write_stream(state_file, lambda file: torch.save(state, file))
+
+    started = time.monotonic()
     for step in range(first, schedule.steps):
+        try:
+            check_signals()
+        except KeyboardInterrupt:
+            save(step)
+            raise
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(step)
         loss, figures = loss_of_step(step)
@@ -88,7 +101,6 @@ def train(
                 file=sys.stderr,
                 flush=True,
             )
-        if done % SAVE_EVERY == 0:
-            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}
-            write_stream(state_file, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        if done % SAVE_EVERY == 0 or done == schedule.steps:
+            save(done)
     return log

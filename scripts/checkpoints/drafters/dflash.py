@@ -193,19 +193,27 @@ class LagunaDrafter(nn.Module):
         out: torch.Tensor = x[0, 1:]
         return out
 
+    def list_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        """List what model.safetensors holds, on the CPU."""
+        return {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
+
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (bf16)."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.list_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.shape.config(), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> LagunaDrafter:
-        """Read a checkpoint that `save` wrote, as fp32."""
+        """Read a checkpoint in this format, as fp32."""
         drafter = cls(DrafterShape.from_config(json.loads((folder / "config.json").read_text())))
-        drafter.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        drafter.load_state_dict({k: v.float() for k, v in read_files(folder).items()})
         return drafter.eval()
+
+
+def read_files(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a drafter, in one file or several."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 class TapReader:

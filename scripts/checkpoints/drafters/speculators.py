@@ -15,15 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.scripts.checkpoints.drafters.dflash import (
     IGNORED,
     DrafterLayer,
     LagunaDrafter,
     Norm,
     linear,
+    read_files,
 )
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.serving.checkpoint import ConfigJson
@@ -126,22 +128,25 @@ class SpeculatorsDrafter(LagunaDrafter):
             "aux_hidden_state_layer_ids": [layer + 1 for layer in shape.target_layer_ids],
         }
 
-    def save(self, folder: Path, verifier: str = "teacher") -> None:
-        """Write config.json and model.safetensors (bf16)."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def list_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        """List what model.safetensors holds, on the CPU; queries, keys and values apart."""
         tensors: dict[str, torch.Tensor] = {}
         sizes = [self.shape.num_attention_heads, *[self.shape.num_key_value_heads] * 2]
-        for name, tensor in self.state_dict().items():
-            stored = tensor.detach().to(torch.bfloat16)
+        for name, stored in super().list_tensors(dtype).items():
             if ".qkv_proj." not in name:
-                tensors[name] = stored.contiguous()
+                tensors[name] = stored
                 continue
             for part, rows in zip(SPLIT, stored.split([n * self.shape.head_dim for n in sizes]), strict=True):
                 tensors[name.replace("qkv_proj", part)] = rows.contiguous()
-        vocabulary = self.get_buffer("vocabulary")
+        vocabulary = self.get_buffer("vocabulary").cpu()
         tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
         tensors["t2d"] = torch.isin(torch.arange(self.shape.vocab_size), vocabulary)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return tensors
+
+    def save(self, folder: Path, verifier: str = "teacher") -> None:
+        """Write config.json and model.safetensors (bf16)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.list_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.config(verifier), indent=1) + "\n")
 
     @classmethod
@@ -158,8 +163,10 @@ class SpeculatorsDrafter(LagunaDrafter):
             block_size=config["block_size"],
             rope_theta=rope["rope_theta"],
             partial_rotary_factor=rope.get("partial_rotary_factor", 1.0),
+            causal=not config.get("sliding_window_non_causal", True),
+            sliding_window=layers["sliding_window"] if SLIDING in (layers.get("layer_types") or []) else None,
         )
-        tensors = load_file(folder / "model.safetensors")
+        tensors = read_files(folder)
         d2t = tensors.pop("d2t", torch.zeros(config["draft_vocab_size"], dtype=torch.int64))
         tensors.pop("t2d", None)
         tensors.pop("embed_tokens.weight", None)

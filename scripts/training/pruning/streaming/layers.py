@@ -14,6 +14,7 @@ from transformers.models.laguna.modeling_laguna import LagunaDecoderLayer, Lagun
 from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.results import JsonObject
 
 # transformers' names of what is published under another one.
 PUBLISHED = {
@@ -39,8 +40,16 @@ class Head:
 class Layers:
     """Loads pieces of a model in one dtype on one device; what a caller lets go of is free again."""
 
-    def __init__(self, folder: Path, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-        self.config: Any = LagunaConfig.from_pretrained(folder)
+    def __init__(
+        self,
+        folder: Path,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        overrides: JsonObject | None = None,
+    ) -> None:
+        """Read the config, with `overrides` of it, and no weights yet."""
+        self.config: Any = LagunaConfig.from_pretrained(folder, **(overrides or {}))
         self.config._attn_implementation = "sdpa"
         # One expert at a time: the others gather copies of the weights.
         self.config._experts_implementation = "eager"
@@ -64,8 +73,7 @@ class Layers:
         Raises:
             CheckpointError: a tensor is missing, or not of the shape that config.json says.
         """
-        with torch.device("meta"):
-            layer = LagunaDecoderLayer(self.config, number)
+        layer = self._build(number)
         state = {}
         for name, wanted in layer.state_dict().items():
             if name in (GATE_UP, DOWN):
@@ -77,8 +85,13 @@ class Layers:
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 
+    def _build(self, number: int) -> Any:
+        """Build a decoder layer without weights, whose state_dict says what is to be read."""
+        with torch.device("meta"):
+            return LagunaDecoderLayer(self.config, number)
+
     def surround(self, hidden: torch.Tensor, number: int) -> dict[str, Any]:
-        """Make what a layer is called with besides hidden states [1, T, H]: a mask, and the positions' rotation."""
+        """Make what a layer is called with besides hidden states [B, T, H]: a mask, and the positions' rotation."""
         kind = self.config.layer_types[number]
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask

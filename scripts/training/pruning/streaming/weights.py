@@ -18,6 +18,7 @@ from laguna_serve.serving.checkpoint.weight_files import TensorHeader, check_fil
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
 SCALE, BLOCK = "_scale", 128
+SCORE_OTHER = "score the bf16 or FP8 release: the mask fits this one as well"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class StoredTensor:
 class Weights:
     """The tensors of a checkpoint in bf16, fp16, fp32 or FP8."""
 
-    def __init__(self, folder: Path, config: ConfigJson) -> None:
-        """Read every header.
+    def __init__(self, folder: Path, config: ConfigJson, remedy: str = SCORE_OTHER) -> None:
+        """Read every header; `remedy`: what to do about weights that are quantised otherwise.
 
         Raises:
             CheckpointError: files that are missing or not whole; weights that are quantised otherwise.
@@ -47,7 +48,6 @@ class Weights:
         quantisation = read_quantisation(folder, config)
         if quantisation is not None and quantisation.kind != FP8:
             expected = "weights in bf16, fp16, fp32 or FP8 (compressed-tensors' float-quantized)"
-            remedy = "score the bf16 or FP8 release: the mask fits this one as well"
             raise CheckpointError(f"{folder}: expected {expected}, got {quantisation.name}; {remedy}")
         require_weights(folder, complete=True)
         self._folder = folder
@@ -75,12 +75,13 @@ class Weights:
         Raises:
             CheckpointError: there is none of that name; its dtype is another, or its scales do not fit.
         """
-        values = self._read_stored(name)
+        values = self.read_stored(name)
         if values.dtype != torch.float8_e4m3fn:
             return values
-        return dequantise(values, self._read_stored(name + SCALE), name)
+        return dequantise(values, self.read_stored(name + SCALE), name)
 
-    def _read_stored(self, name: str) -> torch.Tensor:
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Read a tensor as it is stored. Raises as `read`."""
         stored = self._find(name)
         dtype = DTYPES.get(stored.header.dtype)
         if dtype is None:
