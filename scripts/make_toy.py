@@ -24,6 +24,8 @@ import msgspec
 
 from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.text.corpus import Module
+from laguna_serve.scripts.training.drafter.command import train_drafter
+from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
@@ -33,6 +35,7 @@ from laguna_serve.serving.kit.results import JsonObject, to_json
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
 SMOKE_MODULES = 60
+ANSWERS = "answers.jsonl"
 EXAMPLES = """examples:
   python scripts/make_toy.py                         remake tests/toy (under 40 minutes on two cores)
   python scripts/make_toy.py --out /tmp/toy --smoke  a few steps of everything, to see that it works (2 minutes)
@@ -183,6 +186,7 @@ def make_teacher(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
 
 def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Make the teacher's greedy text on training modules, by vLLM."""
+    from laguna_serve.scripts.training.drafter.data.generation import Asking, generate_with_engine, list_asks
     from laguna_serve.scripts.training.toy import continuations
     from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
@@ -190,39 +194,36 @@ def make_continuations(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     tokenizer = load_tokenizer(out / "teacher")
     count = recipe.continuations or continuations.COUNT
     prompts = continuations.draw_prompts(seen, tokenizer, count, recipe.seed)
-    data = continuations.generate(out / "teacher", prompts)
-    data.save(work / "continuations.pt")
-    return {"prompts": len(prompts), "tokens": int(data.lengths.sum())}
+    asks = list_asks([tuple(prompt) for prompt in prompts], (0.0,), 1, recipe.seed)
+    how = Asking(continuations.NEW_TOKENS, ignore_eos=True, concurrency=128)
+    records = generate_with_engine(asks, how, work / ANSWERS, out / "teacher", eager=recipe.continuations is not None)
+    return {"prompts": len(records), "tokens": sum(len(r.prompt_token_ids) + len(r.token_ids) for r in records)}
 
 
 def make_dflash(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Make the drafter in Laguna's own format, trained on the continuations."""
-    return _make_drafter(recipe, work, out, "dflash")
+    from laguna_serve.scripts.training.toy.drafter import describe_laguna
+
+    return _make_drafter(describe_laguna, recipe, work, out, "dflash")
 
 
 def make_speculators(recipe: ToyRecipe, work: Path, out: Path) -> JsonObject:
     """Make a smaller drafter in the speculators format, trained on the same."""
-    return _make_drafter(recipe, work, out, "dflash-speculators")
+    from laguna_serve.scripts.training.toy.drafter import describe_speculators
+
+    return _make_drafter(describe_speculators, recipe, work, out, "dflash-speculators")
 
 
-def _make_drafter(recipe: ToyRecipe, work: Path, out: Path, name: str) -> JsonObject:
-    import torch
-    from transformers import LagunaForCausalLM
+def _make_drafter(
+    describe: Callable[..., DrafterTrainConfig], recipe: ToyRecipe, work: Path, out: Path, name: str
+) -> JsonObject:
+    from laguna_serve.scripts.training.drafter.stages import RESULT
+    from laguna_serve.scripts.training.toy.drafter import STEPS
 
-    from laguna_serve.scripts.training.toy import drafter as drafters
-    from laguna_serve.scripts.training.toy.continuations import Continuations
-    from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
-
-    teacher = LagunaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
-    data = Continuations.load(work / "continuations.pt")
-    if name == "dflash":
-        drafter = drafters.make_drafter(teacher, recipe.seed)
-    else:
-        drafter = drafters.make_speculators(teacher, data, recipe.seed)
-    log = drafters.train_drafter(drafter, teacher, data, recipe.seed, recipe.drafter_steps, work / f"{name}.state")
-    drafter.save(out / name)
-    load_tokenizer(out / "teacher").save_pretrained(out / name)
-    return {"parameters": sum(p.numel() for p in drafter.parameters()), "log": log}
+    steps = recipe.drafter_steps or STEPS
+    made = train_drafter(describe(out / "teacher", work / ANSWERS, out / name, work / name, steps, recipe.seed))
+    (out / name / RESULT).unlink()  # the manifest says what came of it
+    return {"parameters": made.parameters, "log": made.log}
 
 
 STAGES: dict[str, Callable[[ToyRecipe, Path, Path], JsonObject]] = {

@@ -31,6 +31,7 @@ from laguna_serve.serving.kit.results import JsonObject
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "reference"
 COLUMNS = "100"
+COMMAND = r"^    (\w+)  "
 FAMILIES = {
     "bench": ("Benchmarks", "Measure, compare and certify engines; each needs `.venv` of scripts/bootstrap.sh."),
     "evals": ("Evaluations", "Code, loss, invariance and the standard suites."),
@@ -92,8 +93,12 @@ def list_subcommands() -> Iterator[tuple[str, str]]:
     """(name, help) of `laguna` and its subcommands, each asked in a process of its own, as some become another."""
     front = _ask()
     yield "laguna", front
-    for name in re.findall(r"^    (\w+)  ", front, re.MULTILINE):
-        yield f"laguna {name}", _ask(name)
+    for name in re.findall(COMMAND, front, re.MULTILINE):
+        said = _ask(name)
+        yield f"laguna {name}", said
+        if "  COMMAND\n" in said:
+            for tool in re.findall(COMMAND, said, re.MULTILINE):
+                yield f"laguna {name} {tool}", _ask(name, tool)
 
 
 def list_commands(folder: str) -> Iterator[tuple[str, str]]:
@@ -152,6 +157,8 @@ def list_schemas() -> Iterator[tuple[str, JsonObject]]:
         *(f"scripts.checkpoints.{name}" for name in ("compact", "unpad", "quantise", "drafter")),
     ):
         importlib.import_module(f"laguna_serve.{name}")
+    importlib.import_module("laguna_serve.scripts.training.drafter.command")
+    importlib.import_module("laguna_serve.serving.client.traffic")
     importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}
     for tag in sorted(str(tag) for tag in kinds if str(tag).startswith("laguna_serve.")):

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "unpad": (checkpoint_tools.unpad, "store a dense student without its padding"),
     "pad": (checkpoint_tools.pad, "give an unpadded dense student its stock layout back"),
     "quantise": (checkpoint_tools.quantise, "store a model in FP8 as released, or one in FP8 in plain numbers"),
-    "drafter": (checkpoint_tools.drafter, "turn a DFlash drafter into the other published format"),
+    "drafter": (checkpoint_tools.drafter, "train a DFlash drafter, or turn one into the other published format"),
 }
 
 

@@ -22,7 +22,7 @@ from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, Parser
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
@@ -86,12 +86,7 @@ class ConvertResult(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    commands.add_parser("convert", help="turn a drafter into the other format", add_help=False)
-    parser.parse_args(given[:1])
-    config = read_flags(ConvertConfig, given[1:], prog="laguna drafter convert", description=__doc__, epilog=EXAMPLES)
+    config = read_flags(ConvertConfig, argv, prog="laguna drafter convert", description=__doc__, epilog=EXAMPLES)
     return run_tool(lambda: run(config), "nothing is left that looks like a drafter")
 
 

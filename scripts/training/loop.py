@@ -47,18 +47,21 @@ def train(
     *,
     log_every: int = PRINT_EVERY,
     clipped: Sequence[nn.Module] | None = None,
+    threads: int = THREADS,
 ) -> list[dict[str, float]]:
     """Train `module` in place; returns the log, one record per `log_every` steps with means over them.
 
     `loss_of_step(step)` gives the loss and figures to print.  Gradients are clipped to norm 1, those of each module in
-    `clipped` by themselves (default: all together).  The state file is written every `SAVE_EVERY` steps and after the last, and read back
-    when it exists; the caller deletes it when the result is safe.  Inside `defer_signals` it is written, too, when the
-    run is asked to stop, which is obeyed between two steps: nothing is lost then.
+    `clipped` by themselves (default: all together).  The state file is written every `SAVE_EVERY` steps and after the
+    last, and read back when it exists; the caller deletes it when the result is safe.  Inside `defer_signals` it is
+    written, too, when the run is asked to stop, which is obeyed between two steps: nothing is lost then.
     """
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=schedule.weight_decay, fused=True)
-    first, log, window = 0, [], []
+    first = 0
+    log: list[dict[str, float]] = []
+    window: list[dict[str, float]] = []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])

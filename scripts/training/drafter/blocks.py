@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
-from laguna_serve.scripts.training.drafter.objective import Drafted
 from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.drafter.data.states import States
+from laguna_serve.scripts.training.drafter.objective import Drafted
 from laguna_serve.scripts.training.pruning.streaming.layers import Head
 
 

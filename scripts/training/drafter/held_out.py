@@ -75,7 +75,7 @@ def measure_drafter(drafter: LagunaDrafter, blocks: Blocks) -> list[HeldOutTau]:
 def count_row(
     drafter: LagunaDrafter, blocks: Blocks, row: int, modes: Sequence[Drafts]
 ) -> list[npt.NDArray[np.float64]]:
-    """Expected steps, and steps that accept 1 … γ drafts, [1 + γ], of decoding one answer, for each way of drafting."""
+    """Count the steps of decoding one answer as `walk` does, for each way of drafting."""
     gamma, record = drafter.shape.gamma, blocks.rows[row]
     places = torch.arange(record.start, len(record.tokens) - gamma)
     alphas: dict[Drafts, list[torch.Tensor]] = {mode: [] for mode in modes}
@@ -85,9 +85,7 @@ def count_row(
         drafted = batch.draft(drafter, chunk[None], target=record.temperature > 0)
         for mode in modes:
             alphas[mode].append(find_acceptance(drafted, mode)[0].cpu())
-    return [
-        walk(torch.cat(parts).double().numpy()) if parts else np.zeros(1 + gamma) for parts in alphas.values()
-    ]
+    return [walk(torch.cat(parts).double().numpy()) if parts else np.zeros(1 + gamma) for parts in alphas.values()]
 
 
 def walk(alpha: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -104,7 +102,7 @@ def walk(alpha: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _summarise(counts: npt.NDArray[np.float64], temperature: float, mode: str) -> HeldOutTau | None:
-    """counts [rows, 1 + γ]; None where no answer is as long as a block."""
+    """Sum up counts [rows, 1 + γ]; None where no answer is as long as a block."""
     total = counts.sum(axis=0)
     if not total[0]:
         return None

@@ -1,8 +1,8 @@
 """When a draft is accepted, and the losses that train for it.
 
 Write x₁ … x_γ for what the target went on to say behind an anchor, sampled at temperature T, p_k for the target's
-distribution at place k (softmax of its logits ÷ T, given x₁ … x_{k−1}) and q_k for the drafter's (of its own logits ÷ T:
-vLLM's drafters use the temperature and no other sampling parameter).
+distribution at place k (softmax of its logits ÷ T, given x₁ … x_{k−1}) and q_k for the drafter's (of its own logits
+÷ T: vLLM's drafters use the temperature and no other sampling parameter).
 
 Verification accepts a drawn draft d_k with min(1, p_k(d_k) / q_k(d_k)) and puts a token of the residual in its place
 otherwise (arXiv:2211.17192), so that what is committed has the target's distribution.  Turned round: given that x_k is
@@ -61,7 +61,7 @@ class Drafted:
 
 
 def find_acceptance(drafted: Drafted, drafts: Drafts) -> torch.Tensor:
-    """α [B, A, γ], 0 behind the end of an answer."""
+    """Find α [B, A, γ], 0 behind the end of an answer."""
     greedy = (drafted.logits.argmax(-1) == drafted.labels).float()
     if drafts == "probabilistic" and drafted.target is not None:
         heat = _heat(drafted)
@@ -76,7 +76,7 @@ def find_acceptance(drafted: Drafted, drafts: Drafts) -> torch.Tensor:
 
 
 def find_loss(drafted: Drafted, loss: Loss, weights: torch.Tensor) -> torch.Tensor:
-    """The mean loss of a batch, places weighted by `weights` [γ]; tokens that cannot be drafted teach `ce` nothing."""
+    """Find the mean loss of a batch, places weighted by `weights` [γ]; what cannot be drafted teaches `ce` nothing."""
     if loss == "ce":
         counted = drafted.known & (drafted.labels != IGNORED)
         flat = F.cross_entropy(
@@ -97,17 +97,17 @@ def make_weights(gamma: int, decay: float) -> torch.Tensor:
 
 
 def count_accepted(alpha: torch.Tensor) -> torch.Tensor:
-    """Expected accepted drafts [B, A] of α [B, A, γ]."""
+    """Count the expected accepted drafts [B, A] of α [B, A, γ]."""
     return alpha.cumprod(-1).sum(-1)
 
 
 def _heat(drafted: Drafted) -> torch.Tensor:
-    """What logits are divided by, [B, 1, 1]: the temperature, or 1 for greedy answers."""
+    """Find what logits are divided by, [B, 1, 1]: the temperature, or 1 for greedy answers."""
     return torch.where(drafted.temperatures > 0, drafted.temperatures, 1.0)[:, None, None]
 
 
 def _find_wanted(drafted: Drafted) -> torch.Tensor:
-    """p [B, A, γ, V'] of the tokens that can be drafted; the others' share is missing from its sum."""
+    """Find p [B, A, γ, V'] of the tokens that can be drafted; the others' share is missing from its sum."""
     assert drafted.target is not None
     wanted = (drafted.target / _heat(drafted)[..., None]).softmax(-1)
     if drafted.vocabulary is not None:

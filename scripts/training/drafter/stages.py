@@ -1,18 +1,15 @@
 """The stages of training a drafter, each of which keeps what it has in the work folder and goes on from there.
 
-    answers/answers.jsonl         what the target said, as recorded traffic
-    states/learn, states/held-out hidden states (data/states.py)
-    training/                     before.json and training.state: drafter, optimiser, step and log
+answers/answers.jsonl         what the target said, as recorded traffic
+states/learn, states/held-out hidden states (data/states.py)
+training/                     before.json and training.state: drafter, optimiser, step and log
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +17,10 @@ import msgspec
 import torch
 
 from laguna_serve.scripts.checkpoints.headers import read_headers
+from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared
-from laguna_serve.scripts.training.drafter.command import DrafterTrainConfig
-from laguna_serve.scripts.training.drafter.data.generation import (
-    Ask,
-    Asking,
-    collect,
-    find_missing,
-    generate,
-    list_asks,
-    open_journal,
-)
-from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
-from laguna_serve.scripts.training.drafter.data.records import (
-    Prompt,
-    Row,
-    Rows,
-    choose_held_out,
-    hash_rows,
-    make_rows,
-    split_rows,
-)
+from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
+from laguna_serve.scripts.training.drafter.data.records import Row, hash_rows
 from laguna_serve.scripts.training.drafter.data.states import BATCH_TOKENS, SHARD_TOKENS, States, count_bytes
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
 from laguna_serve.scripts.training.drafter.held_out import HeldOutTau, measure_drafter
@@ -59,33 +39,16 @@ from laguna_serve.scripts.training.drafter.training import Fit, fit_drafter
 from laguna_serve.scripts.training.pruning.streaming.sizes import measure_parts
 from laguna_serve.serving.checkpoint import CheckpointError, Target, read_target, require_folder
 from laguna_serve.serving.checkpoint.drafter import Drafter
-from laguna_serve.serving.client.traffic import TrafficRecord, read_traffic
-from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_stream
-from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
 from laguna_serve.serving.kit.signals import defer_signals
 
 RESULT = "drafter_train.json"
-# An answer shorter than this teaches next to nothing: prompts that leave less room are not asked.
-LEAST_ROOM = 16
 # fp32 weights, their gradients, and AdamW's two moments.
 TRAINED_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What is learned from and measured on, recorded; and what the target is still to be asked, on either side."""
-
-    learned: Rows
-    measured: Rows
-    asks_learned: list[Ask] = field(default_factory=list)
-    asks_measured: list[Ask] = field(default_factory=list)
-    prompts: int = 0
-    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,44 +60,8 @@ class Run:
     target: Target
     warm: Drafter | None
     tokenizer: Any
+    source: AnswerSource
     progress: Progress
-
-    @cached_property
-    def answers(self) -> Answers:
-        """Read prompts or recorded traffic, and split them."""
-        config = self.config
-        if config.prompts is not None:
-            most = config.max_length - LEAST_ROOM
-            prompts = read_prompts(config.prompts, self.tokenizer, self.target.vocab_size)
-            fitting = [prompt for prompt in prompts if len(prompt) <= most]
-            held = choose_held_out(fitting, config.held_out)
-            learned = [prompt for prompt in fitting if prompt not in held]
-            return Answers(
-                learned=Rows([], len(prompts) - len(fitting)),
-                measured=Rows([], 0),
-                asks_learned=list_asks(learned, config.temperature, config.samples, config.seed),
-                asks_measured=self._ask_held_out(held),
-                prompts=len(fitting),
-                held_out=len(held),
-            )
-        recorded = self._make_rows(chain.from_iterable(map(read_traffic, config.tokens)), ", ".join(map(str, config.tokens)))
-        different = {row.prompt for row in recorded.rows}
-        held = choose_held_out(different, config.held_out)
-        learned_rows, measured = split_rows(recorded.rows, held)
-        return Answers(
-            learned=Rows(learned_rows, recorded.skipped),
-            measured=Rows(measured if config.recorded_only else [], 0),
-            asks_measured=[] if config.recorded_only else self._ask_held_out(held),
-            prompts=len(different),
-            held_out=len(held),
-        )
-
-    def _ask_held_out(self, held: set[Prompt]) -> list[Ask]:
-        return list_asks(sorted(held), self.config.measure, 1, self.config.seed + 1)
-
-    def _make_rows(self, records: Any, source: str) -> Rows:
-        vocabulary, most = self.target.vocab_size, self.config.max_length
-        return make_rows(records, source=source, vocabulary=vocabulary, max_length=most)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -152,7 +79,7 @@ class Run:
 
     def plan(self) -> DrafterTrainPlan:
         """Add up what it takes."""
-        config, answers, target = self.config, self.answers, self.target
+        config, answers, target = self.config, self.source.known, self.target
         asks = [*answers.asks_learned, *answers.asks_measured]
         recorded = [*answers.learned.rows, *answers.measured.rows]
         tokens = sum(len(row.tokens) for row in recorded)
@@ -160,7 +87,7 @@ class Run:
         parameters = self._count_parameters()
         size, H = self.layers.dtype.itemsize, target.hidden_size
         part = max(measure_parts(self.layers.weights, size).values())
-        gamma = (self._shape.gamma if self.warm is None else self.warm.max_gamma)
+        gamma = self._shape.gamma if self.warm is None else self.warm.max_gamma
         logits = config.rows * config.anchors * gamma * target.vocab_size * 4
         context = config.rows * config.max_length * len(self.taps) * H * 4
         return DrafterTrainPlan(
@@ -174,9 +101,11 @@ class Run:
             answers=len(recorded) + len(asks),
             tokens=tokens,
             generated=len(asks),
-            missing=len(find_missing(asks, self._peek_journal())),
+            missing=self.source.count_missing(),
             states_bytes=count_bytes(tokens, H, len({*self.taps, target.num_layers - 1}), self.layers.dtype),
-            states_memory_bytes=3 * part + 2 * size * H * SHARD_TOKENS + 4 * size * BATCH_TOKENS * (H + target.intermediate_size),
+            states_memory_bytes=3 * part
+            + 2 * size * H * SHARD_TOKENS
+            + 4 * size * BATCH_TOKENS * (H + target.intermediate_size),
             training_memory_bytes=TRAINED_BYTES * parameters + 8 * target.vocab_size * H + 5 * logits + 3 * context,
         )
 
@@ -190,14 +119,6 @@ class Run:
         headers, _ = read_headers(Path(self.warm.name), self.warm.name)
         return sum(entry.numel for name, entry in headers.items() if name not in ("d2t", "t2d", "embed_tokens.weight"))
 
-    @property
-    def _journal_path(self) -> Path:
-        return self.config.work_folder / "answers" / "answers.jsonl"
-
-    def _peek_journal(self) -> Journal[TrafficRecord]:
-        """Open the journal as it is; where there is none yet, an empty one that is nowhere."""
-        return open_journal(self._journal_path, self.progress)
-
     def train(self) -> DrafterTrainResult:
         """Every stage, or what is missing of it; writes drafter and result."""
         started, config = time.monotonic(), self.config
@@ -205,7 +126,8 @@ class Run:
         check_out(config.work_folder)
         self._check_device()
         self.progress.say(format_plan(self.plan()))
-        learned, measured = self._gather()
+        learned, measured = self.source.gather()
+        torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(True, warn_only=config.device == "cuda")
         with defer_signals():
             shared = self._load_shared()
@@ -225,7 +147,7 @@ class Run:
             target=config.target,
             warm_start=config.warm_start,
             out=str(config.out),
-            format=self._format,  # type: ignore[arg-type]
+            format=self._format,
             loss=config.loss,
             steps=config.steps,
             seed=config.seed,
@@ -246,53 +168,8 @@ class Run:
         if self.config.device == "cuda" and not torch.cuda.is_available():
             raise CheckpointError("--device cuda: expected a GPU that torch sees, got none; leave it out")
 
-    def _gather(self) -> tuple[Rows, Rows]:
-        """The recorded answers and those that the target was asked for."""
-        answers, config = self.answers, self.config
-        asks = [*answers.asks_learned, *answers.asks_measured]
-        if not asks:
-            return self._check_rows(answers.learned, answers.measured)
-        how = {"target": fingerprint(str(self.folder)), "max_tokens": config.max_tokens, "eos": config.ignore_eos}
-        claim_folder(self._journal_path.parent, how)
-        journal = open_journal(self._journal_path, self.progress)
-        missing = find_missing(asks, journal)
-        if missing:
-            asking = Asking(config.max_tokens, config.ignore_eos, config.concurrency)
-            with ExitStack() as stack:
-                url, model = config.endpoint, config.model
-                if url is None:
-                    longest = max(len(ask.prompt) for ask in missing) + config.max_tokens
-                    engine = stack.enter_context(self._start_engine(longest))
-                    url, model = engine.base_url, engine.model_name
-                generate(asks, asking, journal, url, model, self.progress)
-        source = str(self._journal_path)
-        learned = self._make_rows(collect(answers.asks_learned, journal), source)
-        measured = self._make_rows(collect(answers.asks_measured, journal), source)
-        skipped = answers.learned.skipped + learned.skipped
-        rows = Rows([*answers.learned.rows, *learned.rows], skipped)
-        return self._check_rows(rows, Rows([*answers.measured.rows, *measured.rows], measured.skipped))
-
-    def _check_rows(self, learned: Rows, measured: Rows) -> tuple[Rows, Rows]:
-        for rows, what in ((learned, "learn from"), (measured, "measure on")):
-            if not rows.rows:
-                got = f"none of two tokens or more ({rows.skipped} shorter, or with prompts of {self.config.max_length})"
-                raise CheckpointError(f"answers: expected some to {what}, got {got}; pass more, or raise --max-length")
-        return learned, measured
-
-    def _start_engine(self, longest: int) -> Engine:
-        config = self.config
-        engine = EngineConfig(
-            model=str(self.folder),
-            max_num_seqs=config.concurrency,
-            max_model_len=min(longest, self.target.max_model_len),
-            enforce_eager=config.eager,
-            served_model_name="target",
-        )
-        log = self._journal_path.parent / "engine.log"
-        return Engine(engine, log_path=log, announce=self.progress.say)
-
     def _compute(self, rows: list[Row], name: str) -> States:
-        """Hidden states of rows, those on disk or now computed."""
+        """Compute the hidden states of rows, where they are not on disk."""
         folder = self.config.work_folder / "states" / name
         settings = {"target": fingerprint(str(self.folder)), "taps": self.taps, "rows": hash_rows(rows)}
         claim_folder(folder, settings | {"dtype": self.config.dtype})
@@ -313,12 +190,14 @@ class Run:
     def _fit(self, made: Made) -> Fit:
         config, block = self.config, made.module.shape.block_size
         decay = config.decay or block / 2
-        return Fit(config.loss, config.steps, config.lr, config.rows, config.anchors, decay, config.seed)
+        return Fit(
+            config.loss, config.steps, config.lr, config.rows, config.anchors, decay, config.seed, config.threads
+        )
 
     def _claim_training(self, rows: Any) -> Path:
-        """The state file, in a folder that is this training's alone."""
+        """Claim the folder of this training; return its state file."""
         config, folder = self.config, self.config.work_folder / "training"
-        names = ("loss", "steps", "lr", "rows", "anchors", "decay", "seed", "dtype", "device")
+        names = ("loss", "steps", "lr", "rows", "anchors", "decay", "seed", "dtype", "device", "threads")
         settings = {name: getattr(config, name) for name in names}
         settings |= {"target": fingerprint(str(self.folder)), "answers": hash_rows(rows)}
         warm = None if self.warm is None else fingerprint(self.warm.name)
@@ -353,9 +232,6 @@ def open_run(config: DrafterTrainConfig) -> Run:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder}: expected the target's tokenizer, got: {reason}; fetch it") from None
         tokenizer = None
-    return Run(config, folder, target, warm, tokenizer, Progress())
-
-
-def say(text: str) -> None:
-    """Print a line of progress on stderr."""
-    print(f"drafter: {text}", file=sys.stderr, flush=True)
+    progress = Progress()
+    source = AnswerSource(config, folder, target, tokenizer, progress)
+    return Run(config, folder, target, warm, tokenizer, source, progress)

@@ -19,6 +19,7 @@ import torch
 
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.training.drafter.blocks import Blocks
+from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.drafter.objective import (
     Drafts,
     Loss,
@@ -27,7 +28,6 @@ from laguna_serve.scripts.training.drafter.objective import (
     find_loss,
     make_weights,
 )
-from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.loop import Schedule, train
 
 
@@ -42,6 +42,7 @@ class Fit:
     anchors: int
     decay: float
     seed: int
+    threads: int
     weight_decay: float = 0.01
 
 
@@ -64,7 +65,8 @@ def fit_drafter(drafter: LagunaDrafter, blocks: Blocks, fit: Fit, state_file: Pa
             tau = 1 + float(count_accepted(find_acceptance(drafted, "greedy")).mean())
         return loss, {"tau": tau}
 
-    return train("drafter", drafter, Schedule(fit.steps, fit.lr, fit.weight_decay), loss_of_step, state_file)
+    schedule = Schedule(fit.steps, fit.lr, fit.weight_decay)
+    return train("drafter", drafter, schedule, loss_of_step, state_file, threads=fit.threads)
 
 
 def draw_anchors(rows: Sequence[Row], count: int, rng: random.Random) -> torch.Tensor:

@@ -22,6 +22,7 @@ from laguna_serve.serving.client.completions import find_model_name, open_sessio
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.client.traffic import TrafficRecord
+from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject
@@ -108,6 +109,37 @@ def generate(
     missing = find_missing(asks, journal)
     if missing:
         asyncio.run(_generate(missing, how, journal, base_url.rstrip("/").removesuffix("/v1"), model, progress))
+
+
+def generate_with_engine(
+    asks: Sequence[Ask], how: Asking, path: Path, target: Path, *, eager: bool, longest: int | None = None
+) -> list[TrafficRecord]:
+    """Ask an engine that is started for it, unless nothing is missing; all answers, in the order of the asks.
+
+    Args:
+        path: the journal, beside which the engine's log is written.
+        target: the model's folder.
+        eager: start without compiling.
+        longest: sequence that the model takes; None: no limit.
+
+    Raises:
+        EngineError: the engine does not start; else as `generate`.
+    """
+    progress = Progress()
+    journal = open_journal(path, progress)
+    missing = find_missing(asks, journal)
+    if missing:
+        wanted = max(len(ask.prompt) for ask in missing) + how.max_tokens
+        config = EngineConfig(
+            model=str(target),
+            max_num_seqs=how.concurrency,
+            max_model_len=wanted if longest is None else min(wanted, longest),
+            enforce_eager=eager,
+            served_model_name="target",
+        )
+        with Engine(config, log_path=path.with_name("engine.log"), announce=progress.say) as engine:
+            generate(asks, how, journal, engine.base_url, engine.model_name, progress)
+    return collect(asks, journal)
 
 
 async def _generate(

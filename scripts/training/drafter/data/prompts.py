@@ -1,8 +1,8 @@
 """Prompts whose continuations the target is to generate: JSON Lines, made token ids by the target's own tokenizer.
 
-    {"prompt": "def f("}                                  text to continue
-    {"prompt": [1, 17, 4]}                                the same as token ids
-    {"messages": [{"role": "user", "content": "…"}]}      a conversation, with "tools" and "chat_template_kwargs" if any
+{"prompt": "def f("}                                  text to continue
+{"prompt": [1, 17, 4]}                                the same as token ids
+{"messages": [{"role": "user", "content": "…"}]}      a conversation, with "tools" and "chat_template_kwargs" if any
 """
 
 from __future__ import annotations

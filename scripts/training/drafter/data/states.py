@@ -48,7 +48,8 @@ class Shard:
 
 def list_shards(lengths: Sequence[int], tokens: int = SHARD_TOKENS) -> list[Shard]:
     """Cut rows into shards of at most so many tokens; a longer row has one for itself."""
-    shards, first, held = [], 0, 0
+    shards: list[Shard] = []
+    first = held = 0
     for row, length in enumerate(lengths):
         if held and held + length > tokens:
             shards.append(Shard(len(shards), first, row))
@@ -152,7 +153,9 @@ class States:
         with path.open("rb", buffering=0) as file:
             file.seek(skipped * size)
             if file.readinto(buffer) != len(buffer):
-                raise StatesError(f"{path}: expected the states of {len(self._rows)} rows, got fewer; remove the folder")
+                raise StatesError(
+                    f"{path}: expected the states of {len(self._rows)} rows, got fewer; remove the folder"
+                )
         return torch.frombuffer(buffer, dtype=STORED).view(length, self.width)
 
     def read_context(self, rows: Sequence[int], length: int) -> torch.Tensor:
@@ -176,7 +179,7 @@ class States:
 
 @torch.no_grad()
 def _run(layer: object, number: int, layers: TargetLayers, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Outputs [T, H] of rows; those of a batch are padded on the right, which causal attention does not see."""
+    """Run a layer on rows; those of a batch are padded on the right, which causal attention does not see."""
     for batch in _batch(inputs):
         check_signals()
         padded = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)

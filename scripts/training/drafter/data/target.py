@@ -40,7 +40,7 @@ class BlockExperts(nn.Module):
         self.register_buffer("block_start", torch.empty(num_experts + 1, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Output [T, H] of the chosen experts `ids` [T, K], weighted, before the layer's scale."""
+        """Compute the output [T, H] of the chosen experts `ids` [T, K], weighted, before the layer's scale."""
         parts = (self.get_buffer(name) for name in ("w13_blocks", "w2_blocks", "block_start"))
         return sentinel_moe_reference(x, weights, ids, *parts)
 
