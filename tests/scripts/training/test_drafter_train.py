@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +28,13 @@ from laguna_serve.scripts.training.drafter.data.records import Row, choose_held_
 from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
 from laguna_serve.scripts.training.drafter.held_out import walk
+from laguna_serve.serving.checkpoint import read_target
 from laguna_serve.serving.client.traffic import TrafficError, read_traffic
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import RunDirError
 from laguna_serve.serving.speculation.acceptance import read_acceptance
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
-from laguna_serve.serving.checkpoint import read_target
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 ANSWERED = 48
@@ -145,12 +146,14 @@ def run_states(folder: Path, out: Path, taps: tuple[int, ...] = (1, 3)) -> list[
 
 def agree(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     """To the bf16 in which both are stored."""
-    return all(torch.allclose(a, b, rtol=0.02, atol=float(b.abs().max()) * 5e-3) for a, b in zip(got, wanted, strict=True))
+    return all(
+        torch.allclose(a, b, rtol=0.02, atol=float(b.abs().max()) * 5e-3) for a, b in zip(got, wanted, strict=True)
+    )
 
 
-MASK = {
-    "keep_mask": str(TOY / "masks/group_keep_mask_25pct.npy"),
-    "group_indices": str(TOY / "masks/group_indices_importance_sorted.npy"),
+MASK: dict[str, Any] = {
+    "keep_mask": TOY / "masks/group_keep_mask_25pct.npy",
+    "group_indices": TOY / "masks/group_indices_importance_sorted.npy",
 }
 
 
@@ -167,7 +170,7 @@ def test_states_are_those_of_the_model_however_it_is_stored(stored: str, tmp_pat
         compact(CompactConfig(base=str(TOY / "teacher"), out=made, **MASK))
         compact(CompactConfig(base=str(TOY / "teacher"), out=plain, zeroed=True, **MASK))
     else:
-        quantise(QuantiseConfig(source=str(TOY / "teacher"), out=tmp_path / "fp8"))
+        quantise(QuantiseConfig(source=str(TOY / "teacher"), out=tmp_path / "fp8", to="fp8"))
         quantise(QuantiseConfig(source=str(tmp_path / "fp8"), out=plain, to="fp32"))
         made = tmp_path / "fp8"
         if stored.startswith("compact"):
@@ -365,14 +368,15 @@ def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(t
     engine = EngineConfig(model=str(TOY / "teacher"), draft=str(tmp_path / "out"), enforce_eager=True, max_num_seqs=4)
     held = choose_held_out([tuple(row["prompt_token_ids"]) for row in answers], 3)
     with Engine(engine, log_path=tmp_path / "engine.log") as served:
-        import requests
-
         for prompt in held:
             body = {"model": served.model_name, "prompt": list(prompt), "max_tokens": 96, "temperature": 0}
+            data = json.dumps(body | {"ignore_eos": True, "return_token_ids": True}).encode()
             url = f"{served.base_url}/v1/completions"
-            answer = requests.post(url, json=body | {"ignore_eos": True, "return_token_ids": True}, timeout=60)
+            asked_again = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked_again, timeout=60) as response:
+                answer = json.load(response)
             mine = [r for r in answers if tuple(r["prompt_token_ids"]) == prompt and r["temperature"] == 0]
-            assert answer.json()["choices"][0]["token_ids"] == mine[0]["token_ids"]
+            assert answer["choices"][0]["token_ids"] == mine[0]["token_ids"]
         counted = read_acceptance(served.base_url)
     assert counted is not None
     assert counted.length == pytest.approx(result.after[0].tau, rel=0.12)
