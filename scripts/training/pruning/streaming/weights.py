@@ -16,7 +16,13 @@ from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
 from laguna_serve.serving.checkpoint.quantisation import FP8, read_quantisation
 from laguna_serve.serving.checkpoint.weight_files import TensorHeader, check_file, list_weights, require_weights
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+}
 SCALE, BLOCK = "_scale", 128
 SCORE_OTHER = "score the bf16 or FP8 release: the mask fits this one as well"
 
