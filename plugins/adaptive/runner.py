@@ -82,6 +82,16 @@ class AdaptiveModelRunner(CPUModelRunner):  # type: ignore[misc]
         decodes = whole and not scheduler_output.scheduled_new_reqs
         self._step_under_way = Step(now, frozenset(scheduled), drafted if decodes else None) if scheduled else None
 
+    def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare a step that verifies nothing as an engine without a drafter does: no rows of drafts to look for."""
+        if scheduler_output.scheduled_spec_decode_tokens:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        speculation, self.speculative_config = self.speculative_config, None
+        try:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        finally:
+            self.speculative_config = speculation
+
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Have drafts proposed whenever there is a drafter: whether they fit is decided there."""
         self._fits = super()._input_fits_in_drafter(common_attn_metadata)
@@ -102,6 +112,7 @@ class AdaptiveModelRunner(CPUModelRunner):  # type: ignore[misc]
         """Learn of the drafts that were verified, decide, and draft: tokens [batch, width] int64, width 0 for none."""
         begin = perf_counter()
         counts = None if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
+        counts = counts if counts is not None and any(counts) else None
         valid = None if counts is None else (sampled_token_ids != -1).sum(dim=1).tolist()
         if counts is not None and valid is not None:
             self._observe(counts, valid)
