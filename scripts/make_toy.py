@@ -221,6 +221,7 @@ def _make_drafter(
     from laguna_serve.scripts.training.toy.drafter import STEPS
 
     steps = recipe.drafter_steps or STEPS
+    shutil.rmtree(out / name, ignore_errors=True)
     made = train_drafter(describe(out / "teacher", work / ANSWERS, out / name, work / name, steps, recipe.seed))
     (out / name / RESULT).unlink()  # the manifest says what came of it
     return {"parameters": made.parameters, "log": made.log}

@@ -124,6 +124,7 @@ class Run:
         started, config = time.monotonic(), self.config
         check_out(config.out)
         check_out(config.work_folder)
+        self._check_own()
         self._check_device()
         self.progress.say(format_plan(self.plan()))
         learned, measured = self.source.gather()
@@ -163,6 +164,16 @@ class Run:
         )
         write_result(config.out / RESULT, result)
         return result
+
+    def _check_own(self) -> None:
+        """Refuse to write over a checkpoint that is not this command's, or that it reads."""
+        out = self.config.out
+        read = [self.folder, *([] if self.warm is None else [Path(self.warm.name)])]
+        if out.resolve() in [folder.resolve() for folder in read]:
+            raise CheckpointError(f"{out}: expected a folder of its own, got one that is read; choose another --out")
+        if (out / "config.json").exists() and not (out / RESULT).exists():
+            expected = "an empty folder, or one that this command has made"
+            raise CheckpointError(f"{out}: expected {expected}, got another checkpoint; choose another --out")
 
     def _check_device(self) -> None:
         if self.config.device == "cuda" and not torch.cuda.is_available():

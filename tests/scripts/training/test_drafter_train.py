@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from laguna_serve.scripts.training.drafter.data.records import Row, choose_held_
 from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
 from laguna_serve.scripts.training.drafter.held_out import walk
-from laguna_serve.serving.checkpoint import read_target
+from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.client.traffic import TrafficError, read_traffic
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.progress import Progress
@@ -306,6 +307,20 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the one that is read", "another one"])
+def test_other_checkpoints_are_not_written_over(own: bool, tmp_path: Path) -> None:
+    folder = shutil.copytree(TOY / "dflash", tmp_path / "dflash")
+    asked = DrafterTrainConfig(
+        target=str(TOY / "teacher"),
+        prompts=TOY / "prompts.jsonl",
+        warm_start=str(folder if own else TOY / "dflash"),
+        out=folder,
+    )
+    with pytest.raises(CheckpointError, match="choose another --out"):
+        train_drafter(asked)
+    assert read_weights(folder) == read_weights(TOY / "dflash")
+
+
 def test_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     asked = DrafterTrainConfig(
         target=str(TOY / "teacher"),
@@ -328,8 +343,6 @@ def test_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
 def test_full_disk_is_refused_before_anything_is_computed(
     traffic: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
     with pytest.raises(Exception, match=r"expected .* bytes free .*, got 1,000; free some"):
