@@ -47,7 +47,7 @@ def make_laguna(folder: Path, **changes: Any) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any], str]:
-    code = command.main(["convert", *map(str, arguments), "--target", str(TEACHER)])
+    code = command.main([*map(str, arguments), "--target", str(TEACHER)])
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     return code, json.loads(lines[-1]) if lines else {}, captured.err
@@ -210,7 +210,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
 )
 def test_flags_that_do_not_go_together(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.main(["convert", str(TOY / "dflash"), "--target", str(TEACHER), *arguments])
+        command.main([str(TOY / "dflash"), "--target", str(TEACHER), *arguments])
     assert message in capsys.readouterr().err
 
 
