@@ -44,6 +44,8 @@ class Step:
 class AdaptiveModelRunner(CPUModelRunner):  # type: ignore[misc]
     """Model runner V1 for a DFlash drafter with `num_speculative_tokens` as the most."""
 
+    speculative_config: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.policy = Policy(self.num_spec_tokens)
