@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +44,18 @@ def complete(base_url: str, model: str, prompt: str | list[str] = "def f(", max_
         return tokens
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill the process of a test that fails: leaving `Popen` waits for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_killed_launcher_of_vllm_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LAUNCHER, str(TOY / "teacher"), str(TOY / "dflash"), str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher, ended(launcher):
         assert launcher.stdout is not None
         base_url, model, pids = json.loads(launcher.stdout.readline())
         assert complete(base_url, model) == 16
@@ -53,7 +63,8 @@ def test_killed_launcher_of_vllm_leaves_nothing(tmp_path: Path) -> None:
             assert "vllm:spec_decode_num_drafts_total" in response.read().decode()
         memory = process_memory(pids)
         assert {"APIServer", "EngineCore"} <= {process.name for process in memory.processes}
-        assert memory.pss_bytes > 1 << 30
+        # A page's share falls with every process that has it: an engine's core is forked, and others may be running.
+        assert memory.pss_bytes > 1 << 29
         os.kill(launcher.pid, signal.SIGKILL)
     wait_until_gone(pids, timeout_s=20)
 
@@ -62,7 +73,7 @@ def test_drafter_of_another_model_serves_and_its_acceptance_is_shown(tmp_path: P
     """The student with the teacher's drafter in the other format, from the command line."""
     command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", str(TOY / "dense"), "--eager", "--port", "0"]
     command += ["--draft", str(TOY / "dflash-speculators"), "--gamma", "max", "--log", str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server, ended(server):
         assert server.stdout is not None
         assert server.stderr is not None
         base_url = server.stdout.readline().split()[3].removesuffix("/v1")
