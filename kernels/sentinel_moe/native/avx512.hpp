@@ -39,27 +39,23 @@ struct Avx512 {
   static inline uint16_t to_f16(float value) { return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
   static inline float from_f16(uint16_t value) { return _cvtsh_ss(value); }
 
-  // e4m3: 64 codes as the AVX2 path decodes 32.
+  // e4m3: 64 codes, by UPPER_HALVES.
   static constexpr float UNSCALE = 1.0f;
-  static constexpr int LARGEST = 60 + 17 * 7 + 14;
   struct Flags {
     __m512i largest = _mm512_setzero_si512();
-    inline bool any() const { return _mm512_cmpgt_epu8_mask(largest, bytes(LARGEST)) != 0; }
+    inline bool any() const { return _mm512_cmpgt_epu8_mask(largest, bytes(LARGEST_SUM)) != 0; }
   };
   static inline __m512i bytes(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   static inline __m512i words(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
   template <bool EXACT>
   static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
-    alignas(16) static constexpr uint8_t UPPER[2][16] = {
-        {200, 61, 62, 63, 64, 65, 66, 67, 72, 189, 190, 191, 192, 193, 194, 195},
-        {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195}};
     const auto look_up = [](const uint8_t* table, __m512i index) {
       return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
     };
     const __m512i codes = _mm512_loadu_si512(p);
-    const __m512i index = _mm512_and_si512(_mm512_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER[0], index);
+    const __m512i index = _mm512_and_si512(_mm512_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER_HALVES[0], index);
     flags->largest = _mm512_max_epu8(flags->largest, _mm512_add_epi8(codes, upper));
-    const __m512i lower = _mm512_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER[1], index) : upper;
+    const __m512i lower = _mm512_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER_HALVES[1], index) : upper;
     const __m512i pairs[2] = {_mm512_unpacklo_epi8(lower, sound), _mm512_unpackhi_epi8(lower, sound)};
     for (int i = 0; i < 2; ++i) {
       w[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));

@@ -34,16 +34,12 @@ struct Avx2 {
   static inline uint16_t to_f16(float value) { return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
   static inline float from_f16(uint16_t value) { return _cvtsh_ss(value); }
 
-  // e4m3: 32 codes.  A code's upper half, sign and exponent but for its last bit, is looked up as the upper byte of
-  // bf16; its lower half shifted is the lower byte.  Subnormals, which this gets wrong, zero and the smallest normals
-  // share an upper half, whose entry is larger than all others once the code is added, which takes the sign away; as
-  // is the sum of NaN's codes.
+  // e4m3: 32 codes, by UPPER_HALVES.
   static constexpr float UNSCALE = 1.0f;
-  static constexpr int LARGEST = 60 + 17 * 7 + 14;  // of the sums of all other codes
   struct Flags {
     __m256i largest = _mm256_setzero_si256();
     inline bool any() const {
-      const __m256i beyond = _mm256_subs_epu8(largest, bytes(LARGEST));
+      const __m256i beyond = _mm256_subs_epu8(largest, bytes(LARGEST_SUM));
       return !_mm256_testz_si256(beyond, beyond);
     }
   };
@@ -51,16 +47,13 @@ struct Avx2 {
   static inline __m256i words(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
   template <bool EXACT>
   static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
-    alignas(16) static constexpr uint8_t UPPER[2][16] = {
-        {200, 61, 62, 63, 64, 65, 66, 67, 72, 189, 190, 191, 192, 193, 194, 195},
-        {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195}};
     const auto look_up = [](const uint8_t* table, __m256i index) {
       return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
     };
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i index = _mm256_and_si256(_mm256_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER[0], index);
+    const __m256i index = _mm256_and_si256(_mm256_srli_epi16(codes, 4), bytes(15)), upper = look_up(UPPER_HALVES[0], index);
     flags->largest = _mm256_max_epu8(flags->largest, _mm256_add_epi8(codes, upper));
-    const __m256i lower = _mm256_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER[1], index) : upper;
+    const __m256i lower = _mm256_slli_epi16(codes, 4), sound = EXACT ? look_up(UPPER_HALVES[1], index) : upper;
     const __m256i pairs[2] = {_mm256_unpacklo_epi8(lower, sound), _mm256_unpackhi_epi8(lower, sound)};
     for (int i = 0; i < 2; ++i) {
       w[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));

@@ -13,6 +13,15 @@
 
 namespace {
 
+// e4m3 by look-up.  A code's upper half, sign and exponent but for its last bit, is looked up as the upper byte of
+// bf16; its lower half shifted is the lower byte.  Subnormals, which the first table gets wrong, zero and the smallest
+// normals share an upper half, whose entry is larger than all others once the code is added, which takes the sign
+// away; as is the sum of NaN's codes.  The second table is for codes that are then corrected.
+alignas(16) constexpr uint8_t UPPER_HALVES[2][16] = {
+    {200, 61, 62, 63, 64, 65, 66, 67, 72, 189, 190, 191, 192, 193, 194, 195},
+    {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195}};
+constexpr int LARGEST_SUM = 60 + 17 * 7 + 14;  // of an entry and its code, of all other codes
+
 template <class V, DType D>
 struct PlainOps {
   using T = std::conditional_t<D == F32, float, uint16_t>;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
@@ -35,21 +36,12 @@ def describe_speculators(
     teacher: Path, answers: Path, out: Path, work: Path, steps: int, seed: int
 ) -> DrafterTrainConfig:
     """Describe a smaller one in the speculators format: one layer, three taps, half of the vocabulary."""
-    return DrafterTrainConfig(
-        target=str(teacher),
-        tokens=(answers,),
-        recorded_only=True,
-        held_out=HELD_OUT,
-        out=out,
-        work=work,
+    return replace(
+        describe_laguna(teacher, answers, out, work, steps, seed),
         format="speculators",
         layers=1,
         taps=(1, 3, 5),
         width=320,
         heads=4,
         draft_vocab=256,
-        mask_token=vocabulary.MASK,
-        steps=steps,
-        lr=LR,
-        seed=seed,
     )
