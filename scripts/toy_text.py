@@ -1,6 +1,7 @@
 """Write the toy family's text as JSON Lines, a module of Python's standard library in each: {"id": …, "text": …}.
 
-By default the held-out modules, which neither training nor calibration saw: what to measure a loss on.
+By default the held-out modules, which neither training nor calibration saw: what to measure a loss on.  With --prompts
+the beginnings of definitions in them instead, {"id": …, "prompt": …}: what `laguna drafter train --prompts` takes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from laguna_serve.serving.kit.flags import Flag
 EXAMPLES = """examples:
   python scripts/toy_text.py --out held-out.jsonl
   python scripts/toy_text.py --training --out training.jsonl
+  python scripts/toy_text.py --training --prompts 400 --out prompts.jsonl
 
 exit status: 0 written, 2 it could not run
 """
@@ -32,11 +34,13 @@ class TextConfig:
     """Which half of the text, and where to."""
 
     training: Annotated[bool, Flag("the modules that it was trained on instead")] = False
+    prompts: Annotated[int | None, Flag("so many prompts, none twice", metavar="N")] = None
+    seed: Annotated[int, Flag("draws the prompts")] = 0
     out: Annotated[Path, Flag("JSON Lines", metavar="FILE")]
 
 
 class TextResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.toy_text/1"):
-    """The file, and how many modules are in it."""
+    """The file, and how many lines are in it: modules, or prompts."""
 
     out: str
     documents: int
@@ -52,16 +56,23 @@ def write_toy_text(config: TextConfig) -> TextResult:
     """Write it.
 
     Raises:
-        CommandError: the file cannot be written.
+        CommandError: there are not so many prompts, or the file cannot be written.
     """
     modules = [module for module in corpus.read_modules() if module.held_out != config.training]
-    lines = [json.dumps({"id": module.name, "text": module.text}, ensure_ascii=False) for module in modules]
+    if config.prompts is None:
+        documents = [{"id": module.name, "text": module.text} for module in modules]
+    else:
+        documents = corpus.cuts(modules, max(0, config.prompts), config.seed)
+        if config.prompts < 1 or len(documents) < config.prompts:
+            most = f" to {len(documents)}, as many as there are" if documents else " or more"
+            raise CommandError(f"--prompts: expected 1{most}, got {config.prompts}")
+    lines = [json.dumps(document, ensure_ascii=False) for document in documents]
     try:
         config.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         expected = f"expected a file to write, got {error.strerror}"
         raise CommandError(f"{config.out}: {expected}; check --out") from None
-    return TextResult(out=str(config.out), documents=len(modules))
+    return TextResult(out=str(config.out), documents=len(documents))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: a shape or stride is not as above.
         MemoryError: no room for 256 rows of x in fp32.
     """
+    _check(x, weight, bias)
     out: torch.Tensor = torch.ops.laguna_serve.linear.default(x, weight, bias)
     return out
 
@@ -43,8 +44,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def run_with(
     library: Callable[..., int], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int
 ) -> torch.Tensor:
-    """Run the op with a library of one path."""
-    _check(x, weight, bias)
+    """Run a library of one path on checked tensors."""
     N, K = weight.shape
     rows = x if x.dim() == 2 else x.reshape(-1, K)
     if rows.stride(1) != 1 and K > 1:
@@ -77,7 +77,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         raise ValueError(f"bias: expected [{weight.shape[0]}], contiguous, got {got}")
 
 
-def _run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def run_from_python(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Run it where no library has registered itself: before it is loaded, or for good if op.cpp cannot be built."""
     library = load_library()
     if library is None:
         return F.linear(x, weight, bias)
@@ -93,5 +94,5 @@ _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("linear", _run, "CPU")
+_library.impl("linear", run_from_python, "CompositeExplicitAutograd")
 torch.library.register_fake("laguna_serve::linear", _run_fake, lib=_library)

@@ -103,6 +103,55 @@ def test_op_is_a_node_of_a_compiled_graph() -> None:
     assert torch.equal(compiled(x), linear(x * 2, w, bias) + 1)
 
 
+def test_op_runs_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = build.load_library()
+    assert product is not None
+    x, w, bias = make(9, 96, 24)
+    wide = torch.randn(9, 200).bfloat16()
+    wide[:, 50:146] = x
+    op = torch.ops.laguna_serve.linear.default
+    cases = [x, wide[:, 50:146], x.t().contiguous().t(), x[:1], x[:0]]
+    expected = [launch.run_with(product, rows, w, bias, 1) for rows in cases]
+    monkeypatch.setattr(launch, "run_with", None)
+    for rows, out in zip(cases, expected, strict=True):
+        assert torch.equal(op(rows, w, bias), out)
+    whole = op(x, w, None)
+    assert torch.equal(op(x.view(3, 3, 96), w, None), whole.view(3, 3, 24))
+    assert torch.equal(op(x.view(3, 3, 96).transpose(0, 1), w, None), whole.view(3, 3, 24).transpose(0, 1))
+    assert torch.equal(op(x[0], w, None), whole[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(2, 8)},
+        {"x": torch.zeros(2, 9).bfloat16()},
+        {"weight": torch.zeros(8, 4).bfloat16().t()},
+        {"weight": torch.zeros(4, 2, 4).bfloat16()},
+        {"bias": torch.zeros(5).bfloat16()},
+        {"bias": torch.zeros(8).bfloat16()[::2]},
+    ],
+)
+def test_op_reads_nothing_that_is_not_as_expected(change: dict[str, torch.Tensor]) -> None:
+    assert build.load_library() is not None
+    zeros = {"x": torch.zeros(2, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
+    tensors = {name: tensor.bfloat16() for name, tensor in zeros.items()} | change
+    with pytest.raises((RuntimeError, ValueError), match="linear"):
+        torch.ops.laguna_serve.linear.default(*tensors.values())
+
+
+def test_product_without_the_op(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Path:
+        raise build.BuildError("g++: expected to make op.cpp, got no torch")
+
+    monkeypatch.setattr(build, "build_op", fail)
+    x, w, bias = make(3, 16, 8)
+    assert torch.equal(launch.run_from_python(x, w, bias), linear(x, w, bias))
+    assert "through Python: g++: expected to make op.cpp" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -165,8 +214,8 @@ def test_no_compiler(
     monkeypatch.setenv("CXX", "no-such-compiler")
     x, w, bias = make(3, 16, 8)
     with caplog.at_level(logging.WARNING):
-        assert_close(linear(x, w, bias), x, w, bias)
-        linear(x, w, bias)
+        assert_close(launch.run_from_python(x, w, bias), x, w, bias)
+        launch.run_from_python(x, w, bias)
     (record,) = caplog.records
     assert "install g++ or name one in CXX" in record.getMessage()
 
@@ -198,4 +247,4 @@ def test_library_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     stamp = first.stat().st_mtime_ns
     assert build.build("portable") == first
     assert first.stat().st_mtime_ns == stamp
-    assert build.SOURCE.parent == Path(package.__file__).parent
+    assert build.SOURCES.parent == Path(package.__file__).parent

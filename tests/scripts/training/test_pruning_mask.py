@@ -58,6 +58,27 @@ def test_toys_text_is_one_half_of_its_corpus(tmp_path: Path, flags: list[str], h
     assert [json.loads(line)["text"] for line in lines] == wanted
 
 
+def test_toys_prompts_are_from_its_half(tmp_path: Path) -> None:
+    for half in ([], ["--training"]):
+        assert toy_text.main([*half, "--prompts", "40", "--out", str(tmp_path / "p.jsonl")]) == 0
+        prompts = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+        modules = {module.name: module for module in corpus.read_modules()}
+        assert len({prompt["prompt"] for prompt in prompts}) == 40
+        for prompt in prompts:
+            module = modules[prompt["id"].rpartition(":")[0]]
+            assert prompt["prompt"] in module.text
+            assert module.held_out != bool(half)
+
+
+@pytest.mark.parametrize(("count", "message"), [("0", "expected 1 or more"), ("999999", "as many as there are")])
+def test_toys_prompts_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: str, message: str
+) -> None:
+    assert toy_text.main(["--prompts", count, "--out", str(tmp_path / "p.jsonl")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p.jsonl").exists()
+
+
 def test_toys_text_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert toy_text.main(["--out", str(tmp_path / "none" / "t.jsonl")]) == 2
     assert "expected a file to write, got No such file or directory" in capsys.readouterr().err

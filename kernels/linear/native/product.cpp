@@ -1,6 +1,6 @@
 // y = x · wᵀ + bias for a CPU without bf16 arithmetic: bf16 in memory, widened in registers, summed in fp32.
 //
-// Built by cpu.py once per instruction set, which fixes LANES.  A register of 2·LANES weights is read as LANES words of
+// Built by build.py once per instruction set, which fixes LANES.  A register of 2·LANES weights is read as LANES words of
 // 32 bits, whose upper half is the odd weight and whose lower half, shifted up, the even one: two instructions widen
 // both.  Rows of x are widened beforehand into the same order, evens apart from odds, and padded with zeros.
 //
