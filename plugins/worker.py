@@ -15,15 +15,28 @@ Checked against vLLM 0.32.0.  It can go when
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker import cpu_worker
+
+from laguna_serve.plugins.routed_experts.tap import returns_experts
 
 
 class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
-    """Given to vLLM with --worker-cls; does nothing of its own without a drafter."""
+    """Given to vLLM with --worker-cls; does nothing of its own without a drafter or routed experts to return."""
 
     def init_device(self) -> None:
         """Make the model runner, and count the places behind the maximum length as room for drafts."""
-        super().init_device()
+        runner = self.choose_runner()
+        if returns_experts(self.vllm_config):
+            from laguna_serve.plugins.routed_experts.runner import RecordingRunner
+
+            runner = type(f"Recording{runner.__name__}", (RecordingRunner, runner), {})
+        stock, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, runner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = stock
         speculation = self.vllm_config.speculative_config
         if speculation is None:
             return
@@ -32,17 +45,16 @@ class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
         if room >= speculation.num_speculative_tokens + 1:
             self.model_runner.effective_drafter_max_model_len += room
 
+    def choose_runner(self) -> Any:
+        """Choose the class of the model runner."""
+        return cpu_worker.CPUModelRunner
+
 
 class AdaptiveCPUWorker(CPUWorker):
     """The same, with the number of drafted tokens decided before every step (`--gamma adaptive`)."""
 
-    def init_device(self) -> None:
-        """Make the model runner that decides."""
+    def choose_runner(self) -> Any:
+        """Choose the model runner that decides."""
         from laguna_serve.plugins.adaptive.runner import AdaptiveModelRunner
 
-        stock = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = AdaptiveModelRunner
-        try:
-            super().init_device()
-        finally:
-            cpu_worker.CPUModelRunner = stock
+        return AdaptiveModelRunner

@@ -26,6 +26,7 @@ from vllm.model_executor.models.laguna import LagunaMoE
 
 from laguna_serve.plugins.models import laguna
 from laguna_serve.plugins.models.routing import route
+from laguna_serve.plugins.routed_experts.tap import Tap, returns_experts
 
 
 def sigmoid_topk(
@@ -35,12 +36,14 @@ def sigmoid_topk(
     renormalize: bool,
     *,
     router: CPURouter,
+    tap: Tap | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route` in the signature of vLLM's `custom_routing_function`.
+    """`route` in the signature of vLLM's `custom_routing_function`; a tap is shown the experts.
 
     The bias is read from the router at each call, so that new weights take effect.
     """
-    return route(gating_output, router.e_score_correction_bias, topk, renormalize=renormalize)
+    weights, ids = route(gating_output, router.e_score_correction_bias, topk, renormalize=renormalize)
+    return weights, ids if tap is None else tap(ids)
 
 
 def process_experts(self: UnquantizedFusedMoEMethod, layer: torch.nn.Module) -> None:
@@ -58,8 +61,11 @@ class LagunaForCausalLM(laguna.LagunaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         for module in self.modules():
             if isinstance(module, LagunaMoE):
-                router = module.experts.router
-                router.custom_routing_function = partial(sigmoid_topk, router=router)
+                router, tap = module.experts.router, None
+                if returns_experts(vllm_config):
+                    tap = Tap(module.experts.layer_id)
+                    router.set_capture_fn = tap.set_capture
+                router.custom_routing_function = partial(sigmoid_topk, router=router, tap=tap)
                 method = module.experts.routed_experts.quant_method
                 if isinstance(method, UnquantizedFusedMoEMethod):
                     method.process_weights_after_loading = MethodType(process_experts, method)

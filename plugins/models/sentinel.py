@@ -43,6 +43,7 @@ from laguna_serve.plugins.models.fp8_layers import (
 from laguna_serve.plugins.models.routing import route
 from laguna_serve.plugins.models.sentinel_experts import LayerPlan, SentinelExperts
 from laguna_serve.plugins.pruning import Pruning, PruningError, read_pruning, read_shape
+from laguna_serve.plugins.routed_experts.tap import Tap, returns_experts, with_hf_config
 from laguna_serve.plugins.shards import Shard
 
 
@@ -60,6 +61,7 @@ class SentinelMoE(nn.Module):
         self.softcap = float(getattr(config, "moe_router_logit_softcapping", 0.0) or 0.0)
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate")
         self.experts = SentinelExperts(config.num_experts, config.hidden_size, plan, f"{prefix}.experts", shard)
+        self.tap: Tap | None = None
         self.shared_expert: laguna.LagunaMLP | None = None
         if config.shared_expert_intermediate_size > 0:
             self.shared_expert = laguna.LagunaMLP(
@@ -80,6 +82,8 @@ class SentinelMoE(nn.Module):
             logits = torch.tanh(logits / self.softcap) * self.softcap
         bias = self.experts.e_score_correction_bias
         weights, ids = route(logits, bias, self.top_k, renormalize=self.renormalize, scale=self.routed_scale)
+        if self.tap is not None:
+            ids = self.tap(ids)
         out: torch.Tensor = self.experts(x, weights, ids)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x)
@@ -98,7 +102,7 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
         ranks = vllm_config.parallel_config.tensor_parallel_size
         # Built with feed-forward layers of width 1, which are then replaced: vLLM's own would hold every block.
         narrow = build_unquantised(
-            vllm_config.with_hf_config(_without_feed_forward(config, ranks)), only_feed_forward=not plain
+            with_hf_config(vllm_config, _without_feed_forward(config, ranks)), only_feed_forward=not plain
         )
         super().__init__(vllm_config=narrow, prefix=prefix)
         self.config = self.model.config = config
@@ -111,6 +115,7 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
             layer, name = self.model.layers[number], f"{prefix}.model.layers.{number}.mlp".lstrip(".")
             if number in plans:
                 layer.mlp = SentinelMoE(config, plans[number], quant_config, name, shard)
+                layer.mlp.tap = Tap(number) if returns_experts(vllm_config) else None
             else:
                 layer.mlp = laguna.LagunaMLP(
                     config.hidden_size, config.intermediate_size, config.hidden_act, quant_config, prefix=name

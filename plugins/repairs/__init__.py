@@ -40,6 +40,7 @@ def repair_front_end() -> None:
 def repair_runner() -> None:
     """Repair model runner V1 on a CPU, its sampling and its start; calling it again changes nothing."""
     _attempt("the model runner", _repair_runner)
+    _attempt("routed experts", _admit_routed_experts)
 
 
 def _attempt(name: str, repair: Callable[[], None]) -> None:
@@ -48,6 +49,12 @@ def _attempt(name: str, repair: Callable[[], None]) -> None:
         repair()
     except (ImportError, AttributeError) as error:
         logger.warning("repair of %s: expected the modules of vLLM 0.32, got %s; it is left out", name, error)
+
+
+def _admit_routed_experts() -> None:
+    from laguna_serve.plugins.repairs import routed_experts
+
+    routed_experts.apply()
 
 
 def _repair_runner() -> None:
