@@ -71,6 +71,13 @@ class ServeConfig(ModelOptions):
             " --no-gateway beyond the loopback address, as vLLM's development routes ask for no key"
         ),
     ] = False
+    return_routed_experts: Annotated[
+        bool,
+        Flag(
+            "answers carry, as routed_experts, which experts every token went to, for a trainer to replay (docs/rl.md);"
+            " mixtures only"
+        ),
+    ] = False
     gateway: Annotated[bool, Flag("the bare engine, without the gateway that otherwise stands in front of it")] = True
     gateway_config: Annotated[
         Path | None,
@@ -202,6 +209,7 @@ def engine_config(config: ServeConfig) -> EngineConfig:
         seed=config.seed,
         exact=config.exact,
         weight_updates=config.weight_updates,
+        return_routed_experts=config.return_routed_experts,
     )
 
 

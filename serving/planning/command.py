@@ -41,6 +41,7 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Goes on drafting beside a sequence at the length limit; its docstring says why stock vLLM's does not.
 CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
+RETURN_EXPERTS = "--enable-return-routed-experts"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
@@ -116,20 +117,23 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     check_split(checkpoints.target, checkpoints.drafter, ranks)
     check_one_device(checkpoints.target, find_value(config.extra_args, "--hf-overrides"), ranks)
     if config.adaptive:
-        check_adaptive(device, config.extra_args, eager=config.enforce_eager)
+        check_adaptive(device, config.extra_args, eager=config.enforce_eager, experts=config.return_routed_experts)
     command = [sys.executable, "-m", SERVER_MODULE, "--model", locate(config.model), "--host", config.host]
     command += ["--port", str(port), "--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--seed", str(config.seed), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
     if device.kind == "cpu" and not names_flag(config.extra_args, *PARALLEL_FLAGS):
         command += ["--distributed-executor-backend", IN_PROCESS_EXECUTOR]
-    if device.kind == "cpu" and config.draft is not None:
+    returns_experts = config.return_routed_experts or names_flag(config.extra_args, RETURN_EXPERTS)
+    if device.kind == "cpu" and (config.draft is not None or returns_experts):
         command += ["--worker-cls", ADAPTIVE_WORKER if config.adaptive else CPU_WORKER]
     max_model_len = choose_max_model_len(config, checkpoints, device)
     if max_model_len is not None:
         command += ["--max-model-len", str(max_model_len)]
     if config.enforce_eager:
         command += ["--enforce-eager"]
+    if config.return_routed_experts:
+        command += [RETURN_EXPERTS]
     if config.weight_updates:
         command += ["--weight-transfer-config", json.dumps(WEIGHT_TRANSFER)]
     overrides = choose_overrides(config, checkpoints.target, device)

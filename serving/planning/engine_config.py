@@ -35,6 +35,7 @@ class EngineConfig:
         exact: kernels whose rows do not depend on the batch, checked at the start (engine/batch_invariance.py).
         weight_updates: new weights may come from folders while it serves (plugins/weight_folder.py); this opens vLLM's
             development routes, for which nothing asks a key: an engine for the loopback address.
+        return_routed_experts: answers carry the experts that every token went to (docs/rl.md); mixtures only.
         chat: tool calls, reasoning and thinking as the release has them or the user asks (chat/vendor_defaults.py);
             None for vLLM's own defaults, which have none of them.
         extra_args: appended to the command unchanged.
@@ -61,6 +62,7 @@ class EngineConfig:
     seed: int = 0
     exact: bool = False
     weight_updates: bool = False
+    return_routed_experts: bool = False
     chat: ChatOptions | None = None
     extra_args: tuple[str, ...] = ()
 

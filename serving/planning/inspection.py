@@ -85,6 +85,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     if target is not None and target_folder is not None:
         check_use(config.model, read_config(target_folder), config.keep_mask)
         _check_updates(config, target)
+        _check_experts(config, target)
         target = mark_pruned(target, config.keep_mask)
     warnings: list[str] = []
     if target is not None and drafter is not None:
@@ -117,6 +118,19 @@ def _check_updates(config: EngineConfig, target: Target) -> None:
         remedy = "serve the bf16 release, or `laguna compact --to fp8` of it, whose experts can be in FP8"
         expected = "weight updates: expected a checkpoint without quantization_config"
         raise CheckpointError(f"{expected}, got {describe_kind(target.quantisation)}; {remedy}")
+
+
+def _check_experts(config: EngineConfig, target: Target) -> None:
+    """Raise CheckpointError where no routed experts can be returned: vLLM keeps them as it keeps the prefix cache."""
+    if not config.return_routed_experts:
+        return
+    if target.dense:
+        raise CheckpointError(
+            f"--return-routed-experts: expected a mixture of experts, got {config.model}, which is dense; drop the flag"
+        )
+    if not config.prefix_caching:
+        remedy = "drop one of them"
+        raise CheckpointError(f"--return-routed-experts: expected prefix caching, got --no-prefix-caching; {remedy}")
 
 
 def mark_pruned(target: Target, keep_mask: str | None) -> Target:

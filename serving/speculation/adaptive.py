@@ -33,19 +33,29 @@ def describe_adaptive(device: Device) -> str:
 
 
 def check_adaptive(
-    device: Device, arguments: Sequence[str], *, eager: bool, environment: Mapping[str, str] = os.environ
+    device: Device,
+    arguments: Sequence[str],
+    *,
+    eager: bool,
+    experts: bool = False,
+    environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Refuse what has no place beside a γ that is decided in every step.
 
     Args:
         arguments: for vLLM, as the user gave them.
         eager: no compilation, no graphs.
+        experts: answers are to carry the experts of every token.
         environment: that vLLM will have.
     Raises:
         CheckpointError: the first such thing, in a line.
     """
     if device.kind == "cpu":
         _check_cpu(arguments, environment)
+    elif experts:
+        raise CheckpointError(
+            f"--gamma adaptive: expected no --return-routed-experts on a GPU, as vLLM does not do both; {REMEDY}"
+        )
     else:
         _check_gpu(arguments, eager or names_flag(arguments, "--enforce-eager"), find_vllm(), environment)
 

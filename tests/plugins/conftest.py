@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from probes import run_program
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
+MASKS = TOY / "masks"
 PROMPTS = 64
 
 
@@ -33,3 +36,21 @@ def run_model(prompts_file: Path) -> Any:
         return report | {"log": done.stdout + done.stderr}
 
     return lambda model, **settings: run(model, json.dumps(settings, sort_keys=True))
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(percent, *flags) → the folder that `laguna compact` makes of the toy teacher."""
+    root = tmp_path_factory.mktemp("pruned")
+
+    @functools.cache
+    def make(percent: int, *flags: str) -> Path:
+        out = root / f"{percent}{''.join(flags)}"
+        command = [sys.executable, "-m", "laguna_serve.serving.cli", "compact", str(TOY / "teacher"), "--keep-mask"]
+        command += [str(MASKS / f"group_keep_mask_{percent}pct.npy")]
+        command += ["--group-indices", str(MASKS / "group_indices_importance_sorted.npy"), "--out", str(out), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return out
+
+    return make

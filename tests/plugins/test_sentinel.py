@@ -5,10 +5,7 @@ Weights loaded again in place, speculation, and what is refused, too.
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +27,6 @@ BLOCK, HIDDEN, EXPERTS, BLOCKS = 16, 160, 16, 8
 
 def mask(percent: int) -> Path:
     return TOY / "masks" / f"group_keep_mask_{percent}pct.npy"
-
-
-@pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(percent, *flags) → the folder that `laguna compact` makes of the toy teacher."""
-    root = tmp_path_factory.mktemp("pruned")
-
-    @functools.cache
-    def make(percent: int, *flags: str) -> Path:
-        out = root / f"{percent}{''.join(flags)}"
-        command = [sys.executable, "-m", "laguna_serve.serving.cli", "compact", str(TOY / "teacher"), "--keep-mask"]
-        command += [str(mask(percent)), "--group-indices", str(INDICES), "--out", str(out), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return out
-
-    return make
 
 
 def masks_override(percent: int) -> dict[str, Any]:

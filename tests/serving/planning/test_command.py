@@ -63,6 +63,7 @@ def test_defaults(target: Path) -> None:
         ({"max_num_seqs": 3}, ["--max-num-seqs", "3"]),
         ({"enforce_eager": True}, ["--enforce-eager"]),
         ({"weight_updates": True}, ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND})]),
+        ({"return_routed_experts": True}, ["--enable-return-routed-experts"]),
         ({"prefix_caching": False}, ["--no-enable-prefix-caching"]),
         ({"seed": 7}, ["--seed", "7"]),
         ({"served_model_name": "m"}, ["--served-model-name", "m"]),
@@ -199,6 +200,23 @@ def test_engine_that_takes_new_weights_stays_on_the_loopback(target: Path) -> No
     assert build_environment({}, CPU, local=True, weight_updates=True)["VLLM_SERVER_DEV_MODE"] == "1"
     with pytest.raises(CheckpointError, match=r"expected an engine on the loopback, got 0\.0\.0\.0"):
         inspect(EngineConfig(model=str(target), host="0.0.0.0", weight_updates=True))
+
+
+def test_routed_experts_take_our_worker_on_a_cpu(target: Path) -> None:
+    gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
+    ours, vllms = {"return_routed_experts": True}, {"extra_args": ("--enable-return-routed-experts",)}
+    for asked in (ours, vllms):
+        config = EngineConfig(model=str(target), **asked)  # type: ignore[arg-type]
+        assert flag(build(config), "--worker-cls") == "laguna_serve.plugins.worker.CPUWorker"
+        assert "--worker-cls" not in build(config, gpu)
+
+
+def test_routed_experts_are_refused_where_there_are_none(target: Path, make_checkpoint: MakeCheckpoint) -> None:
+    dense = make_checkpoint("dense", TARGET | DENSE)
+    with pytest.raises(CheckpointError, match="^--return-routed-experts: expected a mixture of experts, got .*dense; d"):
+        inspect(EngineConfig(model=str(dense), return_routed_experts=True))
+    with pytest.raises(CheckpointError, match="^--return-routed-experts: expected prefix caching, got --no-prefix"):
+        inspect(EngineConfig(model=str(target), return_routed_experts=True, prefix_caching=False))
 
 
 def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,12 @@ def test_what_it_does_not_go_with_is_refused_in_a_line(
     assert "\n" not in str(refusal.value)
 
 
+def test_routed_experts_go_beside_it_on_a_cpu_alone(gpu_vllm: None) -> None:
+    check_adaptive(CPU, (), eager=False, experts=True, environment={})
+    with pytest.raises(CheckpointError, match="expected no --return-routed-experts on a GPU"):
+        check_adaptive(GPU, (), eager=False, experts=True, environment={})
+
+
 def test_older_vllm_on_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "find_vllm", lambda: VllmInstall("vllm", "0.26.1"))
     with pytest.raises(CheckpointError, match=r"expected vLLM 0\.32 or newer on a GPU, got 0\.26\.1"):
