@@ -6,8 +6,10 @@ prompt; the trainer is plain PyTorch; every version goes back through the gatewa
 (evals/codegen/syntax_reward.py) is one that a model of a few million parameters can raise.  A drafter, if one is given,
 speculates for the policy all along and stays as it was: its acceptance is noted per version.
 
-Before every step it is noted how far trainer and engine are apart on the sampled tokens, apart from those behind a tie
-of two experts (scripts/training/rl/mismatch.py): rounding alone, if the engine has the trainer's weights.
+The trainer replays the engine's choice of experts (scripts/training/rl/replay.py), and a token's weight is the ratio
+of trainer's and engine's probability, up to a cap (importance.py there).  Before every step it is noted how far the two
+are apart on the sampled tokens, apart from those behind a tie of two experts (mismatch.py): rounding alone, if the
+engine has the trainer's weights.
 
 DIR gets log.jsonl (a line per step), state.pt (to continue from), versions/ (checkpoints), and grpo.json, reward.png.
 The last stdout line is one JSON object (schema laguna_serve.grpo/1).
@@ -32,7 +34,7 @@ from laguna_serve.evals.problems.splits import is_held_out
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.training.rl.service import TrainingService, open_service
 from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step, StepSeconds, TiedTokens
-from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.checkpoint import CheckpointError, read_target, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
@@ -79,6 +81,20 @@ class GrpoConfig:
     group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
     max_tokens: Annotated[int, Flag("of a completion (default 40)", metavar="N", at_least=2)] = 40
     lr: Annotated[float, Flag("AdamW's (default 0.0002)")] = 2e-4
+    replay_experts: Annotated[
+        bool, Flag("train with the experts that the engine chose (default: on, for a mixture)", either_way=True)
+    ] = True
+    importance_cap: Annotated[
+        float, Flag("the most that a token weighs, as trainer's ÷ engine's probability (default 2)", at_least=1)
+    ] = 2.0
+    drop_beyond: Annotated[
+        float | None,
+        Flag(
+            "leave out completions where that ratio's geometric mean is beyond R or 1/R (default: none)",
+            metavar="R",
+            at_least=1,
+        ),
+    ] = None
     measure_every: Annotated[
         int,
         Flag(
@@ -110,6 +126,9 @@ class GrpoConfig:
             dtype=self.dtype,
             seed=self.seed,
             prompts=os.path.relpath(self.prompts),
+            replay_experts=self.replay_experts,
+            importance_cap=self.importance_cap,
+            drop_beyond=self.drop_beyond,
         )
 
 
@@ -182,10 +201,12 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
     if config.prompts_per_step > len(prompts.training):
         expected = f"expected at most {len(prompts.training)}, got {config.prompts_per_step}"
         raise CheckpointError(f"--prompts-per-step: {expected}; {config.prompts} has no more to train on")
-    from laguna_serve.scripts.training.rl.trainer import Trainer  # torch and transformers take seconds to import
+    from laguna_serve.scripts.training.rl.importance import Correction  # torch and transformers take seconds to import
+    from laguna_serve.scripts.training.rl.trainer import Trainer
 
     config.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer.open(folder, config.out, lr=config.lr, decisive=config.decisive)
+    correction = Correction(config.importance_cap, config.drop_beyond)
+    trainer = Trainer.open(folder, config.out, lr=config.lr, correction=correction, decisive=config.decisive)
     engine = EngineConfig(
         model=config.model,
         draft=config.draft,
@@ -196,6 +217,7 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
         max_num_seqs=config.max_num_seqs,
         seed=config.seed + trainer.step,  # a run that continues does not draw the same numbers again
         weight_updates=True,
+        return_routed_experts=config.replay_experts and not read_target(folder).dense,
     )
     announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with open_service(engine, config.out / "engine.log", announce) as service:
@@ -239,7 +261,7 @@ def take_step(config: GrpoConfig, service: TrainingService, prompts: Prompts, tr
     groups = sample(service, chosen, trainer.version, config.group, config.max_tokens)
     after = read_acceptance(service.engine_url)
     sampled = time.monotonic()
-    mismatch = trainer.learn(groups)
+    mismatch, off_policy = trainer.learn(groups)
     learnt = time.monotonic()
     previous = trainer.folder
     folder, digests = trainer.write()
@@ -253,6 +275,7 @@ def take_step(config: GrpoConfig, service: TrainingService, prompts: Prompts, tr
         reward=sum(rewards) / len(rewards),
         mismatch_nats=mismatch.nats,
         tied=TiedTokens(tokens=mismatch.tied_tokens, mismatch_nats=mismatch.tied_nats),
+        off_policy=off_policy,
         acceptance_length=length,
         tokens=sum(len(r.token_ids) for g in groups for r in g),
         seconds=StepSeconds(rollouts=sampled - started, learning=learnt - sampled, push=time.monotonic() - learnt),
@@ -285,8 +308,8 @@ def format_step(step: Step) -> str:
     parts = [f"step {step.step:>4}"]
     named = {"reward": step.reward, "held out": step.held_out_reward, "τ": step.acceptance_length}
     parts += [f"{name} {value:.3f}" for name, value in named.items() if value is not None]
-    if step.mismatch_nats is not None:
-        parts.append(f"mismatch {step.mismatch_nats:.2g}")
+    if step.mismatch_nats is not None and step.tied is not None:
+        parts.append(f"mismatch {step.mismatch_nats:.2g}, behind ties {step.tied.mismatch_nats:.2g}")
     if step.seconds is not None:
         parts.append(f"{step.seconds.rollouts + step.seconds.learning + step.seconds.push:.1f} s")
     return "  ".join(parts)

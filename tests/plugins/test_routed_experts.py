@@ -99,11 +99,6 @@ def test_stock_runner_is_refused() -> None:
         run({"worker_cls": "auto"})
 
 
-def test_dense_model_is_refused() -> None:
-    with pytest.raises(AssertionError, match="only supports MoE models"):
-        run({"model": str(TOY / "dense")})
-
-
 def test_experts_of_chunked_and_cached_prompts(teacher: Any) -> None:
     report = run(CHUNKS)
     assert min(answer["cached"] for answer in report["cached"]) >= 64

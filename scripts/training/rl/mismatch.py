@@ -2,8 +2,8 @@
 
 The two round differently, in fp32 by some 1e-5 nats.  Where a router's last chosen expert and the next one score the
 same up to rounding, the two sides may choose differently; from that token on they are visibly apart, by 1e-4 to some
-tenths of a nat (arXiv:2510.11370; larger trainers replay the engine's choices).  Such tokens are counted apart: what
-differs elsewhere is no rounding, but other weights, or a bug.
+tenths of a nat, unless the trainer replays the engine's choices (replay.py).  Such tokens are counted apart: what
+differs elsewhere is no rounding, but other weights, or a bug; and where choices are replayed nothing may differ here.
 """
 
 from __future__ import annotations

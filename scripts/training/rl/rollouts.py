@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
+import numpy as np
 
 from laguna_serve.evals.codegen.syntax_reward import reward_syntax
+from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
@@ -25,13 +27,17 @@ class RolloutError(CommandError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion: `logprobs` (nats) by the engine, one per token; `version` of the weights that made it."""
+    """One completion: `logprobs` (nats) by the engine, one per token; `version` of the weights that made it.
+
+    `experts` [prompt + tokens − 1, layers, top_k]: what the engine chose; None where it does not say.
+    """
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     reward: float
     version: str
+    experts: np.ndarray | None = field(default=None, compare=False)
 
 
 async def sample_groups(
@@ -62,10 +68,12 @@ async def sample_groups(
 
 def read_choice(prompt: str, choice: JsonObject, version: str) -> Rollout:
     """One of an answer's choices, rewarded."""
+    experts = choice.get("routed_experts")
     return Rollout(
         prompt_ids=tuple(choice["prompt_token_ids"]),
         token_ids=tuple(choice["token_ids"]),
         logprobs=tuple(choice["logprobs"]["token_logprobs"]),
         reward=reward_syntax(prompt, choice["text"]),
         version=version,
+        experts=None if experts is None else decode_experts(experts),
     )

@@ -12,6 +12,20 @@ class TiedTokens(msgspec.Struct, frozen=True, kw_only=True):
     mismatch_nats: float
 
 
+class OffPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of tokens on which trainer and engine differ (importance.py, replay.py).
+
+    Attributes:
+        capped: tokens whose weight was cut to the cap.
+        dropped: completions that were left out.
+        rerouted: tokens, of prompts too, that the trainer would have sent to other experts; None without replay.
+    """
+
+    capped: int
+    dropped: int
+    rerouted: int | None = None
+
+
 class StepSeconds(msgspec.Struct, frozen=True, kw_only=True):
     """What the parts of a step took."""
 
@@ -37,13 +51,14 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reward: float | None = None
     mismatch_nats: float | None = None
     tied: TiedTokens | None = None
+    off_policy: OffPolicy | None = None
     acceptance_length: float | None = None
     tokens: int | None = None
     seconds: StepSeconds | None = None
 
 
 class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides about a run; another run's folder is not continued. `draft_sampling`: older runs did not say."""
+    """What decides about a run; another run's folder is not continued. Older runs did not say what may be unset."""
 
     model: str
     draft: str | None
@@ -56,6 +71,9 @@ class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     seed: int
     prompts: str
+    replay_experts: bool | msgspec.UnsetType = msgspec.UNSET
+    importance_cap: float | msgspec.UnsetType = msgspec.UNSET
+    drop_beyond: float | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):

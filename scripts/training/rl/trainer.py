@@ -13,10 +13,12 @@ import torch
 from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from laguna_serve.scripts.training.rl.importance import Correction
 from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, make_batch, write_version
+from laguna_serve.scripts.training.rl.replay import replay_experts
 from laguna_serve.scripts.training.rl.rollouts import Rollout
-from laguna_serve.scripts.training.rl.steps import GrpoRun, Step
+from laguna_serve.scripts.training.rl.steps import GrpoRun, OffPolicy, Step
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.results import to_json
@@ -34,13 +36,14 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     out: Path
+    correction: Correction
     decisive: GrpoRun
     step: int = 0
     folder: Path = Path()
     log: list[Step] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path, out: Path, lr: float, decisive: GrpoRun) -> Trainer:
+    def open(cls, folder: Path, out: Path, lr: float, correction: Correction, decisive: GrpoRun) -> Trainer:
         """Start from a checkpoint, or where the run in `out` was saved.
 
         Raises:
@@ -53,7 +56,7 @@ class Trainer:
             parameter.requires_grad_(not name.endswith("mlp.gate.weight"))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-        trainer = cls(model, optimizer, AutoTokenizer.from_pretrained(folder), out, decisive)
+        trainer = cls(model, optimizer, AutoTokenizer.from_pretrained(folder), out, correction, decisive)
         if (out / STATE).exists():
             state = torch.load(out / STATE, weights_only=True)
             if state["decisive"] != _show_run(decisive):
@@ -69,20 +72,31 @@ class Trainer:
         """What the present weights are called."""
         return f"step-{self.step}"
 
-    def learn(self, groups: Sequence[Sequence[Rollout]]) -> TrainerMismatch:
-        """One step on groups of rollouts; how far trainer and engine were apart before it."""
-        count = sum(len(rollout.token_ids) for group in groups for rollout in group)
+    def learn(self, groups: Sequence[Sequence[Rollout]]) -> tuple[TrainerMismatch, OffPolicy]:
+        """One step on groups of rollouts, with the experts that the engine chose where they say them.
+
+        Returns how far trainer and engine were apart before it, and what came of that.
+        """
+        tokens = capped = dropped = 0
+        rerouted: int | None = None
         mismatch = TrainerMismatch()
         for batch in map(make_batch, groups):
-            with watch_routers(self.model) as routers:
+            with watch_routers(self.model) as routers, replay_experts(self.model, batch.experts) as replay:
                 logprobs = find_logprobs(self.model, batch.tokens)
-            (find_loss(logprobs, batch) / count).backward()
+            loss = find_loss(logprobs, logprobs.detach(), batch, self.correction)
+            loss.total.backward()
             mismatch.add(logprobs, batch, routers.find_tied(batch))
+            tokens, capped, dropped = tokens + loss.tokens, capped + loss.capped, dropped + loss.dropped
+            if replay.rerouted is not None:
+                rerouted = (rerouted or 0) + int(replay.rerouted.sum())
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= max(tokens, 1)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return mismatch
+        return mismatch, OffPolicy(capped=capped, dropped=dropped, rerouted=rerouted)
 
     def write(self) -> tuple[Path, dict[str, str]]:
         """Write the present weights as a checkpoint; return its folder and the digests of its files. Older ones go."""

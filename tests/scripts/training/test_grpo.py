@@ -17,6 +17,7 @@ import torch
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.scripts import grpo
+from laguna_serve.scripts.training.rl.importance import Correction, keep_completions, weigh_tokens
 from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
 from laguna_serve.scripts.training.rl.rollouts import Rollout, sample_groups
@@ -45,18 +46,52 @@ def test_batch_marks_what_was_sampled() -> None:
 
 def test_loss_raises_what_was_good_and_clips() -> None:
     batch = make_batch([rollout(1.0), rollout(0.0)])
-    logprobs = batch.behaviour.clone().requires_grad_()
-    find_loss(logprobs, batch).backward()  # type: ignore[no-untyped-call]
+    before = batch.behaviour
+    logprobs = before.clone().requires_grad_()
+    find_loss(logprobs, before, batch, Correction()).total.backward()  # type: ignore[no-untyped-call]
     assert logprobs.grad is not None
     good, bad = logprobs.grad[0][batch.sampled[0]], logprobs.grad[1][batch.sampled[1]]
     assert (good < 0).all()
     assert (bad > 0).all()
     assert not logprobs.grad[~batch.sampled].any()
-    far = (batch.behaviour + math.log(1 + 2 * CLIP)).requires_grad_()
-    find_loss(far, batch).backward()  # type: ignore[no-untyped-call]
+    far = (before + math.log(1 + 2 * CLIP)).requires_grad_()
+    find_loss(far, before, batch, Correction()).total.backward()  # type: ignore[no-untyped-call]
     assert far.grad is not None
     assert not far.grad[0].any(), "a good completion that is far more likely by now is not pushed further"
     assert far.grad[1][batch.sampled[1]].all(), "a bad one is pushed back from anywhere"
+
+
+def test_a_token_weighs_what_trainer_and_engine_say_up_to_a_cap() -> None:
+    """By hand: the trainer finds the tokens 1.5, 3 and 0.5 times as likely as the engine, capped at 2."""
+    batch = make_batch([rollout(1.0, tokens=3), rollout(0.0, tokens=3)])
+    ratios = torch.tensor([1.5, 3.0, 0.5])
+    before = batch.behaviour.clone()
+    before[0, batch.sampled[0]] += ratios.log()
+    assert weigh_tokens(before, batch.behaviour, 2.0)[0, batch.sampled[0]].tolist() == pytest.approx([1.5, 2.0, 0.5])
+    logprobs = before.clone().requires_grad_()
+    loss = find_loss(logprobs, before, batch, Correction(cap=2.0))
+    good, bad = find_advantages([rollout(1.0), rollout(0.0)])
+    assert loss.total.item() == pytest.approx(-(good * (1.5 + 2.0 + 0.5) + bad * 3))
+    assert (loss.tokens, loss.capped, loss.dropped) == (6, 1, 0)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    expected = [-good * weight for weight in (1.5, 2.0, 0.5)]  # of weight × ratio by the log-probability: the weight
+    assert logprobs.grad[0, batch.sampled[0]].tolist() == pytest.approx(expected)
+
+
+def test_completions_far_from_the_engines_are_left_out() -> None:
+    """By hand: the ratios' geometric means are √(4 × 9) = 6, √(1/2 × 1/2) = 1/2 and √(8 × 1/8) = 1."""
+    batch = make_batch([rollout(1.0), rollout(0.0), rollout(0.0)])
+    before = batch.behaviour.clone()
+    before[batch.sampled] += torch.tensor([4, 9, 1 / 2, 1 / 2, 8, 1 / 8]).log()
+    for bound, kept in ((None, [1, 1, 1]), (6.1, [1, 1, 1]), (5.9, [0, 1, 1]), (1.9, [0, 0, 1])):
+        assert keep_completions(before, batch.behaviour, batch.sampled, bound).int().tolist() == kept
+    logprobs = before.clone().requires_grad_()
+    loss = find_loss(logprobs, before, batch, Correction(bound=5.9))
+    assert (loss.tokens, loss.dropped) == (4, 1)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    assert [bool(row.any()) for row in logprobs.grad] == [False, True, True]
 
 
 def test_rollouts_are_sampled_as_the_loss_takes_them() -> None:
@@ -153,7 +188,6 @@ def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.vllm
 def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    # Many prompts: a tie of experts in a prompt takes its whole group with it.
     small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "4", "--group", "2", "--max-tokens", "12"]
     small += ["--draft-sampling", "probabilistic"]
     status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
@@ -165,9 +199,10 @@ def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path
     steps = [line for line in log if "reward" in line]
     assert len(steps) == 3
     # The weights that sampled are the trainer's: after every update, and after the start from the saved state.
-    assert all(line["mismatch_nats"] < 1e-3 for line in steps)
-    # What stands behind a tie of experts is left out of the mismatch: about half of these few tokens, never most.
-    assert sum(line["tied"]["tokens"] for line in steps) < sum(line["tokens"] for line in steps) / 2
+    # Behind a tie of two experts, too, as the trainer took the engine's.
+    assert all(max(line["mismatch_nats"], line["tied"]["mismatch_nats"]) < 1e-3 for line in steps)
+    assert all(line["off_policy"]["capped"] == line["off_policy"]["dropped"] == 0 for line in steps)
+    assert all("rerouted" in line["off_policy"] for line in steps)
     assert all(1 <= line["acceptance_length"] <= 8 for line in steps)
     assert result["held_out_reward"]["prompts"] > 0
     assert {path.name for path in (out / "versions").iterdir()} == {"step-0", "step-2", "step-3"}
