@@ -9,6 +9,8 @@ afterwards.)  The V2 runner, which a CPU cannot run, drafts on and clamps.
 Here the room is counted up to the end of the last block, which exists anyway; the launcher chooses a length that leaves
 enough of it (serving/planning/command.py), and with less nothing is changed.
 
+An engine that returns routed experts gets a runner that records them (routed_experts/runner.py).
+
 Checked against vLLM 0.32.0.  It can go when
 `tests/plugins/test_worker.py::test_stock_worker_loses_the_context_of_other_requests` fails.
 """

@@ -50,7 +50,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The toy teacher in fp32, eager: what can be compared with transformers token for token.
 
-    It can be paused and takes new weights; who gives it some gives it the old ones back.
+    It can be paused and takes new weights; who gives it some gives it the old ones back.  It returns routed experts.
     """
     config = EngineConfig(
         model=str(TOY / "teacher"),
@@ -58,6 +58,7 @@ def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         enforce_eager=True,
         max_num_seqs=64,
         weight_updates=True,
+        return_routed_experts=True,
         extra_args=("--enable-scale-out",),  # opens /inference/v1/generate
     )
     with Engine(config, log_path=tmp_path_factory.mktemp("engine") / "fp32.log") as engine:

@@ -27,12 +27,19 @@ TIE = 1e-5
 class TrainerMismatch:
     """Largest |difference| (nats) over the sampled tokens.
 
-    The same over those that a tie is at or before, and how many those are.
+    The same over those that a tie is at or before, and how many those are; the mean over all.
     """
 
     nats: float = 0.0
     tied_nats: float = 0.0
     tied_tokens: int = 0
+    _tokens: int = 0
+    _sum: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean |difference| over all sampled tokens, in nats."""
+        return self._sum / max(self._tokens, 1)
 
     def add(self, logprobs: torch.Tensor, batch: RolloutBatch, tied: torch.Tensor) -> None:
         """Count a batch: the trainer's log-probabilities and where a tie is at or before, both [B, L − 1]."""
@@ -41,6 +48,8 @@ class TrainerMismatch:
         self.nats = max(self.nats, _find_largest(apart[batch.sampled & ~tied]))
         self.tied_nats = max(self.tied_nats, _find_largest(apart[behind]))
         self.tied_tokens += int(behind.sum())
+        self._tokens += int(batch.sampled.sum())
+        self._sum += float(apart[batch.sampled].sum())
 
 
 def _find_largest(values: torch.Tensor) -> float:

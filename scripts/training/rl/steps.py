@@ -16,11 +16,13 @@ class OffPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """What became of tokens on which trainer and engine differ (importance.py, replay.py).
 
     Attributes:
+        mean_nats: mean |difference| of their log-probabilities over all sampled tokens.
         capped: tokens whose weight was cut to the cap.
         dropped: completions that were left out.
         rerouted: tokens, of prompts too, that the trainer would have sent to other experts; None without replay.
     """
 
+    mean_nats: float
     capped: int
     dropped: int
     rerouted: int | None = None

@@ -96,7 +96,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return mismatch, OffPolicy(capped=capped, dropped=dropped, rerouted=rerouted)
+        return mismatch, OffPolicy(mean_nats=mismatch.mean, capped=capped, dropped=dropped, rerouted=rerouted)
 
     def write(self) -> tuple[Path, dict[str, str]]:
         """Write the present weights as a checkpoint; return its folder and the digests of its files. Older ones go."""

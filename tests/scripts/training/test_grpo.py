@@ -128,6 +128,7 @@ def test_difference_of_trainer_and_engine_is_found_on_sampled_tokens(teacher: An
     known, mismatch = replace(batch, behaviour=engine), TrainerMismatch()
     mismatch.add(logprobs, known, routers.find_tied(known))
     assert (mismatch.nats, mismatch.tied_nats, mismatch.tied_tokens) == (pytest.approx(0.25), 0, 0)
+    assert mismatch.mean == pytest.approx(0.25)
 
 
 def test_tokens_behind_a_tie_of_experts_are_told_apart(teacher: Any) -> None:

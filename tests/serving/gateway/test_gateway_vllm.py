@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from laguna_serve.bench.crosscheck import CrosscheckConfig
 from laguna_serve.bench.rate_check.clients import measure_vllm
+from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.engine import Engine
 
 TOY = Path(__file__).parents[2] / "toy"
@@ -49,6 +50,8 @@ CASES: list[tuple[str, dict[str, Any] | bytes | None]] = [
     ("/inference/v1/generate", {"token_ids": [10, 20, 30], "sampling_params": {"temperature": 0, "max_tokens": 8}}),
     ("/v1/completions", {**TEXT, "n": 8, "temperature": 1.0, "seed": 7, "return_token_ids": True, "priority": 0}),
     ("/v1/nowhere", {"model": "m"}),
+    ("/v1/completions", {**TEXT, "routed_experts_prompt_start": 3}),
+    ("/v1/completions", {**TEXT, "routed_experts_prompt_start": 99}),
 ]
 # What differs from one request to the next: ids, times, and what is derived from them.
 CHANGING = re.compile(
@@ -86,6 +89,25 @@ def test_body_is_the_engines(
             break
         # On a busy machine vLLM itself puts two tokens into one event now and then, on either path.
     assert through_bodies & direct_bodies
+    front.wait_idle()
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_routed_experts_come_through_streamed_or_not(front: Gateway, fp32_engine: Engine, start: int) -> None:
+    """vLLM streams them in /inference/v1/generate alone: with the last event."""
+    prompt, model = list(range(10, 60)), fp32_engine.model_name
+    sampling = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
+    body = {**sampling, "model": model, "prompt": prompt, "routed_experts_prompt_start": start}
+    (choice,) = json.loads(ask(front.port, "/v1/completions", json.dumps(body).encode()).body)["choices"]
+    whole = decode_experts(choice["routed_experts"])
+    assert whole.shape == (len(prompt) + 16 - 1 - start, 6, 4)
+
+    parameters = {**sampling, "routed_experts_prompt_start": start}
+    body = {"model": model, "token_ids": prompt, "sampling_params": parameters, "stream": True}
+    events = ask(front.port, "/inference/v1/generate", json.dumps(body).encode()).body.decode().split("\n\n")
+    said = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    streamed = [choice["routed_experts"] for event in said for choice in event["choices"] if choice["routed_experts"]]
+    assert [decode_experts(text).tolist() for text in streamed] == [whole.tolist()]
     front.wait_idle()
 
 
