@@ -1,7 +1,8 @@
 """Does prefix caching cost a DFlash drafter its acceptance? Measured cold, warm, in chunks, in groups and preempted.
 
 Every scenario runs on engines started here, one at a time; acceptance lengths and their intervals come from vLLM's
-counters, read after each request or group. What an engine did is kept in DIR/points: the same command continues. DIR
+counters, read after each request or group, and so does the share of prompt tokens that the cache had, with the drafter
+and without one. What an engine did is kept in DIR/points: the same command continues. DIR
 gets prefix_cache.json, prefix_cache.md and the engines' logs; the last stdout line is one JSON object (schema
 laguna_serve.prefix_cache/1). What is sent and why: prefix/traffic.py.
 """
@@ -18,7 +19,7 @@ from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.prefix.report import render_markdown, render_text
 from laguna_serve.bench.prefix.result import PrefixCacheResult, shorten
 from laguna_serve.bench.prefix.runner import Outcome, run_engines
-from laguna_serve.bench.prefix.traffic import plan_traffic
+from laguna_serve.bench.prefix.traffic import name_plain, plan_traffic
 from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
@@ -94,7 +95,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
         max_tokens=config.max_tokens,
         partial=interrupted,
         comparisons=[compare(c, outcomes[c.scenario], outcomes[c.against], config.seed) for c in reached],
-        scenarios=[describe(outcome) for outcome in outcomes.values()],
+        scenarios=[describe(o, outcomes.get(name_plain(name))) for name, o in outcomes.items() if o.scenario.drafted],
     )
     write_result(config.out / "prefix_cache.json", result)
     write_text(config.out / "prefix_cache.md", render_markdown(result))

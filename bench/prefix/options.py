@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import ArmSpec
 from laguna_serve.bench.arms.drafters import DrafterConfig, Gamma
-from laguna_serve.bench.prefix.traffic import EngineSetting
+from laguna_serve.bench.prefix.traffic import PLAIN, EngineSetting
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, Quick
 
@@ -51,8 +51,8 @@ class PrefixCacheConfig(DrafterConfig):
         """Make the engine of a setting; its name is its log's, too."""
         engine = EngineConfig(
             model=self.model,
-            draft=self.draft,
-            gamma=self.gamma,
+            draft=None if setting.name == PLAIN else self.draft,
+            gamma=None if setting.name == PLAIN else self.gamma,
             dtype=self.dtype,
             enforce_eager=not self.compiled,
             prefix_caching=setting.prefix_caching,

@@ -36,12 +36,13 @@ def render_markdown(result: PrefixCacheResult) -> str:
 
 
 def _tabulate_scenarios(result: PrefixCacheResult) -> Table:
-    heads = ["scenario", "tokens per step", "drafts", "prefix hits", "preemptions"]
-    rows = [
-        [row.name, _show(row.acceptance), f"{row.drafts:,}", f"{row.hit_rate:.0%}", str(row.preemptions)]
-        for row in result.scenarios
-    ]
-    return Table("lrrrr", heads, rows)
+    heads = ["scenario", "tokens per step", "drafts", "prefix hits", "without a drafter", "preemptions"]
+    rows = []
+    for row in result.scenarios:
+        plain = "–" if row.plain_hit_rate is None else f"{row.plain_hit_rate:.0%}"
+        drafts = f"{row.drafts:,}"
+        rows.append([row.name, _show(row.acceptance), drafts, f"{row.hit_rate:.0%}", plain, str(row.preemptions)])
+    return Table("lrrrrr", heads, rows)
 
 
 def _tabulate_comparisons(result: PrefixCacheResult) -> Table:

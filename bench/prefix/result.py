@@ -15,7 +15,8 @@ class ScenarioResult(Struct, frozen=True, kw_only=True):
 
     Attributes:
         acceptance: tokens per step by vLLM's counters, None where nothing was drafted; `tokens_per_chunk`: by chunks.
-        hit_rate: of prompt tokens looked up in the prefix cache.
+        hit_rate: the share of prompt tokens that the prefix cache had; `plain_hit_rate`: the same of an engine without
+            a drafter that was sent the same, None where none was.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ScenarioResult(Struct, frozen=True, kw_only=True):
     tokens_per_chunk: float
     hit_rate: float
     preemptions: int
+    plain_hit_rate: float | None = None
 
 
 class ComparisonResult(Struct, frozen=True, kw_only=True):

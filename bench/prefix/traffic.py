@@ -22,6 +22,8 @@ TOGETHER = 8  # prompts that lose their blocks to each other in a small cache
 CHUNK_TOKENS = 128
 FOLLOW_UP = "\n\n\ndef main():\n    "
 REFERENCE = "no caching"
+# The engine whose hits a drafter's are held against, and what its scenarios add to their names.
+PLAIN = "caching, no drafter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class Scenario:
     def prompts(self) -> list[Prompt]:
         """In order, a group's copies one by one."""
         return [prompt for prompts in self.rounds for prompt in prompts]
+
+    @property
+    def drafted(self) -> bool:
+        """Whether its engine has a drafter."""
+        return self.engine != PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,7 @@ def plan_traffic(
         EngineSetting("caching, chunked", True, chunked),
         EngineSetting("small cache", False, small),
         EngineSetting("caching, small cache", True, small),
+        EngineSetting(PLAIN, True, size),
     )
     scenarios = [
         Scenario("prompts", REFERENCE, alone),
@@ -139,6 +147,12 @@ def plan_traffic(
         Scenario("single prompts, preempted", "small cache", together),
         Scenario("single prompts, preempted, caching", "caching, small cache", together),
         Scenario("single prompts, preempted, warm", "caching, small cache", together),
+        Scenario(name_plain("prompts, cold"), PLAIN, alone),
+        Scenario(name_plain("prompts, warm"), PLAIN, alone),
+        Scenario(name_plain("long prompts, cold"), PLAIN, long),
+        Scenario(name_plain("long prompts, warm"), PLAIN, long),
+        Scenario(name_plain("groups of 8, cold"), PLAIN, few_groups),
+        Scenario(name_plain("groups of 8, warm"), PLAIN, few_groups),
     ]
     hits, lost = "prefix_cache_hits", "preemptions"
     comparisons = (
@@ -157,6 +171,11 @@ def plan_traffic(
         Comparison("preempted, warm, against alone", "single prompts, preempted, warm", "single prompts", lost),
     )
     return Traffic(engines, tuple(scenarios), comparisons, tuple(shorts))
+
+
+def name_plain(scenario: str) -> str:
+    """Name the scenario that sends the same to an engine without a drafter."""
+    return f"{scenario}, no drafter"
 
 
 def plan_second_turn(shorts: Sequence[Prompt], answers: dict[str, str], engine: str) -> Scenario:

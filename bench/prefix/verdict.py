@@ -14,8 +14,8 @@ from laguna_serve.serving.client.counters import summarise_acceptance
 FALLS_BELOW = 0.95
 
 
-def describe(outcome: Outcome) -> ScenarioResult:
-    """One scenario: acceptance by the counters and by the chunks, hits, preemptions."""
+def describe(outcome: Outcome, plain: Outcome | None = None) -> ScenarioResult:
+    """One scenario: acceptance by the counters and by the chunks, hits (and those without a drafter), preemptions."""
     delta = outcome.delta
     acceptance = summarise_acceptance(delta)
     return ScenarioResult(
@@ -27,9 +27,15 @@ def describe(outcome: Outcome) -> ScenarioResult:
         drafts=delta.drafts,
         per_position=None if acceptance is None else acceptance.per_position,
         tokens_per_chunk=outcome.chunk_length,
-        hit_rate=delta.prefix_cache_hits / delta.prefix_cache_queries if delta.prefix_cache_queries else 0.0,
+        hit_rate=_find_hit_rate(outcome),
         preemptions=delta.preemptions,
+        plain_hit_rate=None if plain is None else _find_hit_rate(plain),
     )
+
+
+def _find_hit_rate(outcome: Outcome) -> float:
+    delta = outcome.delta
+    return delta.prefix_cache_hits / delta.prefix_cache_queries if delta.prefix_cache_queries else 0.0
 
 
 def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: int) -> ComparisonResult:

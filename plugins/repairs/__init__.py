@@ -64,8 +64,9 @@ def _repair_runner() -> None:
     """
     from vllm.v1.sample.sampler import Sampler
 
-    from laguna_serve.plugins.repairs import drafted_sampling, thinking_budget, token_logprobs
+    from laguna_serve.plugins.repairs import drafted_sampling, thinking_budget, token_logprobs, trailing_block
 
+    trailing_block.apply()
     token_logprobs.apply()
     drafted_sampling.apply()
     thinking_budget.apply()

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 from vllm._custom_ops import CPUDNNLGEMMHandler  # noqa: E402
 from vllm.compilation import caching, decorators  # noqa: E402
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.sample import logits_processor  # noqa: E402
 from vllm.v1.sample.logits_processor.state import BatchUpdate  # noqa: E402
@@ -52,7 +52,7 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 def main() -> None:
     cases = (top_k_in_a_prefill, refused, processed, min_tokens_behind_drafts, named_beside_drafts, named_and_likeliest,
              cut_prompt, seeded, stored_function, named_by_instruction_set,
-             released_while_tracing)  # fmt: skip
+             released_while_tracing, dropped_blocks)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
 
@@ -241,6 +241,16 @@ def released_while_tracing() -> Any:
             return type(error).__name__
     handler.handler_tensor = None
     return released
+
+
+def dropped_blocks() -> dict[str, bool]:
+    """Whether the last matched block is computed again, by the drafter's method."""
+    dropped = {}
+    for method in ("dflash", "eagle3"):
+        config = object.__new__(SpeculativeConfig)
+        config.method, config.disable_eagle_block_drop = method, False
+        dropped[method] = config.use_eagle_block_drop()
+    return dropped
 
 
 if __name__ == "__main__":

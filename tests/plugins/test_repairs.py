@@ -48,6 +48,15 @@ def test_stock_handle_is_not_released_while_tracing() -> None:
     assert probe("stock")["released_while_tracing"] != [7]
 
 
+def test_stock_drops_the_trailing_block() -> None:
+    """When this fails, vLLM keeps a DFlash drafter's last block itself: retire plugins/repairs/trailing_block.py."""
+    assert probe("stock")["dropped_blocks"] == {"dflash": True, "eagle3": True}
+
+
+def test_trailing_block_is_kept_beside_dflash_alone() -> None:
+    assert probe("repaired")["dropped_blocks"] == {"dflash": False, "eagle3": True}
+
+
 def test_handle_is_released_while_tracing() -> None:
     assert probe("repaired")["released_while_tracing"] == [7]
 

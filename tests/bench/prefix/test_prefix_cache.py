@@ -131,11 +131,16 @@ def test_differing_tokens_are_counted() -> None:
     assert judge(other, outcome(GOOD)).differing == 1
 
 
+def test_hits_stand_beside_those_without_a_drafter() -> None:
+    row = describe(outcome(GOOD), outcome(GOOD, prefix_cache_queries=200, prefix_cache_hits=104))
+    assert (row.hit_rate, row.plain_hit_rate) == (0.0, 0.52)
+
+
 def test_scenario_is_described() -> None:
     row = describe(outcome(GOOD, prefix_cache_queries=200, prefix_cache_hits=150, preemptions=3))
     assert row.acceptance == pytest.approx(144 / 36)
     assert row.tokens_per_chunk == pytest.approx(4)
-    assert (row.hit_rate, row.preemptions, row.requests) == (0.75, 3, 12)
+    assert (row.hit_rate, row.plain_hit_rate, row.preemptions, row.requests) == (0.75, None, 3, 12)
 
 
 PROMPTS = [Prompt(f"p{i}", "x" * 100) for i in range(40)]
@@ -213,6 +218,9 @@ def test_acceptance_holds_on_real_engines(tmp_path: Path, capsys: pytest.Capture
     assert scenarios["prompts, cold"]["hit_rate"] == 0
     assert scenarios["prompts, warm"]["hit_rate"] > 0.5
     assert scenarios["single prompts, preempted"]["preemptions"] > 0
+    shared = [row for row in scenarios.values() if row["plain_hit_rate"] is not None]
+    assert len(shared) == 6
+    assert all(row["hit_rate"] == row["plain_hit_rate"] for row in shared), "a drafter costs no hits"
     assert scenarios["prompts"]["acceptance"] > 2
     for comparison in result["comparisons"]:
         assert comparison["differing"] in (0, None), (
@@ -266,7 +274,7 @@ def test_engines_that_were_measured_are_not_started_again(
         partial = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert partial["partial"]
         prefix_cache.main([*COMMAND, *flags])
-        assert made.started == 5, "two, and the three that were missing"
+        assert made.started == 6, "two, and the four that were missing"
         captured = capsys.readouterr()
         whole = json.loads(captured.out.splitlines()[-1])
         assert "no caching: continuing, it was measured" in captured.err
