@@ -27,9 +27,15 @@ from laguna_serve.plugins.routed_experts.tap import returns_experts
 class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
     """Given to vLLM with --worker-cls; does nothing of its own without a drafter or routed experts to return."""
 
+    def find_runner(self) -> type[cpu_worker.CPUModelRunner]:
+        """Find the class of the model runner to make."""
+        from laguna_serve.plugins.drafting.runner import DraftingModelRunner
+
+        return DraftingModelRunner
+
     def init_device(self) -> None:
         """Make the model runner, and count the places behind the maximum length as room for drafts."""
-        runner = self.choose_runner()
+        runner: Any = self.find_runner()
         if returns_experts(self.vllm_config):
             from laguna_serve.plugins.routed_experts.runner import RecordingRunner
 
@@ -47,16 +53,12 @@ class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
         if room >= speculation.num_speculative_tokens + 1:
             self.model_runner.effective_drafter_max_model_len += room
 
-    def choose_runner(self) -> Any:
-        """Choose the class of the model runner."""
-        return cpu_worker.CPUModelRunner
-
 
 class AdaptiveCPUWorker(CPUWorker):
     """The same, with the number of drafted tokens decided before every step (`--gamma adaptive`)."""
 
-    def choose_runner(self) -> Any:
-        """Choose the model runner that decides."""
+    def find_runner(self) -> type[cpu_worker.CPUModelRunner]:
+        """Find the class of the runner that decides."""
         from laguna_serve.plugins.adaptive.runner import AdaptiveModelRunner
 
         return AdaptiveModelRunner

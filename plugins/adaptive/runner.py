@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from laguna_serve.plugins.adaptive.context import MOST_ROWS, WaitingContext
 from laguna_serve.plugins.adaptive.counters import Counters, open_counters
 from laguna_serve.plugins.adaptive.policy import PLAIN, Decision, Policy
+from laguna_serve.plugins.drafting.runner import DraftingModelRunner
 
 # Temperatures that share an estimate.
 TEMPERATURES_PER_UNIT = 4
@@ -41,7 +41,7 @@ class Step:
     drafter_s: float = 0.0
 
 
-class AdaptiveModelRunner(CPUModelRunner):  # type: ignore[misc]
+class AdaptiveModelRunner(DraftingModelRunner):
     """Model runner V1 for a DFlash drafter with `num_speculative_tokens` as the most."""
 
     speculative_config: Any

@@ -17,6 +17,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen3_dflash
@@ -31,10 +32,16 @@ def grouped_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torc
 
     x [L, …, D], or [1, …, D] for the same input in every layer; weights [L, D].  Returns [L, …, D] in x's dtype.
     """
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
-    rows = weights.float().view(weights.shape[0], *[1] * (x.dim() - 2), weights.shape[1])
-    return (normed * rows).to(x.dtype)
+    return _norm(x, weights.view(weights.shape[0], *[1] * (x.dim() - 2), weights.shape[1]), eps)
+
+
+def _norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension in fp32, by weights of any shape that fits x's; in x's dtype.
+
+    Few operations: each costs a small drafter's step as much as its arithmetic.
+    """
+    normed = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+    return normed.mul(weights).to(x.dtype)
 
 
 def normalize_context_k(self: Any, all_k: torch.Tensor) -> torch.Tensor:
@@ -87,9 +94,9 @@ class DFlashLagunaForCausalLM(dflash.DFlashLagunaForCausalLM):
         vLLM normalises the taps one after the other; at once it takes a fraction of the operations, which is what a
         step of a small drafter costs on a CPU.
         """
-        taps = hidden_states.unflatten(-1, (self.model.num_aux_slices, -1)).transpose(0, 1)
+        taps = hidden_states.view(hidden_states.shape[0], self.model.num_aux_slices, -1)
         weights = torch.stack([norm.weight for norm in self.model.aux_hidden_norms])
-        normed = grouped_rms_norm(taps, weights, self.config.rms_norm_eps).transpose(0, 1).flatten(1)
+        normed = _norm(taps, weights, self.config.rms_norm_eps).view_as(hidden_states)
         states: torch.Tensor = self.model.hidden_norm(self.model.fc(normed))
         return states
 

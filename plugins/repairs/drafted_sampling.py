@@ -14,7 +14,10 @@ row behind them.  vLLM's V1 rejection sampler, on a CPU,
 - returns no log-probabilities for `logprob_token_ids`, and ends the engine when a neighbour asks for `logprobs`;
 - draws other numbers from a request's `seed` than sampling without a drafter does, and as many as the drafts need.
 
-Here all rows are processed as the plain sampler processes its one, in its order: bias, penalties, masks; temperature,
+Where all requests are greedy and nothing else is asked for, the likeliest tokens of all rows are taken at once; there a
+step spends less on sampling than vLLM's, which copies the logits four times and starts a kernel.
+
+Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties, masks; temperature,
 min_p, top-k, top-p.  A request with a seed draws each row's token as the plain sampler would and keeps the drafts for
 as long as they are those tokens: the same seed gives the same text with and without a drafter.  For drafts that are the
 drafter's likeliest tokens this accepts as many as rejection sampling; of drawn drafts it accepts fewer.
@@ -39,6 +42,7 @@ from vllm.v1.sample.logits_processor.state import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from laguna_serve.plugins.repairs.token_logprobs import gather
@@ -102,11 +106,14 @@ def forward(
         sampling_metadata: of the batch; its generators are left as plain sampling would leave them.
     """
     counts = metadata.num_draft_tokens
-    bonus = logits[metadata.bonus_logits_indices]
     if not any(counts):
+        bonus = logits[metadata.bonus_logits_indices]
         output: SamplerOutput = self.sampler(bonus, sampling_metadata, predict_bonus_token=True)
         return output
+    if _takes_likeliest(sampling_metadata):
+        return SamplerOutput(sampled_token_ids=_verify(logits, metadata), logprobs_tensors=None)
 
+    bonus = logits[metadata.bonus_logits_indices]
     bonus = self.sampler.apply_logits_processors(
         bonus.to(torch.float32), replace(sampling_metadata, logitsprocs=_for_bonus(sampling_metadata, counts)), True
     )
@@ -150,6 +157,45 @@ def forward(
         )
         logprobs = _gather_logprobs(self, rows, tokens, metadata, sampling_metadata)
     return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+
+def _takes_likeliest(sampling_metadata: SamplingMetadata) -> bool:
+    """Whether every row's token is its likeliest, and nothing else is asked for: no logits to process or to report."""
+    holder = sampling_metadata.thinking_budget_state_holder
+    return (
+        sampling_metadata.all_greedy
+        and sampling_metadata.max_num_logprobs is None
+        and not sampling_metadata.logprob_token_ids
+        and sampling_metadata.no_penalties
+        and not sampling_metadata.bad_words_token_ids
+        and sampling_metadata.allowed_token_ids_mask is None
+        and (holder is None or not holder.has_tracked_requests())
+        and all(map(_is_idle, sampling_metadata.logitsprocs.non_argmax_invariant))
+    )
+
+
+def _is_idle(processor: processors.LogitsProcessor) -> bool:
+    """Whether a processor has nothing to do for any request; unknown ones have."""
+    if isinstance(processor, processors.LogitBiasLogitsProcessor):
+        return not processor.biases
+    return isinstance(processor, processors.MinTokensLogitsProcessor) and not processor.min_toks
+
+
+def _verify(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
+    """Each request's likeliest tokens up to the first that is not its draft, [batch, 1 + most drafts] int32.
+
+    They are chosen by the plain sampler's operation, so that a tie is decided as without a drafter.
+    """
+    likeliest = Sampler.greedy_sample(logits.to(torch.float32)).tolist()
+    drafts = metadata.draft_token_ids.tolist()
+    tokens, first = [], 0
+    for number, count in enumerate(metadata.num_draft_tokens):
+        own = likeliest[first : first + count + 1]
+        drafted = drafts[first - number : first - number + count]
+        taken = next((i for i, (a, b) in enumerate(zip(own, drafted, strict=False)) if a != b), count) + 1
+        tokens.append(own[:taken] + [PLACEHOLDER_TOKEN_ID] * (metadata.max_spec_len + 1 - taken))
+        first += count + 1
+    return torch.tensor(tokens, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

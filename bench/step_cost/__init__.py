@@ -1,0 +1,1 @@
+"""What a decoding step costs with a drafter and without, and which part of it."""

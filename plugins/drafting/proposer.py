@@ -1,0 +1,112 @@
+"""vLLM's DFlash proposer for a CPU: the same drafts from the same rows, without padding, padding's kernels and copies.
+
+Stock vLLM hands rejected rows to the drafter's context, too, as a GPU cannot count them in time.  They lie behind the
+last committed token, where the drafter's own rows are written before anything is read, and are left out here.
+
+Checked against vLLM 0.32.0: `SpecDecodeBaseProposer.propose`, `DFlashProposer.set_inputs_first_pass` and
+`GPUModelRunner.propose_draft_token_ids`.  tests/plugins/test_drafting.py compares drafts with stock vLLM's, step by
+step; where something is asked for that is not handled here, stock vLLM's functions are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.dflash import DFlashProposer
+
+from laguna_serve.plugins.drafting.rows import Accepted, find_kept, place_queries
+
+
+class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
+    """A DFlash drafter whose rows are counted on the CPU."""
+
+    def draft(
+        self,
+        width: int,
+        accepted: Accepted,
+        bounds: Sequence[int],
+        positions: torch.Tensor,
+        taps: Sequence[torch.Tensor],
+        cad: CommonAttentionMetadata,
+        sampling_metadata: Any,
+    ) -> torch.Tensor:
+        """Write the context of a step's committed rows, and draft behind them.
+
+        Args:
+            width: tokens to draft, γ.
+            accepted: what became of the step.
+            bounds: [batch + 1], where each request's rows begin, and their end.
+            positions: [rows].
+            taps: the target's hidden states, each [≥ rows, hidden].
+            cad: of the step, of the drafter's group of layers.
+
+        Returns:
+            Tokens [batch, width] int64.
+        """
+        self.num_speculative_tokens, self._last_draft_probs = width, None
+        kept = find_kept(bounds, accepted.rejected)
+        # The slots of the context are the step's own, as one table of blocks serves the drafter's group of layers.
+        slots = cad.slot_mapping
+        self.model.precompute_and_store_context_kv(
+            self.model.combine_hidden_states(torch.cat([tap[kept] for tap in taps], dim=-1)),
+            positions[kept],
+            slots[kept],
+        )
+        rows, metadata = self._place(width, accepted, bounds, positions, cad)
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=rows,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=self._get_slot_mapping(rows),
+        ):
+            states = self.model(input_ids=self.input_ids[:rows], positions=self.positions[:rows], inputs_embeds=None)
+        masks = states.view(len(accepted.last), width + 1, -1)[:, 1:].flatten(0, 1)
+        tokens, probabilities = self._sample_draft_tokens(masks, sampling_metadata)
+        if probabilities is not None:
+            self._last_draft_probs = probabilities.view(-1, width, probabilities.shape[-1]).contiguous()
+        drafts: torch.Tensor = tokens.view(-1, width)
+        return drafts
+
+    def _place(
+        self,
+        width: int,
+        accepted: Accepted,
+        bounds: Sequence[int],
+        positions: torch.Tensor,
+        cad: CommonAttentionMetadata,
+    ) -> tuple[int, dict[str, object]]:
+        """Put the rows to compute into the buffers; their number, and the attention's metadata."""
+        batch, each = len(accepted.last), width + 1
+        rows, rejected = batch * each, np.array(accepted.rejected, dtype=np.int32)
+        last_positions = positions.numpy()[np.array(bounds[1:]) - 1 - rejected]
+        queries = place_queries(last_positions, each, cad.block_table_tensor.numpy()[:batch], self.block_size)
+        self.positions.numpy()[:rows] = queries.positions.ravel()
+        self._slot_mapping_buffer.numpy()[:rows] = queries.slots.ravel()
+        ids = self.input_ids.numpy()[:rows]
+        ids.fill(self.parallel_drafting_token_id)
+        ids[::each] = accepted.last
+        starts = torch.arange(0, rows + 1, each, dtype=torch.int32)
+        bound = cad.seq_lens_cpu_upper_bound
+        _, metadata = self.build_per_group_and_layer_attn_metadata(
+            CommonAttentionMetadata(
+                query_start_loc=starts,
+                query_start_loc_cpu=starts,
+                seq_lens=torch.from_numpy(cad.seq_lens.numpy()[:batch] - rejected + each),
+                seq_lens_cpu_upper_bound=None if bound is None else bound + each,
+                num_reqs=cad.num_reqs,
+                num_actual_tokens=rows,
+                max_query_len=each,
+                max_seq_len=cad.max_seq_len + each,
+                block_table_tensor=cad.block_table_tensor,
+                slot_mapping=self._slot_mapping_buffer[:rows],
+                causal=self.dflash_causal,
+            )
+        )
+        return rows, metadata
