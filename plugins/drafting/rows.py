@@ -50,9 +50,9 @@ def read_accepted(
 
 
 def find_kept(bounds: Sequence[int], rejected: Sequence[int]) -> slice | Ints:
-    """Rows of a step that hold committed tokens.
+    """Find the rows of a step that hold committed tokens; a slice where they lie together.
 
-    They are each request's from `bounds` to the next bound, but for its last `rejected`; a slice where they lie together.
+    They are each request's from `bounds` to the next bound, but for its last `rejected`.
     """
     kept = [(bounds[i], bounds[i + 1] - count) for i, count in enumerate(rejected)]
     if len(kept) == 1 or not any(rejected[:-1]):

@@ -14,13 +14,12 @@ row behind them.  vLLM's V1 rejection sampler, on a CPU,
 - returns no log-probabilities for `logprob_token_ids`, and ends the engine when a neighbour asks for `logprobs`;
 - draws other numbers from a request's `seed` than sampling without a drafter does, and as many as the drafts need.
 
-Where all requests are greedy and nothing else is asked for, the likeliest tokens of all rows are taken at once; there a
-step spends less on sampling than vLLM's, which copies the logits four times and starts a kernel.
-
-Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties, masks; temperature,
-min_p, top-k, top-p.  A request with a seed draws each row's token as the plain sampler would and keeps the drafts for
-as long as they are those tokens: the same seed gives the same text with and without a drafter.  For drafts that are the
-drafter's likeliest tokens this accepts as many as rejection sampling; of drawn drafts it accepts fewer.
+Where all requests are greedy and nothing else is asked for, the likeliest tokens of all rows are taken at once, by few
+operations.  Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties,
+masks; temperature, min_p, top-k, top-p.  A request with a seed draws each row's token as the plain sampler would and
+keeps the drafts for as long as they are those tokens: the same seed gives the same text with and without a drafter.
+For drafts that are the drafter's likeliest tokens this accepts as many as rejection sampling; of drawn drafts it
+accepts fewer.
 
 Checked against vLLM 0.32.0.  It can go when `tests/plugins/test_repairs.py::test_stock_sampling_beside_drafts` fails
 in each of its lines.

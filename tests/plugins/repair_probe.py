@@ -50,8 +50,8 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 
 
 def main() -> None:
-    cases = (top_k_in_a_prefill, refused, processed, min_tokens_behind_drafts, named_beside_drafts, named_and_likeliest,
-             cut_prompt, seeded, stored_function, named_by_instruction_set,
+    cases = (top_k_in_a_prefill, refused, processed, likeliest, min_tokens_behind_drafts, named_beside_drafts,
+             named_and_likeliest, cut_prompt, seeded, stored_function, named_by_instruction_set,
              released_while_tracing, dropped_blocks)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
@@ -119,6 +119,24 @@ def processed() -> Any:
     wish = sampling(2, [SamplingParams(temperature=0, logit_bias={9: 50.0}), SamplingParams(temperature=0)])
     logits = peaks([3, 4, 5, 3, 4, 5])
     return RejectionSampler(Sampler())(drafts([[9, 9], [3, 4]]), None, logits, wish).sampled_token_ids.tolist()
+
+
+def likeliest() -> Any:
+    """Greedy requests, as they are verified at once and by the way that processes logits; ties are among the rows."""
+    generator = torch.Generator().manual_seed(0)
+    differing = tokens = 0
+    for round_ in range(40):
+        counts = [(round_ + row) % 4 for row in range(3)]
+        logits = torch.randint(0, 4, (sum(counts) + 3, VOCABULARY), generator=generator).to(torch.bfloat16)
+        best = logits.float().argmax(dim=-1).tolist()
+        own = [[best.pop(0) if (round_ + i) % 5 else 0 for i in range(count)] for count in counts]
+        plain = RejectionSampler(Sampler())(drafts(own), None, logits.clone(), sampling(3)).sampled_token_ids
+        # A request for log-probabilities is one that takes the other way.
+        asked = sampling(3, max_num_logprobs=1)
+        other = RejectionSampler(Sampler())(drafts(own), None, logits.clone(), asked).sampled_token_ids
+        differing += plain.tolist() != other.tolist() or plain.dtype != other.dtype
+        tokens += int((plain >= 0).sum())
+    return {"differing": differing, "tokens": tokens}
 
 
 def min_tokens_behind_drafts() -> Any:

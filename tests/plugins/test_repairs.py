@@ -75,6 +75,12 @@ def test_bias_and_min_p_are_taken_and_bias_is_on_every_row() -> None:
     assert probe("repaired")["processed"] == [[9, 9, 9], [3, 4, 5]]
 
 
+def test_greedy_drafts_verified_at_once_give_the_same_tokens() -> None:
+    verified = probe("repaired")["likeliest"]
+    assert verified["differing"] == 0
+    assert verified["tokens"] > 40 * 3, "some drafts are accepted"
+
+
 def test_min_tokens_counts_accepted_drafts() -> None:
     assert probe("repaired")["min_tokens_behind_drafts"] == [[3, 4, 7], [6, -1, -1]]
 
