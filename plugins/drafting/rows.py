@@ -57,7 +57,8 @@ def find_kept(bounds: Sequence[int], rejected: Sequence[int]) -> slice | Ints:
     kept = [(bounds[i], bounds[i + 1] - count) for i, count in enumerate(rejected)]
     if len(kept) == 1 or not any(rejected[:-1]):
         return slice(kept[0][0], kept[-1][1])
-    return np.concatenate([np.arange(begin, end) for begin, end in kept])
+    rows: Ints = np.concatenate([np.arange(begin, end) for begin, end in kept])
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,15 @@ def _repair_runner() -> None:
     """
     from vllm.v1.sample.sampler import Sampler
 
-    from laguna_serve.plugins.repairs import drafted_sampling, thinking_budget, token_logprobs, trailing_block
+    from laguna_serve.plugins.repairs import (
+        drafted_sampling,
+        parameters,
+        thinking_budget,
+        token_logprobs,
+        trailing_block,
+    )
 
+    parameters.apply()
     trailing_block.apply()
     token_logprobs.apply()
     drafted_sampling.apply()

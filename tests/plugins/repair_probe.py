@@ -26,11 +26,13 @@ current_platform.register_triton_kernel_overrides()
 
 from torch._dispatch.python import enable_python_dispatcher  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.overrides import has_torch_function_unary  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 from vllm._custom_ops import CPUDNNLGEMMHandler  # noqa: E402
 from vllm.compilation import caching, decorators  # noqa: E402
 from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.model_executor.parameter import BasevLLMParameter  # noqa: E402
 from vllm.v1.sample import logits_processor  # noqa: E402
 from vllm.v1.sample.logits_processor.state import BatchUpdate  # noqa: E402
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
@@ -52,7 +54,7 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 def main() -> None:
     cases = (top_k_in_a_prefill, refused, processed, likeliest, min_tokens_behind_drafts, named_beside_drafts,
              named_and_likeliest, cut_prompt, seeded, stored_function, named_by_instruction_set,
-             released_while_tracing, dropped_blocks)  # fmt: skip
+             released_while_tracing, dropped_blocks, asked_of_python)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
 
@@ -259,6 +261,12 @@ def released_while_tracing() -> Any:
             return type(error).__name__
     handler.handler_tensor = None
     return released
+
+
+def asked_of_python() -> list[bool]:
+    """Whether torch hands operations on a weight to Python: vLLM's, and torch's own for comparison."""
+    weight = BasevLLMParameter.__new__(BasevLLMParameter, torch.ones(2))
+    return [has_torch_function_unary(weight), has_torch_function_unary(torch.nn.Parameter(torch.ones(2)))]
 
 
 def dropped_blocks() -> dict[str, bool]:

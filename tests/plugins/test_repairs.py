@@ -53,6 +53,15 @@ def test_stock_drops_the_trailing_block() -> None:
     assert probe("stock")["dropped_blocks"] == {"dflash": True, "eagle3": True}
 
 
+def test_stock_weights_ask_python() -> None:
+    """When this fails, vLLM's parameters are torch's in this: retire plugins/repairs/parameters.py."""
+    assert probe("stock")["asked_of_python"] == [True, False]
+
+
+def test_weights_do_not_ask_python() -> None:
+    assert probe("repaired")["asked_of_python"] == [False, False]
+
+
 def test_trailing_block_is_kept_beside_dflash_alone() -> None:
     assert probe("repaired")["dropped_blocks"] == {"dflash": False, "eagle3": True}
 
