@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 
 import aiohttp
-import psutil
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm
 from laguna_serve.bench.harness.prompts import split_prompts
@@ -30,6 +28,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.machine.processes import read_cpu_s
 
 WARMUP_ROUNDS = 2
 # What trainers ask for: the log-probability of each token that was drawn, without alternatives.
@@ -72,16 +71,6 @@ class Driver:
                 "use this engine?"
             )
         return Turn(tokens, wall_s, {"gpu": wall_s, "cpu": cpu_s}.get(self._work.device, 0.0), delta)
-
-
-def read_cpu_s(pids: Iterable[int]) -> float:
-    """Processor time that these processes have used, in seconds; those that are gone are left out."""
-    total = 0.0
-    for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            times = psutil.Process(pid).cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _received: list[int] = []
+_holds = 0
 
 
 def interrupt_on_signals() -> None:
@@ -39,9 +40,20 @@ def defer_signals() -> Iterator[None]:
 
 
 def check_signals() -> None:
-    """Raise KeyboardInterrupt once a signal has come."""
-    if _received:
+    """Raise KeyboardInterrupt once a signal has come, unless it is held."""
+    if _received and not _holds:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Inside `defer_signals`: let `check_signals` pass for as long as this lasts, for what is to be done as a whole."""
+    global _holds
+    _holds += 1
+    try:
+        yield
+    finally:
+        _holds -= 1
 
 
 def _note(number: int, _frame: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter
 from laguna_serve.scripts.training.drafter.data.records import Row
-from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.objective import Drafted
 from laguna_serve.scripts.training.pruning.streaming.layers import Head
 
@@ -34,12 +34,24 @@ class Shared:
         return self.embedding.device
 
 
+class RowStates(Protocol):
+    """States of rows: on disk (data/states.py), or of a policy that moves (rl/refresh/policy_states.py)."""
+
+    last: int
+
+    def read(self, layer: int, row: int, length: int) -> torch.Tensor:
+        """Read the states [length, H] of a row's first tokens after a layer."""
+
+    def read_context(self, rows: Sequence[int], length: int) -> torch.Tensor:
+        """Read the tapped states [B, length, taps, H] fp32 of rows, zeros behind the end of one."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Rows whose states are on disk, and what a drafter shares with their target."""
+    """Rows with their states, and what a drafter shares with their target."""
 
     rows: Sequence[Row]
-    states: States
+    states: RowStates
     shared: Shared
 
     def open(self, chosen: Sequence[int]) -> Batch:

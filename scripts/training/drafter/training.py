@@ -21,6 +21,7 @@ from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.training.drafter.blocks import Blocks
 from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.drafter.objective import (
+    Drafted,
     Drafts,
     Loss,
     count_accepted,
@@ -49,17 +50,11 @@ class Fit:
 def fit_drafter(drafter: LagunaDrafter, blocks: Blocks, fit: Fit, state_file: Path) -> list[dict[str, float]]:
     """Train in place; returns the log: step, loss, and τ of greedy drafts at the places that were trained on."""
     weights = make_weights(drafter.shape.gamma, fit.decay).to(blocks.shared.device)
-    drafts: Drafts = "greedy" if fit.loss == "ce" else "probabilistic"
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = random.Random(f"{fit.seed}/{step}")
         chosen = [rng.randrange(len(blocks.rows)) for _ in range(fit.rows)]
-        anchors = draw_anchors([blocks.rows[row] for row in chosen], fit.anchors, rng)
-        batch = blocks.open(chosen)
-        with torch.no_grad():
-            alpha = find_acceptance(batch.draft(drafter, anchors, target=fit.loss != "ce"), drafts).cpu()
-        anchors = move_on(anchors, alpha, batch.lengths, torch.Generator().manual_seed(rng.getrandbits(48)))
-        drafted = batch.draft(drafter, anchors, target=fit.loss != "ce")
+        drafted = draft_as_decoding(drafter, blocks, chosen, fit, rng)
         loss = find_loss(drafted, fit.loss, weights)
         with torch.no_grad():
             tau = 1 + float(count_accepted(find_acceptance(drafted, "greedy")).mean())
@@ -67,6 +62,19 @@ def fit_drafter(drafter: LagunaDrafter, blocks: Blocks, fit: Fit, state_file: Pa
 
     schedule = Schedule(fit.steps, fit.lr, fit.weight_decay)
     return train("drafter", drafter, schedule, loss_of_step, state_file, threads=fit.threads)
+
+
+def draft_as_decoding(
+    drafter: LagunaDrafter, blocks: Blocks, chosen: Sequence[int], fit: Fit, rng: random.Random
+) -> Drafted:
+    """Draft in the chosen rows, behind anchors that stand where decoding would have them, for the loss of a step."""
+    drafts: Drafts = "greedy" if fit.loss == "ce" else "probabilistic"
+    anchors = draw_anchors([blocks.rows[row] for row in chosen], fit.anchors, rng)
+    batch = blocks.open(chosen)
+    with torch.no_grad():
+        alpha = find_acceptance(batch.draft(drafter, anchors, target=fit.loss != "ce"), drafts).cpu()
+    anchors = move_on(anchors, alpha, batch.lengths, torch.Generator().manual_seed(rng.getrandbits(48)))
+    return batch.draft(drafter, anchors, target=fit.loss != "ce")
 
 
 def draw_anchors(rows: Sequence[Row], count: int, rng: random.Random) -> torch.Tensor:

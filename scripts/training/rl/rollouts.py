@@ -41,9 +41,9 @@ class Rollout:
 
 
 async def sample_groups(
-    base_url: str, model_name: str, prompts: Sequence[str], *, group: int, max_tokens: int
+    base_url: str, model_name: str, prompts: Sequence[str], *, group: int, max_tokens: int, temperature: float = 1.0
 ) -> list[list[Rollout]]:
-    """`group` completions at temperature 1 for every prompt, from the whole vocabulary, all requests at once.
+    """`group` completions of every prompt, from the whole vocabulary (temperature 0: the likeliest), all at once.
 
     Raises:
         RolloutError: a request failed, or an answer lacks a field.
@@ -52,7 +52,13 @@ async def sample_groups(
     async with aiohttp.ClientSession(timeout=timeout) as session:
 
         async def ask(prompt: str) -> list[Rollout]:
-            body = {"model": model_name, "prompt": prompt, "n": group, "max_tokens": max_tokens, "temperature": 1.0}
+            body = {
+                "model": model_name,
+                "prompt": prompt,
+                "n": group,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+            }
             body |= {"logprobs": 0, "return_token_ids": True, **PLAIN_SAMPLING}
             try:
                 async with session.post(f"{base_url}/v1/completions", json=body) as response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -10,11 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
+
+from laguna_serve.scripts.training.rl.refresh.pushed import Pushed
+from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import in_background
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.processes import read_cpu_s
 
 UPDATE_S = 600.0
 # Requests beyond those that run wait in the engine, which batches them; the gateway only counts them.
@@ -27,22 +33,53 @@ class UpdateRefusedError(CommandError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingService:
-    """`base_url` and `admin_url` are the gateway's, `engine_url` is for metrics."""
+    """`base_url` and `admin_url` are the gateway's, `engine_url` is for metrics, `pids` are the engine's processes."""
 
     base_url: str
     admin_url: str
     engine_url: str
     model_name: str
+    pids: Callable[[], list[int]]
 
-    def push(self, version: str, folder: Path, digests: dict[str, str], previous: Path) -> None:
-        """Serve the weights of a folder from now on, or go on with those of `previous`.
+    def read_cpu_s(self) -> float:
+        """Processor time that the engine has used, in seconds."""
+        return read_cpu_s(self.pids())
+
+    def count(self, before: Counters | None = None, tokens: int = 0) -> Counters:
+        """Read the engine's counters; given earlier ones, when so many tokens are counted since. Raises EndpointError.
+
+        An engine that does not speculate counts no drafts.
+        """
+
+        async def read() -> Counters:
+            async with aiohttp.ClientSession() as session:
+                if before is None:
+                    return await scrape_counters(session, self.engine_url)
+                return await settle_counters(session, self.engine_url, before, tokens)
+
+        return asyncio.run(read())
+
+    def push(
+        self,
+        version: str,
+        folder: Path,
+        digests: dict[str, str],
+        previous: Path,
+        draft: Pushed | None = None,
+        previous_draft: Pushed | None = None,
+    ) -> None:
+        """Serve the weights of a folder from now on, and a drafter's if one is given, or go on with the previous ones.
 
         Raises:
-            UpdateRefusedError: the engine goes on with `previous`, or with nothing.
+            UpdateRefusedError: the engine goes on with `previous` and `previous_draft`, or with nothing.
         """
         update = {"folder": str(folder.resolve()), "sha256": digests}
         body: JsonObject = {"weight_version": version, "update": [update], "mode": "wait"}
         body["rollback"] = {"update": [{"folder": str(previous.resolve())}]}
+        if draft is not None and previous_draft is not None:
+            body["draft_version"] = draft.version
+            body["draft_update"] = [{"folder": str(draft.folder.resolve()), "sha256": draft.sha256}]
+            body["rollback"]["draft_update"] = [{"folder": str(previous_draft.folder.resolve())}]
         data = json.dumps(body).encode()
         url = f"{self.admin_url}/admin/update_weights"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -68,4 +105,4 @@ def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str],
         tables: JsonObject = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}
         tables["models"] = [{"name": engine.model_name, "upstreams": [upstream]}]
         with in_background(parse_config(tables, "grpo")) as (base_url, admin_url):
-            yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name)
+            yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name, engine.pids)

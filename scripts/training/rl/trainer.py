@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -30,7 +31,10 @@ KEPT_FOLDERS = 2  # the version that is served, and the one before, to fall back
 
 @dataclass(slots=True)
 class Trainer:
-    """`step` gradient steps have been taken; `version` is what that state is called, `folder` where it was written."""
+    """`step` gradient steps have been taken; `version` is what that state is called, `folder` where it was written.
+
+    `drafter` is the state of a drafter that learns, as it was saved.
+    """
 
     model: LagunaForCausalLM
     optimizer: torch.optim.Optimizer
@@ -41,6 +45,7 @@ class Trainer:
     step: int = 0
     folder: Path = Path()
     log: list[Step] = field(default_factory=list)
+    drafter: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, folder: Path, out: Path, lr: float, correction: Correction, decisive: GrpoRun) -> Trainer:
@@ -65,6 +70,7 @@ class Trainer:
             optimizer.load_state_dict(state["optimizer"])
             trainer.step = state["step"]
             trainer.log = msgspec.json.decode(state["log"], type=list[Step])
+            trainer.drafter = state.get("drafter")
         return trainer
 
     @property
@@ -107,11 +113,15 @@ class Trainer:
             shutil.rmtree(old)
         return self.folder, digests
 
-    def save(self) -> None:
-        """Keep this version, and everything that the run continues from."""
+    def keep(self) -> None:
+        """Keep this version."""
         write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
+
+    def save(self, drafter: dict[str, Any] | None = None) -> None:
+        """Save everything that the run continues from."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         state |= {"log": msgspec.json.encode(self.log).decode(), "decisive": _show_run(self.decisive)}
+        state |= {} if drafter is None else {"drafter": drafter}
         write_stream(self.out / STATE, lambda file: torch.save(state, file))
 
 

@@ -1,0 +1,1 @@
+"""A drafter that learns beside a policy: replay, refresh, gate, and the way back."""

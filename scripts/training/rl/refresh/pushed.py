@@ -1,0 +1,22 @@
+"""A drafter as the engine is given it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A drafter's checkpoint: its version, folder, and the digests of its files."""
+
+    version: str
+    folder: Path
+    sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, version: str, folder: Path) -> Pushed:
+        """Digest a folder."""
+        files = sorted(folder.glob("*.safetensors"))
+        return cls(version, folder, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
