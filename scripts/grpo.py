@@ -44,7 +44,7 @@ from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import check_signals, defer_signals, hold_signals
@@ -271,12 +271,13 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
         weight_updates=True,
         return_routed_experts=config.replay_experts and not read_target(folder).dense,
     )
+    load = OtherLoad()
     announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with open_service(engine, config.out / "engine.log", announce) as service:
         log = train(config, folder, service, prompts, trainer, refresher)
     held_out = [step.held_out_reward for step in log if step.held_out_reward is not None]
     return GrpoResult(
-        environment=read_environment(current_argv()),
+        environment=msgspec.structs.replace(read_environment(current_argv()), other_load=load.find_share()),
         run=config.decisive,
         log=tuple(log),
         held_out_reward=HeldOut(first=held_out[0], last=held_out[-1], prompts=len(prompts.held_out)),

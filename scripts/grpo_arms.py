@@ -1,0 +1,142 @@
+"""Is a drafter beside a moving policy worth it? The same GRPO runs with a frozen drafter, a refreshed one, and none.
+
+Each arm is a run of scripts/grpo.py with the same seeds, in a folder of its own below DIR; what is finished is read,
+what is not is continued. DIR gets arms.json, arms.md and arms.png; the last stdout line is one JSON object (schema
+laguna_serve.grpo_arms/1). Speeds are per processor second, the engine's as the kernel counts it in steps of 10 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from laguna_serve.scripts.grpo import ROOT, GrpoConfig, GrpoResult, train_policy
+from laguna_serve.scripts.training.rl.arms.report import render_markdown
+from laguna_serve.scripts.training.rl.arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
+from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Brief, Command
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.results import read_result, write_result
+from laguna_serve.serving.kit.run_dir import RunDirError, check_out
+from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma_or_adaptive
+
+EXAMPLES = """examples:
+  python scripts/grpo_arms.py --model tests/toy/teacher --draft tests/toy/dflash --seeds 0,1 --out out/arms
+  python scripts/grpo_arms.py --model tests/toy/teacher --draft tests/toy/dflash --gamma adaptive --out out/adaptive
+  one arm alone, on another machine; its folder is then found here:
+    python scripts/grpo_arms.py … --arms none --out out/arms
+
+exit status: 0 (τ − 1) of the refreshed drafter is 1.5 times the frozen one's at the last versions, 1 it is not,
+2 it could not run, 130 interrupted
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsConfig:
+    """The runs to compare; what is not said here is as scripts/grpo.py has it."""
+
+    model: Annotated[str, Flag("Laguna checkpoint to start from: a folder", metavar="M")]
+    draft: Annotated[str, Flag("DFlash drafter to begin with", metavar="D")]
+    out: Annotated[Path, Flag("folder for the runs and the result", metavar="DIR")]
+    seeds: Annotated[tuple[int, ...], Flag("default 0", metavar="N,N,…")] = (0,)
+    arms: Annotated[tuple[Arm, ...], Flag("of frozen, refreshed, none (default: all)", metavar="ARM,…")] = ARMS
+    gamma: Annotated[
+        int | Literal["adaptive"] | None,
+        Flag(
+            "tokens proposed per step (default: the most), or adaptive: decided in every step",
+            metavar="N|max|adaptive",
+            parse=parse_gamma_or_adaptive,
+        ),
+    ] = None
+    draft_sampling: DraftSampling = "probabilistic"
+    prompts: Annotated[Path, Flag("as in scripts/grpo.py (default: the toy prompts)")] = (
+        ROOT / "tests/toy/prompts.jsonl"
+    )
+    steps: Annotated[int, Flag("default 60", at_least=1)] = 60
+    measure_every: Annotated[int, Flag("default 5", metavar="N", at_least=1)] = 5
+    refresh_every: Annotated[int, Flag("steps between refreshes (default 4)", metavar="N", at_least=1)] = 4
+    refresh_steps: Annotated[int, Flag("of training in each (default 40)", metavar="N", at_least=1)] = 40
+    refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
+    threads: Annotated[int, Flag("of the trainer (default 1)", at_least=1)] = 1
+    goal: Annotated[float, Flag("held-out reward to which seconds are counted (default 0.9)")] = 0.9
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise FlagError(f"--seeds: expected different numbers, got {self.seeds}")
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise FlagError(f"--arms: expected different ones, got {', '.join(self.arms) or 'none'}")
+
+    def describe(self, arm: Arm, seed: int) -> GrpoConfig:
+        """Describe one run."""
+        drafting = arm != "none"
+        return GrpoConfig(
+            model=self.model,
+            draft=self.draft if drafting else None,
+            gamma=self.gamma if drafting else None,
+            draft_sampling=self.draft_sampling if drafting else "greedy",
+            prompts=self.prompts,
+            out=self.out / f"{arm}-{seed}",
+            steps=self.steps,
+            measure_every=self.measure_every,
+            seed=seed,
+            threads=self.threads,
+            refresh_drafter=arm == "refreshed",
+            refresh_every=self.refresh_every,
+            refresh_steps=self.refresh_steps,
+            refresh_lr=self.refresh_lr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    command = Command("scripts/grpo_arms.py", ArmsConfig, __doc__, EXAMPLES, interrupted=CONTINUES, measures=True)
+    return command.run(
+        argv,
+        compare_arms,
+        show=render_markdown,
+        line=Brief(without=("runs",)),
+        judge=lambda result: HELD if result.holds else FELL_SHORT,
+    )
+
+
+def compare_arms(config: ArmsConfig) -> ArmsResult:
+    """Run what is missing of every arm, and write arms.json, arms.md and arms.png.
+
+    Raises:
+        RunDirError: a folder holds another run. Whatever `train_policy` raises.
+    """
+    check_out(config.out)
+    runs = []
+    for seed in config.seeds:
+        for arm in config.arms:
+            result = run_arm(config.describe(arm, seed))
+            runs.append(ArmRun(arm=arm, seed=seed, environment=result.environment, run=result.run, log=result.log))
+    summaries = tuple(summarise(run, config.goal) for run in runs)
+    result = ArmsResult(goal=config.goal, runs=tuple(runs), summaries=summaries, gains=find_gains(summaries))
+    write_result(config.out / "arms.json", result)
+    write_text(config.out / "arms.md", render_markdown(result))
+    from laguna_serve.scripts.training.rl.arms.plot import draw_arms  # takes a second to import
+
+    draw_arms(result, config.out / "arms.png")
+    return result
+
+
+def run_arm(config: GrpoConfig) -> GrpoResult:
+    """Read a finished run, or run it. Raises RunDirError: the folder holds another one."""
+    path = config.out / "grpo.json"
+    if not path.exists():
+        result = train_policy(config)
+        write_result(path, result)
+        return result
+    found = read_result(path, GrpoResult)
+    if found.run != config.decisive or len(found.log) != config.steps + 1:
+        raise RunDirError(f"{config.out}: expected this run, got another one's; choose another --out or remove it")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

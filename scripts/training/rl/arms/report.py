@@ -1,0 +1,55 @@
+"""The arms as a table, for people."""
+
+from __future__ import annotations
+
+from laguna_serve.scripts.training.rl.arms.result import BAR, ArmsResult, ArmSummary
+from laguna_serve.serving.kit.environment import cite_environment
+
+HEAD = (
+    "arm",
+    "seed",
+    "held-out reward",
+    "τ first → last",
+    "greedy τ first → last",
+    "tokens per core-second",
+    "with refreshes",
+    "refreshes' share",
+    "to the goal: seconds (core-seconds)",
+    "drafters pushed, refused, taken back",
+)
+
+
+def render_markdown(result: ArmsResult) -> str:
+    """Render the table, the gains, and where it was measured."""
+    rows = [HEAD, tuple("--" for _ in HEAD), *map(_list_cells, result.summaries)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    gains = ", ".join(f"{gain:.2f} (seed {seed})" for seed, gain in result.gains.items()) or "not measured"
+    said = f"(τ − 1) of the refreshed drafter ÷ that of the frozen one at the last versions: {gains}; the bar is {BAR}."
+    loads = [run.environment.other_load for run in result.runs if run.environment.other_load is not None]
+    shared = f" Others took {min(loads):.0%} to {max(loads):.0%} of the processors' time." if loads else ""
+    cited = "\n\n".join(dict.fromkeys(cite_environment(run.environment) for run in result.runs))
+    return f"The goal is a held-out reward of {result.goal:g}.\n\n{table}\n\n{said}{shared}\n\n{cited}\n"
+
+
+def _list_cells(summary: ArmSummary) -> tuple[str, ...]:
+    reward = f"{summary.held_out_reward[0]:.3f} → {summary.held_out_reward[1]:.3f}"
+    goal = "not reached"
+    if summary.seconds_to_goal is not None:
+        goal = f"{summary.seconds_to_goal:.0f} ({summary.core_s_to_goal:.0f})"
+    drafters = f"{summary.pushed}, {summary.refused}, {summary.rolled_back}" if summary.arm == "refreshed" else "–"
+    return (
+        {"frozen": "frozen drafter", "refreshed": "refreshed drafter", "none": "no drafter"}[summary.arm],
+        str(summary.seed),
+        reward,
+        _show(summary.tau_first, summary.tau_last),
+        _show(summary.greedy_first, summary.greedy_last),
+        f"{summary.tokens_per_core_s:.0f}",
+        f"{summary.with_refresh_per_core_s:.0f}",
+        f"{summary.refresh_share:.0%}",
+        goal,
+        drafters,
+    )
+
+
+def _show(first: float | None, last: float | None) -> str:
+    return "–" if first is None or last is None else f"{first:.2f} → {last:.2f}"
