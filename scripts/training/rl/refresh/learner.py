@@ -58,7 +58,7 @@ class Learner:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
             self._optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         last = losses[-max(1, len(losses) // 4) :]
         return sum(last) / len(last)
 
