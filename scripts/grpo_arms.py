@@ -56,6 +56,8 @@ class ArmsConfig:
         ROOT / "tests/toy/prompts.jsonl"
     )
     steps: Annotated[int, Flag("default 60", at_least=1)] = 60
+    prompts_per_step: Annotated[int, Flag("default 8", metavar="N", at_least=1)] = 8
+    group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
     measure_every: Annotated[int, Flag("default 5", metavar="N", at_least=1)] = 5
     refresh_every: Annotated[int, Flag("steps between refreshes (default 4)", metavar="N", at_least=1)] = 4
     refresh_steps: Annotated[int, Flag("of training in each (default 40)", metavar="N", at_least=1)] = 40
@@ -81,6 +83,8 @@ class ArmsConfig:
             prompts=self.prompts,
             out=self.out / f"{arm}-{seed}",
             steps=self.steps,
+            prompts_per_step=self.prompts_per_step,
+            group=self.group,
             measure_every=self.measure_every,
             seed=seed,
             threads=self.threads,

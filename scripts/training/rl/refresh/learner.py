@@ -17,7 +17,8 @@ from laguna_serve.scripts.training.drafter.training import Fit, draft_as_decodin
 from laguna_serve.scripts.training.rl.refresh.pushed import Pushed
 from laguna_serve.serving.checkpoint import Target
 
-ROWS, ANCHORS = 8, 16
+# Answers of a training step, and blocks in each.
+ROWS, ANCHORS = 4, 12
 CLIP_NORM = 1.0
 
 

@@ -43,7 +43,7 @@ from laguna_serve.serving.client.traffic import TrafficRecord
 
 FIRST = "d-0"
 # Answers whose states are computed for one refresh.
-LESSON = 128
+LESSON = 96
 # Refusals in a row after which the drafter that learns starts over from the serving one.
 PATIENCE = 3
 
