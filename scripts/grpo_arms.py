@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.scripts.grpo import ROOT, GrpoConfig, GrpoResult, train_policy
+from laguna_serve.scripts.grpo import GrpoResult, train_policy
 from laguna_serve.scripts.training.rl.arms.report import render_markdown
 from laguna_serve.scripts.training.rl.arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
+from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text

@@ -15,6 +15,7 @@ import numpy as np
 from laguna_serve.evals.codegen.syntax_reward import reward_syntax
 from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -83,3 +84,17 @@ def read_choice(prompt: str, choice: JsonObject, version: str) -> Rollout:
         version=version,
         experts=None if experts is None else decode_experts(experts),
     )
+
+
+def record_traffic(groups: Sequence[Sequence[Rollout]], temperature: float) -> list[TrafficRecord]:
+    """Record rollouts as traffic."""
+    return [
+        TrafficRecord(
+            prompt_token_ids=list(rollout.prompt_ids),
+            token_ids=list(rollout.token_ids),
+            temperature=temperature,
+            weight_version=rollout.version,
+        )
+        for group in groups
+        for rollout in group
+    ]

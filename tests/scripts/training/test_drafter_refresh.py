@@ -20,6 +20,7 @@ from tiny_laguna import make_tiny
 
 from laguna_serve.scripts import grpo
 from laguna_serve.scripts.training.drafter.data.records import Row
+from laguna_serve.scripts.training.rl import loop
 from laguna_serve.scripts.training.rl.refresh import gate, live, refresher
 from laguna_serve.scripts.training.rl.refresh.gate import find_accepted, judge
 from laguna_serve.scripts.training.rl.refresh.learner import Learner
@@ -218,7 +219,7 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Service:
         yield fake
 
     monkeypatch.setattr(grpo, "open_service", open_fake)
-    monkeypatch.setattr(grpo, "sample", write_answers)
+    monkeypatch.setattr(loop, "sample", write_answers)
     prompts = [{"id": f"{name}.py:1", "prompt": f"{name} = 1"} for name in map(chr, range(ord("A"), ord("Z") + 1))]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     return fake
@@ -292,7 +293,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
         return write_answers(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "sample", interrupt)
+        patch.setattr(loop, "sample", interrupt)
         with pytest.raises(KeyboardInterrupt):
             grpo.train_policy(config)
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
@@ -314,7 +315,7 @@ def test_run_that_breaks_off_between_push_and_log_goes_on_from_what_was_saved(
     whole = read_run(tmp_path / "whole")
     config = describe(tmp_path, "broken", measure_every=2)
 
-    find_length = grpo.find_length
+    find_length = loop.find_length
 
     def break_off(counted: Counters) -> float | None:
         if service.pushes[-1][0] == "step-4":
@@ -322,7 +323,7 @@ def test_run_that_breaks_off_between_push_and_log_goes_on_from_what_was_saved(
         return find_length(counted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "find_length", break_off)  # between push and log
+        patch.setattr(loop, "find_length", break_off)  # between push and log
         with pytest.raises(OSError, match="killed"):
             grpo.train_policy(config)
     assert service.pushes[-1] == ("step-4", "d-3:step-3")

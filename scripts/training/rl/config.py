@@ -1,0 +1,112 @@
+"""A GRPO run: the flags of scripts/grpo.py."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from laguna_serve.scripts.training.rl.refresh.notes import RefreshRun
+from laguna_serve.scripts.training.rl.steps import GrpoRun
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """A policy to train, on what, and for how long."""
+
+    model: Annotated[str, Flag("Laguna checkpoint to start from: a folder", metavar="M")]
+    draft: Annotated[str | None, Flag("DFlash drafter that speculates for it", metavar="D")] = None
+    gamma: Annotated[
+        int | Literal["adaptive"] | None,
+        Flag(
+            "tokens proposed per step (default: the most), or adaptive: decided in every step",
+            metavar="N|max|adaptive",
+            parse=parse_gamma_or_adaptive,
+        ),
+    ] = None
+    draft_sampling: DraftSampling = "greedy"
+    prompts: Annotated[
+        Path,
+        Flag('JSON Lines with "id" and "prompt"; a quarter of the files is held out (default: the toy prompts)'),
+    ] = ROOT / "tests/toy/prompts.jsonl"
+    out: Annotated[Path, Flag("folder for log, state and versions", metavar="DIR")]
+    steps: Annotated[int, Flag("default 60", at_least=1)] = 60
+    prompts_per_step: Annotated[int, Flag("default 8", metavar="N", at_least=1)] = 8
+    group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
+    max_tokens: Annotated[int, Flag("of a completion (default 40)", metavar="N", at_least=2)] = 40
+    lr: Annotated[float, Flag("AdamW's (default 0.0002)")] = 2e-4
+    measure_every: Annotated[
+        int,
+        Flag(
+            "steps between measurements on held-out prompts; versions are kept then (default 10)",
+            metavar="N",
+            at_least=1,
+        ),
+    ] = 10
+    dtype: Annotated[str, Flag("of the engine; the trainer's is float32 (float32)")] = "float32"
+    compiled: Annotated[bool, Flag("compile the engine: starts slowly, samples faster")] = False
+    max_num_seqs: Annotated[int, Flag("sequences together (default 64)")] = 64
+    seed: Annotated[int, Flag()] = 0
+    threads: Annotated[int, Flag("of the trainer; sums depend on their number (default 2)", at_least=1)] = 2
+
+    refresh_drafter: Annotated[
+        bool, Flag("let the drafter learn from the rollouts", group="a drafter that learns (--refresh-drafter)")
+    ] = False
+    refresh_every: Annotated[int, Flag("steps between refreshes (default 4)", metavar="N", at_least=1)] = 4
+    refresh_steps: Annotated[int, Flag("of training in each (default 40)", metavar="N", at_least=1)] = 40
+    refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
+    replay: Annotated[int, Flag("rollouts that are kept to learn from (default 512)", metavar="N", at_least=1)] = 512
+    greedy_share: Annotated[float, Flag("of greedy answers among them, 0 to 1 (default 0.25)", at_least=0)] = 0.25
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.refresh_drafter and self.draft is None:
+            raise FlagError("--refresh-drafter: expected --draft with it, got none; name the drafter to begin with")
+        if self.greedy_share > 1:
+            raise FlagError(f"--greedy-share: expected 0 to 1, got {self.greedy_share}")
+        if self.gamma == ADAPTIVE and self.draft is None:
+            raise FlagError("--gamma adaptive: expected --draft with it, got none; name a drafter")
+
+    @property
+    def refresh(self) -> RefreshRun | None:
+        """What decides about the refreshes; None where the drafter stays as it is."""
+        if not self.refresh_drafter:
+            return None
+        return RefreshRun(
+            every=self.refresh_every,
+            steps=self.refresh_steps,
+            lr=self.refresh_lr,
+            replay=self.replay,
+            greedy_share=self.greedy_share,
+            threads=self.threads,
+        )
+
+    @property
+    def most(self) -> int | None:
+        """γ where it is a number; None for the drafter's most, up to which an adaptive one goes."""
+        return self.gamma if isinstance(self.gamma, int) else None
+
+    @property
+    def decisive(self) -> GrpoRun:
+        """What decides about a run; another run's folder is not continued."""
+        return GrpoRun(
+            model=self.model,
+            draft=self.draft,
+            gamma=self.gamma,
+            draft_sampling=self.draft_sampling,
+            prompts_per_step=self.prompts_per_step,
+            group=self.group,
+            max_tokens=self.max_tokens,
+            lr=self.lr,
+            dtype=self.dtype,
+            seed=self.seed,
+            prompts=os.path.relpath(self.prompts),
+            refresh=msgspec.UNSET if self.refresh is None else self.refresh,
+        )
