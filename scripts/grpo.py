@@ -50,9 +50,9 @@ EXAMPLES = """examples:
     python scripts/grpo.py --model tests/toy/teacher --draft tests/toy/dflash --out out/grpo
   another seed, more steps:
     python scripts/grpo.py --model tests/toy/teacher --steps 120 --seed 1 --out out/grpo-1
-  with a drafter that learns every 4 steps, drafts drawn from its distribution:
+  with a drafter that learns every 3 steps, drafts drawn from its distribution:
     python scripts/grpo.py --model tests/toy/teacher --draft tests/toy/dflash --draft-sampling probabilistic \\
-        --refresh-drafter --refresh-every 4 --out out/grpo-refreshed
+        --refresh-drafter --out out/grpo-refreshed
   one picture of several runs:
     python -m laguna_serve.scripts.training.rl.plot out/grpo out/grpo-1 --out reward.png
 
@@ -162,8 +162,7 @@ def open_refresher(config: GrpoConfig, policy: Path, trainer: Trainer) -> Refres
         return None
     from laguna_serve.scripts.training.rl.refresh.refresher import Drafting, Refresher
 
-    drafts = "probabilistic" if config.draft_sampling == "probabilistic" else "greedy"
-    drafting = Drafting(config.most, config.gamma == ADAPTIVE, drafts)
+    drafting = Drafting(config.most, config.gamma == ADAPTIVE, config.draft_sampling)
     draft, out = require_folder(config.draft), config.out / "drafters"
     refresher = Refresher(config.refresh, drafting, policy, draft, out, config.seed)
     if trainer.drafter is not None:

@@ -60,8 +60,8 @@ class ArmsConfig:
     prompts_per_step: Annotated[int, Flag("default 8", metavar="N", at_least=1)] = 8
     group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
     measure_every: Annotated[int, Flag("default 5", metavar="N", at_least=1)] = 5
-    refresh_every: Annotated[int, Flag("steps between refreshes (default 4)", metavar="N", at_least=1)] = 4
-    refresh_steps: Annotated[int, Flag("of training in each (default 40)", metavar="N", at_least=1)] = 40
+    refresh_every: Annotated[int, Flag("steps between refreshes (default 3)", metavar="N", at_least=1)] = 3
+    refresh_steps: Annotated[int, Flag("of training in each (default 60)", metavar="N", at_least=1)] = 60
     refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
     threads: Annotated[int, Flag("of the trainer (default 1)", at_least=1)] = 1
     goal: Annotated[float, Flag("held-out reward to which seconds are counted (default 0.9)")] = 0.9

@@ -59,8 +59,8 @@ class GrpoConfig:
     refresh_drafter: Annotated[
         bool, Flag("let the drafter learn from the rollouts", group="a drafter that learns (--refresh-drafter)")
     ] = False
-    refresh_every: Annotated[int, Flag("steps between refreshes (default 4)", metavar="N", at_least=1)] = 4
-    refresh_steps: Annotated[int, Flag("of training in each (default 40)", metavar="N", at_least=1)] = 40
+    refresh_every: Annotated[int, Flag("steps between refreshes (default 3)", metavar="N", at_least=1)] = 3
+    refresh_steps: Annotated[int, Flag("of training in each (default 60)", metavar="N", at_least=1)] = 60
     refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
     replay: Annotated[int, Flag("rollouts that are kept to learn from (default 512)", metavar="N", at_least=1)] = 512
     greedy_share: Annotated[float, Flag("of greedy answers among them, 0 to 1 (default 0.25)", at_least=0)] = 0.25

@@ -438,3 +438,16 @@ def test_bad_drafter_in_a_real_engine_is_taken_back(tmp_path: Path, monkeypatch:
     assert planted.live.frozen == pytest.approx((lengths[1] + lengths[3]) / 2, rel=0.15)
     assert all((step.mismatch_nats or 0.0) < 1e-3 for step in log), "the policy is the trainer's all along"
     assert log[0].held_out_greedy_length is not None
+
+
+@pytest.mark.vllm
+def test_rollouts_with_an_adaptive_gamma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_all: None) -> None:
+    """The engine decides how much it drafts; a pushed drafter is held to the first place of its drafts alone."""
+    monkeypatch.setattr(live, "LEAST_DRAFTS", 1)
+    config = describe(tmp_path, "run", gamma="adaptive", prompts=TOY / "prompts.jsonl", steps=3, group=4, max_tokens=16)
+    log = grpo.train_policy(config).log
+    note = log[2].drafter
+    assert note is not None
+    assert (note.version, note.live is not None and note.live.places) == ("d-1:step-1", 1)
+    assert all((step.mismatch_nats or 0.0) < 1e-3 for step in log)
+    assert sum(step.tokens or 0 for step in log) > 0

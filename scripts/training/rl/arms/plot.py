@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -43,7 +44,7 @@ def _draw(left: Axes, right: Axes, run: ArmRun, points: Points) -> None:
     _, clock = find_clock(run.log)
     shown = [(step, value) for step, value in points if step < len(clock)]
     values = [value for _, value in shown]
-    marker: dict[str, object] = {"marker": "o", "ms": 3} if len(shown) < len(run.log) / 2 else {}
+    marker: dict[str, Any] = {"marker": "o", "ms": 3} if len(shown) < len(run.log) / 2 else {}
     style = {"color": COLORS[run.arm], "lw": 1.4, "alpha": 0.85, **marker}
     for axes, along in ((left, [step for step, _ in shown]), (right, [clock[step] for step, _ in shown])):
         axes.plot(along, values, **style)

@@ -56,7 +56,7 @@ class Learner:
                 draft_as_decoding(self.module, blocks, chosen, self._fit, rng), self._fit.loss, self._weights
             )
             self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
             self._optimizer.step()
             losses.append(loss.item())
