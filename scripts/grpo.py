@@ -32,7 +32,7 @@ from laguna_serve.scripts.training.rl.config import GrpoConfig
 from laguna_serve.scripts.training.rl.loop import Prompts, train
 from laguna_serve.scripts.training.rl.service import open_service
 from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step
-from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.checkpoint import CheckpointError, read_target, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
@@ -124,11 +124,13 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
         raise CheckpointError(f"--prompts-per-step: {expected}; {config.prompts} has no more to train on")
     import torch  # like transformers it takes seconds
 
+    from laguna_serve.scripts.training.rl.importance import Correction
     from laguna_serve.scripts.training.rl.trainer import Trainer
 
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer.open(folder, config.out, lr=config.lr, decisive=config.decisive)
+    correction = Correction(config.importance_cap, config.drop_beyond)
+    trainer = Trainer.open(folder, config.out, lr=config.lr, correction=correction, decisive=config.decisive)
     refresher = open_refresher(config, folder, trainer)
     engine = EngineConfig(
         model=config.model,

@@ -42,6 +42,20 @@ class GrpoConfig:
     group: Annotated[int, Flag("completions per prompt (default 8)", metavar="N", at_least=2)] = 8
     max_tokens: Annotated[int, Flag("of a completion (default 40)", metavar="N", at_least=2)] = 40
     lr: Annotated[float, Flag("AdamW's (default 0.0002)")] = 2e-4
+    replay_experts: Annotated[
+        bool, Flag("train with the experts that the engine chose (default: on, for a mixture)", either_way=True)
+    ] = True
+    importance_cap: Annotated[
+        float, Flag("the most that a token weighs, as trainer's ÷ engine's probability (default 2)", at_least=1)
+    ] = 2.0
+    drop_beyond: Annotated[
+        float | None,
+        Flag(
+            "leave out completions where that ratio's geometric mean is beyond R or 1/R (default: none)",
+            metavar="R",
+            at_least=1,
+        ),
+    ] = None
     measure_every: Annotated[
         int,
         Flag(
@@ -62,7 +76,9 @@ class GrpoConfig:
     refresh_every: Annotated[int, Flag("steps between refreshes (default 3)", metavar="N", at_least=1)] = 3
     refresh_steps: Annotated[int, Flag("of training in each (default 60)", metavar="N", at_least=1)] = 60
     refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
-    replay: Annotated[int, Flag("rollouts that are kept to learn from (default 512)", metavar="N", at_least=1)] = 512
+    replay_buffer: Annotated[
+        int, Flag("rollouts that are kept to learn from (default 512)", metavar="N", at_least=1)
+    ] = 512
     greedy_share: Annotated[float, Flag("of greedy answers among them, 0 to 1 (default 0.25)", at_least=0)] = 0.25
 
     def __post_init__(self) -> None:
@@ -83,7 +99,7 @@ class GrpoConfig:
             every=self.refresh_every,
             steps=self.refresh_steps,
             lr=self.refresh_lr,
-            replay=self.replay,
+            replay=self.replay_buffer,
             greedy_share=self.greedy_share,
             threads=self.threads,
         )
@@ -108,5 +124,8 @@ class GrpoConfig:
             dtype=self.dtype,
             seed=self.seed,
             prompts=os.path.relpath(self.prompts),
+            replay_experts=self.replay_experts,
+            importance_cap=self.importance_cap,
+            drop_beyond=self.drop_beyond,
             refresh=msgspec.UNSET if self.refresh is None else self.refresh,
         )

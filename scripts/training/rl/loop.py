@@ -109,7 +109,7 @@ def take_step(
         note = refresher.follow(trainer.model, trainer.version, trainer.step, records, live)
         watch.stop("refresh")
     watch.start()
-    mismatch = trainer.learn(groups)
+    mismatch, off_policy = trainer.learn(groups)
     watch.stop("learning")
     watch.start()
     previous = trainer.folder
@@ -126,6 +126,7 @@ def take_step(
         reward=sum(rewards) / len(rewards),
         mismatch_nats=mismatch.nats,
         tied=TiedTokens(tokens=mismatch.tied_tokens, mismatch_nats=mismatch.tied_nats),
+        off_policy=off_policy,
         acceptance_length=find_length(counted),
         tokens=tokens,
         drafts=counted.drafts or None,
@@ -188,8 +189,8 @@ def format_step(step: Step) -> str:
     parts = [f"step {step.step:>4}"]
     named = {"reward": step.reward, "held out": step.held_out_reward, "τ": step.acceptance_length}
     parts += [f"{name} {value:.3f}" for name, value in named.items() if value is not None]
-    if step.mismatch_nats is not None:
-        parts.append(f"mismatch {step.mismatch_nats:.2g}")
+    if step.mismatch_nats is not None and step.tied is not None:
+        parts.append(f"mismatch {step.mismatch_nats:.2g}, behind ties {step.tied.mismatch_nats:.2g}")
     if step.seconds is not None:
         parts.append(f"{step.seconds.total:.1f} s")
     if step.drafter is not None:

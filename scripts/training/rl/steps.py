@@ -14,6 +14,22 @@ class TiedTokens(msgspec.Struct, frozen=True, kw_only=True):
     mismatch_nats: float
 
 
+class OffPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of tokens on which trainer and engine differ (importance.py, replay.py).
+
+    Attributes:
+        mean_nats: mean |difference| of their log-probabilities over all sampled tokens.
+        capped: tokens whose weight was cut to the cap.
+        dropped: completions that were left out.
+        rerouted: tokens, of prompts too, that the trainer would have sent to other experts; None without replay.
+    """
+
+    mean_nats: float
+    capped: int
+    dropped: int
+    rerouted: int | None = None
+
+
 class StepSeconds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the parts of a step took; `refresh`: the drafter's, its checks included."""
 
@@ -60,7 +76,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides about a run; another run's folder is not continued. `draft_sampling`: older runs did not say.
+    """What decides about a run; another run's folder is not continued. Older runs did not say what may be unset.
 
     `refresh`: of a drafter that learns; `gamma`: a number, "adaptive", or None for the drafter's most.
     """
@@ -76,6 +92,9 @@ class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     seed: int
     prompts: str
+    replay_experts: bool | msgspec.UnsetType = msgspec.UNSET
+    importance_cap: float | msgspec.UnsetType = msgspec.UNSET
+    drop_beyond: float | msgspec.UnsetType | None = msgspec.UNSET
     refresh: RefreshRun | msgspec.UnsetType = msgspec.UNSET
 
 
