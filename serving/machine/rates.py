@@ -1,9 +1,9 @@
 """How fast this processor multiplies in bfloat16 and in float32: a fixed probe, measured once and kept.
 
 A processor without bf16 arithmetic (x86 with AVX2 or plain AVX-512) runs bf16 products in a fall-back of torch and
-oneDNN, where eight rows cost three to eight times one row, so that verifying drafts gains little; kernels/linear, if it can
-be built, does not. Which of them wins is measured, in a process of its own, once per processor, torch and libraries'
-settings, and kept in the user's cache.
+oneDNN, where eight rows cost three to eight times one row, so that verifying drafts gains little; kernels/linear does
+not, if it can be built. Which of them wins is measured, in a process of its own, once per processor, torch and
+libraries' settings, and kept in the user's cache.
 """
 
 from __future__ import annotations
