@@ -118,8 +118,8 @@ def compare_arms(config: ArmsConfig) -> ArmsResult:
     runs = []
     for seed in config.seeds:
         for arm in config.arms:
-            result = run_arm(config.describe(arm, seed))
-            runs.append(ArmRun(arm=arm, seed=seed, environment=result.environment, run=result.run, log=result.log))
+            ran = run_arm(config.describe(arm, seed))
+            runs.append(ArmRun(arm=arm, seed=seed, environment=ran.environment, run=ran.run, log=ran.log))
     summaries = tuple(summarise(run, config.goal) for run in runs)
     result = ArmsResult(goal=config.goal, runs=tuple(runs), summaries=summaries, gains=find_gains(summaries))
     write_result(config.out / "arms.json", result)
