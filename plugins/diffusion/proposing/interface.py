@@ -1,0 +1,60 @@
+"""What a proposer is given and what it gives.  Nothing that it says can change a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
+from laguna_serve.plugins.diffusion.predictor import Slot
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Run:
+    """A request being decoded.
+
+    Attributes:
+        state: not evaluated yet.
+        last: the state before it and its logits [block_length, vocabulary] fp32; None at the start.
+        steps: of the reference, so far.
+        passes: of the target.
+        proposed, accepted: states beside the current one, and those of them that the run then came by.
+    """
+
+    canvas: Canvas
+    state: State
+    slot: Slot = field(default_factory=Slot)
+    last: tuple[State, torch.Tensor] | None = None
+    steps: int = 0
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    @classmethod
+    def begin(cls, canvas: Canvas) -> Run:
+        """Begin with nothing committed."""
+        return cls(canvas, canvas.start())
+
+    def find_stale(self) -> torch.Tensor | None:
+        """Find the last logits, if they are of the block that is open now."""
+        if self.last is None or self.canvas.find_block(self.last[0]) != self.canvas.find_block(self.state):
+            return None
+        return self.last[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A state, and the estimated chance that the reference comes by it from the current one."""
+
+    state: State
+    chance: float
+
+
+class Proposer(Protocol):
+    """Proposes states, given several runs at once so that a draft takes one pass for all."""
+
+    def propose(self, runs: Sequence[Run], most: int) -> list[list[Proposal]]:
+        """Propose up to `most` states for each run, the likeliest first, its current state not among them."""

@@ -1,0 +1,105 @@
+"""Exact speculation: a pass evaluates more states than one, and the reference walks through those it comes by.
+
+A state is left by the reference's own step alone, on logits that were computed for that very state.  So by induction
+every state on the way is the reference's, whatever was proposed, at every temperature; and as the current state is
+always among those evaluated, no run takes more passes of the target than it has steps.
+
+What a state must be is *in* the set: its place does not matter, and ways that commute meet in one state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
+from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
+from laguna_serve.plugins.diffusion.predictor import Ask, Predictor
+from laguna_serve.plugins.diffusion.proposing.budget import share_rows
+from laguna_serve.plugins.diffusion.proposing.interface import Proposer, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What is proposed, and how much of it.
+
+    Attributes:
+        states: per request and pass, beside the current one.
+        rows: of all proposals of a pass; None bounds them by `states` alone.
+    """
+
+    proposer: Proposer
+    states: int
+    rows: int | None = None
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Takes runs forward, pass by pass, along one reference.
+
+    Attributes:
+        stop: ids that end an answer.
+    """
+
+    predictor: Predictor
+    reference: Reference
+    stop: Collection[int] = ()
+    speculation: Speculation | None = None
+    passes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.predictor.cache = self.reference.cache
+        self.predictor.guidance = self.reference.guidance
+
+    def find_end(self, run: Run) -> int | None:
+        """Find the length of the run's finished answer; None while it is not finished."""
+        return run.canvas.find_end(run.state, self.stop)
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run, none of them finished, at least one step forward in one pass of the target."""
+        proposals = self._propose(runs)
+        asks = [Ask(run.canvas, run.slot, [run.state, *states]) for run, states in zip(runs, proposals, strict=True)]
+        answers = self.predictor.predict(asks)
+        self.passes += 1
+        for run, states, logits in zip(runs, proposals, answers, strict=True):
+            steps = run.steps
+            while run.state in logits and self.find_end(run) is None:
+                run.last = run.state, logits[run.state]
+                run.state = step(run.canvas, self.reference, run.state, logits[run.state])
+                run.steps += 1
+            run.passes += 1
+            run.proposed += len(states)
+            run.accepted += run.steps - steps - 1
+
+    def _propose(self, runs: Sequence[Run]) -> list[list[State]]:
+        """Choose the states beside the current ones that share the pass."""
+        chosen: list[list[State]] = [[] for _ in runs]
+        open_ = [number for number, run in enumerate(runs) if not self.predictor.opens(run.canvas, run.state)]
+        if self.speculation is None or not open_:
+            return chosen
+        usable = [runs[number] for number in open_]
+        offered = self.speculation.proposer.propose(usable, self.speculation.states)
+        proposals = [[p for p in ps if self._shares(run, p.state)] for run, ps in zip(usable, offered, strict=True)]
+        costs = self.predictor.count_rows
+        most = self.speculation.rows
+        if most is None:
+            most = sum(costs(run.canvas, p.state) for run, ps in zip(usable, proposals, strict=True) for p in ps)
+        shared = share_rows(usable, proposals, most, lambda run, state: costs(run.canvas, state))
+        for number, states in zip(open_, shared, strict=True):
+            chosen[number] = states
+        return chosen
+
+    def _shares(self, run: Run, state: State) -> bool:
+        """Say whether a state can share the pass of the run's current one; there is no error in proposing others."""
+        canvas = run.canvas
+        if len(state) != canvas.length or canvas.find_block(state) is None:
+            return False
+        of_block = canvas.begin_block(state) == canvas.begin_block(run.state)
+        return self.predictor.cache == "none" or (of_block and not self.predictor.opens(canvas, state))
+
+    def decode(self, canvases: Sequence[Canvas]) -> list[Run]:
+        """Decode canvases together to their ends; as many passes as the longest needs."""
+        runs = [Run.begin(canvas) for canvas in canvases]
+        while going := [run for run in runs if self.find_end(run) is None]:
+            self.advance(going)
+        return runs
