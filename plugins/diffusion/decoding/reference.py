@@ -34,7 +34,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PerStep:
-    """So many a step: R1, R2, …"""
+    """So many tokens a step: R1, R2 and so on."""
 
     tokens: int = 1
 
