@@ -80,7 +80,7 @@ class Block(nn.Module):
     def project(
         self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give queries, keys, values [..., n, heads, head] of x [..., n, d]; the first two turned by their positions."""
+        """Give queries, keys and values [..., n, heads, head] of x [..., n, d], the first two turned by position."""
         normed = self.attn_norm(x)
         q, k, v = (p(normed).unflatten(-1, (-1, self.head_size)) for p in (self.q_proj, self.k_proj, self.v_proj))
         turned = rotate(torch.cat([q, k], -2), cosines, sines)

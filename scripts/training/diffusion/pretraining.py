@@ -27,7 +27,7 @@ LENGTH = 256
 SCHEDULE = Schedule(steps=800, peak_lr=3e-3)
 RATIOS = (0.1, 0.9)
 THREADS = 1
-INIT_STD, EMBEDDING_STD = 0.06, 0.05
+INIT_STD, EMBEDDING_STD = 0.06, 0.2
 # Layer → the distances at which its first heads look, in tokens to the right.
 DISTANCES = ((-1, 1, -2, 2), (-1, 1, -3, 3), (-1, 1))
 # Of a positional head: the frequencies that it uses, and the score by which a distance exceeds the opposite one.
