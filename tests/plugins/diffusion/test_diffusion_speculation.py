@@ -13,6 +13,7 @@ from diffusion_models import Adversary, Oracle, make_canvases, make_draft, make_
 
 from laguna_serve.plugins.diffusion import predictor as predictors
 from laguna_serve.plugins.diffusion import speculation as speculations
+from laguna_serve.plugins.diffusion.calibration import calibrate
 from laguna_serve.plugins.diffusion.decoding import reference as references
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
 from laguna_serve.plugins.diffusion.decoding.reference import (
@@ -294,3 +295,15 @@ def test_a_graph_is_kept_in_a_file(tmp_path: Path) -> None:
         (tmp_path / "graph.json").write_text(content)
         with pytest.raises(DiffusionError, match="calibrate again"):
             Graph.load(tmp_path / "graph.json")
+
+
+def test_a_graph_is_counted_on_the_reference() -> None:
+    """By a source that is the target itself the first rank is always next; chances fall, and no node lacks its way."""
+    exact = Drafted(Predictor(TARGET))
+    graph = calibrate(Decoder(Predictor(TARGET), Reference()), exact, CANVASES[:2], 4)
+    assert graph.nodes[0] == (0,)
+    assert graph.chances[0] == 1.0
+    assert list(graph.chances) == sorted(graph.chances, reverse=True)
+    assert all(any(set(way) < set(node) for way in graph.nodes) for node in graph.nodes if len(node) > 1)
+    runs = speculate(Reference(), Spread(exact, Reference(), graph))
+    assert sum(run.passes for run in runs) < sum(run.steps for run in runs)
