@@ -14,8 +14,6 @@ def run_tests(*arguments: str) -> tuple[str, ...]:
         "-q",
         "-p",
         "no:cacheprovider",
-        "-n",
-        "0",
         f"--junitxml={OUT}/junit.xml",
         *arguments,
     )
