@@ -23,8 +23,11 @@ def fixed_order_dot(_builder: Any, a: Any, b: Any, d: Any, input_precision: Any,
     """d [M, N] fp32 + a [M, K] · b [K, N], K ascending.  The other arguments are the interpreter's, and unused."""
     left, right = widen(a), widen(b)
     assert d.data.dtype == np.float32, f"accumulator: expected float32, got {d.data.dtype}"
-    products = left.T[:, :, None] * right[:, None, :]  # [K, M, N]
-    sums = np.add.accumulate(np.concatenate([d.data[None], products]), axis=0)[-1]
+    sums = d.data.copy()
+    product = np.empty_like(sums)
+    for column, row in zip(left.T[:, :, None], right, strict=True):
+        np.multiply(column, row, out=product)
+        sums += product
     return type(d)(sums, d.dtype.scalar)
 
 
