@@ -1,4 +1,4 @@
-"""The Laguna-format DFlash drafter with the rotary embedding that its config.json names.
+"""The Laguna-format DFlash drafter with the rotary embedding and the sequential head that its config.json names.
 
 Published drafters say `rope_theta: 500000` and no `rope_parameters`.  From transformers 5.17 on LagunaConfig drops that
 key in favour of its own defaults, under which sliding layers, which is all that these drafters have, rotate with a
@@ -6,7 +6,7 @@ theta of 10,000: keys and queries other than those it was trained with, and prop
 --hf-overrides do not reach a drafter's config, hence a class.  A drafter that leaves `draft_vocab_size` out drafts
 every token, which vLLM asks to be said.
 
-Checked against vLLM 0.32.0 with transformers 5.19.0.  It can go when
+Checked against vLLM 0.32.0 with transformers 5.19.0.  But for the head it can go when
 `tests/plugins/test_dflash.py::test_stock_drops_the_published_theta` fails.
 """
 
@@ -18,6 +18,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import laguna_dflash
 
 from laguna_serve.plugins.layers import DEFAULT_ROPE, find_dropped_rope
+from laguna_serve.plugins.models.dflash_head import SequentialHead
+from laguna_serve.plugins.sequential_head import read_rank
 
 
 def complete_config(config: Any) -> None:
@@ -33,8 +35,16 @@ def complete_config(config: Any) -> None:
 
 
 class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: ignore[misc]
-    """vLLM's class on a completed config."""
+    """vLLM's class on a completed config, with a head where it has one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        complete_config(vllm_config.speculative_config.draft_model_config.hf_config)
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        complete_config(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        rank = read_rank(config.dflash_config)
+        if rank is not None:
+            # vLLM's proposer brings every drafter's model along: not where no head is to be served.
+            from laguna_serve.plugins.models.dflash_drafts import serve_head
+
+            self.model.sequential_head = SequentialHead(config.vocab_size, config.hidden_size, rank)
+            serve_head()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laguna_serve.plugins.layers import DEFAULTS, FULL, SLIDING
+from laguna_serve.plugins.sequential_head import HEAD, HeadError, read_rank
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
@@ -56,6 +57,7 @@ class Drafter:
         block_size: the block that it was trained on: the last accepted token and the proposals.
         causal: whether a place of the block sees those behind it, where the file says so.
         verifier: the model that it was trained for, where the file says so.
+        head_rank: of its sequential head, where it has one.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Drafter:
     target_layers: int | None = None
     causal: bool | None = None
     verifier: str | None = None
+    head_rank: int | None = None
 
     @property
     def max_gamma(self) -> int:
@@ -143,7 +146,15 @@ def _read_laguna(folder: Path, config: ConfigJson) -> Drafter:
         attention=attention,
         target_layers=dflash.positive("num_target_layers") if "num_target_layers" in dflash.config else None,
         causal=_read_causal(dflash),
+        head_rank=_read_head_rank(folder, dflash),
     )
+
+
+def _read_head_rank(folder: Path, dflash: Fields) -> int | None:
+    try:
+        return read_rank(dflash.config)
+    except HeadError as error:
+        raise CheckpointError(f"{folder}: {error}; check config.json") from None
 
 
 def _read_block_size(fields: Fields, dflash: Fields) -> int:
@@ -191,6 +202,10 @@ def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
         )
     if config.get("sample_from_anchor"):
         raise fields.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
+    for part in (config, config.get("dflash_config")):
+        if isinstance(part, dict) and part.get(HEAD) is not None:
+            remedy = f"only {ARCHITECTURE} has a place for it"
+            raise CheckpointError(f"{folder}: expected no {HEAD} in the speculators format, got one; {remedy}")
     count = layers.layers()
     speculators = config.get("speculators_config")
     verifier = speculators.get("verifier") if isinstance(speculators, dict) else None

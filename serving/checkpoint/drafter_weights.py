@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from laguna_serve.plugins.sequential_head import HEAD as SEQUENTIAL_HEAD
+from laguna_serve.plugins.sequential_head import head_shapes
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 
@@ -51,6 +53,11 @@ def check_weights(folder: Path, drafter: Drafter) -> None:
         raise CheckpointError(
             f"{folder}: expected {expected}, got q_proj; join the three, as vLLM loads no others here"
         )
+    if drafter.head_rank is None:
+        stray = next((name for name in headers if name.startswith(f"{SEQUENTIAL_HEAD}.")), None)
+        if stray is not None:
+            expected = f"dflash_config.{SEQUENTIAL_HEAD} in a drafter's config.json with {stray}"
+            raise CheckpointError(f"{folder}: expected {expected}, got none; {FETCH}")
     for name, shape in expected_tensors(drafter).items():
         header = headers.get(name)
         if header is None:
@@ -79,6 +86,8 @@ def expected_tensors(drafter: Drafter) -> dict[str, tuple[int, ...]]:
         shapes |= {f"aux_hidden_norms.{tap}.weight": (drafter.target_hidden_size,) for tap in range(taps)}
     elif drafter.draft_vocab_size != drafter.target_vocab_size:
         shapes[HEAD] = (drafter.draft_vocab_size, H)
+    if drafter.head_rank is not None:
+        shapes |= head_shapes(drafter.draft_vocab_size, H, drafter.head_rank)
     for layer, heads in enumerate(a.heads):
         parts: dict[str, tuple[int, ...]] = {"input_layernorm": (H,), "post_attention_layernorm": (H,)}
         parts |= {"self_attn.q_norm": (D,), "self_attn.k_norm": (D,), "self_attn.o_proj": (H, heads * D)}

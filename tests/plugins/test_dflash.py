@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from probes import run_program
+from sequential_toy import make_sequential
 
 pytestmark = pytest.mark.vllm
 TESTS = Path(__file__).resolve().parent.parent
@@ -102,12 +103,15 @@ def make_published(folder: Path) -> Path:
     return folder
 
 
-MAKERS = {"deep": make_deep_speculators, "published": make_published}
+MAKERS = {"deep": make_deep_speculators, "published": make_published, "head": make_sequential}
 
 
 @pytest.fixture(
     scope="module",
-    params=[("dflash", 7), ("dflash", 3), ("dflash-speculators", 7), ("deep", 5), ("published", 15)],
+    params=[
+        *(("dflash", 7), ("dflash", 3), ("dflash-speculators", 7), ("deep", 5), ("published", 15)),
+        *(("head", 7), ("head", 3)),
+    ],
     ids=lambda case: f"{case[0]}-gamma{case[1]}",
 )
 def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

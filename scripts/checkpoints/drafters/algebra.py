@@ -15,6 +15,7 @@ Besides, Laguna's heads may have an output gate, and the speculators' drafter a 
   the other direction W (a ⊙ u) must be W (v ⊙ u): a and v must be equal in every layer.
 - A gate whose matrix is zero multiplies with softplus(0) = ln 2, which folds into the output projection.
 - Laguna's drafter uses the target's embedding and head; a drafter with others cannot be said in its format.
+- The speculators' drafter has no sequential head.
 
 Source: models/laguna_dflash.py and models/qwen3_dflash.py of vLLM 0.32.
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from laguna_serve.plugins.layers import SPARSE, resolve_layer_kinds
+from laguna_serve.plugins.sequential_head import HEAD
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     SHARED_KEYS,
     describe_laguna,
@@ -75,6 +77,9 @@ def to_speculators(
     """
     done = Conversion()
     layers, heads = config["num_hidden_layers"], _heads(config)
+    if HEAD in config["dflash_config"]:
+        done.lost["sequential head"] = "the speculators' drafter chooses all places of a block at once"
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{HEAD}.")}
     _note_unknown(done, tensors, KNOWN_LAGUNA)
     _drop_tap_norms(done, tensors, config)
     gate = _fold_gates(done, tensors, layers)

@@ -11,6 +11,7 @@ Source: DFlash (arXiv:2602.06036); models/laguna_dflash.py and v1/spec_decode/df
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from laguna_serve.plugins.models.dflash_head import SequentialHead
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 
 IGNORED = -100  # a label that no loss counts
@@ -144,6 +146,14 @@ class LagunaDrafter(nn.Module):
         self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(DrafterLayer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.sequential_head: SequentialHead | None = None
+        if shape.head_rank is not None:
+            self.add_head(shape.head_rank)
+
+    def add_head(self, rank: int) -> None:
+        """Give it a sequential head, which has no effect yet."""
+        self.shape = replace(self.shape, head_rank=rank)
+        self.sequential_head = SequentialHead(self.shape.vocab_size, self.shape.hidden_size, rank)
 
     def forward(
         self,
@@ -167,8 +177,12 @@ class LagunaDrafter(nn.Module):
         return out
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of final hidden states [..., H] through the target's head [V, H]."""
+        """Logits [..., V] of final hidden states [..., H] through the target's head [V, H], without the drafter's."""
         return F.linear(hidden, head)
+
+    def condition(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Complete the logits [..., γ, V] of blocks with the tokens before each place [..., γ], the anchor's first."""
+        return logits if self.sequential_head is None else logits + self.sequential_head(hidden, previous)
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return what the logits are to predict for the target's tokens, or `IGNORED` where they cannot."""
@@ -179,7 +193,14 @@ class LagunaDrafter(nn.Module):
         self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor, head: torch.Tensor
     ) -> list[int]:
         """Propose γ greedy tokens after `anchor`, given the target's states [T, taps, H] of all tokens before it."""
-        return self.logits(self.draft(anchor, hidden_states, gamma, embedding), head).argmax(-1).tolist()
+        hidden = self.draft(anchor, hidden_states, gamma, embedding)
+        logits = self.logits(hidden, head)
+        proposed: list[int] = []
+        for place in range(gamma):
+            previous = torch.tensor([anchor, *proposed])
+            known = self.condition(logits[: place + 1], hidden[: place + 1], previous)
+            proposed.append(int(known[place].argmax()))
+        return proposed
 
     @torch.no_grad()
     def draft(self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor) -> torch.Tensor:

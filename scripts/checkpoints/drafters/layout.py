@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_dropped_rope
+from laguna_serve.plugins.sequential_head import describe_rank
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -26,6 +27,7 @@ def describe_laguna(
     causal: bool,
     gated: bool,
     rope: Mapping[str, Any],
+    head_rank: int | None = None,
     dtype: str = "bfloat16",
 ) -> ConfigJson:
     """Describe a config.json in the published layout.
@@ -37,8 +39,9 @@ def describe_laguna(
         layer_ids: the target's layers that are tapped, counted from 0.
         num_target_layers: how many layers the target has; None where that is not known.
         rope: rotary parameters of every layer.
+        head_rank: of the sequential head, where there is one.
     """
-    dflash: JsonObject = {"block_size": block_size, "mask_token_id": mask_token_id}
+    dflash: JsonObject = {"block_size": block_size, "mask_token_id": mask_token_id, **describe_rank(head_rank)}
     if num_target_layers is not None:
         dflash["num_target_layers"] = num_target_layers
     window = {"sliding_window": sizes["sliding_window"]} if sizes.get("sliding_window") else {}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from laguna_serve.plugins.layers import FULL, SLIDING
+from laguna_serve.plugins.sequential_head import read_rank
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     describe_laguna,
     read_block_size,
@@ -21,7 +22,10 @@ MAX_POSITIONS = 2048
 
 @dataclass(frozen=True, slots=True)
 class DrafterShape:
-    """What a drafter is made of; `target_layer_ids` count the target's layers from 0, each tapped after the layer."""
+    """What a drafter is made of; `target_layer_ids` count the target's layers from 0, each tapped after the layer.
+
+    `head_rank` is its sequential head's, where it has one (plugins/models/dflash_head.py).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +45,7 @@ class DrafterShape:
     causal: bool = False
     sliding_window: int | None = None
     token_ids: JsonObject = field(default_factory=dict)
+    head_rank: int | None = None
 
     @property
     def gamma(self) -> int:
@@ -58,6 +63,7 @@ class DrafterShape:
                 mask_token_id=self.mask_token_id,
                 causal=self.causal,
                 gated=self.gated,
+                head_rank=self.head_rank,
                 rope={
                     "rope_type": "default",
                     "rope_theta": self.rope_theta,
@@ -91,4 +97,5 @@ class DrafterShape:
             gated=bool(config.get("gating", True)),
             causal=bool(dflash.get("causal")),
             sliding_window=config["sliding_window"] if SLIDING in read_layer_types(config) else None,
+            head_rank=read_rank(dflash),
         )

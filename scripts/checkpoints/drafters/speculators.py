@@ -49,6 +49,7 @@ class SpeculatorsDrafter(LagunaDrafter):
         self.layers = nn.ModuleList(DrafterLayer(shape, laguna_style=False) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = linear(shape.hidden_size, len(vocabulary)) if own_head else None
+        self.sequential_head = None  # the format has no place for one
         to_draft = torch.full((shape.vocab_size,), IGNORED)
         to_draft[vocabulary] = torch.arange(len(vocabulary))
         self.register_buffer("vocabulary", vocabulary, persistent=False)

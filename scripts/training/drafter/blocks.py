@@ -80,7 +80,11 @@ class Batch:
     shared: Shared
 
     def draft(self, drafter: LagunaDrafter, anchors: torch.Tensor, *, target: bool) -> Drafted:
-        """Draft behind `anchors` [B, A] (positions), with the target's logits if asked."""
+        """Draft behind `anchors` [B, A] (positions), with the target's logits if asked.
+
+        A sequential head is told what the target said at the places before: what a draft has seen whose earlier places
+        were all accepted, and of no others is it asked whether it is.
+        """
         device, head = self.shared.device, self.shared.head
         index = anchors[..., None] + torch.arange(drafter.shape.gamma + 1)
         inside = index.clamp_max(self.tokens.shape[1] - 1)
@@ -95,9 +99,10 @@ class Batch:
             torch.arange(longest, device=device).expand(len(tokens), -1),
             make_mask(drafter.shape, anchors, longest).to(device),
         )
-        followed = tokens[..., 1:].to(device)
+        followed, previous = tokens[..., 1:].to(device), tokens[..., :-1].to(device)
+        hidden = hidden.view(*index.shape, -1)[:, :, 1:]
         return Drafted(
-            logits=drafter.logits(hidden.view(*index.shape, -1)[:, :, 1:], head.weight),
+            logits=drafter.condition(drafter.logits(hidden, head.weight), hidden, previous),
             labels=drafter.labels(followed),
             tokens=followed,
             known=(index[..., 1:] < self.lengths[:, None, None]).to(device),

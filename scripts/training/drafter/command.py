@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   laguna drafter train MODEL --prompts prompts.jsonl --temperature 0 1 --out DIR       starts an engine for the answers
   laguna drafter train MODEL --prompts prompts.jsonl --endpoint http://host:8000 --warm-start DRAFTER --out DIR
   laguna drafter train MODEL --tokens traffic.jsonl --loss dspark --warm-start DRAFTER --out DIR
+  laguna drafter train MODEL --tokens traffic.jsonl --loss dspark --warm-start DRAFTER --sequential-head 64 --out DIR
   laguna drafter train MODEL --prompts prompts.jsonl --format speculators --out DIR --dry-run     what would it take?
 
 --prompts: JSON Lines of {"prompt": text or token ids} or {"messages": […]}.

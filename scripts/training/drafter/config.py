@@ -63,6 +63,10 @@ class DrafterTrainConfig:
     draft_vocab: Annotated[
         int | None, Flag("speculators: tokens it can draft, the most frequent ones (default 32000)", at_least=2)
     ] = None
+    sequential_head: Annotated[
+        int | None,
+        Flag("rank of a head that drafts a block's places one after the other, such as 64", metavar="RANK", at_least=1),
+    ] = None
 
     loss: Annotated[Literal["ce", "dspark"], Flag("default ce", group="training")] = "ce"
     steps: Annotated[int, Flag("default 2000", metavar="N", at_least=1)] = 2000
@@ -94,6 +98,8 @@ class DrafterTrainConfig:
             raise FlagError(
                 "--draft-vocab: expected --format speculators with it, got laguna, which drafts every token"
             )
+        if self.sequential_head is not None and self.format == "speculators":
+            raise FlagError("--sequential-head: expected --format laguna with it, got speculators; leave one out")
         shaped = [name for name in ("layers", "taps", "width", "heads", "mask_token", "draft_vocab") if self._has(name)]
         if self.warm_start is not None and shaped:
             flag = "--" + shaped[0].replace("_", "-")
@@ -106,7 +112,7 @@ class DrafterTrainConfig:
     def new(self) -> NewDrafter:
         """The drafter that is made where none is continued."""
         names = ("format", "layers", "taps", "width", "heads", "block_size", "mask_token", "draft_vocab")
-        return NewDrafter(**{name: getattr(self, name) for name in names})
+        return NewDrafter(**{name: getattr(self, name) for name in names}, head_rank=self.sequential_head)
 
     @property
     def work_folder(self) -> Path:

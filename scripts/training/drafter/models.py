@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from laguna_serve.plugins.layers import DENSE, SPARSE, resolve_layer_kinds
+from laguna_serve.plugins.sequential_head import HEAD, describe_rank
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.layout import read_rope
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
@@ -38,6 +39,7 @@ class NewDrafter:
         taps: the target's layers whose states it reads, counted from 0.
         mask_token: what stands in the block's open places, a token that is never written.
         draft_vocab: of the speculators format, how many of the target's tokens it can draft.
+        head_rank: of its sequential head, where it is to have one.
     """
 
     format: Format = "laguna"
@@ -48,6 +50,7 @@ class NewDrafter:
     block_size: int = 8
     mask_token: int | None = None
     draft_vocab: int | None = None
+    head_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +100,7 @@ def choose_shape(target: Target, new: NewDrafter, mask_token: int | None) -> Dra
         intermediate_size=new.width or 4 * H,
         block_size=new.block_size,
         partial_rotary_factor=0.5 if new.format == LAGUNA else 1.0,
+        head_rank=new.head_rank,
     )
 
 
@@ -135,14 +139,19 @@ def count_parameters(shape: DrafterShape, new: NewDrafter) -> int:
         return Made(SpeculatorsDrafter(shape, torch.arange(size)), {}).parameters
 
 
-def read_warm(folder: Path, target: Target) -> Drafter:
-    """Read the config of a drafter that is to be continued.
+def read_warm(folder: Path, target: Target, head_rank: int | None = None) -> Drafter:
+    """Read the config of a drafter that is to be continued; `head_rank`: of the sequential head that it is to have.
 
     Raises:
-        CheckpointError: it does not fit the target, or has parts that cannot be trained here.
+        CheckpointError: it does not fit the target, has parts that cannot be trained here, or cannot have the head.
     """
     drafter = open_drafter(folder, str(folder))
     check_fit(target, drafter)
+    if head_rank is not None and drafter.format != LAGUNA:
+        raise CheckpointError(f"{folder}: expected Laguna's format for a {HEAD}, got {drafter.format}; leave it out")
+    if head_rank is not None and drafter.head_rank not in (None, head_rank):
+        got = f"one of rank {drafter.head_rank}"
+        raise CheckpointError(f"{folder}: expected no {HEAD}, or one of rank {head_rank}, got {got}; leave it out")
     for what in _list_untrainable(read_config(folder), drafter):
         raise CheckpointError(f"{folder}: expected a drafter that can be trained on, got one with {what}; start anew")
     return drafter
@@ -168,10 +177,15 @@ def _read_kinds(config: ConfigJson) -> list[str]:
     return [DENSE] if not config.get("num_experts", 0) else resolve_layer_kinds(config)
 
 
-def load_warm(folder: Path, drafter: Drafter) -> Made:
-    """Load the drafter that `read_warm` has read, fp32."""
+def load_warm(folder: Path, drafter: Drafter, head_rank: int | None = None, seed: int = 0) -> Made:
+    """Load the drafter that `read_warm` has read, fp32; a head that it has not yet is without effect."""
     kind = SpeculatorsDrafter if drafter.format == SPECULATORS else LagunaDrafter
-    return Made(kind.load(folder), read_config(folder))
+    module, config = kind.load(folder), read_config(folder)
+    if head_rank is None or drafter.head_rank is not None:
+        return Made(module, config)
+    torch.manual_seed(seed)
+    module.add_head(head_rank)
+    return Made(module, config | {"dflash_config": config["dflash_config"] | describe_rank(head_rank)})
 
 
 def list_taps(drafter: Drafter) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ training/                     before.json and training.state: drafter, optimiser
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
+from laguna_serve.plugins.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.headers import read_headers
 from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared
@@ -117,7 +119,13 @@ class Run:
         if self.warm is None:
             return count_parameters(self._shape, self.config.new)
         headers, _ = read_headers(Path(self.warm.name), self.warm.name)
-        return sum(entry.numel for name, entry in headers.items() if name not in ("d2t", "t2d", "embed_tokens.weight"))
+        counted = sum(
+            entry.numel for name, entry in headers.items() if name not in ("d2t", "t2d", "embed_tokens.weight")
+        )
+        rank = self.config.sequential_head
+        if rank is None or self.warm.head_rank is not None:
+            return counted
+        return counted + sum(map(math.prod, head_shapes(self.target.vocab_size, self.warm.hidden_size, rank).values()))
 
     def train(self) -> DrafterTrainResult:
         """Every stage, or what is missing of it; writes drafter and result."""
@@ -194,7 +202,7 @@ class Run:
 
     def _make(self, rows: list[Row], shared: Shared) -> Made:
         if self.warm is not None:
-            return load_warm(Path(self.warm.name), self.warm)
+            return load_warm(Path(self.warm.name), self.warm, self.config.sequential_head, self.config.seed)
         answers = torch.cat([row.tokens[row.start :].long() for row in rows])
         return make_drafter(self._shape, self.config.new, self.target, shared.head.weight, answers, self.config.seed)
 
@@ -235,7 +243,11 @@ def open_run(config: DrafterTrainConfig) -> Run:
 
     folder = require_folder(config.target)
     target = read_target(folder)
-    warm = None if config.warm_start is None else read_warm(require_folder(config.warm_start), target)
+    warm = (
+        None
+        if config.warm_start is None
+        else read_warm(require_folder(config.warm_start), target, config.sequential_head)
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:

@@ -276,6 +276,19 @@ def test_traffic_that_is_still_being_written_is_read(tmp_path: Path) -> None:
         (["--prompts", "{prompts}", "--taps", "1,9"], "--taps: expected different layers of the target, 0 to 5"),
         (["--prompts", "{prompts}", "--warm-start", "{toy}/dflash", "--layers", "3"], "--layers: expected the shape"),
         (["--prompts", "{prompts}", "--draft-vocab", "9"], "--draft-vocab: expected --format speculators"),
+        (
+            ["--prompts", "{prompts}", "--sequential-head", "8", "--format", "speculators"],
+            "--sequential-head: expected --format laguna",
+        ),
+        (["--prompts", "{prompts}", "--sequential-head", "0"], "--sequential-head"),
+        (
+            ["--prompts", "{prompts}", "--sequential-head", "8", "--warm-start", "{toy}/dflash-speculators"],
+            "expected Laguna's format for a sequential_head",
+        ),
+        (
+            ["--prompts", "{prompts}", "--sequential-head", "8", "--warm-start", "{headed}"],
+            "expected no sequential_head, or one of rank 8, got one of rank 4",
+        ),
         (["--prompts", "{prompts}", "--temperature", "1", "1"], "--temperature: expected different temperatures"),
         (["--prompts", "{prompts}", "--mask-token", "512"], "--mask-token: expected 0 to 511, got 512"),
         (["--tokens", "{strange}"], "below 512, the target's vocabulary, got 900"),
@@ -295,7 +308,8 @@ def test_what_cannot_work_is_refused_in_one_line(
     LagunaDrafter(replace(shape, vocab_size=600)).save(tmp_path / "other")
     LagunaDrafter(replace(shape, target_layer_ids=(9,), num_target_layers=None)).save(tmp_path / "deep")
     names = {"prompts": TOY / "prompts.jsonl", "toy": TOY, "strange": strange}
-    names |= {"other": tmp_path / "other", "deep": tmp_path / "deep"}
+    LagunaDrafter(replace(shape, head_rank=4)).save(tmp_path / "headed")
+    names |= {"headed": tmp_path / "headed", "other": tmp_path / "other", "deep": tmp_path / "deep"}
     given = [flag.format(**names) for flag in flags]
     try:
         status: Any = main([str(TOY / "teacher"), "--out", str(tmp_path / "out"), *given])

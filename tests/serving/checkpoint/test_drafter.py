@@ -64,6 +64,16 @@ def test_unreadable_drafter_is_named(
             {"dflash_config": {"target_layer_ids": [1], "mask_token_id": 3, "sample_from_anchor": True}},
             "expected dflash_config.sample_from_anchor to be false",
         ),
+        (
+            DRAFTER,
+            {"dflash_config": {**DRAFTER["dflash_config"], "sequential_head": {"rank": 0}}},
+            r'expected dflash_config.sequential_head to be {"rank": an integer from 1 on}, got {.rank.: 0}',
+        ),
+        (
+            SPECULATORS,
+            {"sequential_head": {"rank": 8}},
+            "expected no sequential_head in the speculators format, got one",
+        ),
         (SPECULATORS, {"sample_from_anchor": True}, "expected sample_from_anchor to be false"),
         (
             SPECULATORS,
@@ -166,6 +176,40 @@ def test_weights_that_do_not_fit_their_config_are_named(
     with pytest.raises(CheckpointError, match=message) as caught:
         check_weights(folder, read_drafter(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (
+            lambda t: t.pop("sequential_head.mix.weight"),
+            r"expected tensor sequential_head.mix.weight \[16, 16\], got none",
+        ),
+        (
+            lambda t: t.update({"sequential_head.out.weight": np.zeros((9, 8), np.float16)}),
+            r"expected sequential_head.out.weight \[\d+, 8\], got \[9, 8\]",
+        ),
+    ],
+)
+def test_head_that_does_not_fit_its_config_is_named(
+    make_checkpoint: MakeCheckpoint, action: Callable[[Tensors], object], message: str
+) -> None:
+    dflash = {**DRAFTER["dflash_config"], "sequential_head": {"rank": 8}}
+    folder = make_checkpoint("drafter", DRAFTER, dflash_config=dflash)
+    write_drafter_weights(folder)
+    check_weights(folder, read_drafter(folder))
+    change(folder, action)
+    with pytest.raises(CheckpointError, match=message):
+        check_weights(folder, read_drafter(folder))
+
+
+def test_head_that_config_json_does_not_name_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    """Stock vLLM would end in a KeyError."""
+    folder = make_checkpoint("drafter", DRAFTER)
+    write_drafter_weights(folder)
+    change(folder, lambda t: t.update({"sequential_head.mix.weight": np.zeros((16, 16), np.float16)}))
+    with pytest.raises(CheckpointError, match=r"expected dflash_config.sequential_head .*, got none"):
+        check_weights(folder, read_drafter(folder))
 
 
 def test_full_vocabulary_shares_the_targets_head(make_checkpoint: MakeCheckpoint) -> None:

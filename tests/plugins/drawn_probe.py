@@ -1,0 +1,97 @@
+"""Draw drafts for the toy teacher and write down what was drawn, and from what verification is told that it was.
+
+    python drawn_probe.py TOY_FOLDER DRAFTER OUT.json
+
+It wraps and calls methods of vLLM's proposer on the instance (checked against 0.32.0).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+TEMPERATURES = (0.6, 1.0)
+GAMMA, TOKENS = 5, 24
+COPIES, ROUNDS, PLACES = 64, 200, 3
+
+
+def main(toy: Path, drafter: Path, out: Path) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    import torch
+    from vllm import LLM, SamplingParams
+
+    speculation = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": GAMMA}
+    llm = LLM(
+        model=str(toy / "teacher"),
+        speculative_config={**speculation, "draft_sample_method": "probabilistic"},
+        dtype="float32",
+        max_num_seqs=4,
+        max_model_len=512,
+        kv_cache_memory_bytes=2**27,
+        enforce_eager=True,
+    )
+    engine: Any = llm.llm_engine
+    runner = engine.model_executor.driver_worker.worker.model_runner
+    proposer = runner.drafter
+    inner, blocks, held = proposer._sample_draft_tokens, [], {}
+
+    def sample(hidden: torch.Tensor, metadata: Any) -> Any:
+        held.update(hidden=hidden, metadata=metadata, anchors=proposer.input_ids.clone())
+        drafts, told = inner(hidden, metadata)
+        batch = runner.input_batch
+        rows = drafts.view(batch.num_reqs, -1)
+        chances = told.view(*rows.shape, -1).gather(-1, rows[..., None]).squeeze(-1)
+        for row in range(batch.num_reqs):
+            length = int(batch.num_tokens_no_spec[row])
+            blocks.append(
+                {
+                    "context": batch.token_ids_cpu[row, :length].tolist(),
+                    "anchor": int(proposer.input_ids[row * (rows.shape[1] + 1)]),
+                    "drafts": rows[row].tolist(),
+                    "told": chances[row].tolist(),
+                    "temperature": float(batch.temperature_cpu[row]),
+                }
+            )
+        return drafts, told
+
+    proposer._sample_draft_tokens = sample
+    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:4]]
+    wishes = [SamplingParams(temperature=t, max_tokens=TOKENS, ignore_eos=True) for t in TEMPERATURES * 2]
+    llm.generate(prompts, wishes, use_tqdm=False)
+    out.write_text(json.dumps({"blocks": blocks, "places": draw_often(proposer, inner, held)}))
+
+
+def draw_often(proposer: Any, sample: Any, held: dict[str, Any]) -> list[dict[str, Any]]:
+    """Draw blocks behind one anchor: shares of the first place's tokens, and of those behind the likeliest of it.
+
+    The expected ones are the head's, a place at a time.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    torch.manual_seed(0)
+    places = []
+    with torch.inference_mode():
+        hidden, prefix = held["hidden"][:PLACES], held["anchors"][:1].long()
+        proposer.num_speculative_tokens = PLACES
+        proposer.input_ids = prefix.repeat(COPIES * (PLACES + 1))
+        metadata = replace(held["metadata"], temperature=torch.ones(COPIES), all_random=True)
+        rounds = [sample(hidden.repeat(COPIES, 1), metadata)[0].view(COPIES, PLACES) for _ in range(ROUNDS)]
+        drawn = torch.cat(rounds)
+        head, logits = proposer.model.model.sequential_head, proposer.model.compute_logits(hidden)
+        for place in range(PLACES):
+            expected = (logits[place] + head(hidden[: place + 1], prefix)[place]).softmax(-1)
+            counts = torch.bincount(drawn[:, place], minlength=len(expected))
+            shares = counts / len(drawn)
+            places.append({"shares": shares.tolist(), "expected": expected.tolist(), "count": len(drawn)})
+            drawn = drawn[drawn[:, place] == counts.argmax()]
+            prefix = torch.cat([prefix, counts.argmax()[None]])
+    return places
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,138 @@
+"""A drafter's sequential head: its arithmetic, its config, and that drafts are drawn from what verification is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from probes import run_program
+from sequential_toy import RANK, TOY, make_sequential
+
+from laguna_serve.plugins.models.dflash_head import SequentialHead
+from laguna_serve.plugins.sequential_head import HeadError, head_shapes, read_rank
+
+V, H = 20, 12
+
+
+def make_head() -> SequentialHead:
+    torch.manual_seed(0)
+    head = SequentialHead(V, H, RANK)
+    head.out.weight.data.normal_()
+    return head
+
+
+@torch.no_grad()
+def test_it_adds_what_its_formula_says() -> None:
+    head = make_head()
+    hidden, tokens = torch.randn(3, H), [4, 17, 2]
+    weights = {name: tensor.double() for name, tensor in head.state_dict().items()}
+    state, expected = torch.zeros(RANK, dtype=torch.float64), []
+    for place, token in zip(hidden.double(), tokens, strict=True):
+        before = torch.cat([weights["tokens.weight"][token], state])
+        both = weights["mix.weight"] @ before + weights["places.weight"] @ place + weights["places.bias"]
+        gate, new = 1 / (1 + torch.exp(-both[:RANK])), torch.tanh(both[RANK:])
+        state = (1 - gate) * state + gate * new
+        expected.append(weights["out.weight"] @ state)
+    torch.testing.assert_close(head(hidden, torch.tensor(tokens)).double(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_place_depends_on_what_is_before_it_alone() -> None:
+    head = make_head()
+    hidden, tokens = torch.randn(2, 5, H), torch.randint(V, (2, 5))
+    whole = head(hidden, tokens)
+    torch.testing.assert_close(head(hidden[:, :3], tokens[:, :3]), whole[:, :3])
+    other = tokens.clone()
+    other[:, 3] = (other[:, 3] + 1) % V
+    changed = head(hidden, other)
+    assert torch.equal(changed[:, :3], whole[:, :3])
+    assert not torch.allclose(changed[:, 3:], whole[:, 3:], atol=1e-3)
+
+
+def test_it_begins_without_effect() -> None:
+    assert not SequentialHead(V, H, RANK)(torch.randn(2, 5, H), torch.randint(V, (2, 5))).any()
+
+
+def test_its_tensors_are_those_that_a_checkpoint_is_checked_for() -> None:
+    held = {f"sequential_head.{name}": tuple(tensor.shape) for name, tensor in make_head().state_dict().items()}
+    assert held == head_shapes(V, H, RANK)
+
+
+@pytest.mark.parametrize("said", [4, {}, {"rank": 0}, {"rank": True}, {"rank": "8"}, {"rank": 8, "kind": "gru"}])
+def test_what_is_no_head_is_refused(said: Any) -> None:
+    assert read_rank({}) is read_rank({"sequential_head": None}) is None
+    assert read_rank({"sequential_head": {"rank": 8}}) == 8
+    with pytest.raises(HeadError, match=r"expected dflash_config\.sequential_head to be .*, got"):
+        read_rank({"sequential_head": said})
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM's proposer drew, and from what (see drawn_probe.py)."""
+    folder = make_sequential(tmp_path_factory.mktemp("drawn") / "drafter")
+    out = folder.parent / "drawn.json"
+    run_program("drawn_probe.py", str(TOY), str(folder), str(out))
+    return {"drafter": folder, **json.loads(out.read_text())}
+
+
+@pytest.mark.vllm
+def test_verification_is_told_what_the_drafts_were_drawn_from(drawn: dict[str, Any]) -> None:
+    """Every place's distribution is that of plain PyTorch, given the places drawn before it, at each temperature."""
+    from transformers import LagunaForCausalLM
+
+    from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter, TapReader
+
+    teacher = LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval()
+    drafter = LagunaDrafter.load(drawn["drafter"])
+    taps = TapReader(teacher, drafter.shape.target_layer_ids)
+    blocks = 0
+    for block in drawn["blocks"]:
+        context, drafts, temperature = block["context"], block["drafts"], block["temperature"]
+        with torch.no_grad():
+            teacher.model(input_ids=torch.tensor([context]))
+            hidden = drafter.draft(context[-1], taps.read()[0][:-1], len(drafts), teacher.model.embed_tokens.weight)
+            logits = drafter.logits(hidden, teacher.lm_head.weight)
+            logits = drafter.condition(logits, hidden, torch.tensor([context[-1], *drafts[:-1]]))
+        expected = (logits / temperature).softmax(-1)
+        told = torch.tensor(block["told"])  # of the drafted tokens
+        torch.testing.assert_close(told, expected.gather(-1, torch.tensor(drafts)[:, None])[:, 0], rtol=2e-3, atol=1e-5)
+        blocks += 1
+    assert blocks > 30
+    assert len({block["temperature"] for block in drawn["blocks"]}) == 2
+
+
+@pytest.mark.vllm
+def test_drafts_are_drawn_from_it(drawn: dict[str, Any]) -> None:
+    """Many blocks of one context: each draft's share, and that of what follows it, are its probabilities."""
+    for place in drawn["places"]:
+        # Five standard errors, of shares of which most are near zero.
+        shares, expected, count = torch.tensor(place["shares"]), torch.tensor(place["expected"]), place["count"]
+        error = (expected * (1 - expected) / count).sqrt()
+        assert ((shares - expected).abs() <= 5 * error + 5 / count).all()
+    assert len(drawn["places"]) == 3
+
+
+@pytest.mark.vllm
+def test_a_drafter_with_a_head_takes_new_weights(run_model: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    first, second = make_sequential(tmp_path / "first"), make_sequential(tmp_path / "second", seed=1)
+    settings = {"prompts": 8, "speculative_config": speculate(first)}
+    updates = [{"folder": str(folder), "draft": True} for folder in (second, TOY / "dflash", first)]
+    report = run_model(TOY / "teacher", **settings, updates=updates)
+    fresh = run_model(TOY / "teacher", **settings | {"speculative_config": speculate(second)}, updates=[{"folder": ""}])
+    changed, without, restored = report["updates"]
+    assert changed["refused"] is restored["refused"] is None
+    assert "expected finite values for all of model.sequential_head" in without["refused"]
+    assert {tuple(map(tuple, update["tokens"])) for update in report["updates"]} == {
+        tuple(map(tuple, report["tokens"]))
+    }
+    before, with_second, still_second, again = report["accepted"]
+    assert with_second == still_second == fresh["accepted"][0] != before
+    assert again == before
+
+
+def speculate(drafter: Path) -> dict[str, Any]:
+    return {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 7}
