@@ -11,9 +11,11 @@ The methods are replaced when a drafter with a head is loaded, not before.  Chec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
@@ -56,6 +58,70 @@ def sample_draft_tokens(
     return torch.stack(drafts, 1).flatten(), torch.stack(probabilities, 1).flatten(0, 1) if probabilities else None
 
 
+def generate_draft(self: Any, stock: Callable[..., None], num_reqs: int, *args: Any, **kwargs: Any) -> None:
+    """`DFlashSpeculator._generate_draft`: write the drafts [requests, γ], and what they are drawn from where they are.
+
+    Nothing here depends on values, so that a CUDA graph can hold it, as it holds the stock method, which `stock` is.
+    """
+    head = find_head(self.model)
+    if head is None:
+        stock(self, num_reqs, *args, **kwargs)
+        return
+    gamma = self.num_speculative_steps
+    count = num_reqs * gamma
+    hidden = self._run_model(*args, **kwargs)[self.sample_indices[:count]]
+    logits = self.model.compute_logits(hidden).unflatten(0, (-1, gamma))
+    places, state = head.start(hidden.unflatten(0, (-1, gamma)))
+    positions, slots, columns = (
+        rows[:count].view(-1, gamma) for rows in (self.sample_pos, self.sample_idx_mapping, self.sample_col)
+    )
+    token = self.input_buffers.input_ids[: num_reqs * (gamma + 1) : gamma + 1]
+    for place in range(gamma):
+        state = head.advance(state, token, places[:, place])
+        # A position's random numbers are keyed by the one before it.
+        at = (slots[:, place], positions[:, place] - 1, columns[:, place])
+        token = _choose(self, logits[:, place] + head.bias(state), *at)
+        self.draft_tokens[:num_reqs, place] = token
+
+
+def _choose(
+    self: Any, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Choose a token for each row of logits as `DraftModelSpeculator.sample_draft` does, which asks for them itself."""
+    if self.draft_logits is None:
+        token = logits.argmax(dim=-1)
+    else:
+        from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+        draw = gumbel_sample if self.draft_watermarker is None else self.draft_watermarker.sample
+        token = draw(
+            logits,
+            slots,
+            self.temperature,
+            self.seeds,
+            positions,
+            apply_temperature=True,
+            is_drafting=True,
+            logits_cache=self.draft_logits,
+            logits_cache_col=columns,
+            use_fp64=self.use_fp64_gumbel,
+        )
+    self._maybe_predict_acceptance(logits, slots, columns)
+    return token
+
+
 def serve_head() -> None:
     """Replace vLLM's methods; calling it again changes nothing."""
     DFlashProposer._sample_draft_tokens = sample_draft_tokens
+    if current_platform.is_cpu():  # has the V1 runner alone
+        return
+    from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+
+    stock = DFlashSpeculator._generate_draft
+    if not getattr(stock, "serves_head", False):
+
+        def generate(self: DFlashSpeculator, *args: Any, **kwargs: Any) -> None:
+            generate_draft(self, stock, *args, **kwargs)
+
+        generate.serves_head = True  # type: ignore[attr-defined]
+        DFlashSpeculator._generate_draft = generate

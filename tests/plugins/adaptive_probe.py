@@ -1,6 +1,6 @@
 """Run the toy pair under a script of decisions, in this process, and write down tokens and proposals.
 
-    python adaptive_probe.py TOY_FOLDER
+    python adaptive_probe.py TOY_FOLDER DRAFTER
 
 One engine; each run replaces the policy, so that what differs is what was decided and nothing else.
 """
@@ -18,7 +18,7 @@ TOKENS = 40
 WIDTH = 7
 
 
-def main(toy: Path) -> None:
+def main(toy: Path, drafter: Path) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     from vllm import LLM, SamplingParams
 
@@ -37,7 +37,7 @@ def main(toy: Path) -> None:
 
     llm = LLM(
         model=str(toy / "teacher"),
-        speculative_config={"method": "dflash", "model": str(toy / "dflash"), "num_speculative_tokens": WIDTH},
+        speculative_config={"method": "dflash", "model": str(drafter), "num_speculative_tokens": WIDTH},
         worker_cls="laguna_serve.plugins.worker.AdaptiveCPUWorker",
         distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
         dtype="float32",
@@ -102,4 +102,4 @@ def main(toy: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -44,12 +44,11 @@ def main(toy: Path, drafter: Path, out: Path) -> None:
         batch = runner.input_batch
         rows = drafts.view(batch.num_reqs, -1)
         chances = told.view(*rows.shape, -1).gather(-1, rows[..., None]).squeeze(-1)
-        for row in range(batch.num_reqs):
-            length = int(batch.num_tokens_no_spec[row])
+        for row, request in enumerate(batch.req_ids):
             blocks.append(
                 {
-                    "context": batch.token_ids_cpu[row, :length].tolist(),
-                    "anchor": int(proposer.input_ids[row * (rows.shape[1] + 1)]),
+                    "request": request.partition("-")[0],
+                    "anchor": int(proposer.positions[row * (rows.shape[1] + 1)]),
                     "drafts": rows[row].tolist(),
                     "told": chances[row].tolist(),
                     "temperature": float(batch.temperature_cpu[row]),
@@ -60,7 +59,12 @@ def main(toy: Path, drafter: Path, out: Path) -> None:
     proposer._sample_draft_tokens = sample
     prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:4]]
     wishes = [SamplingParams(temperature=t, max_tokens=TOKENS, ignore_eos=True) for t in TEMPERATURES * 2]
-    llm.generate(prompts, wishes, use_tqdm=False)
+    answers = llm.generate(prompts, wishes, use_tqdm=False)
+    tokens = {answer.request_id: [*answer.prompt_token_ids, *answer.outputs[0].token_ids] for answer in answers}
+    for block in blocks:
+        block["context"] = tokens[block["request"]][: block["anchor"] + 1]
+    # Some were drafted behind the last token that was asked for.
+    blocks = [block for block in blocks if len(block["context"]) == block["anchor"] + 1]
     out.write_text(json.dumps({"blocks": blocks, "places": draw_often(proposer, inner, held)}))
 
 

@@ -11,8 +11,8 @@ TOY = Path(__file__).resolve().parent.parent / "toy"
 RANK = 8
 
 
-def make_sequential(folder: Path, seed: int = 0) -> Path:
-    """Write the drafter, with the toy's tokenizer."""
+def make_sequential(folder: Path, seed: int = 0, out_std: float = 0.7) -> Path:
+    """Write the drafter, with the toy's tokenizer; `out_std`: how much the head changes."""
     from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 
     toy = LagunaDrafter.load(TOY / "dflash")
@@ -22,6 +22,7 @@ def make_sequential(folder: Path, seed: int = 0) -> Path:
     assert drafter.sequential_head is not None
     for parameter in drafter.sequential_head.parameters():
         parameter.data.normal_(std=0.7)
+    drafter.sequential_head.out.weight.data.normal_(std=out_std)
     drafter.save(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((TOY / "dflash" / file).read_bytes())

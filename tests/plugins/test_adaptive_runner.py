@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 from probes import run_probe
+from sequential_toy import make_sequential
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
 
-@pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    ran: dict[str, Any] = run_probe("adaptive_probe.py", str(TOY))
+@pytest.fixture(scope="module", params=["dflash", pytest.param("head", marks=pytest.mark.slow)])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was decided and drafted, by the toy's drafter and by one with a sequential head."""
+    head = request.param == "head"
+    drafter = make_sequential(tmp_path_factory.mktemp("head") / "drafter", out_std=0.05) if head else TOY / "dflash"
+    ran: dict[str, Any] = run_probe("adaptive_probe.py", str(TOY), str(drafter))
     return ran
 
 

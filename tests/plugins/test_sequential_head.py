@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,46 @@ def test_what_is_no_head_is_refused(said: Any) -> None:
     assert read_rank({"sequential_head": {"rank": 8}}) == 8
     with pytest.raises(HeadError, match=r"expected dflash_config\.sequential_head to be .*, got"):
         read_rank({"sequential_head": said})
+
+
+@pytest.mark.vllm
+@torch.no_grad()
+def test_the_other_runner_drafts_the_same() -> None:
+    """V2's buffers, filled as it fills them, stand for the runner, which a CPU cannot run."""
+    from laguna_serve.plugins.models.dflash_drafts import generate_draft
+
+    head, gamma, requests = make_head(), 3, 2
+    matrix, states = torch.randn(V, H), torch.randn(requests * (gamma + 1), H)
+    anchors = torch.tensor([7, 11])
+    ids = torch.full((requests, gamma + 1), 3)
+    ids[:, 0] = anchors
+    rows = [request * (gamma + 1) + 1 + place for request in range(requests) for place in range(gamma)]
+    predicted: list[int] = []
+    inner = SimpleNamespace(sequential_head=head)
+    speculator = SimpleNamespace(
+        model=SimpleNamespace(model=inner, compute_logits=lambda hidden: hidden @ matrix.T),
+        num_speculative_steps=gamma,
+        sample_indices=torch.tensor([*rows, 0, 0]),
+        sample_pos=torch.arange(requests * gamma + 2),
+        sample_idx_mapping=torch.tensor([0] * gamma + [1] * gamma + [-1] * 2),
+        sample_col=torch.arange(gamma).repeat(4),
+        input_buffers=SimpleNamespace(input_ids=torch.cat([ids.flatten(), torch.zeros(5, dtype=torch.int64)])),
+        draft_logits=None,
+        draft_tokens=torch.zeros(4, gamma, dtype=torch.int64),
+        _run_model=lambda tokens: states,
+        _maybe_predict_acceptance=lambda logits, slots, columns: predicted.append(int(columns[0])),
+    )
+    generate_draft(speculator, pytest.fail, requests, len(states))
+    hidden = states[rows].view(requests, gamma, H)
+    previous = torch.cat([anchors[:, None], speculator.draft_tokens[:requests, :-1]], dim=1)
+    expected = (hidden @ matrix.T + head(hidden, previous)).argmax(-1)
+    assert torch.equal(speculator.draft_tokens[:requests], expected)
+    assert not torch.equal(expected, (hidden @ matrix.T).argmax(-1))
+    assert predicted == [0, 1, 2]
+    inner.sequential_head = None
+    asked: list[int] = []
+    generate_draft(speculator, lambda _self, *given: asked.extend(given), requests, len(states))
+    assert asked == [requests, len(states)]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LagunaForCausalLM
 
+from laguna_serve.plugins.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.compact import CompactConfig, compact
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.quantise import QuantiseConfig, quantise
@@ -133,6 +135,27 @@ def test_new_drafter_learns_and_a_warm_start_goes_on_from_it(traffic: Callable[[
     described = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
     assert described[0] == described[1]
     assert described[0]["aux_hidden_state_layer_ids"] == [3, 6]
+
+
+@pytest.mark.slow
+def test_a_head_begins_without_effect_and_learns(traffic: Callable[[str], Path], tmp_path: Path) -> None:
+    """Put on a drafter it changes nothing; trained, the next run goes on with it; another rank is refused."""
+    plain = train_drafter(describe("teacher", traffic("teacher"), tmp_path / "plain", layers=1, taps=(1, 4), width=64))
+    warm = {"warm_start": str(tmp_path / "plain"), "sequential_head": 6}
+    still = train_drafter(describe("teacher", traffic("teacher"), tmp_path / "still", **warm, steps=1, lr=0.0))
+    assert still.before == still.after
+    assert still.before[0].tau == pytest.approx(plain.after[0].tau, abs=0.05)  # stored in bf16 in between
+    assert still.parameters == plain.parameters + sum(map(math.prod, head_shapes(512, 160, 6).values()))
+    learned = train_drafter(describe("teacher", traffic("teacher"), tmp_path / "learned", **warm, steps=40))
+    assert learned.before == still.before
+    assert learned.after[0].tau > learned.before[0].tau
+    drafter = open_drafter(tmp_path / "learned", str(tmp_path / "learned"))
+    assert drafter.head_rank == 6
+    assert LagunaDrafter.load(tmp_path / "learned").sequential_head is not None
+    went_on = {"warm_start": str(tmp_path / "learned"), "steps": 1, "lr": 0.0}
+    again = train_drafter(describe("teacher", traffic("teacher"), tmp_path / "again", **went_on))
+    assert again.before[0].tau == pytest.approx(learned.after[0].tau, abs=0.05)
+    assert read_weights(tmp_path / "again") == read_weights(tmp_path / "learned")
 
 
 def run_states(folder: Path, out: Path, taps: tuple[int, ...] = (1, 3)) -> list[torch.Tensor]:
@@ -364,7 +387,11 @@ def test_full_disk_is_refused_before_anything_is_computed(
 
 
 @pytest.mark.vllm
-def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, pytest.param(16, marks=pytest.mark.slow)])
+def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(
+    rank: int | None, tmp_path: Path
+) -> None:
+    """Also with a head, which changes what is drafted after a few steps at a high rate."""
     lines = (TOY / "prompts.jsonl").read_text().splitlines()[:14]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(lines) + "\n")
@@ -378,9 +405,10 @@ def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(t
         held_out=3,
         out=tmp_path / "out",
         warm_start=str(TOY / "dflash"),
-        steps=3,
+        sequential_head=rank,
+        steps=3 if rank is None else 60,
         rows=2,
-        lr=1e-4,
+        lr=1e-4 if rank is None else 3e-3,
         threads=1,
         eager=True,
     )
@@ -407,4 +435,5 @@ def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(t
         counted = read_acceptance(served.base_url)
     assert counted is not None
     assert counted.length == pytest.approx(result.after[0].tau, rel=0.12)
+    assert rank is None or result.after[0] != result.before[0]
     assert counted.drafts == pytest.approx(result.after[0].steps, rel=0.2)
