@@ -29,7 +29,11 @@ HTTP_ONLY = {"serving", "evals", "bench"}
 # The ground floor of serving, which the rest of it and all the others stand on.
 GROUND_FLOOR = ("serving/machine", "serving/kit", "serving/client", "serving/checkpoint")
 # Names of layer kinds and of formats, without an import of the stack.
-LEAVES = {"laguna_serve.plugins.layers", "laguna_serve.plugins.formats.experts"}
+LEAVES = {
+    "laguna_serve.plugins.layers",
+    "laguna_serve.plugins.formats.experts",
+    "laguna_serve.plugins.formats.sequential_head",
+}
 # Each has one home: exit statuses, progress, whole files, the palette of figures, and so on.
 HOMES = {
     r"^HELD\b.*=": "serving/kit/cli.py",
@@ -52,7 +56,7 @@ ROOMS = {
         *("gateway", "service", "commands"),
     ),
     "serving/gateway": ("config", "wire", "telemetry", "engines", "relay", "clients"),
-    "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights"),
+    "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms"),
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel call it, and what it is compared with, in their own process.

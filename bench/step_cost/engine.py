@@ -12,10 +12,11 @@ from typing import IO
 
 import msgspec
 
-from laguna_serve.plugins.probes.step_probe import MARK
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import EngineError, plan_launch
 
+# Begins every line of the probe that is an answer.
+MARK = "step-probe: "
 PROBE = "laguna_serve.plugins.probes.step_probe"
 # vLLM's own flags come after `python -m MODULE`.
 ARGUMENTS = slice(3, None)
@@ -66,7 +67,7 @@ def open_engine(config: EngineConfig, log_path: Path) -> Iterator[StepEngine]:
     """Start an engine, and end it. Raises EngineError when it does not start."""
     launch = plan_launch(config)
     environment = launch.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", PROBE, json.dumps(launch.command[ARGUMENTS])]
+    command = [sys.executable, "-m", PROBE, MARK, json.dumps(launch.command[ARGUMENTS])]
     with log_path.open("w", encoding="utf-8") as log:
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True)

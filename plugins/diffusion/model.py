@@ -41,6 +41,8 @@ class Rotary(nn.Module):
 
     def __init__(self, config: LladaConfig) -> None:
         super().__init__()
+        self.cosines: torch.Tensor
+        self.sines: torch.Tensor
         half = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
         angles = torch.outer(torch.arange(config.max_sequence_length, dtype=torch.float32), config.rope_theta**-half)
         angles = torch.cat([angles, angles], -1)
@@ -89,12 +91,14 @@ class Block(nn.Module):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """Activations silu(gate) · up [..., n, wide] of the feed-forward part, for x [..., n, d] after attention."""
         normed = self.ff_norm(x)
-        return F.silu(self.ff_proj(normed)) * self.up_proj(normed)
+        activations: torch.Tensor = F.silu(self.ff_proj(normed)) * self.up_proj(normed)
+        return activations
 
     def finish(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Give the layer's output [..., n, d] for its input x and the attention's `mixed` [..., n, heads, head]."""
         x = x + self.attn_out(mixed.flatten(-2))
-        return x + self.ff_out(self.gate(x))
+        out: torch.Tensor = x + self.ff_out(self.gate(x))
+        return out
 
     def forward(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, causal: bool) -> torch.Tensor:
         """Run the layer on whole sequences [B, n, d], all positions seen, or in training those before."""

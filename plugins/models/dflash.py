@@ -17,9 +17,9 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.model_executor.models import laguna_dflash
 
+from laguna_serve.plugins.formats.sequential_head import read_rank
 from laguna_serve.plugins.layers import DEFAULT_ROPE, find_dropped_rope
 from laguna_serve.plugins.models.dflash_head import SequentialHead
-from laguna_serve.plugins.sequential_head import read_rank
 
 
 def complete_config(config: Any) -> None:

@@ -1,10 +1,10 @@
 """Decodes one prompt after another on an engine of this process, and says what its steps cost and which part of them.
 
-    python -m laguna_serve.plugins.probes.step_probe 'ARGUMENTS'
+    python -m laguna_serve.plugins.probes.step_probe MARK 'ARGUMENTS'
 
-ARGUMENTS: vLLM's flags, a JSON list.  A line of stdin is a request, `{"prompt": token ids or text, "max_tokens": N,
-"apart": bool}`; a line of stdout that begins with MARK is its answer, a `Decoded`, and the first one `null`, when the
-engine is up.  bench/step_cost reads them.
+MARK: what an answer's line is to begin with; ARGUMENTS: vLLM's flags, a JSON list.  A line of stdin is a request,
+`{"prompt": token ids or text, "max_tokens": N, "apart": bool}`; a line of stdout that begins with MARK is its answer, a
+`Decoded`, and the first one `null`, when the engine is up.  bench/step_cost reads them.
 
 Times are processor time of the whole process: what others take of the machine counts as little as it can.  Steps that
 read a prompt are left out.  With `apart`, every call of a part is timed, too, each call's time without that of the
@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from time import process_time_ns
 from typing import Any
 
-MARK = "step-probe: "
 FRONT, REST = "front end", "engine core, the rest"
 # Label → where its functions are: an attribute path from the engine core ("core") or the model runner ("runner").
 PARTS: dict[str, tuple[str, ...]] = {
@@ -150,12 +149,13 @@ class Steps:
 def main() -> None:
     """Start the engine, answer requests."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    engine = Steps(json.loads(sys.argv[1]))
-    print(f"{MARK}null", flush=True)
+    mark, arguments = sys.argv[1:]
+    engine = Steps(json.loads(arguments))
+    print(f"{mark}null", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         answer = engine.decode(request["prompt"], request["max_tokens"], apart=request["apart"])
-        print(f"{MARK}{json.dumps(answer)}", flush=True)
+        print(f"{mark}{json.dumps(answer)}", flush=True)
 
 
 if __name__ == "__main__":

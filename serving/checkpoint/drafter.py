@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from laguna_serve.plugins.formats.sequential_head import HEAD, HeadError, read_rank
 from laguna_serve.plugins.layers import DEFAULTS, FULL, SLIDING
-from laguna_serve.plugins.sequential_head import HEAD, HeadError, read_rank
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from laguna_serve.plugins.sequential_head import HEAD as SEQUENTIAL_HEAD
-from laguna_serve.plugins.sequential_head import head_shapes
+from laguna_serve.plugins.formats.sequential_head import HEAD as SEQUENTIAL_HEAD
+from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 

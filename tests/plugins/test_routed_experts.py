@@ -18,7 +18,7 @@ import pytest
 import torch
 from probes import run_probe
 
-from laguna_serve.scripts.training.rl.mismatch import TIE
+from laguna_serve.scripts.training.rl.off_policy.mismatch import TIE
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"

@@ -13,8 +13,8 @@ import torch
 from probes import run_program
 from sequential_toy import RANK, TOY, make_sequential
 
+from laguna_serve.plugins.formats.sequential_head import HeadError, head_shapes, read_rank
 from laguna_serve.plugins.models.dflash_head import SequentialHead
-from laguna_serve.plugins.sequential_head import HeadError, head_shapes, read_rank
 
 V, H = 20, 12
 

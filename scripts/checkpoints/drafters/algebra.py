@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from laguna_serve.plugins.formats.sequential_head import HEAD
 from laguna_serve.plugins.layers import SPARSE, resolve_layer_kinds
-from laguna_serve.plugins.sequential_head import HEAD
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     SHARED_KEYS,
     describe_laguna,

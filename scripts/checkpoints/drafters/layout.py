@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laguna_serve.plugins.formats.sequential_head import describe_rank
 from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_dropped_rope
-from laguna_serve.plugins.sequential_head import describe_rank
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.kit.results import JsonObject
 

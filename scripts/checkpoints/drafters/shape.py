@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from laguna_serve.plugins.formats.sequential_head import read_rank
 from laguna_serve.plugins.layers import FULL, SLIDING
-from laguna_serve.plugins.sequential_head import read_rank
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     describe_laguna,
     read_block_size,

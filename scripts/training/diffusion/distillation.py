@@ -50,8 +50,7 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, direction: D
     wanted, got = top.values.log_softmax(-1), student.gather(-1, top.indices).log_softmax(-1)
     first, second = (got, wanted) if direction == "student-teacher" else (wanted, got)
     divergence = (first.exp() * (first - second)).sum(-1).mean()
-    confidences = (x.softmax(-1).amax(-1) for x in (student, teacher))
-    error = F.mse_loss(*confidences)
+    error = F.mse_loss(student.softmax(-1).amax(-1), teacher.softmax(-1).amax(-1))
     return WEIGHTS[0] * chosen + WEIGHTS[1] * divergence + WEIGHTS[2] * error
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
+from laguna_serve.plugins.formats.sequential_head import HEAD, describe_rank
 from laguna_serve.plugins.layers import DENSE, SPARSE, resolve_layer_kinds
-from laguna_serve.plugins.sequential_head import HEAD, describe_rank
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.drafters.layout import read_rope
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape

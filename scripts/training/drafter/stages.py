@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
-from laguna_serve.plugins.sequential_head import head_shapes
+from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.headers import read_headers
 from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared

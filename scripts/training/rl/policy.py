@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import LagunaForCausalLM, PreTrainedTokenizerBase
 
-from laguna_serve.scripts.training.rl.importance import Correction, keep_completions, weigh_tokens
-from laguna_serve.scripts.training.rl.replay import UNKNOWN
+from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
+from laguna_serve.scripts.training.rl.off_policy.replay import UNKNOWN
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError
 
 CLIP = 0.2

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from laguna_serve.scripts.training.rl.importance import Correction
-from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
+from laguna_serve.scripts.training.rl.off_policy.importance import Correction
+from laguna_serve.scripts.training.rl.off_policy.mismatch import TrainerMismatch, watch_routers
+from laguna_serve.scripts.training.rl.off_policy.replay import replay_experts
 from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, make_batch, write_version
-from laguna_serve.scripts.training.rl.replay import replay_experts
 from laguna_serve.scripts.training.rl.rollouts import Rollout
 from laguna_serve.scripts.training.rl.steps import GrpoRun, OffPolicy, Step
 from laguna_serve.serving.checkpoint import CheckpointError

@@ -18,16 +18,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_laguna import make_tiny
 
-from laguna_serve.scripts import grpo
 from laguna_serve.scripts.training.drafter.data.records import Row
-from laguna_serve.scripts.training.rl import loop
+from laguna_serve.scripts.training.rl import loop, run
 from laguna_serve.scripts.training.rl.refresh import gate, live, refresher
+from laguna_serve.scripts.training.rl.refresh.buffer import ReplayBuffer
 from laguna_serve.scripts.training.rl.refresh.gate import find_accepted, judge
 from laguna_serve.scripts.training.rl.refresh.learner import Learner
 from laguna_serve.scripts.training.rl.refresh.live import Steps, falls_short, find_p_below
 from laguna_serve.scripts.training.rl.refresh.policy_states import PolicyStates
 from laguna_serve.scripts.training.rl.refresh.pushed import Pushed
-from laguna_serve.scripts.training.rl.refresh.replay import Replay
 from laguna_serve.scripts.training.rl.rollouts import Rollout
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.traffic import TrafficRecord
@@ -52,7 +51,7 @@ def answer(prompt: int, version: int, temperature: float = 1.0) -> TrafficRecord
 
 
 def test_replay_is_bounded_and_prefers_what_is_recent() -> None:
-    replay = Replay(size=60)
+    replay = ReplayBuffer(size=60)
     for version in range(10):
         replay.add([answer(prompt, version) for prompt in range(10)])
         replay.add([answer(0, version, temperature=0.0)])
@@ -64,14 +63,14 @@ def test_replay_is_bounded_and_prefers_what_is_recent() -> None:
 
 
 def test_replay_draws_shares_and_leaves_prompts_out() -> None:
-    replay = Replay(size=100)
+    replay = ReplayBuffer(size=100)
     assert replay.draw(4, 0.5, random.Random(0)) == []
     replay.add([answer(prompt, 0, temperature) for prompt in range(8) for temperature in (0.0, 1.0)])
     drawn = replay.draw(40, 0.25, random.Random(0), without={(3,), (4,)})
     assert sum(record.temperature == 0 for record in drawn) == 10
     assert not {3, 4} & {record.prompt_token_ids[0] for record in drawn}
     assert all(r.temperature == 1 for r in replay.draw(5, 0.25, random.Random(0), without={(p,) for p in range(8)}))
-    again = Replay(size=100)
+    again = ReplayBuffer(size=100)
     again.load(replay.dump())
     assert again == replay
 
@@ -218,14 +217,14 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Service:
     def open_fake(*_: Any) -> Iterator[Service]:
         yield fake
 
-    monkeypatch.setattr(grpo, "open_service", open_fake)
+    monkeypatch.setattr(run, "open_service", open_fake)
     monkeypatch.setattr(loop, "sample", write_answers)
     prompts = [{"id": f"{name}.py:1", "prompt": f"{name} = 1"} for name in map(chr, range(ord("A"), ord("Z") + 1))]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     return fake
 
 
-def describe(folder: Path, name: str, **changes: Any) -> grpo.GrpoConfig:
+def describe(folder: Path, name: str, **changes: Any) -> run.GrpoConfig:
     settings: dict[str, Any] = {
         "model": str(TOY / "teacher"),
         "draft": str(TOY / "dflash"),
@@ -242,7 +241,7 @@ def describe(folder: Path, name: str, **changes: Any) -> grpo.GrpoConfig:
         "refresh_every": 1,
         "refresh_steps": 2,
     }
-    return grpo.GrpoConfig(**settings | changes)
+    return run.GrpoConfig(**settings | changes)
 
 
 def read_run(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -279,7 +278,7 @@ def pass_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupted_run_goes_on_to_the_same_bits(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grpo.train_policy(describe(tmp_path, "whole"))
+    run.train_policy(describe(tmp_path, "whole"))
     whole = read_run(tmp_path / "whole")
     versions = [line["drafter"]["version"] for line in whole[0][:-1]]
     assert versions == ["d-0", "d-0", "d-1:step-1", "d-2:step-2"], "there is nothing to learn from in the first step"
@@ -295,11 +294,11 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "sample", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            grpo.train_policy(config)
+            run.train_policy(config)
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
     assert torch.load(config.out / "state.pt", weights_only=True)["step"] == 2
     service.pushes.clear()
-    grpo.train_policy(config)
+    run.train_policy(config)
     assert service.pushes[0] == ("step-2", "d-1:step-1"), "the engine gets the drafter that the state names"
     stopped = read_run(config.out)
     assert stopped[0] == whole[0]
@@ -311,7 +310,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
 def test_run_that_breaks_off_between_push_and_log_goes_on_from_what_was_saved(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grpo.train_policy(describe(tmp_path, "whole", measure_every=2))
+    run.train_policy(describe(tmp_path, "whole", measure_every=2))
     whole = read_run(tmp_path / "whole")
     config = describe(tmp_path, "broken", measure_every=2)
 
@@ -325,11 +324,11 @@ def test_run_that_breaks_off_between_push_and_log_goes_on_from_what_was_saved(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "find_length", break_off)  # between push and log
         with pytest.raises(OSError, match="killed"):
-            grpo.train_policy(config)
+            run.train_policy(config)
     assert service.pushes[-1] == ("step-4", "d-3:step-3")
     assert torch.load(config.out / "state.pt", weights_only=True)["step"] == 2
     service.pushes.clear()
-    grpo.train_policy(config)
+    run.train_policy(config)
     assert service.pushes[0] == ("step-2", "d-1:step-1"), "not the drafter that was pushed last, and never logged"
     broken = read_run(config.out)
     assert broken[0][-3:] == whole[0][-3:]
@@ -354,7 +353,7 @@ def test_bad_drafter_is_taken_back(service: Service, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Learner, "learn", spoil)
     monkeypatch.setattr(live, "LEAST_DRAFTS", 5)
     config = describe(tmp_path, "run", steps=3, max_tokens=24)
-    result = grpo.train_policy(config)
+    result = run.train_policy(config)
     notes = [step.drafter for step in result.log[:-1]]
     assert notes[1] is not None
     assert notes[1].pushed == "d-1:step-1"
@@ -371,7 +370,7 @@ def test_bad_drafter_is_taken_back(service: Service, tmp_path: Path, monkeypatch
 def test_refused_drafter_is_logged_and_not_pushed(service: Service, tmp_path: Path) -> None:
     """Answers of made-up tokens teach nothing that is shown on four prompts."""
     config = describe(tmp_path, "run", refresh_lr=0.0, steps=2)
-    log = grpo.train_policy(config).log
+    log = run.train_policy(config).log
     note = log[1].drafter
     assert note is not None
     assert note.gate is not None
@@ -421,7 +420,7 @@ def test_bad_drafter_in_a_real_engine_is_taken_back(tmp_path: Path, monkeypatch:
     config = describe(
         tmp_path, "run", prompts=TOY / "prompts.jsonl", prompts_per_step=8, group=4, max_tokens=24, refresh_steps=4
     )
-    log = grpo.train_policy(config).log
+    log = run.train_policy(config).log
     notes = [step.drafter for step in log[:-1]]
     assert [None if note is None else note.version for note in notes] == ["d-0", "d-0", "d-1:step-1", "d-0"]
     before, planted = notes[1], notes[2]
@@ -445,7 +444,7 @@ def test_rollouts_with_an_adaptive_gamma(tmp_path: Path, monkeypatch: pytest.Mon
     """The engine decides how much it drafts; a pushed drafter is held to the first place of its drafts alone."""
     monkeypatch.setattr(live, "LEAST_DRAFTS", 1)
     config = describe(tmp_path, "run", gamma="adaptive", prompts=TOY / "prompts.jsonl", steps=3, group=4, max_tokens=16)
-    log = grpo.train_policy(config).log
+    log = run.train_policy(config).log
     note = log[2].drafter
     assert note is not None
     assert (note.version, note.live is not None and note.live.places) == ("d-1:step-1", 1)

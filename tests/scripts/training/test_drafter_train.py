@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LagunaForCausalLM
 
-from laguna_serve.plugins.sequential_head import head_shapes
+from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.compact import CompactConfig, compact
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.checkpoints.quantise import QuantiseConfig, quantise

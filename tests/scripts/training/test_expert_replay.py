@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
+from laguna_serve.scripts.training.rl.off_policy.mismatch import TrainerMismatch, watch_routers
+from laguna_serve.scripts.training.rl.off_policy.replay import UNKNOWN, replay_experts
 from laguna_serve.scripts.training.rl.policy import RolloutBatch, find_logprobs, make_batch
-from laguna_serve.scripts.training.rl.replay import UNKNOWN, replay_experts
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError, sample_groups
 from laguna_serve.scripts.training.rl.service import open_service
 from laguna_serve.serving.engine import EngineConfig

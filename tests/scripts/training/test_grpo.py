@@ -16,9 +16,9 @@ import pytest
 import torch
 from mock_engine import MockEngine, Settings
 
-from laguna_serve.scripts import grpo
-from laguna_serve.scripts.training.rl.importance import Correction, keep_completions, weigh_tokens
-from laguna_serve.scripts.training.rl.mismatch import TrainerMismatch, watch_routers
+from laguna_serve.scripts.training.rl import run
+from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
+from laguna_serve.scripts.training.rl.off_policy.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
 from laguna_serve.scripts.training.rl.rollouts import Rollout, sample_groups
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -170,11 +170,11 @@ def test_unusable_prompts_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(CheckpointError, match="prompts"):
-        grpo.read_prompts(path)
+        run.read_prompts(path)
 
 
 def test_a_file_is_on_one_side() -> None:
-    prompts = grpo.read_prompts(TOY / "prompts.jsonl")
+    prompts = run.read_prompts(TOY / "prompts.jsonl")
     assert len(prompts.training) + len(prompts.held_out) == 512
     assert 64 < len(prompts.held_out) < 192
 

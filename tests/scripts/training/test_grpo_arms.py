@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.scripts import grpo_arms
 from laguna_serve.scripts.grpo import GrpoResult
-from laguna_serve.scripts.training.rl.arms.plot import draw_arms
-from laguna_serve.scripts.training.rl.arms.report import render_markdown
-from laguna_serve.scripts.training.rl.arms.result import (
+from laguna_serve.scripts.grpo_arms import run as grpo_arms
+from laguna_serve.scripts.grpo_arms.plot import draw_arms
+from laguna_serve.scripts.grpo_arms.report import render_markdown
+from laguna_serve.scripts.grpo_arms.result import (
     Arm,
     ArmRun,
     ArmsResult,
@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import RunDirError
 
-ENVIRONMENT = Environment(date="2026-01-01", command="python scripts/grpo_arms.py", other_load=0.25)
+ENVIRONMENT = Environment(date="2026-01-01", command="python scripts/grpo_arms", other_load=0.25)
 
 
 def describe(out: Path, **changes: Any) -> grpo_arms.ArmsConfig:

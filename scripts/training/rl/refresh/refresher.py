@@ -31,13 +31,13 @@ from laguna_serve.scripts.training.drafter.data.records import Rows, make_rows
 from laguna_serve.scripts.training.drafter.held_out import count_row
 from laguna_serve.scripts.training.drafter.models import list_taps, read_warm
 from laguna_serve.scripts.training.drafter.objective import Drafts
+from laguna_serve.scripts.training.rl.refresh.buffer import ReplayBuffer
 from laguna_serve.scripts.training.rl.refresh.gate import Counts, find_accepted, judge
 from laguna_serve.scripts.training.rl.refresh.learner import Learner, load_drafter
 from laguna_serve.scripts.training.rl.refresh.live import Steps, falls_short, find_p_below
 from laguna_serve.scripts.training.rl.refresh.notes import DrafterNote, GateNote, LiveNote, RefreshRun
 from laguna_serve.scripts.training.rl.refresh.policy_states import open_blocks
 from laguna_serve.scripts.training.rl.refresh.pushed import Pushed
-from laguna_serve.scripts.training.rl.refresh.replay import Replay
 from laguna_serve.serving.checkpoint import read_target
 from laguna_serve.serving.client.traffic import TrafficRecord
 
@@ -73,7 +73,7 @@ class Refresher:
         self._frozen = self._load(self._first)
         made = load_drafter(draft, self._target, drafting.gamma)
         self.learner = Learner(made, "dspark" if drafting.drafts == "probabilistic" else "ce", run.lr)
-        self.replay = Replay(run.replay)
+        self.replay = ReplayBuffer(run.replay)
         self.serving = self.proven = self._first
         self.pending: Pushed | None = None
         self._made = self._refusals = 0

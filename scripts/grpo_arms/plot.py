@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from laguna_serve.scripts.training.rl.arms.result import Arm, ArmRun, ArmsResult, find_clock
+from laguna_serve.scripts.grpo_arms.result import Arm, ArmRun, ArmsResult, find_clock
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.figures import BAD, GOOD, INK, SOFT, note_source, open_figure, style_axes
 
@@ -37,7 +37,7 @@ def draw_arms(result: ArmsResult, path: Path) -> None:
         axes[2][0].set_xlabel("step")
         axes[2][1].set_xlabel("processor seconds of engine and trainer, without measurements")
         seeds = len({run.seed for run in result.runs})
-        note_source(figure, 0.07, [f"scripts/grpo_arms.py, {seeds} seed{'s' if seeds > 1 else ''}"], bottom=0.02)
+        note_source(figure, 0.07, [f"scripts/grpo_arms, {seeds} seed{'s' if seeds > 1 else ''}"], bottom=0.02)
 
 
 def _draw(left: Axes, right: Axes, run: ArmRun, points: Points) -> None:

@@ -16,7 +16,7 @@ HALF_LIFE = 4.0
 
 
 @dataclass(slots=True)
-class Replay:
+class ReplayBuffer:
     """The last `size` sampled answers, and the last `size` greedy ones, in the order in which they came.
 
     A version is as old as there are different ones behind it.

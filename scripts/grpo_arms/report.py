@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laguna_serve.scripts.training.rl.arms.result import BAR, ArmsResult, ArmSummary
+from laguna_serve.scripts.grpo_arms.result import BAR, ArmsResult, ArmSummary
 from laguna_serve.serving.kit.environment import cite_environment
 
 HEAD = (

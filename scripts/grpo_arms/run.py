@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.scripts.grpo import GrpoResult, train_policy
-from laguna_serve.scripts.training.rl.arms.report import render_markdown
-from laguna_serve.scripts.training.rl.arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
+from laguna_serve.scripts.grpo_arms.report import render_markdown
+from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
 from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
+from laguna_serve.scripts.training.rl.run import GrpoResult, train_policy
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text
@@ -25,10 +25,10 @@ from laguna_serve.serving.kit.run_dir import RunDirError, check_out
 from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma_or_adaptive
 
 EXAMPLES = """examples:
-  python scripts/grpo_arms.py --model tests/toy/teacher --draft tests/toy/dflash --seeds 0,1 --out out/arms
-  python scripts/grpo_arms.py --model tests/toy/teacher --draft tests/toy/dflash --gamma adaptive --out out/adaptive
+  python scripts/grpo_arms --model tests/toy/teacher --draft tests/toy/dflash --seeds 0,1 --out out/arms
+  python scripts/grpo_arms --model tests/toy/teacher --draft tests/toy/dflash --gamma adaptive --out out/adaptive
   one arm alone, on another machine; its folder is then found here:
-    python scripts/grpo_arms.py … --arms none --out out/arms
+    python scripts/grpo_arms … --arms none --out out/arms
 
 exit status: 0 (τ − 1) of the refreshed drafter is 1.5 times the frozen one's at the last versions, 1 it is not,
 2 it could not run, 130 interrupted
@@ -98,7 +98,7 @@ class ArmsConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    command = Command("scripts/grpo_arms.py", ArmsConfig, __doc__, EXAMPLES, interrupted=CONTINUES, measures=True)
+    command = Command("scripts/grpo_arms", ArmsConfig, __doc__, EXAMPLES, interrupted=CONTINUES, measures=True)
     return command.run(
         argv,
         compare_arms,
@@ -124,7 +124,7 @@ def compare_arms(config: ArmsConfig) -> ArmsResult:
     result = ArmsResult(goal=config.goal, runs=tuple(runs), summaries=summaries, gains=find_gains(summaries))
     write_result(config.out / "arms.json", result)
     write_text(config.out / "arms.md", render_markdown(result))
-    from laguna_serve.scripts.training.rl.arms.plot import draw_arms  # takes a second to import
+    from laguna_serve.scripts.grpo_arms.plot import draw_arms  # takes a second to import
 
     draw_arms(result, config.out / "arms.png")
     return result
