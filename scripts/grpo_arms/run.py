@@ -74,7 +74,7 @@ class ArmsConfig:
             raise FlagError(f"--arms: expected different ones, got {', '.join(self.arms) or 'none'}")
 
     def describe(self, arm: Arm, seed: int) -> GrpoConfig:
-        """Describe one run."""
+        """Describe the run of an arm with a seed."""
         drafting = arm != "none"
         return GrpoConfig(
             model=self.model,

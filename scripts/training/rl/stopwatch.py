@@ -20,11 +20,11 @@ class Stopwatch:
         self._started = (0.0, 0.0, 0.0)
 
     def start(self) -> None:
-        """Begin a part."""
+        """Begin a part of the step."""
         self._started = self._read()
 
     def stop(self, part: str) -> None:
-        """End it."""
+        """End the part, under its name."""
         wall, own, engine = (now - then for now, then in zip(self._read(), self._started, strict=True))
         self.wall_s[part] = wall
         self.processor_s[part] = engine if part in OF_ENGINE else own

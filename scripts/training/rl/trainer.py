@@ -114,7 +114,7 @@ class Trainer:
         return self.folder, digests
 
     def keep(self) -> None:
-        """Keep this version."""
+        """Keep this version as a checkpoint."""
         write_version(self.model, self.tokenizer, self.out / "versions" / self.version)
 
     def save(self, drafter: dict[str, Any] | None = None) -> None:

@@ -17,6 +17,6 @@ class Pushed:
 
     @classmethod
     def of(cls, version: str, folder: Path) -> Pushed:
-        """Digest a folder."""
+        """Digest all files of a folder, by name."""
         files = sorted(folder.glob("*.safetensors"))
         return cls(version, folder, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
