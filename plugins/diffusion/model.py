@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,18 +133,29 @@ class Llada(nn.Module):
     @property
     def blocks(self) -> Iterable[Block]:
         """The layers from the first to the last."""
-        return self.model["transformer"]["blocks"]  # type: ignore[index,no-any-return]
+        blocks: Iterable[Block] = self._part("blocks")
+        return blocks
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The table of the ids' vectors."""
+        embedding: nn.Embedding = self._part("wte")
+        return embedding
+
+    def _part(self, name: str) -> Any:
+        transformer = self.model["transformer"]
+        assert isinstance(transformer, nn.ModuleDict)
+        return transformer[name]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embed ids [...] int64 as [..., d]."""
-        embedded: torch.Tensor = self.model["transformer"]["wte"](ids)  # type: ignore[index]
+        embedded: torch.Tensor = self.embedding(ids)
         return embedded
 
     def read_out(self, x: torch.Tensor) -> torch.Tensor:
         """Give the logits [..., vocab_size] fp32 of the last layer's x [..., d]."""
-        parts = self.model["transformer"]
-        head = parts["wte"] if self.config.weight_tying else parts["ff_out"]  # type: ignore[index]
-        logits = F.linear(parts["ln_f"](x), head.weight)  # type: ignore[index]
+        head = self.embedding if self.config.weight_tying else self._part("ff_out")
+        logits = F.linear(self._part("ln_f")(x), head.weight)
         return logits[..., : self.config.vocab_size].float()
 
     def forward(self, ids: torch.Tensor, wanted: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:

@@ -80,7 +80,7 @@ def start_model(seed: int) -> Llada:
 def _share_constant(model: Llada) -> float:
     """Give all embeddings the same first dimension, as large as the others together; its value after a norm."""
     size = model.config.d_model
-    embedding = model.model["transformer"]["wte"].weight  # type: ignore[index]
+    embedding = model.embedding.weight
     embedding.normal_(std=EMBEDDING_STD)
     embedding[:, 0] = EMBEDDING_STD * math.sqrt(size - 1)
     return math.sqrt(size / 2)

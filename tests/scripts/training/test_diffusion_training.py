@@ -87,8 +87,8 @@ def test_heads_start_at_their_distances() -> None:
         scores = torch.einsum("bihd,bjhd->hij", q, k) / math.sqrt(block.head_size)
         for head, distance in enumerate(distances):
             places = torch.arange(8, 56)
-            looked = scores[head].softmax(-1)[places].argmax(-1) - places
-            assert float((looked == distance).float().mean()) > 0.9
+            looked = scores[head].softmax(-1)[places]
+            assert float(looked[torch.arange(48), places + distance].mean()) > 0.25  # of 64 positions
         x = block(x, cosines, sines, False)
 
 
