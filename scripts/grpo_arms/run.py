@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
+
 from laguna_serve.scripts.grpo_arms.report import render_markdown
 from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
 from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
 from laguna_serve.scripts.training.rl.run import GrpoResult, train_policy
+from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
+from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import read_result, write_result
@@ -64,6 +68,9 @@ class ArmsConfig:
     refresh_steps: Annotated[int, Flag("of training in each (default 60)", metavar="N", at_least=1)] = 60
     refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
     threads: Annotated[int, Flag("of the trainer (default 1)", at_least=1)] = 1
+    so_far: Annotated[
+        bool, Flag("start nothing: compare what the runs' logs have, cut to the steps that all of them have")
+    ] = False
     goal: Annotated[float, Flag("held-out reward to which seconds are counted (default 0.9)")] = 0.9
 
     def __post_init__(self) -> None:
@@ -115,11 +122,7 @@ def compare_arms(config: ArmsConfig) -> ArmsResult:
         RunDirError: a folder holds another run. Whatever `train_policy` raises.
     """
     check_out(config.out)
-    runs = []
-    for seed in config.seeds:
-        for arm in config.arms:
-            ran = run_arm(config.describe(arm, seed))
-            runs.append(ArmRun(arm=arm, seed=seed, environment=ran.environment, run=ran.run, log=ran.log))
+    runs = read_so_far(config) if config.so_far else run_all(config)
     summaries = tuple(summarise(run, config.goal) for run in runs)
     result = ArmsResult(goal=config.goal, runs=tuple(runs), summaries=summaries, gains=find_gains(summaries))
     write_result(config.out / "arms.json", result)
@@ -128,6 +131,44 @@ def compare_arms(config: ArmsConfig) -> ArmsResult:
 
     draw_arms(result, config.out / "arms.png")
     return result
+
+
+def run_all(config: ArmsConfig) -> list[ArmRun]:
+    """Run what is missing of every arm."""
+    runs = []
+    for seed in config.seeds:
+        for arm in config.arms:
+            result = run_arm(config.describe(arm, seed))
+            runs.append(ArmRun(arm=arm, seed=seed, environment=result.environment, run=result.run, log=result.log))
+    return runs
+
+
+def read_so_far(config: ArmsConfig) -> list[ArmRun]:
+    """Read the logs of runs that need not be finished, cut to the steps that all have.
+
+    Raises:
+        RunDirError: a run has no log, or no step in it.
+    """
+    environment, logs = read_environment(current_argv()), {}
+    for seed in config.seeds:
+        for arm in config.arms:
+            path = config.describe(arm, seed).out / "log.jsonl"
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            steps = [msgspec.json.decode(line, type=Step) for line in lines]
+            logs[arm, seed] = [step for step in steps if step.seconds is not None]
+            if not logs[arm, seed]:
+                raise RunDirError(f"{path}: expected a run's steps, got none; leave --so-far out to run it")
+    common = min(map(len, logs.values()))
+    return [
+        ArmRun(
+            arm=arm,
+            seed=seed,
+            environment=environment,
+            run=config.describe(arm, seed).decisive,
+            log=tuple(log[:common]),
+        )
+        for (arm, seed), log in logs.items()
+    ]
 
 
 def run_arm(config: GrpoConfig) -> GrpoResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from laguna_serve.scripts.grpo import GrpoResult
@@ -138,6 +139,18 @@ def test_finished_run_is_read_and_another_one_is_refused(tmp_path: Path) -> None
     for other in (describe(tmp_path, steps=3), describe(tmp_path, gamma="adaptive")):
         with pytest.raises(RunDirError, match="another one's"):
             grpo_arms.run_arm(other.describe("frozen", 0))
+
+
+def test_unfinished_runs_are_compared_over_the_steps_that_all_have(tmp_path: Path) -> None:
+    config = describe(tmp_path, arms=("frozen", "none"), so_far=True)
+    for arm, steps in (("frozen", 2), ("none", 1)):
+        folder = tmp_path / f"{arm}-0"
+        folder.mkdir()
+        log = make_run("frozen", 1.4, tmp_path).log[:steps]
+        (folder / "log.jsonl").write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in log))
+    assert [len(run.log) for run in grpo_arms.read_so_far(config)] == [1, 1]
+    with pytest.raises(RunDirError, match="refreshed-0"):
+        grpo_arms.read_so_far(describe(tmp_path, so_far=True))
 
 
 def test_arms_differ_in_their_drafter_alone(tmp_path: Path) -> None:
