@@ -66,12 +66,18 @@ def train(
             file.write(msgspec.json.encode(step) + b"\n")
             file.flush()
             print(f"  {format_step(step)}", file=sys.stderr, flush=True)
-            try:
-                check_signals()
-            except KeyboardInterrupt:
-                save(trainer, refresher)
-                raise
+            if number < config.steps:  # behind the last line nothing is left to continue
+                stop_if_asked(trainer, refresher)
     return log
+
+
+def stop_if_asked(trainer: Trainer, refresher: Refresher | None) -> None:
+    """Save before a signal ends the run. Raises KeyboardInterrupt once one has come."""
+    try:
+        check_signals()
+    except KeyboardInterrupt:
+        save(trainer, refresher)
+        raise
 
 
 def save(trainer: Trainer, refresher: Refresher | None) -> None:
