@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from laguna_serve.scripts.grpo import GrpoResult
 from laguna_serve.scripts.grpo_arms import run as grpo_arms
 from laguna_serve.scripts.grpo_arms.plot import draw_arms
 from laguna_serve.scripts.grpo_arms.report import render_markdown
@@ -21,6 +20,7 @@ from laguna_serve.scripts.grpo_arms.result import (
     summarise,
 )
 from laguna_serve.scripts.training.rl.refresh.notes import DrafterNote, GateNote, LiveNote
+from laguna_serve.scripts.training.rl.run import GrpoResult
 from laguna_serve.scripts.training.rl.steps import HeldOut, Step, StepSeconds
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.flags import FlagError

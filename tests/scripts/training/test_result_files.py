@@ -11,10 +11,10 @@ import pytest
 from laguna_serve.scripts.clients.report import ClientsResult
 from laguna_serve.scripts.distill_dense import DistillResult
 from laguna_serve.scripts.frontier.result import FrontierResult
-from laguna_serve.scripts.grpo import GrpoResult
 from laguna_serve.scripts.make_toy import ToyManifest
 from laguna_serve.scripts.training.pruning.artefacts import ScoresManifest
 from laguna_serve.scripts.training.pruning.curve import CurveResult
+from laguna_serve.scripts.training.rl.run import GrpoResult
 from laguna_serve.serving.kit.results import read_result, to_json
 
 ROOT = Path(__file__).resolve().parents[3]
