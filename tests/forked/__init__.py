@@ -22,21 +22,10 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 ENDING_S = 60
-THREADS = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--workers", type=int, default=0, metavar="N", help="run the tests in N forked processes")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection(session: pytest.Session) -> None:
-    """Files are imported with one thread of torch's: of a pool that one starts, a forked process has none and waits."""
-    if session.config.option.workers:
-        import torch
-
-        session.config.stash[THREADS] = torch.get_num_threads()
-        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -112,10 +101,7 @@ def run_files(
     session: pytest.Session, files: list[list[pytest.Item]], take: Callable[[], int | None], reports: Connection
 ) -> None:
     """A worker's life: it sends the place of each test before it runs it, and its reports afterwards."""
-    import torch
-
     config = session.config
-    torch.set_num_threads(config.stash[THREADS])
     # Until now its captured output is in the parent's files.
     capture = config.pluginmanager.getplugin("capturemanager")
     capture.stop_global_capturing()

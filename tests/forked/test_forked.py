@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SHARED = """
 import os, time
 import pytest
@@ -53,16 +51,17 @@ def test_bad_end(bad_end):
 """
 
 
-def run_pytest(folder: Path, *flags: str, environment: dict[str, str] | None = None, **files: str) -> tuple[int, str]:
+def run_pytest(folder: Path, *flags: str, **files: str) -> tuple[int, str]:
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
-    variables = os.environ | {
+    environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        **(environment or {}),
     }
     command = [sys.executable, "-m", "pytest", "-p", "forked", "-p", "no:cacheprovider", "--workers", "2", *flags]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -95,11 +94,3 @@ def test_run_stops_at_the_first_failure_and_ends_what_is_running(tmp_path: Path)
     assert status == 1
     assert "stopping after 1 failures" in said
     assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == ["up", "down"]
-
-
-@pytest.mark.slow
-def test_tensors_of_the_import_leave_no_pool_that_a_worker_waits_for(tmp_path: Path) -> None:
-    computes = "import torch\nbig = torch.zeros(1 << 20).bfloat16()\n"
-    computes += "def test_parallel():\n    assert torch.get_num_threads() == 2\n    assert not (big + big).any()\n"
-    status, said = run_pytest(tmp_path, environment={"OMP_NUM_THREADS": "2"}, test_a=computes, test_b=computes)
-    assert status == 0, said
