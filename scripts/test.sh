@@ -4,7 +4,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh -m fast               # most tests, in a minute and a half
 #   bash scripts/test.sh -m 'not vllm'         # any flag of pytest
-#   bash scripts/test.sh --workers 0 -x -k weights    # in one process
+#   bash scripts/test.sh -n 0 -x -k weights    # in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
@@ -19,5 +19,6 @@ fi
 unset PYTHONDONTWRITEBYTECODE
 # More at a time than cores: a thread that waits for another one must sleep, not spin on the core that it waits for.
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-# Forked when the tests are collected, files that take longest first (tests/forked, tests/conftest.py).
-exec .venv/bin/python -m pytest --workers "$workers" --durations=25 "$@"
+# By file, as a file's tests share what they start; in the order of collection, as the longest come first
+# (tests/conftest.py).
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=25 "$@"

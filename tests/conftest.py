@@ -11,7 +11,6 @@ from warm import start_engines_warm
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 
-pytest_plugins = ("forked",)
 # Tests that are not fast, from those that take longest.
 RANKS = ("vllm", "slow", "gpu")
 # A file of which no test is fast.

@@ -14,6 +14,8 @@ def run_tests(*arguments: str) -> tuple[str, ...]:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-n",
+        "0",
         f"--junitxml={OUT}/junit.xml",
         *arguments,
     )
