@@ -31,6 +31,8 @@ def draw_arms(result: ArmsResult, path: Path) -> None:
                 _draw(left, right, run, [(s.step, value) for s in run.log if (value := read(s)) is not None])
             style_axes(left, title, measure)
             style_axes(right, "", "")
+            left.set_xlim(left=0)  # when all lines are there: it ends the search for the other limit
+            right.set_xlim(left=0)
         for run in {run.arm: run for run in result.runs}.values():
             axes[0][0].plot([], [], color=COLORS[run.arm], label=NAMES[run.arm])
         axes[0][0].legend(frameon=False, labelcolor=SOFT, loc="lower right")
@@ -48,7 +50,6 @@ def _draw(left: Axes, right: Axes, run: ArmRun, points: Points) -> None:
     style = {"color": COLORS[run.arm], "lw": 1.4, "alpha": 0.85, **marker}
     for axes, along in ((left, [step for step, _ in shown]), (right, [clock[step] for step, _ in shown])):
         axes.plot(along, values, **style)
-        axes.set_xlim(left=0)
 
 
 def _find_speed(step: Step) -> float | None:
