@@ -125,8 +125,8 @@ def test_experts_under_decided_drafts(teacher: Any) -> None:
 
 @pytest.mark.parametrize("speculation", [{}, {"speculative_config": DRAFTER}])
 def test_experts_of_preempted_requests(teacher: Any, speculation: dict[str, Any]) -> None:
-    long = {"temperature": 1.0, "n": 4, "seed": 1, "max_tokens": 60}
-    report = run({"num_gpu_blocks_override": 100, **speculation}, {"first": long, "again": long})
+    long = {"temperature": 1.0, "n": 4, "seed": 1, "max_tokens": 100}
+    report = run({"num_gpu_blocks_override": 56, **speculation}, {"first": long, "again": long})
     assert report["preemptions"] > 5
     for name in ("first", "again"):
         check(teacher, report[name])
