@@ -49,14 +49,14 @@ def main(toy: Path, drafter: Path) -> None:
     engine: Any = llm.llm_engine
     runner = engine.model_executor.driver_worker.worker.model_runner
     proposer = runner.drafter
-    inner, proposals = proposer.propose, {}
+    inner, proposals = proposer.draft, {}
 
-    def propose(*args: Any, **kwargs: Any) -> Any:
+    def draft(*args: Any, **kwargs: Any) -> Any:
         proposed = inner(*args, **kwargs)
         proposals[int(runner.input_batch.num_tokens_no_spec[0])] = proposed[0].tolist()
         return proposed
 
-    proposer.propose = propose
+    proposer.draft = draft
     prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:6]]
     long = "".join(prompts)
 

@@ -37,7 +37,7 @@ def test_context_waits_and_is_written_before_the_next_draft(report: dict[str, An
 
 def test_context_is_there_for_who_finds_it_in_the_prefix_cache(report: dict[str, Any]) -> None:
     assert report["after none"]["cached"] == report["after drafts"]["cached"] >= 128
-    assert report["after none"]["proposals"] == report["after drafts"]["proposals"]
+    assert report["after none"]["proposals"] == report["after drafts"]["proposals"] != {}
 
 
 def test_requests_that_ended_are_forgotten(report: dict[str, Any]) -> None:
