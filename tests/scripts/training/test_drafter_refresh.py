@@ -397,49 +397,6 @@ def test_what_means_nothing_is_refused(changes: dict[str, Any], says: str, tmp_p
 
 
 @pytest.mark.vllm
-def test_bad_drafter_in_a_real_engine_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights, pushed past the gate through the gateway, are seen by vLLM's own counters in the next step."""
-    learn, judge_well = Learner.learn, refresher.judge
-
-    def spoil(self: Learner, *given: Any) -> float:
-        loss = learn(self, *given)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.module.parameters():
-                parameter.normal_(std=0.05)
-        return loss
-
-    def wave(serving: gate.Counts, candidate: gate.Counts, prompts: Sequence[object]) -> gate.Verdict:
-        monkeypatch.setattr(Learner, "learn", learn)
-        monkeypatch.setattr(refresher, "judge", judge_well)
-        verdict = judge_well(serving, candidate, prompts)
-        return gate.Verdict(verdict.serving_tau, verdict.candidate_tau, verdict.p_worse, verdict.prompts, None)
-
-    monkeypatch.setattr(Learner, "learn", spoil)
-    monkeypatch.setattr(refresher, "judge", wave)
-    config = describe(
-        tmp_path, "run", prompts=TOY / "prompts.jsonl", prompts_per_step=8, group=4, max_tokens=24, refresh_steps=4
-    )
-    log = run.train_policy(config).log
-    notes = [step.drafter for step in log[:-1]]
-    assert [None if note is None else note.version for note in notes] == ["d-0", "d-0", "d-1:step-1", "d-0"]
-    before, planted = notes[1], notes[2]
-    assert before is not None
-    assert before.gate is not None
-    assert before.gate.candidate_tau < 1.1 < before.gate.serving_tau, "the gate would have refused it"
-    assert planted is not None
-    assert planted.live is not None
-    assert planted.live.rolled_back_to == "d-0"
-    lengths = [step.acceptance_length or 0.0 for step in log[:-1]]
-    assert lengths[2] < 1.1 < min(lengths[0], lengths[1], lengths[3])
-    assert planted.live.live == pytest.approx(lengths[2])
-    # What the first drafter would have had, by the exact count, is near what it has live in the steps about it.
-    assert planted.live.frozen == pytest.approx((lengths[1] + lengths[3]) / 2, rel=0.15)
-    assert all((step.mismatch_nats or 0.0) < 1e-3 for step in log), "the policy is the trainer's all along"
-    assert log[0].held_out_greedy_length is not None
-
-
-@pytest.mark.vllm
 def test_rollouts_with_an_adaptive_gamma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_all: None) -> None:
     """The engine decides how much it drafts; a pushed drafter is held to the first place of its drafts alone."""
     monkeypatch.setattr(live, "LEAST_DRAFTS", 1)
