@@ -206,3 +206,9 @@ def test_folders_are_not_crowded() -> None:
         if sum(path.name != "__init__.py" for path in sources(top) if path.parent == folder) > MOST_FILES
     }
     assert not crowded, f"more than {MOST_FILES} files: give them a room"
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Pytest imports them by name alone: of two with one name it takes the first, and ends with an error."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

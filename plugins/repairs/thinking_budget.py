@@ -3,13 +3,15 @@
 vLLM's holder changes its state while it masks a step's logits, as if what it forces were always taken.  A step that
 computes a part of a prompt drops its token, and so does one whose drafts are rejected earlier: the marker that ends the
 thinking then comes a token late.  Where a drafter proposes the marker itself, it comes twice.  A step of a drafter's
-engine in which nobody has drafts masks the first request's row for everyone.
+engine in which nobody has drafts masks the first request's row for everyone.  And a request that moves into the row of
+one that has ended takes its budget over: the marker stands in the middle of an answer that asked for no budget.
 
 What the budget asks of the next token follows from the tokens before it alone.  `Section` says where a sequence stands
 after any prefix, so a row of logits is masked by its own prefix: the committed tokens, and the drafts before it.
 
 Checked against vLLM 0.32.0.  It can go when
-`tests/plugins/test_thinking_budget.py::test_stock_holder_is_late_after_a_part_of_a_prompt` fails.
+`tests/plugins/test_thinking_budget.py::test_stock_holder_is_late_after_a_part_of_a_prompt` and
+`::test_stock_holder_leaves_a_budget_in_its_row` fail.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.sample import thinking_budget_state
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 FORCED_LOGIT = 1e9
@@ -85,7 +88,24 @@ def _find_last(tokens: Sequence[int], marker: tuple[int, ...]) -> int:
 
 
 class BudgetHolder(ThinkingBudgetStateHolder):  # type: ignore[misc]
-    """vLLM's holder, whose rows are masked by their own prefixes; `sync_batch` is inherited."""
+    """vLLM's holder, whose rows are masked by their own prefixes, and whose budgets go where their requests go."""
+
+    def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests from row to row; a row that another one moves into is not among those `removed`."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._state.pop(row, None)
+        for row, params, prompt, _ in batch_update.added:
+            self._state.pop(row, None)
+            if params.thinking_token_budget is not None:
+                self._state[row] = self._init_state_entry(prompt, params.thinking_token_budget)
+        for source, target, direction in batch_update.moved:
+            moving, there = self._state.pop(source, None), self._state.pop(target, None)
+            if moving is not None:
+                self._state[target] = moving
+            if there is not None and direction == MoveDirectionality.SWAP:
+                self._state[source] = there
 
     def _init_state_entry(self, prompt_tok_ids: list[int] | None, thinking_token_budget: int) -> dict[str, Any]:
         rules = Rules(tuple(self.think_start_token_ids), tuple(self.think_end_token_ids), thinking_token_budget)
@@ -94,7 +114,6 @@ class BudgetHolder(ThinkingBudgetStateHolder):  # type: ignore[misc]
             "prompt": prompt_tok_ids or [],
             "section": None,
             "read": 0,
-            "output_tok_ids": [],
         }
 
     def update_state(
