@@ -5,11 +5,14 @@ Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, serve
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser, end_unread
+from laguna_serve.serving.kit.environment import read_versions
 from laguna_serve.serving.kit.errors import CommandError
 
 EPILOG = """examples:
@@ -30,10 +33,20 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
+class ShowVersions(argparse.Action):
+    """Prints what is installed, a package a line; read when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and end with 0."""
+        print("\n".join(f"{name} {version}" for name, version in read_versions().items()))
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand, which reads all that follows its name."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
+    parser.add_argument("--version", action=ShowVersions, nargs=0, help="print the versions installed here, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

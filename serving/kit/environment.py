@@ -102,10 +102,15 @@ def read_environment(argv: Sequence[str]) -> Environment:
         memory_gib=round(total_bytes() / 2**30, 1),
         load_average=tuple(round(load, 2) for load in os.getloadavg()),
         device=describe_device(device) if device is not None else None,
-        versions={name: version for name in DISTRIBUTIONS if (version := _find_version(name))},
+        versions=read_versions(),
         rates=rates,
         arithmetic=None if rates is None else describe_rates(rates, bf16=multiplies_bf16()),
     )
+
+
+def read_versions() -> dict[str, str]:
+    """Read the versions of this project and of the packages that its figures depend on, of those installed here."""
+    return {name: version for name in DISTRIBUTIONS if (version := _find_version(name))}
 
 
 def list_environment(environment: Environment) -> list[str]:

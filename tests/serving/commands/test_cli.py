@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: list[s
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
     assert "examples:\n  laguna " in capsys.readouterr().out
+
+
+def test_version_names_the_packages_that_decide(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    shown = dict(line.split(" ") for line in capsys.readouterr().out.splitlines())
+    assert shown["laguna-serve"] == metadata.version("laguna-serve")
+    assert {"torch", "transformers"} <= set(shown)
 
 
 @pytest.mark.parametrize(
