@@ -29,6 +29,7 @@ from laguna_serve.plugins.diffusion.predictor import Ask, Predictor
 from laguna_serve.plugins.diffusion.proposing.budget import share_rows
 from laguna_serve.plugins.diffusion.proposing.graph import Graph, choose_nodes, trace_path
 from laguna_serve.plugins.diffusion.proposing.interface import Proposal, Proposer, Run
+from laguna_serve.plugins.diffusion.proposing.order import Ordered, OrderModel
 from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Sequential, Spread, Union
 from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Stale
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
@@ -36,6 +37,8 @@ from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
 GRAPH = Graph(((0,), (0, 1), (1,), (0, 1, 2), (0, 2)), (0.6, 0.4, 0.2, 0.15, 0.1))
 TARGET = make_model()
 DRAFT = make_draft(TARGET)
+torch.manual_seed(0)
+ORDER = OrderModel(TARGET.embedding.weight).eval().requires_grad_(False)
 CANVASES = make_canvases(3)
 REFERENCES = {
     "r1": Reference(),
@@ -56,6 +59,7 @@ def make_proposer(name: str, reference: Reference) -> Proposer:
         "draft": lambda: Spread(draft, reference, GRAPH),
         "corrected": lambda: Spread(Corrected(draft), reference, GRAPH),
         "sequential": lambda: Sequential(draft, reference, cost=0.1),
+        "ordered": lambda: Ordered(ORDER, reference),
         "union": lambda: Union(Spread(Stale(), reference, GRAPH), Chain(draft, reference)),
         "adversary": Adversary,
         "union-adversary": lambda: Union(Adversary(), Chain(Stale(), reference)),
@@ -63,7 +67,9 @@ def make_proposer(name: str, reference: Reference) -> Proposer:
     return made[name]()
 
 
-PROPOSERS = ("chain", "graph", "draft", "corrected", "sequential", "union", "adversary", "union-adversary")
+PROPOSERS = (
+    *("chain", "graph", "draft", "corrected", "sequential", "ordered", "union", "adversary", "union-adversary"),
+)
 
 
 def decode_alone(reference: Reference, canvases: list[Canvas]) -> list[Run]:
