@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import rank
 from laguna_serve.plugins.diffusion.proposing.graph import Graph, Node, choose_nodes, trace_path
-from laguna_serve.plugins.diffusion.proposing.interface import Run
 from laguna_serve.plugins.diffusion.proposing.sources import Source
 from laguna_serve.plugins.diffusion.speculation import Decoder
 
@@ -21,9 +20,9 @@ def calibrate(decoder: Decoder, source: Source, canvases: Sequence[Canvas], most
     assert decoder.speculation is None, "every state of the reference has to be seen"
     paths: list[list[Node]] = []
     for canvas in canvases:
-        run = Run.begin(canvas)
+        run = decoder.begin(canvas)
         states, rankings = [run.state], {}
-        while decoder.find_end(run) is None:
+        while run.find_end() is None:
             logits = None if decoder.predictor.opens(canvas, run.state) else source.estimate([run])[0]
             if logits is not None:
                 rankings[run.steps] = rank(canvas, decoder.reference, run.state, logits)

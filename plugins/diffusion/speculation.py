@@ -35,10 +35,12 @@ class Speculation:
 
 @dataclass(slots=True)
 class Decoder:
-    """Takes runs forward, pass by pass, along one reference.
+    """Takes runs forward, pass by pass, each along its own reference.
+
+    Runs may come and go between passes, and be of unlike canvases, blocks and steps: none sees its company.
 
     Attributes:
-        stop: ids that end an answer.
+        reference, stop: of the runs that it begins itself; their cache and guidance are those of every run.
     """
 
     predictor: Predictor
@@ -51,21 +53,28 @@ class Decoder:
         self.predictor.cache = self.reference.cache
         self.predictor.guidance = self.reference.guidance
 
-    def find_end(self, run: Run) -> int | None:
-        """Find the length of the run's finished answer; None while it is not finished."""
-        return run.canvas.find_end(run.state, self.stop)
+    def begin(self, canvas: Canvas) -> Run:
+        """Begin a canvas along the decoder's own reference."""
+        return Run.begin(canvas, self.reference, self.stop)
 
-    def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run, none of them finished, at least one step forward in one pass of the target."""
-        proposals = self._propose(runs)
+    def advance(self, runs: Sequence[Run], *, alone: bool = False) -> None:
+        """Take every run, none of them finished, at least one step forward in one pass of the target.
+
+        Args:
+            runs: their references have the decoder's cache and guidance.
+            alone: without proposals, which change no text.
+        """
+        kinds = {(run.reference.cache, run.reference.guidance) for run in runs}
+        assert kinds <= {(self.predictor.cache, self.predictor.guidance)}, "one cache and one guidance"
+        proposals: list[list[State]] = [[] for _ in runs] if alone else self._propose(runs)
         asks = [Ask(run.canvas, run.slot, [run.state, *states]) for run, states in zip(runs, proposals, strict=True)]
         answers = self.predictor.predict(asks)
         self.passes += 1
         for run, states, logits in zip(runs, proposals, answers, strict=True):
             steps = run.steps
-            while run.state in logits and self.find_end(run) is None:
+            while run.state in logits and run.find_end() is None:
                 run.last = run.state, logits[run.state]
-                run.state = step(run.canvas, self.reference, run.state, logits[run.state])
+                run.state = step(run.canvas, run.reference, run.state, logits[run.state])
                 run.steps += 1
             run.passes += 1
             run.proposed += len(states)
@@ -99,7 +108,7 @@ class Decoder:
 
     def decode(self, canvases: Sequence[Canvas]) -> list[Run]:
         """Decode canvases together to their ends; as many passes as the longest needs."""
-        runs = [Run.begin(canvas) for canvas in canvases]
-        while going := [run for run in runs if self.find_end(run) is None]:
+        runs = [self.begin(canvas) for canvas in canvases]
+        while going := [run for run in runs if run.find_end() is None]:
             self.advance(going)
         return runs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
+from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.predictor import Slot
 
 
@@ -17,7 +18,10 @@ class Run:
     """A request being decoded.
 
     Attributes:
+        reference: the one that decides its text; runs that share a pass may have unlike ones.
         state: not evaluated yet.
+        stop: ids that end the answer.
+        limit: tokens after which the answer ends in any case; None: the canvas.
         last: the state before it and its logits [block_length, vocabulary] fp32; None at the start.
         steps: of the reference, so far.
         passes: of the target.
@@ -25,7 +29,10 @@ class Run:
     """
 
     canvas: Canvas
+    reference: Reference
     state: State
+    stop: Collection[int] = ()
+    limit: int | None = None
     slot: Slot = field(default_factory=Slot)
     last: tuple[State, torch.Tensor] | None = None
     steps: int = 0
@@ -34,9 +41,28 @@ class Run:
     accepted: int = 0
 
     @classmethod
-    def begin(cls, canvas: Canvas) -> Run:
+    def begin(
+        cls,
+        canvas: Canvas,
+        reference: Reference = Reference(),  # noqa: B008 - frozen
+        stop: Collection[int] = (),
+        limit: int | None = None,
+    ) -> Run:
         """Begin with nothing committed."""
-        return cls(canvas, canvas.start())
+        return cls(canvas, reference, canvas.start(), stop, limit)
+
+    def find_end(self) -> int | None:
+        """Find the length of the finished answer; None while it is not finished."""
+        end = self.canvas.find_end(self.state, self.stop)
+        if self.limit is None:
+            return end
+        if end is None and len(self.canvas.read_prefix(self.state)) < self.limit:
+            return None
+        return self.limit if end is None else min(end, self.limit)
+
+    def read_answer(self) -> State:
+        """Return what of the answer is there without a gap; it never changes again, so it can be sent."""
+        return self.canvas.read_prefix(self.state)[: self.find_end()]
 
     def find_stale(self) -> torch.Tensor | None:
         """Find the last logits, if they are of the block that is open now."""

@@ -148,9 +148,8 @@ class _Search:
 class Ordered:
     """Proposes the states that an order model holds for the likeliest, from the target's last logits."""
 
-    def __init__(self, model: OrderModel, reference: Reference) -> None:
+    def __init__(self, model: OrderModel) -> None:
         self.model = model
-        self.reference = pace(reference)
         self._number = count()
 
     @torch.inference_mode()
@@ -165,7 +164,7 @@ class Ordered:
         return [self._choose(searches.get(run), most) for run in runs]
 
     def _begin(self, run: Run) -> _Search:
-        return _Search(Outlook(run, self.reference), [(-1.0, next(self._number), run.state)])
+        return _Search(Outlook(run, pace(run.reference)), [(-1.0, next(self._number), run.state)])
 
     def _choose(self, search: _Search | None, most: int) -> list[Proposal]:
         if search is None:
@@ -200,7 +199,7 @@ class Ordered:
         canvas = search.outlook.run.canvas
         block = canvas.find_block(state)
         assert block is not None
-        wanted = self.reference.schedule.count(ranking.confidences, canvas.block_length)
+        wanted = search.outlook.reference.schedule.count(ranking.confidences, canvas.block_length)
         if wanted >= len(ranking.positions):  # the next state is of another block
             return
         places = torch.tensor([at - block.start for at in ranking.positions])

@@ -37,9 +37,8 @@ def take_step(run: Run, reference: Reference, state: State, logits: torch.Tensor
 class Chain:
     """Steps one after the other, all by the logits that a source estimates for the current state."""
 
-    def __init__(self, source: Source, reference: Reference) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.reference = pace(reference)
 
     def propose(self, runs: Sequence[Run], most: int) -> list[list[Proposal]]:
         """Propose up to `most` steps for each run; chances are products of the tokens' probabilities."""
@@ -49,11 +48,11 @@ class Chain:
         ]
 
     def _follow(self, run: Run, logits: torch.Tensor, most: int) -> list[Proposal]:
-        state, chance = run.state, 1.0
+        state, chance, reference = run.state, 1.0, pace(run.reference)
         block = run.canvas.find_block(state)
         proposals: list[Proposal] = []
         while len(proposals) < most:
-            state, step_chance = take_step(run, self.reference, state, logits)
+            state, step_chance = take_step(run, reference, state, logits)
             if run.canvas.find_block(state) != block:
                 break
             chance *= step_chance
@@ -64,9 +63,8 @@ class Chain:
 class Spread:
     """The nodes of a calibrated graph, ranked by the logits that a source estimates for the current state."""
 
-    def __init__(self, source: Source, reference: Reference, graph: Graph) -> None:
+    def __init__(self, source: Source, graph: Graph) -> None:
         self.source = source
-        self.reference = reference
         self.graph = graph
 
     def propose(self, runs: Sequence[Run], most: int) -> list[list[Proposal]]:
@@ -77,7 +75,7 @@ class Spread:
         ]
 
     def _spread(self, run: Run, logits: torch.Tensor, most: int) -> list[Proposal]:
-        ranking = rank(run.canvas, self.reference, run.state, logits)
+        ranking = rank(run.canvas, run.reference, run.state, logits)
         open_ = len(ranking.positions)
         proposals: list[Proposal] = []
         for node, chance in zip(self.graph.nodes, self.graph.chances, strict=True):
@@ -90,7 +88,7 @@ class Spread:
         """Commit the positions in turn: with a temperature each token depends on how many masks are left."""
         state = run.state
         for at in positions:
-            ranking = rank(run.canvas, self.reference, state, logits)
+            ranking = rank(run.canvas, run.reference, state, logits)
             state = run.canvas.commit(state, {at: ranking.tokens[ranking.positions.index(at)]})
         return state
 
@@ -102,9 +100,8 @@ class Sequential:
         cost: of a pass of the draft, as a share of the target's; 0 drafts as many as there is room for.
     """
 
-    def __init__(self, draft: Drafted, reference: Reference, cost: float = 0.0) -> None:
+    def __init__(self, draft: Drafted, cost: float = 0.0) -> None:
         self.draft = draft
-        self.reference = pace(reference)
         self.cost = cost
 
     def propose(self, runs: Sequence[Run], most: int) -> list[list[Proposal]]:
@@ -115,7 +112,7 @@ class Sequential:
             answers = self.draft.predict([(run, [at.state]) for run, at in going.items()])
             taken = {}
             for (run, at), answer in zip(going.items(), answers, strict=True):
-                state, chance = take_step(run, self.reference, at.state, answer[at.state])
+                state, chance = take_step(run, pace(run.reference), at.state, answer[at.state])
                 if at.chance * chance > self.cost and run.canvas.find_block(state) == run.canvas.find_block(run.state):
                     taken[run] = Proposal(state, at.chance * chance)
                     proposals[run].append(taken[run])

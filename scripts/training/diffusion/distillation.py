@@ -24,7 +24,6 @@ from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.plugins.diffusion.predictor import Ask, Predictor, Slot
-from laguna_serve.plugins.diffusion.proposing.interface import Run
 from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.masking import draw_masks, mask_rows
 from laguna_serve.scripts.training.loop import Schedule, train
@@ -119,8 +118,8 @@ def measure_next_commits(
     for canvas in canvases:
         decoder = Decoder(Predictor(teacher), reference)
         drafting, slot = Predictor(student, reference.cache, reference.guidance), Slot()
-        run = Run.begin(canvas)
-        while decoder.find_end(run) is None:
+        run = decoder.begin(canvas)
+        while run.find_end() is None:
             before = run.state
             logits = drafting.predict([Ask(canvas, slot, [before])])[0][before]
             guessed = step(canvas, reference, before, logits)

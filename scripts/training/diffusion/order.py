@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
-from laguna_serve.plugins.diffusion.proposing.interface import Run
 from laguna_serve.plugins.diffusion.proposing.order import OrderModel, Outlook
 from laguna_serve.plugins.diffusion.proposing.shapes import pace
 from laguna_serve.plugins.diffusion.speculation import Decoder
@@ -50,19 +49,18 @@ class Examples:
 def record(decoder: Decoder, canvases: Sequence[Canvas]) -> Examples:
     """Decode canvases of one block length step by step, and describe what each step's logits say of the next ones."""
     assert decoder.speculation is None, "every state of the reference has to be seen"
-    reference = pace(decoder.reference)
     rows: list[tuple[torch.Tensor, ...]] = []
     for canvas in canvases:
-        run = Run.begin(canvas)
+        run = decoder.begin(canvas)
         outlooks: list[Outlook] = []
-        while decoder.find_end(run) is None:
+        while run.find_end() is None:
             before, block = run.state, canvas.find_block(run.state)
             assert block is not None
             outlooks = [at for at in outlooks if at.block == block][-DEPTH:]
             decoder.advance([run])
             rows += [_describe(outlook, before, run.state) for outlook in outlooks]
             if run.find_stale() is not None:
-                outlooks.append(Outlook(run, reference))
+                outlooks.append(Outlook(run, pace(run.reference)))
     return Examples(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 

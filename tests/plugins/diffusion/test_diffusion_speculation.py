@@ -54,15 +54,15 @@ REFERENCES = {
 def make_proposer(name: str, reference: Reference) -> Proposer:
     draft = Drafted(Predictor(DRAFT, reference.cache, reference.guidance))
     made: dict[str, Callable[[], Proposer]] = {
-        "chain": lambda: Chain(Stale(), reference),
-        "graph": lambda: Spread(Stale(), reference, GRAPH),
-        "draft": lambda: Spread(draft, reference, GRAPH),
-        "corrected": lambda: Spread(Corrected(draft), reference, GRAPH),
-        "sequential": lambda: Sequential(draft, reference, cost=0.1),
-        "ordered": lambda: Ordered(ORDER, reference),
-        "union": lambda: Union(Spread(Stale(), reference, GRAPH), Chain(draft, reference)),
+        "chain": lambda: Chain(Stale()),
+        "graph": lambda: Spread(Stale(), GRAPH),
+        "draft": lambda: Spread(draft, GRAPH),
+        "corrected": lambda: Spread(Corrected(draft), GRAPH),
+        "sequential": lambda: Sequential(draft, cost=0.1),
+        "ordered": lambda: Ordered(ORDER),
+        "union": lambda: Union(Spread(Stale(), GRAPH), Chain(draft)),
         "adversary": Adversary,
-        "union-adversary": lambda: Union(Adversary(), Chain(Stale(), reference)),
+        "union-adversary": lambda: Union(Adversary(), Chain(Stale())),
     }
     return made[name]()
 
@@ -113,9 +113,9 @@ def test_hostile_proposals_change_nothing(expected: dict[str, list[Run]]) -> Non
 
 def walk(reference: Reference, canvas: Canvas) -> list[State]:
     """The reference's states from the first to the last."""
-    decoder, run = Decoder(Predictor(TARGET), reference), Run.begin(canvas)
+    decoder, run = Decoder(Predictor(TARGET), reference), Run.begin(canvas, reference)
     states = [run.state]
-    while decoder.find_end(run) is None:
+    while run.find_end() is None:
         decoder.advance([run])
         states.append(run.state)
     return states
@@ -150,7 +150,7 @@ def test_an_end_stops_a_run_early(expected: dict[str, list[Run]]) -> None:
     for proposer in (None, Speculation(make_proposer("chain", Reference()), 3)):
         decoder = Decoder(Predictor(TARGET), Reference(), stop, proposer)
         run = decoder.decode(CANVASES[:1])[0]
-        assert decoder.find_end(run) == first
+        assert run.find_end() == first
         assert run.state[:first] == answer[:first]
         assert run.steps <= 16
 
@@ -219,7 +219,7 @@ def test_another_rule_for_ties_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     texts = []
     for rightmost in (False, True):
         monkeypatch.setattr(references, "rank", rounded(rightmost))
-        texts.append([run.state for run in speculate(Reference(), Chain(Stale(), Reference()))])
+        texts.append([run.state for run in speculate(Reference(), Chain(Stale()))])
     assert texts[0] != texts[1]
 
 
@@ -267,9 +267,9 @@ def test_a_budget_of_rows_bounds_a_pass(expected: dict[str, list[Run]]) -> None:
     predictor = Predictor(TARGET)
     speculation = Speculation(Adversary(random.Random(2)), 8, rows=16)
     decoder = Decoder(predictor, reference, (), speculation)
-    runs = [Run.begin(canvas) for canvas in CANVASES]
+    runs = [decoder.begin(canvas) for canvas in CANVASES]
     decoder.advance(runs)
-    while going := [run for run in runs if decoder.find_end(run) is None]:
+    while going := [run for run in runs if run.find_end() is None]:
         most = sum(predictor.count_rows(run.canvas, run.state) for run in going) + 16
         before = predictor.rows
         decoder.advance(going)
@@ -311,5 +311,5 @@ def test_a_graph_is_counted_on_the_reference() -> None:
     assert graph.chances[0] == 1.0
     assert list(graph.chances) == sorted(graph.chances, reverse=True)
     assert all(any(set(way) < set(node) for way in graph.nodes) for node in graph.nodes if len(node) > 1)
-    runs = speculate(Reference(), Spread(exact, Reference(), graph))
+    runs = speculate(Reference(), Spread(exact, graph))
     assert sum(run.passes for run in runs) < sum(run.steps for run in runs)

@@ -11,7 +11,6 @@ from diffusion_models import make_canvases, make_model
 from laguna_serve.plugins.diffusion.decoding.reference import PerStep, Reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.predictor import Predictor
-from laguna_serve.plugins.diffusion.proposing.interface import Run
 from laguna_serve.plugins.diffusion.proposing.order import FEATURES, Ordered, OrderModel
 from laguna_serve.plugins.diffusion.proposing.shapes import Chain
 from laguna_serve.plugins.diffusion.proposing.sources import Stale
@@ -52,7 +51,7 @@ def test_training_finds_the_order_and_saves_passes(tmp_path: Path) -> None:
     canvases = make_canvases(60, length=32, block_length=16, seed=1)
     train_order(model, record(Decoder(Predictor(TARGET), reference), canvases), Schedule(200, 3e-3), 0, tmp_path / "s")
     passes = {}
-    for name, proposer in (("order", Ordered(model, reference)), ("chain", Chain(Stale(), reference))):
+    for name, proposer in (("order", Ordered(model)), ("chain", Chain(Stale()))):
         decoder = Decoder(Predictor(TARGET), reference, (), Speculation(proposer, states=3))
         runs = decoder.decode(make_canvases(8, length=32, block_length=16, seed=2))
         passes[name] = sum(run.passes for run in runs)
@@ -63,8 +62,8 @@ def test_training_finds_the_order_and_saves_passes(tmp_path: Path) -> None:
 def test_proposals_fall_in_chance_and_are_states_of_the_block() -> None:
     reference = Reference(cache="dual")
     decoder = Decoder(Predictor(TARGET), reference)
-    runs = [Run.begin(canvas) for canvas in make_canvases(3)]
-    proposer = Ordered(start_order().eval(), reference)
+    runs = [decoder.begin(canvas) for canvas in make_canvases(3)]
+    proposer = Ordered(start_order().eval())
     assert proposer.propose(runs, 5) == [[], [], []]  # there are no logits yet
     for _ in range(3):
         decoder.advance(runs)
