@@ -1,11 +1,13 @@
-"""Counting a graph of proposals on other prompts: which sets of ranks the reference comes by after each state."""
+"""What is counted on other prompts: which sets of ranks a decode comes by, and how often a draft knows what is next."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
-from laguna_serve.plugins.diffusion.decoding.reference import rank
+from laguna_serve.plugins.diffusion.decoding.reference import Reference, rank, step
+from laguna_serve.plugins.diffusion.model import Llada
+from laguna_serve.plugins.diffusion.predictor import Ask, Predictor, Slot
 from laguna_serve.plugins.diffusion.proposing.graph import Graph, Node, choose_nodes, trace_path
 from laguna_serve.plugins.diffusion.proposing.sources import Source
 from laguna_serve.plugins.diffusion.speculation import Decoder
@@ -30,3 +32,27 @@ def calibrate(decoder: Decoder, source: Source, canvases: Sequence[Canvas], most
             states.append(run.state)
         paths += [trace_path(canvas, states[at], ranking, states[at + 1 :]) for at, ranking in rankings.items()]
     return choose_nodes(paths, most)
+
+
+def measure_next_commits(
+    teacher: Llada, student: Llada, canvases: Sequence[Canvas], reference: Reference
+) -> tuple[float, float]:
+    """Of the target's steps, the shares at which the student would commit at the same position, and the same state.
+
+    Along the target's own decode of the canvases, one token a step.
+    """
+    places = states = steps = 0
+    for canvas in canvases:
+        decoder = Decoder(Predictor(teacher), reference)
+        drafting, slot = Predictor(student, reference.cache, reference.guidance), Slot()
+        run = decoder.begin(canvas)
+        while run.find_end() is None:
+            before = run.state
+            logits = drafting.predict([Ask(canvas, slot, [before])])[0][before]
+            guessed = step(canvas, reference, before, logits)
+            decoder.advance([run])
+            mask = canvas.mask_id
+            places += [t == mask for t in guessed] == [t == mask for t in run.state]
+            states += guessed == run.state
+            steps += 1
+    return places / steps, states / steps

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 
@@ -98,6 +98,21 @@ class Reference:
         for name, value in (("temperature", self.temperature), ("guidance", self.guidance)):
             if not 0 <= value < math.inf:
                 raise DiffusionError(f"{name}: expected 0 or more, got {value}")
+
+
+def read_reference(schedule: str, cache: str) -> Reference:
+    """Read a reference as a flag has it: tokens a step as a whole number, or a threshold as a fraction; and a cache.
+
+    Raises:
+        DiffusionError: it is neither, or no cache.
+    """
+    if cache not in get_args(Cache):
+        raise DiffusionError(f"cache: expected {', '.join(get_args(Cache))}, got {cache!r}")
+    try:
+        read = PerStep(int(schedule)) if schedule.isdecimal() else Threshold(float(schedule))
+    except ValueError:
+        raise DiffusionError(f"schedule: expected tokens a step or a threshold, got {schedule!r}") from None
+    return Reference(read, cache=cast(Cache, cache))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ BRANCHES = 3
 class OrderModel(nn.Module):
     """Some 80,000 parameters on the target's own embedding, which is not among them."""
 
+    embedding: torch.Tensor
+
     def __init__(self, embedding: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("embedding", embedding.detach().float(), persistent=False)

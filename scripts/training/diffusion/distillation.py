@@ -5,8 +5,8 @@
 
 The model card writes KL(student ‖ teacher); the usual distillation is KL(teacher ‖ student).  `direction` says which.
 
-Agreement of the likeliest tokens is what the card reports.  What decides whether a draft pays is another figure: how
-often its next commit, position and token, is the target's along the target's own decode.
+Agreement of the likeliest tokens is what the card reports.  What decides whether a draft pays is another figure, which
+`plugins/diffusion/calibration.py` counts.
 
 Source: jaygala223/llada-distilled-24L-v3's model card, for loss and mask ratios.
 """
@@ -20,11 +20,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 
-from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
-from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
 from laguna_serve.plugins.diffusion.model import Llada
-from laguna_serve.plugins.diffusion.predictor import Ask, Predictor, Slot
-from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.masking import draw_masks, mask_rows
 from laguna_serve.scripts.training.loop import Schedule, train
 
@@ -105,27 +101,3 @@ def measure_agreement(
         sure.append(got.softmax(-1).amax(-1) > CONFIDENT)
     agreed, confident = torch.cat(same), torch.cat(sure)
     return float(agreed.float().mean()), float(agreed[confident].float().mean()) if confident.any() else 0.0
-
-
-def measure_next_commits(
-    teacher: Llada, student: Llada, canvases: Sequence[Canvas], reference: Reference
-) -> tuple[float, float]:
-    """Of the target's steps, the shares at which the student would commit at the same position, and the same state.
-
-    Along the target's own decode of the canvases, one token a step.
-    """
-    places = states = steps = 0
-    for canvas in canvases:
-        decoder = Decoder(Predictor(teacher), reference)
-        drafting, slot = Predictor(student, reference.cache, reference.guidance), Slot()
-        run = decoder.begin(canvas)
-        while run.find_end() is None:
-            before = run.state
-            logits = drafting.predict([Ask(canvas, slot, [before])])[0][before]
-            guessed = step(canvas, reference, before, logits)
-            decoder.advance([run])
-            mask = canvas.mask_id
-            places += [t == mask for t in guessed] == [t == mask for t in run.state]
-            states += guessed == run.state
-            steps += 1
-    return places / steps, states / steps

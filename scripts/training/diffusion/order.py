@@ -76,8 +76,10 @@ def _describe(outlook: Outlook, before: tuple[int, ...], after: tuple[int, ...])
     return features, tokens, open_, committed, right
 
 
-def train_order(model: OrderModel, examples: Examples, schedule: Schedule, seed: int, state: Path) -> None:
-    """Train in place on one thread: cross entropy of the next position, and of whether its token stays."""
+def train_order(
+    model: OrderModel, examples: Examples, schedule: Schedule, seed: int, state: Path
+) -> list[dict[str, float]]:
+    """Train in place on one thread: cross entropy of the next position, and of whether its token stays; the log."""
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -92,5 +94,6 @@ def train_order(model: OrderModel, examples: Examples, schedule: Schedule, seed:
         return order + right, {"order": order.item(), "right": right.item(), "hit": hit.item()}
 
     model.train().requires_grad_(True)
-    train("order", model, schedule, loss_of_step, state, threads=1)
+    log = train("order", model, schedule, loss_of_step, state, threads=1)
     model.eval().requires_grad_(False)
+    return log

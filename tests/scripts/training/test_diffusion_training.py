@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from laguna_serve.plugins.diffusion.calibration import measure_next_commits
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, Tensors
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Reference
@@ -23,7 +24,6 @@ from laguna_serve.scripts.training.diffusion.distillation import (
     distillation_loss,
     draw_ratios,
     measure_agreement,
-    measure_next_commits,
 )
 from laguna_serve.scripts.training.diffusion.masking import draw_masks, mask_rows, masked_loss
 from laguna_serve.scripts.training.diffusion.prune import PruneConfig, prune

@@ -1,0 +1,1 @@
+"""Exact speculation for masked diffusion models: which proposals pay."""

@@ -1,0 +1,276 @@
+"""Measure which proposals pay when a masked diffusion model is decoded exactly.
+
+Every proposer decodes the same prompts as the reference without proposals, in turns and in this process, with so many
+requests in a pass, and must come to the same tokens.  Then the references themselves are compared: other schedules and
+caches are other texts, so that their distance is shown, never called lossless.  DIR gets diffusion.json and
+diffusion.md; the last stdout line is one JSON object (schema laguna_serve.diffusion_proposals/1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import numpy as np
+from msgspec import structs
+
+from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint, ReferencePoint
+from laguna_serve.bench.harness.prompts import load_texts
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
+from laguna_serve.serving.kit.command import Brief, Command
+from laguna_serve.serving.kit.environment import OtherLoad, cite_environment, current_argv, read_environment
+from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.tables import Table
+
+if TYPE_CHECKING:
+    from laguna_serve.bench.diffusion.arms import Arms, Timed
+    from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
+
+__all__ = ["DiffusionConfig", "DiffusionResult", "main", "measure_proposals"]
+EXAMPLES = """
+examples:
+  python scripts/training/diffusion/calibrate.py tests/toy/llada --draft tests/toy/llada-draft --first 128 \\
+      --prompts tests/toy/prompts.jsonl --out out/proposals
+  python bench/diffusion --model tests/toy/llada --draft tests/toy/llada-draft --proposals out/proposals \\
+      --prompts tests/toy/prompts.jsonl --out out/diffusion
+
+exit status: 0 every token is the reference's, 1 some are not, 2 could not run, 130 interrupted (what is done is kept)
+"""
+SCHEDULES = ("1", "2", "0.9")
+CACHES = ("none", "prefix", "dual")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """A model, what was learnt about its order, and prompts; files go to `out`."""
+
+    model: Annotated[Path, Flag("LLaDA checkpoint: a folder")]
+    draft: Annotated[Path | None, Flag("a smaller LLaDA with the same vocabulary")] = None
+    proposals: Annotated[Path, Flag("folder that calibrate.py wrote", metavar="DIR")]
+    prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to send")]
+    num_prompts: Annotated[int, Flag("prompts (default: 64)", metavar="N", at_least=2)] = 64
+    concurrency: Annotated[tuple[int, ...], Flag("requests in a pass (default: 1,4,16)", at_least=1)] = (1, 4, 16)
+    canvas: Annotated[int, Flag("tokens of an answer's canvas (default: 64)", at_least=1)] = 64
+    block: Annotated[int, Flag("tokens of a block (default: 32)", at_least=1)] = 32
+    schedule: Annotated[str, Flag("tokens a step (1), or a threshold (0.9)")] = "1"
+    cache: Annotated[str, Flag("none, prefix or dual (default: dual)")] = "dual"
+    states: Annotated[int, Flag("proposed for each request and pass (default: 3)", metavar="N", at_least=1)] = 3
+    threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1)] = 1
+    seed: Annotated[int, Flag("of the intervals (default: 0)", at_least=0)] = 0
+    out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+
+    QUICK: ClassVar = Quick("8 prompts, one and four at once", {"num_prompts": 8, "concurrency": (1, 4)})
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.num_prompts < 2 * max(self.concurrency):
+            least = 2 * max(self.concurrency)
+            raise FlagError(f"--num-prompts: expected at least {least}, two rounds, got {self.num_prompts}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    from laguna_serve.plugins.diffusion.errors import DiffusionError
+
+    command = Command(
+        "bench/diffusion",
+        DiffusionConfig,
+        __doc__,
+        EXAMPLES,
+        others=(DiffusionError,),
+        measures=True,
+        interrupted="nothing was measured",
+    )
+    return command.run(
+        argv,
+        measure_proposals,
+        show=render_text,
+        line=Brief(counted=("rounds", "counts")),
+        judge=lambda result: INTERRUPTED if result.partial else FELL_SHORT if count_differing(result) else HELD,
+    )
+
+
+def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
+    """Measure every proposer at every concurrency, and write diffusion.json and diffusion.md to `config.out`.
+
+    Raises:
+        PromptsError: the prompts file cannot be used.
+        DiffusionError: a checkpoint or what was learnt cannot be used.
+        KeyboardInterrupt: it ended before anything was measured. Later, the result says that it is partial.
+    """
+    from laguna_serve.bench.diffusion.arms import Arms, read_calibration
+
+    texts = [prompt.text for prompt in load_texts(config.prompts)[: config.num_prompts]]
+    first, end = read_calibration(config.proposals)
+    if first < len(texts):
+        raise FlagError(
+            f"--num-prompts: expected at most {first}, as what follows up to {end} was learnt from, got {len(texts)}"
+        )
+    arms = Arms(config.model, config.draft, config.proposals, config.schedule, config.cache, config.threads)
+    canvases = arms.make_canvases(texts, config.canvas, config.block)
+    config.out.mkdir(parents=True, exist_ok=True)
+    environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
+    arms.decode(canvases[:1], None, 0)
+    points: list[ProposerPoint] = []
+    references: list[ReferencePoint] = []
+    next_commits, partial = None, False
+    try:
+        for concurrency in config.concurrency:
+            for point in _measure(arms, canvases, concurrency, config):
+                points.append(point)
+                progress.say(f"  {point.concurrency} at once, {point.proposer}: {_summarise(point)}")
+        progress.say("the references, and how often the draft knows what is next")
+        few = canvases[: max(2, len(canvases) // 4)]
+        next_commits = arms.count_next_commits(few)
+        references += _compare_references(arms, few)
+    except KeyboardInterrupt:
+        if not points:
+            raise
+        partial = True
+    result = DiffusionResult(
+        environment=structs.replace(environment, other_load=load.find_share()),
+        model=str(config.model),
+        draft=None if config.draft is None else str(config.draft),
+        cost=arms.cost,
+        schedule=config.schedule,
+        cache=config.cache,
+        canvas=config.canvas,
+        block=config.block,
+        prompts=len(texts),
+        states=config.states,
+        next_commits=next_commits,
+        points=points,
+        references=references,
+        partial=partial,
+    )
+    write_result(config.out / "diffusion.json", result)
+    write_text(config.out / "diffusion.md", f"```text\n{render_text(result)}\n```\n\n{cite_environment(environment)}\n")
+    return result
+
+
+def _measure(arms: Arms, canvases: Sequence[Canvas], concurrency: int, config: DiffusionConfig) -> list[ProposerPoint]:
+    """Let every proposer and the reference take turns on one round of prompts after the other, each first in turn."""
+    names: list[str | None] = [None, *arms.proposers]
+    rounds = [canvases[at : at + concurrency] for at in range(0, len(canvases) - concurrency + 1, concurrency)]
+    done: dict[str | None, list[Timed]] = {name: [] for name in names}
+    for number, canvases_of in enumerate(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            done[name].append(arms.decode(canvases_of, name, config.states))
+    return [_sum_up(name, concurrency, done[None], done[name], config.seed) for name in arms.proposers]
+
+
+def _sum_up(
+    name: str, concurrency: int, without: Sequence[Timed], proposed: Sequence[Timed], seed: int
+) -> ProposerPoint:
+    pairs = [RoundPair(a.tokens, a.seconds, b.tokens, b.seconds) for a, b in zip(without, proposed, strict=True)]
+    counts = [(timed.steps, timed.passes) for timed in proposed]
+    states = sum(timed.proposed for timed in proposed)
+    return ProposerPoint(
+        proposer=name,
+        concurrency=concurrency,
+        steps_per_pass=sum(steps for steps, _ in counts) / sum(passes for _, passes in counts),
+        steps_per_pass_ci95=_bound_ratio(counts, seed),
+        accepted=sum(timed.accepted for timed in proposed) / states if states else 0.0,
+        tokens_per_s=sum(timed.tokens for timed in proposed) / sum(timed.seconds for timed in proposed),
+        speedup=pool_speedup(pairs),
+        speedup_ci95=bootstrap_speedup(pairs, seed),
+        differing=sum(
+            a != b
+            for of_reference, timed in zip(without, proposed, strict=True)
+            for a, b in zip(of_reference.states, timed.states, strict=True)
+        ),
+        rounds=pairs,
+        counts=counts,
+    )
+
+
+def _bound_ratio(counts: Sequence[tuple[int, int]], seed: int) -> tuple[float, float]:
+    """95% interval of Σ steps ÷ Σ passes, rounds drawn with replacement."""
+    table = np.array(counts, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
+    sums = table[draws].sum(axis=1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _compare_references(arms: Arms, canvases: Sequence[Canvas]) -> list[ReferencePoint]:
+    """Decode the same canvases by every schedule and cache, one request at a time."""
+    made = {
+        (schedule, cache): [arms.decode_as([canvas], schedule, cache) for canvas in canvases]
+        for schedule in SCHEDULES
+        for cache in CACHES
+    }
+    plain = [timed.states[0] for timed in made[SCHEDULES[0], CACHES[0]]]
+    points = []
+    for (schedule, cache), answers in made.items():
+        same = [
+            a == b
+            for timed, other in zip(answers, plain, strict=True)
+            for a, b in zip(timed.states[0], other, strict=True)
+        ]
+        points.append(
+            ReferencePoint(
+                schedule=schedule,
+                cache=cache,
+                steps=sum(timed.steps for timed in answers),
+                tokens_per_s=sum(timed.tokens for timed in answers) / sum(timed.seconds for timed in answers),
+                agreement=sum(same) / len(same),
+            )
+        )
+    return points
+
+
+def count_differing(result: DiffusionResult) -> int:
+    """Count answers that are not the reference's."""
+    return sum(point.differing for point in result.points)
+
+
+def render_text(result: DiffusionResult) -> str:
+    """Render a row per proposer and concurrency, then one per reference."""
+    rows = [
+        [
+            str(point.concurrency),
+            point.proposer,
+            f"{point.steps_per_pass:.2f} ({point.steps_per_pass_ci95[0]:.2f}–{point.steps_per_pass_ci95[1]:.2f})",
+            f"{point.accepted:.0%}",
+            f"{point.tokens_per_s:.0f}",
+            f"{point.speedup:.2f}× ({point.speedup_ci95[0]:.2f}–{point.speedup_ci95[1]:.2f})",
+            str(point.differing),
+        ]
+        for point in result.points
+    ]
+    heads = ("at once", "proposals", "steps per pass (95%)", "accepted", "tok/s", "speed-up (95%)", "differ")
+    lines = [
+        f"{result.model}: {result.prompts} prompts, canvas {result.canvas} in blocks of {result.block}, schedule "
+        f"{result.schedule}, cache {result.cache}, {result.states} states proposed per request and pass",
+        "",
+        Table("rlrrrrr", heads, rows).to_text(),
+    ]
+    if result.next_commits is not None and result.cost is not None:
+        place, state = result.next_commits
+        lines += [
+            "",
+            f"the draft knows the next position in {place:.0%} and the next state in {state:.0%} of the steps; its "
+            f"pass costs {result.cost:.2f} of the target's by the parameters read",
+        ]
+    if result.references:
+        shown = [
+            [at.schedule, at.cache, str(at.steps), f"{at.tokens_per_s:.0f}", f"{at.agreement:.1%}"]
+            for at in result.references
+        ]
+        others = Table("rlrrr", ("schedule", "cache", "steps", "tok/s", "tokens as with 1, none"), shown)
+        lines += ["", "Other references, other texts:", "", others.to_text()]
+    return "\n".join(lines)
+
+
+def _summarise(point: ProposerPoint) -> str:
+    differing = f", {point.differing} DIFFER" if point.differing else ""
+    return f"{point.steps_per_pass:.2f} steps per pass, {point.speedup:.2f}×{differing}"

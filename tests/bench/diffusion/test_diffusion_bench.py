@@ -1,0 +1,128 @@
+"""What is learnt for proposals, and their benchmark, on a small random LLaDA: all tokens are the reference's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from laguna_serve.bench.diffusion.run import DiffusionConfig, count_differing, main, measure_proposals, render_text
+from laguna_serve.plugins.diffusion.checkpoint import LladaConfig
+from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.model import Llada
+from laguna_serve.scripts.training.diffusion.calibrate import CalibrateConfig, learn
+from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
+from laguna_serve.serving.kit.flags import FlagError
+
+TOY = Path(__file__).resolve().parents[2] / "toy"
+PROMPTS = TOY / "prompts.jsonl"
+pytestmark = pytest.mark.slow
+
+
+def write_random(folder: Path, layers: int, seed: int) -> Path:
+    """A LLaDA with the toy's tokenizer and random weights."""
+    config = LladaConfig(
+        d_model=32,
+        n_heads=2,
+        n_kv_heads=2,
+        n_layers=layers,
+        mlp_hidden_size=24,
+        vocab_size=512,
+        embedding_size=512,
+        mask_token_id=3,
+        eos_token_id=4,
+        max_sequence_length=300,
+    )
+    torch.manual_seed(seed)
+    model = Llada(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    write_checkpoint(folder, config, model.state_dict(), TOY / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> CalibrateConfig:
+    """A pair, and what was learnt about it."""
+    folder = tmp_path_factory.mktemp("pair")
+    config = CalibrateConfig(
+        model=write_random(folder / "model", 2, 0),
+        draft=write_random(folder / "draft", 1, 0),
+        prompts=PROMPTS,
+        first=4,
+        num_prompts=2,
+        canvas=32,
+        block=16,
+        steps=20,
+        out=folder / "proposals",
+    )
+    result = learn(config)
+    assert result.examples
+    assert set(result.nodes) == {"target", "draft", "corrected"}
+    assert 0 < (result.cost or 0) < 1
+    return config
+
+
+def bench(learnt: CalibrateConfig, out: Path) -> DiffusionConfig:
+    return DiffusionConfig(
+        model=learnt.model,
+        draft=learnt.draft,
+        proposals=learnt.out,
+        prompts=PROMPTS,
+        num_prompts=4,
+        concurrency=(1, 2),
+        canvas=32,
+        block=16,
+        out=out,
+    )
+
+
+def test_every_proposer_comes_to_the_references_tokens(learnt: CalibrateConfig, tmp_path: Path) -> None:
+    result = measure_proposals(bench(learnt, tmp_path))
+    assert count_differing(result) == 0
+    names = [point.proposer for point in result.points if point.concurrency == 2]
+    assert {"chain", "graph", "order", "union", "draft", "draft, gated", "draft, corrected"} <= set(names)
+    for point in result.points:
+        assert sum(steps for steps, _ in point.counts) == 4 * 32
+        assert point.steps_per_pass >= 1
+        low, high = point.steps_per_pass_ci95
+        assert low <= point.steps_per_pass <= high
+    plain = next(at for at in result.references if (at.schedule, at.cache) == ("1", "none"))
+    assert plain.agreement == 1
+    assert len(result.references) == 9
+    text = (tmp_path / "diffusion.md").read_text()
+    assert render_text(result) in text
+    assert json.loads((tmp_path / "diffusion.json").read_text())["schema"] == "laguna_serve.diffusion_proposals/1"
+
+
+def test_prompts_that_were_learnt_from_are_not_measured(learnt: CalibrateConfig, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="expected at most 4, as what follows up to 6 was learnt from, got 6"):
+        measure_proposals(replace(bench(learnt, tmp_path), num_prompts=6))
+    with pytest.raises(FlagError, match="expected at least 4, two rounds, got 2"):
+        replace(bench(learnt, tmp_path), num_prompts=2)
+
+
+def test_without_what_was_learnt_it_says_what_to_run(
+    learnt: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(learnt.model), "--proposals", str(tmp_path), "--prompts", str(PROMPTS)]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert "expected what scripts/training/diffusion/calibrate.py writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schedule": "fast"}, "schedule: expected tokens a step or a threshold, got 'fast'"),
+        ({"cache": "all"}, "cache: expected none, prefix, dual, got 'all'"),
+        ({"canvas": 300}, "--canvas: expected fewer than 300, got 300"),
+        ({"first": 100_000}, "expected more than 100000 prompts"),
+    ],
+)
+def test_bad_input_is_refused(learnt: CalibrateConfig, wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(DiffusionError, match=message):
+        learn(replace(learnt, **wrong))  # type: ignore[arg-type]
