@@ -70,7 +70,7 @@ def distil(
     def loss_of_step(step_number: int) -> tuple[torch.Tensor, dict[str, float]]:
         ids = rows.batch(seed, step_number)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step_number)
-        masks = draw_masks((len(ids), ids.shape[1]), draw_ratios(len(ids), generator), generator)
+        masks = draw_masks((len(ids), ids.shape[1]), draw_ratios(len(ids), generator), generator).to(ids.device)
         masked = mask_rows(ids, masks, mask_id)
         with torch.no_grad():
             wanted = teacher(masked, masks)
@@ -94,7 +94,8 @@ def measure_agreement(
     """
     same, sure = [], []
     for number, row in enumerate(rows):
-        masks = draw_masks((1, len(row)), torch.tensor([ratio]), torch.Generator().manual_seed(seed + number))
+        generator = torch.Generator().manual_seed(seed + number)
+        masks = draw_masks((1, len(row)), torch.tensor([ratio]), generator).to(row.device)
         masked = mask_rows(row[None], masks, teacher.config.mask_token_id)
         wanted, got = teacher(masked, masks), student(masked, masks)
         same.append(wanted.argmax(-1) == got.argmax(-1))
