@@ -103,7 +103,7 @@ class DrawnRows:
         self._batch = batch
 
     def batch(self, seed: int, step: int) -> torch.Tensor:
-        """Draw a batch."""
+        """Draw rows with replacement."""
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return self._rows[torch.randint(len(self._rows), (self._batch,), generator=draw).to(self._rows.device)]
 
@@ -136,7 +136,7 @@ def teach(config: DistilConfig) -> DistilResult:
     if shapes[0].vocab_size != shapes[1].vocab_size or shapes[0].mask_token_id != shapes[1].mask_token_id:
         raise DiffusionError(
             f"{config.student}: expected the teacher's {shapes[0].vocab_size} tokens and mask "
-            f"{shapes[0].mask_token_id}, got {shapes[1].vocab_size} and {shapes[1].mask_token_id}; make it with prune.py"
+            f"{shapes[0].mask_token_id}, got {shapes[1].vocab_size} and {shapes[1].mask_token_id}; use prune.py"
         )
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     text = read_rows(config.text, tokenizer, config.length, None)
