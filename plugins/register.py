@@ -27,6 +27,8 @@ CPU_ARCHITECTURES = {
     "DFlashDraftModel": "laguna_serve.plugins.models.dflash_cpu:DFlashQwen3ForCausalLM",
 }
 
+# Pooling models: what `laguna serve` starts vLLM for is not among them.
+MASK_PREDICTORS = {"LLaDAModelLM": "laguna_serve.plugins.models.llada:LladaForMaskPrediction"}
 
 # The name of weight_folder.py's engine in vLLM's --weight-transfer-config.
 TRANSFER_BACKEND = "folder"
@@ -49,7 +51,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
-    for architecture, path in architectures().items():
+    for architecture, path in (architectures() | MASK_PREDICTORS).items():
         ModelRegistry.register_model(architecture, path)
     if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(

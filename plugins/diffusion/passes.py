@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -46,6 +47,14 @@ class RowOutput:
 
     logits: torch.Tensor
     kept: Context
+
+
+@runtime_checkable
+class MaskModel(Protocol):
+    """A model that runs its passes itself; what shares a pass may change its bits, so that it takes no proposals."""
+
+    def run_pass(self, row_sets: Sequence[RowSet]) -> list[RowOutput]:
+        """Compute the wanted logits of all row sets."""
 
 
 @dataclass(slots=True)

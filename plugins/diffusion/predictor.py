@@ -18,7 +18,7 @@ import torch
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
 from laguna_serve.plugins.diffusion.decoding.reference import Cache
 from laguna_serve.plugins.diffusion.model import Llada
-from laguna_serve.plugins.diffusion.passes import Context, RowOutput, RowSet, run_pass
+from laguna_serve.plugins.diffusion.passes import Context, MaskModel, RowOutput, RowSet, run_pass
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Predictor:
         rows: positions that were computed in them.
     """
 
-    model: Llada
+    model: Llada | MaskModel
     cache: Cache = "none"
     guidance: float = 0.0
     passes: int = field(default=0, init=False)
@@ -91,7 +91,8 @@ class Predictor:
         if not wanted:
             return []
         row_sets = [self._describe(ask, state, masked) for _, ask, state in wanted for masked in self._sides]
-        outputs = iter(run_pass(self.model, row_sets))
+        model = self.model
+        outputs = iter(model.run_pass(row_sets) if isinstance(model, MaskModel) else run_pass(model, row_sets))
         self.passes += 1
         self.rows += sum(len(rows.ids) for rows in row_sets)
         answers: list[dict[State, torch.Tensor]] = [{} for _ in asks]

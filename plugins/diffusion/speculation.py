@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
 from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
+from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.passes import MaskModel
 from laguna_serve.plugins.diffusion.predictor import Ask, Predictor
 from laguna_serve.plugins.diffusion.proposing.budget import share_rows
 from laguna_serve.plugins.diffusion.proposing.interface import Proposer, Run
@@ -52,6 +54,10 @@ class Decoder:
     def __post_init__(self) -> None:
         self.predictor.cache = self.reference.cache
         self.predictor.guidance = self.reference.guidance
+        if self.speculation is not None and isinstance(self.predictor.model, MaskModel):
+            raise DiffusionError(
+                "proposals: expected none for a model whose bits depend on its company; leave them out"
+            )
 
     def begin(self, canvas: Canvas) -> Run:
         """Begin a canvas along the decoder's own reference."""

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def write_random(folder: Path, layers: int, seed: int) -> Path:
     """A LLaDA with the toy's tokenizer and random weights."""
     config = LladaConfig(
-        d_model=32,
+        d_model=64,
         n_heads=2,
         n_kv_heads=2,
         n_layers=layers,
