@@ -120,14 +120,13 @@ class Outlook:
     def describe(self, state: State, ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
         """Describe a state of the block for the model: features [L, FEATURES] and tokens [L]."""
         block = self.block
-        changing = torch.zeros(len(block), 3)
         tokens = list(state[block.start : block.stop])
+        changing = [[0.0, 0.0, float(self._before[at] != state[at])] for at in block]
         for at, token, confidence in zip(ranking.positions, ranking.tokens, ranking.confidences.tolist(), strict=True):
-            tokens[at - block.start] = token
-            changing[at - block.start, 0], changing[at - block.start, 1] = confidence, 1.0
-        for place, at in enumerate(block):
-            changing[place, 2] = float(self._before[at] != state[at])
-        return torch.cat([self._constant, changing], -1), torch.tensor(tokens)
+            place = at - block.start
+            tokens[place] = token
+            changing[place][:2] = confidence, 1.0
+        return torch.cat([self._constant, torch.tensor(changing)], -1), torch.tensor(tokens)
 
 
 @dataclass(slots=True)

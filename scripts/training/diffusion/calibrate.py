@@ -66,6 +66,7 @@ class CalibrateConfig:
     steps: Annotated[int, Flag("of the order model's training", at_least=1)] = SCHEDULE.steps
     seed: Annotated[int, Flag("of the order model")] = 0
     device: Annotated[str, Flag("where the models compute: cpu or cuda")] = "cpu"
+    threads: Annotated[int, Flag("of the processor", at_least=1)] = 1
     out: Annotated[Path, Flag("folder for what is learnt", metavar="DIR")]
 
     def __post_init__(self) -> None:
@@ -117,6 +118,7 @@ def learn(config: CalibrateConfig) -> Calibration:
         WriteError: a file cannot be written.
     """
     began, progress = time.monotonic(), Progress()
+    torch.set_num_threads(config.threads)
     reference = read_reference(config.schedule, config.cache)
     target = load_model(config.model, device=config.device)
     draft = None if config.draft is None else load_model(config.draft, device=config.device)
