@@ -162,8 +162,9 @@ def distil(config: DistillConfig) -> DistillResult:
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    training = text.read_text(config.text, tokenizer, recipe.length)
+    # The shorter first: what is wrong with it is said before a large text is made tokens.
     chats = text.read_chats(config.chats, tokenizer)
+    training = text.read_text(config.text, tokenizer, recipe.length)
     held_out = read_rows(_held_out(config.text), tokenizer, recipe.length, config.measure_tokens).rows
     held_out_chats = text.read_chats(_held_out(config.chats), tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
