@@ -1,0 +1,56 @@
+"""What the engine is asked, and what it answers: tokens as they are committed, and at last how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
+from laguna_serve.plugins.diffusion.decoding.reference import Reference
+
+# As vLLM calls them.
+Reason = Literal["stop", "length", "abort", "error"]
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may; one more is refused."""
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine takes no requests any more: it is being stopped, or has died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer that is wanted.
+
+    Attributes:
+        stop: ids that end it.
+        limit: tokens after which it ends in any case; None: the canvas.
+    """
+
+    canvas: Canvas
+    reference: Reference
+    stop: frozenset[int] = frozenset()
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Ids that follow those before without a gap; they never change again."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request. `error`: what went wrong, in a line."""
+
+    reason: Reason
+    error: str | None = None
+
+
+Event = Progress | Finished
+# Called in the engine's thread; one that raises ends its own request.
+Deliver = Callable[[Event], None]
