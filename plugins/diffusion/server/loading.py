@@ -17,6 +17,7 @@ from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
 from laguna_serve.plugins.diffusion.proposing.interface import Proposer
+from laguna_serve.plugins.diffusion.proposing.order import Ordered, OrderModel
 from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Sequential, Spread
 from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Source, Stale
 from laguna_serve.plugins.diffusion.server.options import ServerOptions
@@ -109,7 +110,6 @@ def make_reference(options: ServerOptions) -> Reference:
     """Make the reference of requests that choose nothing."""
     return Reference(
         make_schedule(options.tokens_per_step, options.steps_per_block, options.threshold),
-        seed=options.seed,
         guidance=options.guidance,
         cache=cast(Cache, options.cache),
     )
@@ -121,6 +121,8 @@ def make_proposer(options: ServerOptions, reference: Reference, target: Llada) -
     Raises:
         DiffusionError: the draft has another vocabulary than the target, or a file cannot be used.
     """
+    if options.order is not None:
+        return Ordered(OrderModel.load(Path(options.order), target.embedding.weight))
     source: Source = Stale()
     if options.draft is not None:
         drafted = Drafted(load_draft(options, reference, target))

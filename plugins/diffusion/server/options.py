@@ -13,7 +13,7 @@ from laguna_serve.plugins.diffusion.errors import DiffusionError
 CACHES = ("none", "prefix", "dual")
 PROPOSERS = ("chain", "draft", "corrected", "sequential")
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
-# With a draft, where nothing else is asked for.
+# Where something to propose them by is named, and no number.
 DRAFTED_STATES = 4
 
 
@@ -32,9 +32,10 @@ class ServerOptions:
         tokens_per_step, steps_per_block, threshold: the schedule, one of them; none: a token a step.
         cache, guidance: of all requests.
         draft: a smaller model's folder.
-        states: proposed per request and pass; None: none without a draft, DRAFTED_STATES with one.
+        states: proposed per request and pass; None: DRAFTED_STATES with a draft, graph or order, else none.
         proposer: None: "corrected" with a draft, "chain" without.
         graph: a calibrated graph's file, for proposals from it.
+        order: an order model's file, which then proposes.
         draft_cost: of the draft's pass as a share of the target's, for "sequential".
         rows: of all proposals of a pass.
         allowed_origins: of pages in browsers, a JSON list.
@@ -46,7 +47,6 @@ class ServerOptions:
     served_model_name: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    seed: int = 0
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_waiting: int = 1024
@@ -61,6 +61,7 @@ class ServerOptions:
     states: int | None = None
     proposer: str | None = None
     graph: str | None = None
+    order: str | None = None
     draft_cost: float = 0.6
     rows: int | None = None
     allowed_origins: str | None = None
@@ -84,12 +85,15 @@ class ServerOptions:
         if self.draft is None and self.proposer not in (None, "chain"):
             raise DiffusionError(f"--proposer {self.proposer}: expected --draft beside it, got none; name the draft")
 
+        if self.order is not None and (self.draft, self.proposer, self.graph) != (None, None, None):
+            raise DiffusionError("--order: expected it alone, got a draft, proposer or graph too; drop one")
+
     @property
     def proposed_states(self) -> int:
         """States that are proposed per request and pass."""
         if self.states is not None:
             return self.states
-        return DRAFTED_STATES if self.draft is not None else 0
+        return 0 if self.draft is self.graph is self.order is None else DRAFTED_STATES
 
 
 def parse_options(argv: Sequence[str]) -> ServerOptions:
