@@ -17,10 +17,10 @@ from contextlib import suppress
 from laguna_serve.plugins.diffusion.engine.batch import Advance, Batch, Job
 from laguna_serve.plugins.diffusion.engine.metrics import EngineMetrics
 from laguna_serve.plugins.diffusion.engine.requests import (
+    Committed,
     Deliver,
     EngineStoppedError,
     Finished,
-    Progress,
     QueueFullError,
     Reason,
     Request,
@@ -200,11 +200,11 @@ class Engine:
             now = self._clock()
             self.metrics.count_tokens(len(advance.tokens), handle.submitted_s, handle.last_s, now)
             handle.last_s = now
-            self._tell(handle, Progress(advance.tokens))
+            self._tell(handle, Committed(advance.tokens))
         if advance.reason is not None:
             self._finish(handle, advance.reason, advance.error)
 
-    def _tell(self, handle: Handle, event: Progress) -> None:
+    def _tell(self, handle: Handle, event: Committed) -> None:
         """Give a request's tokens to who waits for them; who cannot be told is gone."""
         try:
             handle.deliver(event)

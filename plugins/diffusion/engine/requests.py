@@ -37,7 +37,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Committed:
     """Ids that follow those before without a gap; they never change again."""
 
     tokens: tuple[int, ...]
@@ -51,6 +51,6 @@ class Finished:
     error: str | None = None
 
 
-Event = Progress | Finished
+Event = Committed | Finished
 # Called in the engine's thread; one that raises ends its own request.
 Deliver = Callable[[Event], None]

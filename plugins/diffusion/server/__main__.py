@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(options: ServerOptions) -> int:
     Raises:
         DiffusionError: what is named cannot be served.
     """
-    log = logging.getLogger("laguna_serve.diffusion")
+    log = logging.getLogger("laguna_serve.plugins.diffusion.server")
     log.info("Starting a masked diffusion engine: importing torch")
     # Here, as a wrong option is to be refused at once.
     import uvicorn
@@ -68,6 +69,9 @@ def run(options: ServerOptions) -> int:
     )
     server = uvicorn.Server(settings)
     log.info("Starting the HTTP server at %s:%d", options.host, options.port)
+    # uvicorn obeys signals while it serves, and raises them again afterwards, which would end us before the engine.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
     engine.start()
     try:
         server.run()

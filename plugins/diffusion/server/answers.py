@@ -1,109 +1,21 @@
-"""Answers in OpenAI's two forms, whole and as events, with the fields that vLLM gives."""
+"""Answers in OpenAI's two forms, whole and as events."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from laguna_serve.plugins.diffusion.server.bodies import Body, ChatBody
 from laguna_serve.plugins.diffusion.server.errors import ApiError
+from laguna_serve.plugins.diffusion.server.forms import AnswerForm, ChoiceForm, Said, Usage
 from laguna_serve.plugins.diffusion.server.generation import Generation, Piece
 
 DONE = "data: [DONE]\n\n"
-
-
-@dataclass(slots=True)
-class Form:
-    """How one request is answered: as a completion or as a chat.
-
-    Attributes:
-        prompts: tokens of each choice's prompt.
-        counted: tokens of all prompts, each once.
-    """
-
-    body: Body
-    model: str
-    prompts: Sequence[Sequence[int]]
-    counted: int
-    ident: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self) -> None:
-        self.ident = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a chat is answered."""
-        return isinstance(self.body, ChatBody)
-
-    def render_whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Render the whole answer."""
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        listed = [self._render_choice(choice) for choice in choices]
-        return {**self._head(kind), "choices": listed, "usage": self._count(sum(c.total for c in choices))}
-
-    def _render_choice(self, choice: Choice) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": choice.text}
-        if self.is_chat:
-            said = {"message": {"role": "assistant", "content": choice.text}}
-        end = {"logprobs": None, "finish_reason": choice.reason, "stop_reason": choice.stopped_by}
-        rendered = {"index": choice.index, **said, **end}
-        if self.body.return_token_ids:
-            rendered |= {"token_ids": choice.ids, "prompt_token_ids": list(self.prompts[choice.index])}
-        return rendered
-
-    def begin_events(self) -> list[str]:
-        """Write the events before the first piece: a chat's choices say whose they are."""
-        if not self.is_chat:
-            return []
-        delta = {"role": "assistant", "content": ""}
-        return [
-            self._format([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], 0)
-            for index in range(len(self.prompts))
-        ]
-
-    def format_piece(self, piece: Piece, total: int) -> str:
-        """Write a piece as an event; `total`: tokens of all choices so far."""
-        said: dict[str, Any] = {"delta": {"content": piece.text}} if self.is_chat else {"text": piece.text}
-        choice: dict[str, Any] = {"index": piece.index, **said, "logprobs": None, "finish_reason": piece.reason}
-        if piece.reason is not None:
-            choice["stop_reason"] = piece.stopped_by
-        if self.body.return_token_ids:
-            choice["token_ids"] = list(piece.ids)
-        return self._format([choice], total)
-
-    def end_events(self, total: int) -> list[str]:
-        """Write the events after the last piece."""
-        options = self.body.stream_options
-        if options is None or not options.include_usage:
-            return [DONE]
-        return [_format_event({**self._chunk([]), "usage": self._count(total)}), DONE]
-
-    def _format(self, choices: list[dict[str, Any]], total: int) -> str:
-        options, chunk = self.body.stream_options, self._chunk(choices)
-        if options is not None and options.include_usage:
-            chunk["usage"] = self._count(total) if options.continuous_usage_stats else None
-        return _format_event(chunk)
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk" if self.is_chat else "text_completion"), "choices": choices}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.ident, "object": kind, "created": self.created, "model": self.model}
-
-    def _count(self, completion: int) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.counted,
-            "completion_tokens": completion,
-            "total_tokens": self.counted + completion,
-        }
 
 
 @dataclass(slots=True)
@@ -124,43 +36,128 @@ class Choice:
         self.total, self.reason, self.stopped_by = piece.total, piece.reason, piece.stopped_by
 
 
-async def answer_whole(form: Form, generation: Generation) -> dict[str, Any]:
+@dataclass(slots=True)
+class Writer:
+    """Writes the answer to one request: to a completion or to a chat.
+
+    Attributes:
+        prompts: of the choices.
+        counted: tokens of all prompts, each once.
+    """
+
+    body: Body
+    model: str
+    prompts: Sequence[Sequence[int]]
+    counted: int
+    ident: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.ident = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat is answered."""
+        return isinstance(self.body, ChatBody)
+
+    def write_whole(self, choices: Sequence[Choice]) -> str:
+        """Write the whole answer."""
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        answer = self._make(kind, [self._make_whole(choice) for choice in choices])
+        answer.usage = self._count(sum(choice.total for choice in choices))
+        return answer.model_dump_json(exclude_unset=True)
+
+    def _make_whole(self, choice: Choice) -> ChoiceForm:
+        form = self._make_choice(choice.index, choice.reason)
+        form.stop_reason = choice.stopped_by
+        if self.is_chat:
+            form.message = Said(role="assistant", content=choice.text)
+        else:
+            form.text = choice.text
+        if self.body.return_token_ids:
+            form.token_ids, form.prompt_token_ids = choice.ids, list(self.prompts[choice.index])
+        return form
+
+    def begin_events(self) -> list[str]:
+        """Write the events before the first piece: a chat's choices say whose they are."""
+        if not self.is_chat:
+            return []
+        forms = [self._make_choice(index, None) for index in range(len(self.prompts))]
+        for form in forms:
+            form.delta = Said(role="assistant", content="")
+        return [self._write_event([form], 0) for form in forms]
+
+    def write_piece(self, piece: Piece, total: int) -> str:
+        """Write a piece as an event; `total`: tokens of all choices so far."""
+        form = self._make_choice(piece.index, piece.reason)
+        if self.is_chat:
+            form.delta = Said(content=piece.text)
+        else:
+            form.text = piece.text
+        if piece.reason is not None:
+            form.stop_reason = piece.stopped_by
+        if self.body.return_token_ids:
+            form.token_ids = list(piece.ids)
+        return self._write_event([form], total)
+
+    def end_events(self, total: int) -> list[str]:
+        """Write the events after the last piece."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return [DONE]
+        return [self._write_event([], total, last=True), DONE]
+
+    def _write_event(self, choices: list[ChoiceForm], total: int, *, last: bool = False) -> str:
+        event = self._make("chat.completion.chunk" if self.is_chat else "text_completion", choices)
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            event.usage = self._count(total) if last or options.continuous_usage_stats else None
+        return f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
+
+    def _make(self, kind: str, choices: list[ChoiceForm]) -> AnswerForm:
+        return AnswerForm(id=self.ident, object=kind, created=self.created, model=self.model, choices=choices)
+
+    def _make_choice(self, index: int, reason: str | None) -> ChoiceForm:
+        return ChoiceForm(index=index, logprobs=None, finish_reason=reason)
+
+    def _count(self, completion: int) -> Usage:
+        total = self.counted + completion
+        return Usage(prompt_tokens=self.counted, completion_tokens=completion, total_tokens=total)
+
+
+async def answer_whole(writer: Writer, generation: Generation) -> str:
     """Wait for all choices.  Raises ApiError when the engine fails at one of them."""
-    choices = [Choice(index) for index in range(len(form.prompts))]
+    choices = [Choice(index) for index in range(len(writer.prompts))]
     async for piece in generation.pieces():
         choices[piece.index].add(piece)
-    return form.render_whole(choices)
+    return writer.write_whole(choices)
 
 
-async def answer_events(form: Form, generation: Generation) -> AsyncIterator[str]:
+async def answer_events(writer: Writer, generation: Generation) -> AsyncIterator[str]:
     """Give the events of a stream as the choices grow; a failure is its last but one."""
-    totals = [0] * len(form.prompts)
-    for event in form.begin_events():
+    totals = [0] * len(writer.prompts)
+    for event in writer.begin_events():
         yield event
     try:
         async for piece in generation.pieces():
             totals[piece.index] = piece.total
-            yield form.format_piece(piece, sum(totals))
+            yield writer.write_piece(piece, sum(totals))
     except ApiError as error:
-        yield error.format_event()
+        yield error.write_event()
         yield DONE
         return
-    for event in form.end_events(sum(totals)):
+    for event in writer.end_events(sum(totals)):
         yield event
 
 
 class EventResponse(StreamingResponse):
     """A stream of events; however it ends, the generation does with it."""
 
-    def __init__(self, form: Form, generation: Generation) -> None:
-        super().__init__(answer_events(form, generation), media_type="text/event-stream")
+    def __init__(self, writer: Writer, generation: Generation) -> None:
+        super().__init__(answer_events(writer, generation), media_type="text/event-stream")
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, or stop where the client leaves."""
         with self._generation:
             await super().__call__(scope, receive, send)
-
-
-def _format_event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"

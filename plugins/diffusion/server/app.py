@@ -6,17 +6,16 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from laguna_serve.plugins.diffusion.engine.loop import Engine
 from laguna_serve.plugins.diffusion.errors import DiffusionError
-from laguna_serve.plugins.diffusion.server.answers import EventResponse, Form, answer_whole
+from laguna_serve.plugins.diffusion.server.answers import EventResponse, Writer, answer_whole
 from laguna_serve.plugins.diffusion.server.bodies import (
     Body,
     ChatBody,
@@ -24,8 +23,9 @@ from laguna_serve.plugins.diffusion.server.bodies import (
     DetokenizeBody,
     TokenizeBody,
 )
-from laguna_serve.plugins.diffusion.server.choices import Defaults, flatten, make_requests, read_chat, read_prompts
+from laguna_serve.plugins.diffusion.server.choices import Defaults, make_requests, read_chat, read_prompts
 from laguna_serve.plugins.diffusion.server.errors import ApiError, describe_invalid
+from laguna_serve.plugins.diffusion.server.forms import DetokenizeAnswer, ModelCard, ModelList, TokenizeAnswer
 from laguna_serve.plugins.diffusion.server.generation import Generation
 from laguna_serve.plugins.diffusion.server.loading import Served
 from laguna_serve.plugins.diffusion.server.texts import TextStream
@@ -81,7 +81,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     texts = service.served.texts
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> TokenizeAnswer:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: expected it or messages, got neither or both; send one", "prompt")
@@ -89,42 +89,28 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             kwargs = body.chat_template_kwargs or {}
             try:
-                ids = texts.render_chat(
-                    flatten(body.messages), prompt_for_answer=body.add_generation_prompt, kwargs=kwargs
-                )
+                ids = texts.render_chat(body.messages, prompt_for_answer=body.add_generation_prompt, kwargs=kwargs)
             except DiffusionError as error:
                 raise ApiError(400, str(error), "messages") from None
         strings = texts.list_tokens(ids) if body.return_token_strs else None
-        return {
-            "count": len(ids),
-            "max_model_len": service.served.max_model_len,
-            "tokens": ids,
-            "token_strs": strings,
-        }
+        length = service.served.max_model_len
+        return TokenizeAnswer(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody) -> DetokenizeAnswer:
         service.check_model(body.model)
         size = service.served.decoder.predictor.model.config.vocab_size
         if not all(0 <= token < size for token in body.tokens):
             raise ApiError(400, f"tokens: expected ids from 0 to {size - 1}, got others; check them", "tokens")
-        return {"prompt": texts.decode(body.tokens, skip_special=False)}
+        return DetokenizeAnswer(prompt=texts.decode(body.tokens, skip_special=False))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        card = {
-            "id": service.model,
-            "object": "model",
-            "created": service.started_s,
-            "owned_by": "laguna-serve",
-            "root": service.root,
-            "parent": None,
-            "max_model_len": service.served.max_model_len,
-            "permission": [],
-        }
-        return {"object": "list", "data": [card]}
+    async def models() -> ModelList:
+        length = service.served.max_model_len
+        card = ModelCard(id=service.model, created=service.started_s, root=service.root, max_model_len=length)
+        return ModelList(data=[card])
 
     @app.get("/health")
     async def health() -> Response:
@@ -144,16 +130,18 @@ async def _generate(service: Service, body: Body, prompts: Sequence[Sequence[int
     streams = [TextStream(served.texts, body.stops, skip_special=body.skip_special_tokens) for _ in requests]
     generation = Generation(service.engine, requests, streams, served.stop)
     counted = sum(map(len, prompts))
-    form = Form(body, service.model, [made.canvas.prompt for made in requests], counted)
+    writer = Writer(body, service.model, [made.canvas.prompt for made in requests], counted)
     generation.submit()
     if body.stream:
-        return EventResponse(form, generation)
+        return EventResponse(writer, generation)
     with generation:
-        work = asyncio.ensure_future(answer_whole(form, generation))
+        work = asyncio.ensure_future(answer_whole(writer, generation))
         gone = asyncio.ensure_future(_wait_until_left(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(work.result()) if work.done() else Response(status_code=LEFT)
+            if not work.done():
+                return Response(status_code=LEFT)
+            return Response(work.result(), media_type="application/json")
         finally:
             work.cancel()
             gone.cancel()

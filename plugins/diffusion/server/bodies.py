@@ -7,7 +7,7 @@ neither is refused too: one that is misspelt would otherwise be a setting that i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,6 +56,28 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 MAX_CHOICES = 128
+
+
+class TextPart(BaseModel):
+    """A part of a message; others than texts are not read."""
+
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a chat; its other fields are handed to the template."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content, its parts put together."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
 
 
 class StreamOptions(BaseModel):
@@ -133,7 +155,7 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """Of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
@@ -144,7 +166,7 @@ class TokenizeBody(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None

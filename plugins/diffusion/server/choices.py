@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, Reference
@@ -55,32 +54,12 @@ def read_chat(body: ChatBody, served: Served) -> list[int]:
     """
     try:
         return served.texts.render_chat(
-            flatten(body.messages),
+            body.messages,
             prompt_for_answer=body.add_generation_prompt,
             kwargs=body.chat_template_kwargs or {},
         )
     except DiffusionError as error:
         raise ApiError(400, str(error), "messages") from None
-
-
-def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Put contents that come in parts together, as templates expect texts.
-
-    Raises:
-        ApiError: a message is not a text's.
-    """
-    flat = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise ApiError(400, "messages: expected texts, got parts of another kind; drop them", "messages")
-            content = "\n".join(map(str, parts))
-        if not isinstance(message.get("role"), str) or not isinstance(content, str):
-            raise ApiError(400, "messages: expected a role and a text in each, got something else", "messages")
-        flat.append({**message, "content": content})
-    return flat
 
 
 def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, defaults: Defaults) -> list[Request]:

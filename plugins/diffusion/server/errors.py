@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from http import HTTPStatus
-from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from starlette.responses import JSONResponse
+from starlette.responses import Response
+
+from laguna_serve.plugins.diffusion.server.forms import ErrorAnswer, ErrorForm
 
 TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 RETRY_AFTER_S = "1"
@@ -20,19 +20,20 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
 
-    def describe(self) -> dict[str, Any]:
-        """Describe it as a JSON object."""
+    def write(self) -> str:
+        """Write it as a JSON object."""
         kind = TYPES.get(self.status, "InternalServerError")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+        form = ErrorForm(message=self.message, type=kind, param=self.param, code=self.status)
+        return ErrorAnswer(error=form).model_dump_json()
 
-    def respond(self) -> JSONResponse:
+    def respond(self) -> Response:
         """Answer the request with it."""
         headers = {"Retry-After": RETRY_AFTER_S} if self.status == HTTPStatus.SERVICE_UNAVAILABLE else None
-        return JSONResponse(self.describe(), self.status, headers)
+        return Response(self.write(), self.status, headers, media_type="application/json")
 
-    def format_event(self) -> str:
-        """Format it as an event of a stream that has begun."""
-        return f"data: {json.dumps(self.describe())}\n\n"
+    def write_event(self) -> str:
+        """Write it as an event of a stream that has begun."""
+        return f"data: {self.write()}\n\n"
 
 
 def describe_invalid(error: RequestValidationError) -> ApiError:

@@ -11,10 +11,10 @@ from typing import Self
 
 from laguna_serve.plugins.diffusion.engine.loop import Engine, Handle
 from laguna_serve.plugins.diffusion.engine.requests import (
+    Committed,
     EngineStoppedError,
     Event,
     Finished,
-    Progress,
     QueueFullError,
     Request,
 )
@@ -89,7 +89,7 @@ class Generation:
             index, event = await self._events.get()
             if index not in self._pending:
                 continue  # ended by a stop string; the engine may have gone on for a pass
-            if isinstance(event, Progress):
+            if isinstance(event, Committed):
                 self._pending[index] += event.tokens
                 piece = self._take(index, None)
             else:

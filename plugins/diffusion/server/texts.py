@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
 
 # What bytes decode to that are no whole character, or not yet.
 INCOMPLETE = "�"
@@ -41,7 +41,7 @@ class Texts:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, prompt_for_answer: bool, kwargs: Mapping[str, Any]
+        self, messages: Sequence[ChatMessage], *, prompt_for_answer: bool, kwargs: Mapping[str, object]
     ) -> list[int]:
         """Render a chat by the checkpoint's template.
 
@@ -53,8 +53,9 @@ class Texts:
                 "messages: expected a model with a chat template, got one without; ask /v1/completions"
             )
         options = {**kwargs, "tokenize": False, "add_generation_prompt": prompt_for_answer}
+        plain = [message.model_dump(exclude_unset=True) | {"content": message.text} for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), **options)
+            text = self._tokenizer.apply_chat_template(plain, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DiffusionError(f"messages: expected what the chat template takes, got {error}") from None
         return self.encode(str(text), special=False)

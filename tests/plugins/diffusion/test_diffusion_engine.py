@@ -17,10 +17,10 @@ from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.engine.loop import Engine
 from laguna_serve.plugins.diffusion.engine.metrics import EngineMetrics
 from laguna_serve.plugins.diffusion.engine.requests import (
+    Committed,
     EngineStoppedError,
     Event,
     Finished,
-    Progress,
     QueueFullError,
     Request,
 )
@@ -43,7 +43,7 @@ class Stream:
     def read_end(self) -> tuple[tuple[int, ...], Finished]:
         """All tokens, and how it ended."""
         tokens: tuple[int, ...] = ()
-        while isinstance(event := self.events.get(timeout=TIMEOUT_S), Progress):
+        while isinstance(event := self.events.get(timeout=TIMEOUT_S), Committed):
             tokens += event.tokens
         return tokens, event
 

@@ -23,6 +23,7 @@ from laguna_serve.plugins.diffusion.engine.metrics import EngineMetrics
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.server.access import add_access
 from laguna_serve.plugins.diffusion.server.app import Service, make_app
+from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
 from laguna_serve.plugins.diffusion.server.choices import Defaults
 from laguna_serve.plugins.diffusion.server.loading import Served, load
 from laguna_serve.plugins.diffusion.server.options import parse_options
@@ -30,6 +31,7 @@ from laguna_serve.plugins.diffusion.speculation import Decoder
 
 TIMEOUT_S = 60.0
 CHAT = [{"role": "user", "content": "hello"}]
+MESSAGES = [ChatMessage(role="user", content="hello")]
 
 
 class Running:
@@ -150,7 +152,7 @@ def test_clients_complete_stream_and_chat(server: Running) -> None:
     assert len(chunks) > 3
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
-    ids = texts.render_chat(CHAT, prompt_for_answer=True, kwargs={})
+    ids = texts.render_chat(MESSAGES, prompt_for_answer=True, kwargs={})
     chat = client.chat.completions.create(model="toy", messages=CHAT, max_completion_tokens=16)  # type: ignore[call-overload]
     assert chat.choices[0].message.content == server.say(server.decode(ids, 16, Reference(cache="dual")))
     events = list(client.chat.completions.create(model="toy", messages=CHAT, max_tokens=16, stream=True))  # type: ignore[call-overload]
@@ -223,8 +225,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, "tools: expected none"),
     ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: expected"),
     ("chat/completions", {"messages": []}, "messages: List should have at least 1"),
-    ("chat/completions", {"messages": [{"role": "user"}]}, "messages: expected a role and a text"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages: expected texts"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
 ]  # fmt: skip
 
 
@@ -276,7 +278,7 @@ def test_models_tokens_health_and_metrics(server: Running) -> None:
     assert tokens["count"] == 3
     assert server.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "hé"}
     chat = server.http.post("/tokenize", json={"messages": CHAT}).json()
-    assert chat["tokens"] == server.served.texts.render_chat(CHAT, prompt_for_answer=True, kwargs={})
+    assert chat["tokens"] == server.served.texts.render_chat(MESSAGES, prompt_for_answer=True, kwargs={})
     assert server.http.post("/tokenize", json={}).status_code == 400
     assert server.http.post("/detokenize", json={"tokens": [999]}).status_code == 400
     assert server.http.get("/health").status_code == 200

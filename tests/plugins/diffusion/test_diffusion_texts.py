@@ -8,6 +8,7 @@ import pytest
 from tiny_llada import END, MASK, START, make_tokenizer
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
 from laguna_serve.plugins.diffusion.server.texts import Texts, TextStream
 
 TEXTS = Texts(make_tokenizer())
@@ -84,7 +85,7 @@ def test_the_end_says_nothing_and_counts() -> None:
 
 
 def test_chats_are_rendered_by_the_template() -> None:
-    ids = TEXTS.render_chat([{"role": "user", "content": "hi"}], prompt_for_answer=True, kwargs={})
+    ids = TEXTS.render_chat([ChatMessage(role="user", content="hi")], prompt_for_answer=True, kwargs={})
     assert ids[0] == START
     assert TEXTS.decode(ids, skip_special=False) == "<|startoftext|><|role|>user\nhi<|eot_id|><|role|>assistant\n"
     assert TEXTS.end_ids == [END]
@@ -97,4 +98,4 @@ def test_chats_without_a_template_are_refused() -> None:
         Texts(make_tokenizer(None)).render_chat([], prompt_for_answer=True, kwargs={})
     refusing = Texts(make_tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(DiffusionError, match="roles must alternate"):
-        refusing.render_chat([{"role": "user", "content": "a"}], prompt_for_answer=True, kwargs={})
+        refusing.render_chat([ChatMessage(role="user", content="a")], prompt_for_answer=True, kwargs={})
