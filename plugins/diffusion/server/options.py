@@ -37,7 +37,7 @@ class ServerOptions:
         graph: a calibrated graph's file, for proposals from it.
         order: an order model's file, which then proposes.
         draft_cost: of the draft's pass as a share of the target's, for "sequential".
-        rows: of all proposals of a pass.
+        rows: positions of all proposals of a pass together, so that a crowd proposes less.
         allowed_origins: of pages in browsers, a JSON list.
     """
 
@@ -63,7 +63,7 @@ class ServerOptions:
     graph: str | None = None
     order: str | None = None
     draft_cost: float = 0.6
-    rows: int | None = None
+    rows: int = 256
     allowed_origins: str | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,25 @@ def test_clients_complete_stream_and_chat(server: Running) -> None:
     assert events[0].choices[0].delta.role == "assistant"
     assert "".join(event.choices[0].delta.content or "" for event in events) == chat.choices[0].message.content
     assert [event.choices[0].finish_reason for event in events][-1] == chat.choices[0].finish_reason
+
+
+def test_a_crowd_of_streams(server: Running) -> None:
+    """Sixteen unlike requests at once, each token for token as offline."""
+
+    def ask(number: int) -> list[int]:
+        body = {"prompt": f"number {number}", "max_tokens": 8 + number, "stream": True, "return_token_ids": True}
+        body |= {"block_length": 4 if number % 2 else 8, "temperature": 0.7 * (number % 3), "seed": number}
+        text = server.http.post("/v1/completions", json=body).text
+        events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+        return [token for event in events for token in event["choices"][0]["token_ids"]]
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(16)))
+    for number, answer in enumerate(answers):
+        block, length = 4 if number % 2 else 8, 8 + number
+        reference = Reference(temperature=0.7 * (number % 3), seed=number if number % 3 else 0, cache="dual")
+        prompt = server.served.texts.encode(f"number {number}")
+        assert answer == server.decode(prompt, -(-length // block) * block, reference, block)[:length]
 
 
 def test_several_prompts_and_choices(server: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.server.loading import load
 from laguna_serve.plugins.diffusion.server.options import parse_options
 from laguna_serve.plugins.diffusion.speculation import Decoder
+from laguna_serve.serving.client.exposition import read_samples
 from laguna_serve.serving.engine import find_port
 from laguna_serve.serving.speculation.acceptance import read_acceptance
 
@@ -73,6 +75,28 @@ def decode(folder: Path, prompt: list[int] | str, length: int) -> str:
     return served.texts.decode([token for token in run.read_answer() if token not in served.stop])
 
 
+def leave_a_stream(url: str) -> None:
+    """Begin a long answer, and leave with the first event of it."""
+    body = {"model": "llada", "messages": CHAT, "max_tokens": 208, "block_length": 208, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, trust_env=False, timeout=60) as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+
+
+def wait_until_idle(engine_url: str) -> None:
+    """Until no request runs or waits, of which one was aborted."""
+    deadline = time.monotonic() + 60
+    while True:
+        samples = read_samples(httpx.get(f"{engine_url}/metrics", trust_env=False).text)
+        busy = sum(s.value for s in samples if s.name.startswith("vllm:num_requests_"))
+        aborted = [
+            s.value for s in samples if s.name.endswith("s_total") and s.labels.get("finished_reason") == "abort"
+        ]
+        if not busy and aborted == [1.0]:
+            return
+        assert time.monotonic() < deadline, aborted
+        time.sleep(0.05)
+
+
 def test_clients_through_the_gateway(llada: Path, draft: Path, tmp_path: Path) -> None:
     flags = ("--draft", str(draft), "--gamma", "3", "--max-num-seqs", "4", *DUAL)
     with serving(llada, tmp_path, *flags) as server:
@@ -94,11 +118,13 @@ def test_clients_through_the_gateway(llada: Path, draft: Path, tmp_path: Path) -
                 client.completions.create(model="llada", prompt="once", logprobs=2)
             assert caught.value.status_code == 400
             assert [card.id for card in client.models.list()] == ["llada"]
+            leave_a_stream(url)
         engine = find_engine(server)
         port = engine.cmdline()[engine.cmdline().index("--port") + 1]
         acceptance = read_acceptance(f"http://127.0.0.1:{port}")
         assert acceptance is not None
         assert acceptance.accepted > 0
+        wait_until_idle(f"http://127.0.0.1:{port}")
         result, err = stop(server)
     assert (result["outcome"], result["restarts"]) == ("stopped", 0)
     assert "loading weights" in err or "ready at" in err
@@ -152,7 +178,7 @@ def test_requests_in_flight_finish_on_sigterm(llada: Path, tmp_path: Path) -> No
             server.send_signal(signal.SIGTERM)
             *_, last, done = stream.read_end()
             assert done == "data: [DONE]"
-            assert '"finish_reason": "length"' in last
+            assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
             assert server.wait(60) == 0
         finally:
             server.kill()
