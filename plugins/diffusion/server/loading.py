@@ -15,12 +15,11 @@ from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, Per
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
-from laguna_serve.plugins.diffusion.proposing.graph import Graph
 from laguna_serve.plugins.diffusion.proposing.interface import Proposer
-from laguna_serve.plugins.diffusion.proposing.order import Ordered, OrderModel
-from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Sequential, Spread
-from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Source, Stale
-from laguna_serve.plugins.diffusion.server.options import ServerOptions
+from laguna_serve.plugins.diffusion.proposing.prepared import find_cost, load_proposers
+from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Sequential
+from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Stale
+from laguna_serve.plugins.diffusion.server.options import PROPOSERS, ServerOptions
 from laguna_serve.plugins.diffusion.server.texts import Texts
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
 
@@ -121,25 +120,24 @@ def make_proposer(options: ServerOptions, reference: Reference, target: Llada) -
     Raises:
         DiffusionError: the draft has another vocabulary than the target, or a file cannot be used.
     """
-    if options.order is not None:
-        return Ordered(OrderModel.load(Path(options.order), target.embedding.weight))
-    source: Source = Stale()
-    if options.draft is not None:
-        drafted = Drafted(load_draft(options, reference, target))
-        if options.proposer == "sequential":
-            return Sequential(drafted, options.draft_cost)
-        if options.proposer != "chain":
-            source = drafted if options.proposer == "draft" else Corrected(drafted)
-    return Chain(source) if options.graph is None else Spread(source, Graph.load(Path(options.graph)))
+    chosen = options.chosen_proposer
+    draft = None if options.draft is None else load_draft(Path(options.draft), target)
+    if options.proposals is not None:
+        return load_proposers(Path(options.proposals), target, draft, reference)[PROPOSERS[chosen][0]]
+    if draft is None or chosen == "chain":
+        return Chain(Stale())
+    drafted = Drafted(Predictor(draft, reference.cache, reference.guidance))
+    if chosen == "sequential":
+        return Sequential(drafted, find_cost(target, draft))
+    return Chain(drafted if chosen == "draft" else Corrected(drafted))
 
 
-def load_draft(options: ServerOptions, reference: Reference, target: Llada) -> Predictor:
+def load_draft(folder: Path, target: Llada) -> Llada:
     """Load the draft, in the target's dtype and on its device.
 
     Raises:
         DiffusionError: it does not fit the target.
     """
-    folder = Path(options.draft or "")
     weights = target.embedding.weight
     config = read_config(folder)
     for name in ("vocab_size", "mask_token_id"):
@@ -149,8 +147,7 @@ def load_draft(options: ServerOptions, reference: Reference, target: Llada) -> P
     if config.max_sequence_length < target.config.max_sequence_length:
         expected = f"expected max_sequence_length {target.config.max_sequence_length}, as the target has, or more"
         raise DiffusionError(f"{folder}: {expected}, got {config.max_sequence_length}; choose another")
-    draft = load_model(folder, weights.dtype, str(weights.device))
-    return Predictor(draft, reference.cache, reference.guidance)
+    return load_model(folder, weights.dtype, str(weights.device))
 
 
 def find_stop(folder: Path, texts: Texts, eos: int) -> frozenset[int]:

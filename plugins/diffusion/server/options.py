@@ -11,7 +11,17 @@ from typing import Any, NoReturn
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 
 CACHES = ("none", "prefix", "dual")
-PROPOSERS = ("chain", "draft", "corrected", "sequential")
+# Name → what `load_proposers` calls it, whether it takes a draft, and whether it has to be learnt first.
+PROPOSERS = {
+    "chain": ("chain", False, False),
+    "graph": ("graph", False, True),
+    "order": ("order", False, True),
+    "union": ("union", False, True),
+    "draft": ("draft", True, False),
+    "corrected": ("draft, corrected", True, False),
+    "sequential": ("draft, gated", True, False),
+    "order-draft": ("order and draft", True, True),
+}
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 # Where something to propose them by is named, and no number.
 DRAFTED_STATES = 4
@@ -32,11 +42,9 @@ class ServerOptions:
         tokens_per_step, steps_per_block, threshold: the schedule, one of them; none: a token a step.
         cache, guidance: of all requests.
         draft: a smaller model's folder.
-        states: proposed per request and pass; None: DRAFTED_STATES with a draft, graph or order, else none.
-        proposer: None: "corrected" with a draft, "chain" without.
-        graph: a calibrated graph's file, for proposals from it.
-        order: an order model's file, which then proposes.
-        draft_cost: of the draft's pass as a share of the target's, for "sequential".
+        proposals: a folder of what was learnt of the model's decodes (scripts/training/diffusion/calibrate.py).
+        states: proposed per request and pass; None: DRAFTED_STATES with a draft or `proposals`, else none.
+        proposer: None: "corrected" with a draft, else "order" with `proposals`, else "chain".
         rows: positions of all proposals of a pass together, so that a crowd proposes less.
         allowed_origins: of pages in browsers, a JSON list.
     """
@@ -59,10 +67,8 @@ class ServerOptions:
     guidance: float = 0.0
     draft: str | None = None
     states: int | None = None
+    proposals: str | None = None
     proposer: str | None = None
-    graph: str | None = None
-    order: str | None = None
-    draft_cost: float = 0.6
     rows: int = 256
     allowed_origins: str | None = None
 
@@ -82,18 +88,27 @@ class ServerOptions:
             raise DiffusionError(f"--threshold: expected a probability between 0 and 1, got {self.threshold}")
         if not 0 <= self.guidance < math.inf:
             raise DiffusionError(f"--guidance: expected 0 or more, got {self.guidance}")
-        if self.draft is None and self.proposer not in (None, "chain"):
+        _, drafts, learnt = PROPOSERS[self.chosen_proposer]
+        if drafts and self.draft is None:
             raise DiffusionError(f"--proposer {self.proposer}: expected --draft beside it, got none; name the draft")
+        if learnt and self.proposals is None:
+            raise DiffusionError(
+                f"--proposer {self.proposer}: expected --proposals beside it, got none; name the folder"
+            )
 
-        if self.order is not None and (self.draft, self.proposer, self.graph) != (None, None, None):
-            raise DiffusionError("--order: expected it alone, got a draft, proposer or graph too; drop one")
+    @property
+    def chosen_proposer(self) -> str:
+        """What proposes, by its name in PROPOSERS."""
+        if self.proposer is not None:
+            return self.proposer
+        return "corrected" if self.draft is not None else "order" if self.proposals is not None else "chain"
 
     @property
     def proposed_states(self) -> int:
         """States that are proposed per request and pass."""
         if self.states is not None:
             return self.states
-        return 0 if self.draft is self.graph is self.order is None else DRAFTED_STATES
+        return 0 if self.draft is self.proposals is None else DRAFTED_STATES
 
 
 def parse_options(argv: Sequence[str]) -> ServerOptions:
@@ -104,7 +119,7 @@ def parse_options(argv: Sequence[str]) -> ServerOptions:
     """
     parser = _Parser(prog="python -m laguna_serve.plugins.diffusion.server", allow_abbrev=False)
     kinds = {"int": int, "float": float, "str": str}
-    choices = {"dtype": DTYPES, "cache": CACHES, "proposer": PROPOSERS}
+    choices = {"dtype": DTYPES, "cache": CACHES, "proposer": tuple(PROPOSERS)}
     parser.add_argument("model", help="checkpoint folder")
     for field in fields(ServerOptions)[1:]:
         kind = kinds[str(field.type).partition(" ")[0]]
