@@ -59,14 +59,25 @@ class Engine:
         *,
         max_running: int,
         max_waiting: int,
+        max_tokens: int | None = None,
         on_death: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare it; nothing runs before `start`."""
+        """Prepare it; nothing runs before `start`.
+
+        Args:
+            decoder: takes the requests forward.
+            metrics: to count in.
+            max_running: requests that share passes.
+            max_waiting: beyond those.
+            max_tokens: of prompts and canvases of those that share passes, as far as what is kept for them has room.
+            on_death: called in the engine's thread when it dies.
+            clock: seconds, for the metrics.
+        """
         self.metrics = metrics
         self.cause: str | None = None
         self._batch = Batch(decoder)
-        self._max_running, self._max_waiting = max_running, max_waiting
+        self._max_running, self._max_waiting, self._max_tokens = max_running, max_waiting, max_tokens
         self._on_death, self._clock = on_death, clock
         self._changed = threading.Condition()
         self._waiting: deque[Handle] = deque()
@@ -133,6 +144,12 @@ class Engine:
             self._thread.join(timeout_s)
         return not self.alive
 
+    def _has_room(self, request: Request) -> bool:
+        """Say whether one more fits beside those that run; the first that waits is the next, so that none starves."""
+        held = sum(_measure(handle.request) for handle in self._running.values())
+        fits = self._max_tokens is None or held + _measure(request) <= self._max_tokens
+        return fits and len(self._running) < self._max_running
+
     def _check(self, request: Request) -> None:
         predictor, reference, canvas = self._batch.decoder.predictor, request.reference, request.canvas
         if (reference.cache, reference.guidance) != (predictor.cache, predictor.guidance):
@@ -141,9 +158,9 @@ class Engine:
                 f"request: expected cache {predictor.cache}, guidance {predictor.guidance}, as all have, got {got}"
             )
         config = predictor.model.config
-        length = len(canvas.prompt) + canvas.length
-        if length > config.max_sequence_length:
-            most = f"at most {config.max_sequence_length} tokens of prompt and canvas"
+        longest = min(config.max_sequence_length, self._max_tokens or config.max_sequence_length)
+        if _measure(request) > longest:
+            most = f"at most {longest} tokens of prompt and canvas"
             got = f"{len(canvas.prompt)} and {canvas.length}"
             raise DiffusionError(f"request: expected {most}, got {got}; shorten one of them")
         if not all(0 <= token < config.vocab_size for token in canvas.prompt):
@@ -170,7 +187,7 @@ class Engine:
                 gone = [(job, handle) for job, handle in self._running.items() if handle.cancelled]
                 for job, _ in gone:
                     self._release(job)
-                while self._waiting and len(self._running) < self._max_running:
+                while self._waiting and self._has_room(self._waiting[0].request):
                     handle = self._waiting.popleft()
                     self._running[self._batch.add(handle.request)] = handle
                     self.metrics.count_prompt(len(handle.request.canvas.prompt))
@@ -231,3 +248,8 @@ class Engine:
             self.metrics.show_load(0, 0)
         for handle in left:
             self._finish(handle, "abort" if self.cause is None else "error", self.cause)
+
+
+def _measure(request: Request) -> int:
+    """Tokens of prompt and canvas."""
+    return len(request.canvas.prompt) + request.canvas.length

@@ -59,6 +59,7 @@ def run(options: ServerOptions) -> int:
         metrics,
         max_running=options.max_num_seqs,
         max_waiting=options.max_waiting,
+        max_tokens=served.room,
         on_death=end,
     )
     defaults = Defaults(options.canvas_length, options.block_length)

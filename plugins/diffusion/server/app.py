@@ -57,6 +57,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_failure)
     _add_generating(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
@@ -165,3 +166,8 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
 async def _answer_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, str(error.detail)).respond()
+
+
+async def _answer_failure(_: Request, error: Exception) -> Response:
+    """Answer for a defect of ours; it is logged by who calls this."""
+    return ApiError(500, f"server: {type(error).__name__}").respond()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
@@ -41,6 +42,7 @@ class Served:
     Attributes:
         stop: ids that end an answer.
         max_model_len: tokens of prompt and canvas together.
+        room: tokens of all requests that share passes; None: as many as there are.
     """
 
     decoder: Decoder
@@ -48,6 +50,7 @@ class Served:
     stop: frozenset[int]
     mask_id: int
     max_model_len: int
+    room: int | None = None
 
 
 def load(options: ServerOptions) -> Served:
@@ -65,16 +68,21 @@ def load(options: ServerOptions) -> Served:
         most = f"at most {config.max_sequence_length}, the model's own"
         raise DiffusionError(f"--max-model-len: expected {most}, got {options.max_model_len}; lower it")
     reference = make_reference(options)
-    speculation = None
+    speculation = draft = None
     if options.proposed_states:
-        proposer = make_proposer(options, reference, target)
+        draft = None if options.draft is None else load_draft(Path(options.draft), target)
+        proposer = make_proposer(options, reference, target, draft)
         speculation = Speculation(proposer, options.proposed_states, options.rows)
+    decoder = Decoder(Predictor(target), reference, (), speculation)
+    token_bytes = count_token_bytes(decoder.predictor, draft)
+    room = find_room(token_bytes, target.embedding.weight.device)
     return Served(
-        decoder=Decoder(Predictor(target), reference, (), speculation),
+        decoder=decoder,
         texts=texts,
         stop=find_stop(folder, texts, config.eos_token_id),
         mask_id=config.mask_token_id,
         max_model_len=options.max_model_len or config.max_sequence_length,
+        room=room and (options.max_cached_tokens or room),
     )
 
 
@@ -114,14 +122,13 @@ def make_reference(options: ServerOptions) -> Reference:
     )
 
 
-def make_proposer(options: ServerOptions, reference: Reference, target: Llada) -> Proposer:
+def make_proposer(options: ServerOptions, reference: Reference, target: Llada, draft: Llada | None) -> Proposer:
     """Make what proposes states.
 
     Raises:
-        DiffusionError: the draft has another vocabulary than the target, or a file cannot be used.
+        DiffusionError: a file cannot be used.
     """
     chosen = options.chosen_proposer
-    draft = None if options.draft is None else load_draft(Path(options.draft), target)
     if options.proposals is not None:
         return load_proposers(Path(options.proposals), target, draft, reference)[PROPOSERS[chosen][0]]
     if draft is None or chosen == "chain":

@@ -38,6 +38,7 @@ class ServerOptions:
         max_model_len: of prompt and canvas together; None: the model's own.
         max_num_seqs: requests that share passes.
         max_waiting: beyond those; one more is refused.
+        max_cached_tokens: of prompts and canvases that share passes, where there is a cache; None: by the free memory.
         canvas_length: of an answer whose request says no max_tokens.
         tokens_per_step, steps_per_block, threshold: the schedule, one of them; none: a token a step.
         cache, guidance: of all requests.
@@ -58,6 +59,7 @@ class ServerOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_waiting: int = 1024
+    max_cached_tokens: int | None = None
     canvas_length: int = 128
     block_length: int = 32
     tokens_per_step: int | None = None
@@ -75,7 +77,7 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "canvas_length", "block_length", "tokens_per_step"):
             _require_positive(name, getattr(self, name))
-        for name in ("steps_per_block", "rows"):
+        for name in ("steps_per_block", "rows", "max_cached_tokens"):
             _require_positive(name, getattr(self, name))
         for name, value in (("max_waiting", self.max_waiting), ("states", self.states)):
             if value is not None and value < 0:

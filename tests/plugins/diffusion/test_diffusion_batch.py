@@ -85,6 +85,7 @@ class Crowd:
                     self.ended[advance.job.request] = advance.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculates", [False, True])
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_a_crowd_that_comes_and_goes(cache: Cache, speculates: bool) -> None:
@@ -103,6 +104,7 @@ def test_a_crowd_that_comes_and_goes(cache: Cache, speculates: bool) -> None:
     assert bool(crowd.batch.totals.accepted) == speculates
 
 
+@pytest.mark.slow
 def test_hostile_proposals_in_a_crowd() -> None:
     requests = draw_requests(8, "dual", seed=3)
     crowd = Crowd(Batch(make_decoder("dual", Adversary())), random.Random(2))

@@ -85,11 +85,12 @@ def serving(
     *,
     running: int = 16,
     waiting: int = 64,
+    tokens: int | None = None,
     on_death: Callable[[], None] | None = None,
 ) -> Iterator[Engine]:
     decoder = decoder or make_decoder("dual", Chain(make_drafted()))
     metrics = EngineMetrics("toy", speculates=decoder.speculation is not None)
-    engine = Engine(decoder, metrics, max_running=running, max_waiting=waiting, on_death=on_death)
+    engine = Engine(decoder, metrics, max_running=running, max_waiting=waiting, max_tokens=tokens, on_death=on_death)
     engine.start()
     try:
         yield engine
@@ -115,6 +116,7 @@ def submit(engine: Engine, *requests: Request) -> list[Stream]:
     return streams
 
 
+@pytest.mark.slow
 def test_sixteen_unlike_requests_and_their_counters() -> None:
     requests = draw_requests(16, "dual", seed=7)
     with serving(running=6) as engine:
@@ -136,6 +138,7 @@ def test_sixteen_unlike_requests_and_their_counters() -> None:
         assert b"vllm:e2e_request_latency_seconds_bucket" in engine.metrics.render()
 
 
+@pytest.mark.slow
 def test_a_thousand_aborted_requests_leave_nothing() -> None:
     decoder = make_decoder("dual", Chain(draft := make_drafted()))
     (request,) = draw_requests(1, "dual")
@@ -191,6 +194,21 @@ def test_the_queue_is_bounded(gate: Gate) -> None:
         gate.free()
         expected = [decode_alone(requests[number]) for number in (0, 2, 4)]
         assert [stream.read_end()[0] for stream in streams] == expected
+
+
+def test_admission_keeps_to_the_room(gate: Gate) -> None:
+    """Twelve tokens each in room for thirty: two at a time, in their order."""
+    requests = [Request(Canvas((7, 8, 9, 10 + n), 8, 8, MASK), Reference(cache="dual")) for n in range(5)]
+    with serving(tokens=30) as engine:
+        streams = submit(engine, *requests)
+        gate.wait()
+        gate.let.release()
+        gate.wait()
+        assert (read(engine, "num_requests_running"), read(engine, "num_requests_waiting")) == (2, 3)
+        gate.free()
+        assert [stream.read_end()[0] for stream in streams] == [decode_alone(request) for request in requests]
+        with pytest.raises(DiffusionError, match="expected at most 30 tokens of prompt and canvas, got 4 and 32"):
+            submit(engine, Request(Canvas((7, 8, 9, 10), 32, 8, MASK), Reference(cache="dual")))
 
 
 def test_draining_finishes_what_is_there(gate: Gate) -> None:

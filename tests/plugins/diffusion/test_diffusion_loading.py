@@ -12,6 +12,7 @@ from tiny_llada import END, END_OF_TURN, write_llada
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Threshold
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
 from laguna_serve.plugins.diffusion.proposing.order import OrderModel
@@ -41,6 +42,7 @@ def proposals(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learnt", [False, True])
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_every_proposer_changes_no_text(toy: Path, draft: Path, proposals: Path, name: str, learnt: bool) -> None:
@@ -85,6 +87,21 @@ def test_dtypes_and_schedules(toy: Path) -> None:
     assert make_schedule(3, None, None) == PerStep(3)
     assert make_schedule(None, 4, None) == Evenly(4)
     assert make_schedule(None, None, 0.9) == Threshold(0.9)
+
+
+def test_room_is_for_what_is_kept(toy: Path, draft: Path) -> None:
+    """Two layers of 32 keys and as many values in fp32; with guidance twice, and the draft's beside them."""
+    rooms = []
+    for flags in ([], ["--guidance", "1"], ["--draft", str(draft)]):
+        served = load(parse_options([str(toy), "--cache", "prefix", *flags]))
+        assert served.room is not None
+        rooms.append(served.room)
+        assert load(parse_options([str(toy), *flags])).room is None
+    predictor = load(parse_options([str(toy), "--cache", "dual"])).decoder.predictor
+    assert count_token_bytes(predictor, None) == 2 * 2 * 32 * 4
+    assert count_token_bytes(predictor, predictor.model) == 2 * 2 * 2 * 32 * 4
+    assert all(1.6 < rooms[0] / room < 2.4 for room in rooms[1:])
+    assert load(parse_options([str(toy), "--cache", "dual", "--max-cached-tokens", "99"])).room == 99
 
 
 def test_what_does_not_fit_is_refused(toy: Path, draft: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_clients_complete_stream_and_chat(server: Running) -> None:
     assert [event.choices[0].finish_reason for event in events][-1] == chat.choices[0].finish_reason
 
 
+@pytest.mark.slow
 def test_a_crowd_of_streams(server: Running) -> None:
     """Sixteen unlike requests at once, each token for token as offline."""
 
@@ -358,6 +359,16 @@ def test_a_stream_that_fails_ends_with_an_error(folder: Path, monkeypatch: pytes
         lines = server.http.post("/v1/completions", json=body).text.split("\n\n")
         assert json.loads(lines[-3][6:])["error"]["message"] == "engine: RuntimeError: no such luck"
         assert lines[-2] == "data: [DONE]"
+
+
+def test_a_defect_is_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    with own_server(folder) as server:
+        monkeypatch.setattr("laguna_serve.plugins.diffusion.server.app.make_requests", failing)
+        answer = server.http.post("/v1/completions", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "server: RuntimeError")
 
 
 def test_keys_and_origins(folder: Path) -> None:
