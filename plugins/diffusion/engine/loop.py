@@ -21,6 +21,7 @@ from laguna_serve.plugins.diffusion.engine.requests import (
     Deliver,
     EngineStoppedError,
     Finished,
+    Limits,
     QueueFullError,
     Reason,
     Request,
@@ -56,10 +57,8 @@ class Engine:
         self,
         decoder: Decoder,
         metrics: EngineMetrics,
+        limits: Limits,
         *,
-        max_running: int,
-        max_waiting: int,
-        max_tokens: int | None = None,
         on_death: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,16 +67,14 @@ class Engine:
         Args:
             decoder: takes the requests forward.
             metrics: to count in.
-            max_running: requests that share passes.
-            max_waiting: beyond those.
-            max_tokens: of prompts and canvases of those that share passes, as far as what is kept for them has room.
+            limits: of what it takes.
             on_death: called in the engine's thread when it dies.
             clock: seconds, for the metrics.
         """
         self.metrics = metrics
         self.cause: str | None = None
         self._batch = Batch(decoder)
-        self._max_running, self._max_waiting, self._max_tokens = max_running, max_waiting, max_tokens
+        self._limits = limits
         self._on_death, self._clock = on_death, clock
         self._changed = threading.Condition()
         self._waiting: deque[Handle] = deque()
@@ -107,8 +104,8 @@ class Engine:
         with self._changed:
             if self._draining or self._stopping or not self.alive:
                 raise EngineStoppedError(self.cause or "the engine is being stopped")
-            if len(self._running) + len(self._waiting) >= self._max_running + self._max_waiting:
-                raise QueueFullError(f"expected at most {self._max_waiting} requests to wait, got one more")
+            if len(self._running) + len(self._waiting) >= self._limits.running + self._limits.waiting:
+                raise QueueFullError(f"expected at most {self._limits.waiting} requests to wait, got one more")
             self._waiting.append(handle)
             self.metrics.show_load(len(self._running), len(self._waiting))
             self._changed.notify()
@@ -147,8 +144,8 @@ class Engine:
     def _has_room(self, request: Request) -> bool:
         """Say whether one more fits beside those that run; the first that waits is the next, so that none starves."""
         held = sum(_measure(handle.request) for handle in self._running.values())
-        fits = self._max_tokens is None or held + _measure(request) <= self._max_tokens
-        return fits and len(self._running) < self._max_running
+        fits = self._limits.tokens is None or held + _measure(request) <= self._limits.tokens
+        return fits and len(self._running) < self._limits.running
 
     def _check(self, request: Request) -> None:
         predictor, reference, canvas = self._batch.decoder.predictor, request.reference, request.canvas
@@ -157,14 +154,14 @@ class Engine:
             raise DiffusionError(
                 f"request: expected cache {predictor.cache}, guidance {predictor.guidance}, as all have, got {got}"
             )
-        config = predictor.model.config
-        longest = min(config.max_sequence_length, self._max_tokens or config.max_sequence_length)
+        limits = self._limits
+        longest = min(limits.sequence, limits.tokens or limits.sequence)
         if _measure(request) > longest:
             most = f"at most {longest} tokens of prompt and canvas"
             got = f"{len(canvas.prompt)} and {canvas.length}"
             raise DiffusionError(f"request: expected {most}, got {got}; shorten one of them")
-        if not all(0 <= token < config.vocab_size for token in canvas.prompt):
-            raise DiffusionError(f"prompt: expected ids from 0 to {config.vocab_size - 1}, got others; check them")
+        if not all(0 <= token < limits.vocabulary for token in canvas.prompt):
+            raise DiffusionError(f"prompt: expected ids from 0 to {limits.vocabulary - 1}, got others; check them")
 
     def _work(self) -> None:
         try:

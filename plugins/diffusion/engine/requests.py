@@ -36,6 +36,25 @@ class Request:
     limit: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an engine takes.
+
+    Attributes:
+        sequence: tokens of one request's prompt and canvas.
+        vocabulary: ids of prompts are below it.
+        running: requests that share passes.
+        waiting: beyond those; one more is refused.
+        tokens: of prompts and canvases of those that share passes, as far as what is kept for them has room.
+    """
+
+    sequence: int
+    vocabulary: int
+    running: int
+    waiting: int
+    tokens: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
     """Ids that follow those before without a gap; they never change again."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import psutil
 import torch
 
+from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.model import Llada
-from laguna_serve.plugins.diffusion.predictor import Predictor
 
 # Of the free memory.  A pass that opens blocks holds their keys and values a second time, and logits need room too.
 SHARE = 0.4
 
 
-def count_token_bytes(predictor: Predictor, draft: Llada | None) -> int:
-    """Bytes of a token's keys and values, with guidance twice, in target and draft; 0 without a cache."""
-    if predictor.cache == "none":
+def count_token_bytes(reference: Reference, *models: Llada) -> int:
+    """Bytes of a token's keys and values in all models, with guidance twice; 0 without a cache."""
+    if reference.cache == "none":
         return 0
-    sides = 2 if predictor.guidance else 1
-    return sides * sum(_count(model) for model in (predictor.model, draft) if model is not None)
+    return (2 if reference.guidance else 1) * sum(map(_count, models))
 
 
 def find_room(token_bytes: int, device: torch.device) -> int | None:

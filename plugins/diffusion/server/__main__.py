@@ -41,6 +41,7 @@ def run(options: ServerOptions) -> int:
 
     from laguna_serve.plugins.diffusion.engine.loop import Engine
     from laguna_serve.plugins.diffusion.engine.metrics import EngineMetrics
+    from laguna_serve.plugins.diffusion.engine.requests import Limits
     from laguna_serve.plugins.diffusion.server.access import KEY_VARIABLE, add_access
     from laguna_serve.plugins.diffusion.server.app import Service, make_app
     from laguna_serve.plugins.diffusion.server.choices import Defaults
@@ -57,9 +58,13 @@ def run(options: ServerOptions) -> int:
     engine = Engine(
         served.decoder,
         metrics,
-        max_running=options.max_num_seqs,
-        max_waiting=options.max_waiting,
-        max_tokens=served.room,
+        Limits(
+            sequence=served.max_model_len,
+            vocabulary=served.vocab_size,
+            running=options.max_num_seqs,
+            waiting=options.max_waiting,
+            tokens=served.room,
+        ),
         on_death=end,
     )
     defaults = Defaults(options.canvas_length, options.block_length)

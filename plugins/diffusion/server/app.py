@@ -100,7 +100,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> DetokenizeAnswer:
         service.check_model(body.model)
-        size = service.served.decoder.predictor.model.config.vocab_size
+        size = service.served.vocab_size
         if not all(0 <= token < size for token in body.tokens):
             raise ApiError(400, f"tokens: expected ids from 0 to {size - 1}, got others; check them", "tokens")
         return DetokenizeAnswer(prompt=texts.decode(body.tokens, skip_special=False))

@@ -42,6 +42,7 @@ class Served:
     Attributes:
         stop: ids that end an answer.
         max_model_len: tokens of prompt and canvas together.
+        vocab_size: ids are below it.
         room: tokens of all requests that share passes; None: as many as there are.
     """
 
@@ -50,6 +51,7 @@ class Served:
     stop: frozenset[int]
     mask_id: int
     max_model_len: int
+    vocab_size: int
     room: int | None = None
 
 
@@ -74,7 +76,7 @@ def load(options: ServerOptions) -> Served:
         proposer = make_proposer(options, reference, target, draft)
         speculation = Speculation(proposer, options.proposed_states, options.rows)
     decoder = Decoder(Predictor(target), reference, (), speculation)
-    token_bytes = count_token_bytes(decoder.predictor, draft)
+    token_bytes = count_token_bytes(reference, target, *([] if draft is None else [draft]))
     room = find_room(token_bytes, target.embedding.weight.device)
     return Served(
         decoder=decoder,
@@ -82,6 +84,7 @@ def load(options: ServerOptions) -> Served:
         stop=find_stop(folder, texts, config.eos_token_id),
         mask_id=config.mask_token_id,
         max_model_len=options.max_model_len or config.max_sequence_length,
+        vocab_size=config.vocab_size,
         room=room and (options.max_cached_tokens or room),
     )
 

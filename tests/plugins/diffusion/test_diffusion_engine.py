@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from diffusion_models import MASK, make_model
+from diffusion_models import MASK, VOCABULARY, make_model
 from test_diffusion_batch import decode_alone, draw_requests, make_decoder
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
@@ -21,6 +21,7 @@ from laguna_serve.plugins.diffusion.engine.requests import (
     EngineStoppedError,
     Event,
     Finished,
+    Limits,
     QueueFullError,
     Request,
 )
@@ -90,7 +91,8 @@ def serving(
 ) -> Iterator[Engine]:
     decoder = decoder or make_decoder("dual", Chain(make_drafted()))
     metrics = EngineMetrics("toy", speculates=decoder.speculation is not None)
-    engine = Engine(decoder, metrics, max_running=running, max_waiting=waiting, max_tokens=tokens, on_death=on_death)
+    limits = Limits(sequence=160, vocabulary=VOCABULARY, running=running, waiting=waiting, tokens=tokens)
+    engine = Engine(decoder, metrics, limits, on_death=on_death)
     engine.start()
     try:
         yield engine

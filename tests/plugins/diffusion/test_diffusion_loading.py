@@ -11,9 +11,10 @@ from tiny_llada import END, END_OF_TURN, write_llada
 
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
-from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Threshold
+from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
 from laguna_serve.plugins.diffusion.engine.room import count_token_bytes
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.model import load_model
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
 from laguna_serve.plugins.diffusion.proposing.order import OrderModel
 from laguna_serve.plugins.diffusion.proposing.prepared import GRAPHS, ORDER
@@ -37,8 +38,7 @@ def proposals(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("proposals")
     for name in GRAPHS.values():
         Graph(((0,), (0, 1)), (0.6, 0.4)).save(folder / name)
-    target = load(parse_options([str(toy)])).decoder.predictor.model
-    OrderModel(target.embedding.weight).save(folder / ORDER)
+    OrderModel(load_model(toy).embedding.weight).save(folder / ORDER)
     return folder
 
 
@@ -97,9 +97,9 @@ def test_room_is_for_what_is_kept(toy: Path, draft: Path) -> None:
         assert served.room is not None
         rooms.append(served.room)
         assert load(parse_options([str(toy), *flags])).room is None
-    predictor = load(parse_options([str(toy), "--cache", "dual"])).decoder.predictor
-    assert count_token_bytes(predictor, None) == 2 * 2 * 32 * 4
-    assert count_token_bytes(predictor, predictor.model) == 2 * 2 * 2 * 32 * 4
+    model = load_model(toy)
+    assert count_token_bytes(Reference(cache="dual"), model) == 2 * 2 * 32 * 4
+    assert count_token_bytes(Reference(cache="dual", guidance=1.0), model, model) == 2 * 2 * 2 * 2 * 32 * 4
     assert all(1.6 < rooms[0] / room < 2.4 for room in rooms[1:])
     assert load(parse_options([str(toy), "--cache", "dual", "--max-cached-tokens", "99"])).room == 99
 

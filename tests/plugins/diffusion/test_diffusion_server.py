@@ -21,6 +21,7 @@ from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
 from laguna_serve.plugins.diffusion.engine.loop import Engine
 from laguna_serve.plugins.diffusion.engine.metrics import EngineMetrics
+from laguna_serve.plugins.diffusion.engine.requests import Limits
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.server.access import add_access
 from laguna_serve.plugins.diffusion.server.app import Service, make_app
@@ -41,7 +42,8 @@ class Running:
     def __init__(self, served: Served, *, running: int = 8, waiting: int = 64, key: str | None = None) -> None:
         self.served = served
         metrics = EngineMetrics("toy", speculates=served.decoder.speculation is not None)
-        self.engine = Engine(served.decoder, metrics, max_running=running, max_waiting=waiting)
+        limits = Limits(sequence=served.max_model_len, vocabulary=served.vocab_size, running=running, waiting=waiting)
+        self.engine = Engine(served.decoder, metrics, limits)
         app = make_app(Service(self.engine, served, Defaults(32, 8), "toy", "toy-folder"))
         add_access(app, key, '["https://page.example"]')
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
