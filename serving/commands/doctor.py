@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
@@ -28,6 +29,7 @@ from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
+from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
@@ -135,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_flags(DoctorConfig, given, prog="laguna doctor", description=DESCRIPTION, epilog=EPILOG)
     if config.model is not None:
         plan = plan_model(replace(config, extra_args=extra_args))
+        if isinstance(plan, DiffusionPlanResult):
+            _print(format_diffusion(plan), plan, config)
+            return HELD if plan.ok else FELL_SHORT
         _print(format_plan(plan), describe_plan(plan), config)
         return FELL_SHORT if plan.refusals else HELD
     result = diagnose()
@@ -160,7 +165,7 @@ def diagnose() -> DoctorResult:
     )
 
 
-def plan_model(config: DoctorConfig) -> EnginePlan:
+def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
     """Plan what serving the model would take; nothing is started.
 
     Raises:
@@ -173,6 +178,9 @@ def plan_model(config: DoctorConfig) -> EnginePlan:
             f"device: expected an NVIDIA GPU for this build of vLLM, got none; name one: {'|'.join(GPUS)}"
         )
     engine = make_engine_config(config.model, config)
+    diffusion = find_diffusion(config.model)
+    if diffusion is not None:
+        return plan_diffusion(engine, diffusion, device, planned=config.as_device is not None, files=False)
     return make_plan(engine, device, planned=config.as_device is not None)
 
 

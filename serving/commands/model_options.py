@@ -38,7 +38,10 @@ class ModelOptions:
     group_indices: Annotated[str | None, Flag("the mask's groups of atoms", metavar="G.npy")] = None
     draft: Annotated[
         str | None,
-        Flag("DFlash drafter, in Laguna's or the speculators format: checkpoint folder or hub id", metavar="D"),
+        Flag(
+            "DFlash drafter, in Laguna's or the speculators format, or a LLaDA's draft: checkpoint folder or hub id",
+            metavar="D",
+        ),
     ] = None
     gamma: Annotated[
         int | Literal["auto", "adaptive"] | None,

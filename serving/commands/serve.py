@@ -12,11 +12,13 @@ from typing import Annotated
 
 from laguna_serve.serving.chat.vendor_defaults import describe_chat
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.inspection import LOOPBACK
 from laguna_serve.serving.planning.launch import plan_launch, require_device
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
@@ -32,6 +34,7 @@ EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
   laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
+  laguna serve GSAI-ML/LLaDA-8B-Instruct --draft D -- --cache dual           (the rest goes to the diffusion engine)
 
 When the engine dies, the cause is printed and it is started again after 1 s, then 2, 4, … up to 60 s; five failures in
 a row, each within five minutes of a start, and it is given up. Requests that wait, and new ones, go to the new engine;
@@ -156,6 +159,11 @@ def run(config: ServeConfig) -> int:
     service = plan_service(config)
     if service.host not in LOOPBACK and not service.locked:
         print(f"warning: {service.host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)
+    if config.dry_run and (diffusion := find_diffusion(config.model)) is not None:
+        planned = plan_diffusion(service.engine, diffusion, require_device())
+        print(format_diffusion(planned))
+        print(json.dumps(to_json(planned)))
+        return HELD if planned.ok else COULD_NOT_RUN
     if config.dry_run:
         plan = rehearse(service.engine, service.api_key)
         print(format_plan(plan))

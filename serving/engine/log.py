@@ -12,6 +12,7 @@ from pathlib import Path
 
 # Searched in this order; the last phase that has begun is the current one.
 PHASES = (
+    ("Starting a masked diffusion engine", "importing torch"),
     ("non-default args", "reading the model's configuration"),
     ("Initializing a V1 LLM engine", "starting the engine's processes"),
     ("Starting to load model", "loading weights"),
@@ -22,6 +23,7 @@ PHASES = (
     ("KV cache size", "allocating the KV cache"),
     ("Capturing CUDA graphs", "capturing CUDA graphs"),
     ("Starting vLLM server", "starting the HTTP server"),
+    ("Starting the HTTP server", "starting the HTTP server"),
 )
 FIRST_PHASE = "importing vLLM"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
+from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
 from laguna_serve.serving.checkpoint.weight_files import require_weights
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
@@ -24,6 +25,7 @@ from laguna_serve.serving.planning.command import (
     list_device_warnings,
     settle_dtype,
 )
+from laguna_serve.serving.planning.diffusion.command import build_diffusion_command, find_chat, require_files
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.vllm_flags import check_flags
@@ -75,6 +77,9 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
     """
     device = require_device()
     try:
+        diffusion = find_diffusion(config.model)
+        if diffusion is not None:
+            return _plan_diffusion(config, diffusion, device, api_key)
         checkpoints = check_launch(config)
         config, notes = settle_dtype(config, checkpoints, device)
         port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
@@ -89,20 +94,39 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
         weight_updates=config.weight_updates,
         settings=choose_settings(config, checkpoints, device),
     )
+    return Launch(
+        command=command,
+        environment=_finish_environment(environment, api_key),
+        base_url=_format_url(config.host, port),
+        gamma=checkpoints.gamma,
+        chat=checkpoints.chat,
+        warnings=(*notes, *checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
+    )
+
+
+def _plan_diffusion(config: EngineConfig, model: DiffusionModel, device: Device, api_key: str | None) -> Launch:
+    """As `plan_launch`, for a masked diffusion model, which has an engine of its own.  Raises CheckpointError, too."""
+    require_files(config, model)
+    port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
+    return Launch(
+        command=build_diffusion_command(config, model, port),
+        environment=_finish_environment(build_environment(os.environ, device, local=True), api_key),
+        base_url=_format_url(config.host, port),
+        gamma=None,
+        chat=find_chat(model),
+        warnings=(),
+    )
+
+
+def _finish_environment(environment: dict[str, str], api_key: str | None) -> dict[str, str]:
+    """Put the engine's key in the place of those of clients."""
     for name in KEY_VARIABLES:
         environment.pop(name, None)
     if api_key is not None:
         environment[ENGINE_KEY] = api_key
     # A crash in native code leaves its Python frames in the log.
     environment.setdefault("PYTHONFAULTHANDLER", "1")
-    return Launch(
-        command=command,
-        environment=environment,
-        base_url=f"http://{_format_host(_reachable(config.host))}:{port}",
-        gamma=checkpoints.gamma,
-        chat=checkpoints.chat,
-        warnings=(*notes, *checkpoints.warnings, *list_device_warnings(config, checkpoints, device)),
-    )
+    return environment
 
 
 def find_engine_dtype(config: EngineConfig) -> str:
@@ -190,5 +214,6 @@ def _reachable(host: str) -> str:
     return ALL_INTERFACES.get(host, host)
 
 
-def _format_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _format_url(host: str, port: int) -> str:
+    reachable = _reachable(host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

@@ -1,0 +1,32 @@
+"""How many tokens' keys and values there is room for beside the weights, once those are loaded."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from laguna_serve.plugins.diffusion.decoding.reference import Reference
+from laguna_serve.plugins.diffusion.model import Llada
+
+# Of the free memory.  A pass that opens blocks holds their keys and values a second time, and logits need room too.
+SHARE = 0.4
+
+
+def count_token_bytes(reference: Reference, *models: Llada) -> int:
+    """Bytes of a token's keys and values in all models, with guidance twice; 0 without a cache."""
+    if reference.cache == "none":
+        return 0
+    return (2 if reference.guidance else 1) * sum(map(_count, models))
+
+
+def find_room(token_bytes: int, device: torch.device) -> int | None:
+    """Find how many tokens fit into the device's free memory; None where nothing is kept of them."""
+    if not token_bytes:
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, int(SHARE * free) // token_bytes)
+
+
+def _count(model: Llada) -> int:
+    config = model.config
+    return 2 * config.n_layers * config.n_kv_heads * config.head_size * model.embedding.weight.element_size()

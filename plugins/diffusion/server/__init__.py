@@ -1,0 +1,1 @@
+"""The HTTP server over the engine: OpenAI's completions and chats, as vLLM answers them."""

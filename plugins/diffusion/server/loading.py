@@ -1,0 +1,170 @@
+"""Loads what is served: target, draft and tokenizer, put together as a decoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from laguna_serve.plugins.diffusion.checkpoint import read_config
+from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
+from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.model import Llada, load_model
+from laguna_serve.plugins.diffusion.predictor import Predictor
+from laguna_serve.plugins.diffusion.proposing.interface import Proposer
+from laguna_serve.plugins.diffusion.proposing.prepared import find_cost, load_proposers
+from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Sequential
+from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Stale
+from laguna_serve.plugins.diffusion.server.options import PROPOSERS, ServerOptions
+from laguna_serve.plugins.diffusion.server.texts import Texts
+from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
+
+# What ends a turn of LLaDA's chats; config.json names the end of a text alone.
+END_OF_TURN = "<|eot_id|>"
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that is ready.
+
+    Attributes:
+        stop: ids that end an answer.
+        max_model_len: tokens of prompt and canvas together.
+        vocab_size: ids are below it.
+        room: tokens of all requests that share passes; None: as many as there are.
+    """
+
+    decoder: Decoder
+    texts: Texts
+    stop: frozenset[int]
+    mask_id: int
+    max_model_len: int
+    vocab_size: int
+    room: int | None = None
+
+
+def load(options: ServerOptions) -> Served:
+    """Load everything that the options name.
+
+    Raises:
+        DiffusionError: something of it cannot be used.
+    """
+    folder = Path(options.model)
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    texts = Texts(load_tokenizer(folder))
+    target = load_model(folder, choose_dtype(options.dtype, folder, device), device)
+    config = target.config
+    if options.max_model_len is not None and options.max_model_len > config.max_sequence_length:
+        most = f"at most {config.max_sequence_length}, the model's own"
+        raise DiffusionError(f"--max-model-len: expected {most}, got {options.max_model_len}; lower it")
+    reference = make_reference(options)
+    speculation = draft = None
+    if options.proposed_states:
+        draft = None if options.draft is None else load_draft(Path(options.draft), target)
+        proposer = make_proposer(options, reference, target, draft)
+        speculation = Speculation(proposer, options.proposed_states, options.rows)
+    decoder = Decoder(Predictor(target), reference, (), speculation)
+    token_bytes = count_token_bytes(reference, target, *([] if draft is None else [draft]))
+    room = find_room(token_bytes, target.embedding.weight.device)
+    return Served(
+        decoder=decoder,
+        texts=texts,
+        stop=find_stop(folder, texts, config.eos_token_id),
+        mask_id=config.mask_token_id,
+        max_model_len=options.max_model_len or config.max_sequence_length,
+        vocab_size=config.vocab_size,
+        room=room and (options.max_cached_tokens or room),
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a folder; none of its code is run.
+
+    Raises:
+        DiffusionError: there is none.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise DiffusionError(f"{folder}: expected a tokenizer (tokenizer.json), got none; fetch it")
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def choose_dtype(name: str, folder: Path, device: str) -> torch.dtype:
+    """Choose the weights' dtype: as asked, else the checkpoint's on a GPU and float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+    return torch.float32 if device == "cpu" else DTYPES.get(kept, torch.bfloat16)
+
+
+def make_schedule(tokens_per_step: int | None, steps_per_block: int | None, threshold: float | None) -> Schedule:
+    """Make the schedule of which one is given; of none, a token a step."""
+    if threshold is not None:
+        return Threshold(threshold)
+    return PerStep(tokens_per_step or 1) if steps_per_block is None else Evenly(steps_per_block)
+
+
+def make_reference(options: ServerOptions) -> Reference:
+    """Make the reference of requests that choose nothing."""
+    return Reference(
+        make_schedule(options.tokens_per_step, options.steps_per_block, options.threshold),
+        guidance=options.guidance,
+        cache=cast(Cache, options.cache),
+    )
+
+
+def make_proposer(options: ServerOptions, reference: Reference, target: Llada, draft: Llada | None) -> Proposer:
+    """Make what proposes states.
+
+    Raises:
+        DiffusionError: a file cannot be used.
+    """
+    chosen = options.chosen_proposer
+    if options.proposals is not None:
+        return load_proposers(Path(options.proposals), target, draft, reference)[PROPOSERS[chosen][0]]
+    if draft is None or chosen == "chain":
+        return Chain(Stale())
+    drafted = Drafted(Predictor(draft, reference.cache, reference.guidance))
+    if chosen == "sequential":
+        return Sequential(drafted, find_cost(target, draft))
+    return Chain(drafted if chosen == "draft" else Corrected(drafted))
+
+
+def load_draft(folder: Path, target: Llada) -> Llada:
+    """Load the draft, in the target's dtype and on its device.
+
+    Raises:
+        DiffusionError: it does not fit the target.
+    """
+    weights = target.embedding.weight
+    config = read_config(folder)
+    for name in ("vocab_size", "mask_token_id"):
+        expected, got = getattr(target.config, name), getattr(config, name)
+        if expected != got:
+            raise DiffusionError(f"{folder}: expected {name} {expected}, as the target has, got {got}; choose another")
+    if config.max_sequence_length < target.config.max_sequence_length:
+        expected = f"expected max_sequence_length {target.config.max_sequence_length}, as the target has, or more"
+        raise DiffusionError(f"{folder}: {expected}, got {config.max_sequence_length}; choose another")
+    return load_model(folder, weights.dtype, str(weights.device))
+
+
+def find_stop(folder: Path, texts: Texts, eos: int) -> frozenset[int]:
+    """Find the ids that end an answer: config.json's, the tokenizer's, generation_config.json's, the end of a turn."""
+    found = {eos, *texts.find_ids(END_OF_TURN), *texts.end_ids}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return frozenset(found)

@@ -1,0 +1,120 @@
+"""What the server loads: dtypes, stops, schedules, proposers of every name; misfits are refused in a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llada import END, END_OF_TURN, write_llada
+
+from laguna_serve.plugins.diffusion.checkpoint import read_config
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
+from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes
+from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.model import load_model
+from laguna_serve.plugins.diffusion.proposing.graph import Graph
+from laguna_serve.plugins.diffusion.proposing.order import OrderModel
+from laguna_serve.plugins.diffusion.proposing.prepared import GRAPHS, ORDER
+from laguna_serve.plugins.diffusion.server.loading import choose_dtype, load, make_schedule
+from laguna_serve.plugins.diffusion.server.options import PROPOSERS, parse_options
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llada(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llada(tmp_path_factory.mktemp("draft") / "draft", error=0.02)
+
+
+@pytest.fixture(scope="module")
+def proposals(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as calibrate.py writes it, of nothing that was learnt."""
+    folder = tmp_path_factory.mktemp("proposals")
+    for name in GRAPHS.values():
+        Graph(((0,), (0, 1)), (0.6, 0.4)).save(folder / name)
+    OrderModel(load_model(toy).embedding.weight).save(folder / ORDER)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_every_proposer_changes_no_text(toy: Path, draft: Path, proposals: Path, name: str, learnt: bool) -> None:
+    if PROPOSERS[name][2] and not learnt:
+        return
+    flags = ["--proposer", name, "--states", "2", "--cache", "dual"]
+    flags += ["--draft", str(draft)] if PROPOSERS[name][1] else []
+    flags += ["--proposals", str(proposals)] if learnt else []
+    served = load(parse_options([str(toy), *flags]))
+    canvas = Canvas((7, 8, 9), 8, 8, served.mask_id)
+    (run,) = served.decoder.decode([canvas])
+    (plain,) = load(parse_options([str(toy), "--cache", "dual"])).decoder.decode([canvas])
+    assert run.state == plain.state
+    assert bool(run.proposed) == (name != "sequential"), "a draft of the target's size is never worth a pass of its own"
+
+
+def test_proposals_are_by_default_what_is_there(toy: Path, draft: Path, proposals: Path) -> None:
+    for flags, chosen, states in (
+        ([], "chain", 0),
+        (["--draft", str(draft)], "corrected", 4),
+        (["--proposals", str(proposals)], "order", 4),
+        (["--states", "3"], "chain", 3),
+        (["--draft", str(draft), "--states", "0"], "corrected", 0),
+    ):
+        options = parse_options([str(toy), *flags])
+        assert (options.chosen_proposer, options.proposed_states) == (chosen, states)
+
+
+def test_ends_are_all_that_are_named(toy: Path, tmp_path: Path) -> None:
+    assert load(parse_options([str(toy)])).stop == {END, END_OF_TURN}
+    for path in toy.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, 77]}))
+    assert load(parse_options([str(tmp_path)])).stop == {END, END_OF_TURN, 77}
+
+
+def test_dtypes_and_schedules(toy: Path) -> None:
+    assert choose_dtype("auto", toy, "cpu") is torch.float32
+    assert choose_dtype("auto", toy, "cuda") is torch.bfloat16
+    assert choose_dtype("half", toy, "cpu") is torch.float16
+    assert make_schedule(None, None, None) == PerStep(1)
+    assert make_schedule(3, None, None) == PerStep(3)
+    assert make_schedule(None, 4, None) == Evenly(4)
+    assert make_schedule(None, None, 0.9) == Threshold(0.9)
+
+
+def test_room_is_for_what_is_kept(toy: Path, draft: Path) -> None:
+    """Two layers of 32 keys and as many values in fp32; with guidance twice, and the draft's beside them."""
+    rooms = []
+    for flags in ([], ["--guidance", "1"], ["--draft", str(draft)]):
+        served = load(parse_options([str(toy), "--cache", "prefix", *flags]))
+        assert served.room is not None
+        rooms.append(served.room)
+        assert load(parse_options([str(toy), *flags])).room is None
+    model = load_model(toy)
+    assert count_token_bytes(Reference(cache="dual"), model) == 2 * 2 * 32 * 4
+    assert count_token_bytes(Reference(cache="dual", guidance=1.0), model, model) == 2 * 2 * 2 * 2 * 32 * 4
+    assert all(1.6 < rooms[0] / room < 2.4 for room in rooms[1:])
+    assert load(parse_options([str(toy), "--cache", "dual", "--max-cached-tokens", "99"])).room == 99
+
+
+def test_what_does_not_fit_is_refused(toy: Path, draft: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiffusionError, match="--max-model-len: expected at most 256"):
+        load(parse_options([str(toy), "--max-model-len", "257"]))
+    with pytest.raises(DiffusionError, match="expected a tokenizer"):
+        load(parse_options([str(tmp_path)]))
+    with pytest.raises(DiffusionError, match="expected a calibrated graph"):
+        load(parse_options([str(toy), "--proposals", str(tmp_path)]))
+    with pytest.raises(DiffusionError, match="--proposer order: expected --proposals beside it"):
+        parse_options([str(toy), "--proposer", "order"])
+    config = json.loads((draft / "config.json").read_text()) | {"mask_token_id": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).mask_token_id == 4
+    with pytest.raises(DiffusionError, match="expected mask_token_id 2, as the target has, got 4"):
+        load(parse_options([str(toy), "--draft", str(tmp_path)]))
