@@ -123,9 +123,10 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     next_commits, partial = None, False
     try:
         for concurrency in config.concurrency:
-            for point in _measure(arms, canvases, concurrency, config):
+            progress.say(f"{concurrency} at once: {len(arms.proposers)} proposers and none, in turns")
+            for point in _measure(arms, canvases, concurrency, config, progress):
                 points.append(point)
-                progress.say(f"  {point.concurrency} at once, {point.proposer}: {_summarise(point)}")
+                progress.say(f"  {point.proposer}: {_summarise(point)}")
         progress.say("the references, and how often the draft knows what is next")
         few = canvases[: max(2, len(canvases) // 4)]
         next_commits = arms.count_next_commits(few)
@@ -155,15 +156,19 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     return result
 
 
-def _measure(arms: Arms, canvases: Sequence[Canvas], concurrency: int, config: DiffusionConfig) -> list[ProposerPoint]:
+def _measure(
+    arms: Arms, canvases: Sequence[Canvas], concurrency: int, config: DiffusionConfig, progress: Progress
+) -> list[ProposerPoint]:
     """Let every proposer and the reference take turns on one round of prompts after the other, each first in turn."""
     names: list[str | None] = [None, *arms.proposers]
     rounds = [canvases[at : at + concurrency] for at in range(0, len(canvases) - concurrency + 1, concurrency)]
+    progress.begin()
     done: dict[str | None, list[Timed]] = {name: [] for name in names}
     for number, canvases_of in enumerate(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             done[name].append(arms.decode(canvases_of, name, config.states))
+        progress.step("rounds", number + 1, len(rounds))
     return [_sum_up(name, concurrency, done[None], done[name], config.seed) for name in arms.proposers]
 
 

@@ -25,7 +25,7 @@ import psutil
 from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
 from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
-from laguna_serve.serving.engine.log import find_phase, measure_log, read_log
+from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import EngineError, plan_launch
 
@@ -219,6 +219,8 @@ class Engine:
         self.pids()
         self._core = [process for process in self._members if _is_core(process)]
         self._marks = deque([(time.monotonic(), measure_log(self.log_path))])
+        for note in find_notes(read_log(self.log_path)):
+            self._announce(f"engine {self.model_name}: {note}")
         self._announce(f"engine {self.model_name}: ready at {self.base_url} after {time.monotonic() - started:.0f} s")
 
     def _check_exact(self) -> None:

@@ -22,11 +22,14 @@ PHASES = (
     ("Dynamo bytecode transform", "compiling"),
     ("KV cache size", "allocating the KV cache"),
     ("Capturing CUDA graphs", "capturing CUDA graphs"),
+    ("Trying whether proposals pay", "trying whether the proposals pay"),
     ("Starting vLLM server", "starting the HTTP server"),
     ("Starting the HTTP server", "starting the HTTP server"),
 )
 FIRST_PHASE = "importing vLLM"
 
+# What an engine of ours says for who starts it.
+NOTE = re.compile(r"^INFO laguna_serve\.plugins\.\S+: (?P<note>Proposals .*)$", re.MULTILINE)
 PREFIX = re.compile(r"^\((?P<process>[\w-]+) pid=\d+\) (?:(?P<level>[A-Z]+) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 NAME = r"(?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Interrupt|Exit|Exceeded|Exception)|Exception|MemoryError)"
 EXCEPTION = re.compile(rf"^{NAME}: ")
@@ -82,6 +85,11 @@ def measure_log(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def find_notes(text: str) -> list[str]:
+    """Find what the engine has said for who starts it, a line each."""
+    return [match["note"] for match in NOTE.finditer(text)]
 
 
 def find_phase(log: str) -> str:

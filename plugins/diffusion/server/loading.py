@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -10,7 +11,8 @@ from typing import cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from laguna_serve.plugins.diffusion.checkpoint import read_config
+from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, read_config
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
 from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
 from laguna_serve.plugins.diffusion.errors import DiffusionError
@@ -23,9 +25,12 @@ from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted,
 from laguna_serve.plugins.diffusion.server.options import PROPOSERS, ServerOptions
 from laguna_serve.plugins.diffusion.server.texts import Texts
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
+from laguna_serve.plugins.diffusion.trial import try_speculation
 
 # What ends a turn of LLaDA's chats; config.json names the end of a text alone.
 END_OF_TURN = "<|eot_id|>"
+TRIAL_S = 6.0
+TRIAL_TEXTS = ("def fibonacci(n):\n", "Once upon a time", "Question: How many hours has a week?\nAnswer:")
 DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
@@ -33,6 +38,9 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,16 @@ def load(options: ServerOptions) -> Served:
         draft = None if options.draft is None else load_draft(Path(options.draft), target)
         proposer = make_proposer(options, reference, target, draft)
         speculation = Speculation(proposer, options.proposed_states, options.rows)
-    decoder = Decoder(Predictor(target), reference, (), speculation)
+    predictor = Predictor(target)
+    if speculation is not None and options.draft_policy == "auto":
+        canvases = make_trial_canvases(texts, options, config)
+        logger.info("Trying whether proposals pay")
+        trial = try_speculation(predictor, reference, speculation, canvases, TRIAL_S)
+        left_out = "" if trial.pays else "; left out as they lose here, --draft-policy always keeps them"
+        logger.info("Proposals (%s): %s%s", options.chosen_proposer, trial, left_out)
+        if not trial.pays:
+            speculation = draft = None
+    decoder = Decoder(predictor, reference, (), speculation)
     token_bytes = count_token_bytes(reference, target, *([] if draft is None else [draft]))
     room = find_room(token_bytes, target.embedding.weight.device)
     return Served(
@@ -87,6 +104,14 @@ def load(options: ServerOptions) -> Served:
         vocab_size=config.vocab_size,
         room=room and (options.max_cached_tokens or room),
     )
+
+
+def make_trial_canvases(texts: Texts, options: ServerOptions, config: LladaConfig) -> list[Canvas]:
+    """Make what proposals are tried on; nobody sees the answers."""
+    blocks = max(1, min(options.canvas_length, config.max_sequence_length // 2) // options.block_length)
+    prompts = [[id_ for id_ in texts.encode(text) if id_ != config.mask_token_id] for text in TRIAL_TEXTS]
+    canvas = options.block_length * blocks
+    return [Canvas(tuple(ids), canvas, options.block_length, config.mask_token_id) for ids in prompts]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -22,6 +22,8 @@ PROPOSERS = {
     "sequential": ("draft, gated", True, False),
     "order-draft": ("order and draft", True, True),
 }
+# auto: proposals are tried for a few seconds before anybody is served, and left out where they lose.
+POLICIES = ("auto", "always", "off")
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 # Where something to propose them by is named, and no number.
 DRAFTED_STATES = 4
@@ -46,6 +48,7 @@ class ServerOptions:
         proposals: a folder of what was learnt of the model's decodes (scripts/training/diffusion/calibrate.py).
         states: proposed per request and pass; None: DRAFTED_STATES with a draft or `proposals`, else none.
         proposer: None: "corrected" with a draft, else "order" with `proposals`, else "chain".
+        draft_policy: one of POLICIES.
         rows: positions of all proposals of a pass together, so that a crowd proposes less.
         allowed_origins: of pages in browsers, a JSON list.
     """
@@ -71,6 +74,7 @@ class ServerOptions:
     states: int | None = None
     proposals: str | None = None
     proposer: str | None = None
+    draft_policy: str = "auto"
     rows: int = 256
     allowed_origins: str | None = None
 
@@ -108,6 +112,8 @@ class ServerOptions:
     @property
     def proposed_states(self) -> int:
         """States that are proposed per request and pass."""
+        if self.draft_policy == "off":
+            return 0
         if self.states is not None:
             return self.states
         return 0 if self.draft is self.proposals is None else DRAFTED_STATES
@@ -121,7 +127,7 @@ def parse_options(argv: Sequence[str]) -> ServerOptions:
     """
     parser = _Parser(prog="python -m laguna_serve.plugins.diffusion.server", allow_abbrev=False)
     kinds = {"int": int, "float": float, "str": str}
-    choices = {"dtype": DTYPES, "cache": CACHES, "proposer": tuple(PROPOSERS)}
+    choices = {"dtype": DTYPES, "cache": CACHES, "proposer": tuple(PROPOSERS), "draft_policy": POLICIES}
     parser.add_argument("model", help="checkpoint folder")
     for field in fields(ServerOptions)[1:]:
         kind = kinds[str(field.type).partition(" ")[0]]

@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_llada import write_llada
 
 from laguna_serve.bench.diffusion.run import DiffusionConfig, count_differing, main, measure_proposals, render_text
-from laguna_serve.plugins.diffusion.checkpoint import LladaConfig
 from laguna_serve.plugins.diffusion.errors import DiffusionError
-from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.scripts.training.diffusion.calibrate import CalibrateConfig, learn
-from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.serving.kit.flags import FlagError
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -22,36 +19,13 @@ PROMPTS = TOY / "prompts.jsonl"
 pytestmark = pytest.mark.slow
 
 
-def write_random(folder: Path, layers: int, seed: int) -> Path:
-    """A LLaDA with the toy's tokenizer and random weights."""
-    config = LladaConfig(
-        d_model=64,
-        n_heads=2,
-        n_kv_heads=2,
-        n_layers=layers,
-        mlp_hidden_size=24,
-        vocab_size=512,
-        embedding_size=512,
-        mask_token_id=3,
-        eos_token_id=4,
-        max_sequence_length=300,
-    )
-    torch.manual_seed(seed)
-    model = Llada(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    write_checkpoint(folder, config, model.state_dict(), TOY / "teacher")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> CalibrateConfig:
     """A pair, and what was learnt about it."""
     folder = tmp_path_factory.mktemp("pair")
     config = CalibrateConfig(
-        model=write_random(folder / "model", 2, 0),
-        draft=write_random(folder / "draft", 1, 0),
+        model=write_llada(folder / "model"),
+        draft=write_llada(folder / "draft", error=0.02),
         prompts=PROMPTS,
         first=4,
         num_prompts=2,
@@ -63,7 +37,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> CalibrateConfig:
     result = learn(config)
     assert result.examples
     assert set(result.nodes) == {"target", "draft", "corrected"}
-    assert 0 < (result.cost or 0) < 1
+    assert result.cost == 1
     return config
 
 
@@ -119,7 +93,7 @@ def test_without_what_was_learnt_it_says_what_to_run(
     [
         ({"schedule": "fast"}, "schedule: expected tokens a step or a threshold, got 'fast'"),
         ({"cache": "all"}, "cache: expected none, prefix, dual, got 'all'"),
-        ({"canvas": 300}, "--canvas: expected fewer than 300, got 300"),
+        ({"canvas": 256}, "--canvas: expected fewer than 256, got 256"),
         ({"first": 100_000}, "expected more than 100000 prompts"),
     ],
 )

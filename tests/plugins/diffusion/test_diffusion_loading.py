@@ -18,8 +18,11 @@ from laguna_serve.plugins.diffusion.model import load_model
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
 from laguna_serve.plugins.diffusion.proposing.order import OrderModel
 from laguna_serve.plugins.diffusion.proposing.prepared import GRAPHS, ORDER
+from laguna_serve.plugins.diffusion.server import loading
 from laguna_serve.plugins.diffusion.server.loading import choose_dtype, load, make_schedule
 from laguna_serve.plugins.diffusion.server.options import PROPOSERS, parse_options
+from laguna_serve.plugins.diffusion.trial import Trial
+from laguna_serve.serving.engine.log import find_notes
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def proposals(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_proposer_changes_no_text(toy: Path, draft: Path, proposals: Path, name: str, learnt: bool) -> None:
     if PROPOSERS[name][2] and not learnt:
         return
-    flags = ["--proposer", name, "--states", "2", "--cache", "dual"]
+    flags = ["--proposer", name, "--states", "2", "--cache", "dual", "--draft-policy", "always"]
     flags += ["--draft", str(draft)] if PROPOSERS[name][1] else []
     flags += ["--proposals", str(proposals)] if learnt else []
     served = load(parse_options([str(toy), *flags]))
@@ -66,9 +69,44 @@ def test_proposals_are_by_default_what_is_there(toy: Path, draft: Path, proposal
         (["--proposals", str(proposals)], "order", 4),
         (["--states", "3"], "chain", 3),
         (["--draft", str(draft), "--states", "0"], "corrected", 0),
+        (["--draft", str(draft), "--draft-policy", "off"], "corrected", 0),
     ):
         options = parse_options([str(toy), *flags])
         assert (options.chosen_proposer, options.proposed_states) == (chosen, states)
+
+
+@pytest.mark.parametrize(("speedup", "kept"), [(0.99, False), (1.01, True)])
+def test_proposals_that_lose_are_left_out_with_the_figure(
+    toy: Path,
+    draft: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    speedup: float,
+    kept: bool,
+) -> None:
+    tried = []
+
+    def try_them(*given: object) -> Trial:
+        tried.append(given)
+        return Trial(speedup, 1.5)
+
+    monkeypatch.setattr(loading, "try_speculation", try_them)
+    with caplog.at_level("INFO"):
+        served = load(parse_options([str(toy), "--draft", str(draft), "--cache", "dual"]))
+    assert (served.decoder.speculation is not None) == kept
+    assert f"Proposals (corrected): {speedup:.2f} times as fast as without, 1.50 steps per pass" in caplog.text
+    assert ("left out as they lose here" in caplog.text) != kept
+    load(parse_options([str(toy), "--draft", str(draft), "--draft-policy", "always"]))
+    load(parse_options([str(toy), "--draft", str(draft), "--draft-policy", "off"]))
+    load(parse_options([str(toy)]))
+    assert len(tried) == 1
+
+
+def test_a_trial_is_made_where_nothing_is_stubbed(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        load(parse_options([str(toy), "--states", "2", "--canvas-length", "16", "--block-length", "8"]))
+    (note,) = find_notes("\n".join(f"{r.levelname} {r.name}: {r.getMessage()}" for r in caplog.records))
+    assert note.startswith("Proposals (chain): ")
 
 
 def test_ends_are_all_that_are_named(toy: Path, tmp_path: Path) -> None:
@@ -92,7 +130,7 @@ def test_dtypes_and_schedules(toy: Path) -> None:
 def test_room_is_for_what_is_kept(toy: Path, draft: Path) -> None:
     """Two layers of 32 keys and as many values in fp32; with guidance twice, and the draft's beside them."""
     rooms = []
-    for flags in ([], ["--guidance", "1"], ["--draft", str(draft)]):
+    for flags in ([], ["--guidance", "1"], ["--draft", str(draft), "--draft-policy", "always"]):
         served = load(parse_options([str(toy), "--cache", "prefix", *flags]))
         assert served.room is not None
         rooms.append(served.room)

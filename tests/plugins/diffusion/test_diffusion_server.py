@@ -102,7 +102,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     draft = write_llada(tmp_path_factory.mktemp("draft") / "draft", error=0.02)
-    with Running(load(parse_options([str(folder), "--cache", "dual", "--draft", str(draft)]))) as running:
+    with Running(
+        load(parse_options([str(folder), "--cache", "dual", "--draft", str(draft), "--draft-policy", "always"]))
+    ) as running:
         yield running
 
 

@@ -98,7 +98,7 @@ def wait_until_idle(engine_url: str) -> None:
 
 
 def test_clients_through_the_gateway(llada: Path, draft: Path, tmp_path: Path) -> None:
-    flags = ("--draft", str(draft), "--gamma", "3", "--max-num-seqs", "4", *DUAL)
+    flags = ("--draft", str(draft), "--gamma", "3", "--max-num-seqs", "4", *DUAL, "--draft-policy", "always")
     with serving(llada, tmp_path, *flags) as server:
         url = read_greeting(server)
         with httpx.Client(trust_env=False, timeout=60) as http:
