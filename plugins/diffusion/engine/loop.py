@@ -88,7 +88,7 @@ class Engine:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread that serves."""
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> Handle:
