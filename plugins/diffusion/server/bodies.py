@@ -116,7 +116,7 @@ class Body(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """The stop strings, perhaps none."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def check(self) -> None:
@@ -153,7 +153,7 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
-    """Of /v1/chat/completions."""
+    """What /v1/chat/completions is asked."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -174,7 +174,7 @@ class TokenizeBody(BaseModel):
 
 
 class DetokenizeBody(BaseModel):
-    """Of /detokenize."""
+    """What /detokenize is asked."""
 
     model: str | None = None
     tokens: list[int]
