@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         measure_proposals,
         show=render_text,
-        line=Brief(counted=("rounds", "counts")),
+        line=Brief(counted=("points.*.rounds", "points.*.counts")),
         judge=lambda result: INTERRUPTED if result.partial else FELL_SHORT if count_differing(result) else HELD,
     )
 

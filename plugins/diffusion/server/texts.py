@@ -15,7 +15,7 @@ INCOMPLETE = "�"
 
 
 class Texts:
-    """A checkpoint's tokenizer."""
+    """The tokenizer of a checkpoint."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -61,7 +61,7 @@ class Texts:
         return self.encode(str(text), special=False)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Decode ids."""
+        """Decode ids to a text."""
         return str(
             self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )

@@ -100,3 +100,13 @@ def test_without_what_was_learnt_it_says_what_to_run(
 def test_bad_input_is_refused(learnt: CalibrateConfig, wrong: dict[str, object], message: str) -> None:
     with pytest.raises(DiffusionError, match=message):
         learn(replace(learnt, **wrong))  # type: ignore[arg-type]
+
+
+def test_the_line_for_programs_counts_rounds(
+    learnt: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(learnt.model), "--proposals", str(learnt.out), "--prompts", str(PROMPTS)]
+    given += ["--num-prompts", "2", "--concurrency", "1", "--canvas", "16", "--block", "16"]
+    assert main([*given, "--out", str(tmp_path), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert [(point["rounds"], point["counts"]) for point in line["points"]] == [(2, 2)] * 4
