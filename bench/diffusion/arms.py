@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from laguna_serve.plugins.diffusion.calibration import measure_next_commits
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
@@ -55,7 +55,7 @@ class Arms:
         self.draft = None if draft is None else load_model(draft)
         self.cost = None if self.draft is None else find_cost(self.target, self.draft)
         self.proposers = load_proposers(proposals, self.target, self.draft, self.reference)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
 
     def make_canvases(self, texts: Sequence[str], canvas: int, block: int) -> list[Canvas]:
         """Make a canvas for each text, which is cut on the left to what fits in front of it."""

@@ -166,9 +166,9 @@ def learn(config: CalibrateConfig) -> Calibration:
 
 
 def _read_canvases(config: CalibrateConfig, target: Llada) -> list[Canvas]:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model)
     room = target.config.max_sequence_length - config.canvas
     if room < 1:
         raise DiffusionError(f"--canvas: expected fewer than {target.config.max_sequence_length}, got {config.canvas}")

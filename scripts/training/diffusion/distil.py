@@ -129,7 +129,7 @@ def teach(config: DistilConfig) -> DistilResult:
         PruningError: the text cannot be read.
         WriteError: a file cannot be written.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     began = time.monotonic()
     shapes = [read_config(folder) for folder in (config.model, config.student)]
@@ -138,7 +138,7 @@ def teach(config: DistilConfig) -> DistilResult:
             f"{config.student}: expected the teacher's {shapes[0].vocab_size} tokens and mask "
             f"{shapes[0].mask_token_id}, got {shapes[1].vocab_size} and {shapes[1].mask_token_id}; use prune.py"
         )
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model)
     text = read_rows(config.text, tokenizer, config.length, None)
     whole = [row for row in text.rows if len(row) == config.length]
     if len(whole) <= HELD_OUT:

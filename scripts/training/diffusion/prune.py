@@ -104,12 +104,12 @@ def prune(config: PruneConfig) -> PruneResult:
         DiffusionError: the checkpoint cannot be used, or has no more layers than are to go.
         PruningError: the text cannot be used.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     shape = read_config(config.model)
     if config.remove_layers >= shape.n_layers:
         raise DiffusionError(f"--remove-layers: expected fewer than {shape.n_layers}, got {config.remove_layers}")
-    rows = read_rows(config.text, AutoTokenizer.from_pretrained(config.model), config.length, config.tokens).rows
+    rows = read_rows(config.text, PreTrainedTokenizerFast.from_pretrained(config.model), config.length, config.tokens).rows
     dtype = getattr(torch, config.dtype)
     with Tensors(config.model) as tensors:
         found = ablate(tensors, shape, rows, config.remove_layers, dtype, config.seed)

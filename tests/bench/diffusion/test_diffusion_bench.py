@@ -108,5 +108,5 @@ def test_the_line_for_programs_counts_rounds(
     given = ["--model", str(learnt.model), "--proposals", str(learnt.out), "--prompts", str(PROMPTS)]
     given += ["--num-prompts", "2", "--concurrency", "1", "--canvas", "16", "--block", "16"]
     assert main([*given, "--out", str(tmp_path), "--json"]) == 0
-    line = json.loads(capsys.readouterr().out)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(point["rounds"], point["counts"]) for point in line["points"]] == [(2, 2)] * 4
