@@ -109,7 +109,8 @@ def prune(config: PruneConfig) -> PruneResult:
     shape = read_config(config.model)
     if config.remove_layers >= shape.n_layers:
         raise DiffusionError(f"--remove-layers: expected fewer than {shape.n_layers}, got {config.remove_layers}")
-    rows = read_rows(config.text, PreTrainedTokenizerFast.from_pretrained(config.model), config.length, config.tokens).rows
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model)
+    rows = read_rows(config.text, tokenizer, config.length, config.tokens).rows
     dtype = getattr(torch, config.dtype)
     with Tensors(config.model) as tensors:
         found = ablate(tensors, shape, rows, config.remove_layers, dtype, config.seed)
