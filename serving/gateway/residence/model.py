@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from laguna_serve.serving.gateway.telemetry.metrics import SECONDS, Distribution
+
 
 class State(StrEnum):
     """Where a model is.
@@ -83,7 +85,7 @@ class OwnedModel:
         wanted: somebody asked for it without a request: it is loaded when there is room.
         leaving: somebody asked for its end: it goes as soon as nothing is in flight.
         removed: it is in the configuration no more.
-        ready_s, used_s: when it became ready, and was last used.
+        ready_s, used_s, began_s: when it became ready, was last used, last began to load; `load_s`: what that took.
         loads, failed, evictions: how often so far.
         failures: starts and short lives in a row that failed; the next one waits until `retry_s`.
     """
@@ -102,6 +104,7 @@ class OwnedModel:
     used_s: float = 0.0
     began_s: float = 0.0
     load_s: float | None = None
+    load_seconds: Distribution = field(default_factory=lambda: Distribution(SECONDS))
     failures: int = 0
     retry_s: float = 0.0
     cause: str | None = None
@@ -120,6 +123,11 @@ class OwnedModel:
         if self.state in RUNNING:
             return self.asleep_bytes or self.need_bytes
         return self.asleep_bytes if self.state is State.ASLEEP else 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request would be granted it now."""
+        return self.state is State.READY and not self.leaving
 
     @property
     def busy(self) -> bool:

@@ -46,7 +46,7 @@ class Scheduler:
     def ask(self, model: OwnedModel, now: float, deadline_s: float, settled: Callable[[], None]) -> Ticket:
         """Ask for a model, for a request: granted at once where it is ready, refused where it has just failed."""
         ticket = Ticket(model, now, deadline_s, settled)
-        if model.state is State.READY and not model.leaving:
+        if model.serves:
             self._grant(ticket, now)
         elif model.state is State.FAILED and now < model.retry_s:
             self._refuse(ticket, model.cause or "", model.retry_s - now)
@@ -95,6 +95,7 @@ class Scheduler:
         model.state, model.ready_s, model.used_s = State.READY, now, now
         model.load_s, model.cause, model.wanted = now - model.began_s, None, False
         model.loads += 1
+        model.load_seconds.add(model.load_s)
         self.note_memory(model, size_bytes)
 
     def note_memory(self, model: OwnedModel, size_bytes: int) -> None:
@@ -108,7 +109,7 @@ class Scheduler:
 
     def note_failed(self, model: OwnedModel, cause: str, now: float) -> None:
         """Note that its engine could not be started, or has died: whoever waits learns why, and it is left alone."""
-        if model.state in (State.READY, State.DRAINING) and now - model.ready_s >= self.policy.quick_s:
+        if model.ready_s > model.began_s and now - model.ready_s >= self.policy.quick_s:
             model.failures = 0
         model.failures += 1
         model.failed += 1
@@ -116,6 +117,10 @@ class Scheduler:
         model.state, model.cause, model.wanted = State.FAILED, cause, False
         model.retry_s = now + self.policy.find_delay(model.failures)
         self._refuse_all(model, cause, model.retry_s - now)
+
+    def note_death(self, model: OwnedModel) -> None:
+        """Note that its engine has died: nothing is granted, and its memory counts until `note_failed` says why."""
+        model.state = State.UNLOADING
 
     def note_unloaded(self, model: OwnedModel, asleep_bytes: int | None = None) -> None:
         """Note that its memory is free again, but for what it holds asleep; None: it has no process any more."""
