@@ -159,7 +159,9 @@ def gateway(
 ) -> Iterator[Gateway]:
     """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are.
 
-    `models` are instead of "m". `asgi`: its application under uvicorn's own protocol, as any ASGI server would run it, or under the one that is
+    `models` are instead of "m".
+
+    `asgi`: its application under uvicorn's own protocol, as any ASGI server would run it, or under the one that is
     given.
     """
     model = {"name": "m", **tables.pop("model", {})}

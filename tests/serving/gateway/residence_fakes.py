@@ -33,16 +33,20 @@ def plan_light(config: EngineConfig, _key: str | None = None) -> Launch:
 
 @contextlib.contextmanager
 def owning(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: dict[str, dict[str, Any]], gib: float = 10, **more: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: dict[str, dict[str, Any]], gib: float = 0.08, **more: Any
 ) -> Iterator[Gateway]:
-    """A gateway for these models; a model's table is its `engine`'s. Without processes when it has ended."""
+    """A gateway for these models, of which one fits; a model's table is its `engine`'s.
+
+    No process is left when it has ended.
+    """
     monkeypatch.setattr(engine_module, "plan_launch", plan_light)
     monkeypatch.setattr(engine_module, "POLL_S", 0.02)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tables = [
-        {"name": name, "engine": {"model": f"folder/{name}", "memory_gib": 6.0, **table}}
-        for name, table in models.items()
-    ]
+    tables = []
+    for name, table in models.items():
+        arguments = ["--megabytes", "40", *table.get("extra_args", ())]
+        engine = {"model": f"folder/{name}", "memory_gib": 0.06, **table, "extra_args": arguments}
+        tables.append({"name": name, "engine": engine})
     groups = [{"name": "default", "memory_gib": gib}]
     with gateway(models=tables, groups=groups, **more) as front:
         yield front
