@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query
@@ -42,6 +43,25 @@ def describe_models(owner: Owner) -> JsonObject:
         held[model.terms.group] = held.get(model.terms.group, 0) + model.held_bytes
     groups = {name: {"memory_bytes": size, "held_bytes": held[name]} for name, size in owner.scheduler.budgets.items()}
     return {"schema": "laguna_serve.gateway_models/1", "groups": groups, "models": models}
+
+
+@contextmanager
+def hold(owner: Owner, model: OwnedModel | None) -> Iterator[None]:
+    """Keep a model where it is for as long as the block runs; None: its engines are not the gateway's own.
+
+    Raises:
+        HTTPException: 409 it is not loaded.
+    """
+    if model is None:
+        yield
+        return
+    if not model.serves:
+        raise HTTPException(409, f"The model is not loaded: it is {model.state}. Load it, and pin it, first.")
+    ticket = owner.ask(model, 1.0, lambda: None)
+    try:
+        yield
+    finally:
+        owner.leave(ticket)
 
 
 def make_router(find: Callable[[], Owner]) -> APIRouter:

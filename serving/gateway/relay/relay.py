@@ -26,7 +26,7 @@ from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.residence.model import State
 from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
-from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.metrics import EngineStats, Metrics
 from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.client_address import Proxies
@@ -58,7 +58,7 @@ class Relay:
         self.journal = Journal(metrics, log)
         self.last_errors = self.journal.last_errors
         self.catalog = catalog
-        self.owner = Owner()
+        self.owner, self._stats = Owner(), dict[str, EngineStats]()
         self.owner.place = self._place
         metrics.registry.register(OwnedMetrics(self.owner.scheduler.models, list(State)))
         self.configure(config)
@@ -204,6 +204,8 @@ class Relay:
         if (pool := self.pools.get(name)) is not None:
             upstreams = () if upstream is None else (upstream,)
             pool.configure(pool.model.model_copy(update={"upstreams": upstreams}), pool.limits)
+            for engine in pool.engines:  # its counters go on where those of the last one were
+                engine.stats = self._stats.setdefault(name, engine.stats)
 
     def _tell_models(self, exchange: Exchange) -> bool:
         """Answer what the gateway knows of models by itself: one by its name, and all where no engine lists all.
