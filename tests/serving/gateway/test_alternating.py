@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from gateway_fakes import Gateway, make_request, read_reply
+from gateway_fakes import Gateway, make_request, read_reply, wait_until
 from residence_fakes import PATH, owning
 
 from laguna_serve.serving.gateway.relay.exchange import Exchange
@@ -74,9 +74,10 @@ def test_two_models_take_turns_for_500_requests(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_port_is_closed_to_who_comes_after_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The engine's, too: it ended with its gateway, in the middle of an answer."""
-    with owning(monkeypatch, tmp_path, {"a": {"extra_args": ["--token-s", "5"]}}) as front:
+    with owning(monkeypatch, tmp_path, {"a": {"extra_args": ["--token-s", "1"]}}) as front:
         connection = front.connect()
         connection.sendall(make_request(PATH, json.dumps({"model": "a", "stream": True}).encode()))
+        wait_until(lambda: bool(front.relay.pools["a"].engines), 60)
         assert connection.recv(8)
         url = front.relay.pools["a"].engines[0].config.url
     connection.close()

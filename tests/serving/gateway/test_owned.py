@@ -126,3 +126,41 @@ def test_reading_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_a_pinned_model_is_there_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {"pinned": True}}) as front:
         wait_until(lambda: front.relay.owner.find("a").state == "ready", 20)
+
+
+def test_admin_port_lists_loads_pins_and_unloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}) as front:
+        listed = front.ask_admin("/admin/models").json()
+        assert {name: model["state"] for name, model in listed["models"].items()} == {"a": "unloaded", "b": "unloaded"}
+        assert listed["groups"]["default"]["held_bytes"] == 0
+        assert front.ask_admin("/admin/models/load?model=c", {}).status == 404
+        assert front.ask_admin("/admin/update_weights?model=a", {"update": [{}]}).status == 409
+        assert front.ask_admin("/admin/models/load?model=a", {}).json()["state"] == "loading"
+        wait_until(lambda: front.relay.owner.find("a").state == "ready", 60)
+        assert front.ask_admin("/admin/models/pin?model=a", {}).json()["pinned"] is True
+        refused = ask(front, "b")
+        assert refused.status == 503
+        assert "pinned models leave" in refused.json()["error"]["message"]
+        assert "pinned" in front.ask_admin("/").body.decode()
+        assert front.ask_admin("/admin/status").json()["models"]["a"]["engine"]["measured"] is True
+        assert front.ask_admin("/admin/models/pin?model=a&pinned=false", {}).json()["pinned"] is False
+        assert ask(front, "b").status == 200
+        front.wait_idle()
+        front.ask_admin("/admin/models/unload?model=b", {})
+        wait_until(lambda: not list_engines(), 60)
+
+
+def test_a_reload_changes_engines_when_they_are_idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}}) as front:
+        first = ask(front, "a").json()
+        front.wait_idle()
+        config = front.relay.config
+        front.server.call(lambda relay: relay.configure(config))
+        assert ask(front, "a").json() == first
+        (model,) = config.models
+        engine = model.engine.model_copy(update={"seed": 7})
+        changed = config.model_copy(update={"models": (model.model_copy(update={"engine": engine}),)})
+        front.server.call(lambda relay: relay.configure(changed))
+        again = ask(front, "a")
+        assert again.status == 200
+        assert again.json() != first
