@@ -29,7 +29,12 @@ def admit(
     if not body and exchange.head.method in ("GET", "HEAD", "OPTIONS") and not model.serves:
         raise errors.not_loaded()
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    ticket = owner.ask(model, limits.load_timeout_s, lambda: future.done() or future.set_result(None))
+
+    def settle() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    ticket = owner.ask(model, limits.load_timeout_s, settle)
     exchange.place = Place(owner, ticket)
     if ticket.outcome is Outcome.GRANTED:
         go_on()

@@ -142,9 +142,10 @@ class Owner:
     async def stop(self) -> None:
         """End all engines; return when none is left."""
         self._closing = True
-        for handle in (self._timer, self._watch):
-            if handle is not None:
-                handle.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         while self._engines or self._tasks:
             await asyncio.gather(*(self._run(engine.stop) for engine in self._engines.values()))
             if self._tasks:

@@ -27,11 +27,15 @@ def make_engine_config(name: str, table: OwnedEngine) -> EngineConfig:
     Raises:
         CheckpointError: γ "auto" without a sweep of this pair.
     """
-    draft, gamma, schedule, sampling = table.draft, table.gamma, None, table.draft_sampling
+    draft, schedule = table.draft, None
+    gamma: int | str = table.gamma
+    sampling: str = table.draft_sampling
     if gamma == "auto" and draft is not None:
         advice = find_advice(table.model, draft)
-        draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, "max", None)
-        sampling = DRAFT_SAMPLING[0] if draft is None else sampling
+        if advice.gamma:
+            gamma, schedule = advice.gamma, advice.schedule
+        else:  # plain decoding is the fastest here
+            draft, gamma, sampling = None, "max", DRAFT_SAMPLING[0]
     sleeps = table.sleep_level > 0
     return EngineConfig(
         model=table.model,

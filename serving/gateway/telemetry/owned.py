@@ -13,14 +13,16 @@ from laguna_serve.serving.gateway.telemetry.metrics import Distribution
 class ShownModel(Protocol):
     """A model, as far as it matters here."""
 
-    state: str
-    waiting: Sequence[object]
     in_flight: int
     loads: int
     failed: int
     evictions: int
     load_seconds: Distribution
 
+    @property
+    def state(self) -> str: ...
+    @property
+    def waiting(self) -> Sequence[object]: ...
     @property
     def held_bytes(self) -> int: ...
 

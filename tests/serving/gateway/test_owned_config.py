@@ -18,7 +18,7 @@ from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
 from laguna_serve.serving.gateway.relay.heartbeat import read_error, wants_stream
 from laguna_serve.serving.gateway.residence.plans import find_log, make_engine_config, plan_bytes
 from laguna_serve.serving.planning.launch import EngineError
-from laguna_serve.serving.service.several import make_several_config
+from laguna_serve.serving.service.several import SeveralSettings, make_several_config
 
 # Flags of `laguna serve` that are not an engine's, and keys of an engine that are no flags.
 NOT_THE_ENGINES = {
@@ -116,12 +116,9 @@ def test_several_models_are_distinct_and_behind_the_gateway() -> None:
         plan_several(ServeConfig(model="a", more_models=("b",), gateway=False))
     with pytest.raises(CheckpointError, match=r"--memory-budget: expected more than 0, got -1"):
         plan_several(ServeConfig(model="a", memory_budget=-1.0))
+    same = SeveralSettings(models=("a", "b"), engine={}, names={"a": "b"})
     with pytest.raises(EngineError, match="expected distinct names of models"):
-        make_several_config(
-            plan_several(ServeConfig(model="a", more_models=("b",), served_model_name=None)).__class__(
-                models=("a", "b"), engine={}, names={"a": "b"}
-            )
-        )
+        make_several_config(same)
 
 
 def test_streams_and_errors_are_read_as_they_come() -> None:
