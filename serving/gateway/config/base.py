@@ -13,7 +13,7 @@ from laguna_serve.serving.kit.results import JsonObject
 logger = logging.getLogger(__name__)
 
 
-class Table(BaseModel):
+class ConfigTable(BaseModel):
     """A table of the file."""
 
     # Values of a configuration are in no message of pydantic's own: some are secret.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from laguna_serve.serving.gateway.config.base import Table
+from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.values import Count, Name, Seconds
 
 # Requests in an engine at once for each sequence that it decodes: it queues by itself, and better, as it batches them.
@@ -18,14 +18,14 @@ Gib = Annotated[float, Field(gt=0, le=1 << 20)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Group(Table):
+class Group(ConfigTable):
     """Memory that engines share; without a size what was free when the gateway started."""
 
     name: Name
     memory_gib: Gib | None = None
 
 
-class OwnedEngine(Table):
+class OwnedEngine(ConfigTable):
     """An engine that is started when somebody asks for it: what `laguna serve` takes, and how long it stays.
 
     It goes after `idle_timeout_s` without requests, or when its group has no room for another model; a `pinned` one is

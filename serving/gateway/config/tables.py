@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from laguna_serve.serving.gateway.config import endpoint
-from laguna_serve.serving.gateway.config.base import Table
+from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.owned import NOWHERE, QUEUE_FACTOR, Group, OwnedEngine, name_engine
 from laguna_serve.serving.gateway.config.values import (
     Count,
@@ -36,7 +36,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-class Server(Table):
+class Server(ConfigTable):
     """Where the gateway listens, and what it takes; HTTPS with a certificate and its key.
 
     `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
@@ -68,7 +68,7 @@ class Server(Table):
         return self
 
 
-class Admin(Table):
+class Admin(ConfigTable):
     """Where the admin routes and the status page are: 0 is a free port.
 
     Anywhere but on this machine they need a key (its SHA-256).
@@ -85,7 +85,7 @@ class Admin(Table):
         return self
 
 
-class Limits(Table):
+class Limits(ConfigTable):
     """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies.
 
     The bytes are of bodies that are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body.
@@ -105,7 +105,7 @@ class Limits(Table):
     heartbeat_s: Seconds = 5.0
 
 
-class Health(Table):
+class Health(ConfigTable):
     """How engines are asked whether they are well: each every `interval_s`.
 
     One that refuses the connection is down at once; one that gives another answer than 200, or none within `timeout_s`,
@@ -118,7 +118,7 @@ class Health(Table):
     path: UrlPath = "/health"
 
 
-class Endpoint(Table):
+class Endpoint(ConfigTable):
     """How an engine is reached.
 
     The API key that it asks for is in a file or in the environment, never here. Over https its certificate is checked
@@ -194,7 +194,7 @@ class Shadow(Endpoint):
     """An engine that gets a copy of every greedy request, whose answers nobody but the gateway sees."""
 
 
-class Model(Table):
+class Model(ConfigTable):
     """A name in requests and the engines behind it.
 
     `aliases` are other names that these serve (--served-model-name, --lora-modules); with several models, those that
@@ -225,7 +225,7 @@ class Model(Table):
         return {**given, "upstreams": [upstream]}
 
 
-class Key(Table):
+class Key(ConfigTable):
     """Who may ask: the SHA-256 of the key, never the key."""
 
     name: Name
@@ -234,7 +234,7 @@ class Key(Table):
     requests_per_minute: Count | None = None
 
 
-class Config(Table):
+class Config(ConfigTable):
     """A configuration file, validated as a whole: names, ports and keys must be distinct."""
 
     server: Server = Server()
