@@ -85,12 +85,18 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
     """Whether it could be served.
 
     Raises:
-        ConfigError, EngineError: something is wrong with the configuration, or an address is taken.
+        ConfigError, CheckpointError, EngineError: something is wrong with the configuration, an address is taken, or
+            the checkpoint of an engine of the gateway's own cannot be served.
     """
     from laguna_serve.serving.gateway.addresses import check_addresses
+    from laguna_serve.serving.gateway.residence.plans import make_engine_config
+    from laguna_serve.serving.planning.launch import check_launch
 
     gateway = read_config(config)
     check_addresses(gateway)
+    for model in gateway.models:
+        if model.engine is not None:
+            check_launch(make_engine_config(model.name, model.engine))
     return GatewayResult(outcome="valid", models=tuple(model.name for model in gateway.models))
 
 

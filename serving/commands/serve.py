@@ -14,6 +14,7 @@ from laguna_serve.serving.chat.vendor_defaults import describe_chat
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
+from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, read_flags
@@ -33,6 +34,7 @@ DESCRIPTION = "Serve a Laguna model, with a DFlash drafter if one is given, behi
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
+  laguna serve tests/toy/teacher tests/toy/dense --memory-budget 8 --idle-timeout 600    (in turns, on demand)
   laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
   laguna serve GSAI-ML/LLaDA-8B-Instruct --draft D -- --cache dual           (the rest goes to the diffusion engine)
 
@@ -57,6 +59,30 @@ class ServeConfig(ModelOptions):
     """A model to serve, and how."""
 
     model: Annotated[str, Flag("checkpoint folder or hub id", positional=True)]
+    more_models: Annotated[
+        tuple[str, ...],
+        Flag(
+            "further models: each is loaded when it is asked for, and goes when another one needs its room",
+            positional=True,
+            repeated=True,
+            metavar="MODEL",
+        ),
+    ] = ()
+    memory_budget: Annotated[
+        float | None,
+        Flag(
+            "memory that the engines may take together (default: nine tenths of what is free); also for one model,"
+            " which is then loaded when it is asked for",
+            metavar="GIB",
+        ),
+    ] = None
+    idle_timeout: Annotated[
+        float | None,
+        Flag(
+            "a model goes after so long without requests (default: when its room is needed); also for one",
+            metavar="SECONDS",
+        ),
+    ] = None
     host: Annotated[str | None, Flag(f"address to listen on (default: {DEFAULT_HOST})")] = None
     port: Annotated[int | None, Flag(f"0 picks a free one (default: {DEFAULT_PORT})")] = None
     served_model_name: Annotated[str | None, Flag("name in requests (default: the folder's name or the hub id)")] = None
@@ -156,6 +182,8 @@ def run(config: ServeConfig) -> int:
     Raises:
         CommandError: it cannot be started as configured.
     """
+    if config.more_models or config.memory_budget is not None or config.idle_timeout is not None:
+        return run_several(config)
     service = plan_service(config)
     if service.host not in LOOPBACK and not service.locked:
         print(f"warning: {service.host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)

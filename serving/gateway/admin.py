@@ -20,6 +20,7 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 from laguna_serve.serving.gateway.services import Services
@@ -78,8 +79,10 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         group = find_group(model)
         if group.lock.locked():
             raise HTTPException(409, "Another update of this model is under way. Please try again when it has ended.")
-        async with group.lock:
-            yield group
+        owner = find().relay.owner
+        with hold(owner, owner.find(group.pool.model.name)):
+            async with group.lock:
+                yield group
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -172,6 +175,8 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         async with alone(model) as group:
             await group.finish(weight_version, draft_version)
         return {"message": "Weight update finished"}
+
+    app.include_router(make_router(lambda: find().relay.owner))
 
     async def pass_on(request: Request) -> Response:
         group = find_group(request.query_params.get("model"))

@@ -51,6 +51,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                 with contextlib.suppress(asyncio.CancelledError):
                     await checks
                 relay.close()
+                await relay.owner.stop()
                 await shadows.stop()
                 await catalog.stop()
 
@@ -70,12 +71,11 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready(request: Request) -> Response:
-        """Every model has an engine that is up, and the gateway is not about to stop."""
+        """Every model has an engine that is up or that can be started, and the gateway is not about to stop."""
         relay = find_services(app).relay
         relay.access.check(dict(request.headers.raw))
         now = time.monotonic()
-        pools = relay.pools.values()
-        up = all(pool.is_ready(now) for pool in pools)
+        up = all(pool.is_ready(now) or relay.owner.is_well(name) for name, pool in relay.pools.items())
         return Response(status_code=200 if up and not relay.draining else 503)
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from laguna_serve.serving.gateway.admin_models import describe_model
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.relay.access import Holder
 from laguna_serve.serving.gateway.services import Services
@@ -27,6 +28,7 @@ async def describe(services: Services, now: float) -> JsonObject:
             "affinity": pool.model.affinity,
             "upstreams": [_describe_engine(engine, speeds[engine], now) for engine in pool.engines],
             "shadows": [shadow.name for shadow in pool.model.shadows],
+            "engine": None if (owned := relay.owner.find(name)) is None else describe_model(owned),
         }
         for name, pool in relay.pools.items()
     }

@@ -226,7 +226,7 @@ def _add_engine(models: list[JsonObject], settings: FrontSettings, url: str, sou
         raise EngineError(f"{source}: {expected}, got one; rename it")
     ours = {"name": UPSTREAM, "url": url, "max_in_flight": QUEUE_FACTOR * settings.max_num_seqs}
     for model in models:
-        if model.get("name") != settings.model and not model.get("upstreams"):
+        if model.get("name") != settings.model and not (model.get("upstreams") or model.get("engine")):
             expected = f"expected upstreams, or the name of the model that is served here, {settings.model!r}"
             raise EngineError(
                 f"{source}: model {model.get('name')!r}: {expected}; give its name as --served-model-name"

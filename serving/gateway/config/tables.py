@@ -6,15 +6,16 @@ with them is found by `--check`, at the start and at a reload alike.
 
 from __future__ import annotations
 
-import logging
 import ssl
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from laguna_serve.serving.gateway.config import endpoint
+from laguna_serve.serving.gateway.config.base import ConfigTable
+from laguna_serve.serving.gateway.config.owned import NOWHERE, QUEUE_FACTOR, Group, OwnedEngine, name_engine
 from laguna_serve.serving.gateway.config.values import (
     Count,
     Digest,
@@ -31,33 +32,11 @@ from laguna_serve.serving.gateway.config.values import (
 from laguna_serve.serving.kit.results import JsonObject
 
 MIB = 1 << 20
-logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-class _Table(BaseModel):
-    # Values of a configuration are in no message of pydantic's own: some are secret.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-    # Names that keys had in version 0.1, accepted for one release.
-    old_names: ClassVar[Mapping[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_old_names(cls, given: Any) -> Any:
-        return cls.rename_keys(given) if isinstance(given, dict) else given
-
-    @classmethod
-    def rename_keys(cls, given: JsonObject) -> JsonObject:
-        """Rename keys to their names of today, with a warning for each that was not."""
-        for old in cls.old_names.keys() & given.keys():
-            table, new = cls.__name__.lower(), cls.old_names[old]
-            logger.warning("%s.%s: its name is %s now; rename it in the file", table, old, new)
-            given = {new: given[old], **{name: value for name, value in given.items() if name != old}}
-        return given
-
-
-class Server(_Table):
+class Server(ConfigTable):
     """Where the gateway listens, and what it takes; HTTPS with a certificate and its key.
 
     `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
@@ -89,7 +68,7 @@ class Server(_Table):
         return self
 
 
-class Admin(_Table):
+class Admin(ConfigTable):
     """Where the admin routes and the status page are: 0 is a free port.
 
     Anywhere but on this machine they need a key (its SHA-256).
@@ -106,12 +85,13 @@ class Admin(_Table):
         return self
 
 
-class Limits(_Table):
+class Limits(ConfigTable):
     """How long requests may wait, for a slot and for the engine; how many of them, and how many bytes of bodies.
 
     The bytes are of bodies that are not with an engine yet. `read_timeout_s` is between two pieces of an answer's body.
     Before the first one `first_byte_timeout_s` counts, without which an answer may take any time to begin: one that is
-    not streamed is silent until it is complete.
+    not streamed is silent until it is complete. For an engine that the gateway has to start first, requests wait
+    `load_timeout_s`, of which those that stream get a comment every `heartbeat_s`.
     """
 
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType({"silence_timeout_s": "read_timeout_s"})
@@ -121,9 +101,11 @@ class Limits(_Table):
     connect_timeout_s: Seconds = 5.0
     first_byte_timeout_s: Seconds | None = None
     read_timeout_s: Seconds = 300.0
+    load_timeout_s: Seconds = 300.0
+    heartbeat_s: Seconds = 5.0
 
 
-class Health(_Table):
+class Health(ConfigTable):
     """How engines are asked whether they are well: each every `interval_s`.
 
     One that refuses the connection is down at once; one that gives another answer than 200, or none within `timeout_s`,
@@ -136,7 +118,7 @@ class Health(_Table):
     path: UrlPath = "/health"
 
 
-class Endpoint(_Table):
+class Endpoint(ConfigTable):
     """How an engine is reached.
 
     The API key that it asks for is in a file or in the environment, never here. Over https its certificate is checked
@@ -212,13 +194,14 @@ class Shadow(Endpoint):
     """An engine that gets a copy of every greedy request, whose answers nobody but the gateway sees."""
 
 
-class Model(_Table):
+class Model(ConfigTable):
     """A name in requests and the engines behind it.
 
     `aliases` are other names that these serve (--served-model-name, --lora-modules); with several models, those that
     are not listed here are looked up in the engines' /v1/models. `affinity` keeps what belongs together on one engine
     while that has room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins;
-    `none` goes by load. Either way engines get shares by their weights.
+    `none` goes by load. Either way engines get shares by their weights. Instead of upstreams a model may have an
+    `engine`, which the gateway starts when it is asked for.
     """
 
     name: ModelName
@@ -226,9 +209,23 @@ class Model(_Table):
     affinity: Literal["none", "session", "prefix"] = "none"
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
     shadows: Annotated[tuple[Shadow, ...], Field(strict=False)] = ()
+    engine: OwnedEngine | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stand_in(cls, given: Any) -> Any:
+        """Put an upstream that is nowhere in the place of an engine that has not been started."""
+        if not isinstance(given, dict) or not isinstance(given.get("engine"), dict):
+            return given
+        if "upstreams" in given:
+            raise ValueError("expected upstreams or an engine, got both")
+        sequences = given["engine"].get("max_num_seqs")
+        most = QUEUE_FACTOR * (sequences if type(sequences) is int and 0 < sequences < 1 << 16 else 64)
+        upstream = {"name": name_engine(str(given.get("name", ""))), "url": NOWHERE, "max_in_flight": most}
+        return {**given, "upstreams": [upstream]}
 
 
-class Key(_Table):
+class Key(ConfigTable):
     """Who may ask: the SHA-256 of the key, never the key."""
 
     name: Name
@@ -237,7 +234,7 @@ class Key(_Table):
     requests_per_minute: Count | None = None
 
 
-class Config(_Table):
+class Config(ConfigTable):
     """A configuration file, validated as a whole: names, ports and keys must be distinct."""
 
     server: Server = Server()
@@ -246,6 +243,7 @@ class Config(_Table):
     health: Health = Health()
     models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
     keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
+    groups: Annotated[tuple[Group, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _check_distinct(self) -> Self:
@@ -254,6 +252,10 @@ class Config(_Table):
         upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
         _require_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
         _require_distinct("keys", [key.name for key in self.keys])
+        _require_distinct("groups", names := [group.name for group in self.groups])
+        for model in self.models:
+            if model.engine is not None and model.engine.group not in (*names, "default"):
+                raise ValueError(f"expected a [[groups]] for every engine's group, got none for {model.engine.group!r}")
         by_digest: dict[str, str] = {}
         for key in self.keys:
             if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:

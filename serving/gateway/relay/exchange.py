@@ -20,6 +20,7 @@ from laguna_serve.serving.gateway.engines.reach import reach, take_kept
 from laguna_serve.serving.gateway.relay.access import Holder
 from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.relay.sink import Sink
+from laguna_serve.serving.gateway.residence.place import Place
 from laguna_serve.serving.gateway.telemetry.usage import count_tokens
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.cors import Cors
@@ -45,12 +46,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """A request and its answer; `on_finish` is called once. `key` is whose request it is, `client` where it is from."""
+    """A request and its answer; `on_finish` is called once. `key` is whose request it is, `client` where it is from.
+
+    `place` is what it holds of a model whose engine the gateway owns.
+    """
 
     head: Head
-    _sink: Sink
+    sink: Sink
     _on_finish: Callable[[Exchange], None]
     key: Holder | None = None
+    place: Place | None = None
     keys_are_ours: bool = False
     client: str = ""
     forwarded_for: bytes = b""
@@ -130,10 +135,10 @@ class Exchange:
             self.reply(error.status, error.headers(), error.body(self.head.path))
             return
         if self._events is not None and not self._events.broken_open:
-            self._sink.write(self._events.render_error(error, self.head.path))
-            self._sink.end()
+            self.sink.write(self._events.render_error(error, self.head.path))
+            self.sink.end()
         else:
-            self._sink.cut()
+            self.sink.cut()
         self._finish()
 
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
@@ -146,10 +151,10 @@ class Exchange:
             found += self.cors.list_headers(self.head.named.get(b"origin"))
         if self._pool is not None:
             found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
-        self._sink.start(status, found)
+        self.sink.start(status, found)
         if self.head.method != "HEAD":
-            self._sink.write(body)
-        self._sink.end()
+            self.sink.write(body)
+        self.sink.end()
         self._finish()
 
     def pause(self) -> None:
@@ -216,7 +221,7 @@ class Exchange:
             self._events, found = frame_events(self.head.path, found, named)
         found += ((REQUEST_ID, self.head.request_id), (UPSTREAM, engine.name.encode()))
         found += ((WEIGHTS, weights), (DRAFT, draft))
-        self._sink.start(status, found)
+        self.sink.start(status, found)
 
     def on_data(self, data: bytes) -> None:
         """Pass on a piece of the engine's answer."""
@@ -236,7 +241,7 @@ class Exchange:
             if self._said is not engine.versions and not events.broken_open:
                 # What was written so far are whole events.
                 self._said = engine.versions
-                self._sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
+                self.sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
             if not (events.passes and data.endswith(b"\n\n")):
                 data = events.take(data)
                 if not data:
@@ -244,13 +249,13 @@ class Exchange:
         if self.copy is not None:
             self.copy += data
         self._recent = (self._recent[1], data)
-        self._sink.write(data)
+        self.sink.write(data)
 
     def on_pause(self) -> None:
         """Note that the engine has sent no more for now."""
         assert self.engine is not None
         assert self._connection is not None
-        self._sink.flush()
+        self.sink.flush()
         self.engine.stats.added_chunk.add(time.perf_counter() - self._connection.received_s)
 
     def on_end(self) -> None:
@@ -260,8 +265,8 @@ class Exchange:
         if self._events is not None and (rest := self._events.end()):
             if self.copy is not None:
                 self.copy += rest
-            self._sink.write(rest)
-        self._sink.end()
+            self.sink.write(rest)
+        self.sink.end()
         self.engine.note_success()
         if self.status == 200:
             spread_s = self.last_s - self.first_s if self._streams and self.first_s is not None else None
@@ -275,7 +280,7 @@ class Exchange:
         self._connection = None
         if isinstance(error, StalledError):
             self.error = "the client took nothing for too long"
-            self._sink.cut()
+            self.sink.cut()
             self.leave()
             return
         if isinstance(error, StaleError) and self.status == 0:
@@ -301,4 +306,4 @@ class Exchange:
         if self.answer is not None and self.copy is not None and not self.answer.done():
             self.answer.set_result(bytes(self.copy) if self.complete and self.status == 200 else None)
         self._on_finish(self)
-        del self._sink  # else the two would keep each other until the garbage collector comes
+        del self.sink  # else the two would keep each other until the garbage collector comes

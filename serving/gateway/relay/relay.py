@@ -10,19 +10,24 @@ from __future__ import annotations
 import logging
 
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.config.tables import Upstream
 from laguna_serve.serving.gateway.engines.catalog import MODELS, Catalog
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.relay.access import Access, Holder
+from laguna_serve.serving.gateway.relay.admission import admit
 from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.relay.journal import Journal
 from laguna_serve.serving.gateway.relay.model_name import UnreadableError, read_model
 from laguna_serve.serving.gateway.relay.shadow import Shadows
 from laguna_serve.serving.gateway.relay.sink import Sink
+from laguna_serve.serving.gateway.residence.model import State
+from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
-from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.metrics import EngineStats, Metrics
+from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.client_address import Proxies
 from laguna_serve.serving.gateway.wire.cors import Cors
@@ -53,6 +58,9 @@ class Relay:
         self.journal = Journal(metrics, log)
         self.last_errors = self.journal.last_errors
         self.catalog = catalog
+        self.owner, self._stats = Owner(), dict[str, EngineStats]()
+        self.owner.place = self._place
+        metrics.registry.register(OwnedMetrics(self.owner.scheduler.models, list(State)))
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -61,13 +69,15 @@ class Relay:
         Requests in flight and in queues go on where they are. Whatever can fail is made before anything is replaced.
         """
         pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
-        engines = {model.name: pools[model.name].plan(model) for model in config.models}
+        models = self.owner.complete(config)
+        engines = {model.name: pools[model.name].plan(model) for model in models}
         cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
         limit = open_files.find_limit()
         open_files.warn_if_low(config, limit)
 
         self.config = config
-        for model in config.models:
+        self.owner.configure(config)
+        for model in models:
             pools[model.name].configure(model, config.limits, engines[model.name])
         for name in self.pools.keys() - pools.keys():
             self.pools[name].remove()
@@ -183,7 +193,19 @@ class Relay:
     def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool) -> None:
         if pool.model.shadows:
             self._shadows.accompany(pool.model, exchange, body)
-        exchange.send(pool, body, _find_affinity(pool, exchange.head, body, exchange.key))
+        affinity = _find_affinity(pool, exchange.head, body, exchange.key)
+        if (model := self.owner.find(pool.model.name)) is None:
+            exchange.send(pool, body, affinity)
+        else:
+            admit(self.owner, model, exchange, body, pool.limits, lambda: exchange.send(pool, body, affinity))
+
+    def _place(self, name: str, upstream: Upstream | None) -> None:
+        """Take where the engine of a model is now that the gateway owns; None: it has none."""
+        if (pool := self.pools.get(name)) is not None:
+            upstreams = () if upstream is None else (upstream,)
+            pool.configure(pool.model.model_copy(update={"upstreams": upstreams}), pool.limits)
+            for engine in pool.engines:  # its counters go on where those of the last one were
+                engine.stats = self._stats.setdefault(name, engine.stats)
 
     def _tell_models(self, exchange: Exchange) -> bool:
         """Answer what the gateway knows of models by itself: one by its name, and all where no engine lists all.
@@ -196,7 +218,8 @@ class Relay:
         if head.path.startswith(MODELS + "/") and (name := head.path.removeprefix(MODELS + "/")):
             exchange.wait_for(self._render_model(name), lambda body: exchange.reply(200, JSON, body))
             return True
-        if head.path != MODELS or (len(self.pools) == 1 and not self.config.models[0].aliases):
+        first = self.config.models[0]
+        if head.path != MODELS or (len(self.pools) == 1 and not first.aliases and first.engine is None):
             return False
         exchange.wait_for(self.catalog.render_list(), lambda body: exchange.reply(200, JSON, body))
         return True
@@ -209,6 +232,8 @@ class Relay:
     def _finish(self, exchange: Exchange) -> None:
         self.exchanges.discard(exchange)
         self.access.leave(exchange.key)
+        if exchange.place is not None:
+            exchange.place.leave()
         self.journal.note(exchange)
 
 

@@ -181,6 +181,25 @@ def not_ready() -> GatewayError:
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="no_engine")
 
 
+def not_loaded() -> GatewayError:
+    """Say that a request that is no work for a model does not load it."""
+    message = "The model is not loaded, and this request does not load it: one for an answer does."
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="not_loaded")
+
+
+def cannot_load(cause: str, retry_after_s: int) -> GatewayError:
+    """Say why the model's engine could not be started."""
+    message = f"The model could not be loaded: {cause}. It is tried again in {retry_after_s}s at the earliest."
+    return GatewayError(503, "server_error", message, retry_after_s, code="model_not_loaded", reason="cannot_load")
+
+
+def load_timeout(state: str, retry_after_s: int) -> GatewayError:
+    """Say that the model was not ready in time, and where it was then."""
+    doing = "it waits for room" if state in ("unloaded", "asleep", "unloading") else f"it is {state}"
+    message = f"The model was not loaded in time: {doing}. Please try again later."
+    return GatewayError(503, "server_error", message, retry_after_s, code="model_not_loaded", reason="load_timeout")
+
+
 def draining() -> GatewayError:
     """Say that the gateway is about to stop."""
     message = "The server is shutting down. Please try again later."

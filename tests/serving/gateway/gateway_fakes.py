@@ -151,9 +151,15 @@ def read_headers(head: bytes) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def gateway(
-    *upstreams: Upstream, limits: dict[str, Any] | None = None, asgi: bool | type = False, **tables: Any
+    *upstreams: Upstream,
+    limits: dict[str, Any] | None = None,
+    asgi: bool | type = False,
+    models: list[dict[str, Any]] | None = None,
+    **tables: Any,
 ) -> Iterator[Gateway]:
     """A gateway for the model "m" in front of upstreams a, b, …; ready when all of them are.
+
+    `models` are instead of "m".
 
     `asgi`: its application under uvicorn's own protocol, as any ASGI server would run it, or under the one that is
     given.
@@ -163,7 +169,8 @@ def gateway(
     model["upstreams"] = [{"name": chr(97 + i), "url": u.url, **each} for i, u in enumerate(upstreams)]
     more = [{"name": name, "upstreams": [{"name": f"{name}-a", "url": NOBODY}]} for name in tables.pop("others", ())]
     tables["server"] = {"port": 0, **tables.get("server", {})}
-    config = parse_config({"models": [model, *more], "limits": limits or {}, **tables}, "test")
+    listed = [model, *more] if models is None else models
+    config = parse_config({"models": listed, "limits": limits or {}, **tables}, "test")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         log = io.StringIO()

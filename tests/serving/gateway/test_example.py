@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.gateway.config import ConfigError, parse_config, read_example
+from laguna_serve.serving.gateway.config.owned import Group, OwnedEngine
 from laguna_serve.serving.gateway.config.tables import Admin, Health, Key, Limits, Model, Server, Shadow, Upstream
 from laguna_serve.serving.gateway.server import FIXED
 
@@ -28,9 +29,9 @@ def test_example_has_every_key_and_no_other(capsys: pytest.CaptureFixture[str]) 
     parse_config(tomllib.loads(example), "example")
     written = {match[1] for match in re.finditer(r"^(?:# )?(\w+) = ", example, re.MULTILINE)}
     known: set[str] = set()
-    for table in (Server, Admin, Limits, Health, Key, Model, Upstream):
+    for table in (Server, Admin, Limits, Health, Key, Model, Upstream, Group, OwnedEngine):
         known |= table.model_fields.keys()
-    assert written == known - {"upstreams", "shadows"}
+    assert written == known - {"upstreams", "shadows", "engine"}
     with pytest.raises(ConfigError) as caught:  # nothing but the files that are not there
         parse_config(tomllib.loads(uncomment(example)), "example")
     assert "no such key" not in str(caught.value)
@@ -41,7 +42,7 @@ def test_example_says_what_the_defaults_are() -> None:
     """Where a comment does not call a value an example, it is the default."""
     table: type[BaseModel] = Server
     names = {"server": Server, "admin": Admin, "limits": Limits, "health": Health, "models": Model, "keys": Key}
-    names |= {"models.upstreams": Upstream, "models.shadows": Shadow}
+    names |= {"models.upstreams": Upstream, "models.shadows": Shadow, "models.engine": OwnedEngine, "groups": Group}
     checked = 0
     for line in read_example().splitlines():
         if header := re.fullmatch(r"\[+([\w.]+)\]+(\s+#.*)?", line):

@@ -1,0 +1,88 @@
+"""From a model's table to the engine that is started, and to the memory that it is taken to need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from laguna_serve.serving.chat.vendor_defaults import ChatOptions
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.engine import EngineConfig, EngineError
+from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB
+from laguna_serve.serving.planning.launch import require_device
+from laguna_serve.serving.planning.plan import make_plan
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.gamma_store import find_advice
+
+SLEEP_FLAG = "--enable-sleep-mode"
+
+
+def make_engine_config(name: str, table: OwnedEngine) -> EngineConfig:
+    """Make the engine of a table, on the loopback address and a free port.
+
+    Raises:
+        CheckpointError: γ "auto" without a sweep of this pair.
+    """
+    draft, schedule = table.draft, None
+    gamma: int | str = table.gamma
+    sampling: str = table.draft_sampling
+    if gamma == "auto" and draft is not None:
+        advice = find_advice(table.model, draft)
+        if advice.gamma:
+            gamma, schedule = advice.gamma, advice.schedule
+        else:  # plain decoding is the fastest here
+            draft, gamma, sampling = None, "max", DRAFT_SAMPLING[0]
+    sleeps = table.sleep_level > 0
+    return EngineConfig(
+        model=table.model,
+        keep_mask=table.keep_mask,
+        group_indices=table.group_indices,
+        draft=draft,
+        gamma=None if isinstance(gamma, str) else gamma,
+        adaptive=gamma == "adaptive",
+        gamma_schedule=schedule,
+        draft_sampling=sampling,
+        served_model_name=name,
+        dtype=table.dtype,
+        max_model_len=table.max_model_len,
+        max_num_seqs=table.max_num_seqs,
+        enforce_eager=table.eager,
+        prefix_caching=table.prefix_caching,
+        kv_cache_gib=table.kv_cache_gib,
+        seed=table.seed,
+        exact=table.exact,
+        weight_updates=table.weight_updates or sleeps,  # sleep and restored weights are development routes
+        return_routed_experts=table.return_routed_experts,
+        chat=ChatOptions(table.tool_call_parser, table.reasoning_parser, table.thinking),
+        extra_args=(*table.extra_args, *((SLEEP_FLAG,) if sleeps else ())),
+    )
+
+
+def plan_bytes(name: str, table: OwnedEngine, find: Callable[[], Device] = require_device) -> int:
+    """Plan what the engine will take, before it was ever measured; 0 where nothing can be said of it.
+
+    What cannot be started says so when it is.
+    """
+    if table.memory_gib is not None:
+        return int(table.memory_gib * GIB)
+    try:
+        device = find()
+        memory = make_plan(replace(make_engine_config(name, table), port=None), device).memory
+    except (CheckpointError, EngineError):
+        return 0
+    if memory is None:
+        return 0
+    planned = memory.weights + memory.activations + memory.graphs + memory.context + memory.kv
+    return planned + (ENGINE_BYTES if device.kind == "cpu" else 0)
+
+
+def find_log(name: str, table: OwnedEngine, port: int) -> Path:
+    """Find where the engine's log goes; by default into the user's cache, by the gateway's port and the name."""
+    if table.log is not None:
+        return Path(table.log)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "laguna-serve" / f"gateway-{port}-{name_engine(name).replace('/', '-')}.log"

@@ -1,0 +1,166 @@
+"""A gateway that owns its engines, with light engines as real processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gateway_fakes import wait_until
+from residence_fakes import PATH, ask, list_engines, owning
+
+
+def test_a_request_starts_its_engine_and_the_next_one_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}) as front:
+        assert not list_engines()
+        first, second = ask(front, "a"), ask(front, "a")
+        assert (first.status, first.json()) == (200, second.json())
+        assert first.header("x-upstream") == "a"
+        other = ask(front, "b")  # there is room for one
+        assert other.json()["model"] == "b"
+        front.wait_idle()
+        assert len(list_engines()) == 2  # a supervisor and its engine
+        again = ask(front, "a")
+        assert again.json()["model"] == "a"
+        assert again.json() != first.json()  # another process
+
+
+def test_a_stream_that_waits_gets_comments_then_its_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = {"extra_args": ["--load", "0.5"]}
+    with owning(monkeypatch, tmp_path, {"a": engine}, limits={"heartbeat_s": 0.1}) as front:
+        reply = ask(front, "a", stream=True)
+        assert reply.status == 200
+        assert reply.header("content-type") == "text/event-stream; charset=utf-8"
+        assert reply.body.startswith(b": the model is being loaded\n\n")
+        assert reply.body.count(b"data: {") == 4
+        assert reply.body.endswith(b"data: [DONE]\n\n")
+        assert not reply.cut
+        ready = ask(front, "a", stream=True)
+        assert not ready.body.startswith(b":")
+
+
+def test_an_error_after_a_comment_is_the_last_event(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = {"extra_args": ["--load", "0.5"]}
+    with owning(monkeypatch, tmp_path, {"a": engine}, limits={"heartbeat_s": 0.1}) as front:
+        reply = ask(front, "a", stream=True, prompt="bad")
+        assert reply.status == 200
+        comments, _, event = reply.body.partition(b"data: ")
+        assert set(comments.decode().splitlines()) == {": the model is being loaded", ""}
+        error = json.loads(event.partition(b"\n\n")[0])["error"]
+        assert (error["message"], error["type"], error["code"]) == ("bad prompt", "BadRequestError", "400")
+        assert reply.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_model_that_cannot_start_says_why_and_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {"extra_args": ["--fail", "no such shard"]}}) as front:
+        reply = ask(front, "a")
+        assert (reply.status, reply.header("retry-after")) == (503, "1")
+        message = reply.json()["error"]["message"]
+        assert "no such shard" in message
+        assert "\n" not in message
+        assert str(tmp_path) not in message
+        again = ask(front, "a")
+        assert again.status == 503
+        assert front.relay.owner.find("a").failed in (1, 2)
+
+
+def test_a_deadline_ends_the_wait_with_503(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = {"extra_args": ["--load", "60"]}
+    limits = {"load_timeout_s": 0.3, "heartbeat_s": 0.05}
+    with owning(monkeypatch, tmp_path, {"a": engine}, limits=limits) as front:
+        plain = ask(front, "a")
+        assert plain.status == 503
+        assert plain.header("retry-after") is not None
+        assert plain.json()["error"]["message"].startswith("The model was not loaded in time: it is loading.")
+        stream = ask(front, "a", stream=True)
+        assert stream.status == 200
+        assert b'"code": "model_not_loaded"' in stream.body
+
+
+def test_a_client_that_leaves_is_out_of_the_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {"extra_args": ["--load", "60"]}}) as front:
+        model = front.relay.owner.find("a")
+        body = json.dumps({"model": "a"}).encode()
+        for _ in range(3):
+            with front.connect() as connection:
+                connection.sendall(
+                    b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body)
+                )
+                wait_until(lambda: len(model.waiting) == 1)
+            wait_until(lambda: not model.waiting)
+        front.wait_idle()
+        assert front.relay.backlog.total == 0
+
+
+def test_an_engine_that_dies_is_started_again_for_the_next_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}}) as front:
+        first = ask(front, "a")
+        assert ask(front, "a", prompt="die").status == 502
+        model = front.relay.owner.find("a")
+        wait_until(lambda: model.failed == 1, 20)
+        assert "exit" in model.cause
+        wait_until(lambda: model.state == "unloaded", 20)
+        assert ask(front, "a").json() != first.json()
+
+
+def test_idle_engines_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {"idle_timeout_s": 0.2}}) as front:
+        assert ask(front, "a").status == 200
+        wait_until(lambda: not list_engines(), 20)
+        assert front.relay.owner.find("a").state == "unloaded"
+        assert ask(front, "a").status == 200
+
+
+def test_reading_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}}) as front:
+        assert front.ask("/v1/models").json()["data"][0]["id"] == "a"
+        assert front.ask("/version").status == 503
+        assert front.ask("/ready").status == 200
+        metrics = front.ask("/metrics").body.decode()
+        assert 'laguna_gateway_model_state{model="a",state="unloaded"} 1.0' in metrics
+        assert not list_engines()
+
+
+def test_a_pinned_model_is_there_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {"pinned": True}}) as front:
+        wait_until(lambda: front.relay.owner.find("a").state == "ready", 20)
+
+
+def test_admin_port_lists_loads_pins_and_unloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}) as front:
+        listed = front.ask_admin("/admin/models").json()
+        assert {name: model["state"] for name, model in listed["models"].items()} == {"a": "unloaded", "b": "unloaded"}
+        assert listed["groups"]["default"]["held_bytes"] == 0
+        assert front.ask_admin("/admin/models/load?model=c", {}).status == 404
+        assert front.ask_admin("/admin/update_weights?model=a", {"update": [{}]}).status == 409
+        assert front.ask_admin("/admin/models/load?model=a", {}).json()["state"] == "loading"
+        wait_until(lambda: front.relay.owner.find("a").state == "ready", 60)
+        assert front.ask_admin("/admin/models/pin?model=a", {}).json()["pinned"] is True
+        refused = ask(front, "b")
+        assert refused.status == 503
+        assert "pinned models leave" in refused.json()["error"]["message"]
+        assert "pinned" in front.ask_admin("/").body.decode()
+        assert front.ask_admin("/admin/status").json()["models"]["a"]["engine"]["measured"] is True
+        assert front.ask_admin("/admin/models/pin?model=a&pinned=false", {}).json()["pinned"] is False
+        assert ask(front, "b").status == 200
+        front.wait_idle()
+        front.ask_admin("/admin/models/unload?model=b", {})
+        wait_until(lambda: not list_engines(), 60)
+
+
+def test_a_reload_changes_engines_when_they_are_idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with owning(monkeypatch, tmp_path, {"a": {}}) as front:
+        first = ask(front, "a").json()
+        front.wait_idle()
+        config = front.relay.config
+        front.server.call(lambda relay: relay.configure(config))
+        assert ask(front, "a").json() == first
+        (model,) = config.models
+        engine = model.engine.model_copy(update={"seed": 7})
+        changed = config.model_copy(update={"models": (model.model_copy(update={"engine": engine}),)})
+        front.server.call(lambda relay: relay.configure(changed))
+        again = ask(front, "a")
+        assert again.status == 200
+        assert again.json() != first
