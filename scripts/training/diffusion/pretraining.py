@@ -24,7 +24,7 @@ from laguna_serve.scripts.training.toy import tokenizer as vocabulary
 from laguna_serve.scripts.training.toy.teacher import ToyRows
 
 LENGTH = 256
-SCHEDULE = Schedule(steps=1500, peak_lr=3e-3)
+SCHEDULE = Schedule(steps=4000, peak_lr=3e-3)
 RATIOS = (0.1, 0.9)
 THREADS = 1
 INIT_STD, EMBEDDING_STD = 0.06, 0.2

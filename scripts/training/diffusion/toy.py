@@ -60,7 +60,7 @@ class ToyPairConfig:
     out: Annotated[Path, Flag("folder for llada/ and llada-draft/")] = TOY
     work: Annotated[Path | None, Flag("training states (default .cache/llada-…)")] = None
     steps: Annotated[int, Flag("of the model's training", at_least=1)] = pretraining.SCHEDULE.steps
-    distillation_steps: Annotated[int, Flag("of the draft's", at_least=1)] = 300
+    distillation_steps: Annotated[int, Flag("of the draft's", at_least=1)] = 400
     seed: Annotated[int, Flag()] = 0
 
     def __post_init__(self) -> None:

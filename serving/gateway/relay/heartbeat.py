@@ -89,7 +89,8 @@ def read_error(status: int, body: bytes) -> GatewayError:
     except (ValueError, RecursionError):
         found = None
     found = found if isinstance(found, dict) else {}
-    about = found.get("error") if isinstance(found.get("error"), dict) else found
+    inner = found.get("error")
+    about = inner if isinstance(inner, dict) else found
     kind, message, code, param = (about.get(name) for name in ("type", "message", "code", "param"))
     return GatewayError(
         status,

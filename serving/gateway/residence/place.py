@@ -16,5 +16,5 @@ class Place:
     ticket: Ticket
 
     def leave(self) -> None:
-        """Give it back."""
+        """Give the place back."""
         self.owner.leave(self.ticket)
