@@ -29,15 +29,8 @@ async def die(exchange: Exchange) -> None:
 
 
 def test_every_refusal_has_its_own_reason() -> None:
-    arguments = {
-        "message": "m",
-        "model": "m",
-        "method": "GET",
-        "path": "/",
-        "most": 1,
-        "retry_after_s": 1,
-        "cause": "c",
-    }
+    arguments = {"message": "m", "model": "m", "method": "GET", "path": "/", "most": 1, "retry_after_s": 1}
+    arguments |= {"cause": "c", "state": "s"}
     made = []
     for name, maker in inspect.getmembers(errors, inspect.isfunction):
         signature = inspect.signature(maker)
