@@ -74,7 +74,9 @@ def test_two_models_take_turns_for_500_requests(monkeypatch: pytest.MonkeyPatch,
         assert min(m.loads for m in models) >= 2
         assert not front.relay.last_errors
         assert front.relay.backlog.total == 0
-        assert count_kept() <= kept, "an exchange or a ticket is kept by something"
+        assert count_kept() - kept < CLIENTS, (
+            "exchanges or tickets are kept: of 500 no more than those seen last may be"
+        )
         assert psutil.Process().memory_info().rss - before < MOST_GROWTH
 
 
