@@ -77,6 +77,9 @@ def test_plans_say_nothing_of_what_is_not_there(target: Path, fake_vllm: Path) -
     nowhere, here = (parse({"model": name}).models[0].engine for name in ("no/such/folder/here", str(target)))
     assert plan_bytes("m", nowhere) == 0
     assert plan_bytes("m", here) > 3 * 10**9
+    toy = Path(__file__).resolve().parents[2] / "toy"
+    llada = parse({"model": str(toy / "llada"), "draft": str(toy / "llada-draft")}).models[0].engine
+    assert plan_bytes("m", llada) == 4 * (1_738_880 + 1_134_208) + 10**9
     given = parse({"memory_gib": 2}).models[0].engine
     assert plan_bytes("m", given) == 2 << 30
     assert find_log("a/b c", given, 80).name == "gateway-80-a-b-c.log"
