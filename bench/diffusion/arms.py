@@ -42,7 +42,7 @@ class Arms:
     """A model with what was learnt about its order, and perhaps a draft."""
 
     def __init__(
-        self, model: Path, draft: Path | None, proposals: Path, schedule: str, cache: str, threads: int
+        self, model: Path, draft: Path | None, proposals: Path, schedule: str, cache: str, device: str, threads: int
     ) -> None:
         """Load them.
 
@@ -51,8 +51,8 @@ class Arms:
         """
         torch.set_num_threads(threads)
         self.reference = read_reference(schedule, cache)
-        self.target = load_model(model)
-        self.draft = None if draft is None else load_model(draft)
+        self.target = load_model(model, device=device)
+        self.draft = None if draft is None else load_model(draft, device=device)
         self.cost = None if self.draft is None else find_cost(self.target, self.draft)
         self.proposers = load_proposers(proposals, self.target, self.draft, self.reference)
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(model)

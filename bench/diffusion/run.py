@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from msgspec import structs
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["DiffusionConfig", "DiffusionResult", "main", "measure_proposals"]
 EXAMPLES = """
 examples:
-  python scripts/training/diffusion/calibrate.py tests/toy/llada --draft tests/toy/llada-draft --first 128 \\
-      --prompts tests/toy/prompts.jsonl --out out/proposals
-  python bench/diffusion --model tests/toy/llada --draft tests/toy/llada-draft --proposals out/proposals \\
-      --prompts tests/toy/prompts.jsonl --out out/diffusion
+  python bench/diffusion --model tests/toy/llada --draft tests/toy/llada-draft --prompts tests/toy/prompts.jsonl \\
+      --proposals tests/toy/llada-proposals --out out/diffusion
+  python scripts/training/diffusion/calibrate.py MODEL --prompts prompts.jsonl --first 64 --out out/proposals
 
 exit status: 0 every token is the reference's, 1 some are not, 2 could not run, 130 interrupted (what is done is kept)
 """
@@ -62,6 +61,7 @@ class DiffusionConfig:
     schedule: Annotated[str, Flag("tokens a step (1), or a threshold (0.9)")] = "1"
     cache: Annotated[str, Flag("none, prefix or dual (default: dual)")] = "dual"
     states: Annotated[int, Flag("proposed for each request and pass (default: 3)", metavar="N", at_least=1)] = 3
+    device: Annotated[Literal["cpu", "cuda"], Flag("where the models compute (default: cpu)")] = "cpu"
     threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1)] = 1
     seed: Annotated[int, Flag("of the intervals (default: 0)", at_least=0)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
@@ -113,7 +113,9 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         raise FlagError(
             f"--num-prompts: expected at most {first}, as what follows up to {end} was learnt from, got {len(texts)}"
         )
-    arms = Arms(config.model, config.draft, config.proposals, config.schedule, config.cache, config.threads)
+    arms = Arms(
+        config.model, config.draft, config.proposals, config.schedule, config.cache, config.device, config.threads
+    )
     canvases = arms.make_canvases(texts, config.canvas, config.block)
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()

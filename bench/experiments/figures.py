@@ -14,6 +14,7 @@ from msgspec import Struct, convert
 from laguna_serve.bench.acceptance.result import AcceptanceCurve
 from laguna_serve.bench.certificate.report import summarise
 from laguna_serve.bench.certificate.result import Certificate
+from laguna_serve.bench.diffusion.result import DiffusionResult
 from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
@@ -211,6 +212,21 @@ def describe_acceptance(content: Any, _path: Path) -> list[str]:
     ]
 
 
+def describe_diffusion(content: Any, _path: Path) -> list[str]:
+    """Describe the proposer with most steps per pass and the fastest, for each number of requests."""
+    result = convert(content, DiffusionResult)
+    said = [f"{sum(point.differing for point in result.points)} answers differ"]
+    for concurrency in dict.fromkeys(point.concurrency for point in result.points):
+        points = [point for point in result.points if point.concurrency == concurrency]
+        most = max(points, key=lambda point: point.steps_per_pass)
+        fastest = max(points, key=lambda point: point.speedup)
+        said.append(
+            f"{concurrency} at once: {most.steps_per_pass:.2f} steps per pass ({most.proposer}), at best"
+            f" {fastest.speedup:.2f}× ({fastest.proposer})"
+        )
+    return said
+
+
 BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     "laguna_serve.doctor/1": describe_doctor,
     "laguna_serve.generate_dense/1": describe_generated,
@@ -225,6 +241,7 @@ BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     str(RolloutsResult.__struct_config__.tag): describe_rollouts,
     str(FuzzResult.__struct_config__.tag): describe_fuzz,
     str(AcceptanceCurve.__struct_config__.tag): describe_acceptance,
+    str(DiffusionResult.__struct_config__.tag): describe_diffusion,
 }
 
 

@@ -226,8 +226,29 @@ ENGINE = (
     ),
 )
 
+LLADA = ("tests/toy/llada", "tests/toy/llada-draft", "tests/toy/llada-proposals")
 # After what is at full size.
 ENGINE_LATER = (
+    Step(
+        name="toy-diffusion",
+        part="engine",
+        row=28,
+        command=(
+            *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--draft", "tests/toy/llada-draft"),
+            *("--proposals", "tests/toy/llada-proposals", *ASKED, "--states", "8", "--device", "cuda", *INTO),
+        ),
+        rehearsal=(
+            *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--proposals", "tests/toy/llada-proposals"),
+            *(*ASKED, "--num-prompts", "2", "--concurrency", "1", "--canvas", "32", "--states", "2", *INTO),
+        ),
+        result="diffusion.json",
+        expected="0 answers differ; steps per pass as on a CPU within its intervals (near ties may fall otherwise);"
+        " speeds as found: every row set has products of its own, so that a pass is bound by launches",
+        why="whether masked diffusion is exact on CUDA, where rows of one shape may still be computed otherwise, and"
+        " what a pass costs before its products are joined",
+        work_s=240,
+        needs=(*TOY_FILES, *LLADA),
+    ),
     Step(
         name="toy-certificate-exact",
         part="engine",

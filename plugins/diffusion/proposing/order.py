@@ -81,7 +81,7 @@ class OrderModel(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise DiffusionError(f"{path}: expected an order model of this target, got {first}; train it") from None
-        return model.eval().requires_grad_(False)
+        return model.to(embedding.device).eval().requires_grad_(False)
 
 
 class Outlook:
@@ -126,7 +126,10 @@ class Outlook:
             place = at - block.start
             tokens[place] = token
             changing[place][:2] = confidence, 1.0
-        return torch.cat([self._constant, torch.tensor(changing)], -1), torch.tensor(tokens)
+        device = self.logits.device
+        return torch.cat([self._constant, torch.tensor(changing, device=device)], -1), torch.tensor(
+            tokens, device=device
+        )
 
 
 @dataclass(slots=True)

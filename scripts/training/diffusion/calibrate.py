@@ -127,7 +127,7 @@ def learn(config: CalibrateConfig) -> Calibration:
     progress.say(f"decoding {len(canvases)} prompts for the order model")
     examples = record(decoder, canvases)
     torch.manual_seed(config.seed)
-    order = OrderModel(target.embedding.weight)
+    order = OrderModel(target.embedding.weight).to(config.device)
     config.out.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(config.steps, SCHEDULE.peak_lr)
     with tempfile.TemporaryDirectory() as folder:

@@ -70,9 +70,14 @@ def _describe(outlook: Outlook, before: tuple[int, ...], after: tuple[int, ...])
     features, tokens = outlook.describe(before, ranking)
     block = outlook.block
     mask_id = outlook.run.canvas.mask_id
-    open_ = torch.tensor([before[at] == mask_id for at in block])
-    committed = torch.tensor([before[at] != after[at] for at in block])
-    right = committed & (tokens == torch.tensor(after[block.start : block.stop]))
+    open_, committed, right = (
+        torch.tensor(values, device=tokens.device)
+        for values in (
+            [before[at] == mask_id for at in block],
+            [before[at] != after[at] for at in block],
+            [before[at] != after[at] == int(tokens[at - block.start]) for at in block],
+        )
+    )
     return features, tokens, open_, committed, right
 
 

@@ -11,6 +11,7 @@ import pytest
 from laguna_serve.bench.ab import AbConfig
 from laguna_serve.bench.acceptance.__main__ import AcceptanceConfig
 from laguna_serve.bench.certify import CertifyConfig
+from laguna_serve.bench.diffusion.run import DiffusionConfig
 from laguna_serve.bench.experiments.checkpoints import write_checkpoints
 from laguna_serve.bench.experiments.figures import BY_SCHEMA, extract_figures
 from laguna_serve.bench.experiments.report import render_todo
@@ -33,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "bench/ab.py": AbConfig,
     "bench/acceptance": AcceptanceConfig,
     "bench/certify.py": CertifyConfig,
+    "bench/diffusion": DiffusionConfig,
     "bench/fuzz.py": FuzzConfig,
     "bench/gamma_sweep.py": SweepConfig,
     "bench/moe.py": MoeConfig,
@@ -70,7 +72,7 @@ def test_names_are_distinct_and_a_step_is_run_or_described() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
     assert all(bool(step.command) != bool(step.by_hand) for step in STEPS)
     assert all(step.estimate_s > 0 for step in STEPS if step.command)
-    assert {step.row for step in STEPS} == set(range(1, 28))
+    assert {step.row for step in STEPS} == set(range(1, 29))
 
 
 def test_what_prescribes_acceptance_is_labelled() -> None:
