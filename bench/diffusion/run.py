@@ -2,8 +2,8 @@
 
 Every proposer decodes the same prompts as the reference without proposals, in turns and in this process, with so many
 requests in a pass, and must come to the same tokens.  Then the references themselves are compared: other schedules and
-caches are other texts, so that their distance is shown, never called lossless.  DIR gets diffusion.json and
-diffusion.md; the last stdout line is one JSON object (schema laguna_serve.diffusion_proposals/1).
+caches are other texts, so that their distance is shown, never called lossless.  DIR gets diffusion.json, diffusion.md
+and, with a draft, draft_cost.png; the last stdout line is one JSON object (schema laguna_serve.diffusion_proposals/1).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from msgspec import structs
 
+from laguna_serve.bench.diffusion import plot
 from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint, ReferencePoint
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
@@ -154,6 +155,8 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         partial=partial,
     )
     write_result(config.out / "diffusion.json", result)
+    if result.next_commits is not None:
+        plot.draw(result, config.out / "draft_cost.png")
     write_text(config.out / "diffusion.md", f"```text\n{render_text(result)}\n```\n\n{cite_environment(environment)}\n")
     return result
 

@@ -68,6 +68,7 @@ def test_every_proposer_comes_to_the_references_tokens(learnt: CalibrateConfig, 
     plain = next(at for at in result.references if (at.schedule, at.cache) == ("1", "none"))
     assert plain.agreement == 1
     assert len(result.references) == 9
+    assert (tmp_path / "draft_cost.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "diffusion.md").read_text()
     assert render_text(result) in text
     assert json.loads((tmp_path / "diffusion.json").read_text())["schema"] == "laguna_serve.diffusion_proposals/1"
