@@ -21,6 +21,8 @@ from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 
+ATTEMPTS = 4
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -109,7 +111,11 @@ async def _run_scenarios(
     async with open_session() as session:
         for scenario in scenarios:
             progress.say(f"{scenario.name}: {len(scenario.prompts)} requests")
-            outcomes[scenario.name] = await _send(session, config, arm, scenario)
+            for attempt in range(ATTEMPTS):
+                outcome = outcomes[scenario.name] = await _send(session, config, arm, scenario)
+                if not scenario.provokes or getattr(outcome.delta, scenario.provokes):
+                    break
+                progress.say(f"{scenario.name}: no {scenario.provokes} in attempt {attempt + 1} of {ATTEMPTS}")
         if (second := _plan_second_turn(traffic, setting, outcomes)) is not None:
             progress.say(f"{second.name}: {len(second.prompts)} requests")
             outcomes[second.name] = await _send(session, config, arm, second)

@@ -41,12 +41,17 @@ class Scenario:
 
     Sampled requests carry no seed: on a CPU vLLM 0.32 dies of one whose prompt is prefilled in pieces ("CPU Generator
     does not use offset").
+
+    Attributes:
+        provokes: the engine's counter that has to move. Whether it does may hang on when requests come in: it is sent
+            again, a few times, while it has not.
     """
 
     name: str
     engine: str
     rounds: tuple[Round, ...]
     sampled: bool = False
+    provokes: str = ""
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -144,9 +149,9 @@ def plan_traffic(
         Scenario("groups of 8 sampled, warm", "caching", groups, sampled=True),
         Scenario("long prompts in chunks, cold", "caching, chunked", long),
         Scenario("long prompts in chunks, warm", "caching, chunked", long),
-        Scenario("single prompts, preempted", "small cache", together),
+        Scenario("single prompts, preempted", "small cache", together, provokes="preemptions"),
         Scenario("single prompts, preempted, caching", "caching, small cache", together),
-        Scenario("single prompts, preempted, warm", "caching, small cache", together),
+        Scenario("single prompts, preempted, warm", "caching, small cache", together, provokes="preemptions"),
         Scenario(name_plain("prompts, cold"), PLAIN, alone),
         Scenario(name_plain("prompts, warm"), PLAIN, alone),
         Scenario(name_plain("long prompts, cold"), PLAIN, long),

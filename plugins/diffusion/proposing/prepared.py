@@ -46,10 +46,12 @@ def load_proposers(folder: Path, target: Llada, draft: Llada | None, reference: 
     if draft is not None:
         drafted = Drafted(Predictor(draft, reference.cache, reference.guidance))
         of_draft = Spread(drafted, Graph.load(folder / GRAPHS["draft"]))
+        corrected = Spread(Corrected(drafted), Graph.load(folder / GRAPHS["corrected"]))
         proposers |= {
             "draft": of_draft,
             "draft, gated": Sequential(drafted, find_cost(target, draft)),
-            "draft, corrected": Spread(Corrected(drafted), Graph.load(folder / GRAPHS["corrected"])),
+            "draft, corrected": corrected,
             "order and draft": Union(order, of_draft),
+            "order and corrected": Union(order, corrected),
         }
     return proposers

@@ -21,6 +21,7 @@ PROPOSERS = {
     "corrected": ("draft, corrected", True, False),
     "sequential": ("draft, gated", True, False),
     "order-draft": ("order and draft", True, True),
+    "order-corrected": ("order and corrected", True, True),
 }
 # auto: proposals are tried for a few seconds before anybody is served, and left out where they lose.
 POLICIES = ("auto", "always", "off")

@@ -5,6 +5,7 @@ One of them has a drafter that was made to lose its context on a hit.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,15 +18,26 @@ from mock_engine import Settings
 
 from laguna_serve.bench import prefix_cache
 from laguna_serve.bench.harness.prompts import PromptsError
+from laguna_serve.bench.prefix import runner
 from laguna_serve.bench.prefix.report import render_markdown, render_text
 from laguna_serve.bench.prefix.result import ComparisonResult, PrefixCacheResult
 from laguna_serve.bench.prefix.runner import Outcome
-from laguna_serve.bench.prefix.traffic import GROUP, Comparison, Scenario, join_prompts, plan_second_turn, plan_traffic
+from laguna_serve.bench.prefix.traffic import (
+    GROUP,
+    Comparison,
+    EngineSetting,
+    Scenario,
+    Traffic,
+    join_prompts,
+    plan_second_turn,
+    plan_traffic,
+)
 from laguna_serve.bench.prefix.verdict import compare, describe
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -304,3 +316,28 @@ def test_interrupted_run_is_partial_and_from_python_silent(
     assert read_result(tmp_path / "prefix_cache.json", PrefixCacheResult) == result
     assert capsys.readouterr().out == ""
     assert prefix_cache.main([*COMMAND, "--out", str(tmp_path)]) == 130
+
+
+@pytest.mark.parametrize(("provokes", "moved", "sent"), [("preemptions", 3, 3), ("preemptions", 9, 4), ("", 9, 1)])
+def test_what_has_to_be_provoked_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, provokes: str, moved: int, sent: int
+) -> None:
+    """Until the counter moves, at most four times."""
+    attempts = 0
+
+    async def send(*_: Any) -> Outcome:
+        nonlocal attempts
+        attempts += 1
+        return outcome(GOOD, preemptions=2 if attempts >= moved else 0)
+
+    monkeypatch.setattr(runner, "_send", send)
+    scenario, found = Scenario("s", "e", (), provokes=provokes), dict[str, Outcome]()
+    config = prefix_cache.PrefixCacheConfig(
+        model=str(TOY / "teacher"), draft=str(TOY / "dflash"), prompts=TOY / "prompts.jsonl", out=Path("out")
+    )
+    arm: Any = None
+    traffic = Traffic((), (scenario,), (), ())
+    setting = EngineSetting("e", False, ())
+    asyncio.run(runner._run_scenarios(config, arm, setting, [scenario], traffic, Progress(quiet=True), found))
+    assert attempts == sent
+    assert found["s"].delta.preemptions == (2 if moved <= sent else 0)
