@@ -5,9 +5,9 @@ A number in `expected` that comes from arithmetic says so; none has been seen on
 
 from __future__ import annotations
 
+from laguna_serve.bench.experiments import suites
 from laguna_serve.bench.experiments.full_size import FULL_SIZE, PUBLISHED
 from laguna_serve.bench.experiments.step import DRAFT, OUT, PROMPTS, PYTHON, SMALL_ENGINE, TOY, TOY_FILES, Step
-from laguna_serve.bench.experiments.suites import KERNEL_TESTS, PRIME_RL, SANDBOX, SERVICE_TESTS, WEIGHT_UPDATES
 
 PAIR = ("--model", TOY, "--draft", DRAFT)
 ASKED = ("--prompts", PROMPTS)
@@ -226,29 +226,8 @@ ENGINE = (
     ),
 )
 
-LLADA = ("tests/toy/llada", "tests/toy/llada-draft", "tests/toy/llada-proposals")
 # After what is at full size.
 ENGINE_LATER = (
-    Step(
-        name="toy-diffusion",
-        part="engine",
-        row=28,
-        command=(
-            *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--draft", "tests/toy/llada-draft"),
-            *("--proposals", "tests/toy/llada-proposals", *ASKED, "--states", "8", "--device", "cuda", *INTO),
-        ),
-        rehearsal=(
-            *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--proposals", "tests/toy/llada-proposals"),
-            *(*ASKED, "--num-prompts", "2", "--concurrency", "1", "--canvas", "32", "--states", "2", *INTO),
-        ),
-        result="diffusion.json",
-        expected="0 answers differ; steps per pass as on a CPU within its intervals (near ties may fall otherwise);"
-        " speeds as found: every row set has products of its own, so that a pass is bound by launches",
-        why="whether masked diffusion is exact on CUDA, where rows of one shape may still be computed otherwise, and"
-        " what a pass costs before its products are joined",
-        work_s=240,
-        needs=(*TOY_FILES, *LLADA),
-    ),
     Step(
         name="toy-certificate-exact",
         part="engine",
@@ -309,16 +288,17 @@ ENGINE_LATER = (
 # In order of worth: a plan takes them from the front.
 STEPS: tuple[Step, ...] = (
     KERNELS[0],
-    KERNEL_TESTS,
+    suites.KERNEL_TESTS,
     *KERNELS[1:],
     *ENGINE[:4],
     FULL_SIZE[0],
     *ENGINE[4:],
-    SERVICE_TESTS,
-    WEIGHT_UPDATES,
+    suites.SERVICE_TESTS,
+    suites.WEIGHT_UPDATES,
     *FULL_SIZE[1:],
+    suites.DIFFUSION,
     *ENGINE_LATER,
     *PUBLISHED,
-    SANDBOX,
-    PRIME_RL,
+    suites.SANDBOX,
+    suites.PRIME_RL,
 )

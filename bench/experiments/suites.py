@@ -1,8 +1,8 @@
-"""The campaign's steps that are this project's own tests, and what a person has to run on the host."""
+"""The campaign's steps beside engines of Lagunas: own tests, masked diffusion, what a person has to run on the host."""
 
 from __future__ import annotations
 
-from laguna_serve.bench.experiments.step import OUT, PYTHON, TOY_FILES, Step
+from laguna_serve.bench.experiments.step import OUT, PROMPTS, PYTHON, TOY_FILES, Step
 
 
 def run_tests(*arguments: str) -> tuple[str, ...]:
@@ -86,4 +86,28 @@ PRIME_RL = Step(
     expected="a sample of every task with its reward; the same rewards as `evals/code_tasks.py` gives those answers",
     why="prime-rl wants a GPU stack: its `evals` of commit 559b447 was run without one (evals/spec_rl/README.md),"
     " the `eval` after it could not be had",
+)
+
+LLADA = ("tests/toy/llada", "tests/toy/llada-draft", "tests/toy/llada-proposals")
+DIFFUSION = Step(
+    name="toy-diffusion",
+    part="engine",
+    row=28,
+    command=(
+        *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--draft", "tests/toy/llada-draft"),
+        *("--proposals", "tests/toy/llada-proposals", "--prompts", PROMPTS),
+        *("--states", "8", "--device", "cuda", "--out", OUT),
+    ),
+    rehearsal=(
+        *(PYTHON, "bench/diffusion", "--model", "tests/toy/llada", "--proposals", "tests/toy/llada-proposals"),
+        *("--prompts", PROMPTS, "--num-prompts", "2", "--concurrency", "1", "--canvas", "32", "--states", "2"),
+        *("--out", OUT),
+    ),
+    result="diffusion.json",
+    expected="0 answers differ; steps per pass as on a CPU within its intervals (near ties may fall otherwise);"
+    " speeds as found: every row set has products of its own, so that a pass is bound by launches",
+    why="whether masked diffusion is exact on CUDA, where rows of one shape may still be computed otherwise, and"
+    " what a pass costs before its products are joined",
+    work_s=240,
+    needs=(*TOY_FILES, *LLADA),
 )
