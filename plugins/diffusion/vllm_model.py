@@ -9,6 +9,7 @@ where the uncached pass is bound by arithmetic and shared by many.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,9 @@ import torch
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.passes import RowOutput, RowSet
+
+# For the engine's process, which was asked to end.
+STOP_S = 10.0
 
 
 class VllmModel:
@@ -57,8 +61,11 @@ class VllmModel:
         self.close()
 
     def close(self) -> None:
-        """End the engine and its process."""
+        """End the engine and its process, of which nothing is left."""
         self._engine.llm_engine.engine_core.shutdown()
+        for process in multiprocessing.active_children():  # asking reaps those that have ended
+            if process.name.startswith("EngineCore"):
+                process.join(STOP_S)
 
     def run_pass(self, row_sets: Sequence[RowSet]) -> list[RowOutput]:
         """Compute the wanted logits of whole sequences.

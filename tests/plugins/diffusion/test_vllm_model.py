@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,8 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backend(folder: Path) -> Iterator[VllmModel]:
+    before = {process.pid for process in psutil.Process().children()}
     with VllmModel(folder, kv_cache_memory_bytes=64 << 20) as model:
         yield model
+    left = [process for process in psutil.Process().children() if process.pid not in before]
+    assert not [process for process in left if process.status() == psutil.STATUS_ZOMBIE]
 
 
 def draw_ids(count: int, seed: int) -> tuple[int, ...]:
