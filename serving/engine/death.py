@@ -16,6 +16,8 @@ GROUP = "/sys/fs/cgroup"
 V2, V1, MACHINE = "memory.events", "memory.oom_control", "/proc/vmstat"
 MEMORY = "the kernel killed it, as memory ran out (OOM)"
 UNEXPECTED = "unexpectedly"
+# What vLLM's server says before it ends in good order, where its core is gone without a word.
+CORE_GONE = "EngineDeadError"
 KILLED = "killed without a word in its log: by somebody, or by the kernel for memory"
 
 
@@ -57,7 +59,7 @@ def _find_reason(status: int | None, number: int | None, words: str, memory_kill
         return MEMORY
     if cause is not None:
         return cause
-    if number == signal.SIGKILL or UNEXPECTED in words or status is None:
+    if number == signal.SIGKILL or UNEXPECTED in words or CORE_GONE in words or status is None:
         return KILLED
     if number is not None:
         return find_last_line(words)

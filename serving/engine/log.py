@@ -45,7 +45,7 @@ GPU_LOST = re.compile(r"\bXid\b.*\d|fallen off the bus|GPU (?:is|has been) lost|
 # What the outer processes say of a death further in, and what follows an end that was asked for.
 SECOND_HAND = re.compile(
     r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError|CancelledError|cancelled"
-    r"|^KeyboardInterrupt|^SystemExit|died with exit code"
+    r"|^KeyboardInterrupt|^SystemExit|died with exit code|AsyncLLM output_handler failed"
 )
 # Printed by the interpreter on its way out.
 NOISE = re.compile(

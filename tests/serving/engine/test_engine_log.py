@@ -107,6 +107,13 @@ def test_every_log_has_its_cause() -> None:
         (128 + 99, "bye\n", 0, "signal 99: bye"),
         (0, "", 0, "exit status 0: it ended by itself; its last line: the log is empty"),
         (
+            0,
+            "ERROR AsyncLLM output_handler failed.\nvllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered"
+            " an issue. See stack trace (above) for the root cause.\nINFO:     Application shutdown complete.\n",
+            0,
+            "exit status 0: killed without a word in its log",
+        ),
+        (
             1,
             "NVRM: Xid (PCI:0000:01:00): 79, pid=7, GPU has fallen off the bus.\ntorch.AcceleratorError: CUDA error\n",
             0,
