@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ class WarmProcess:
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._server.ask({"poll": self.pid})["status"]
-            if self.returncode is not None:
-                os.close(self._pidfd)
-        return self.returncode
+        with self._server.lock:  # a status is told once
+            if self.returncode is None:
+                self.returncode = self._server.ask({"poll": self.pid})["status"]
+                if self.returncode is not None:
+                    os.close(self._pidfd)
+            return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status. Raises subprocess.TimeoutExpired."""
@@ -56,9 +58,13 @@ class WarmProcess:
 
 
 class Warm:
-    """The process that has imported vLLM. It ends with this one, as its questions do."""
+    """The process that has imported vLLM. It ends with this one, as its questions do.
+
+    Engines are started and ended in threads, too: a question and its answer belong together.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         # Offline before anything is imported: huggingface_hub reads it once.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
         environment.pop("PYTHONPATH", None)
@@ -94,9 +100,10 @@ class Warm:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        return self._read()
+        with self.lock:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
