@@ -25,6 +25,7 @@ from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import load_model
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text.rows import read_rows
+from laguna_serve.scripts.training.diffusion.ablation import RATIOS
 from laguna_serve.scripts.training.diffusion.distillation import Direction, distil, measure_agreement
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.scripts.training.loop import Schedule
@@ -39,7 +40,6 @@ EXAMPLES = """examples:
 
 exit status: 0 done, 2 it could not run, 130 interrupted (the same command continues)
 """
-RATIOS = (0.3, 0.5, 0.7)
 HELD_OUT = 16
 
 

@@ -28,6 +28,7 @@ from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.training.diffusion import pretraining
+from laguna_serve.scripts.training.diffusion.ablation import RATIOS
 from laguna_serve.scripts.training.diffusion.distillation import Direction, distil, measure_agreement
 from laguna_serve.scripts.training.diffusion.prune import BlockAgreement, PruneConfig, prune
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
@@ -47,7 +48,6 @@ EXAMPLES = """examples:
 
 exit status: 0 done, 2 it could not run, 130 interrupted
 """
-RATIOS = (0.3, 0.5, 0.7)
 REMOVED_LAYERS, KEPT_UNITS = 2, 0.75
 DISTILLATION_LR = 1e-3
 DIRECTION: Direction = "student-teacher"

@@ -11,6 +11,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import ARCHITECTURE, DiffusionModel
 from laguna_serve.serving.kit.environment import describe_device
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.diffusion.command import (
     SERVER_MODULE,
     build_diffusion_command,
@@ -21,7 +22,6 @@ from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.result import PlannedDevice
 
 DEFAULT_PORT = 8000
-GIB = 1 << 30
 WIDTH = 13
 
 
