@@ -134,14 +134,28 @@ def serving(target: Path, tmp_path: Path, *more: str) -> Iterator[subprocess.Pop
             server.kill()
 
 
-def read_url(server: subprocess.Popen[str], *, gateway: bool = True) -> str:
-    """The address from the lines that greet the user; they are on stdout together."""
+def read_addresses(server: subprocess.Popen[str]) -> tuple[str, str]:
+    """The addresses of the engine and of the administration from the lines that greet the user."""
     assert server.stdout is not None
-    where = server.stdout.readline()
-    url = where.split()[3].removesuffix("/v1")
+    url, admin = server.stdout.readline().split()[3].removesuffix("/v1"), server.stdout.readline().split()
+    assert admin[0] == "status:"
+    assert admin[1].startswith("http://127.0.0.1:")
+    read_rest_of_greeting(server, url)
+    return url, admin[1]
+
+
+def read_url(server: subprocess.Popen[str], *, gateway: bool = True) -> str:
+    """The engine's address from the lines that greet the user; they are on stdout together."""
     if gateway:
-        assert server.stdout.readline().startswith("status: http://127.0.0.1:")
+        return read_addresses(server)[0]
+    assert server.stdout is not None
+    url = server.stdout.readline().split()[3].removesuffix("/v1")
+    read_rest_of_greeting(server, url)
+    return url
+
+
+def read_rest_of_greeting(server: subprocess.Popen[str], url: str) -> None:
+    assert server.stdout is not None
     log, example = server.stdout.readline(), server.stdout.readline()
     assert log.startswith("log: ")
     assert example.startswith(f"try: curl {url}/v1/completions ")
-    return url

@@ -13,12 +13,19 @@ TOY = Path(__file__).parents[2] / "toy"
 pytestmark = pytest.mark.vllm
 
 
+def list_engines() -> set[int]:
+    """The engine cores of this process; other tests may have left some of theirs to it."""
+    children = psutil.Process().children(recursive=True)
+    return {child.pid for child in children if "VLLM" in " ".join(child.cmdline())}
+
+
 def test_two_toy_models_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine = {"eager": True, "kv_cache_gib": 1.5, "max_num_seqs": 8, "max_model_len": 256, "memory_gib": 3.0}
     models = [{"name": name, "engine": {**engine, "model": str(TOY / name)}} for name in ("teacher", "dense")]
     groups = [{"name": "default", "memory_gib": 3.0}]
     answers: dict[str, set[str]] = {"teacher": set(), "dense": set()}
+    before = list_engines()
     with gateway(models=models, groups=groups, limits={"heartbeat_s": 1.0, "load_timeout_s": 400.0}) as front:
         for name in ("teacher", "dense", "teacher", "dense"):
             body = {"model": name, "prompt": "def add(a, b):\n", "temperature": 0, "max_tokens": 8, "stream": True}
@@ -46,4 +53,4 @@ def test_two_toy_models_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         print(
             {name: (model.loads, model.measured_bytes >> 20, model.load_seconds.mean) for name, model in owned.items()}
         )
-    assert not [p for p in psutil.Process().children(recursive=True) if "VLLM" in " ".join(p.cmdline())]
+    assert list_engines() <= before

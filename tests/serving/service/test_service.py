@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fakes import TIMEOUT_S, post, read_pids, read_url, serving, wait_until_gone
+from serving_fakes import TIMEOUT_S, post, read_addresses, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.engine import find_port
@@ -86,6 +86,19 @@ def wait_until_refused(port: int) -> None:
         except OSError:
             continue
     raise AssertionError(f"expected nobody at port {port}")
+
+
+def read_status(admin: str) -> Any:
+    with urllib.request.urlopen(f"{admin}/admin/status", timeout=30) as answer:
+        return json.load(answer)
+
+
+def wait_until_queued(admin: str, count: int) -> None:
+    """Wait until that many requests wait: one that is not yet in when the server ends meets nobody."""
+    deadline = time.monotonic() + 30
+    while read_status(admin)["models"]["teacher"]["queued"] != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def stop(server: subprocess.Popen[str], number: signal.Signals = signal.SIGINT) -> tuple[dict[str, Any], str]:
@@ -182,10 +195,11 @@ def test_interrupt_while_it_is_away(
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "serve,hang")
     with serving(target, tmp_path) as server, ThreadPoolExecutor(4) as pool:
-        url = read_url(server)
+        url, admin = read_addresses(server)
         post(url, "/v1/die/kill")
         read_until(server, "starting it again in 1 s")
         waiting = [pool.submit(post, url, COMPLETIONS) for _ in range(4)]
+        wait_until_queued(admin, 4)
         if when == "starting":
             read_until(server, "loading weights")
         result, err = stop(server, number)
@@ -267,13 +281,10 @@ def test_waits_in_the_queue_are_bounded(
 
 def test_status_page_tells_restarts(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with serving(target, tmp_path) as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[3].removesuffix("/v1")
-        admin = server.stdout.readline().split()[1]
+        url, admin = read_addresses(server)
         post(url, "/v1/die/kill")
         read_until(server, "serving again, restart 1")
-        with urllib.request.urlopen(f"{admin}/admin/status", timeout=30) as answer:
-            status = json.load(answer)
+        status = read_status(admin)
         with urllib.request.urlopen(admin, timeout=30) as answer:
             page = answer.read().decode()
         stop(server)
