@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
-from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
+from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.passes import MaskModel
 from laguna_serve.plugins.diffusion.predictor import Ask, Predictor
@@ -79,9 +79,7 @@ class Decoder:
         for run, states, logits in zip(runs, proposals, answers, strict=True):
             steps = run.steps
             while run.state in logits and run.find_end() is None:
-                run.last = run.state, logits[run.state]
-                run.state = step(run.canvas, run.reference, run.state, logits[run.state])
-                run.steps += 1
+                run.take_step(logits[run.state])
             run.passes += 1
             run.proposed += len(states)
             run.accepted += run.steps - steps - 1

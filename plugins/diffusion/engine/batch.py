@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laguna_serve.plugins.diffusion.decoding.likelihoods import Likelihood
 from laguna_serve.plugins.diffusion.engine.requests import Reason, Request
 from laguna_serve.plugins.diffusion.proposing.interface import Run
 from laguna_serve.plugins.diffusion.speculation import Decoder
@@ -32,6 +33,7 @@ class Advance:
     tokens: tuple[int, ...]
     reason: Reason | None = None
     error: str | None = None
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Batch:
 
     def add(self, request: Request) -> Job:
         """Let a request join the next pass."""
-        job = Job(request, Run.begin(request.canvas, request.reference, request.stop, request.limit))
+        job = Job(request, Run.begin(request.canvas, request.reference, request.stop, request.limit, request.listed))
         self.jobs.append(job)
         return job
 
@@ -131,10 +133,13 @@ class Batch:
         if error is not None:
             return Advance(job, (), "error", f"{type(error).__name__}: {error}")
         answer = job.run.read_answer()
+        new = range(job.sent, len(answer))
         tokens, job.sent = answer[job.sent :], len(answer)
-        if job.run.find_end() is None:
-            return Advance(job, tokens)
-        return Advance(job, tokens, "stop" if answer and answer[-1] in job.request.stop else "length")
+        likelihoods = tuple(job.run.likelihoods[at] for at in new) if job.request.listed is not None else ()
+        reason: Reason | None = None
+        if job.run.find_end() is not None:
+            reason = "stop" if answer and answer[-1] in job.request.stop else "length"
+        return Advance(job, tokens, reason, likelihoods=likelihoods)
 
 
 def _count(run: Run) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ class Engine:
             now = self._clock()
             self.metrics.count_tokens(len(advance.tokens), handle.submitted_s, handle.last_s, now)
             handle.last_s = now
-            self._tell(handle, Committed(advance.tokens))
+            self._tell(handle, Committed(advance.tokens, advance.likelihoods))
         if advance.reason is not None:
             self._finish(handle, advance.reason, advance.error)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
+from laguna_serve.plugins.diffusion.decoding.likelihoods import Likelihood
 from laguna_serve.plugins.diffusion.decoding.reference import Reference
 
 # As vLLM calls them.
@@ -28,12 +29,14 @@ class Request:
     Attributes:
         stop: ids that end it.
         limit: tokens after which it ends in any case; None: the canvas.
+        listed: so many of the likeliest ids come with each token's likelihood; None: no likelihoods.
     """
 
     canvas: Canvas
     reference: Reference
     stop: frozenset[int] = frozenset()
     limit: int | None = None
+    listed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +60,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Ids that follow those before without a gap; they never change again."""
+    """Ids that follow those before without a gap; they never change again. Likelihoods: theirs, where asked for."""
 
     tokens: tuple[int, ...]
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
-from laguna_serve.plugins.diffusion.decoding.reference import Reference
+from laguna_serve.plugins.diffusion.decoding.likelihoods import Likelihood, read_likelihoods
+from laguna_serve.plugins.diffusion.decoding.reference import Reference, step
 from laguna_serve.plugins.diffusion.predictor import Slot
 
 
@@ -22,6 +23,8 @@ class Run:
         state: not evaluated yet.
         stop: ids that end the answer.
         limit: tokens after which the answer ends in any case; None: the canvas.
+        listed: so many of the likeliest ids are kept beside each committed token's likelihood; None: not even that.
+        likelihoods: by position, of what is committed.
         last: the state before it and its logits [block_length, vocabulary] fp32; None at the start.
         steps: of the reference, so far.
         passes: of the target.
@@ -33,6 +36,8 @@ class Run:
     state: State
     stop: Collection[int] = ()
     limit: int | None = None
+    listed: int | None = None
+    likelihoods: dict[int, Likelihood] = field(default_factory=dict)
     slot: Slot = field(default_factory=Slot)
     last: tuple[State, torch.Tensor] | None = None
     steps: int = 0
@@ -47,9 +52,19 @@ class Run:
         reference: Reference = Reference(),  # noqa: B008 - frozen
         stop: Collection[int] = (),
         limit: int | None = None,
+        listed: int | None = None,
     ) -> Run:
         """Begin with nothing committed."""
-        return cls(canvas, reference, canvas.start(), stop, limit)
+        return cls(canvas, reference, canvas.start(), stop, limit, listed)
+
+    def take_step(self, logits: torch.Tensor) -> None:
+        """Take the reference's step, by logits [block_length, vocabulary] fp32 that were computed for this state."""
+        before = self.state
+        self.state = step(self.canvas, self.reference, before, logits)
+        self.last = before, logits
+        self.steps += 1
+        if self.listed is not None:
+            self.likelihoods |= read_likelihoods(self.canvas, before, self.state, logits, self.listed)
 
     def find_end(self) -> int | None:
         """Find the length of the finished answer; None while it is not finished."""

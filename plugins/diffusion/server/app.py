@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from laguna_serve.plugins.diffusion.engine.loop import Engine
 from laguna_serve.plugins.diffusion.errors import DiffusionError
-from laguna_serve.plugins.diffusion.server.answers import EventResponse, Writer, answer_whole
 from laguna_serve.plugins.diffusion.server.bodies import (
     Body,
     ChatBody,
@@ -25,10 +24,12 @@ from laguna_serve.plugins.diffusion.server.bodies import (
 )
 from laguna_serve.plugins.diffusion.server.choices import Defaults, make_requests, read_chat, read_prompts
 from laguna_serve.plugins.diffusion.server.errors import ApiError, describe_invalid
-from laguna_serve.plugins.diffusion.server.forms import DetokenizeAnswer, ModelCard, ModelList, TokenizeAnswer
 from laguna_serve.plugins.diffusion.server.generation import Generation
 from laguna_serve.plugins.diffusion.server.loading import Served
 from laguna_serve.plugins.diffusion.server.texts import TextStream
+from laguna_serve.plugins.diffusion.server.writing.answers import EventResponse, Writer, answer_whole
+from laguna_serve.plugins.diffusion.server.writing.forms import DetokenizeAnswer, ModelCard, ModelList, TokenizeAnswer
+from laguna_serve.plugins.diffusion.server.writing.logprobs import LogprobWriter
 
 # nginx's code for a client that has left; nobody reads it.
 LEFT = 499
@@ -131,7 +132,8 @@ async def _generate(service: Service, body: Body, prompts: Sequence[Sequence[int
     streams = [TextStream(served.texts, body.stops, skip_special=body.skip_special_tokens) for _ in requests]
     generation = Generation(service.engine, requests, streams, served.stop)
     counted = sum(map(len, prompts))
-    writer = Writer(body, service.model, [made.canvas.prompt for made in requests], counted)
+    logprobs = LogprobWriter(served.texts, by_id=bool(body.return_tokens_as_token_ids))
+    writer = Writer(body, service.model, logprobs, [made.canvas.prompt for made in requests], counted)
     generation.submit()
     if body.stream:
         return EventResponse(writer, generation)

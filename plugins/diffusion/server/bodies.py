@@ -34,7 +34,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
@@ -50,12 +49,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (0, -1),
-    "top_logprobs": (0,),
     "top_p": (1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 MAX_CHOICES = 128
+# As many as vLLM lists where nobody raises it.
+MAX_LOGPROBS = 20
 
 
 class TextPart(BaseModel):
@@ -108,11 +108,17 @@ class Body(BaseModel):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool = True
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     block_length: int | None = Field(None, ge=1)
     canvas_length: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
     tokens_per_step: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, gt=0, lt=1)
+
+    @property
+    def listed(self) -> int | None:
+        """How many of the likeliest tokens are listed beside each; None: no log-probabilities."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
@@ -150,6 +156,11 @@ class CompletionBody(Body):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     add_special_tokens: bool = True
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
+
+    @property
+    def listed(self) -> int | None:
+        return self.logprobs
 
 
 class ChatBody(Body):
@@ -159,6 +170,17 @@ class ChatBody(Body):
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, strict=True)
+
+    @property
+    def listed(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs: expected logprobs beside it, got none; set it to true", "top_logprobs")
 
 
 class TokenizeBody(BaseModel):

@@ -88,7 +88,8 @@ def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, 
         except DiffusionError as error:
             raise ApiError(400, str(error), str(error).partition(":")[0]) from None
         requests += [
-            Request(canvas, replace(reference, seed=seed + number), stop, limit) for number in range(body.n or 1)
+            Request(canvas, replace(reference, seed=seed + number), stop, limit, body.listed)
+            for number in range(body.n or 1)
         ]
     return requests
 

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from laguna_serve.plugins.diffusion.server.forms import ErrorAnswer, ErrorForm
+from laguna_serve.plugins.diffusion.server.writing.forms import ErrorAnswer, ErrorForm
 
 TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 RETRY_AFTER_S = "1"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Self
 
+from laguna_serve.plugins.diffusion.decoding.likelihoods import Likelihood
 from laguna_serve.plugins.diffusion.engine.loop import Engine, Handle
 from laguna_serve.plugins.diffusion.engine.requests import (
     Committed,
@@ -32,6 +33,7 @@ class Piece:
         total: tokens of the choice so far.
         reason: why it has ended, None while it has not.
         stopped_by: the string or id that ended it, but for the model's own ends.
+        likelihoods: of the ids, where they were asked for.
     """
 
     index: int
@@ -40,6 +42,7 @@ class Piece:
     total: int
     reason: str | None = None
     stopped_by: str | int | None = None
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 class Generation:
@@ -52,6 +55,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._handles: list[Handle] = []
         self._pending: dict[int, list[int]] = {index: [] for index in range(len(requests))}
+        self._likelihoods: dict[int, list[Likelihood]] = {index: [] for index in self._pending}
 
     def submit(self) -> None:
         """Submit all choices, or none.
@@ -91,9 +95,11 @@ class Generation:
                 continue  # ended by a stop string; the engine may have gone on for a pass
             if isinstance(event, Committed):
                 self._pending[index] += event.tokens
+                self._likelihoods[index] += event.likelihoods
                 piece = self._take(index, None)
             else:
                 piece = self._take(index, event)
+            piece = self._add_likelihoods(piece)
             if piece.reason is not None:
                 if piece.stopped_by is not None:  # a string, of which the engine does not know
                     self._handles[index].cancel()
@@ -120,6 +126,13 @@ class Generation:
             return Piece(index, text, new, total)
         ended_by = ids[-1] if unspoken and ids[-1] not in self._ends else None
         return Piece(index, text, new, total, end.reason, ended_by)
+
+    def _add_likelihoods(self, piece: Piece) -> Piece:
+        if self._requests[piece.index].listed is None:
+            return piece
+        waiting, count = self._likelihoods[piece.index], len(piece.ids)
+        self._likelihoods[piece.index] = waiting[count:]
+        return replace(piece, likelihoods=tuple(waiting[:count]))
 
     def _note(self, loop: asyncio.AbstractEventLoop, index: int, event: Event) -> None:
         """Take an event over from the engine's thread; raises where the loop is closed."""

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusion_models import MASK, VOCABULARY, Adversary, make_draft, make_model
 
-from laguna_serve.plugins.diffusion import speculation as speculations
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
 from laguna_serve.plugins.diffusion.engine.batch import MAX_FAILED, Batch, Job
 from laguna_serve.plugins.diffusion.engine.requests import Request
 from laguna_serve.plugins.diffusion.predictor import Predictor
+from laguna_serve.plugins.diffusion.proposing import interface
 from laguna_serve.plugins.diffusion.proposing.interface import Proposer, Run
 from laguna_serve.plugins.diffusion.proposing.shapes import Chain, Union
 from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Stale
@@ -148,8 +148,8 @@ def fail_for(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no such luck")
         return step(canvas, reference, state, logits)
 
-    step = speculations.step
-    monkeypatch.setattr(speculations, "step", failing)
+    step = interface.step
+    monkeypatch.setattr(interface, "step", failing)
 
 
 def play(batch: Batch, requests: list[Request]) -> dict[Request, tuple[tuple[int, ...], str | None, str | None]]:

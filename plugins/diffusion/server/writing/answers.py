@@ -10,10 +10,19 @@ from dataclasses import dataclass, field
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from laguna_serve.plugins.diffusion.decoding.likelihoods import Likelihood
 from laguna_serve.plugins.diffusion.server.bodies import Body, ChatBody
 from laguna_serve.plugins.diffusion.server.errors import ApiError
-from laguna_serve.plugins.diffusion.server.forms import AnswerForm, ChoiceForm, Said, Usage
 from laguna_serve.plugins.diffusion.server.generation import Generation, Piece
+from laguna_serve.plugins.diffusion.server.writing.forms import (
+    AnswerForm,
+    ChatLogprobs,
+    ChoiceForm,
+    CompletionLogprobs,
+    Said,
+    Usage,
+)
+from laguna_serve.plugins.diffusion.server.writing.logprobs import LogprobWriter
 
 DONE = "data: [DONE]\n\n"
 
@@ -28,11 +37,13 @@ class Choice:
     total: int = 0
     reason: str | None = None
     stopped_by: str | int | None = None
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         """Take in what is new of it."""
         self.text += piece.text
         self.ids += piece.ids
+        self.likelihoods += piece.likelihoods
         self.total, self.reason, self.stopped_by = piece.total, piece.reason, piece.stopped_by
 
 
@@ -41,16 +52,19 @@ class Writer:
     """Writes the answer to one request: to a completion or to a chat.
 
     Attributes:
+        logprobs: writes those of the answer's tokens.
         prompts: of the choices.
         counted: tokens of all prompts, each once.
     """
 
     body: Body
     model: str
+    logprobs: LogprobWriter
     prompts: Sequence[Sequence[int]]
     counted: int
     ident: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ident = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
@@ -70,6 +84,7 @@ class Writer:
     def _make_whole(self, choice: Choice) -> ChoiceForm:
         form = self._make_choice(choice.index, choice.reason)
         form.stop_reason = choice.stopped_by
+        form.logprobs = self._write_logprobs(choice)
         if self.is_chat:
             form.message = Said(role="assistant", content=choice.text)
         else:
@@ -90,6 +105,7 @@ class Writer:
     def write_piece(self, piece: Piece, total: int) -> str:
         """Write a piece as an event; `total`: tokens of all choices so far."""
         form = self._make_choice(piece.index, piece.reason)
+        form.logprobs = self._write_logprobs(piece)
         if self.is_chat:
             form.delta = Said(content=piece.text)
         else:
@@ -106,6 +122,16 @@ class Writer:
         if options is None or not options.include_usage:
             return [DONE]
         return [self._write_event([], total, last=True), DONE]
+
+    def _write_logprobs(self, new: Choice | Piece) -> CompletionLogprobs | ChatLogprobs | None:
+        """Write those of new tokens of a choice; null for an event without any, as without the wish for them."""
+        if self.body.listed is None or not new.ids:
+            return None
+        if self.is_chat:
+            return self.logprobs.write_chat(new.ids, new.likelihoods)
+        offset = self._offsets.get(new.index, 0)
+        self._offsets[new.index] = offset + self.logprobs.measure(new.ids)
+        return self.logprobs.write_completion(new.ids, new.likelihoods, offset)
 
     def _write_event(self, choices: list[ChoiceForm], total: int, *, last: bool = False) -> str:
         event = self._make("chat.completion.chunk" if self.is_chat else "text_completion", choices)

@@ -20,6 +20,30 @@ class Said(BaseModel):
     content: str
 
 
+class CompletionLogprobs(BaseModel):
+    """Of a completion's tokens, in nats; beside each the likeliest. Offsets: of their texts, in characters."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class TokenLogprob(BaseModel):
+    """A token, its UTF-8 bytes and its log-probability in nats."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TokenLogprob] | None = None
+
+
+class ChatLogprobs(BaseModel):
+    """What a chat's tokens have."""
+
+    content: list[TokenLogprob]
+
+
 class ChoiceForm(BaseModel):
     """One choice, or what is new of it: a `text`, a `message` or a `delta`."""
 
@@ -27,7 +51,7 @@ class ChoiceForm(BaseModel):
     text: str | None = None
     message: Said | None = None
     delta: Said | None = None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None

@@ -1,0 +1,1 @@
+"""What is answered: its objects, their log-probabilities, whole and as events."""
