@@ -21,6 +21,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import structs
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec, check_specs
+from laguna_serve.bench.arms.diffusion import NO_REPLAY, NO_ROW_MATCHED
 from laguna_serve.bench.arms.options import ENGINE_FLAGS, ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.certificate import check
 from laguna_serve.bench.certificate.check import CertificateCheck, CheckConfig, check_certificate, render_check
@@ -37,7 +38,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick, parse_numbers
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
@@ -80,6 +81,19 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
     concurrency: Annotated[
         tuple[int, ...], Flag("requests in flight (default: 1,4,16)", metavar="N,…", parse=parse_numbers)
     ] = (1, 4, 16)
+    identical: Annotated[
+        bool,
+        Flag(
+            "no difference is allowed, not even a tie: for engines that promise bits (--exact both; masked diffusion, "
+            "where it is on by itself)"
+        ),
+    ] = False
+    temperature: Annotated[
+        float,
+        Flag(
+            "tokens are drawn at it, with --seed in every request, and have to be identical (default: 0)", metavar="T"
+        ),
+    ] = 0.0
     row_matched: Annotated[
         Literal["random", "synthetic", "none"],
         Flag(
@@ -98,6 +112,12 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
         ),
     ] = None
     out: Annotated[Path, Flag("folder for the certificate", metavar="DIR")]
+
+    def __post_init__(self) -> None:
+        """Refuse draws where answers may differ."""
+        super().__post_init__()
+        if not 0 <= self.temperature <= 2:
+            raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
 
     QUICK: ClassVar = Quick(
         "32 prompts × 48 tokens at 1,4", {"num_prompts": 32, "max_tokens": 48, "concurrency": (1, 4)}
@@ -172,7 +192,11 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
     begun = is_begun(out / "passes")
     if not begun:
         check_specs(specs.values())
+    diffusion = config.starts_diffusion
+    if config.temperature and not (config.identical or diffusion):
+        raise FlagError("--temperature: expected --identical beside it, as draws are not held against noise")
     decisive = (*ENGINE_FLAGS, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
+    drawn = {"temperature": config.temperature} if config.temperature else {}
     checkpoints = {name: fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := getattr(config, name))}
     claim_folder(
         out / "passes",
@@ -182,6 +206,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
             "concurrency": list(config.concurrency),
             "checkpoints": checkpoints,
         }
+        | drawn
         | {"versions": environment.versions, "device": environment.device.name if environment.device else None},
     )
     missing: dict[str, str] = {}
@@ -203,7 +228,9 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         seed=config.seed,
         out=out,
         rows=(find_gamma(config) or DEFAULT_ROWS - 1) + 1,
-        locate=config.locate,
+        locate=False if diffusion else config.locate,
+        identical=config.identical or diffusion,
+        temperature=config.temperature,
     )
 
 
@@ -222,6 +249,8 @@ def _make_row_matched(config: CertifyConfig, specs: Mapping[str, ArmSpec], out: 
     engine = specs[CANDIDATE].config
     if config.row_matched == "none":
         return "not asked for"
+    if config.starts_diffusion:
+        return NO_ROW_MATCHED
     if engine is None or config.draft is None:
         return "there is no drafter here to take the rows of"
     folder = find_folder(config.draft)
@@ -258,6 +287,8 @@ def _make_reference(config: CertifyConfig, specs: Mapping[str, ArmSpec], _out: P
         return "not asked for"
     if engine is None:
         return "the arms were given by URL, and no --reference-url"
+    if config.starts_diffusion:
+        return NO_REPLAY
     exact = replace(engine, dtype="float32", enforce_eager=True, prefix_caching=False, exact=False)
     return ArmSpec(REFERENCE, f"{config.model}; float32, eager, no drafter", config=exact)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.diffusion import MOST_STATES, serves_diffusion
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.speculation.drafting import open_drafter
@@ -147,6 +148,8 @@ def choose_gammas(
     Raises:
         CheckpointError: the drafter cannot be read, or was not trained for one of them; or there are none at all.
     """
+    if serves_diffusion(draft):
+        return list(given or default(MOST_STATES))
     if (most := find_most(draft)) is None:
         if (gammas := given or unknown) is None:
             expected = "--gammas for a drafter that is not on this machine"
@@ -161,10 +164,12 @@ def choose_gammas(
 
 
 def find_most(draft: str) -> int | None:
-    """Find the most tokens that a drafter was trained to propose; None where it is not on this machine.
+    """Find the most tokens that a drafter was trained to propose.
+
+    None where it is not on this machine, and for a smaller masked diffusion model, which has no most.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     folder = find_folder(draft)
-    return None if folder is None else open_drafter(folder, draft).max_gamma
+    return None if folder is None or serves_diffusion(draft) else open_drafter(folder, draft).max_gamma

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.diffusion import find_states, keep_proposals, serves_diffusion
 from laguna_serve.bench.arms.drafters import BeyondBlock, GammaOrAdaptive, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
@@ -69,7 +70,7 @@ class ArmsConfig:
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
         check_bounds(self)
-        by_url = self.baseline_url is not None
+        by_url = self.by_url
         if by_url != (self.candidate_url is not None):
             raise FlagError("--baseline-url and --candidate-url: expected both or neither, got one")
         for_engines = (
@@ -99,6 +100,16 @@ class ArmsConfig:
                 raise FlagError(f"{flag}: expected flags as in a shell, got {str(error).lower()}") from None
 
     @property
+    def by_url(self) -> bool:
+        """No engine is started here."""
+        return self.baseline_url is not None
+
+    @property
+    def starts_diffusion(self) -> bool:
+        """Masked diffusion engines are started here.  Raises CheckpointError where there is no such model."""
+        return not self.by_url and serves_diffusion(self.model)
+
+    @property
     def fixed_gamma(self) -> int | None:
         """γ where it is a number; None for the drafter's most, up to which an adaptive one goes."""
         return self.gamma if isinstance(self.gamma, int) else None
@@ -113,6 +124,10 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     drafting = name == CANDIDATE and config.draft is not None
     model = (config.candidate_model if name == CANDIDATE else None) or config.model
     assert model is not None
+    gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
+    if name == CANDIDATE and serves_diffusion(model):
+        gamma = str(find_states(config.fixed_gamma, config.candidate_args))
+        extra = keep_proposals(extra)
     engine = EngineConfig(
         model=model,
         draft=config.draft if drafting else None,
@@ -127,7 +142,6 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
         exact=config.exact == "both" or (config.exact == "candidate" and name == CANDIDATE),
         extra_args=extra,
     )
-    gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
     parts = [model, f"drafter {config.draft}, γ {gamma}" if drafting else "no drafter"]
     most = find_most(config.draft) if config.beyond_block and drafting and config.draft else None
     parts += (

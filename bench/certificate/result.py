@@ -110,13 +110,14 @@ class LoadResult(Struct, frozen=True, kw_only=True):
 
 
 class CertificateWorkload(Struct, frozen=True, kw_only=True):
-    """What was sent, and how."""
+    """What was sent, and how. `identical`: no difference was allowed, not even a tie."""
 
     prompts: int
     max_tokens: int
     concurrency: list[int]
     dtype: str
     temperature: float = 0
+    identical: bool = False
     ignore_eos: bool = True
     seed: int
 

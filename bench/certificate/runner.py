@@ -27,6 +27,7 @@ from laguna_serve.bench.certificate.verdict import (
     AGAIN,
     ROW_MATCHED,
     Load,
+    Rules,
     find_not_own_best,
     find_verdict,
     judge_load,
@@ -37,6 +38,7 @@ from laguna_serve.serving.client.counters import scrape_counters, summarise_acce
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt, Record
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.engine.row_check import RowCheck, check_rows
 from laguna_serve.serving.kit.environment import Environment
@@ -68,6 +70,19 @@ class Job:
     # Rows at once, γ + 1; `locate` None: ask for the first operation where something differs.
     rows: int = DEFAULT_ROWS
     locate: bool | None = None
+    # With `temperature`, tokens are drawn with `seed`.
+    identical: bool = False
+    temperature: float = 0.0
+
+    @property
+    def rules(self) -> Rules:
+        """What is asked of the arms."""
+        return Rules(self.identical, drawn=self.temperature > 0)
+
+    @property
+    def sampling(self) -> RequestFields:
+        """What requests say besides."""
+        return {"temperature": self.temperature, "seed": self.seed} if self.temperature else {}
 
     @property
     def passes(self) -> Path:
@@ -96,7 +111,9 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> Certifica
         if ROW_MATCHED not in missing:
             controls[ROW_MATCHED] = _read(job, ROW_MATCHED, concurrency)
         loads.append(
-            judge_load(Load(concurrency, answers, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed)
+            judge_load(
+                Load(concurrency, answers, _read(job, CANDIDATE, concurrency), controls), job.dtype, job.seed, job.rules
+            )
         )
     replay = _replay(job, loads, baseline, progress)
     located = _locate(job, loads, progress)
@@ -111,6 +128,8 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> Certifica
             max_tokens=job.max_tokens,
             concurrency=list(job.concurrencies),
             dtype=job.dtype,
+            temperature=job.temperature,
+            identical=job.identical,
             seed=job.seed,
         ),
         arms={name: arm.about for name, arm in arms.items()},
@@ -168,7 +187,7 @@ def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> PassedAr
 async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
     async with open_session() as session:
         model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        client = Client(session, arm.base_url, model_name, job.max_tokens)
+        client = Client(session, arm.base_url, model_name, job.max_tokens, job.sampling)
         before = await scrape_counters(session, arm.base_url)
         for concurrency in job.concurrencies:
             for kind in (arm.name, AGAIN) if arm.name == BASELINE else (arm.name,):

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.diffusion import find_states
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype
 from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
 from laguna_serve.serving.chat.vendor_defaults import find_value
@@ -49,7 +50,9 @@ def _list_settings(config: ArmsConfig) -> dict[str, str]:
 
 
 def find_gamma(config: ArmsConfig) -> int | None:
-    """γ as given, else the most that the drafter was trained for; None for one that is not on this machine."""
+    """Find γ: as given, else the most that the drafter was trained for; None for one that is not on this machine."""
+    if config.starts_diffusion:
+        return find_states(config.fixed_gamma, config.candidate_args)
     folder = None if config.draft is None else find_folder(config.draft)
     if folder is None or config.draft is None:
         return config.fixed_gamma

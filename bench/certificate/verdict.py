@@ -55,6 +55,19 @@ Answers = Mapping[str, Probe]
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """What is asked of the arms.
+
+    Attributes:
+        identical: every difference is a defect, a tie too, and in a log-probability: the engine promises bits.
+        drawn: tokens were drawn, with the same seeds in both arms, and need not be the likeliest.
+    """
+
+    identical: bool = False
+    drawn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """The passes at one concurrency, by prompt id: the baseline's, the candidate's, and those of the controls made."""
 
@@ -64,15 +77,15 @@ class Load:
     controls: Mapping[str, Answers]
 
 
-def judge_load(load: Load, dtype: str, seed: int) -> LoadResult:
+def judge_load(load: Load, dtype: str, seed: int, rules: Rules = Rules()) -> LoadResult:
     """Everything at one load. `dtype`: the models', which bounds the noise from below."""
     differences = {name: _difference(load.baseline, answers) for name, answers in load.controls.items()}
     floor = LOGIT_SPACING.get(dtype, LOGIT_SPACING["float32"])
     noise = max((value for rows in differences.values() for values in rows for value in values), default=0.0)
     # Arms whose every row is computed bit for bit alike have no noise; others at least the spacing of their logits.
     noise = 0.0 if noise == 0.0 and ROW_MATCHED in differences else max(noise, floor)
-    candidate = _compare(load.baseline, load.candidate, noise)
-    controls = {name: _compare(load.baseline, answers, noise) for name, answers in load.controls.items()}
+    candidate = _compare(load.baseline, load.candidate, noise, rules)
+    controls = {name: _compare(load.baseline, answers, noise, rules) for name, answers in load.controls.items()}
     drift = None
     if ROW_MATCHED in differences:
         drift = _find_drift(_difference(load.baseline, load.candidate), differences[ROW_MATCHED], floor, seed)
@@ -82,7 +95,7 @@ def judge_load(load: Load, dtype: str, seed: int) -> LoadResult:
         candidate=candidate,
         controls=controls,
         drift=drift,
-        reasons=_find_reasons(candidate, controls, drift),
+        reasons=_find_reasons(candidate, controls, drift) + _find_differences(candidate, controls, rules),
     )
 
 
@@ -126,7 +139,7 @@ def _is_near(probe: Probe, index: int | None, token: int | None, noise: float) -
     return max(probe.top[index].values()) - probe.top[index][token] <= 2 * noise
 
 
-def _compare(baseline: Answers, other: Answers, noise: float) -> Comparison:
+def _compare(baseline: Answers, other: Answers, noise: float, rules: Rules) -> Comparison:
     divergences = []
     for prompt_id, probe in baseline.items():
         answers = _as_record(prompt_id, probe), _as_record(prompt_id, other[prompt_id])
@@ -145,7 +158,7 @@ def _compare(baseline: Answers, other: Answers, noise: float) -> Comparison:
         defect_bound95=bound_mismatch_rate(classes["defect"], prompts),
         first_index=min((d.index for d in divergences if d.index is not None), default=None),
         difference=_summarise([value for values in _difference(baseline, other) for value in values]),
-        not_own_best=find_not_own_best(other),
+        not_own_best=[] if rules.drawn else find_not_own_best(other),
         other_prompts=sum(probe.prompt_ids != other[prompt_id].prompt_ids for prompt_id, probe in baseline.items()),
         divergences=divergences,
     )
@@ -222,6 +235,21 @@ def _find_reasons(candidate: Comparison, controls: Mapping[str, Comparison], dri
             f"drift: the candidate's log-probabilities lie {drift.ratio:.2f} times as far from the baseline's as the "
             f"same number of rows explains (95% interval {low:.2f}–{high:.2f})"
         )
+    return reasons
+
+
+def _find_differences(candidate: Comparison, controls: Mapping[str, Comparison], rules: Rules) -> list[str]:
+    """List what an engine that promises bits may not show."""
+    if not rules.identical:
+        return []
+    reasons = []
+    for name, arm in {"candidate": candidate, **{f"{name} control": arm for name, arm in controls.items()}}.items():
+        if arm.mismatches:
+            reasons.append(f"{arm.mismatches} of {arm.prompts} of the {name}'s answers differ, of which none may")
+        elif arm.difference is not None and arm.difference.max > 0:
+            reasons.append(
+                f"the {name}'s log-probabilities differ by up to {arm.difference.max:.2g}, and may not at all"
+            )
     return reasons
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
+from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
 from laguna_serve.bench.arms.drafters import BeyondBlock, DrafterOrUrlsConfig, Sequential, choose_gammas, find_most
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
+from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
 
 FLAGS = {
     "fp8-kv": ("--kv-cache-dtype", "fp8"),
@@ -34,7 +35,7 @@ class Ablation:
             return replace(config, model=self.checkpoint)
         if self.name == "prefix-caching":
             return replace(config, prefix_caching=True)
-        return replace(config, extra_args=FLAGS[self.name])
+        return replace(config, extra_args=(*config.extra_args, *FLAGS[self.name]))
 
 
 def parse_ablation(text: str) -> Ablation:
@@ -81,6 +82,10 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
     ] = 0.0
     mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
+    engine_args: Annotated[
+        tuple[str, ...],
+        Flag("extra flags of every arm's engine, after an =, such as '--cache dual'", metavar="…", parse=parse_words),
+    ] = ()
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
     # Where gammas are not given: the least, the middle and the most alone.
     three_gammas: bool = False
@@ -96,10 +101,10 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         if self.num_prompts < LEAST_ROUNDS * most:
             expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
             raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")
-        if self.by_url and (self.gammas or self.stack or self.mixed or self.adaptive):
+        if self.by_url and (self.gammas or self.stack or self.mixed or self.engine_args or self.adaptive):
             raise FlagError(
-                "--gammas, --stack, --mixed and --adaptive: expected none with URLs, as those servers already run; drop"
-                " them"
+                "--gammas, --stack, --mixed, --engine-args and --adaptive: expected none with URLs, as those servers "
+                "already run; drop them"
             )
         if not 0 <= self.temperature <= 2:
             raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
@@ -142,6 +147,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
 
     def make_engine(self, gamma: int | None) -> EngineConfig:
         """Make the engine of a γ, or of plain decoding (None)."""
+        drafts_states = gamma is not None and serves_diffusion(self.model)
         return EngineConfig(
             model=self.model,
             draft=None if gamma is None else self.draft,
@@ -152,6 +158,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
             prefix_caching=False,
             kv_cache_gib=self.kv_cache_gib,
             seed=self.seed,
+            extra_args=keep_proposals(self.engine_args) if drafts_states else self.engine_args,
         )
 
     def make_spec(self, gamma: int | None) -> ArmSpec:

@@ -34,7 +34,9 @@ def claim_points(config: SweepConfig, environment: Environment) -> None:
     """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
     decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
     settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
-    settings |= {name: value for name in ("chat", "thinking", "temperature") if (value := getattr(config, name))}
+    settings |= {
+        name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
+    }
     device = environment.device.name if environment.device is not None else None
     claim_folder(config.points, settings | {"versions": environment.versions, "device": device} | config.list_urls())
 

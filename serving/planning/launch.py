@@ -25,7 +25,13 @@ from laguna_serve.serving.planning.command import (
     list_device_warnings,
     settle_dtype,
 )
-from laguna_serve.serving.planning.diffusion.command import build_diffusion_command, find_chat, require_files
+from laguna_serve.serving.planning.diffusion.command import (
+    SERVER_MODULE,
+    build_diffusion_command,
+    find_chat,
+    require_files,
+)
+from laguna_serve.serving.planning.diffusion.plan import choose_dtype
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.vllm_flags import check_flags
@@ -132,6 +138,8 @@ def _finish_environment(environment: dict[str, str], api_key: str | None) -> dic
 def find_engine_dtype(config: EngineConfig) -> str:
     """vLLM's --dtype as `plan_launch` would settle it; as asked where device or model cannot be read."""
     try:
+        if (diffusion := find_diffusion(config.model)) is not None:
+            return choose_dtype(config.dtype, diffusion, require_device())
         return settle_dtype(config, inspect(config, weights=False), require_device())[0].dtype
     except (CheckpointError, EngineError):
         return config.dtype
@@ -147,7 +155,8 @@ def check_launches(configs: Iterable[EngineConfig]) -> None:
     """
     planned = [(config, plan_launch(config)) for config in configs]
     try:
-        check_flags([launch.command for config, launch in planned if config.extra_args])
+        foreign = [launch.command for config, launch in planned if config.extra_args]
+        check_flags([command for command in foreign if SERVER_MODULE not in command])
     except CheckpointError as error:
         raise EngineError(str(error)) from None
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random, SystemRandom
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.server.options import ServerOptions, parse_options
@@ -67,7 +68,8 @@ def run(options: ServerOptions) -> int:
         ),
         on_death=end,
     )
-    defaults = Defaults(options.canvas_length, options.block_length)
+    seeds = SystemRandom() if options.seed is None else Random(options.seed)
+    defaults = Defaults(options.canvas_length, options.block_length, seeds)
     app = make_app(Service(engine, served, defaults, name, options.model))
     add_access(app, os.environ.get(KEY_VARIABLE), options.allowed_origins)
     settings = uvicorn.Config(

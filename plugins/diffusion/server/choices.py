@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from random import Random, SystemRandom
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, Reference
@@ -17,10 +17,11 @@ from laguna_serve.plugins.diffusion.server.loading import Served, make_schedule
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What requests get that do not choose."""
+    """What requests get that do not choose.  Seeds: those of requests that are drawn and have none come from it."""
 
     canvas_length: int
     block_length: int
+    seeds: Random = field(default_factory=SystemRandom)
 
 
 def read_prompts(body: CompletionBody, served: Served) -> list[list[int]]:
@@ -73,7 +74,7 @@ def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, 
         limit = body.max_completion_tokens
     block = body.block_length or defaults.block_length
     length = choose_length(body.canvas_length, limit, block, defaults)
-    seed = body.seed if body.seed is not None else secrets.randbits(32) if body.temperature else 0
+    seed = body.seed if body.seed is not None else defaults.seeds.getrandbits(32) if body.temperature else 0
     reference = choose_reference(body, served.decoder.reference, length // block)
     stop = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.stop)
     requests = []

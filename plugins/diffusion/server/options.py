@@ -51,6 +51,7 @@ class ServerOptions:
         proposer: None: "corrected" with a draft, else "order" with `proposals`, else "chain".
         draft_policy: one of POLICIES.
         rows: positions of all proposals of a pass together, so that a crowd proposes less.
+        seed: requests that are drawn and have no seed get theirs by it, in their order; None: by chance.
         allowed_origins: of pages in browsers, a JSON list.
     """
 
@@ -77,6 +78,7 @@ class ServerOptions:
     proposer: str | None = None
     draft_policy: str = "auto"
     rows: int = 256
+    seed: int | None = None
     allowed_origins: str | None = None
 
     def __post_init__(self) -> None:

@@ -22,7 +22,17 @@ Ours, on argparse: builders that derive a command line from types (tyro, cyclopt
 of help and of errors; here both are published, one line each, and tested.
 """
 
-from laguna_serve.serving.kit.flags.command_line import parse_numbers, read_flags, read_flags_and_json
+from laguna_serve.serving.kit.flags.command_line import parse_numbers, parse_words, read_flags, read_flags_and_json
 from laguna_serve.serving.kit.flags.declaration import Config, Flag, FlagError, Quick, check_bounds
 
-__all__ = ["Config", "Flag", "FlagError", "Quick", "check_bounds", "parse_numbers", "read_flags", "read_flags_and_json"]
+__all__ = [
+    "Config",
+    "Flag",
+    "FlagError",
+    "Quick",
+    "check_bounds",
+    "parse_numbers",
+    "parse_words",
+    "read_flags",
+    "read_flags_and_json",
+]

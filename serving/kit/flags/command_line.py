@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
@@ -173,6 +174,14 @@ def _list_of(kind: Any) -> Callable[[str], tuple[Any, ...]]:
             raise argparse.ArgumentTypeError(f"expected values separated by commas, got {text!r}") from None
 
     return parse
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """Read flags as a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected flags as in a shell, got {str(error).lower()}") from None
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:

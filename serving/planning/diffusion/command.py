@@ -21,8 +21,6 @@ WITHOUT_MEANING: dict[str, tuple[str, object]] = {
     "draft_sampling": ("--draft-sampling", "greedy"),
     "kv_cache_gib": ("--kv-cache-gib", None),
     "enforce_eager": ("--eager", False),
-    "prefix_caching": ("--no-prefix-caching", True),
-    "seed": ("--seed", 0),
     "exact": ("--exact", False),
     "weight_updates": ("--weight-updates", False),
     "return_routed_experts": ("--return-routed-experts", False),
@@ -53,6 +51,8 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
         command += ["--draft", str(find_draft(config.draft, model).folder)]
     if config.gamma is not None:
         command += ["--states", str(config.gamma)]
+    if config.seed:
+        command += ["--seed", str(config.seed)]
     command += config.extra_args
     try:
         parse_options(command)

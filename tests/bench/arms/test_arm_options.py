@@ -8,8 +8,13 @@ import pytest
 
 from laguna_serve.bench.arms import options as arm_options
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE
+from laguna_serve.bench.arms.drafters import find_most
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype, make_spec
+from laguna_serve.bench.certify import CertifyConfig, make_job
+from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.kit.environment import read_environment
+from laguna_serve.serving.planning.launch import plan_launch
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 
@@ -35,3 +40,45 @@ def test_asked_dtype_and_urls_ask_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(arm_options, "find_engine_dtype", lambda config: pytest.fail("asked"))
     assert find_dtype(ArmsConfig(model="m", dtype="half")) == "float16"
     assert find_dtype(ArmsConfig(model="m", baseline_url="http://a", candidate_url="http://b")) == "unknown"
+
+
+LLADA = {"model": str(TOY / "llada"), "draft": str(TOY / "llada-draft")}
+PROMPTS = TOY / "prompts.jsonl"
+
+
+def test_masked_diffusion_keeps_the_proposals_that_are_measured() -> None:
+    config = ArmsConfig(**LLADA, candidate_args="--cache dual", baseline_args="--cache dual", seed=3)
+    baseline, candidate = (make_spec(config, name) for name in (BASELINE, CANDIDATE))
+    assert baseline.config is not None
+    assert candidate.config is not None
+    assert baseline.config.extra_args == ("--cache", "dual")
+    assert candidate.config.extra_args == ("--cache", "dual", "--draft-policy", "always")
+    assert "γ 4" in candidate.label
+    command = plan_launch(candidate.config).command
+    assert command[command.index("--seed") + 1] == "3"
+    assert find_dtype(config) == plan_launch(baseline.config).command[command.index("--dtype") + 1]
+    own = make_spec(ArmsConfig(**LLADA, candidate_args="--draft-policy=auto"), CANDIDATE)
+    assert own.config is not None
+    assert own.config.extra_args == ("--draft-policy=auto",)
+
+
+def test_certificates_of_masked_diffusion_promise_bits_and_say_what_they_lack(tmp_path: Path) -> None:
+    config = CertifyConfig(**LLADA, prompts=PROMPTS, num_prompts=2, gamma=2, temperature=0.5, out=tmp_path / "out")
+    job = make_job(config, read_environment([]))
+    assert (job.identical, job.temperature, job.locate, job.rows) == (True, 0.5, False, 3)
+    assert set(job.specs) == {BASELINE, CANDIDATE}
+    assert "no row sees what shares its pass" in job.missing["row-matched"]
+    assert "no prefix" in job.missing["reference"]
+
+
+def test_sweeps_of_masked_diffusion_measure_states(tmp_path: Path) -> None:
+    config = SweepConfig(**LLADA, prompts=PROMPTS, engine_args=("--cache", "dual"), out=tmp_path)
+    assert find_most(config.draft) is None
+    assert config.list_gammas() == list(range(1, 9))
+    assert SweepConfig(**LLADA, prompts=PROMPTS, gammas=(16,), out=tmp_path).list_gammas() == [16]
+    engines = [config.make_spec(gamma).config for gamma in (None, 2)]
+    assert all(engine is not None for engine in engines)
+    assert [engine.extra_args for engine in engines if engine is not None] == [
+        ("--cache", "dual"),
+        ("--cache", "dual", "--draft-policy", "always"),
+    ]

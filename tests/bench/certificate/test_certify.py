@@ -101,6 +101,21 @@ def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_p
     assert len(engines.started_roles) == 3
 
 
+def test_where_bits_are_promised_a_tie_is_a_defect(engines: type[RoleEngine], run: Any) -> None:
+    engines.roles = {
+        "baseline": Settings(margin=NEAR),
+        "row-matched": Settings(margin=NEAR, noise=0.02, gamma=3),
+        "candidate": Settings(flips={PROMPTS[2]: 4}, margin=NEAR),
+    }
+    status, result, output = run("--identical", "--no-replay")
+    assert (status, result["verdict"]) == (1, "defect")
+    for load in result["loads"]:
+        assert load["candidate"]["classes"] == {"tie": 0, "near_tie": 1, "defect": 0}
+        assert "1 of 14 of the candidate's answers differ, of which none may" in load["reasons"]
+        assert any("row-matched control's log-probabilities differ by up to" in reason for reason in load["reasons"])
+    assert "of which none may" in output
+
+
 def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     token = list_tokens(Settings(), PROMPTS[2], 10)[4]
     tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}

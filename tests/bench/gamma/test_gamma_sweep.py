@@ -177,8 +177,9 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
         (["--temperature", "3"], "--temperature: expected 0 to 2, got 3"),
         (
             ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
-            "--adaptive: expected none with URLs",
+            "and --adaptive: expected none with URLs",
         ),
+        (["--engine-args", "--cache 'dual"], "--engine-args: expected flags as in a shell, got no closing quotation"),
     ],
 )
 def test_what_does_not_go_with_a_temperature_or_urls(run: SweepRun, more: list[str], complaint: str) -> None:

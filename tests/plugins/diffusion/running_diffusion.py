@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from random import Random
 
 import httpx
 import uvicorn
@@ -29,12 +30,14 @@ TIMEOUT_S = 60.0
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, served: Served, *, running: int = 8, waiting: int = 64, key: str | None = None) -> None:
+    def __init__(
+        self, served: Served, *, running: int = 8, waiting: int = 64, key: str | None = None, seed: int = 0
+    ) -> None:
         self.served = served
         metrics = EngineMetrics("toy", speculates=served.decoder.speculation is not None)
         limits = Limits(sequence=served.max_model_len, vocabulary=served.vocab_size, running=running, waiting=waiting)
         self.engine = Engine(served.decoder, metrics, limits)
-        app = make_app(Service(self.engine, served, Defaults(32, 8), "toy", "toy-folder"))
+        app = make_app(Service(self.engine, served, Defaults(32, 8, Random(seed)), "toy", "toy-folder"))
         add_access(app, key, '["https://page.example"]')
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run)

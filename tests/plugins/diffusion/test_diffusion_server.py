@@ -316,3 +316,13 @@ def test_keys_and_origins(folder: Path) -> None:
         assert server.http.get("/health").status_code == 200
         answer = server.http.get("/health", headers={"Origin": "https://page.example"})
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_a_servers_seed_gives_draws_that_can_be_repeated(folder: Path) -> None:
+    body = {"prompt": "tell me", "max_tokens": 16, "temperature": 1.0, "return_token_ids": True}
+    said = []
+    for _ in range(2):
+        with Running(load(parse_options([str(folder)])), seed=7) as server:
+            said.append([server.http.post("/v1/completions", json=body).json()["choices"][0]["text"] for _ in range(3)])
+    assert said[0] == said[1]
+    assert len(set(said[0])) == 3

@@ -1,0 +1,43 @@
+"""What is different about arms that serve a masked diffusion model, whose engine is this project's own.
+
+Its answers are a function of the request alone, to the bit, so that between two arms a tie is a defect too; and there
+is nothing that an autoregressive control or a teacher-forced replay could be asked.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from laguna_serve.plugins.diffusion.server.options import DRAFTED_STATES
+from laguna_serve.serving.checkpoint.diffusion import find_diffusion
+
+# A benchmark measures what it is asked to, where the engine would leave out what does not pay.
+POLICY, KEEP = "--draft-policy", "always"
+NO_ROW_MATCHED = "in masked diffusion no row sees what shares its pass: the baseline again is the control"
+NO_REPLAY = "masked diffusion has no prefix that could be replayed"
+# γ of a sweep that names none: states beside the current one.
+MOST_STATES = 8
+
+
+def serves_diffusion(model: str | None) -> bool:
+    """Say whether it is a masked diffusion model that engines are started for.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    return model is not None and find_diffusion(model) is not None
+
+
+def keep_proposals(flags: Sequence[str]) -> tuple[str, ...]:
+    """Return the flags of an engine that proposes whether that pays or not, unless they say otherwise."""
+    named = any(flag.partition("=")[0] == POLICY for flag in flags)
+    return (*flags, *(() if named else (POLICY, KEEP)))
+
+
+def find_states(given: int | None, flags: str) -> int:
+    """Find how many states are proposed: γ as given, else by the engine's own flags, else what the engine chooses."""
+    if given is not None:
+        return given
+    words = shlex.split(flags.replace("=", " "))
+    return int(words[words.index("--states") + 1]) if "--states" in words[:-1] else DRAFTED_STATES
