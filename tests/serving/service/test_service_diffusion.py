@@ -114,8 +114,8 @@ def test_clients_through_the_gateway(llada: Path, draft: Path, tmp_path: Path) -
             events = list(client.chat.completions.create(model="llada", messages=CHAT, max_tokens=16, stream=True))  # type: ignore[call-overload]
             said = "".join(event.choices[0].delta.content or "" for event in events)
             assert said == chat.choices[0].message.content
-            with pytest.raises(APIStatusError, match="logprobs: expected none") as caught:
-                client.completions.create(model="llada", prompt="once", logprobs=2)
+            with pytest.raises(APIStatusError, match="top_p: expected none") as caught:
+                client.completions.create(model="llada", prompt="once", top_p=0.5)
             assert caught.value.status_code == 400
             assert [card.id for card in client.models.list()] == ["llada"]
             leave_a_stream(url)
