@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from laguna_serve.scripts.dante.train import BETAS, CLIP, WEIGHT_DECAY, DanteConfig, DanteStep
@@ -34,7 +34,9 @@ class Run:
         self.log: list[DanteStep] = []
         if config.batch % self.processes:
             remedy = "change --batch or --num_processes"
-            raise CommandError(f"--batch: expected a multiple of {self.processes} processes, got {config.batch}; {remedy}")
+            raise CommandError(
+                f"--batch: expected a multiple of {self.processes} processes, got {config.batch}; {remedy}"
+            )
         part = config.batch // self.processes
         self._micro = min(config.micro_batch or part, part)
         if part % self._micro:
@@ -88,8 +90,9 @@ class Run:
 
     def save(self) -> None:
         """Write the student as it has become, in its initialisation's dtype, with its tokenizer."""
-        dtype = AutoModelForCausalLM.from_pretrained(self._config.model, dtype="auto").dtype
-        self._model.to(dtype).save_pretrained(self._config.out)
+        described = AutoConfig.from_pretrained(self._config.model)
+        self._model.config.use_cache = described.use_cache  # which training turns off
+        self._model.to(described.dtype or torch.float32).save_pretrained(self._config.out)
         self.tokenizer.save_pretrained(self._config.out)
 
     def wait(self) -> None:

@@ -86,7 +86,7 @@ class Endpoint:
 
         Args:
             sampling: the request's other fields; those that are not the OpenAI API's own go as they are.
-            top: so many log-probabilities of each token; a completion's are by text, so that tokens of one text are one.
+            top: so many log-probabilities of each token; a completion's are by text: tokens of one text are one.
 
         Raises:
             EndpointError: there is none.
@@ -108,7 +108,9 @@ class Endpoint:
             else:
                 wanted = {} if top is None else {"logprobs": top}
                 raw = await self._client.completions.with_raw_response.create(
-                    model=self.model, prompt=prompt, extra_body={**sampling, **wanted}  # type: ignore[arg-type]
+                    model=self.model,
+                    prompt=prompt,
+                    extra_body={**sampling, **wanted},  # type: ignore[arg-type]
                 )
                 completion, headers = raw.parse(), raw.headers
                 text, reason = completion.choices[0].text, completion.choices[0].finish_reason

@@ -39,9 +39,7 @@ def sequence_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.
         labels: [B, T] int64, `IGNORED` where nothing is to be learned.
     """
     targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     counts = (targets != IGNORED).sum(1)
     return losses.sum(1) / counts.clamp(min=1)
 

@@ -1,7 +1,7 @@
 """A cache's records as rows of token ids by the student's own tokenizer, in the order in which they are taught.
 
-A prompt is context and never a target.  An answer that was cut off, by the teacher's limit or by the row's, ends without
-the end token: it does not teach where to stop.
+A prompt is context and never a target.  An answer that was cut off, by the teacher's limit or by the row's, ends
+without the end token: it does not teach where to stop.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def encode_records(
         CacheError: no answer fits, or the tokenizer has no end token.
     """
     if tokenizer.eos_token_id is None:
-        raise CacheError("student: expected a tokenizer with an end token (eos_token), got none; name one in its config")
+        raise CacheError(
+            "student: expected a tokenizer with an end token (eos_token), got none; name one in its config"
+        )
     values = [record.output_entropy for record in records]
     entropies = rank_entropies(values) if scale == "rank" else values
     rows, cut = [], 0

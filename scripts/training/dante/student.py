@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from laguna_serve.scripts.text.corpus import Module
+from laguna_serve.scripts.text.corpus import Module, conversation, functions
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as vocabulary
 
@@ -68,6 +68,8 @@ def make_student(modules: list[Module], out: Path, steps: int, seed: int, thread
 
 
 def cut_rows(modules: list[Module], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Encode modules one after the other [n] int64, each with its beginning and its end."""
-    texts = [tokenizer(module.text, verbose=False)["input_ids"] for module in modules]
-    return torch.tensor([token for ids in texts for token in [*ids, vocabulary.END]])
+    """Encode modules one after the other [n] int64, then chats about their functions, as the teacher has seen both."""
+    texts = [[*tokenizer(module.text, verbose=False)["input_ids"], vocabulary.EOS] for module in modules]
+    chats = [conversation(function) for module in modules for function in functions(module)]
+    texts += [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+    return torch.tensor([token for ids in texts for token in ids])

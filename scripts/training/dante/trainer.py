@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -26,6 +26,7 @@ from laguna_serve.scripts.training.dante.losses import (
     weighted_cross_entropy,
 )
 from laguna_serve.scripts.training.dante.rows import TaughtRow
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.signals import check_signals
 
 
@@ -101,11 +102,12 @@ class DanteTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class Stopping(TrainerCallback):  # type: ignore[misc]
-    """Saves and ends the training after the step in which a signal came, in all processes together."""
+    """Saves and ends the training after the step in which a signal came, in all processes together; shows progress."""
 
     def __init__(self) -> None:
         self.trainer: DanteTrainer | None = None
         self.stopped = False
+        self._progress = Progress()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -119,6 +121,8 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
             accelerator.set_trigger()
         if accelerator.check_trigger():
             control.should_save = control.should_training_stop = self.stopped = True
+        if state.is_world_process_zero:
+            self._progress.step("taught", state.global_step, state.max_steps)
         return control
 
 
@@ -156,4 +160,5 @@ def make_trainer(
         callbacks=[stopping],
     )
     stopping.trainer = trainer
+    trainer.remove_callback(PrinterCallback)  # a line a step
     return trainer, stopping
