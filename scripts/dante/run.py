@@ -54,7 +54,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The student's own."""
+        """Load the student's own tokenizer."""
         return AutoTokenizer.from_pretrained(self._config.model)
 
     def train(self, taught: TaughtRows) -> None:

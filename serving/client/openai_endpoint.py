@@ -106,11 +106,9 @@ class Endpoint:
                 said = body.choices[0].logprobs
                 likeliest = [[one.logprob for one in step.top_logprobs] for step in (said and said.content) or ()]
             else:
-                wanted = {} if top is None else {"logprobs": top}
+                extra = {} if top is None else {"logprobs": top}
                 raw = await self._client.completions.with_raw_response.create(
-                    model=self.model,
-                    prompt=prompt,
-                    extra_body={**sampling, **wanted},  # type: ignore[arg-type]
+                    model=self.model, prompt=str(prompt), extra_body={**sampling, **extra}
                 )
                 completion, headers = raw.parse(), raw.headers
                 text, reason = completion.choices[0].text, completion.choices[0].finish_reason
