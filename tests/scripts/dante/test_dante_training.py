@@ -133,7 +133,8 @@ def test_interrupted_and_continued_is_uninterrupted(folder: Path, uninterrupted:
 @needs_trainer
 @pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(folder: Path, uninterrupted: DanteResult) -> None:
-    launch = [str(TRAINER / "accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # Torch's launcher, on a CPU too; --cpu starts one process, whatever the number.
+    launch = [str(TRAINER / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = run(*launch, *command(folder, "two", "--micro-batch", "1"))
     assert done.returncode == 0, done.stderr[-2000:]
