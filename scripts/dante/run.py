@@ -11,12 +11,16 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from laguna_serve.scripts.dante.train import BETAS, CLIP, WEIGHT_DECAY, DanteConfig, DanteStep
+from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
 from laguna_serve.scripts.training.dante.losses import embedding_drift
 from laguna_serve.scripts.training.dante.records import CacheError
 from laguna_serve.scripts.training.dante.rows import TaughtRows
 from laguna_serve.scripts.training.dante.trainer import Objective, make_trainer
 from laguna_serve.serving.kit.errors import CommandError
+
+CLIP = 1.0
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
 
 
 class Run:

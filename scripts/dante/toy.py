@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST_HEAD = 240
 LENGTH = 512
 EXAMPLES = """examples:
-  .venv-train/bin/python scripts/dante toy --out out/dante                a quarter of an hour on two cores
+  .venv-train/bin/python scripts/dante toy --out out/dante                20 minutes on two cores
   .venv-train/bin/python scripts/dante toy --quick --out out/dante-quick  a few steps of everything, to see it work
 
 exit status: 0 every bar is met, 1 one is not (the table says which), 2 it could not run, 130 interrupted

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
 
-from laguna_serve.scripts.dante.train import DanteConfig, DanteResult, require_trainer
+from laguna_serve.scripts.dante.options import DanteConfig
+from laguna_serve.scripts.dante.train import DanteResult, require_trainer
 from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
 from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_records, order_records
