@@ -113,6 +113,7 @@ def train_student(config: DanteConfig) -> DanteResult:
     if run.is_main:
         texts = [[record.teacher_text, record.output_entropy] for record in ordered]
         claim_folder(work, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
+    run.wait()  # the folder is there for all
     taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
     with defer_signals():
         run.train(taught)
@@ -134,6 +135,7 @@ def train_student(config: DanteConfig) -> DanteResult:
         minutes=round((time.monotonic() - began) / 60, 2),
         log=tuple(run.log),
     )
+    run.wait()  # none reads its state any more
     if run.is_main:
         run.save()
         write_result(config.out / "training.json", result)
