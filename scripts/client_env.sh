@@ -6,6 +6,7 @@
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
 #   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.sh
 #   bash scripts/client_env.sh docs       # .venv-docs: MkDocs, for scripts/docs.sh
+#   bash scripts/client_env.sh train      # .venv-train: TRL and Accelerate over .venv, for scripts/dante
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,13 +19,20 @@ case ${1:-} in
   spec_rl) folder=.venv-rl ours=(--editable . --editable evals/spec_rl) ;;
   clients) folder=.venv-clients ours=(--editable .) ;;
   docs) folder=.venv-docs ours=() ;;
-  *) fail "name: expected evals, spec_rl, clients or docs, got '${1:-}'" ;;
+  train) folder=.venv-train ours=() ;;
+  *) fail "name: expected evals, spec_rl, clients, docs or train, got '${1:-}'" ;;
 esac
 lock=scripts/requirements/$1.lock
 sources=("$lock")
 if [ "$1" = clients ]; then sources+=(scripts/clients/package-lock.json); fi
 if [ ${#ours[@]} -gt 0 ]; then sources+=(pyproject.toml); fi
 if [ "$1" = spec_rl ]; then sources+=(evals/spec_rl/pyproject.toml); fi
+# It stands on .venv: the same interpreter, and made again when that is.
+if [ "$1" = train ]; then
+  [ -x .venv/bin/python ] || fail "train: expected .venv, which it is laid over, got none; run scripts/bootstrap.sh"
+  PYTHON=.venv/bin/python
+  sources+=(.venv/.stamp)
+fi
 wanted=$(cat "${sources[@]}" | sha256sum | cut -d' ' -f1)
 [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
@@ -48,6 +56,12 @@ pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet --n
 if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
   grep '^ERROR' "$log" | tail -n 3 >&2 || tail -n 5 "$log" >&2
   fail "pip could not install $lock; the whole log is in $log"
+fi
+if [ "$1" = train ]; then
+  # addsitedir and not a plain path: the .pth file of .venv that finds this project is read, too.
+  site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  below=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  printf 'import site; site.addsitedir(%s)\n' "'$below'" >"$site/over_venv.pth"
 fi
 if [ ${#ours[@]} -gt 0 ]; then
   "${pip[@]}" --no-build-isolation "${ours[@]}" >>"$log" 2>&1 || fail "pip could not install the project; see $log"

@@ -10,4 +10,6 @@ uv pip compile spec_rl.in "${plain[@]}" --universal --python-version 3.11 -o spe
 uv pip compile gpu.in "${plain[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.12 -o gpu.lock "$@"
 uv pip compile clients.in "${plain[@]}" --universal --python-version 3.11 -o clients.lock "$@"
 uv pip compile docs.in "${plain[@]}" --universal --python-version 3.11 -o docs.lock "$@"
+# What it needs besides is locked for .venv, over which it lies.
+uv pip compile train.in "${plain[@]}" --universal --python-version 3.11 --no-deps -o train.lock "$@"
 npm install --prefix ../clients --package-lock-only --no-audit --no-fund

@@ -111,6 +111,9 @@ def list_commands(folder: str) -> Iterator[tuple[str, str]]:
         module = importlib.import_module(f"laguna_serve.{dotted}")
         if hasattr(module, "main"):
             yield f"python {folder}/{name}", _help(lambda module=module: module.main(["--help"]))  # type: ignore[misc]
+            for tool in getattr(module, "COMMANDS", ()):
+                said = _help(lambda module=module, tool=tool: module.main([tool, "--help"]))  # type: ignore[misc]
+                yield f"python {folder}/{name} {tool}", said
 
 
 def write_commands(title: str, text: str, commands: Iterator[tuple[str, str]]) -> str:

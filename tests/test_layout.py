@@ -56,7 +56,7 @@ ROOMS = {
         *("gateway", "service", "commands"),
     ),
     "serving/gateway": ("config", "wire", "telemetry", "engines", "residence", "relay", "clients"),
-    "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms"),
+    "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel, or of a decode that has no server in between, call it in their own process.

@@ -6,7 +6,7 @@ can record a failure and ask again later: an answer that never came is not a wro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
@@ -15,6 +15,7 @@ import openai
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import RequestFields
+from laguna_serve.serving.kit.results import JsonObject
 
 Form = Literal["chat", "completion"]
 # Which weights answered, named by servers whose weights change while they serve.
@@ -30,12 +31,14 @@ class Answer:
         finish_reason: "stop", "length" (cut off at max_tokens), ….
         tokens: of the answer; None where the endpoint does not say.
         versions: those of VERSION_HEADERS that the response carries.
+        top: of each token, log-probabilities (nats) of the likeliest ones, where they were asked for and are given.
     """
 
     text: str
     finish_reason: str | None = None
     tokens: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    top: tuple[tuple[float, ...], ...] | None = None
 
 
 class Endpoint:
@@ -76,35 +79,48 @@ class Endpoint:
     ) -> None:
         await self._client.close()
 
-    async def ask(self, prompt: str, form: Form, sampling: RequestFields) -> Answer:
-        """One answer: to a user's message, or a raw completion.
+    async def ask(
+        self, prompt: str | Sequence[JsonObject], form: Form, sampling: RequestFields, top: int | None = None
+    ) -> Answer:
+        """One answer: to a user's message, or to a conversation's messages, or a raw completion.
 
-        `sampling`: the request's other fields; those that are not the OpenAI API's own go as they are.
+        Args:
+            sampling: the request's other fields; those that are not the OpenAI API's own go as they are.
+            top: so many log-probabilities of each token; a completion's are by text: tokens of one text are one.
 
         Raises:
             EndpointError: there is none.
         """
         try:
             if form == "chat":
+                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+                wanted = {} if top is None else {"logprobs": True, "top_logprobs": top}
                 chat = await self._client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=dict(sampling)
+                    model=self.model,
+                    messages=messages,  # type: ignore[arg-type]  # as they were given
+                    extra_body={**sampling, **wanted},
                 )
                 body, headers = chat.parse(), chat.headers
                 text, reason = body.choices[0].message.content or "", body.choices[0].finish_reason
                 tokens = body.usage.completion_tokens if body.usage else None
+                said = body.choices[0].logprobs
+                likeliest = [[one.logprob for one in step.top_logprobs] for step in (said and said.content) or ()]
             else:
+                extra = {} if top is None else {"logprobs": top}
                 raw = await self._client.completions.with_raw_response.create(
-                    model=self.model, prompt=prompt, extra_body=dict(sampling)
+                    model=self.model, prompt=str(prompt), extra_body={**sampling, **extra}
                 )
                 completion, headers = raw.parse(), raw.headers
                 text, reason = completion.choices[0].text, completion.choices[0].finish_reason
                 tokens = completion.usage.completion_tokens if completion.usage else None
+                given = completion.choices[0].logprobs
+                likeliest = [list((step or {}).values()) for step in (given and given.top_logprobs) or ()]
         except openai.OpenAIError as error:
             raise EndpointError(f"{self.base_url}: {_describe(error)}") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {type(error).__name__}") from error
         versions = {name: headers[name] for name in VERSION_HEADERS if name in headers}
-        return Answer(text, reason, tokens, versions)
+        return Answer(text, reason, tokens, versions, tuple(map(tuple, likeliest)) or None)
 
     async def _find_model(self) -> str:
         try:

@@ -16,9 +16,9 @@ from laguna_serve.serving.checkpoint import (
     check_pruning_files,
     find_folder,
     read_config,
-    read_target,
 )
 from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
+from laguna_serve.serving.checkpoint.others import check_other, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -77,7 +77,15 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         raise CheckpointError(f"weight updates: expected an engine on the loopback, got {config.host}; {remedy}")
     check_pruning_files(config.keep_mask, config.group_indices)
     target_folder = find_folder(config.model)
-    target = read_target(target_folder) if target_folder is not None else None
+    target = read_served(target_folder) if target_folder is not None else None
+    warnings: list[str] = []
+    if target is not None:
+        warnings += check_other(
+            target,
+            draft=config.draft is not None,
+            pruned=config.keep_mask is not None,
+            weight_updates=config.weight_updates,
+        )
     draft_folder = find_folder(config.draft) if config.draft is not None else None
     drafter = None
     if draft_folder is not None:
@@ -87,10 +95,9 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         _check_updates(config, target)
         _check_experts(config, target)
         target = mark_pruned(target, config.keep_mask)
-    warnings: list[str] = []
     if target is not None and drafter is not None:
         check_fit(target, drafter)
-        warnings = list_warnings(
+        warnings += list_warnings(
             target,
             drafter,
             dtype=config.dtype,

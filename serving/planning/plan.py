@@ -10,6 +10,7 @@ from pathlib import Path
 from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.others import OTHERS
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.budget import MAX_GPU_SHARE, BudgetError
@@ -157,7 +158,7 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
         names.append(str(chosen[0]) if isinstance(chosen, list) else checkpoints.target.architecture)
     if checkpoints.drafter is not None:
         names.append(ARCHITECTURE if checkpoints.drafter.format != SPECULATORS else SPECULATORS_CLASS)
-    return {name: known.get(name, VLLM) for name in names}
+    return {name: known.get(name, OTHERS.get(name, VLLM)) for name in names}
 
 
 def _lay_out(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> KvLayout:

@@ -81,13 +81,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(modules: list[Module]) -> PreTrainedTokenizerFast:
-    """Train on the given modules; `VOCAB_SIZE` ids, the special ones first in the order of `SPECIAL`."""
+def train_tokenizer(modules: list[Module], size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Train on the given modules; `size` ids, the special ones first in the order of `SPECIAL`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=size,
         special_tokens=SPECIAL,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

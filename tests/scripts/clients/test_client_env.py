@@ -66,3 +66,13 @@ def test_lock_is_of_the_pinned_releases_and_without_an_engine() -> None:
     lock = (ROOT / "scripts" / "requirements" / "evals.lock").read_text()
     assert {"lm-eval==0.4.13", "evalplus==0.3.1"} <= set(lock.split("\n"))
     assert not re.search(r"^(torch|vllm)\b", lock, re.MULTILINE)
+
+
+def test_training_lies_over_the_engines_environment(copy: Path) -> None:
+    """It is refused without one; its list is short, as that environment has torch and the rest."""
+    script = ["bash", str(copy / "scripts" / "client_env.sh"), "train"]
+    done = subprocess.run(script, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "expected .venv, which it is laid over, got none; run scripts/bootstrap.sh" in done.stderr
+    lock = (ROOT / "scripts" / "requirements" / "train.lock").read_text().split()
+    assert {line.partition("==")[0] for line in lock} == {"accelerate", "trl"}

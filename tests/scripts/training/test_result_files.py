@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from laguna_serve.scripts.clients.report import ClientsResult
+from laguna_serve.scripts.dante.toy import DanteToyResult
 from laguna_serve.scripts.distill_dense import DistillResult
 from laguna_serve.scripts.frontier.result import FrontierResult
 from laguna_serve.scripts.make_toy import ToyManifest
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/clients.json": ClientsResult,
     "bench/results/toy-distillation/distillation.json": DistillResult,
+    "bench/results/toy-dante/dante-toy.json": DanteToyResult,
+    "bench/results/toy-dante-600/dante-toy.json": DanteToyResult,
     **{f"bench/results/toy-grpo/seed-{seed}.json": GrpoResult for seed in range(3)},
     "bench/results/toy-pruning-frontier/frontier.json": FrontierResult,
     "bench/results/toy-pruning-loss/curve.json": CurveResult,

@@ -65,3 +65,17 @@ def test_endpoint_that_is_not_there_is_told_on_entering() -> None:
         pass
     with pytest.raises(EndpointError, match=r"expected a list of models, got APIConnectionError.*is the server up\?"):
         ask(server.url, "chat")
+
+
+def test_messages_and_log_probabilities_are_asked_for() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+    async def run(url: str) -> list[Answer]:
+        async with Endpoint(url, retries=0) as endpoint:
+            return [await endpoint.ask(messages, "chat", {}, top=5), await endpoint.ask("x", "completion", {}, top=5)]
+
+    with answering(lambda body: "é") as server:
+        answers = asyncio.run(run(server.url))
+    assert server.bodies[0] == {"model": "fake", "messages": messages, "logprobs": True, "top_logprobs": 5}
+    assert server.bodies[1] == {"model": "fake", "prompt": "x", "logprobs": 5}
+    assert [answer.top for answer in answers] == [None, None], "this server gives none"

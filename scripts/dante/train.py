@@ -1,0 +1,171 @@
+"""Teach a student what is in a cache: DANTE's losses on TRL's SFTTrainer and Accelerate.
+
+Rows are sorted from easy to hard, once; every epoch goes through them again.  Weights and optimiser are float32, and
+--precision bfloat16 computes in bfloat16 over them: in bfloat16 weights a step of this learning rate is mostly rounded
+away.  Writes the student, with training.json, to --out.  The state is saved on the way: the same command continues.
+
+It needs .venv-train, which `bash scripts/client_env.sh train` makes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
+from laguna_serve.scripts.training.dante.losses import confidence_weight
+from laguna_serve.scripts.training.dante.records import read_cache
+from laguna_serve.scripts.training.dante.rows import (
+    TaughtRows,
+    draw_records,
+    encode_records,
+    order_records,
+)
+from laguna_serve.serving.kit.command import Brief, Command
+from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.signals import defer_signals
+from laguna_serve.serving.kit.tables import Table
+
+EXAMPLES = """examples:
+  .venv-train/bin/python scripts/dante train MODEL --cache out/cache --out out/student
+  .venv-train/bin/accelerate launch --num_processes 8 scripts/dante/train.py MODEL --cache DIR --out DIR
+  .venv-train/bin/python scripts/dante train MODEL --cache DIR --plain --curriculum none --out DIR     plain fine-tuning
+
+exit status: 0 trained, 2 it could not run, 130 interrupted (the same command continues)
+"""
+
+
+class DanteResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.dante_training/1"):
+    """What was taught, and how it went.
+
+    Attributes:
+        rows: taught in an epoch; `cut` of the encoded rows do not teach where to stop, `left_out` had no room.
+        epochs: how often the curriculum starts again.
+        weights: least, mean and most w(H) of the rows: a spread near 0 makes CWCE a constant.
+        drift: of the embedding after the last step: squared, over the initialisation's norm.
+    """
+
+    environment: Environment
+    model: str
+    out: str
+    objective: dict[str, str | float | bool]
+    rows: int
+    cut: int
+    left_out: int
+    steps: int
+    batch: int
+    processes: int
+    epochs: float
+    weights: tuple[float, float, float]
+    drift: float
+    minutes: float
+    log: tuple[DanteStep, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one process of several speaks
+    command = Command(
+        "scripts/dante train",
+        DanteConfig,
+        __doc__,
+        EXAMPLES,
+        interrupted="the same command continues after the last whole step",
+    )
+    return command.run(argv, train_student, show=format_training, line=Brief(counted=("log",)))
+
+
+def require_trainer() -> None:
+    """Raise CommandError where TRL is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        remedy = "run bash scripts/client_env.sh train, then this with .venv-train/bin/python"
+        raise CommandError(f"training: expected an environment with trl, got {sys.executable}; {remedy}")
+
+
+def train_student(config: DanteConfig) -> DanteResult:
+    """Train, write the student and training.json.
+
+    Raises:
+        CacheError: the cache cannot be used. RunDirError: the work folder is another run's.
+        CommandError: no TRL, no such model, or a batch that does not divide.
+        KeyboardInterrupt: a signal came; the state is saved.
+    """
+    require_trainer()
+    check_out(config.out)
+    from laguna_serve.scripts.dante.run import Run
+
+    began = time.monotonic()
+    records = draw_records(read_cache(config.cache), config.share, config.seed)
+    ordered = order_records(records, config.curriculum)
+    work = config.work or config.out.with_name(f"{config.out.name}.work")
+    run = Run(config, work)
+    if run.is_main:
+        texts = [[record.teacher_text, record.output_entropy] for record in ordered]
+        claim_folder(work, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
+    run.wait()  # the folder is there for all
+    taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
+    with defer_signals():
+        run.train(taught)
+    weights = weigh_rows(taught, config)
+    result = DanteResult(
+        environment=read_environment(current_argv()),
+        model=str(config.model),
+        out=str(config.out),
+        objective={**config.decisive},
+        rows=run.rows,
+        cut=taught.cut,
+        left_out=taught.left_out,
+        steps=config.steps,
+        batch=config.batch,
+        processes=run.processes,
+        epochs=round(config.steps * config.batch / run.rows, 3),
+        weights=weights,
+        drift=run.drift,
+        minutes=round((time.monotonic() - began) / 60, 2),
+        log=tuple(run.log),
+    )
+    run.wait()  # none reads its state any more
+    if run.is_main:
+        run.save()
+        write_result(config.out / "training.json", result)
+        shutil.rmtree(work)
+    run.wait()
+    return result
+
+
+def weigh_rows(taught: TaughtRows, config: DanteConfig) -> tuple[float, float, float]:
+    """Find least, mean and most weight of the rows."""
+    if not config.weighs:
+        return 1.0, 1.0, 1.0
+    weights = confidence_weight(torch.tensor([row.entropy for row in taught.rows]), config.entropy_center)
+    return round(float(weights.min()), 4), round(float(weights.mean()), 4), round(float(weights.max()), 4)
+
+
+def format_training(result: DanteResult) -> str:
+    """Format how it went as a table."""
+    first, last = result.log[0], result.log[-1]
+    least, mean, most = result.weights
+    rows = [
+        ("rows, of them without an end", f"{result.rows}, {result.cut}"),
+        ("epochs", f"{result.epochs}"),
+        ("w(H): least, mean, most", f"{least:.3f}, {mean:.3f}, {most:.3f}"),
+        ("cross entropy, first and last step", f"{first.cross_entropy:.3f}, {last.cross_entropy:.3f} nats"),
+        ("drift of the embedding", f"{result.drift:.2e}"),
+        ("minutes", f"{result.minutes}"),
+    ]
+    return Table("lr", ("training", ""), rows).to_text()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Training in its own environment: the loss is the formula's; an interruption or a second process changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import SmolLM3ForCausalLM
+
+from laguna_serve.scripts.dante.options import DanteConfig
+from laguna_serve.scripts.dante.train import DanteResult, require_trainer
+from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
+from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
+from laguna_serve.scripts.training.dante.rows import encode_records, order_records
+from laguna_serve.scripts.training.dante.student import student_config
+from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
+from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags import FlagError
+from laguna_serve.serving.kit.results import read_result
+
+ROOT = Path(__file__).resolve().parents[3]
+TRAINER = ROOT / ".venv-train" / "bin"
+needs_trainer = pytest.mark.skipif(
+    not (TRAINER / "accelerate").exists(), reason="no .venv-train: bash scripts/client_env.sh train makes it"
+)
+STEPS, BATCH = 12, 4
+FLAGS = ["--steps", f"{STEPS}", "--batch", f"{BATCH}", "--length", "48", "--lr", "0.01", "--warm-up", "2"]
+PATIENCE_S = 240
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small student with random weights, and a cache of 22 records, a third of them cut off."""
+    folder = tmp_path_factory.mktemp("dante")
+    torch.manual_seed(0)
+    config = student_config()
+    config.update({"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48})
+    SmolLM3ForCausalLM(config).save_pretrained(folder / "base")
+    load_tokenizer(ROOT / "tests/toy/teacher").save_pretrained(folder / "base")
+    records = [
+        CacheRecord(
+            prompt=f"def f_{number}(x):\n",
+            teacher_text=f"    return x + {number * number}\n" * (1 + number % 3),
+            output_entropy=round(0.1 + 2.5 * ((number * 7) % 22) / 22, 4),
+            self_consistency=0.5,
+            difficulty_score=0.5,
+            finish_reason="length" if number % 3 == 0 else "stop",
+            teacher="t",
+            weight_version=None,
+            top_k=20,
+            tail_mass=0.0,
+        )
+        for number in range(22)
+    ]
+    lines = [json.dumps(msgspec.to_builtins(record)) for record in records]
+    (folder / "cache.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(folder: Path, name: str, *more: str) -> list[str]:
+    base = [str(folder / "base"), "--cache", str(folder / "cache.jsonl"), "--out", str(folder / name)]
+    return ["scripts/dante/train.py", *base, *FLAGS, *more]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> DanteResult:
+    done = run(str(TRAINER / "python"), *command(folder, "whole"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["log"] == STEPS
+    assert not (folder / "whole.work").exists()
+    return read_result(folder / "whole" / "training.json", DanteResult)
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_first_steps_loss_is_the_formula(folder: Path, uninterrupted: DanteResult) -> None:
+    """0.70 · mean(w · CE) over the four easiest records, the anchor being 0."""
+    tokenizer = load_tokenizer(folder / "base")
+    taught = encode_records(order_records(read_cache(folder / "cache.jsonl"), "output_entropy"), tokenizer, 48)
+    model = SmolLM3ForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    losses = []
+    for row in taught.rows[:BATCH]:
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        parts = [-float(logs[t, k]) for t, k in enumerate(row.labels[1:]) if k != IGNORED]
+        losses.append(float(confidence_weight(torch.tensor(row.entropy))) * sum(parts) / len(parts))
+    first = uninterrupted.log[0]
+    assert first.loss == pytest.approx(0.70 * sum(losses) / BATCH, abs=2e-4)
+    assert (first.drift, uninterrupted.rows, uninterrupted.cut) == (0.0, 20, taught.cut)
+    assert uninterrupted.log[-1].cross_entropy < first.cross_entropy - 0.3
+    assert uninterrupted.drift == pytest.approx(_drift(folder, "whole"), rel=1e-3)
+
+
+def _drift(folder: Path, name: str) -> float:
+    key = "model.embed_tokens.weight"
+    start, end = (load_file(folder / one / "model.safetensors")[key] for one in ("base", name))
+    return float((end - start).square().sum() / start.square().sum())
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_interrupted_and_continued_is_uninterrupted(folder: Path, uninterrupted: DanteResult) -> None:
+    """The signal comes when the first state is saved; the loss curve and the weights are the same to the last bit."""
+    arguments = [str(TRAINER / "python"), *command(folder, "again", "--save-every", "1")]
+    work = folder / "again.work"
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + PATIENCE_S
+        while not list(work.glob("checkpoint-*")) and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, said[-2000:]
+    assert "the same command continues" in said
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = read_result(folder / "again" / "training.json", DanteResult)
+    assert [step.loss for step in result.log] == [step.loss for step in uninterrupted.log]
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_two_processes_have_the_loss_curve_of_one(folder: Path, uninterrupted: DanteResult) -> None:
+    # Torch's launcher, on a CPU too; --cpu starts one process, whatever the number.
+    launch = [str(TRAINER / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = run(*launch, *command(folder, "two", "--micro-batch", "1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = read_result(folder / "two" / "training.json", DanteResult)
+    assert result.processes == 2
+    gaps = [abs(a.loss - b.loss) for a, b in zip(result.log, uninterrupted.log, strict=True)]
+    assert max(gaps) < 1e-3
+    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1, "one process speaks"
+
+
+def test_without_trl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"client_env\.sh train"):
+        require_trainer()
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"share": 0.0}, {"share": 1.5}, {"steps": 0}])
+def test_flags_that_mean_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FlagError):
+        DanteConfig(model=tmp_path, cache=tmp_path, out=tmp_path, **changes)
+
+
+def test_plain_has_no_part_of_it(tmp_path: Path) -> None:
+    plain = DanteConfig(model=tmp_path, cache=tmp_path, out=tmp_path, plain=True)
+    assert (plain.weighs, plain.anchored, plain.warm_up_steps) == (False, "none", 200)
