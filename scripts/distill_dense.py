@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
 from laguna_serve.scripts.training.dense.result import DistillResult, write_manifest, write_report
+from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.results import to_json
@@ -53,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: DistillConfig) -> int:
     """Distil, write the report and print the result without its logs. Returns the exit status."""
+    if config.dry_run:
+        from laguna_serve.scripts.training.dense.memory import format_plan, plan_memory
+
+        plan = plan_memory(config, require_folder(config.teacher))
+        print(format_plan(plan))
+        print(json.dumps(to_json(plan)))
+        return HELD
     from laguna_serve.scripts.training.dense.run import distil
     from laguna_serve.scripts.training.ranks import open_ranks
 
