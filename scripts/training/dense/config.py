@@ -127,7 +127,9 @@ class DistillConfig:
     stage2_on: Annotated[
         Literal["chats", "text"], Flag("stage 2: the assistant's tokens of --chats (default), or all of --text")
     ] = "chats"
-    accumulate: Annotated[int, Flag("stage 2: parts that a process computes its rows in (default 1)", metavar="N", at_least=1)] = 1
+    accumulate: Annotated[
+        int, Flag("stage 2: parts that a process computes its rows in (default 1)", metavar="N", at_least=1)
+    ] = 1
     weights: Annotated[
         Literal["float32", "bfloat16"], Flag("stage 2 computes in (default float32; master weights stay fp32)")
     ] = "float32"

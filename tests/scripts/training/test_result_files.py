@@ -12,6 +12,7 @@ from laguna_serve.scripts.clients.report import ClientsResult
 from laguna_serve.scripts.distill_dense import DistillResult
 from laguna_serve.scripts.frontier.result import FrontierResult
 from laguna_serve.scripts.make_toy import ToyManifest
+from laguna_serve.scripts.training.dense.experiments.result import DenseExperiments
 from laguna_serve.scripts.training.pruning.artefacts import ScoresManifest
 from laguna_serve.scripts.training.pruning.curve import CurveResult
 from laguna_serve.scripts.training.rl.run import GrpoResult
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/clients.json": ClientsResult,
     "bench/results/toy-distillation/distillation.json": DistillResult,
+    "bench/results/toy-dense-experiments/experiments.json": DenseExperiments,
     **{f"bench/results/toy-grpo/seed-{seed}.json": GrpoResult for seed in range(3)},
     "bench/results/toy-pruning-frontier/frontier.json": FrontierResult,
     "bench/results/toy-pruning-loss/curve.json": CurveResult,

@@ -66,7 +66,7 @@ class Laboratory:
         return stages.measure(model, Beside(self.teacher.model, self.corpus.drawn), self.corpus.rows, None)
 
     def ask(self, model: LagunaForCausalLM) -> Behaviour:
-        """Ask held-out requests."""
+        """Answer held-out requests, and describe the answers."""
         return ask(model, self.tokenizer, "toy:held-out", self.config.requests, self.config.budget)
 
     def start(self, init: Init) -> tuple[Start, torch.nn.ModuleDict]:
@@ -88,7 +88,7 @@ class Laboratory:
         return student.assemble_student(frame, copy.deepcopy(blocks), self.widths, self.teacher.device).eval()
 
     def train(self, name: str, blocks: torch.nn.ModuleDict, targets: Targets) -> LagunaForCausalLM:
-        """Stage 2."""
+        """Train a student from the blocks in stage 2, on these targets."""
         model = self.assemble(blocks)
         state = self.config.work / f"stage2-{name}.state"
         stages.train_student(model, targets, self.given.recipe, state, self.config.threads)
