@@ -35,7 +35,7 @@ class Optimiser:
         return [self._masters.get(p, p) for p in module.parameters() if p.requires_grad]
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients of the last step."""
         self._adamw.zero_grad()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from safetensors.torch import load_file
 from tiny_laguna import make_tiny, read_config, save_tiny
 
 from laguna_serve.scripts import distill_dense
-from laguna_serve.scripts.training.dense.config import Recipe
+from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
 from laguna_serve.scripts.training.dense.initial import start_blocks
 from laguna_serve.scripts.training.dense.layerwise.blocks import train_layerwise
 from laguna_serve.scripts.training.dense.layerwise.hidden import DiskError
-from laguna_serve.scripts.training.dense.run import Teacher
+from laguna_serve.scripts.training.dense.run import Teacher, distil
 from laguna_serve.scripts.training.dense.stages import count_usage, train_blocks
 from laguna_serve.scripts.training.dense.text import Text
 from laguna_serve.scripts.training.dense.tokens import write_tokens
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
-from laguna_serve.scripts.training.ranks import ALONE
+from laguna_serve.scripts.training.ranks import ALONE, Ranks
+from laguna_serve.serving.kit.flags import FlagError
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -154,6 +156,16 @@ def test_two_processes_make_the_student_that_one_makes(command: list[str], tmp_p
     losses = [[record["loss"] for record in logs[name]["logs"]["stage2"]] for name in arms]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert logs["one"]["store"] == logs["two"]["store"]
+
+
+def test_processes_need_layers_and_a_store(tmp_path: Path) -> None:
+    config = DistillConfig(teacher=str(TOY / "teacher"), out=tmp_path / "out", work=tmp_path / "work")
+    with pytest.raises(FlagError, match=r"expected both with several processes, got 2 processes without them; pass"):
+        distil(config, Ranks(0, 2))
+    wide = replace(config, layerwise=True, store=tmp_path / "store", rows=1)
+    with pytest.raises(FlagError, match=r"--rows: expected at least one for each of 2 processes, got 1; raise it"):
+        distil(wide, Ranks(0, 2))
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
