@@ -161,6 +161,8 @@ def list_schemas() -> Iterator[tuple[str, JsonObject]]:
     ):
         importlib.import_module(f"laguna_serve.{name}")
     importlib.import_module("laguna_serve.scripts.training.drafter.command")
+    for name in ("experiments.result", "memory", "store.format"):
+        importlib.import_module(f"laguna_serve.scripts.training.dense.{name}")
     importlib.import_module("laguna_serve.serving.client.traffic")
     importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,16 +158,25 @@ def _find_text(record: dict[str, Any]) -> str:
 
 def read_documents(source: str) -> list[str]:
     """Read the source's documents, in a fixed order."""
+    return list(stream_documents(source))
+
+
+def stream_documents(source: str) -> Iterator[str]:
+    """Read the source's documents one after the other, of JSON lines and the toy's no more than one at a time."""
     if source in TOY:
-        return [m.text for m in corpus.read_modules() if m.held_out == TOY[source]]
-    if source.endswith(".jsonl"):
-        return [_find_text(_require(source, record, number, TEXT)) for number, record in _number_records(source)]
-    return [_read_text(source)]
+        yield from (m.text for m in corpus.read_modules() if m.held_out == TOY[source])
+    elif source.endswith(".jsonl"):
+        for number, record in _number_records(source):
+            yield _find_text(_require(source, record, number, TEXT))
+    else:
+        yield "".join(stream_lines(source))
 
 
-def _read_text(source: str) -> str:
+def stream_lines(source: str) -> Iterator[str]:
+    """Read a text file line by line, ends included. Raises PruningError when it cannot be read."""
     try:
-        return Path(source).read_text(encoding="utf-8")
+        with Path(source).open(encoding="utf-8") as file:
+            yield from file
     except (OSError, UnicodeError) as error:
         expected = f"a text file, or one of {', '.join(TOY)}"
         raise PruningError(f"{source}: expected {expected}, got one that cannot be read ({error})") from None
@@ -176,15 +186,14 @@ def _read_records(source: str) -> list[dict[str, Any]]:
     return [_require(source, record, number, (*TEXT, "messages")) for number, record in _number_records(source)]
 
 
-def _number_records(source: str) -> list[tuple[int, Any]]:
+def _number_records(source: str) -> Iterator[tuple[int, Any]]:
     """(line number, what it says) of every line; None for a line that is no JSON."""
-    records = []
-    for number, line in enumerate(_read_text(source).splitlines(), 1):
+    for number, line in enumerate(stream_lines(source), 1):
         try:
-            records.append((number, json.loads(line)))
+            record = json.loads(line)
         except ValueError:
-            records.append((number, None))
-    return records
+            record = None
+        yield number, record
 
 
 def _require(source: str, record: Any, number: int, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -132,6 +132,21 @@ class Client:
 
         return await self._ask(self._url, body, decode)
 
+    async def score_top(self, token_ids: Sequence[int], count: int) -> list[dict[int, float]]:
+        """Read the `count` likeliest tokens in the place of every token after the first: id → log-probability (nats).
+
+        Raises:
+            EndpointError: the request failed; vLLM gives no more than its --max-logprobs.
+        """
+        body = {**self._body, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": count}
+
+        def decode(answer: JsonObject) -> list[dict[int, float]]:
+            steps = answer["choices"][0]["prompt_logprobs"][1:]
+            # The prompt's own token comes, too, whatever its rank.
+            return [{int(i): float(t["logprob"]) for i, t in step.items() if t["rank"] <= count} for step in steps]
+
+        return await self._ask(self._url, body, decode)
+
     async def sample(self, prompt: Prompt, count: int) -> list[list[int]]:
         """Sample `count` completions of one prompt, in one request; return their token ids.
 

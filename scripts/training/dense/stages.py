@@ -4,49 +4,42 @@ Stage 1: every block on its own learns its sparse block's output, from the teach
 sees another one's error.  Its loss is the normalised mean squared error, ‖ŷ − y‖² / ‖y‖² over a batch.
 
 Stage 2: the whole student learns the teacher's next-token distribution, forward KL(teacher ‖ student) in nats, on
-conversations and there on the assistant's tokens alone.
+conversations and there on the assistant's tokens alone.  A batch's loss is the mean over its predicted tokens, however
+many parts and processes it is computed in.
 
 Source: the recipe of the Laguna-XS.2-dense model card; its first stage follows RADLADS (arXiv:2505.03005).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import LagunaForCausalLM
 
-from laguna_serve.scripts.training.dense.text import Chats, Text
-from laguna_serve.scripts.training.loop import Schedule, train
+from laguna_serve.scripts.training.dense.config import Recipe
+from laguna_serve.scripts.training.dense.initial import Usage, Watch
+from laguna_serve.scripts.training.dense.losses import normalised_error, sum_over_places
+from laguna_serve.scripts.training.dense.targets import HELD_OUT_BATCHES, Batch, Targets
+from laguna_serve.scripts.training.dense.text import Text
+from laguna_serve.scripts.training.loop import THREADS, Loss, Schedule, train
 from laguna_serve.scripts.training.pruning.losses import mean_loss
+from laguna_serve.scripts.training.ranks import ALONE, Ranks
 
 USAGE_BATCHES = 8
-STAGE1_LR, STAGE2_LR = 3e-3, 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What decides the outcome besides teacher and text.  A batch is rows × length tokens; log_every is in steps."""
-
-    seed: int
-    stage1_steps: int
-    stage2_steps: int
-    rows: int
-    length: int
-    log_every: int = 10
+WEIGHT_DECAY = 0.01
 
 
 class Blocks:
     """Reads what goes into the teacher's feed-forward blocks and what comes out, while it runs."""
 
-    def __init__(self, teacher: LagunaForCausalLM, layers: list[int]) -> None:
+    def __init__(self, blocks: dict[int, nn.Module]) -> None:
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._handles = [teacher.model.layers[layer].mlp.register_forward_hook(self._keep(layer)) for layer in layers]
+        self._handles = [block.register_forward_hook(self._keep(layer)) for layer, block in blocks.items()]
 
     def _keep(self, layer: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def keep(_module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -60,37 +53,40 @@ class Blocks:
             handle.remove()
 
 
+def schedule_of(recipe: Recipe, stage: int) -> Schedule:
+    """Return how long and how fast a stage learns."""
+    steps, lr = (recipe.stage1_steps, recipe.stage1_lr) if stage == 1 else (recipe.stage2_steps, recipe.stage2_lr)
+    return Schedule(steps, lr, WEIGHT_DECAY, recipe.schedule, recipe.warm_up)
+
+
 @torch.no_grad()
-def count_usage(teacher: LagunaForCausalLM, layers: list[int], text: Text, recipe: Recipe) -> dict[int, torch.Tensor]:
-    """Layer → how often the router chose each expert [E] on a few batches."""
-    counts = {layer: torch.zeros(teacher.config.num_experts) for layer in layers}
-
-    def count(layer: int) -> Callable[..., None]:
-        def add(_router: nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
-            counts[layer] += torch.bincount(output[2].flatten().cpu(), minlength=teacher.config.num_experts)
-
-        return add
-
-    handles = [teacher.model.layers[layer].mlp.gate.register_forward_hook(count(layer)) for layer in layers]
+def count_usage(teacher: LagunaForCausalLM, layers: list[int], text: Text, recipe: Recipe) -> dict[int, Usage]:
+    """Layer → what the router chose on a few batches."""
+    watch = Watch()
+    for layer in layers:
+        watch.add(layer, teacher.model.layers[layer].mlp.gate, teacher.config.num_experts)
     for number in range(USAGE_BATCHES):
         teacher.model(input_ids=text.batch(f"usage/{number}", recipe.rows, recipe.length).to(teacher.device))
-    for handle in handles:
-        handle.remove()
-    return counts
+    watch.close()
+    return watch.usage
 
 
 def train_blocks(
-    teacher: LagunaForCausalLM, blocks: nn.ModuleDict, text: Text, recipe: Recipe, state_file: Path
+    teacher: LagunaForCausalLM,
+    blocks: nn.ModuleDict,
+    text: Text,
+    recipe: Recipe,
+    state_file: Path,
+    threads: int = THREADS,
 ) -> list[dict[str, float]]:
-    """Stage 1, in place.  The log has the mean NMSE as `loss` and each layer's as `layer N`."""
+    """Stage 1, in place.  The log has the sum of the NMSE as `loss`, their mean, and each layer's as `layer N`."""
     layers = [int(name) for name in blocks]
-    reader = Blocks(teacher, layers)
+    reader = Blocks({layer: teacher.model.layers[layer].mlp for layer in layers})
 
-    def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of_step(step: int) -> Loss:
         with torch.no_grad():
-            teacher.model(
-                input_ids=text.batch(f"{recipe.seed}/1/{step}", recipe.rows, recipe.length).to(teacher.device)
-            )
+            ids = text.batch(recipe.batch_of(1, step), recipe.rows, recipe.length)
+            teacher.model(input_ids=ids.to(teacher.device))
         errors = []
         for layer in layers:
             inputs, wanted = reader.seen[layer]
@@ -99,64 +95,96 @@ def train_blocks(
         # The sum, not the mean: no block's gradient depends on how many others there are.
         return torch.stack(errors).sum(), {**figures, "mean": sum(figures.values()) / len(figures)}
 
-    schedule = Schedule(recipe.stage1_steps, STAGE1_LR, weight_decay=0.01)
     log = train(
-        "stage 1", blocks, schedule, loss_of_step, state_file, log_every=recipe.log_every, clipped=list(blocks.values())
+        "stage 1",
+        blocks,
+        schedule_of(recipe, 1),
+        loss_of_step,
+        state_file,
+        log_every=recipe.log_every,
+        clipped=list(blocks.values()),
+        threads=threads,
     )
     reader.close()
     return log
 
 
-def normalised_error(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """‖got − wanted‖² / ‖wanted‖² over all tokens of a batch."""
-    return (got - wanted).square().sum() / wanted.square().sum()
-
-
 def train_student(
-    teacher: LagunaForCausalLM, student: LagunaForCausalLM, chats: Chats, recipe: Recipe, state_file: Path
+    student: LagunaForCausalLM,
+    targets: Targets,
+    recipe: Recipe,
+    state_file: Path,
+    threads: int = THREADS,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
-    """Stage 2, in place.  The log has the KL in nats per token as `loss`."""
+    """Stage 2, in place; the student is fp32 before and after.  The log has the KL in nats per token as `loss`."""
+    if recipe.weights == "bfloat16":
+        student.to(torch.bfloat16)
+    if recipe.checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        ids, spoken = chats.batch(f"{recipe.seed}/2/{step}", recipe.rows, recipe.length)
-        return divergence(teacher, student, ids.to(teacher.device), spoken.to(teacher.device)), {}
+    def losses_of_step(step: int) -> Iterator[Loss]:
+        batch = targets.batch(step)
+        places = max(1, int(batch.predicted.sum()))
+        for rows in split(ranks.share(recipe.rows), recipe.accumulate):
+            yield sum_kl(student, targets, batch, rows, recipe.logit_chunk) / places, {}
 
-    schedule = Schedule(recipe.stage2_steps, STAGE2_LR, weight_decay=0.01)
     student.train()
-    log = train("stage 2", student, schedule, loss_of_step, state_file, log_every=recipe.log_every)
-    student.eval()
+    schedule = schedule_of(recipe, 2)
+    log = train(
+        "stage 2",
+        student,
+        schedule,
+        losses_of_step,
+        state_file,
+        log_every=recipe.log_every,
+        threads=threads,
+        ranks=ranks,
+    )
+    if recipe.checkpointing:
+        student.gradient_checkpointing_disable()
+    student.float().eval()
     return log
 
 
-def divergence(
-    teacher: LagunaForCausalLM, student: LagunaForCausalLM, ids: torch.Tensor, spoken: torch.Tensor
-) -> torch.Tensor:
-    """Mean forward KL(teacher ‖ student), nats, where the next token is marked in `spoken`; both [rows, length].
+def split(rows: slice, parts: int) -> list[slice]:
+    """Cut rows into so many parts, as even as it goes; fewer where there are fewer rows."""
+    count = rows.stop - rows.start
+    cuts = [rows.start + number * count // parts for number in range(parts + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts) if a < b]
 
-    A batch in which the assistant says nothing (rows shorter than the questions) has 0.
-    """
-    predicted = spoken[:, 1:]
-    with torch.no_grad():
-        wanted = teacher(input_ids=ids).logits[:, :-1][predicted].float().log_softmax(-1)
-    got = student(input_ids=ids).logits[:, :-1][predicted].float().log_softmax(-1)
-    return F.kl_div(got, wanted, reduction="sum", log_target=True) / max(1, len(got))
+
+def sum_kl(student: LagunaForCausalLM, targets: Targets, batch: Batch, rows: slice, chunk: int = 0) -> torch.Tensor:
+    """Sum the KL over the predicted places of some rows, with the student's gradients."""
+    ids, predicted = batch.ids[rows].to(student.device), batch.predicted[rows].to(student.device)
+    top = targets.top(batch, rows).to(student.device)
+    hidden = student.model(input_ids=ids).last_hidden_state[:, :-1][predicted]
+    return sum_over_places(student, hidden, top, chunk)
 
 
 @torch.no_grad()
 def measure(
-    teacher: LagunaForCausalLM, student: LagunaForCausalLM, rows: list[torch.Tensor], chats: Chats, recipe: Recipe
+    student: LagunaForCausalLM,
+    targets: Targets,
+    rows: list[torch.Tensor],
+    teacher: LagunaForCausalLM | None = None,
 ) -> dict[str, float]:
-    """Held-out figures of both models.
+    """Held-out figures.
 
-    Their next-token loss on rows of text, and on chats the KL and how often both models' likeliest tokens are the same.
+    The next-token loss on rows of text, of the teacher too where it is in memory, and on held-out conversations the KL
+    and how often both models' likeliest tokens are the same.
     """
     kl, same, count = 0.0, 0, 0
-    for number in range(USAGE_BATCHES):
-        ids, spoken = (t.to(teacher.device) for t in chats.batch(f"held-out/{number}", recipe.rows, recipe.length))
-        best = [model(input_ids=ids).logits[:, :-1][spoken[:, 1:]].argmax(-1) for model in (teacher, student)]
-        kl += float(divergence(teacher, student, ids, spoken)) * len(best[0])
-        same += int((best[0] == best[1]).sum())
-        count += len(best[0])
-    placed = [row.to(teacher.device) for row in rows]
-    losses = {"loss_teacher": mean_loss(teacher, placed), "loss_student": mean_loss(student, placed)}
+    for number in range(HELD_OUT_BATCHES):
+        batch = targets.held_out(number)
+        everything = slice(0, len(batch.ids))
+        kl += float(sum_kl(student, targets, batch, everything))
+        top = targets.top(batch, everything)
+        likeliest = top.logprobs.argmax(-1) if top.ids is None else top.ids[:, 0]
+        logits = student(input_ids=batch.ids.to(student.device)).logits[:, :-1][batch.predicted.to(student.device)]
+        same += int((logits.argmax(-1).cpu() == likeliest.cpu()).sum())
+        count += len(likeliest)
+    placed = [row.to(student.device) for row in rows]
+    losses = {"loss_teacher": mean_loss(teacher, placed)} if teacher is not None else {}
+    losses["loss_student"] = mean_loss(student, placed)
     return losses | {"kl": kl / max(1, count), "same_top_token": same / max(1, count)}

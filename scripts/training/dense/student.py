@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,37 +66,13 @@ def student_config(config: LagunaConfig, widths: list[int]) -> LagunaConfig:
 
 
 @torch.no_grad()
-def start_blocks(teacher: LagunaForCausalLM, widths: list[int], usage: dict[int, torch.Tensor]) -> nn.ModuleDict:
-    """Layer number → its dense block before training, for every layer that the teacher has sparse.
-
-    A block starts as the shared expert and the experts that are used most (`usage`: layer → how often each expert was
-    chosen [E]), each scaled by what the router gives it on average; cut or filled up with random units to the width.
-    """
-    blocks: dict[str, nn.Module] = {}
-    config = teacher.config
-    for layer, counts in usage.items():
-        moe = teacher.model.layers[layer].mlp
-        parts = [tuple(getattr(moe.shared_experts, name).weight.float() for name in PROJECTIONS)]
-        for expert in counts.argsort(descending=True)[: config.num_experts_per_tok].tolist():
-            gate, up = moe.experts.gate_up_proj[expert].float().chunk(2)
-            share = float(counts[expert] / counts.sum()) * config.moe_routed_scaling_factor
-            parts.append((gate, up, moe.experts.down_proj[expert].float() * share))
-        gate, up, down = (
-            torch.cat(tensors, dim) for tensors, dim in zip(zip(*parts, strict=True), (0, 0, 1), strict=True)
-        )
-        block = LagunaMLP(config, widths[layer])
-        fill_block(block, gate, up, down)
-        blocks[str(layer)] = block
-    return nn.ModuleDict(blocks)
-
-
-@torch.no_grad()
-def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, seed: int = 0) -> None:
     """Set a block of width N from gate, up [M, H] and down [H, M].
 
     The first M units are theirs, further ones random with down columns of zero, so that they change nothing before they
     are trained.
     """
+    random = torch.Generator().manual_seed(seed)  # the same in every process that makes this block
     width = min(block.intermediate_size, gate.shape[0])
     for name, tensor in zip(PROJECTIONS, (gate[:width], up[:width], down[:, :width]), strict=True):
         weight = getattr(block, name).weight
@@ -102,27 +80,51 @@ def fill_block(block: LagunaMLP, gate: torch.Tensor, up: torch.Tensor, down: tor
             weight.zero_()
             weight[:, :width] = tensor
         else:
-            weight.normal_(std=INIT_STD)
+            weight.normal_(std=INIT_STD, generator=random)
             weight[:width] = tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the student has of the teacher besides blocks, from a model or from shards, one layer at a time.
+
+    Attributes:
+        layer: number → the teacher's decoder layer.
+        outer: embedding, last norm and head, by their names in the state.
+    """
+
+    config: LagunaConfig
+    layer: Callable[[int], Any]
+    outer: dict[str, torch.Tensor]
+
+
+OUTER = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def frame_model(teacher: LagunaForCausalLM) -> Frame:
+    """Take the frame from a whole teacher."""
+    state = teacher.state_dict()
+    return Frame(teacher.config, lambda number: teacher.model.layers[number], {name: state[name] for name in OUTER})
+
+
 @torch.no_grad()
-def assemble_student(teacher: LagunaForCausalLM, blocks: nn.ModuleDict, widths: list[int]) -> LagunaForCausalLM:
+def assemble_student(frame: Frame, blocks: nn.ModuleDict, widths: list[int], device: torch.device) -> LagunaForCausalLM:
     """Assemble the student at its true widths, fp32: what is the teacher's is copied, the blocks are taken over."""
-    student = LagunaForCausalLM(student_config(teacher.config, [1]))
-    for layer, width in enumerate(widths):
-        if str(layer) in blocks:
-            block: Any = blocks[str(layer)]
+    student = LagunaForCausalLM(student_config(frame.config, [1]))
+    for number, width in enumerate(widths):
+        original, layer = frame.layer(number), student.model.layers[number]
+        if str(number) in blocks:
+            layer.mlp = blocks[str(number)]
         else:
-            block = LagunaMLP(teacher.config, width)
-            dense = teacher.model.layers[layer].mlp
-            fill_block(block, *(getattr(dense, name).weight.float() for name in PROJECTIONS))
-        student.model.layers[layer].mlp = block
-    shared = {name: t.float() for name, t in teacher.state_dict().items() if ".mlp." not in name}
-    missing, unexpected = student.load_state_dict(shared, strict=False)
-    assert not unexpected
-    assert all(".mlp." in name for name in missing)
-    return student.to(teacher.device)
+            layer.mlp = LagunaMLP(frame.config, width)
+            gate, up, down = (getattr(original.mlp, name).weight.float() for name in PROJECTIONS)
+            fill_block(layer.mlp, gate, up, down, number)
+        kept = {name: t.float() for name, t in original.state_dict().items() if not name.startswith("mlp.")}
+        missing, unexpected = layer.load_state_dict(kept, strict=False)
+        assert not unexpected
+        assert all(name.startswith("mlp.") for name in missing)
+    student.load_state_dict({name: tensor.float() for name, tensor in frame.outer.items()}, strict=False)
+    return student.to(device)
 
 
 def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dtype: torch.dtype) -> None:

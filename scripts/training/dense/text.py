@@ -1,22 +1,28 @@
 """Rows to distil on: plain text end to end, and conversations with the assistant's tokens marked.
 
 Sources: `toy:training` or `toy:held-out` (a half of the toy family's corpus, as text or as conversations), a text file,
-or JSON lines: {"text": …} for text, {"messages": [{"role": …, "content": …}, …]} for conversations.
+or JSON lines: {"text": …} for text, {"messages": [{"role": …, "content": …}, …]} for conversations.  JSON lines are
+read one at a time and kept as token ids on disk (tokens.py); a text file is one document and tokenised whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text import corpus
-from laguna_serve.scripts.text.rows import TOY, read_documents
+from laguna_serve.scripts.text.rows import TOY, stream_documents
+from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
 from laguna_serve.serving.kit.errors import CommandError
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
@@ -26,72 +32,108 @@ class TextError(CommandError, ValueError):
     """A source that cannot be distilled on, as one line."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Text:
-    """Documents end to end: [N] int64."""
+    """Documents end to end, of which rows are drawn."""
 
-    ids: torch.Tensor
+    tokens: Tokens
 
     def batch(self, seed: str, rows: int, length: int) -> torch.Tensor:
         """Rows [rows, length] int64 from random places."""
         rng = random.Random(seed)
-        starts = [rng.randrange(len(self.ids) - length + 1) for _ in range(rows)]
-        return torch.stack([self.ids[start : start + length] for start in starts])
+        ids = self.tokens.ids
+        starts = [rng.randrange(len(ids) - length + 1) for _ in range(rows)]
+        return torch.from_numpy(np.stack([ids[start : start + length] for start in starts]).astype(np.int64))
+
+    def spoken_batch(self, seed: str, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows as of `batch`, every token of which is to be learned: the form of `Chats.spoken_batch`."""
+        ids = self.batch(seed, rows, length)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Chats:
-    """Conversations: the ids of each, and which of them the assistant says."""
+    """Conversations, of which rows are put together."""
 
-    ids: list[list[int]]
-    spoken: list[list[bool]]
+    tokens: Tokens
 
     def batch(self, seed: str, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random conversations end to end: ids [rows, length] int64, and the assistant's [rows, length] bool."""
         rng = random.Random(seed)
         pairs = [self._row(rng, length) for _ in range(rows)]
-        return torch.tensor([ids for ids, _ in pairs]), torch.tensor([spoken for _, spoken in pairs])
+        ids, spoken = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
+        return ids.long(), spoken.bool()
 
-    def _row(self, rng: random.Random, length: int) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        spoken: list[bool] = []
-        while len(ids) < length:
-            chosen = rng.randrange(len(self.ids))
-            ids += self.ids[chosen]
-            spoken += self.spoken[chosen]
-        return ids[:length], spoken[:length]
+    spoken_batch = batch
+
+    def _row(self, rng: random.Random, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        parts: list[slice] = []
+        count = 0
+        while count < length:
+            chosen = rng.randrange(self.tokens.documents)
+            start, stop = self.tokens.starts[chosen : chosen + 2].tolist()
+            parts.append(slice(start, stop))
+            count += stop - start
+        ids = np.concatenate([self.tokens.ids[part] for part in parts])[:length]
+        return ids.astype(np.int64), np.concatenate([self.tokens.spoken[part] for part in parts])[:length]
 
 
-def read_text(source: str, tokenizer: Any, length: int) -> Text:
-    """Tokenise a source of text.  Raises TextError when it has not one row of `length` tokens."""
+def read_text(source: str, tokenizer: Any, length: int, folder: Path | None = None) -> Text:
+    """Tokenise a source of text, into `folder` where one is given and does not hold it yet.
+
+    Raises:
+        TextError: it has not one row of `length` tokens, or cannot be read.
+    """
+
+    def encode() -> Iterator[Encoded]:
+        for document in stream_documents(source):
+            ids = tokenizer(document, verbose=False)["input_ids"]
+            yield ids, [True] * len(ids)
+
     try:
-        documents = read_documents(source)
+        tokens = _open_or_write(source, tokenizer, encode(), folder)
     except PruningError as error:
         raise TextError(str(error)) from None
-    ids = [i for document in documents for i in tokenizer(document, verbose=False)["input_ids"]]
-    if len(ids) < length:
-        raise TextError(f"{source}: expected at least {length} tokens of text, got {len(ids)}; pass more text")
-    return Text(torch.tensor(ids))
+    if len(tokens.ids) < length:
+        raise TextError(f"{source}: expected at least {length} tokens of text, got {len(tokens.ids)}; pass more text")
+    return Text(tokens)
 
 
-def read_chats(source: str, tokenizer: Any) -> Chats:
-    """Render conversations through the model's chat template.
+def read_chats(source: str, tokenizer: Any, folder: Path | None = None) -> Chats:
+    """Render conversations through the model's chat template, into `folder` as `read_text`.
 
     Raises:
         TextError: no conversations, a line that is none, a template that is missing or marks no assistant's tokens.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise TextError(f"{source}: expected a tokenizer with a chat template, got none; add chat_template.jinja")
-    conversations = _read_toy(TOY[source]) if source in TOY else _read_jsonl(source)
-    chats = Chats([], [])
-    for messages in conversations:
-        ids, spoken = render(messages, tokenizer)
-        if any(spoken):
-            chats.ids.append(ids)
-            chats.spoken.append(spoken)
-    if not chats.ids:
+
+    def encode() -> Iterator[Encoded]:
+        for messages in stream_conversations(source):
+            ids, spoken = render(messages, tokenizer)
+            if any(spoken):
+                yield ids, spoken
+
+    tokens = _open_or_write(source, tokenizer, encode(), folder)
+    if not tokens.documents:
         raise TextError(f"{source}: expected conversations with an assistant's turn, got none; pass others")
-    return chats
+    return Chats(tokens)
+
+
+def _open_or_write(source: str, tokenizer: Any, encoded: Iterable[Encoded], folder: Path | None) -> Tokens:
+    """Map the tokens that the folder has of this very file and tokenizer, else write them."""
+    key = {"source": source, "tokenizer": digest_tokenizer(tokenizer)}
+    if source not in TOY and Path(source).is_file():
+        found = Path(source).stat()
+        key["file"] = f"{found.st_size} bytes of {found.st_mtime_ns}"
+    opened = open_tokens(folder, key) if folder is not None else None
+    return opened or write_tokens(encoded, folder, key)
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of a fast tokenizer's rules and its chat template, in hex."""
+    rules = tokenizer.backend_tokenizer.to_str() + (getattr(tokenizer, "chat_template", None) or "")
+    return hashlib.sha256(rules.encode()).hexdigest()
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -117,24 +159,29 @@ def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], l
     return list(encoded["input_ids"]), [any(a <= start < b for a, b in turns) for start in starts]
 
 
-def _read_toy(held_out: bool) -> list[list[dict[str, str]]]:
+def stream_conversations(source: str) -> Iterator[list[dict[str, str]]]:
+    """Read a source's conversations one after the other. Raises TextError."""
+    return _stream_toy(TOY[source]) if source in TOY else _stream_jsonl(source)
+
+
+def _stream_toy(held_out: bool) -> Iterator[list[dict[str, str]]]:
     rng = random.Random(0)
-    modules = [m for m in corpus.read_modules() if m.held_out == held_out]
-    return [corpus.conversation(f, rng.random() < SYSTEM_SHARE) for m in modules for f in corpus.functions(m)]
+    for module in corpus.read_modules():
+        if module.held_out == held_out:
+            for function in corpus.functions(module):
+                yield corpus.conversation(function, rng.random() < SYSTEM_SHARE)
 
 
-def _read_jsonl(source: str) -> list[list[dict[str, str]]]:
+def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
+    number, line = 0, ""
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        with Path(source).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007
+                messages = json.loads(line)["messages"]
+                yield [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
     except (OSError, UnicodeError) as error:
         expected = f"a JSON Lines file, or one of {', '.join(TOY)}"
         raise TextError(f"{source}: expected {expected}, got one that cannot be read ({error}); check it") from None
-    conversations = []
-    for number, line in enumerate(lines, 1):
-        try:
-            messages = json.loads(line)["messages"]
-            conversations.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, KeyError, TypeError):
-            expected = '{"messages": [{"role": …, "content": …}, …]}'
-            raise TextError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None
-    return conversations
+    except (ValueError, KeyError, TypeError):
+        expected = '{"messages": [{"role": …, "content": …}, …]}'
+        raise TextError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None

@@ -13,6 +13,7 @@ from laguna_serve.scripts.dante.toy import DanteToyResult
 from laguna_serve.scripts.distill_dense import DistillResult
 from laguna_serve.scripts.frontier.result import FrontierResult
 from laguna_serve.scripts.make_toy import ToyManifest
+from laguna_serve.scripts.training.dense.experiments.result import DenseExperiments
 from laguna_serve.scripts.training.pruning.artefacts import ScoresManifest
 from laguna_serve.scripts.training.pruning.curve import CurveResult
 from laguna_serve.scripts.training.rl.run import GrpoResult
@@ -24,6 +25,7 @@ FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/toy-distillation/distillation.json": DistillResult,
     "bench/results/toy-dante/dante-toy.json": DanteToyResult,
     "bench/results/toy-dante-600/dante-toy.json": DanteToyResult,
+    "bench/results/toy-dense-experiments/experiments.json": DenseExperiments,
     **{f"bench/results/toy-grpo/seed-{seed}.json": GrpoResult for seed in range(3)},
     "bench/results/toy-pruning-frontier/frontier.json": FrontierResult,
     "bench/results/toy-pruning-loss/curve.json": CurveResult,

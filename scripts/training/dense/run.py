@@ -1,0 +1,316 @@
+"""A distillation from its flags to the student: text, teacher, the two stages, what is measured and written.
+
+With a store and --layerwise the teacher is never whole in memory; otherwise it is read once and stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from transformers import AutoConfig, AutoTokenizer, LagunaForCausalLM
+
+from laguna_serve.scripts.text.rows import TOY, read_rows
+from laguna_serve.scripts.training.dense import stages, student, text
+from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
+from laguna_serve.scripts.training.dense.initial import start_blocks
+from laguna_serve.scripts.training.dense.layerwise.blocks import train_layerwise
+from laguna_serve.scripts.training.dense.result import SCHEMA, DistillResult, StoreFigures, round_floats
+from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
+from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHeader, open_header
+from laguna_serve.scripts.training.dense.store.writer import is_whole, write_by, write_by_layers, write_by_model
+from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Source, Targets
+from laguna_serve.scripts.training.pruning.streaming.layers import Layers
+from laguna_serve.scripts.training.pruning.streaming.weights import Weights
+from laguna_serve.scripts.training.pruning.teacher import join_layers
+from laguna_serve.scripts.training.ranks import Ranks
+from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.checkpoint.digest import digest_checkpoint
+from laguna_serve.serving.checkpoint.folder import read_config
+from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.flags import FlagError
+from laguna_serve.serving.kit.signals import defer_signals
+
+ROOT = Path(__file__).resolve().parents[3]
+REMEDY = "distil from the bf16 or FP8 release"
+MEASURED_ROWS = 64
+
+
+@dataclass(slots=True)
+class Corpus:
+    """What is trained on and what is measured on."""
+
+    training: text.Text
+    rows: list[torch.Tensor]
+    drawn: Drawn
+
+
+class Teacher:
+    """The teacher: whole in memory when something asks for it, or a layer at a time."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.folder = folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @cached_property
+    def layers(self) -> Layers:
+        """Its layers, FP8 ones dequantised. Raises CheckpointError when they cannot be read."""
+        config = read_config(self.folder)
+        return Layers(self.folder, Weights(self.folder, config, REMEDY), self.dtype, self.device)
+
+    @cached_property
+    def model(self) -> LagunaForCausalLM:
+        """The whole model, FP8 dequantised."""
+        if "quantization_config" in read_config(self.folder):
+            joined: LagunaForCausalLM = join_layers(self.layers)
+            return joined.requires_grad_(False)
+        model = LagunaForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def loaded(self) -> LagunaForCausalLM | None:
+        """The whole model, if it is in memory."""
+        return self.__dict__.get("model")
+
+    def frame(self) -> student.Frame:
+        """Return what the student has of it besides blocks."""
+        if self.loaded is not None:
+            return student.frame_model(self.loaded)
+        head = self.layers.load_head()
+        outer = (self.layers.load_embedding(), head.norm.weight, head.weight)
+        return student.Frame(self.layers.config, self.layers.load, dict(zip(student.OUTER, outer, strict=True)))
+
+
+def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
+    """Both stages, or what is missing of them; the first process writes the checkpoint.
+
+    Returns None from the other processes, and with --only-store.
+
+    Raises:
+        CommandError: teacher, text, widths, store or folders cannot be used.
+    """
+    folder, recipe = require_folder(config.teacher), config.recipe
+    if ranks.size > 1 and not (config.layerwise and config.store):
+        got = f"{ranks.size} processes without them"
+        raise FlagError(f"--layerwise and --store: expected both with several processes, got {got}; pass them")
+    if ranks.size > recipe.rows:
+        raise FlagError(
+            f"--rows: expected at least one for each of {ranks.size} processes, got {recipe.rows}; raise it"
+        )
+    work = open_work(config, recipe, folder, ranks)
+    # Refused before the text is read and the weights are.
+    widths = student.choose_widths(AutoConfig.from_pretrained(folder), dict(config.width))
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.manual_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = read_corpus(config, tokenizer, work, ranks)
+    teacher = Teacher(folder, config.threads)
+    clock = Clock(work, ranks)
+    if config.only_store:
+        clock.time("store", lambda: make_store(config, teacher, tokenizer, corpus, work, ranks))
+        return None
+
+    blocks, stage1 = clock.time("stage1", lambda: run_stage1(config, teacher, widths, corpus.training, work, ranks))
+    model = student.assemble_student(teacher.frame(), blocks, widths, teacher.device)
+    store = clock.time("store", lambda: make_store(config, teacher, tokenizer, corpus, work, ranks))
+    targets: Targets = Beside(teacher.model, corpus.drawn) if store is None else store
+    measured = {"after_stage1": stages.measure(model, targets, corpus.rows, teacher.loaded)}
+    _say(ranks, f"after stage 1: {_show(measured['after_stage1'])}")
+
+    state = work / "stage2.state"
+    stage2 = clock.time("stage2", lambda: stages.train_student(model, targets, recipe, state, config.threads, ranks))
+    measured["after_stage2"] = stages.measure(model, targets, corpus.rows, teacher.loaded)
+    _say(ranks, f"after stage 2: {_show(measured['after_stage2'])}")
+    if not ranks.first:
+        return None
+
+    student.save_padded(model, widths, config.out, getattr(torch, config.dtype))
+    tokenizer.save_pretrained(config.out)
+    true = sum(p.numel() for p in model.parameters())
+    padded = true + sum(3 * (max(widths) - width) * model.config.hidden_size for width in widths)
+    parameters = {"teacher": count_teacher(folder), "true": true, "stored": padded}
+    logs = {"stage1": stage1, "stage2": stage2}
+    fields = {"widths": widths, "parameters": parameters, "minutes": clock.minutes, "measured": measured, "logs": logs}
+    if store is not None:
+        fields["store"] = msgspec.to_builtins(describe_store(store))
+    described = {"environment": msgspec.to_builtins(read_environment(current_argv())), "teacher": config.teacher}
+    described |= {"recipe": asdict(recipe) | {"text": config.text, "chats": config.chats}}
+    return msgspec.convert({"schema": SCHEMA, **round_floats(described | fields)}, DistillResult)
+
+
+def read_corpus(config: DistillConfig, tokenizer: Any, work: Path, ranks: Ranks) -> Corpus:
+    """Make everything tokens: the first process writes them, the others map what it wrote. Raises TextError."""
+
+    def read() -> Corpus:
+        # The shorter first: what is wrong with it is said before a large text is made tokens.
+        held_out_chats = config.held_out_chats or _held_out(config.chats)
+        chats = text.read_chats(config.chats, tokenizer, work / "chats")
+        other = (
+            chats if held_out_chats == config.chats else text.read_chats(held_out_chats, tokenizer, work / "held-out")
+        )
+        training = text.read_text(config.text, tokenizer, config.length, work / "text")
+        held_out_text = config.held_out_text or _held_out(config.text)
+        if held_out_text == config.text:
+            rows = list(
+                training.batch(
+                    "held-out", min(MEASURED_ROWS, config.measure_tokens // config.length + 1), config.length
+                )
+            )
+        else:
+            rows = read_rows(held_out_text, tokenizer, config.length, config.measure_tokens).rows
+        source: Source = chats if config.stage2_on == "chats" else training
+        return Corpus(training, rows, Drawn(source, other, config.recipe))
+
+    if ranks.first:
+        corpus = read()
+    ranks.wait()
+    return corpus if ranks.first else read()
+
+
+def run_stage1(
+    config: DistillConfig, teacher: Teacher, widths: list[int], training: text.Text, work: Path, ranks: Ranks
+) -> tuple[torch.nn.ModuleDict, list[dict[str, float]]]:
+    """Train every block on its own: a layer at a time, or all beside the whole teacher."""
+    recipe = config.recipe
+    if config.layerwise:
+        return train_layerwise(teacher.layers, widths, training, recipe, work, config.threads, ranks)
+    sparse = [layer for layer, kind in enumerate(teacher.model.config.mlp_layer_types) if kind == "sparse"]
+    usage = stages.count_usage(teacher.model, sparse, training, recipe)
+    blocks = start_blocks(teacher.model, widths, usage, recipe.init).to(teacher.device)
+    log = stages.train_blocks(teacher.model, blocks, training, recipe, work / "stage1.state", config.threads)
+    return blocks, log
+
+
+def make_store(
+    config: DistillConfig, teacher: Teacher, tokenizer: Any, corpus: Corpus, work: Path, ranks: Ranks
+) -> LogitStore | None:
+    """Write the store where it is not whole, and open it; None without --store.
+
+    Raises:
+        StoreError: the folder's is another one's. EndpointError: the server does not answer as it should.
+    """
+    if config.store is None:
+        return None
+    recipe, folder = config.recipe, config.store
+    vocabulary = int(AutoConfig.from_pretrained(teacher.folder).vocab_size)
+    drawn = corpus.drawn
+    k = min(config.top_k or vocabulary, vocabulary)
+    server = EndpointTeacher(config.endpoint, config.model, k) if config.endpoint and ranks.first else None
+    header = StoreHeader(
+        top_k=k,
+        vocab_size=vocabulary,
+        batches=min(recipe.stage2_steps, recipe.stage2_batches or recipe.stage2_steps),
+        rows=recipe.rows,
+        length=recipe.length,
+        seed=recipe.seed,
+        on=recipe.stage2_on,
+        teacher=digest_checkpoint(teacher.folder),
+        tokenizer=text.digest_tokenizer(tokenizer),
+        text=drawn.training.tokens.digest(),
+        held_out=drawn.held_out_source.tokens.digest(),
+        source="forward" if server is None else f"endpoint {server.name}",
+    )
+    if ranks.first:
+        open_header(folder, header)
+    ranks.wait()
+    if not is_whole(folder, header):
+        if config.endpoint:
+            if server is not None:
+                with server:
+                    write_by(folder, header, drawn, server.answer)
+        elif config.layerwise:
+            write_by_layers(folder, header, drawn, teacher.layers, work, ranks)
+        elif ranks.first:
+            write_by_model(folder, header, drawn, teacher.model)
+    ranks.wait()
+    return LogitStore(folder)
+
+
+def describe_store(store: LogitStore) -> StoreFigures:
+    """Return what there is to say of a store."""
+    places, tail = store.describe_tail()
+    header = store.header
+    return StoreFigures(top_k=header.top_k, places=places, bytes=store.num_bytes, tail_mass=tail, source=header.source)
+
+
+def count_teacher(folder: Path) -> int:
+    """Count the teacher's parameters from its config.json."""
+    with torch.device("meta"):
+        shell = LagunaForCausalLM(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in shell.parameters())
+
+
+@dataclass(slots=True)
+class Clock:
+    """How long stages take, earlier runs that were stopped included; noted in the work folder."""
+
+    work: Path
+    ranks: Ranks
+
+    @property
+    def minutes(self) -> dict[str, float]:
+        """Minutes of every stage so far."""
+        noted = self.work / "minutes.json"
+        minutes: dict[str, float] = json.loads(noted.read_text()) if noted.exists() else {}
+        return minutes
+
+    def time(self, stage: str, act: Callable[[], Any]) -> Any:
+        """Do a stage, which Ctrl-C stops where nothing is lost, and add to what it took."""
+        started = time.monotonic()
+        with defer_signals():
+            result = act()
+        if self.ranks.first:
+            minutes = self.minutes
+            minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
+            (self.work / "minutes.json").write_text(json.dumps(minutes))
+        return result
+
+
+def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks) -> Path:
+    """Open the folder of the training states.  Raises CheckpointError when it holds another run's."""
+    wanted: dict[str, Any] = asdict(recipe) | {
+        "text": config.text,
+        "chats": config.chats,
+        "width": sorted(config.width),
+    }
+    wanted |= {"layerwise": config.layerwise, "top_k": config.top_k if config.store else None}
+    described = (folder / "config.json").read_bytes()
+    wanted["teacher"] = hashlib.sha256(described + str(folder.resolve()).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
+    work = config.work or ROOT / ".cache" / f"distill-{digest}"
+    if ranks.first:
+        if config.fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        noted = work / "recipe.json"
+        if noted.exists() and noted.read_text() != json.dumps(wanted):
+            raise CheckpointError(f"{work}: expected the states of this run, got another run's; pass --fresh or --work")
+        noted.write_text(json.dumps(wanted))
+    ranks.wait()
+    return work
+
+
+def _held_out(source: str) -> str:
+    """Name the half of the toy corpus that nothing was trained on; of another source the same text is measured."""
+    return source.replace(":training", ":held-out") if source in TOY else source
+
+
+def _show(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.first:
+        print(f"distill_dense: {line}", file=sys.stderr)
