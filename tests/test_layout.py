@@ -61,7 +61,7 @@ ROOMS = {
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel, or of a decode that has no server in between, call it in their own process.
 KERNEL_BENCHMARKS = {
-    *("bench/diffusion/arms.py", "bench/diffusion/run.py"),
+    *("bench/diffusion/arms.py", "bench/diffusion/run.py", "bench/exactness/__main__.py"),
     *("bench/linear/timing.py", "bench/moe.py", "bench/moe_layer/layers.py", "bench/moe_layer/timing.py"),
     *("bench/moe_tuning/__main__.py", "bench/moe_tuning/measure.py", "bench/moe_tuning/space.py"),
 }

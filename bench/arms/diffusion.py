@@ -6,10 +6,8 @@ is nothing that an autoregressive control or a teacher-forced replay could be as
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
-from laguna_serve.plugins.diffusion.server.options import DRAFTED_STATES
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 
 # A benchmark measures what it is asked to, where the engine would leave out what does not pay.
@@ -33,11 +31,3 @@ def keep_proposals(flags: Sequence[str]) -> tuple[str, ...]:
     """Return the flags of an engine that proposes whether that pays or not, unless they say otherwise."""
     named = any(flag.partition("=")[0] == POLICY for flag in flags)
     return (*flags, *(() if named else (POLICY, KEEP)))
-
-
-def find_states(given: int | None, flags: str) -> int:
-    """Find how many states are proposed: γ as given, else by the engine's own flags, else what the engine chooses."""
-    if given is not None:
-        return given
-    words = shlex.split(flags.replace("=", " "))
-    return int(words[words.index("--states") + 1]) if "--states" in words[:-1] else DRAFTED_STATES

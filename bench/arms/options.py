@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
-from laguna_serve.bench.arms.diffusion import find_states, keep_proposals, serves_diffusion
+from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
 from laguna_serve.bench.arms.drafters import BeyondBlock, GammaOrAdaptive, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
+from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.planning.launch import find_engine_dtype
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
@@ -126,7 +127,7 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
     assert model is not None
     gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
     if name == CANDIDATE and serves_diffusion(model):
-        gamma = str(find_states(config.fixed_gamma, config.candidate_args))
+        gamma = str(count_states(config.draft, config.fixed_gamma, extra))
         extra = keep_proposals(extra)
     engine = EngineConfig(
         model=model,

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Mapping
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
-from laguna_serve.bench.arms.diffusion import find_states
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype
 from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
 from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
@@ -52,7 +52,7 @@ def _list_settings(config: ArmsConfig) -> dict[str, str]:
 def find_gamma(config: ArmsConfig) -> int | None:
     """Find γ: as given, else the most that the drafter was trained for; None for one that is not on this machine."""
     if config.starts_diffusion:
-        return find_states(config.fixed_gamma, config.candidate_args)
+        return count_states(config.draft, config.fixed_gamma, shlex.split(config.candidate_args))
     folder = None if config.draft is None else find_folder(config.draft)
     if folder is None or config.draft is None:
         return config.fixed_gamma

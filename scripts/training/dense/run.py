@@ -140,7 +140,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     tokenizer.save_pretrained(config.out)
     true = sum(p.numel() for p in model.parameters())
     padded = true + sum(3 * (max(widths) - width) * model.config.hidden_size for width in widths)
-    parameters = {"teacher": count_teacher(folder), "true": true, "stored": padded}
+    parameters = {"teacher": student.count_teacher(folder), "true": true, "stored": padded}
     logs = {"stage1": stage1, "stage2": stage2}
     fields = {"widths": widths, "parameters": parameters, "minutes": clock.minutes, "measured": measured, "logs": logs}
     if store is not None:
@@ -243,13 +243,6 @@ def describe_store(store: LogitStore) -> StoreFigures:
     places, tail = store.describe_tail()
     header = store.header
     return StoreFigures(top_k=header.top_k, places=places, bytes=store.num_bytes, tail_mass=tail, source=header.source)
-
-
-def count_teacher(folder: Path) -> int:
-    """Count the teacher's parameters from its config.json."""
-    with torch.device("meta"):
-        shell = LagunaForCausalLM(AutoConfig.from_pretrained(folder))
-    return sum(parameter.numel() for parameter in shell.parameters())
 
 
 @dataclass(slots=True)

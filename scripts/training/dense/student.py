@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LagunaConfig, LagunaForCausalLM
+from transformers import AutoConfig, LagunaConfig, LagunaForCausalLM
 from transformers.models.laguna.modeling_laguna import LagunaMLP
 
 from laguna_serve.serving.kit.errors import CommandError
@@ -144,3 +144,10 @@ def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dty
     described = json.loads(config.read_text())
     described["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def count_teacher(folder: Path) -> int:
+    """Count the teacher's parameters from its config.json."""
+    with torch.device("meta"):
+        shell = LagunaForCausalLM(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in shell.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from laguna_serve.serving.chat.template import read_template
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
@@ -59,6 +60,23 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
     except DiffusionError as error:
         raise CheckpointError(str(error)) from None
     return [sys.executable, "-m", SERVER_MODULE, *command]
+
+
+def count_states(draft: str | None, gamma: int | None, flags: Sequence[str]) -> int:
+    """Count the states that an engine proposes per request and pass: γ as given, else as its flags or itself say.
+
+    Raises:
+        CheckpointError: it does not take the flags.
+    """
+    from laguna_serve.plugins.diffusion.errors import DiffusionError
+    from laguna_serve.plugins.diffusion.server.options import parse_options
+
+    drafting = [] if draft is None else ["--draft", draft]
+    states = [] if gamma is None else ["--states", str(gamma)]
+    try:
+        return parse_options(["MODEL", *drafting, *states, *flags]).proposed_states
+    except DiffusionError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def check_flags(config: EngineConfig) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from tiny_llada import write_llada
 
 from laguna_serve.bench.diffusion.run import DiffusionConfig, count_differing, main, measure_proposals, render_text
+from laguna_serve.bench.exactness import __main__ as exactness
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.calibrate import CalibrateConfig, learn
 from laguna_serve.serving.kit.flags import FlagError
 
@@ -111,3 +115,50 @@ def test_the_line_for_programs_counts_rounds(
     assert main([*given, "--out", str(tmp_path), "--json"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(point["rounds"], point["counts"]) for point in line["points"]] == [(2, 2)] * 4
+
+
+def check_exactness(learnt: CalibrateConfig, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    flags = ["--model", str(learnt.model), "--draft", str(learnt.draft), "--proposals", str(learnt.out)]
+    flags += ["--prompts", str(PROMPTS), "--num-prompts", "3", "--prompt-tokens", "6", "--caches", "dual"]
+    status = exactness.main([*flags, "--concurrency", "2", "--out", str(out), *more])
+    path = out / "exactness.json"
+    return status, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_exactness_of_every_reference_and_its_resumption(
+    learnt: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    temperatures = ("--temperatures", "0,0.7", "--proposers", "chain,draft")
+    status, result = check_exactness(learnt, tmp_path / "out", *temperatures)
+    assert status == 0
+    modes = {(point["schedule"], point["cache"], point["temperature"]) for point in result["points"]}
+    assert modes == {(schedule, "dual", t) for schedule in ("1", "2", "0.9") for t in (0.0, 0.7)}
+    assert all(point["differing"] == point["slower"] == 0 for point in result["points"])
+    assert all(point["passes"] <= point["steps"] for point in result["points"])
+    # What is there is not decoded again.
+    monkeypatch.setattr(Decoder, "decode", lambda *_: pytest.fail("decoded"))
+    assert check_exactness(learnt, tmp_path / "out", *temperatures) == (0, result | {"environment": ANY})
+    assert check_exactness(learnt, tmp_path / "out", "--num-prompts", "2")[0] == 2
+    assert "expected the parts of this measurement" in capsys.readouterr().err
+
+
+def test_exactness_finds_a_wrong_token_and_a_pass_too_many(
+    learnt: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode = Decoder.decode
+
+    def decode_wrongly(self: Decoder, canvases: Any) -> Any:
+        runs = decode(self, canvases)
+        if self.speculation is not None:
+            runs[0].state = (runs[0].state[0] + 1, *runs[0].state[1:])
+            runs[0].passes += 100
+        return runs
+
+    monkeypatch.setattr(Decoder, "decode", decode_wrongly)
+    status, result = check_exactness(learnt, tmp_path / "out", "--proposers", "chain", "--schedules", "1")
+    assert status == 1
+    (point,) = result["points"]
+    assert (point["differing"], point["slower"]) == (2, 2)  # the first of each pass of two
+    assert "2 of 3" in capsys.readouterr().out
+    assert check_exactness(learnt, tmp_path / "other", "--proposers", "oracle")[0] == 2
+    assert "--proposers: expected some of chain, graph" in capsys.readouterr().err
