@@ -12,8 +12,7 @@ workers=3
 if [[ " $* " == *' -m fast '* ]]; then
   workers=4  # they wait more than they compute
 else
-  bash scripts/client_env.sh evals
-  bash scripts/client_env.sh spec_rl
+  for name in evals spec_rl train; do bash scripts/client_env.sh "$name"; done
 fi
 # The many short programs that tests start compile what they import once, not each time.
 unset PYTHONDONTWRITEBYTECODE
