@@ -77,7 +77,7 @@ def count_row(
 ) -> list[npt.NDArray[np.float64]]:
     """Count the steps of decoding one answer as `walk` does, for each way of drafting."""
     gamma, record = drafter.shape.gamma, blocks.rows[row]
-    places = torch.arange(record.start, len(record.tokens) - gamma)
+    places = torch.arange(record.start, max(record.start, len(record.tokens) - gamma))  # none of a short answer
     alphas: dict[Drafts, list[torch.Tensor]] = {mode: [] for mode in modes}
     batch = blocks.open([row])
     for chunk in places.split(CHUNK) if len(places) else ():

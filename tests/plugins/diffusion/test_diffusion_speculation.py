@@ -12,7 +12,6 @@ import torch
 from diffusion_models import Adversary, Oracle, make_canvases, make_draft, make_model
 
 from laguna_serve.plugins.diffusion import predictor as predictors
-from laguna_serve.plugins.diffusion import speculation as speculations
 from laguna_serve.plugins.diffusion.calibration import calibrate
 from laguna_serve.plugins.diffusion.decoding import reference as references
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
@@ -26,6 +25,7 @@ from laguna_serve.plugins.diffusion.decoding.reference import (
 )
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.predictor import Ask, Predictor
+from laguna_serve.plugins.diffusion.proposing import interface
 from laguna_serve.plugins.diffusion.proposing.budget import share_rows
 from laguna_serve.plugins.diffusion.proposing.graph import Graph, choose_nodes, trace_path
 from laguna_serve.plugins.diffusion.proposing.interface import Proposal, Proposer, Run
@@ -246,7 +246,7 @@ def test_a_step_on_another_states_logits_is_caught(
         first[id(canvas)] = kept
         return references.step(canvas, reference, state, kept)
 
-    monkeypatch.setattr(speculations, "step", reuse)
+    monkeypatch.setattr(interface, "step", reuse)
     assert differs("r1", make_proposer("chain", REFERENCES["r1"]), expected)
 
 

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from laguna_serve.scripts.training.drafter.data import states as states_module
 from laguna_serve.scripts.training.drafter.data.records import Row, choose_held_out
 from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
-from laguna_serve.scripts.training.drafter.held_out import walk
+from laguna_serve.scripts.training.drafter.held_out import count_row, walk
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.client.traffic import TrafficError, read_traffic
 from laguna_serve.serving.engine import Engine, EngineConfig
@@ -437,3 +438,13 @@ def test_drafter_of_the_engines_own_answers_is_served_and_accepted_as_measured(
     assert counted.length == pytest.approx(result.after[0].tau, rel=0.12)
     assert rank is None or result.after[0] != result.before[0]
     assert counted.drafts == pytest.approx(result.after[0].steps, rel=0.2)
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 12])
+def test_answers_shorter_than_a_block_count_nothing(tokens: int) -> None:
+    """Two of prompt and some of answer, against a drafter of ten tokens."""
+    drafter: Any = SimpleNamespace(shape=SimpleNamespace(gamma=10))
+    row = SimpleNamespace(start=2, tokens=torch.arange(tokens), temperature=1.0)
+    blocks: Any = SimpleNamespace(rows=[row], open=lambda rows: None)
+    (counts,) = count_row(drafter, blocks, 0, ["probabilistic"])
+    assert counts.tolist() == [0.0] * 11
