@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 
 # A benchmark measures what it is asked to, where the engine would leave out what does not pay.
@@ -19,12 +20,11 @@ MOST_STATES = 8
 
 
 def serves_diffusion(model: str | None) -> bool:
-    """Say whether it is a masked diffusion model that engines are started for.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-    """
-    return model is not None and find_diffusion(model) is not None
+    """Say whether it is a masked diffusion model; one that cannot be read is not: who starts it says what is wrong."""
+    try:
+        return model is not None and find_diffusion(model) is not None
+    except CheckpointError:
+        return False
 
 
 def keep_proposals(flags: Sequence[str]) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class ArmsConfig:
 
     @property
     def starts_diffusion(self) -> bool:
-        """Masked diffusion engines are started here.  Raises CheckpointError where there is no such model."""
+        """Masked diffusion engines are started here."""
         return not self.by_url and serves_diffusion(self.model)
 
     @property
