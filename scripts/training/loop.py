@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from laguna_serve.scripts.training.optimiser import Optimiser
+from laguna_serve.scripts.training.optimiser import Moments, Optimiser
 from laguna_serve.scripts.training.ranks import ALONE, Ranks
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.signals import check_signals
@@ -43,6 +43,7 @@ class Schedule:
     weight_decay: float = 0.05
     curve: Curve = "cosine"
     warm_up: int = WARM_UP_STEPS
+    moments: Moments = "float32"
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -76,13 +77,12 @@ def train(
     is obeyed between two steps: nothing is lost then.
     """
     torch.set_num_threads(threads)
-    optimiser = Optimiser(module, schedule.weight_decay)
+    optimiser = _open_optimiser(module, schedule, ranks)
     first = 0
     log: list[dict[str, float]] = []
     window: list[dict[str, float]] = []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        module.load_state_dict(state["module"])
         optimiser.load_state_dict(state)
         first, log, window = state["step"], state["log"], state.get("window", [])
         if ranks.first:
@@ -90,9 +90,8 @@ def train(
     ranks.wait()  # before the first one writes the file again
 
     def save(step: int) -> None:
+        state = {**optimiser.state_dict(), "step": step, "log": log, "window": window}
         if ranks.first:
-            state = {"module": module.state_dict(), **optimiser.state_dict(), "step": step}
-            state |= {"log": log, "window": window}
             write_stream(state_file, lambda file: torch.save(state, file))
 
     started = time.monotonic()
@@ -107,7 +106,7 @@ def train(
             loss.backward()
             for key, value in {"loss": loss.item(), **figures}.items():
                 total[key] = total.get(key, 0.0) + value
-        ranks.add_gradients(optimiser.weights(module))
+        optimiser.add_gradients(ranks)
         optimiser.step(schedule.lr(step), clipped or [module])
         window.append(ranks.add(total))
         done = step + 1
@@ -127,6 +126,15 @@ def train(
         if done % SAVE_EVERY == 0 or done == schedule.steps:
             save(done)
     return log
+
+
+def _open_optimiser(module: nn.Module, schedule: Schedule, ranks: Ranks) -> Optimiser:
+    if ranks.size > 1:
+        from laguna_serve.scripts.training.sharded import ShardedOptimiser, is_sharded  # slow to import
+
+        if is_sharded(module):
+            return ShardedOptimiser(module, schedule.weight_decay)
+    return Optimiser(module, schedule.weight_decay, schedule.moments)
 
 
 def is_asked_to_stop(ranks: Ranks) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from laguna_serve.scripts.training.optimiser import Moments
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 
 FULL = "full"
@@ -37,6 +38,8 @@ class Recipe:
         stage1_batches, stage2_batches: after so many steps batches come again; 0: never.
         accumulate: parts that a process computes its share of a batch in.
         weights: dtype of the student in stage 2; masters and moments are fp32.
+        moments: of stage 2's AdamW; 8bit: torchao's.
+        fsdp: in stage 2 weights, gradients and moments are shared out among the processes.
         checkpointing: activations of stage 2 are made again, layer by layer, in the backward pass.
         logit_chunk: places whose logits exist at a time in stage 2; 0: all of a part's.
         stage2_on: chats, on the assistant's tokens, or plain text, on every token.
@@ -58,6 +61,8 @@ class Recipe:
     stage2_on: Literal["chats", "text"] = "chats"
     accumulate: int = 1
     weights: Literal["float32", "bfloat16"] = "float32"
+    moments: Moments = "float32"
+    fsdp: bool = False
     checkpointing: bool = False
     logit_chunk: int = 0
 
@@ -133,6 +138,8 @@ class DistillConfig:
     weights: Annotated[
         Literal["float32", "bfloat16"], Flag("stage 2 computes in (default float32; master weights stay fp32)")
     ] = "float32"
+    moments: Annotated[Moments, Flag("of stage 2's AdamW (default float32; 8bit wants .venv-train)")] = "float32"
+    fsdp: Annotated[bool, Flag("stage 2: share weights, gradients and moments out among the processes")] = False
     checkpointing: Annotated[bool, Flag("stage 2: make activations again in the backward pass")] = False
     logit_chunk: Annotated[
         int, Flag("stage 2: places whose logits exist at a time (default: all)", metavar="N", at_least=0)
@@ -161,8 +168,23 @@ class DistillConfig:
         for flag, value in (("--endpoint", self.endpoint), ("--only-store", self.only_store)):
             if value and self.store is None:
                 raise FlagError(f"{flag}: expected --store with it, got none; name a folder for the logits")
+        if self.fsdp and self.moments != "float32":
+            raise FlagError("--moments: expected float32 with --fsdp, which shares them out already, got 8bit")
         if self.accumulate > self.rows:
             raise FlagError(f"--accumulate: expected at most --rows {self.rows}, got {self.accumulate}; lower it")
+
+    def check_processes(self, count: int) -> None:
+        """Refuse what so many processes cannot do together. Raises FlagError."""
+        if count > 1 and not (self.layerwise and self.store):
+            got = f"{count} processes without them"
+            raise FlagError(f"--layerwise and --store: expected both with several processes, got {got}; pass them")
+        if count > self.rows:
+            raise FlagError(f"--rows: expected at least one for each of {count} processes, got {self.rows}; raise it")
+        if self.fsdp and count == 1:
+            raise FlagError("--fsdp: expected several processes, got one; start it with torchrun")
+        if self.fsdp and self.rows % count:
+            # All of them go through the sharded layers equally often.
+            raise FlagError(f"--rows: expected a multiple of {count} processes with --fsdp, got {self.rows}; change it")
 
     @property
     def recipe(self) -> Recipe:

@@ -38,7 +38,6 @@ from laguna_serve.serving.checkpoint import CheckpointError, require_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.kit.environment import current_argv, read_environment
-from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.signals import defer_signals
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,13 +101,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
         CommandError: teacher, text, widths, store or folders cannot be used.
     """
     folder, recipe = require_folder(config.teacher), config.recipe
-    if ranks.size > 1 and not (config.layerwise and config.store):
-        got = f"{ranks.size} processes without them"
-        raise FlagError(f"--layerwise and --store: expected both with several processes, got {got}; pass them")
-    if ranks.size > recipe.rows:
-        raise FlagError(
-            f"--rows: expected at least one for each of {ranks.size} processes, got {recipe.rows}; raise it"
-        )
+    config.check_processes(ranks.size)
     work = open_work(config, recipe, folder, ranks)
     # Refused before the text is read and the weights are.
     widths = student.choose_widths(AutoConfig.from_pretrained(folder), dict(config.width))

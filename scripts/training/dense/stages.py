@@ -12,6 +12,7 @@ Source: the recipe of the Laguna-XS.2-dense model card; its first stage follows 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.training.dense.config import Recipe
 from laguna_serve.scripts.training.dense.initial import Usage, Watch
-from laguna_serve.scripts.training.dense.losses import normalised_error, sum_over_places
+from laguna_serve.scripts.training.dense.losses import Top, normalised_error, sum_over_places
 from laguna_serve.scripts.training.dense.targets import HELD_OUT_BATCHES, Batch, Targets
 from laguna_serve.scripts.training.dense.text import Text
 from laguna_serve.scripts.training.loop import THREADS, Loss, Schedule, train
@@ -56,7 +57,8 @@ class Blocks:
 def schedule_of(recipe: Recipe, stage: int) -> Schedule:
     """Return how long and how fast a stage learns."""
     steps, lr = (recipe.stage1_steps, recipe.stage1_lr) if stage == 1 else (recipe.stage2_steps, recipe.stage2_lr)
-    return Schedule(steps, lr, WEIGHT_DECAY, recipe.schedule, recipe.warm_up)
+    moments = "float32" if stage == 1 else recipe.moments
+    return Schedule(steps, lr, WEIGHT_DECAY, recipe.schedule, recipe.warm_up, moments)
 
 
 @torch.no_grad()
@@ -109,6 +111,19 @@ def train_blocks(
     return log
 
 
+class Taught(nn.Module):
+    """The student with its loss as one forward pass: FSDP gathers the weights of what is called, and of that alone."""
+
+    def __init__(self, student: LagunaForCausalLM) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, ids: torch.Tensor, predicted: torch.Tensor, top: Top, chunk: int) -> torch.Tensor:
+        """Sum the KL over the predicted places [R, L − 1] of rows of ids [R, L]."""
+        hidden = self.student.model(input_ids=ids).last_hidden_state[:, :-1][predicted]
+        return sum_over_places(self.student, hidden, top, chunk)
+
+
 def train_student(
     student: LagunaForCausalLM,
     targets: Targets,
@@ -117,34 +132,59 @@ def train_student(
     threads: int = THREADS,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
-    """Stage 2, in place; the student is fp32 before and after.  The log has the KL in nats per token as `loss`."""
-    if recipe.weights == "bfloat16":
-        student.to(torch.bfloat16)
+    """Stage 2, in place; the student is fp32 before and after.  The log has the KL in nats per token as `loss`.
+
+    With `recipe.fsdp` a copy is trained in parts, and the student waits in the machine's memory meanwhile.
+    """
     if recipe.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    device = student.device
+    if recipe.fsdp:
+        taught = _shard_copy(student, getattr(torch, recipe.weights))
+    else:
+        taught = Taught(student.to(getattr(torch, recipe.weights)))
 
     def losses_of_step(step: int) -> Iterator[Loss]:
         batch = targets.batch(step)
         places = max(1, int(batch.predicted.sum()))
         for rows in split(ranks.share(recipe.rows), recipe.accumulate):
-            yield sum_kl(student, targets, batch, rows, recipe.logit_chunk) / places, {}
+            yield sum_kl(taught, targets, batch, rows, recipe.logit_chunk) / places, {}
 
-    student.train()
-    schedule = schedule_of(recipe, 2)
     log = train(
         "stage 2",
-        student,
-        schedule,
+        taught if recipe.fsdp else student,
+        schedule_of(recipe, 2),
         losses_of_step,
         state_file,
         log_every=recipe.log_every,
         threads=threads,
         ranks=ranks,
     )
+    if recipe.fsdp:
+        _take_back(taught, student, device)
     if recipe.checkpointing:
         student.gradient_checkpointing_disable()
     student.float().eval()
     return log
+
+
+def _shard_copy(student: LagunaForCausalLM, computed_in: torch.dtype) -> Taught:
+    """Share a copy out among the processes, and move the student out of the way."""
+    from laguna_serve.scripts.training.sharded import shard  # slow to import
+
+    device = student.device
+    taught = Taught(copy.deepcopy(student.cpu()).to(device))
+    shard(taught, taught.student.model.layers, computed_in)
+    return taught
+
+
+def _take_back(taught: Taught, student: LagunaForCausalLM, device: torch.device) -> None:
+    """Take over what a sharded copy has become."""
+    from laguna_serve.scripts.training.sharded import gather  # slow to import
+
+    Taught(student).load_state_dict(gather(taught))
+    student.to(device)
 
 
 def split(rows: slice, parts: int) -> list[slice]:
@@ -154,12 +194,12 @@ def split(rows: slice, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(cuts) if a < b]
 
 
-def sum_kl(student: LagunaForCausalLM, targets: Targets, batch: Batch, rows: slice, chunk: int = 0) -> torch.Tensor:
+def sum_kl(taught: Taught, targets: Targets, batch: Batch, rows: slice, chunk: int = 0) -> torch.Tensor:
     """Sum the KL over the predicted places of some rows, with the student's gradients."""
-    ids, predicted = batch.ids[rows].to(student.device), batch.predicted[rows].to(student.device)
-    top = targets.top(batch, rows).to(student.device)
-    hidden = student.model(input_ids=ids).last_hidden_state[:, :-1][predicted]
-    return sum_over_places(student, hidden, top, chunk)
+    device = taught.student.device
+    ids, predicted = batch.ids[rows].to(device), batch.predicted[rows].to(device)
+    loss: torch.Tensor = taught(ids, predicted, targets.top(batch, rows).to(device), chunk)
+    return loss
 
 
 @torch.no_grad()
@@ -178,7 +218,7 @@ def measure(
     for number in range(HELD_OUT_BATCHES):
         batch = targets.held_out(number)
         everything = slice(0, len(batch.ids))
-        kl += float(sum_kl(student, targets, batch, everything))
+        kl += float(sum_kl(Taught(student), targets, batch, everything))
         top = targets.top(batch, everything)
         likeliest = top.logprobs.argmax(-1) if top.ids is None else top.ids[:, 0]
         logits = student(input_ids=batch.ids.to(student.device)).logits[:, :-1][batch.predicted.to(student.device)]

@@ -17,7 +17,7 @@ from tiny_laguna import make_tiny, read_config, save_tiny
 from laguna_serve.scripts.training.dense.config import Recipe
 from laguna_serve.scripts.training.dense.losses import find_top
 from laguna_serve.scripts.training.dense.memory import place_bytes
-from laguna_serve.scripts.training.dense.stages import sum_kl
+from laguna_serve.scripts.training.dense.stages import Taught, sum_kl
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreError, StoreHeader, open_header
 from laguna_serve.scripts.training.dense.store.writer import write_by, write_by_layers, write_by_model
@@ -99,8 +99,8 @@ def test_loss_from_a_store_is_that_beside_the_teacher(k: int, teacher: Any, draw
     student = make_tiny(num_experts_per_tok=1)
     beside = Beside(teacher, drawn)
     everything = slice(0, 2)
-    full = sum_kl(student, beside, beside.batch(0), everything).item()
-    stored = sum_kl(student, read, read.batch(0), everything).item()
+    full = sum_kl(Taught(student), beside, beside.batch(0), everything).item()
+    stored = sum_kl(Taught(student), read, read.batch(0), everything).item()
     assert stored == pytest.approx(full, rel=2e-3) if k == V else stored < full
     places, tail = read.describe_tail()
     assert (tail == 0) == (k == V)

@@ -180,7 +180,7 @@ def time_arms(lab: Laboratory, blocks: torch.nn.ModuleDict, arms: dict[str, Targ
             begun = time.perf_counter()
             for step in range(ROUND_STEPS):
                 batch = targets.batch(number * ROUND_STEPS + step)
-                stages.sum_kl(model, targets, batch, everything).backward()
+                stages.sum_kl(stages.Taught(model), targets, batch, everything).backward()
                 model.zero_grad()
             if number:
                 rates[name].append(tokens / (time.perf_counter() - begun))
