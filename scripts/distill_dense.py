@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: DistillConfig) -> int:
     """Distil, write the report and print the result without its logs. Returns the exit status."""
     if config.dry_run:
-        from laguna_serve.scripts.training.dense.memory import format_plan, plan_memory
+        from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memory
 
         plan = plan_memory(config, require_folder(config.teacher))
         print(format_plan(plan))

@@ -160,7 +160,11 @@ class DistillConfig:
     ] = None
     model: Annotated[str | None, Flag("the teacher's name there (default: the first listed)")] = None
     only_store: Annotated[bool, Flag("write the store and end")] = False
-    dry_run: Annotated[bool, Flag("say what memory it takes, from config.json alone; read and write nothing")] = False
+    dry_run: Annotated[
+        bool, Flag("say what memory, disk and time it takes, from config.json alone; read and write nothing")
+    ] = False
+    tflops: Annotated[float, Flag("--dry-run: a device's peak (default 989, an H100's in bf16)", metavar="T")] = 989.0
+    mfu: Annotated[float, Flag("--dry-run: share of it that is reached (default 0.3: assumed)", metavar="SHARE")] = 0.3
 
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""
@@ -170,6 +174,8 @@ class DistillConfig:
                 raise FlagError(f"{flag}: expected --store with it, got none; name a folder for the logits")
         if self.fsdp and self.moments != "float32":
             raise FlagError("--moments: expected float32 with --fsdp, which shares them out already, got 8bit")
+        if not (0 < self.mfu <= 1 and self.tflops > 0):
+            raise FlagError(f"--mfu, --tflops: expected a share and a rate, got {self.mfu} of {self.tflops}")
         if self.accumulate > self.rows:
             raise FlagError(f"--accumulate: expected at most --rows {self.rows}, got {self.accumulate}; lower it")
 

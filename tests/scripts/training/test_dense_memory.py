@@ -16,7 +16,9 @@ from transformers import LagunaConfig, LagunaForCausalLM
 
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
-from laguna_serve.scripts.training.dense.memory import CARD_BYTES, format_plan, plan_memory, plan_stage2, read_sizes
+from laguna_serve.scripts.training.dense.plan.memory import plan_stage2
+from laguna_serve.scripts.training.dense.plan.page import CARD_BYTES, format_plan, plan_memory
+from laguna_serve.scripts.training.dense.plan.sizes import read_sizes
 from laguna_serve.scripts.training.dense.student import student_config
 
 XS2 = Path(__file__).resolve().parents[2] / "fixtures" / "releases" / "Laguna-XS.2"

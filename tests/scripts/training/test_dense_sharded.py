@@ -75,9 +75,7 @@ def test_student_in_parts_is_the_student_that_was_whole(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "train.py")]
     paths = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, *torchrun, str(tmp_path)]
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **paths}
-    )
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **paths})
     assert done.returncode == 0, done.stderr[-3000:]
     shown = json.loads((tmp_path / "shown.json").read_text())
     assert shown["stopped"] is None
@@ -92,9 +90,7 @@ def test_student_in_parts_is_the_student_that_was_whole(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    config = DistillConfig(
-        teacher="t", out=Path("out"), layerwise=True, store=Path("store"), rows=6, fsdp=True
-    )
+    config = DistillConfig(teacher="t", out=Path("out"), layerwise=True, store=Path("store"), rows=6, fsdp=True)
     with pytest.raises(FlagError, match=r"--fsdp: expected several processes, got one; start it with torchrun"):
         config.check_processes(1)
     with pytest.raises(FlagError, match=r"--rows: expected a multiple of 4 processes with --fsdp, got 6; change it"):

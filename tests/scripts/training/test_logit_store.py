@@ -16,7 +16,7 @@ from tiny_laguna import make_tiny, read_config, save_tiny
 
 from laguna_serve.scripts.training.dense.config import Recipe
 from laguna_serve.scripts.training.dense.losses import find_top
-from laguna_serve.scripts.training.dense.memory import place_bytes
+from laguna_serve.scripts.training.dense.plan.memory import place_bytes
 from laguna_serve.scripts.training.dense.stages import Taught, sum_kl
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreError, StoreHeader, open_header
