@@ -3,7 +3,8 @@
 Stage 1 trains every dense block on its own against its sparse block, stage 2 the whole student against the teacher's
 logits on conversations (scripts/training/dense/stages.py).  The checkpoint is stock Laguna, narrower layers padded with
 zeros; `laguna serve` loads it at its true widths and `laguna unpad` stores it so.  Writes to --report what was
-measured: distillation.json, stage1_nmse.png and stage2_kl.png.
+measured: distillation.json, stage1_nmse.png, stage2_kl.png and, with --curve-every, stage2_held_out.png; a model card
+lies beside the checkpoint.
 
 With --store stage 2 learns from the teacher's top-K logits, which are written to disk first; with --layerwise the
 teacher's shards are read a layer at a time.  With both it never lies whole in memory, and `torchrun` shares stage 1's
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
-from laguna_serve.scripts.training.dense.result import DistillResult, write_manifest, write_report
+from laguna_serve.scripts.training.dense.report.result import DistillResult, write_manifest, write_report
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.flags import read_flags
@@ -61,6 +62,8 @@ def run(config: DistillConfig) -> int:
         print(format_plan(plan))
         print(json.dumps(to_json(plan)))
         return HELD
+    from laguna_serve.scripts.training.card import write_card
+    from laguna_serve.scripts.training.dense.report.card import describe_student
     from laguna_serve.scripts.training.dense.run import distil
     from laguna_serve.scripts.training.ranks import open_ranks
 
@@ -69,6 +72,7 @@ def run(config: DistillConfig) -> int:
     if result is not None:
         write_report(result, config.report or config.out)
         write_manifest(result, config.out)
+        write_card(describe_student(result, config.out), config.out)
         print(json.dumps({key: value for key, value in to_json(result).items() if key != "logs"}))
     return HELD
 

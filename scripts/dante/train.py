@@ -2,7 +2,8 @@
 
 Rows are sorted from easy to hard, once; every epoch goes through them again.  Weights and optimiser are float32, and
 --precision bfloat16 computes in bfloat16 over them: in bfloat16 weights a step of this learning rate is mostly rounded
-away.  Writes the student, with training.json, to --out.  The state is saved on the way: the same command continues.
+away.  Writes the student, with training.json, curves and a model card, to --out.  The state is saved on the way: the
+same command continues.
 
 It needs .venv-train, which `bash scripts/client_env.sh train` makes.
 """
@@ -104,6 +105,8 @@ def train_student(config: DanteConfig) -> DanteResult:
     require_trainer()
     check_out(config.out)
     from laguna_serve.scripts.dante.run import Run
+    from laguna_serve.scripts.dante.student_card import CURVES, describe_taught, write_curves
+    from laguna_serve.scripts.training.card import write_card
 
     began = time.monotonic()
     records = draw_records(read_cache(config.cache), config.share, config.seed)
@@ -139,6 +142,9 @@ def train_student(config: DanteConfig) -> DanteResult:
     if run.is_main:
         run.save()
         write_result(config.out / "training.json", result)
+        write_curves(result, config.out / CURVES)
+        teachers = sorted({record.teacher for record in records})
+        write_card(describe_taught(result, teachers, config.out), config.out)
         shutil.rmtree(work)
     run.wait()
     return result

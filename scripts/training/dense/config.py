@@ -144,6 +144,12 @@ class DistillConfig:
     logit_chunk: Annotated[
         int, Flag("stage 2: places whose logits exist at a time (default: all)", metavar="N", at_least=0)
     ] = 0
+    curve_every: Annotated[
+        int,
+        Flag(
+            "stage 2: held-out figures, and whether answers stop, every N steps (default: not)", metavar="N", at_least=0
+        ),
+    ] = 0
     threads: Annotated[int, Flag("on a CPU (default 2); sums depend on their number", metavar="N", at_least=1)] = 2
 
     layerwise: Annotated[
@@ -172,6 +178,8 @@ class DistillConfig:
         for flag, value in (("--endpoint", self.endpoint), ("--only-store", self.only_store)):
             if value and self.store is None:
                 raise FlagError(f"{flag}: expected --store with it, got none; name a folder for the logits")
+        if self.fsdp and self.curve_every:
+            raise FlagError("--curve-every: expected none with --fsdp, where no process has the whole student")
         if self.fsdp and self.moments != "float32":
             raise FlagError("--moments: expected float32 with --fsdp, which shares them out already, got 8bit")
         if not (0 < self.mfu <= 1 and self.tflops > 0):

@@ -35,6 +35,11 @@ class Top:
         """Return that of some of the places."""
         return Top(None if self.ids is None else self.ids[chosen], self.logprobs[chosen], self.tail[chosen])
 
+    def entropy(self) -> torch.Tensor:
+        """Return the entropy [P] in nats, with all other tokens as one outcome."""
+        every = torch.cat([self.logprobs, self.tail[:, None]], -1)
+        return -torch.where(every.isfinite(), every.exp() * every, 0.0).sum(-1)
+
     def to(self, device: torch.device) -> Top:
         """Move to a device."""
         ids = None if self.ids is None else self.ids.to(device)

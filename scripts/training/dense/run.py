@@ -5,12 +5,7 @@ With a store and --layerwise the teacher is never whole in memory; otherwise it 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,23 +17,24 @@ from transformers import AutoConfig, AutoTokenizer, LagunaForCausalLM
 
 from laguna_serve.scripts.text.rows import TOY, read_rows
 from laguna_serve.scripts.training.dense import stages, student, text
-from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
+from laguna_serve.scripts.training.dense.config import DistillConfig
+from laguna_serve.scripts.training.dense.curve import Curve, share_that_stops
 from laguna_serve.scripts.training.dense.initial import start_blocks
 from laguna_serve.scripts.training.dense.layerwise.blocks import train_layerwise
-from laguna_serve.scripts.training.dense.result import SCHEMA, DistillResult, StoreFigures, round_floats
+from laguna_serve.scripts.training.dense.report.result import SCHEMA, DistillResult, StoreFigures, round_floats
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHeader, open_header
 from laguna_serve.scripts.training.dense.store.writer import is_whole, write_by, write_by_layers, write_by_model
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Source, Targets
+from laguna_serve.scripts.training.dense.work import Clock, open_work
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.scripts.training.pruning.teacher import join_layers
 from laguna_serve.scripts.training.ranks import Ranks
-from laguna_serve.serving.checkpoint import CheckpointError, require_folder
+from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.kit.environment import current_argv, read_environment
-from laguna_serve.serving.kit.signals import defer_signals
 
 ROOT = Path(__file__).resolve().parents[3]
 REMEDY = "distil from the bf16 or FP8 release"
@@ -122,8 +118,12 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     measured = {"after_stage1": stages.measure(model, targets, corpus.rows, teacher.loaded)}
     _say(ranks, f"after stage 1: {_show(measured['after_stage1'])}")
 
-    state = work / "stage2.state"
-    stage2 = clock.time("stage2", lambda: stages.train_student(model, targets, recipe, state, config.threads, ranks))
+    state, curve = work / "stage2.state", open_curve(config, targets, corpus, tokenizer, work, ranks)
+    stage2 = clock.time(
+        "stage2", lambda: stages.train_student(model, targets, recipe, state, config.threads, ranks, curve)
+    )
+    if curve is not None:
+        curve(model, recipe.stage2_steps)
     measured["after_stage2"] = stages.measure(model, targets, corpus.rows, teacher.loaded)
     _say(ranks, f"after stage 2: {_show(measured['after_stage2'])}")
     if not ranks.first:
@@ -136,6 +136,8 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     parameters = {"teacher": student.count_teacher(folder), "true": true, "stored": padded}
     logs = {"stage1": stage1, "stage2": stage2}
     fields = {"widths": widths, "parameters": parameters, "minutes": clock.minutes, "measured": measured, "logs": logs}
+    if curve is not None:
+        fields["curve"] = curve.points
     if store is not None:
         fields["store"] = msgspec.to_builtins(describe_store(store))
     described = {"environment": msgspec.to_builtins(read_environment(current_argv())), "teacher": config.teacher}
@@ -231,61 +233,25 @@ def make_store(
     return LogitStore(folder)
 
 
+def open_curve(
+    config: DistillConfig, targets: Targets, corpus: Corpus, tokenizer: Any, work: Path, ranks: Ranks
+) -> Curve | None:
+    """Open the curve of stage 2 where one is asked for; the first process measures, the others wait for it."""
+    if not config.curve_every or not ranks.first:
+        return None
+    source = config.held_out_chats or _held_out(config.chats)
+
+    def look(model: LagunaForCausalLM) -> dict[str, float]:
+        return stages.measure(model, targets, corpus.rows) | share_that_stops(model, tokenizer, source)
+
+    return Curve(work / "curve.jsonl", config.curve_every, look)
+
+
 def describe_store(store: LogitStore) -> StoreFigures:
     """Return what there is to say of a store."""
     places, tail = store.describe_tail()
     header = store.header
     return StoreFigures(top_k=header.top_k, places=places, bytes=store.num_bytes, tail_mass=tail, source=header.source)
-
-
-@dataclass(slots=True)
-class Clock:
-    """How long stages take, earlier runs that were stopped included; noted in the work folder."""
-
-    work: Path
-    ranks: Ranks
-
-    @property
-    def minutes(self) -> dict[str, float]:
-        """Minutes of every stage so far."""
-        noted = self.work / "minutes.json"
-        minutes: dict[str, float] = json.loads(noted.read_text()) if noted.exists() else {}
-        return minutes
-
-    def time(self, stage: str, act: Callable[[], Any]) -> Any:
-        """Do a stage, which Ctrl-C stops where nothing is lost, and add to what it took."""
-        started = time.monotonic()
-        with defer_signals():
-            result = act()
-        if self.ranks.first:
-            minutes = self.minutes
-            minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
-            (self.work / "minutes.json").write_text(json.dumps(minutes))
-        return result
-
-
-def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks) -> Path:
-    """Open the folder of the training states.  Raises CheckpointError when it holds another run's."""
-    wanted: dict[str, Any] = asdict(recipe) | {
-        "text": config.text,
-        "chats": config.chats,
-        "width": sorted(config.width),
-    }
-    wanted |= {"layerwise": config.layerwise, "top_k": config.top_k if config.store else None}
-    described = (folder / "config.json").read_bytes()
-    wanted["teacher"] = hashlib.sha256(described + str(folder.resolve()).encode()).hexdigest()[:16]
-    digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
-    work = config.work or ROOT / ".cache" / f"distill-{digest}"
-    if ranks.first:
-        if config.fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        noted = work / "recipe.json"
-        if noted.exists() and noted.read_text() != json.dumps(wanted):
-            raise CheckpointError(f"{work}: expected the states of this run, got another run's; pass --fresh or --work")
-        noted.write_text(json.dumps(wanted))
-    ranks.wait()
-    return work
 
 
 def _held_out(source: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
 
@@ -107,6 +108,17 @@ def _drift(folder: Path, name: str) -> float:
     key = "model.embed_tokens.weight"
     start, end = (load_file(folder / one / "model.safetensors")[key] for one in ("base", name))
     return float((end - start).square().sum() / start.square().sum())
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_student_has_a_card_and_curves(folder: Path, uninterrupted: DanteResult) -> None:
+    card = ModelCard.load(folder / "whole" / "README.md")
+    assert card.data.base_model == "base"
+    assert f"{uninterrupted.log[-1].cross_entropy:.3f}" in card.text
+    assert "taught the answers of t:" in card.text
+    assert str(folder) not in card.text.split("## How it was made")[0]
+    assert (folder / "whole" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_trainer

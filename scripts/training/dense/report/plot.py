@@ -1,4 +1,4 @@
-"""The distillation as pictures: NMSE per layer in stage 1, KL per step in stage 2."""
+"""The distillation as pictures: NMSE per layer in stage 1, KL per step in stage 2, and what was held out there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 
 from laguna_serve.scripts.training.figure import draw_figure
+from laguna_serve.serving.kit.figures import BAD, SOFT, note_source, open_figure, style_axes
 
 LINE = "#0b7a75"
+CURVES = (
+    ("kl", "KL", LINE),
+    ("entropy_student", "student's entropy", BAD),
+    ("entropy_teacher", "teacher's entropy", SOFT),
+)
 LAYER_COLORS = "viridis"
 MAX_LABELS, LABEL_ROWS = 8, 20
 
@@ -54,6 +60,31 @@ def draw_student(log: Sequence[Mapping[str, float]], path: Path, source: str) ->
 
     title = "Stage 2: the whole student learns the teacher's distribution"
     draw_figure(path, title, "KL(teacher ‖ student), nats per assistant token", source, curves)
+
+
+def draw_curve(points: Sequence[Mapping[str, float]], path: Path, source: str) -> None:
+    """Stage 2 on what is held out: KL and entropy in nats, and below them the share of answers that stop."""
+    steps = [point["step"] for point in points]
+    with open_figure(path, rows=2, figsize=(7.5, 5.6), sharex=True, height_ratios=(3, 2)) as (figure, (upper, lower)):
+        figure.subplots_adjust(left=0.1, right=0.8, top=0.87, bottom=0.14, hspace=0.22)
+        for name, label, color in CURVES:
+            values = [point[name] for point in points]
+            upper.plot(steps, values, color=color, linewidth=1.4)
+            text = f"{label}: {values[-1]:.3f}"
+            upper.annotate(
+                text, (1.01, values[-1]), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5
+            )
+        upper.set_ylim(bottom=0)
+        style_axes(upper, "Stage 2 on held-out conversations", "nats per assistant token")
+        stops = [point["stops"] for point in points]
+        lower.plot(steps, stops, color=LINE, linewidth=1.4)
+        lower.annotate(
+            f"{stops[-1]:.2f}", (1.01, stops[-1]), xycoords=("axes fraction", "data"), color=LINE, va="center"
+        )
+        lower.set_ylim(0, 1.02)
+        style_axes(lower, "", "greedy answers to held-out requests that stop, share")
+        lower.set_xlabel("step")
+        note_source(figure, 0.1, [source])
 
 
 def _spread(values: list[float], ratio: float) -> list[float]:

@@ -45,6 +45,7 @@ class DistillResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
         logs: records of each stage's steps.
         sha256: of every file of the checkpoint.
         store: where stage 2 learned from one.
+        curve: held-out figures at some of stage 2's steps, where they were asked for.
     """
 
     environment: Environment
@@ -57,11 +58,12 @@ class DistillResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     logs: dict[str, list[dict[str, int | float]]] | UnsetType = UNSET
     sha256: dict[str, str] | UnsetType = UNSET
     store: StoreFigures | UnsetType = UNSET
+    curve: list[dict[str, float]] | UnsetType = UNSET
 
 
 def write_report(result: DistillResult, report: Path) -> None:
-    """distillation.json and the two pictures."""
-    from laguna_serve.scripts.training.dense.plot import draw_blocks, draw_student
+    """Write distillation.json and the pictures."""
+    from laguna_serve.scripts.training.dense.report.plot import draw_blocks, draw_curve, draw_student
 
     report.mkdir(parents=True, exist_ok=True)
     environment = result.environment
@@ -70,6 +72,8 @@ def write_report(result: DistillResult, report: Path) -> None:
     assert not isinstance(result.logs, UnsetType)
     draw_blocks(result.logs["stage1"], report / "stage1_nmse.png", source)
     draw_student(result.logs["stage2"], report / "stage2_kl.png", source)
+    if not isinstance(result.curve, UnsetType):
+        draw_curve(result.curve, report / "stage2_held_out.png", source)
     (report / "distillation.json").write_text(json.dumps(to_json(result)) + "\n", encoding="utf-8")
 
 
