@@ -12,16 +12,16 @@ from laguna_serve.serving.kit.tables import Table
 CURVES = "training.png"
 
 SUMMARY = """{base}, taught the answers of {teachers}: text alone, so that teacher and student share no vocabulary.
-The method is DANTE-Mosaic's: answers that the teacher was sure of weigh more (CWCE), the embedding is held near where it
-was (TEA), and rows come from easy to hard."""
+The method is DANTE-Mosaic's: answers that the teacher was sure of weigh more (CWCE), the embedding is held near where
+it was (TEA), and rows come from easy to hard."""
 
 USE = """```sh
 laguna serve {name}
 python evals/suites.py --help        # the suites of its card; run its initialisation, {base}, beside it
 ```"""
 
-LIMITS = """- Its training's own loss is all that was measured. Whether it gained, and what it forgot, is seen beside its
-  initialisation: `scripts/dante ablate` and `evals/` measure both.
+LIMITS = """- Its training's own loss is all that was measured. Whether it gained, and what it forgot, is seen beside
+  its initialisation: `scripts/dante ablate` and `evals/` measure both.
 - {cut} of the {rows} rows were cut off and do not teach where to stop."""
 
 

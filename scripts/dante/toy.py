@@ -31,14 +31,16 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_prompt
 from laguna_serve.scripts.training.dante.student import make_student
+from laguna_serve.scripts.training.rl.service import TrainingService, open_service
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
-from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick, check_bounds
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder
 
@@ -174,7 +176,7 @@ def format_proof(result: DanteToyResult) -> str:
 
 
 def fill_caches(config: DanteToyConfig, modules: list[corpus.Module]) -> tuple[CacheResult, CacheResult]:
-    """Ask the teacher, served by vLLM, for what is taught and what is measured on."""
+    """Ask the teacher, served by vLLM behind the gateway, for what is taught and what is measured on."""
     folders = {"cache": False, "held-out": True}
     noted = [config.out / name / "cache.json" for name in folders]
     if not all(path.exists() for path in noted):
@@ -183,7 +185,7 @@ def fill_caches(config: DanteToyConfig, modules: list[corpus.Module]) -> tuple[C
             count = config.held_out if held_out else config.prompts
             write_text(config.out / f"{name}.jsonl", list_prompts(chosen, count))
         engine = EngineConfig(model=str(config.teacher), dtype="float32", enforce_eager=True, max_num_seqs=40)
-        with Engine(engine, log_path=config.out / "engine-teacher.log") as teacher:
+        with open_service(engine, config.out / "engine-teacher.log", Progress().say) as teacher:
             for name, held_out in folders.items():
                 make_cache(
                     CacheConfig(
@@ -208,20 +210,20 @@ def list_prompts(modules: list[corpus.Module], count: int) -> str:
 
 
 def serve_student(folder: Path, records: Sequence[CacheRecord], log: Path, tokens: int = 24) -> ServedStudent:
-    """Serve a student in float32 and compare its greedy tokens with transformers'.
+    """Serve a student in float32 behind the gateway and compare its greedy tokens with transformers'.
 
     Raises:
         EndpointError: an answer does not come.
     """
     config = EngineConfig(model=str(folder), dtype="float32", enforce_eager=True, max_num_seqs=16)
-    with Engine(config, log_path=log) as engine:
-        got = asyncio.run(_ask(engine, records, tokens))
+    with open_service(config, log, Progress().say) as service:
+        got = asyncio.run(_ask(service, records, tokens))
     wanted = decode_greedily(folder, records, tokens)
     different = sum(one != other for one, other in zip(got, wanted, strict=True))
     return ServedStudent(model=folder.name, answers=len(records), tokens=tokens * len(records), different=different)
 
 
-async def _ask(engine: Engine, records: Sequence[CacheRecord], tokens: int) -> list[list[int]]:
+async def _ask(service: TrainingService, records: Sequence[CacheRecord], tokens: int) -> list[list[int]]:
     prompts = [
         Prompt(f"{number}", record.prompt)
         if isinstance(record.prompt, str)
@@ -229,10 +231,10 @@ async def _ask(engine: Engine, records: Sequence[CacheRecord], tokens: int) -> l
         for number, record in enumerate(records)
     ]
     async with open_session() as session:
-        answers = await Client(session, engine.base_url, engine.model_name, tokens).run_round(prompts)
+        answers = await Client(session, service.base_url, service.model_name, tokens).run_round(prompts)
     for answer in answers:
         if answer.error is not None:
-            raise EndpointError(f"{engine.base_url}: expected an answer of the student, got {answer.error}")
+            raise EndpointError(f"{service.base_url}: expected an answer of the student, got {answer.error}")
     return [answer.token_ids for answer in answers]
 
 
