@@ -161,7 +161,7 @@ def list_schemas() -> Iterator[tuple[str, JsonObject]]:
     ):
         importlib.import_module(f"laguna_serve.{name}")
     importlib.import_module("laguna_serve.scripts.training.drafter.command")
-    for name in ("experiments.result", "memory", "store.format"):
+    for name in ("experiments.result", "plan.page", "store.format"):
         importlib.import_module(f"laguna_serve.scripts.training.dense.{name}")
     importlib.import_module("laguna_serve.serving.client.traffic")
     importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script

@@ -24,6 +24,7 @@ ROLES = {
 # Of what several roles share, the part that only one of them imports.
 SHARED = {"serving/kit/figures.py": {"bench"}, "serving/client/openai_endpoint.py": {"evals"}}
 DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface-hub",
     "markdown_it": "markdown-it-py",
     "prometheus_client": "prometheus-client",
     "pydantic_core": "pydantic",

@@ -21,9 +21,9 @@ import msgspec
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.dante.arms import ARMS, BASE, AblationArm, AblationResult, Reading, compare_arms
-from laguna_serve.scripts.dante.options import DanteConfig
+from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.dante.page import draw_ablation, format_ablation
-from laguna_serve.scripts.dante.train import DanteResult, require_trainer, train_student
+from laguna_serve.scripts.dante.train import require_trainer, train_student
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.scripts.training.dante.measure import Passage, measure_passages
 from laguna_serve.scripts.training.dante.records import CacheError, read_cache

@@ -1,4 +1,4 @@
-"""How a student is taught, and what is noted of a step."""
+"""How a student is taught, and what is noted of its steps and of the whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 
 from laguna_serve.scripts.training.dante.losses import CENTER, Anchor
 from laguna_serve.scripts.training.dante.rows import Curriculum, EntropyScale
+from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 
 
@@ -87,3 +88,30 @@ class DanteStep(msgspec.Struct, frozen=True, kw_only=True):
     drift: float
     grad_norm: float
     lr: float
+
+
+class DanteResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.dante_training/1"):
+    """What was taught, and how it went.
+
+    Attributes:
+        rows: taught in an epoch; `cut` of the encoded rows do not teach where to stop, `left_out` had no room.
+        epochs: how often the curriculum starts again.
+        weights: least, mean and most w(H) of the rows: a spread near 0 makes CWCE a constant.
+        drift: of the embedding after the last step: squared, over the initialisation's norm.
+    """
+
+    environment: Environment
+    model: str
+    out: str
+    objective: dict[str, str | float | bool]
+    rows: int
+    cut: int
+    left_out: int
+    steps: int
+    batch: int
+    processes: int
+    epochs: float
+    weights: tuple[float, float, float]
+    drift: float
+    minutes: float
+    log: tuple[DanteStep, ...]

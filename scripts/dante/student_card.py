@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laguna_serve.scripts.dante.train import DanteResult
+from laguna_serve.scripts.dante.options import DanteResult
 from laguna_serve.scripts.training.card import Card, name_model
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 from laguna_serve.serving.kit.tables import Table

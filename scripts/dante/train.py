@@ -17,10 +17,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-import msgspec
 import torch
 
-from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
+from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.training.dante.losses import confidence_weight
 from laguna_serve.scripts.training.dante.records import read_cache
 from laguna_serve.scripts.training.dante.rows import (
@@ -30,7 +29,7 @@ from laguna_serve.scripts.training.dante.rows import (
     order_records,
 )
 from laguna_serve.serving.kit.command import Brief, Command
-from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
@@ -44,33 +43,6 @@ EXAMPLES = """examples:
 
 exit status: 0 trained, 2 it could not run, 130 interrupted (the same command continues)
 """
-
-
-class DanteResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.dante_training/1"):
-    """What was taught, and how it went.
-
-    Attributes:
-        rows: taught in an epoch; `cut` of the encoded rows do not teach where to stop, `left_out` had no room.
-        epochs: how often the curriculum starts again.
-        weights: least, mean and most w(H) of the rows: a spread near 0 makes CWCE a constant.
-        drift: of the embedding after the last step: squared, over the initialisation's norm.
-    """
-
-    environment: Environment
-    model: str
-    out: str
-    objective: dict[str, str | float | bool]
-    rows: int
-    cut: int
-    left_out: int
-    steps: int
-    batch: int
-    processes: int
-    epochs: float
-    weights: tuple[float, float, float]
-    drift: float
-    minutes: float
-    log: tuple[DanteStep, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

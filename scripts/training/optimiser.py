@@ -21,6 +21,8 @@ from laguna_serve.serving.kit.errors import CommandError
 
 BETAS = (0.9, 0.95)
 Moments = Literal["float32", "8bit"]
+# What torch.save keeps of a training.
+State = dict[str, Any]
 
 
 def open_adamw(weights: Iterable[nn.Parameter], weight_decay: float, moments: Moments) -> torch.optim.Optimizer:
@@ -74,13 +76,13 @@ class Optimiser:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the module's state, the moments, and the master copies in the order of the parameters."""
         masters = [master.detach() for master in self._masters.values()]
         return {"module": self._module.state_dict(), "optimizer": self._adamw.state_dict(), "masters": masters}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take over what `state_dict` gave; states of before there were master copies have none."""
         self._module.load_state_dict(state["module"])
         self._adamw.load_state_dict(state["optimizer"])

@@ -10,7 +10,6 @@ Source: torch.distributed.fsdp.fully_shard, of torch 2.13.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from laguna_serve.scripts.training.optimiser import Optimiser
+from laguna_serve.scripts.training.optimiser import Optimiser, State
 from laguna_serve.scripts.training.ranks import Ranks
 
 # The first process has everything, in the machine's memory; the others have nothing.
@@ -53,7 +52,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def gather(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole state of a sharded module to every process: fp32 tensors, on its device."""
-    return get_model_state_dict(module, options=WHOLE)
+    state: dict[str, torch.Tensor] = get_model_state_dict(module, options=WHOLE)
+    return state
 
 
 class ShardedOptimiser(Optimiser):
@@ -62,12 +62,12 @@ class ShardedOptimiser(Optimiser):
     def add_gradients(self, ranks: Ranks) -> None:
         """Leave them: the backward pass has summed them already."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return module and moments by name to the first process, empty ones to the others."""
         moments = get_optimizer_state_dict(self._module, self._adamw, options=ON_THE_FIRST)
         return {"module": get_model_state_dict(self._module, options=ON_THE_FIRST), "optimizer": moments}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take this process's part of what the first one's `state_dict` gave."""
         set_state_dict(
             self._module,

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
 
-from laguna_serve.scripts.dante.options import DanteConfig
-from laguna_serve.scripts.dante.train import DanteResult, require_trainer
+from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
+from laguna_serve.scripts.dante.train import require_trainer
 from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
 from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_records, order_records
