@@ -10,6 +10,7 @@ Source: torch.distributed.fsdp.fully_shard, of torch 2.13.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -52,8 +53,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def gather(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole state of a sharded module to every process: fp32 tensors, on its device."""
-    state: dict[str, torch.Tensor] = get_model_state_dict(module, options=WHOLE)
-    return state
+    return cast("dict[str, torch.Tensor]", get_model_state_dict(module, options=WHOLE))
 
 
 class ShardedOptimiser(Optimiser):
