@@ -6,6 +6,7 @@
 #   bash scripts/client_env.sh spec_rl    # .venv-rl: verifiers, this project and evals/spec_rl
 #   bash scripts/client_env.sh clients    # .venv-clients and .node-clients: SDKs and agents, for scripts/clients.sh
 #   bash scripts/client_env.sh docs       # .venv-docs: MkDocs, for scripts/docs.sh
+#   bash scripts/client_env.sh deploy     # .venv-deploy: linters of container and cluster files, for scripts/deployment.sh
 #   bash scripts/client_env.sh train      # .venv-train: TRL and Accelerate over .venv, for scripts/dante
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
@@ -20,7 +21,8 @@ case ${1:-} in
   clients) folder=.venv-clients ours=(--editable .) ;;
   docs) folder=.venv-docs ours=() ;;
   train) folder=.venv-train ours=() ;;
-  *) fail "name: expected evals, spec_rl, clients, docs or train, got '${1:-}'" ;;
+  deploy) folder=.venv-deploy ours=() ;;
+  *) fail "name: expected evals, spec_rl, clients, docs, deploy or train, got '${1:-}'" ;;
 esac
 lock=scripts/requirements/$1.lock
 sources=("$lock")

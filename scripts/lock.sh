@@ -9,6 +9,7 @@ uv pip compile evals.in "${plain[@]}" --universal --python-version 3.11 --exclud
 uv pip compile spec_rl.in "${plain[@]}" --universal --python-version 3.11 -o spec_rl.lock "$@"
 uv pip compile gpu.in "${plain[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.12 -o gpu.lock "$@"
 uv pip compile clients.in "${plain[@]}" --universal --python-version 3.11 -o clients.lock "$@"
+uv pip compile deploy.in "${plain[@]}" --universal --python-version 3.11 -o deploy.lock "$@"
 uv pip compile docs.in "${plain[@]}" --universal --python-version 3.11 -o docs.lock "$@"
 # What it needs besides is locked for .venv, over which it lies.
 uv pip compile train.in "${plain[@]}" --universal --python-version 3.11 --no-deps -o train.lock "$@"

@@ -75,4 +75,4 @@ def test_training_lies_over_the_engines_environment(copy: Path) -> None:
     assert done.returncode == 2
     assert "expected .venv, which it is laid over, got none; run scripts/bootstrap.sh" in done.stderr
     lock = (ROOT / "scripts" / "requirements" / "train.lock").read_text().split()
-    assert {line.partition("==")[0] for line in lock} == {"accelerate", "trl"}
+    assert {line.partition("==")[0] for line in lock} == {"accelerate", "torchao", "trl"}

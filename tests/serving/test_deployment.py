@@ -1,0 +1,142 @@
+"""What serving/deploy says of this project: flags that exist, files that are there, patience that fits together.
+
+The files' own forms are checked by scripts/deployment.sh.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from laguna_serve.serving.gateway.config import parse_config
+from laguna_serve.serving.gateway.config.tables import Server
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "serving" / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+CLUSTER = [
+    document
+    for name in ("engines", "gateway")
+    for document in yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text())
+]
+RELEASES = ROOT / "tests" / "fixtures" / "releases"
+
+
+def list_commands() -> Iterator[list[str]]:
+    """What containers run, after `laguna`."""
+    for service in COMPOSE["services"].values():
+        if service["image"].startswith("laguna-serve:"):
+            yield service["command"]
+    for container in list_containers():
+        yield container["args"]
+
+
+def list_containers() -> list[dict[str, Any]]:
+    return [
+        container
+        for document in CLUSTER
+        if document["kind"] == "Deployment"
+        for container in document["spec"]["template"]["spec"]["containers"]
+    ]
+
+
+@pytest.mark.parametrize("command", list_commands(), ids=" ".join)
+def test_commands_are_laguna_s(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from laguna_serve.serving.cli import main
+
+    name, *flags = command
+    known = help_of(main, name, capsys)
+    for flag in flags:
+        if flag.startswith("--"):
+            assert re.search(rf"{flag}\b", known), f"laguna {name} has no {flag}"
+
+
+def help_of(main: Any, name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_mounted_files_are_there() -> None:
+    mounted = [
+        volume.split(":")[0]
+        for service in COMPOSE["services"].values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./")
+    ]
+    assert len(mounted) >= 6
+    assert [path for path in mounted if not (DEPLOY / path).is_file()] == []
+    kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    names = [*kustomization["resources"], *(f for g in kustomization["configMapGenerator"] for f in g["files"])]
+    assert [name for name in names if not (DEPLOY / "kubernetes" / name).is_file()] == []
+    rules = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["rule_files"]
+    assert [name for name in rules if not (DEPLOY / name).is_file()] == []
+
+
+@pytest.mark.parametrize("folder", [DEPLOY, DEPLOY / "kubernetes"], ids=["compose", "kubernetes"])
+def test_gateway_finds_its_engines_and_is_given_time_to_end(folder: Path) -> None:
+    config = parse_config(tomllib.loads((folder / "gateway.toml").read_text()), "gateway.toml")
+    hosts = {re.sub(r"^http://|:8000$", "", upstream.url) for upstream in config.models[0].upstreams}
+    patience = config.server.shutdown_timeout_s
+    if folder is DEPLOY:
+        services = COMPOSE["services"]
+        assert hosts <= services.keys()
+        assert float(services["gateway"]["stop_grace_period"].removesuffix("s")) > patience
+        return
+    assert hosts <= {d["metadata"]["name"] for d in CLUSTER if d["kind"] == "Service"}
+    pod = next(d for d in CLUSTER if d["kind"] == "Deployment" and d["metadata"]["name"] == "gateway")["spec"][
+        "template"
+    ]
+    pause = int(pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["spec"]["terminationGracePeriodSeconds"] > patience + pause
+
+
+def test_unit_waits_longer_than_the_gateway() -> None:
+    unit = (DEPLOY / "laguna-gateway.service").read_text()
+    waits = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]
+    assert waits > Server().shutdown_timeout_s
+
+
+def test_services_select_pods_that_are_there() -> None:
+    pods = [d["spec"]["template"]["metadata"]["labels"] for d in CLUSTER if d["kind"] == "Deployment"]
+    for service in (d for d in CLUSTER if d["kind"] == "Service"):
+        chosen = [labels for labels in pods if service["spec"]["selector"].items() <= labels.items()]
+        assert len(chosen) == 1, service["metadata"]["name"]
+    for container in list_containers():
+        ports = {port["name"] for port in container["ports"]}
+        assert {container[p]["httpGet"]["port"] for p in container if p.endswith("Probe")} <= ports
+
+
+def test_images_are_those_that_are_built_with_the_locked_vllm() -> None:
+    tags = {f"laguna-serve:{path.suffix[1:]}" for path in DEPLOY.glob("Containerfile.*")}
+    named = {service["image"] for service in COMPOSE["services"].values()} | {c["image"] for c in list_containers()}
+    assert {image for image in named if image.startswith("laguna-serve")} <= tags
+    locked = re.search(r"^vllm==(\S+)$", (ROOT / "scripts/requirements/gpu.lock").read_text(), re.MULTILINE)
+    assert locked is not None
+    assert f"FROM vllm/vllm-openai:v{locked[1]}\n" in (DEPLOY / "Containerfile.gpu").read_text()
+
+
+def test_production_stack_starts_vllm_as_laguna_would(capsys: pytest.CaptureFixture[str]) -> None:
+    """The chart's flags are those of the plan for the release, on the card that the comment names."""
+    from laguna_serve.serving.cli import main
+
+    release, drafter = "Laguna-XS.2", "Laguna-XS.2-speculator.dflash"
+    draft = ["--draft", str(RELEASES / drafter)]
+    main(["doctor", str(RELEASES / release), *draft, "--as-device", "h100-80gb", "--json"])
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    values = yaml.safe_load((DEPLOY / "kubernetes" / "production-stack.yaml").read_text())
+    (spec,) = values["servingEngineSpec"]["modelSpec"]
+    planned = " ".join(plan["command"]).replace(str(RELEASES), "poolside")
+    assert f"--model {spec['modelURL']} " in planned
+    assert [argument for argument in spec["vllmConfig"]["extraArgs"] if argument not in planned] == []
+    assert f"--max-num-seqs {spec['vllmConfig']['maxNumSeqs']}" in planned
+    for variable in spec["env"]:
+        assert plan["environment"][variable["name"]] == variable["value"]
