@@ -21,7 +21,10 @@ from typing import Annotated
 
 import msgspec
 
+from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.files import write_text
@@ -145,7 +148,8 @@ def write_configuration() -> str:
 
 def write_metrics() -> str:
     """Write a table of what /metrics has of the gateway's own."""
-    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in Metrics().collect()]
+    families = [*Metrics().collect(), *KeyMetrics(Keyring(Ledger())).collect()]
+    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in families]
     text = (
         "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
         " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`."

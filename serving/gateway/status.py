@@ -49,6 +49,8 @@ def _describe_key(holder: Holder) -> JsonObject:
         "in_flight": holder.in_flight,
         "max_in_flight": holder.key.max_in_flight,
         "requests_per_minute": holder.key.requests_per_minute,
+        "tokens_today": holder.used_today,
+        "tokens_per_day": holder.key.tokens_per_day,
         "refused": holder.refused,
     }
 

@@ -104,6 +104,7 @@ class Holder:
         self._budget.reserved -= reserved
         spent = 0 if used is None else used.total
         if self._tokens is not None and spent != reserved:
+            self._tokens.refill(self._clock())
             self._tokens.take(spent - reserved)
         claim.demand = NOTHING
         if used is not None:

@@ -62,9 +62,9 @@ class Ledger:
 
     def __init__(self, path: Path | None = None, wall: Callable[[], float] = time.time) -> None:
         """Open the file, if one is given, and read what it has of today. Raises EngineError: it is none of ours."""
-        self._path, self._file = path, None if path is None else _open(path)
-        self._pending: dict[Row, Tally] = {}
         self._day = int(wall() // DAY_S)
+        self._path, self._file = path, None if path is None else _open(path, self._day)
+        self._pending: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
         if self._file is not None:
@@ -116,13 +116,13 @@ class Ledger:
             self._day, self._today = day, {}
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, today: int) -> sqlite3.Connection:
     file = None
     try:
         file = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
         with file:
             file.execute(SCHEMA)
-            file.execute("DELETE FROM usage WHERE day < ?", (int(time.time() // DAY_S) - KEPT_DAYS,))
+            file.execute("DELETE FROM usage WHERE day < ?", (today - KEPT_DAYS,))
             file.execute(READ, (0,)).fetchall()
     except sqlite3.Error as error:
         if file is not None:
