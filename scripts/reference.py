@@ -40,6 +40,11 @@ FAMILIES = {
     "evals": ("Evaluations", "Code, loss, invariance and the standard suites."),
     "scripts": ("Making and training", "The toy family, students, pruning scores, reinforcement learning."),
 }
+# vLLM's that serving/deploy shows.
+ENGINE_METRICS = {
+    "vllm:num_requests_waiting": "Requests that wait in an engine.",
+    "vllm:kv_cache_usage_perc": "Share of its KV cache that is in use, 0 to 1.",
+}
 EXAMPLES = """
 examples:
   python scripts/reference.py            # write the pages
@@ -154,7 +159,10 @@ def write_metrics() -> str:
         "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
         " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`."
     )
-    return "\n".join(["# Metrics", "", text, "", "| metric | type | what |", "|--|--|--|", *rows]) + "\n"
+    engines = [f"| `{name}` | gauge | {about} |" for name, about in ENGINE_METRICS.items()]
+    head = ["", "| metric | type | what |", "|--|--|--|"]
+    deploy = "Of the engines' own, the dashboard and the alert rules in `serving/deploy` use these:"
+    return "\n".join(["# Metrics", "", text, *head, *rows, "", deploy, *head, *engines]) + "\n"
 
 
 def list_schemas() -> Iterator[tuple[str, JsonObject]]:

@@ -25,6 +25,8 @@ from laguna_serve.serving.gateway.wire.headers import CONTEXT, Head
 from laguna_serve.serving.gateway.wire.redirects import Site
 
 PATH = "/v1/traces"
+# For one batch with all attempts; the gateway's end waits for the last one.
+EXPORT_S = 3
 # What OpenTelemetry calls what a path asks for; of other paths the engine's span has the server's name.
 OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -41,7 +43,7 @@ def make_tracer(settings: Tracing) -> OtelTracer:
     """Make what sends spans to the configured endpoint."""
     sampler = ParentBased(TraceIdRatioBased(settings.sample_ratio))
     provider = TracerProvider(sampler=sampler, resource=Resource.create({SERVICE_NAME: settings.service_name}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{settings.endpoint}{PATH}")))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{settings.endpoint}{PATH}", timeout=EXPORT_S)))
     return OtelTracer(provider)
 
 

@@ -174,5 +174,5 @@ def test_provider_behind_a_prefix_with_a_key_and_another_health_path(tmp_path: A
 @pytest.mark.parametrize("fallback", [["m"], ["nobody"], ["other", "other"]])
 def test_rule_that_names_no_other_model_is_refused(fallback: list[str]) -> None:
     models = [make_model("m", NOBODY, fallback=fallback), make_model("other", NOBODY)]
-    with pytest.raises(ConfigError, match="expected (names of other models as fallback of 'm'|distinct names)"):
+    with pytest.raises(ConfigError, match=r"expected (names of other models as fallback of 'm'|distinct names)"):
         parse_config({"models": models}, "test")

@@ -129,7 +129,8 @@ def test_what_is_not_sampled_is_still_passed_on() -> None:
     provider = TracerProvider(sampler=ParentBased(ALWAYS_OFF))
     with Upstream({CHAT: stream}) as engine, traced(engine, provider=provider) as (front, exporter):
         assert ask(front, exporter, "") == {}
-        assert dict(read_headers(engine.seen[0].head))["traceparent"].endswith("-00")
+        flags = dict(read_headers(engine.seen[0].head))["traceparent"].rpartition("-")[2]
+        assert int(flags, 16) & 1 == 0
 
 
 def test_without_tracing_the_clients_context_passes_as_it_is() -> None:
@@ -168,6 +169,7 @@ def test_spans_reach_a_collector() -> None:
     assert {f"POST {CHAT}", "chat m", "stream"} <= names
 
 
+@pytest.mark.slow
 def test_collector_that_is_gone_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
     with Upstream({CHAT: stream}) as engine, gateway(engine, tracing={"endpoint": "http://127.0.0.1:9"}) as front:
         assert [front.ask(CHAT, BODY).status for _ in range(3)] == [200] * 3
