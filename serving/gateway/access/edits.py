@@ -20,6 +20,7 @@ ASKING = frozenset(("/v1/chat/completions", "/v1/completions"))
 # Whose requests have vLLM's field `priority` (Anthropic's have none).
 PRIORITIES = ASKING | {"/v1/responses", "/v1/embeddings", "/pooling", "/classify", "/score", "/rerank"}
 ENDS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
+ASK = b'"stream_options":{"include_usage":true},'
 EMPTY = re.compile(rb"\s*\}")
 
 
@@ -28,7 +29,10 @@ def ask_usage(path: str, body: bytes, asked: Asked) -> bytes | None:
     if asked.stream is not True or not asked.plain or path not in ASKING:
         return None
     options = asked.stream_options
-    if options is UNSET or options is None:
+    if options is UNSET:  # as most are
+        begin = body.index(b"{") + 1
+        return b"".join((body[:begin], ASK, body[begin:]))
+    if options is None:
         return put(body, asked, "stream_options", {"include_usage": True})
     if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
         return None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway.access.demand import NOTHING, Demand
 from laguna_serve.serving.gateway.access.ledger import Ledger, Tally
-from laguna_serve.serving.gateway.access.limits import DAY_S, Bucket, Budget, find_midnight_s
+from laguna_serve.serving.gateway.access.limits import DAY_S, ROUNDING, Bucket, Budget, find_midnight_s
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import Headers
 
 Clock = Callable[[], float]
+REQUESTS, TOKENS = (
+    tuple(b"x-ratelimit-%b-%b" % (part, what) for part in (b"limit", b"remaining", b"reset"))
+    for what in (b"requests", b"tokens")
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +39,7 @@ class Holder:
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
         self.since_start: dict[str, Tally] = {}
+        self._tallies: dict[str, tuple[Tally, Tally]] = {}
         day = int(wall() // DAY_S)
         used = ledger.find(day, key.name).values()
         self._budget = Budget(day, sum(tally.prompt_tokens + tally.output_tokens for tally in used))
@@ -82,20 +88,19 @@ class Holder:
         claim.model = model
         if claim.reserved:  # it was for another model before
             return
-        key, tokens, budget = self.key, self._tokens, self._budget
+        key, tokens, budget, total = self.key, self._tokens, self._budget, demand.total
         if tokens is not None:
             tokens.refill(self._clock())
-            if not tokens.has(demand.total):
-                raise self._refuse(errors.too_many_tokens(tokens.find_wait_s(demand.total)), model)
+            if not tokens.has(total):
+                raise self._refuse(errors.too_many_tokens(tokens.find_wait_s(total)), model)
         if key.tokens_per_day is not None:
-            now = self._wall()
-            self._budget.turn(now)
-            if not budget.has(demand.total, key.tokens_per_day):
+            now = self._turn()
+            if not budget.has(total, key.tokens_per_day):
                 raise self._refuse(errors.budget_used(find_midnight_s(now)), model)
         claim.demand, claim.reserved = demand, True
         if tokens is not None:
-            tokens.take(demand.total)
-        budget.reserved += demand.total
+            tokens.take(total)
+        budget.reserved += total
 
     def leave(self, claim: Claim, used: Demand | None) -> None:
         """Give back the place, and settle the tokens: `used` instead of what was reserved. None: no engine had it."""
@@ -108,13 +113,16 @@ class Holder:
             self._tokens.take(spent - reserved)
         claim.demand = NOTHING
         if used is not None:
-            self._budget.turn(self._wall())
+            self._turn()
             self._budget.used += spent
-            self._count(claim.model, Tally(1, used.prompt, used.output))
+            for tally in self._find_tallies(claim.model):
+                tally.requests += 1
+                tally.prompt_tokens += used.prompt
+                tally.output_tokens += used.output
 
     def find_today(self) -> Mapping[str, Tally]:
         """Find what was used today, by model; "" where none was known."""
-        self._budget.turn(self._wall())
+        self._turn()
         return self._ledger.find(self._budget.day, self.name)
 
     @property
@@ -125,7 +133,7 @@ class Holder:
     @property
     def used_today(self) -> int:
         """Tokens that count for this day."""
-        self._budget.turn(self._wall())
+        self._turn()
         return self._budget.used
 
     @property
@@ -136,35 +144,45 @@ class Holder:
 
     def render_limits(self) -> Headers:
         """Render the headers that tell what is left, in OpenAI's words; of tokens by the limit that is nearest."""
-        now = self._clock()
         found: list[tuple[bytes, bytes]] = []
         if (requests := self._requests) is not None:
-            requests.refill(now)
-            found += _render(b"requests", requests.per_minute, requests.left, requests.full_in_s)
-        nearest: tuple[int, float, float] | None = None
-        if (tokens := self._tokens) is not None:
-            tokens.refill(now)
-            nearest = (tokens.per_minute, tokens.left, tokens.full_in_s)
-        if (limit := self.key.tokens_per_day) is not None:
-            wall = self._wall()
-            self._budget.turn(wall)
+            requests.refill(self._clock())
+            _render(found, REQUESTS, requests.per_minute, requests.left, requests.full_in_s)
+        tokens, limit = self._tokens, self.key.tokens_per_day
+        if tokens is not None:
+            tokens.refill(self._clock())
+        if limit is not None:
+            wall = self._turn()
             left = limit - self._budget.used - self._budget.reserved
-            if nearest is None or left < nearest[1]:
-                nearest = (limit, left, find_midnight_s(wall))
-        if nearest is not None:
-            found += _render(b"tokens", *nearest)
+            if tokens is None or left < tokens.left:
+                _render(found, TOKENS, limit, left, find_midnight_s(wall))
+                return found
+        if tokens is not None:
+            _render(found, TOKENS, tokens.per_minute, tokens.left, tokens.full_in_s)
         return found
+
+    def _turn(self) -> float:
+        """Begin a new day, where this is one; the time of day, in seconds of the epoch."""
+        now = self._wall()
+        if (day := int(now // DAY_S)) != self._budget.day:
+            self._budget.day, self._budget.used = day, 0
+            self._tallies.clear()
+        return now
 
     def _refuse(self, error: GatewayError, model: str = "") -> GatewayError:
         """So that it is seen who is over a limit."""
         self.refused += 1
-        self._budget.turn(self._wall())
-        self._count(model, Tally(refused=1))
+        self._turn()
+        for tally in self._find_tallies(model):
+            tally.refused += 1
         return error
 
-    def _count(self, model: str, more: Tally) -> None:
-        self.since_start.setdefault(model, Tally()).add(more)
-        self._ledger.note(self._budget.day, self.name, model, more)
+    def _find_tallies(self, model: str) -> tuple[Tally, Tally]:
+        """Find what counts for a model: since the start, and today."""
+        if (found := self._tallies.get(model)) is None:
+            today = self._ledger.find_row(self._budget.day, self.name, model)
+            found = self._tallies[model] = (self.since_start.setdefault(model, Tally()), today)
+        return found
 
 
 def _keep(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
@@ -174,10 +192,6 @@ def _keep(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket |
     return bucket if bucket is not None and bucket.per_minute == per_minute else Bucket(per_minute, now)
 
 
-def _render(what: bytes, limit: int, left: float, reset_s: float) -> Headers:
-    reset = b"%dms" % (reset_s * 1e3) if reset_s < 1 else b"%ds" % (reset_s + 0.999)
-    return (
-        (b"x-ratelimit-limit-" + what, b"%d" % limit),
-        (b"x-ratelimit-remaining-" + what, b"%d" % max(0, left + 1e-6)),
-        (b"x-ratelimit-reset-" + what, reset),
-    )
+def _render(found: list[tuple[bytes, bytes]], names: Sequence[bytes], limit: int, left: float, reset_s: float) -> None:
+    reset = b"%dms" % (reset_s * 1e3) if reset_s < 1 else b"%ds" % math.ceil(reset_s)
+    found += zip(names, (b"%d" % limit, b"%d" % max(0, left + ROUNDING), reset), strict=True)

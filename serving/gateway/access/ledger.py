@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laguna_serve.serving.engine import EngineError
@@ -46,12 +46,12 @@ class Tally:
     output_tokens: int = 0
     refused: int = 0
 
-    def add(self, other: Tally) -> None:
-        """Add another one's."""
-        self.requests += other.requests
-        self.prompt_tokens += other.prompt_tokens
-        self.output_tokens += other.output_tokens
-        self.refused += other.refused
+    def add(self, other: Tally, sign: int = 1) -> None:
+        """Add another one's, or with -1 subtract them."""
+        self.requests += sign * other.requests
+        self.prompt_tokens += sign * other.prompt_tokens
+        self.output_tokens += sign * other.output_tokens
+        self.refused += sign * other.refused
 
 
 Row = tuple[int, str, str]
@@ -64,24 +64,25 @@ class Ledger:
         """Open the file, if one is given, and read what it has of today. Raises EngineError: it is none of ours."""
         self._day = int(wall() // DAY_S)
         self._path, self._file = path, None if path is None else _open(path, self._day)
+        # What is still to be written, and what of today's has been, or is.
         self._pending: dict[Row, Tally] = {}
+        self._written: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
         if self._file is not None:
             for key, model, *numbers in self._file.execute(READ, (self._day,)):
                 self._today.setdefault(key, {})[model] = Tally(*numbers)
-
-    def note(self, day: int, key: str, model: str, more: Tally) -> None:
-        """Note what a key has used more of a model ("" where none is known)."""
-        self._turn(day)
-        self._today.setdefault(key, {}).setdefault(model, Tally()).add(more)
-        if self._file is not None:
-            self._pending.setdefault((day, key, model), Tally()).add(more)
+                self._written[self._day, key, model] = Tally(*numbers)
 
     def find(self, day: int, key: str) -> Mapping[str, Tally]:
-        """Find what a key has used on the day that is today, by model."""
+        """Find what a key has used on the day that is today, by model ("" where none was known)."""
         self._turn(day)
         return self._today.get(key, {})
+
+    def find_row(self, day: int, key: str, model: str) -> Tally:
+        """Find what a key has used of a model on the day that is today: whoever uses more adds to it."""
+        self._turn(day)
+        return self._today.setdefault(key, {}).setdefault(model, Tally())
 
     async def keep_writing(self, every_s: float, stopped: asyncio.Event) -> None:
         """Write what comes together, until it is stopped; then write the rest, and close the file."""
@@ -95,6 +96,7 @@ class Ledger:
 
     async def write(self) -> None:
         """Add to the file what is not in it yet, in a thread: a disk may be slow. A failure is logged once."""
+        self._collect()
         rows, self._pending = self._pending, {}
         if self._file is None or not rows:
             return
@@ -113,7 +115,22 @@ class Ledger:
 
     def _turn(self, day: int) -> None:
         if day != self._day:
-            self._day, self._today = day, {}
+            self._collect()
+            self._day, self._today, self._written = day, {}, {}
+
+    def _collect(self) -> None:
+        """Collect what has come since the last time."""
+        if self._file is None:
+            return
+        for key, models in self._today.items():
+            for model, tally in models.items():
+                row = (self._day, key, model)
+                written = self._written.setdefault(row, Tally())
+                if tally != written:
+                    more = self._pending.setdefault(row, Tally())
+                    more.add(tally)
+                    more.add(written, -1)
+                    self._written[row] = replace(tally)
 
 
 def _open(path: Path, today: int) -> sqlite3.Connection:

@@ -43,16 +43,14 @@ class Bucket:
 
 @dataclass(slots=True)
 class Budget:
-    """Tokens of one day (UTC, counted from the epoch): what is used, and what requests in flight may come to use."""
+    """Tokens of one day (UTC, counted from the epoch): what is used, and what requests in flight may come to use.
+
+    What is in flight counts for the day on which it ends.
+    """
 
     day: int = 0
     used: int = 0
     reserved: int = 0
-
-    def turn(self, now: float) -> None:
-        """Begin a new day, where `now` (seconds of the epoch) is one. What is in flight counts for the day it ends."""
-        if (day := int(now // DAY_S)) != self.day:
-            self.day, self.used = day, 0
 
     def has(self, amount: int, limit: int) -> bool:
         """Whether so much is left of the limit; of more than a day has, whether nothing is taken."""

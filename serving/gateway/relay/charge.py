@@ -17,7 +17,8 @@ def find_used(exchange: Exchange, claim: Claim) -> Demand | None:
     if exchange.sent_s is None:
         return None
     if exchange.usage is not None:
-        return Demand(*exchange.usage)
+        prompt, output = exchange.usage  # of some streams the beginning alone tells the prompt's
+        return Demand(prompt or claim.demand.prompt, output)
     if exchange.status not in (200, CLIENT_GONE) or claim.demand is NOTHING:
         return NOTHING
     if exchange.complete and not exchange.streams:

@@ -106,15 +106,15 @@ def test_gateway_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
 def test_two_gateways_add_to_one_file(tmp_path: Path) -> None:
     ledgers = [Ledger(tmp_path / "u.sqlite", lambda: DAY * DAY_S) for _ in range(2)]
     for ledger in ledgers:
-        ledger.note(DAY, "k", "m", Tally(1, 2, 3, 4))
+        ledger.find_row(DAY, "k", "m").add(Tally(1, 2, 3, 4))
         write(ledger)
     assert read_file(tmp_path / "u.sqlite") == [("k", "m", 2, 4, 6, 8)]
 
 
 def test_new_day_begins_empty_and_the_old_one_stays_in_the_file(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "u.sqlite", lambda: DAY * DAY_S)
-    ledger.note(DAY, "k", "m", Tally(1))
-    ledger.note(DAY + 1, "k", "m", Tally(2))
+    ledger.find_row(DAY, "k", "m").add(Tally(1))
+    ledger.find_row(DAY + 1, "k", "m").add(Tally(2))
     write(ledger)
     assert ledger.find(DAY + 1, "k") == {"m": Tally(2)}
     assert Ledger(tmp_path / "u.sqlite", lambda: DAY * DAY_S).find(DAY, "k") == {"m": Tally(1)}
@@ -130,10 +130,10 @@ def test_write_that_fails_loses_nothing(
     with closing(sqlite3.connect(tmp_path / "u.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         for _ in range(2):
-            ledger.note(DAY, "k", "m", Tally(1, 1, 1, 1))
+            ledger.find_row(DAY, "k", "m").add(Tally(1, 1, 1, 1))
             write(ledger)
         other.execute("ROLLBACK")
-    ledger.note(DAY, "k", "m", Tally(1, 1, 1, 1))
+    ledger.find_row(DAY, "k", "m").add(Tally(1, 1, 1, 1))
     write(ledger)
     assert read_file(tmp_path / "u.sqlite") == [("k", "m", 3, 3, 3, 3)]
     messages = [record.getMessage() for record in caplog.records if "usage_file" in record.getMessage()]
@@ -148,7 +148,7 @@ def test_disk_that_is_full_is_a_line_and_no_loss(tmp_path: Path, caplog: pytest.
     (pages,) = ledger._file.execute("PRAGMA page_count").fetchone()
     ledger._file.execute(f"PRAGMA max_page_count = {pages}")
     for number in range(500):
-        ledger.note(DAY, f"key-{number}", "m" * 100, Tally(1))
+        ledger.find_row(DAY, f"key-{number}", "m" * 100).add(Tally(1))
     write(ledger)
     assert "database or disk is full; it is tried again" in caplog.text
     assert read_file(tmp_path / "u.sqlite") == []
