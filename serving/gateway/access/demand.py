@@ -17,12 +17,8 @@ MAKING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messa
 FREE = frozenset(("/tokenize", "/detokenize", "/v1/messages/count_tokens"))
 
 
-class Asked(msgspec.Struct):
-    """What the gateway reads of a body; all else is skipped, not decoded.
-
-    What is no routing's business may be of any type: to refuse it is the engine's. `plain`: the body is JSON as
-    everybody reads it, an object in UTF-8, and can be edited as bytes.
-    """
+class _Body(msgspec.Struct):
+    """What of it may be of any type: to refuse that is the engine's business."""
 
     model: str | None = None
     stream: Any = None
@@ -32,9 +28,17 @@ class Asked(msgspec.Struct):
     max_output_tokens: Any = None
     stream_options: Any = UNSET
     priority: Any = UNSET
-    # Of the body itself: whatever it has under these names is written over.
-    is_json: Any = False
-    plain: Any = False
+
+
+class Asked(_Body):
+    """What the gateway reads of a body; all else is skipped, not decoded.
+
+    `is_json`: it is an object. `plain`: it is JSON as everybody reads it, in UTF-8, and can be edited as bytes. A body's
+    own fields of these names are written over.
+    """
+
+    is_json: bool = False
+    plain: bool = False
 
 
 class Demand(NamedTuple):
@@ -45,7 +49,7 @@ class Demand(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of both."""
+        """Tokens of prompt and answer together."""
         return self.prompt + self.output
 
 

@@ -194,4 +194,5 @@ def _keep(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket |
 
 def _render(found: list[tuple[bytes, bytes]], names: Sequence[bytes], limit: int, left: float, reset_s: float) -> None:
     reset = b"%dms" % (reset_s * 1e3) if reset_s < 1 else b"%ds" % math.ceil(reset_s)
-    found += zip(names, (b"%d" % limit, b"%d" % max(0, left + ROUNDING), reset), strict=True)
+    shown = int(left + ROUNDING) if left > 0 else 0
+    found += ((names[0], b"%d" % limit), (names[1], b"%d" % shown), (names[2], reset))

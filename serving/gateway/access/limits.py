@@ -12,19 +12,21 @@ ROUNDING = 1e-6
 class Bucket:
     """A token bucket. What is taken may be more than there is, once it is known; it comes back first then."""
 
-    __slots__ = ("_filled_s", "left", "per_minute")
+    __slots__ = ("_filled_s", "_per_second", "left", "per_minute")
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute, self.left, self._filled_s = per_minute, float(per_minute), now
+        self._per_second = per_minute / 60
 
     def refill(self, now: float) -> None:
         """Give what has come back until `now`, in seconds of the same clock as before."""
-        self.left = min(float(self.per_minute), self.left + (now - self._filled_s) * self.per_minute / 60)
-        self._filled_s = now
+        if now != self._filled_s:
+            left = self.left + (now - self._filled_s) * self._per_second
+            self.left, self._filled_s = (left if left < self.per_minute else float(self.per_minute)), now
 
     def has(self, amount: float) -> bool:
         """Whether there is so much; of more than a minute has, whether it is full."""
-        return self.left >= min(amount, self.per_minute) - ROUNDING
+        return self.left >= (amount if amount < self.per_minute else self.per_minute) - ROUNDING
 
     def find_wait_s(self, amount: float) -> int:
         """After how many whole seconds there will be so much, at least 1."""
@@ -32,13 +34,14 @@ class Bucket:
         return max(1, math.ceil(missing * 60 / self.per_minute - ROUNDING))
 
     def take(self, amount: float) -> None:
-        """Take so much, or give back what is negative."""
-        self.left -= amount
+        """Take so much, or give back what is negative; there is never more than a minute has."""
+        left = self.left - amount
+        self.left = left if left < self.per_minute else float(self.per_minute)
 
     @property
     def full_in_s(self) -> float:
         """Seconds until it is full."""
-        return max(0.0, self.per_minute - self.left) * 60 / self.per_minute
+        return (self.per_minute - self.left) / self._per_second if self.left < self.per_minute else 0.0
 
 
 @dataclass(slots=True)

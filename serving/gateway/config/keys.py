@@ -56,7 +56,7 @@ class AccessTable(ConfigTable):
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """Those of `keys_file`."""
+        """The keys that `keys_file` has."""
         return self._keys
 
 

@@ -23,5 +23,6 @@ def find_used(exchange: Exchange, claim: Claim) -> Demand | None:
         return NOTHING
     if exchange.complete and not exchange.streams:
         return claim.demand
-    prompt, output = read_usage(b"".join(exchange.recent)) or (0, 0)
+    told = None if exchange.complete else read_usage(b"".join(exchange.recent))
+    prompt, output = told or (0, 0)
     return Demand(prompt or claim.demand.prompt, max(output, exchange.chunks if exchange.streams else 0))

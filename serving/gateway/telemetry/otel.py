@@ -51,7 +51,7 @@ class OtelTracer:
     """Begins the traces of a gateway."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        self._provider, self._tracer = provider, provider.get_tracer("laguna_serve.gateway")
+        self._provider, self._tracer = provider, provider.get_tracer("laguna_serve.serving.gateway")
 
     def begin(self, head: Head, started_s: float) -> OtelTrace:
         """Begin a request's trace, under the one that its `traceparent` names."""

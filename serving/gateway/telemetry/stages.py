@@ -30,17 +30,17 @@ class Stages(NamedTuple):
 
 
 class Trace(Protocol):
-    """The spans of one request."""
+    """The spans of one request, until its end."""
 
     def enter_engine(self, site: Site) -> bytes:
         """Begin the engine's part; returns the header lines that carry the trace on."""
 
     def end(self, stages: Stages) -> None:
-        """End all of it."""
+        """End all spans of the request."""
 
 
 class Tracer(Protocol):
-    """Begins traces."""
+    """Begins the traces of requests."""
 
     def begin(self, head: Head, started_s: float) -> Trace:
         """Begin a request's, under the one that its `traceparent` names."""
