@@ -4,7 +4,7 @@ Added latency is the difference of medians, of the time to the first event and o
 the client, paired by round. The direct path is the mock's own ceiling; a bare splice of two sockets shows what any
 relay adds on this machine, which client, engine and relays share. Other relays stand beside it in the same run:
 --start NAME=COMMAND runs one, with {engine} and {port} for the ports, and --peer NAME=URL takes one that runs already.
-The gateway has keys, access log, affinity and admin port on.
+The gateway has keys with limits and usage, access log, affinity and admin port on.
 The last stdout line is one JSON object (schema laguna_serve.gateway_bench/1).
 """
 

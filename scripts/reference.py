@@ -21,7 +21,10 @@ from typing import Annotated
 
 import msgspec
 
+from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.files import write_text
@@ -36,6 +39,11 @@ FAMILIES = {
     "bench": ("Benchmarks", "Measure, compare and certify engines; each needs `.venv` of scripts/bootstrap.sh."),
     "evals": ("Evaluations", "Code, loss, invariance and the standard suites."),
     "scripts": ("Making and training", "The toy family, students, pruning scores, reinforcement learning."),
+}
+# vLLM's that serving/deploy shows.
+ENGINE_METRICS = {
+    "vllm:num_requests_waiting": "Requests that wait in an engine.",
+    "vllm:kv_cache_usage_perc": "Share of its KV cache that is in use, 0 to 1.",
 }
 EXAMPLES = """
 examples:
@@ -145,12 +153,16 @@ def write_configuration() -> str:
 
 def write_metrics() -> str:
     """Write a table of what /metrics has of the gateway's own."""
-    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in Metrics().collect()]
+    families = [*Metrics().collect(), *KeyMetrics(Keyring(Ledger())).collect()]
+    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in families]
     text = (
         "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
         " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`."
     )
-    return "\n".join(["# Metrics", "", text, "", "| metric | type | what |", "|--|--|--|", *rows]) + "\n"
+    engines = [f"| `{name}` | gauge | {about} |" for name, about in ENGINE_METRICS.items()]
+    head = ["", "| metric | type | what |", "|--|--|--|"]
+    deploy = "Of the engines' own, the dashboard and the alert rules in `serving/deploy` use these:"
+    return "\n".join(["# Metrics", "", text, *head, *rows, "", deploy, *head, *engines]) + "\n"
 
 
 def list_schemas() -> Iterator[tuple[str, JsonObject]]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Which optional lists a folder's code may rely on, besides the dependencies of all.
 ROLES = {
-    "serving": {"gpu"},
+    "serving": {"gpu", "tracing"},
     "plugins": {"gpu", "train"},
     "kernels": {"train"},
     "bench": {"bench", "gpu", "train"},
@@ -26,11 +26,14 @@ SHARED = {"serving/kit/figures.py": {"bench"}, "serving/client/openai_endpoint.p
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "markdown_it": "markdown-it-py",
+    "opentelemetry": "opentelemetry-sdk",
     "prometheus_client": "prometheus-client",
     "pydantic_core": "pydantic",
     "pynvml": "nvidia-ml-py",
     "python_multipart": "python-multipart",
 }
+# Several distributions with one name to import: whoever imports it needs both of ours.
+TOGETHER = {"opentelemetry-exporter-otlp-proto-http": "opentelemetry-sdk"}
 # vLLM's own; and the clients that scripts/clients.sh tries have an environment and a list of their own.
 WITH_VLLM = {"torch", "triton", "transformers", "vllm"}
 CLIENTS = "scripts/clients/"
@@ -76,7 +79,7 @@ def test_everything_declared_is_imported() -> None:
         for name in list_imports(path)
     }
     roles = set(PROJECT["optional-dependencies"]) - {"cpu", "all"}
-    unused = list_declared(roles) - imported
+    unused = {TOGETHER.get(name, name) for name in list_declared(roles)} - imported
     assert not unused, f"pyproject.toml declares {sorted(unused)}, which nothing imports"
 
 

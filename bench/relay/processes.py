@@ -23,7 +23,7 @@ GATEWAY_COMMAND = (sys.executable, "-m", "laguna_serve.serving.cli", "gateway")
 def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
     """Write a gateway's configuration with all that costs a request something.
 
-    That is keys, access log, affinity, admin port.
+    That is keys with limits, budgets and usage, access log, affinity, admin port.
     """
     upstreams = "".join(
         f"""
@@ -39,14 +39,21 @@ def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
         access_log = true
         [admin]
         port = {admin}
+        [access]
+        usage_file = "{folder / "usage.sqlite"}"
         [[keys]]
         name = "bench"
         sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
         max_in_flight = 4096
         requests_per_minute = 1000000
+        tokens_per_minute = 1000000000
+        tokens_per_day = 1000000000000
+        models = ["fake"]
+        priority = 1
         [[models]]
         name = "fake"
         affinity = "session"
+        pass_priority = true
         {upstreams}
         """
     path = folder / "gateway.toml"

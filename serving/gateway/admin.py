@@ -20,6 +20,7 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
@@ -177,6 +178,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         return {"message": "Weight update finished"}
 
     app.include_router(make_router(lambda: find().relay.owner))
+    app.include_router(admin_usage.make_router(lambda: find().relay.keys))
 
     async def pass_on(request: Request) -> Response:
         group = find_group(request.query_params.get("model"))

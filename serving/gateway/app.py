@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 from fastapi import FastAPI, Request, Response
 
+from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.clients.asgi import RelayApp
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.config.tables import Tracing
 from laguna_serve.serving.gateway.engines.catalog import Catalog
 from laguna_serve.serving.gateway.engines.health import check_forever
 from laguna_serve.serving.gateway.relay.relay import Relay
@@ -20,6 +24,7 @@ from laguna_serve.serving.gateway.services import Services, find_services
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.stages import Tracer
 from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
@@ -30,8 +35,13 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     """Create the application of a configuration, which logs to `log` instead of stderr.
 
     Once it has started, `find_services` has its parts.
+
+    Raises:
+        EngineError: the file of usage is none, or OpenTelemetry is not installed.
     """
     metrics = Metrics()
+    ledger = Ledger(None if config.access.usage_file is None else Path(config.access.usage_file))
+    tracer = None if config.tracing.endpoint is None else open_tracer(config.tracing)
     if log is None:
         log = AccessLog.on_stderr() if config.server.access_log else AccessLog()
 
@@ -40,10 +50,12 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry)
             catalog = Catalog(steps)
-            relay = Relay(config, metrics, shadows, log, catalog)
+            relay = Relay(config, metrics, shadows, log, catalog, ledger, tracer)
             app.state.services = Services(relay, session, steps)
             app.mount("/", RelayApp(relay))
             checks = asyncio.create_task(check_forever(steps, relay))
+            stopped = asyncio.Event()
+            writing = asyncio.create_task(ledger.keep_writing(config.access.usage_write_s, stopped))
             try:
                 yield
             finally:
@@ -54,6 +66,10 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                 await relay.owner.stop()
                 await shadows.stop()
                 await catalog.stop()
+                stopped.set()
+                await writing
+                if tracer is not None:
+                    await asyncio.to_thread(tracer.close)
 
     app = FastAPI(title="Laguna gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -73,7 +89,7 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     async def ready(request: Request) -> Response:
         """Every model has an engine that is up or that can be started, and the gateway is not about to stop."""
         relay = find_services(app).relay
-        relay.access.check(dict(request.headers.raw))
+        relay.keys.find(dict(request.headers.raw))
         now = time.monotonic()
         up = all(pool.is_ready(now) or relay.owner.is_well(name) for name, pool in relay.pools.items())
         return Response(status_code=200 if up and not relay.draining else 503)
@@ -82,13 +98,23 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     async def show_metrics(request: Request) -> Response:
         """For Prometheus: the gateway's own, then those of every engine that answers."""
         services = find_services(app)
-        services.relay.access.check(dict(request.headers.raw))
+        services.relay.keys.find(dict(request.headers.raw))
         engines = [(pool.model.name, engine) for pool in services.relay.pools.values() for engine in pool.engines]
         texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
         return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def open_tracer(settings: Tracing) -> Tracer:
+    """Open what sends spans. Raises EngineError: OpenTelemetry's SDK is not installed."""
+    try:
+        from laguna_serve.serving.gateway.telemetry.otel import make_tracer
+    except ImportError as error:
+        expected = "tracing.endpoint: expected OpenTelemetry's SDK to be installed"
+        raise EngineError(f"{expected}, got {error}; pip install 'laguna-serve[tracing]'") from None
+    return make_tracer(settings)
 
 
 def _open_session(force_close: bool = False) -> aiohttp.ClientSession:

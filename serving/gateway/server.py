@@ -41,6 +41,8 @@ FIXED: Mapping[str, Sequence[str]] = {
         "access_log",
     ),
     "admin": ("host", "port", "sha256"),
+    "access": ("usage_file", "usage_write_s"),
+    "tracing": ("endpoint", "service_name", "sample_ratio"),
 }
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.admin_models import describe_model
 from laguna_serve.serving.gateway.engines.engine import Engine
-from laguna_serve.serving.gateway.relay.access import Holder
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
 from laguna_serve.serving.kit.results import JsonObject
@@ -38,7 +38,7 @@ async def describe(services: Services, now: float) -> JsonObject:
         "in_flight": len(relay.exchanges),
         "queued_bytes": relay.backlog.total,
         "models": models,
-        "keys": [_describe_key(holder) for holder in relay.access.holders],
+        "keys": [_describe_key(holder) for holder in relay.keys.holders],
         "last_errors": list(relay.last_errors)[::-1],
     }
 
@@ -49,6 +49,8 @@ def _describe_key(holder: Holder) -> JsonObject:
         "in_flight": holder.in_flight,
         "max_in_flight": holder.key.max_in_flight,
         "requests_per_minute": holder.key.requests_per_minute,
+        "tokens_today": holder.used_today,
+        "tokens_per_day": holder.key.tokens_per_day,
         "refused": holder.refused,
     }
 

@@ -99,7 +99,7 @@ def check_front(settings: FrontSettings) -> tuple[str, int, bool]:
     host, port = config.server.host, config.server.port
     if port:
         require_port(host, port)
-    return host, port, bool(config.keys)
+    return host, port, config.asks_for_keys
 
 
 class Front:

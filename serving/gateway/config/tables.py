@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
+from laguna_serve.serving.gateway.config.keys import AccessTable, Key
 from laguna_serve.serving.gateway.config.owned import NOWHERE, QUEUE_FACTOR, Group, OwnedEngine, name_engine
 from laguna_serve.serving.gateway.config.values import (
     Count,
@@ -34,6 +35,7 @@ from laguna_serve.serving.kit.results import JsonObject
 MIB = 1 << 20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("", "0.0.0.0", "::")
+FallbackCause = Literal["down", "lost", "silent", "queue_full", "queue_timeout", "load_failed"]
 
 
 class Server(ConfigTable):
@@ -105,6 +107,14 @@ class Limits(ConfigTable):
     heartbeat_s: Seconds = 5.0
 
 
+class Tracing(ConfigTable):
+    """Where spans of requests go: OpenTelemetry's protocol over HTTP. Without an endpoint there are none."""
+
+    endpoint: Url | None = None
+    service_name: Name = "laguna-gateway"
+    sample_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class Health(ConfigTable):
     """How engines are asked whether they are well: each every `interval_s`.
 
@@ -165,14 +175,16 @@ class Endpoint(ConfigTable):
 
 
 class Upstream(Endpoint):
-    """One engine.
+    """One engine, or a provider.
 
-    `max_in_flight` requests are in it at once; `weight` is its share where arms are compared. A speculative engine may
+    `max_in_flight` requests are in it at once; `health_path` is asked instead of that of all engines; `weight` is its
+    share where arms are compared. A speculative engine may
     have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first, last, γ) by requests at
     once: where its γ is 0, requests overflow to the model's engines that have none.
     """
 
     max_in_flight: Count = 64
+    health_path: UrlPath | None = None
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
     gamma_schedule: Schedule = ()
 
@@ -202,6 +214,10 @@ class Model(ConfigTable):
     while that has room: `session` by the header X-Session-ID, else by the API key, `prefix` by how a request begins;
     `none` goes by load. Either way engines get shares by their weights. Instead of upstreams a model may have an
     `engine`, which the gateway starts when it is asked for.
+
+    Where one of `fallback_on` keeps a request from an answer's first byte, it goes to the models of `fallback`, one
+    after the other. With `pass_priority` engines are told the priority of its key (vLLM with --scheduling-policy
+    priority); with `ask_usage` a stream for a key is asked for its usage, which its client does not see.
     """
 
     name: ModelName
@@ -210,6 +226,10 @@ class Model(ConfigTable):
     upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1, strict=False)]
     shadows: Annotated[tuple[Shadow, ...], Field(strict=False)] = ()
     engine: OwnedEngine | None = None
+    fallback: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
+    fallback_on: Annotated[tuple[FallbackCause, ...], Field(strict=False)] = ("down", "queue_full", "load_failed")
+    pass_priority: bool = False
+    ask_usage: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -225,15 +245,6 @@ class Model(ConfigTable):
         return {**given, "upstreams": [upstream]}
 
 
-class Key(ConfigTable):
-    """Who may ask: the SHA-256 of the key, never the key."""
-
-    name: Name
-    sha256: Digest = Field(repr=False)
-    max_in_flight: Count | None = None
-    requests_per_minute: Count | None = None
-
-
 class Config(ConfigTable):
     """A configuration file, validated as a whole: names, ports and keys must be distinct."""
 
@@ -241,9 +252,21 @@ class Config(ConfigTable):
     admin: Admin = Admin()
     limits: Limits = Limits()
     health: Health = Health()
+    access: AccessTable = AccessTable()
+    tracing: Tracing = Tracing()
     models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
     keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
     groups: Annotated[tuple[Group, ...], Field(strict=False)] = ()
+
+    @property
+    def all_keys(self) -> tuple[Key, ...]:
+        """Those of the file and those of `access.keys_file`."""
+        return self.keys + self.access.keys
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether a request needs a key: also where the file of keys has none any more."""
+        return bool(self.keys) or self.access.keys_file is not None
 
     @model_validator(mode="after")
     def _check_distinct(self) -> Self:
@@ -251,19 +274,30 @@ class Config(ConfigTable):
         # Over all models, as logs and metrics name an engine by it.
         upstreams = [upstream.name for model in self.models for upstream in model.upstreams]
         _require_distinct("upstreams", upstreams + [shadow.name for model in self.models for shadow in model.shadows])
-        _require_distinct("keys", [key.name for key in self.keys])
+        _require_distinct("keys", [key.name for key in self.all_keys])
         _require_distinct("groups", names := [group.name for group in self.groups])
         for model in self.models:
             if model.engine is not None and model.engine.group not in (*names, "default"):
                 raise ValueError(f"expected a [[groups]] for every engine's group, got none for {model.engine.group!r}")
+        _check_fallbacks(self.models)
         by_digest: dict[str, str] = {}
-        for key in self.keys:
+        for key in self.all_keys:
             if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:
                 raise ValueError(f"expected distinct sha256 of keys, got one for both {other!r} and {key.name!r}")
         hosts = (self.server.host, self.admin.host)
         if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
             raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
         return self
+
+
+def _check_fallbacks(models: tuple[Model, ...]) -> None:
+    """Check that fallbacks are other models, each once. Raises ValueError."""
+    known = {model.name for model in models}
+    for model in models:
+        _require_distinct("fallback", list(model.fallback))
+        if model.name in model.fallback or (unknown := [name for name in model.fallback if name not in known]):
+            got = repr(model.name if model.name in model.fallback else unknown[0])
+            raise ValueError(f"expected names of other models as fallback of {model.name!r}, got {got}")
 
 
 def _require_distinct(what: str, names: list[str]) -> None:

@@ -87,6 +87,7 @@ Port = Annotated[int, Field(ge=0, le=65_535)]
 Range = tuple[int, int, Annotated[int, Field(ge=0)]]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+TokenCount = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Schedule = Annotated[
     tuple[Annotated[Range, Field(strict=False)], ...], BeforeValidator(read_schedule), Field(strict=False)
 ]

@@ -70,16 +70,18 @@ class Catalog:
             pool = self.find(name)
         return pool
 
-    async def render_list(self) -> bytes:
-        """All names, as OpenAI's API lists them: what engines tell of each, else what the gateway knows."""
+    async def render_list(self, is_shown: Callable[[Pool, str], bool]) -> bytes:
+        """All names that are shown, as OpenAI's API lists them: what engines tell of each, else what is known here."""
         await self._ask_engines()
         found: dict[str, Card] = {}
         for model, pool in self._pools.items():
             listed = self._listed.get(model, {})
             for name in (pool.model.name, *pool.model.aliases):
-                found[name] = listed.get(name) or self._describe(name)
+                if is_shown(pool, name):
+                    found[name] = listed.get(name) or self._describe(name)
             for name, card in listed.items():
-                found.setdefault(name, card)
+                if is_shown(pool, name):
+                    found.setdefault(name, card)
         return msgspec.json.encode({"object": "list", "data": list(found.values())})
 
     async def render_model(self, name: str) -> bytes | None:

@@ -93,23 +93,24 @@ def _find_interval(gateway: Checked, engine: Engine) -> float:
 
 async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, engine: Engine) -> None:
     health = gateway.config.health
+    path = engine.config.health_path or health.path
     began_s, answers = time.perf_counter(), engine.answers
     try:
-        status = await engine.origin.ask_status(health.path, health.timeout_s)
+        status = await engine.origin.ask_status(path, health.timeout_s)
     except (UnreachableError, BrokenError, TimeoutError) as error:
         if isinstance(error, UnreachableError) and error.shortage:
             gateway.note_shortage(str(error))
         elif isinstance(error, TimeoutError) or (isinstance(error, UnreachableError) and error.silent):
             is_alive = engine.answers > answers or gateway.has_heard_from(engine, began_s)
             if not (is_alive or pool.paused):  # an engine that loads weights may be silent
-                reason = f"{health.path}: no answer within {health.timeout_s:g} s"
+                reason = f"{path}: no answer within {health.timeout_s:g} s"
                 engine.note_miss(reason, health.failures, silent=True)
         else:
             enough = 1 if isinstance(error, UnreachableError) and error.refused else health.failures
-            engine.note_miss(f"{health.path}: {error}", enough, silent=False)
+            engine.note_miss(f"{path}: {error}", enough, silent=False)
         return
     if status != 200:
-        engine.note_miss(f"{health.path}: HTTP {status}", health.failures, silent=False)
+        engine.note_miss(f"{path}: HTTP {status}", health.failures, silent=False)
         return
     was_up = engine.healthy is True and engine.is_up(pool.clock())
     if not was_up:

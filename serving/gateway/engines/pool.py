@@ -1,7 +1,8 @@
 """Which engine takes a request, and how long it may wait for one: slots and a bounded queue.
 
-A slot is held from the choice of an engine to the last byte of its answer. Requests wait in the order in which they
-came. Where no engine is up, those that are down for silence alone are tried all the same: they may only be slow.
+A slot is held from the choice of an engine to the last byte of its answer. Requests wait by priority, then in the
+order in which they came. Where no engine is up, those that are down for silence alone are tried all the same: they may
+only be slow.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Pool:
     waits: Waits = field(init=False)
     _retries: float = RETRY_BURST
     _tickets: Iterator[int] = field(default_factory=itertools.count)
-    _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
+    _waiting: list[tuple[int, int, asyncio.Future[None]]] = field(default_factory=list)
     _queued: int = 0
 
     def __post_init__(self) -> None:
@@ -119,9 +120,15 @@ class Pool:
         return engine
 
     async def acquire(
-        self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset(), deadline: float | None = None
+        self,
+        affinity: bytes | None,
+        avoid: frozenset[Engine] = frozenset(),
+        deadline: float | None = None,
+        priority: int = 0,
     ) -> Engine:
         """`take`, after a wait in the queue where it must be: until `deadline`, by default that of the limits.
+
+        A smaller `priority` goes first.
 
         Raises:
             GatewayError: 503 no engine is up (by the deadline, if one returns), 429 the queue is full, 408 no slot in
@@ -131,7 +138,7 @@ class Pool:
             return engine
         if self._queued >= self.limits.max_queued:
             raise errors.contended()
-        ticket = next(self._tickets)
+        ticket = (priority, next(self._tickets))
         if deadline is None:
             deadline = self.clock() + self.limits.queue_timeout_s
         while True:
@@ -223,7 +230,7 @@ class Pool:
     def wake(self) -> None:
         """Let the first in the queue look again."""
         while self._waiting:
-            _, future = heapq.heappop(self._waiting)
+            _, _, future = heapq.heappop(self._waiting)
             if not future.done():
                 future.set_result(None)
                 return
@@ -242,10 +249,10 @@ class Pool:
         for _ in range(len(self._waiting)):
             self.wake()
 
-    async def _wait(self, ticket: int, timeout_s: float) -> None:
+    async def _wait(self, ticket: tuple[int, int], timeout_s: float) -> None:
         """Until woken. Who looked in vain keeps the place that the ticket gives."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (ticket, future))
+        heapq.heappush(self._waiting, (*ticket, future))
         self._queued += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -262,7 +269,7 @@ class Pool:
             self._queued -= 1
             future.cancel()
             if len(self._waiting) > 2 * self._queued + 64:  # mostly of those who have left
-                self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+                self._waiting = [entry for entry in self._waiting if not entry[2].done()]
                 heapq.heapify(self._waiting)
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:

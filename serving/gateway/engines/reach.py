@@ -31,6 +31,7 @@ class Request(Protocol):
 
     engine: Engine | None
     affinity: bytes | None
+    priority: int
     arrived_s: float
     cause: str | None
 
@@ -52,7 +53,7 @@ async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False
     deadline = pool.clock() + pool.limits.queue_timeout_s
     while True:
         if request.engine is None:
-            request.engine = await pool.acquire(request.affinity, frozenset(tried), deadline)
+            request.engine = await pool.acquire(request.affinity, frozenset(tried), deadline, request.priority)
         engine = request.engine
         request.arrived_s = time.perf_counter()
         try:
@@ -69,5 +70,5 @@ async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False
             engine.note_failure(str(error), pool.clock(), silent=error.silent)
             tried.add(engine)
             if len(tried) == len(pool.engines) or not pool.may_retry():
-                raise errors.engine_lost() from None
+                raise errors.engine_unreachable() from None
             await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))

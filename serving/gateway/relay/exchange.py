@@ -8,19 +8,21 @@ engine cannot be reached, so that none runs twice.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from laguna_serve.serving.gateway.access.edits import drop_usage
+from laguna_serve.serving.gateway.access.heads import add_headers
+from laguna_serve.serving.gateway.access.holder import Claim, Holder
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.reach import reach, take_kept
-from laguna_serve.serving.gateway.relay.access import Holder
 from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.relay.sink import Sink
+from laguna_serve.serving.gateway.relay.waiting import Waiter
 from laguna_serve.serving.gateway.residence.place import Place
+from laguna_serve.serving.gateway.telemetry.stages import Trace
 from laguna_serve.serving.gateway.telemetry.usage import count_tokens
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.cors import Cors
@@ -28,11 +30,11 @@ from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.failures import SilentError, StaleError, StalledError
 from laguna_serve.serving.gateway.wire.headers import (
     DRAFT,
-    REQUEST_ID,
     UPSTREAM,
     WEIGHTS,
     Head,
     Headers,
+    find_dropped,
     pass_headers,
     render_request,
 )
@@ -40,21 +42,29 @@ from laguna_serve.serving.gateway.wire.http1 import Connection
 from laguna_serve.serving.gateway.wire.sse import EventStream, frame_events
 
 CLIENT_GONE = 499
-Waited = TypeVar("Waited")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Exchange:
+class Exchange(Waiter):
     """A request and its answer; `on_finish` is called once. `key` is whose request it is, `client` where it is from.
 
-    `place` is what it holds of a model whose engine the gateway owns.
+    `claim` is what it holds of its key, `place` what of a model whose engine the gateway owns. `usage` are the tokens
+    that the engine has told; with `drops_usage` it was asked for them in the client's place. `recover` takes a failure
+    before the answer's head, if it can; the answer is then of another model than `fallback_from`. `sent_s`: when the
+    engine got it; times are `time.perf_counter`'s.
     """
 
     head: Head
     sink: Sink
     _on_finish: Callable[[Exchange], None]
     key: Holder | None = None
+    claim: Claim | None = None
+    usage: tuple[int, int] | None = None
+    drops_usage: bool = False
+    priority: int = 0
+    recover: Callable[[GatewayError], bool] | None = None
+    fallback_from: str | None = None
+    trace: Trace | None = None
     place: Place | None = None
     keys_are_ours: bool = False
     client: str = ""
@@ -73,9 +83,11 @@ class Exchange:
     refusal: GatewayError | None = None
     cause: str | None = None
     started_s: float = field(default_factory=time.perf_counter)
+    dispatched_s: float = 0.0
     arrived_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
+    sent_s: float | None = None
     copy: bytearray | None = None
     answer: asyncio.Future[bytes | None] | None = None
     _pool: Pool | None = None
@@ -84,19 +96,15 @@ class Exchange:
     _connection: Connection | None = None
     _paused: bool = False
     _said: tuple[bytes, bytes] | None = None
-    _streams: bool = False
+    streams: bool = False
     _events: EventStream | None = None
-    _recent: tuple[bytes, bytes] = (b"", b"")
+    recent: tuple[bytes, bytes] = (b"", b"")
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
         """Keep what the client will have got: the body of a complete answer with status 200, or None."""
         if self.answer is None:
             self.copy, self.answer = bytearray(), asyncio.get_running_loop().create_future()
         return self.answer
-
-    def wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
-        """Call `go_on` with what `wait` gives, unless the client leaves first."""
-        self._task = asyncio.get_running_loop().create_task(self._wait_for(wait, go_on))
 
     def send(self, pool: Pool, body: bytes, affinity: bytes | None) -> None:
         """To an engine of the pool; at once if one has a slot and a connection is open."""
@@ -119,6 +127,17 @@ class Exchange:
             return
         self.wait_for(reach(self, pool, len(body)), self._go)
 
+    def let_go(self) -> None:
+        """Let go of a model and its engine: for the end, or to be sent to another one."""
+        self._body = b""
+        if self.held and self.backlog is not None:
+            self.backlog.release(self)
+        if self.engine is not None and self._pool is not None:
+            self._pool.release(self.engine)
+        if self.place is not None:
+            self.place.leave()
+            self.place = None
+
     def leave(self) -> None:
         """Note that the client is gone: the engine's work is aborted, the slot freed."""
         if not self.finished:
@@ -127,7 +146,7 @@ class Exchange:
 
     def fail(self, error: GatewayError) -> None:
         """Say it in the way that is still possible: a whole answer, a last event, or a connection that is cut."""
-        if self.finished:
+        if self.finished or (self.status == 0 and self.recover is not None and self.recover(error)):
             return
         # Without its traceback, whose frames would keep this exchange and its body until the garbage collector comes.
         self.error, self.refusal = error.message, error.forget_origin()
@@ -144,14 +163,12 @@ class Exchange:
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """Give an answer of the gateway's own."""
         self.status = status
-        found = [*headers, (REQUEST_ID, self.head.request_id)]
-        if status != 204:
-            found.append((b"content-length", b"%d" % len(body)))
+        found = [*headers, *([(b"content-length", b"%d" % len(body))] if status != 204 else ())]
         if self.cors is not None:
             found += self.cors.list_headers(self.head.named.get(b"origin"))
         if self._pool is not None:
             found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
-        self.sink.start(status, found)
+        self.sink.start(status, add_headers(found, self.head.request_id, self.key, self.fallback_from))
         if self.head.method != "HEAD":
             self.sink.write(body)
         self.sink.end()
@@ -169,19 +186,6 @@ class Exchange:
         if self._connection is not None:
             self._connection.resume()
 
-    async def _wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
-        try:
-            found = await wait
-            self._task = None
-            go_on(found)
-        except GatewayError as error:
-            self._task = None
-            self.fail(error)
-        except Exception:
-            logger.exception("request %s", self.head.request_id.decode())
-            self._task = None
-            self.fail(errors.failed())
-
     def _go(self, connection: Connection) -> None:
         assert self.engine is not None
         assert self._pool is not None
@@ -189,9 +193,9 @@ class Exchange:
         self._said = self.engine.versions
         origin = self.engine.origin
         keys_are_ours = self.keys_are_ours or origin.has_credential
-        data = render_request(
-            self.head, self._body, origin.lines, origin.site.prefix, self.forwarded_for, keys_are_ours=keys_are_ours
-        )
+        lines = origin.lines if self.trace is None else origin.lines + self.trace.enter_engine(origin.site)
+        dropped = find_dropped(keys_are_ours, self.trace is not None, self.drops_usage)
+        data = render_request(self.head, self._body, lines, origin.site.prefix, self.forwarded_for, dropped)
         if not connection.kept:
             self._body = b""
         if self.held and self.backlog is not None:
@@ -199,14 +203,15 @@ class Exchange:
         connection.request(data, self, self._pool.waits, bodiless=self.head.method == "HEAD")
         if self._paused:
             connection.pause()
-        self.engine.stats.added_request.add(time.perf_counter() - self.arrived_s)
+        self.sent_s = time.perf_counter()
+        self.engine.stats.added_request.add(self.sent_s - self.arrived_s)
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Pass on the head of the engine's answer, under the versions of the weights that it has."""
         engine = self.engine
         assert engine is not None
         assert self._said is not None
-        self.status, self._body = status, b""
+        self.status, self._body, self.recover = status, b"", None
         weights, draft = engine.versions
         if self._said is not engine.versions:
             # It ran before and after an update of the weights.
@@ -216,12 +221,11 @@ class Exchange:
         if self.cors is not None:
             found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
         named = dict(found)
-        self._streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        if self._streams and self.head.method != "HEAD":
+        self.streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        if self.streams and self.head.method != "HEAD":
             self._events, found = frame_events(self.head.path, found, named)
-        found += ((REQUEST_ID, self.head.request_id), (UPSTREAM, engine.name.encode()))
-        found += ((WEIGHTS, weights), (DRAFT, draft))
-        self.sink.start(status, found)
+        found += ((UPSTREAM, engine.name.encode()), (WEIGHTS, weights), (DRAFT, draft))
+        self.sink.start(status, add_headers(found, self.head.request_id, self.key, self.fallback_from))
 
     def on_data(self, data: bytes) -> None:
         """Pass on a piece of the engine's answer."""
@@ -232,7 +236,7 @@ class Exchange:
         if self.first_s is None:
             self.first_s = now
             engine.stats.first.add(now - self.started_s)
-        elif self._streams:
+        elif self.streams:
             engine.stats.gap.add(now - self.last_s)
         self.last_s = now
         self.chunks += 1
@@ -246,9 +250,11 @@ class Exchange:
                 data = events.take(data)
                 if not data:
                     return
+        self.recent = (self.recent[1], data)
+        if self.drops_usage and events is not None and not (data := drop_usage(data)):
+            return
         if self.copy is not None:
             self.copy += data
-        self._recent = (self._recent[1], data)
         self.sink.write(data)
 
     def on_pause(self) -> None:
@@ -269,8 +275,8 @@ class Exchange:
         self.sink.end()
         self.engine.note_success()
         if self.status == 200:
-            spread_s = self.last_s - self.first_s if self._streams and self.first_s is not None else None
-            count_tokens(self.engine.stats, b"".join(self._recent), spread_s)
+            spread_s = self.last_s - self.first_s if self.streams and self.first_s is not None else None
+            self.usage = count_tokens(self.engine.stats, b"".join(self.recent), spread_s)
         self._finish()
 
     def on_error(self, error: OSError) -> None:
@@ -291,18 +297,12 @@ class Exchange:
         self.fail(errors.engine_silent() if isinstance(error, SilentError) else errors.engine_lost())
 
     def _finish(self) -> None:
-        self.finished = True
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self.finished, self.recover = True, None
+        self.stop_waiting()
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
-        self._body = b""
-        if self.held and self.backlog is not None:
-            self.backlog.release(self)
-        if self.engine is not None and self._pool is not None:
-            self._pool.release(self.engine)
+        self.let_go()
         if self.answer is not None and self.copy is not None and not self.answer.done():
             self.answer.set_result(bytes(self.copy) if self.complete and self.status == 200 else None)
         self._on_finish(self)

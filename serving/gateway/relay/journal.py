@@ -14,6 +14,7 @@ from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.event_log import BurstLog
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.stages import Stages
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -33,6 +34,8 @@ class Journal:
         """Note that a request has ended."""
         seconds = time.perf_counter() - exchange.started_s
         self._metrics.note(exchange.head.path, exchange.status, seconds)
+        if exchange.trace is not None:
+            exchange.trace.end(_list_stages(exchange))
         if exchange.refusal is not None:
             self._note_refusal(exchange, exchange.refusal)
         if self._access_log.enabled or exchange.error is not None:
@@ -56,6 +59,10 @@ class Journal:
         """Note that the configuration was read again."""
         self._metrics.note_reload(taken)
 
+    def note_fallback(self, model: str, other: str, reason: str) -> None:
+        """Note that a request goes to another model than the one that it asked for."""
+        self._metrics.note_fallback(model, other, reason)
+
     def flush(self) -> None:
         """Write what is held back."""
         self._access_log.flush()
@@ -66,7 +73,7 @@ class Journal:
 
         A failure of the gateway or its engines has a line in the log, with or without an access log.
         """
-        self._metrics.note_refusal(refusal.reason, _find_key(exchange) or "")
+        self._metrics.note_refusal(refusal.reason, exchange.key.name if exchange.key is not None else "")
         if refusal.status < 500:
             return
         head, engine = exchange.head, exchange.engine
@@ -92,7 +99,7 @@ class Journal:
             "client": exchange.client,
             "method": head.method,
             "path": head.path,
-            "key": _find_key(exchange),
+            "key": exchange.key.name if exchange.key is not None else None,
             "model": exchange.model,
             "upstream": exchange.engine.name if exchange.engine is not None else None,
             "status": exchange.status,
@@ -106,8 +113,18 @@ class Journal:
         self._access_log.write(line)
 
 
-def _find_key(exchange: Exchange) -> str | None:
-    """Find the name of the key: also of one that is over its limits, which never entered."""
-    if exchange.key is not None:
-        return exchange.key.name
-    return None if exchange.refusal is None else exchange.refusal.key
+def _list_stages(exchange: Exchange) -> Stages:
+    return Stages(
+        exchange.status,
+        exchange.key.name if exchange.key is not None else None,
+        exchange.model,
+        exchange.engine.name if exchange.engine is not None else None,
+        exchange.refusal.reason if exchange.refusal is not None else None,
+        exchange.fallback_from,
+        exchange.dispatched_s,
+        exchange.arrived_s,
+        exchange.sent_s,
+        exchange.first_s,
+        exchange.last_s,
+        exchange.usage,
+    )

@@ -8,26 +8,35 @@ Requests come from the gateway's own protocol (answer.py) or from any ASGI serve
 from __future__ import annotations
 
 import logging
+import time
 
+from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
+from laguna_serve.serving.gateway.access.demand import Asked, estimate
+from laguna_serve.serving.gateway.access.edits import ask_usage, find_priority, set_priority
+from laguna_serve.serving.gateway.access.holder import Holder
+from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.tables import Upstream
 from laguna_serve.serving.gateway.engines.catalog import MODELS, Catalog
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.relay import open_files
-from laguna_serve.serving.gateway.relay.access import Access, Holder
 from laguna_serve.serving.gateway.relay.admission import admit
 from laguna_serve.serving.gateway.relay.backlog import Backlog
+from laguna_serve.serving.gateway.relay.charge import find_used
 from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.relay.fallback import Fallback
 from laguna_serve.serving.gateway.relay.journal import Journal
-from laguna_serve.serving.gateway.relay.model_name import UnreadableError, read_model
 from laguna_serve.serving.gateway.relay.shadow import Shadows
 from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.residence.model import State
 from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
+from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import EngineStats, Metrics
 from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
+from laguna_serve.serving.gateway.telemetry.stages import Tracer
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.client_address import Proxies
 from laguna_serve.serving.gateway.wire.cors import Cors
@@ -46,9 +55,18 @@ logger = logging.getLogger(__name__)
 class Relay:
     """All requests of a gateway, and the pools that they go to."""
 
-    def __init__(self, config: Config, metrics: Metrics, shadows: Shadows, log: AccessLog, catalog: Catalog) -> None:
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        shadows: Shadows,
+        log: AccessLog,
+        catalog: Catalog,
+        ledger: Ledger,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.pools: dict[str, Pool] = {}
-        self.access = Access()
+        self.keys, self._tracer = Keyring(ledger), tracer
         self.draining = False
         self.backlog = Backlog(config.limits.max_queued_bytes)
         metrics.backlog = self.backlog
@@ -61,6 +79,7 @@ class Relay:
         self.owner, self._stats = Owner(), dict[str, EngineStats]()
         self.owner.place = self._place
         metrics.registry.register(OwnedMetrics(self.owner.scheduler.models, list(State)))
+        metrics.registry.register(KeyMetrics(self.keys))
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -84,7 +103,7 @@ class Relay:
         self.pools = pools
         self._metrics.pools = pools
         self.catalog.configure(pools)
-        self.access.configure(config.keys)
+        self.keys.configure(config.all_keys, closed=config.asks_for_keys)
         self.cors, self._proxies = cors if cors.enabled else None, proxies
         self.backlog.most = config.limits.max_queued_bytes
         self._most_body_bytes = min(config.server.max_body_bytes, config.limits.max_queued_bytes)
@@ -101,16 +120,19 @@ class Relay:
     def begin(self, head: Head, sink: Sink) -> Exchange:
         """Take a request whose body is still to come; it may have been refused, and finished, already."""
         exchange = Exchange(head, sink, self._finish)
-        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.access.enabled
+        exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.keys.enabled
         exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
         self.exchanges.add(exchange)
+        if self._tracer is not None:
+            exchange.trace = self._tracer.begin(head, exchange.started_s)
         # Browsers send preflights without a key.
         is_options = head.method == "OPTIONS"
         try:
             if self.draining:
                 raise errors.draining()
             if not is_options:
-                exchange.key = self.access.enter(head.named)
+                exchange.key = self.keys.find(head.named)
+                exchange.claim = None if exchange.key is None else exchange.key.enter()
             check_path(head, self.config.server.extra_paths)
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
@@ -167,17 +189,21 @@ class Relay:
         """
         alone = next(iter(self.pools.values())) if len(self.pools) == 1 else None
         try:
-            name = read_model(body, exchange.head.named.get(b"content-type", b""))
+            asked = read_asked(body, exchange.head.named.get(b"content-type", b""))
         except UnreadableError as error:
             if alone is None:
                 raise errors.bad_request(str(error)) from None
-            name = None
-        if not name and (alone is not None or name is None):
-            self._dispatch(exchange, body, next(iter(self.pools.values())))
-        elif (pool := self.catalog.find(name)) is not None:
-            self._dispatch(exchange, body, pool)
+            asked = Asked()
+        if asked.model is None:
+            allowed = (pool for pool in self.pools.values() if _is_allowed(exchange.key, pool, None))
+            if (pool := next(allowed, None)) is None:
+                raise errors.hidden_model("")
+            self._dispatch(exchange, body, pool, asked)
+        elif (pool := self.catalog.find(asked.model)) is not None:
+            self._dispatch(exchange, body, pool, asked)
         else:
-            exchange.wait_for(self._search(name, alone), lambda found: self._dispatch(exchange, body, found))
+            search = self._search(asked.model, alone)
+            exchange.wait_for(search, lambda found: self._dispatch(exchange, body, found, asked))
 
     async def _search(self, name: str, alone: Pool | None) -> Pool:
         """Search for a name's model.
@@ -190,14 +216,38 @@ class Relay:
             raise errors.unknown_model(name)
         return pool
 
-    def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool) -> None:
-        if pool.model.shadows:
-            self._shadows.accompany(pool.model, exchange, body)
+    def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool, asked: Asked) -> None:
+        """Send a request to a model that its key may ask for, within its limits. Raises GatewayError."""
+        exchange.dispatched_s, exchange.model = time.perf_counter(), pool.model.name
         affinity = _find_affinity(pool, exchange.head, body, exchange.key)
+        if pool.model.fallback and exchange.recover is None:
+            exchange.recover = Fallback(self, exchange, body, pool.model, asked)
+        sent = self._charge(exchange, exchange.key, body, pool, asked) if exchange.key is not None else body
+        if pool.model.shadows and exchange.fallback_from is None:
+            self._shadows.accompany(pool.model, exchange, body)
         if (model := self.owner.find(pool.model.name)) is None:
-            exchange.send(pool, body, affinity)
+            exchange.send(pool, sent, affinity)
         else:
-            admit(self.owner, model, exchange, body, pool.limits, lambda: exchange.send(pool, body, affinity))
+            admit(self.owner, model, exchange, sent, pool.limits, lambda: exchange.send(pool, sent, affinity))
+
+    def _charge(self, exchange: Exchange, key: Holder, body: bytes, pool: Pool, asked: Asked) -> bytes:
+        """Take what a request costs from its key's limits, and make its body what engines get. Raises GatewayError."""
+        model, path = pool.model, exchange.head.path
+        if not _is_allowed(key, pool, asked.model):
+            raise errors.hidden_model(asked.model or "")
+        assert exchange.claim is not None
+        assumed = self.config.access.assumed_output_tokens
+        key.reserve(exchange.claim, model.name, estimate(path, asked, len(body), assumed))
+        exchange.priority = find_priority(asked, key.key.priority)
+        asking = ask_usage(path, body, asked) if model.ask_usage else None
+        exchange.drops_usage = asking is not None
+        if asking is not None:
+            body = asking
+        return set_priority(path, body, asked, exchange.priority) if model.pass_priority else body
+
+    def fall_back(self, exchange: Exchange, body: bytes, name: str, asked: Asked) -> None:
+        """Send a request to another model. Raises GatewayError."""
+        self._dispatch(exchange, body, self.pools[name], asked)
 
     def _place(self, name: str, upstream: Upstream | None) -> None:
         """Take where the engine of a model is now that the gateway owns; None: it has none."""
@@ -216,25 +266,33 @@ class Relay:
         if head.method not in ("GET", "HEAD"):
             return False
         if head.path.startswith(MODELS + "/") and (name := head.path.removeprefix(MODELS + "/")):
-            exchange.wait_for(self._render_model(name), lambda body: exchange.reply(200, JSON, body))
+            exchange.wait_for(self._render_model(name, exchange.key), lambda body: exchange.reply(200, JSON, body))
             return True
-        first = self.config.models[0]
-        if head.path != MODELS or (len(self.pools) == 1 and not first.aliases and first.engine is None):
+        first, restricted = self.config.models[0], exchange.key is not None and bool(exchange.key.key.models)
+        alone = len(self.pools) == 1 and not first.aliases and first.engine is None
+        if head.path != MODELS or (alone and not restricted):
             return False
-        exchange.wait_for(self.catalog.render_list(), lambda body: exchange.reply(200, JSON, body))
+        shown = self.catalog.render_list(lambda pool, name: _is_allowed(exchange.key, pool, name))
+        exchange.wait_for(shown, lambda body: exchange.reply(200, JSON, body))
         return True
 
-    async def _render_model(self, name: str) -> bytes:
+    async def _render_model(self, name: str, key: Holder | None) -> bytes:
         if (body := await self.catalog.render_model(name)) is None:
             raise errors.unknown_model(name)
+        pool = self.catalog.find(name)
+        if pool is None or not _is_allowed(key, pool, name):
+            raise errors.hidden_model(name)
         return body
 
     def _finish(self, exchange: Exchange) -> None:
         self.exchanges.discard(exchange)
-        self.access.leave(exchange.key)
-        if exchange.place is not None:
-            exchange.place.leave()
+        if exchange.key is not None and exchange.claim is not None:
+            exchange.key.leave(exchange.claim, find_used(exchange, exchange.claim))
         self.journal.note(exchange)
+
+
+def _is_allowed(key: Holder | None, pool: Pool, name: str | None) -> bool:
+    return key is None or key.may_ask(pool.model.name, name)
 
 
 def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:

@@ -104,6 +104,7 @@ class Metrics:
         self.seconds = Distribution(SECONDS)
         self.requests: dict[tuple[str, int], int] = {}
         self.refusals: dict[tuple[str, str], int] = {}
+        self.fallbacks: dict[tuple[str, str, str], int] = {}
         self.pools: Mapping[str, ShownPool] = {}
         self.backlog: ShownBacklog | None = None
         self.reload_taken, self.reloaded_s = True, time.time()
@@ -124,6 +125,10 @@ class Metrics:
         """Note that the gateway has not given a request an engine's answer, or not all of it."""
         self.refusals[reason, key] = self.refusals.get((reason, key), 0) + 1
 
+    def note_fallback(self, model: str, other: str, reason: str) -> None:
+        """Note that a request for a model goes to another one."""
+        self.fallbacks[model, other, reason] = self.fallbacks.get((model, other, reason), 0) + 1
+
     def note_reload(self, taken: bool) -> None:
         """Note that the configuration was read again, and whether it was taken."""
         self.reload_taken = taken
@@ -140,14 +145,21 @@ class Metrics:
             requests.add_metric((path, str(status)), count)
         yield requests
         help_text = (
-            "Requests that got an error of the gateway's own, by reason (key_rate, key_in_flight: the key's limits;"
-            " queue_full, queue_bytes_full, queue_timeout: no slot; no_engine, engine_lost, engine_silent: the engines;"
+            "Requests that got an error of the gateway's own, by reason (key_rate, key_tokens, key_budget,"
+            " key_in_flight: the key's limits;"
+            " queue_full, queue_bytes_full, queue_timeout: no slot; no_engine, engine_unreachable,"
+            " engine_lost, engine_silent: the engines;"
             " unauthorized, unknown_model, ...) and by the name of the key, where one was known."
         )
         refusals = CounterMetricFamily("laguna_gateway_refusals", help_text, labels=("reason", "key"))
         for refusal, count in self.refusals.items():
             refusals.add_metric(refusal, count)
         yield refusals
+        help_text = "Requests that went to another model, by the rule of theirs, and for which refusal."
+        fallbacks = CounterMetricFamily("laguna_gateway_fallbacks", help_text, labels=("model", "other", "reason"))
+        for fallback, count in self.fallbacks.items():
+            fallbacks.add_metric(fallback, count)
+        yield fallbacks
         help_text = "From the first byte in to the last one out."
         seconds = HistogramMetricFamily("laguna_gateway_request_seconds", help_text)
         seconds.add_metric([], self.seconds.list_buckets(), self.seconds.total)

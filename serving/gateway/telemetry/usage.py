@@ -10,13 +10,21 @@ OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d+)')
 PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d+)')
 
 
-def count_tokens(stats: EngineStats, end: bytes, spread_s: float | None) -> None:
-    """Add what `end`, the last of an answer's body, tells. `spread_s`: from a stream's first bytes to its last."""
-    if not (found := OUTPUT_TOKENS.findall(end)):
-        return
-    tokens = int(found[-1])
-    stats.tokens += tokens
-    if prompt := PROMPT_TOKENS.findall(end):
-        stats.prompt_tokens += int(prompt[-1])
-    if spread_s is not None and tokens > 1:
-        stats.itl.add(spread_s / (tokens - 1))
+def read_usage(end: bytes) -> tuple[int, int] | None:
+    """Read tokens of the prompt and of the answer from the last of an answer's body; None where it does not tell."""
+    prompt, output = PROMPT_TOKENS.findall(end), OUTPUT_TOKENS.findall(end)
+    if not (prompt or output):
+        return None
+    return int(prompt[-1]) if prompt else 0, int(output[-1]) if output else 0
+
+
+def count_tokens(stats: EngineStats, end: bytes, spread_s: float | None) -> tuple[int, int] | None:
+    """Add what `end` tells, and return it as `read_usage`. `spread_s`: from a stream's first bytes to its last."""
+    if (usage := read_usage(end)) is None:
+        return None
+    prompt, output = usage
+    stats.tokens += output
+    stats.prompt_tokens += prompt
+    if spread_s is not None and output > 1:
+        stats.itl.add(spread_s / (output - 1))
+    return usage

@@ -19,7 +19,12 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-EXPOSED = b"retry-after, x-request-id, x-upstream, x-weight-version, x-draft-version"
+LIMITS = tuple(
+    f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
+)
+EXPOSED = ", ".join(
+    ("retry-after", "x-request-id", "x-upstream", "x-weight-version", "x-draft-version", "x-fallback-from", *LIMITS)
+).encode()
 MAX_AGE_S = b"600"
 PREFIX = b"access-control-"
 VARY = (b"vary", b"Origin")

@@ -30,8 +30,7 @@ class GatewayError(Exception):
     """A request that the gateway answers with an error of its own, as OpenAI's API does.
 
     `status` is HTTP's; `kind`, `code` and `param` are OpenAI's type, code and param; `message` is for people and never
-    has a prompt or a key. `reason` is one word for logs and metrics, another one for every constructor below; `key` is
-    the name of the key whose limit it was.
+    has a prompt or a key. `reason` is one word for logs and metrics, another one for every constructor below.
     """
 
     status: int
@@ -41,7 +40,6 @@ class GatewayError(Exception):
     code: str | None = None
     param: str | None = None
     reason: str = "other"
-    key: str | None = None
 
     def forget_origin(self) -> GatewayError:
         """Forget the frames that the error passed through; it is the same one."""
@@ -116,6 +114,13 @@ def unknown_model(model: str) -> GatewayError:
     )
 
 
+def hidden_model(model: str) -> GatewayError:
+    """Say of a model that the key may not ask for what is said of one that nobody knows."""
+    error = unknown_model(model)
+    error.reason = "model_not_allowed"
+    return error
+
+
 def unknown_path(method: str, path: str) -> GatewayError:
     """No path that engines serve to clients."""
     message = f"There is no route {method} {path[:128]}."
@@ -167,6 +172,20 @@ def too_often(retry_after_s: int) -> GatewayError:
     """Say that the key has used up its requests of this minute."""
     message = f"Rate limit exceeded: too many requests per minute. Please try again in {retry_after_s}s."
     return GatewayError(429, "rate_limit_error", message, retry_after_s, code="rate_limit_exceeded", reason="key_rate")
+
+
+def too_many_tokens(retry_after_s: int) -> GatewayError:
+    """Say that the key has used up its tokens of this minute."""
+    message = f"Rate limit exceeded: too many tokens per minute. Please try again in {retry_after_s}s."
+    code, reason = "rate_limit_exceeded", "key_tokens"
+    return GatewayError(429, "rate_limit_error", message, retry_after_s, code=code, reason=reason)
+
+
+def budget_used(retry_after_s: int) -> GatewayError:
+    """Say that the key's tokens of this day do not suffice for the request, with those that are being spent."""
+    message = "You exceeded your current quota: this API key's tokens for today. It begins anew at midnight UTC."
+    code, reason = "insufficient_quota", "key_budget"
+    return GatewayError(429, "insufficient_quota", message, retry_after_s, code=code, reason=reason)
 
 
 def queue_timeout() -> GatewayError:
@@ -222,6 +241,13 @@ def engine_lost() -> GatewayError:
     """Say that the engine's connection broke."""
     message = "The connection to the engine was lost before the response was complete."
     return GatewayError(502, "server_error", message, code="server_error", reason="engine_lost")
+
+
+def engine_unreachable() -> GatewayError:
+    """Say that no engine could be connected to, so that none has seen the request."""
+    error = engine_lost()
+    error.reason = "engine_unreachable"
+    return error
 
 
 def engine_silent() -> GatewayError:

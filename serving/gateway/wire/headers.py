@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,12 @@ HOP_BY_HOP = frozenset(
 )
 REQUEST_ID, UPSTREAM = b"x-request-id", b"x-upstream"
 WEIGHTS, DRAFT = b"x-weight-version", b"x-draft-version"
+FALLBACK, RATE_LIMIT = b"x-fallback-from", b"x-ratelimit-"
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID, b"x-forwarded-for", b"forwarded"}
-OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT}
-NOT_FORWARDED_NOR_KEYS = NOT_FORWARDED | {b"authorization", b"x-api-key"}
+OURS = HOP_BY_HOP | {REQUEST_ID, UPSTREAM, WEIGHTS, DRAFT, FALLBACK}
+KEYS = frozenset((b"authorization", b"x-api-key"))
+CONTEXT = frozenset((b"traceparent", b"tracestate"))
+CODINGS = frozenset((b"accept-encoding",))
 NONE = frozenset[bytes]()
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -58,14 +62,31 @@ def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: He
     return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id, peer)
 
 
-def render_request(
-    head: Head, body: bytes, lines: bytes, prefix: bytes = b"", forwarded_for: bytes = b"", *, keys_are_ours: bool
-) -> bytes:
-    """Render the request for an engine, whose own header `lines` (host, credential) come first.
+@functools.cache
+def find_dropped(keys_are_ours: bool, traced: bool, plain: bool) -> frozenset[bytes]:
+    """Find the headers of a request that no engine gets.
 
-    Headers that the client's Connection names stay behind, and a key that was for the gateway.
+    Args:
+        keys_are_ours: a key was for the gateway.
+        traced: the trace has another context for the engine.
+        plain: the answer must not be compressed, as it will be read.
     """
-    dropped = NOT_FORWARDED_NOR_KEYS if keys_are_ours else NOT_FORWARDED
+    more = ((keys_are_ours, KEYS), (traced, CONTEXT), (plain, CODINGS))
+    return NOT_FORWARDED.union(*(names for applies, names in more if applies))
+
+
+def render_request(
+    head: Head,
+    body: bytes,
+    lines: bytes,
+    prefix: bytes = b"",
+    forwarded_for: bytes = b"",
+    dropped: frozenset[bytes] = NOT_FORWARDED,
+) -> bytes:
+    """Render the request for an engine, whose own header `lines` (host, credential, trace context) come first.
+
+    Headers that are `dropped`, or that the client's Connection names, stay behind.
+    """
     if b"connection" in head.named:
         dropped = dropped | read_connection(head.headers)
     parts = [head.method.encode(), b" ", prefix, head.target, b" HTTP/1.1\r\n", lines]

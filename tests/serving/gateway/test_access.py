@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from gateway_fakes import Upstream, gateway, make_request, read_reply
 
+from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.engines.pool import Pool
-from laguna_serve.serving.gateway.relay.access import Access
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 PATH = "/v1/completions"
@@ -24,30 +25,36 @@ def make_key(name: str, **limits: int) -> dict[str, object]:
     return {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **limits}
 
 
+def enter_and_leave(keyring: Keyring, headers: dict[bytes, bytes]) -> None:
+    holder = keyring.find(headers)
+    assert holder is not None
+    holder.leave(holder.enter(), None)
+
+
 def test_key_that_asks_too_often_is_told_when_to_come_back() -> None:
     now = [0.0]
-    access = Access(lambda: now[0])
+    keyring = Keyring(Ledger(), lambda: now[0])
     models = [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]
     keys = parse_config({"models": models, "keys": [make_key("k", requests_per_minute=3)]}, "test").keys
-    access.configure(keys)
+    keyring.configure(keys)
     headers = {b"x-api-key": b"k"}
     for _ in range(3):
-        access.leave(access.enter(headers))
+        enter_and_leave(keyring, headers)
     with pytest.raises(GatewayError) as caught:
-        access.enter(headers)
+        enter_and_leave(keyring, headers)
     assert (caught.value.status, caught.value.retry_after_s) == (429, 20)
-    access.configure(keys)  # the file read again gives nothing back
+    keyring.configure(keys)  # the file read again gives nothing back
     now[0] = 19.0
     with pytest.raises(GatewayError) as caught:
-        access.enter(headers)
+        enter_and_leave(keyring, headers)
     assert caught.value.retry_after_s == 1
     now[0] = 20.0
-    access.leave(access.enter(headers))
+    enter_and_leave(keyring, headers)
     now[0] = 3600.0
     for _ in range(3):
-        access.leave(access.enter(headers))
+        enter_and_leave(keyring, headers)
     with pytest.raises(GatewayError):
-        access.enter(headers)
+        enter_and_leave(keyring, headers)
 
 
 def test_limit_is_a_keys_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from laguna_serve.bench.rate_check.clients import measure_vllm
 from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.engine import Engine
 
+KEY = "authorization: Bearer sk\r\ncontent-type: application/json\r\n"
 TOY = Path(__file__).parents[2] / "toy"
 pytestmark = pytest.mark.vllm
 
@@ -90,6 +92,45 @@ def test_body_is_the_engines(
         # On a busy machine vLLM itself puts two tokens into one event now and then, on either path.
     assert through_bodies & direct_bodies
     front.wait_idle()
+
+
+STREAMS = [
+    ("/v1/completions", {**TEXT, "stream": True, "logprobs": 2}),
+    ("/v1/completions", {**TEXT, "stream": True, "n": 2, "stream_options": {"continuous_usage_stats": True}}),
+    ("/v1/chat/completions", {**CHAT, **LONG, "stream": True}),
+    ("/v1/chat/completions", {**CHAT, **LONG, "stream": True, "stream_options": {"include_usage": False}}),
+    ("/v1/messages", {**CHAT, **LONG, "stream": True}),
+    ("/v1/responses", {"model": "m", "input": "def f(", "temperature": 0, "max_output_tokens": 8, "stream": True}),
+    ("/v1/completions", TEXT),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS, ids=[f"{i}-{path}" for i, (path, _) in enumerate(STREAMS)])
+def test_stream_under_a_key_is_the_engines_and_its_tokens_are_known(
+    fp32_engine: Engine, path: str, body: dict[str, Any]
+) -> None:
+    """Also with a priority, which vLLM takes without --scheduling-policy priority."""
+    key = {"name": "k", "sha256": hashlib.sha256(b"sk").hexdigest(), "tokens_per_day": 100_000, "priority": 5}
+    model = {"name": fp32_engine.model_name, "pass_priority": True}
+    data = json.dumps({**body, "model": fp32_engine.model_name}).encode()
+    direct_port = urlsplit(fp32_engine.base_url).port or 0
+    through_bodies, direct_bodies = set[bytes](), set[bytes]()
+    with gateway(Upstream(url=fp32_engine.base_url), model=model, keys=[key]) as front:
+        for _ in range(20):
+            through, direct = front.ask(path, data, KEY), ask(direct_port, path, data)
+            assert (through.status, direct.status) == (200, 200)
+            through_bodies.add(CHANGING.sub(b"", through.body))
+            direct_bodies.add(CHANGING.sub(b"", direct.body))
+            if through_bodies & direct_bodies:
+                break
+        assert through_bodies & direct_bodies
+        front.wait_idle()
+        (tally,) = front.ask_admin("/admin/usage").json()["keys"]["k"]["today"].values()
+    each = body.get("max_tokens", body.get("max_output_tokens")) * body.get("n", 1)
+    assert tally["prompt_tokens"] > 0
+    assert 0 < tally["output_tokens"] <= each * tally["requests"]
+    if body.get("ignore_eos"):
+        assert tally["output_tokens"] == each * tally["requests"]
 
 
 @pytest.mark.parametrize("start", [0, 7])

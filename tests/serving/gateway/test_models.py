@@ -11,8 +11,8 @@ import openai
 import pytest
 from gateway_fakes import NOBODY, Exchange, Gateway, Reply, Upstream, gateway, wait_until
 
+from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
-from laguna_serve.serving.gateway.relay.model_name import UnreadableError, read_model
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -71,20 +71,20 @@ FORMS = {
 def test_name_in_json_as_python_reads_it(name: str) -> None:
     body = JSON_BODIES[name]
     assert json.loads(body)["model"] == "b"
-    assert read_model(body, b"application/json") == "b"
+    assert read_asked(body, b"application/json").model == "b"
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_name_in_a_form(name: str) -> None:
     boundary, _, body = FORMS[name]
-    assert read_model(body, b"multipart/form-data; boundary=" + boundary.encode()) == "b"
-    assert read_model(body, b"Multipart/Form-Data; charset=utf-8; boundary=" + boundary.encode()) == "b"
+    assert read_asked(body, b"multipart/form-data; boundary=" + boundary.encode()).model == "b"
+    assert read_asked(body, b"Multipart/Form-Data; charset=utf-8; boundary=" + boundary.encode()).model == "b"
 
 
 def test_name_in_a_form_of_words() -> None:
     kind = b"application/x-www-form-urlencoded"
-    assert read_model(b"prompt=x&model=b%2Fc+d", kind) == "b/c d"
-    assert read_model(b'{"model": "b"}', kind) == "b", "as curl -d sends JSON"
+    assert read_asked(b"prompt=x&model=b%2Fc+d", kind).model == "b/c d"
+    assert read_asked(b'{"model": "b"}', kind).model == "b", "as curl -d sends JSON"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_name_in_a_form_of_words() -> None:
 )
 def test_no_name(body: bytes) -> None:
     kind = b"multipart/form-data; boundary=X" if body.startswith(b"--") else b"application/json"
-    assert read_model(body, kind) is None
+    assert read_asked(body, kind).model is None
 
 
 @pytest.mark.parametrize(
@@ -108,22 +108,22 @@ def test_no_name(body: bytes) -> None:
 )
 def test_name_that_cannot_be_read(body: bytes, words: str) -> None:
     with pytest.raises(UnreadableError, match=words):
-        read_model(body, b"application/json")
+        read_asked(body, b"application/json")
 
 
 @pytest.mark.parametrize("body", [b"no form", b"--Y\r\n", b"--X\r\nnonsense\r\n\r\n"])
 def test_form_that_is_none(body: bytes) -> None:
     with pytest.raises(UnreadableError, match="multipart"):
-        read_model(body, b"multipart/form-data; boundary=X")
+        read_asked(body, b"multipart/form-data; boundary=X")
     with pytest.raises(UnreadableError, match="multipart"):
-        read_model(body, b"multipart/form-data")
+        read_asked(body, b"multipart/form-data")
 
 
 @pytest.mark.parametrize("start", [b"[", b'{"a":', b'{"model": "b", "a": [', b'{"x": NaN, "a": ['], ids=repr)
 def test_json_that_is_nested_too_deeply(start: bytes) -> None:
     for body in (start * 100_000, start + b"[" * 100_000 + b"]" * 100_000):
         with pytest.raises((GatewayError, UnreadableError)) as caught:
-            read_model(body, b"application/json")
+            read_asked(body, b"application/json")
         assert getattr(caught.value, "status", 400) == 400
 
 

@@ -1,4 +1,4 @@
-"""Which model a request's body asks for, read as the engine reads it: JSON as Python's `json` takes it, and forms."""
+"""What a request's body asks for, read as the engine reads it: JSON as Python's `json` takes it, and forms."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from laguna_serve.serving.gateway.access.demand import Asked
 from laguna_serve.serving.gateway.wire import errors
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 MULTIPART, FORM = b"multipart/form-data", b"application/x-www-form-urlencoded"
 # Of a form's field. Longer names are nobody's.
 MAX_NAME_BYTES = 4096
+FIELDS = frozenset(Asked.__struct_fields__) - {"is_json", "plain"}
 # What JSON's values are called in OpenAI's errors.
 JSON_TYPES = {bool: "a boolean", int: "an integer", float: "a decimal", list: "an array", dict: "an object"}
 
@@ -26,48 +28,47 @@ class UnreadableError(ValueError):
     """The body is not in its form, or `model` is no string; the message is for the client."""
 
 
-class _Envelope(msgspec.Struct):
-    """What routing needs of a body; everything else is skipped, not decoded."""
-
-    model: str | None = None
-
-
-def read_model(body: bytes, content_type: bytes) -> str | None:
-    """Read the name, or None where the body has none; an empty one is none, as for vLLM.
+def read_asked(body: bytes, content_type: bytes) -> Asked:
+    """Read the model's name, None where the body has none or an empty one, and what else the gateway reads of JSON.
 
     Raises:
         UnreadableError: the body is not what it should be, or its name is no string.
         GatewayError: 400 its JSON is nested too deeply for Python's parser, and so for the engine's.
     """
     if not body:
-        return None
+        return Asked()
     kind = content_type.lower()
     if kind.startswith(MULTIPART):
-        return _read_multipart(body, parse_options_header(content_type)[1].get(b"boundary", b"")) or None
+        return Asked(_read_multipart(body, parse_options_header(content_type)[1].get(b"boundary", b"")) or None)
     try:
-        return msgspec.json.decode(body, type=_Envelope).model or None
+        asked = msgspec.json.decode(body, type=Asked)
+        asked.model, asked.is_json, asked.plain = asked.model or None, True, True
+        return asked
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass  # Python's parser takes more: a BOM, NaN, lone surrogates, UTF-16, a name of any type before the last one
     except RecursionError:
         raise _too_deep() from None
     try:
-        return _read_json(body) or None
+        return _read_json(body)
     except UnreadableError:
         if kind.startswith(FORM) and (name := _read_form(body)) is not None:
-            return name or None
+            return Asked(name or None)
         raise
 
 
-def _read_json(body: bytes) -> str | None:
+def _read_json(body: bytes) -> Asked:
     try:
         found = json.loads(body)
     except ValueError:  # UnicodeDecodeError is one
         raise UnreadableError("We could not parse the JSON body of your request.") from None
     except RecursionError:
         raise _too_deep() from None
-    name = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return Asked()
+    name = found.get("model")
     if name is None or isinstance(name, str):
-        return name
+        known = {field: found[field] for field in FIELDS & found.keys()}
+        return Asked(**(known | {"model": name or None, "is_json": True}))
     kind = JSON_TYPES[type(name)]
     raise UnreadableError(f"Invalid type for 'model': expected a string, but got {kind} instead.")
 
