@@ -36,6 +36,7 @@ FIXED: Mapping[str, Sequence[str]] = {
         "max_head_bytes",
         "keepalive_s",
         "shutdown_timeout_s",
+        "lame_duck_s",
         "ssl_certfile",
         "ssl_keyfile",
         "access_log",
@@ -93,7 +94,8 @@ class _AdminServer(_EventServer):
 class GatewayServer(_EventServer):
     """The gateway's server, with the admin application beside it on a port of its own.
 
-    Its first signal turns new requests away at once and lets those in flight finish. A second one ends everything.
+    Its first signal turns new requests away at once and lets those in flight finish. A second one ends everything. With
+    `server.lame_duck_s` there is one more in front, if it is SIGTERM: the gateway answers as before, and is not ready.
     """
 
     def __init__(
@@ -195,6 +197,21 @@ class GatewayServer(_EventServer):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End in good order at the first signal; a second one cuts it short."""
+        patient = sig == signal.SIGTERM and self._configured is not None and self._configured.server.lame_duck_s > 0
+        if patient and self.started and not (self.relay.leaving or self.should_exit):
+            self.relay.leaving = True
+            self.schedule(self._leave)
+            return
+        self._end()
+
+    def _leave(self) -> None:
+        """Go on for a while; what comes meanwhile is answered."""
+        assert self._configured is not None
+        wait_s = self._configured.server.lame_duck_s
+        logger.info("leaving: not ready any more, no new requests in %g s", wait_s)
+        asyncio.get_running_loop().call_later(wait_s, lambda: self.should_exit or self._end())
+
+    def _end(self) -> None:
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True

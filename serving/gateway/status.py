@@ -34,7 +34,7 @@ async def describe(services: Services, now: float) -> JsonObject:
     }
     return {
         "schema": "laguna_serve.gateway_status/1",
-        "draining": relay.draining,
+        "draining": relay.leaving or relay.draining,
         "in_flight": len(relay.exchanges),
         "queued_bytes": relay.backlog.total,
         "models": models,

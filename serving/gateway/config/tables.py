@@ -43,7 +43,8 @@ class Server(ConfigTable):
 
     `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
     in a browser. What `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is
-    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).
+    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).  After SIGTERM the
+    gateway answers for `lame_duck_s` as before and is not ready, so that balancers leave it in the meantime.
     """
 
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
@@ -57,6 +58,7 @@ class Server(ConfigTable):
     body_timeout_s: Seconds = 30.0
     keepalive_s: Seconds = 75.0
     shutdown_timeout_s: Seconds = 60.0
+    lame_duck_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     extra_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()

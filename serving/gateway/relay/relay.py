@@ -67,7 +67,7 @@ class Relay:
     ) -> None:
         self.pools: dict[str, Pool] = {}
         self.keys, self._tracer = Keyring(ledger), tracer
-        self.draining = False
+        self.leaving = self.draining = False
         self.backlog = Backlog(config.limits.max_queued_bytes)
         metrics.backlog = self.backlog
         self.exchanges: set[Exchange] = set()

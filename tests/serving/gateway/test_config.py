@@ -175,6 +175,50 @@ def test_second_signal_stops_at_once() -> None:
         server.wait(5)
 
 
+LAME_DUCK = """
+[server]
+port = 0
+lame_duck_s = {}
+[[models]]
+name = "m"
+[[models.upstreams]]
+name = "one"
+url = "{}"
+"""
+
+
+def test_lame_duck_answers_and_is_not_ready(tmp_path: Path) -> None:
+    """From the first SIGTERM to the second one, which turns new requests away as without it."""
+    with Upstream() as one:
+        path = write(tmp_path, LAME_DUCK.format(600, one.url))
+        with process("--config", str(path)) as (server, url):
+            assert get(f"{url}/v1/models") == (200, "one")
+            assert get(f"{url}/ready")[0] == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.stderr is not None
+            assert "leaving: not ready any more, no new requests in 600 s" in server.stderr.readline()
+            assert get(f"{url}/ready")[0] == 503
+            assert get(f"{url}/health")[0] == 200
+            assert get(f"{url}/v1/models") == (200, "one")
+            server.send_signal(signal.SIGTERM)
+            out, err = server.communicate(timeout=10)
+            assert server.returncode == 0
+            assert "stopping: no new requests" in err
+            assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
+
+
+@pytest.mark.parametrize(("given", "sent"), [(0.2, signal.SIGTERM), (600, signal.SIGINT)])
+def test_lame_duck_ends_by_itself_and_not_at_all_for_ctrl_c(tmp_path: Path, given: float, sent: int) -> None:
+    with Upstream() as one:
+        path = write(tmp_path, LAME_DUCK.format(given, one.url))
+        with process("--config", str(path)) as (server, url):
+            assert get(f"{url}/ready")[0] == 200
+            server.send_signal(sent)
+            _, err = server.communicate(timeout=10)
+            assert ("leaving" in err) == (sent == signal.SIGTERM)
+            assert "stopping: no new requests" in err
+
+
 def test_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

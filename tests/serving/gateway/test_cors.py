@@ -74,7 +74,7 @@ def test_listed_origin(asgi: bool) -> None:
 @both_ways
 @pytest.mark.parametrize(
     ("path", "body", "status"),
-    [(PATH, BODY, 401), ("/nope", None, 401), ("/ready", None, 401), ("/metrics", None, 401), ("/health", None, 200)],
+    [(PATH, BODY, 401), ("/nope", None, 401), ("/ready", None, 200), ("/metrics", None, 401), ("/health", None, 200)],
 )
 def test_own_answers_can_be_read_by_the_page(asgi: bool, path: str, body: bytes | None, status: int) -> None:
     server = {"allowed_origins": [PAGE]}
