@@ -54,6 +54,7 @@ def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
         name = "fake"
         affinity = "session"
         pass_priority = true
+        ask_usage = true
         {upstreams}
         """
     path = folder / "gateway.toml"

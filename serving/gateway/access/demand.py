@@ -33,8 +33,8 @@ class _Body(msgspec.Struct):
 class Asked(_Body):
     """What the gateway reads of a body; all else is skipped, not decoded.
 
-    `is_json`: it is an object. `plain`: it is JSON as everybody reads it, in UTF-8, and can be edited as bytes. A body's
-    own fields of these names are written over.
+    `is_json`: it is an object. `plain`: it is JSON as everybody reads it, in UTF-8, and can be edited as bytes. Fields
+    of these names that a body has are written over.
     """
 
     is_json: bool = False

@@ -231,7 +231,7 @@ class Model(ConfigTable):
     fallback: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
     fallback_on: Annotated[tuple[FallbackCause, ...], Field(strict=False)] = ("down", "queue_full", "load_failed")
     pass_priority: bool = False
-    ask_usage: bool = True
+    ask_usage: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -247,7 +247,9 @@ class Relay:
 
     def fall_back(self, exchange: Exchange, body: bytes, name: str, asked: Asked) -> None:
         """Send a request to another model. Raises GatewayError."""
-        self._dispatch(exchange, body, self.pools[name], asked)
+        if (pool := self.pools.get(name)) is None:  # a reload has taken it out meanwhile
+            raise errors.unknown_model(name)
+        self._dispatch(exchange, body, pool, asked)
 
     def _place(self, name: str, upstream: Upstream | None) -> None:
         """Take where the engine of a model is now that the gateway owns; None: it has none."""

@@ -33,7 +33,7 @@ class ShownKey(Protocol):
 
 
 class ShownKeyring(Protocol):
-    """All keys."""
+    """All keys of a gateway."""
 
     @property
     def holders(self) -> Sequence[ShownKey]: ...

@@ -74,7 +74,12 @@ def tally(requests: int = 0, prompt: int = 0, output: int = 0, refused: int = 0)
 )
 def test_client_gets_what_it_asked_for_and_the_key_is_charged(path: str, body: dict[str, Any]) -> None:
     data = json.dumps({"model": "m", **body}).encode()
-    with Upstream({path: answer}) as engine, gateway(engine, keys=[make_key()]) as front, gateway(engine) as open_front:
+    asks = {"ask_usage": True}
+    with (
+        Upstream({path: answer}) as engine,
+        gateway(engine, keys=[make_key()], model=asks) as front,
+        gateway(engine) as open_front,
+    ):
         through = front.ask(path, data, KEY + "accept-encoding: gzip\r\n")
         direct = open_front.ask(path, data)
         assert (through.status, through.body) == (200, direct.body)
@@ -96,11 +101,11 @@ def test_client_gets_what_it_asked_for_and_the_key_is_charged(path: str, body: d
         assert 'laguna_gateway_key_tokens_today{key="agents"} 16.0' in text
 
 
-def test_model_may_keep_its_streams_as_they_are() -> None:
+def test_streams_are_as_they_are_by_default() -> None:
     data = b'{"model": "m", "stream": true}'
     with (
         Upstream({CHAT: answer}) as engine,
-        gateway(engine, keys=[make_key()], model={"ask_usage": False}) as front,
+        gateway(engine, keys=[make_key()]) as front,
     ):
         assert front.ask(CHAT, data, KEY).status == 200
         assert engine.seen[0].body == data

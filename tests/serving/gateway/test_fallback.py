@@ -129,6 +129,27 @@ def test_queue_that_takes_too_long_and_engine_that_is_silent() -> None:
             assert reasons == ["engine_silent", "queue_timeout"]
 
 
+def test_other_model_that_a_reload_has_taken_out_is_passed_over() -> None:
+    async def sleep(exchange: Exchange) -> None:
+        await asyncio.sleep(30)
+
+    with Upstream({CHAT: sleep}) as engine, Upstream() as second:
+        rule = {"fallback": ["other"], "fallback_on": ["silent"]}
+        models = [make_model("m", engine.url, **rule), make_model("other", second.url)]
+        with (
+            gateway(models=models, limits={"first_byte_timeout_s": 0.4}) as front,
+            front.connect() as connection,
+        ):
+            connection.sendall(make_request(CHAT, BODY))
+            wait_until(lambda: len(engine.seen) == 1)
+            tables = {"models": [make_model("m", engine.url)], "limits": {"first_byte_timeout_s": 0.4}}
+            config = parse_config({**tables, "server": {"port": 0}}, "test")
+            front.server.call(lambda relay: relay.configure(config))
+            assert read_reply(connection).status == 504
+            front.wait_idle()
+            assert second.seen == []
+
+
 def test_key_falls_back_on_its_own_models_alone() -> None:
     with Upstream() as one, Upstream() as two:
         models = [make_model("m", NOBODY, fallback=["a", "b"]), make_model("a", one.url), make_model("b", two.url)]

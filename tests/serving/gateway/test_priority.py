@@ -78,7 +78,7 @@ def test_priority_is_passed_on_where_the_model_says_so() -> None:
     for passes in (True, False):
         with (
             Upstream() as engine,
-            gateway(engine, keys=[make_key("k", 3)], model={"pass_priority": passes}) as front,
+            gateway(engine, keys=[make_key("k", 3)], model={"pass_priority": passes, "ask_usage": True}) as front,
         ):
             seen = json.loads(front.ask(CHAT, body, "x-api-key: k\r\n").json()["body"])
             assert seen.pop("stream_options") == {"include_usage": True}
