@@ -21,6 +21,7 @@ import msgspec
 
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
+from laguna_serve.serving.gateway.config import ConfigError, load_config
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
@@ -33,6 +34,7 @@ from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, fo
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
+from laguna_serve.serving.service.deployment import DeploymentResult, format_deployment, inspect_deployment
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
@@ -45,6 +47,7 @@ EPILOG = """examples:
   laguna doctor            a table, then the same as one JSON line
   laguna doctor --json     the JSON line alone
   laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash --gamma 7
+  laguna doctor --deployment gateway.toml
   laguna doctor Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
 
 exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run
@@ -122,6 +125,12 @@ class DoctorConfig(ModelOptions):
     model: Annotated[
         str | None, Flag("checkpoint folder or hub id to plan for; its weights are not needed", positional=True)
     ] = None
+    deployment: Annotated[
+        Path | None,
+        Flag(
+            "what a gateway with this configuration is missing here: keys, files, engines, certificates", metavar="FILE"
+        ),
+    ] = None
     as_device: Annotated[str | None, Flag(f"plan for another device: {', '.join(GPUS)}", metavar="NAME")] = None
     only_json: Annotated[bool, Flag("print the JSON line only", name="--json")] = False
 
@@ -129,6 +138,8 @@ class DoctorConfig(ModelOptions):
         super().__post_init__()
         if self.model is None and (self.as_device is not None or self.draft is not None):
             raise DoctorError("doctor: expected a model with these flags, got none; name it first")
+        if self.model is not None and self.deployment is not None:
+            raise DoctorError("doctor: expected a model or --deployment, got both; check one after the other")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,9 +153,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return HELD if plan.ok else FELL_SHORT
         _print(format_plan(plan), describe_plan(plan), config)
         return FELL_SHORT if plan.refusals else HELD
+    if config.deployment is not None:
+        deployment = check_deployment(config.deployment)
+        _print(format_deployment(deployment), deployment, config)
+        return HELD if deployment.ok else FELL_SHORT
     result = diagnose()
     _print(format_result(result), result, config)
     return HELD if result.ok else FELL_SHORT
+
+
+def check_deployment(path: Path) -> DeploymentResult:
+    """Look at what a gateway with this configuration is missing. Raises DoctorError when it cannot be read."""
+    try:
+        return inspect_deployment(load_config(path), str(path))
+    except ConfigError as error:
+        raise DoctorError(str(error)) from None
 
 
 def diagnose() -> DoctorResult:

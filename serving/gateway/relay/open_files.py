@@ -28,6 +28,12 @@ def find_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
+def find_hard_limit() -> int:
+    """Find the limit that `raise_limit` raises it to; a very large number where there is none."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return hard if hard != resource.RLIM_INFINITY else 1 << 30
+
+
 def count_slots(config: Config) -> int:
     """Count the requests that may be in all engines at once."""
     return sum(upstream.max_in_flight for model in config.models for upstream in model.upstreams)
