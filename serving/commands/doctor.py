@@ -21,7 +21,6 @@ import msgspec
 
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
-from laguna_serve.serving.gateway.config import ConfigError, load_config
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
@@ -34,7 +33,7 @@ from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, fo
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
-from laguna_serve.serving.service.deployment import DeploymentResult, format_deployment, inspect_deployment
+from laguna_serve.serving.service.deployment import check_deployment, format_deployment
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
@@ -160,14 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = diagnose()
     _print(format_result(result), result, config)
     return HELD if result.ok else FELL_SHORT
-
-
-def check_deployment(path: Path) -> DeploymentResult:
-    """Look at what a gateway with this configuration is missing. Raises DoctorError when it cannot be read."""
-    try:
-        return inspect_deployment(load_config(path), str(path))
-    except ConfigError as error:
-        raise DoctorError(str(error)) from None
 
 
 def diagnose() -> DoctorResult:

@@ -202,6 +202,8 @@ class GatewayServer(_EventServer):
             self.relay.leaving = True
             self.schedule(self._leave)
             return
+        if self.should_exit:
+            self.force_exit = True
         self._end()
 
     def _leave(self) -> None:
@@ -209,11 +211,10 @@ class GatewayServer(_EventServer):
         assert self._configured is not None
         wait_s = self._configured.server.lame_duck_s
         logger.info("leaving: not ready any more, no new requests in %g s", wait_s)
-        asyncio.get_running_loop().call_later(wait_s, lambda: self.should_exit or self._end())
+        asyncio.get_running_loop().call_later(wait_s, self._end)
 
     def _end(self) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        """Turn new requests away and let those in flight finish."""
         self.should_exit = True
         if self.started and not self.relay.draining:
             self.relay.draining = True

@@ -17,9 +17,10 @@ import aiohttp
 import msgspec
 from cryptography import x509
 
-from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.config import Config, ConfigError, load_config
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Upstream
 from laguna_serve.serving.gateway.relay.open_files import RESERVE, count_slots, find_hard_limit
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.tables import Table
 
 EXPIRES_SOON_S = 14 * 86400
@@ -42,6 +43,19 @@ class DeploymentResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="sch
     configuration: str
     ok: bool
     gaps: tuple[Gap, ...]
+
+
+class DeploymentError(CommandError, ValueError):
+    """A configuration that cannot be read, as one line."""
+
+
+def check_deployment(path: Path) -> DeploymentResult:
+    """Look at what a gateway with this configuration is missing. Raises DeploymentError."""
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        raise DeploymentError(str(error)) from None
+    return inspect_deployment(config, str(path))
 
 
 def inspect_deployment(config: Config, source: str) -> DeploymentResult:

@@ -187,13 +187,21 @@ url = "{}"
 """
 
 
+def wait_ready(url: str) -> None:
+    """Until its engine has been asked how it is."""
+    deadline = time.monotonic() + 10
+    while get(f"{url}/ready")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_lame_duck_answers_and_is_not_ready(tmp_path: Path) -> None:
     """From the first SIGTERM to the second one, which turns new requests away as without it."""
     with Upstream() as one:
         path = write(tmp_path, LAME_DUCK.format(600, one.url))
         with process("--config", str(path)) as (server, url):
             assert get(f"{url}/v1/models") == (200, "one")
-            assert get(f"{url}/ready")[0] == 200
+            wait_ready(url)
             server.send_signal(signal.SIGTERM)
             assert server.stderr is not None
             assert "leaving: not ready any more, no new requests in 600 s" in server.stderr.readline()
@@ -212,7 +220,7 @@ def test_lame_duck_ends_by_itself_and_not_at_all_for_ctrl_c(tmp_path: Path, give
     with Upstream() as one:
         path = write(tmp_path, LAME_DUCK.format(given, one.url))
         with process("--config", str(path)) as (server, url):
-            assert get(f"{url}/ready")[0] == 200
+            wait_ready(url)
             server.send_signal(sent)
             _, err = server.communicate(timeout=10)
             assert ("leaving" in err) == (sent == signal.SIGTERM)
