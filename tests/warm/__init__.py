@@ -4,7 +4,7 @@ What runs is what `python PROGRAM` and `python -m MODULE` run, in a process of i
 folder and output of its own; only the import is shared.  `laguna serve` and the demo start their engines as users do.
 """
 
-from warm.client import run_warm
+from warm.client import run_warm, start_warm
 from warm.engines import start_engines_warm
 
-__all__ = ["run_warm", "start_engines_warm"]
+__all__ = ["run_warm", "start_engines_warm", "start_warm"]

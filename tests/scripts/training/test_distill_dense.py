@@ -7,7 +7,6 @@ import math
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LagunaForCausalLM
+from warm import run_warm, start_warm
 
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense import initial, losses, stages, student, text
@@ -24,7 +24,7 @@ from laguna_serve.scripts.training.dense.config import Recipe
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
 RESULT = ROOT / "bench" / "results" / "toy-distillation"
-COMMAND = [sys.executable, str(ROOT / "scripts" / "distill_dense.py"), str(TOY / "teacher")]
+SCRIPT = str(ROOT / "scripts" / "distill_dense.py")
 SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "220"]
 SHORT += ["--stage2-steps", "6", "--measure-tokens", "2048"]
 
@@ -167,7 +167,7 @@ def test_chats_that_are_none_are_named(tmp_path: Path, tokenizer: Any, line: str
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=400, check=False)
+    return run_warm(SCRIPT, str(TOY / "teacher"), *flags)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,7 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.slow
 def test_student_is_not_distilled_again(tmp_path: Path) -> None:
-    command = [*COMMAND[:2], str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warm(SCRIPT, str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     assert done.returncode == 2
     assert "expected a mixture of experts, got dense layers alone" in done.stderr
 
@@ -215,16 +214,18 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     short = [*SHORT, "--text", str(TOY / "prompts.jsonl"), "--chats", str(chats)]
     cut = [*short, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
-    with subprocess.Popen([*COMMAND, *cut], stderr=subprocess.PIPE, text=True) as first:
+    first = start_warm(SCRIPT, str(TOY / "teacher"), *cut, error=tmp_path / "said")
+    try:
         deadline = time.monotonic() + 600
         while not (tmp_path / "cut.work" / "stage1.state").exists():
             assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         first.send_signal(signal.SIGINT)
-        _, err = first.communicate(timeout=60)
-    assert first.returncode == 130
-    assert "the same command continues" in err
+        assert first.wait(60) == 130
+    finally:
+        first.kill()
+    assert "the same command continues" in (tmp_path / "said").read_text()
     resumed = run(*cut)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert re.search(r"stage 1: resuming at step 2\d\d of 220", resumed.stderr)
