@@ -183,9 +183,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
         (["--width", "0=100"], "--width: expected at least 512 for layer 0, got 100"),
         (["--width", "three"], "expected LAYER=N, got 'three'"),
         (["--text", "nowhere.txt"], "nowhere.txt: expected a text file"),
-        pytest.param(  # the text is read by then
-            ["--chats", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON Lines file", marks=pytest.mark.slow
-        ),
+        (["--chats", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON Lines file"),
         (["--rows", "0"], "--rows: expected at least 1, got 0"),
     ],
 )
