@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of each, what its output must have.
@@ -27,9 +28,13 @@ def list_examples() -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_examples())
-def test_example_runs(name: str) -> None:
-    command = [sys.executable, f"examples/{name}.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = f"examples/{name}.py"
+    if name in WITHOUT_ENGINE:
+        done = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    else:
+        monkeypatch.chdir(ROOT)
+        done = run_warm(program, timeout=600, engines=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for expected in EXAMPLES[name]:
         assert expected in done.stdout

@@ -7,13 +7,14 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -58,24 +59,35 @@ class WarmProcess:
 
 
 class Warm:
-    """The process that has imported vLLM. It ends with this one, as its questions do.
+    """The process that has imported vLLM: it ends with the one that has started it, as its questions do.
 
     Engines are started and ended in threads, too: a question and its answer belong together.
+
+    Attributes:
+        address: where the one listens that has forked this process; None: this process starts one of its own.
     """
+
+    address: str | None = None
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        if self.address is not None:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(self.address)
+                self._questions: IO[bytes] = connection.makefile("wb")
+                self._answers: IO[bytes] = connection.makefile("rb")
+            return
         # Offline before anything is imported: huggingface_hub reads it once.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
         environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.pid, self._questions, self._answers = process.pid, process.stdin, process.stdout
+        self._process = process
         self._read()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def start(
         self,
@@ -85,8 +97,9 @@ class Warm:
         source: Path | str = os.devnull,
         output: Path | str = os.devnull,
         error: Path | str = os.devnull,
+        engines: bool = False,
     ) -> WarmProcess:
-        """Run a file, code, a module or a "module:function" in a process of its own."""
+        """Run a file, code, a module or a "module:function" in a process of its own, and its `engines` warm, too."""
         work = {
             "target": target,
             "arguments": arguments,
@@ -95,19 +108,18 @@ class Warm:
             "input": str(source),
             "output": str(output),
             "error": str(error),
+            "engines": engines,
         }
         return WarmProcess(self, self.ask({"start": work})["pid"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
         with self.lock:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            self._questions.write(json.dumps(request).encode() + b"\n")
+            self._questions.flush()
             return self._read()
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         assert line, "the process that imports vLLM has ended; its stderr says why"
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -119,16 +131,23 @@ def run_warm(
     environment: dict[str, str] | None = None,
     timeout: float = 400,
     text: str = "",
+    engines: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` gives for a program of Python's: a file, a module, or its code itself; `text` is its stdin.
 
-    It is ended with this call.
+    It is ended with this call.  `engines`: those that it starts are warm, too.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, output, error = (Path(folder, name) for name in ("input", "output", "error"))
         source.write_text(text)
         process = warm().start(
-            str(target), *arguments, environment=environment, source=source, output=output, error=error
+            str(target),
+            *arguments,
+            environment=environment,
+            source=source,
+            output=output,
+            error=error,
+            engines=engines,
         )
         try:
             status = process.wait(timeout)
@@ -136,6 +155,11 @@ def run_warm(
             process.kill()
         texts = [path.read_text() if path.exists() else "" for path in (output, error)]
         return subprocess.CompletedProcess([str(target), *arguments], status, *texts)
+
+
+def start_warm(target: str | Path, *arguments: str, **named: Any) -> WarmProcess:
+    """What `subprocess.Popen` gives for a program of Python's; `named` as of Warm.start.  Its caller ends it."""
+    return warm().start(str(target), *arguments, **named)
 
 
 @functools.cache

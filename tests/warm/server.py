@@ -1,21 +1,27 @@
 """The process that has imported vLLM: ``server.py`` reads a JSON object a line and answers with one.
 
-{"start": {target, arguments, environment, folder, input, output, error}} → {"pid": …}: forked, and running.
+{"start": {target, arguments, environment, folder, input, output, error, engines}} → {"pid": …}: forked, and running.
 {"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}.
 
-`target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.
+`target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.  Where
+`engines`, the engines that it starts are warm, too: it asks here for them, over a socket, as this process asks for it.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import runpy
+import selectors
 import signal
+import socket
 import sys
-from typing import Any
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import setproctitle
 
@@ -36,8 +42,8 @@ MODULES = (
 
 
 def serve() -> dict[str, Any] | None:
-    """Answer until nobody asks any more; in a forked process, return what it was asked to run."""
-    requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.dup(1)
+    """Answer until the process that has started this one is gone; in a forked process, return what it is to run."""
+    first = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     for name in MODULES:
         importlib.import_module(name)
@@ -46,20 +52,43 @@ def serve() -> dict[str, Any] | None:
     # What is there now is nobody's garbage: the engines' own collections need not look through it.
     gc.collect()
     gc.freeze()
-    os.write(answers, b"{}\n")
-    while line := requests.readline():
-        request = json.loads(line)
-        if "poll" in request:
-            answer = {"status": poll(request["poll"])}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                requests.close()
-                os.close(answers)
-                work: dict[str, Any] = request["start"]
-                return work
-            answer = {"pid": pid}
-        os.write(answers, json.dumps(answer).encode() + b"\n")
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as ready:
+        listener.bind(f"\0laguna-warm-{os.getpid()}")
+        listener.listen()
+        ready.register(listener, selectors.EVENT_READ)
+        ready.register(first[0], selectors.EVENT_READ, first)
+        first[1].write(b"{}\n")
+        while True:
+            for key, _ in ready.select():
+                if key.data is None:
+                    connection, _ = listener.accept()
+                    with connection:
+                        other = connection.makefile("rwb", buffering=0)
+                    ready.register(other, selectors.EVENT_READ, (other, other))
+                    continue
+                line = key.data[0].readline()
+                if not line and key.data is first:
+                    return None
+                if not line:
+                    ready.unregister(key.fileobj)
+                    key.data[0].close()
+                elif (work := answer(json.loads(line), key.data[1])) is not None:
+                    for file in (*(known.fileobj for known in ready.get_map().values()), first[1]):
+                        file.close()  # type: ignore[union-attr]
+                    return work
+
+
+def answer(request: dict[str, Any], answers: BinaryIO) -> dict[str, Any] | None:
+    """Do what is asked and say so; in a forked process, return what it is to run."""
+    if "poll" in request:
+        said = {"status": poll(request["poll"])}
+    else:
+        address = f"\0laguna-warm-{os.getpid()}"
+        pid = os.fork()
+        if pid == 0:
+            return {**request["start"], "address": address}
+        said = {"pid": pid}
+    answers.write(json.dumps(said).encode() + b"\n")
     return None
 
 
@@ -83,6 +112,12 @@ def become(work: dict[str, Any]) -> None:
     take_environment(work["environment"])
     os.chdir(work["folder"])
     sys.argv = ["", *work["arguments"]]
+    if work["engines"]:
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from warm import client, engines
+
+        client.Warm.address = work["address"]
+        engines.start_engines_warm(True)
 
 
 def take_environment(environment: dict[str, str]) -> None:
@@ -115,9 +150,23 @@ def run(target: str, arguments: list[Any]) -> object:
     return runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def leave(status: Any) -> None:
+    """Exit as an interpreter does, but leave the thousands of modules as they are."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1 if isinstance(status, str) else status or 0)
+
+
 if __name__ == "__main__":
     asked = serve()
     if asked is not None:
         become(asked)
-        result = run(asked["target"], asked["arguments"])
-        sys.exit(result if isinstance(result, int) else 0)
+        try:
+            result = run(asked["target"], asked["arguments"])
+        except SystemExit as end:
+            leave(end.code)
+        leave(result if isinstance(result, int) else 0)

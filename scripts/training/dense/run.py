@@ -150,6 +150,7 @@ def read_corpus(config: DistillConfig, tokenizer: Any, work: Path, ranks: Ranks)
 
     def read() -> Corpus:
         # The shorter first: what is wrong with it is said before a large text is made tokens.
+        text.check_text(config.text)
         held_out_chats = config.held_out_chats or _held_out(config.chats)
         chats = text.read_chats(config.chats, tokenizer, work / "chats")
         other = (

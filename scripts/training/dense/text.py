@@ -21,7 +21,7 @@ import torch
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text import corpus
-from laguna_serve.scripts.text.rows import TOY, stream_documents
+from laguna_serve.scripts.text.rows import TOY, stream_documents, stream_lines
 from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -76,6 +76,15 @@ class Chats:
             count += stop - start
         ids = np.concatenate([self.tokens.ids[part] for part in parts])[:length]
         return ids.astype(np.int64), np.concatenate([self.tokens.spoken[part] for part in parts])[:length]
+
+
+def check_text(source: str) -> None:
+    """Refuse a text that cannot be opened, before anything is made tokens. Raises TextError."""
+    try:
+        if source not in TOY:
+            next(stream_lines(source), None)
+    except PruningError as error:
+        raise TextError(str(error)) from None
 
 
 def read_text(source: str, tokenizer: Any, length: int, folder: Path | None = None) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,25 @@ def fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", fixed_order_dot)
+
+
+@pytest.fixture(autouse=True)
+def nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's work without what has no effect, which is more than half of it.
+
+    Every call of a device function patches triton.language anew, though the launch has done so, and tl.core remains
+    patched after the first time; and sums of integers are checked for an overflow that only debug=True would report.
+    Checked against triton 3.9.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(tl.sum.fn)
+
+    def call(self: interpreter.InterpretedFunction, *args: object, **named: object) -> object:
+        return self.rewrite()(*args, **named)
+
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", replace(options, sanitize_overflow=False))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_laguna import make_tiny, read_config, save_tiny
+from warm import run_warm
 
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
@@ -138,13 +137,13 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_make_the_student_that_one_makes(command: list[str], tmp_path: Path) -> None:
     """Stage 1 to the bit; stage 2, whose sums are ordered otherwise, to rounding, in parts and chunks as well."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arms = {"one": ([], []), "two": (torchrun, ["--accumulate", "2", "--logit-chunk", "16", "--checkpointing"])}
     logs = {}
     for name, (launcher, flags) in arms.items():
         where = [f"--{what}={tmp_path / name / what}" for what in ("out", "work", "store")]
-        line = [sys.executable, *launcher, *command, *where, *flags, "--layerwise", "--top-k", "16"]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        program, *line = [*launcher, *command, *where, *flags, "--layerwise", "--top-k", "16"]
+        done = run_warm(program, *line)
         assert done.returncode == 0, done.stderr[-2000:]
         logs[name] = json.loads((tmp_path / name / "out" / "distillation.json").read_text())
     for layer in range(1, 6):

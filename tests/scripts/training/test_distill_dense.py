@@ -7,7 +7,6 @@ import math
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LagunaForCausalLM
+from warm import run_warm, start_warm
 
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense import initial, losses, stages, student, text
@@ -24,8 +24,14 @@ from laguna_serve.scripts.training.dense.config import Recipe
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
 RESULT = ROOT / "bench" / "results" / "toy-distillation"
-COMMAND = [sys.executable, str(ROOT / "scripts" / "distill_dense.py"), str(TOY / "teacher")]
-SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "220"]
+SCRIPT = str(ROOT / "scripts" / "distill_dense.py")
+SAVES_SOON = f"""
+import runpy
+from laguna_serve.scripts.training import loop
+loop.SAVE_EVERY = 40
+runpy.run_path({SCRIPT!r}, run_name="__main__")
+"""
+SHORT = ["--width", "0=672", "--width", "3=613", "--rows", "2", "--length", "64", "--stage1-steps", "60"]
 SHORT += ["--stage2-steps", "6", "--measure-tokens", "2048"]
 
 
@@ -167,7 +173,7 @@ def test_chats_that_are_none_are_named(tmp_path: Path, tokenizer: Any, line: str
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=400, check=False)
+    return run_warm(SCRIPT, str(TOY / "teacher"), *flags)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +183,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
         (["--width", "0=100"], "--width: expected at least 512 for layer 0, got 100"),
         (["--width", "three"], "expected LAYER=N, got 'three'"),
         (["--text", "nowhere.txt"], "nowhere.txt: expected a text file"),
-        pytest.param(  # the text is read by then
-            ["--chats", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON Lines file", marks=pytest.mark.slow
-        ),
+        (["--chats", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON Lines file"),
         (["--rows", "0"], "--rows: expected at least 1, got 0"),
     ],
 )
@@ -200,34 +204,35 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.slow
 def test_student_is_not_distilled_again(tmp_path: Path) -> None:
-    command = [*COMMAND[:2], str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warm(SCRIPT, str(TOY / "dense"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     assert done.returncode == 2
     assert "expected a mixture of experts, got dense layers alone" in done.stderr
 
 
 @pytest.mark.slow
 def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
-    """Stopped in stage 1 after a state was saved; the blocks at the end are those of a run in one go."""
+    """Stopped in stage 1 after a state was saved, sooner than usual; the blocks at the end are a run's in one go."""
     prompts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()]
     turns = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": prompt}] for prompt in prompts]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     short = [*SHORT, "--text", str(TOY / "prompts.jsonl"), "--chats", str(chats)]
     cut = [*short, "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "cut")]
-    with subprocess.Popen([*COMMAND, *cut], stderr=subprocess.PIPE, text=True) as first:
+    first = start_warm(SAVES_SOON, str(TOY / "teacher"), *cut, error=tmp_path / "said")
+    try:
         deadline = time.monotonic() + 600
         while not (tmp_path / "cut.work" / "stage1.state").exists():
             assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         first.send_signal(signal.SIGINT)
-        _, err = first.communicate(timeout=60)
-    assert first.returncode == 130
-    assert "the same command continues" in err
+        assert first.wait(60) == 130
+    finally:
+        first.kill()
+    assert "the same command continues" in (tmp_path / "said").read_text()
     resumed = run(*cut)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert re.search(r"stage 1: resuming at step 2\d\d of 220", resumed.stderr)
+    assert re.search(r"stage 1: resuming at step [45]\d of 60", resumed.stderr)
     whole = run(*short, "--work", str(tmp_path / "whole.work"), "--out", str(tmp_path / "whole"))
     assert whole.returncode == 0
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (

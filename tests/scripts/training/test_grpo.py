@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mock_engine import MockEngine, Settings
+from warm import run_warm
 
 from laguna_serve.scripts.training.rl import run
 from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
@@ -180,8 +179,8 @@ def test_a_file_is_on_one_side() -> None:
 
 
 def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
-    command = [sys.executable, str(ROOT / "scripts" / "grpo.py"), "--model", str(TOY / "teacher"), "--out", str(out)]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500, check=False)
+    command = [str(ROOT / "scripts" / "grpo.py"), "--model", str(TOY / "teacher"), "--out", str(out)]
+    done = run_warm(*command, *flags, timeout=500, engines=True)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
@@ -189,7 +188,11 @@ def run_grpo(out: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.vllm
 def test_run_is_continued_and_the_engine_has_the_trainers_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
+    # An eighth of them: those of the modules that are held out are all asked at every measurement.
+    lines = (TOY / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines[::8]), encoding="utf-8")
     small = ["--draft", str(TOY / "dflash"), "--prompts-per-step", "4", "--group", "2", "--max-tokens", "12"]
+    small += ["--prompts", str(tmp_path / "prompts.jsonl")]
     small += ["--draft-sampling", "probabilistic"]
     status, _, said = run_grpo(out, *small, "--steps", "2", "--measure-every", "2")
     assert status in (0, 1), said

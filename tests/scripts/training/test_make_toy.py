@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import WarmPrograms
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_toy.py"
-
-
-def make_toy(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    where = ["--out", str(folder / "toy"), "--work", str(folder / "work")]
-    command = [sys.executable, str(SCRIPT), *where, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+from laguna_serve.scripts import make_toy
 
 
 @pytest.mark.vllm
-def test_smoke_run_makes_a_family_and_is_not_repeated(tmp_path: Path) -> None:
-    first = make_toy(tmp_path, "--smoke")
-    assert first.returncode == 0, first.stderr[-3000:]
-    assert json.loads(first.stdout.splitlines()[-1])["stages"]["continuations"]["prompts"] == 64
+def test_smoke_run_makes_a_family_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage in a process of its own."""
+    monkeypatch.setattr(make_toy, "subprocess", WarmPrograms)
+    command = ["--out", str(tmp_path / "toy"), "--work", str(tmp_path / "work"), "--smoke"]
+    assert make_toy.main(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]["continuations"]["prompts"] == 64
     made = {p.relative_to(tmp_path / "toy").as_posix() for p in (tmp_path / "toy").rglob("*.*")}
     assert {f"{name}/model.safetensors" for name in ("teacher", "dflash", "dflash-speculators")} <= made
     assert {"prompts.jsonl", "MANIFEST.json"} <= made
 
-    again = make_toy(tmp_path, "--smoke")
-    assert again.returncode == 0
+    assert make_toy.main(command) == 0
     assert [
         f"make_toy: {stage} is done" for stage in ("teacher", "continuations", "dflash", "dflash-speculators")
-    ] == again.stderr.splitlines()
+    ] == capsys.readouterr().err.splitlines()
 
-    other = make_toy(tmp_path, "--smoke", "--seed", "1")
-    assert other.returncode == 2
-    assert "--fresh" in other.stderr
+    assert make_toy.main([*command, "--seed", "1"]) == 2
+    assert "--fresh" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_laguna import make_tiny
+from warm import run_warm
 
 from laguna_serve.plugins.pruning import PruningError, check_pruning, draw_random_mask, rank_groups, read_shape
 from laguna_serve.scripts.text.rows import read_rows
@@ -81,8 +81,7 @@ def test_committed_masks_fit_the_teacher_and_their_manifest() -> None:
 
 
 def run_script(*flags: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(MASKS.parent / "teacher"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_warm(SCRIPT, str(MASKS.parent / "teacher"), *map(str, flags))
 
 
 @pytest.mark.slow
@@ -141,22 +140,13 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str]
 def test_somebody_elses_scores_are_grouped_and_ranked(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).random((5, 16, 128)).astype(np.float32)
     np.save(tmp_path / "theirs.npy", scores)
-    command = [sys.executable, str(SCRIPT), str(MASKS.parent / "teacher"), "--block-size", "32"]
-    done = subprocess.run(
-        [*command, "--atomic-scores", str(tmp_path / "theirs.npy"), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    flags = ["--block-size", "32", "--atomic-scores", tmp_path / "theirs.npy", "--out"]
+    done = run_script(*flags, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["schema"] == "laguna_serve.expert_scores/1"
     assert np.load(tmp_path / "out" / "group_indices_importance_sorted.npy").shape == (5, 16, 4, 32)
     np.save(tmp_path / "theirs.npy", scores[:2])
-    wrong = subprocess.run(
-        [*command, "--atomic-scores", str(tmp_path / "theirs.npy"), "--out", str(tmp_path / "none")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    wrong = run_script(*flags, tmp_path / "none")
     assert wrong.returncode == 2
     assert "[2, 16, 128]" in wrong.stderr
     assert len(wrong.stderr.splitlines()) == 1

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmServe
 
+from laguna_serve.scripts.clients import run
 from laguna_serve.scripts.clients.run import CALL, CALL_REGEX, CALL_SCHEMA, open_environment, run_server
 
 pytestmark = pytest.mark.vllm
@@ -194,13 +196,16 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     (release / "generation_config.json").write_text(json.dumps(GENERATION))
     models = {"plain": [str(TOY / "teacher")], "drafter": [str(TOY / "teacher"), "--draft", str(TOY / "dflash")]}
     found = {}
-    for arm, arguments in {**models, "release": [str(release)]}.items():
-        folder = tmp_path_factory.mktemp(arm)
-        with run_server([*arguments, "--eager", "--max-num-seqs", "4"], folder) as url:
-            found[arm] = Served(url, (folder / "serve.out").read_text())
-            found[arm].log = (folder / "engine.log").read_text()
-            if arm == "plain":
-                found[arm].clients = check_clients(url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.ROOT)
+        patch.setattr(run, "subprocess", WarmServe)
+        for arm, arguments in {**models, "release": [str(release)]}.items():
+            folder = tmp_path_factory.mktemp(arm)
+            with run_server([*arguments, "--eager", "--max-num-seqs", "4"], folder) as url:
+                found[arm] = Served(url, (folder / "serve.out").read_text())
+                found[arm].log = (folder / "engine.log").read_text()
+                if arm == "plain":
+                    found[arm].clients = check_clients(url)
     return found
 
 
