@@ -113,15 +113,37 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
         engine.note_miss(f"{path}: HTTP {status}", health.failures, silent=False)
         return
     was_up = engine.healthy is True and engine.is_up(pool.clock())
-    if not was_up:
-        await _read_version(session, pool, engine)
+    # One that was started again between two checks looks well, and has the checkpoint's weights.
+    if not was_up or pool.updated:
+        await _check_version(session, pool, engine, was_up=was_up)
     engine.note_well()
     if not was_up:
         pool.welcome(engine)
 
 
-async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine) -> None:
-    """Read the weights' version of an engine that has come (back): after an update it may have weights from before.
+async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine, *, was_up: bool) -> None:
+    """Take over the version of an engine that has come, or fence it off: after an update it may have older weights.
+
+    One that was up is asked twice, as an update may be about to end.
+    """
+    for last in (False, True) if was_up else (True,):
+        expected = pool.versions
+        version = await _read_version(session, engine)
+        if pool.paused or pool.versions != expected or version is None:
+            return
+        if not pool.updated:
+            engine.versions = (version.encode(), engine.versions[1])
+            return
+        if version == expected[0].decode():
+            return
+        if last:
+            engine.fence(f"weights: expected version {expected[0].decode()}, got {version}")
+        else:
+            await asyncio.sleep(RECHECK_S)
+
+
+async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str | None:
+    """Read the version of an engine's weights; None where it does not tell, or no such thing.
 
     Only engines with VLLM_SERVER_DEV_MODE=1 tell, and only those can be updated.
     """
@@ -131,11 +153,5 @@ async def _read_version(session: aiohttp.ClientSession, pool: Pool, engine: Engi
         async with session.get(url, timeout=timeout, **options) as response:
             version = str((await response.json())["weight_version"]) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
-        version = None
-    if pool.paused or version is None or not re.fullmatch(VERSION, version):
-        return
-    expected = pool.versions[0].decode()
-    if not pool.updated:
-        engine.versions = (version.encode(), engine.versions[1])
-    elif version != expected:
-        engine.fence(f"weights: expected version {expected}, got {version}")
+        return None
+    return version if version is not None and re.fullmatch(VERSION, version) else None

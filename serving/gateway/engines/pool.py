@@ -7,20 +7,20 @@ only be slow.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import heapq
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
 from laguna_serve.serving.gateway.engines.origin import Origin
+from laguna_serve.serving.gateway.engines.waiting import WaitingLine
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, find_latest
 from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.http1 import Waits
 
 # Requests may be sent to another engine for this share of all, and so many more in a burst: engines that fail together
@@ -44,9 +44,8 @@ class Pool:
     updated: bool = False
     waits: Waits = field(init=False)
     _retries: float = RETRY_BURST
-    _tickets: Iterator[int] = field(default_factory=itertools.count)
-    _waiting: list[tuple[int, int, asyncio.Future[None]]] = field(default_factory=list)
-    _queued: int = 0
+    _line: WaitingLine = field(default_factory=WaitingLine)
+    _limited: int = 0  # of those who wait, by a policy for weights
 
     def __post_init__(self) -> None:
         self._take_limits(self.limits)
@@ -71,7 +70,7 @@ class Pool:
                 engine.origin.configure(upstream)
         self.model, self.engines = model, engines
         self._take_limits(limits)
-        self._wake_all()
+        self._line.wake_all()
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -86,10 +85,15 @@ class Pool:
     @property
     def queued(self) -> int:
         """Requests that wait for a slot."""
-        return self._queued
+        return self._line.length
 
     def take(
-        self, affinity: bytes | None, avoid: frozenset[Engine] = frozenset(), *, woken: bool = False
+        self,
+        affinity: bytes | None,
+        avoid: frozenset[Engine] = frozenset(),
+        *,
+        woken: bool = False,
+        policy: WeightPolicy | None = None,
     ) -> Engine | None:
         """Take a slot of an engine, where one is free and nobody was before; `release` gives it back.
 
@@ -97,8 +101,9 @@ class Pool:
             affinity: what belongs together goes to one engine while that has room.
             avoid: engines that this request has tried.
             woken: it has waited for its turn.
+            policy: which weights may answer it; while they are being changed, it waits.
         Raises:
-            GatewayError: 503 no engine is up.
+            GatewayError: 503 no engine is up, or none with such weights.
         """
         now = self.clock()
         up = [engine for engine in self.engines if engine.is_up(now) and engine not in avoid]
@@ -107,15 +112,17 @@ class Pool:
             if any(engine.returns and engine.fenced is None for engine in self.engines):
                 return None
             raise errors.not_ready()
-        if self.paused or (self._queued and not woken):
+        if self.paused or (self._line.length and not woken):
             return None
+        if policy is not None:
+            up = self._list_allowed(up, policy)
         free = [engine for engine in up if engine.has_slot()]
         if not free:
             return None
         engine = self._choose(free, affinity)
         engine.in_flight += 1
         engine.turns += 1
-        if self._waiting and (len(free) > 1 or engine.has_slot()):
+        if self._line and (len(free) > 1 or engine.has_slot()):
             self.wake()  # an engine that came back has room for more than the one who was woken
         return engine
 
@@ -125,26 +132,42 @@ class Pool:
         avoid: frozenset[Engine] = frozenset(),
         deadline: float | None = None,
         priority: int = 0,
+        policy: WeightPolicy | None = None,
     ) -> Engine:
         """`take`, after a wait in the queue where it must be: until `deadline`, by default that of the limits.
 
         A smaller `priority` goes first.
 
         Raises:
-            GatewayError: 503 no engine is up (by the deadline, if one returns), 429 the queue is full, 408 no slot in
-                time.
+            GatewayError: 503 no engine is up (by the deadline, if one returns) or has such weights, 429 the queue is
+                full, 408 no slot in time.
         """
-        if (engine := self.take(affinity, avoid)) is not None:
+        if (engine := self.take(affinity, avoid, policy=policy)) is not None:
             return engine
-        if self._queued >= self.limits.max_queued:
+        if self._line.length >= self.limits.max_queued:
             raise errors.contended()
-        ticket = (priority, next(self._tickets))
+        ticket = self._line.draw(priority)
         if deadline is None:
             deadline = self.clock() + self.limits.queue_timeout_s
-        while True:
-            await self._wait(ticket, deadline - self.clock())
-            if (engine := self.take(affinity, avoid, woken=True)) is not None:
-                return engine
+        nudge = self._limited > 0
+        self._limited += policy is not None
+        try:
+            while True:
+                await self._line.wait(ticket, deadline - self.clock(), nudge=nudge)
+                nudge = False
+                if (engine := self.take(affinity, avoid, woken=True, policy=policy)) is not None:
+                    return engine
+                if policy is not None:  # the slot that woke it may be of other weights, and is somebody else's then
+                    self._line.wake_behind(ticket)
+        except TimeoutError:
+            now = self.clock()
+            any_up = any(engine.is_up(now) for engine in self.engines)
+            raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
+        except GatewayError:
+            self._line.wake()
+            raise
+        finally:
+            self._limited -= policy is not None
 
     def succeed(self, old: Engine, url: str) -> None:
         """Put a new engine, at a new address, in the place of one that died.
@@ -162,12 +185,12 @@ class Pool:
         self.model = self.model.model_copy(update={"upstreams": upstreams})
         old.remove()
         self.welcome(new)
-        self._wake_all()
+        self._line.wake_all()
 
     def give_up(self, engine: Engine) -> None:
         """Note that it is not started again: nobody need wait for it."""
         engine.returns = False
-        self._wake_all()
+        self._line.wake_all()
 
     def may_retry(self) -> bool:
         """Take from the budget of second tries."""
@@ -193,7 +216,7 @@ class Pool:
         logger.info("model %s resumed", self.model.name)
         for engine in self.engines:
             engine.origin.silence_allowed = False
-        self._wake_all()
+        self._line.wake_all()
 
     def set_versions(self, weights: str | None, draft: str | None) -> None:
         """Every engine has these from now on; None is as before. No engine is fenced off any more."""
@@ -229,11 +252,7 @@ class Pool:
 
     def wake(self) -> None:
         """Let the first in the queue look again."""
-        while self._waiting:
-            _, _, future = heapq.heappop(self._waiting)
-            if not future.done():
-                future.set_result(None)
-                return
+        self._line.wake()
 
     def _take_limits(self, limits: Limits) -> None:
         self.limits = limits
@@ -245,32 +264,13 @@ class Pool:
         origin.configure(upstream)
         return Engine(upstream, origin, healthy=False if self.updated else None, refused=self.updated)
 
-    def _wake_all(self) -> None:
-        for _ in range(len(self._waiting)):
-            self.wake()
-
-    async def _wait(self, ticket: tuple[int, int], timeout_s: float) -> None:
-        """Until woken. Who looked in vain keeps the place that the ticket gives."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (*ticket, future))
-        self._queued += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                await future
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if future.done() and not future.cancelled():
-                self.wake()  # woken and ended at once: the turn is the next one's
-            if isinstance(error, TimeoutError):
-                now = self.clock()
-                any_up = any(engine.is_up(now) for engine in self.engines)
-                raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
-            raise
-        finally:
-            self._queued -= 1
-            future.cancel()
-            if len(self._waiting) > 2 * self._queued + 64:  # mostly of those who have left
-                self._waiting = [entry for entry in self._waiting if not entry[2].done()]
-                heapq.heapify(self._waiting)
+    def _list_allowed(self, engines: list[Engine], policy: WeightPolicy) -> list[Engine]:
+        """List those whose weights may answer. Raises GatewayError: there is none."""
+        latest = self.versions[0] if self.updated else find_latest(engine.versions[0] for engine in self.engines)
+        allowed = [engine for engine in engines if policy.allows(engine.versions[0], latest)]
+        if not allowed:
+            raise errors.no_such_weights(str(policy), latest.decode())
+        return allowed
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
         """Choose the engine for a request, by weight either way.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.failures import UnreachableError
 from laguna_serve.serving.gateway.wire.http1 import Connection
@@ -32,6 +33,7 @@ class Request(Protocol):
     engine: Engine | None
     affinity: bytes | None
     priority: int
+    policy: WeightPolicy | None
     arrived_s: float
     cause: str | None
 
@@ -47,13 +49,16 @@ async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False
     It is a new one if `afresh`, or if the body has too many bytes (`size`) to be remembered.
 
     Raises:
-        GatewayError: 503 no engine is up, 429 the queue is full, 408 no slot in time, 502 none could be reached.
+        GatewayError: 503 no engine is up or has such weights, 429 the queue is full, 408 no slot in time, 502 none
+            could be reached.
     """
     tried = set[Engine]()
     deadline = pool.clock() + pool.limits.queue_timeout_s
     while True:
         if request.engine is None:
-            request.engine = await pool.acquire(request.affinity, frozenset(tried), deadline, request.priority)
+            request.engine = await pool.acquire(
+                request.affinity, frozenset(tried), deadline, request.priority, request.policy
+            )
         engine = request.engine
         request.arrived_s = time.perf_counter()
         try:

@@ -18,6 +18,7 @@ from laguna_serve.serving.gateway.access.holder import Claim, Holder
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.reach import reach, take_kept
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, read_policy
 from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.relay.waiting import Waiter
@@ -50,8 +51,8 @@ class Exchange(Waiter):
 
     `claim` is what it holds of its key, `place` what of a model whose engine the gateway owns. `usage` are the tokens
     that the engine has told; with `drops_usage` it was asked for them in the client's place. `recover` takes a failure
-    before the answer's head, if it can; the answer is then of another model than `fallback_from`. `sent_s`: when the
-    engine got it; times are `time.perf_counter`'s.
+    before the answer's head, if it can; the answer is then of another model than `fallback_from`. Times (`_s`) are
+    `time.perf_counter`'s; `sent_s`: when the engine got it.
     """
 
     head: Head
@@ -62,6 +63,7 @@ class Exchange(Waiter):
     usage: tuple[int, int] | None = None
     drops_usage: bool = False
     priority: int = 0
+    policy: WeightPolicy | None = None
     recover: Callable[[GatewayError], bool] | None = None
     fallback_from: str | None = None
     trace: Trace | None = None
@@ -112,18 +114,16 @@ class Exchange(Waiter):
         self._pool, self._body, self.affinity, self.model = pool, body, affinity, pool.model.name
         pool.note_request()
         try:
-            self.engine = pool.take(affinity)
-        except GatewayError as error:
-            self.fail(error)
-            return
-        if self.engine is not None and (connection := take_kept(self.engine, len(body))) is not None:
-            self._go(connection)
-            return
-        try:
-            if self.backlog is not None:
+            self.policy = read_policy(self.head.named)
+            self.engine = pool.take(affinity, policy=self.policy)
+            connection = take_kept(self.engine, len(body)) if self.engine is not None else None
+            if connection is None and self.backlog is not None:
                 self.backlog.hold(self, len(body))
         except GatewayError as error:
             self.fail(error)
+            return
+        if connection is not None:
+            self._go(connection)
             return
         self.wait_for(reach(self, pool, len(body)), self._go)
 

@@ -200,6 +200,18 @@ def not_ready() -> GatewayError:
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="service_unavailable", reason="no_engine")
 
 
+def bad_weight_policy(given: str) -> GatewayError:
+    """Say which forms X-Weight-Policy has."""
+    forms = "any, latest-only, min-version=N or max-staleness=K"
+    return bad_request(f"The X-Weight-Policy header must be {forms}, got {given[:64]!r}.")
+
+
+def no_such_weights(policy: str, latest: str) -> GatewayError:
+    """Say that no engine has weights that may answer the request."""
+    message = f"No engine has weights for X-Weight-Policy {policy}: the newest is {latest}. Please try again later."
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="weights_not_available", reason="weights")
+
+
 def not_loaded() -> GatewayError:
     """Say that a request that is no work for a model does not load it."""
     message = "The model is not loaded, and this request does not load it: one for an answer does."

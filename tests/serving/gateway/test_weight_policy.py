@@ -1,0 +1,198 @@
+"""X-Weight-Policy: which engines may answer, who waits, who is refused, and nobody is held up by others' policies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from typing import Any
+
+import pytest
+from gateway_engine import PATH, RlEngine
+from gateway_fakes import Gateway, gateway, wait_until
+
+from laguna_serve.serving.gateway.config.tables import Limits, Model
+from laguna_serve.serving.gateway.config.tables import Upstream as UpstreamTable
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.weight_policy import find_latest, number_of, read_policy
+from laguna_serve.serving.gateway.wire.errors import GatewayError
+
+BODY = b'{"model": "m", "prompt": "x"}'
+
+
+def make_pool(*versions: str, slots: int = 1, **limits: Any) -> Pool:
+    """An engine for each version, named after it."""
+    upstreams = tuple(
+        UpstreamTable(name=f"{at}-{version}", url=f"http://127.0.0.1:{at + 1}", max_in_flight=slots)
+        for at, version in enumerate(versions)
+    )
+    model, given = Model(name="m", upstreams=upstreams), Limits(**limits)
+    pool = Pool(model, given)
+    pool.configure(model, given)
+    for engine, version in zip(pool.engines, versions, strict=True):
+        engine.versions = (version.encode(), b"default")
+    return pool
+
+
+def policy(text: str) -> Any:
+    return read_policy({b"x-weight-policy": text.encode()})
+
+
+@pytest.mark.parametrize(
+    ("version", "number"), [(b"step-12", 12), (b"default", 0), (b"v1.10", 10), (b"final", None), (b"7", 7)]
+)
+def test_number_of_a_version(version: bytes, number: int | None) -> None:
+    assert number_of(version) == number
+
+
+def test_newest_is_by_number() -> None:
+    assert find_latest([b"step-9", b"step-10", b"final"]) == b"step-10"
+    assert find_latest([b"final", b"default"]) == b"default"
+
+
+@pytest.mark.parametrize(
+    "text", ["latest", "min-version", "min-version=", "max-staleness=-1", "ANY", "min-version=1.5"]
+)
+def test_other_words_are_refused(text: str) -> None:
+    with pytest.raises(
+        GatewayError, match="must be any, latest-only, min-version=N or max-staleness=K, got"
+    ) as refused:
+        policy(text)
+    assert refused.value.status == 400
+
+
+def allows(text: str, version: str, versions: list[str]) -> bool:
+    """The rule, literally, for versions that all have numbers."""
+    kind, _, given = text.partition("=")
+    own, newest = (max(int(n) for n in re.findall(r"\d+", v)[-1:]) for v in (version, max(versions, key=newest_first)))
+    return {
+        "any": True,
+        "latest-only": own == newest,
+        "min-version": own >= int(given or 0),
+        "max-staleness": newest - own <= int(given or 0),
+    }[kind]
+
+
+def newest_first(version: str) -> int:
+    return int(re.findall(r"\d+", version)[-1])
+
+
+def test_choice_is_the_rules() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        versions = [f"step-{rng.randrange(12)}" for _ in range(rng.randint(1, 5))]
+        text = rng.choice(
+            ["any", "latest-only", f"min-version={rng.randrange(13)}", f"max-staleness={rng.randrange(5)}"]
+        )
+        pool = make_pool(*versions, slots=2)
+        allowed = {e.name for e, v in zip(pool.engines, versions, strict=True) if allows(text, v, versions)}
+        given = policy(text)
+        if allowed:
+            engine = pool.take(None, policy=given)
+            assert engine is not None
+            assert engine.name in allowed
+            continue
+        with pytest.raises(GatewayError, match=rf"for X-Weight-Policy {text}: the newest is") as refused:
+            pool.take(None, policy=given)
+        assert (refused.value.status, refused.value.retry_after_s) == (503, 1)
+
+
+def test_it_waits_while_weights_are_changed_and_is_refused_when_they_are_too_old() -> None:
+    async def test() -> None:
+        pool = make_pool("step-1", slots=4)
+        pool.pause()
+        both = [asyncio.create_task(pool.acquire(None, policy=policy(f"min-version={n}"))) for n in (2, 3)]
+        plain = asyncio.create_task(pool.acquire(None))
+        await asyncio.sleep(0)
+        assert pool.queued == 3
+        pool.set_versions("step-2", None)
+        pool.resume()
+        assert (await both[0]).name == (await plain).name == "0-step-1"
+        with pytest.raises(GatewayError, match=r"min-version=3: the newest is step-2"):
+            await both[1]
+        assert pool.queued == 0
+
+    asyncio.run(test())
+
+
+def test_those_without_a_policy_pass_by_one_that_waits() -> None:
+    """It waits for the new engine's slot; the old engine is idle, and takes those who come behind."""
+
+    async def test() -> None:
+        pool = make_pool("step-1", "step-2")
+        held = pool.take(None, policy=policy("latest-only"))
+        assert held is not None
+        picky = asyncio.create_task(pool.acquire(None, policy=policy("latest-only")))
+        await asyncio.sleep(0)
+        got = await asyncio.wait_for(pool.acquire(None), 2)
+        assert got.name == "0-step-1"
+        assert not picky.done()
+        behind = asyncio.create_task(pool.acquire(None))
+        await asyncio.sleep(0.01)
+        pool.release(got)  # the one behind gets it, though the picky one is woken first
+        assert (await asyncio.wait_for(behind, 2)).name == "0-step-1"
+        pool.release(held)
+        assert (await asyncio.wait_for(picky, 2)).name == "1-step-2"
+
+    asyncio.run(test())
+
+
+def test_crowd_ends_with_every_slot_free() -> None:
+    """500 requests of all policies, some of which leave: each gets weights that it may have, and nobody is left."""
+
+    async def test() -> None:
+        rng, pool = (
+            random.Random(1),
+            make_pool("step-1", "step-2", "step-3", slots=2, queue_timeout_s=30, max_queued=600),
+        )
+        texts = ["any", "latest-only", "min-version=2", "max-staleness=1", "max-staleness=2"]
+        versions = [engine.versions[0].decode() for engine in pool.engines]
+
+        async def ask(text: str) -> None:
+            engine: Engine = await pool.acquire(None, policy=policy(text))
+            assert allows(text, engine.versions[0].decode(), versions)
+            try:
+                await asyncio.sleep(rng.random() * 0.002)
+            finally:
+                pool.release(engine)
+
+        tasks = [asyncio.create_task(ask(rng.choice(texts))) for _ in range(500)]
+        for task in rng.sample(tasks, 60):
+            await asyncio.sleep(0.001)
+            task.cancel()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert [r for r in results if r is not None and not isinstance(r, asyncio.CancelledError)] == []
+        assert (pool.queued, [engine.in_flight for engine in pool.engines]) == (0, [0, 0, 0])
+
+    asyncio.run(test())
+
+
+def ask(front: Gateway, given: str) -> tuple[int, str | None]:
+    reply = front.ask(PATH, BODY, headers=f"X-Weight-Policy: {given}\r\n")
+    return reply.status, reply.header("x-upstream")
+
+
+def test_gateway_before_engines_of_two_versions() -> None:
+    """As after a restart of the gateway, or where a trainer reached one of them alone."""
+    with RlEngine() as old, RlEngine() as new:
+        old.version, new.version = "step-4", "step-6"
+        with gateway(old, new) as front:
+            assert {ask(front, "latest-only") for _ in range(4)} == {(200, "b")}
+            assert {ask(front, "max-staleness=1") for _ in range(4)} == {(200, "b")}
+            assert {ask(front, "any") for _ in range(16)} == {(200, "a"), (200, "b")}
+            assert ask(front, "min-version=7") == (503, None)
+            assert ask(front, "newest") == (400, None)
+
+
+def test_engine_that_was_started_again_between_two_checks_is_fenced_off() -> None:
+    """It was never seen to be down, and has the checkpoint's weights: miles#1724."""
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health={"interval_s": 0.1}) as front:
+        weights = {"weight_version": "7", "update": [{"names": ["w"]}]}
+        assert front.ask_admin("/admin/update_weights", weights).json()["outcome"] == "updated"
+        assert {front.ask(PATH, BODY).header("x-weight-version") for _ in range(4)} == {"7"}
+        engine = front.relay.pools["m"].engines[0]
+        one.version = "default"
+        wait_until(lambda: engine.fenced is not None, 10)
+        assert engine.fenced == "weights: expected version 7, got default"
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(4)} == {"b"}
