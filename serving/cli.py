@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, keys, serve
+from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, keys, serve, traces
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser, end_unread
 from laguna_serve.serving.kit.environment import read_versions
 from laguna_serve.serving.kit.errors import CommandError
@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (serve.main, "serve a model over HTTP"),
     "gateway": (gateway.main, "one endpoint in front of engines"),
     "keys": (keys.main, "make, list and revoke keys of a gateway's clients"),
+    "traces": (traces.main, "list and export what a gateway has recorded, in tokens"),
     "compact": (checkpoint_tools.compact, "make a smaller checkpoint from a pruning mask"),
     "unpad": (checkpoint_tools.unpad, "store a dense student without its padding"),
     "pad": (checkpoint_tools.pad, "give an unpadded dense student its stock layout back"),

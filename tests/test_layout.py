@@ -55,7 +55,7 @@ ROOMS = {
         *("machine", "kit", "client", "checkpoint", "chat", "speculation", "planning", "supervision", "engine"),
         *("gateway", "service", "commands"),
     ),
-    "serving/gateway": ("config", "wire", "telemetry", "access", "engines", "residence", "relay", "clients"),
+    "serving/gateway": ("config", "wire", "telemetry", "access", "engines", "residence", "relay", "traces", "clients"),
     "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")

@@ -15,7 +15,7 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.clients.asgi import RelayApp
 from laguna_serve.serving.gateway.config import Config
-from laguna_serve.serving.gateway.config.tables import Tracing
+from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
 from laguna_serve.serving.gateway.engines.catalog import Catalog
 from laguna_serve.serving.gateway.engines.health import check_forever
 from laguna_serve.serving.gateway.relay.relay import Relay
@@ -25,6 +25,8 @@ from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.telemetry.stages import Tracer
+from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
+from laguna_serve.serving.gateway.traces.store import TraceFile, TraceFileError
 from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
@@ -37,10 +39,11 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     Once it has started, `find_services` has its parts.
 
     Raises:
-        EngineError: the file of usage is none, or OpenTelemetry is not installed.
+        EngineError: the file of usage or of traces is none, or OpenTelemetry is not installed.
     """
     metrics = Metrics()
     ledger = Ledger(None if config.access.usage_file is None else Path(config.access.usage_file))
+    recorder = TraceRecorder(open_traces(config.traces), metrics.registry)
     tracer = None if config.tracing.endpoint is None else open_tracer(config.tracing)
     if log is None:
         log = AccessLog.on_stderr() if config.server.access_log else AccessLog()
@@ -48,14 +51,16 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_session() as session, _open_session(force_close=True) as steps:
-            shadows = Shadows(session, metrics.registry)
+            shadows = Shadows(session, metrics.registry, recorder.accompany if config.traces.file else None)
             catalog = Catalog(steps)
             relay = Relay(config, metrics, shadows, log, catalog, ledger, tracer)
             app.state.services = Services(relay, session, steps)
             app.mount("/", RelayApp(relay))
             checks = asyncio.create_task(check_forever(steps, relay))
             stopped = asyncio.Event()
-            writing = asyncio.create_task(ledger.keep_writing(config.access.usage_write_s, stopped))
+            writing = asyncio.gather(
+                ledger.keep_writing(config.access.usage_write_s, stopped), recorder.keep_writing(stopped)
+            )
             try:
                 yield
             finally:
@@ -107,6 +112,16 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def open_traces(settings: Traces) -> TraceFile | None:
+    """Open the file of traces, where one is named. Raises EngineError: it is none."""
+    if settings.file is None:
+        return None
+    try:
+        return TraceFile(Path(settings.file), settings.max_bytes)
+    except TraceFileError as error:
+        raise EngineError(f"traces: {error}") from None
 
 
 def open_tracer(settings: Tracing) -> Tracer:

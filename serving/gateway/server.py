@@ -44,6 +44,7 @@ FIXED: Mapping[str, Sequence[str]] = {
     "admin": ("host", "port", "sha256"),
     "access": ("usage_file", "usage_write_s"),
     "tracing": ("endpoint", "service_name", "sample_ratio"),
+    "traces": ("file", "max_bytes"),
 }
 logger = logging.getLogger(__name__)
 

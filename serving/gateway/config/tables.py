@@ -17,6 +17,7 @@ from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.keys import AccessTable, Key
 from laguna_serve.serving.gateway.config.owned import NOWHERE, QUEUE_FACTOR, Group, OwnedEngine, name_engine
+from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
 from laguna_serve.serving.gateway.config.values import (
     Count,
     Digest,
@@ -107,14 +108,6 @@ class Limits(ConfigTable):
     read_timeout_s: Seconds = 300.0
     load_timeout_s: Seconds = 300.0
     heartbeat_s: Seconds = 5.0
-
-
-class Tracing(ConfigTable):
-    """Where spans of requests go: OpenTelemetry's protocol over HTTP. Without an endpoint there are none."""
-
-    endpoint: Url | None = None
-    service_name: Name = "laguna-gateway"
-    sample_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Health(ConfigTable):
@@ -256,6 +249,7 @@ class Config(ConfigTable):
     health: Health = Health()
     access: AccessTable = AccessTable()
     tracing: Tracing = Tracing()
+    traces: Traces = Traces()
     models: Annotated[tuple[Model, ...], Field(min_length=1, strict=False)]
     keys: Annotated[tuple[Key, ...], Field(strict=False)] = ()
     groups: Annotated[tuple[Group, ...], Field(strict=False)] = ()

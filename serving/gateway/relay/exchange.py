@@ -52,7 +52,7 @@ class Exchange(Waiter):
     `claim` is what it holds of its key, `place` what of a model whose engine the gateway owns. `usage` are the tokens
     that the engine has told; with `drops_usage` it was asked for them in the client's place. `recover` takes a failure
     before the answer's head, if it can; the answer is then of another model than `fallback_from`. Times (`_s`) are
-    `time.perf_counter`'s; `sent_s`: when the engine got it.
+    `time.perf_counter`'s; `sent_s`: when the engine got it. `said`: versions of weights and drafter, in turn.
     """
 
     head: Head
@@ -97,7 +97,7 @@ class Exchange(Waiter):
     _task: asyncio.Task[None] | None = None
     _connection: Connection | None = None
     _paused: bool = False
-    _said: tuple[bytes, bytes] | None = None
+    said: list[tuple[bytes, bytes]] = field(default_factory=list)
     streams: bool = False
     _events: EventStream | None = None
     recent: tuple[bytes, bytes] = (b"", b"")
@@ -190,7 +190,7 @@ class Exchange(Waiter):
         assert self.engine is not None
         assert self._pool is not None
         self._connection = connection
-        self._said = self.engine.versions
+        self.said = [self.engine.versions]
         origin = self.engine.origin
         keys_are_ours = self.keys_are_ours or origin.has_credential
         lines = origin.lines if self.trace is None else origin.lines + self.trace.enter_engine(origin.site)
@@ -210,13 +210,12 @@ class Exchange(Waiter):
         """Pass on the head of the engine's answer, under the versions of the weights that it has."""
         engine = self.engine
         assert engine is not None
-        assert self._said is not None
         self.status, self._body, self.recover = status, b"", None
         weights, draft = engine.versions
-        if self._said is not engine.versions:
+        if self.said[-1] is not engine.versions:
             # It ran before and after an update of the weights.
-            weights, draft = self._said[0] + b", " + weights, self._said[1] + b", " + draft
-            self._said = engine.versions
+            weights, draft = self.said[-1][0] + b", " + weights, self.said[-1][1] + b", " + draft
+            self.said.append(engine.versions)
         found = pass_headers(headers, engine.origin.site)
         if self.cors is not None:
             found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
@@ -242,9 +241,9 @@ class Exchange(Waiter):
         self.chunks += 1
         events = self._events
         if events is not None:
-            if self._said is not engine.versions and not events.broken_open:
+            if self.said[-1] is not engine.versions and not events.broken_open:
                 # What was written so far are whole events.
-                self._said = engine.versions
+                self.said.append(engine.versions)
                 self.sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
             if not (events.passes and data.endswith(b"\n\n")):
                 data = events.take(data)

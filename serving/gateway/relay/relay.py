@@ -223,7 +223,7 @@ class Relay:
         if pool.model.fallback and exchange.recover is None:
             exchange.recover = Fallback(self, exchange, body, pool.model, asked)
         sent = self._charge(exchange, exchange.key, body, pool, asked) if exchange.key is not None else body
-        if pool.model.shadows and exchange.fallback_from is None:
+        if exchange.fallback_from is None:
             self._shadows.accompany(pool.model, exchange, body)
         if (model := self.owner.find(pool.model.name)) is None:
             exchange.send(pool, sent, affinity)

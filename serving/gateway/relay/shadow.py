@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -28,6 +28,9 @@ TIMEOUT_S = 600.0
 PATHS = frozenset(("/v1/completions", "/v1/chat/completions"))
 
 
+Record = Callable[[Exchange, bytes], None]
+
+
 class _Sampling(msgspec.Struct):
     temperature: float | None = None
     n: int | None = None
@@ -36,16 +39,21 @@ class _Sampling(msgspec.Struct):
 class Shadows:
     """Sends copies and compares, for every model of a gateway."""
 
-    def __init__(self, session: aiohttp.ClientSession, registry: CollectorRegistry) -> None:
-        self._session = session
+    def __init__(
+        self, session: aiohttp.ClientSession, registry: CollectorRegistry, record: Record | None = None
+    ) -> None:
+        """With `record` every request is shown to it as well."""
+        self._session, self._record = session, record
         self._tasks: set[asyncio.Task[None]] = set()
         labels = ("model", "shadow", "outcome")
         name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
         self._outcomes = Counter(name, help_text, labels, registry=registry)
 
     def accompany(self, model: Model, exchange: Exchange, body: bytes) -> None:
-        """Send copies of a request to the model's shadows, where it is one that can be compared."""
-        if exchange.head.path not in PATHS or not _is_greedy(body):
+        """Send copies of a request to the model's shadows, where it is one that can be compared; have it recorded."""
+        if self._record is not None:
+            self._record(exchange, body)
+        if not model.shadows or exchange.head.path not in PATHS or not _is_greedy(body):
             return
         for shadow in model.shadows:
             if len(self._tasks) >= MOST_AT_ONCE:

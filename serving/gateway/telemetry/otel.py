@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from laguna_serve.serving.gateway.config.tables import Tracing
+from laguna_serve.serving.gateway.config.telemetry import Tracing
 from laguna_serve.serving.gateway.telemetry.metrics import KNOWN_PATHS
 from laguna_serve.serving.gateway.telemetry.stages import Stages
 from laguna_serve.serving.gateway.wire.headers import CONTEXT, Head

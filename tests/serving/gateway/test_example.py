@@ -14,7 +14,8 @@ from laguna_serve.serving.cli import main
 from laguna_serve.serving.gateway.config import ConfigError, parse_config, read_example
 from laguna_serve.serving.gateway.config.keys import AccessTable, Key
 from laguna_serve.serving.gateway.config.owned import Group, OwnedEngine
-from laguna_serve.serving.gateway.config.tables import Admin, Health, Limits, Model, Server, Shadow, Tracing, Upstream
+from laguna_serve.serving.gateway.config.tables import Admin, Health, Limits, Model, Server, Shadow, Upstream
+from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
 from laguna_serve.serving.gateway.server import FIXED
 
 
@@ -30,7 +31,20 @@ def test_example_has_every_key_and_no_other(capsys: pytest.CaptureFixture[str]) 
     parse_config(tomllib.loads(example), "example")
     written = {match[1] for match in re.finditer(r"^(?:# )?(\w+) = ", example, re.MULTILINE)}
     known: set[str] = set()
-    for table in (Server, Admin, Limits, Health, AccessTable, Tracing, Key, Model, Upstream, Group, OwnedEngine):
+    for table in (
+        Server,
+        Admin,
+        Limits,
+        Health,
+        AccessTable,
+        Tracing,
+        Traces,
+        Key,
+        Model,
+        Upstream,
+        Group,
+        OwnedEngine,
+    ):
         known |= table.model_fields.keys()
     assert written == known - {"upstreams", "shadows", "engine"}
     with pytest.raises(ConfigError) as caught:  # nothing but the files that are not there
@@ -43,7 +57,7 @@ def test_example_says_what_the_defaults_are() -> None:
     """Where a comment does not call a value an example, it is the default."""
     table: type[BaseModel] = Server
     names = {"server": Server, "admin": Admin, "limits": Limits, "health": Health, "models": Model, "keys": Key}
-    names |= {"access": AccessTable, "tracing": Tracing}
+    names |= {"access": AccessTable, "tracing": Tracing, "traces": Traces}
     names |= {"models.upstreams": Upstream, "models.shadows": Shadow, "models.engine": OwnedEngine, "groups": Group}
     checked = 0
     for line in read_example().splitlines():
@@ -60,7 +74,13 @@ def test_example_says_what_the_defaults_are() -> None:
 def test_example_says_what_needs_a_restart() -> None:
     """Every key of these tables is called (start) in the example if and only if a reload cannot change it."""
     example = read_example()
-    for name, table in (("server", Server), ("admin", Admin), ("access", AccessTable), ("tracing", Tracing)):
+    for name, table in (
+        ("server", Server),
+        ("admin", Admin),
+        ("access", AccessTable),
+        ("tracing", Tracing),
+        ("traces", Traces),
+    ):
         part = example.partition(f"[{name}]")[2].partition("\n[")[0]
         for key in table.model_fields:
             (line,) = re.findall(rf"^(?:# )?{key} = .*$", part, re.MULTILINE)

@@ -25,7 +25,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.app import open_tracer
-from laguna_serve.serving.gateway.config.tables import Tracing
+from laguna_serve.serving.gateway.config.telemetry import Tracing
 from laguna_serve.serving.gateway.telemetry.otel import OtelTracer
 
 CHAT = "/v1/chat/completions"

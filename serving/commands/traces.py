@@ -1,0 +1,168 @@
+"""``laguna traces``: lists what a gateway has recorded, and exports it for the drafter's trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+
+from laguna_serve.serving.client.traffic import TrafficRecord
+from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.command import Command
+from laguna_serve.serving.kit.files import write_stream
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.tables import Table
+
+if TYPE_CHECKING:
+    from laguna_serve.serving.gateway.traces.store import Trace
+
+DESCRIPTION = "What a gateway has recorded of its requests, in tokens (traces.file in gateway.toml)."
+EXPORT = """Exports traces as JSON Lines: `traffic` is what `laguna drafter train --tokens` reads, tokens alone;
+`full` has everything. Answers that ran under several versions of the weights are left out of `traffic`, and those that
+were cut off by an error never were recorded."""
+EXPORT_EXAMPLES = """examples:
+  laguna traces export traces.db --out traffic.jsonl
+  laguna traces export traces.db --model policy --weight-version step-12 --format full --out rollouts.jsonl
+"""
+LIST_EXAMPLES = """examples:
+  laguna traces list traces.db                      by model, versions and key
+"""
+File = Annotated[Path, Flag("of traces: traces.file of gateway.toml", positional=True, metavar="FILE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracesConfig:
+    """Which traces."""
+
+    file: File
+    model: Annotated[str | None, Flag("of this model alone")] = None
+    weight_version: Annotated[str | None, Flag("that ran under this version of the weights alone")] = None
+    key: Annotated[str | None, Flag("of requests under the key of this name alone")] = None
+    last: Annotated[int | None, Flag("the last N of them", metavar="N", at_least=1)] = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        for name in (self.model, self.weight_version, self.key):
+            if name == "":
+                raise FlagError("--model, --weight-version, --key: expected a name, got nothing; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(TracesConfig):
+    """Which traces, and as what."""
+
+    out: Annotated[Path, Flag("file to write, whole or not at all", metavar="FILE")]
+    format: Annotated[Literal["traffic", "full"], Flag("default traffic")] = "traffic"
+
+
+class TracesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.traces/1"):
+    """How many answers there were, how many were exported, and their tokens."""
+
+    file: str
+    answers: int
+    exported: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`laguna traces`: one tool of several. Returns the exit status."""
+    parser = Parser(prog="laguna traces", description=DESCRIPTION)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
+    commands.add_parser("list", help="count answers by model, versions and key", add_help=False)
+    commands.add_parser("export", help="write them as JSON Lines", add_help=False)
+    given = list(argv or ())
+    if parser.parse_args(given[:1]).COMMAND == "export":
+        return Command("laguna traces export", ExportConfig, EXPORT, EXPORT_EXAMPLES).run(given[1:], export)
+    rows: list[tuple[str, ...]] = []
+
+    def act(config: TracesConfig) -> TracesResult:
+        result, groups = count(config)
+        rows[:] = groups
+        return result
+
+    heads = ("model", "weights", "drafter", "key", "answers", "prompt tokens", "tokens", "first", "last")
+    command = Command("laguna traces list", TracesConfig, DESCRIPTION, LIST_EXAMPLES)
+    return command.run(given[1:], act, show=lambda _: Table("llllrrrll", heads, rows).to_text())
+
+
+def export(config: ExportConfig) -> TracesResult:
+    """Write the traces that were asked for. Raises TraceFileError, WriteError."""
+    total, exported, prompts, tokens = 0, 0, 0, 0
+
+    def write(file: object) -> None:
+        nonlocal total, exported, prompts, tokens
+        for trace in read(config):
+            total += 1
+            if (line := _encode(trace, config.format)) is None:
+                continue
+            file.write(line + b"\n")  # type: ignore[attr-defined]
+            exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
+            tokens += len(trace.token_ids)
+
+    write_stream(config.out, write)
+    return TracesResult(
+        file=str(config.file), answers=total, exported=exported, prompt_tokens=prompts, output_tokens=tokens
+    )
+
+
+def _encode(trace: Trace, form: str) -> bytes | None:
+    """Encode a line; None for one that has no place there."""
+    if form == "full":
+        return msgspec.json.encode(trace)
+    if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1:
+        return None
+    (version,) = trace.weight_versions
+    return msgspec.json.encode(
+        TrafficRecord(
+            prompt_token_ids=trace.prompt_token_ids,
+            token_ids=trace.token_ids,
+            temperature=trace.temperature,
+            seed=trace.seed,
+            weight_version=version,
+        )
+    )
+
+
+def count(config: TracesConfig) -> tuple[TracesResult, list[tuple[str, ...]]]:
+    """Count the traces, and a row for every model, versions and key. Raises TraceFileError."""
+    groups: dict[tuple[str, ...], list[tuple[int, int, float]]] = {}
+    for trace in read(config):
+        names: tuple[str, ...] = (trace.model, ", ".join(trace.weight_versions), ", ".join(trace.draft_versions), trace.key or "")
+        groups.setdefault(names, []).append((len(trace.prompt_token_ids), len(trace.token_ids), trace.time))
+    rows = []
+    prompts = tokens = answers = 0
+    for named, group in groups.items():
+        own_prompts, own_tokens = sum(one[0] for one in group), sum(one[1] for one in group)
+        times = [_show_time(pick(one[2] for one in group)) for pick in (min, max)]
+        rows.append((*named, f"{len(group):,}", f"{own_prompts:,}", f"{own_tokens:,}", *times))
+        answers, prompts, tokens = answers + len(group), prompts + own_prompts, tokens + own_tokens
+    result = TracesResult(
+        file=str(config.file), answers=answers, exported=0, prompt_tokens=prompts, output_tokens=tokens
+    )
+    return result, rows
+
+
+def read(config: TracesConfig) -> Iterator[Trace]:
+    """Read the traces that were asked for, in the order in which they came. Raises TraceFileError."""
+    from laguna_serve.serving.gateway.traces.store import TraceFile
+
+    given = {"model": config.model, "weight_versions": config.weight_version, "key": config.key}
+    asked = {name: value for name, value in given.items() if value is not None}
+    where, values = " AND ".join(f"{name} = ?" for name in asked) or "1", list[object](asked.values())
+    if config.last is not None:
+        where = f"rowid IN (SELECT rowid FROM traces WHERE {where} ORDER BY rowid DESC LIMIT ?)"
+        values.append(config.last)
+    file = TraceFile(config.file)
+    try:
+        yield from file.read(where, values)
+    finally:
+        file.close()
+
+
+def _show_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
