@@ -36,7 +36,7 @@ File = Annotated[Path, Flag("of traces: traces.file of gateway.toml", positional
 
 @dataclass(frozen=True, kw_only=True)
 class TracesConfig:
-    """Which traces."""
+    """Which of the traces in a file."""
 
     file: File
     model: Annotated[str | None, Flag("of this model alone")] = None
@@ -53,7 +53,7 @@ class TracesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(TracesConfig):
-    """Which traces, and as what."""
+    """Which of the traces in a file, and in which form."""
 
     out: Annotated[Path, Flag("file to write, whole or not at all", metavar="FILE")]
     format: Annotated[Literal["traffic", "full"], Flag("default traffic")] = "traffic"
