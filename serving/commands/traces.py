@@ -132,7 +132,12 @@ def count(config: TracesConfig) -> tuple[TracesResult, list[tuple[str, ...]]]:
     """Count the traces, and a row for every model, versions and key. Raises TraceFileError."""
     groups: dict[tuple[str, ...], list[tuple[int, int, float]]] = {}
     for trace in read(config):
-        names: tuple[str, ...] = (trace.model, ", ".join(trace.weight_versions), ", ".join(trace.draft_versions), trace.key or "")
+        names: tuple[str, ...] = (
+            trace.model,
+            ", ".join(trace.weight_versions),
+            ", ".join(trace.draft_versions),
+            trace.key or "",
+        )
         groups.setdefault(names, []).append((len(trace.prompt_token_ids), len(trace.token_ids), trace.time))
     rows = []
     prompts = tokens = answers = 0

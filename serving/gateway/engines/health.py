@@ -19,13 +19,15 @@ from typing import Protocol
 import aiohttp
 
 from laguna_serve.serving.gateway.config import Config
-from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
 from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
 from laguna_serve.serving.gateway.wire.failures import BrokenError, UnreachableError
 
 # How often an engine is asked that is not well, and how often it is looked whether that has changed.
 RECHECK_S = 0.5
 VERSION_TIMEOUT_S = 2.0
+# A drafter's version where an engine may have been started again: vLLM tells the model's alone.
+UNKNOWN = b"unknown"
 logger = logging.getLogger(__name__)
 
 
@@ -114,36 +116,44 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
         return
     was_up = engine.healthy is True and engine.is_up(pool.clock())
     # One that was started again between two checks looks well, and has the checkpoint's weights.
-    if not was_up or pool.updated:
-        await _check_version(session, pool, engine, was_up=was_up)
+    asked = not was_up or pool.updated or engine.versions != UNVERSIONED
+    if asked and not await _check_version(session, pool, engine, was_up=was_up):
+        return
     engine.note_well()
     if not was_up:
         pool.welcome(engine)
 
 
-async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine, *, was_up: bool) -> None:
-    """Take over the version of an engine that has come, or fence it off: after an update it may have older weights.
+async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Engine, *, was_up: bool) -> bool:
+    """Take over what an engine says of its weights, or fence it off: after an update it may have older ones.
 
-    One that was up is asked twice, as an update may be about to end.
+    One that was up is asked twice, as an update may be about to end. Returns whether it is known well enough to serve.
     """
     for last in (False, True) if was_up else (True,):
         expected = pool.versions
         version = await _read_version(session, engine)
-        if pool.paused or pool.versions != expected or version is None:
-            return
+        if pool.paused or pool.versions != expected:
+            return was_up  # one that has come is asked again when requests go on
+        if version is None or (was_up and not version):
+            return was_up or not pool.updated
         if not pool.updated:
-            engine.versions = (version.encode(), engine.versions[1])
-            return
+            engine.versions = (version.encode() or UNVERSIONED[0], engine.versions[1])
+            return True
         if version == expected[0].decode():
-            return
+            if engine.refused and expected[1] != UNVERSIONED[1]:
+                # It was away, and nobody can say which drafter it has.
+                engine.versions = (expected[0], UNKNOWN)
+            return True
         if last:
-            engine.fence(f"weights: expected version {expected[0].decode()}, got {version}")
+            found = version or "none that it would tell"
+            engine.fence(f"weights: expected version {expected[0].decode()}, got {found}")
         else:
             await asyncio.sleep(RECHECK_S)
+    return True
 
 
 async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str | None:
-    """Read the version of an engine's weights; None where it does not tell, or no such thing.
+    """Read the version of an engine's weights: "" from one that does not tell, None where it does not answer.
 
     Only engines with VLLM_SERVER_DEV_MODE=1 tell, and only those can be updated.
     """
@@ -151,7 +161,9 @@ async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str |
     url, options = f"{engine.config.url}/weight_info", engine.config.request_options()
     try:
         async with session.get(url, timeout=timeout, **options) as response:
-            version = str((await response.json())["weight_version"]) if response.status == 200 else None
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
+            version = str((await response.json())["weight_version"]) if response.status == 200 else ""
+    except (aiohttp.ContentTypeError, ValueError, LookupError, TypeError):
+        return ""
+    except (aiohttp.ClientError, TimeoutError, OSError):
         return None
-    return version if version is not None and re.fullmatch(VERSION, version) else None
+    return version if re.fullmatch(VERSION, version) else ""

@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 import pytest
-from gateway_engine import PATH, RlEngine
-from gateway_fakes import Gateway, gateway, wait_until
+from gateway_engine import PATH, VERSION, RlEngine
+from gateway_fakes import Exchange, Gateway, gateway, wait_until
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model
 from laguna_serve.serving.gateway.config.tables import Upstream as UpstreamTable
@@ -196,3 +196,77 @@ def test_engine_that_was_started_again_between_two_checks_is_fenced_off() -> Non
         wait_until(lambda: engine.fenced is not None, 10)
         assert engine.fenced == "weights: expected version 7, got default"
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(4)} == {"b"}
+
+
+WEIGHTS = {"weight_version": "7", "update": [{"names": ["w"]}]}
+OFTEN = {"interval_s": 0.1}
+
+
+def restart(front: Gateway, one: RlEngine) -> Engine:
+    """Let the first engine be away, and come back with the checkpoint's weights."""
+    engine: Engine = front.relay.pools["m"].engines[0]
+    front.loop.call_soon_threadsafe(engine.note_unreachable, "restarted")
+    one.version = "default"
+    return engine
+
+
+def test_engine_that_does_not_tell_its_version_after_a_restart_is_fenced_off() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health=OFTEN) as front:
+        assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
+        one.handlers[VERSION] = one.refuse
+        engine = restart(front, one)
+        wait_until(lambda: engine.fenced == "weights: expected version 7, got none that it would tell", 10)
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
+
+
+def test_engine_that_does_not_answer_for_its_version_stays_down_until_it_does() -> None:
+    async def hang_up(exchange: Exchange) -> None:
+        exchange.abort()
+
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health=OFTEN) as front:
+        assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
+        one.handlers[VERSION] = hang_up
+        engine = restart(front, one)
+        asked = len(one.seen)
+        wait_until(lambda: len(one.seen) >= asked + 3, 10)
+        assert (engine.up, engine.fenced) == (False, None)
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
+        one.version, one.handlers[VERSION] = "7", one.tell
+        wait_until(lambda: engine.up, 10)
+
+
+def test_drafter_of_an_engine_that_was_away_is_unknown() -> None:
+    """Its tokens are right with any drafter, and vLLM does not say which it has."""
+    update = {"draft_version": "d-3", "draft_update": [{"names": ["w"]}]}
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health=OFTEN) as front:
+        assert front.ask_admin("/admin/update_weights", update).json()["outcome"] == "updated"
+        engine = restart(front, one)
+        wait_until(lambda: engine.up and engine.versions[1] == b"unknown", 10)
+        replies = [front.ask(PATH, BODY) for _ in range(16)]
+        drafts = {(reply.header("x-upstream"), reply.header("x-draft-version")) for reply in replies}
+        assert drafts == {("a", "unknown"), ("b", "d-3")}
+        assert front.ask_admin("/admin/update_weights", update).json()["outcome"] == "updated"
+        assert {front.ask(PATH, BODY).header("x-draft-version") for _ in range(8)} == {"d-3"}
+
+
+def test_gateway_that_came_later_hears_of_an_engine_that_was_started_again() -> None:
+    with RlEngine() as one, RlEngine() as two:
+        one.version = two.version = "step-7"
+        with gateway(one, two, health=OFTEN) as front:
+            one.version = "default"
+            engine = front.relay.pools["m"].engines[0]
+            wait_until(lambda: engine.versions[0] == b"default", 10)
+            assert ask(front, "latest-only") == (200, "b")
+
+
+def test_engine_that_comes_back_while_requests_are_held_is_asked_before_they_go_on() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health=OFTEN) as front:
+        assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
+        assert front.ask_admin("/pause?mode=wait", {}).status == 200
+        engine = restart(front, one)
+        checked = len(one.seen)
+        wait_until(lambda: len(one.seen) >= checked + 3, 10)
+        assert not engine.up
+        assert front.ask_admin("/resume", {}).status == 200
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
+        wait_until(lambda: engine.fenced is not None, 10)
