@@ -17,7 +17,7 @@ platform=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_platform()
 .venv/bin/python -m build --wheel --no-isolation -C--build-option="bdist_wheel --plat-name=$platform" --outdir "$work" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 .venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet --only-binary :all: \
-  -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[bench,evals]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
+  -c "$root/scripts/requirements/cpu.lock" "$(echo "$work"/*.whl)[bench,evals,tracing]" >"$work/pip.log" 2>&1 || { cat "$work/pip.log" >&2; exit 1; }
 modules=$(find . -path './[!.]*/*.py' ! -path './tests/*' ! -path './build/*' ! -path './docs/*' ! -path './examples/*' ! -path './evals/spec_rl/*' | wc -l)
 cd "$work"
 venv/bin/python - "$modules" <<'PYTHON'

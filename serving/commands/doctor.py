@@ -33,7 +33,6 @@ from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, fo
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
-from laguna_serve.serving.service.deployment import check_deployment, format_deployment
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
@@ -153,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print(format_plan(plan), describe_plan(plan), config)
         return FELL_SHORT if plan.refusals else HELD
     if config.deployment is not None:
+        # What the gateway needs may be what is missing here.
+        from laguna_serve.serving.service.deployment import check_deployment, format_deployment
+
         deployment = check_deployment(config.deployment)
         _print(format_deployment(deployment), deployment, config)
         return HELD if deployment.ok else FELL_SHORT
