@@ -176,6 +176,7 @@ def list_schemas() -> Iterator[tuple[str, JsonObject]]:
     for name in ("experiments.result", "plan.page", "store.format"):
         importlib.import_module(f"laguna_serve.scripts.training.dense.{name}")
     importlib.import_module("laguna_serve.serving.client.traffic")
+    importlib.import_module("laguna_serve.serving.service.deployment")  # of laguna doctor, which imports it when asked
     importlib.import_module("laguna_serve.scripts.clients.report")  # of a command that is a shell script
     kinds = {kind.__struct_config__.tag: kind for kind in _list_structs(msgspec.Struct)}
     for tag in sorted(str(tag) for tag in kinds if str(tag).startswith("laguna_serve.")):
