@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -66,7 +67,9 @@ def serve() -> dict[str, Any] | None:
                         other = connection.makefile("rwb", buffering=0)
                     ready.register(other, selectors.EVENT_READ, (other, other))
                     continue
-                line = key.data[0].readline()
+                line = b""
+                with contextlib.suppress(ConnectionError):  # who asked may have been killed
+                    line = key.data[0].readline()
                 if not line and key.data is first:
                     return None
                 if not line:
@@ -88,7 +91,8 @@ def answer(request: dict[str, Any], answers: BinaryIO) -> dict[str, Any] | None:
         if pid == 0:
             return {**request["start"], "address": address}
         said = {"pid": pid}
-    answers.write(json.dumps(said).encode() + b"\n")
+    with contextlib.suppress(ConnectionError):
+        answers.write(json.dumps(said).encode() + b"\n")
     return None
 
 
