@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from laguna_serve.scripts.training.dense.curve import cut
 from laguna_serve.scripts.training.dense.experiments.__main__ import main
-from laguna_serve.scripts.training.dense.experiments.behaviour import cut, is_python
+from laguna_serve.scripts.training.dense.experiments.behaviour import is_python
 from laguna_serve.scripts.training.dense.experiments.config import ExperimentsConfig
 
 
