@@ -137,12 +137,12 @@ async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Eng
         if version is None or (was_up and not version):
             return was_up or not pool.updated
         if not pool.updated:
-            engine.versions = (version.encode() or UNVERSIONED[0], engine.versions[1])
+            _take_versions(engine, version.encode() or UNVERSIONED[0], engine.versions[1])
             return True
         if version == expected[0].decode():
             if engine.refused and expected[1] != UNVERSIONED[1]:
                 # It was away, and nobody can say which drafter it has.
-                engine.versions = (expected[0], UNKNOWN)
+                _take_versions(engine, expected[0], UNKNOWN)
             return True
         if last:
             found = version or "none that it would tell"
@@ -150,6 +150,12 @@ async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Eng
         else:
             await asyncio.sleep(RECHECK_S)
     return True
+
+
+def _take_versions(engine: Engine, weights: bytes, draft: bytes) -> None:
+    """Take over versions where they are others: streams under way are told of every new pair."""
+    if engine.versions != (weights, draft):
+        engine.versions = (weights, draft)
 
 
 async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str | None:

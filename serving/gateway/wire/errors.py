@@ -203,7 +203,8 @@ def not_ready() -> GatewayError:
 def bad_weight_policy(given: str) -> GatewayError:
     """Say which forms X-Weight-Policy has."""
     forms = "any, latest-only, min-version=N or max-staleness=K"
-    return bad_request(f"The X-Weight-Policy header must be {forms}, got {given[:64]!r}.")
+    message = f"The X-Weight-Policy header must be {forms}, got {given[:64]!r}."
+    return GatewayError(400, "invalid_request_error", message, reason="bad_weight_policy")
 
 
 def no_such_weights(policy: str, latest: str) -> GatewayError:

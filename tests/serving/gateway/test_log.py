@@ -31,7 +31,7 @@ async def die(exchange: Exchange) -> None:
 
 def test_every_refusal_has_its_own_reason() -> None:
     arguments = {"message": "m", "model": "m", "method": "GET", "path": "/", "most": 1, "retry_after_s": 1}
-    arguments |= {"cause": "c", "state": "s"}
+    arguments |= {"cause": "c", "state": "s", "given": "g", "policy": "p", "latest": "v"}
     made = []
     for name, maker in inspect.getmembers(errors, inspect.isfunction):
         signature = inspect.signature(maker)
