@@ -115,3 +115,13 @@ class DanteResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
     drift: float
     minutes: float
     log: tuple[DanteStep, ...]
+
+    def list_figures(self) -> list[tuple[str, str]]:
+        """List what was measured while it was taught, for people."""
+        first, last = self.log[0], self.log[-1]
+        least, mean, most = self.weights
+        return [
+            ("w(H): least, mean, most", f"{least:.3f}, {mean:.3f}, {most:.3f}"),
+            ("cross entropy, first and last step", f"{first.cross_entropy:.3f}, {last.cross_entropy:.3f} nats"),
+            ("drift of the embedding", f"{self.drift:.2e}"),
+        ]

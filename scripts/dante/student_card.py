@@ -58,13 +58,6 @@ def write_curves(result: DanteResult, path: Path) -> None:
 
 def describe_taught(result: DanteResult, teachers: list[str], folder: Path) -> Card:
     """Describe a student from its result; `folder` is where it was written."""
-    first, last = result.log[0], result.log[-1]
-    least, mean, most = result.weights
-    measured = [
-        ("cross entropy, first and last step, nats", f"{first.cross_entropy:.3f}, {last.cross_entropy:.3f}"),
-        ("w(H): least, mean, most", f"{least:.3f}, {mean:.3f}, {most:.3f}"),
-        ("drift of the embedding", f"{result.drift:.2e}"),
-    ]
     recipe = [(name.replace("_", " "), str(value)) for name, value in result.objective.items()]
     recipe += [("rows", str(result.rows)), ("epochs", str(result.epochs)), ("minutes", str(result.minutes))]
     base, name = name_model(result.model), folder.resolve().name
@@ -74,7 +67,7 @@ def describe_taught(result: DanteResult, teachers: list[str], folder: Path) -> C
         base=result.model,
         tags=("distillation", "cross-tokenizer", "dante"),
         sections={
-            "The training": Table("lr", ("", ""), measured).to_markdown(),
+            "The training": Table("lr", ("", ""), result.list_figures()).to_markdown(),
             "Use": USE.format(name=name, base=base),
             "Recipe": Table("lr", ("", ""), recipe).to_markdown(),
             "What is not known": LIMITS.format(cut=result.cut, rows=result.rows),

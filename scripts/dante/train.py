@@ -132,14 +132,10 @@ def weigh_rows(taught: TaughtRows, config: DanteConfig) -> tuple[float, float, f
 
 def format_training(result: DanteResult) -> str:
     """Format how it went as a table."""
-    first, last = result.log[0], result.log[-1]
-    least, mean, most = result.weights
     rows = [
         ("rows, of them without an end", f"{result.rows}, {result.cut}"),
         ("epochs", f"{result.epochs}"),
-        ("w(H): least, mean, most", f"{least:.3f}, {mean:.3f}, {most:.3f}"),
-        ("cross entropy, first and last step", f"{first.cross_entropy:.3f}, {last.cross_entropy:.3f} nats"),
-        ("drift of the embedding", f"{result.drift:.2e}"),
+        *result.list_figures(),
         ("minutes", f"{result.minutes}"),
     ]
     return Table("lr", ("training", ""), rows).to_text()

@@ -65,14 +65,15 @@ class TraceRecorder:
         exchange.keep_answer().add_done_callback(lambda answer: self._take(exchange, asked, answer))
 
     async def keep_writing(self, stopped: asyncio.Event) -> None:
-        """Write what comes together, until it is stopped; then the rest."""
+        """Write what comes together, until it is stopped; then the rest, and close the file."""
+        if self._file is None:
+            return
         while not stopped.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EVERY_S):
                     await stopped.wait()
             await self.write()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     async def write(self) -> None:
         """Write what has ended, in a thread. A failure is logged once; what could not be written is left out."""
