@@ -116,6 +116,7 @@ def test_subfolders_with_code_are_packages(folder: str) -> None:
             assert (path.parent / "__init__.py").exists(), f"{path.parent}: expected an __init__.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_keep_their_direction(folder: str) -> None:
     for path in sources(folder):
@@ -128,6 +129,7 @@ def test_imports_keep_their_direction(folder: str) -> None:
         assert ours <= allowed, f"{path}: imports {sorted(ours - allowed)}"
 
 
+@pytest.mark.slow
 def test_nothing_but_the_command_line_stands_on_commands() -> None:
     """So that what a command reaches up for is not below anything."""
     commands = "laguna_serve.serving.commands"
@@ -137,6 +139,7 @@ def test_nothing_but_the_command_line_stands_on_commands() -> None:
             assert not any(name.startswith(commands) for name in imported(path)), f"{path}: imports {commands}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(HTTP_ONLY))
 def test_http_side_imports_no_engine(folder: str) -> None:
     for path in sources(folder):
@@ -178,6 +181,7 @@ def test_every_room_has_its_floor(house: str) -> None:
     assert {path.parent.name for path in (ROOT / house).glob("*/__init__.py")} == set(ROOMS[house])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_modules_that_are_named_in_strings_are_there(folder: str) -> None:
     for path in sources(folder):
@@ -199,6 +203,7 @@ def test_what_all_share_exists_once(pattern: str) -> None:
     assert found == {HOMES[pattern]}
 
 
+@pytest.mark.slow
 def test_folders_are_not_crowded() -> None:
     crowded = {
         folder.relative_to(ROOT).as_posix()

@@ -76,6 +76,7 @@ def test_file_is_read_and_written_back_whole(path: Path, kind: type[msgspec.Stru
     assert _fill(json.loads(path.read_bytes()), written) == written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", list_with_schema(), ids=lambda path: path.relative_to(RESULTS).as_posix())
 def test_file_fits_the_schema_that_is_exported(path: Path) -> None:
     content = json.loads(path.read_bytes())

@@ -56,6 +56,7 @@ def find_house_words(tree: ast.Module) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_docstrings_say_something() -> None:
     short = [f"{path}:{found}" for path, tree in list_trees() for found in find_short(tree)]
     assert short == [], f"fewer than {FEWEST_WORDS} words: say what it returns, in which unit, when; or leave it out"

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from laguna_serve.serving.engine import EngineError, find_port, require_port
+from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.tables import Admin, Server
 
+# Connections that wait to be accepted, as uvicorn has it.
+BACKLOG = 2048
 
-def with_ports(config: Config) -> Config:
-    """Return the configuration with the ports that are listened on. Raises EngineError when one is taken."""
-    server = config.server.model_copy(update={"port": _find_port(config.server)})
-    admin = config.admin.model_copy(update={"port": _find_port(config.admin)})
-    return config.model_copy(update={"server": server, "admin": admin})
+
+class Listeners(NamedTuple):
+    """Sockets that listen, and the configuration with the ports that they have."""
+
+    config: Config
+    server: list[socket.socket]
+    admin: list[socket.socket]
+
+
+@contextlib.contextmanager
+def open_listeners(config: Config) -> Iterator[Listeners]:
+    """Listen for as long as the block runs: a port that was found free is nobody else's from then on.
+
+    Raises:
+        EngineError: a port is taken, or an address is none of this machine's.
+    """
+    with contextlib.ExitStack() as stack:
+        server = _listen(stack, config.server)
+        admin = _listen(stack, config.admin)
+        tables = {
+            "server": config.server.model_copy(update={"port": server[0].getsockname()[1]}),
+            "admin": config.admin.model_copy(update={"port": admin[0].getsockname()[1]}),
+        }
+        yield Listeners(config.model_copy(update=tables), server, admin)
 
 
 def check_addresses(config: Config) -> None:
@@ -35,8 +59,28 @@ def check_addresses(config: Config) -> None:
                     raise EngineError(f"port: expected to listen at {where}, got {got}; choose another") from None
 
 
-def _find_port(address: Server | Admin) -> int:
-    return find_port(address.host) if address.port == 0 else require_port(address.host, address.port)
+def _listen(stack: contextlib.ExitStack, address: Server | Admin) -> list[socket.socket]:
+    """Listen at every address of a host's name, all with one port."""
+    port, sockets = address.port, []
+    try:
+        found = socket.getaddrinfo(address.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, _, _, place in dict.fromkeys(found):
+            listener = stack.enter_context(socket.socket(family, kind))
+            # As uvicorn does: connections of an earlier server that still linger do not count.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((place[0], port, *place[2:]))
+            listener.listen(BACKLOG)
+            port = listener.getsockname()[1]
+            sockets.append(listener)
+    except socket.gaierror as error:
+        raise EngineError(f"host: expected an address or a known name, got {address.host}: {error.strerror}") from None
+    except OSError as error:
+        remedy = "choose another port or stop what listens there"
+        got = error.strerror or error
+        raise EngineError(f"port: expected {address.host}:{port} to be free, got {got}; {remedy}") from None
+    return sockets
 
 
 def find_url(address: Server | Admin) -> str:

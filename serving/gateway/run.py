@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.gateway.addresses import find_url, with_ports
+from laguna_serve.serving.gateway.addresses import Listeners, find_url, open_listeners
 from laguna_serve.serving.gateway.admin import create_admin_app
 from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
 from laguna_serve.serving.gateway.clients.protocol import make_protocol
@@ -40,9 +40,9 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
     """
     set_up_logging()
     open_files.raise_limit()
-    listening = with_ports(config)
-    url = find_url(listening.server)
-    _make_server(listening, lambda: announce(url, find_url(listening.admin)), reload, config).run()
+    with open_listeners(config) as listeners:
+        url, admin_url = find_url(listeners.config.server), find_url(listeners.config.admin)
+        _make_server(listeners, lambda: announce(url, admin_url), reload, config).run(listeners.server)
     return url
 
 
@@ -72,22 +72,27 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
     """
     set_up_logging()
     open_files.raise_limit()
-    listening = with_ports(config)
+    with open_listeners(config) as listeners, _run_in_thread(listeners, reload) as server:
+        yield Background(find_url(listeners.config.server), find_url(listeners.config.admin), server)
+
+
+@contextlib.contextmanager
+def _run_in_thread(listeners: Listeners, reload: Callable[[], Config] | None) -> Iterator[GatewayServer]:
+    """Run a gateway from the moment when it is ready until the block ends."""
     ready = threading.Event()
-    server = _make_server(listening, ready.set, reload, config)
-    thread = threading.Thread(target=server.run, name="gateway", daemon=True)
+    server = _make_server(listeners, ready.set, reload)
+    thread = threading.Thread(target=server.run, args=(listeners.server,), name="gateway", daemon=True)
     thread.start()
     try:
         while not ready.wait(0.1):
             if not thread.is_alive():
-                raise EngineError(
-                    f"gateway: expected it to listen at {find_url(listening.server)}, got an error; see above"
-                )
-        yield Background(find_url(listening.server), find_url(listening.admin), server)
+                url = find_url(listeners.config.server)
+                raise EngineError(f"gateway: expected it to listen at {url}, got an error; see above")
+        yield server
     finally:
         server.handle_exit(signal.SIGTERM, None)
         try:
-            thread.join(listening.server.shutdown_timeout_s)
+            thread.join(listeners.config.server.shutdown_timeout_s)
         finally:
             server.force_exit = True
             thread.join(STOP_S)
@@ -95,11 +100,12 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
 
 
 def _make_server(
-    config: Config,
+    listeners: Listeners,
     ready: Callable[[], None],
     reload: Callable[[], Config] | None,
     configured: Config | None = None,
 ) -> GatewayServer:
+    config = listeners.config
     app = create_app(config)
     settings = make_settings(app, config)
     try:
@@ -107,7 +113,8 @@ def _make_server(
         check_protocol(settings)
     except UnfitServerError as error:
         raise EngineError(str(error)) from None
-    return GatewayServer(app, settings, make_admin_settings(app, config), ready, reload, configured)
+    admin = make_admin_settings(app, config)
+    return GatewayServer(app, settings, admin, listeners.admin, ready, reload, configured)
 
 
 def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:

@@ -15,7 +15,6 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from laguna_serve.serving.gateway.addresses import with_ports as with_ports
 from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.tables import Server
 from laguna_serve.serving.gateway.relay.relay import Relay
@@ -104,13 +103,14 @@ class GatewayServer(_EventServer):
         app: FastAPI,
         settings: uvicorn.Config,
         admin: uvicorn.Config,
+        admin_sockets: list[socket.socket],
         ready: Callable[[], None],
         reload: Callable[[], Config] | None = None,
         configured: Config | None = None,
     ) -> None:
         super().__init__(settings)
         self._app = app
-        self._admin = _AdminServer(admin)
+        self._admin, self._admin_sockets = _AdminServer(admin), admin_sockets
         self._ready, self._reload, self._configured = ready, reload, configured
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,7 +119,7 @@ class GatewayServer(_EventServer):
         if not self.started:
             return
         asyncio.get_running_loop().set_exception_handler(self._note_loop_error)
-        self._admin_task = asyncio.create_task(self._admin.serve())
+        self._admin_task = asyncio.create_task(self._admin.serve(self._admin_sockets))
         while not (self._admin.started or self._admin_task.done()):
             await asyncio.sleep(0.01)
         if self._reload is not None and threading.current_thread() is threading.main_thread():

@@ -96,6 +96,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(library: Callable[..., i
     assert torch.equal(out[[0, 2, 3]][:, keep], clean[[0, 2, 3]][:, keep])
 
 
+@pytest.mark.slow
 def test_op_is_a_node_of_a_compiled_graph() -> None:
     x, w, bias = make(5, 48, 20)
     torch.library.opcheck(torch.ops.laguna_serve.linear.default, (x, w, bias))
@@ -241,6 +242,7 @@ def test_compiler_that_fails(
     assert says in caplog.text
 
 
+@pytest.mark.slow
 def test_library_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = build.build("portable")

@@ -62,6 +62,7 @@ def all_codes() -> Iterator[list[int]]:
             yield [*word[:place], code, *word[place + 1 :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "kind"), [("BF16", torch.bfloat16), ("FP16", torch.float16)])
 def test_every_code_in_every_place(suffix: str, kind: torch.dtype) -> None:
     four, low, high = (getattr(e4m3, f"_{name}_{suffix}").value for name in ("FOUR", "LOW", "HIGH"))

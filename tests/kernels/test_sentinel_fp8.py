@@ -75,6 +75,7 @@ def test_shapes_without_data() -> None:
     assert (out.shape, out.dtype) == (inputs.x.shape, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_op_passes_torchs_own_checks() -> None:
     inputs, scales = quantise(make_inputs(3, *ROUTING_SHAPE, 2, torch.float32))
     checks = ("test_autograd_registration", "test_faketensor")  # torch's of schemas multiplies 8-bit numbers

@@ -35,6 +35,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     KERNELS.use_path(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE])
 def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str) -> None:
@@ -46,6 +47,7 @@ def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str)
         assert relative_error(out, in_fp64(inputs, **scales)) < TOLERANCE[dtype], T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["toy", "16 experts per token", "rest of 16", "rest of 48"])
 def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, path: str) -> None:

@@ -192,6 +192,7 @@ def test_fake_tensors_have_the_outputs_shape() -> None:
     assert on_meta.shape == fakes.x.shape
 
 
+@pytest.mark.slow
 def test_op_passes_torchs_own_checks() -> None:
     torch.library.opcheck(torch.ops.laguna_serve.sentinel_moe.default, (*good(), None, None, 4))
 

@@ -30,6 +30,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     KERNELS.use_path(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE])
 def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str) -> None:
@@ -41,6 +42,7 @@ def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str)
         assert relative_error(out, in_fp64(inputs)) < TOLERANCE[dtype], T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["toy", "block 48", "16 experts per token", "rest of 16"])
 def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, path: str) -> None:

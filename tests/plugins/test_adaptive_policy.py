@@ -12,6 +12,7 @@ from laguna_serve.plugins.adaptive.policy import PLAIN, Policy
 GREEDY, SAMPLED, BETWEEN = [0.8] * WIDTH, [0.36, *[0.48] * (WIDTH - 1)], [0.62] * WIDTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 4, 16])
 @pytest.mark.parametrize("chances", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_it_comes_within_two_percent_of_the_best_fixed_gamma(requests: int, chances: list[float]) -> None:
@@ -52,6 +53,7 @@ def test_a_request_that_accepts_less_gets_fewer_drafts_than_its_neighbours() -> 
     assert sum(each[0] for each in counts) < 0.5 * sum(each[1] for each in counts)
 
 
+@pytest.mark.slow
 def test_load_of_others_changes_no_decision_for_long() -> None:
     def slow(step: int) -> float:
         return 2.0 if step // 300 % 2 else 1.0

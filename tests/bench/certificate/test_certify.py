@@ -82,6 +82,7 @@ def run(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     return run_certify
 
 
+@pytest.mark.slow
 def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     engines.roles = {"row-matched": Settings(gamma=3), "candidate": Settings(gamma=3, chunk_tokens=3)}
     status, result, output = run()
@@ -101,6 +102,7 @@ def test_identical_arms_are_certified(engines: type[RoleEngine], run: Any, tmp_p
     assert len(engines.started_roles) == 3
 
 
+@pytest.mark.slow
 def test_where_bits_are_promised_a_tie_is_a_defect(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {
         "baseline": Settings(margin=NEAR),
@@ -116,6 +118,7 @@ def test_where_bits_are_promised_a_tie_is_a_defect(engines: type[RoleEngine], ru
     assert "of which none may" in output
 
 
+@pytest.mark.slow
 def test_near_tie_is_replayed_and_passes(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     token = list_tokens(Settings(), PROMPTS[2], 10)[4]
     tie = {"flips": {PROMPTS[2]: 4}, "margin": NEAR}
@@ -162,6 +165,7 @@ def near_ties() -> dict[str, Settings]:
     }
 
 
+@pytest.mark.slow
 def test_first_operation_is_named_where_answers_part(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     engines.roles = near_ties()
     engines.rows_found = RowCheck(
@@ -184,6 +188,7 @@ def test_first_operation_is_named_where_answers_part(engines: type[RoleEngine], 
     assert f"the first that differs: {named} differs by at most 0.0625, 2 ulp of bfloat16." in output
 
 
+@pytest.mark.slow
 def test_first_operation_is_asked_for_only_where_something_differs_or_by_request(
     engines: type[RoleEngine], run: Any
 ) -> None:
@@ -192,6 +197,7 @@ def test_first_operation_is_asked_for_only_where_something_differs_or_by_request
     assert run("--locate")[1]["row_check"] == {"tokens": 9, "ways": []}
 
 
+@pytest.mark.slow
 def test_certificate_goes_on_without_the_first_operation(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = near_ties()
     engines.rows_found = EngineError("row check: expected a report, got status 1")
@@ -200,12 +206,14 @@ def test_certificate_goes_on_without_the_first_operation(engines: type[RoleEngin
     assert "No word on the first operation: row check: expected a report, got status 1." in output
 
 
+@pytest.mark.slow
 def test_first_operation_is_left_out_by_request(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = near_ties()
     assert run("--no-replay", "--no-locate")[1]["row_check"] is None
     assert engines.rows_asked == []
 
 
+@pytest.mark.slow
 def test_defect_fails(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     engines.roles = {
         "baseline": Settings(margin=FAR),
@@ -238,6 +246,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("control", "reason"),
     [
@@ -255,6 +264,7 @@ def test_control_that_is_none_is_left_out(engines: type[RoleEngine], run: Any, c
     assert "No row-matched control: " in output
 
 
+@pytest.mark.slow
 def test_stream_that_differs_from_what_was_examined_fails(engines: type[RoleEngine], run: Any) -> None:
     """An arm that is right only while it is asked for log-probabilities."""
     engines.roles = {"candidate": Settings(flips={PROMPTS[2]: 4}, flips_again={"none": 0}, margin=FAR)}
@@ -272,6 +282,7 @@ def test_prompts_with_markup_cannot_break_the_page(engines: type[RoleEngine], ru
     assert "<script>" not in (tmp_path / "c" / "certificate.html").read_text()
 
 
+@pytest.mark.slow
 def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run: Any, tmp_path: Path) -> None:
     engines.roles = {"candidate": Settings(die_after=9)}
     status, _, output = run()
@@ -285,6 +296,7 @@ def test_engine_that_dies_keeps_what_was_answered(engines: type[RoleEngine], run
     assert engines.started_roles == ("baseline", "row-matched", "candidate", "candidate")
 
 
+@pytest.mark.slow
 def test_interruption_keeps_what_was_answered(
     engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +321,7 @@ def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
     assert "candidate: request: HTTP 500" in output
 
 
+@pytest.mark.slow
 def test_replay_that_fails_does_not_lose_the_certificate(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {
         "baseline": Settings(margin=NEAR),
@@ -353,6 +366,7 @@ def test_bad_input_is_refused_before_an_engine_starts(
     assert engines.started_roles == ()
 
 
+@pytest.mark.slow
 def test_passes_of_other_settings_are_refused(engines: type[RoleEngine], run: Any) -> None:
     assert run()[0] == 0
     status, _, output = run("--max-tokens", "11")
@@ -360,6 +374,7 @@ def test_passes_of_other_settings_are_refused(engines: type[RoleEngine], run: An
     assert "got another one's; choose another --out or remove it" in output
 
 
+@pytest.mark.slow
 def test_ab_certifies_on_request(
     engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +389,7 @@ def test_ab_certifies_on_request(
     assert engines.started_roles == (*("baseline", "candidate", "baseline"), *("baseline", "row-matched", "candidate"))
 
 
+@pytest.mark.slow
 def test_ab_keeps_its_figures_when_the_certificate_cannot_be_made(
     engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_folder_of_measurements_takes_no_rehearsal(
     assert "choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Path) -> None:
     use(make_step("good"), make_step("short", code=SAY.format(status=1)))
     for _ in range(2):
@@ -151,6 +152,7 @@ def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Pat
     assert result.left_out == {}
 
 
+@pytest.mark.slow
 def test_two_models_may_differ(use: Callable[..., None], tmp_path: Path) -> None:
     use(
         make_step("models", code=SAY.format(status=1), differs=True),
@@ -160,6 +162,7 @@ def test_two_models_may_differ(use: Callable[..., None], tmp_path: Path) -> None
     assert [run.outcome for run in read(tmp_path).runs] == ["held", "failed"]
 
 
+@pytest.mark.slow
 def test_failed_step_is_retried_once_and_only_when_asked(use: Callable[..., None], tmp_path: Path) -> None:
     use(make_step("bad", code=SAY.format(status=3)), make_step("good"))
     assert rehearse(tmp_path) == 1

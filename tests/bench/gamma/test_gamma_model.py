@@ -19,6 +19,7 @@ def point(gamma: int, speedup: float, spread: float = 0.02, *, cost: float = 1.5
     return Point(gamma, 1, pool_speedup(pairs), bootstrap_speedup(pairs, 0), 1 + sum(profile), profile, cost, pairs)
 
 
+@pytest.mark.slow
 def test_fastest_is_chosen() -> None:
     choice = choose_gamma([point(1, 1.1), point(3, 1.6), point(7, 1.3)], seed=0)
     assert choice.gamma == 3

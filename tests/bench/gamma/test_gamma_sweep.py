@@ -112,6 +112,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_sweep_measures_chooses_and_stores(run: SweepRun) -> None:
     with run.engines() as made:
         assert run.start("--gammas", "3,1") == 0
@@ -134,6 +135,7 @@ def test_sweep_measures_chooses_and_stores(run: SweepRun) -> None:
     assert advice.schedule[0][:2] == (1, 1)
 
 
+@pytest.mark.slow
 def test_adaptive_engine_is_held_against_plain_decoding_and_the_best_fixed_gamma(run: SweepRun) -> None:
     with run.engines() as made:
         assert run.start("--gammas", "1,3", "--adaptive") == 0
@@ -188,6 +190,7 @@ def test_what_does_not_go_with_a_temperature_or_urls(run: SweepRun, more: list[s
     assert complaint in run.capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_failing_gamma_does_not_lose_the_others(run: SweepRun) -> None:
     with run.engines(chunk_tokens=2) as made:
         enter = made.__enter__
@@ -212,6 +215,7 @@ def test_other_sweep_is_not_continued(run: SweepRun) -> None:
     assert "got another one's; choose another --out or remove it" in run.capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ablations_are_held_against_their_own_plain_decoding_and_the_plain_target(run: SweepRun) -> None:
     more = ["--gammas", "3", "--stack", "fp8-kv", "prefix-caching", f"dense={TOY / 'dense'}", "chunked-prefill"]
     with run.engines() as made:

@@ -19,6 +19,7 @@ def make_config(*flags: str) -> ab.AbConfig:
     return read_flags(ab.AbConfig, flags, prog="bench/ab.py", description=None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("draws")
 def test_a_faster_equal_candidate_holds(run_ab: RunAb, tmp_path: Path, clock: Clock) -> None:
     slow, quick = Settings(delay_s=0.002, clock=clock), Settings(delay_s=0.002, clock=clock, chunk_tokens=4, gamma=7)

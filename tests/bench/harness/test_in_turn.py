@@ -77,6 +77,7 @@ def read_points(tmp_path: Path) -> dict[int, dict[str, Any]]:
     return {point["gamma"]: point for point in json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]}
 
 
+@pytest.mark.slow
 def test_sweep_runs_plain_decoding_first_and_last(sweep: Any, tmp_path: Path) -> None:
     status, result, started, err = sweep("--gammas", "1,3")
     assert (status, started) == (0, [None, 1, 3, None])
@@ -95,6 +96,7 @@ def test_sweep_runs_plain_decoding_first_and_last(sweep: Any, tmp_path: Path) ->
     assert sweep("--gammas", "1,2,3")[2] == [2, None], "the pass that ended the sweep begins the next"
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_where_it_was_interrupted(sweep: Any, clock: Clock, tmp_path: Path) -> None:
     def interrupt(config: EngineConfig) -> Settings | BaseException:
         if config.gamma == 3:
@@ -131,6 +133,7 @@ def test_drift_is_shown_and_in_the_interval(sweep: Any, clock: Clock, tmp_path: 
     assert "more than 5% apart" in (tmp_path / "out" / "sweep.md").read_text()
 
 
+@pytest.mark.slow
 def test_gamma_that_fails_does_not_lose_the_others_in_turn(sweep: Any, clock: Clock) -> None:
     def fail(config: EngineConfig) -> Settings | BaseException:
         if config.gamma == 1:
@@ -144,6 +147,7 @@ def test_gamma_that_fails_does_not_lose_the_others_in_turn(sweep: Any, clock: Cl
     assert sweep("--gammas", "1,3")[2] == [1, None], "and is tried again"
 
 
+@pytest.mark.slow
 def test_pass_with_a_failed_request_is_not_kept(sweep: Any, clock: Clock, tmp_path: Path) -> None:
     def fail(config: EngineConfig) -> Settings:
         faults = {TIMED[2]: "http_500"} if config.draft else {}
@@ -156,6 +160,7 @@ def test_pass_with_a_failed_request_is_not_kept(sweep: Any, clock: Clock, tmp_pa
     assert [path.name for path in (tmp_path / "out" / "points" / "passes").glob("*.json")] == ["001.baseline.c1.json"]
 
 
+@pytest.mark.slow
 def test_ablations_and_answers_that_differ_in_turn(sweep: Any, clock: Clock, tmp_path: Path) -> None:
     def behave(config: EngineConfig) -> Settings:
         drafting = {"gamma": 3, "chunk_tokens": 3, "flips": {TIMED[1]: 4}} if config.draft else {}
@@ -286,6 +291,7 @@ def roll(
     return run
 
 
+@pytest.mark.slow
 def test_rollouts_in_turn_say_what_interleaved_ones_say(roll: Any, tmp_path: Path) -> None:
     status, result, engines = roll()
     assert status == 1
@@ -306,6 +312,7 @@ def test_rollouts_in_turn_say_what_interleaved_ones_say(roll: Any, tmp_path: Pat
     assert roll()[2].started == 0
 
 
+@pytest.mark.slow
 def test_rollouts_in_turn_go_on_after_a_death(roll: Any) -> None:
     status, _, engines = roll(die_after=15)
     assert (status, engines.started) == (2, 3)  # plain, speculating for one batch, and plain to close that
@@ -314,6 +321,7 @@ def test_rollouts_in_turn_go_on_after_a_death(roll: Any) -> None:
     assert [point["batch"] for point in result["points"]] == [1, 8]
 
 
+@pytest.mark.slow
 def test_rollouts_by_url(roll: Any) -> None:
     clock = Clock()
     tau = {START: 4, "v1": 2, "v2": 1}
@@ -344,6 +352,7 @@ def test_sweep_by_url(sweep: Any, clock: Clock, tmp_path: Path, gamma: int, stat
     assert read_points(tmp_path)[3]["memory"] == {"baseline": None, "candidate": None}
 
 
+@pytest.mark.slow
 def test_gamma_beyond_the_block_is_measured_marked_and_not_chosen(sweep: Any, tmp_path: Path) -> None:
     status, result, started, _ = sweep("--gammas", "7,9", "--beyond-block")
     assert (status, started) == (0, [None, 7, 9, None])
@@ -355,6 +364,7 @@ def test_gamma_beyond_the_block_is_measured_marked_and_not_chosen(sweep: Any, tm
     assert "* beyond the drafter's block" in page
 
 
+@pytest.mark.slow
 def test_gammas_that_are_all_beyond_the_block_leave_nothing_to_choose(sweep: Any) -> None:
     status, result, _, _ = sweep("--gammas", "9", "--beyond-block", "--mixed", "--stack", "prefix-caching")
     assert status == 0

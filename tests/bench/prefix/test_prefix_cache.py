@@ -94,6 +94,7 @@ GOOD = [(1, 4, 4, 3), (1, 3, 5, 4), (1, 4, 3, 5), (1, 5, 4, 4)] * 3
 BAD = [(1, 1, 2, 1), (1, 2, 1, 1), (1, 1, 1, 1), (1, 1, 2, 2)] * 3
 
 
+@pytest.mark.slow
 def test_lost_acceptance_falls() -> None:
     found = judge(outcome(BAD), outcome(GOOD))
     assert found.verdict == "falls"
@@ -268,6 +269,7 @@ def test_lost_context_is_caught_on_real_engines(
     assert warm["differing"] == 0
 
 
+@pytest.mark.slow
 def test_engines_that_were_measured_are_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

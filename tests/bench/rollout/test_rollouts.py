@@ -122,6 +122,7 @@ def test_device_seconds_below_the_clock_s_resolution_are_left_out() -> None:
     assert point.ratio.point == 2
 
 
+@pytest.mark.slow
 def test_groups_go_to_both_arms_in_turn(engines: type[RolloutLauncher], run: Callable[..., Answer]) -> None:
     status, result, output = run("--batch", "1,16", "--price-per-hour", "3.5")
     assert status == 0
@@ -147,6 +148,7 @@ def test_groups_go_to_both_arms_in_turn(engines: type[RolloutLauncher], run: Cal
     assert "equal in number and not in content" in output
 
 
+@pytest.mark.slow
 def test_later_versions_are_given_to_both_engines_and_judged(
     engines: type[RolloutLauncher],
     run: Callable[..., Answer],
@@ -176,6 +178,7 @@ def test_later_versions_are_given_to_both_engines_and_judged(
     assert (tmp_path / "out" / "rollouts.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_finished_points_are_kept(
     engines: type[RolloutLauncher], run: Callable[..., Answer], versions: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -211,6 +214,7 @@ def test_ctrl_c_has_its_own_status(
     assert "the same command continues" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -77,6 +77,7 @@ def test_the_interval_is_seeded_and_collapses_without_spread() -> None:
     assert low < pool_speedup(spread) < high
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=30), st.integers(0, 9))
 def test_the_interval_lies_within_the_extreme_pairs(times: list[tuple[float, float]], seed: int) -> None:
     pairs = [RoundPair(64, baseline, 64, candidate) for baseline, candidate in times]
@@ -85,6 +86,7 @@ def test_the_interval_lies_within_the_extreme_pairs(times: list[tuple[float, flo
     assert min(ratios) * (1 - 1e-9) <= low <= high <= max(ratios) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     trials, covered = 300, 0

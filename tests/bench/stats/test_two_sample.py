@@ -25,6 +25,7 @@ def test_equal_sets_never_differ() -> None:
     assert compare(ONE, ONE, np.random.default_rng(0), 999).least == 1.0
 
 
+@pytest.mark.slow
 def test_exact_p_value_of_a_small_deal() -> None:
     """Ten of each token, all on their own side: 2 of the C(20, 10) deals are as extreme; so are 2 / 184756 of ours."""
     left, right = [[(1,)] * 10], [[(2,)] * 10]
@@ -35,6 +36,7 @@ def test_exact_p_value_of_a_small_deal() -> None:
     assert found == pytest.approx(202 / 184756, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_null_p_values_are_uniform_enough() -> None:
     rng = np.random.default_rng(1)
     found = [compare(draw(rng, 4, 60), draw(rng, 4, 60), rng, 199).pooled_p for _ in range(60)]

@@ -64,6 +64,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["chat", "completion"])
 def test_canonical_answers_pass_all(run: Run, tmp_path: Path, form: str) -> None:
     with answering(solve, {"X-Weight-Version": "4"}) as server:
@@ -82,6 +83,7 @@ def test_canonical_answers_pass_all(run: Run, tmp_path: Path, form: str) -> None
     assert {row["task_id"] for row in read(tmp_path / "out" / "answers.jsonl")} == {"T/add", "T/decode", "T/plus"}
 
 
+@pytest.mark.slow
 def test_samples_give_pass_at_k_and_a_dense_reward(run: Run, tmp_path: Path) -> None:
     def reply(body: Mapping[str, Any]) -> str:
         problem = find_problem(body)
@@ -103,6 +105,7 @@ def test_samples_give_pass_at_k_and_a_dense_reward(run: Run, tmp_path: Path) -> 
     assert sorted(body["seed"] for body in server.bodies) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_failed_request_is_no_zero_and_is_asked_again(run: Run, tmp_path: Path) -> None:
     with answering(lambda body: 400 if find_problem(body) is DECODE else solve(body)) as server:
         status, result, output = run(server.url)
@@ -117,6 +120,7 @@ def test_failed_request_is_no_zero_and_is_asked_again(run: Run, tmp_path: Path) 
     assert (status, len(server.bodies), result["pass_at_k"]["1"]["point"]) == (0, 1, 1.0)
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
     main = threading.main_thread().ident
     asked = []
@@ -144,6 +148,7 @@ def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
     assert len(asked) == 3 + 3 - kept
 
 
+@pytest.mark.slow
 def test_folder_of_another_measurement_is_refused(run: Run) -> None:
     with answering(solve) as server:
         assert run(server.url)[0] == 0
@@ -199,6 +204,7 @@ def test_canonical_solutions_are_checked(tmp_path: Path, capsys: pytest.CaptureF
     assert code_tasks.main(["--check-canonical", "--problems", str(path)]) == 0
 
 
+@pytest.mark.slow
 def test_system_without_walls_is_refused_or_warned_about(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_near_ties_with_equal_rewards_are_explained(compare: Any, serve: Any) ->
     assert "no reward differs" in output
 
 
+@pytest.mark.slow
 def test_prose_around_the_code_is_no_difference_of_programs(compare: Any, serve: Any) -> None:
     code = [f"```python\n{prompt}{body}```\n" for prompt, body in zip(PROMPTS, RIGHT, strict=True)]
     short, long = [f"Here it is:\n{one}" for one in code], [f"Hope this helps:\n{one}" for one in code]
@@ -185,6 +186,7 @@ def test_prose_around_the_code_is_no_difference_of_programs(compare: Any, serve:
     assert (status, result["verdict"], result["confirmation"]) == (1, "differs", None)
 
 
+@pytest.mark.slow
 def test_other_rewards_are_a_difference_even_where_rounding_explains_the_tokens(
     compare: Any, serve: Any, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_other_rewards_are_a_difference_even_where_rounding_explains_the_tokens(
     assert "rewards 1, 1, 1 against 0, 0, 0" in read_page(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [NEAR, FAR])
 def test_noise_of_both_arms_alike_is_noise(compare: Any, serve: Any, margin: float) -> None:
     def roll(name: str) -> Any:
@@ -360,6 +363,7 @@ def compare_engines(
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [True, False])
 def test_engines_are_started_together_or_in_turns(
     compare_engines: Any, monkeypatch: pytest.MonkeyPatch, room: bool

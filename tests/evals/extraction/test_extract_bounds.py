@@ -24,6 +24,8 @@ from laguna_serve.evals.extraction.extract import (
 )
 from laguna_serve.evals.extraction.worker import Worker, read_safely
 
+pytestmark = pytest.mark.slow
+
 # Python lines that may run per character of an answer, and beside; see `count_lines`.
 LINES_PER_CHAR, LINES_FLOOR = 400, 20_000
 

@@ -97,6 +97,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run_curve
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tools")
 def test_curve_is_what_the_engines_say(engines: type[MockLossEngine], run: Run, tmp_path: Path) -> None:
     status, result, output = run()
@@ -122,6 +123,7 @@ def test_curve_is_what_the_engines_say(engines: type[MockLossEngine], run: Run, 
     assert engines.started[len(started) :] == ["random-10pct-seed2", "random-20pct-seed2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tools")
 def test_ranked_masks_that_are_no_better_fall_short(engines: type[MockLossEngine], run: Run) -> None:
     engines.added = {"ranked-20": 0.05, "ranked-10": 0.01, "random": 0.05}
@@ -130,6 +132,7 @@ def test_ranked_masks_that_are_no_better_fall_short(engines: type[MockLossEngine
     assert [point["ranked_is_better"] for point in result["points"]] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tools")
 def test_engine_that_dies_keeps_what_was_measured(engines: type[MockLossEngine], run: Run) -> None:
     engines.dies = "ranked-20pct"
@@ -174,6 +177,7 @@ def test_bad_input_is_refused_before_an_engine_starts(
     assert engines.started == []
 
 
+@pytest.mark.slow
 def test_tool_that_fails_is_quoted_in_one_line(tmp_path: Path) -> None:
     quoted = r"^scripts.toy_text: expected success, got: toy_text\.py: error: .*check --out$"
     with pytest.raises(ToolError, match=quoted):

@@ -23,6 +23,8 @@ from laguna_serve.evals.sandbox import find_obstacle
 from laguna_serve.evals.sandbox.bubblewrap import is_installed
 from laguna_serve.evals.sandbox.walls.landlock import find_version
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 RUN = [sys.executable, str(HERE / "escape_run.py")]
 AS_USER = [sys.executable, str(HERE / "as_user.py")]

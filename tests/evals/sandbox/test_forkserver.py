@@ -21,7 +21,7 @@ from walls_here import make_limits, needs_walls
 from laguna_serve.evals.codegen.grading import forget_baselines, grade
 from laguna_serve.evals.sandbox import JailError, Limits, run_trial, servers, stop_servers
 
-pytestmark = needs_walls
+pytestmark = [needs_walls, pytest.mark.slow]
 
 ASK = make_problem("raise RuntimeError(repr(candidate()))")
 LIMITS = make_limits(cpu_s=4, wall_s=30)
@@ -76,6 +76,7 @@ def test_servers_are_started_once() -> None:
     assert len(first) == 2, "one for each role"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [LIMITS, replace(LIMITS, walls="none")], ids=["walled", "none"])
 def test_program_has_its_own_descriptors_alone(limits: Limits) -> None:
     with ThreadPoolExecutor(4) as pool:  # while the server has those of others
@@ -108,11 +109,13 @@ def f():
     assert ask(program) == "[]"
 
 
+@pytest.mark.slow
 def test_forks_do_not_draw_the_same_numbers() -> None:
     program = "import random, uuid\ndef f():\n    return random.random(), uuid.uuid4().hex\n"
     assert len({ask(program) for _ in range(3)}) == 3
 
 
+@pytest.mark.slow
 def test_server_that_ends_is_started_anew() -> None:
     good = ADD.prompt + "    return a + b\n"
     assert grade(ADD, good, LIMITS).passed
@@ -122,6 +125,7 @@ def test_server_that_ends_is_started_anew() -> None:
     assert grade(ADD, good, LIMITS).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_server_that_ends_under_a_trial_is_no_verdict(number: int) -> None:
     grade(ADD, ADD.prompt + "    return a + b\n", LIMITS)
@@ -195,12 +199,14 @@ def test_fork_of_the_host_has_servers_of_its_own() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_server_cannot_be_read_or_written_by_a_program_without_walls() -> None:
     command = [sys.executable, str(Path(__file__).with_name("server_probe.py"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip().endswith("RuntimeError: {'PermissionError'}"), done
 
 
+@pytest.mark.slow
 def test_numpy_is_imported_once_for_tests_that_want_it() -> None:
     good = PLUS.prompt + str(PLUS.canonical_solution)
     assert all(grade(PLUS, good, LIMITS).passed for _ in range(2))
@@ -209,6 +215,7 @@ def test_numpy_is_imported_once_for_tests_that_want_it() -> None:
     assert len(list_servers()) == 3, "one that has not imported it"
 
 
+@pytest.mark.slow
 def test_candidates_of_one_problem_wait_for_one_canonical_run(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_baselines()
     programs: list[str] = []

@@ -23,7 +23,7 @@ from laguna_serve.evals.codegen.grading import Grade, forget_baselines, grade
 from laguna_serve.evals.sandbox import JailError, Limits, child, find_obstacle, roles, run_trial, stop_servers
 from laguna_serve.evals.sandbox.walls import seccomp
 
-pytestmark = needs_walls
+pytestmark = [needs_walls, pytest.mark.slow]
 
 # Says what a program's function gave, by way of the failure's detail.
 ASK = make_problem("raise RuntimeError(repr(candidate()))")
@@ -135,6 +135,7 @@ def test_monstrous_value_is_a_failure(value: str) -> None:
     assert len(found.detail) < 1000
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_file_system_holds_the_library_alone(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
@@ -150,6 +151,7 @@ def f():
     assert ask(program) == repr(["FileNotFoundError"] * 8 + ["OSError"])
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_file_system_is_read_only_outside_of_the_temporary_folder(tmp_path: Path) -> None:
     program = f"""
@@ -165,6 +167,7 @@ def f():
     assert not (Path(tempfile.gettempdir()) / tmp_path.name).exists()
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_environment_and_parent_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "hunter2")
@@ -177,6 +180,7 @@ def f():
     assert ask(program) == repr(({}, 1, ["FileNotFoundError"] * 3))
 
 
+@pytest.mark.slow
 def test_signals_reach_nobody_else() -> None:
     victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     program = f"""
@@ -190,6 +194,7 @@ def f():
     victim.communicate(b"\n")
 
 
+@pytest.mark.slow
 def test_network_is_out_of_reach() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
@@ -205,6 +210,7 @@ def f():
             server.accept()
 
 
+@pytest.mark.slow
 def test_no_second_process_and_no_new_privileges() -> None:
     program = """
 import ctypes, os, subprocess
@@ -219,6 +225,7 @@ def f():
     assert ask(program) == repr(({-1}, ("PermissionError",) * 3, "PermissionError"))
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_daemon_dies_with_its_jail_even_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The second wall: processes may be started here, and one that leaves its group outlives nothing.
@@ -256,6 +263,7 @@ def test_output_is_capped() -> None:
     assert (trial.ending, trial.exit_code) == ("gone", 3)
 
 
+@pytest.mark.slow
 def test_programs_in_threads_do_not_disturb_each_other() -> None:
     grades: list[Grade] = []
     programs = [
@@ -275,6 +283,7 @@ def test_programs_in_threads_do_not_disturb_each_other() -> None:
     assert sorted(found.reward for found in grades) == [0.0] * 4 + [2 / 6] * 4 + [1.0] * 4
 
 
+@pytest.mark.slow
 def test_without_walls_the_filter_still_holds() -> None:
     limits = Limits(cpu_s=2, wall_s=6, walls="none")
     assert grade(ADD, ADD.prompt + str(ADD.canonical_solution), limits).passed
@@ -289,6 +298,7 @@ def f():
     assert ask(program, limits) == repr(({"PermissionError"}, True, "jail-"))
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_jail_that_cannot_be_built_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def paths() -> tuple[list[tuple[str, str]], list[str]]:
@@ -310,6 +320,7 @@ def test_filter_refuses_a_machine_whose_numbers_it_does_not_know(monkeypatch: py
         seccomp.install_filter(1)
 
 
+@pytest.mark.slow
 def test_canonical_count_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_baselines()
     runs = []

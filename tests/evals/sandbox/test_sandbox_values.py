@@ -111,6 +111,7 @@ def test_sharing_and_cycles_stay() -> None:
     assert found[2][1]["again"] is found
 
 
+@pytest.mark.slow
 def test_depth_is_no_matter_of_recursion() -> None:
     value: Any = 1
     for _ in range(15_000):

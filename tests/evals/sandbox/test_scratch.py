@@ -112,6 +112,7 @@ def test_excess_is_found() -> None:
         assert "expected at most 1048576 bytes" in str(made.find_excess())
 
 
+@pytest.mark.slow
 def test_names_and_depth_are_bounded() -> None:
     with make_scratch(MIB) as made, inside(Path(made.path)):
         for number in range(scratch.MAX_ENTRIES + 1):

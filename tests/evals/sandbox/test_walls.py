@@ -246,6 +246,7 @@ PERMITTED, REFUSED, LACKING = seccomp.ALLOW, seccomp.REFUSE | 1, seccomp.REFUSE 
 MACHINES = list(seccomp.AUDIT_ARCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_files", [True, False])
 @pytest.mark.parametrize("machine", MACHINES)
 def test_filter_permits_what_its_tables_say(machine: str, own_files: bool) -> None:

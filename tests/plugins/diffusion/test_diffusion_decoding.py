@@ -110,6 +110,7 @@ def test_published_loop(block: int, steps: int, guidance: float) -> None:
     assert count_differences(64, block, steps, guidance) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_published_loop_with_a_temperature(guidance: float) -> None:
     assert count_differences(2, 32, LENGTH // 2, guidance, temperature=0.7) == 0
@@ -232,6 +233,7 @@ def test_noise_is_gumbel_and_follows_from_its_key() -> None:
     assert not any(torch.equal(first, draw_gumbel(*key, 64, CPU)) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))
 
 
+@pytest.mark.slow
 def test_noise_draws_from_the_distribution() -> None:
     """Of 3,000 seeds each draws the token of 20, 30 and 50% about as often; 4 standard errors are allowed."""
     canvas = Canvas((7,), 1, 1, MASK)

@@ -198,6 +198,7 @@ def test_the_queue_is_bounded(gate: Gate) -> None:
         assert [stream.read_end()[0] for stream in streams] == expected
 
 
+@pytest.mark.slow
 def test_admission_keeps_to_the_room(gate: Gate) -> None:
     """Twelve tokens each in room for thirty: two at a time, in their order."""
     requests = [Request(Canvas((7, 8, 9, 10 + n), 8, 8, MASK), Reference(cache="dual")) for n in range(5)]

@@ -102,6 +102,7 @@ def test_proposals_that_lose_are_left_out_with_the_figure(
     assert len(tried) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_is_made_where_nothing_is_stubbed(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         load(parse_options([str(toy), "--states", "2", "--canvas-length", "16", "--block-length", "8"]))

@@ -18,6 +18,8 @@ from laguna_serve.plugins.diffusion.predictor import Ask, Predictor, Slot
 from laguna_serve.plugins.diffusion.server.loading import load
 from laguna_serve.plugins.diffusion.server.options import parse_options
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     ({}, Reference(cache="dual")),
     ({"tokens_per_step": 3}, Reference(PerStep(3), cache="dual")),

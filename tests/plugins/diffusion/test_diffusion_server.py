@@ -54,6 +54,7 @@ SETTINGS: list[tuple[dict[str, Any], int, Reference, int]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("extra", "length", "reference", "block"), SETTINGS)
 def test_texts_are_the_offline_references(
     server: Running, extra: dict[str, Any], length: int, reference: Reference, block: int
@@ -73,6 +74,7 @@ def test_texts_are_the_offline_references(
     }
 
 
+@pytest.mark.slow
 def test_clients_complete_stream_and_chat(server: Running) -> None:
     client, texts = server.client, server.served.texts
     whole = client.completions.create(model="toy", prompt="once", max_tokens=24)
@@ -117,6 +119,7 @@ def test_a_crowd_of_streams(server: Running) -> None:
         assert answer == server.decode(prompt, -(-length // block) * block, reference, block)[:length]
 
 
+@pytest.mark.slow
 def test_several_prompts_and_choices(server: Running) -> None:
     texts = server.served.texts
     answer = server.client.completions.create(
@@ -246,6 +249,7 @@ def test_models_tokens_health_and_metrics(server: Running) -> None:
         assert f'vllm:{name}{{engine="0",model_name="toy"}}' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request(folder: Path, stream: bool) -> None:
     with own_server(folder, running=2) as server:
@@ -264,6 +268,7 @@ def test_a_client_that_leaves_ends_its_request(folder: Path, stream: bool) -> No
         assert ended == 1.0
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_a_dead_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with own_server(folder, running=1, waiting=0) as server:
         body = {"prompt": "a", "max_tokens": 240, "block_length": 240, "ignore_eos": True, "stream": True}
@@ -318,6 +323,7 @@ def test_keys_and_origins(folder: Path) -> None:
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
+@pytest.mark.slow
 def test_a_servers_seed_gives_draws_that_can_be_repeated(folder: Path) -> None:
     body = {"prompt": "tell me", "max_tokens": 16, "temperature": 1.0, "return_token_ids": True}
     said = []

@@ -99,6 +99,7 @@ def test_every_token_is_the_references(expected: dict[str, list[Run]], name: str
         assert run.passes + run.accepted == run.steps
 
 
+@pytest.mark.slow
 def test_a_crowd_gets_what_each_gets_alone(expected: dict[str, list[Run]]) -> None:
     for name in ("r1", "r1-dual-warm"):
         together = Decoder(Predictor(TARGET), REFERENCES[name]).decode(CANVASES)
@@ -163,6 +164,7 @@ def differs(name: str, proposer: Proposer, expected: dict[str, list[Run]]) -> bo
     return [run.state for run in runs] != [run.state for run in expected[name]]
 
 
+@pytest.mark.slow
 def test_a_state_accepted_without_membership_is_caught(
     expected: dict[str, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_stale_block_cache_is_caught(expected: dict[str, list[Run]], monkeypat
     assert differs("r2-dual", make_proposer("chain", REFERENCES["r2-dual"]), expected)
 
 
+@pytest.mark.slow
 def test_another_rule_for_ties_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Confidences are rounded so that there are ties; then the highest position wins where the lowest should."""
 
@@ -223,6 +226,7 @@ def test_another_rule_for_ties_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_noise_by_time_is_caught(expected: dict[str, list[Run]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that counts its calls instead of the masks that are left."""
     calls = itertools.count()
@@ -303,6 +307,7 @@ def test_a_graph_is_kept_in_a_file(tmp_path: Path) -> None:
             Graph.load(tmp_path / "graph.json")
 
 
+@pytest.mark.slow
 def test_a_graph_is_counted_on_the_reference() -> None:
     """By a source that is the target itself the first rank is always next; chances fall, and no node lacks its way."""
     exact = Drafted(Predictor(TARGET))

@@ -36,6 +36,7 @@ def walk(canvas: Canvas) -> list[State]:
     return states
 
 
+@pytest.mark.slow
 def test_foresight_pays_where_rows_are_free_and_not_where_they_cost() -> None:
     speculation = Speculation(Oracle({canvas: walk(canvas) for canvas in CANVASES}), states=3)
     predictor = Predictor(TARGET)
@@ -49,6 +50,7 @@ def test_foresight_pays_where_rows_are_free_and_not_where_they_cost() -> None:
     assert dear.speedup == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_proposals_that_are_never_met_do_not_pay() -> None:
     class Useless(Chain):
         """The chain without its first state: no other is come by before it."""

@@ -132,6 +132,7 @@ def test_zeroed_form_changes_pruned_atoms_only(
         assert (out / path.name).read_bytes() == path.read_bytes(), "stock config and index, byte for byte"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [10, 25, 40])
 def test_toy_teacher_with_its_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str], ratio: int) -> None:
     masks = TOY / "masks"

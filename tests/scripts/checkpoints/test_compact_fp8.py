@@ -202,6 +202,7 @@ def test_full_size_arithmetic_is_the_documented_one(capsys: pytest.CaptureFixtur
     assert result["scale_bytes"] == atoms * 3 * 16 * 2
 
 
+@pytest.mark.slow
 def test_documented_table_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
     """Of docs/pruning.md: each share of XS.2 in FP8, and beside it in bf16."""
     tables = []

@@ -79,6 +79,7 @@ def proposals(folder: Path) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_laguna(tmp_path / "laguna")
     code, result, _ = run(capsys, source, "--to", "speculators", "--out", tmp_path / "there")
@@ -113,6 +114,7 @@ def test_gate_of_zeros_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     torch.testing.assert_close(after[name].float(), before[name].float() * math.log(2), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_reduced_vocabulary_has_the_most_frequent_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x\n" * 50)

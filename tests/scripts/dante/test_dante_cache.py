@@ -112,6 +112,7 @@ def test_records_hold_what_the_teacher_said(config: CacheConfig) -> None:
     assert sum(result.counts) == 2
 
 
+@pytest.mark.slow
 def test_same_command_asks_for_what_is_missing_alone(config: CacheConfig, tmp_path: Path) -> None:
     single = replace(config, concurrency=1)
     with Teacher(breaks=3) as teacher, pytest.raises(EndpointError, match="no more"):

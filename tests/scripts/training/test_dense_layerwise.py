@@ -51,6 +51,7 @@ def open_layers(folder: Path) -> Layers:
     return Layers(folder, Weights(folder, read_config(folder)), torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 4])
 def test_blocks_one_at_a_time_are_those_beside_the_teacher(batches: int, tiny: Any, text: Text, tmp_path: Path) -> None:
     recipe = Recipe(**{name: getattr(RECIPE, name) for name in RECIPE.__slots__} | {"stage1_batches": batches})
@@ -65,6 +66,7 @@ def test_blocks_one_at_a_time_are_those_beside_the_teacher(batches: int, tiny: A
     assert not list((tmp_path / "work" / "hidden").iterdir())
 
 
+@pytest.mark.slow
 def test_layers_that_are_done_are_not_trained_again(
     tiny: Any, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_dry_run_reads_config_json_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_activations_are_those_of_the_graph(weights: str, item: int, tmp_path: Path) -> None:
     """All but a few values a head: what autograd keeps of a forward pass, parameters left out."""

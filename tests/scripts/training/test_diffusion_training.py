@@ -142,6 +142,7 @@ def test_one_reading_agrees_with_models_without_those_layers(tmp_path: Path) -> 
     assert all(units.shape == (24,) and bool((units > 0).all()) for units in found.activations)
 
 
+@pytest.mark.slow
 def test_a_pruned_checkpoint_is_the_model_without_what_went(tmp_path: Path) -> None:
     model = make_model()
     write_checkpoint(tmp_path / "whole", CONFIG, model.state_dict(), TOY / "teacher")

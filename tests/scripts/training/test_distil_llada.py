@@ -57,6 +57,7 @@ def config(tmp_path: Path) -> DistilConfig:
     )
 
 
+@pytest.mark.slow
 def test_student_comes_closer(config: DistilConfig) -> None:
     result = teach(config)
     assert all(after > before for before, after in result.agreement.values())
@@ -64,6 +65,7 @@ def test_student_comes_closer(config: DistilConfig) -> None:
     assert not config.out.with_name("out.work").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_run_gives_the_same_student(config: DistilConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, steps=12)
     teach(config)

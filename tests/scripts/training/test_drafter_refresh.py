@@ -82,6 +82,7 @@ def simulate(rng: np.random.Generator, quality: float, prompts: int = 8, spread:
     return np.stack([steps, rng.binomial(300, np.clip(0.4 * quality * ease, 0, 1)).astype(float)], axis=1)
 
 
+@pytest.mark.slow
 def test_gate_lets_better_drafters_pass_and_no_others() -> None:
     rng, prompts = np.random.default_rng(0), list(range(8))
 

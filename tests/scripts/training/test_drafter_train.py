@@ -220,6 +220,7 @@ def test_states_are_those_of_the_model_however_it_is_stored(stored: str, tmp_pat
     assert agree(got, [state for found in wanted.values() for state in found])
 
 
+@pytest.mark.slow
 def test_interrupted_states_go_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states_module, "SHARD_TOKENS", 60)
     monkeypatch.setattr(states_module.list_shards, "__defaults__", (60,))
@@ -240,6 +241,7 @@ def test_interrupted_states_go_on_to_the_same_bits(tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "cut" / "running").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_expected_counts_are_the_mean_of_decoding_runs() -> None:
     generator = np.random.default_rng(0)
     alpha = generator.random((30, 3))
@@ -293,6 +295,7 @@ def test_traffic_that_is_still_being_written_is_read(tmp_path: Path) -> None:
     assert [record.weight_version for record in read_traffic(path)] == [None, "step-3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -359,6 +362,7 @@ def test_other_checkpoints_are_not_written_over(own: bool, tmp_path: Path) -> No
     assert read_weights(folder) == read_weights(TOY / "dflash")
 
 
+@pytest.mark.slow
 def test_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     asked = DrafterTrainConfig(
         target=str(TOY / "teacher"),
@@ -378,6 +382,7 @@ def test_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_disk_is_refused_before_anything_is_computed(
     traffic: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def record(
     chosen[number] = output[2]
 
 
+@pytest.mark.slow
 def test_recorded_experts_are_taken_and_weighed_by_the_trainers_scores(teacher: Any) -> None:
     """Another model's choices, replayed: its experts, this one's weights; where nothing is recorded its own."""
     batch = make_batch([make_rollout(6, 5), make_rollout(4, 3)])

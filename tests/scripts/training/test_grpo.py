@@ -110,6 +110,7 @@ def teacher() -> Any:
     return LagunaForCausalLM.from_pretrained(TOY / "teacher", dtype=torch.float32).eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_logprobs_do_not_see_the_padding(teacher: Any) -> None:
     short, long = rollout(1.0, tokens=3, prompt=4), rollout(0.0, tokens=9, prompt=12)
     with torch.no_grad():

@@ -117,6 +117,7 @@ def test_without_both_arms_nothing_is_gained(result: ArmsResult) -> None:
     assert not ArmsResult(goal=0.9, runs=(), summaries=(), gains={}).holds
 
 
+@pytest.mark.slow
 def test_table_and_picture(result: ArmsResult, tmp_path: Path) -> None:
     text = render_markdown(result)
     assert "| refreshed drafter | 0 | 0.300 → 0.950 | 1.80 → 1.80 | 4.00 → 3.50 |" in text

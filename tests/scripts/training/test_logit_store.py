@@ -71,6 +71,7 @@ def store(teacher: Any, drawn: Drawn, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_store_has_the_batches_of_the_recipe_and_the_teachers_top(store: Path, teacher: Any, drawn: Drawn) -> None:
     read = LogitStore(store)
     for got, wanted in [
@@ -90,6 +91,7 @@ def test_store_has_the_batches_of_the_recipe_and_the_teachers_top(store: Path, t
         assert (top.logprobs.exp().sum(-1) + top.tail.exp()).allclose(torch.ones(len(top.tail)), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4, V])
 def test_loss_from_a_store_is_that_beside_the_teacher(k: int, teacher: Any, drawn: Drawn, tmp_path: Path) -> None:
     header = msgspec.structs.replace(HEADER, top_k=k)
@@ -109,6 +111,7 @@ def test_loss_from_a_store_is_that_beside_the_teacher(k: int, teacher: Any, draw
     assert place_bytes(k, V) < size < place_bytes(k, V) + rest + 40
 
 
+@pytest.mark.slow
 def test_layers_one_at_a_time_write_the_same(store: Path, teacher: Any, drawn: Drawn, tmp_path: Path) -> None:
     folder = save_tiny(teacher, tmp_path / "model")
     layers = Layers(folder, Weights(folder, read_config(folder)), torch.float32, torch.device("cpu"))
@@ -121,6 +124,7 @@ def test_layers_one_at_a_time_write_the_same(store: Path, teacher: Any, drawn: D
     assert not list((tmp_path / "work").rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on_to_the_same_bytes(store: Path, teacher: Any, drawn: Drawn, tmp_path: Path) -> None:
     asked = []
 
@@ -216,6 +220,7 @@ def server(teacher: Any) -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_server_gives_what_the_teacher_gives(server: Server, store: Path, drawn: Drawn, tmp_path: Path) -> None:
     open_header(tmp_path / "asked", HEADER)
     with EndpointTeacher(f"http://127.0.0.1:{server.server_port}", None, 4) as asked:

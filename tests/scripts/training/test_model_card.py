@@ -64,6 +64,7 @@ def test_card_of_somebodys_own_stays(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
+@pytest.mark.slow
 def test_dense_students_card_says_what_its_report_says(tmp_path: Path) -> None:
     """From the toy student's report, with a curve as if one had been asked for."""
     result = read_result(ROOT / "bench/results/toy-distillation/distillation.json", DistillResult)

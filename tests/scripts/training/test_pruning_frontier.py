@@ -24,6 +24,8 @@ from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import read_result
 from laguna_serve.serving.kit.run_dir import RunDirError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
 MASKS = ["loss", "heapr", "output", "magnitude", "reap", "loss-atoms", "heapr-atoms", "heapr-repacked"]
@@ -218,7 +220,6 @@ def test_unfit_input_is_refused(tiny: Path, tmp_path: Path) -> None:
         configure(tiny, tmp_path, tokens=0)
 
 
-@pytest.mark.slow
 def test_script_says_who_wins(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "frontier"), "--model", str(tiny), "--block-size", "4"]
     flags = ["--calibration", str(tiny.parent / "calibration.npy"), "--seeds", "1", "--out", str(tmp_path)]

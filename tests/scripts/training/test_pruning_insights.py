@@ -39,6 +39,7 @@ def artefacts(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_figures_are_the_artefacts(artefacts: Path, tmp_path: Path) -> None:
     result = draw_insights(InsightsConfig(masks=artefacts, out=tmp_path / "out"))
     found = result.artefacts
@@ -54,6 +55,7 @@ def test_figures_are_the_artefacts(artefacts: Path, tmp_path: Path) -> None:
     assert "12.5%" in format_insights(result)
 
 
+@pytest.mark.slow
 def test_layers_have_the_numbers_of_the_summary(artefacts: Path, tmp_path: Path) -> None:
     layers = [{"layer": number, "quantiles": [0, 0, 0, 0, 0], "mean": 0} for number in (2, 5, 7)]
     summary = {"schema": "laguna_serve.expert_summary/1", "model": "m", "score": "heapr", "sparse_layers": 3}
@@ -64,6 +66,7 @@ def test_layers_have_the_numbers_of_the_summary(artefacts: Path, tmp_path: Path)
     assert ([layer.layer for layer in found.layers], found.score) == ([2, 5, 7], "heapr")
 
 
+@pytest.mark.slow
 def test_committed_artefacts_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--masks", str(MASKS), "--out", str(tmp_path)]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])

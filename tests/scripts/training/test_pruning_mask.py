@@ -50,6 +50,7 @@ def test_bad_scores_are_one_line(
     assert not (tmp_path / "m.npy").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "held_out"), [([], True), (["--training"], False)])
 def test_toys_text_is_one_half_of_its_corpus(tmp_path: Path, flags: list[str], held_out: bool) -> None:
     assert toy_text.main([*flags, "--out", str(tmp_path / "t.jsonl")]) == 0
@@ -58,6 +59,7 @@ def test_toys_text_is_one_half_of_its_corpus(tmp_path: Path, flags: list[str], h
     assert [json.loads(line)["text"] for line in lines] == wanted
 
 
+@pytest.mark.slow
 def test_toys_prompts_are_from_its_half(tmp_path: Path) -> None:
     for half in ([], ["--training"]):
         assert toy_text.main([*half, "--prompts", "40", "--out", str(tmp_path / "p.jsonl")]) == 0

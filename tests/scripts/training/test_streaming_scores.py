@@ -245,6 +245,7 @@ def quantise(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_fp8_is_read_through_its_scales(tmp_path: Path) -> None:
     model = make_tiny(hidden_size=160, moe_intermediate_size=136, intermediate_size=200)
     fp8 = quantise(save_tiny(model, tmp_path / "bf16"), tmp_path / "fp8")

@@ -156,6 +156,7 @@ def test_every_folder_has_the_same_tokenizer_and_the_sources_template() -> None:
         assert (TOY / folder / "chat_template.jinja").read_text() == tokenizer_source.CHAT_TEMPLATE
 
 
+@pytest.mark.slow
 def test_texts_keep_the_ids_that_the_weights_were_trained_on() -> None:
     """The digest was taken before the marks were named: published figures rest on these ids."""
     tokenizer = load_tokenizer(TOY / "teacher")
@@ -202,6 +203,7 @@ def train_line(steps: int, state_file: Path, stop_at: int | None = None) -> list
     return [*module.weight.flatten().tolist(), *module.bias.tolist()]
 
 
+@pytest.mark.slow
 def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path) -> None:
     whole = train_line(450, tmp_path / "whole.state")
     with pytest.raises(KeyboardInterrupt):

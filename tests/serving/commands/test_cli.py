@@ -91,6 +91,7 @@ def test_a_python_caller_makes_the_same_configuration(target: Path, drafter: Pat
         ServeConfig(model="m", thinking="perhaps")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_command_line_starts_without_the_stack() -> None:
     """torch and vLLM take seconds to import, and the serving side needs neither."""
     probe = "import sys; import laguna_serve.serving.cli; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
@@ -148,11 +149,13 @@ def test_serve_puts_the_gateway_in_front(fake_vllm: Path, target: Path, tmp_path
     assert server.returncode == 0
 
 
+@pytest.mark.slow
 def test_serve_without_the_gateway_is_the_bare_engine(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with serving(target, tmp_path, "--no-gateway") as server:
         assert ask_ready(read_url(server, gateway=False)) == 404
 
 
+@pytest.mark.slow
 def test_serve_refuses_a_taken_port_before_an_engine_starts(fake_vllm: Path, target: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -193,6 +196,7 @@ def test_serve_interrupted_at_start_leaves_nothing(
     wait_until_gone(members, timeout_s=0)
 
 
+@pytest.mark.slow
 def test_serve_refuses_bad_input_in_one_line() -> None:
     command = [*LAGUNA, "serve", "/no/such/model"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

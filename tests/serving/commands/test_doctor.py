@@ -19,6 +19,8 @@ from serving_fakes import FAKE_SITE
 
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 OURS = ARCHITECTURES | CPU_ARCHITECTURES
 

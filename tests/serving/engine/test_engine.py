@@ -64,6 +64,7 @@ def check_until_dead(engine: Engine) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_engine_serves_and_leaves_nothing(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     engine = Engine(EngineConfig(model=str(target)), log_path=tmp_path / "log", stop_grace_s=0.5, announce=lines.append)
@@ -79,12 +80,14 @@ def test_engine_serves_and_leaves_nothing(fake_vllm: Path, target: Path, tmp_pat
     engine.stop()
 
 
+@pytest.mark.slow
 def test_exception_reaps(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail_inside(start(target, tmp_path), fake_vllm)
     wait_until_gone(read_pids(fake_vllm, MEMBERS), timeout_s=0)
 
 
+@pytest.mark.slow
 def test_engine_that_ignores_sigterm_is_killed(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +97,7 @@ def test_engine_that_ignores_sigterm_is_killed(
     wait_until_gone(members, timeout_s=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_killed_launcher_leaves_nothing(fake_vllm: Path, target: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", LAUNCHER, str(target), str(tmp_path / "log")]
@@ -106,6 +110,7 @@ def test_killed_launcher_leaves_nothing(fake_vllm: Path, target: Path, tmp_path:
         wait_until_gone([supervisor, *members])
 
 
+@pytest.mark.slow
 def test_launcher_killed_during_start_leaves_nothing(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +136,7 @@ def test_killed_supervisor_leaves_nothing(fake_vllm: Path, target: Path, tmp_pat
     wait_until_gone(members)
 
 
+@pytest.mark.slow
 def test_death_at_start_quotes_the_root_cause(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +149,7 @@ def test_death_at_start_quotes_the_root_cause(
     wait_until_gone(read_pids(fake_vllm, 1), timeout_s=0)
 
 
+@pytest.mark.slow
 def test_death_while_serving_is_told_by_check(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with start(target, tmp_path) as engine:
         members = read_pids(fake_vllm, MEMBERS)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import uvicorn
 
-from laguna_serve.serving.gateway.addresses import with_ports
+from laguna_serve.serving.gateway.addresses import open_listeners
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import make_admin_settings, make_settings
@@ -171,22 +171,20 @@ def gateway(
     tables["server"] = {"port": 0, **tables.get("server", {})}
     listed = [model, *more] if models is None else models
     config = parse_config({"models": listed, "limits": limits or {}, **tables}, "test")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        log = io.StringIO()
+    with open_listeners(config) as listeners:
+        config, log = listeners.config, io.StringIO()
         app = create_app(config, AccessLog(log))
         ready = threading.Event()
-        config = with_ports(config)
         http = asgi if isinstance(asgi, type) else "httptools"
         plain = uvicorn.Config(
             app, http=http, log_level="critical", ws="none", server_header=False, proxy_headers=False
         )
         settings = plain if asgi else make_settings(app, config)
-        server = GatewayServer(app, settings, make_admin_settings(app, config), ready.set)
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        server = GatewayServer(app, settings, make_admin_settings(app, config), listeners.admin, ready.set)
+        thread = threading.Thread(target=server.run, args=(listeners.server,), daemon=True)
         thread.start()
         assert ready.wait(10)
-        found = Gateway(listener.getsockname()[1], server, app, log, config.admin.port)
+        found = Gateway(config.server.port, server, app, log, config.admin.port)
         deadline = time.monotonic() + 5
         while any(e.healthy is None for p in found.relay.pools.values() for e in p.engines):
             assert time.monotonic() < deadline

@@ -80,6 +80,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return cert, key
 
 
+@pytest.mark.slow
 def test_https(certificate: tuple[Path, Path]) -> None:
     cert, key = certificate
     context = ssl.create_default_context(cafile=str(cert))

@@ -24,6 +24,7 @@ def update(front: Gateway, **body: Any) -> tuple[int, dict[str, Any]]:
     return reply.status, reply.json()
 
 
+@pytest.mark.slow
 def test_update_reaches_all_and_answers_say_so() -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
         assert front.ask(PATH, BODY).header("x-weight-version") == "default"

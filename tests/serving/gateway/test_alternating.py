@@ -18,6 +18,8 @@ from residence_fakes import PATH, owning
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.residence.model import Ticket
 
+pytestmark = pytest.mark.slow
+
 REQUESTS, CLIENTS = 500, 24
 # Of the whole process, test and gateway: what the allocator keeps between two looks.
 MOST_GROWTH = 24 << 20

@@ -129,6 +129,7 @@ def get(url: str) -> tuple[int, str | None]:
         return error.code, None
 
 
+@pytest.mark.slow
 def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
     with Upstream() as one, Upstream() as two:
         text = '[server]\nport = 0\n[[models]]\nname = "m"\n[[models.upstreams]]\nname = "{}"\nurl = "{}"\n'
@@ -152,6 +153,7 @@ def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
 
 
+@pytest.mark.slow
 def test_second_signal_stops_at_once() -> None:
     async def hang(_: object) -> None:
         import asyncio
@@ -195,6 +197,7 @@ def wait_ready(url: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_lame_duck_answers_and_is_not_ready(tmp_path: Path) -> None:
     """From the first SIGTERM to the second one, which turns new requests away as without it."""
     with Upstream() as one:
@@ -215,6 +218,7 @@ def test_lame_duck_answers_and_is_not_ready(tmp_path: Path) -> None:
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "sent"), [(0.2, signal.SIGTERM), (600, signal.SIGINT)])
 def test_lame_duck_ends_by_itself_and_not_at_all_for_ctrl_c(tmp_path: Path, given: float, sent: int) -> None:
     with Upstream() as one:

@@ -53,6 +53,7 @@ def list_ends(data: bytes) -> int:
     return last
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from([b"a", b"\r", b"\n", b"\r\n", b"\n\n", b"\r\r"]).map(bytes), max_size=14), st.data())
 def test_whole_events_pass_at_once_and_nothing_else(parts: list[bytes], data: st.DataObject) -> None:
@@ -128,6 +129,7 @@ def ask(path: str, *pieces: bytes, headers: str = SSE, abort: bool = True, asgi:
 FIRST, HALF = b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"ind'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asgi", [False, True], ids=["direct", "asgi"])
 @pytest.mark.parametrize("blank", [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n"])
 def test_half_event_is_dropped_whatever_the_line_ends(blank: bytes, asgi: bool) -> None:
@@ -227,6 +229,7 @@ def read_openai(path: str, url: str) -> None:
         list(stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_openais_client_raises(path: str) -> None:
     first = event(CREATED, named=True) if path == RESPONSES else FIRST

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +86,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 PLACES = st.lists(st.integers(0, 10_000), max_size=12)
 
 
+@pytest.mark.slow
 @FRAMED
 @given(CHUNKS, PLACES)
 def test_any_cut_of_the_bytes_gives_the_same_body(chunks: list[bytes], places: list[int]) -> None:
@@ -94,6 +96,7 @@ def test_any_cut_of_the_bytes_gives_the_same_body(chunks: list[bytes], places: l
     assert connection in origin._idle
 
 
+@pytest.mark.slow
 @FRAMED
 @given(CHUNKS)
 def test_chunks_that_come_whole_stay_chunks(chunks: list[bytes]) -> None:
@@ -101,6 +104,7 @@ def test_chunks_that_come_whole_stay_chunks(chunks: list[bytes]) -> None:
     assert told.data == chunks
 
 
+@pytest.mark.slow
 @FRAMED
 @given(CHUNKS.filter(bool), st.integers(1, 10_000))
 def test_body_that_is_cut_off_is_never_complete(chunks: list[bytes], short: int) -> None:
@@ -113,6 +117,7 @@ def test_body_that_is_cut_off_is_never_complete(chunks: list[bytes], short: int)
     assert connection not in origin._idle
 
 
+@pytest.mark.slow
 @FRAMED
 @given(st.binary(min_size=1, max_size=200), PLACES)
 def test_garbage_ends_in_one_error_or_in_an_answer(data: bytes, places: list[int]) -> None:
@@ -120,6 +125,7 @@ def test_garbage_ends_in_one_error_or_in_an_answer(data: bytes, places: list[int
     assert told.end + (told.error is not None) == 1
 
 
+@pytest.mark.slow
 @FRAMED
 @given(st.binary(max_size=100), PLACES)
 def test_body_without_a_length_ends_with_the_connection(body: bytes, places: list[int]) -> None:

@@ -64,6 +64,7 @@ def test_process_raises_its_limit_of_open_files(tmp_path: Path) -> None:
         assert ask(port) == 200
 
 
+@pytest.mark.slow
 def test_process_without_enough_files_warns_and_survives_a_flood(tmp_path: Path) -> None:
     """More clients than descriptors: some are turned away, a line says so, and later ones are served."""
     with Upstream() as engine, process(write(tmp_path / "g.toml", engine.url, 512), (256, 256)) as (server, port):

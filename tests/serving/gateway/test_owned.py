@@ -10,6 +10,7 @@ from gateway_fakes import wait_until
 from residence_fakes import PATH, ask, list_engines, owning
 
 
+@pytest.mark.slow
 def test_a_request_starts_its_engine_and_the_next_one_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}) as front:
         assert not list_engines()
@@ -25,6 +26,7 @@ def test_a_request_starts_its_engine_and_the_next_one_finds_it(monkeypatch: pyte
         assert again.json() != first.json()  # another process
 
 
+@pytest.mark.slow
 def test_a_stream_that_waits_gets_comments_then_its_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = {"extra_args": ["--load", "0.5"]}
     with owning(monkeypatch, tmp_path, {"a": engine}, limits={"heartbeat_s": 0.1}) as front:
@@ -39,6 +41,7 @@ def test_a_stream_that_waits_gets_comments_then_its_events(monkeypatch: pytest.M
         assert not ready.body.startswith(b":")
 
 
+@pytest.mark.slow
 def test_an_error_after_a_comment_is_the_last_event(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = {"extra_args": ["--load", "0.5"]}
     with owning(monkeypatch, tmp_path, {"a": engine}, limits={"heartbeat_s": 0.1}) as front:
@@ -64,6 +67,7 @@ def test_a_model_that_cannot_start_says_why_and_is_left_alone(monkeypatch: pytes
         assert front.relay.owner.find("a").failed in (1, 2)
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_wait_with_503(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = {"extra_args": ["--load", "60"]}
     limits = {"load_timeout_s": 0.3, "heartbeat_s": 0.05}
@@ -92,6 +96,7 @@ def test_a_client_that_leaves_is_out_of_the_queue(monkeypatch: pytest.MonkeyPatc
         assert front.relay.backlog.total == 0
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_for_the_next_request(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -105,6 +110,7 @@ def test_an_engine_that_dies_is_started_again_for_the_next_request(
         assert ask(front, "a").json() != first.json()
 
 
+@pytest.mark.slow
 def test_idle_engines_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {"idle_timeout_s": 0.2}}) as front:
         assert ask(front, "a").status == 200
@@ -123,11 +129,13 @@ def test_reading_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert not list_engines()
 
 
+@pytest.mark.slow
 def test_a_pinned_model_is_there_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {"pinned": True}}) as front:
         wait_until(lambda: front.relay.owner.find("a").state == "ready", 20)
 
 
+@pytest.mark.slow
 def test_admin_port_lists_loads_pins_and_unloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}) as front:
         listed = front.ask_admin("/admin/models").json()
@@ -150,6 +158,7 @@ def test_admin_port_lists_loads_pins_and_unloads(monkeypatch: pytest.MonkeyPatch
         wait_until(lambda: not list_engines(), 60)
 
 
+@pytest.mark.slow
 def test_a_reload_changes_engines_when_they_are_idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {}}) as front:
         first = ask(front, "a").json()

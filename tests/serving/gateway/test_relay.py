@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import threading
@@ -227,6 +228,7 @@ def test_key_stands_in_for_a_session() -> None:
         assert two.seen
 
 
+@pytest.mark.slow
 def test_queue_holds_the_rest_and_refuses_what_is_too_much() -> None:
     limits = {"max_queued": 2, "queue_timeout_s": 5.0}
     with (
@@ -526,6 +528,7 @@ def test_access_log_tells_who_and_where_and_never_what() -> None:
         assert (second["status"], second["upstream"]) == (401, None)
 
 
+@pytest.mark.slow
 def test_many_at_once_leave_nothing_behind() -> None:
     with Upstream({COMPLETIONS: stream}) as engine, gateway(engine, upstream={"max_in_flight": 16}) as front:
         with ThreadPoolExecutor(32) as pool:
@@ -552,8 +555,9 @@ def test_stop_lets_streams_finish_and_takes_no_more() -> None:
             streaming = pool.submit(front.ask, COMPLETIONS, BODY)
             wait_until(lambda: len(engine.seen) == 1)
             front.server.handle_exit(15, None)
-            kept.sendall(make_request("/v1/models"))
-            assert read_reply(kept).status in (0, 503)
+            with contextlib.suppress(ConnectionError):  # it may have been closed before it asked again
+                kept.sendall(make_request("/v1/models"))
+                assert read_reply(kept).status in (0, 503)
             release.set()
             assert streaming.result(10).chunks == [b"data: 1\n\n", b"data: 2\n\n"]
 

@@ -126,7 +126,7 @@ def test_what_needs_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None
         front.server._configured = front.relay.config
         models = [{"name": "m", "upstreams": [{"name": "a", "url": engine.url}]}]
         server = {"port": 1, "shutdown_timeout_s": 5.0, "max_body_bytes": 5000, "header_timeout_s": 9.0}
-        tables = {"models": models, "server": server, "admin": {"sha256": "1" * 64}}
+        tables = {"models": models, "server": server, "admin": {"port": front.admin_port, "sha256": "1" * 64}}
         reload(front, lambda: parse_config(tables, "test"))
         wait_until(lambda: any("read again" in message for message in caplog.messages))
     (line,) = [message for message in caplog.messages if "read again" in message]
@@ -162,6 +162,7 @@ def test_engine_that_is_removed_is_drained(caplog: pytest.LogCaptureFixture) -> 
     assert of_engine == ["engine a removed; requests in flight: 1", "engine a drained"]
 
 
+@pytest.mark.slow
 def test_certificate_is_renewed_at_a_reload(tmp_path: Path) -> None:
     if (openssl := shutil.which("openssl")) is None:
         pytest.skip("needs openssl")

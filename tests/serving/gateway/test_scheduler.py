@@ -298,6 +298,7 @@ def check(world: World, tickets: list[Ticket]) -> None:
         assert not (model.terms.pinned and model.state is State.UNLOADING)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_random_walks_keep_the_promises(seed: int) -> None:

@@ -78,6 +78,7 @@ def test_request_that_fails_is_not_compared() -> None:
     assert run(refuse, say(1)) == {"failed": 1.0}
 
 
+@pytest.mark.slow
 def test_client_does_not_wait_for_the_shadow() -> None:
     with (
         Upstream({PATH: say(1)}) as engine,

@@ -87,6 +87,7 @@ def test_idle_clients_are_kept_longer_than_by_what_is_in_front() -> None:
     assert make_uvicorn_settings().timeout_keep_alive == 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/x", "/health", "/nope"])
 def test_idle_client_is_closed_when_its_time_is_up(path: str) -> None:
     with Upstream() as engine, gateway(engine, server={"keepalive_s": 1.0}) as front, front.connect() as connection:
@@ -98,6 +99,7 @@ def test_idle_client_is_closed_when_its_time_is_up(path: str) -> None:
         assert file.read(1) == b""
 
 
+@pytest.mark.slow
 def test_rest_of_a_refused_body_does_not_keep_a_connection_for_ever() -> None:
     with Upstream() as engine, gateway(engine, server={"keepalive_s": 1.0}) as front, front.connect() as connection:
         connection.sendall(b"POST /nope HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n")

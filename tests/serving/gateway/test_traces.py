@@ -208,6 +208,7 @@ def recorded(front: Gateway, outcome: str) -> float:
     return front.relay._metrics.registry.get_sample_value(name, {"outcome": outcome}) or 0.0
 
 
+@pytest.mark.slow
 def test_gateway_records_tokens_and_no_text_nor_key(tmp_path: Path) -> None:
     path = tmp_path / "traces.db"
     with Engine() as one, gateway(one, keys=[KEY], traces={"file": str(path)}) as front:
@@ -282,6 +283,7 @@ def test_errors_and_leavers_are_not_recorded(tmp_path: Path) -> None:
     assert len(read_all(path)) == 1
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_stops_recording_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

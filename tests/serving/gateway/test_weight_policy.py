@@ -138,6 +138,7 @@ def test_those_without_a_policy_pass_by_one_that_waits() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_crowd_ends_with_every_slot_free() -> None:
     """500 requests of all policies, some of which leave: each gets weights that it may have, and nobody is left."""
 
@@ -185,6 +186,7 @@ def test_gateway_before_engines_of_two_versions() -> None:
             assert ask(front, "newest") == (400, None)
 
 
+@pytest.mark.slow
 def test_engine_that_was_started_again_between_two_checks_is_fenced_off() -> None:
     """It was never seen to be down, and has the checkpoint's weights: miles#1724."""
     with RlEngine() as one, RlEngine() as two, gateway(one, two, health={"interval_s": 0.1}) as front:
@@ -219,6 +221,7 @@ def test_engine_that_does_not_tell_its_version_after_a_restart_is_fenced_off() -
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
 
 
+@pytest.mark.slow
 def test_engine_that_does_not_answer_for_its_version_stays_down_until_it_does() -> None:
     async def hang_up(exchange: Exchange) -> None:
         exchange.abort()
@@ -259,6 +262,7 @@ def test_gateway_that_came_later_hears_of_an_engine_that_was_started_again() -> 
             assert ask(front, "latest-only") == (200, "b")
 
 
+@pytest.mark.slow
 def test_engine_that_comes_back_while_requests_are_held_is_asked_before_they_go_on() -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two, health=OFTEN) as front:
         assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"

@@ -92,6 +92,7 @@ def test_load_of_others_is_warned_of(capsys: pytest.CaptureFixture[str], monkeyp
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_own_children_are_not_others() -> None:
     burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
     before = environment.read_own_s()
@@ -254,6 +255,7 @@ def test_older_results_have_no_rates() -> None:
     assert not any("rates" in line for line in environment.list_environment(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -43,6 +43,7 @@ def plan(target: str, draft: str | None = None, device: str = "h100-80gb", **opt
     return make_plan(config, plan_for(device), planned=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_parameters_and_bytes_are_those_of_the_headers(name: str) -> None:
     target = read_target(Path(folder(name)))
@@ -324,6 +325,7 @@ def run_laguna(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_would_be_started(tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     arguments = ["--draft", str(TOY / "dflash"), "--dry-run", "--port", "0", "--log", str(log)]

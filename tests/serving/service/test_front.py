@@ -123,6 +123,7 @@ def test_origins_are_the_engines_without_the_gateway(fake_vllm: Path, target: Pa
     assert argv[argv.index("--allowed-origins") + 1] == '["https://a.b"]'
 
 
+@pytest.mark.slow
 def test_origins_are_allowed(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     with serving(target, tmp_path, "--allow-origin", "https://a.b") as server:
         request = urllib.request.Request(
