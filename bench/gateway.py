@@ -46,7 +46,8 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    command = Command("bench/gateway.py", GatewayBenchConfig, __doc__, EXAMPLES, measures=True)
+    interrupted = "gateway.json has the loads that are done"
+    command = Command("bench/gateway.py", GatewayBenchConfig, __doc__, EXAMPLES, measures=True, interrupted=interrupted)
     return command.run(
         argv, measure_gateway, show=render_text, judge=lambda result: HELD if result.held else FELL_SHORT
     )
@@ -56,21 +57,24 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
     """Measure every path, and write gateway.json and gateway.md to `config.out`.
 
     Raises:
-        EngineError: the mock engine, the gateway or a relay did not start.
+        EngineError: the mock engine, the gateway or a relay did not start, or a relay brought no whole stream in a
+            round; the loads before are in the files.
         OSError, TimeoutError: a relay does not take connections.
     """
     progress, environment, load = Progress(), read_environment(current_argv()), OtherLoad()
     config.out.mkdir(parents=True, exist_ok=True)
     with start_paths(config, progress) as paths:
-        loads = [measure_load(config, paths, streams, at_once, progress) for streams, at_once in list_loads(config)]
-    result = GatewayBenchResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
-        chunks=config.chunks,
-        gap_ms=config.gap_ms,
-        loads=loads,
-    )
-    write_result(config.out / "gateway.json", result)
-    write_text(config.out / "gateway.md", render_markdown(result))
+        loads = []
+        for streams, at_once in list_loads(config):
+            loads.append(measure_load(config, paths, streams, at_once, progress))
+            result = GatewayBenchResult(
+                environment=structs.replace(environment, other_load=load.find_share()),
+                chunks=config.chunks,
+                gap_ms=config.gap_ms,
+                loads=list(loads),
+            )
+            write_result(config.out / "gateway.json", result)
+            write_text(config.out / "gateway.md", render_markdown(result))
     return result
 
 

@@ -16,6 +16,8 @@ import uvloop
 
 SENT = re.compile(rb'"ns(\d+) "')
 SETTLE_S = 0.1
+# A stream that has not ended by then has failed.
+STREAM_S = 60.0
 END = b"0\r\n\r\n"
 BODY = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"' + b"word " * 200 + b'"}]}'
 
@@ -66,13 +68,16 @@ class _Stream(asyncio.Protocol):
             self._done.set_result(False)
 
     async def ask(self) -> bool:
-        """Send the request; True when its stream came to its end."""
+        """Send the request; True when its stream came to its end, False also where that takes too long."""
         if self._transport is None:
             return False
         self._events, self._started_ns = 0, time.monotonic_ns()
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(self._request)
-        return await asyncio.wait_for(self._done, 60)
+        try:
+            return await asyncio.wait_for(self._done, STREAM_S)
+        except TimeoutError:
+            return False
 
     def close(self) -> None:
         if self._transport is not None:

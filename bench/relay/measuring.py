@@ -14,8 +14,10 @@ from msgspec import structs
 from laguna_serve.bench.relay.load_client import Sample, run_round
 from laguna_serve.bench.relay.options import GatewayBenchConfig
 from laguna_serve.bench.relay.processes import KEY, START_S, read_cpu_s, read_rss_mib
-from laguna_serve.bench.relay.result import PathResult, Quartiles, RelayLoad
+from laguna_serve.bench.relay.result import PathResult, RelayLoad
+from laguna_serve.bench.stats.quartiles import find_quartiles
 from laguna_serve.serving.client.exposition import read_samples
+from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.progress import Progress
 
 DIRECT, SPLICE, GATEWAY = "direct", "splice", "laguna"
@@ -40,7 +42,11 @@ def list_loads(config: GatewayBenchConfig) -> list[tuple[int, bool]]:
 def measure_load(
     config: GatewayBenchConfig, paths: Paths, streams: int, at_once: bool, progress: Progress
 ) -> RelayLoad:
-    """Interleaved rounds of every path at one number of streams, which begin one after the other or all at once."""
+    """Interleaved rounds of every path at one number of streams, which begin one after the other or all at once.
+
+    Raises:
+        EngineError: a path brought no whole stream in a round.
+    """
     names, relays = list(paths.addresses), paths.relays
     requests = max(streams, config.requests)
     spread_s = 0.0 if at_once else config.chunks * config.gap_ms / 1000
@@ -58,6 +64,11 @@ def measure_load(
             rounds[name].append(sample)
             if name in relays:
                 cpu_s[name] += read_cpu_s(relays[name]) - before_s
+    for name, samples in rounds.items():
+        if not all(sample.gap_ms or (sample.ttft_ms and config.chunks == 1) for sample in samples):
+            raise EngineError(
+                f"{name}: expected a whole stream in every round of {streams}, got none in one; see its log"
+            )
     results = {name: describe(samples, rounds[DIRECT], config.chunks) for name, samples in rounds.items()}
     for name, process in relays.items():
         each_us = cpu_s[name] * 1e6 / max(1, results[name].events)
@@ -88,16 +99,11 @@ def describe(samples: Sequence[Sample], direct: Sequence[Sample], chunks: int) -
         ttft_ms_p50=float(np.median(ttft)),
         ttft_ms_p99=float(np.percentile(np.concatenate([s.ttft_ms for s in samples]), 99)),
         chunk_us_p50=float(np.median(chunk)) * 1e3,
-        added_ttft_ms=_spread(ttft - [np.median(sample.ttft_ms) for sample in direct]),
-        added_chunk_us=_spread((chunk - [np.median(sample.chunk_ms) for sample in direct]) * 1e3),
-        added_gap_us=_spread((gap - [np.median(sample.gap_ms) for sample in direct]) * 1e3),
+        added_ttft_ms=find_quartiles(ttft - [np.median(sample.ttft_ms) for sample in direct]),
+        added_chunk_us=find_quartiles((chunk - [np.median(sample.chunk_ms) for sample in direct]) * 1e3),
+        added_gap_us=find_quartiles((gap - [np.median(sample.gap_ms) for sample in direct]) * 1e3),
         chunks_per_s=float(np.median([len(s.chunk_ms) / s.wall_s for s in samples])),
         errors=sum(s.errors for s in samples),
         events=sum(len(s.chunk_ms) for s in samples),
         events_expected=sum(len(s.ttft_ms) for s in samples) * chunks,
     )
-
-
-def _spread(values: Floats) -> Quartiles:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return Quartiles(median=float(middle), q25=float(low), q75=float(high))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from msgspec import UNSET, UnsetType
 
-from laguna_serve.bench.relay.result import GatewayBenchResult, Quartiles, SoakResult
+from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
+from laguna_serve.bench.stats.quartiles import Quartiles
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 

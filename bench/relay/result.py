@@ -7,16 +7,9 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType, field
 
+from laguna_serve.bench.stats.quartiles import Quartiles
 from laguna_serve.serving.kit.command import Brief
 from laguna_serve.serving.kit.environment import Environment
-
-
-class Quartiles(Struct, frozen=True, kw_only=True):
-    """A figure's median and quartiles over rounds."""
-
-    median: float
-    q25: float
-    q75: float
 
 
 class PathResult(Struct, frozen=True, kw_only=True):

@@ -99,4 +99,4 @@ def explain(error: Exception) -> str:
     """One line. Of the system's errors, which file and what was wrong with it, without the number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error)
+    return str(error) or type(error).__name__

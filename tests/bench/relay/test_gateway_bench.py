@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from laguna_serve.bench import gateway
+from laguna_serve.bench.relay import load_client
 from laguna_serve.serving.kit.results import read_result
 
 pytestmark = pytest.mark.slow
@@ -54,3 +59,51 @@ def test_gateway_is_measured_from_python(tmp_path: Path, capsys: pytest.CaptureF
     assert set(result.loads[0].paths) == {"direct", "splice", "laguna"}
     assert read_result(tmp_path / "gateway.json", gateway.GatewayBenchResult) == result
     assert capsys.readouterr().out == ""
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class SilentSome(socketserver.StreamRequestHandler):
+    """A peer that streams, until it has answered so many; whoever comes later waits for nothing."""
+
+    answers = 0
+
+    def handle(self) -> None:
+        while (line := self.rfile.readline()).startswith(b"POST"):
+            length = next(int(head.split(b":")[1]) for head in self.rfile if head.lower().startswith(b"content-length"))
+            self.rfile.readline()
+            self.rfile.read(length)
+            if type(self).answers == 0:
+                continue
+            type(self).answers -= 1
+            event = b'data: "ns%d "\n\n' % time.monotonic_ns()
+            self.wfile.write(HEAD + 2 * (b"%x\r\n%s\r\n" % (len(event), event)) + b"0\r\n\r\n")
+        assert not line
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(load_client, "STREAM_S", 0.5)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), SilentSome) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"some=http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_stream_that_does_not_end_is_an_error(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SilentSome, "answers", 5)
+    size = ["--streams", "3", "--requests", "3", "--rounds", "1", "--chunks", "2", "--gap-ms", "1"]
+    assert gateway.main([*size, "--peer", peer, "--out", str(tmp_path)]) == 2  # none is left for those at once
+    result = read_result(tmp_path / "gateway.json", gateway.GatewayBenchResult)
+    assert [(load.at_once, load.paths["some"].errors) for load in result.loads] == [(False, 1)]
+
+
+def test_peer_without_a_stream_is_named(
+    peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SilentSome, "answers", 0)
+    size = ["--streams", "1", "--requests", "1", "--rounds", "1", "--chunks", "2", "--gap-ms", "1"]
+    assert gateway.main([*size, "--peer", peer, "--out", str(tmp_path)]) == 2
+    assert "some: expected a whole stream in every round of 1, got none in one" in capsys.readouterr().err
