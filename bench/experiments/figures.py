@@ -23,6 +23,7 @@ from laguna_serve.bench.moe_tuning.result import TilesTable
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.sampled.result import SamplingResult
+from laguna_serve.bench.swap.result import SwapResult
 from laguna_serve.serving.engine.figures import read_figures
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.planning.result import PlanResult
@@ -227,6 +228,13 @@ def describe_diffusion(content: Any, _path: Path) -> list[str]:
     return said
 
 
+def describe_swap(content: Any, _path: Path) -> list[str]:
+    """Seconds to the first token in each situation, and what a swap takes of a restart."""
+    result = convert(content, SwapResult)
+    said = [f"{one.name} {one.model}: {one.spread.median:.2f} s" for one in result.situations]
+    return [*said, f"a swap takes {result.swap_to_restart.median:.2f} of a restart"]
+
+
 BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     "laguna_serve.doctor/1": describe_doctor,
     "laguna_serve.generate_dense/1": describe_generated,
@@ -242,6 +250,7 @@ BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
     str(FuzzResult.__struct_config__.tag): describe_fuzz,
     str(AcceptanceCurve.__struct_config__.tag): describe_acceptance,
     str(DiffusionResult.__struct_config__.tag): describe_diffusion,
+    str(SwapResult.__struct_config__.tag): describe_swap,
 }
 
 

@@ -297,6 +297,7 @@ STEPS: tuple[Step, ...] = (
     suites.WEIGHT_UPDATES,
     *FULL_SIZE[1:],
     suites.DIFFUSION,
+    suites.SWAP,
     *ENGINE_LATER,
     *PUBLISHED,
     suites.SANDBOX,

@@ -111,3 +111,22 @@ DIFFUSION = Step(
     work_s=240,
     needs=(*TOY_FILES, *LLADA),
 )
+
+TWO_MODELS = ("--model", "tests/toy/teacher", "--model", "tests/toy/dense")
+SWAP = Step(
+    name="toy-swap",
+    part="engine",
+    row=29,
+    command=(
+        *(PYTHON, "bench/swap", *TWO_MODELS, "--kv-cache-gib", "2", "--sleep-level", "1", "--rounds", "2"),
+        *("--out", OUT),
+    ),
+    rehearsal=(PYTHON, "bench/swap", *TWO_MODELS, "--quick", "--out", OUT),
+    result="swap.json",
+    expected="woken in a second or less, where a swap takes what a start takes; answers after sleep are right, or the"
+    " gateway's first request of an engine fails and says so",
+    why="sleep mode, which no engine of the gateway's has met; then level 2 with a drafter (`docs/gateway.md`)",
+    starts=20,
+    work_s=60,
+    needs=(*TOY_FILES, "tests/toy/dense"),
+)

@@ -24,6 +24,7 @@ from laguna_serve.bench.moe_tuning.__main__ import TuningConfig
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.sampled.options import SamplingConfig
+from laguna_serve.bench.swap.run import SwapConfig
 from laguna_serve.scripts.generate_dense import GenerateConfig
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -42,6 +43,7 @@ CONFIGS: dict[str, Any] = {
     "bench/prefix_cache.py": PrefixCacheConfig,
     "bench/rollouts.py": RolloutsConfig,
     "bench/sampling.py": SamplingConfig,
+    "bench/swap": SwapConfig,
     "scripts/generate_dense.py": GenerateConfig,
 }
 GIVEN = {"{xs2}": "org/XS2", "{xs2-draft}": "org/XS2-draft", "{xs2-pruned}": "org/XS2-10pct"}
@@ -72,7 +74,7 @@ def test_names_are_distinct_and_a_step_is_run_or_described() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
     assert all(bool(step.command) != bool(step.by_hand) for step in STEPS)
     assert all(step.estimate_s > 0 for step in STEPS if step.command)
-    assert {step.row for step in STEPS} == set(range(1, 29))
+    assert {step.row for step in STEPS} == set(range(1, 30))
 
 
 def test_what_prescribes_acceptance_is_labelled() -> None:
