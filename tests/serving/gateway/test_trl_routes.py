@@ -165,7 +165,6 @@ def test_engines_without_nccl_refuse_a_group_and_say_so_where_trl_looks(transfer
         assert f"got {backend!r} of b" in reply.json()["detail"]
 
 
-
 def test_engine_without_its_routes_for_developers_is_named() -> None:
     async def refuse(exchange: Exchange) -> None:
         await exchange.answer(b"{}", status="404 Not Found")
