@@ -58,12 +58,13 @@ def test_rollouts_of_a_real_engine(fp32_engine: Engine, tmp_path: Path) -> None:
     admin = {"trl": name, "sha256": digests[0]}
     greedy = {"temperature": 0.0, "max_tokens": 8}
     with gateway(Upstream(url=fp32_engine.base_url), model={"name": name}, admin=admin, **tables) as front:
-        model, texts, again, groups, chat, world, reset, info, refused = call(
+        model, texts, again, groups, chat, scores, world, reset, info, refused = call(
             address(front, "sk:root@"),
             ("generate", {"prompts": PROMPTS, **greedy}),
             ("generate", {"prompts": PROMPTS, **greedy}),
             ("generate", {"prompts": [[10, 20, 30]], "n": 3, "max_tokens": 4}),
             ("chat", {"messages": [[{"role": "user", "content": "Complete:\ndef f("}]], **greedy}),
+            ("get_sequence_logprobs", {"sequences": [[10, 20, 30, 40]], "prompt_lengths": [2], "top_logprobs": 5}),
             ("get_world_size", {}),
             ("reset_prefix_cache", {}),
             ("get_server_info", {}),
@@ -76,6 +77,8 @@ def test_rollouts_of_a_real_engine(fp32_engine: Engine, tmp_path: Path) -> None:
     assert texts["logprob_token_ids"] == [[[token] for token in ids] for ids in texts["completion_ids"]]
     assert (groups["prompt_ids"], len(groups["completion_ids"])) == ([[10, 20, 30]], 3)
     assert len(chat["completion_ids"][0]) == 8
+    assert scores["actual_token_ids"] == [[[30], [40]]]
+    assert [len(step) for step in scores["logprobs"][0]] == [5, 5]
     assert (world, reset) == (1, None)
     assert info["model_config"]["model"] == fp32_engine.config.model
     assert info["weight_transfer_config"] is None, "the engine's is of folders, which TRL cannot use"
