@@ -77,7 +77,7 @@ class ShownAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.trace/1"):
-    """A recorded request."""
+    """What a gateway recorded of one request, an item per answer."""
 
     file: str
     id: str
@@ -163,7 +163,7 @@ def render(request: str, answer: ShownAnswer, choices: int) -> str:
         "tokens": f"prompt {answer.prompt_tokens:,}, answer {answer.output_tokens:,}; {answer.finish_reason}",
         "logprobs": nats,
         "experts": "recorded" if answer.has_experts else "not asked for",
-        "drafts": answer.speculation or "not told",
+        "drafts": answer.speculation or "none reported",
     }
     shown = [f"{head:<9} {text}" for head, text in lines.items()]
     for head, text in (("prompt", answer.prompt), ("answer", answer.answer)):
@@ -177,7 +177,7 @@ def render(request: str, answer: ShownAnswer, choices: int) -> str:
 
 def list_tokens(trace: Trace, tokenizer: Tokenizer | None) -> str:
     """List the answer's tokens: place, id, log-probability, text."""
-    logprobs = trace.logprobs or [None] * len(trace.token_ids)
+    logprobs: Sequence[float | None] = trace.logprobs or [None] * len(trace.token_ids)
     rows = [
         (
             str(place),
