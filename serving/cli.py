@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (serve.main, "serve a model over HTTP"),
     "gateway": (gateway.main, "one endpoint in front of engines"),
     "keys": (keys.main, "make, list and revoke keys of a gateway's clients"),
-    "traces": (traces.main, "list and export what a gateway has recorded, in tokens"),
+    "traces": (traces.main, "list, show and export what a gateway has recorded, in tokens"),
     "compact": (checkpoint_tools.compact, "make a smaller checkpoint from a pruning mask"),
     "unpad": (checkpoint_tools.unpad, "store a dense student without its padding"),
     "pad": (checkpoint_tools.pad, "give an unpadded dense student its stock layout back"),

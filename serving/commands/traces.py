@@ -1,4 +1,4 @@
-"""``laguna traces``: lists what a gateway has recorded, and exports it for the drafter's trainer."""
+"""``laguna traces``: lists what a gateway has recorded, shows one of it, exports it for the drafter's trainer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from laguna_serve.serving.client.traffic import TrafficRecord
+from laguna_serve.serving.commands import show_trace
 from laguna_serve.serving.kit.cli import Parser
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_stream
@@ -74,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="laguna traces", description=DESCRIPTION)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
     commands.add_parser("list", help="count answers by model, versions and key", add_help=False)
+    commands.add_parser("show", help="show the answers to one request", add_help=False)
     commands.add_parser("export", help="write them as JSON Lines", add_help=False)
     given = list(argv or ())
-    if parser.parse_args(given[:1]).COMMAND == "export":
+    chosen = parser.parse_args(given[:1]).COMMAND
+    if chosen == "export":
         return Command("laguna traces export", ExportConfig, EXPORT, EXPORT_EXAMPLES).run(given[1:], export)
+    if chosen == "show":
+        return _show(given[1:])
     rows: list[tuple[str, ...]] = []
 
     def act(config: TracesConfig) -> TracesResult:
@@ -88,6 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     heads = ("model", "weights", "drafter", "key", "answers", "prompt tokens", "tokens", "first", "last")
     command = Command("laguna traces list", TracesConfig, DESCRIPTION, LIST_EXAMPLES)
     return command.run(given[1:], act, show=lambda _: Table("llllrrrll", heads, rows).to_text())
+
+
+def _show(argv: Sequence[str]) -> int:
+    text = ""
+
+    def act(config: show_trace.ShowConfig) -> show_trace.TraceResult:
+        nonlocal text
+        result, text = show_trace.show(config)
+        return result
+
+    command = Command("laguna traces show", show_trace.ShowConfig, show_trace.DESCRIPTION, show_trace.EXAMPLES)
+    return command.run(argv, act, show=lambda _: text)
 
 
 def export(config: ExportConfig) -> TracesResult:

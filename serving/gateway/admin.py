@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
+from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
 from laguna_serve.serving.gateway.services import Services
@@ -94,9 +95,10 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         if request.method != "GET" and "origin" in request.headers:
             return JSONResponse({"error": FROM_A_PAGE}, 403)
         if admin.sha256 is not None:
-            kind, _, given = request.headers.get("authorization", "").partition(" ")
-            digest = hashlib.sha256(given.strip().encode("latin-1")).hexdigest()
-            if kind.lower() != "bearer" or not hmac.compare_digest(digest, admin.sha256):
+            authorization = request.headers.get("authorization", "")
+            kind, _, given = authorization.partition(" ")
+            given = given.strip() if kind.lower() == "bearer" else read_basic(authorization)[1]
+            if not hmac.compare_digest(hashlib.sha256(given.encode("latin-1")).hexdigest(), admin.sha256):
                 message = "The admin port asks for its key: Authorization: Bearer KEY."
                 return JSONResponse({"error": message}, 401, {"www-authenticate": "Bearer"})
         return await go_on(request)
@@ -190,6 +192,8 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     for names, method in ((ENGINE_COMMANDS + CACHE_RESETS, "POST"), (ENGINE_QUERIES, "GET")):
         for name in names:
             app.add_api_route(f"/{name}", pass_on, methods=[method], description="As vLLM's, of every engine.")
+    if admin.trl is not None:
+        add_trl(app, admin.trl, find, alone)
     return app
 
 

@@ -40,7 +40,7 @@ FIXED: Mapping[str, Sequence[str]] = {
         "ssl_keyfile",
         "access_log",
     ),
-    "admin": ("host", "port", "sha256"),
+    "admin": ("host", "port", "sha256", "trl"),
     "access": ("usage_file", "usage_write_s"),
     "tracing": ("endpoint", "service_name", "sample_ratio"),
     "traces": ("file", "max_bytes"),

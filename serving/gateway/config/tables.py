@@ -76,12 +76,14 @@ class Server(ConfigTable):
 class Admin(ConfigTable):
     """Where the admin routes and the status page are: 0 is a free port.
 
-    Anywhere but on this machine they need a key (its SHA-256).
+    Anywhere but on this machine they need a key (its SHA-256). Under /trl a trainer's client finds the model `trl`, as
+    a vLLM of its own.
     """
 
     host: str = "127.0.0.1"
     port: Port = 0
     sha256: Digest | None = Field(default=None, repr=False)
+    trl: ModelName | None = None
 
     @model_validator(mode="after")
     def _check_key(self) -> Self:
@@ -276,6 +278,8 @@ class Config(ConfigTable):
             if model.engine is not None and model.engine.group not in (*names, "default"):
                 raise ValueError(f"expected a [[groups]] for every engine's group, got none for {model.engine.group!r}")
         _check_fallbacks(self.models)
+        if self.admin.trl is not None and self.admin.trl not in [model.name for model in self.models]:
+            raise ValueError(f"expected the name of a model as admin.trl, got {self.admin.trl!r}")
         by_digest: dict[str, str] = {}
         for key in self.all_keys:
             if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:

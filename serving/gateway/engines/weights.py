@@ -73,7 +73,7 @@ class WeightGroup:
         # Parts that an update began to change, until one has brought all engines to the same: such an engine is fenced
         # off when requests go on.
         self._changed: dict[Engine, set[Part]] = {}
-        self._open = set[Engine]()  # an update has been started, and not finished
+        self.opened = set[Engine]()  # an update has been started, and not finished
         self._part: Part = "update"  # of the steps that come one by one
         self.lock = asyncio.Lock()
 
@@ -88,7 +88,7 @@ class WeightGroup:
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
         """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
-        self._fence_changed()
+        self.fence_changed()
         try:
             await self.call("/resume", self.pool.engines if engines is None else engines)
         except StepError as error:
@@ -100,8 +100,8 @@ class WeightGroup:
     async def start(self, part: Part) -> None:
         """Begin an update on every engine. Raises StepError: they are fenced off."""
         self._part = part
-        await self._close(self.pool.engines)
-        self._open |= set(self.pool.engines)
+        await self.close(self.pool.engines)
+        self.opened |= set(self.pool.engines)
         await self._step(START[part])
 
     async def update(self, info: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
@@ -111,13 +111,13 @@ class WeightGroup:
     async def finish(self, weight_version: str | None, draft_version: str | None) -> None:
         """End it, and check that every engine says the same version. Raises StepError as `start`."""
         await self._step("/finish_weight_update", {"weight_version": weight_version})
-        self._open.difference_update(self.pool.engines)
+        self.opened.difference_update(self.pool.engines)
         await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
         parts: set[Part] = {self._part}
         if weight_version is not None:
-            await self._guarded(lambda: self._verify(self.pool.engines, weight_version))
+            await self._guarded(lambda: self.verify(self.pool.engines, weight_version))
             parts.add("weight_version")
-        self._settle(parts, weight_version, draft_version)
+        self.settle(parts, weight_version, draft_version)
 
     async def apply(self, request: UpdateRequest) -> JsonObject:
         """Carry out the whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
@@ -133,12 +133,12 @@ class WeightGroup:
             return self._report("unchanged", str(error))
         try:
             await self._load(request, self.pool.engines)
-            self._settle(parts, request.weight_version, request.draft_version)
+            self.settle(parts, request.weight_version, request.draft_version)
             return self._report("updated", None)
         except StepError as error:
             if request.rollback is not None:
                 await self._roll_back(request.rollback)
-            self._fence_changed()
+            self.fence_changed()
             return self._report(self._find_outcome(), str(error))
         finally:
             await self.resume()
@@ -152,30 +152,36 @@ class WeightGroup:
         method: str = "POST",
     ) -> dict[Engine, Any]:
         """Ask several engines the same at once; their answers. Raises StepError when one has none."""
-        found = await asyncio.gather(*(self._ask(method, engine, path, body, params) for engine in engines))
-        answers = dict(zip(engines, found, strict=True))
+        return await self._gather(path, {e: self._ask(method, e, path, body, params) for e in engines})
+
+    async def call_each(self, path: str, bodies: Mapping[Engine, Mapping[str, object]]) -> dict[Engine, Any]:
+        """POST to several engines at once, each with a body of its own; their answers. Raises StepError as `call`."""
+        return await self._gather(path, {e: self._ask("POST", e, path, body, None) for e, body in bodies.items()})
+
+    async def _gather(self, path: str, asked: Mapping[Engine, Awaitable[Any]]) -> dict[Engine, Any]:
+        answers = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
         if errors := {engine: str(a) for engine, a in answers.items() if isinstance(a, OSError)}:
             raise StepError(path, errors)
         return answers
 
     async def _load(self, update: Update, engines: Sequence[Engine]) -> None:
-        await self._close(engines)
+        await self.close(engines)
         for part, start in START.items():
             if bodies := getattr(update, part):
-                self._note_changed(engines, part)
-                self._open |= set(engines)
+                self.note_changed(engines, part)
+                self.opened |= set(engines)
                 await self.call(start, engines)
                 for body in bodies:
                     await self.call("/update_weights", engines, {"update_info": body})
                 version = update.weight_version if part == "update" else None
                 await self.call("/finish_weight_update", engines, {"weight_version": version})
-                self._open.difference_update(engines)
+                self.opened.difference_update(engines)
                 await self.call(RESET, engines, params=RESET_ALL)
         if update.weight_version is not None:
-            self._note_changed(engines, "weight_version")
+            self.note_changed(engines, "weight_version")
             if not update.update:
                 await self.call("/update_weight_version", engines, {"new_version": update.weight_version})
-            await self._verify(engines, update.weight_version)
+            await self.verify(engines, update.weight_version)
 
     async def _roll_back(self, update: Update) -> None:
         """Every changed engine on its own: one that cannot be brought back is no reason to give up another."""
@@ -190,22 +196,32 @@ class WeightGroup:
                 continue
             del self._changed[engine]
 
-    async def _close(self, engines: Iterable[Engine]) -> None:
+    async def close(self, engines: Iterable[Engine]) -> None:
         """End what was started and not finished: vLLM starts nothing else meanwhile.
 
         If it cannot be finished, it ends by a body that says nothing, which is refused.
         """
-        for engine in self._open.intersection(engines):
+        for engine in self.opened.intersection(engines):
             await self._ask("POST", engine, "/finish_weight_update", {}, None)
             await self._ask("POST", engine, "/update_weights", {"update_info": {}}, None)
-            self._open.discard(engine)
+            self.opened.discard(engine)
 
-    def _settle(self, parts: Collection[Part], weight_version: str | None, draft_version: str | None) -> None:
-        """All engines have these parts, and say so from now on; one that another part is still unknown of does not."""
-        left = {engine: changed.difference(parts) for engine, changed in self._changed.items()}
+    def settle(
+        self,
+        parts: Collection[Part],
+        weight_version: str | None,
+        draft_version: str | None,
+        engines: Collection[Engine] | None = None,
+    ) -> None:
+        """Note that all engines, or those given, have these parts, and let them say so from now on.
+
+        One that another part is still unknown of does not.
+        """
+        reached = self.pool.engines if engines is None else engines
+        left = {e: changed.difference(parts if e in reached else ()) for e, changed in self._changed.items()}
         self._changed = {engine: changed for engine, changed in left.items() if changed}
         self.pool.set_versions(weight_version, draft_version)
-        self._fence_changed()
+        self.fence_changed()
 
     def _list_needed(self) -> set[Part]:
         """List what an update must bring so that all engines are the same after it."""
@@ -215,22 +231,24 @@ class WeightGroup:
                 needed |= self._changed.get(engine, {"update"})
         return needed
 
-    def _note_changed(self, engines: Sequence[Engine], part: Part) -> None:
+    def note_changed(self, engines: Sequence[Engine], part: Part) -> None:
+        """Note that these engines have not the part that they had: they are fenced off until one reaches all."""
         for engine in engines:
             self._changed.setdefault(engine, set()).add(part)
 
     async def _step(self, path: str, body: Mapping[str, object] | None = None) -> None:
-        self._note_changed(self.pool.engines, self._part)
+        self.note_changed(self.pool.engines, self._part)
         await self._guarded(lambda: self.call(path, self.pool.engines, body))
 
     async def _guarded(self, step: Callable[[], Awaitable[Any]]) -> None:
         try:
             await step()
         except StepError:
-            self._fence_changed()
+            self.fence_changed()
             raise
 
-    async def _verify(self, engines: Sequence[Engine], version: str) -> None:
+    async def verify(self, engines: Sequence[Engine], version: str) -> None:
+        """Check that these engines say this version. Raises StepError."""
         answers = await self.call(VERSION_PATH, engines, method="GET")
         found = {engine: answer.get("weight_version") for engine, answer in answers.items()}
         if wrong := {e: f"expected version {version}, got {v}" for e, v in found.items() if v != version}:
@@ -256,7 +274,8 @@ class WeightGroup:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return OSError(f"{type(error).__name__}: {error}")
 
-    def _fence_changed(self) -> None:
+    def fence_changed(self) -> None:
+        """Fence off the engines whose weights are not known."""
         for engine in self._changed:
             engine.fence("an update of its weights failed half-way")
 

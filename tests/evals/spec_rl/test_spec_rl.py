@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -211,3 +212,21 @@ def test_rollouts_through_the_gateway_have_token_ids(fp32_engine: Engine, tmp_pa
             scores = [steps[i][str(token)]["logprob"] for i, token in enumerate(answer)]
             assert logprobs == pytest.approx(scores, abs=1e-3)
             assert 0 <= trace["rewards"]["tests_passed"]["score"] <= 1
+
+
+@pytest.mark.vllm
+@needs_verifiers
+@needs_walls
+def test_training_client_cannot_read_vllms_log_probabilities(fp32_engine: Engine, tmp_path: Path) -> None:
+    """Its requests reach the engine, whose answer names tokens in another field, as docs/rl.md says."""
+    name = fp32_engine.model_name
+    flags = ["--model", name, "--select.limit", "1", "--num-rollouts", "1", "--sampling.max-tokens", "24"]
+    flags += ["--client.type", "train", "--client.renderer-model-name", fp32_engine.config.model]
+    with gateway(fp32_engine) as url:
+        _, (trace,) = run_eval(tmp_path, url, *flags)
+        body = {"model": name, "token_ids": [10, 20], "sampling_params": {"max_tokens": 1, "logprobs": 1}}
+        step = post(f"{url}/inference/v1/generate", body)["choices"][0]["logprobs"]["content"][0]
+    (error,) = trace["errors"]
+    assert re.search(r"logprobs\.content\[0\]\.token must be 'token_id:\d+'", error["message"])
+    assert "token" not in step
+    assert type(step["token_id"]) is int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 from typing import Any
@@ -16,7 +17,10 @@ from laguna_serve.serving.gateway.config.tables import Upstream as UpstreamTable
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.weight_policy import find_latest, number_of, read_policy
+from laguna_serve.serving.gateway.relay.exchange import Exchange as Exchanged
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.failures import StaleError
+from laguna_serve.serving.gateway.wire.http1 import Connection
 
 BODY = b'{"model": "m", "prompt": "x"}'
 
@@ -184,6 +188,48 @@ def test_gateway_before_engines_of_two_versions() -> None:
             assert {ask(front, "any") for _ in range(16)} == {(200, "a"), (200, "b")}
             assert ask(front, "min-version=7") == (503, None)
             assert ask(front, "newest") == (400, None)
+
+
+@pytest.mark.parametrize(("other", "expected"), [("step-6", (200, "b")), ("step-4", (503, None))])
+def test_engine_that_goes_between_choice_and_request_is_replaced_by_one_with_such_weights(
+    other: str, expected: tuple[int, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kept connection turns out to be stale, and there is no new one: who asked for the newest gets no older."""
+    stale = list[str]()
+    on_error, is_usable = Exchanged.on_error, Connection.is_usable
+
+    def note(self: Exchanged, error: OSError) -> None:
+        if isinstance(error, StaleError) and self.engine is not None:
+            stale.append(self.engine.name)
+        on_error(self, error)
+
+    with RlEngine() as two, contextlib.ExitStack() as first:
+        one = RlEngine()
+        first.enter_context(one)
+        one.version, two.version = "step-6", other
+        with gateway(one, two) as front:
+            assert {ask(front, "any"), ask(front, "any")} == {(200, "a"), (200, "b")}
+            front.wait_idle()
+            origin = front.relay.pools["m"].engines[0].origin
+
+            def leave(connection: Connection) -> bool:
+                """The engine ends when the request has it already; to the gateway its connection looked well."""
+                usable = is_usable(connection)
+                if connection._origin is origin:
+                    transport = connection._transport
+                    assert transport is not None
+                    transport.set_protocol(asyncio.Protocol())
+                    first.close()
+                    connection.connection_lost(None)
+                return usable
+
+            monkeypatch.setattr(Exchanged, "on_error", note)
+            monkeypatch.setattr(Connection, "is_usable", leave)
+            before = len(one.seen), len(two.seen)
+            assert ask(front, "latest-only") == expected
+            assert stale == ["a"]
+            assert (len(one.seen), len(two.seen)) == (before[0], before[1] + (expected[0] == 200))
+            front.wait_idle()
 
 
 @pytest.mark.slow
