@@ -9,9 +9,7 @@ What is in the configuration: serving/cluster/cluster.example.toml; what for: do
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -20,6 +18,7 @@ from laguna_serve.serving.cluster.config import ClusterConfig, ClusterModel, Rep
 from laguna_serve.serving.cluster.ingress import Ingress
 from laguna_serve.serving.cluster.keeper import WeightKeeper
 from laguna_serve.serving.cluster.replica import MARGIN_S, Replica
+from laguna_serve.serving.kit.results import JsonObject
 
 KEEPER, INGRESS = "weights", "ingress"
 # Of a deployment that only passes things on.
@@ -30,7 +29,7 @@ IMBALANCE = 16
 MAX_PREFIX_CHARS = 4_000_000
 
 
-def build(args: Mapping[str, Any]) -> serve.Application:
+def build(args: JsonObject) -> serve.Application:
     """Build the application of `args["config"]`, a file, or of `args` themselves, tables as the file has them.
 
     Raises:
@@ -60,7 +59,7 @@ def build_app(config: ClusterConfig) -> serve.Application:
 
 def _deploy(model: ClusterModel, number: int) -> serve.Application:
     wanted = model.replicas
-    options: dict[str, Any] = {
+    options: JsonObject = {
         "name": f"engine-{number}-{re.sub(r'[^A-Za-z0-9_-]', '-', model.name)}",
         "max_ongoing_requests": wanted.max_ongoing_requests,
         "autoscaling_config": {

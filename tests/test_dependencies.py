@@ -17,7 +17,7 @@ ROLES = {
     "serving": {"gpu", "ray", "tracing"},
     "plugins": {"gpu", "train"},
     "kernels": {"train"},
-    "bench": {"bench", "gpu", "train"},
+    "bench": {"bench", "gpu", "ray", "train"},
     "evals": {"evals"},
     "scripts": {"train", "gpu"},
 }

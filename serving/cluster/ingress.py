@@ -13,12 +13,12 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -54,7 +54,9 @@ class LostError(Exception):
 class Ingress:
     """The application's front. `replicas` and `keeper` are Ray's handles; there is no keeper without new weights."""
 
-    def __init__(self, config: ClusterConfig, replicas: Mapping[str, Any], keeper: Any | None) -> None:
+    def __init__(
+        self, config: ClusterConfig, replicas: Mapping[str, DeploymentHandle], keeper: DeploymentHandle | None
+    ) -> None:
         self._config, self._keeper = config, keeper
         self._replicas = {name: handle.options(stream=True) for name, handle in replicas.items()}
         self._started = int(time.time())
@@ -94,7 +96,7 @@ class Ingress:
                 await asyncio.sleep(wait_s)
         raise AssertionError("the last try answers or raises")
 
-    async def _try(self, handle: Any, ask: Ask, path: str, *, last: bool) -> Response:
+    async def _try(self, handle: DeploymentHandle, ask: Ask, path: str, *, last: bool) -> Response:
         """Ask one replica, until the answer has begun, or is there whole. Raises LostError."""
         pieces = handle.ask.remote(ask)
         try:
@@ -117,7 +119,7 @@ class Ingress:
             raise LostError(str(error)) from None
         return _answer(StreamingResponse(_go_on(first, pieces, events, path), head.status), head)
 
-    def _find(self, request: Request, body: bytes) -> tuple[Any, Mapping[str, object]]:
+    def _find(self, request: Request, body: bytes) -> tuple[DeploymentHandle, Mapping[str, object]]:
         """Find the replicas of a request's model, and read its body. Raises GatewayError."""
         try:
             read = json.loads(body) if body else {}

@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
 
 from laguna_serve.serving.cluster.messages import NewWeights, Reply, UpdateReport, Version
 from laguna_serve.serving.cluster.replica import as_new
@@ -33,7 +33,7 @@ STEP_TIMEOUT_S = 900.0
 class WeightKeeper:
     """Keeps the version of every model that takes new weights. `replicas` are Ray's handles of the models' replicas."""
 
-    def __init__(self, file: str, replicas: Mapping[str, Any]) -> None:
+    def __init__(self, file: str, replicas: Mapping[str, DeploymentHandle]) -> None:
         self._file, self._replicas = Path(file), dict(replicas)
         self._versions = {name: Version() for name in replicas} | read_versions(self._file)
         self._members: dict[str, set[str]] = {name: set() for name in replicas}

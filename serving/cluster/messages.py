@@ -85,6 +85,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class ReplicaState:
+    """Where a replica is, and the epoch of its weights; None in the middle of an update."""
+
+    replica: str
+    node: str
+    pid: int
+    url: str
+    epoch: int | None
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """What became of an update.
 

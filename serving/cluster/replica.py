@@ -13,15 +13,14 @@ import functools
 import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-from ray import serve
+from ray import get_runtime_context, serve
 from ray.exceptions import RayError
 
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.cluster.config import ClusterModel
-from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, Reply, Version
+from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, ReplicaState, Reply, Version
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config, parse_config
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State
@@ -37,6 +36,7 @@ STEP_TIMEOUT_S = 600.0
 # Beyond the time in which requests finish: the engine's own end.
 MARGIN_S = 30.0
 PASSED_BACK = HOP_BY_HOP | {b"content-length"}
+REPLICA = b"x-replica"
 Step = tuple[str, JsonObject | None]
 
 
@@ -47,7 +47,7 @@ class ReplicaUnwellError(Exception):
 class Replica:
     """A model's engine, as Ray Serve keeps it. `keeper` is the name of the deployment that knows the weights of now."""
 
-    async def __init__(self, model: ClusterModel, keeper: str | None) -> None:
+    async def __init__(self, model: ClusterModel, keeper: str | None) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self._model, self._id = model, context.replica_id.unique_id
         self._keeper = None if keeper is None else serve.get_deployment_handle(keeper, context.app_name)
@@ -84,7 +84,7 @@ class Replica:
         url = self._gateway.url + ask.target
         async with self._session.request(ask.method, url, headers=headers, data=ask.body) as answer:
             passed = [(n.lower(), v) for n, v in answer.raw_headers if n.lower() not in PASSED_BACK]
-            yield AnswerHead(answer.status, passed)
+            yield AnswerHead(answer.status, [*passed, (REPLICA, self._id.encode())])
             async for piece in answer.content.iter_any():
                 yield piece
 
@@ -101,6 +101,11 @@ class Replica:
             return  # it is being started again, and is asked again
         if not known:
             raise ReplicaUnwellError(f"replica {self._id}: expected the weights of now, got others")
+
+    async def describe(self) -> ReplicaState:
+        """Describe where this replica is, and which weights it has: `handle.broadcast("describe")` asks all."""
+        node = get_runtime_context().get_node_id()
+        return ReplicaState(self._id, node, os.getpid(), self._gateway.url, self._epoch)
 
     async def hold(self, operation: str, mode: str) -> Reply:
         """Let new requests wait, and pause the engine with those that it has."""
@@ -193,7 +198,7 @@ class Replica:
 
 def make_gateway(model: ClusterModel, replica: str) -> Config:
     """Make the configuration of a replica's gateway: one pinned engine, on the loopback address."""
-    engine: dict[str, Any] = model.engine.model_dump(exclude_defaults=True)
+    engine: JsonObject = model.engine.model_dump(exclude_defaults=True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     engine |= {"pinned": True, "log": str(cache / "laguna-serve" / f"ray-{replica}.log")}
     tables: JsonObject = {
