@@ -44,12 +44,16 @@ class Asker:
 
     def __init__(self, url: str, model: str, max_tokens: int) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
-        self._fields = {"model": model, "max_tokens": max_tokens, "temperature": 0.0}
+        self._model, self._max_tokens = model, max_tokens
 
     def ask(self, prompt: str) -> Answer:
         """Ask for one answer. Raises openai.OpenAIError."""
         raw = self._client.completions.with_raw_response.create(
-            prompt=prompt, extra_body={"return_token_ids": True, "ignore_eos": True}, **self._fields
+            model=self._model,
+            prompt=prompt,
+            max_tokens=self._max_tokens,
+            temperature=0.0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
         )
         choice = raw.parse().choices[0].model_dump()
         said = raw.headers
@@ -65,7 +69,12 @@ class Asker:
         started, first_s, events = time.monotonic(), 0.0, 0
         try:
             for _ in self._client.completions.create(
-                prompt=prompt, stream=True, extra_body={"ignore_eos": True}, **self._fields
+                model=self._model,
+                prompt=prompt,
+                max_tokens=self._max_tokens,
+                temperature=0.0,
+                stream=True,
+                extra_body={"ignore_eos": True},
             ):
                 first_s = first_s or time.monotonic() - started
                 events += 1

@@ -1,4 +1,4 @@
-"""The parts of the proof: replicas that are killed, that come and go, and whose weights change; each on a live cluster."""
+"""The parts of the proof, each on a live cluster: replicas are killed, come and go, and get new weights."""
 
 from __future__ import annotations
 
