@@ -67,14 +67,13 @@ class Application:
 
 @contextlib.contextmanager
 def local_cluster(tables: JsonObject, port: int) -> Iterator[Application]:
-    """Start Ray on the loopback address and the application of a configuration; end all of it afterwards."""
+    """Start a Ray of this process and the application of a configuration, on the loopback address; end both afterwards."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         num_cpus=CPUS,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        _node_ip_address=HOST,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )
     try:
