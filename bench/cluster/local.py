@@ -67,7 +67,7 @@ class Application:
 
 @contextlib.contextmanager
 def local_cluster(tables: JsonObject, port: int) -> Iterator[Application]:
-    """Start a Ray of this process and the application of a configuration, on the loopback address; end both afterwards."""
+    """Start a Ray of this process and an application whose HTTP is on the loopback address; end both afterwards."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         num_cpus=CPUS,

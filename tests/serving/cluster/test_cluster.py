@@ -48,7 +48,7 @@ def test_example_has_every_key_of_replicas() -> None:
         ({"weight_updates": True}, "expected weights.file beside weight_updates"),
         ({"sleep_level": 1}, "Ray decides how many replicas there are"),
         ({"idle_timeout_s": 60.0}, "Ray decides how many replicas there are"),
-        ({"modell": "x"}, "did you mean model?; see serving/cluster/cluster.example.toml"),
+        ({"modell": "x"}, "did you mean model or max_model_len?; see serving/cluster/cluster.example.toml"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_words(changes: dict[str, Any], words: str) -> None:
