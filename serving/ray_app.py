@@ -54,7 +54,7 @@ def build_app(config: ClusterConfig) -> serve.Application:
         max_ongoing_requests=MANY,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
     )
-    return front.bind(config, replicas, keeper)
+    return front.bind(replicas, keeper, config.weights.sha256)
 
 
 def _deploy(model: ClusterModel, number: int) -> serve.Application:
@@ -77,7 +77,8 @@ def _deploy(model: ClusterModel, number: int) -> serve.Application:
     if (router := find_router(wanted)) is not None:
         options["request_router_config"] = router
     keeper = KEEPER if model.engine.weight_updates else None
-    return serve.deployment(Replica).options(**options).bind(model, keeper)
+    # No table of replicas: Ray replaces replicas whose arguments change, and those that stay need not load again.
+    return serve.deployment(Replica).options(**options).bind(model.name, model.engine, keeper)
 
 
 def find_router(wanted: Replicas) -> RequestRouterConfig | None:

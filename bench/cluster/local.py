@@ -12,6 +12,7 @@ import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, UpdateReport
@@ -45,7 +46,7 @@ class Application:
         """List the replicas that answer now."""
         try:
             found = self._replicas.broadcast("describe").results(timeout_s=ANSWER_S, return_exceptions=True)
-        except (RayError, TimeoutError):
+        except (RayError, RayServeException, TimeoutError):  # there may be none at all
             return []
         return [state for state in found if isinstance(state, ReplicaState)]
 

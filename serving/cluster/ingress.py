@@ -1,5 +1,7 @@
 """Takes requests over HTTP, finds their model's replicas, and tries another one where one is lost before it answers.
 
+A request that an engine had when it died is tried once more and no oftener: it may be what killed it.
+
 Which replica has a request is Ray's own router's to say. Once a client has been sent anything, an answer that breaks
 off ends in its API's own error, as the gateway's does: a second half from elsewhere would be another sample.
 """
@@ -22,7 +24,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from laguna_serve.serving.cluster.config import ClusterConfig
 from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, read_prompt
 from laguna_serve.serving.cluster.replica import ReplicaUnwellError
 from laguna_serve.serving.gateway.engines.weights import PauseMode, Update
@@ -33,9 +34,12 @@ from laguna_serve.serving.kit.results import JsonObject
 
 # Waits before each further try: together longer than Ray needs to strike off a replica that has died.
 RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0)
-# What a replica's own gateway says when its engine is lost, before the answer has begun.
+# What a replica's own gateway says when its engine is lost, before the answer has begun; and vLLM as it dies.
 LOST_STATUSES = frozenset((502, 503))
+LAST_WORDS = b"EngineCore encountered an issue"
 LOST = (RayError, RayServeException, ReplicaUnwellError, aiohttp.ClientError, OSError)
+# Of these, what is said before a request is with an engine: there is no replica, or it has no engine.
+UNREACHED = (RayServeException, ReplicaUnwellError)
 MAX_BODY_BYTES = 32 << 20
 # Ray's own HTTP server says these, the id being the one that the replica got.
 SAID_BY_RAY = frozenset((b"content-length", b"date", b"server", b"x-request-id"))
@@ -48,16 +52,23 @@ class UpdateBody(Update):
 
 
 class LostError(Exception):
-    """A replica was lost before its answer began."""
+    """A replica was lost before its answer began. `reached`: its engine may have had the request."""
+
+    def __init__(self, *, reached: bool) -> None:
+        super().__init__()
+        self.reached = reached
 
 
 class Ingress:
-    """The application's front. `replicas` and `keeper` are Ray's handles; there is no keeper without new weights."""
+    """The application's front. `replicas` and `keeper` are Ray's handles; there is no keeper without new weights.
+
+    `digest` is the SHA-256 of the key for updates over HTTP; None: there are none.
+    """
 
     def __init__(
-        self, config: ClusterConfig, replicas: Mapping[str, DeploymentHandle], keeper: DeploymentHandle | None
+        self, replicas: Mapping[str, DeploymentHandle], keeper: DeploymentHandle | None, digest: str | None
     ) -> None:
-        self._config, self._keeper = config, keeper
+        self._keeper, self._digest = keeper, digest
         self._replicas = {name: handle.options(stream=True) for name, handle in replicas.items()}
         self._started = int(time.time())
 
@@ -77,7 +88,7 @@ class Ingress:
 
     def _list_models(self) -> JsonObject:
         about = {"object": "model", "created": self._started, "owned_by": "laguna"}
-        return {"object": "list", "data": [{"id": model.name, **about} for model in self._config.models]}
+        return {"object": "list", "data": [{"id": name, **about} for name in self._replicas]}
 
     async def _relay(self, request: Request) -> Response:
         body = await _read_body(request)
@@ -85,38 +96,42 @@ class Ingress:
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         prompt = read_prompt(read, request.url.path)
         ask = Ask(request.method, target, [(name, value) for name, value in request.headers.raw], body, prompt)
+        reached = False
         for wait_s in (*RETRIES_S, None):
             try:
-                return await self._try(handle, ask, request.url.path, last=wait_s is None)
+                return await self._try(handle, ask, request.url.path)
             except BackPressureError:
                 raise errors.contended() from None
-            except LostError:
-                if wait_s is None:
-                    raise errors.engine_unreachable() from None
+            except LostError as lost:
+                if wait_s is None or (lost.reached and reached):
+                    raise errors.engine_lost() if lost.reached else errors.not_ready() from None
+                reached = reached or lost.reached
                 await asyncio.sleep(wait_s)
         raise AssertionError("the last try answers or raises")
 
-    async def _try(self, handle: DeploymentHandle, ask: Ask, path: str, *, last: bool) -> Response:
+    async def _try(self, handle: DeploymentHandle, ask: Ask, path: str) -> Response:
         """Ask one replica, until the answer has begun, or is there whole. Raises LostError."""
         pieces = handle.ask.remote(ask)
         try:
             head: AnswerHead = await anext(pieces)
-            if head.status in LOST_STATUSES and not last:
-                raise LostError
+            if head.status in LOST_STATUSES:
+                raise LostError(reached=head.status == 502)
             headers = dict(head.headers)
             events = frame_events(path, head.headers, headers)[0] if head.streamed else None
-            if events is None:
-                whole = b"".join([piece async for piece in pieces])
-                return _answer(Response(whole, head.status), head)
             first = b""
-            while not first:
+            while events is not None and not first:
                 first = events.take(await anext(pieces))
+            whole = b"" if events is not None else b"".join([piece async for piece in pieces])
         except BackPressureError:
             raise
         except StopAsyncIteration:
-            raise LostError from None
+            raise LostError(reached=True) from None
         except LOST as error:
-            raise LostError(str(error)) from None
+            raise LostError(reached=not isinstance(error, UNREACHED)) from None
+        if _is_dying(head, first or whole):
+            raise LostError(reached=True)
+        if events is None:
+            return _answer(Response(whole, head.status), head)
         return _answer(StreamingResponse(_go_on(first, pieces, events, path), head.status), head)
 
     def _find(self, request: Request, body: bytes) -> tuple[DeploymentHandle, Mapping[str, object]]:
@@ -138,7 +153,7 @@ class Ingress:
 
     async def _update(self, request: Request) -> Response:
         """Give a model's replicas new weights. There is no such route without a key for it."""
-        digest = self._config.weights.sha256
+        digest = self._digest
         if digest is None or self._keeper is None or request.method != "POST":
             raise errors.unknown_path(request.method, request.url.path)
         kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -159,6 +174,11 @@ class Ingress:
         except ValueError as error:
             raise errors.bad_request(str(error)) from None
         return JSONResponse(asdict(report), 200 if report.outcome == "updated" else 502)
+
+
+def _is_dying(head: AnswerHead, begun: bytes) -> bool:
+    """Say whether an answer begins in vLLM's last words, not in a model's."""
+    return LAST_WORDS in begun and (head.status == 500 or begun.startswith(b'data: {"error"'))
 
 
 async def _go_on(first: bytes, pieces: AsyncIterator[bytes], events: EventStream, path: str) -> AsyncIterator[bytes]:

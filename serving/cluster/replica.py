@@ -17,12 +17,13 @@ from pathlib import Path
 import aiohttp
 from ray import get_runtime_context, serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.cluster.config import ClusterModel
 from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, ReplicaState, Reply, Version
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config, parse_config
+from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State
 from laguna_serve.serving.gateway.run import Background, open_background
 from laguna_serve.serving.gateway.wire.headers import HOP_BY_HOP, NOT_FORWARDED, REQUEST_ID
@@ -32,6 +33,7 @@ POLL_S = 0.2
 # A replica that has taken as many versions while it started has a trainer that is faster than it.
 MOST_VERSIONS = 10
 KEEPER_TIMEOUT_S = 10.0
+LEAVE_S = 2.0
 STEP_TIMEOUT_S = 600.0
 # Beyond the time in which requests finish: the engine's own end.
 MARGIN_S = 30.0
@@ -47,9 +49,9 @@ class ReplicaUnwellError(Exception):
 class Replica:
     """A model's engine, as Ray Serve keeps it. `keeper` is the name of the deployment that knows the weights of now."""
 
-    async def __init__(self, model: ClusterModel, keeper: str | None) -> None:  # type: ignore[misc]
+    async def __init__(self, name: str, engine: OwnedEngine, keeper: str | None) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
-        self._model, self._id = model, context.replica_id.unique_id
+        self._name, self._engine, self._id = name, engine, context.replica_id.unique_id
         self._keeper = None if keeper is None else serve.get_deployment_handle(keeper, context.app_name)
         self._epoch: int | None = 0
         self._operation = ""
@@ -57,7 +59,7 @@ class Replica:
         self._closed = False
         self._stack = contextlib.ExitStack()
         try:
-            opened = open_background(make_gateway(model, self._id))
+            opened = open_background(make_gateway(name, engine, self._id))
             self._gateway: Background = await asyncio.to_thread(self._stack.enter_context, opened)
             self._session = aiohttp.ClientSession(
                 auto_decompress=False, timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0)
@@ -95,9 +97,9 @@ class Replica:
             return
         try:
             known = await asyncio.wait_for(
-                self._keeper.confirm.remote(self._model.name, self._id, self._epoch), KEEPER_TIMEOUT_S
+                self._keeper.confirm.remote(self._name, self._id, self._epoch), KEEPER_TIMEOUT_S
             )
-        except (RayError, TimeoutError):
+        except (RayError, RayServeException, TimeoutError):
             return  # it is being started again, and is asked again
         if not known:
             raise ReplicaUnwellError(f"replica {self._id}: expected the weights of now, got others")
@@ -156,25 +158,25 @@ class Replica:
         """Put the checkpoint's own folder, as this machine knows it, in the place of a body that names nothing."""
         if body:
             return body
-        name = self._model.engine.model if which == "model" else str(self._model.engine.draft)
+        name = self._engine.model if which == "model" else str(self._engine.draft)
         return {"folder": os.path.abspath(str(find_folder(name)))}
 
     async def _join(self) -> None:
         """Take the weights of now, and be known to have them."""
         assert self._keeper is not None
         for _ in range(MOST_VERSIONS):
-            version: Version = await self._keeper.find.remote(self._model.name)
+            version: Version = await self._keeper.find.remote(self._name)
             if version.epoch != self._epoch:
                 reply = await self._take(self._list_steps(as_new(version)))
                 if reply.error is not None:
                     raise EngineError(f"replica {self._id}: expected weights {version.weight_version}, {reply.error}")
                 self._epoch = version.epoch
-            if await self._keeper.join.remote(self._model.name, self._id, self._epoch):
+            if await self._keeper.join.remote(self._name, self._id, self._epoch):
                 return
         raise EngineError(f"replica {self._id}: expected the weights to stay for a while, got {MOST_VERSIONS} versions")
 
     async def _wait_until_ready(self) -> None:
-        found = functools.partial(self._gateway.server.relay.owner.find, self._model.name)
+        found = functools.partial(self._gateway.server.relay.owner.find, self._name)
         self._owned: OwnedModel | None = found()
         while self._owned is not None and self._owned.state in (State.UNLOADED, State.LOADING):
             await asyncio.sleep(POLL_S)
@@ -191,23 +193,26 @@ class Replica:
         if self._closed:
             return
         self._closed = True
+        if self._keeper is not None:
+            with contextlib.suppress(RayError, RayServeException, TimeoutError):
+                await asyncio.wait_for(self._keeper.leave.remote(self._name, self._id), LEAVE_S)
         await asyncio.to_thread(self._stack.close)
         if (session := getattr(self, "_session", None)) is not None:
             await session.close()
 
 
-def make_gateway(model: ClusterModel, replica: str) -> Config:
+def make_gateway(name: str, engine: OwnedEngine, replica: str) -> Config:
     """Make the configuration of a replica's gateway: one pinned engine, on the loopback address."""
-    engine: JsonObject = model.engine.model_dump(exclude_defaults=True)
+    table: JsonObject = engine.model_dump(exclude_defaults=True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    engine |= {"pinned": True, "log": str(cache / "laguna-serve" / f"ray-{replica}.log")}
+    table |= {"pinned": True, "log": str(cache / "laguna-serve" / f"ray-{replica}.log")}
     tables: JsonObject = {
         "server": {"port": 0, "shutdown_timeout_s": MARGIN_S},
         # Ray counts what a replica has; nothing is turned away behind it.
         "limits": {"max_queued": 1_000_000, "queue_timeout_s": STEP_TIMEOUT_S},
-        "models": [{"name": model.name, "engine": engine}],
+        "models": [{"name": name, "engine": table}],
     }
-    return parse_config(tables, f"model {model.name}")
+    return parse_config(tables, f"model {name}")
 
 
 def as_new(version: Version) -> NewWeights:

@@ -11,7 +11,7 @@ import pytest
 
 from laguna_serve.serving.cluster import keeper as module
 from laguna_serve.serving.cluster.keeper import WeightKeeper, read_versions
-from laguna_serve.serving.cluster.messages import NewWeights, Reply, Version
+from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Version
 
 NEW = NewWeights(update=[{"folder": "/w/1"}], weight_version="v1")
 
@@ -24,7 +24,9 @@ class FakeReplica:
         self.held, self.weights, self.epoch = False, "default", 0
         self.operations: dict[str, Reply] = {}
 
-    def take(self, method: str, operation: str, argument: Any) -> Reply:
+    def take(self, method: str, operation: str = "", argument: Any = None) -> Reply | ReplicaState:
+        if method == "describe":
+            return ReplicaState(self.name, "node", 1, "http://127.0.0.1:1", self.epoch)
         if operation not in self.operations:
             self.operations[operation] = self._take(method, argument)
         return self.operations[operation]
@@ -50,8 +52,8 @@ class FakeHandle:
     def __init__(self, replicas: list[FakeReplica]) -> None:
         self.replicas = replicas
 
-    def broadcast(self, method: str, operation: str, argument: Any) -> FakeHandle:
-        self.call = method, operation, argument
+    def broadcast(self, *call: Any) -> FakeHandle:
+        self.call = call
         return self
 
     async def results_async(self, **_: Any) -> list[Any]:
@@ -110,13 +112,30 @@ def test_nothing_is_touched_where_one_cannot_be_held(tmp_path: Path) -> None:
 
 
 def test_one_that_has_died_keeps_nobody_from_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MISSING_S", 0.1)
+    monkeypatch.setattr(module, "SILENT_S", 0.1)
     good, dead = FakeReplica("a"), FakeReplica("b", dead=True)
     keeper = start(tmp_path, good, dead)
     assert asyncio.run(keeper.update("m", NEW)).outcome == "updated"
     assert good.weights == "v1"
     assert asyncio.run(keeper.list_members("m")) == ["a"]
     assert not asyncio.run(keeper.confirm("m", "b", 0))
+
+
+def test_one_that_dies_in_the_middle_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MISSING_S", 0.1)
+    good, dying = FakeReplica("a"), FakeReplica("b")
+    keeper = start(tmp_path, good, dying)
+    take = dying.take
+
+    def die(method: str, *rest: Any) -> Reply | ReplicaState:
+        dying.dead = method == "load"
+        return take(method, *rest)
+
+    dying.take = die  # type: ignore[method-assign]
+    dying.fails = {"load": 1}
+    assert asyncio.run(keeper.update("m", NEW)).outcome == "rolled_back"  # its last word is counted
+    assert (good.weights, good.held) == ("default", False)
+    assert asyncio.run(keeper.list_members("m")) == ["a"]
 
 
 def test_one_that_ray_does_not_list_yet_is_waited_for(tmp_path: Path) -> None:
@@ -127,14 +146,21 @@ def test_one_that_ray_does_not_list_yet_is_waited_for(tmp_path: Path) -> None:
 
     async def run() -> str:
         update = asyncio.create_task(keeper.update("m", NEW))
-        while not first.held:
-            await asyncio.sleep(0)
-        assert late.weights == "default"
+        await asyncio.sleep(0)
+        assert not first.held  # requests go on while it is waited for
         handle.replicas.append(late)
         return (await update).outcome
 
     assert asyncio.run(run()) == "updated"
     assert (late.weights, late.epoch) == ("v1", 1)
+
+
+def test_one_that_has_left_is_not_waited_for(tmp_path: Path) -> None:
+    good, gone = FakeReplica("a"), FakeReplica("b", dead=True)
+    keeper = start(tmp_path, good, gone)
+    asyncio.run(keeper.leave("m", "b"))
+    report = asyncio.run(keeper.update("m", NEW))
+    assert (report.outcome, report.replicas) == ("updated", 1)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

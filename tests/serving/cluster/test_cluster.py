@@ -27,7 +27,7 @@ def tables(**engine: Any) -> dict[str, Any]:
 def run_inside(name: str, folder: Path) -> None:
     """Run a file of tests in .venv-ray, whose Ray this environment does not have."""
     command = [str(PYTHON), "-m", "pytest", str(HERE / name), "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--basetemp", str(folder / "run"), "-o", "filterwarnings="]
+    command += ["--basetemp", str(folder / "run"), "-o", "filterwarnings=", "--disable-warnings", "--tb=short"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
