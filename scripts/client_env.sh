@@ -8,6 +8,7 @@
 #   bash scripts/client_env.sh docs       # .venv-docs: MkDocs, for scripts/docs.sh
 #   bash scripts/client_env.sh deploy     # .venv-deploy: linters of container and cluster files, for scripts/deployment.sh
 #   bash scripts/client_env.sh train      # .venv-train: TRL and Accelerate over .venv, for scripts/dante
+#   bash scripts/client_env.sh ray        # .venv-ray: Ray Serve over .venv, for serving/ray_app.py
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,17 +22,19 @@ case ${1:-} in
   clients) folder=.venv-clients ours=(--editable .) ;;
   docs) folder=.venv-docs ours=() ;;
   train) folder=.venv-train ours=() ;;
+  ray) folder=.venv-ray ours=() ;;
   deploy) folder=.venv-deploy ours=() ;;
-  *) fail "name: expected evals, spec_rl, clients, docs, deploy or train, got '${1:-}'" ;;
+  *) fail "name: expected evals, spec_rl, clients, docs, deploy, train or ray, got '${1:-}'" ;;
 esac
 lock=scripts/requirements/$1.lock
 sources=("$lock")
 if [ "$1" = clients ]; then sources+=(scripts/clients/package-lock.json); fi
 if [ ${#ours[@]} -gt 0 ]; then sources+=(pyproject.toml); fi
 if [ "$1" = spec_rl ]; then sources+=(evals/spec_rl/pyproject.toml); fi
-# It stands on .venv: the same interpreter, and made again when that is.
-if [ "$1" = train ]; then
-  [ -x .venv/bin/python ] || fail "train: expected .venv, which it is laid over, got none; run scripts/bootstrap.sh"
+# These stand on .venv: the same interpreter, and made again when that is.
+over=; case $1 in train | ray) over=yes ;; esac
+if [ -n "$over" ]; then
+  [ -x .venv/bin/python ] || fail "$1: expected .venv, which it is laid over, got none; run scripts/bootstrap.sh"
   PYTHON=.venv/bin/python
   sources+=(.venv/.stamp)
 fi
@@ -59,7 +62,7 @@ if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
   grep '^ERROR' "$log" | tail -n 3 >&2 || tail -n 5 "$log" >&2
   fail "pip could not install $lock; the whole log is in $log"
 fi
-if [ "$1" = train ]; then
+if [ -n "$over" ]; then
   # addsitedir and not a plain path: the .pth file of .venv that finds this project is read, too.
   site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   below=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -13,4 +13,8 @@ uv pip compile deploy.in "${plain[@]}" --universal --python-version 3.11 -o depl
 uv pip compile docs.in "${plain[@]}" --universal --python-version 3.11 -o docs.lock "$@"
 # What it needs besides is locked for .venv, over which it lies.
 uv pip compile train.in "${plain[@]}" --universal --python-version 3.11 --no-deps -o train.lock "$@"
+# Neither does this list have what cpu.lock pins.
+uv pip compile ray.in "${plain[@]}" --universal --python-version 3.11 --constraints cpu.lock -o ray.lock "$@"
+awk -F== 'NR == FNR { pinned[$1]; next } !($1 in pinned)' cpu.lock ray.lock >ray.rest
+mv ray.rest ray.lock
 npm install --prefix ../clients --package-lock-only --no-audit --no-fund

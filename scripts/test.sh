@@ -12,7 +12,7 @@ workers=3
 if [[ " $* " == *' -m fast '* ]]; then
   workers=4  # they wait more than they compute
 else
-  for name in evals spec_rl train; do bash scripts/client_env.sh "$name"; done
+  for name in evals spec_rl train ray; do bash scripts/client_env.sh "$name"; done
 fi
 # The many short programs that tests start compile what they import once, not each time.
 unset PYTHONDONTWRITEBYTECODE

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Which optional lists a folder's code may rely on, besides the dependencies of all.
 ROLES = {
-    "serving": {"gpu", "tracing"},
+    "serving": {"gpu", "ray", "tracing"},
     "plugins": {"gpu", "train"},
     "kernels": {"train"},
-    "bench": {"bench", "gpu", "train"},
+    "bench": {"bench", "gpu", "ray", "train"},
     "evals": {"evals"},
     "scripts": {"train", "gpu"},
 }

@@ -53,7 +53,7 @@ MOST_FILES = 12
 ROOMS = {
     "serving": (
         *("machine", "kit", "client", "checkpoint", "chat", "speculation", "planning", "supervision", "engine"),
-        *("gateway", "service", "commands"),
+        *("gateway", "service", "cluster", "commands"),
     ),
     "serving/gateway": ("config", "wire", "telemetry", "access", "engines", "residence", "relay", "traces", "clients"),
     "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),

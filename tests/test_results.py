@@ -11,6 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from laguna_serve.bench.certificate.result import Certificate
+from laguna_serve.bench.cluster.result import ClusterResult
 from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
@@ -20,6 +21,7 @@ from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.bench.rate_check.result import CrosscheckResult
 from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
 from laguna_serve.bench.rollout.result import RolloutsResult
+from laguna_serve.bench.routing.result import RoutingResult
 from laguna_serve.bench.sampled.result import SamplingResult
 from laguna_serve.scripts.release_matrix import ReleaseMatrix
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
@@ -31,6 +33,7 @@ OF_TESTS = {"laguna_serve.grading_speed/1", "laguna_serve.grader_check/1"}
 TYPES: tuple[type[msgspec.Struct], ...] = (
     AbResult,
     Certificate,
+    ClusterResult,
     CrosscheckResult,
     FuzzResult,
     GatewayBenchResult,
@@ -39,6 +42,7 @@ TYPES: tuple[type[msgspec.Struct], ...] = (
     PrefixCacheResult,
     ReleaseMatrix,
     RolloutsResult,
+    RoutingResult,
     SamplingResult,
     SoakResult,
     SweepResult,

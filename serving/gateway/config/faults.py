@@ -46,7 +46,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; one line naming file, keys and what was expected."""
 
 
-def describe(error: ValidationError, root: type[BaseModel], source: str) -> str:
+def describe(error: ValidationError, root: type[BaseModel], source: str, example: str = EXAMPLE) -> str:
     """One line for all that is wrong with a configuration of the type `root` that was read from `source`."""
     found = error.errors(include_url=False)
     # A list whose elements are refused is too short by them, too.
@@ -54,7 +54,7 @@ def describe(error: ValidationError, root: type[BaseModel], source: str) -> str:
     faults = [f"{format_key(fault['loc'])}: {_describe_fault(fault, root)}" for fault in found]
     if len(faults) > MAX_FAULTS:
         faults = [*faults[:MAX_FAULTS], f"and {len(faults) - MAX_FAULTS} more"]
-    return f"{source}: {'; '.join(faults)}; {EXAMPLE}"
+    return f"{source}: {'; '.join(faults)}; {example}"
 
 
 def format_key(loc: Sequence[int | str]) -> str:

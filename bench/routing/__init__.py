@@ -1,0 +1,1 @@
+"""What a router's policy does to prefix caches and to load, simulated for many replicas."""
