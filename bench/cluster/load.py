@@ -16,7 +16,7 @@ from laguna_serve.bench.cluster.result import Agreement, Latency
 
 TIMEOUT_S = 300.0
 AT_ONCE = 4
-# Ends each client of a loop before it asks again.
+# Streams before those that are measured.
 WARM_UP = 2
 
 
