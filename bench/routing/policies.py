@@ -14,7 +14,7 @@ IMBALANCE, LEAST_MATCH = 16, 0.1
 
 
 def make_random(rng: random.Random) -> Policy:
-    """Take any replica, as chance has it."""
+    """Take any of them, drawn evenly."""
     return lambda _request, replicas: rng.randrange(len(replicas))
 
 
