@@ -31,6 +31,9 @@ assert len(files) == int(sys.argv[1]), f"wheel: expected {sys.argv[1]} modules, 
 names = sorted(".".join(f.with_suffix("").parts) for f in files)
 light = [n for n in names if n.split(".")[1] in {"bench", "evals", "serving"} or n == "laguna_serve.plugins.register"]
 light = [n for n in light if n not in {f"laguna_serve.bench.{m}" for m in ("diffusion.arms", "linear.timing", "moe", "moe_layer.layers", "moe_layer.timing", "moe_tuning.__main__", "moe_tuning.measure", "moe_tuning.space")}]  # they compute
+ray = {f"laguna_serve.{m}" for m in ("bench.cluster.__main__", "bench.cluster.local", "bench.cluster.phases", "serving.ray_app")}
+ray |= {f"laguna_serve.serving.cluster.{m}" for m in ("ingress", "keeper", "replica")}
+light = [n for n in light if n not in ray]
 sources = {f.name for f in importlib.metadata.files("laguna-serve") or []}
 assert {"driver.cpp", "kernels.hpp", "product.cpp"} <= sources, "wheel: expected the CPU kernels' source, got none; see package-data in pyproject.toml"
 assert any(name.endswith(".so") for name in sources), "wheel: expected the CPU kernels' library, got none; see package-data in pyproject.toml"
