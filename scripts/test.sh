@@ -2,7 +2,7 @@
 # Set up, then every test, with those that start a real vLLM engine.
 #
 #   bash scripts/test.sh
-#   bash scripts/test.sh -m fast               # most tests, in a minute and a half
+#   bash scripts/test.sh -m fast               # most tests, in about two minutes
 #   bash scripts/test.sh -m 'not vllm'         # any flag of pytest
 #   bash scripts/test.sh -n 0 -x -k weights    # in one process
 set -euo pipefail
