@@ -23,6 +23,7 @@ from laguna_serve.bench.relay.result import GatewayBenchResult, SoakResult
 from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.routing.result import RoutingResult
 from laguna_serve.bench.sampled.result import SamplingResult
+from laguna_serve.bench.swap.result import SwapResult
 from laguna_serve.scripts.release_matrix import ReleaseMatrix
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
 
@@ -45,6 +46,7 @@ TYPES: tuple[type[msgspec.Struct], ...] = (
     RoutingResult,
     SamplingResult,
     SoakResult,
+    SwapResult,
     SweepResult,
 )
 BY_SCHEMA = {kind.__struct_config__.tag: kind for kind in TYPES}
