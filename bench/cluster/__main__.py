@@ -8,8 +8,8 @@ laguna_serve.cluster/1) and cluster.md.
 
 from __future__ import annotations
 
-import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,37 +85,38 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
     config.out.mkdir(parents=True, exist_ok=True)
     progress, load, environment = Progress(), OtherLoad(), read_environment(current_argv())
     prompts = [prompt.text for prompt in load_texts(config.prompts)][: config.num_prompts]
-    swapped = write_swapped(config.model, config.out / "swapped")
-    progress.say("one engine by itself")
-    expected, alone = ask_engine(config, config.model, prompts)
-    expected_swapped, _ = ask_engine(config, swapped, prompts)
-    before = local.list_processes()
-    tables = make_tables(config)
-    progress.say("two replicas")
-    started = time.monotonic()
-    with local.local_cluster(tables, find_port("127.0.0.1")) as application:
-        bench = phases.Bench(application, make_asker(config, application.url), prompts, config.clients)
-        bench.wait_for_replicas(2)
-        start_s = time.monotonic() - started
-        agreement = compare(bench.asker.ask_all(prompts), expected, prompts)
-        latency = bench.asker.measure(prompts)
-        progress.say("killing a replica, then an engine")
-        losses = [
-            phases.measure_loss(bench, "replica", phases.kill_replica),
-            phases.measure_loss(bench, "engine", phases.kill_engine),
-        ]
-        progress.say("one replica, two, one")
-        scaling = phases.measure_scaling(bench, tables)
-        progress.say("new weights")
-        local.deploy(tables)
+    with tempfile.TemporaryDirectory(prefix="laguna-cluster-") as temporary:
+        swapped = write_swapped(config.model, Path(temporary, "swapped"))
+        progress.say("one engine by itself")
+        expected, alone = ask_engine(config, config.model, prompts)
+        expected_swapped, _ = ask_engine(config, swapped, prompts)
+        before = local.list_descendants()
+        tables = make_tables(config, Path(temporary, "weights.json"))
+        progress.say("two replicas")
+        started = time.monotonic()
+        with local.local_cluster(tables, find_port("127.0.0.1")) as application:
+            bench = phases.Bench(application, make_asker(config, application.url), prompts, config.clients)
+            bench.wait_for_replicas(2)
+            start_s = time.monotonic() - started
+            agreement = compare(bench.asker.ask_all(prompts), expected, prompts)
+            latency = bench.asker.measure(prompts)
+            progress.say("killing a replica, then an engine")
+            losses = [
+                phases.measure_loss(bench, "replica", phases.kill_replica),
+                phases.measure_loss(bench, "engine", phases.kill_engine),
+            ]
+            progress.say("one replica, two, one")
+            scaling = phases.measure_scaling(bench, tables)
+            progress.say("new weights")
+            local.deploy(tables)
 
-        def wait_for_late() -> str:
-            lost = bench.wait_for_replicas(2)
-            phases.kill_replica(lost[0])
-            known = {state.replica for state in lost}
-            return next(s.replica for s in bench.wait_for_replicas(2, lost[0].pid) if s.replica not in known)
+            def wait_for_late() -> str:
+                lost = bench.wait_for_replicas(2)
+                phases.kill_replica(lost[0])
+                known = {state.replica for state in lost}
+                return next(s.replica for s in bench.wait_for_replicas(2, lost[0].pid) if s.replica not in known)
 
-        updates = phases.measure_updates(bench, swapped, expected_swapped, wait_for_late)
+            updates = phases.measure_updates(bench, swapped, expected_swapped, wait_for_late)
     result = ClusterResult(
         environment=structs.replace(environment, other_load=load.find_share()),
         ray=metadata.version("ray"),
@@ -133,23 +134,20 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
         updates=updates,
         left=local.count_left(before),
     )
-    shutil.rmtree(swapped)
-    (config.out / "weights.json").unlink()
     write_result(config.out / "cluster.json", result)
     write_text(config.out / "cluster.md", render_markdown(result))
     return result
 
 
-def make_tables(config: ClusterBenchConfig) -> JsonObject:
-    """Make the cluster's configuration, two replicas of one model."""
+def make_tables(config: ClusterBenchConfig, weights: Path) -> JsonObject:
+    """Make the cluster's configuration, two replicas of one model; `weights` is the file that keeps their version."""
     engine: JsonObject = {"model": str(config.model.absolute()), "eager": True, "weight_updates": True}
     engine |= {"kv_cache_gib": KV_GIB, "max_num_seqs": SEQUENCES}
     if config.draft is not None:
         engine["draft"] = str(config.draft.absolute())
     replicas: JsonObject = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.5, "routing": config.routing}
     replicas |= {"shutdown_timeout_s": 30.0, "target_ongoing_requests": float(config.clients)}
-    file = str((config.out / "weights.json").absolute())
-    return {"models": [{"name": NAME, "engine": engine, "replicas": replicas}], "weights": {"file": file}}
+    return {"models": [{"name": NAME, "engine": engine, "replicas": replicas}], "weights": {"file": str(weights)}}
 
 
 def ask_engine(
@@ -171,17 +169,14 @@ def make_asker(config: ClusterBenchConfig, url: str) -> Asker:
 
 def write_swapped(model: Path, folder: Path) -> Path:
     """Write the checkpoint with two of its matrices in each other's place. Returns the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    from safetensors.torch import load_file, save_file
+
     shutil.copytree(model, folder)
-    data = (model / "model.safetensors").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    one, other = (header[name] for name in SWAPPED)
-    one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-    return folder.absolute()
+    tensors = load_file(model / "model.safetensors")
+    one, other = SWAPPED
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 @contextmanager

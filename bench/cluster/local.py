@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ OBJECT_STORE_BYTES = 200_000_000
 POLL_S = 0.25
 ANSWER_S = 20.0
 END_S = 30.0
+PR_SET_CHILD_SUBREAPER = 36
 T = TypeVar("T")
 
 
@@ -68,8 +70,12 @@ class Application:
 
 @contextlib.contextmanager
 def local_cluster(tables: JsonObject, port: int) -> Iterator[Application]:
-    """Start a Ray of this process and an application whose HTTP is on the loopback address; end both afterwards."""
+    """Start a Ray of this process and an application whose HTTP is on the loopback address; end both afterwards.
+
+    Their processes stay this one's descendants, whatever dies in between: see `count_left`.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    adopt_orphans()
     ray.init(
         num_cpus=CPUS,
         include_dashboard=False,
@@ -100,19 +106,29 @@ def find_engine_core(replica: int) -> psutil.Process:
     raise ClusterError(f"replica {replica}: expected an engine core among its processes, got none")
 
 
-def count_left(before: set[int]) -> int:
-    """Count this process's descendants and Ray's that are still there, those of `before` not; waits for the last."""
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none is lost from sight.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def count_left(before: set[psutil.Process]) -> int:
+    """Count the descendants that still run and are not of `before`; waits for the last of them."""
     deadline = time.monotonic() + END_S
-    while (left := list_processes() - before) and time.monotonic() < deadline:
+    while (left := list_descendants() - before) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     return len(left)
 
 
-def list_processes() -> set[int]:
-    """List the processes of Ray and of engines on this machine that this Python's environment has."""
+def list_descendants() -> set[psutil.Process]:
+    """List this process's descendants that run: those that have ended, but were never waited for, do not."""
     found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if line.startswith(("ray::", "VLLM::")) or "/ray/core/src/ray/" in line:
-            found.add(process.info["pid"])
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
     return found

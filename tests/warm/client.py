@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import select
@@ -71,6 +72,7 @@ class Warm:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self._ids = itertools.count()
         if self.address is not None:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(self.address)
@@ -87,7 +89,7 @@ class Warm:
         assert process.stdout is not None
         self.pid, self._questions, self._answers = process.pid, process.stdin, process.stdout
         self._process = process
-        self._read()
+        self._read()  # it is ready
 
     def start(
         self,
@@ -113,10 +115,14 @@ class Warm:
         return WarmProcess(self, self.ask({"start": work})["pid"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Its answer.  Those of questions whose askers were interrupted, by Ctrl-C say, are passed over."""
         with self.lock:
-            self._questions.write(json.dumps(request).encode() + b"\n")
+            number = next(self._ids)
+            self._questions.write(json.dumps({"id": number, **request}).encode() + b"\n")
             self._questions.flush()
-            return self._read()
+            while (answer := self._read())["id"] != number:
+                pass
+            return answer
 
     def _read(self) -> dict[str, Any]:
         line = self._answers.readline()

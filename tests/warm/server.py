@@ -1,7 +1,8 @@
 """The process that has imported vLLM: ``server.py`` reads a JSON object a line and answers with one.
 
 {"start": {target, arguments, environment, folder, input, output, error, engines}} → {"pid": …}: forked, and running.
-{"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}.
+{"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}, as often as it is asked:
+who asks may be interrupted before it has read the answer.  Each answer has the "id" of its question.
 
 `target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.  Where
 `engines`, the engines that it starts are warm, too: it asks here for them, over a socket, as this process asks for it.
@@ -40,6 +41,9 @@ MODULES = (
     "transformers.models.laguna.configuration_laguna",
     "supervisor",
 )
+
+# The exit statuses of those that have been waited for: the system forgets them.
+ENDED: dict[int, int] = {}
 
 
 def serve() -> dict[str, Any] | None:
@@ -83,6 +87,7 @@ def serve() -> dict[str, Any] | None:
 
 def answer(request: dict[str, Any], answers: BinaryIO) -> dict[str, Any] | None:
     """Do what is asked and say so; in a forked process, return what it is to run."""
+    said: dict[str, Any]
     if "poll" in request:
         said = {"status": poll(request["poll"])}
     else:
@@ -90,15 +95,20 @@ def answer(request: dict[str, Any], answers: BinaryIO) -> dict[str, Any] | None:
         pid = os.fork()
         if pid == 0:
             return {**request["start"], "address": address}
+        ENDED.pop(pid, None)  # the system numbers its processes from the start again
         said = {"pid": pid}
     with contextlib.suppress(ConnectionError):
-        answers.write(json.dumps(said).encode() + b"\n")
+        answers.write(json.dumps({"id": request["id"], **said}).encode() + b"\n")
     return None
 
 
 def poll(pid: int) -> int | None:
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
+    if pid not in ENDED:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return None
+        ENDED[pid] = os.waitstatus_to_exitcode(status)
+    return ENDED[pid]
 
 
 def become(work: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from laguna_serve.bench.cluster.load import Asker
-from laguna_serve.bench.cluster.local import Application, count_left, list_processes, local_cluster
+from laguna_serve.bench.cluster.local import Application, count_left, list_descendants, local_cluster
 from laguna_serve.bench.cluster.phases import Bench, kill_replica
 from laguna_serve.serving.engine import find_port
 
@@ -32,7 +32,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
     replicas = {"num_cpus": 0.5, "routing": "prefix", "shutdown_timeout_s": 10.0}
     weights = {"file": str(folder / "weights.json"), "sha256": hashlib.sha256(KEY.encode()).hexdigest()}
     tables = {"models": [{"name": "teacher", "engine": engine, "replicas": replicas}], "weights": weights}
-    before = list_processes()
+    before = list_descendants()
     with local_cluster(tables, find_port("127.0.0.1")) as opened:
         yield opened
     assert count_left(before) == 0

@@ -69,7 +69,9 @@ def test_killed_under_load(tmp_path: Path, victims: str) -> None:
         after = [pool.submit(ask, prompt) for prompt in PROMPTS]
         read_until(server, "serving again, restart 1")
         wait_until_gone(pids["all"], timeout_s=0)
-        assert [request.result()["choices"][0]["text"] for request in after] == before
+        # Which of them are computed together is chance, and bf16 sums of more rows may round another way.
+        assert [request.result()["usage"]["completion_tokens"] for request in after] == [16] * len(PROMPTS)
+        assert [ask(prompt)["choices"][0]["text"] for prompt in PROMPTS] == before
         for stream in streams:
             *_, error, done = stream.read_end()
             assert done == "data: [DONE]"
