@@ -9,12 +9,13 @@ import pytest
 from warm import start_warm
 from warm.client import Warm
 
+pytestmark = pytest.mark.vllm
+
 
 def raise_interrupt(_warm: Warm) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.vllm
 def test_an_interrupted_question_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """`laguna serve` gets its Ctrl-C while it waits for its engine, and asks again."""
     ended, running = start_warm("import sys\nsys.exit(7)\n"), start_warm("import time\ntime.sleep(60)\n")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.vllm
+
 TOY = Path(__file__).resolve().parent.parent / "toy"
 PROMPTS = 8
 TEACHER, DRAFTER, SPECULATORS = TOY / "teacher", TOY / "dflash", TOY / "dflash-speculators"
@@ -90,7 +92,6 @@ def speculate(drafter: Path) -> dict[str, Any]:
     return {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 7}
 
 
-@pytest.mark.vllm
 def test_update_equals_a_restart_and_a_failed_one_changes_nothing(
     run_model: Callable[..., dict[str, Any]],
     new_teacher: Path,
@@ -141,7 +142,6 @@ def test_update_equals_a_restart_and_a_failed_one_changes_nothing(
     assert accepted[-1] == quiet[0]
 
 
-@pytest.mark.vllm
 def test_dense_student_and_speculators_drafter_take_new_weights(
     run_model: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -163,14 +163,12 @@ def test_dense_student_and_speculators_drafter_take_new_weights(
     assert report["accepted"][-1] == report["accepted"][0]
 
 
-@pytest.mark.vllm
 def test_stock_experts_are_packed_once(run_model: Callable[..., dict[str, Any]]) -> None:
     """When this fails, vLLM packs the experts again by itself: retire `process_experts` of models/laguna_cpu.py."""
     stock = run_model(TEACHER, unmended="process_experts", reload=[str(TEACHER)], prompts=PROMPTS)
     assert stock["tokens_after_reload"] != [stock["tokens"]]
 
 
-@pytest.mark.vllm
 def test_files_are_found_and_read(tmp_path: Path) -> None:
     from laguna_serve.plugins.weight_folder import FolderUpdateInfo, WeightFolderError, find_files, read_files
 
@@ -186,7 +184,6 @@ def test_files_are_found_and_read(tmp_path: Path) -> None:
     assert [name for name, _ in read_files(named, digests)] == ["a"], "only the files that are named"
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("name", ["../v/model.safetensors", "other.safetensors"])
 def test_file_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     from laguna_serve.plugins.weight_folder import FolderUpdateInfo, WeightFolderError, find_files

@@ -15,6 +15,8 @@ from laguna_serve.evals.harnesses import lm_eval
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.engine import Engine
 
+pytestmark = pytest.mark.vllm
+
 MADE = (lm_eval.ENVIRONMENT / ".stamp").is_file()
 QUESTIONS = [
     ("What do bees make?", ("honey", "stone", "glass", "paper"), 0),
@@ -71,7 +73,6 @@ async def ask_scores(engine: Engine, pairs: list[tuple[str, str]]) -> list[float
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 
 
-@pytest.mark.vllm
 @needs_walls
 def test_code_suites_on_the_engine(fp32_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Raw and through the toy's own chat template, with thinking on and off: a row each, and other answers."""
@@ -103,7 +104,6 @@ def test_code_suites_on_the_engine(fp32_engine: Engine, tmp_path: Path, capsys: 
 HOWS = ("raw", "chat, thinking", "chat, no thinking")
 
 
-@pytest.mark.vllm
 @pytest.mark.skipif(not MADE, reason="no .venv-evals: bash scripts/client_env.sh evals makes it")
 def test_real_harness_on_local_mmlu_pro(
     fp32_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -123,7 +123,6 @@ def test_real_harness_on_local_mmlu_pro(
     assert prompt.count("Answer: Let's think step by step.") == 6
 
 
-@pytest.mark.vllm
 @pytest.mark.skipif(not MADE, reason="no .venv-evals: bash scripts/client_env.sh evals makes it")
 def test_real_harness_on_local_data(
     fp32_engine: Engine, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

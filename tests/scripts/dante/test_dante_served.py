@@ -16,6 +16,8 @@ from laguna_serve.scripts.training.dante.records import CacheRecord, Prompt
 from laguna_serve.scripts.training.dante.student import student_config
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOY = Path(__file__).resolve().parents[2] / "toy"
 EMPTY = CacheRecord(
     prompt="",
@@ -56,7 +58,6 @@ def test_served_student_is_the_trained_one(tmp_path: Path) -> None:
     assert (served.answers, served.tokens, served.different) == (4, 64, 0), "see the log beside it"
 
 
-@pytest.mark.slow
 def test_prompts_are_drawn_once_each() -> None:
     modules = corpus.read_modules()
     halves = [[m for m in modules if m.held_out == held_out][:20] for held_out in (False, True)]

@@ -10,8 +10,9 @@ from warm import WarmPrograms
 
 from laguna_serve.scripts import make_toy
 
+pytestmark = pytest.mark.vllm
 
-@pytest.mark.vllm
+
 def test_smoke_run_makes_a_family_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

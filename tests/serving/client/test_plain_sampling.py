@@ -9,6 +9,8 @@ from warm import run_warm
 
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 
+pytestmark = pytest.mark.vllm
+
 # Which fields vLLM takes over, and what becomes of a request beside a generation_config.json that sets all of them.
 PROBE = """
 import json, sys
@@ -31,7 +33,6 @@ print(json.dumps({
 """
 
 
-@pytest.mark.vllm
 def test_a_plain_request_takes_nothing_from_generation_config() -> None:
     done = run_warm(PROBE, json.dumps(PLAIN_SAMPLING))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,8 @@ from trl_engine import TrlEngine
 from laguna_serve.serving.engine import Engine
 from laguna_serve.serving.gateway.traces.store import TraceFile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venv-train" / "bin" / "python"
 PROBE = Path(__file__).with_name("trl_probe.py")
@@ -91,7 +93,6 @@ def test_rollouts_of_a_real_engine(fp32_engine: Engine, tmp_path: Path) -> None:
     assert [trace.token_ids for trace in kept[:2]] == texts["completion_ids"]
 
 
-@pytest.mark.slow
 @needs_trl
 def test_transfer_is_trls_to_refuse_without_cuda() -> None:
     """With engines that have NCCL its client goes no further than its own device; so does its trainer."""
