@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, read_prompt
 from laguna_serve.serving.cluster.replica import ReplicaUnwellError
-from laguna_serve.serving.gateway.engines.weights import PauseMode, Update
+from laguna_serve.serving.gateway.engines.update import PauseMode, Update
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.sse import EventStream, frame_events

@@ -24,7 +24,8 @@ from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
 from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
-from laguna_serve.serving.gateway.engines.weights import PauseMode, StepError, UpdateRequest, Version, WeightGroup
+from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
+from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.status import describe
 from laguna_serve.serving.kit.results import JsonObject
@@ -132,6 +133,13 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         async with alone(model) as group:
             report = await group.apply(request)
         return JSONResponse(report, 200 if report["outcome"] == "updated" else 502)
+
+    @app.get("/admin/weight_digests")
+    async def compare(model: Model = None) -> JsonObject:
+        """Digests of the weights that the engines of a model serve with, which are the same on all; 502 if not."""
+        async with alone(model) as group:
+            answers = await group.compare()
+        return {engine.name: answer["results"] for engine, answer in answers.items()}
 
     @app.post("/pause")
     async def pause(mode: PauseMode = "abort", model: Model = None) -> JsonObject:

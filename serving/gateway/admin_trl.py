@@ -19,7 +19,8 @@ from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
 from laguna_serve.serving.gateway.engines.transfer import Transfer, TransferError
-from laguna_serve.serving.gateway.engines.weights import RESET, PauseMode, StepError, Version, WeightGroup
+from laguna_serve.serving.gateway.engines.update import PauseMode, Version
+from laguna_serve.serving.gateway.engines.weights import RESET, StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.kit.results import JsonObject
 

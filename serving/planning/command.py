@@ -40,6 +40,7 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 # Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Goes on drafting beside a sequence at the length limit; its docstring says why stock vLLM's does not.
+WORKER_EXTENSION, WEIGHT_DIGESTS = "--worker-extension-cls", "laguna_serve.plugins.weight_digests.WeightDigests"
 CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
 RETURN_EXPERTS = "--enable-return-routed-experts"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
@@ -136,6 +137,8 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         command += [RETURN_EXPERTS]
     if config.weight_updates:
         command += ["--weight-transfer-config", json.dumps(WEIGHT_TRANSFER)]
+        if not names_flag(config.extra_args, WORKER_EXTENSION):
+            command += [WORKER_EXTENSION, WEIGHT_DIGESTS]
     overrides = choose_overrides(config, checkpoints.target, device)
     if overrides is not None:
         command += ["--hf-overrides", json.dumps(overrides)]

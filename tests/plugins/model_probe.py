@@ -5,7 +5,7 @@ python model_probe.py MODEL PROMPTS.jsonl SETTINGS
 SETTINGS: a JSON object of arguments for vLLM's LLM, and
 "reload": checkpoints whose weights are then loaded in place by vLLM itself, one after the other
 "updates": [{"folder": …, "draft": true or false}, …], versions that are then transferred, one after the other; one
-that is refused is reported
+that is refused is reported, and of every state the digests of the weights, ours and vLLM's own
 "prompts": how many of the prompts; all when it is not given
 "unmended": a function of models/laguna_cpu.py that does nothing but what vLLM's own does
 
@@ -45,6 +45,7 @@ def main(model: str, prompts_file: str, settings: str) -> None:
     reloads, updates = arguments.pop("reload", []), arguments.pop("updates", [])
     if updates:
         arguments |= {"weight_transfer_config": {"backend": "folder"}, "disable_log_stats": False}
+        arguments["worker_extension_cls"] = "laguna_serve.plugins.weight_digests.WeightDigests"
     llm = LLM(model=model, max_num_seqs=64, kv_cache_memory_bytes=2**29, seed=0, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
@@ -60,6 +61,8 @@ def main(model: str, prompts_file: str, settings: str) -> None:
         report["tokens_after_reload"].append(generate())
     report["accepted"] = [count_accepted(llm)] if updates else []
     report["updates"] = []
+    report["digests"] = llm.collective_rpc("digest_weights") if updates else []
+    report["checksums"] = llm.collective_rpc("compute_weight_checksums") if updates else []
     for update in updates:
         kind = "start_draft_weight_update" if update.pop("draft", False) else "start_weight_update"
         llm.collective_rpc(kind)
@@ -72,6 +75,8 @@ def main(model: str, prompts_file: str, settings: str) -> None:
         llm.reset_prefix_cache()
         report["updates"].append({"refused": refused, "tokens": generate()})
         report["accepted"].append(count_accepted(llm) - sum(report["accepted"]))
+        report["digests"] += llm.collective_rpc("digest_weights")
+        report["checksums"] += llm.collective_rpc("compute_weight_checksums")
     report["parameters"] = held
     print("\n" + json.dumps(report))
 

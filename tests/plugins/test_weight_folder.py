@@ -140,6 +140,13 @@ def test_update_equals_a_restart_and_a_failed_one_changes_nothing(
     assert drafter_changed < quiet[0] / 2
     assert both_changed == fresh["accepted"][0]
     assert accepted[-1] == quiet[0]
+    start_digests, *digests = report["digests"]
+    *quiet_digests, new_draft_digests, new_digests, _, restored_digests = digests
+    assert quiet_digests == [start_digests] * (2 + len(broken))
+    assert new_draft_digests["model"] == start_digests["model"]
+    assert new_draft_digests["draft"] != start_digests["draft"]
+    assert new_digests == fresh["digests"][0] != start_digests
+    assert restored_digests == start_digests
 
 
 def test_dense_student_and_speculators_drafter_take_new_weights(

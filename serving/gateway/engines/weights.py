@@ -10,44 +10,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, StringConstraints
 
+from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.engine import Engine
-from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.update import PARTS, Part, PauseMode, Update, UpdateRequest
 from laguna_serve.serving.kit.results import JsonObject
 
 TIMEOUT_S = 600.0
-Version = Annotated[str, StringConstraints(pattern=VERSION)]
-PauseMode = Literal["keep", "wait", "abort"]
-# What an update brings: the model's weights, its drafter's, a name for the former. Named as the fields of `Update`.
-Part = Literal["update", "draft_update", "weight_version"]
-PARTS: Sequence[Part] = ("update", "draft_update", "weight_version")
 START: Mapping[Part, str] = {"update": "/start_weight_update", "draft_update": "/start_draft_weight_update"}
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Update(_Body):
-    """What one version is made of: the bodies of `/update_weights`, in order, for the model and for its drafter."""
-
-    weight_version: Version | None = None
-    update: Sequence[JsonObject] = ()
-    draft_version: Version | None = None
-    draft_update: Sequence[JsonObject] = ()
-
-
-class UpdateRequest(Update):
-    """An update, and how to take it back where it fails half-way."""
-
-    mode: PauseMode = "keep"
-    rollback: Update | None = None
-
-
 # Keys and values of the old weights must not be attended to with the new ones: requests that are held in the middle
 # are computed again up to where they were.
 RESET = "/reset_prefix_cache"
@@ -133,6 +107,8 @@ class WeightGroup:
             return self._report("unchanged", str(error))
         try:
             await self._load(request, self.pool.engines)
+            if request.digests:
+                await self.compare()
             self.settle(parts, request.weight_version, request.draft_version)
             return self._report("updated", None)
         except StepError as error:
@@ -253,6 +229,16 @@ class WeightGroup:
         found = {engine: answer.get("weight_version") for engine, answer in answers.items()}
         if wrong := {e: f"expected version {version}, got {v}" for e, v in found.items() if v != version}:
             raise StepError(VERSION_PATH, wrong)
+
+    async def compare(self) -> dict[Engine, JsonObject]:
+        """Check that all engines serve with the same weights; their digests.
+
+        Raises StepError: some have others, or do not know.
+        """
+        answers = await self.call(digests.PATH, self.pool.engines, digests.BODY)
+        if wrong := digests.find_differing(answers):
+            raise StepError("digests", wrong)
+        return answers
 
     async def _ask(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 from gateway_fakes import Exchange, Upstream
@@ -12,15 +13,20 @@ PATH = "/v1/completions"
 
 
 class RlEngine(Upstream, Weights):
-    """An engine whose weights can be updated. It says that it has the version that it `claims`, if any."""
+    """An engine whose weights can be updated. It says that it has the version that it `claims`, if any.
+
+    With `spoils` its weights are not what it was sent.
+    """
 
     def __init__(self, *, lax: bool = False) -> None:
         Upstream.__init__(self)
         Weights.__init__(self, lax=lax)
         self.claims: str | None = None
+        self.spoils = ""
         self.handlers = dict.fromkeys(ROUTES, self.step)
         self.handlers[VERSION] = self.tell
         self.handlers[PATH] = self.complete
+        self.handlers["/collective_rpc"] = self.digest
 
     async def step(self, exchange: Exchange) -> None:
         body = json.loads(exchange.body) if exchange.body else {}
@@ -31,6 +37,12 @@ class RlEngine(Upstream, Weights):
 
     async def tell(self, exchange: Exchange) -> None:
         await exchange.answer(json.dumps({"weight_version": self.claims or self.version}).encode())
+
+    async def digest(self, exchange: Exchange) -> None:
+        """Of what was loaded, the `spoils` among it."""
+        assert json.loads(exchange.body) == {"method": "digest_weights"}
+        found = hashlib.sha256(f"{self.loaded}{self.spoils}".encode()).hexdigest()
+        await exchange.answer(json.dumps({"results": [{"model": found, "draft": "d"}]}).encode())
 
     async def refuse(self, exchange: Exchange) -> None:
         await exchange.answer(b'{"detail": "Not Found"}', status="404 Not Found")

@@ -48,6 +48,12 @@ def read_status(admin: str) -> dict[str, Any]:
         return upstream
 
 
+def read_digests(admin: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{admin}/admin/weight_digests", timeout=30) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
 @pytest.mark.parametrize("victims", ["core", "all"])
 def test_killed_under_load(tmp_path: Path, victims: str) -> None:
     flags = ["--draft", str(TOY / "dflash"), "--eager", "--max-num-seqs", "8", "--kv-cache-gib", "0.25"]
@@ -90,13 +96,16 @@ def test_updated_weights_are_not_served_from_the_checkpoint(tmp_path: Path) -> N
     new.mkdir()
     tensors = load_file(TOY / "teacher" / "model.safetensors")
     save_file({name: -t if "o_proj" in name else t for name, t in tensors.items()}, new / "model.safetensors")
-    update = {"weight_version": "step-2", "update": [{"folder": str(new)}]}
+    update = {"weight_version": "step-2", "update": [{"folder": str(new)}], "digests": True}
     flags = ["--weight-updates", "--eager", "--max-num-seqs", "4", "--kv-cache-gib", "0.25"]
     with serving(TOY / "teacher", tmp_path, *flags) as server:
         url, admin = read_greeting(server)
         body = {"model": "teacher", "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0}
         old = post(url, COMPLETIONS, body)["choices"][0]["text"]
+        loaded = read_digests(admin)
         assert post(admin, "/admin/update_weights", update)["outcome"] == "updated"
+        updated = read_digests(admin)
+        assert updated != loaded
         text = post(url, COMPLETIONS, body)["choices"][0]["text"]
         assert text != old
         for pid in find_vllm(server)["all"]:
@@ -114,4 +123,5 @@ def test_updated_weights_are_not_served_from_the_checkpoint(tmp_path: Path) -> N
             assert time.monotonic() < deadline
         assert answer["choices"][0]["text"] == text
         assert read_status(admin)["weight_version"] == "step-2"
+        assert read_digests(admin) == updated
         assert stop(server)[0]["restarts"] == 1

@@ -1,0 +1,68 @@
+"""Engines of a model that are to prove that they serve with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from gateway_engine import PATH, RlEngine
+from gateway_fakes import Gateway, gateway
+
+COMPLETION = b'{"model": "m", "prompt": "x"}'
+NEW = {"weight_version": "7", "update": [{"names": ["w"]}], "digests": True}
+
+
+@pytest.fixture
+def engines() -> Iterator[tuple[RlEngine, RlEngine]]:
+    with RlEngine() as one, RlEngine() as two:
+        yield one, two
+
+
+@pytest.fixture
+def front(engines: tuple[RlEngine, RlEngine]) -> Iterator[Gateway]:
+    with gateway(*engines) as opened:
+        yield opened
+
+
+def update(front: Gateway, **body: Any) -> tuple[int, dict[str, Any]]:
+    reply = front.ask_admin("/admin/update_weights", NEW | body)
+    return reply.status, reply.json()
+
+
+def test_equal_weights_are_served(front: Gateway) -> None:
+    status, report = update(front)
+    assert (status, report["outcome"]) == (200, "updated")
+    found = front.ask_admin("/admin/weight_digests").json()
+    assert found["a"] == found["b"]
+    assert set(found["a"][0]) == {"model", "draft"}
+
+
+def test_other_weights_than_the_first_engines_are_not_served(
+    front: Gateway, engines: tuple[RlEngine, RlEngine]
+) -> None:
+    """Both say that they have version 7."""
+    engines[1].spoils = "x"
+    status, report = update(front)
+    assert (status, report["outcome"]) == (502, "unavailable")
+    assert report["error"] == "digests: b: expected the weights of a, got others: the model"
+    assert front.ask(PATH, COMPLETION).status == 503
+    assert front.ask_admin("/admin/weight_digests").status == 502
+    engines[1].spoils = ""
+    assert update(front)[1]["outcome"] == "updated"
+    assert front.ask(PATH, COMPLETION).header("x-weight-version") == "7"
+
+
+def test_other_weights_are_taken_back(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+    engines[1].spoils = "x"
+    status, report = update(front, rollback={"update": [{"names": ["old"]}]})
+    assert (status, report["outcome"]) == (502, "rolled_back")
+    assert engines[0].loaded == engines[1].loaded == [{"names": ["w"]}, {"names": ["old"]}]
+    assert front.ask(PATH, COMPLETION).header("x-weight-version") == "default"
+
+
+def test_engine_that_does_not_know_its_digests_is_named(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+    engines[1].handlers["/collective_rpc"] = engines[1].refuse
+    status, report = update(front)
+    assert (status, report["outcome"]) == (502, "unavailable")
+    assert "/collective_rpc: b: HTTP 404" in report["error"]
