@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
@@ -26,8 +26,6 @@ NOT_WEIGHTS = ("kv_cache",)
 # Rows of the identity at a time.
 ROWS = 256
 THREADS = 8
-
-Bytes = Callable[[], memoryview]
 
 
 class Digests(TypedDict):
@@ -52,24 +50,40 @@ class WeightDigests:
 @torch.no_grad()
 def digest(model: nn.Module) -> str:
     """SHA-256 in hex of every tensor of a model, its name, dtype and shape among them."""
-    found = hashlib.sha256()
+    tensors, packed = _list_tensors(model), _list_packed(model)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for each in pool.map(lambda item: f"{item[0]} {hashlib.sha256(item[1]()).hexdigest()}\n", _list_parts(model)):
-            found.update(each.encode())
-    return found.hexdigest()
+        lines = [*pool.map(lambda item: _render(item[0], item[1]), tensors)]
+    # oneDNN's products share one scratch pad: one after the other, in the thread that the model's own run in.
+    lines += [_render(name, _unpack(handler, dtype)) for name, handler, dtype in packed]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _list_parts(model: nn.Module) -> Iterator[tuple[str, Bytes]]:
+def _render(name: str, tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}\n"
+
+
+def _list_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         for name, value in sorted(_list_values(module).items()):
-            yield from _list_tensors(f"{prefix}.{name}", value)
-        if (product := getattr(module, "cpu_linear", None)) is not None:
-            for number, cell in enumerate(getattr(product, "__closure__", None) or ()):
-                name = f"{prefix}.cpu_linear.{number}"
-                if isinstance(cell.cell_contents, torch.Tensor):
-                    yield from _list_tensors(name, cell.cell_contents)
-                elif hasattr(cell.cell_contents, "handler_tensor"):
-                    yield name, lambda handler=cell.cell_contents, of=module: _unpack(handler, of.weight.dtype)  # type: ignore[misc]
+            yield from _open(f"{prefix}.{name}", value)
+        for number, held in enumerate(_list_cells(module)):
+            if isinstance(held, torch.Tensor):
+                yield from _open(f"{prefix}.cpu_linear.{number}", held)
+
+
+def _list_packed(model: nn.Module) -> Iterator[tuple[str, Any, torch.dtype]]:
+    """List oneDNN's handlers, which hold matrices, and these matrices' dtypes."""
+    for prefix, module in model.named_modules():
+        for number, held in enumerate(_list_cells(module)):
+            if hasattr(held, "handler_tensor"):
+                yield f"{prefix}.cpu_linear.{number}", held, module.weight.dtype
+
+
+def _list_cells(module: nn.Module) -> list[Any]:
+    """List what a linear layer's product on a CPU, a closure of vLLM's, has in it."""
+    cells = getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells]
 
 
 def _list_values(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -77,22 +91,18 @@ def _list_values(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in held.items() if isinstance(value, torch.Tensor) and name not in NOT_WEIGHTS}
 
 
-def _list_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Bytes]]:
-    """List a tensor, or those inside of it, as torchao's have them."""
+def _open(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Open a tensor that consists of others, as torchao's do."""
     if is_traceable_wrapper_subclass(tensor):
         for inner in tensor.__tensor_flatten__()[0]:
-            yield from _list_tensors(f"{name}.{inner}", getattr(tensor, inner))
+            yield from _open(f"{name}.{inner}", getattr(tensor, inner))
     else:
-        yield f"{name} {tensor.dtype} {list(tensor.shape)}", lambda: _read(tensor)
+        yield name, tensor
 
 
-def _read(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _unpack(handler: Any, dtype: torch.dtype) -> memoryview:
+def _unpack(handler: Any, dtype: torch.dtype) -> torch.Tensor:
     """Multiply what oneDNN has packed by the identity: sums of one weight and zeros, so exact."""
     from vllm._custom_ops import onednn_mm
 
     identity = torch.eye(handler.k, dtype=dtype)
-    return _read(torch.cat([onednn_mm(handler, rows.contiguous(), None) for rows in identity.split(ROWS)]))
+    return torch.cat([onednn_mm(handler, rows, None) for rows in identity.split(ROWS)])

@@ -57,8 +57,7 @@ echo '*' >"$folder/.gitignore"
 
 log=$folder/install.log
 echo "client_env: installing $(grep -c == "$lock") locked packages into $folder (log in $log)" >&2
-pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --no-compile)
-if ! "${pip[@]}" -r "$lock" >"$log" 2>&1; then
+if ! bash scripts/requirements/install.sh "$folder/bin/python" "$lock" >"$log" 2>&1; then
   grep '^ERROR' "$log" | tail -n 3 >&2 || tail -n 5 "$log" >&2
   fail "pip could not install $lock; the whole log is in $log"
 fi
@@ -69,6 +68,7 @@ if [ -n "$over" ]; then
   printf 'import site; site.addsitedir(%s)\n' "'$below'" >"$site/over_venv.pth"
 fi
 if [ ${#ours[@]} -gt 0 ]; then
+  pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --no-compile)
   "${pip[@]}" --no-build-isolation "${ours[@]}" >>"$log" 2>&1 || fail "pip could not install the project; see $log"
 fi
 if [ "$1" = clients ]; then

@@ -46,7 +46,7 @@ def test_every_tensor_of_model_and_drafter_counts(run_model: Run, tmp_path: Path
     updates = [{"folder": str(folder)} for folder in model]
     updates += [{"folder": str(TOY / "teacher")}, *({"folder": str(folder), "draft": True} for folder in draft)]
     speculation = {"method": "dflash", "model": str(TOY / "dflash"), "num_speculative_tokens": 7}
-    report = run_model(TOY / "teacher", updates=updates, speculative_config=speculation, prompts=1)
+    report = run_model(TOY / "teacher", updates=updates, speculative_config=speculation, prompts=0)
     assert count_digests(report, "model", len(updates)) == len(model) + 1
     drafts = {found["draft"] for found in report["digests"][-1 - len(draft) :]}
     assert len(drafts) == len(draft) + 1
@@ -58,6 +58,6 @@ def test_every_tensor_of_model_and_drafter_counts(run_model: Run, tmp_path: Path
 def test_every_tensor_of_a_pruned_model_counts(run_model: Run, make_checkpoint: Any, tmp_path: Path) -> None:
     pruned = shutil.copytree(make_checkpoint(25), tmp_path / "pruned")
     changed = change_one_of_each_kind(pruned, tmp_path / "changed")
-    report = run_model(pruned, dtype="bfloat16", updates=[{"folder": str(each)} for each in changed], prompts=1)
+    report = run_model(pruned, dtype="bfloat16", updates=[{"folder": str(each)} for each in changed], prompts=0)
     assert count_digests(report, "model", len(changed)) == len(changed) + 1
     assert {found["draft"] for found in report["digests"]} == {None}
