@@ -6,7 +6,7 @@ Here everything that takes part in the arithmetic does: parameters, buffers, the
 modules, and oneDNN's packed matrices, which are read through their products with rows of the identity.
 
 Given to vLLM with `--worker-extension-cls`, which `laguna serve --weight-updates` does; asked with vLLM's
-`/collective_rpc {"method": "digest_weights"}`, one answer per rank. Checked against vLLM 0.32.0, read against 0.26.
+`/collective_rpc {"method": "digest_weights"}`, one answer per rank. Checked against vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class WeightDigests:
 
     def digest_weights(self) -> Digests:
         """Digest what this rank serves with."""
-        drafter = getattr(getattr(self.model_runner, "drafter", None), "model", None)
-        draft = digest(drafter) if isinstance(drafter, nn.Module) else None
-        return Digests(model=digest(self.model_runner.get_model()), draft=draft)
+        drafter = self.model_runner.get_draft_model()
+        return Digests(
+            model=digest(self.model_runner.get_model()), draft=digest(drafter) if drafter is not None else None
+        )
 
 
 @torch.no_grad()
