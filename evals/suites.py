@@ -6,7 +6,8 @@ public data set). lm-evaluation-harness runs as a command in .venv-evals, which 
 releases, no torch). Code is asked by the prompts and stop words of bigcode-evaluation-harness, of evalplus or of this
 project, as the suite's name says, and runs in this project's sandbox only. DIR gets a folder per suite with its results
 and log, and suites.json and suites.md with one table; --merge makes that table of several folders, also of runs made
-by hand with lm-evaluation-harness and evalplus.
+by hand with lm-evaluation-harness (--log_samples) and evalplus, and tests every column against the first one, question
+by question.
 
 Log-likelihoods need an endpoint whose /v1/completions answers `echo` with `logprobs`, as vLLM's does, and the model's
 own tokenizer: prompts are sent as token ids. OPENAI_API_KEY is sent if it is set. A prompt to be answered that does not

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,8 @@ Z95 = 1.959964
 # evalplus names its files after model, backend and temperature; the model's name is in them alone.
 EVALPLUS_NAME = re.compile(r"_[a-z]+_temp_[\d.]+_eval_results$")
 EVALPLUS_SETS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
+# Of the samples of each question the share that was right, by a name that no other question of the suite has.
+Outcomes = Mapping[str, float]
 # As JSON has it; what a harness was given to generate with is an object.
 Setting = str | int | float | bool | JsonObject | None
 
@@ -58,6 +61,7 @@ class Score:
         suite: a name in suites.toml where task and shots are one's; else the harness's task and its shots.
         metric: with the filter, as "exact_match,strict-match".
         date: seconds since 1970 of its file.
+        read_outcomes: what became of single questions; nothing where no file says so.
     """
 
     model: str
@@ -65,6 +69,7 @@ class Score:
     metric: str
     cell: Cell
     date: float
+    read_outcomes: Callable[[], Outcomes] = dict
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +104,14 @@ class _LmEval(msgspec.Struct, frozen=True, kw_only=True):
     lm_eval_version: str
     model_name: str
     date: float
+
+
+class _Logged(msgspec.Struct, frozen=True):
+    """A line of samples_*.jsonl; its metrics stand beside these, by their names."""
+
+    doc_id: int
+    doc_hash: str
+    filter: str
 
 
 class _EvalplusSample(msgspec.Struct, frozen=True):
@@ -169,7 +182,35 @@ def _read_lm_eval(data: bytes, path: Path, suites: Sequence[Suite]) -> Iterator[
                 file=str(path),
             )
             title = suite.name if suite else f"{task}, {shots}-shot"
-            yield Score(body.model_name, title, key.removesuffix(",none"), cell, body.date)
+            outcomes = partial(_read_logged, path, leaves, metric, name)
+            yield Score(body.model_name, title, key.removesuffix(",none"), cell, body.date, outcomes)
+
+
+def _read_logged(path: Path, tasks: Sequence[str], metric: str, name: str) -> Outcomes:
+    """Read what a run with --log_samples left beside its results: a question is known by its text's hash.
+
+    Nothing where it left nothing, or where questions have no such number of their own.
+
+    Raises:
+        SuiteError: a file of samples is not whole.
+    """
+    found: dict[str, float] = {}
+    for task in tasks:
+        log = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
+        if not log.is_file():
+            return {}
+        for line in log.read_bytes().splitlines():
+            try:
+                logged = msgspec.json.decode(line, type=_Logged)
+                value = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).get(metric, msgspec.Raw(b"null"))
+                if logged.filter == name:
+                    found[f"{task} {logged.doc_id} {logged.doc_hash}"] = msgspec.json.decode(value, type=float)
+            except msgspec.DecodeError as error:
+                if isinstance(error, msgspec.ValidationError):
+                    return {}
+                expected = f"expected a sample a line, got {type(error).__name__}: {error}"
+                raise SuiteError(f"{log}: {expected}; remove the file or run its suite again") from None
+    return found
 
 
 def _join_versions(task: str, leaves: Sequence[str], versions: dict[str, int | float | str]) -> str:
@@ -215,7 +256,7 @@ def _read_evalplus(data: bytes, path: Path, _: Sequence[Suite]) -> Iterator[Scor
     if next(iter(body.eval.values()))[0].plus_status is None:
         del checks[f"{name}+"]
     for suite, passed in checks.items():
-        counts = [(len(samples), sum(map(passed, samples))) for samples in body.eval.values()]
+        counts = {task: (len(samples), sum(map(passed, samples))) for task, samples in body.eval.items()}
         settings: dict[str, Setting] = {"harness": "evalplus, graded by itself", "task_version": body.hash}
         yield _make_pass_score(EVALPLUS_NAME.sub("", path.stem), f"{suite} (evalplus)", counts, settings, path)
 
@@ -224,8 +265,13 @@ def _read_samples(data: bytes, path: Path, _: Sequence[Suite]) -> Iterator[Score
     body = msgspec.json.decode(data, type=SamplesResult)
     settings: dict[str, Setting] = {"harness": "evalplus's samples, graded in our sandbox"}
     counts = {"plus": body.counts, "base": body.base_counts} if body.base_counts else {"": body.counts}
-    for part, found in counts.items():
-        yield _make_pass_score(body.model, body.suite, found, settings, path, part)
+    for part, found in counts.items():  # whose, the file does not say
+        yield replace(
+            _make_pass_score(
+                body.model, body.suite, {str(place): count for place, count in enumerate(found)}, settings, path, part
+            ),
+            read_outcomes=dict,
+        )
 
 
 def _read_code_tasks(data: bytes, path: Path, _: Sequence[Suite]) -> Iterator[Score]:
@@ -250,8 +296,8 @@ def _read_code_tasks(data: bytes, path: Path, _: Sequence[Suite]) -> Iterator[Sc
     }
     rows = body.problems
     # What compares with others' figures is the verdict of the tests as published; results before it had one only.
-    plus = [(row.samples, row.passed if row.published is msgspec.UNSET else row.published) for row in rows]
-    base = [(row.samples, row.base) for row in rows if row.base is not msgspec.UNSET]
+    plus = {row.task_id: (row.samples, row.passed if row.published is msgspec.UNSET else row.published) for row in rows}
+    base = {row.task_id: (row.samples, row.base) for row in rows if row.base is not msgspec.UNSET}
     yield _make_pass_score(body.model, suite, plus, settings, path, "plus" if base else "")
     if base:
         yield _make_pass_score(body.model, suite, base, settings, path, "base")
@@ -260,15 +306,16 @@ def _read_code_tasks(data: bytes, path: Path, _: Sequence[Suite]) -> Iterator[Sc
 def _make_pass_score(
     model: str,
     suite: str,
-    counts: Sequence[tuple[int, int]],
+    counts: Mapping[str, tuple[int, int]],
     settings: dict[str, Setting],
     path: Path,
     part: str = "",
 ) -> Score:
     """pass@1 over problems, from (samples, passed) of each; `part`: of evalplus's two, "base" or "plus"."""
-    estimate = average_pass_at_k(counts, 1)
+    estimate = average_pass_at_k([*counts.values()], 1)
     cell = Cell(value=estimate.point, ci95=estimate.ci95, n=len(counts), settings=settings, file=str(path))
-    return Score(model, suite, f"pass@1 {part}".rstrip(), cell, path.stat().st_mtime)
+    shares = {task: passed / samples for task, (samples, passed) in counts.items() if samples}
+    return Score(model, suite, f"pass@1 {part}".rstrip(), cell, path.stat().st_mtime, lambda: shares)
 
 
 def _find_interval(value: float, stderr: object, n: int, counted: bool) -> tuple[float, float] | None:

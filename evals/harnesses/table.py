@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from laguna_serve.evals.harnesses.pairing import Pair, pair, render_pairs
 from laguna_serve.evals.harnesses.results import Cell, Score, Setting
 from laguna_serve.evals.harnesses.settings import Suite
 from laguna_serve.serving.kit.environment import Environment
@@ -24,11 +25,15 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 class SuitesResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.suites/1"):
-    """suites.json. A column is a model; one that several folders hold gets a column per folder."""
+    """suites.json. A column is a model; one that several folders hold gets a column per folder.
+
+    `pairs`: columns against the first one, where it is known what became of single questions.
+    """
 
     environment: Environment
     columns: list[str]
     rows: list[Row]
+    pairs: list[Pair] = []
 
 
 def merge(scores_of: Mapping[Path, Sequence[Score]], suites: Sequence[Suite], environment: Environment) -> SuitesResult:
@@ -37,24 +42,25 @@ def merge(scores_of: Mapping[Path, Sequence[Score]], suites: Sequence[Suite], en
     Of several runs of the same suite and metric in a folder the newest counts.
     """
     places = Counter(model for scores in scores_of.values() for model in {score.model for score in scores})
-    cells: dict[tuple[str, str], dict[str, Cell]] = {}
+    found: dict[tuple[str, str], dict[str, Score]] = {}
     columns: dict[str, None] = {}
     for folder, scores in scores_of.items():
         for score in scores:
             column = score.model if places[score.model] == 1 else f"{score.model} ({folder})"
             columns[column] = None
-            cells.setdefault((score.suite, score.metric), {})[column] = score.cell
+            found.setdefault((score.suite, score.metric), {})[column] = score
     order = {(suite.name, key.removesuffix(",none")): at for at, (suite, key) in enumerate(_list_scores(suites))}
 
     def place(key: tuple[str, str]) -> tuple[int, tuple[str, str]]:
         # A code suite's name goes on with how it was asked.
         return order.get((re.split("[:,]", key[0])[0], key[1]), len(order)), key
 
-    rows = [
-        Row(suite=suite, metric=metric, cells=row, differ=_find_differences(list(row.values())))
-        for (suite, metric), row in sorted(cells.items(), key=lambda item: place(item[0]))
-    ]
-    return SuitesResult(environment=environment, columns=list(columns), rows=rows)
+    placed = dict(sorted(found.items(), key=lambda item: place(item[0])))
+    rows = []
+    for (suite, metric), row in placed.items():
+        cells = {column: score.cell for column, score in row.items()}
+        rows.append(Row(suite=suite, metric=metric, cells=cells, differ=_find_differences(list(cells.values()))))
+    return SuitesResult(environment=environment, columns=list(columns), rows=rows, pairs=pair(placed))
 
 
 def _list_scores(suites: Sequence[Suite]) -> list[tuple[Suite, str]]:
@@ -73,7 +79,7 @@ def render_text(table: SuitesResult) -> str:
     for row in table.rows:
         shown = " ".join(f"{_show(row.cells.get(column)):>32}" for column in table.columns)
         lines.append(f"{row.suite:<24} {row.metric + _mark(row):<30} {shown}")
-    return "\n".join([*lines, "", *_list_notes(table)])
+    return "\n".join([*lines, "", *render_pairs(table.pairs), *_list_notes(table)])
 
 
 def render_markdown(table: SuitesResult) -> str:
@@ -84,6 +90,13 @@ def render_markdown(table: SuitesResult) -> str:
         shown = " | ".join(_show(row.cells.get(column)) for column in table.columns)
         lines.append(f"| {row.suite} | {row.metric}{_mark(row)} | {shown} |")
     lines += ["", "Share, its 95% interval, and the number of questions.", ""]
+    if table.pairs:
+        lines += [
+            "Question by question, against the first column (McNemar's exact test):",
+            "",
+            *(f"- {line}" for line in render_pairs(table.pairs)),
+            "",
+        ]
     footer = f"`{table.environment.command}` on {table.environment.date}."
     return "\n".join([*lines, *(f"- {note}" for note in _list_notes(table)), "", footer]) + "\n"
 

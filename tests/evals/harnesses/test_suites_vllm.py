@@ -12,6 +12,8 @@ from walls_here import needs_walls
 
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import lm_eval
+from laguna_serve.evals.harnesses.results import read_scores
+from laguna_serve.evals.harnesses.settings import load_suites
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.engine import Engine
 
@@ -101,6 +103,14 @@ def test_code_suites_on_the_engine(fp32_engine: Engine, tmp_path: Path, capsys: 
     assert len(set(texts.values())) == 3, texts
 
 
+def check_outcomes(out: Path) -> None:
+    """What became of single questions is what the harness's numbers are of."""
+    for score in read_scores(out, [*load_suites().values()]):
+        outcomes = score.read_outcomes()
+        assert len(outcomes) == score.cell.n
+        assert sum(outcomes.values()) / len(outcomes) == pytest.approx(score.cell.value)
+
+
 HOWS = ("raw", "chat, thinking", "chat, no thinking")
 
 
@@ -116,6 +126,7 @@ def test_real_harness_on_local_mmlu_pro(
     # The group's version, and its tasks' own.
     assert cell["settings"]["task_version"] == f"{cell['task_versions']['mmlu_pro']}, its 14 tasks 3.1"
     assert len(cell["task_versions"]) == 15
+    check_outcomes(tmp_path / "out")
     (log,) = (tmp_path / "out").rglob("samples_mmlu_pro_law_*.jsonl")
     (sample,) = [json.loads(line) for line in log.read_text().splitlines()]
     prompt = sample["arguments"]["gen_args_0"]["arg_0"]
@@ -152,6 +163,7 @@ def test_real_harness_on_local_data(
     right = sum(best == int(sample["target"]) for best, sample in zip(ours, samples, strict=True))
     assert rows["arc-challenge", "acc"]["value"] == pytest.approx(right / len(QUESTIONS))
 
+    check_outcomes(out)
     (log,) = (out / "gsm8k").rglob("samples_gsm8k_*.jsonl")
     sample = json.loads(log.read_text().splitlines()[0])
     assert sample["arguments"]["gen_args_0"]["arg_0"].count("Question: ") == 9
