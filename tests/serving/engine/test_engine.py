@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -169,6 +170,26 @@ def test_silent_engine_times_out(
     with pytest.raises(EngineError, match=message), start(target, tmp_path, ready_timeout_s=3.0):
         pass
     wait_until_gone(read_pids(fake_vllm, 0), timeout_s=0)
+
+
+def test_port_is_nobody_elses_while_the_engine_starts(
+    fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found free; until vLLM has it seconds pass."""
+    start_process, taken = subprocess.Popen, []
+
+    def start_late(command: list[str], **named: Any) -> subprocess.Popen[bytes]:
+        port = int(command[command.index("--port") + 1])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        taken.append(port)
+        return start_process(command, **named)
+
+    monkeypatch.setattr("laguna_serve.serving.engine.engine.subprocess.Popen", start_late)
+    with start(target, tmp_path) as engine:
+        assert engine.base_url.endswith(f":{taken[0]}")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken[0]))
 
 
 def test_taken_port_fails_before_start(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
