@@ -6,14 +6,15 @@ Here everything that takes part in the arithmetic does: parameters, buffers, the
 modules, and oneDNN's packed matrices, which are read through their products with rows of the identity.
 
 Given to vLLM with `--worker-extension-cls`, which `laguna serve --weight-updates` does; asked with vLLM's
-`/collective_rpc {"method": "digest_weights"}`, one answer per rank. Checked against vLLM 0.32.0.
+`/collective_rpc {"method": "digest_weights"}`, one answer per rank (of data parallel engines the first one's alone).
+Checked against vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
@@ -23,7 +24,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # What hangs on attention layers and belongs to requests.
 NOT_WEIGHTS = ("kv_cache",)
-# Rows of the identity at a time.
+# What is copied from a device, or unpacked, at a time.
+SLICE_BYTES = 64 << 20
 ROWS = 256
 THREADS = 8
 
@@ -40,6 +42,10 @@ class WeightDigests:
 
     model_runner: Any
 
+    def can_digest_weights(self) -> dict[str, bool]:
+        """Say so: an engine without this class refuses the question."""
+        return {"can": True}
+
     def digest_weights(self) -> Digests:
         """Digest what this rank serves with."""
         drafter = self.model_runner.get_draft_model()
@@ -51,17 +57,27 @@ class WeightDigests:
 @torch.no_grad()
 def digest(model: nn.Module) -> str:
     """SHA-256 in hex of every tensor of a model, its name, dtype and shape among them."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # threads have streams of their own
     tensors, packed = _list_tensors(model), _list_packed(model)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        lines = [*pool.map(lambda item: _render(item[0], item[1]), tensors)]
+        lines = [*pool.map(lambda item: f"{item[0]} {_hash(_slice(item[1]))}\n", tensors)]
     # oneDNN's products share one scratch pad: one after the other, in the thread that the model's own run in.
-    lines += [_render(name, _unpack(handler, dtype)) for name, handler, dtype in packed]
+    lines += [f"{name} {dtype} {_hash(_unpack(handler, dtype))}\n" for name, handler, dtype in packed]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _render(name: str, tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}\n"
+def _hash(parts: Iterable[torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _slice(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.detach().contiguous().view(-1)
+    for part in flat.split(max(1, SLICE_BYTES // max(1, flat.element_size()))):
+        yield part.cpu()
 
 
 def _list_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -93,17 +109,19 @@ def _list_values(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _open(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Open a tensor that consists of others, as torchao's do."""
+    """Open a tensor that consists of others, as torchao's do; a name says dtype and shape, too."""
     if is_traceable_wrapper_subclass(tensor):
         for inner in tensor.__tensor_flatten__()[0]:
             yield from _open(f"{name}.{inner}", getattr(tensor, inner))
     else:
-        yield name, tensor
+        yield f"{name} {tensor.dtype} {list(tensor.shape)}", tensor
 
 
-def _unpack(handler: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply what oneDNN has packed by the identity: sums of one weight and zeros, so exact."""
+def _unpack(handler: Any, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Multiply what oneDNN has packed by rows of the identity: sums of one weight and zeros, so exact."""
     from vllm._custom_ops import onednn_mm
 
-    identity = torch.eye(handler.k, dtype=dtype)
-    return torch.cat([onednn_mm(handler, rows, None) for rows in identity.split(ROWS)])
+    for first in range(0, handler.k, ROWS):
+        rows = torch.zeros(min(ROWS, handler.k - first), handler.k, dtype=dtype)
+        rows.diagonal(first).fill_(1)
+        yield onednn_mm(handler, rows, None)

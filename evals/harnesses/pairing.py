@@ -21,7 +21,7 @@ from laguna_serve.evals.harnesses.results import Outcomes, Score
 
 
 class Pair(Struct, frozen=True, kw_only=True):
-    """A column against the first one that has the row, on the questions that both were asked.
+    """A column against the first one whose questions are known, on those that both were asked.
 
     Attributes:
         questions: that both were asked.
@@ -51,10 +51,10 @@ def pair(rows: Mapping[tuple[str, str], Mapping[str, Score]]) -> list[Pair]:
 def _pair_row(suite: str, metric: str, scores: Mapping[str, Score]) -> Iterator[Pair]:
     if len(scores) < 2:
         return
-    (baseline, first), *others = scores.items()
-    known = first.read_outcomes()
-    for candidate, score in others:
-        better, worse, questions = _count(known, score.read_outcomes())
+    known = {column: outcomes for column, score in scores.items() if (outcomes := score.read_outcomes())}
+    baseline, *others = known or [""]
+    for candidate in others:
+        better, worse, questions = _count(known[baseline], known[candidate])
         if questions:
             p = find_p(better, worse)
             yield Pair(
@@ -82,10 +82,11 @@ def find_p(better: int, worse: int) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def render_pairs(pairs: Sequence[Pair]) -> list[str]:
-    """Render a line for each."""
+def render_pairs(pairs: Sequence[Pair], marks: Mapping[tuple[str, str], str]) -> list[str]:
+    """Render a line for each; `marks`: what a row's metric is followed by, as in the table."""
     return [
-        f"{one.suite}, {one.metric}: {one.candidate} against {one.baseline}, {one.questions} questions of both: "
+        f"{one.suite}, {one.metric}{marks[one.suite, one.metric]}: "
+        f"{one.candidate} against {one.baseline}, {one.questions} questions of both: "
         f"{one.better} better, {one.worse} worse, p {one.p:.2g} ({one.p_holm:.2g} with all of these, Holm)"
         for one in pairs
     ]

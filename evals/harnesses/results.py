@@ -6,6 +6,7 @@ were not measured alike. Files of runs made by hand, without suites.py, are read
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -99,19 +100,12 @@ class _LmEval(msgspec.Struct, frozen=True, kw_only=True):
     results: dict[str, JsonObject]
     group_subtasks: dict[str, list[str]] = {}
     versions: dict[str, int | float | str | None]
+    higher_is_better: dict[str, dict[str, bool | None]] = {}
     shots: dict[str, int] = msgspec.field(name="n-shot")
     samples: dict[str, _LmEvalCount] = msgspec.field(name="n-samples")
     lm_eval_version: str
     model_name: str
     date: float
-
-
-class _Logged(msgspec.Struct, frozen=True):
-    """A line of samples_*.jsonl; its metrics stand beside these, by their names."""
-
-    doc_id: int
-    doc_hash: str
-    filter: str
 
 
 class _EvalplusSample(msgspec.Struct, frozen=True):
@@ -182,14 +176,15 @@ def _read_lm_eval(data: bytes, path: Path, suites: Sequence[Suite]) -> Iterator[
                 file=str(path),
             )
             title = suite.name if suite else f"{task}, {shots}-shot"
-            outcomes = partial(_read_logged, path, leaves, metric, name)
+            up = body.higher_is_better.get(leaves[0], {}).get(metric, True)
+            outcomes = dict if up is None else partial(_read_logged, path, leaves, metric, name, sign=1 if up else -1)
             yield Score(body.model_name, title, key.removesuffix(",none"), cell, body.date, outcomes)
 
 
-def _read_logged(path: Path, tasks: Sequence[str], metric: str, name: str) -> Outcomes:
+def _read_logged(path: Path, tasks: Sequence[str], metric: str, name: str, sign: int) -> Outcomes:
     """Read what a run with --log_samples left beside its results: a question is known by its text's hash.
 
-    Nothing where it left nothing, or where questions have no such number of their own.
+    Nothing where it left nothing, or where a question has no such number of its own. `sign`: -1 where less is better.
 
     Raises:
         SuiteError: a file of samples is not whole.
@@ -199,17 +194,18 @@ def _read_logged(path: Path, tasks: Sequence[str], metric: str, name: str) -> Ou
         log = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
         if not log.is_file():
             return {}
-        for line in log.read_bytes().splitlines():
+        for line in log.read_text(encoding="utf-8").splitlines():
             try:
-                logged = msgspec.json.decode(line, type=_Logged)
-                value = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).get(metric, msgspec.Raw(b"null"))
-                if logged.filter == name:
-                    found[f"{task} {logged.doc_id} {logged.doc_hash}"] = msgspec.json.decode(value, type=float)
-            except msgspec.DecodeError as error:
-                if isinstance(error, msgspec.ValidationError):
-                    return {}
+                logged = json.loads(line)  # NaN may be in it
+                if logged["filter"] != name:
+                    continue
+                question, value = f"{task} {logged['doc_id']} {logged['doc_hash']}", logged.get(metric)
+            except (ValueError, LookupError, TypeError) as error:
                 expected = f"expected a sample a line, got {type(error).__name__}: {error}"
                 raise SuiteError(f"{log}: {expected}; remove the file or run its suite again") from None
+            if not isinstance(value, bool | int | float) or not math.isfinite(value):
+                return {}
+            found[question] = sign * float(value)
     return found
 
 

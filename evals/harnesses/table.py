@@ -79,7 +79,7 @@ def render_text(table: SuitesResult) -> str:
     for row in table.rows:
         shown = " ".join(f"{_show(row.cells.get(column)):>32}" for column in table.columns)
         lines.append(f"{row.suite:<24} {row.metric + _mark(row):<30} {shown}")
-    return "\n".join([*lines, "", *render_pairs(table.pairs), *_list_notes(table)])
+    return "\n".join([*lines, "", *_list_pairs(table), *_list_notes(table)])
 
 
 def render_markdown(table: SuitesResult) -> str:
@@ -92,13 +92,17 @@ def render_markdown(table: SuitesResult) -> str:
     lines += ["", "Share, its 95% interval, and the number of questions.", ""]
     if table.pairs:
         lines += [
-            "Question by question, against the first column (McNemar's exact test):",
+            "Question by question, against the first column whose questions are known (McNemar's exact test):",
             "",
-            *(f"- {line}" for line in render_pairs(table.pairs)),
+            *(f"- {line}" for line in _list_pairs(table)),
             "",
         ]
     footer = f"`{table.environment.command}` on {table.environment.date}."
     return "\n".join([*lines, *(f"- {note}" for note in _list_notes(table)), "", footer]) + "\n"
+
+
+def _list_pairs(table: SuitesResult) -> list[str]:
+    return render_pairs(table.pairs, {(row.suite, row.metric): _mark(row) for row in table.rows})
 
 
 def _show(cell: Cell | None) -> str:

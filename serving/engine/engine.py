@@ -177,7 +177,7 @@ class Engine:
         self.gamma, self.chat = launch.gamma, launch.chat
         for warning in launch.warnings:
             self._announce(f"warning: {warning}")
-        # vLLM takes it seconds from now.
+        # vLLM takes it seconds from now; until then nobody gets it by chance.
         self._held = hold_port(self.config.host, urlsplit(launch.base_url).port or 0)
         self._empty_log()
         self._memory_kills = count_memory_kills()

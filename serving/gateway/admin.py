@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated
 
 import jinja2
+import msgspec
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -138,8 +139,8 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     async def compare(model: Model = None) -> JsonObject:
         """Digests of the weights that the engines of a model serve with, which are the same on all; 502 if not."""
         async with alone(model) as group:
-            answers = await group.compare()
-        return {engine.name: answer["results"] for engine, answer in answers.items()}
+            found = await group.compare(group.pool.engines)
+        return {engine.name: msgspec.to_builtins(digests) for engine, digests in found.items()}
 
     @app.post("/pause")
     async def pause(mode: PauseMode = "abort", model: Model = None) -> JsonObject:

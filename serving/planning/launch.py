@@ -179,7 +179,7 @@ def check_launch(config: EngineConfig) -> Checkpoints:
 
 
 def find_port(host: str) -> int:
-    """Find a port that was free a moment ago, and stays so for who holds it."""
+    """Find a port that was free a moment ago; see `hold_port`."""
     with hold_port(host, 0) as server:
         port: int = server.getsockname()[1]
         return port
@@ -194,9 +194,9 @@ def require_port(host: str, port: int) -> int:
 
 
 def hold_port(host: str, port: int) -> socket.socket:
-    """Bind a port without listening, which keeps everybody off it but a server that says SO_REUSEADDR, as vLLM does.
+    """Bind a port without listening: Linux gives it to nobody who asks for any port, a connection's own end included.
 
-    Linux neither gives it to others nor refuses it to that server, which goes on when the holder is closed.
+    Servers that say SO_REUSEADDR and name it still get it, the one that it is held for (vLLM says it), and others.
 
     Raises:
         EngineError: it is taken, or the address is none of this machine's.

@@ -30,7 +30,7 @@ class WarmProcess:
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        with self._server.lock:  # a status is told once
+        with self._server.lock:
             if self.returncode is None:
                 self.returncode = self._server.ask({"poll": self.pid})["status"]
                 if self.returncode is not None:
@@ -121,7 +121,8 @@ class Warm:
             self._questions.write(json.dumps({"id": number, **request}).encode() + b"\n")
             self._questions.flush()
             while (answer := self._read())["id"] != number:
-                pass
+                if "pid" in answer:  # of a process that nobody knows of
+                    os.kill(answer["pid"], signal.SIGKILL)
             return answer
 
     def _read(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ brought back to it and checked; the others are fenced off, until an update succe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,18 +103,20 @@ class WeightGroup:
         try:
             if request.weight_version is not None:
                 await self.call(VERSION_PATH, self.pool.engines, method="GET")  # what will be asked at the end
+            if request.digests:
+                await self.call(digests.PATH, self.pool.engines, digests.PROBE)
             await self.pause(request.mode)
         except StepError as error:
             return self._report("unchanged", str(error))
         try:
             await self._load(request, self.pool.engines)
             if request.digests:
-                await self.compare()
+                await self.compare(self.pool.engines)
             self.settle(parts, request.weight_version, request.draft_version)
             return self._report("updated", None)
         except StepError as error:
             if request.rollback is not None:
-                await self._roll_back(request.rollback)
+                await self._roll_back(request.rollback, check=request.digests)
             self.fence_changed()
             return self._report(self._find_outcome(), str(error))
         finally:
@@ -159,17 +162,26 @@ class WeightGroup:
                 await self.call("/update_weight_version", engines, {"new_version": update.weight_version})
             await self.verify(engines, update.weight_version)
 
-    async def _roll_back(self, update: Update) -> None:
-        """Every changed engine on its own: one that cannot be brought back is no reason to give up another."""
+    async def _roll_back(self, update: Update, *, check: bool) -> None:
+        """Every changed engine on its own: one that cannot be brought back is no reason to give up another.
+
+        With `check` they must show the same digests then.
+        """
         weights, draft = self.pool.versions
         whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
-        for engine, changed in list(self._changed.items()):
+        restored = list[Engine]()
+        for engine, changed in self._changed.items():
             if changed - _list_parts(whole):
                 continue
-            try:
+            with contextlib.suppress(StepError):
                 await self._load(whole, [engine])
-            except StepError:
-                continue
+                restored.append(engine)
+        if check and restored:
+            try:
+                await self.compare(restored)
+            except StepError:  # which of them are right is not known
+                return
+        for engine in restored:
             del self._changed[engine]
 
     async def close(self, engines: Iterable[Engine]) -> None:
@@ -230,15 +242,16 @@ class WeightGroup:
         if wrong := {e: f"expected version {version}, got {v}" for e, v in found.items() if v != version}:
             raise StepError(VERSION_PATH, wrong)
 
-    async def compare(self) -> dict[Engine, JsonObject]:
-        """Check that all engines serve with the same weights; their digests.
+    async def compare(self, engines: Sequence[Engine]) -> dict[Engine, Sequence[digests.Digests]]:
+        """Check that engines serve with the same weights; their digests.
 
         Raises StepError: some have others, or do not know.
         """
-        answers = await self.call(digests.PATH, self.pool.engines, digests.BODY)
-        if wrong := digests.find_differing(answers):
+        answers = await self.call(digests.PATH, engines, digests.BODY)
+        found, wrong = digests.read(answers)
+        if wrong := wrong or digests.find_differing(found):
             raise StepError("digests", wrong)
-        return answers
+        return found
 
     async def _ask(
         self,

@@ -81,6 +81,7 @@ def merge(tmp_path: Path, *folders: Path) -> tuple[int, dict[str, Any], str]:
 def test_logged_samples_of_the_harness_are_paired(tmp_path: Path) -> None:
     one, two = log(tmp_path / "a", "11111110"), log(tmp_path / "b", "10000001")
     _, result, page = merge(tmp_path, one, two)
+    assert "† against" not in page
     found = {(each["suite"], each["metric"]): each for each in result["pairs"]}
     acc = found["arc-challenge", "acc"]
     assert (acc["questions"], acc["better"], acc["worse"], acc["p"]) == (8, 1, 6, pytest.approx(16 / 128))
@@ -95,10 +96,46 @@ def test_samples_of_another_filter_are_not_the_metrics(tmp_path: Path) -> None:
     assert "McNemar" not in page
 
 
+@pytest.mark.parametrize(("value", "pairs"), [("NaN", 1), ("null", 1), ("true", 2)])
+def test_question_without_a_number_takes_the_metric_out(tmp_path: Path, value: str, pairs: int) -> None:
+    folders = log(tmp_path / "a", "1011"), log(tmp_path / "b", "0101")
+    path = folders[1] / "samples_arc_challenge_2026.jsonl"
+    path.write_text(path.read_text().replace('"acc": 1.0', f'"acc": {value}'))
+    status, result, _ = merge(tmp_path, *folders)
+    assert (status, len(result["pairs"])) == (0, pairs)
+
+
+def test_less_may_be_better(tmp_path: Path) -> None:
+    folders = log(tmp_path / "a", "1111"), log(tmp_path / "b", "0001")
+    for folder in folders:
+        body = json.loads((folder / "results_2026.json").read_text())
+        body["higher_is_better"] = {"arc_challenge": {"acc": False, "acc_norm": None}}
+        (folder / "results_2026.json").write_text(json.dumps(body))
+    (acc,) = merge(tmp_path, *folders)[1]["pairs"]
+    assert (acc["metric"], acc["better"], acc["worse"]) == ("acc", 3, 0)
+
+
+def test_rows_measured_otherwise_are_marked(tmp_path: Path) -> None:
+    folders = log(tmp_path / "a", "10"), log(tmp_path / "b", "01")
+    body = json.loads((folders[1] / "results_2026.json").read_text())
+    body["config"]["limit"] = 2
+    (folders[1] / "results_2026.json").write_text(json.dumps(body))
+    assert "- arc-challenge, acc †: teacher" in merge(tmp_path, *folders)[2]
+
+
+def test_first_column_without_samples_is_nobodys_baseline(tmp_path: Path) -> None:
+    folders = [log(tmp_path / name, "10") for name in "abc"]
+    (folders[0] / "samples_arc_challenge_2026.jsonl").unlink()
+    found = merge(tmp_path, *folders)[1]["pairs"]
+    assert {(each["baseline"], each["candidate"]) for each in found} == {
+        (f"teacher ({folders[1]})", f"teacher ({folders[2]})")
+    }
+
+
 def test_samples_cut_off_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = log(tmp_path / "a", "10"), log(tmp_path / "b", "01", extra='{"doc_id": 2, "do')
     assert merge(tmp_path, *folders)[0] == 2
-    assert "samples_arc_challenge_2026.jsonl: expected a sample a line, got DecodeError" in capsys.readouterr().err
+    assert "samples_arc_challenge_2026.jsonl: expected a sample a line, got JSONDecodeError" in capsys.readouterr().err
 
 
 def test_questions_of_code_are_known_by_their_task(tmp_path: Path) -> None:

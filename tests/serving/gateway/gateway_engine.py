@@ -15,14 +15,14 @@ PATH = "/v1/completions"
 class RlEngine(Upstream, Weights):
     """An engine whose weights can be updated. It says that it has the version that it `claims`, if any.
 
-    With `spoils` its weights are not what it was sent.
+    An update that it `spoils` is not what it serves with.
     """
 
     def __init__(self, *, lax: bool = False) -> None:
         Upstream.__init__(self)
         Weights.__init__(self, lax=lax)
         self.claims: str | None = None
-        self.spoils = ""
+        self.spoils: object = None
         self.handlers = dict.fromkeys(ROUTES, self.step)
         self.handlers[VERSION] = self.tell
         self.handlers[PATH] = self.complete
@@ -39,9 +39,13 @@ class RlEngine(Upstream, Weights):
         await exchange.answer(json.dumps({"weight_version": self.claims or self.version}).encode())
 
     async def digest(self, exchange: Exchange) -> None:
-        """Of what was loaded, the `spoils` among it."""
-        assert json.loads(exchange.body) == {"method": "digest_weights"}
-        found = hashlib.sha256(f"{self.loaded}{self.spoils}".encode()).hexdigest()
+        asked = json.loads(exchange.body)["method"]
+        if asked == "can_digest_weights":
+            await exchange.answer(b'{"results": [{"can": true}]}')
+            return
+        assert asked == "digest_weights"
+        last = self.loaded[-1:]
+        found = hashlib.sha256(f"{last}{last == [self.spoils]}".encode()).hexdigest()
         await exchange.answer(json.dumps({"results": [{"model": found, "draft": "d"}]}).encode())
 
     async def refuse(self, exchange: Exchange) -> None:

@@ -42,27 +42,52 @@ def test_other_weights_than_the_first_engines_are_not_served(
     front: Gateway, engines: tuple[RlEngine, RlEngine]
 ) -> None:
     """Both say that they have version 7."""
-    engines[1].spoils = "x"
+    engines[1].spoils = {"names": ["w"]}
     status, report = update(front)
     assert (status, report["outcome"]) == (502, "unavailable")
     assert report["error"] == "digests: b: expected the weights of a, got others: the model"
     assert front.ask(PATH, COMPLETION).status == 503
     assert front.ask_admin("/admin/weight_digests").status == 502
-    engines[1].spoils = ""
+    engines[1].spoils = None
     assert update(front)[1]["outcome"] == "updated"
     assert front.ask(PATH, COMPLETION).header("x-weight-version") == "7"
 
 
+BACK = {"update": [{"names": ["old"]}]}
+
+
 def test_other_weights_are_taken_back(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
-    engines[1].spoils = "x"
-    status, report = update(front, rollback={"update": [{"names": ["old"]}]})
+    engines[1].spoils = {"names": ["w"]}
+    status, report = update(front, rollback=BACK)
     assert (status, report["outcome"]) == (502, "rolled_back")
     assert engines[0].loaded == engines[1].loaded == [{"names": ["w"]}, {"names": ["old"]}]
     assert front.ask(PATH, COMPLETION).header("x-weight-version") == "default"
 
 
-def test_engine_that_does_not_know_its_digests_is_named(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+def test_engines_that_differ_after_the_way_back_are_not_served(
+    front: Gateway, engines: tuple[RlEngine, RlEngine]
+) -> None:
+    engines[0].fail_once = {"/update_weights"}
+    engines[1].spoils = {"names": ["old"]}
+    status, report = update(front, rollback=BACK)
+    assert (status, report["outcome"]) == (502, "unavailable")
+    assert front.ask(PATH, COMPLETION).status == 503
+
+
+def test_engine_that_does_not_know_its_digests_is_left_alone(
+    front: Gateway, engines: tuple[RlEngine, RlEngine]
+) -> None:
+    """As those are that were not started with --weight-updates, or are no vLLM."""
     engines[1].handlers["/collective_rpc"] = engines[1].refuse
     status, report = update(front)
-    assert (status, report["outcome"]) == (502, "unavailable")
+    assert (status, report["outcome"]) == (502, "unchanged")
     assert "/collective_rpc: b: HTTP 404" in report["error"]
+    assert engines[0].loaded == engines[1].loaded == []
+    assert front.ask(PATH, COMPLETION).status == 200
+
+
+def test_answer_that_holds_no_digests_is_told(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+    engines[0].handlers["/collective_rpc"] = engines[0].complete
+    reply = front.ask_admin("/admin/weight_digests")
+    assert reply.status == 502
+    assert reply.json()["error"].startswith("digests: a: expected digests, got an answer where Object missing required")
