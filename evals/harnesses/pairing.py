@@ -17,7 +17,8 @@ from msgspec import Struct, structs
 from scipy.stats import binomtest
 
 from laguna_serve.bench.stats.two_sample import adjust
-from laguna_serve.evals.harnesses.results import Outcomes, Score
+from laguna_serve.evals.harnesses.logged_samples import Outcomes
+from laguna_serve.evals.harnesses.results import Score
 
 
 class Pair(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ were not measured alike. Files of runs made by hand, without suites.py, are read
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ import msgspec
 from laguna_serve.evals.codegen.pass_at_k import average_pass_at_k
 from laguna_serve.evals.codegen.result import CodeTasksResult
 from laguna_serve.evals.harnesses.code_suites import SamplesResult
+from laguna_serve.evals.harnesses.logged_samples import Outcomes, read_logged
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError
 from laguna_serve.evals.problems.mbpp_splits import describe_split
 from laguna_serve.serving.kit.results import JsonObject
@@ -29,8 +29,6 @@ Z95 = 1.959964
 # evalplus names its files after model, backend and temperature; the model's name is in them alone.
 EVALPLUS_NAME = re.compile(r"_[a-z]+_temp_[\d.]+_eval_results$")
 EVALPLUS_SETS = {"HumanEval": "HumanEval", "Mbpp": "MBPP"}
-# Of the samples of each question the share that was right, by a name that no other question of the suite has.
-Outcomes = Mapping[str, float]
 # As JSON has it; what a harness was given to generate with is an object.
 Setting = str | int | float | bool | JsonObject | None
 
@@ -177,36 +175,8 @@ def _read_lm_eval(data: bytes, path: Path, suites: Sequence[Suite]) -> Iterator[
             )
             title = suite.name if suite else f"{task}, {shots}-shot"
             up = body.higher_is_better.get(leaves[0], {}).get(metric, True)
-            outcomes = dict if up is None else partial(_read_logged, path, leaves, metric, name, sign=1 if up else -1)
+            outcomes = dict if up is None else partial(read_logged, path, leaves, metric, name, sign=1 if up else -1)
             yield Score(body.model_name, title, key.removesuffix(",none"), cell, body.date, outcomes)
-
-
-def _read_logged(path: Path, tasks: Sequence[str], metric: str, name: str, sign: int) -> Outcomes:
-    """Read what a run with --log_samples left beside its results: a question is known by its text's hash.
-
-    Nothing where it left nothing, or where a question has no such number of its own. `sign`: -1 where less is better.
-
-    Raises:
-        SuiteError: a file of samples is not whole.
-    """
-    found: dict[str, float] = {}
-    for task in tasks:
-        log = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
-        if not log.is_file():
-            return {}
-        for line in log.read_text(encoding="utf-8").splitlines():
-            try:
-                logged = json.loads(line)  # NaN may be in it
-                if logged["filter"] != name:
-                    continue
-                question, value = f"{task} {logged['doc_id']} {logged['doc_hash']}", logged.get(metric)
-            except (ValueError, LookupError, TypeError) as error:
-                expected = f"expected a sample a line, got {type(error).__name__}: {error}"
-                raise SuiteError(f"{log}: {expected}; remove the file or run its suite again") from None
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                return {}
-            found[question] = sign * float(value)
-    return found
 
 
 def _join_versions(task: str, leaves: Sequence[str], versions: dict[str, int | float | str]) -> str:
