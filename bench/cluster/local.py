@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Upda
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.ray_app import KEEPER, build
+from laguna_serve.serving.supervision.reaper import adopt_orphans
 
 HOST = "127.0.0.1"
 # Logical: a replica of the toy takes a fraction, and so do Ray's own parts.
@@ -28,7 +28,6 @@ OBJECT_STORE_BYTES = 200_000_000
 POLL_S = 0.25
 ANSWER_S = 20.0
 END_S = 30.0
-PR_SET_CHILD_SUBREAPER = 36
 T = TypeVar("T")
 
 
@@ -104,16 +103,6 @@ def find_engine_core(replica: int) -> psutil.Process:
             if "EngineCore" in " ".join(process.cmdline()):
                 return process
     raise ClusterError(f"replica {replica}: expected an engine core among its processes, got none")
-
-
-def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none is lost from sight.
-
-    Raises:
-        OSError: the system refuses.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def count_left(before: set[psutil.Process]) -> int:

@@ -42,11 +42,16 @@ LOG_S = 5.0
 CHUNK_BYTES = 1 << 16
 
 
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends. Raises OSError: the system refuses."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
 def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str]) -> int:
     """Run the command until it ends, the parent is gone or a signal asks for the end; leave no process behind."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+    adopt_orphans()
+    libc = ctypes.CDLL(None)
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
 
     def prepare_child() -> None:
