@@ -28,6 +28,9 @@ OBJECT_STORE_BYTES = 200_000_000
 POLL_S = 0.25
 ANSWER_S = 20.0
 END_S = 30.0
+# Ray kills a front end that is not ready within 5 s of its start, which is less than an import of it takes on a
+# crowded machine; it must stay under the 60 s for which Ray itself waits for the first one.
+PROXY_LIMITS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "55"}
 T = TypeVar("T")
 
 
@@ -80,7 +83,7 @@ def local_cluster(tables: JsonObject, port: int) -> Iterator[Application]:
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": PROXY_LIMITS | {"OMP_NUM_THREADS": "1"}},
     )
     try:
         serve.start(http_options={"host": HOST, "port": port})
