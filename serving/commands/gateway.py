@@ -23,6 +23,7 @@ DESCRIPTION = "One OpenAI-compatible endpoint in front of one or more vLLM engin
 EPILOG = """examples:
   laguna gateway --config gateway.toml
   laguna gateway --upstream http://127.0.0.1:8000 --model teacher --port 8080    (one engine, no file)
+  laguna gateway --config gateway.toml --workers 4    (for hundreds of streams: one process has one core)
 
 The status page, and the routes that pause engines and give them new weights, are on the admin port that is printed
 (on this machine only, unless the file says otherwise).
@@ -47,6 +48,9 @@ class GatewayCommandConfig:
     model: Annotated[str | None, Flag("with --upstream: the model's name in requests", metavar="NAME")] = None
     host: Annotated[str | None, Flag("address to listen on (default: the file's, 127.0.0.1)")] = None
     port: Annotated[int | None, Flag("port, 0 for a free one (default: the file's, 8080)")] = None
+    workers: Annotated[
+        int | None, Flag("processes that take connections and share all limits (default: the file's, 1)", metavar="N")
+    ] = None
     check: Annotated[
         bool, Flag("validate the configuration, the files that it names and the addresses to listen on, and exit")
     ] = False
@@ -115,7 +119,7 @@ def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
 
 def read_config(config: GatewayCommandConfig) -> Config:
-    """Read the configuration of the file or of --upstream, in which --host and --port go first. Raises ConfigError."""
+    """Read the configuration of the file or of --upstream, in which --host, --port and --workers go first. Raises ConfigError."""
     from laguna_serve.serving.gateway.config import ConfigError, load_config, parse_config
 
     if (config.config is None) != bool(config.upstream):
@@ -123,6 +127,7 @@ def read_config(config: GatewayCommandConfig) -> Config:
     server: dict[str, str | int] = {}
     server |= {} if config.host is None else {"host": config.host}
     server |= {} if config.port is None else {"port": config.port}
+    server |= {} if config.workers is None else {"workers": config.workers}
     if config.config is not None:
         return load_config(config.config, server)
     upstreams = [{"name": f"engine-{i}", "url": url} for i, url in enumerate(config.upstream)]

@@ -10,18 +10,23 @@ from typing import NamedTuple
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config
-from laguna_serve.serving.gateway.config.tables import Admin, Server
+from laguna_serve.serving.gateway.config.listening import Admin, Server
 
 # Connections that wait to be accepted, as uvicorn has it.
 BACKLOG = 2048
 
 
 class Listeners(NamedTuple):
-    """Sockets that listen, and the configuration with the ports that they have."""
+    """Sockets that listen, and the configuration with the ports that they have; `workers` are those of each process."""
 
     config: Config
-    server: list[socket.socket]
+    workers: list[list[socket.socket]]
     admin: list[socket.socket]
+
+    @property
+    def server(self) -> list[socket.socket]:
+        """Those of the only process, or the first."""
+        return self.workers[0]
 
 
 @contextlib.contextmanager
@@ -33,12 +38,13 @@ def open_listeners(config: Config) -> Iterator[Listeners]:
     """
     with contextlib.ExitStack() as stack:
         server = _listen(stack, config.server)
+        workers = [server, *(_listen_beside(stack, server) for _ in range(config.server.workers - 1))]
         admin = _listen(stack, config.admin)
         tables = {
             "server": config.server.model_copy(update={"port": server[0].getsockname()[1]}),
             "admin": config.admin.model_copy(update={"port": admin[0].getsockname()[1]}),
         }
-        yield Listeners(config.model_copy(update=tables), server, admin)
+        yield Listeners(config.model_copy(update=tables), workers, admin)
 
 
 def check_addresses(config: Config) -> None:
@@ -80,6 +86,25 @@ def _listen(stack: contextlib.ExitStack, address: Server | Admin) -> list[socket
         remedy = "choose another port or stop what listens there"
         got = error.strerror or error
         raise EngineError(f"port: expected {address.host}:{port} to be free, got {got}; {remedy}") from None
+    return sockets
+
+
+def _listen_beside(stack: contextlib.ExitStack, first: list[socket.socket]) -> list[socket.socket]:
+    """Listen where others do already: the kernel spreads connections over all of them.
+
+    They are marked only now, so that whoever else listens there was found before.
+    """
+    sockets = []
+    for other in first:
+        listener = stack.enter_context(socket.socket(other.family, other.type))
+        for marked in (other, listener):
+            marked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if other.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(other.getsockname())
+        listener.listen(BACKLOG)
+        sockets.append(listener)
     return sockets
 
 

@@ -24,7 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
-from laguna_serve.serving.gateway.config.tables import LOOPBACK, Admin
+from laguna_serve.serving.gateway.config.listening import LOOPBACK, Admin
 from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
@@ -52,6 +52,10 @@ FROM_A_PAGE = (
     "The request has an Origin header, as those of web pages have. Pages may not steer engines: send it from a program,"
     " without that header."
 )
+SEVERAL_WORKERS = (
+    "This gateway is several processes (server.workers), of which each would have to stop at once: engines are steered"
+    " through a gateway with workers = 1, or each at its own address."
+)
 Payload = JsonObject | list[JsonObject]
 Model = Annotated[str | None, Query(description="default: the only one")]
 
@@ -66,6 +70,8 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     def find_group(model: str | None) -> WeightGroup:
         services = find()
+        if services.peers is not None:
+            raise HTTPException(409, SEVERAL_WORKERS)
         pools = services.relay.pools
         known = f"it must be one of {', '.join(sorted(pools))}."
         if model is None and len(pools) > 1:
@@ -189,7 +195,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         return {"message": "Weight update finished"}
 
     app.include_router(make_router(lambda: find().relay.owner))
-    app.include_router(admin_usage.make_router(lambda: find().relay.keys))
+    app.include_router(admin_usage.make_router(find))
 
     async def pass_on(request: Request) -> Response:
         group = find_group(request.query_params.get("model"))

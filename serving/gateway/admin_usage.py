@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+import msgspec
 from fastapi import APIRouter
 
 from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.services import Services
+from laguna_serve.serving.gateway.workers.merging import add_up_tallies
 from laguna_serve.serving.kit.results import JsonObject
 
 
-def make_router(find: Callable[[], Keyring]) -> APIRouter:
-    """Make the route; `find` gives the keys of the gateway of the moment."""
+def make_router(find: Callable[[], Services]) -> APIRouter:
+    """Make the route; `find` gives the gateway's parts."""
     router = APIRouter()
 
     @router.get("/admin/usage")
     async def usage() -> JsonObject:
         """Tell requests, tokens and refusals per key and model, today (UTC) and since the start, and budgets."""
-        keys = {holder.name: describe_key(holder) for holder in find().holders}
+        relay, peers = find().relay, find().peers
+        relay.refresh()
+        keys = {holder.name: describe_key(holder) for holder in relay.keys.holders}
+        if peers is not None:
+            parts = [msgspec.json.decode(answer) for answer in await peers.ask("usage")] + [describe_use(relay.keys)]
+            written = await asyncio.to_thread(relay.keys.ledger.read_written)
+            for name, key in keys.items():
+                same = [part[name] for part in parts if name in part]
+                today = {model: asdict(tally) for model, tally in written.get(name, {}).items()}
+                key["today"] = add_up_tallies([today, *(part["today"] for part in same)])
+                key["since_start"] = add_up_tallies(part["since_start"] for part in same)
         return {"schema": "laguna_serve.gateway_usage/1", "day": datetime.now(UTC).date().isoformat(), "keys": keys}
 
     return router
+
+
+def describe_use(keyring: Keyring) -> JsonObject:
+    """Describe what was used in this process: today, as far as no file has it, and since the start; JSON-ready."""
+    return {
+        holder.name: {
+            "today": {model: asdict(tally) for model, tally in keyring.ledger.find_unwritten(holder.name).items()},
+            "since_start": {model: asdict(tally) for model, tally in holder.since_start.items()},
+        }
+        for holder in keyring.holders
+    }
 
 
 def describe_key(holder: Holder) -> JsonObject:

@@ -16,11 +16,13 @@ from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.clients.asgi import RelayApp
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
+from laguna_serve.serving.gateway.counts.counts import Counts
 from laguna_serve.serving.gateway.engines.catalog import Catalog
 from laguna_serve.serving.gateway.engines.health import check_forever
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.relay.shadow import Shadows
 from laguna_serve.serving.gateway.services import Services, find_services
+from laguna_serve.serving.gateway.status import list_answers
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
@@ -29,14 +31,16 @@ from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
 from laguna_serve.serving.gateway.traces.store import TraceFile, TraceFileError
 from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.workers.merging import add_up_metrics
+from laguna_serve.serving.gateway.workers.team import Team
 
 OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
 
 
-def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
+def create_app(config: Config, log: AccessLog | None = None, team: Team | None = None) -> FastAPI:
     """Create the application of a configuration, which logs to `log` instead of stderr.
 
-    Once it has started, `find_services` has its parts.
+    Once it has started, `find_services` has its parts. In one of several processes `team` is what they share.
 
     Raises:
         EngineError: the file of usage or of traces is none, or OpenTelemetry is not installed.
@@ -53,8 +57,9 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry, recorder.accompany if config.traces.file else None)
             catalog = Catalog(steps)
-            relay = Relay(config, metrics, shadows, log, catalog, ledger, tracer)
-            app.state.services = Services(relay, session, steps)
+            counts = Counts() if team is None else team.make_counts()
+            relay = Relay(config, metrics, shadows, log, catalog, ledger, tracer, counts)
+            app.state.services = Services(relay, session, steps, None if team is None else team.peers)
             app.mount("/", RelayApp(relay))
             checks = asyncio.create_task(check_forever(steps, relay))
             stopped = asyncio.Event()
@@ -62,7 +67,11 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
                 ledger.keep_writing(config.access.usage_write_s, stopped), recorder.keep_writing(stopped)
             )
             try:
-                yield
+                async with contextlib.AsyncExitStack() as stack:
+                    if team is not None:
+                        answers = {"metrics": metrics.render} | list_answers(relay)
+                        await stack.enter_async_context(team.work(lambda: relay.pools.values(), answers))
+                    yield
             finally:
                 checks.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -109,7 +118,11 @@ def create_app(config: Config, log: AccessLog | None = None) -> FastAPI:
         engines = [(pool.model.name, engine) for pool in services.relay.pools.values() for engine in pool.engines]
         texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
-        return Response(metrics.render() + merge(found).encode(), media_type="text/plain; version=0.0.4")
+        services.relay.refresh()
+        own = metrics.render()
+        if services.peers is not None:
+            own = add_up_metrics(own.decode(), [text.decode() for text in await services.peers.ask("metrics")]).encode()
+        return Response(own + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app
 

@@ -25,6 +25,8 @@ from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.server import GatewayServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
+from laguna_serve.serving.gateway.workers.parent import Workers
+from laguna_serve.serving.gateway.workers.team import Team, open_team
 
 # What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0
@@ -42,8 +44,27 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
     open_files.raise_limit()
     with open_listeners(config) as listeners:
         url, admin_url = find_url(listeners.config.server), find_url(listeners.config.admin)
-        _make_server(listeners, lambda: announce(url, admin_url), reload, config).run(listeners.server)
+        if config.server.workers == 1:
+            _make_server(listeners, lambda: announce(url, admin_url), reload, config).run(listeners.server)
+        else:
+            _serve_by_workers(listeners, lambda: announce(url, admin_url), reload, config)
     return url
+
+
+def _serve_by_workers(
+    listeners: Listeners, announce: Callable[[], None], reload: Callable[[], Config] | None, configured: Config
+) -> None:
+    """Serve by several processes that are forked from this one."""
+    server = configured.server
+    with open_team(server.workers) as team:
+
+        def work(worker: int, ready: Callable[[], None]) -> bool:
+            mine = listeners if worker == 0 else listeners._replace(admin=[])
+            started = _make_server(mine, ready, reload, configured, team)
+            started.run(listeners.workers[worker])
+            return started.started
+
+        Workers(team, work, announce, server.lame_duck_s + server.shutdown_timeout_s + STOP_S).run()
 
 
 class Background(NamedTuple):
@@ -104,9 +125,10 @@ def _make_server(
     ready: Callable[[], None],
     reload: Callable[[], Config] | None,
     configured: Config | None = None,
+    team: Team | None = None,
 ) -> GatewayServer:
     config = listeners.config
-    app = create_app(config)
+    app = create_app(config, team=team)
     settings = make_settings(app, config)
     try:
         check_uvicorn()

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from laguna_serve.serving.gateway.config import Config, ConfigError
-from laguna_serve.serving.gateway.config.tables import Server
+from laguna_serve.serving.gateway.config.listening import Server
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
@@ -39,6 +39,7 @@ FIXED: Mapping[str, Sequence[str]] = {
         "ssl_certfile",
         "ssl_keyfile",
         "access_log",
+        "workers",
     ),
     "admin": ("host", "port", "sha256", "trl"),
     "access": ("usage_file", "usage_write_s"),
@@ -92,7 +93,7 @@ class _AdminServer(_EventServer):
 
 
 class GatewayServer(_EventServer):
-    """The gateway's server, with the admin application beside it on a port of its own.
+    """The gateway's server, with the admin application beside it on a port of its own, if it is given sockets for it.
 
     Its first signal turns new requests away at once and lets those in flight finish. A second one ends everything. With
     `server.lame_duck_s` there is one more in front, if it is SIGTERM: the gateway answers as before, and is not ready.
@@ -111,6 +112,7 @@ class GatewayServer(_EventServer):
         super().__init__(settings)
         self._app = app
         self._admin, self._admin_sockets = _AdminServer(admin), admin_sockets
+        self._admin_task: asyncio.Task[None] | None = None
         self._ready, self._reload, self._configured = ready, reload, configured
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,9 +121,10 @@ class GatewayServer(_EventServer):
         if not self.started:
             return
         asyncio.get_running_loop().set_exception_handler(self._note_loop_error)
-        self._admin_task = asyncio.create_task(self._admin.serve(self._admin_sockets))
-        while not (self._admin.started or self._admin_task.done()):
-            await asyncio.sleep(0.01)
+        if self._admin_sockets:
+            self._admin_task = asyncio.create_task(self._admin.serve(self._admin_sockets))
+            while not (self._admin.started or self._admin_task.done()):
+                await asyncio.sleep(0.01)
         if self._reload is not None and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         # What there is by now stays: the collector need not look at it again while streams wait.
@@ -137,7 +140,8 @@ class GatewayServer(_EventServer):
         self.relay.close()
         self._admin.should_exit = self._admin.force_exit = True
         self._admin.wake()
-        await self._admin_task
+        if self._admin_task is not None:
+            await self._admin_task
 
     @property
     def relay(self) -> Relay:

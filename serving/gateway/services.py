@@ -8,6 +8,7 @@ import aiohttp
 from fastapi import FastAPI
 
 from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.workers.peers import Peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +16,13 @@ class Services:
     """What a gateway's applications share: the relay, and the sessions for its own requests.
 
     `session` is for scrapes and shadows; `steps` keeps no connection, for health checks and updates of weights: vLLM
-    closes one after an error without saying so.
+    closes one after an error without saying so. `peers` are the other processes of this gateway, where there are any.
     """
 
     relay: Relay
     session: aiohttp.ClientSession
     steps: aiohttp.ClientSession
+    peers: Peers | None = None
 
 
 def find_services(app: FastAPI) -> Services:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
 
 from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.admin_models import describe_model
+from laguna_serve.serving.gateway.admin_usage import describe_use
 from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
+from laguna_serve.serving.gateway.workers.merging import add_up_status
 from laguna_serve.serving.kit.results import JsonObject
 
 # Speeds are over the time since the last look, where that is not longer ago.
 MOST_AGE_S = 60.0
+NO_SPEEDS: Mapping[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
 
 
 async def describe(services: Services, now: float) -> JsonObject:
@@ -20,13 +28,31 @@ async def describe(services: Services, now: float) -> JsonObject:
     relay = services.relay
     engines = [engine for pool in relay.pools.values() for engine in pool.engines]
     texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for engine in engines))
-    speeds = {engine: _find_speeds(engine, text, now) for engine, text in zip(engines, texts, strict=True)}
+    own = describe_relay(
+        relay, {engine: _find_speeds(engine, text, now) for engine, text in zip(engines, texts, strict=True)}, now
+    )
+    if services.peers is None:
+        return own
+    return add_up_status(own, [msgspec.json.decode(answer) for answer in await services.peers.ask("status")])
+
+
+def list_answers(relay: Relay) -> dict[str, Callable[[], bytes]]:
+    """List what other processes of this gateway may ask this one."""
+    return {
+        "status": lambda: msgspec.json.encode(describe_relay(relay, {}, time.monotonic())),
+        "usage": lambda: msgspec.json.encode(describe_use(relay.keys)),
+    }
+
+
+def describe_relay(relay: Relay, speeds: Mapping[Engine, Mapping[str, float | None]], now: float) -> JsonObject:
+    """Describe what this process knows by itself, JSON-ready, with the engines' speeds."""
+    relay.refresh()
     models = {
         name: {
             "queued": pool.queued,
             "paused": pool.paused,
             "affinity": pool.model.affinity,
-            "upstreams": [_describe_engine(engine, speeds[engine], now) for engine in pool.engines],
+            "upstreams": [_describe_engine(engine, speeds.get(engine, NO_SPEEDS), now) for engine in pool.engines],
             "shadows": [shadow.name for shadow in pool.model.shadows],
             "engine": None if (owned := relay.owner.find(name)) is None else describe_model(owned),
         }
@@ -55,7 +81,7 @@ def _describe_key(holder: Holder) -> JsonObject:
     }
 
 
-def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float) -> JsonObject:
+def _describe_engine(engine: Engine, speeds: Mapping[str, float | None], now: float) -> JsonObject:
     stats = engine.stats
     state = "up" if engine.is_up(now) else "fenced" if engine.fenced else "down" if engine.refused else "silent"
     state = "restarting" if engine.away and engine.returns else state
@@ -81,7 +107,7 @@ def _describe_engine(engine: Engine, speeds: dict[str, float | None], now: float
 
 def _find_speeds(engine: Engine, text: str, now: float) -> dict[str, float | None]:
     """Tokens per second and per speculative step since the last look, or since the engine's start."""
-    found: dict[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
+    found = dict(NO_SPEEDS)
     if not text:
         return found
     sums = sum_samples(text, (TOKENS, DRAFTS, ACCEPTED))

@@ -18,7 +18,8 @@ import msgspec
 from cryptography import x509
 
 from laguna_serve.serving.gateway.config import Config, ConfigError, load_config
-from laguna_serve.serving.gateway.config.tables import LOOPBACK, Upstream
+from laguna_serve.serving.gateway.config.listening import LOOPBACK
+from laguna_serve.serving.gateway.config.tables import Upstream
 from laguna_serve.serving.gateway.relay.open_files import RESERVE, count_slots, find_hard_limit
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.tables import Table

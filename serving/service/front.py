@@ -68,7 +68,7 @@ def make_config(settings: FrontSettings, engine_url: str) -> Config:
         EngineError: it cannot be read, or does not go together with the rest of the command line.
     """
     from laguna_serve.serving.gateway.config import ConfigError, parse_config
-    from laguna_serve.serving.gateway.config.tables import Server
+    from laguna_serve.serving.gateway.config.listening import Server
 
     source = "laguna serve" if settings.file is None else str(settings.file)
     tables = _read_tables(settings.file)
@@ -80,6 +80,9 @@ def make_config(settings: FrontSettings, engine_url: str) -> Config:
     limits = {"queue_timeout_s": QUEUE_TIMEOUT_S, **_table(tables, "limits", source)}
     models = _add_engine(_list_tables(tables, "models", source), settings, engine_url, source)
     keys = [*_list_tables(tables, "keys", source), *describe_keys(settings.keys)]
+    if server.pop("workers", 1) != 1:
+        remedy = "start laguna gateway beside it, and this with --no-gateway"
+        raise EngineError(f"{source}: server.workers: expected 1 for the gateway of laguna serve; {remedy}")
     try:
         return parse_config(tables | {"server": server, "limits": limits, "models": models, "keys": keys}, source)
     except ConfigError as error:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.config.tables import Server
+from laguna_serve.serving.gateway.config.listening import Server
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serving" / "deploy"

@@ -120,6 +120,9 @@ class Holder:
                 tally.prompt_tokens += used.prompt
                 tally.output_tokens += used.output
 
+    def refresh(self) -> None:
+        """Look what has become of the limits elsewhere, where they count for several processes."""
+
     def find_today(self) -> Mapping[str, Tally]:
         """Find what was used today, by model; "" where none was known."""
         self._turn()

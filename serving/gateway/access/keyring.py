@@ -9,19 +9,23 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from laguna_serve.serving.gateway.access.holder import Clock, Holder
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.wire import errors
 
+MakeHolder = Callable[[Key, Ledger, Clock, Clock], Holder]
+
 
 class Keyring:
     """The configured keys; unless it is `closed`, everybody may ask where there are none."""
 
-    def __init__(self, ledger: Ledger, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
-        self._ledger, self._clock, self._wall = ledger, clock, wall
+    def __init__(
+        self, ledger: Ledger, clock: Clock = time.monotonic, wall: Clock = time.time, make: MakeHolder = Holder
+    ) -> None:
+        self.ledger, self._make, self._clock, self._wall = ledger, make, clock, wall
         self._holders: list[Holder] = []
         # Keys that have been found, by a keyed hash, whose lookup tells by its time as little as a constant-time
         # comparison: OpenSSL's SHA-256 alone takes 30 µs of a request that comes after a pause.
@@ -45,7 +49,7 @@ class Keyring:
             if (holder := known.get(key.name)) is not None:
                 holder.configure(key)
             else:
-                holder = Holder(key, self._ledger, self._clock, self._wall)
+                holder = self._make(key, self.ledger, self._clock, self._wall)
             holders.append(holder)
         self._holders, self.enabled = holders, bool(holders) or closed
         self._found.clear()

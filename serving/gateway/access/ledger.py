@@ -84,6 +84,25 @@ class Ledger:
         self._turn(day)
         return self._today.setdefault(key, {}).setdefault(model, Tally())
 
+    def find_unwritten(self, key: str) -> dict[str, Tally]:
+        """Find what of today's use of a key is not in the file: all of it where there is no file."""
+        found = {}
+        for model, tally in self._today.get(key, {}).items():
+            row = (self._day, key, model)
+            found[model] = replace(tally)
+            found[model].add(self._written.get(row, Tally()), -1)
+            found[model].add(self._pending.get(row, Tally()))
+        return found
+
+    def read_written(self) -> dict[str, dict[str, Tally]]:
+        """Read what the file has of today by key and model, whoever wrote it; nothing where it cannot be read."""
+        found: dict[str, dict[str, Tally]] = {}
+        if self._file is not None:
+            with contextlib.suppress(sqlite3.Error):
+                for key, model, *numbers in self._file.execute(READ, (self._day,)):
+                    found.setdefault(key, {})[model] = Tally(*numbers)
+        return found
+
     async def keep_writing(self, every_s: float, stopped: asyncio.Event) -> None:
         """Write what comes together, until it is stopped; then write the rest, and close the file."""
         while not stopped.is_set():

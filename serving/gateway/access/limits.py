@@ -12,17 +12,17 @@ ROUNDING = 1e-6
 class Bucket:
     """A token bucket. What is taken may be more than there is, once it is known; it comes back first then."""
 
-    __slots__ = ("_filled_s", "_per_second", "left", "per_minute")
+    __slots__ = ("_per_second", "filled_s", "left", "per_minute")
 
     def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute, self.left, self._filled_s = per_minute, float(per_minute), now
+        self.per_minute, self.left, self.filled_s = per_minute, float(per_minute), now
         self._per_second = per_minute / 60
 
     def refill(self, now: float) -> None:
         """Give what has come back until `now`, in seconds of the same clock as before."""
-        if now != self._filled_s:
-            left = self.left + (now - self._filled_s) * self._per_second
-            self.left, self._filled_s = (left if left < self.per_minute else float(self.per_minute)), now
+        if now != self.filled_s:
+            left = self.left + (now - self.filled_s) * self._per_second
+            self.left, self.filled_s = (left if left < self.per_minute else float(self.per_minute)), now
 
     def has(self, amount: float) -> bool:
         """Whether there is so much; of more than a minute has, whether it is full."""

@@ -16,80 +16,14 @@ from pydantic import Field, PrivateAttr, SecretStr, model_validator
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.keys import AccessTable, Key
+from laguna_serve.serving.gateway.config.listening import MIB, Admin, Server
 from laguna_serve.serving.gateway.config.owned import NOWHERE, QUEUE_FACTOR, Group, OwnedEngine, name_engine
 from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
-from laguna_serve.serving.gateway.config.values import (
-    Count,
-    Digest,
-    ModelName,
-    Name,
-    Network,
-    Origin,
-    Port,
-    Schedule,
-    Seconds,
-    Url,
-    UrlPath,
-)
+from laguna_serve.serving.gateway.config.values import Count, ModelName, Name, Schedule, Seconds, Url, UrlPath
 from laguna_serve.serving.kit.results import JsonObject
 
-MIB = 1 << 20
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 FallbackCause = Literal["down", "lost", "silent", "queue_full", "queue_timeout", "load_failed"]
-
-
-class Server(ConfigTable):
-    """Where the gateway listens, and what it takes; HTTPS with a certificate and its key.
-
-    `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
-    in a browser. What `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is
-    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).  After SIGTERM the
-    gateway answers for `lame_duck_s` as before and is not ready, so that balancers leave it in the meantime.
-    """
-
-    old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
-        {"head_timeout_s": "header_timeout_s", "drain_s": "shutdown_timeout_s", "more_paths": "extra_paths"}
-    )
-    host: str = "127.0.0.1"
-    port: Port = 8080
-    header_timeout_s: Seconds = 10.0
-    max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
-    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * MIB
-    body_timeout_s: Seconds = 30.0
-    keepalive_s: Seconds = 75.0
-    shutdown_timeout_s: Seconds = 60.0
-    lame_duck_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
-    extra_paths: Annotated[tuple[UrlPath, ...], Field(strict=False)] = ()
-    allowed_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
-    trusted_proxies: Annotated[tuple[Network, ...], Field(strict=False)] = ()
-    access_log: bool = False
-
-    @model_validator(mode="after")
-    def _check_certificate(self) -> Self:
-        endpoint.check_certificate(self.ssl_certfile, self.ssl_keyfile)
-        return self
-
-
-class Admin(ConfigTable):
-    """Where the admin routes and the status page are: 0 is a free port.
-
-    Anywhere but on this machine they need a key (its SHA-256). Under /trl a trainer's client finds the model `trl`, as
-    a vLLM of its own.
-    """
-
-    host: str = "127.0.0.1"
-    port: Port = 0
-    sha256: Digest | None = Field(default=None, repr=False)
-    trl: ModelName | None = None
-
-    @model_validator(mode="after")
-    def _check_key(self) -> Self:
-        if self.sha256 is None and self.host not in LOOPBACK:
-            raise ValueError(f"expected a sha256 for a host other than {', '.join(LOOPBACK)}, got none")
-        return self
 
 
 class Limits(ConfigTable):
@@ -278,6 +212,7 @@ class Config(ConfigTable):
             if model.engine is not None and model.engine.group not in (*names, "default"):
                 raise ValueError(f"expected a [[groups]] for every engine's group, got none for {model.engine.group!r}")
         _check_fallbacks(self.models)
+        self._check_workers()
         if self.admin.trl is not None and self.admin.trl not in [model.name for model in self.models]:
             raise ValueError(f"expected the name of a model as admin.trl, got {self.admin.trl!r}")
         by_digest: dict[str, str] = {}
@@ -288,6 +223,15 @@ class Config(ConfigTable):
         if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
             raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
         return self
+
+    def _check_workers(self) -> None:
+        """Check that nothing is asked for that one process alone can do. Raises ValueError."""
+        if (workers := self.server.workers) == 1:
+            return
+        owned = [f"models.{model.name}.engine" for model in self.models if model.engine is not None]
+        others = {"admin.trl": self.admin.trl, "traces.file": self.traces.file}
+        for key in [*owned, *(key for key, value in others.items() if value is not None)]:
+            raise ValueError(f"expected server.workers = 1 beside {key}, got {workers}")
 
 
 def _check_fallbacks(models: tuple[Model, ...]) -> None:

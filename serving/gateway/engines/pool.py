@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
 from laguna_serve.serving.gateway.engines.origin import Origin
-from laguna_serve.serving.gateway.engines.waiting import WaitingLine
+from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, find_latest
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
@@ -92,7 +92,7 @@ class Pool:
         affinity: bytes | None,
         avoid: frozenset[Engine] = frozenset(),
         *,
-        woken: bool = False,
+        ticket: Ticket | None = None,
         policy: WeightPolicy | None = None,
     ) -> Engine | None:
         """Take a slot of an engine, where one is free and nobody was before; `release` gives it back.
@@ -100,7 +100,7 @@ class Pool:
         Args:
             affinity: what belongs together goes to one engine while that has room.
             avoid: engines that this request has tried.
-            woken: it has waited for its turn.
+            ticket: with which it has waited for its turn.
             policy: which weights may answer it; while they are being changed, it waits.
         Raises:
             GatewayError: 503 no engine is up, or none with such weights.
@@ -112,7 +112,7 @@ class Pool:
             if any(engine.returns and engine.fenced is None for engine in self.engines):
                 return None
             raise errors.not_ready()
-        if self.paused or (self._line.length and not woken):
+        if self.paused or self._is_behind(ticket):
             return None
         if policy is not None:
             up = self._list_allowed(up, policy)
@@ -144,18 +144,18 @@ class Pool:
         """
         if (engine := self.take(affinity, avoid, policy=policy)) is not None:
             return engine
-        if self._line.length >= self.limits.max_queued:
+        if self.queued >= self.limits.max_queued:
             raise errors.contended()
-        ticket = self._line.draw(priority)
         if deadline is None:
             deadline = self.clock() + self.limits.queue_timeout_s
+        ticket = self._line.draw(priority, limited=policy is not None or bool(avoid))
         nudge = self._limited > 0
         self._limited += policy is not None
         try:
             while True:
                 await self._line.wait(ticket, deadline - self.clock(), nudge=nudge)
                 nudge = False
-                if (engine := self.take(affinity, avoid, woken=True, policy=policy)) is not None:
+                if (engine := self.take(affinity, avoid, ticket=ticket, policy=policy)) is not None:
                     return engine
                 if policy is not None:  # the slot that woke it may be of other weights, and is somebody else's then
                     self._line.wake_behind(ticket)
@@ -164,9 +164,10 @@ class Pool:
             any_up = any(engine.is_up(now) for engine in self.engines)
             raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
         except GatewayError:
-            self._line.wake()
+            self.wake()
             raise
         finally:
+            self._line.leave(ticket)
             self._limited -= policy is not None
 
     def succeed(self, old: Engine, url: str) -> None:
@@ -232,6 +233,9 @@ class Pool:
             if was_fenced:
                 self.welcome(engine)
 
+    def refresh(self) -> None:
+        """Look what the engines have in flight, where several processes send to them."""
+
     def release(self, engine: Engine) -> None:
         """Give a slot back; the first in the queue is woken."""
         engine.release()
@@ -253,6 +257,10 @@ class Pool:
     def wake(self) -> None:
         """Let the first in the queue look again."""
         self._line.wake()
+
+    def _is_behind(self, ticket: Ticket | None) -> bool:
+        """Whether somebody else's turn is first; one that has been woken has its own."""
+        return ticket is None and self._line.length > 0
 
     def _take_limits(self, limits: Limits) -> None:
         self.limits = limits

@@ -14,7 +14,7 @@ Ticket = tuple[int, int]
 
 @dataclass(slots=True, eq=False)
 class WaitingLine:
-    """Those who wait; `length` are still there."""
+    """Those who wait, from `draw` to `leave`; there are `length` of them."""
 
     length: int = 0
     _tickets: Iterator[int] = field(default_factory=itertools.count)
@@ -24,15 +24,19 @@ class WaitingLine:
         """Whether somebody may be woken."""
         return bool(self._entries)
 
-    def draw(self, priority: int) -> Ticket:
-        """Give a place at the end of those of a priority."""
+    def draw(self, priority: int, *, limited: bool = False) -> Ticket:
+        """Give a place at the end of those of a priority; not every slot is for one that is `limited`."""
+        self.length += 1
         return priority, next(self._tickets)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give a place up: for a slot, or for nothing."""
+        self.length -= 1
 
     async def wait(self, ticket: Ticket, timeout_s: float, *, nudge: bool = False) -> None:
         """Return when woken. With `nudge` the first one looks again now. Raises TimeoutError."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._entries, (*ticket, future))
-        self.length += 1
         if nudge:
             self.wake()
         try:
@@ -43,7 +47,6 @@ class WaitingLine:
                 self.wake()  # woken and ended at once: the turn is the next one's
             raise
         finally:
-            self.length -= 1
             future.cancel()
             if len(self._entries) > 2 * self.length + 64:  # mostly of those who have left
                 self._entries = [entry for entry in self._entries if not entry[2].done()]

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from laguna_serve.serving.gateway.access.edits import drop_usage
 from laguna_serve.serving.gateway.access.heads import add_headers
 from laguna_serve.serving.gateway.access.holder import Claim, Holder
+from laguna_serve.serving.gateway.counts.backlog import Backlog
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.reach import reach, take_kept
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, read_policy
-from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.relay.waiting import Waiter
 from laguna_serve.serving.gateway.residence.place import Place

@@ -18,12 +18,13 @@ from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.tables import Upstream
+from laguna_serve.serving.gateway.counts.counts import Counts
 from laguna_serve.serving.gateway.engines.catalog import MODELS, Catalog
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.relay.admission import admit
-from laguna_serve.serving.gateway.relay.backlog import Backlog
+from laguna_serve.serving.gateway.relay.affinity import find_affinity
 from laguna_serve.serving.gateway.relay.charge import find_used
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.relay.fallback import Fallback
@@ -45,8 +46,6 @@ from laguna_serve.serving.gateway.wire.headers import Head
 from laguna_serve.serving.gateway.wire.paths import check_path
 
 JSON = ((b"content-type", b"application/json"),)
-SESSION_HEADER = b"x-session-id"
-PREFIX_BYTES = 512
 # Of a request that needs no key.
 MAX_OPTIONS_BYTES = 64 << 10
 logger = logging.getLogger(__name__)
@@ -63,12 +62,13 @@ class Relay:
         log: AccessLog,
         catalog: Catalog,
         ledger: Ledger,
-        tracer: Tracer | None = None,
+        tracer: Tracer | None,
+        counts: Counts,
     ) -> None:
         self.pools: dict[str, Pool] = {}
-        self.keys, self._tracer = Keyring(ledger), tracer
+        self.keys, self._tracer, self._counts = Keyring(ledger, make=counts.make_holder), tracer, counts
         self.leaving = self.draining = False
-        self.backlog = Backlog(config.limits.max_queued_bytes)
+        self.backlog = counts.make_backlog(config.limits.max_queued_bytes)
         metrics.backlog = self.backlog
         self.exchanges: set[Exchange] = set()
         self._metrics = metrics
@@ -87,7 +87,8 @@ class Relay:
 
         Requests in flight and in queues go on where they are. Whatever can fail is made before anything is replaced.
         """
-        pools = {model.name: self.pools.get(model.name) or Pool(model, config.limits) for model in config.models}
+        make, limits = self._counts.make_pool, config.limits
+        pools = {model.name: self.pools.get(model.name) or make(model, limits) for model in config.models}
         models = self.owner.complete(config)
         engines = {model.name: pools[model.name].plan(model) for model in models}
         cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
@@ -108,6 +109,11 @@ class Relay:
         self.backlog.most = config.limits.max_queued_bytes
         self._most_body_bytes = min(config.server.max_body_bytes, config.limits.max_queued_bytes)
         self.max_connections = open_files.find_max_connections(config, limit)
+
+    def refresh(self) -> None:
+        """Look at what counts for several processes, before it is shown."""
+        for shown in (*self.pools.values(), *self.keys.holders):
+            shown.refresh()
 
     def close(self) -> None:
         """End what is still in flight, and the connections to the engines."""
@@ -219,7 +225,7 @@ class Relay:
     def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool, asked: Asked) -> None:
         """Send a request to a model that its key may ask for, within its limits. Raises GatewayError."""
         exchange.dispatched_s, exchange.model = time.perf_counter(), pool.model.name
-        affinity = _find_affinity(pool, exchange.head, body, exchange.key)
+        affinity = find_affinity(pool, exchange.head, body, exchange.key)
         if pool.model.fallback and exchange.recover is None:
             exchange.recover = Fallback(self, exchange, body, pool.model, asked)
         sent = self._charge(exchange, exchange.key, body, pool, asked) if exchange.key is not None else body
@@ -295,13 +301,3 @@ class Relay:
 
 def _is_allowed(key: Holder | None, pool: Pool, name: str | None) -> bool:
     return key is None or key.may_ask(pool.model.name, name)
-
-
-def _find_affinity(pool: Pool, head: Head, body: bytes, holder: Holder | None) -> bytes | None:
-    kind = pool.model.affinity
-    if kind == "session":
-        session = head.named.get(SESSION_HEADER)
-        return session if session is not None or holder is None else holder.name.encode()
-    if kind == "prefix" and body:
-        return body[:PREFIX_BYTES]
-    return None

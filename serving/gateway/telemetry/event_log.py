@@ -23,14 +23,24 @@ LEVELS = {
 def set_up_logging() -> None:
     """Lines of this project, of the server and of the event loop on stderr; once per process."""
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s gateway: %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler.setFormatter(_make_formatter("gateway"))
     for name, level in LEVELS.items():
         found = logging.getLogger(name)
         if not found.handlers:
             found.addHandler(handler)
             found.setLevel(level)
+
+
+def name_process(name: str) -> None:
+    """Let the lines of this process, where logging is set up, say which one it is."""
+    for handler in logging.getLogger("laguna_serve").handlers:
+        handler.setFormatter(_make_formatter(name))
+
+
+def _make_formatter(name: str) -> logging.Formatter:
+    formatter = logging.Formatter(f"%(asctime)s.%(msecs)03dZ %(levelname)s {name}: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    return formatter
 
 
 class BurstLog:

@@ -21,9 +21,9 @@ import pytest
 from gateway_fakes import SSE, Exchange, Gateway, Upstream, gateway, make_request, read_reply, wait_until
 
 from laguna_serve.serving.gateway.config import Config, parse_config
+from laguna_serve.serving.gateway.counts.backlog import Backlog
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.relay import open_files
-from laguna_serve.serving.gateway.relay.backlog import Backlog
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.failures import UnreachableError
 

@@ -20,14 +20,19 @@ class Holding(Protocol):
 class Backlog:
     """The bytes of all bodies, at most `most`."""
 
-    __slots__ = ("most", "total")
+    __slots__ = ("_own", "most")
 
     def __init__(self, most: int) -> None:
-        self.most, self.total = most, 0
+        self.most, self._own = most, 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all bodies that are here."""
+        return self._own
 
     def hold(self, holding: Holding, size: int) -> None:
         """Of one body there are so many bytes by now. Raises GatewayError: 429 they are too many, with the others'."""
-        self.total += size - holding.held
+        self._add(size - holding.held)
         holding.held = size
         if self.total > self.most:
             raise errors.queue_bytes_full()
@@ -39,5 +44,8 @@ class Backlog:
 
     def release(self, holding: Holding) -> None:
         """Release a body that has gone to an engine, or will not go to any."""
-        self.total -= holding.held
+        self._add(-holding.held)
         holding.held = 0
+
+    def _add(self, size: int) -> None:
+        self._own += size

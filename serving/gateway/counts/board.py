@@ -1,0 +1,98 @@
+"""Numbers that several processes see: in memory that they inherit, behind one lock.
+
+Each row is somebody's (a key, an engine, a queue) by name. It has numbers that all write, and for each worker some that
+only this one writes: of a worker that dies they are taken back, by whoever notices. The lock is the kernel's (fcntl),
+which frees it when its holder dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+
+SHARED, OWN = 8, 4
+# Of rows: keys, models and engines, of all configurations since the start. Untouched ones take no memory.
+ROWS = 1 << 13
+NAME_BYTES = 16
+NUMBER = struct.calcsize("d")
+
+
+class BoardFullError(Exception):
+    """More names than there are rows."""
+
+
+class Board:
+    """The memory, of which `numbers` are all; `worker` is which one this process is.
+
+    A row's `SHARED` numbers begin where `find_row` says; each worker's `OWN` follow.
+    """
+
+    def __init__(self, workers: int, rows: int = ROWS) -> None:
+        self.workers, self.worker, self._rows = workers, 0, rows
+        self._stride = NAME_BYTES // NUMBER + SHARED + OWN * workers
+        size = rows * self._stride * NUMBER
+        self._file = os.memfd_create("laguna-gateway")
+        os.ftruncate(self._file, size)
+        self._memory = mmap.mmap(self._file, size)
+        self.numbers = memoryview(self._memory).cast("d")
+
+    def close(self) -> None:
+        """Let the memory go, in this process."""
+        self.numbers.release()
+        self._memory.close()
+        os.close(self._file)
+
+    def lock(self) -> None:
+        """Wait until nobody else changes anything; not twice."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+
+    def unlock(self) -> None:
+        """Let the others go on."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def find_row(self, name: str) -> int:
+        """Find where a name's row begins; the same in all processes. Raises BoardFullError."""
+        digest = hashlib.blake2b(name.encode(), digest_size=NAME_BYTES).digest()
+        first = int.from_bytes(digest[:8], "little") % self._rows
+        self.lock()
+        try:
+            for i in range(self._rows):
+                begin = (first + i) % self._rows * self._stride * NUMBER
+                known = self._memory[begin : begin + NAME_BYTES]
+                if known == bytes(NAME_BYTES):
+                    self._memory[begin : begin + NAME_BYTES] = digest
+                elif known != digest:
+                    continue
+                return (begin + NAME_BYTES) // NUMBER
+        finally:
+            self.unlock()
+        raise BoardFullError(f"{self._rows} names of keys, models and engines since the start; start the gateway anew")
+
+    def find_own(self, row: int) -> int:
+        """Find where this worker's numbers of a row begin."""
+        return self.find_place(row, self.worker)
+
+    def list_others(self, row: int) -> list[int]:
+        """List where the other workers' begin."""
+        return [self.find_place(row, worker) for worker in range(self.workers) if worker != self.worker]
+
+    @staticmethod
+    def find_place(row: int, worker: int) -> int:
+        """Find where a worker's numbers of a row begin."""
+        return row + SHARED + worker * OWN
+
+    def forget(self, worker: int) -> None:
+        """Take back what a worker that has died held."""
+        self.lock()
+        try:
+            for i in range(self._rows):
+                begin = i * self._stride
+                if self._memory[begin * NUMBER : begin * NUMBER + NAME_BYTES] != bytes(NAME_BYTES):
+                    own = self.find_place(begin + NAME_BYTES // NUMBER, worker)
+                    for j in range(own, own + OWN):
+                        self.numbers[j] = 0.0
+        finally:
+            self.unlock()

@@ -1,0 +1,182 @@
+"""A model's engines, whose slots and whose queue several processes fill."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator
+
+from laguna_serve.serving.gateway.config.tables import Limits, Model
+from laguna_serve.serving.gateway.counts.bells import Bells
+from laguna_serve.serving.gateway.counts.board import Board
+from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy
+
+# A model's row: the number that was drawn last. And of each worker: how many wait there, and the first of them by
+# priority and number, which is 0 without one.
+LAST = 0
+WAITING, PRIORITY, NUMBER = 0, 1, 2
+# An engine's row, of each worker: what it has in flight there.
+IN_FLIGHT = 0
+
+
+class SharedLine(WaitingLine):
+    """Those who wait in this process; the others see how many they are, and which is the first one of any slot."""
+
+    def __init__(self, board: Board, row: int) -> None:
+        super().__init__()
+        self._board, self._row, self._own = board, row, board.find_own(row)
+        self._others = [(board.find_place(row, w), w) for w in range(board.workers) if w != board.worker]
+        self._first: list[Ticket] = []  # in order; those that are limited are not among them
+
+    def __bool__(self) -> bool:
+        """Whether somebody may be woken, in any process."""
+        return super().__bool__() or any(self._board.numbers[place + WAITING] for place, _ in self._others)
+
+    @property
+    def total(self) -> int:
+        """How many wait in all processes."""
+        return self.length + int(sum(self._board.numbers[place + WAITING] for place, _ in self._others))
+
+    @property
+    def first(self) -> Ticket | None:
+        """The first one of this process."""
+        return self._first[0] if self._first else None
+
+    def find_elsewhere(self) -> tuple[Ticket, int] | None:
+        """Find the first one of the other processes, and whose it is."""
+        return min(self._list_elsewhere(), default=None)
+
+    def draw(self, priority: int, *, limited: bool = False) -> Ticket:
+        """Give a place at the end of those of a priority, in all processes."""
+        self.length += 1
+        numbers, last = self._board.numbers, self._row + LAST
+        self._board.lock()
+        try:
+            numbers[last] += 1
+            ticket = (priority, int(numbers[last]))
+            if not limited:
+                bisect.insort(self._first, ticket)
+            self._show()
+        finally:
+            self._board.unlock()
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give a place up: for a slot, or for nothing."""
+        super().leave(ticket)
+        place = bisect.bisect_left(self._first, ticket)
+        if self._first[place : place + 1] == [ticket]:
+            del self._first[place]
+        self._board.lock()
+        try:
+            self._show()
+        finally:
+            self._board.unlock()
+
+    def _show(self) -> None:
+        numbers, own = self._board.numbers, self._own
+        numbers[own + WAITING] = self.length
+        numbers[own + PRIORITY], numbers[own + NUMBER] = self.first or (0, 0)
+
+    def _list_elsewhere(self) -> Iterator[tuple[Ticket, int]]:
+        numbers = self._board.numbers
+        for place, worker in self._others:
+            if number := int(numbers[place + NUMBER]):
+                yield (int(numbers[place + PRIORITY]), number), worker
+
+
+class SharedPool(Pool):
+    """As in one process, with what the others have in flight, and those who wait there.
+
+    Whether engines are well each process finds out by itself.
+    """
+
+    _line: SharedLine
+
+    def __init__(self, model: Model, limits: Limits, board: Board, bells: Bells) -> None:
+        super().__init__(model, limits)
+        self._board, self._bells = board, bells
+        self._line = SharedLine(board, board.find_row(f"model {model.name}"))
+        self._rows: dict[str, int] = {}
+        self._loaded: list[tuple[Engine, int, int]] = []
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot, in all processes."""
+        return self._line.total
+
+    def take(
+        self,
+        affinity: bytes | None,
+        avoid: frozenset[Engine] = frozenset(),
+        *,
+        ticket: Ticket | None = None,
+        policy: WeightPolicy | None = None,
+    ) -> Engine | None:
+        """Take a slot of an engine, where one is free and nobody was before, in any process."""
+        self._load(self.engines)
+        try:
+            return super().take(affinity, avoid, ticket=ticket, policy=policy)
+        finally:
+            self._store()
+
+    def release(self, engine: Engine) -> None:
+        """Give a slot back; the first in the queue is woken, in whatever process."""
+        self._load((engine,))
+        try:
+            engine.release()
+        finally:
+            self._store()
+        self.wake()
+
+    def refresh(self) -> None:
+        """Look what the engines have in flight from all processes."""
+        self._load(self.engines)
+        self._store()
+
+    def wake(self) -> None:
+        """Let the first in the queue look again, in whatever process it waits."""
+        first, elsewhere = self._line.first, self._line.find_elsewhere()
+        if elsewhere is not None and (first is None or elsewhere[0] < first):
+            self._bells.ring(elsewhere[1])
+            if first is not None:
+                return
+        super().wake()
+
+    def look(self) -> None:
+        """Let the first of this process look: it was rung for, or has waited for a while."""
+        self._line.wake()
+
+    def _is_behind(self, ticket: Ticket | None) -> bool:
+        elsewhere = self._line.find_elsewhere()
+        if ticket is None:
+            return elsewhere is not None or super()._is_behind(ticket)
+        if elsewhere is not None and elsewhere[0] < ticket:
+            self._bells.ring(elsewhere[1])
+            return True
+        return False
+
+    def _load(self, engines: Iterable[Engine]) -> None:
+        rows = [(engine, self._find_row(engine)) for engine in engines]
+        board, numbers = self._board, self._board.numbers
+        board.lock()
+        for engine, row in rows:
+            own = board.find_own(row) + IN_FLIGHT
+            others = int(sum(numbers[place + IN_FLIGHT] for place in board.list_others(row)))
+            engine.in_flight = int(numbers[own]) + others
+            self._loaded.append((engine, own, others))
+
+    def _store(self) -> None:
+        for engine, own, others in self._loaded:
+            self._board.numbers[own] = engine.in_flight - others
+        self._loaded.clear()
+        self._board.unlock()
+
+    def _find_row(self, engine: Engine) -> int:
+        """Find the row of an engine: by its address, too, as another one may come under its name."""
+        name = f"engine {engine.name} {engine.config.url}"
+        if (row := self._rows.get(name)) is None:
+            row = self._rows[name] = self._board.find_row(name)
+        return row

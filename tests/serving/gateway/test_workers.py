@@ -1,0 +1,356 @@
+"""A gateway of several processes: one set of limits, one queue, one status; and what a death costs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from gateway_fakes import Exchange, Reply, Upstream, make_request, read_reply, wait_until
+
+from laguna_serve.serving.gateway.config import ConfigError, parse_config
+
+pytestmark = pytest.mark.slow
+
+CHAT, BODY = "/v1/chat/completions", b'{"model": "m", "max_tokens": 5}'
+WORKERS = 3
+LIMITS = ("max_in_flight", "requests_per_minute", "tokens_per_day")
+
+
+class Engine(Upstream):
+    """Holds its answers back until `gate` is open; `most` is how many it had at once, `order` in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__({CHAT: self.answer})
+        self.gate = threading.Event()
+        self.now = self.most = 0
+        self.order: list[str] = []
+
+    async def answer(self, exchange: Exchange) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.order.append(exchange.body.decode())
+        try:
+            while not self.gate.is_set():
+                await asyncio.sleep(0.002)
+            await exchange.answer(b'{"usage": {"prompt_tokens": 11, "completion_tokens": 5}}')
+        finally:
+            self.now -= 1
+
+
+class Front:
+    """The gateway's process, and connections to it."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, admin: str) -> None:
+        self.process = process
+        self.port, self.admin = (int(address.rpartition(":")[2]) for address in (url, admin))
+
+    def send(self, key: str = "sk", body: bytes = BODY, path: str = CHAT) -> socket.socket:
+        """Send a request on a connection of its own."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(make_request(path, body, f"x-api-key: {key}\r\n"))
+        return connection
+
+    def ask(self, key: str = "sk") -> Reply:
+        with self.send(key) as connection:
+            return read_reply(connection)
+
+    def get(self, path: str, *, admin: bool = True, method: str = "GET") -> Reply:
+        with socket.create_connection(("127.0.0.1", self.admin if admin else self.port), timeout=20) as connection:
+            text = make_request(path, b"" if method == "POST" else None, "x-api-key: sk\r\n", method)
+            connection.sendall(text.replace(b"host: x", b"host: 127.0.0.1"))
+            return read_reply(connection)
+
+    def list_workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def find_owner(self, connection: socket.socket) -> psutil.Process:
+        """The worker that has accepted a connection."""
+        port = connection.getsockname()[1]
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            for worker in self.list_workers():
+                found.extend(worker for c in worker.net_connections() if c.raddr and c.raddr.port == port)
+            return bool(found)
+
+        wait_until(look, 10)
+        return found[0]
+
+
+@contextmanager
+def start(path: Path, engine: Upstream, text: str = "", workers: int = WORKERS, **limits: int) -> Iterator[Front]:
+    write(path, engine, text, **limits)
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(path), "--port", "0"]
+    command += ["--workers", str(workers)]
+    with (path.parent / "log").open("w") as log, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            words = process.stdout.readline().split()
+            front = Front(process, words[2], words[-4])
+            yield front
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+def write(path: Path, engine: Upstream, text: str = "", engine_slots: int = 64, **limits: int) -> None:
+    """The configuration: key `sk` with some limits, and another one without."""
+    keys = ""
+    for name, secret in (("k", "sk"), ("free", "free")):
+        keys += f'[[keys]]\nname = "{name}"\nsha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"\n'
+        keys += "".join(f"{limit} = {limits[limit]}\n" for limit in LIMITS if name == "k" and limit in limits)
+    model = f'[[models]]\nname = "m"\n[[models.upstreams]]\nname = "a"\nurl = "{engine.url}"\n'
+    path.write_text(f"{text}\n{keys}{model}max_in_flight = {engine_slots}\n")
+
+
+def collect(connections: list[socket.socket]) -> list[int]:
+    """The status of every answer; connections are closed."""
+    found = []
+    for connection in connections:
+        with connection:
+            found.append(read_reply(connection).status)
+    return found
+
+
+def count_answered(connections: list[socket.socket]) -> int:
+    return len(select.select(connections, [], [], 0)[0])
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine() as found:
+        yield found
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "gateway.toml"
+
+
+def test_a_keys_places_are_those_of_all_workers(path: Path, engine: Engine) -> None:
+    with start(path, engine, max_in_flight=7) as front:
+        for _ in range(2):  # what was given back may be taken again
+            engine.gate.clear()
+            sent = [front.send() for _ in range(40)]
+            wait_until(lambda sent=sent: count_answered(sent) == 33, 20)
+            engine.gate.set()
+            assert sorted(collect(sent)) == [200] * 7 + [429] * 33
+        assert engine.most == 7
+        assert len({front.find_owner(c).pid for c in [front.send("free") for _ in range(24)]}) > 1
+
+
+def test_requests_of_a_minute_are_those_of_all_workers(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    with start(path, engine, requests_per_minute=20) as front:
+        replies = [front.ask() for _ in range(50)]
+    assert [reply.status for reply in replies] == [200] * 20 + [429] * 30
+    left = [int(reply.header("x-ratelimit-remaining-requests") or -1) for reply in replies[:20]]
+    assert left == list(range(19, -1, -1))
+
+
+def test_a_days_budget_is_that_of_all_workers_and_outlives_them(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    text = f'[access]\nusage_file = "{path.parent / "usage.sqlite"}"\nusage_write_s = 0.05'
+    with start(path, engine, text, tokens_per_day=16 * 10 + 11) as front:
+        found = [front.ask().status for _ in range(14)]
+        assert found == [200] * 10 + [429] * 4, "each costs 16 tokens"
+        wait_until(lambda: front.get("/admin/usage").json()["keys"]["k"]["today"]["m"]["requests"] == 10, 10)
+        key = front.get("/admin/usage").json()["keys"]["k"]
+        assert key["tokens_today"] == 160
+        assert key["today"]["m"] == {"requests": 10, "prompt_tokens": 110, "output_tokens": 50, "refused": 4}
+        assert key["since_start"]["m"] == key["today"]["m"]
+        front.process.terminate()
+        assert front.process.wait(20) == 0
+    with start(path, engine, text, tokens_per_day=16 * 11 + 11) as front:
+        assert [front.ask().status for _ in range(4)] == [200, 429, 429, 429]
+        assert front.get("/admin/usage").json()["keys"]["k"]["today"]["m"]["requests"] == 11
+
+
+def test_the_queue_is_one(path: Path, engine: Engine) -> None:
+    """Its bound, and who is next: across all workers, as they came."""
+    with start(path, engine, "[limits]\nmax_queued = 13", engine_slots=1) as front:
+        sent = []
+        for i in range(20):
+            sent.append(front.send("free", json.dumps({"model": "m", "n": i}).encode()))
+            expected = max(0, i - 13)
+            wait_until(lambda n=expected: count_answered(sent) == n, 10)
+            if i < 14:
+                wait_until(lambda n=i: sum(read_load(front)) == n + 1, 10)
+        assert read_load(front) == (1, 13)
+        assert front.get("/admin/status").json()["in_flight"] == 14
+        engine.gate.set()
+        assert collect(sent) == [200] * 14 + [429] * 6
+    assert engine.most == 1
+    assert [json.loads(body)["n"] for body in engine.order] == list(range(14))
+
+
+def read_load(front: Front) -> tuple[int, int]:
+    """What is in the engine, and what waits."""
+    model = front.get("/admin/status").json()["models"]["m"]
+    return model["upstreams"][0]["in_flight"], model["queued"]
+
+
+def test_smaller_priorities_are_first_across_workers(path: Path, engine: Engine) -> None:
+    with start(path, engine, engine_slots=1) as front:
+        sent = [front.send("free", json.dumps({"model": "m", "priority": 0}).encode())]
+        wait_until(lambda: read_load(front) == (1, 0), 10)
+        for i, priority in enumerate((9, 3, 7, 1, 8, 2, 6, 4, 5, 0)):
+            sent.append(front.send("free", json.dumps({"model": "m", "priority": priority}).encode()))
+            wait_until(lambda n=i: read_load(front) == (1, n + 1), 10)
+        engine.gate.set()
+        assert set(collect(sent)) == {200}
+    assert [json.loads(body)["priority"] for body in engine.order] == [0, *range(10)]
+
+
+def test_a_worker_that_is_killed_gives_its_places_back(path: Path, engine: Engine) -> None:
+    with start(path, engine, max_in_flight=6, engine_slots=6) as front:
+        sent = [front.send() for _ in range(6)]
+        wait_until(lambda: read_load(front) == (6, 0), 10)
+        victim = front.find_owner(sent[0])
+        mine = [c for c in sent if front.find_owner(c).pid == victim.pid]
+        waiting = [front.send("free") for _ in range(3 * len(mine))]
+        wait_until(lambda: read_load(front) == (6, len(waiting)), 10)
+        before = {worker.pid for worker in front.list_workers()}
+        victim.kill()
+        wait_until(lambda: len({w.pid for w in front.list_workers()} - before) == 1, 20)
+        engine.gate.set()
+        assert all(read_reply(c).cut for c in mine)
+        assert collect([c for c in sent if c not in mine]) == [200] * (6 - len(mine))
+        statuses = [read_reply(c) for c in waiting]
+        assert {r.status for r in statuses} <= {0, 200}, "those that waited in it are lost with it, no other"
+        assert [front.ask().status for _ in range(30)] == [200] * 30
+        wait_until(lambda: read_load(front) == (0, 0), 10)
+        status = front.get("/admin/status").json()
+        assert status["workers"] == WORKERS
+        assert [key["in_flight"] for key in status["keys"]] == [0, 0]
+    assert "ended by signal 9, with what it had in flight; it is started again" in (path.parent / "log").read_text()
+
+
+def test_connections_wait_while_their_worker_is_started_again(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    with start(path, engine) as front:
+        for worker in front.list_workers():
+            worker.kill()
+        assert [front.ask("free").status for _ in range(30)] == [200] * 30
+
+
+def test_metrics_are_those_of_all_workers(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    with start(path, engine, max_in_flight=5) as front:
+        assert {front.ask().status for _ in range(40)} == {200}
+        for _ in range(6):  # whichever worker is asked
+            text = front.get("/metrics", admin=False).body.decode()
+            assert read_sample(text, 'laguna_gateway_requests_total{path="/v1/chat/completions",status="200"}') == 40
+            assert read_sample(text, 'laguna_gateway_key_requests_total{key="k",model="m"}') == 40
+            assert read_sample(text, 'laguna_gateway_output_tokens_total{model="m",upstream="a"}') == 200
+            assert read_sample(text, 'laguna_gateway_upstream_up{model="m",upstream="a"}') == 1
+            assert read_sample(text, 'laguna_gateway_key_in_flight{key="k"}') == 0
+            assert read_sample(text, 'laguna_gateway_ttft_seconds_count{model="m",upstream="a"}') == 40
+            assert len(re.findall(r"^# TYPE laguna_gateway_requests", text, re.MULTILINE)) == 1
+        status = front.get("/admin/status").json()
+        assert (status["workers"], status["models"]["m"]["upstreams"][0]["requests"]) == (WORKERS, 40)
+        assert b"3 processes" in front.get("/").body
+
+
+def read_sample(text: str, name: str) -> float:
+    return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " "))
+
+
+def test_engines_are_not_steered(path: Path, engine: Engine) -> None:
+    with start(path, engine) as front:
+        for route in ("/pause", "/resume", "/reset_prefix_cache"):
+            reply = front.get(route, method="POST")
+            assert (reply.status, "workers = 1" in reply.body.decode()) == (409, True)
+
+
+def test_reload_reaches_all_or_none(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    with start(path, engine, requests_per_minute=1000) as front:
+        write(path, engine, requests_per_minute=3)
+        front.process.send_signal(signal.SIGHUP)
+        log = path.parent / "log"
+        wait_until(lambda: log.read_text().count("configuration read again") == WORKERS, 10)
+        assert sorted(front.ask().status for _ in range(20)) == [200] * 3 + [429] * 17
+        path.write_text("nonsense = 1")
+        front.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.read_text().count("going on as before") == WORKERS, 10)
+        assert front.ask("free").status == 200
+
+
+def test_streams_in_flight_finish_at_sigterm(path: Path, engine: Engine) -> None:
+    with start(path, engine) as front:
+        sent = [front.send("free") for _ in range(12)]
+        wait_until(lambda: read_load(front) == (12, 0), 10)
+        front.process.terminate()
+        wait_until(lambda: (path.parent / "log").read_text().count("stopping: no new requests") == WORKERS, 10)
+        engine.gate.set()
+        assert collect(sent) == [200] * 12
+        assert front.process.wait(20) == 0
+
+
+def test_second_signal_ends_everything_at_once(path: Path, engine: Engine) -> None:
+    with start(path, engine) as front:
+        sent = [front.send("free") for _ in range(6)]
+        wait_until(lambda: read_load(front) == (6, 0), 10)
+        for _ in range(2):
+            front.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert front.process.wait(10) == 0
+        assert {read_reply(c).status for c in sent} <= {0, 503}
+
+
+def test_no_worker_outlives_a_parent_that_is_killed(path: Path, engine: Engine) -> None:
+    with start(path, engine) as front:
+        workers = front.list_workers()
+        assert len(workers) == WORKERS
+        front.process.kill()
+        assert psutil.wait_procs(workers, 10)[1] == []
+
+
+def test_what_cannot_start_says_why_once(path: Path, engine: Engine) -> None:
+    path.with_name("usage").write_text("no database, and long enough to be none" * 50)
+    write(path, engine, f'[access]\nusage_file = "{path.with_name("usage")}"')
+    done = run_gateway(path)
+    assert done.returncode == 2
+    assert done.stderr.count("expected a file of usage that can be written") == 1
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        write(path, engine)
+        done = run_gateway(path, "--port", str(other.getsockname()[1]))
+    assert done.returncode == 2
+    assert "to be free, got Address already in use" in done.stderr
+
+
+def run_gateway(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--config", str(path), "--workers", "2"]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"models": [{"name": "m", "engine": {"model": "tests/toy/teacher"}}]}, "beside models.m.engine, got 2"),
+        ({"traces": {"file": "t.db"}}, "beside traces.file, got 2"),
+        ({"admin": {"trl": "m"}}, "beside admin.trl, got 2"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused(tables: dict[str, Any], words: str) -> None:
+    models = [{"name": "m", "upstreams": [{"name": "a", "url": "http://127.0.0.1:9"}]}]
+    with pytest.raises(ConfigError, match=f"expected server.workers = 1 {words}"):
+        parse_config({"models": models, "server": {"workers": 2}} | tables, "here")
