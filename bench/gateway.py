@@ -37,6 +37,7 @@ EXAMPLES = """
 examples:
   python bench/gateway.py --out out/gateway
   python bench/gateway.py --streams 1,16,64,256 --rounds 15 --out out/gateway
+  python bench/gateway.py --streams 256 --workers 2,4 --out out/gateway
   python bench/gateway.py --out out/gateway --start "vllm-router=vllm-router --host 127.0.0.1 --port {port} \
       --worker-urls http://127.0.0.1:{engine}"
 
@@ -86,9 +87,11 @@ def start_paths(config: GatewayBenchConfig, progress: Progress) -> Iterator[Path
         engine = config.engine_port or find_port("127.0.0.1")
         mock = [*python, "laguna_serve.bench.relay.mock_engine", str(engine), str(config.chunks), str(config.gap_ms)]
         stack.enter_context(run_child(mock, engine, config.out / "engine.log"))
+        gateway = [*GATEWAY_COMMAND, "--config", str(write_config(config.out, [engine])), "--port", "{port}"]
         commands = {
             SPLICE: [*python, "laguna_serve.bench.relay.splice", "{port}", "{engine}"],
-            GATEWAY: [*GATEWAY_COMMAND, "--config", str(write_config(config.out, [engine])), "--port", "{port}"],
+            GATEWAY: gateway,
+            **{f"{GATEWAY} {n} workers": [*gateway, "--workers", str(n)] for n in config.workers},
             **{name: shlex.split(line) for name, line in config.start},
         }
         addresses, relays = {DIRECT: ("127.0.0.1", engine)}, dict[str, psutil.Process]()

@@ -55,7 +55,19 @@ ROOMS = {
         *("machine", "kit", "client", "checkpoint", "chat", "speculation", "planning", "supervision", "engine"),
         *("gateway", "service", "cluster", "commands"),
     ),
-    "serving/gateway": ("config", "wire", "telemetry", "access", "engines", "residence", "relay", "traces", "clients"),
+    "serving/gateway": (
+        "config",
+        "wire",
+        "telemetry",
+        "access",
+        "engines",
+        "counts",
+        "residence",
+        "relay",
+        "traces",
+        "clients",
+        "workers",
+    ),
     "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),
 }
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")

@@ -37,6 +37,10 @@ class GatewayBenchConfig:
     chunks: Annotated[int, Flag("events per stream (default: 64)", metavar="N", at_least=2)] = 64
     gap_ms: Annotated[float, Flag("between events (default: 5)", metavar="MS", at_least=0)] = 5.0
     engine_port: Annotated[int | None, Flag("of the mock engine (default: a free one)", metavar="P")] = None
+    workers: Annotated[
+        tuple[int, ...],
+        Flag("the gateway with so many processes, too", metavar="N,…", at_least=2, parse=parse_numbers),
+    ] = ()
     start: Annotated[
         tuple[tuple[str, str], ...],
         Flag(

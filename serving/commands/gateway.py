@@ -119,7 +119,7 @@ def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
 
 def read_config(config: GatewayCommandConfig) -> Config:
-    """Read the configuration of the file or of --upstream, in which --host, --port and --workers go first. Raises ConfigError."""
+    """Read the configuration of the file or of --upstream; what flags say goes first. Raises ConfigError."""
     from laguna_serve.serving.gateway.config import ConfigError, load_config, parse_config
 
     if (config.config is None) != bool(config.upstream):

@@ -14,7 +14,11 @@ from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.workers.merging import add_up_tallies
+from laguna_serve.serving.gateway.workers.peers import Peers
 from laguna_serve.serving.kit.results import JsonObject
+
+# A file that is written while it is read is read again, so often.
+TRIES = 5
 
 
 def make_router(find: Callable[[], Services]) -> APIRouter:
@@ -28,16 +32,27 @@ def make_router(find: Callable[[], Services]) -> APIRouter:
         relay.refresh()
         keys = {holder.name: describe_key(holder) for holder in relay.keys.holders}
         if peers is not None:
-            parts = [msgspec.json.decode(answer) for answer in await peers.ask("usage")] + [describe_use(relay.keys)]
-            written = await asyncio.to_thread(relay.keys.ledger.read_written)
-            for name, key in keys.items():
-                same = [part[name] for part in parts if name in part]
-                today = {model: asdict(tally) for model, tally in written.get(name, {}).items()}
-                key["today"] = add_up_tallies([today, *(part["today"] for part in same)])
-                key["since_start"] = add_up_tallies(part["since_start"] for part in same)
+            await _add_others(keys, relay.keys, peers)
         return {"schema": "laguna_serve.gateway_usage/1", "day": datetime.now(UTC).date().isoformat(), "keys": keys}
 
     return router
+
+
+async def _add_others(keys: JsonObject, keyring: Keyring, peers: Peers) -> None:
+    """Add what other processes know: what is in the file, and what each has not written yet.
+
+    The file is read before and after they are asked, so that nothing is missed or counted twice.
+    """
+    for _ in range(TRIES):
+        written = await asyncio.to_thread(keyring.ledger.read_written)
+        parts = [msgspec.json.decode(answer) for answer in await peers.ask("usage")] + [describe_use(keyring)]
+        if written == await asyncio.to_thread(keyring.ledger.read_written):
+            break
+    for name, key in keys.items():
+        same = [part[name] for part in parts if name in part]
+        today = {model: asdict(tally) for model, tally in written.get(name, {}).items()}
+        key["today"] = add_up_tallies([today, *(part["today"] for part in same)])
+        key["since_start"] = add_up_tallies(part["since_start"] for part in same)
 
 
 def describe_use(keyring: Keyring) -> JsonObject:

@@ -22,7 +22,7 @@ from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError,
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.relay import open_files
-from laguna_serve.serving.gateway.server import GatewayServer
+from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
@@ -64,7 +64,7 @@ def _serve_by_workers(
             started.run(listeners.workers[worker])
             return started.started
 
-        Workers(team, work, announce, server.lame_duck_s + server.shutdown_timeout_s + STOP_S).run()
+        Workers(team, work, announce, OWN_STOPS, server.lame_duck_s + server.shutdown_timeout_s + STOP_S).run()
 
 
 class Background(NamedTuple):
@@ -136,7 +136,8 @@ def _make_server(
     except UnfitServerError as error:
         raise EngineError(str(error)) from None
     admin = make_admin_settings(app, config)
-    return GatewayServer(app, settings, admin, listeners.admin, ready, reload, configured)
+    kind = GatewayServer if team is None else WorkerServer
+    return kind(app, settings, admin, listeners.admin, ready, reload, configured)
 
 
 def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:

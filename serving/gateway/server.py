@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
@@ -46,6 +47,8 @@ FIXED: Mapping[str, Sequence[str]] = {
     "tracing": ("endpoint", "service_name", "sample_ratio"),
     "traces": ("file", "max_bytes"),
 }
+# What a parent of several processes sends to them where it got the other.
+OWN_STOPS = {signal.SIGTERM: signal.SIGUSR1, signal.SIGINT: signal.SIGUSR2}
 logger = logging.getLogger(__name__)
 
 
@@ -225,6 +228,24 @@ class GatewayServer(_EventServer):
             self.relay.draining = True
             self.schedule(self._note_stop)  # a signal may have come in the middle of a line
         self.wake()
+
+
+class WorkerServer(GatewayServer):
+    """That of one of several processes: its parent stops it by signals that nobody else sends.
+
+    systemd, as a terminal, sends its own to all processes, where two would mean to stop at once.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the parent's signals in the place of those that they stand for, which are ignored."""
+        for number, own in OWN_STOPS.items():
+            signal.signal(number, signal.SIG_IGN)
+            signal.signal(own, functools.partial(self._handle_own, number))
+        yield
+
+    def _handle_own(self, number: signal.Signals, _: int, frame: FrameType | None) -> None:
+        self.handle_exit(number, frame)
 
 
 def list_fixed_changes(before: Config, after: Config) -> list[str]:

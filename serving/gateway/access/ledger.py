@@ -66,6 +66,7 @@ class Ledger:
         self._path, self._file = path, None if path is None else _open(path, self._day)
         # What is still to be written, and what of today's has been, or is.
         self._pending: dict[Row, Tally] = {}
+        self._writing: dict[Row, Tally] = {}
         self._written: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
@@ -91,7 +92,8 @@ class Ledger:
             row = (self._day, key, model)
             found[model] = replace(tally)
             found[model].add(self._written.get(row, Tally()), -1)
-            found[model].add(self._pending.get(row, Tally()))
+            for rows in (self._pending, self._writing):
+                found[model].add(rows.get(row, Tally()))
         return found
 
     def read_written(self) -> dict[str, dict[str, Tally]]:
@@ -119,6 +121,7 @@ class Ledger:
         rows, self._pending = self._pending, {}
         if self._file is None or not rows:
             return
+        self._writing = rows
         try:
             await asyncio.to_thread(_add, self._file, rows)
         except sqlite3.Error as error:
@@ -131,6 +134,8 @@ class Ledger:
             if self._failing:
                 logger.info("usage_file %s: written again", self._path)
             self._failing = False
+        finally:
+            self._writing = {}
 
     def _turn(self, day: int) -> None:
         if day != self._day:

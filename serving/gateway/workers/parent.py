@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -22,8 +22,7 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.telemetry.event_log import name_process
 from laguna_serve.serving.gateway.workers.team import Team
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-WATCHED = {*STOPS, signal.SIGHUP, signal.SIGCHLD}
+WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 PR_SET_PDEATHSIG = 1
 # How often it is looked for a worker that is ready, or is to be started again.
 POLL_S = 0.1
@@ -57,10 +56,22 @@ class _Worker:
 
 
 class Workers:
-    """All of them. One that was told to stop has so many seconds (`patience_s`) before it is killed."""
+    """All of them.
 
-    def __init__(self, team: Team, work: Work, announce: Callable[[], None], patience_s: float) -> None:
-        self._team, self._work, self._announce, self._patience_s = team, work, announce, patience_s
+    `stops`: what they are sent where a signal asks this process to stop. Then they have so many seconds (`patience_s`)
+    before they are killed.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        work: Work,
+        announce: Callable[[], None],
+        stops: Mapping[signal.Signals, signal.Signals],
+        patience_s: float,
+    ) -> None:
+        self._team, self._work, self._announce, self._stops, self._patience_s = team, work, announce, stops, patience_s
+        self._blocked = WATCHED | set(stops.values())
         self._workers = [_Worker(number) for number in range(team.size)]
         self._stop_by_s: float | None = None
         self._announced = False
@@ -69,7 +80,7 @@ class Workers:
 
     def run(self) -> None:
         """Serve until a signal. Raises EngineError: a worker could not start in the first place."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         gc.collect()
         gc.freeze()  # so that the collector does not write to pages that all could share
         try:
@@ -100,7 +111,7 @@ class Workers:
         status = FAILED
         try:
             os.setpgid(0, 0)  # a Ctrl-C in the terminal is passed on, once
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, self._stops[signal.SIGTERM])
             if os.getppid() == parent:
                 status = self._serve(number)
         except BaseException:
@@ -111,13 +122,11 @@ class Workers:
 
     def _serve(self, number: int) -> int:
         """Serve, in a worker's process; its exit status."""
-        for stop in (*STOPS, signal.SIGHUP):
-            signal.signal(stop, signal.SIG_IGN)  # until the server has its own handlers
         self._team.join(number)
         name_process(f"gateway worker {number}")
 
         def ready() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # what has come by now comes now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._blocked)  # what has come by now comes now
             self._tell(_Report(number))
 
         try:
@@ -146,10 +155,10 @@ class Workers:
             self._announce()
 
     def _pass_on(self, number: signal.Signals) -> None:
-        if number in STOPS:
+        if number in self._stops:
             self._stop_by_s = self._stop_by_s or time.monotonic() + self._patience_s
         if number is not signal.SIGCHLD:
-            self._send(number)
+            self._send(self._stops.get(number, number))
 
     def _send(self, number: signal.Signals) -> None:
         for worker in self._workers:
