@@ -46,7 +46,7 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
         EngineError: the file of usage or of traces is none, or OpenTelemetry is not installed.
     """
     metrics = Metrics()
-    ledger = Ledger(None if config.access.usage_file is None else Path(config.access.usage_file))
+    ledger = open_ledger(config)
     recorder = TraceRecorder(open_traces(config.traces), metrics.registry)
     tracer = None if config.tracing.endpoint is None else open_tracer(config.tracing)
     if log is None:
@@ -125,6 +125,18 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
         return Response(own + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def check_files(config: Config) -> None:
+    """Make the files of usage and of traces where they are not there. Raises EngineError: one is none of ours."""
+    open_ledger(config).close()
+    if (traces := open_traces(config.traces)) is not None:
+        traces.close()
+
+
+def open_ledger(config: Config) -> Ledger:
+    """Open what was used today. Raises EngineError: the file is none of ours."""
+    return Ledger(None if config.access.usage_file is None else Path(config.access.usage_file))
 
 
 def open_traces(settings: Traces) -> TraceFile | None:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.addresses import Listeners, find_url, open_listeners
 from laguna_serve.serving.gateway.admin import create_admin_app
-from laguna_serve.serving.gateway.app import OWN_PATHS, create_app
+from laguna_serve.serving.gateway.app import OWN_PATHS, check_files, create_app
 from laguna_serve.serving.gateway.clients.protocol import make_protocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
@@ -56,6 +56,7 @@ def _serve_by_workers(
 ) -> None:
     """Serve by several processes that are forked from this one."""
     server = configured.server
+    check_files(configured)  # here, so that what is wrong is said once
     with open_team(server.workers) as team:
 
         def work(worker: int, ready: Callable[[], None]) -> bool:

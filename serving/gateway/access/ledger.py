@@ -112,8 +112,7 @@ class Ledger:
                 async with asyncio.timeout(every_s):
                     await stopped.wait()
             await self.write()
-        if self._file is not None:
-            self._file.close()
+        self.close()
 
     async def write(self) -> None:
         """Add to the file what is not in it yet, in a thread: a disk may be slow. A failure is logged once."""
@@ -136,6 +135,11 @@ class Ledger:
             self._failing = False
         finally:
             self._writing = {}
+
+    def close(self) -> None:
+        """Close the file; what is not written yet is lost."""
+        if self._file is not None:
+            self._file.close()
 
     def _turn(self, day: int) -> None:
         if day != self._day:

@@ -229,8 +229,7 @@ class Config(ConfigTable):
         if (workers := self.server.workers) == 1:
             return
         owned = [f"models.{model.name}.engine" for model in self.models if model.engine is not None]
-        others = {"admin.trl": self.admin.trl, "traces.file": self.traces.file}
-        for key in [*owned, *(key for key, value in others.items() if value is not None)]:
+        for key in [*owned, *(["admin.trl"] if self.admin.trl is not None else [])]:
             raise ValueError(f"expected server.workers = 1 beside {key}, got {workers}")
 
 

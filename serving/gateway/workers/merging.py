@@ -27,6 +27,7 @@ LEAST = frozenset(
         "process_max_fds",
     )
 )
+CREATED = "_created"  # when prometheus_client made a counter
 SUMMED = ("requests", "output_tokens")
 MEANS = ("ttft_s", "itl_s")
 MOST_ERRORS = 20
@@ -57,7 +58,7 @@ def add_up_metrics(own: str, others: Iterable[str]) -> str:
 
 
 def _find_rule(family: str) -> Callable[[float, float], float]:
-    return _keep if family in WHOLE else min if family in LEAST else operator.add
+    return _keep if family in WHOLE else min if family in LEAST or family.endswith(CREATED) else operator.add
 
 
 def _keep(own: float, other: float) -> float:

@@ -24,6 +24,7 @@ import pytest
 from gateway_fakes import Exchange, Reply, Upstream, make_request, read_reply, wait_until
 
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
+from laguna_serve.serving.gateway.traces.store import TraceFile
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,7 @@ class Engine(Upstream):
         self.gate = threading.Event()
         self.now = self.most = 0
         self.order: list[str] = []
+        self.said: dict[str, Any] = {}
 
     async def answer(self, exchange: Exchange) -> None:
         self.now += 1
@@ -48,7 +50,8 @@ class Engine(Upstream):
         try:
             while not self.gate.is_set():
                 await asyncio.sleep(0.002)
-            await exchange.answer(b'{"usage": {"prompt_tokens": 11, "completion_tokens": 5}}')
+            usage = {"usage": {"prompt_tokens": 11, "completion_tokens": 5}}
+            await exchange.answer(json.dumps(usage | self.said).encode())
         finally:
             self.now -= 1
 
@@ -270,6 +273,21 @@ def test_metrics_are_those_of_all_workers(path: Path, engine: Engine) -> None:
         assert b"3 processes" in front.get("/").body
 
 
+def test_traces_of_all_workers_are_in_one_file(path: Path, engine: Engine) -> None:
+    engine.gate.set()
+    traces, body = path.with_name("traces.db"), b'{"model": "m", "return_token_ids": true}'
+    engine.said = {"prompt_token_ids": [1, 2], "choices": [{"index": 0, "token_ids": [3], "finish_reason": "stop"}]}
+    with start(path, engine, f'[traces]\nfile = "{traces}"') as front:
+        for connection in [front.send("free", body) for _ in range(40)]:
+            with connection:
+                assert read_reply(connection).status == 200
+        front.process.terminate()
+        assert front.process.wait(20) == 0
+    found = list(TraceFile(traces).read())
+    assert [(trace.prompt_token_ids, trace.token_ids) for trace in found] == [([1, 2], [3])] * 40
+    assert len({trace.request_id for trace in found}) == 40
+
+
 def read_sample(text: str, name: str) -> float:
     return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " "))
 
@@ -348,7 +366,6 @@ def run_gateway(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     ("tables", "words"),
     [
         ({"models": [{"name": "m", "engine": {"model": "tests/toy/teacher"}}]}, "beside models.m.engine, got 2"),
-        ({"traces": {"file": "t.db"}}, "beside traces.file, got 2"),
         ({"admin": {"trl": "m"}}, "beside admin.trl, got 2"),
     ],
 )

@@ -1,0 +1,93 @@
+"""What several processes know, added up: by family, by engine, by key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from laguna_serve.serving.gateway.access.keyring import Keyring
+from laguna_serve.serving.gateway.access.ledger import Ledger
+from laguna_serve.serving.gateway.config.keys import Key
+from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
+from laguna_serve.serving.gateway.workers.merging import (
+    LEAST,
+    WHOLE,
+    add_up_metrics,
+    add_up_status,
+    add_up_tallies,
+)
+
+# Of gauges these alone are sums over processes.
+SUMS = {
+    "laguna_gateway_process_resident_memory_bytes",
+    "laguna_gateway_process_virtual_memory_bytes",
+    "laguna_gateway_process_open_fds",
+}
+
+
+def test_every_gauge_has_a_rule() -> None:
+    """A new one would be added up, which is wrong of most."""
+    metrics, keyring = Metrics(), Keyring(Ledger())
+    keyring.configure([Key(name="k", sha256="0" * 64, tokens_per_day=10)])
+    metrics.registry.register(KeyMetrics(keyring))
+    TraceRecorder(None, metrics.registry)
+    families = text_string_to_metric_families(metrics.render().decode())
+    gauges = {family.name for family in families if family.type == "gauge"}
+    assert {name for name in gauges - SUMS if not name.endswith("_created")} == WHOLE | LEAST
+
+
+def test_samples_are_added_under_their_family() -> None:
+    own = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="1"} 2.0\n# HELP b B.\n# TYPE b gauge\nb 1.0\n'
+    other = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="2 } "} 5.0\na_total{x="1"} 1e3\n'
+    expected = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="1"} 1002.0\na_total{x="2 } "} 5.0\n'
+    assert add_up_metrics(own, [other]) == expected + "# HELP b B.\n# TYPE b gauge\nb 1.0\n"
+
+
+def test_what_is_known_whole_is_not_added_and_the_worst_is_shown() -> None:
+    queued, up = (
+        "# HELP {0} h\n# TYPE {0} gauge\n{0} ".format(f"laguna_gateway_{name}") for name in ("queued", "upstream_up")
+    )
+    assert add_up_metrics(queued + "4.0\n" + up + "1.0\n", [queued + "3.0\n" + up + "0.0\n"]) == (
+        queued + "4.0\n" + up + "0.0\n"
+    )
+
+
+def engine(**changes: Any) -> dict[str, Any]:
+    found = {"name": "a", "state": "up", "last_error": None, "in_flight": 3, "requests": 0, "output_tokens": 0}
+    return found | {"ttft_s": None, "itl_s": None} | changes
+
+
+def status(*upstreams: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    models = {"m": {"queued": 2, "upstreams": list(upstreams)}}
+    found = {"draining": False, "in_flight": 1, "queued_bytes": 9, "models": models, "keys": [], "last_errors": []}
+    return found | changes
+
+
+def test_status_of_all() -> None:
+    own = status(engine(requests=1, ttft_s=0.4), last_errors=[{"time": "1"}], keys=[{"name": "k", "refused": 1}])
+    other = status(
+        engine(requests=3, ttft_s=0.8, state="down", last_error="gone", output_tokens=7),
+        last_errors=[{"time": "3"}, {"time": "0"}],
+        keys=[{"name": "k", "refused": 4}, {"name": "new", "refused": 1}],
+        draining=True,
+    )
+    found = add_up_status(own, [other, status(engine(), in_flight=5)])
+    assert (found["workers"], found["in_flight"], found["queued_bytes"], found["draining"]) == (3, 7, 9, True)
+    (shown,) = found["models"]["m"]["upstreams"]
+    assert (shown["requests"], shown["output_tokens"], shown["in_flight"]) == (4, 7, 3)
+    assert (shown["state"], shown["last_error"]) == ("down", "gone")
+    assert abs(shown["ttft_s"] - 0.7) < 1e-9
+    assert shown["itl_s"] is None
+    assert found["keys"] == [{"name": "k", "refused": 5}]
+    assert [error["time"] for error in found["last_errors"]] == ["3", "1", "0"]
+
+
+def test_tallies_of_all() -> None:
+    parts = [
+        {"m": {"requests": 1, "refused": 0}},
+        {"m": {"requests": 2, "refused": 1}, "": {"requests": 0, "refused": 3}},
+    ]
+    assert add_up_tallies(parts) == {"m": {"requests": 3, "refused": 1}, "": {"requests": 0, "refused": 3}}
