@@ -53,8 +53,8 @@ FROM_A_PAGE = (
     " without that header."
 )
 SEVERAL_WORKERS = (
-    "This gateway is several processes (server.workers), of which each would have to stop at once: engines are steered"
-    " through a gateway with workers = 1, or each at its own address."
+    "This gateway is several processes (server.workers), which do not steer or ask engines as one: do it through a"
+    " gateway with workers = 1, or at each engine's own address."
 )
 Payload = JsonObject | list[JsonObject]
 Model = Annotated[str | None, Query(description="default: the only one")]

@@ -17,9 +17,6 @@ from laguna_serve.serving.gateway.workers.merging import add_up_tallies
 from laguna_serve.serving.gateway.workers.peers import Peers
 from laguna_serve.serving.kit.results import JsonObject
 
-# A file that is written while it is read is read again, so often.
-TRIES = 5
-
 
 def make_router(find: Callable[[], Services]) -> APIRouter:
     """Make the route; `find` gives the gateway's parts."""
@@ -39,15 +36,10 @@ def make_router(find: Callable[[], Services]) -> APIRouter:
 
 
 async def _add_others(keys: JsonObject, keyring: Keyring, peers: Peers) -> None:
-    """Add what other processes know: what is in the file, and what each has not written yet.
-
-    The file is read before and after they are asked, so that nothing is missed or counted twice.
-    """
-    for _ in range(TRIES):
-        written = await asyncio.to_thread(keyring.ledger.read_written)
-        parts = [msgspec.json.decode(answer) for answer in await peers.ask("usage")] + [describe_use(keyring)]
-        if written == await asyncio.to_thread(keyring.ledger.read_written):
-            break
+    """Add what other processes know: what is in the file, and what each could not write."""
+    own, answers = await asyncio.gather(describe_use(keyring), peers.ask("usage"))
+    parts = [own, *(msgspec.json.decode(answer) for answer in answers.values())]
+    written = await asyncio.to_thread(keyring.ledger.read_written)
     for name, key in keys.items():
         same = [part[name] for part in parts if name in part]
         today = {model: asdict(tally) for model, tally in written.get(name, {}).items()}
@@ -55,8 +47,14 @@ async def _add_others(keys: JsonObject, keyring: Keyring, peers: Peers) -> None:
         key["since_start"] = add_up_tallies(part["since_start"] for part in same)
 
 
-def describe_use(keyring: Keyring) -> JsonObject:
-    """Describe what was used in this process: today, as far as no file has it, and since the start; JSON-ready."""
+async def describe_use(keyring: Keyring) -> JsonObject:
+    """Write the file, and describe what was used in this process, JSON-ready.
+
+    That is what no file has of today, and what came since the start.
+    """
+    for holder in keyring.holders:
+        holder.find_today()  # it may be another day than at the last request
+    await keyring.ledger.write()
     return {
         holder.name: {
             "today": {model: asdict(tally) for model, tally in keyring.ledger.find_unwritten(holder.name).items()},

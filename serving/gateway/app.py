@@ -31,7 +31,7 @@ from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
 from laguna_serve.serving.gateway.traces.store import TraceFile, TraceFileError
 from laguna_serve.serving.gateway.wire.cors import CorsMiddleware
 from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.workers.merging import add_up_metrics
+from laguna_serve.serving.gateway.workers.merging import join_metrics
 from laguna_serve.serving.gateway.workers.team import Team
 
 OWN_PATHS = frozenset(("/health", "/ready", "/metrics"))
@@ -57,7 +57,8 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
         async with _open_session() as session, _open_session(force_close=True) as steps:
             shadows = Shadows(session, metrics.registry, recorder.accompany if config.traces.file else None)
             catalog = Catalog(steps)
-            counts = Counts() if team is None else team.make_counts()
+            shared = None if team is None else team.make_counts()
+            counts = Counts() if shared is None else shared
             relay = Relay(config, metrics, shadows, log, catalog, ledger, tracer, counts)
             app.state.services = Services(relay, session, steps, None if team is None else team.peers)
             app.mount("/", RelayApp(relay))
@@ -68,9 +69,8 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
             )
             try:
                 async with contextlib.AsyncExitStack() as stack:
-                    if team is not None:
-                        answers = {"metrics": metrics.render} | list_answers(relay)
-                        await stack.enter_async_context(team.work(lambda: relay.pools.values(), answers))
+                    if team is not None and shared is not None:
+                        await stack.enter_async_context(team.work(shared, list_answers(relay, metrics)))
                     yield
             finally:
                 checks.cancel()
@@ -121,7 +121,7 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
         services.relay.refresh()
         own = metrics.render()
         if services.peers is not None:
-            own = add_up_metrics(own.decode(), [text.decode() for text in await services.peers.ask("metrics")]).encode()
+            own = join_metrics(services.peers.worker, own, await services.peers.ask("metrics"))
         return Response(own + merge(found).encode(), media_type="text/plain; version=0.0.4")
 
     return app

@@ -20,9 +20,9 @@ from laguna_serve.serving.gateway.app import OWN_PATHS, check_files, create_app
 from laguna_serve.serving.gateway.clients.protocol import make_protocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
-from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.relay import open_files
-from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
+from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer, keep_fixed
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
@@ -30,6 +30,8 @@ from laguna_serve.serving.gateway.workers.team import Team, open_team
 
 # What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0
+# And for its files, where a disk is slow.
+FILES_S = 10.0
 
 
 def serve(config: Config, announce: Callable[[str, str], None], reload: Callable[[], Config] | None) -> str:
@@ -55,17 +57,31 @@ def _serve_by_workers(
     listeners: Listeners, announce: Callable[[], None], reload: Callable[[], Config] | None, configured: Config
 ) -> None:
     """Serve by several processes that are forked from this one."""
-    server = configured.server
+    server, latest = configured.server, [listeners.config]
     check_files(configured)  # here, so that what is wrong is said once
+
+    def read() -> Config:
+        assert reload is not None
+        config = reload()
+        try:
+            config.check_workers(server.workers)
+        except ValueError as error:
+            raise ConfigError(f"{error} (at the start)") from None
+        return config
+
+    def keep() -> None:
+        latest[0] = keep_fixed(listeners.config, read())
+
     with open_team(server.workers) as team:
 
         def work(worker: int, ready: Callable[[], None]) -> bool:
-            mine = listeners if worker == 0 else listeners._replace(admin=[])
-            started = _make_server(mine, ready, reload, configured, team)
+            mine = listeners._replace(config=latest[0], admin=listeners.admin if worker == 0 else [])
+            started = _make_server(mine, ready, None if reload is None else read, configured, team)
             started.run(listeners.workers[worker])
             return started.started
 
-        Workers(team, work, announce, OWN_STOPS, server.lame_duck_s + server.shutdown_timeout_s + STOP_S).run()
+        patience_s = server.lame_duck_s + server.shutdown_timeout_s + FILES_S + STOP_S
+        Workers(team, work, announce, None if reload is None else keep, OWN_STOPS, patience_s).run()
 
 
 class Background(NamedTuple):
@@ -90,8 +106,10 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
     When the block ends, streams may finish within `server.shutdown_timeout_s`; a KeyboardInterrupt meanwhile ends them.
 
     Raises:
-        EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
+        EngineError: a port is taken, uvicorn is not one that the gateway runs under, or there are to be more workers.
     """
+    if config.server.workers != 1:
+        raise EngineError(f"server.workers: expected 1 for a gateway in a thread, got {config.server.workers}")
     set_up_logging()
     open_files.raise_limit()
     with open_listeners(config) as listeners, _run_in_thread(listeners, reload) as server:

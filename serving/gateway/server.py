@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import signal
 import socket
 import threading
@@ -117,6 +118,7 @@ class GatewayServer(_EventServer):
         self._admin, self._admin_sockets = _AdminServer(admin), admin_sockets
         self._admin_task: asyncio.Task[None] | None = None
         self._ready, self._reload, self._configured = ready, reload, configured
+        self.parent = os.getppid()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so. SIGHUP reads the configuration again."""
@@ -242,10 +244,29 @@ class WorkerServer(GatewayServer):
         for number, own in OWN_STOPS.items():
             signal.signal(number, signal.SIG_IGN)
             signal.signal(own, functools.partial(self._handle_own, number))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the loop has a handler for it
         yield
 
     def _handle_own(self, number: signal.Signals, _: int, frame: FrameType | None) -> None:
-        self.handle_exit(number, frame)
+        # A parent that is gone, for which the kernel sends this, was killed: nobody waits for balancers any more.
+        orphaned = os.getppid() != self.parent
+        self.handle_exit(signal.SIGINT if orphaned else number, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse connections from now on: closing is not enough, as parent and others have the sockets, too."""
+        for listener in sockets or ():
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+        await super().shutdown(sockets)
+
+
+def keep_fixed(before: Config, after: Config) -> Config:
+    """Keep of a configuration what is read at the start alone, as it was `before`."""
+    kept = {
+        table: getattr(after, table).model_copy(update={key: getattr(getattr(before, table), key) for key in keys})
+        for table, keys in FIXED.items()
+    }
+    return after.model_copy(update=kept)
 
 
 def list_fixed_changes(before: Config, after: Config) -> list[str]:

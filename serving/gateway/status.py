@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -15,7 +15,9 @@ from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
+from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.workers.merging import add_up_status
+from laguna_serve.serving.gateway.workers.peers import Answers
 from laguna_serve.serving.kit.results import JsonObject
 
 # Speeds are over the time since the last look, where that is not longer ago.
@@ -33,15 +35,23 @@ async def describe(services: Services, now: float) -> JsonObject:
     )
     if services.peers is None:
         return own
-    return add_up_status(own, [msgspec.json.decode(answer) for answer in await services.peers.ask("status")])
+    answers = await services.peers.ask("status")
+    return add_up_status(own, [msgspec.json.decode(answer) for answer in answers.values()])
 
 
-def list_answers(relay: Relay) -> dict[str, Callable[[], bytes]]:
+def list_answers(relay: Relay, metrics: Metrics) -> Answers:
     """List what other processes of this gateway may ask this one."""
-    return {
-        "status": lambda: msgspec.json.encode(describe_relay(relay, {}, time.monotonic())),
-        "usage": lambda: msgspec.json.encode(describe_use(relay.keys)),
-    }
+
+    async def status() -> bytes:
+        return msgspec.json.encode(describe_relay(relay, {}, time.monotonic()))
+
+    async def usage() -> bytes:
+        return msgspec.json.encode(await describe_use(relay.keys))
+
+    async def show_metrics() -> bytes:
+        return metrics.render()
+
+    return {"status": status, "usage": usage, "metrics": show_metrics}
 
 
 def describe_relay(relay: Relay, speeds: Mapping[Engine, Mapping[str, float | None]], now: float) -> JsonObject:

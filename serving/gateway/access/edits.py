@@ -22,6 +22,8 @@ PRIORITIES = ASKING | {"/v1/responses", "/v1/embeddings", "/pooling", "/classify
 ENDS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 ASK = b'"stream_options":{"include_usage":true},'
 EMPTY = re.compile(rb"\s*\}")
+# A larger number of a request is this one: vLLM takes no more than 64 bits.
+MOST_PRIORITY = 1 << 31
 
 
 def ask_usage(path: str, body: bytes, asked: Asked) -> bytes | None:
@@ -51,7 +53,7 @@ def set_priority(path: str, body: bytes, asked: Asked, priority: int) -> bytes:
 
 def find_priority(asked: Asked, own: int) -> int:
     """Find a request's priority: its key's `own`, which it may lower (a larger number) and not raise."""
-    return max(own, asked.priority) if type(asked.priority) is int else own
+    return max(own, min(asked.priority, MOST_PRIORITY)) if type(asked.priority) is int else own
 
 
 def put(body: bytes, asked: Asked, name: str, value: Any) -> bytes:

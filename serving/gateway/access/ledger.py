@@ -66,7 +66,7 @@ class Ledger:
         self._path, self._file = path, None if path is None else _open(path, self._day)
         # What is still to be written, and what of today's has been, or is.
         self._pending: dict[Row, Tally] = {}
-        self._writing: dict[Row, Tally] = {}
+        self._lock = asyncio.Lock()
         self._written: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
@@ -92,16 +92,16 @@ class Ledger:
             row = (self._day, key, model)
             found[model] = replace(tally)
             found[model].add(self._written.get(row, Tally()), -1)
-            for rows in (self._pending, self._writing):
-                found[model].add(rows.get(row, Tally()))
+            found[model].add(self._pending.get(row, Tally()))
         return found
 
     def read_written(self) -> dict[str, dict[str, Tally]]:
         """Read what the file has of today by key and model, whoever wrote it; nothing where it cannot be read."""
         found: dict[str, dict[str, Tally]] = {}
-        if self._file is not None:
-            with contextlib.suppress(sqlite3.Error):
-                for key, model, *numbers in self._file.execute(READ, (self._day,)):
+        if self._path is not None:
+            # On a connection of its own, which does not see what is being written.
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self._path)) as file:
+                for key, model, *numbers in file.execute(READ, (self._day,)):
                     found.setdefault(key, {})[model] = Tally(*numbers)
         return found
 
@@ -116,11 +116,14 @@ class Ledger:
 
     async def write(self) -> None:
         """Add to the file what is not in it yet, in a thread: a disk may be slow. A failure is logged once."""
+        async with self._lock:
+            await self._write()
+
+    async def _write(self) -> None:
         self._collect()
         rows, self._pending = self._pending, {}
         if self._file is None or not rows:
             return
-        self._writing = rows
         try:
             await asyncio.to_thread(_add, self._file, rows)
         except sqlite3.Error as error:
@@ -133,8 +136,6 @@ class Ledger:
             if self._failing:
                 logger.info("usage_file %s: written again", self._path)
             self._failing = False
-        finally:
-            self._writing = {}
 
     def close(self) -> None:
         """Close the file; what is not written yet is lost."""

@@ -212,7 +212,7 @@ class Config(ConfigTable):
             if model.engine is not None and model.engine.group not in (*names, "default"):
                 raise ValueError(f"expected a [[groups]] for every engine's group, got none for {model.engine.group!r}")
         _check_fallbacks(self.models)
-        self._check_workers()
+        self.check_workers(self.server.workers)
         if self.admin.trl is not None and self.admin.trl not in [model.name for model in self.models]:
             raise ValueError(f"expected the name of a model as admin.trl, got {self.admin.trl!r}")
         by_digest: dict[str, str] = {}
@@ -224,9 +224,9 @@ class Config(ConfigTable):
             raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")
         return self
 
-    def _check_workers(self) -> None:
+    def check_workers(self, workers: int) -> None:
         """Check that nothing is asked for that one process alone can do. Raises ValueError."""
-        if (workers := self.server.workers) == 1:
+        if workers == 1:
             return
         owned = [f"models.{model.name}.engine" for model in self.models if model.engine is not None]
         for key in [*owned, *(["admin.trl"] if self.admin.trl is not None else [])]:

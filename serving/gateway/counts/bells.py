@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 RING = b"!"
@@ -34,12 +34,13 @@ class Bells:
 
     def ring(self, worker: int) -> None:
         """Wake a worker. One that has been rung for so often that nothing more fits is about to wake anyway."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             self._bells[worker].pull.send(RING)
 
-    def listen(self, worker: int, act: Callable[[], None]) -> None:
-        """Call `act` in the running loop whenever this worker is rung for; for several rings once."""
-        bell = self._bells[worker].rings
+    @contextlib.contextmanager
+    def listen(self, worker: int, act: Callable[[], None]) -> Iterator[None]:
+        """Call `act` in the running loop whenever this worker is rung for, while the block runs; for several once."""
+        bell, loop = self._bells[worker].rings, asyncio.get_running_loop()
 
         def answer() -> None:
             with contextlib.suppress(BlockingIOError):
@@ -47,4 +48,8 @@ class Bells:
                     pass
             act()
 
-        asyncio.get_running_loop().add_reader(bell, answer)
+        loop.add_reader(bell, answer)
+        try:
+            yield
+        finally:
+            loop.remove_reader(bell)

@@ -7,17 +7,19 @@ which frees it when its holder dies.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 
 SHARED, OWN = 8, 4
-# Of rows: keys, models and engines, of all configurations since the start. Untouched ones take no memory.
+# For keys, models and engines of all configurations since the start.
 ROWS = 1 << 13
 NAME_BYTES = 16
-NUMBER = struct.calcsize("d")
+DOUBLE = struct.calcsize("d")
 
 
 class BoardFullError(Exception):
@@ -32,8 +34,8 @@ class Board:
 
     def __init__(self, workers: int, rows: int = ROWS) -> None:
         self.workers, self.worker, self._rows = workers, 0, rows
-        self._stride = NAME_BYTES // NUMBER + SHARED + OWN * workers
-        size = rows * self._stride * NUMBER
+        self._stride = NAME_BYTES // DOUBLE + SHARED + OWN * workers
+        size = rows * self._stride * DOUBLE
         self._file = os.memfd_create("laguna-gateway")
         os.ftruncate(self._file, size)
         self._memory = mmap.mmap(self._file, size)
@@ -45,30 +47,28 @@ class Board:
         self._memory.close()
         os.close(self._file)
 
-    def lock(self) -> None:
-        """Wait until nobody else changes anything; not twice."""
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until nobody else changes anything, and keep it so; not twice, and nothing may wait inside."""
         fcntl.lockf(self._file, fcntl.LOCK_EX)
-
-    def unlock(self) -> None:
-        """Let the others go on."""
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def find_row(self, name: str) -> int:
         """Find where a name's row begins; the same in all processes. Raises BoardFullError."""
         digest = hashlib.blake2b(name.encode(), digest_size=NAME_BYTES).digest()
         first = int.from_bytes(digest[:8], "little") % self._rows
-        self.lock()
-        try:
+        with self.locked():
             for i in range(self._rows):
-                begin = (first + i) % self._rows * self._stride * NUMBER
+                begin = (first + i) % self._rows * self._stride * DOUBLE
                 known = self._memory[begin : begin + NAME_BYTES]
                 if known == bytes(NAME_BYTES):
                     self._memory[begin : begin + NAME_BYTES] = digest
                 elif known != digest:
                     continue
-                return (begin + NAME_BYTES) // NUMBER
-        finally:
-            self.unlock()
+                return (begin + NAME_BYTES) // DOUBLE
         raise BoardFullError(f"{self._rows} names of keys, models and engines since the start; start the gateway anew")
 
     def find_own(self, row: int) -> int:
@@ -86,13 +86,10 @@ class Board:
 
     def forget(self, worker: int) -> None:
         """Take back what a worker that has died held."""
-        self.lock()
-        try:
+        with self.locked():
             for i in range(self._rows):
                 begin = i * self._stride
-                if self._memory[begin * NUMBER : begin * NUMBER + NAME_BYTES] != bytes(NAME_BYTES):
-                    own = self.find_place(begin + NAME_BYTES // NUMBER, worker)
+                if self._memory[begin * DOUBLE : begin * DOUBLE + NAME_BYTES] != bytes(NAME_BYTES):
+                    own = self.find_place(begin + NAME_BYTES // DOUBLE, worker)
                     for j in range(own, own + OWN):
                         self.numbers[j] = 0.0
-        finally:
-            self.unlock()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from laguna_serve.serving.gateway.access.holder import Clock, Holder
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config.keys import Key
@@ -20,14 +22,25 @@ class SharedCounts(Counts):
 
     def __init__(self, board: Board, bells: Bells) -> None:
         self._board, self._bells = board, bells
+        self._pools = weakref.WeakValueDictionary[str, SharedPool]()
+
+    def look(self) -> None:
+        """Let the first one of each pool look, also of one that is in the configuration no more."""
+        for pool in list(self._pools.values()):
+            pool.look()
 
     def make_backlog(self, most: int) -> Backlog:
         """Make the count of bytes of bodies, in all processes."""
         return SharedBacklog(most, self._board)
 
     def make_pool(self, model: Model, limits: Limits) -> Pool:
-        """Make the pool of a model, whose slots and whose queue all processes fill."""
-        return SharedPool(model, limits, board=self._board, bells=self._bells)
+        """Make the pool of a model, whose slots and whose queue all processes fill.
+
+        It is the one from before, if the model was taken out and requests still wait there.
+        """
+        if (pool := self._pools.get(model.name)) is None:
+            pool = self._pools[model.name] = SharedPool(model, limits, self._board, self._bells)
+        return pool
 
     def make_holder(self, key: Key, ledger: Ledger, clock: Clock, wall: Clock) -> Holder:
         """Make a key's counts, of what is asked of all processes."""

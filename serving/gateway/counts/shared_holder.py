@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from laguna_serve.serving.gateway.access.demand import Demand
 from laguna_serve.serving.gateway.access.holder import Claim, Clock, Holder
 from laguna_serve.serving.gateway.access.ledger import Ledger
@@ -31,31 +34,23 @@ class SharedHolder(Holder):
     def configure(self, key: Key) -> None:
         """Take the key's limits; what has been used of one that stays is still used."""
         super().configure(key)
-        self.refresh()
+        with self._together(configuring=True):
+            pass
 
     def enter(self) -> Claim:
         """Take a place in flight, and one of this minute's requests. Raises GatewayError: 429."""
-        self._load()
-        try:
+        with self._together():
             return super().enter()
-        finally:
-            self._store()
 
     def reserve(self, claim: Claim, model: str, demand: Demand) -> None:
         """Take the tokens that a request for a model may cost, until it ends. Raises GatewayError: 429."""
-        self._load()
-        try:
+        with self._together():
             super().reserve(claim, model, demand)
-        finally:
-            self._store()
 
     def leave(self, claim: Claim, used: Demand | None) -> None:
         """Give back the place, and settle the tokens."""
-        self._load()
-        try:
+        with self._together():
             super().leave(claim, used)
-        finally:
-            self._store()
 
     def render_limits(self) -> Headers:
         """Render the headers that tell what is left."""
@@ -64,41 +59,43 @@ class SharedHolder(Holder):
 
     def refresh(self) -> None:
         """Take over what the others have done meanwhile."""
-        self._load()
-        self._store()
+        with self._together():
+            pass
 
-    def _load(self) -> None:
-        self._board.lock()
+    @contextlib.contextmanager
+    def _together(self, *, configuring: bool = False) -> Iterator[None]:
+        """Have what counts in all processes, and let nobody else change it while the block runs."""
         numbers, row, own, budget = self._board.numbers, self._row, self._own, self._budget
-        self._elsewhere = (
-            int(sum(numbers[other + IN_FLIGHT] for other in self._others)),
-            int(sum(numbers[other + RESERVED] for other in self._others)),
-        )
-        self.in_flight = int(numbers[own + IN_FLIGHT]) + self._elsewhere[0]
-        budget.reserved = int(numbers[own + RESERVED]) + self._elsewhere[1]
-        if (day := int(numbers[row + DAY])) >= budget.day:
-            if day != budget.day:
-                self._tallies.clear()
-            budget.day, budget.used = day, int(numbers[row + USED])
-        self._load_bucket(self._requests, row + REQUESTS)
-        self._load_bucket(self._tokens, row + TOKENS)
+        with self._board.locked():
+            in_flight, reserved = (
+                int(sum(numbers[other + i] for other in self._others)) for i in (IN_FLIGHT, RESERVED)
+            )
+            self.in_flight = int(numbers[own + IN_FLIGHT]) + in_flight
+            budget.reserved = int(numbers[own + RESERVED]) + reserved
+            if (day := int(numbers[row + DAY])) >= budget.day:
+                if day != budget.day:
+                    self._tallies.clear()
+                budget.day, budget.used = day, int(numbers[row + USED])
+            buckets = [(self._requests, row + REQUESTS), (self._tokens, row + TOKENS)]
+            shared = [(bucket, place) for bucket, place in buckets if bucket is not None]
+            for bucket, place in shared:
+                self._load_bucket(bucket, place)
+            try:
+                yield
+            finally:
+                numbers[own + IN_FLIGHT] = self.in_flight - in_flight
+                numbers[own + RESERVED] = budget.reserved - reserved
+                numbers[row + DAY], numbers[row + USED] = budget.day, budget.used
+                for bucket, place in shared:
+                    if configuring or numbers[place] == bucket.per_minute:
+                        self._store_bucket(bucket, place)
 
-    def _store(self) -> None:
-        numbers, row, own, budget = self._board.numbers, self._row, self._own, self._budget
-        numbers[own + IN_FLIGHT] = self.in_flight - self._elsewhere[0]
-        numbers[own + RESERVED] = budget.reserved - self._elsewhere[1]
-        numbers[row + DAY], numbers[row + USED] = budget.day, budget.used
-        self._store_bucket(self._requests, row + REQUESTS)
-        self._store_bucket(self._tokens, row + TOKENS)
-        self._board.unlock()
-
-    def _load_bucket(self, bucket: Bucket | None, place: int) -> None:
-        """Take over a bucket of the same size: one of another is of another configuration."""
+    def _load_bucket(self, bucket: Bucket, place: int) -> None:
+        """Take over a bucket of the same size; one of another is of another configuration, and is left alone."""
         per_minute, left, filled_s = self._board.numbers[place : place + 3]
-        if bucket is not None and bucket.per_minute == per_minute:
+        if bucket.per_minute == per_minute:
             bucket.left, bucket.filled_s = left, filled_s
 
-    def _store_bucket(self, bucket: Bucket | None, place: int) -> None:
+    def _store_bucket(self, bucket: Bucket, place: int) -> None:
         numbers = self._board.numbers
-        if bucket is not None:
-            numbers[place], numbers[place + 1], numbers[place + 2] = bucket.per_minute, bucket.left, bucket.filled_s
+        numbers[place], numbers[place + 1], numbers[place + 2] = bucket.per_minute, bucket.left, bucket.filled_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model
@@ -13,6 +14,8 @@ from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy
 
+# For how long a free slot is left to the first one of another process.
+POLITE_S = 0.2
 # A model's row: the number that was drawn last. And of each worker: how many wait there, and the first of them by
 # priority and number, which is 0 without one.
 LAST = 0
@@ -48,37 +51,30 @@ class SharedLine(WaitingLine):
         """Find the first one of the other processes, and whose it is."""
         return min(self._list_elsewhere(), default=None)
 
-    def draw(self, priority: int, *, limited: bool = False) -> Ticket:
-        """Give a place at the end of those of a priority, in all processes."""
-        self.length += 1
-        numbers, last = self._board.numbers, self._row + LAST
-        self._board.lock()
+    @contextlib.contextmanager
+    def draw(self, priority: int, *, limited: bool) -> Iterator[Ticket]:
+        """Give a place at the end of those of a priority, in all processes, for as long as the block runs."""
+        with self._board.locked():
+            self._board.numbers[self._row + LAST] += 1
+            ticket = (priority, int(self._board.numbers[self._row + LAST]))
         try:
-            numbers[last] += 1
-            ticket = (priority, int(numbers[last]))
-            if not limited:
-                bisect.insort(self._first, ticket)
-            self._show()
+            with super().draw(priority, limited=limited):
+                if not limited:
+                    bisect.insort(self._first, ticket)
+                try:
+                    self._show()
+                    yield ticket
+                finally:
+                    if not limited:
+                        del self._first[bisect.bisect_left(self._first, ticket)]
         finally:
-            self._board.unlock()
-        return ticket
-
-    def leave(self, ticket: Ticket) -> None:
-        """Give a place up: for a slot, or for nothing."""
-        super().leave(ticket)
-        place = bisect.bisect_left(self._first, ticket)
-        if self._first[place : place + 1] == [ticket]:
-            del self._first[place]
-        self._board.lock()
-        try:
             self._show()
-        finally:
-            self._board.unlock()
 
     def _show(self) -> None:
         numbers, own = self._board.numbers, self._own
-        numbers[own + WAITING] = self.length
-        numbers[own + PRIORITY], numbers[own + NUMBER] = self.first or (0, 0)
+        with self._board.locked():
+            numbers[own + WAITING] = self.length
+            numbers[own + PRIORITY], numbers[own + NUMBER] = self.first or (0, 0)
 
     def _list_elsewhere(self) -> Iterator[tuple[Ticket, int]]:
         numbers = self._board.numbers
@@ -90,7 +86,8 @@ class SharedLine(WaitingLine):
 class SharedPool(Pool):
     """As in one process, with what the others have in flight, and those who wait there.
 
-    Whether engines are well each process finds out by itself.
+    Whether engines are well each process finds out by itself. So the first one of another process may not see the slot
+    that is free here, or its process may hang: it is let past for `POLITE_S`, and no longer.
     """
 
     _line: SharedLine
@@ -100,7 +97,8 @@ class SharedPool(Pool):
         self._board, self._bells = board, bells
         self._line = SharedLine(board, board.find_row(f"model {model.name}"))
         self._rows: dict[str, int] = {}
-        self._loaded: list[tuple[Engine, int, int]] = []
+        # The first of another process that a free slot is left to, and since when.
+        self._let_past: tuple[Ticket | None, float] = (None, 0.0)
 
     @property
     def queued(self) -> int:
@@ -116,25 +114,34 @@ class SharedPool(Pool):
         policy: WeightPolicy | None = None,
     ) -> Engine | None:
         """Take a slot of an engine, where one is free and nobody was before, in any process."""
-        self._load(self.engines)
-        try:
+        with self._together(self.engines):
             return super().take(affinity, avoid, ticket=ticket, policy=policy)
+
+    async def acquire(
+        self,
+        affinity: bytes | None,
+        avoid: frozenset[Engine] = frozenset(),
+        deadline: float | None = None,
+        priority: int = 0,
+        policy: WeightPolicy | None = None,
+    ) -> Engine:
+        """`take`, after a wait in the queue where it must be. Raises GatewayError."""
+        try:
+            return await super().acquire(affinity, avoid, deadline, priority, policy)
         finally:
-            self._store()
+            self.wake()  # there may be more room, for one who waits elsewhere
 
     def release(self, engine: Engine) -> None:
         """Give a slot back; the first in the queue is woken, in whatever process."""
-        self._load((engine,))
-        try:
-            engine.release()
-        finally:
-            self._store()
+        with self._together((engine,)):
+            engine.in_flight -= 1
+        engine.note_drained()
         self.wake()
 
     def refresh(self) -> None:
         """Look what the engines have in flight from all processes."""
-        self._load(self.engines)
-        self._store()
+        with self._together(self.engines):
+            pass
 
     def wake(self) -> None:
         """Let the first in the queue look again, in whatever process it waits."""
@@ -149,30 +156,44 @@ class SharedPool(Pool):
         """Let the first of this process look: it was rung for, or has waited for a while."""
         self._line.wake()
 
+    def _must_nudge(self, limited: bool) -> bool:
+        """Say yes: a slot may have come free elsewhere since this one looked, and before it was seen to wait."""
+        return True
+
     def _is_behind(self, ticket: Ticket | None) -> bool:
-        elsewhere = self._line.find_elsewhere()
-        if ticket is None:
-            return elsewhere is not None or super()._is_behind(ticket)
-        if elsewhere is not None and elsewhere[0] < ticket:
-            self._bells.ring(elsewhere[1])
+        if super()._is_behind(ticket):
             return True
-        return False
+        elsewhere = self._line.find_elsewhere()
+        if elsewhere is None or (ticket is not None and ticket < elsewhere[0]):
+            return False
+        first, worker = elsewhere
+        now = self.clock()
+        if not any(engine.is_up(now) and engine.has_slot() for engine in self.engines):
+            self._let_past = (None, 0.0)
+        elif self._let_past[0] != first:
+            self._let_past = (first, now)
+            self._bells.ring(worker)
+        elif now - self._let_past[1] > POLITE_S:
+            return False
+        return True
 
-    def _load(self, engines: Iterable[Engine]) -> None:
-        rows = [(engine, self._find_row(engine)) for engine in engines]
+    @contextlib.contextmanager
+    def _together(self, engines: Iterable[Engine]) -> Iterator[None]:
+        """Have what engines have in flight from all processes, and let nobody else change it while the block runs."""
         board, numbers = self._board, self._board.numbers
-        board.lock()
-        for engine, row in rows:
-            own = board.find_own(row) + IN_FLIGHT
-            others = int(sum(numbers[place + IN_FLIGHT] for place in board.list_others(row)))
-            engine.in_flight = int(numbers[own]) + others
-            self._loaded.append((engine, own, others))
-
-    def _store(self) -> None:
-        for engine, own, others in self._loaded:
-            self._board.numbers[own] = engine.in_flight - others
-        self._loaded.clear()
-        self._board.unlock()
+        rows = [(engine, self._find_row(engine)) for engine in engines]
+        with board.locked():
+            loaded = []
+            for engine, row in rows:
+                own = board.find_own(row) + IN_FLIGHT
+                others = int(sum(numbers[place + IN_FLIGHT] for place in board.list_others(row)))
+                engine.in_flight = int(numbers[own]) + others
+                loaded.append((engine, own, others))
+            try:
+                yield
+            finally:
+                for engine, own, others in loaded:
+                    numbers[own] = engine.in_flight - others
 
     def _find_row(self, engine: Engine) -> int:
         """Find the row of an engine: by its address, too, as another one may come under its name."""

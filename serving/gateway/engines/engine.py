@@ -164,6 +164,10 @@ class Engine:
     def release(self) -> None:
         """Release the slot of a request of its own that has ended."""
         self.in_flight -= 1
+        self.note_drained()
+
+    def note_drained(self) -> None:
+        """Note that the last request is gone of one that was removed."""
         if self.removed and not self.in_flight:
             logger.info("engine %s drained", self.name)
 

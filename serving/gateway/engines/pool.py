@@ -45,7 +45,6 @@ class Pool:
     waits: Waits = field(init=False)
     _retries: float = RETRY_BURST
     _line: WaitingLine = field(default_factory=WaitingLine)
-    _limited: int = 0  # of those who wait, by a policy for weights
 
     def __post_init__(self) -> None:
         self._take_limits(self.limits)
@@ -55,14 +54,14 @@ class Pool:
 
         Changes nothing.
         """
-        known = {(engine.config.name, engine.config.url): engine for engine in self.engines}
+        known = {(engine.config.name, engine.config.url): engine for engine in self.engines if not engine.removed}
         return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
 
     def configure(self, model: Model, limits: Limits, engines: list[Engine] | None = None) -> None:
         """Take a configuration, with the engines that `plan` made for it; those who wait look again."""
         engines = self.plan(model) if engines is None else engines
         for gone in self.engines:
-            if gone not in engines:
+            if gone not in engines and not gone.removed:
                 gone.remove()
         for engine, upstream in zip(engines, model.upstreams, strict=True):
             if engine.config is not upstream:
@@ -148,17 +147,17 @@ class Pool:
             raise errors.contended()
         if deadline is None:
             deadline = self.clock() + self.limits.queue_timeout_s
-        ticket = self._line.draw(priority, limited=policy is not None or bool(avoid))
-        nudge = self._limited > 0
-        self._limited += policy is not None
+        limited = policy is not None or bool(avoid)
         try:
-            while True:
-                await self._line.wait(ticket, deadline - self.clock(), nudge=nudge)
-                nudge = False
-                if (engine := self.take(affinity, avoid, ticket=ticket, policy=policy)) is not None:
-                    return engine
-                if policy is not None:  # the slot that woke it may be of other weights, and is somebody else's then
-                    self._line.wake_behind(ticket)
+            with self._line.draw(priority, limited=limited) as ticket:
+                nudge = self._must_nudge(limited)
+                while True:
+                    await self._line.wait(ticket, deadline - self.clock(), nudge=nudge)
+                    nudge = False
+                    if (engine := self.take(affinity, avoid, ticket=ticket, policy=policy)) is not None:
+                        return engine
+                    if limited:  # the slot that woke it may be none for it, and is somebody else's then
+                        self._line.wake_behind(ticket)
         except TimeoutError:
             now = self.clock()
             any_up = any(engine.is_up(now) for engine in self.engines)
@@ -166,9 +165,6 @@ class Pool:
         except GatewayError:
             self.wake()
             raise
-        finally:
-            self._line.leave(ticket)
-            self._limited -= policy is not None
 
     def succeed(self, old: Engine, url: str) -> None:
         """Put a new engine, at a new address, in the place of one that died.
@@ -257,6 +253,10 @@ class Pool:
     def wake(self) -> None:
         """Let the first in the queue look again."""
         self._line.wake()
+
+    def _must_nudge(self, limited: bool) -> bool:
+        """Whether the first should look now that one has come: it may be for a slot that those before cannot take."""
+        return self._line.limited > limited
 
     def _is_behind(self, ticket: Ticket | None) -> bool:
         """Whether somebody else's turn is first; one that has been woken has its own."""

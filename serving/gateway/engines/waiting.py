@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ Ticket = tuple[int, int]
 
 @dataclass(slots=True, eq=False)
 class WaitingLine:
-    """Those who wait, from `draw` to `leave`; there are `length` of them."""
+    """Those who wait; there are `length` of them, `limited` of whom cannot take every slot."""
 
     length: int = 0
+    limited: int = 0
     _tickets: Iterator[int] = field(default_factory=itertools.count)
     _entries: list[tuple[int, int, asyncio.Future[None]]] = field(default_factory=list)
 
@@ -24,14 +26,16 @@ class WaitingLine:
         """Whether somebody may be woken."""
         return bool(self._entries)
 
-    def draw(self, priority: int, *, limited: bool = False) -> Ticket:
-        """Give a place at the end of those of a priority; not every slot is for one that is `limited`."""
+    @contextlib.contextmanager
+    def draw(self, priority: int, *, limited: bool) -> Iterator[Ticket]:
+        """Give a place at the end of those of a priority, for as long as the block runs."""
         self.length += 1
-        return priority, next(self._tickets)
-
-    def leave(self, ticket: Ticket) -> None:
-        """Give a place up: for a slot, or for nothing."""
-        self.length -= 1
+        self.limited += limited
+        try:
+            yield priority, next(self._tickets)
+        finally:
+            self.length -= 1
+            self.limited -= limited
 
     async def wait(self, ticket: Ticket, timeout_s: float, *, nudge: bool = False) -> None:
         """Return when woken. With `nudge` the first one looks again now. Raises TimeoutError."""

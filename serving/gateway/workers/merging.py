@@ -5,64 +5,45 @@ What counts for all of them (slots, queues, limits) each knows whole: that of th
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from laguna_serve.serving.gateway.telemetry.exposition import SAMPLE
 from laguna_serve.serving.kit.results import JsonObject
 
 Number = float | int
-# Of other metrics there is as much as all of them have together.
+# What counts for all processes has one sample; of all else each has its own, so that counters of one that was started
+# again begin anew as Prometheus expects it.
 WHOLE = frozenset(
     f"laguna_gateway_{name}"
-    for name in ("queued", "queued_bytes", "upstream_in_flight", "key_in_flight", "key_tokens_today")
-) | {"laguna_gateway_key_budget_left_tokens"}
-LEAST = frozenset(
-    f"laguna_gateway_{name}"
     for name in (
-        "upstream_up",
-        "config_last_reload_successful",
-        "config_last_reload_success_timestamp_seconds",
-        "process_start_time_seconds",
-        "process_max_fds",
+        *("queued", "queued_bytes", "upstream_in_flight"),
+        *("key_in_flight", "key_tokens_today", "key_budget_left_tokens"),
     )
 )
-CREATED = "_created"  # when prometheus_client made a counter
 SUMMED = ("requests", "output_tokens")
-MEANS = ("ttft_s", "itl_s")
+MEANS = (("ttft_s", "requests"), ("itl_s", "output_tokens"))  # each of so many
 MOST_ERRORS = 20
 
 
-def add_up_metrics(own: str, others: Iterable[str]) -> str:
-    """Add up the text of /metrics: of each sample the sum, or what its family asks for."""
+def join_metrics(worker: int, own: bytes, others: Mapping[int, bytes]) -> bytes:
+    """Join the texts of /metrics of all workers: each sample with its worker as a label."""
     headers: dict[str, list[str]] = {}
-    samples: dict[str, dict[str, float]] = {}
-    for i, text in enumerate((own, *others)):
+    samples: dict[str, list[str]] = {}
+    for number, text in sorted({worker: own, **others}.items()):
         family = ""
-        for line in text.splitlines():
+        for line in text.decode().splitlines():
             if line.startswith("# "):
                 family = line.split(" ", 3)[2]
                 if line not in (known := headers.setdefault(family, [])):
                     known.append(line)
-            elif SAMPLE.match(line) is not None:
-                name, _, value = line.rpartition(" ")
-                found = samples.setdefault(family, {})
-                if name not in found:
-                    found[name] = float(value)
-                elif i:
-                    found[name] = _find_rule(family)(found[name], float(value))
-    lines = []
-    for family, known in headers.items():
-        lines += [*known, *(f"{name} {value}" for name, value in samples.get(family, {}).items())]
-    return "\n".join(lines) + "\n"
-
-
-def _find_rule(family: str) -> Callable[[float, float], float]:
-    return _keep if family in WHOLE else min if family in LEAST or family.endswith(CREATED) else operator.add
-
-
-def _keep(own: float, other: float) -> float:
-    return own
+            elif (match := SAMPLE.match(line)) is not None:
+                name, labels, value = match.groups()
+                if family not in WHOLE:
+                    line = f'{name}{{worker="{number}"{"," + labels if labels else ""}}} {value}'
+                if family not in WHOLE or number == worker:
+                    samples.setdefault(family, []).append(line)
+    lines = [line for family, known in headers.items() for line in (*known, *samples.get(family, ()))]
+    return "\n".join(lines).encode() + b"\n"
 
 
 def add_up_status(own: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
@@ -96,7 +77,7 @@ def _add_up_model(own: JsonObject, all_of: list[JsonObject]) -> JsonObject:
         worst = next((e for e in same if e["state"] != "up"), engine)
         found = {**engine, "state": worst["state"], "last_error": worst["last_error"]}
         found |= {name: sum(e[name] for e in same) for name in SUMMED}
-        found |= {name: _find_mean([(e[name], e["requests"]) for e in same]) for name in MEANS}
+        found |= {name: _find_mean([(e[name], e[count]) for e in same]) for name, count in MEANS}
         upstreams.append(found)
     return {**own, "upstreams": upstreams}
 

@@ -26,8 +26,10 @@ WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 PR_SET_PDEATHSIG = 1
 # How often it is looked for a worker that is ready, or is to be started again.
 POLL_S = 0.1
-# One that dies before it has run for so long is started again after a pause, which doubles from death to death.
-STEADY_S, FIRST_PAUSE_S, MOST_PAUSE_S = 10.0, 0.5, 30.0
+# What the start of one may take.
+START_S = 60.0
+# One that dies before it has run for so long is started again after a pause, which grows from death to death.
+STEADY_S, FIRST_PAUSE_S, MOST_PAUSE_S = 10.0, 0.5, 5.0
 FAILED = 3
 REPORT_BYTES = 1 << 16
 logger = logging.getLogger(__name__)
@@ -58,8 +60,9 @@ class _Worker:
 class Workers:
     """All of them.
 
-    `stops`: what they are sent where a signal asks this process to stop. Then they have so many seconds (`patience_s`)
-    before they are killed.
+    `reread`: what SIGHUP asks before it is passed on, and does not pass on if that fails; without it SIGHUP is a
+    SIGTERM. `stops`: what they are sent where a signal asks this process to stop. Then they have so many seconds
+    (`patience_s`) before they are killed.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class Workers:
         team: Team,
         work: Work,
         announce: Callable[[], None],
+        reread: Callable[[], None] | None,
         stops: Mapping[signal.Signals, signal.Signals],
         patience_s: float,
     ) -> None:
-        self._team, self._work, self._announce, self._stops, self._patience_s = team, work, announce, stops, patience_s
+        self._team, self._work, self._announce, self._reread = team, work, announce, reread
+        self._stops, self._patience_s = stops, patience_s
         self._blocked = WATCHED | set(stops.values())
         self._workers = [_Worker(number) for number in range(team.size)]
         self._stop_by_s: float | None = None
@@ -80,6 +85,7 @@ class Workers:
 
     def run(self) -> None:
         """Serve until a signal. Raises EngineError: a worker could not start in the first place."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may be inherited as ignored, and nothing to wait for then
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         gc.collect()
         gc.freeze()  # so that the collector does not write to pages that all could share
@@ -90,8 +96,7 @@ class Workers:
                     self._pass_on(signal.Signals(arrived.si_signo))
                 self._note_ends()
                 self._read_reports()
-                if self._stop_by_s is not None and time.monotonic() > self._stop_by_s:
-                    self._send(signal.SIGKILL)
+                self._end_stuck()
         finally:
             self._end()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -102,7 +107,15 @@ class Workers:
         for worker in self._workers:
             if not worker.pid and self._stop_by_s is None and now >= worker.start_at_s:
                 worker.started_s, worker.ready = now, False
-                worker.pid = self._fork(worker.number)
+                try:
+                    worker.pid = self._fork(worker.number)
+                except OSError as error:
+                    if not self._announced:
+                        raise EngineError(
+                            f"gateway: expected to start {self._team.size} processes, got {error}"
+                        ) from None
+                    logger.error("worker %d could not be started: %s; it is tried again", worker.number, error)
+                    worker.start_at_s = now + MOST_PAUSE_S
 
     def _fork(self, number: int) -> int:
         parent = os.getpid()
@@ -110,7 +123,6 @@ class Workers:
             return pid
         status = FAILED
         try:
-            os.setpgid(0, 0)  # a Ctrl-C in the terminal is passed on, once
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, self._stops[signal.SIGTERM])
             if os.getppid() == parent:
                 status = self._serve(number)
@@ -155,14 +167,37 @@ class Workers:
             self._announce()
 
     def _pass_on(self, number: signal.Signals) -> None:
-        if number in self._stops:
+        if number is signal.SIGHUP and self._reread is None:
+            number = signal.SIGTERM
+        if number is signal.SIGHUP:
+            self._pass_on_hangup()
+        elif number in self._stops:
             self._stop_by_s = self._stop_by_s or time.monotonic() + self._patience_s
-        if number is not signal.SIGCHLD:
-            self._send(self._stops.get(number, number))
+            self._send(self._stops[number])
+            self._send(signal.SIGKILL, ready=False)  # these have nothing in flight, and hear nothing else yet
 
-    def _send(self, number: signal.Signals) -> None:
+    def _pass_on_hangup(self) -> None:
+        """Have the configuration read by all, if it can be: those that are started later have it from this process."""
+        assert self._reread is not None
+        try:
+            self._reread()
+        except Exception as error:  # as the server does it
+            logger.error("%s; going on as before", error)
+        else:
+            self._send(signal.SIGHUP)
+
+    def _end_stuck(self) -> None:
+        """Kill what has had its time, to stop or to start."""
+        now = time.monotonic()
+        if self._stop_by_s is not None and now > self._stop_by_s:
+            self._send(signal.SIGKILL)
         for worker in self._workers:
-            if worker.pid:
+            if worker.pid and not worker.ready and now > worker.started_s + START_S:
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def _send(self, number: signal.Signals, *, ready: bool | None = None) -> None:
+        for worker in self._workers:
+            if worker.pid and ready in (None, worker.ready):
                 os.kill(worker.pid, number)  # not reaped yet, so that it is nobody else's
 
     def _note_ends(self) -> None:
@@ -181,7 +216,7 @@ class Workers:
             raise EngineError(f"gateway: worker {worker.number} ended {how} before it was ready; see above")
         now = time.monotonic()
         worker.deaths = worker.deaths + 1 if now - worker.started_s < STEADY_S else 0
-        pause_s = min(MOST_PAUSE_S, FIRST_PAUSE_S * 2 ** (worker.deaths - 1)) if worker.deaths else 0.0
+        pause_s = min(MOST_PAUSE_S, FIRST_PAUSE_S * worker.deaths) if worker.deaths else 0.0
         worker.start_at_s = now + pause_s
         logger.error("worker %d ended %s, with what it had in flight; it is started again", worker.number, how)
 

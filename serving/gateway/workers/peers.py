@@ -7,19 +7,20 @@ all are killed. A question is a line, its answer all that comes until the end. N
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 ANSWER_S = 2.0
 BACKLOG = 16
-CREDENTIALS = struct.Struct("3i")
+CREDENTIALS = struct.Struct("iII")  # process, user, group
 logger = logging.getLogger(__name__)
 
-Answers = Mapping[str, Callable[[], bytes]]
+Answers = Mapping[str, Callable[[], Awaitable[bytes]]]
 
 
 class Peers:
@@ -41,8 +42,9 @@ class Peers:
         for listener in self._listeners:
             listener.close()
 
-    async def serve(self, answers: Answers) -> asyncio.Server:
-        """Answer the others' questions, each by its name, until the server is closed."""
+    @contextlib.asynccontextmanager
+    async def serve(self, answers: Answers) -> AsyncIterator[None]:
+        """Answer the others' questions, each by its name, while the block runs."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
@@ -52,7 +54,7 @@ class Peers:
                 _, user, _ = CREDENTIALS.unpack(given)
                 question = (await reader.readline()).decode("ascii", "replace").strip()
                 if user == os.geteuid() and question in answers:
-                    writer.write(answers[question]())
+                    writer.write(await answers[question]())
                     await writer.drain()
             except OSError:
                 pass  # who asked has left
@@ -61,13 +63,17 @@ class Peers:
             finally:
                 writer.close()
 
-        return await asyncio.start_unix_server(answer, sock=self._listeners[self.worker].dup())
+        server = await asyncio.start_unix_server(answer, sock=self._listeners[self.worker].dup())
+        try:
+            yield
+        finally:
+            server.close()
 
-    async def ask(self, question: str) -> list[bytes]:
-        """Ask all others; of one that does not answer, as it is being started again, nothing is there."""
-        others = [address for worker, address in enumerate(self._addresses) if worker != self.worker]
-        answers = await asyncio.gather(*(_ask(address, question) for address in others))
-        return [answer for answer in answers if answer]
+    async def ask(self, question: str) -> dict[int, bytes]:
+        """Ask all others; one that does not answer in time, or is being started again, is left out."""
+        others = [worker for worker in range(len(self._addresses)) if worker != self.worker]
+        answers = await asyncio.gather(*(_ask(self._addresses[worker], question) for worker in others))
+        return {worker: answer for worker, answer in zip(others, answers, strict=True) if answer}
 
 
 async def _ask(address: str, question: str) -> bytes:

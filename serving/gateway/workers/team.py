@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from laguna_serve.serving.gateway.counts.bells import Bells
 from laguna_serve.serving.gateway.counts.board import Board
 from laguna_serve.serving.gateway.counts.shared import SharedCounts
-from laguna_serve.serving.gateway.counts.shared_pool import SharedPool
-from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.workers.peers import Answers, Peers
 
 # How often those who wait look without having been rung for: a worker may die that was to ring.
@@ -40,22 +38,16 @@ class Team:
         return SharedCounts(self.board, self.bells)
 
     @contextlib.asynccontextmanager
-    async def work(self, find: Callable[[], Iterable[Pool]], answers: Answers) -> AsyncIterator[None]:
-        """Answer questions, and let those who wait in the pools of the moment look when they are rung for."""
-
-        def look() -> None:
-            for pool in find():
-                if isinstance(pool, SharedPool):
-                    pool.look()
-
-        server = await self.peers.serve(answers)
-        self.bells.listen(self.board.worker, look)
-        looking = asyncio.create_task(_look_now_and_then(look))
-        try:
-            yield
-        finally:
-            looking.cancel()
-            server.close()
+    async def work(self, counts: SharedCounts, answers: Answers) -> AsyncIterator[None]:
+        """Answer questions, and let those who wait look when they are rung for, and now and then."""
+        async with self.peers.serve(answers):
+            with self.bells.listen(self.board.worker, counts.look):
+                looking = asyncio.create_task(_look_now_and_then(counts.look))
+                try:
+                    yield
+                finally:
+                    looking.cancel()
+                    await asyncio.gather(looking, return_exceptions=True)
 
 
 async def _look_now_and_then(look: Callable[[], None]) -> None:

@@ -13,46 +13,40 @@ from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
 from laguna_serve.serving.gateway.workers.merging import (
-    LEAST,
     WHOLE,
-    add_up_metrics,
     add_up_status,
     add_up_tallies,
+    join_metrics,
 )
 
-# Of gauges these alone are sums over processes.
-SUMS = {
-    "laguna_gateway_process_resident_memory_bytes",
-    "laguna_gateway_process_virtual_memory_bytes",
-    "laguna_gateway_process_open_fds",
-}
+# Of gauges these are each process's own.
+OWN = {f"process_{name}" for name in ("max_fds", "open_fds", "resident_memory_bytes", "start_time_seconds")}
+OWN |= {"process_virtual_memory_bytes", "upstream_up", "config_last_reload_successful"}
+OWN |= {"config_last_reload_success_timestamp_seconds"}
 
 
 def test_every_gauge_has_a_rule() -> None:
-    """A new one would be added up, which is wrong of most."""
+    """A new one would be shown once for each process, which is wrong of what all of them know."""
     metrics, keyring = Metrics(), Keyring(Ledger())
     keyring.configure([Key(name="k", sha256="0" * 64, tokens_per_day=10)])
     metrics.registry.register(KeyMetrics(keyring))
     TraceRecorder(None, metrics.registry)
     families = text_string_to_metric_families(metrics.render().decode())
-    gauges = {family.name for family in families if family.type == "gauge"}
-    assert {name for name in gauges - SUMS if not name.endswith("_created")} == WHOLE | LEAST
+    gauges = {family.name for family in families if family.type == "gauge" and not family.name.endswith("_created")}
+    assert gauges == WHOLE | {f"laguna_gateway_{name}" for name in OWN}
 
 
-def test_samples_are_added_under_their_family() -> None:
-    own = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="1"} 2.0\n# HELP b B.\n# TYPE b gauge\nb 1.0\n'
-    other = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="2 } "} 5.0\na_total{x="1"} 1e3\n'
-    expected = '# HELP a_total A.\n# TYPE a_total counter\na_total{x="1"} 1002.0\na_total{x="2 } "} 5.0\n'
-    assert add_up_metrics(own, [other]) == expected + "# HELP b B.\n# TYPE b gauge\nb 1.0\n"
+def test_samples_have_their_worker_and_stand_under_their_family() -> None:
+    own = b'# HELP a_total A.\n# TYPE a_total counter\na_total{x="1"} 2.0\n# HELP b B.\n# TYPE b gauge\nb 1.0\n'
+    other = b'# HELP a_total A.\n# TYPE a_total counter\na_total{x="2 } "} 5.0\na_total{x="1"} 1e3\n'
+    expected = b'# HELP a_total A.\n# TYPE a_total counter\na_total{worker="0",x="2 } "} 5.0\n'
+    expected += b'a_total{worker="0",x="1"} 1e3\na_total{worker="1",x="1"} 2.0\n'
+    assert join_metrics(1, own, {0: other}) == expected + b'# HELP b B.\n# TYPE b gauge\nb{worker="1"} 1.0\n'
 
 
-def test_what_is_known_whole_is_not_added_and_the_worst_is_shown() -> None:
-    queued, up = (
-        "# HELP {0} h\n# TYPE {0} gauge\n{0} ".format(f"laguna_gateway_{name}") for name in ("queued", "upstream_up")
-    )
-    assert add_up_metrics(queued + "4.0\n" + up + "1.0\n", [queued + "3.0\n" + up + "0.0\n"]) == (
-        queued + "4.0\n" + up + "0.0\n"
-    )
+def test_what_is_known_whole_is_shown_once() -> None:
+    text = "# HELP laguna_gateway_queued h\n# TYPE laguna_gateway_queued gauge\nlaguna_gateway_queued "
+    assert join_metrics(0, f"{text}4.0\n".encode(), {1: f"{text}3.0\n".encode()}) == f"{text}4.0\n".encode()
 
 
 def engine(**changes: Any) -> dict[str, Any]:
