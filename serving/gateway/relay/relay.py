@@ -112,8 +112,10 @@ class Relay:
 
     def refresh(self) -> None:
         """Look at what counts for several processes, before it is shown."""
-        for shown in (*self.pools.values(), *self.keys.holders):
-            shown.refresh()
+        for pool in self.pools.values():
+            pool.refresh()
+        for holder in self.keys.holders:
+            holder.refresh()
 
     def close(self) -> None:
         """End what is still in flight, and the connections to the engines."""
