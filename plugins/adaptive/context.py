@@ -1,59 +1,109 @@
 """A drafter's context, kept up without the drafter: what the target computed waits, and is written in one pass.
 
 A DFlash drafter attends to keys and values of its own, made of the target's hidden states.  In a step without drafts
-they are not needed yet, and made one row at a time they would cost a tenth of a small model's step.  So the hidden
-states wait here with their positions and slots, and are written together: before the next pass of the drafter, before
-their blocks may become another request's or be read through the prefix cache, and when many wait.
+they are not needed yet, and making them costs as much as a small model's prompts do by some percent.  So the hidden
+states wait here with their positions and slots: those of a request that ends before anything is drafted are dropped,
+the others written together, before the next pass of the drafter, before their blocks may be read through the prefix
+cache, and when many wait.
 
 Checked against vLLM 0.32.0 (`DFlashProposer.build_model_inputs_first_pass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 
-# Rows that may wait; more cost no less per row.
-MOST_ROWS = 512
+# What may wait, in rows and in bytes of hidden states, of which at least so many rows.
+MOST_ROWS, MOST_BYTES, LEAST_ROWS = 4096, 64 << 20, 512
+# How much a measurement of the time per row weighs against those before it.
+NEW_SHARE = 0.25
+
+
+@dataclass(slots=True)
+class _Step:
+    """Rows of a step: hidden states, positions, slots, and whose each is."""
+
+    states: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    owners: list[str]
 
 
 class WaitingContext:
-    """Rows of hidden states on their way into the drafter's part of the KV cache."""
+    """Rows of hidden states on their way into the drafter's part of the KV cache; `row_s`: what writing one takes."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self._states: list[torch.Tensor] = []
-        self._positions: list[torch.Tensor] = []
-        self._slots: list[torch.Tensor] = []
+        self.row_s = 0.0
+        self._steps: list[_Step] = []
+        self._rows: Counter[str] = Counter()
+
+    @property
+    def rows(self) -> int:
+        """How many wait."""
+        return self._rows.total()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether they should be written, as too many wait."""
+        if not self._steps:
+            return False
+        states = self._steps[0].states
+        most = max(LEAST_ROWS, MOST_BYTES // (states.shape[1] * states.element_size()))
+        return self.rows >= min(MOST_ROWS, most)
 
     def add(
-        self, taps: Sequence[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor, kept: torch.Tensor | None
+        self,
+        taps: Sequence[torch.Tensor],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        owners: list[str],
+        kept: torch.Tensor | None,
     ) -> None:
         """Let a step's rows wait.
 
         taps: each [≥ rows, hidden]; positions and slots [rows], buffers of the runner that the next step overwrites;
-        kept: the rows that hold committed tokens, None for all.
+        owners: the request of each row; kept: the rows that hold committed tokens, None for all.
         """
         rows = positions.shape[0]
         states = torch.cat([tap[:rows] for tap in taps], dim=-1)
         if kept is None:
-            self._states.append(states)
-            self._positions.append(positions.clone())
-            self._slots.append(slots.clone())
+            step = _Step(states, positions.clone(), slots.clone(), owners)
         else:
-            rows = kept.shape[0]
-            self._states.append(states[kept])
-            self._positions.append(positions[kept])
-            self._slots.append(slots[kept])
-        self.rows += rows
+            step = _Step(states[kept], positions[kept], slots[kept], [owners[row] for row in kept.tolist()])
+        self._steps.append(step)
+        self._rows.update(step.owners)
+
+    def drop(self, requests: Iterable[str]) -> None:
+        """Forget the rows of requests that have ended, or begin anew."""
+        gone = {request for request in requests if self._rows.pop(request, 0)}
+        if not gone:
+            return
+        left = []
+        for step in self._steps:
+            kept = [row for row, owner in enumerate(step.owners) if owner not in gone]
+            if len(kept) == len(step.owners):
+                left.append(step)
+            elif kept:
+                rows, owners = torch.tensor(kept, dtype=torch.int64), [step.owners[row] for row in kept]
+                left.append(_Step(step.states[rows], step.positions[rows], step.slots[rows], owners))
+        self._steps = left
 
     def write(self, model: Any) -> None:
         """Make keys and values of all rows with the drafter's model, and store them."""
-        if not self.rows:
+        if not self._steps:
             return
-        states, positions, slots = (torch.cat(parts) for parts in (self._states, self._positions, self._slots))
-        self.rows = 0
-        self._states, self._positions, self._slots = [], [], []
+        begin, rows = perf_counter(), self.rows
+        states, positions, slots = (
+            torch.cat([getattr(step, name) for step in self._steps]) for name in ("states", "positions", "slots")
+        )
+        self._steps = []
+        self._rows.clear()
         model.precompute_and_store_context_kv(model.combine_hidden_states(states), positions, slots)
+        measured = (perf_counter() - begin) / rows
+        self.row_s += (measured - self.row_s) * (NEW_SHARE if self.row_s else 1.0)

@@ -98,8 +98,11 @@ class Policy:
         """Learn what a step took; arguments as of `StepCosts.observe`."""
         self.costs.observe(requests, drafted, target_s, width, drafter_s)
 
-    def decide(self, requests: Sequence[str]) -> Decision:
-        """Decide for the requests of the next step, all of which decode."""
+    def decide(self, requests: Sequence[str], waiting_s: float = 0.0) -> Decision:
+        """Decide for the requests of the next step, all of which decode.
+
+        `waiting_s`: what must be made up first, once, where something is drafted.
+        """
         self._step += 1
         held, left, seconds = self._held
         if left and held == len(requests):
@@ -107,9 +110,9 @@ class Policy:
             self._purse += EXPLORED * seconds
             self._plain_at = self._step
             return PLAIN
-        return self._weigh(requests) if requests else PLAIN
+        return self._weigh(requests, waiting_s) if requests else PLAIN
 
-    def _weigh(self, requests: Sequence[str]) -> Decision:
+    def _weigh(self, requests: Sequence[str], waiting_s: float) -> Decision:
         count = len(requests)
         verify, draft = self.costs.verify.curve(count), self.costs.find_draft_curve(count)
         survivals = self._find_survivals(requests)
@@ -131,8 +134,8 @@ class Policy:
                 best, rate, seconds = width, (count + gained) / time, time
         if self.width > 1:
             self._least = rate * (verify[-1] - verify[1]) / (self.width - 1) / count
-        self._purse = min(self._purse + EXPLORED * seconds, MOST_SAVED * (verify[-1] + draft[-1]))
-        decision = self._explore(requests, survivals, best, rate)
+        self._purse = min(self._purse + EXPLORED * seconds, MOST_SAVED * (verify[-1] + draft[-1]) + waiting_s)
+        decision = self._explore(requests, survivals, best, rate, waiting_s)
         if decision is None and best:
             counts = {key: sum(chance >= least for chance in each[:best]) for key, (each, _) in groups.items()}
             decision = Decision(best, tuple(counts[id(each)] for each in survivals))
@@ -161,7 +164,7 @@ class Policy:
                 self._own[request].drafted_at = self._step
 
     def _explore(
-        self, requests: Sequence[str], survivals: Sequence[Sequence[float]], best: int, rate: float
+        self, requests: Sequence[str], survivals: Sequence[Sequence[float]], best: int, rate: float, waiting_s: float
     ) -> Decision | None:
         """Take the full width for those that were not drafted for longest, no drafts, or a width whose cost is unknown.
 
@@ -173,7 +176,7 @@ class Policy:
             oldest = sorted(range(count), key=lambda index: self._own[requests[index]].drafted_at)[:MOST_EXPLORED]
             drafted = len(oldest) * self.width
             expected = count + sum(sum(survivals[index]) for index in oldest)
-            if self._pay(read(verify, drafted / count) + draft[self.width] - expected / rate):
+            if self._pay(read(verify, drafted / count) + draft[self.width] + waiting_s - expected / rate):
                 chosen = set(oldest)
                 return Decision(self.width, tuple(self.width * (index in chosen) for index in range(count)))
         if best and self._step - self._plain_at >= LEAST_BETWEEN and self._pay(verify[0] - count / rate):

@@ -14,6 +14,7 @@ runner, without asynchronous scheduling, which vLLM turns off on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from vllm.v1.outputs import DraftTokenIds
 
-from laguna_serve.plugins.adaptive.context import MOST_ROWS, WaitingContext
+from laguna_serve.plugins.adaptive.context import WaitingContext
 from laguna_serve.plugins.adaptive.counters import Counters, open_counters
 from laguna_serve.plugins.adaptive.policy import PLAIN, Decision, Policy
 from laguna_serve.plugins.drafting.runner import DraftingModelRunner
@@ -59,13 +60,20 @@ class AdaptiveModelRunner(DraftingModelRunner):
         """Measure the step before, write the context whose blocks may change hands, and run the target."""
         now = perf_counter()
         self._end_step(now, scheduler_output)
-        if self._context.rows and _changes_hands(scheduler_output):
-            self._context.write(self.drafter.model)
+        self._care_for_context(scheduler_output)
         for request in scheduler_output.finished_req_ids:
             self.policy.drop(request)
         for new in scheduler_output.scheduled_new_reqs:
             self.policy.add(new.req_id, _find_kind(new.sampling_params))
         return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _care_for_context(self, scheduler_output: Any) -> None:
+        """Write, or forget, the context whose blocks may change hands in this step."""
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        if not self.cache_config.enable_prefix_caching:
+            self._context.drop(gone)
+        elif gone or _finds_blocks(scheduler_output):
+            self._context.write(self.drafter.model)
 
     def _end_step(self, now: float, scheduler_output: Any) -> None:
         """Close the books on the step before, and open them for this one."""
@@ -112,7 +120,6 @@ class AdaptiveModelRunner(DraftingModelRunner):
         slot_mappings: Any,
     ) -> Any:
         """Learn of the drafts that were verified, decide, and draft: tokens [batch, width] int64, width 0 for none."""
-        begin = perf_counter()
         counts = None if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
         counts = counts if counts is not None and any(counts) else None
         valid = None if counts is None else (sampled_token_ids != -1).sum(dim=1).tolist()
@@ -125,11 +132,14 @@ class AdaptiveModelRunner(DraftingModelRunner):
             kept = None if counts is None else _find_kept(common_attn_metadata, counts, valid or [])
             rows = common_attn_metadata.num_actual_tokens
             slots = common_attn_metadata.slot_mapping[:rows]
-            self._context.add(aux_hidden_states, self._get_positions(rows), slots, kept)
-            if self._context.rows >= MOST_ROWS:
+            owners = _list_owners(self.input_batch.req_ids, common_attn_metadata)
+            self._context.add(aux_hidden_states, self._get_positions(rows), slots, owners, kept)
+            if self._context.is_full:
                 self._context.write(self.drafter.model)
             return torch.empty(self.input_batch.num_reqs, 0, dtype=torch.int64)
+        begin = perf_counter()
         self._context.write(self.drafter.model)
+        wrote = perf_counter()
         scheduler_output.num_spec_tokens_to_schedule = width
         drafts = super().propose_draft_token_ids(
             scheduler_output,
@@ -143,7 +153,8 @@ class AdaptiveModelRunner(DraftingModelRunner):
             slot_mappings,
         )
         if self._step_under_way is not None:
-            self._step_under_way.width, self._step_under_way.drafter_s = width, perf_counter() - begin
+            self._step_under_way.width, self._step_under_way.drafter_s = width, perf_counter() - wrote
+            self._step_under_way.began += wrote - begin  # what had waited is no part of this step
         return drafts
 
     def _observe(self, counts: list[int], valid: list[int]) -> None:
@@ -161,7 +172,8 @@ class AdaptiveModelRunner(DraftingModelRunner):
         requests = self.input_batch.req_ids
         if reading.any():
             requests = [request for request, reads in zip(requests, reading, strict=True) if not reads]
-        decision = self.policy.decide(requests) if self._fits else PLAIN
+        waiting_s = self._context.rows * self._context.row_s
+        decision = self.policy.decide(requests, waiting_s) if self._fits else PLAIN
         self._drafted_for = dict(zip(requests, decision.counts, strict=True)) if decision.width else {}
         return decision
 
@@ -179,10 +191,8 @@ class AdaptiveModelRunner(DraftingModelRunner):
         return DraftTokenIds(taken.req_ids, cut)
 
 
-def _changes_hands(scheduler_output: Any) -> bool:
-    """Whether blocks may be given to another request in this step, or be found by one through the prefix cache."""
-    if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
-        return True
+def _finds_blocks(scheduler_output: Any) -> bool:
+    """Whether a request may find blocks through the prefix cache in this step."""
     cached = scheduler_output.scheduled_cached_reqs
     return bool(cached.resumed_req_ids) or any(new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs)
 
@@ -190,6 +200,12 @@ def _changes_hands(scheduler_output: Any) -> bool:
 def _find_kind(sampling: Any) -> int:
     """Find which requests are expected to accept alike: by their temperature, 0 for greedy ones."""
     return 0 if sampling is None else -int(-sampling.temperature * TEMPERATURES_PER_UNIT // 1)
+
+
+def _list_owners(requests: Sequence[str], common_attn_metadata: Any) -> list[str]:
+    """List whose each row of a step is."""
+    bounds = common_attn_metadata.query_start_loc_cpu.tolist()
+    return [request for i, request in enumerate(requests) for _ in range(bounds[i], bounds[i + 1])]
 
 
 def _find_kept(common_attn_metadata: Any, counts: list[int], valid: list[int]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Run the toy pair under a script of decisions, in this process, and write down tokens and proposals.
 
-    python adaptive_probe.py TOY_FOLDER DRAFTER
+    python adaptive_probe.py TOY_FOLDER DRAFTER (cached | uncached)
 
 One engine; each run replaces the policy, so that what differs is what was decided and nothing else.
 """
@@ -18,7 +18,7 @@ TOKENS = 40
 WIDTH = 7
 
 
-def main(toy: Path, drafter: Path) -> None:
+def main(toy: Path, drafter: Path, *, caching: bool) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     from vllm import LLM, SamplingParams
 
@@ -29,7 +29,7 @@ def main(toy: Path, drafter: Path) -> None:
 
         script: Callable[[int, int], tuple[int, int]]
 
-        def decide(self, requests: Sequence[str]) -> Decision:
+        def decide(self, requests: Sequence[str], waiting_s: float = 0.0) -> Decision:
             self._step += 1
             decided = [self.script(self._step, place) for place in range(len(requests))]
             width = max((width for width, _ in decided), default=0)
@@ -45,6 +45,7 @@ def main(toy: Path, drafter: Path) -> None:
         max_model_len=1024,
         kv_cache_memory_bytes=2**27,
         enforce_eager=True,
+        enable_prefix_caching=caching,
     )
     engine: Any = llm.llm_engine
     runner = engine.model_executor.driver_worker.worker.model_runner
@@ -57,11 +58,19 @@ def main(toy: Path, drafter: Path) -> None:
         return proposed
 
     proposer.draft = draft
+    write, written = runner._context.write, [0]
+
+    def count_written(model: Any) -> None:
+        written[0] += runner._context.rows
+        write(model)
+
+    runner._context.write = count_written
     prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:6]]
     long = "".join(prompts)
 
     def run(script: Callable[[int, int], tuple[int, int]], asked: list[str], **sampling: Any) -> dict[str, Any]:
         proposals.clear()
+        written[0] = 0
         runner.policy = Scripted(WIDTH)
         runner.policy.script = script
         parameters = SamplingParams(**{"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, **sampling})
@@ -72,6 +81,7 @@ def main(toy: Path, drafter: Path) -> None:
             "proposals": {str(place): drafts for place, drafts in proposals.items()},
             "accepted": sum(sum(shared.successes) for shared in runner.policy._shared.values()),
             "known": len(runner.policy._own),
+            "written": written[0],
         }
 
     def never(_step: int, _place: int) -> tuple[int, int]:
@@ -102,4 +112,4 @@ def main(toy: Path, drafter: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), caching=sys.argv[3] == "cached")

@@ -28,7 +28,7 @@ def draft_s(requests: int, width: int) -> float:
 class Simulation:
     """Requests that accept position k of a draft with `chances[k]` where all before it were; each is `length` long.
 
-    `slow`: a factor on all times by step, the same for every policy.
+    `slow`: a factor on all times by step, the same for every policy; `waiting_s`: what a first draft has to make up.
     """
 
     chances: Callable[[int, int], Chances]
@@ -36,6 +36,7 @@ class Simulation:
     seed: int = 0
     length: int = 96
     slow: Callable[[int], float] = lambda _step: 1.0
+    waiting_s: float = 0.0
     widths: list[int] = field(default_factory=list)
 
     def run(self, steps: int, policy: Policy | None = None, fixed: int = 0) -> float:
@@ -67,7 +68,7 @@ class Simulation:
                 numbers[place], left[place], made = made, self.length, made + 1
                 self._add(policy, numbers[place])
             if policy is not None:
-                decision = policy.decide([str(number) for number in numbers])
+                decision = policy.decide([str(number) for number in numbers], self.waiting_s)
                 width, counts = decision.width, dict(zip(numbers, decision.counts, strict=False))
             else:
                 width, counts = fixed, dict.fromkeys(numbers, fixed)

@@ -70,6 +70,17 @@ def test_exploring_is_paid_from_a_small_part_of_the_time() -> None:
     assert 5 < sum(width > 0 for width in simulation.widths[1000:]) < 0.02 * 5000
 
 
+def test_exploring_pays_for_the_context_that_it_makes_up_first() -> None:
+    """Rarer where more waits, and still not never: what is saved for it grows with what it costs."""
+    counts = []
+    for waiting_s in (0.0, 0.004, 0.016):
+        simulation = Simulation(lambda _step, _number: SAMPLED, waiting_s=waiting_s)
+        simulation.run(6000, Policy(WIDTH))
+        counts.append(sum(width > 0 for width in simulation.widths[1000:]))
+    assert counts[0] > 1.5 * max(counts[1:])
+    assert min(counts) > 0
+
+
 def test_no_request_no_drafts_and_ended_requests_are_forgotten() -> None:
     policy = Policy(3)
     assert policy.decide([]) == PLAIN

@@ -15,7 +15,7 @@ from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy
 
 # For how long a free slot is left to the first one of another process.
-POLITE_S = 0.2
+POLITE_S = 1.0
 # A model's row: the number that was drawn last. And of each worker: how many wait there, and the first of them by
 # priority and number, which is 0 without one.
 LAST = 0
