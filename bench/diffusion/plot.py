@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from laguna_serve.bench.diffusion.draft_cost import DRAFTS, find_best
@@ -11,6 +12,7 @@ from laguna_serve.serving.kit.figures import BAD, SOFT, note_source, open_figure
 LINES = ("#3d6fb4", "#12857d", "#8a6d3b")
 CHANCES = [at / 100 for at in range(30, 98)]
 MEASURED = "draft, gated"
+MARKERS = "+x1234"
 
 
 def draw(result: DiffusionResult, path: Path) -> None:
@@ -40,12 +42,12 @@ def draw(result: DiffusionResult, path: Path) -> None:
             label=f"{Path(result.model).name}'s draft, {result.cost:.2f}: by arithmetic",
             zorder=4,
         )
-        for point in result.points:
-            if point.proposer == MEASURED:
-                low, high = point.speedup_ci95
-                axes.vlines([chance], low, high, color=BAD)
-                label = f"measured, {point.concurrency} at once"
-                axes.scatter([chance], [point.speedup], s=30, color=BAD, label=label, zorder=4)
+        measured = [point for point in result.points if point.proposer == MEASURED]
+        for point, marker in zip(measured, itertools.cycle(MARKERS)):  # loads differ little: one over the other
+            low, high = point.speedup_ci95
+            axes.vlines([chance], low, high, color=BAD)
+            label = f"measured, {point.concurrency} at once"
+            axes.scatter([chance], [point.speedup], s=60, marker=marker, color=BAD, label=label, zorder=4)
         axes.set_ylim(0, 2.7)
         axes.set_xlabel("chance that the draft's next state is the target's")
         axes.set_ylabel("speed-up")
