@@ -36,8 +36,8 @@ def test_context_waits_and_is_written_before_the_next_draft(report: dict[str, An
 
 
 def test_context_of_requests_that_end_is_written_for_a_prefix_cache_alone(report: dict[str, Any]) -> None:
-    cached = report["after none"]["cached"] > 0
-    assert (report["never"]["written"] > 0) == cached
+    ended = report["after none"]
+    assert (ended["written"] > 100) == (ended["cached"] > 0)
     assert report["seldom"]["written"] > 0
 
 
