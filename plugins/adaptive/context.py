@@ -45,7 +45,7 @@ class WaitingContext:
 
     @property
     def rows(self) -> int:
-        """How many wait."""
+        """How many rows wait."""
         return self._rows.total()
 
     @property
