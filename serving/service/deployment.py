@@ -20,7 +20,7 @@ from cryptography import x509
 from laguna_serve.serving.gateway.config import Config, ConfigError, load_config
 from laguna_serve.serving.gateway.config.listening import LOOPBACK
 from laguna_serve.serving.gateway.config.tables import Upstream
-from laguna_serve.serving.gateway.relay.open_files import RESERVE, count_slots, find_hard_limit
+from laguna_serve.serving.gateway.relay.open_files import count_slots, find_hard_limit, find_reserve
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.tables import Table
 
@@ -98,7 +98,7 @@ def read_expiry(path: Path) -> float:
 
 def _find_shortages(config: Config) -> Iterator[Gap]:
     """Look for what this machine has too little of."""
-    needed, limit = 2 * count_slots(config) + RESERVE, find_hard_limit()
+    needed, limit = 2 * count_slots(config) + find_reserve(config), find_hard_limit()
     if limit < needed:
         yield Gap(
             what=f"open files: {limit} at most, and {count_slots(config)} requests at once take {needed}",

@@ -47,12 +47,16 @@ class _Report(msgspec.Struct):
 
 @dataclass(slots=True)
 class _Worker:
-    """One of the processes; `pid` is 0 while there is none. `deaths` in a row, soon after a start."""
+    """One of the processes; `pid` is 0 while there is none.
+
+    `deaths` in a row, soon after a start. One that is `behind` has an older configuration than this process.
+    """
 
     number: int
     pid: int = 0
     started_s: float = 0.0
     ready: bool = False
+    behind: bool = False
     deaths: int = 0
     start_at_s: float = 0.0
 
@@ -106,7 +110,7 @@ class Workers:
         now = time.monotonic()
         for worker in self._workers:
             if not worker.pid and self._stop_by_s is None and now >= worker.start_at_s:
-                worker.started_s, worker.ready = now, False
+                worker.started_s, worker.ready, worker.behind = now, False, False
                 try:
                     worker.pid = self._fork(worker.number)
                 except OSError as error:
@@ -157,7 +161,7 @@ class Workers:
             return
         for report in (msgspec.json.decode(line, type=_Report) for line in lines):
             if report.fault is None:
-                self._workers[report.worker].ready = True
+                self._note_ready(self._workers[report.worker])
             elif not self._announced:
                 raise EngineError(report.fault)
             else:
@@ -165,6 +169,13 @@ class Workers:
         if not self._announced and all(worker.ready for worker in self._workers):
             self._announced = True
             self._announce()
+
+    def _note_ready(self, worker: _Worker) -> None:
+        """Note that it serves, and have it read what has changed since it was forked."""
+        worker.ready = True
+        if worker.behind and worker.pid:
+            os.kill(worker.pid, signal.SIGHUP)
+        worker.behind = False
 
     def _pass_on(self, number: signal.Signals) -> None:
         if number is signal.SIGHUP and self._reread is None:
@@ -184,7 +195,9 @@ class Workers:
         except Exception as error:  # as the server does it
             logger.error("%s; going on as before", error)
         else:
-            self._send(signal.SIGHUP)
+            self._send(signal.SIGHUP, ready=True)
+            for worker in self._workers:
+                worker.behind = not worker.ready
 
     def _end_stuck(self) -> None:
         """Kill what has had its time, to stop or to start."""
