@@ -163,6 +163,8 @@ class SharedPool(Pool):
     def _is_behind(self, ticket: Ticket | None) -> bool:
         if super()._is_behind(ticket):
             return True
+        if ticket is not None and self._line.first is not None and self._line.first < ticket:
+            return True  # both were woken, and the first one looked before another process gave its slot back
         elsewhere = self._line.find_elsewhere()
         if elsewhere is None or (ticket is not None and ticket < elsewhere[0]):
             return False

@@ -117,6 +117,34 @@ def test_one_who_waits_is_served_before_one_who_comes(two: Two) -> None:
     two.run(test)
 
 
+def test_one_that_looks_too_early_keeps_its_place(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of a process are woken at once, and the slot comes free in another one after the first has looked."""
+    a, b = two.make_pools(make_model(e=1))
+
+    async def test() -> None:
+        engine = b.take(None)
+        first, second = await wait_for(a), await wait_for(a)
+        take, looks = a.take, []
+
+        def take_and_release(*arguments: Any, **named: Any) -> Any:
+            looks.append(named["ticket"])
+            found = take(*arguments, **named)
+            if len(looks) == 1:
+                b.release(engine)  # type: ignore[arg-type]
+            return found
+
+        monkeypatch.setattr(a, "take", take_and_release)
+        a.look()
+        a.look()
+        found = await first
+        assert looks[:2] == sorted(set(looks)), "the second looked while the slot was free"
+        assert not second.done()
+        b.release(found)
+        await second
+
+    two.run(test)
+
+
 def test_all_slots_that_come_free_are_filled_at_once(two: Two) -> None:
     a, b = two.make_pools(make_model(e=4))
 
