@@ -82,8 +82,9 @@ def _repair_runner() -> None:
         return
 
     def init(self: Sampler, *args: Any, **kwargs: Any) -> None:
-        from laguna_serve.plugins.repairs import compilation, seeds
+        from laguna_serve.plugins.repairs import collectives, compilation, seeds
 
+        collectives.apply()
         compilation.apply()
         seeds.apply()
         drafted_sampling.apply_to_runner()

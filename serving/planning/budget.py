@@ -13,6 +13,8 @@ GIB = 1 << 30
 # Torch, vLLM and their buffers in the four processes of a CPU engine: 2.4 GB measured with vLLM 0.32, rounded up for
 # compilation.
 ENGINE_BYTES = 3 * 10**9
+# A further rank's process, without weights and KV cache: 0.4 GB measured in eager mode, rounded up as above.
+RANK_BYTES = 10**9
 # On a CPU the KV cache is written when it is made, so that every byte of it is really taken.
 MIN_KV_BYTES = GIB // 4
 # Of what is left after the engine and the weights: another engine or the user's own work needs the rest.
@@ -26,14 +28,17 @@ class BudgetError(ValueError):
     """Too little memory for an engine, as one line."""
 
 
-def plan_memory(device: Device, *, weight_bytes: int, wanted_kv_bytes: int, kv_cache_gib: float | None) -> list[str]:
-    """Plan the memory arguments for vLLM.
+def plan_memory(
+    device: Device, *, weight_bytes: int, wanted_kv_bytes: int, kv_cache_gib: float | None, ranks: int = 1
+) -> list[str]:
+    """Plan the memory arguments for vLLM, which are for each rank.
 
     Args:
         device: where the engine runs, with its free bytes.
-        weight_bytes: of the target and the drafter as they will lie in memory.
+        weight_bytes: of the target and the drafter as they will lie in a rank's memory.
         wanted_kv_bytes: what all sequences would need at full length; more is of no use.
         kv_cache_gib: the user's choice, in GiB, or None.
+        ranks: processes that compute, all of which a CPU holds in one memory.
     Raises:
         BudgetError: less is free than the engine needs.
     """
@@ -44,10 +49,12 @@ def plan_memory(device: Device, *, weight_bytes: int, wanted_kv_bytes: int, kv_c
     if device.kind == "gpu":
         return _plan_gpu(device, weight_bytes, kv_cache_gib)
     kv_bytes = MIN_KV_BYTES if kv_cache_gib is None else int(kv_cache_gib * GIB)
-    needed = ENGINE_BYTES + weight_bytes + kv_bytes
-    _require(device, needed, f"{_gib(ENGINE_BYTES)} engine + {_gib(weight_bytes)} weights + {_gib(kv_bytes)} KV cache")
+    engine_bytes = ENGINE_BYTES + (ranks - 1) * RANK_BYTES
+    taken = engine_bytes + ranks * weight_bytes
+    parts = f"{_gib(engine_bytes)} engine + {_gib(ranks * weight_bytes)} weights + {_gib(ranks * kv_bytes)} KV cache"
+    _require(device, taken + ranks * kv_bytes, parts if ranks == 1 else f"{parts} of {ranks} ranks")
     if kv_cache_gib is None:
-        left = device.free_bytes - ENGINE_BYTES - weight_bytes
+        left = (device.free_bytes - taken) // ranks
         kv_bytes = max(MIN_KV_BYTES, min(wanted_kv_bytes, int(left * MAX_KV_SHARE)))
     return ["--kv-cache-memory-bytes", str(kv_bytes)]
 

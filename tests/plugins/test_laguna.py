@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +14,7 @@ import torch
 from probes import run_probe
 from safetensors import safe_open
 
-from laguna_serve.serving.engine import Engine
+from laguna_serve.serving.engine import Engine, EngineConfig
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -105,11 +107,29 @@ def greedy_by_transformers(prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_greedy_tokens_equal_transformers_in_fp32(fp32_engine: Engine) -> None:
+    choices = ask_greedily(fp32_engine)
+    assert len(choices) == PARITY_PROMPTS
+    expected = greedy_by_transformers([choice["prompt_token_ids"] for choice in choices])
+    assert [choice["token_ids"] for choice in choices] == expected
+
+
+def test_data_parallel_ranks_with_a_drafter_give_the_same_tokens(fp32_engine: Engine, tmp_path: Path) -> None:
+    """They share the experts, whose sums come in another order; 56 prompts, so that both have unlike many rows."""
+    flags = ("--data-parallel-size", "2")
+    config = EngineConfig(fp32_engine.config.model, draft=str(TOY / "dflash"), dtype="float32", enforce_eager=True)
+    config = replace(config, max_num_seqs=64, extra_args=flags)
+    with Engine(config, log_path=tmp_path / "ranks.log") as ranks:
+        found = ask_greedily(ranks)
+    assert [choice["token_ids"] for choice in found] == [choice["token_ids"] for choice in ask_greedily(fp32_engine)]
+
+
+def ask_greedily(engine: Engine) -> list[dict[str, Any]]:
+    """The choices of the first PARITY_PROMPTS prompts, PARITY_TOKENS each."""
     lines = (TOY / "prompts.jsonl").read_text().splitlines()[:PARITY_PROMPTS]
     answer = httpx.post(
-        f"{fp32_engine.base_url}/v1/completions",
+        f"{engine.base_url}/v1/completions",
         json={
-            "model": fp32_engine.model_name,
+            "model": engine.model_name,
             "prompt": [json.loads(line)["prompt"] for line in lines],
             "max_tokens": PARITY_TOKENS,
             "temperature": 0,
@@ -119,10 +139,7 @@ def test_greedy_tokens_equal_transformers_in_fp32(fp32_engine: Engine) -> None:
         timeout=300,
     )
     answer.raise_for_status()
-    choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-    assert len(choices) == PARITY_PROMPTS
-    expected = greedy_by_transformers([choice["prompt_token_ids"] for choice in choices])
-    assert [choice["token_ids"] for choice in choices] == expected
+    return sorted(answer.json()["choices"], key=lambda choice: choice["index"])
 
 
 def test_chat_stops_at_the_end_of_turn(fp32_engine: Engine) -> None:

@@ -53,6 +53,12 @@ def test_stock_drops_the_trailing_block() -> None:
     assert probe("stock")["dropped_blocks"] == {"dflash": True, "eagle3": True}
 
 
+def test_stock_cannot_gather_unlike_many_rows() -> None:
+    """When this fails, vLLM's CPU ranks share a mixture's rows themselves: retire plugins/repairs/collectives.py."""
+    assert probe("stock")["gathered"] is None
+    assert probe("repaired")["gathered"] == [[3, 2], [3], [3, 2]]
+
+
 def test_stock_weights_ask_python() -> None:
     """When this fails, vLLM's parameters are torch's in this: retire plugins/repairs/parameters.py."""
     assert probe("stock")["asked_of_python"] == [True, False]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, MIN_KV_BYTES, BudgetError, plan_memory
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, MIN_KV_BYTES, RANK_BYTES, BudgetError, plan_memory
 
 
 def cpu(free_bytes: int) -> Device:
@@ -30,6 +30,14 @@ def plan(device: Device, *, weights: int = 0, wanted: int = 1 << 50, gib: float 
 )
 def test_cpu_cache_takes_half_of_the_rest_at_most(free_bytes: int, weights: int, wanted: int, expected: int) -> None:
     assert plan(cpu(free_bytes), weights=weights, wanted=wanted) == {"--kv-cache-memory-bytes": str(expected)}
+
+
+def test_ranks_share_a_cpus_memory() -> None:
+    free = ENGINE_BYTES + 2 * RANK_BYTES + 3 * 5 * GIB
+    arguments = plan_memory(cpu(free), weight_bytes=GIB, wanted_kv_bytes=1 << 50, kv_cache_gib=None, ranks=3)
+    assert arguments == ["--kv-cache-memory-bytes", str(2 * GIB)]
+    with pytest.raises(BudgetError, match=r"3\.0 GiB weights \+ 15\.0 GiB KV cache of 3 ranks"):
+        plan_memory(cpu(free), weight_bytes=GIB, wanted_kv_bytes=1 << 50, kv_cache_gib=5.0, ranks=3)
 
 
 @pytest.mark.parametrize("gib", [None, 2.0])

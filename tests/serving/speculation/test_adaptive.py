@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_older_vllm_on_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "find_vllm", lambda: VllmInstall("vllm", "0.33.0"))
     check_adaptive(GPU, ("--tensor-parallel-size", "2"), eager=False, environment={})
     check_adaptive(CPU, (), eager=True, environment={})
+
+
+def test_a_schedule_that_vllm_drops_is_told_of() -> None:
+    alone = EngineConfig(model=MODEL, draft=DRAFT, gamma=7, gamma_schedule=((1, 4, 7), (5, 64, 3)))
+    assert not any("schedule" in warning for warning in inspect(alone).warnings)
+    for flags in (("-dp", "2"), ("--data-parallel-size=2",)):
+        warnings = inspect(replace(alone, extra_args=flags)).warnings
+        assert any("drops its schedule beside data parallelism, and drafts 7" in warning for warning in warnings)
 
 
 def test_no_advice_to_leave_the_drafter_out() -> None:
