@@ -46,7 +46,8 @@ def build_app(config: ClusterConfig) -> serve.Application:
     updatable = {model.name: replicas[model.name] for model in config.models if model.engine.weight_updates}
     keeper = None
     if updatable:
-        options = {"num_replicas": 1, "max_ongoing_requests": MANY, "ray_actor_options": {"num_cpus": 0}}
+        options: JsonObject = {"num_replicas": 1, "max_ongoing_requests": MANY, "ray_actor_options": {"num_cpus": 0}}
+        options["logging_config"] = {"enable_access_log": False}  # every replica asks it every few seconds
         keeper = serve.deployment(WeightKeeper).options(name=KEEPER, **options).bind(config.weights.file, updatable)
     front = serve.deployment(Ingress).options(
         name=INGRESS,
