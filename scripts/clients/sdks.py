@@ -18,6 +18,7 @@ from langchain_anthropic import ChatAnthropic
 from langchain_openai import ChatOpenAI
 
 from laguna_serve.scripts.clients.expectations import (
+    CHECKS,
     FEW,
     FORCED,
     KEY,
@@ -59,6 +60,8 @@ def main() -> int:
         }
         for (client, package), checks in clients.items():
             for name, check in checks.items():
+                if CHECKS is not None and name not in CHECKS:
+                    continue
                 try:
                     ok, detail = True, check()
                 except Exception as error:

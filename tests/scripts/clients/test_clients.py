@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import sys
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from laguna_serve.scripts.clients.report import (
     render_text,
     table,
 )
+from laguna_serve.serving.gateway.config import parse_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CHECKS = (
@@ -104,6 +106,25 @@ def test_recorder_breaks_streams_and_nothing_else(site: str) -> None:
         assert ask(f"{recorder.url}/echo", b"body") == b"body"
         with pytest.raises((ConnectionError, http.client.IncompleteRead)):
             ask(f"{recorder.url}/stream")
+
+
+def test_recorder_has_another_model_loaded_first(site: str) -> None:
+    with record(site, other="dense") as recorder:
+        recorder.swaps = 1
+        for _ in range(2):
+            assert ask(f"{recorder.url}/v1/messages", b"body") == b"body"
+        assert recorder.swaps == 0
+        recorder.swaps = 1
+        ask(f"{recorder.url}/v1/messages/count_tokens", b"body")
+        assert recorder.swaps == 1, "that one asks no model"
+
+
+def test_models_that_swap_are_a_configuration() -> None:
+    config = parse_config(tomllib.loads(run.format_swapping(["--max-num-batched-tokens", "512"], draft=True)), "here")
+    assert [model.name for model in config.models] == ["teacher", "dense"]
+    planned = [model.engine.memory_gib for model in config.models if model.engine is not None]
+    assert config.groups[0].memory_gib is not None
+    assert max(each for each in planned if each) < config.groups[0].memory_gib < sum(each for each in planned if each)
 
 
 def test_program_that_ends_early_is_a_check_that_falls_short() -> None:
