@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from warm import start_engines_warm
 
@@ -16,6 +17,10 @@ RANKS = ("vllm", "slow", "gpu")
 # A file of which no test is fast.
 NOT_FAST = re.compile(rf"^pytestmark = .*\bpytest\.mark\.({'|'.join(RANKS)})\b", re.MULTILINE)
 TOY = Path(__file__).resolve().parent / "toy"
+
+# A crowded machine is not a fault of what is tested.
+hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

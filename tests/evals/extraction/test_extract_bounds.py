@@ -96,13 +96,13 @@ def test_work_is_linear_in_the_answer(unit: str, tail: str) -> None:
     assert large <= 2.5 * small + LINES_FLOOR
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([*UNITS.values(), "    ", "return a + b\n", "text "]), max_size=80).map("".join))
 def test_work_is_bounded_for_any_mixture(answer: str) -> None:
     assert count_lines(lambda: extract_program(answer, ADD, "chat")) <= len(answer) * LINES_PER_CHAR + LINES_FLOOR
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(list(UNITS.values())), max_size=60).map("".join))
 def test_parser_is_handed_a_bounded_number_of_characters(answer: str) -> None:
     handed = 0

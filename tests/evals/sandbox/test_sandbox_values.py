@@ -70,7 +70,7 @@ def show(value: Any) -> str:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(VALUES)
 def test_any_value_comes_back_as_it_was(value: Any) -> None:
     assert show(send(value)) == show(value)
@@ -179,7 +179,7 @@ NODES = st.lists(st.one_of(st.tuples(TAGS, JUNK, st.lists(JUNK, max_size=4)).map
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(NODES, JUNK)
 def test_forged_nodes_are_refused_and_never_raise_anything_else(nodes: Any, item: Any) -> None:
     def resolve(tag: str, extra: Any, values: list[Any]) -> Any:

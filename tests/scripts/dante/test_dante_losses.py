@@ -35,7 +35,7 @@ def test_weight_at_the_points_that_the_page_speaks_of() -> None:
     assert float(confidence_weight(torch.tensor(0.2), center=0.2)) == pytest.approx(0.65)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 7))
 def test_cross_entropy_is_each_sequences_mean(seed: int, rows: int, length: int) -> None:
     draw = torch.Generator().manual_seed(seed)

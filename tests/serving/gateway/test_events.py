@@ -54,7 +54,7 @@ def list_ends(data: bytes) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from([b"a", b"\r", b"\n", b"\r\n", b"\n\n", b"\r\r"]).map(bytes), max_size=14), st.data())
 def test_whole_events_pass_at_once_and_nothing_else(parts: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(parts)

@@ -15,7 +15,7 @@ from laguna_serve.serving.gateway.wire.http1 import Connection, Waits
 
 TEXT = st.text(max_size=30).map(lambda text: f"data: {text}\n\n".encode())
 CHUNKS = st.lists(st.one_of(TEXT, st.binary(min_size=1, max_size=40)), max_size=8)
-FRAMED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FRAMED = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Told:

@@ -299,7 +299,7 @@ def check(world: World, tickets: list[Ticket]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1 << 32))
 def test_random_walks_keep_the_promises(seed: int) -> None:
     """Memory stays within the budget, nothing in flight loses its model, and every request ends in one way."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 def test_admin_answers_as_its_document_says() -> None:
