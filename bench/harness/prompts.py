@@ -1,5 +1,8 @@
 """Prompts for a benchmark: one JSON object per line with a "prompt" or "messages" and, if wanted, an "id".
 
+A line's "max_tokens" makes its answer shorter than `--max-tokens` does: answers of one length end together, and their
+successors' prompts are read together, as those of users are not.
+
 A "prompt" is continued as it stands. "messages" (with "tools" and "chat_template_kwargs", if wanted) go through the
 model's own chat template, as users' requests do.
 
@@ -108,16 +111,19 @@ def _parse_line(where: str, number: int, line: str, chat: bool, thinking: Thinki
     if not isinstance(item, dict):
         raise PromptsError(f'{where}: expected an object with a "prompt", got a {type(item).__name__}; fix the line')
     label = str(item.get("id", number))
+    most = item.get("max_tokens")
+    if most is not None and (type(most) is not int or most < 1):
+        raise PromptsError(f'{where}: expected "max_tokens" to be a number from 1 on, got {most!r}; fix the line')
     if "messages" in item:
         if "prompt" in item:
             raise PromptsError(f'{where}: expected a "prompt" or "messages", got both; remove one')
-        return _make_chat(label, _check_chat(where, item), thinking)
+        return _make_chat(label, _check_chat(where, item), thinking, most)
     text = item.get("prompt")
     if not isinstance(text, str) or not text:
         raise PromptsError(f'{where}: expected "prompt" to be a non-empty string, got {text!r}; fix the line')
     if chat:
-        return _make_chat(label, {"messages": [{"role": "user", "content": text}]}, thinking)
-    return Prompt(id=label, text=text)
+        return _make_chat(label, {"messages": [{"role": "user", "content": text}]}, thinking, most)
+    return Prompt(id=label, text=text, max_tokens=most)
 
 
 def _check_chat(where: str, item: JsonObject) -> JsonObject:
@@ -132,11 +138,11 @@ def _check_chat(where: str, item: JsonObject) -> JsonObject:
     return {name: item[name] for name in CHAT_FIELDS if name in item}
 
 
-def _make_chat(label: str, chat: JsonObject, thinking: Thinking | None) -> Prompt:
+def _make_chat(label: str, chat: JsonObject, thinking: Thinking | None, most: int | None) -> Prompt:
     if thinking is not None:
         kwargs = chat.get("chat_template_kwargs", {}) | {"enable_thinking": thinking == "on"}
         chat = chat | {"chat_template_kwargs": kwargs}
-    return Prompt(id=label, text=json.dumps(chat, ensure_ascii=False), chat=chat)
+    return Prompt(id=label, text=json.dumps(chat, ensure_ascii=False), chat=chat, max_tokens=most)
 
 
 def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -38,7 +38,7 @@ def open_session() -> aiohttp.ClientSession:
 
 
 class Client:
-    """Sends prompts to one endpoint. End-of-sequence ignored: every answer has exactly `max_tokens`.
+    """Sends prompts to one endpoint. End-of-sequence ignored: every answer has exactly `max_tokens`, or its prompt's.
 
     Greedy, unless `sampling` says otherwise (fields of the request, such as temperature, seed and ignore_eos). What it
     does not say is vLLM's neutral value, never that of the model's generation_config.json: a `top_k` of the release's
@@ -94,6 +94,8 @@ class Client:
 
     async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields = NONE) -> RawStream:
         body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
+        if prompt.max_tokens is not None:
+            body["max_tokens"] = min(prompt.max_tokens, body["max_tokens"])
         raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())
         try:
             async with self._session.post(self._url, json=body) as response:

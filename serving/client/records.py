@@ -22,12 +22,14 @@ class Prompt:
     """One prompt: `id` is the label used in results, `text` is sent as it is.
 
     Of a conversation `chat` holds what a chat template takes (messages, tools, chat_template_kwargs), and `text` its
-    JSON; sent are the token ids that the engine's own template makes of it.
+    JSON; sent are the token ids that the engine's own template makes of it. `max_tokens` is its answer's length where
+    that is shorter than all answers are to be.
     """
 
     id: str
     text: str
     chat: JsonObject | None = field(default=None, compare=False)
+    max_tokens: int | None = None
 
 
 @dataclass(slots=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
+from mock_engine import MockEngine
 
 from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, load_texts, split_prompts
 from laguna_serve.bench.harness.schedule import make_plan
+from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.records import Prompt
 
 
@@ -22,6 +25,8 @@ from laguna_serve.serving.client.records import Prompt
         ('\n{"text": "a"}\n', r"file:2: .* got None"),
         ('{"prompt": ""}\n', r"file:1: .* got ''"),
         ('{"prompt": 3}\n', r"file:1: .* got 3"),
+        ('{"prompt": "a", "max_tokens": 0}\n', r"file:1: expected .max_tokens. to be a number from 1 on, got 0"),
+        ('{"prompt": "a", "max_tokens": true}\n', r"file:1: expected .max_tokens. .* got True"),
         ('{"messages": []}\n', r"file:1: expected .messages. to be a list of .* got \[\]"),
         ('{"messages": [{"content": "x"}]}\n', r"file:1: expected .messages. .* got \[\{"),
         ('{"messages": "x"}\n', r"file:1: expected .messages. .* got .x."),
@@ -57,6 +62,23 @@ def test_conversations_and_prompts_asked_as_one(tmp_path: Path) -> None:
     }
     with pytest.raises(PromptsError, match=r"expected a .prompt. on every line here.*got messages \(id c\)"):
         load_texts(path)
+
+
+def test_a_line_may_have_a_shorter_answer(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    lines = [{"prompt": "a", "max_tokens": 3}, {"prompt": "b"}, {"prompt": "c", "max_tokens": 99}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = load_prompts(path)
+    assert load_prompts(path, chat=True)[0].max_tokens == 3
+
+    async def ask(url: str) -> list[int]:
+        async with open_session() as session:
+            records = await Client(session, url, "m", 8).run_closed_loop(prompts, 1)
+        return [len(record.token_ids) for record in records]
+
+    with MockEngine() as engine:
+        assert asyncio.run(ask(engine.url)) == [3, 8, 8]
+        assert [body["max_tokens"] for body in engine.bodies] == [3, 8, 8]
 
 
 def test_thinking_needs_a_template(tmp_path: Path) -> None:
