@@ -82,7 +82,7 @@ def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> Roll
     def summarise(batch: int, version: str | None) -> RolloutPoint:
         measured = read_point(job, batch, version)
         assert measured is not None, "measured before"
-        return summarise_point(measured, config.seed, config.price_per_hour)
+        return summarise_point(measured, config.seed, config.price_per_hour, adaptive=config.adaptive)
 
     points = [summarise(batch, None) for batch in job.batches]
     versions = [summarise(job.version_batch, name) for name in ([None, *job.versions] if job.versions else [])]
@@ -92,6 +92,7 @@ def conclude(config: RolloutsConfig, job: Job, environment: Environment) -> Roll
         draft=config.draft,
         draft_sampling=config.draft_sampling,
         gamma=job.gamma,
+        adaptive=config.adaptive,
         device=job.work.device,
         workload=RolloutsWorkload(
             **structs.asdict(job.work),

@@ -53,6 +53,7 @@ def conclude(
             max_tokens=config.max_tokens,
             sequential=any(point.drift for point in measured),
             temperature=config.temperature,
+            draft_sampling=config.draft_sampling,
         ),
         choices=choices,
         schedule=Schedule(schedule),

@@ -9,10 +9,18 @@ from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
-from laguna_serve.bench.arms.drafters import BeyondBlock, DrafterOrUrlsConfig, Sequential, choose_gammas, find_most
+from laguna_serve.bench.arms.drafters import (
+    BeyondBlock,
+    DrafterOrUrlsConfig,
+    DraftSampling,
+    Sequential,
+    choose_gammas,
+    find_most,
+)
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 FLAGS = {
     "fp8-kv": ("--kv-cache-dtype", "fp8"),
@@ -81,6 +89,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     temperature: Annotated[
         float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
     ] = 0.0
+    draft_sampling: DraftSampling = "greedy"
     mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
     engine_args: Annotated[
         tuple[str, ...],
@@ -106,6 +115,9 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
                 "--gammas, --stack, --mixed, --engine-args and --adaptive: expected none with URLs, as those servers "
                 "already run; drop them"
             )
+        if self.draft_sampling != DRAFT_SAMPLING[0] and not self.temperature:
+            expected = "expected --temperature beside it, as greedy answers are not drawn, got none"
+            raise FlagError(f"--draft-sampling {self.draft_sampling}: {expected}; drop it or add one")
         if not 0 <= self.temperature <= 2:
             raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
         if self.temperature and self.stack:
@@ -153,6 +165,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
             draft=None if gamma is None else self.draft,
             gamma=gamma,
             beyond_block=gamma is not None and self.beyond_block,
+            draft_sampling=DRAFT_SAMPLING[0] if gamma is None else self.draft_sampling,
             dtype=self.dtype,
             enforce_eager=self.eager,
             prefix_caching=False,

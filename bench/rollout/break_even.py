@@ -33,15 +33,20 @@ START = "start"  # what people read for the policy that the drafter was trained 
 PRICE = "price per million tokens = price per hour ÷ 3600 ÷ tok/s × 1,000,000"
 
 
-def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | None = None) -> RolloutPoint:
-    """Rates, ratios with their 95% intervals, acceptance, break-even and verdict of a stored point."""
+def summarise_point(
+    measured: MeasuredPoint, seed: int, price_per_hour: float | None = None, *, adaptive: bool = False
+) -> RolloutPoint:
+    """Rates, ratios with their 95% intervals, acceptance, break-even and verdict of a stored point.
+
+    `adaptive`: steps differ, and have no break-even.
+    """
     turns = measured.turns
     deltas = {name: sum_counters([turn.delta for turn in turns[name]]) for name in ARMS}
     ratio = compare_rates(turns[BASELINE], turns[CANDIDATE], "wall_s", measured.drift, seed)
     acceptance = summarise_acceptance(deltas[CANDIDATE])
     assert ratio is not None, "wall time passes"
-    assert acceptance is not None, "points without drafts are not stored"
-    tau, (low, high) = acceptance.length, ratio.ci95
+    assert acceptance is not None or adaptive, "points without drafts are not stored"
+    low, high = ratio.ci95
     rates = {name: find_rate(turns[name], "wall_s") for name in ARMS}
     per_device = compare_rates(turns[BASELINE], turns[CANDIDATE], "device_s", measured.drift, seed)
     return RolloutPoint(
@@ -53,8 +58,12 @@ def summarise_point(measured: MeasuredPoint, seed: int, price_per_hour: float | 
         ratio=ratio,
         tok_per_device_s={name: find_rate(turns[name], "device_s") for name in ARMS} if per_device else None,
         device_ratio=per_device,
-        acceptance=RolloutAcceptance(**structs.asdict(acceptance), ci95=find_tau_interval(turns[CANDIDATE], seed)),
-        break_even=Estimate(point=tau / ratio.point, ci95=(tau / high, tau / low)),
+        acceptance=None
+        if acceptance is None
+        else RolloutAcceptance(**structs.asdict(acceptance), ci95=find_tau_interval(turns[CANDIDATE], seed)),
+        break_even=None
+        if acceptance is None or adaptive
+        else Estimate(point=acceptance.length / ratio.point, ci95=(acceptance.length / high, acceptance.length / low)),
         verdict=PAYS if low > 1 else LOSES if high < 1 else INCONCLUSIVE,
         cached_share={
             name: delta.prefix_cache_hits / max(1, delta.prefix_cache_queries) for name, delta in deltas.items()

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
-from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, Gamma, Sequential
+from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, GammaOrAdaptive, Sequential
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, parse_numbers
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 GROUP = 8
 # Batches by default: one sequence alone, then so many groups.
@@ -23,7 +24,7 @@ GROUPS = (1, 2, 4, 8)
 class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
     """Groups of sampled completions at every batch size, for the model and later versions of it; files go to `out`."""
 
-    gamma: Gamma = None
+    gamma: GammaOrAdaptive = None
     draft_sampling: DraftSampling = "greedy"
     versions: Annotated[
         tuple[Path, ...],
@@ -88,6 +89,11 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         return self.group if self.version_batch is None else self.version_batch
 
     @property
+    def adaptive(self) -> bool:
+        """Whether γ is decided in every step."""
+        return self.gamma == ADAPTIVE
+
+    @property
     def points(self) -> Path:
         """The folder of finished measurements."""
         return self.out / "points"
@@ -102,7 +108,8 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         return EngineConfig(
             model=self.model,
             draft=self.draft if drafting else None,
-            gamma=self.gamma if drafting else None,
+            gamma=self.gamma if drafting and self.gamma != ADAPTIVE else None,
+            adaptive=drafting and self.adaptive,
             draft_sampling=self.draft_sampling if drafting else DRAFT_SAMPLING[0],
             dtype=self.dtype,
             max_num_seqs=self.max_num_seqs,
@@ -119,5 +126,5 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         if running[0] is not None and running[1] is not None:
             return running[0], running[1]
         plain = ArmSpec(BASELINE, f"{self.model}; no drafter", config=self.make_engine(drafting=False))
-        label = f"{self.model}; drafter {self.draft}, γ {gamma}"
+        label = f"{self.model}; drafter {self.draft}, {'adaptive γ up to' if self.adaptive else 'γ'} {gamma}"
         return plain, ArmSpec(CANDIDATE, label, config=self.make_engine(drafting=True))

@@ -51,14 +51,20 @@ def _draw_acceptance(axes: Axes, points: Sequence[RolloutPoint], names: Sequence
         axes, f"τ against its break-even{at}", "tokens per speculative step; below the band speculation does not pay"
     )
     ranks = list(range(len(points)))
-    tau, even = [point.acceptance for point in points], [point.break_even for point in points]
-    spread = [[t.length - t.ci95[0] for t in tau], [t.ci95[1] - t.length for t in tau]]
-    axes.fill_between(ranks, [e.ci95[0] for e in even], [e.ci95[1] for e in even], color=BAND, linewidth=0)
-    axes.plot(ranks, [e.point for e in even], color=LIMIT, linewidth=1.4, marker="_", label="break-even τ")
-    axes.errorbar(ranks, [t.length for t in tau], yerr=spread, fmt="o-", color=GOOD, markersize=6, capsize=4, label="τ")
-    axes.legend(frameon=False, loc="lower left", ncols=2)
+    tau = [(rank, point.acceptance) for rank, point in enumerate(points) if point.acceptance is not None]
+    even = [(rank, point.break_even) for rank, point in enumerate(points) if point.break_even is not None]
+    if even:
+        places, found = [rank for rank, _ in even], [each for _, each in even]
+        axes.fill_between(places, [e.ci95[0] for e in found], [e.ci95[1] for e in found], color=BAND, linewidth=0)
+        axes.plot(places, [e.point for e in found], color=LIMIT, linewidth=1.4, marker="_", label="break-even τ")
+    if tau:
+        spread = [[t.length - t.ci95[0] for _, t in tau], [t.ci95[1] - t.length for _, t in tau]]
+        places, lengths = [rank for rank, _ in tau], [t.length for _, t in tau]
+        axes.errorbar(places, lengths, yerr=spread, fmt="o-", color=GOOD, markersize=6, capsize=4, label="τ")
+        axes.legend(frameon=False, loc="lower left", ncols=2)
     axes.set_xlim(-0.5, len(points) - 0.5)
-    axes.set_ylim(0, max(*(t.ci95[1] for t in tau), *(e.ci95[1] for e in even)) * 1.1)
+    ends = [t.ci95[1] for _, t in tau] + [e.ci95[1] for _, e in even]
+    axes.set_ylim(0, max(ends, default=1) * 1.1)
     many = len(names) > 6 or max(map(len, names)) > 12
     axes.set_xticks(ranks, names, rotation=20 if many else 0, ha="right" if many else "center")
     axes.set_xlabel(label)
@@ -66,6 +72,6 @@ def _draw_acceptance(axes: Axes, points: Sequence[RolloutPoint], names: Sequence
 
 def _describe(result: RolloutsResult) -> list[str]:
     work, environment = result.workload, result.environment
-    parts = [f"γ {result.gamma}", f"groups of {work.group} × {work.max_tokens} tokens"]
+    parts = [result.how_many, f"groups of {work.group} × {work.max_tokens} tokens"]
     parts += [f"temperature {work.temperature:g}", f"{work.rounds} rounds"]
     return [*parts, environment.device_name, environment.date[:10]]

@@ -81,9 +81,17 @@ def plan_point(work: Work, batch: int, prompts: Sequence[Prompt]) -> Plan:
 
 
 async def measure_point(
-    work: Work, batch: int, prompts: Sequence[Prompt], drivers: Mapping[str, Driver], progress: Progress
+    work: Work,
+    batch: int,
+    prompts: Sequence[Prompt],
+    drivers: Mapping[str, Driver],
+    progress: Progress,
+    *,
+    adaptive: bool = False,
 ) -> dict[str, list[Turn]]:
     """Warm the arms that are up, then interleave them, or run the one alone. Returns the turns of each.
+
+    `adaptive`: the candidate may have decided against drafts.
 
     Raises:
         EngineError, EndpointError: an engine died, or a request failed.
@@ -102,14 +110,14 @@ async def measure_point(
             done += 1
             progress.step(name, done, total, turns[name][-1].tokens / turns[name][-1].wall_s)
     for name, own in turns.items():
-        check_drafts(name, own)
+        check_drafts(name, own, adaptive=adaptive)
     return turns
 
 
-def check_drafts(name: str, turns: Sequence[Turn]) -> None:
-    """Raise MeasurementStoppedError for a candidate without drafts, or a baseline with some."""
+def check_drafts(name: str, turns: Sequence[Turn], *, adaptive: bool) -> None:
+    """Raise MeasurementStoppedError for a candidate without drafts that does not decide, or a baseline with some."""
     drafts = sum(turn.delta.drafts for turn in turns)
-    if name == CANDIDATE and not drafts:
+    if name == CANDIDATE and not drafts and not adaptive:
         raise MeasurementStoppedError(f"{name}: expected drafts, got none counted; is the drafter served?")
     if name == BASELINE and drafts:
         raise MeasurementStoppedError(f"{name}: expected plain decoding, got drafts counted; is it served plainly?")

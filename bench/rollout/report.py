@@ -33,7 +33,7 @@ def render_markdown(result: RolloutsResult) -> str:
     lines = [
         "# What a rollout costs",
         "",
-        f"{result.model}, drafter {result.draft} ({sampling}), γ {result.gamma}; groups of {work.group} completions of"
+        f"{result.model}, drafter {result.draft} ({sampling}), {result.how_many}; groups of {work.group} completions of"
         f" one prompt ({work.prompts}), {work.max_tokens} tokens each at temperature {work.temperature:g},"
         f" with the log-probability of every token. {work.rounds} rounds per point and arm,"
         f" {IN_TURN if work.sequential else 'interleaved; both engines up'}, the baseline without the drafter and"
@@ -59,12 +59,14 @@ def list_tables(result: RolloutsResult) -> list[tuple[str, Table]]:
         heads = ["policy version", "τ", "95% interval", "break-even τ", "95% interval", "ratio", "95% interval"]
         title = f"acceptance by policy version, batch {versions[0].batch}; {START}: the model itself"
         tables.append((title, _tabulate([*heads, "speculation"], [_show_version(point) for point in versions])))
-    width = max(len(point.acceptance.per_position) for point in [*points, *versions])
     labelled = [(f"batch {point.batch}", point) for point in points]
     labelled += [(f"version {point.version}", point) for point in versions[1:]]
-    shares = [[name, *(f"{share:.0%}" for share in point.acceptance.per_position)] for name, point in labelled]
-    heads = ["drafts accepted up to position", *map(str, range(1, width + 1))]
-    return [*tables, ("acceptance per position", _tabulate(heads, shares))]
+    accepted = [(name, point.acceptance.per_position) for name, point in labelled if point.acceptance is not None]
+    if accepted:
+        heads = ["drafts accepted up to position", *map(str, range(1, max(len(each) for _, each in accepted) + 1))]
+        shares = [[name, *(f"{share:.0%}" for share in each)] for name, each in accepted]
+        tables.append(("acceptance per position", _tabulate(heads, shares)))
+    return tables
 
 
 def _tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -81,15 +83,16 @@ def _head_costs(result: RolloutsResult) -> list[str]:
 def _show_costs(point: RolloutPoint) -> list[str]:
     cells = [str(point.batch), *_show_rates(point.tok_per_s), *_show_ratio(point.ratio)]
     cells += [*_show_rates(point.tok_per_device_s), *_show_ratio(point.device_ratio)]
-    cells += [f"{point.acceptance.length:.2f}", f"{point.break_even.point:.2f}", point.verdict]
+    tau, even = point.acceptance, point.break_even
+    cells += ["–" if tau is None else f"{tau.length:.2f}", "–" if even is None else f"{even.point:.2f}", point.verdict]
     prices = point.price_per_million
     return cells if prices is None else [*cells, *(f"{prices[arm]:.4g}" for arm in ARMS)]
 
 
 def _show_version(point: RolloutPoint) -> list[str]:
     tau, even = point.acceptance, point.break_even
-    cells = [point.version or START, f"{tau.length:.2f}", _show_range(tau.ci95)]
-    cells += [f"{even.point:.2f}", _show_range(even.ci95)]
+    cells = [point.version or START, *(["–", "–"] if tau is None else [f"{tau.length:.2f}", _show_range(tau.ci95)])]
+    cells += ["–", "–"] if even is None else [f"{even.point:.2f}", _show_range(even.ci95)]
     return [*cells, *_show_ratio(point.ratio), point.verdict]
 
 
@@ -132,6 +135,9 @@ def conclude(result: RolloutsResult) -> list[str]:
 
 
 def _judge(point: RolloutPoint) -> str:
+    if point.acceptance is None or point.break_even is None:
+        ratio, interval = _show_ratio(point.ratio)
+        return f"speculation with an adaptive γ {point.verdict}: {ratio} ({interval})"
     tau, even = f"{point.acceptance.length:.2f}", point.break_even
     limit = f"{even.point:.2f} ({_show_range(even.ci95)})"
     if point.verdict == PAYS:

@@ -84,7 +84,8 @@ class RolloutPoint(Struct, frozen=True, kw_only=True):
 
     Attributes:
         ratio: candidate ÷ baseline tok/s; `device_ratio`: per device-second, None where the clock is too coarse.
-        break_even: the τ at which speculation stops paying.
+        acceptance: of the steps that drafted; None where none did.
+        break_even: the τ at which speculation stops paying; None where γ was decided in every step.
         cached_share: of prompt tokens.
         price_per_million: of tokens, where an hour has a price.
         drift: of the baseline, where one engine was measured at a time; intervals allow for it.
@@ -98,8 +99,8 @@ class RolloutPoint(Struct, frozen=True, kw_only=True):
     ratio: Estimate
     tok_per_device_s: Rates | None
     device_ratio: Estimate | None
-    acceptance: RolloutAcceptance
-    break_even: Estimate
+    acceptance: RolloutAcceptance | None
+    break_even: Estimate | None
     verdict: str
     cached_share: Rates
     preemptions: dict[str, int]
@@ -120,6 +121,7 @@ class RolloutsResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
 
     Attributes:
         draft_sampling: None in older results, which are greedy.
+        adaptive: γ was decided in every step, `gamma` at most.
         price: how prices per million are worked out, in words.
     """
 
@@ -128,12 +130,18 @@ class RolloutsResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     draft: str
     draft_sampling: str | None = None
     gamma: int
+    adaptive: bool = False
     device: str
     workload: RolloutsWorkload
     points: list[RolloutPoint]
     versions: list[RolloutPoint]
     price: str
     price_per_hour: float | None
+
+    @property
+    def how_many(self) -> str:
+        """How many tokens were drafted."""
+        return f"adaptive γ up to {self.gamma}" if self.adaptive else f"γ {self.gamma}"
 
     @property
     def pays(self) -> bool:

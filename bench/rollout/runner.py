@@ -37,6 +37,7 @@ class Job:
     specs: tuple[ArmSpec, ArmSpec]
     prompts: list[Prompt]
     gamma: int
+    adaptive: bool
     batches: list[int]
     versions: dict[str, Path]
     version_batch: int
@@ -73,7 +74,18 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
         expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"
         raise PromptsError(f"{config.prompts}: {expected}; add prompts, or lower --rounds or --batch")
     claim_points(config, environment, work, gamma, prompts)
-    return Job(work, specs, prompts, gamma, batches, versions, config.versions_at, config.points, config.sequential)
+    return Job(
+        work=work,
+        specs=specs,
+        prompts=prompts,
+        gamma=gamma,
+        adaptive=config.adaptive,
+        batches=batches,
+        versions=versions,
+        version_batch=config.versions_at,
+        folder=config.points,
+        sequential=config.sequential,
+    )
 
 
 def claim_points(
@@ -90,6 +102,7 @@ def claim_points(
         "packages": environment.versions,
         "device": environment.device.name if environment.device is not None else None,
         **config.list_urls(),
+        **({"adaptive": True} if config.adaptive else {}),
     }
     claim_folder(config.points, settings)
 
@@ -147,7 +160,7 @@ async def _measure_pass(job: Job, arm: Arm, batch: int, version: str | None, pro
         if version is not None:
             await give_version(session, arm, version, job.versions[version])
         driver = Driver(session, arm, job.work)
-        turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress)
+        turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress, adaptive=job.adaptive)
         return TurnsPass(turns=turns[arm.name])
 
 
@@ -170,7 +183,7 @@ async def _measure_one(
     plan = plan_point(job.work, batch, job.prompts)
     what = "" if version is None else f"version {version}, "
     progress.say(f"{what}batch {batch}: {len(plan.rounds)} rounds of {batch} × {job.work.max_tokens} tokens per arm")
-    turns = await measure_point(job.work, batch, job.prompts, drivers, progress)
+    turns = await measure_point(job.work, batch, job.prompts, drivers, progress, adaptive=job.adaptive)
     write_result(find_path(job, batch, version), _make_point(job, batch, version, turns))
 
 

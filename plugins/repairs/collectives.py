@@ -52,7 +52,8 @@ def reduce_scatterv(
     sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
     total = input_.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(total, group=self.device_group)
-    return total.split(sizes)[self.rank_in_group]
+    own: torch.Tensor = total.split(sizes)[self.rank_in_group]
+    return own
 
 
 def apply() -> None:

@@ -16,11 +16,12 @@ class RolloutLauncher(MockLauncher):
     """Takes the launcher's place: its engines are mocks that share `clock`.
 
     `tau`, `cost`, `fault` and `die_after` are those of the speculating engine; `fault` is a route that fails, "deaf" or
-    "foreign".
+    "foreign". Without `drafts` it decides against them.
     """
 
     tau: ClassVar[dict[str, int]] = {START: 4}
     cost: ClassVar[float] = 2.0
+    drafts: ClassVar[bool] = True
     fault: ClassVar[str | None] = None
     die_after: ClassVar[int | None] = None
     clock: ClassVar[Clock] = Clock()
@@ -33,7 +34,7 @@ class RolloutLauncher(MockLauncher):
     def choose(self, config: EngineConfig) -> Settings:
         """By whether it drafts."""
         made = type(self)
-        if config.draft is None:
+        if config.draft is None or not made.drafts:
             return Settings(says=Rollouts(made.tau), weights=Weights(), clock=made.clock)
         weights = Weights(deaf=made.fault == "deaf")
         weights.fail |= {made.fault} if made.fault is not None and made.fault.startswith("/") else set()

@@ -168,7 +168,7 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
     result = last_line(run.capsys)
     assert result["workload"]["temperature"] == 1
     assert result["stored"] is None
-    assert "at temperature 1. Each point" in run.read_page()
+    assert "at temperature 1, drafts greedy. Each point" in run.read_page()
     assert any(line.endswith("| – |") for line in run.read_page().splitlines())
 
 
@@ -177,6 +177,7 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
     [
         (["--temperature", "1", "--stack", "fp8-kv"], "--stack: expected greedy answers"),
         (["--temperature", "3"], "--temperature: expected 0 to 2, got 3"),
+        (["--draft-sampling", "probabilistic"], "--draft-sampling probabilistic: expected --temperature beside it"),
         (
             ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
             "and --adaptive: expected none with URLs",

@@ -92,6 +92,7 @@ def test_figures_of_a_point_are_those_worked_out_by_hand() -> None:
     assert point.tok_per_s == {"baseline": 100, "candidate": 200}
     assert point.tok_per_device_s == {"baseline": 50, "candidate": 100}
     assert point.ratio == point.device_ratio == Estimate(point=2, ci95=(2, 2))
+    assert point.acceptance is not None
     assert point.acceptance.length == 2.5
     assert point.acceptance.per_position == [1.5]
     assert point.acceptance.ci95 == (2.5, 2.5)
@@ -106,10 +107,37 @@ def test_figures_of_a_point_are_those_worked_out_by_hand() -> None:
 )
 def test_verdict_is_where_tau_lies_to_the_break_even(candidate_s: list[float], verdict: str) -> None:
     point = summarise_point(make_point(candidate_s), seed=0)
+    assert point.break_even is not None
     low, high = point.break_even.ci95
     assert point.verdict == verdict
     assert verdict == (PAYS if high < 2.5 else LOSES if low > 2.5 else INCONCLUSIVE)
     assert point.price_per_million is None
+
+
+def test_a_point_of_an_adaptive_engine_has_no_break_even() -> None:
+    point = summarise_point(make_point([0.5] * 8), seed=0, adaptive=True)
+    assert (point.break_even, point.verdict) == (None, PAYS)
+    assert point.acceptance is not None
+    measured = make_point([0.5] * 8)
+    measured.turns["candidate"] = make_turns(100, [1.2] * 8)
+    point = summarise_point(measured, seed=0, adaptive=True)
+    assert (point.acceptance, point.break_even, point.verdict) == (None, None, LOSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [True, False])
+def test_adaptive_engine_may_decide_against_drafts(
+    engines: type[RolloutLauncher], run: Callable[..., Answer], tmp_path: Path, draws: None, drafts: bool
+) -> None:
+    engines.drafts = drafts
+    status, result, _ = run("--batch", "1", "--gamma", "adaptive")
+    assert status in (0, 1)
+    assert (result["adaptive"], result["gamma"]) == (True, 7)
+    assert [config.adaptive for config in engines.configs] == [False, True]
+    page = (tmp_path / "out" / "rollouts.md").read_text()
+    assert "adaptive γ up to 7; groups" in page
+    assert "speculation with an adaptive γ" in page
+    assert (tmp_path / "out" / "rollouts.png").stat().st_size
 
 
 def test_device_seconds_below_the_clock_s_resolution_are_left_out() -> None:
@@ -205,7 +233,7 @@ def test_finished_points_are_kept(
 def test_ctrl_c_has_its_own_status(
     engines: type[RolloutLauncher], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def interrupt(*_: Any) -> None:
+    async def interrupt(*_: Any, **_named: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rollouts_runner, "measure_point", interrupt)
