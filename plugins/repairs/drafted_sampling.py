@@ -14,7 +14,7 @@ row behind them.  vLLM's V1 rejection sampler, on a CPU,
 - returns no log-probabilities for `logprob_token_ids`, and ends the engine when a neighbour asks for `logprobs`;
 - draws other numbers from a request's `seed` than sampling without a drafter does, and as many as the drafts need.
 
-Where all requests are greedy and nothing else is asked for, the likeliest tokens of all rows are taken at once, by few
+Where all requests are greedy, or have a temperature, and nothing else is asked for, verification.py does it by few
 operations.  Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties,
 masks; temperature, min_p, top-k, top-p.  A request with a seed draws each row's token as the plain sampler would and
 keeps the drafts for as long as they are those tokens: the same seed gives the same text with and without a drafter.
@@ -41,10 +41,10 @@ from vllm.v1.sample.logits_processor.state import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
-from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from laguna_serve.plugins.repairs.token_logprobs import gather
+from laguna_serve.plugins.repairs.verification import verify_drawn, verify_likeliest
 
 stock_build = processors.build_logitsprocs
 
@@ -109,8 +109,16 @@ def forward(
         bonus = logits[metadata.bonus_logits_indices]
         output: SamplerOutput = self.sampler(bonus, sampling_metadata, predict_bonus_token=True)
         return output
-    if _takes_likeliest(sampling_metadata):
-        return SamplerOutput(sampled_token_ids=_verify(logits, metadata), logprobs_tensors=None)
+    asks_logprobs = sampling_metadata.max_num_logprobs is not None or bool(sampling_metadata.logprob_token_ids)
+    if sampling_metadata.all_greedy and not asks_logprobs and _asks_nothing_else(sampling_metadata):
+        tokens = verify_likeliest(logits, metadata.draft_token_ids, counts)
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+    if _takes_temperature_alone(self, sampling_metadata):
+        drafts, temperature = metadata.draft_token_ids, sampling_metadata.temperature
+        tokens, logprobs = verify_drawn(logits, temperature, drafts, counts, draft_probs), None
+        if asks_logprobs:
+            logprobs = _gather_logprobs(self, logits.to(torch.float32), tokens, metadata, sampling_metadata)
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
     bonus = logits[metadata.bonus_logits_indices]
     bonus = self.sampler.apply_logits_processors(
@@ -147,7 +155,7 @@ def forward(
         tokens[row, : len(ended)] = torch.tensor(ended, dtype=tokens.dtype)
 
     logprobs = None
-    if sampling_metadata.max_num_logprobs is not None or sampling_metadata.logprob_token_ids:
+    if asks_logprobs:
         processed = self.is_processed_logprobs_mode
         rows = logits.to(torch.float32, copy=True)
         rows[metadata.target_logits_indices] = target if processed else raw_target
@@ -158,14 +166,11 @@ def forward(
     return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
-def _takes_likeliest(sampling_metadata: SamplingMetadata) -> bool:
-    """Whether every row's token is its likeliest, and nothing else is asked for: no logits to process or to report."""
+def _asks_nothing_else(sampling_metadata: SamplingMetadata) -> bool:
+    """Whether no logits are to be processed but by temperature, min_p, top-k and top-p."""
     holder = sampling_metadata.thinking_budget_state_holder
     return (
-        sampling_metadata.all_greedy
-        and sampling_metadata.max_num_logprobs is None
-        and not sampling_metadata.logprob_token_ids
-        and sampling_metadata.no_penalties
+        sampling_metadata.no_penalties
         and not sampling_metadata.bad_words_token_ids
         and sampling_metadata.allowed_token_ids_mask is None
         and (holder is None or not holder.has_tracked_requests())
@@ -173,28 +178,26 @@ def _takes_likeliest(sampling_metadata: SamplingMetadata) -> bool:
     )
 
 
+def _takes_temperature_alone(self: RejectionSampler, sampling_metadata: SamplingMetadata) -> bool:
+    """Whether every request is sampled, without a seed, by a temperature and nothing else."""
+    return (
+        sampling_metadata.all_random
+        and not sampling_metadata.generators
+        and sampling_metadata.top_k is None
+        and sampling_metadata.top_p is None
+        and all(map(_is_idle, sampling_metadata.logitsprocs.argmax_invariant))
+        and not (self.is_processed_logprobs_mode or self.synthetic_mode or self.use_fp64_gumbel)
+        and _asks_nothing_else(sampling_metadata)
+    )
+
+
 def _is_idle(processor: processors.LogitsProcessor) -> bool:
     """Whether a processor has nothing to do for any request; unknown ones have."""
     if isinstance(processor, processors.LogitBiasLogitsProcessor):
         return not processor.biases
+    if isinstance(processor, processors.MinPLogitsProcessor):
+        return not processor.min_p_count
     return isinstance(processor, processors.MinTokensLogitsProcessor) and not processor.min_toks
-
-
-def _verify(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
-    """Each request's likeliest tokens up to the first that is not its draft, [batch, 1 + most drafts] int32.
-
-    They are chosen by the plain sampler's operation, so that a tie is decided as without a drafter.
-    """
-    likeliest = Sampler.greedy_sample(logits.to(torch.float32)).tolist()
-    drafts = metadata.draft_token_ids.tolist()
-    tokens, first = [], 0
-    for number, count in enumerate(metadata.num_draft_tokens):
-        own = likeliest[first : first + count + 1]
-        drafted = drafts[first - number : first - number + count]
-        taken = next((i for i, (a, b) in enumerate(zip(own, drafted, strict=False)) if a != b), count) + 1
-        tokens.append(own[:taken] + [PLACEHOLDER_TOKEN_ID] * (metadata.max_spec_len + 1 - taken))
-        first += count + 1
-    return torch.tensor(tokens, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from laguna_serve.serving.kit.results import read_result, to_json
 ROOT = Path(__file__).resolve().parents[3]
 FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/clients.json": ClientsResult,
+    "bench/results/clients-swapped.json": ClientsResult,
     "bench/results/toy-distillation/distillation.json": DistillResult,
     "bench/results/toy-dante/dante-toy.json": DanteToyResult,
     "bench/results/toy-dante-600/dante-toy.json": DanteToyResult,
