@@ -45,11 +45,10 @@ class StepEngine:
     def __init__(self, process: subprocess.Popen[str], log_path: Path) -> None:
         self._process, self._log_path = process, log_path
 
-    def decode(self, prompt: str, max_tokens: int, *, apart: bool) -> Decoded:
-        """Decode greedily; with `apart` the parts are timed. Raises EngineError when the engine is gone."""
-        _open_pipe(self._process.stdin).write(
-            json.dumps({"prompt": prompt, "max_tokens": max_tokens, "apart": apart}) + "\n"
-        )
+    def decode(self, prompt: str, max_tokens: int, temperature: float, *, apart: bool) -> Decoded:
+        """Decode; with `apart` the parts are timed. Raises EngineError when the engine is gone."""
+        asked = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "apart": apart}
+        _open_pipe(self._process.stdin).write(json.dumps(asked) + "\n")
         _open_pipe(self._process.stdin).flush()
         return msgspec.json.decode(self.read(), type=Decoded)
 

@@ -32,7 +32,8 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     Attributes:
         cost: processor time of a drafted step ÷ that of a plain one; `cost_ci95`: bootstrapped over prompts.
         speedup: tokens per second of processor time with a drafter ÷ without; `speedup_ci95` likewise.
-        differing: prompts whose tokens differ.
+        temperature: above 0 answers were drawn; `draft_sampling`: drafts were, too, or not.
+        differing: greedy prompts whose tokens differ.
         rounds: steps and seconds of both arms for every prompt; `tokens`: tokens and seconds.
     """
 
@@ -40,6 +41,8 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     model: str
     draft: str
     max_tokens: int
+    temperature: float = 0.0
+    draft_sampling: str = "greedy"
     prompts: int
     plain: ArmSteps
     drafted: ArmSteps
@@ -47,6 +50,6 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     cost_ci95: tuple[float, float]
     speedup: float
     speedup_ci95: tuple[float, float]
-    differing: int
+    differing: int | None
     rounds: list[RoundPair]
     token_rounds: list[RoundPair]

@@ -1,4 +1,4 @@
-"""What does a step with drafts cost, in steps without, and which part of it? One request at a time, greedily.
+"""What does a step with drafts cost, in steps without, and which part of it? One request at a time.
 
 Two engines, one with the drafter and one without, each in a process of its own with the flags and environment of
 `laguna serve`, decode every prompt in turn. Times are processor time of the engine's process, so that other work on
@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import structs
 
-from laguna_serve.bench.arms.drafters import Gamma, TimedDrafterConfig
+from laguna_serve.bench.arms.drafters import DraftSampling, Gamma, TimedDrafterConfig
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.bench.step_cost.engine import Decoded, StepEngine, open_engine
@@ -31,6 +31,7 @@ from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 __all__ = ["StepCostConfig", "StepCostResult", "main", "measure_steps"]
 EXAMPLES = """
@@ -51,9 +52,13 @@ class StepCostConfig(TimedDrafterConfig):
     """A model and its drafter, and prompts to decode with and without it; files go to `out`."""
 
     gamma: Gamma = None
+    draft_sampling: DraftSampling = "greedy"
     prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to send")]
     num_prompts: Annotated[int, Flag("prompts (default: 24)", metavar="N", at_least=2)] = 24
     max_tokens: Annotated[int, Flag("output tokens per request (default: 128)", metavar="N", at_least=16)] = 128
+    temperature: Annotated[
+        float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
+    ] = 0.0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("4 prompts × 48 tokens, not compiled", {"num_prompts": 4, "max_tokens": 48, "eager": True})
@@ -64,6 +69,7 @@ class StepCostConfig(TimedDrafterConfig):
             model=self.model,
             draft=self.draft if drafting else None,
             gamma=self.gamma if drafting else None,
+            draft_sampling=self.draft_sampling if drafting else DRAFT_SAMPLING[0],
             dtype=self.dtype,
             enforce_eager=self.eager,
             kv_cache_gib=self.kv_cache_gib,
@@ -96,11 +102,12 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         open_engine(engines[0], config.out / "plain.log") as plain,
         open_engine(engines[1], config.out / "drafted.log") as drafted,
     ):
-        _take_turns((plain, drafted), prompts[:WARM_UP], config.max_tokens, apart=False)
+        arms = (plain, drafted)
+        _take_turns(config, arms, prompts[:WARM_UP], apart=False)
         progress.say(f"{len(prompts)} prompts, whole steps")
-        whole = _take_turns((plain, drafted), prompts, config.max_tokens, apart=False)
+        whole = _take_turns(config, arms, prompts, apart=False)
         progress.say("the same, every part by itself")
-        apart = _take_turns((plain, drafted), prompts, config.max_tokens, apart=True)
+        apart = _take_turns(config, arms, prompts, apart=True)
     rounds = [RoundPair(a.steps, a.ns / 1e9, b.steps, b.ns / 1e9) for a, b in whole]
     token_rounds = [RoundPair(a.tokens, a.ns / 1e9, b.tokens, b.ns / 1e9) for a, b in whole]
     low, high = bootstrap_speedup(rounds, config.seed)
@@ -109,6 +116,8 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         model=config.model,
         draft=config.draft,
         max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        draft_sampling=config.draft_sampling,
         prompts=len(prompts),
         plain=_sum_up("plain", None, [a for a, _ in whole], [a for a, _ in apart]),
         drafted=_sum_up(f"γ {gamma}", gamma, [b for _, b in whole], [b for _, b in apart]),
@@ -116,7 +125,7 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         cost_ci95=(1 / high, 1 / low),
         speedup=pool_speedup(token_rounds),
         speedup_ci95=bootstrap_speedup(token_rounds, config.seed),
-        differing=sum(a.token_ids != b.token_ids for a, b in whole),
+        differing=None if config.temperature else sum(a.token_ids != b.token_ids for a, b in whole),
         rounds=rounds,
         token_rounds=token_rounds,
     )
@@ -126,13 +135,14 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
 
 
 def _take_turns(
-    engines: tuple[StepEngine, StepEngine], prompts: Sequence[Prompt], max_tokens: int, *, apart: bool
+    config: StepCostConfig, engines: tuple[StepEngine, StepEngine], prompts: Sequence[Prompt], *, apart: bool
 ) -> list[tuple[Decoded, Decoded]]:
     """Decode every prompt on one engine and then on the other, each of them first in turn."""
     pairs = []
     for number, prompt in enumerate(prompts):
         order = engines if number % 2 else engines[::-1]
-        answers = {engine: engine.decode(prompt.text, max_tokens, apart=apart) for engine in order}
+        how = (config.max_tokens, config.temperature)
+        answers = {engine: engine.decode(prompt.text, *how, apart=apart) for engine in order}
         pairs.append((answers[engines[0]], answers[engines[1]]))
     return pairs
 
@@ -170,11 +180,13 @@ def _summarise(result: StepCostResult) -> list[str]:
         f"{value:.2f} (95% {low:.2f}–{high:.2f})"
         for value, (low, high) in ((result.cost, result.cost_ci95), (result.speedup, result.speedup_ci95))
     )
+    drawn = f"at temperature {result.temperature:g}, drafts {result.draft_sampling}" if result.temperature else "greedy"
+    compared = "" if result.differing is None else f"; {result.differing} of {result.prompts} prompts differ"
     return [
         f"{result.model}, drafter {result.draft}: {result.prompts} prompts × {result.max_tokens} tokens, one at a time,"
-        " greedy; processor time of the engine's process.",
+        f" {drawn}; processor time of the engine's process.",
         f"A step with drafts costs {cost} plain ones and commits {result.drafted.tokens_per_step:.2f} tokens:"
-        f" {speedup} times as many tokens per second; {result.differing} of {result.prompts} prompts differ.",
+        f" {speedup} times as many tokens per second{compared}.",
     ]
 
 

@@ -22,11 +22,9 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from laguna_serve.plugins.formats.sequential_head import HEAD
 from laguna_serve.plugins.models.dflash_head import SequentialHead
-from laguna_serve.plugins.repairs.verification import draw
+from laguna_serve.plugins.models.dflash_head_cpu import draft_block
 
 Drafts = tuple[torch.Tensor, torch.Tensor | None]
-# Below it vLLM takes a request for greedy (v1/sample/sampler.py).
-LEAST_TEMPERATURE = 1e-5
 
 
 def find_head(model: Any) -> SequentialHead | None:
@@ -47,34 +45,23 @@ def sample_draft_tokens(
         stock: Drafts = SpecDecodeBaseProposer._sample_draft_tokens(self, hidden_states, sampling_metadata)
         return stock
     gamma = self.num_speculative_tokens
-    hidden = hidden_states.unflatten(0, (-1, gamma)).to(head.out.weight.dtype)
-    logits = self.model.compute_logits(hidden_states).unflatten(0, (-1, gamma)).to(torch.float32)
-    places, state = head.start(hidden)
+    hidden = hidden_states.unflatten(0, (-1, gamma))
+    logits = self.model.compute_logits(hidden_states).unflatten(0, (-1, gamma))
     token = self.input_ids[: len(hidden) * (gamma + 1) : gamma + 1]
-    draws = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
-    greedy, sharpness = _read_temperatures(sampling_metadata) if draws else (None, None)
+    if hidden.device.type == "cpu":
+        draws = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
+        temperature = sampling_metadata.temperature if draws else None
+        tokens, probs = draft_block(head, hidden.to(torch.float32), logits.to(torch.float32), token, temperature)
+        return tokens.flatten(), None if probs is None else probs.flatten(0, 1)
+    places, state = head.start(hidden)
     drafts, probabilities = [], []
     for place in range(gamma):
         state = head.advance(state, token, places[:, place])
-        completed = logits[:, place] + head.bias(state)
-        if sharpness is None:
-            token = completed.argmax(-1)
-        else:
-            probabilities.append((completed * sharpness).softmax(-1))
-            token = draw(probabilities[-1])
-            if greedy is not None:
-                token = torch.where(greedy, completed.argmax(-1), token)
+        token, drawn_from = self._sample_from_logits(logits[:, place] + head.bias(state), sampling_metadata)
         drafts.append(token)
+        if drawn_from is not None:
+            probabilities.append(drawn_from)
     return torch.stack(drafts, 1).flatten(), torch.stack(probabilities, 1).flatten(0, 1) if probabilities else None
-
-
-def _read_temperatures(sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Which requests [batch] are greedy, None without any, and what all logits are multiplied by, [batch, 1]."""
-    temperature = sampling_metadata.temperature
-    if sampling_metadata.all_random:
-        return None, temperature.reciprocal().unsqueeze(-1)
-    greedy = temperature < LEAST_TEMPERATURE
-    return greedy, torch.where(greedy, 1.0, temperature).reciprocal().unsqueeze(-1)
 
 
 def generate_draft(self: Any, stock: Callable[..., None], num_reqs: int, *args: Any, **kwargs: Any) -> None:

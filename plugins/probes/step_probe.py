@@ -3,8 +3,8 @@
     python -m laguna_serve.plugins.probes.step_probe MARK 'ARGUMENTS'
 
 MARK: what an answer's line is to begin with; ARGUMENTS: vLLM's flags, a JSON list.  A line of stdin is a request,
-`{"prompt": token ids or text, "max_tokens": N, "apart": bool}`; a line of stdout that begins with MARK is its answer, a
-`Decoded`, and the first one `null`, when the engine is up.  bench/step_cost reads them.
+`{"prompt": token ids or text, "max_tokens": N, "temperature": T, "apart": bool}`; a line of stdout that begins with
+MARK is its answer, a `Decoded`, and the first one `null`, when the engine is up.  bench/step_cost reads them.
 
 Times are processor time of the whole process: what others take of the machine counts as little as it can.  Steps that
 read a prompt are left out.  With `apart`, every call of a part is timed, too, each call's time without that of the
@@ -115,13 +115,13 @@ class Steps:
         if owner is not None and hasattr(owner, name):
             setattr(owner, name, self.watch.wrap(label, getattr(owner, name)))
 
-    def decode(self, prompt: str | list[int], max_tokens: int, *, apart: bool) -> dict[str, Any]:
-        """Decode greedily past any end: steps, tokens and processor time after the prompt's step, and the tokens."""
+    def decode(self, prompt: str | list[int], max_tokens: int, temperature: float, apart: bool) -> dict[str, Any]:
+        """Decode past any end: steps, tokens and processor time after the prompt's step, and the tokens."""
         from vllm import SamplingParams
 
         self.sent += 1
         asked = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
         self.engine.add_request(str(self.sent), asked, sampling)
         tokens: list[int] = []
         while not tokens:
@@ -154,7 +154,7 @@ def main() -> None:
     print(f"{mark}null", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = engine.decode(request["prompt"], request["max_tokens"], apart=request["apart"])
+        answer = engine.decode(**request)
         print(f"{mark}{json.dumps(answer)}", flush=True)
 
 
