@@ -97,7 +97,8 @@ def find_rate(turns: Sequence[Turn], clock: str) -> float:
 
 def find_tau_interval(turns: Sequence[Turn], seed: int) -> tuple[float, float]:
     """95% percentile bootstrap interval of 1 + Σ accepted ÷ Σ drafts over rounds."""
-    table = np.array([(1, 1, turn.delta.accepted_tokens, turn.delta.drafts) for turn in turns], dtype=np.float64)
+    drafting = [turn.delta for turn in turns if turn.delta.drafts]  # an adaptive γ may be 0 for a whole round
+    table = np.array([(1, 1, delta.accepted_tokens, delta.drafts) for delta in drafting], dtype=np.float64)
     low, high = bootstrap_table(table, seed)
     return 1 + low, 1 + high
 

@@ -54,6 +54,32 @@ def test_a_place_depends_on_what_is_before_it_alone() -> None:
     assert not torch.allclose(changed[:, 3:], whole[:, 3:], atol=1e-3)
 
 
+@pytest.mark.vllm
+@torch.no_grad()
+@pytest.mark.parametrize("warmth", [None, [0.7, 1.0, 1.3], [0.7, 0.0, 1.3]], ids=["likeliest", "drawn", "one greedy"])
+def test_drafts_by_numpy_are_the_formulas(warmth: list[float] | None) -> None:
+    from laguna_serve.plugins.models.dflash_head_cpu import draft_block
+
+    torch.manual_seed(5)
+    head = SequentialHead(vocab_size=11, hidden_size=6, rank=4)
+    torch.nn.init.normal_(head.out.weight)
+    hidden, logits, anchors = torch.randn(3, 5, 6), torch.randn(3, 5, 11), torch.tensor([4, 0, 10])
+    temperature = None if warmth is None else torch.tensor(warmth)
+    tokens, probs = draft_block(head, hidden, logits, anchors, temperature)
+    completed = logits + head(hidden, torch.cat([anchors[:, None], tokens[:, :-1]], dim=1))
+    greedy = [True] * 3 if warmth is None else [each == 0 for each in warmth]
+    for request, likeliest in enumerate(greedy):
+        assert not likeliest or torch.equal(completed[request].argmax(-1), tokens[request])
+    if warmth is None:
+        assert probs is None
+        return
+    assert probs is not None
+    drawn = [request for request, likeliest in enumerate(greedy) if not likeliest]
+    expected = (completed / torch.tensor(warmth)[:, None, None]).softmax(-1)
+    torch.testing.assert_close(probs[drawn], expected[drawn])
+    assert len({tuple(draft_block(head, hidden, logits, anchors, temperature)[0][0].tolist()) for _ in range(9)}) > 1
+
+
 def test_it_begins_without_effect() -> None:
     assert not SequentialHead(V, H, RANK)(torch.randn(2, 5, H), torch.randint(V, (2, 5))).any()
 

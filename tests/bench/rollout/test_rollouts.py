@@ -119,6 +119,10 @@ def test_a_point_of_an_adaptive_engine_has_no_break_even() -> None:
     assert (point.break_even, point.verdict) == (None, PAYS)
     assert point.acceptance is not None
     measured = make_point([0.5] * 8)
+    measured.turns["candidate"] = make_turns(100, [1.2] * 7) + make_turns(100, [1.2], 20, 30)
+    point = summarise_point(measured, seed=0, adaptive=True)
+    assert point.acceptance is not None
+    assert (point.acceptance.length, point.acceptance.ci95) == (2.5, (2.5, 2.5)), "of the one round that drafted"
     measured.turns["candidate"] = make_turns(100, [1.2] * 8)
     point = summarise_point(measured, seed=0, adaptive=True)
     assert (point.acceptance, point.break_even, point.verdict) == (None, None, LOSES)
