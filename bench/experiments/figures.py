@@ -190,11 +190,13 @@ def describe_sampling(content: Any, _path: Path) -> list[str]:
 def describe_rollouts(content: Any, _path: Path) -> list[str]:
     """Describe the ratio at every batch, and whether it pays."""
     result = convert(content, RolloutsResult)
-    return [
-        f"batch {point.batch}: {point.ratio.point:.2f}×{_show_interval(point.ratio.ci95)},"
-        f" τ {point.acceptance.length:.2f} of {point.break_even.point:.2f} needed"
-        for point in [*result.points, *result.versions]
-    ]
+    lines = []
+    for point in [*result.points, *result.versions]:
+        tau, even = point.acceptance, point.break_even
+        needed = "" if even is None else f" of {even.point:.2f} needed"
+        drafts = ", no drafts" if tau is None else f", τ {tau.length:.2f}{needed}"
+        lines.append(f"batch {point.batch}: {point.ratio.point:.2f}×{_show_interval(point.ratio.ci95)}{drafts}")
+    return lines
 
 
 def describe_fuzz(content: Any, _path: Path) -> list[str]:

@@ -40,7 +40,11 @@ def render_text(result: SweepResult) -> str:
 def render_markdown(result: SweepResult) -> str:
     """Render the same as a page."""
     work = result.workload
-    drawn = f"at temperature {work.temperature:g}, drafts {work.draft_sampling}" if work.temperature else "greedy"
+    drawn = (
+        f"at temperature {work.temperature:g}, drafts {work.draft_sampling or 'greedy'}"
+        if work.temperature
+        else "greedy"
+    )
     lines = [
         "# γ sweep",
         "",

@@ -143,7 +143,8 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
 class SweepWorkload(Struct, frozen=True, kw_only=True):
     """The prompts that every point of a sweep was asked; `sequential`: one engine at a time, at some of them.
 
-    `temperature`: above 0 answers were drawn, and not compared; `draft_sampling`: drafts were drawn, too, or not.
+    `temperature`: above 0 answers were drawn, and not compared; `draft_sampling`: drafts were drawn, too, or not;
+    None in older results, which are greedy.
     """
 
     prompts: str
@@ -151,7 +152,7 @@ class SweepWorkload(Struct, frozen=True, kw_only=True):
     max_tokens: int
     sequential: bool = False
     temperature: float = 0.0
-    draft_sampling: str = "greedy"
+    draft_sampling: str | None = None
 
 
 class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gamma_sweep/1"):

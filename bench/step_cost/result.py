@@ -32,7 +32,8 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     Attributes:
         cost: processor time of a drafted step ÷ that of a plain one; `cost_ci95`: bootstrapped over prompts.
         speedup: tokens per second of processor time with a drafter ÷ without; `speedup_ci95` likewise.
-        temperature: above 0 answers were drawn; `draft_sampling`: drafts were, too, or not.
+        temperature: above 0 answers were drawn; `draft_sampling`: drafts were, too, or not; None in older
+            results, which are greedy.
         differing: greedy prompts whose tokens differ.
         rounds: steps and seconds of both arms for every prompt; `tokens`: tokens and seconds.
     """
@@ -42,7 +43,7 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     draft: str
     max_tokens: int
     temperature: float = 0.0
-    draft_sampling: str = "greedy"
+    draft_sampling: str | None = None
     prompts: int
     plain: ArmSteps
     drafted: ArmSteps

@@ -20,9 +20,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from laguna_serve.plugins.drafting.head import draft_block
 from laguna_serve.plugins.formats.sequential_head import HEAD
 from laguna_serve.plugins.models.dflash_head import SequentialHead
-from laguna_serve.plugins.models.dflash_head_cpu import draft_block
 
 Drafts = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -76,8 +76,11 @@ def versions(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
-def make_turns(tokens: int, seconds: list[float], drafts: int = 0, accepted: int = 0) -> list[Turn]:
-    delta = Counters(drafts, 7 * drafts, accepted, tokens, accepted_per_position=(accepted,) if drafts else ())
+def make_turns(
+    tokens: int, seconds: list[float], drafts: int = 0, accepted: int = 0, drafter: bool = False
+) -> list[Turn]:
+    places = (accepted,) if drafts or drafter else ()
+    delta = Counters(drafts, 7 * drafts, accepted, tokens, accepted_per_position=places)
     return [Turn(tokens, wall_s, 2 * wall_s, delta) for wall_s in seconds]
 
 
@@ -119,7 +122,7 @@ def test_a_point_of_an_adaptive_engine_has_no_break_even() -> None:
     assert (point.break_even, point.verdict) == (None, PAYS)
     assert point.acceptance is not None
     measured = make_point([0.5] * 8)
-    measured.turns["candidate"] = make_turns(100, [1.2] * 7) + make_turns(100, [1.2], 20, 30)
+    measured.turns["candidate"] = make_turns(100, [1.2] * 7, drafter=True) + make_turns(100, [1.2], 20, 30)
     point = summarise_point(measured, seed=0, adaptive=True)
     assert point.acceptance is not None
     assert (point.acceptance.length, point.acceptance.ci95) == (2.5, (2.5, 2.5)), "of the one round that drafted"

@@ -1,4 +1,4 @@
-"""A sequential head's drafts on a CPU: the formula of dflash_head.py, place by place, by NumPy.
+"""A sequential head's drafts on a CPU: the formula of plugins/models/dflash_head.py, place by place, by NumPy.
 
 A place is some twenty operations on a few thousand numbers.  Torch takes several microseconds for each whatever its
 size, NumPy one.  The head's own tensors are read, so that new weights count at once.
