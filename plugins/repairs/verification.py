@@ -81,6 +81,10 @@ def verify_drawn(
 
 
 def draw(cumulated: npt.NDArray[np.float64], random: float) -> int:
-    """Draw a place by cumulated weights [V], whose sum is above 0, and a random number in [0, 1)."""
+    """Draw a place by cumulated weights [V], whose sum is above 0, and a random number in [0, 1).
+
+    Weights that are no numbers, as of a broken model, give the last place.
+    """
     # Above 0 and at most the sum, so that nothing without weight is found.
-    return int(np.searchsorted(cumulated, (1 - random) * cumulated[-1]))
+    found = int(np.searchsorted(cumulated, (1 - random) * cumulated[-1]))
+    return min(found, len(cumulated) - 1)

@@ -110,10 +110,9 @@ def try_clients(config: ClientsConfig) -> ClientsResult:
             command = ["gateway", "--config", str(folder / "gateway.toml"), "--port", "0"]
             server = f"laguna gateway --config FILE: {OTHER} and teacher in turn in {ROOM_GIB} GiB"
         else:
-            command = ["serve", "--port", "0", "--log", str(folder / "engine.log")]
-            command += ["tests/toy/teacher", *flags, "--", *extra]
+            command = serve_command(["tests/toy/teacher", *flags, "--", *extra], folder)
             server = f"laguna serve {' '.join(command[5:])}"
-        with run_server(command, folder) as url:
+        with run_laguna(command, folder) as url:
             other = OTHER if config.swapped else None
             checks = run_sdks(url, config.only, other)
             checks += [] if config.only in ("python", "node") else run_agents(url, folder, other)
@@ -146,8 +145,13 @@ def format_swapping(extra: Sequence[str], *, draft: bool) -> str:
     return "\n".join(tables)
 
 
+def serve_command(arguments: Sequence[str], folder: Path) -> list[str]:
+    """`laguna serve` with these arguments, on a free port, with its engine's log in a folder."""
+    return ["serve", "--port", "0", "--log", str(folder / "engine.log"), *arguments]
+
+
 @contextmanager
-def run_server(arguments: list[str], folder: Path) -> Iterator[str]:
+def run_laguna(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """Run `laguna` with these arguments, until the block ends; the URL that it greets with."""
     command = [sys.executable, "-m", "laguna_serve.serving.cli", *arguments]
     said = folder / "serve.out"

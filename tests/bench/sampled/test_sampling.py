@@ -22,18 +22,21 @@ TOY = Path(__file__).resolve().parents[2] / "toy"
 PAIR = ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")]
 # A plugin of vLLM's under which every draft with a fair chance is accepted, as if the drafter knew best.
 BIAS = """
-from vllm.v1.sample import rejection_sampler
+from laguna_serve.plugins.repairs import drafted_sampling
 
 
 def register():
-    judge = rejection_sampler.rejection_sample
+    judge = drafted_sampling.verify_drawn
 
-    def accept(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named):
-        fair = target_logits.softmax(-1).gather(1, draft_token_ids.long()[:, None])[:, 0] > 0.3
-        target_logits[fair.nonzero()[:, 0], draft_token_ids[fair].long()] += 50
-        return judge(draft_token_ids, num_draft_tokens, max_spec_len, cu, draft_probs, target_logits, *more, **named)
+    def accept(logits, temperature, drafts, counts, draft_probs):
+        owners = [request for request, count in enumerate(counts) for _ in range(count)]
+        for place, (request, draft) in enumerate(zip(owners, drafts.tolist())):
+            row = place + request
+            if logits[row].float().softmax(-1)[draft] > 0.3:
+                logits[row, draft] += 50
+        return judge(logits, temperature, drafts, counts, draft_probs)
 
-    rejection_sampler.rejection_sample = accept
+    drafted_sampling.verify_drawn = accept
 """
 
 

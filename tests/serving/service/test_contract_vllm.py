@@ -19,7 +19,7 @@ import pytest
 from warm import WarmServe
 
 from laguna_serve.scripts.clients import run
-from laguna_serve.scripts.clients.run import CALL, CALL_REGEX, CALL_SCHEMA, open_environment, run_server
+from laguna_serve.scripts.clients.run import CALL, CALL_REGEX, CALL_SCHEMA, open_environment, run_laguna, serve_command
 
 pytestmark = pytest.mark.vllm
 
@@ -201,7 +201,8 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
         patch.setattr(run, "subprocess", WarmServe)
         for arm, arguments in {**models, "release": [str(release)]}.items():
             folder = tmp_path_factory.mktemp(arm)
-            with run_server([*arguments, "--eager", "--max-num-seqs", "4"], folder) as url:
+            command = serve_command([*arguments, "--eager", "--max-num-seqs", "4"], folder)
+            with run_laguna(command, folder) as url:
                 found[arm] = Served(url, (folder / "serve.out").read_text())
                 found[arm].log = (folder / "engine.log").read_text()
                 if arm == "plain":
