@@ -83,8 +83,7 @@ def verify_drawn(
 def draw(cumulated: npt.NDArray[np.float64], random: float) -> int:
     """Draw a place by cumulated weights [V], whose sum is above 0, and a random number in [0, 1).
 
-    Weights that are no numbers, as of a broken model, give the last place.
+    Weights that are no numbers, as of a broken model, give a place, too.
     """
     # Above 0 and at most the sum, so that nothing without weight is found.
-    found = int(np.searchsorted(cumulated, (1 - random) * cumulated[-1]))
-    return min(found, len(cumulated) - 1)
+    return int(np.searchsorted(cumulated, (1 - random) * cumulated[-1]))
