@@ -42,14 +42,14 @@ def draft_block(
     probs: Floats | None = None
     if temperature is not None:
         probs = np.empty((batch, gamma, vocabulary), np.float32)
-        random = torch.rand(batch, gamma).numpy()
+        random = torch.rand(batch, gamma, dtype=torch.float64).numpy()
         warmth = temperature.numpy()
         greedy, warmth = warmth < LEAST_TEMPERATURE, np.maximum(warmth, LEAST_TEMPERATURE)[:, None]
     for place in range(gamma):
         mixed = np.concatenate((embedding[tokens[:, place]], state), 1) @ mix.T
         mixed += places[:, place]
         gate, new = mixed[:, : head.rank], np.tanh(mixed[:, head.rank :])
-        state = state + (new - state) / (1 + np.exp(-gate))
+        state = state + (new - state) * (0.5 + 0.5 * np.tanh(gate / 2))
         completed = state @ out.T
         completed += own[:, place]
         if probs is None:

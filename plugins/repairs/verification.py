@@ -62,7 +62,7 @@ def verify_drawn(
     probs = None if draft_probs is None else draft_probs.numpy()
     each = torch.from_numpy(np.repeat(temperature.numpy(), np.array(counts) + 1)).unsqueeze(-1)
     chances = (logits.to(torch.float32) / each).softmax(-1).numpy()
-    drafted, random = drafts.numpy(), torch.rand(len(drafts) + len(counts)).numpy()
+    drafted, random = drafts.numpy(), torch.rand(len(drafts) + len(counts), dtype=torch.float64).numpy()
     places = np.arange(len(drafted))
     proposed = 1 if probs is None else probs[places, drafted]
     kept = random[: len(drafted)] * proposed < chances[places + np.repeat(np.arange(len(counts)), counts), drafted]

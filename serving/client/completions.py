@@ -94,8 +94,7 @@ class Client:
 
     async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields = NONE) -> RawStream:
         body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
-        if prompt.max_tokens is not None:
-            body["max_tokens"] = min(prompt.max_tokens, body["max_tokens"])
+        body |= self._shorten(prompt)
         raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())
         try:
             async with self._session.post(self._url, json=body) as response:
@@ -116,8 +115,10 @@ class Client:
             EndpointError: the request failed.
         """
         extra = {"logprobs": logprobs, "return_tokens_as_token_ids": True}
-        text = await self._render(prompt) if isinstance(prompt, Prompt) else prompt
-        return await self._ask(self._url, {**self._body, "prompt": text, **extra}, decode_probe)
+        if not isinstance(prompt, Prompt):
+            return await self._ask(self._url, {**self._body, "prompt": prompt, **extra}, decode_probe)
+        body = {**self._body, "prompt": await self._render(prompt), **extra, **self._shorten(prompt)}
+        return await self._ask(self._url, body, decode_probe)
 
     async def score(self, prompt: Prompt) -> list[float]:
         """Measure the loss (nats) of every token of a prompt after its first.
@@ -162,6 +163,12 @@ class Client:
             expected = f"expected {count} answers of {self._body['max_tokens']} token ids"
             raise EndpointError(f"request: {expected}, got {len(answers)} of {lengths}")
         return answers
+
+    def _shorten(self, prompt: Prompt) -> JsonObject:
+        """Make the field of a prompt whose answer is to be shorter than the others'; none for others."""
+        if prompt.max_tokens is None:
+            return {}
+        return {"max_tokens": min(prompt.max_tokens, self._body["max_tokens"])}
 
     async def _render(self, prompt: Prompt) -> str | list[int]:
         """Render what is sent.

@@ -219,7 +219,7 @@ def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: 
     stored = target.dtype if target is not None else config.dtype
     if target is not None and device is not None and device.kind == "cpu" and is_dequantised(target):
         held = (estimate_held(target, dequantised=plain, dtype=config.dtype).total for plain in (True, False))
-        return checkpoints.weight_bytes + next(held) - next(held)
+        return (checkpoints.weight_bytes + next(held) - next(held)) // count_ranks(config.extra_args)
     whole = checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
     return whole // count_ranks(config.extra_args)
 
