@@ -32,7 +32,7 @@ from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.runner import REFERENCE, Job, run_job
 from laguna_serve.bench.certificate.subject import find_gamma, find_identity
 from laguna_serve.bench.certificate.verdict import DEFECT, ROW_MATCHED
-from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError
+from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError, fingerprint_prompts
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
@@ -202,7 +202,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         out / "passes",
         {name: getattr(config, name) for name in decisive}
         | {
-            "prompts": [prompt.text for prompt in prompts],
+            "prompts": fingerprint_prompts(prompts),
             "concurrency": list(config.concurrency),
             "checkpoints": checkpoints,
         }

@@ -103,7 +103,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     if not is_begun(config.points):
         specs = [*map(config.make_spec, (None, *gammas)), *([config.make_adaptive_spec()] if config.adaptive else [])]
         check_specs([*specs, *list_ablation_specs(config, max(gammas))])
-    claim_points(config, environment)
+    claim_points(config, prompts, environment)
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
     environment = structs.replace(environment, other_load=load.find_share())
@@ -111,7 +111,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     if not points:
         raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
     trained = [point for point in points if not point.beyond_block]
-    result = conclude(config, environment, points, failed)
+    result = conclude(config, prompts, environment, points, failed)
     yield publish(config, result)
     if config.adaptive:
         adaptive = compare_adaptive(measure_adaptive(config, prompts, progress), trained, result.schedule, config.seed)

@@ -96,7 +96,7 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
 
 def choose_prompts(config: SamplingConfig) -> list[Prompt]:
     """Choose the first prompts of the file. Raises PromptsError when there are too few."""
-    prompts = config.load_prompts()
+    prompts = config.load_prompts(lengths=False)
     if config.num_prompts > len(prompts):
         expected = f"expected at most {len(prompts)}, got {config.num_prompts}"
         raise PromptsError(f"--num-prompts: {expected}; the file has no more prompts")

@@ -11,7 +11,7 @@ from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import MOST_STATES, serves_diffusion
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
-from laguna_serve.serving.speculation.drafting import open_drafter
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, open_drafter
 from laguna_serve.serving.speculation.flags import parse_gamma, parse_gamma_or_adaptive
 
 Gamma = Annotated[
@@ -131,6 +131,24 @@ class DrafterOrUrlsConfig(TimedDrafterConfig):
         name = BASELINE if gamma is None else CANDIDATE
         label = f"running at {url}" if gamma is None else f"γ {gamma}, running at {url}"
         return ArmSpec(name, label, url=url, model_name=self.model)
+
+
+def check_draft_sampling(draft_sampling: str, temperature: float, *, by_url: bool = False) -> None:
+    """Refuse what would not be done.
+
+    Raises:
+        FlagError: drafts are to be drawn for greedy answers, or by a server that already runs; or the temperature is
+            none.
+    """
+    if not 0 <= temperature <= 2:
+        raise FlagError(f"--temperature: expected 0 to 2, got {temperature:g}")
+    if draft_sampling != DRAFT_SAMPLING[0]:
+        asked = f"--draft-sampling {draft_sampling}"
+        if not temperature:
+            expected = "expected --temperature beside it, as greedy answers are not drawn, got none"
+            raise FlagError(f"{asked}: {expected}; drop it or add one")
+        if by_url:
+            raise FlagError(f"{asked}: expected none with URLs, as those servers already run; drop it")
 
 
 def choose_gammas(

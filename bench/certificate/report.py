@@ -12,6 +12,7 @@ from laguna_serve.bench.certificate.locating import describe_rows
 from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadResult
 from laguna_serve.bench.certificate.runner import ROW_CHECK
 from laguna_serve.bench.certificate.verdict import AGAIN, CLASSES, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
+from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 
@@ -38,7 +39,7 @@ def summarise(result: Certificate) -> str:
     """Summarise the verdict in a sentence."""
     work, loads = result.workload, result.loads
     at = ", ".join(map(str, work.concurrency))
-    scope = f"{work.prompts} prompts × {work.max_tokens} tokens at concurrency {at}"
+    scope = f"{describe_load(work.prompts, work.max_tokens, work.own_lengths)} at concurrency {at}"
     answers = sum(load.candidate.prompts for load in loads)
     mismatches = sum(load.candidate.mismatches for load in loads)
     if result.verdict == DEFECT:

@@ -110,10 +110,15 @@ class LoadResult(Struct, frozen=True, kw_only=True):
 
 
 class CertificateWorkload(Struct, frozen=True, kw_only=True):
-    """What was sent, and how. `identical`: no difference was allowed, not even a tie."""
+    """What was sent, and how.
+
+    `own_lengths`: how many asked for answers shorter than `max_tokens`; `identical`: no difference was allowed, not
+    even a tie.
+    """
 
     prompts: int
     max_tokens: int
+    own_lengths: int = 0
     concurrency: list[int]
     dtype: str
     temperature: float = 0

@@ -33,6 +33,7 @@ from laguna_serve.bench.certificate.verdict import (
     judge_load,
     judge_streams,
 )
+from laguna_serve.bench.harness.prompts import count_own_lengths
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
 from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError
@@ -126,6 +127,7 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> Certifica
         workload=CertificateWorkload(
             prompts=len(job.prompts),
             max_tokens=job.max_tokens,
+            own_lengths=count_own_lengths(job.prompts, job.max_tokens),
             concurrency=list(job.concurrencies),
             dtype=job.dtype,
             temperature=job.temperature,

@@ -15,6 +15,8 @@ from laguna_serve.bench.gamma.result import (
     SweepWorkload,
     publish_point,
 )
+from laguna_serve.bench.harness.prompts import count_own_lengths
+from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.speculation.gamma_store import Advice, store_advice
 
@@ -22,7 +24,11 @@ UNTRAINED = "no γ within the drafter's block was measured"
 
 
 def conclude(
-    config: SweepConfig, environment: Environment, measured: Sequence[MeasuredPoint], failed: Mapping[int, str]
+    config: SweepConfig,
+    prompts: Sequence[Prompt],
+    environment: Environment,
+    measured: Sequence[MeasuredPoint],
+    failed: Mapping[int, str],
 ) -> SweepResult:
     """Choices, schedule and predictions; the schedule is stored for `laguna serve --gamma auto`.
 
@@ -51,6 +57,7 @@ def conclude(
             prompts=str(config.prompts),
             num_prompts=config.num_prompts,
             max_tokens=config.max_tokens,
+            own_lengths=count_own_lengths(prompts[: config.num_prompts], config.max_tokens),
             sequential=any(point.drift for point in measured),
             temperature=config.temperature,
             draft_sampling=config.draft_sampling,

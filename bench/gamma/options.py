@@ -14,6 +14,7 @@ from laguna_serve.bench.arms.drafters import (
     DrafterOrUrlsConfig,
     DraftSampling,
     Sequential,
+    check_draft_sampling,
     choose_gammas,
     find_most,
 )
@@ -115,11 +116,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
                 "--gammas, --stack, --mixed, --engine-args and --adaptive: expected none with URLs, as those servers "
                 "already run; drop them"
             )
-        if self.draft_sampling != DRAFT_SAMPLING[0] and not self.temperature:
-            expected = "expected --temperature beside it, as greedy answers are not drawn, got none"
-            raise FlagError(f"--draft-sampling {self.draft_sampling}: {expected}; drop it or add one")
-        if not 0 <= self.temperature <= 2:
-            raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
+        check_draft_sampling(self.draft_sampling, self.temperature, by_url=self.by_url)
         if self.temperature and self.stack:
             raise FlagError("--stack: expected greedy answers, which are compared, got --temperature; drop one")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from laguna_serve.bench.gamma.result import SweepResult
+from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.serving.kit.figures import SOFT, note_source, open_figure, style_axes
 
 COLORS = ("#0b7a75", "#c2410c", "#4c51bf", "#b7791f", "#702459", "#2f855a")
@@ -18,7 +19,7 @@ def draw(result: SweepResult, path: Path) -> None:
         figure.subplots_adjust(left=0.09, right=0.82, top=0.83, bottom=0.19)
         _draw_points(axes, result)
         work, environment = result.workload, result.environment
-        parts = [f"{work.num_prompts} prompts × {work.max_tokens} tokens", environment.device_name]
+        parts = [describe_load(work.num_prompts, work.max_tokens, work.own_lengths), environment.device_name]
         note_source(figure, 0.09, [*parts, environment.date[:10]])
 
 

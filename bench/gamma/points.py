@@ -14,7 +14,7 @@ from laguna_serve.bench.gamma.result import MeasuredPoint
 from laguna_serve.bench.harness.assemble import assemble, list_pairs
 from laguna_serve.bench.harness.in_turn import Bracket, join_run, measure_in_turn
 from laguna_serve.bench.harness.order import Load, Order, choose_order
-from laguna_serve.bench.harness.prompts import split_prompts
+from laguna_serve.bench.harness.prompts import fingerprint_prompts, split_prompts
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run
 from laguna_serve.bench.harness.runner import measure
@@ -31,10 +31,10 @@ from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 MIN_WARMUP = 4
 
 
-def claim_points(config: SweepConfig, environment: Environment) -> None:
+def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: Environment) -> None:
     """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
     decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
-    settings = {name: getattr(config, name) for name in decisive} | {"prompts": str(config.prompts)}
+    settings = {name: getattr(config, name) for name in decisive} | {"prompts": fingerprint_prompts(prompts)}
     settings |= {
         name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from laguna_serve.bench.arms.arms import ARMS
 from laguna_serve.bench.gamma.result import AblationResult, PointFigures, SweepPoint, SweepResult
+from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.memory import EngineMemory
@@ -40,6 +41,7 @@ def render_text(result: SweepResult) -> str:
 def render_markdown(result: SweepResult) -> str:
     """Render the same as a page."""
     work = result.workload
+    load = describe_load(work.num_prompts, work.max_tokens, work.own_lengths)
     drawn = (
         f"at temperature {work.temperature:g}, drafts {work.draft_sampling or 'greedy'}"
         if work.temperature
@@ -48,11 +50,11 @@ def render_markdown(result: SweepResult) -> str:
     lines = [
         "# γ sweep",
         "",
-        f"{result.model}, drafter {result.draft}; {work.num_prompts} prompts × {work.max_tokens} tokens of"
-        f" {work.prompts}, {drawn}. Each point is an A/B against plain decoding, {_describe_order(result)};"
-        " the prediction is τ ÷ step cost from the largest γ's acceptance and a line through the costs, without the"
-        " time that prompts take. Drafter: the share of a step beyond a plain step over as many rows, these being as"
-        " many sequences; too low where their attention costs more than that of one sequence's rows.",
+        f"{result.model}, drafter {result.draft}; {load} of {work.prompts}, {drawn}. Each point is an A/B against plain"
+        f" decoding, {_describe_order(result)}; the prediction is τ ÷ step cost from the largest γ's acceptance and a"
+        " line through the costs, without the time that prompts take. Drafter: the share of a step beyond a plain step"
+        " over as many rows, these being as many sequences; too low where their attention costs more than that of one"
+        " sequence's rows.",
         "",
         _tabulate_points(result).to_markdown(),
         "",

@@ -143,6 +143,7 @@ class MixedLoad(Struct, frozen=True, kw_only=True):
 class SweepWorkload(Struct, frozen=True, kw_only=True):
     """The prompts that every point of a sweep was asked; `sequential`: one engine at a time, at some of them.
 
+    `own_lengths`: how many asked for answers shorter than `max_tokens`.
     `temperature`: above 0 answers were drawn, and not compared; `draft_sampling`: drafts were drawn, too, or not;
     None in older results, which are greedy.
     """
@@ -150,6 +151,7 @@ class SweepWorkload(Struct, frozen=True, kw_only=True):
     prompts: str
     num_prompts: int
     max_tokens: int
+    own_lengths: int = 0
     sequential: bool = False
     temperature: float = 0.0
     draft_sampling: str | None = None

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET
 
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
+from laguna_serve.bench.harness.prompts import count_own_lengths
 from laguna_serve.bench.harness.result import (
     AbResult,
     ArmAcceptance,
@@ -64,6 +65,7 @@ def assemble(
             interleaved=run.interleaved,
             ignore_eos=not plan.stop_at_eos,
             chat_prompts=sum(prompt.chat is not None for prompt in plan.prompts),
+            own_lengths=count_own_lengths(plan.prompts, plan.max_tokens),
         ),
         arms={name: _describe_arm(run.passes(name), f"arms.{name}" in withheld) for name in ARMS},
         speedup=_describe_speedup(run, plan, withheld),

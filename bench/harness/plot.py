@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 
@@ -25,7 +26,11 @@ def draw(result: AbResult, path: Path) -> None:
 
 def _describe(result: AbResult) -> list[str]:
     work, environment = result.workload, result.environment
-    parts = [f"{work.prompts} prompts × {work.max_tokens} tokens", f"concurrency {work.concurrency}", "greedy"]
+    parts = [
+        describe_load(work.prompts, work.max_tokens, work.own_lengths),
+        f"concurrency {work.concurrency}",
+        "greedy",
+    ]
     parts += [environment.device_name, environment.date[:10], *(["PARTIAL RUN"] if result.partial else [])]
     return parts
 

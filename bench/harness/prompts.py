@@ -12,6 +12,7 @@ silently skipped or repeated answers another question than the one asked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,13 +44,14 @@ class PromptsConfig:
         Thinking | None, Flag("what the chat template is given as enable_thinking (default: nothing)")
     ] = None
 
-    def load_prompts(self) -> list[Prompt]:
-        """Read them.
+    def load_prompts(self, *, lengths: bool = True) -> list[Prompt]:
+        """Read them. Without `lengths` all answers are to be of one length.
 
         Raises:
-            PromptsError: the file cannot be used.
+            PromptsError: the file cannot be used, or a line asks for a length of its own where none can have one.
         """
-        return load_prompts(self.prompts, self.chat, self.thinking)
+        prompts = load_prompts(self.prompts, self.chat, self.thinking)
+        return prompts if lengths else _refuse_lengths(self.prompts, prompts)
 
 
 class PromptsError(CommandError, ValueError):
@@ -57,15 +59,38 @@ class PromptsError(CommandError, ValueError):
 
 
 def load_texts(path: Path) -> list[Prompt]:
-    """Read a file whose prompts must all be texts.
+    """Read a file whose prompts must all be texts, whose answers are of one length.
 
     Raises:
-        PromptsError: as `load_prompts`, or a line has messages.
+        PromptsError: as `load_prompts`, or a line has messages, or a length of its own.
     """
     prompts = load_prompts(path)
     if (chat := next((prompt for prompt in prompts if prompt.chat is not None), None)) is not None:
         expected = 'expected a "prompt" on every line here, as texts are joined or continued'
         raise PromptsError(f"{path}: {expected}, got messages (id {chat.id}); give a file of texts")
+    return _refuse_lengths(path, prompts)
+
+
+def count_own_lengths(prompts: Sequence[Prompt], max_tokens: int) -> int:
+    """Count the prompts whose answers are to be shorter than `max_tokens`."""
+    return sum(prompt.max_tokens is not None and prompt.max_tokens < max_tokens for prompt in prompts)
+
+
+def describe_load(prompts: int, max_tokens: int, own_lengths: int) -> str:
+    """Describe in a few words how much was asked for."""
+    return f"{prompts} prompts × {'up to ' if own_lengths else ''}{max_tokens} tokens"
+
+
+def fingerprint_prompts(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of everything that is sent of them."""
+    sent = [[prompt.id, prompt.text, prompt.max_tokens] for prompt in prompts]
+    return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+
+def _refuse_lengths(path: Path, prompts: list[Prompt]) -> list[Prompt]:
+    if (own := next((prompt for prompt in prompts if prompt.max_tokens is not None), None)) is not None:
+        expected = 'expected no "max_tokens" on a line, as all answers here are of one length'
+        raise PromptsError(f"{path}: {expected}, got {own.max_tokens} (id {own.id}); remove it")
     return prompts
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from msgspec import UNSET
 
 from laguna_serve.bench.arms.arms import ARMS
+from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.bench.harness.result import AbResult, ArmResult, Parity
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
@@ -64,7 +65,8 @@ def render_markdown(result: AbResult) -> str:
 def _title(result: AbResult) -> str:
     work = result.workload
     partial = " · PARTIAL: the run ended early" if result.partial else ""
-    return f"A/B: {work.prompts} prompts × {work.max_tokens} tokens, concurrency {work.concurrency}{partial}"
+    load = describe_load(work.prompts, work.max_tokens, work.own_lengths)
+    return f"A/B: {load}, concurrency {work.concurrency}{partial}"
 
 
 def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:

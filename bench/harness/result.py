@@ -17,7 +17,11 @@ from laguna_serve.serving.machine.memory import EngineMemory
 
 
 class Workload(Struct, frozen=True, kw_only=True):
-    """What was sent, and how. `chat_prompts`: how many went through the model's chat template."""
+    """What was sent, and how.
+
+    `chat_prompts`: how many went through the model's chat template; `own_lengths`: how many asked for answers shorter
+    than `max_tokens`.
+    """
 
     prompts_file: str
     prompts: int
@@ -28,6 +32,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     seed: int
     interleaved: bool
     chat_prompts: int = 0
+    own_lengths: int = 0
 
 
 class ArmResult(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
-from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, GammaOrAdaptive, Sequential
+from laguna_serve.bench.arms.drafters import (
+    DrafterOrUrlsConfig,
+    DraftSampling,
+    GammaOrAdaptive,
+    Sequential,
+    check_draft_sampling,
+)
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
@@ -75,6 +81,7 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
             raise FlagError(
                 f"--temperature: expected more than 0, got {self.temperature:g}; greedy decoding: bench/ab.py"
             )
+        check_draft_sampling(self.draft_sampling, self.temperature, by_url=self.by_url)
         if self.price_per_hour is not None and not self.price_per_hour > 0:
             raise FlagError(f"--price-per-hour: expected more than 0, got {self.price_per_hour:g}")
 

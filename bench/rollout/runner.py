@@ -68,7 +68,7 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
         check_specs(specs)
     versions = open_versions(None if config.by_url else config.model, [str(folder) for folder in config.versions])
     batches = sorted({*config.batches, *([config.versions_at] if versions else [])})
-    prompts = config.load_prompts()
+    prompts = config.load_prompts(lengths=False)
     needed, _ = work.split(max(batches))
     if needed * work.rounds > len(prompts):
         expected = f"expected {needed * work.rounds} of them, {work.rounds} rounds of {needed}, got {len(prompts)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, ArmSpec
-from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, choose_gammas
+from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, check_draft_sampling, choose_gammas
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
@@ -66,6 +66,7 @@ class SamplingConfig(PromptsConfig, DrafterOrUrlsConfig):
             raise FlagError(
                 f"--temperature: expected more than 0, got {self.temperature:g}; greedy parity: bench/certify.py"
             )
+        check_draft_sampling(self.draft_sampling, self.temperature, by_url=self.by_url)
         if not 0 < self.level < 1:
             raise FlagError(f"--level: expected a probability between 0 and 1, got {self.level:g}")
 

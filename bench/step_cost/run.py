@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar
 
 from msgspec import structs
 
-from laguna_serve.bench.arms.drafters import DraftSampling, Gamma, TimedDrafterConfig
-from laguna_serve.bench.harness.prompts import load_texts
+from laguna_serve.bench.arms.drafters import DraftSampling, Gamma, TimedDrafterConfig, check_draft_sampling
+from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.bench.step_cost.engine import Decoded, StepEngine, open_engine
 from laguna_serve.bench.step_cost.result import ArmSteps, StepCostResult
@@ -63,6 +63,11 @@ class StepCostConfig(TimedDrafterConfig):
 
     QUICK: ClassVar = Quick("4 prompts × 48 tokens, not compiled", {"num_prompts": 4, "max_tokens": 48, "eager": True})
 
+    def __post_init__(self) -> None:
+        """Refuse a temperature that is none, and drawn drafts of greedy answers."""
+        super().__post_init__()
+        check_draft_sampling(self.draft_sampling, self.temperature)
+
     def make_engine(self, *, drafting: bool) -> EngineConfig:
         """Make an arm's engine."""
         return EngineConfig(
@@ -92,7 +97,7 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         PromptsError: the prompts file cannot be used.
         EngineError: an engine did not start, or died.
     """
-    prompts = load_texts(config.prompts)[: config.num_prompts]
+    prompts, _ = split_prompts(load_texts(config.prompts), config.num_prompts, 0)
     engines = [config.make_engine(drafting=drafting) for drafting in (False, True)]
     gamma = inspect(engines[1]).gamma
     config.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ step; where something is asked for that is not handled here, stock vLLM's functi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
         taps: Sequence[torch.Tensor],
         cad: CommonAttentionMetadata,
         sampling_metadata: Any,
+        cut: Sequence[int] = (),
     ) -> torch.Tensor:
         """Write the context of a step's committed rows, and draft behind them.
 
@@ -45,6 +47,9 @@ class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
             positions: [rows].
             taps: the target's hidden states, each [≥ rows, hidden].
             cad: of the step, of the drafter's group of layers.
+            cut: requests whose drafts a grammar may cut before they are verified.  What stands behind a cut is drawn
+                without regard to the draft that was cut, which is exact for a likeliest draft and for no drawn one;
+                theirs are the likeliest.
 
         Returns:
             Tokens [batch, width] int64.
@@ -68,10 +73,16 @@ class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
         ):
             states = self.model(input_ids=self.input_ids[:rows], positions=self.positions[:rows], inputs_embeds=None)
         masks = states.view(len(accepted.last), width + 1, -1)[:, 1:].flatten(0, 1)
+        if cut and sampling_metadata.temperature is not None:
+            temperature = sampling_metadata.temperature.clone()
+            temperature[list(cut)] = 0
+            sampling_metadata = replace(sampling_metadata, temperature=temperature, all_random=False)
         tokens, probabilities = self._sample_draft_tokens(masks, sampling_metadata)
+        drafts: torch.Tensor = tokens.view(-1, width)
         if probabilities is not None:
             self._last_draft_probs = probabilities.view(-1, width, probabilities.shape[-1]).contiguous()
-        drafts: torch.Tensor = tokens.view(-1, width)
+            for request in cut:
+                self._last_draft_probs[request].zero_().scatter_(1, drafts[request].unsqueeze(1), 1)
         return drafts
 
     def _place(

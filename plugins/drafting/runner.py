@@ -65,8 +65,10 @@ class DraftingModelRunner(CPUModelRunner):  # type: ignore[misc]
         accepted = read_accepted(sampled_token_ids.tolist(), drafted, batch.vocab_size, backup)
         bounds = common_attn_metadata.query_start_loc_cpu.tolist()
         positions = self._get_positions(bounds[-1])
+        wishes = [self.requests[request].sampling_params for request in batch.req_ids]
+        cut = [row for row, wish in enumerate(wishes) if wish is not None and wish.structured_outputs is not None]
         drafts = drafter.draft(
-            width, accepted, bounds, positions, aux_hidden_states, common_attn_metadata, sampling_metadata
+            width, accepted, bounds, positions, aux_hidden_states, common_attn_metadata, sampling_metadata, cut
         )
         probabilities = drafter.take_last_draft_probs()
         if probabilities is not None:

@@ -65,7 +65,42 @@ def main(toy: Path, drafter: Path, out: Path) -> None:
         block["context"] = tokens[block["request"]][: block["anchor"] + 1]
     # Some were drafted behind the last token that was asked for.
     blocks = [block for block in blocks if len(block["context"]) == block["anchor"] + 1]
-    out.write_text(json.dumps({"blocks": blocks, "places": draw_often(proposer, inner, held)}))
+    places = draw_often(proposer, inner, held)
+    proposer._sample_draft_tokens = inner
+    out.write_text(json.dumps({"blocks": blocks, "places": places, "grammar": draft_beside_grammar(llm, prompts)}))
+
+
+def draft_beside_grammar(llm: Any, prompts: list[str]) -> list[dict[str, Any]]:
+    """Sample two requests, one of them by a grammar: the largest and the drafted chances of each block of theirs."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    draft, blocks = runner.drafter.draft, []
+
+    def record(*given: Any) -> torch.Tensor:
+        drafts: torch.Tensor = draft(*given)
+        told = runner.drafter.take_last_draft_probs()
+        for row, request in enumerate(runner.input_batch.req_ids):
+            wish = runner.requests[request].sampling_params
+            blocks.append(
+                {
+                    "grammar": wish.structured_outputs is not None,
+                    "largest": told[row].amax(-1).tolist(),
+                    "drafted": told[row].gather(-1, drafts[row, :, None]).squeeze(-1).tolist(),
+                    "sums": told[row].sum(-1).tolist(),
+                }
+            )
+        return drafts
+
+    runner.drafter.draft = record
+    grammar = StructuredOutputsParams(regex="[a-z ]{20,40}")
+    wishes = [SamplingParams(temperature=1, max_tokens=TOKENS, structured_outputs=grammar)]
+    wishes += [SamplingParams(temperature=1, max_tokens=TOKENS, ignore_eos=True)]
+    llm.generate(prompts[:2], wishes, use_tqdm=False)
+    runner.drafter.draft = draft
+    return blocks
 
 
 def draw_often(proposer: Any, sample: Any, held: dict[str, Any]) -> list[dict[str, Any]]:

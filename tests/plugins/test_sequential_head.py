@@ -184,6 +184,18 @@ def test_drafts_are_drawn_from_it(drawn: dict[str, Any]) -> None:
 
 
 @pytest.mark.vllm
+def test_drafts_that_a_grammar_may_cut_are_the_likeliest(drawn: dict[str, Any]) -> None:
+    """vLLM draws what stands behind a cut from the target alone: exact for likeliest drafts, for drawn ones not."""
+    cut, free = ([block for block in drawn["grammar"] if block["grammar"] is grammar] for grammar in (True, False))
+    assert min(len(cut), len(free)) > 4
+    assert all(block["drafted"] == block["largest"] == block["sums"] == [1.0] * 5 for block in cut)
+    assert any(max(block["largest"]) < 0.9 for block in free)
+    assert any(block["drafted"] != block["largest"] for block in free)
+    for block in free:
+        assert block["sums"] == pytest.approx([1] * 5, abs=1e-4)
+
+
+@pytest.mark.vllm
 def test_a_drafter_with_a_head_takes_new_weights(run_model: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     first, second = make_sequential(tmp_path / "first"), make_sequential(tmp_path / "second", seed=1)
     settings = {"prompts": 8, "speculative_config": speculate(first)}

@@ -182,6 +182,13 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
             ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
             "and --adaptive: expected none with URLs",
         ),
+        (
+            [
+                *("--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"),
+                *("--temperature", "1", "--draft-sampling", "probabilistic"),
+            ],
+            "--draft-sampling probabilistic: expected none with URLs",
+        ),
         (["--engine-args", "--cache 'dual"], "--engine-args: expected flags as in a shell, got no closing quotation"),
     ],
 )

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mock_engine import MockEngine
 
-from laguna_serve.bench.harness.prompts import PromptsError, load_prompts, load_texts, split_prompts
+from laguna_serve.bench.harness.prompts import (
+    PromptsConfig,
+    PromptsError,
+    count_own_lengths,
+    describe_load,
+    fingerprint_prompts,
+    load_prompts,
+    load_texts,
+    split_prompts,
+)
 from laguna_serve.bench.harness.schedule import make_plan
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.records import Prompt
@@ -79,6 +89,20 @@ def test_a_line_may_have_a_shorter_answer(tmp_path: Path) -> None:
     with MockEngine() as engine:
         assert asyncio.run(ask(engine.url)) == [3, 8, 8]
         assert [body["max_tokens"] for body in engine.bodies] == [3, 8, 8]
+
+
+def test_lengths_are_part_of_a_load_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text('{"prompt": "a", "id": "x", "max_tokens": 3}\n{"prompt": "b", "max_tokens": 8}\n')
+    short, full = load_prompts(path)
+    assert describe_load(2, 8, count_own_lengths([short, full], 8)) == "2 prompts × up to 8 tokens"
+    assert describe_load(1, 8, count_own_lengths([full], 8)) == "1 prompts × 8 tokens"
+    assert fingerprint_prompts([short]) != fingerprint_prompts([replace(short, max_tokens=4)])
+    complaint = r'file: expected no "max_tokens" on a line, .* got 3 \(id x\); remove it'
+    with pytest.raises(PromptsError, match=complaint):
+        load_texts(path)
+    with pytest.raises(PromptsError, match=complaint):
+        PromptsConfig(prompts=path).load_prompts(lengths=False)
 
 
 def test_thinking_needs_a_template(tmp_path: Path) -> None:
