@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Which optional lists a folder's code may rely on, besides the dependencies of all.
 ROLES = {
     "serving": {"gpu", "ray", "tracing"},
-    "plugins": {"gpu", "train"},
+    "plugins": {"gpu", "quantised", "train"},
     "kernels": {"train"},
     "bench": {"bench", "gpu", "ray", "train"},
     "evals": {"evals"},

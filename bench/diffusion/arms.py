@@ -15,9 +15,11 @@ from laguna_serve.plugins.diffusion.calibration import measure_next_commits
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
 from laguna_serve.plugins.diffusion.decoding.reference import read_reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
-from laguna_serve.plugins.diffusion.model import load_model
+from laguna_serve.plugins.diffusion.low_precision import quantise
+from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.prepared import find_cost, load_proposers
+from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
 
 
@@ -49,13 +51,27 @@ class Arms:
         Raises:
             DiffusionError: a checkpoint or what was learnt cannot be used.
         """
+        self.draft: Llada | None
+        self.cost: float | None
         torch.set_num_threads(threads)
         self.reference = read_reference(schedule, cache)
         self.target = load_model(model, device=device)
-        self.draft = None if draft is None else load_model(draft, device=device)
-        self.cost = None if self.draft is None else find_cost(self.target, self.draft)
-        self.proposers = load_proposers(proposals, self.target, self.draft, self.reference)
+        self._draft_folder, self._proposals, self._device = draft, proposals, device
+        self.load_draft(DRAFT_WEIGHTS[0])
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+
+    def load_draft(self, weights: str) -> None:
+        """Load the draft, if there is one, with its matrices as `weights` says, and what proposes by it.
+
+        Raises:
+            DiffusionError: it cannot be used, or be stored so.
+        """
+        self.draft = self.cost = None
+        if self._draft_folder is not None:
+            self.draft = load_model(self._draft_folder, device=self._device)
+            quantise(self.draft, weights)
+            self.cost = find_cost(self.target, self.draft)
+        self.proposers = load_proposers(self._proposals, self.target, self.draft, self.reference)
 
     def make_canvases(self, texts: Sequence[str], canvas: int, block: int) -> list[Canvas]:
         """Make a canvas for each text, which is cut on the left to what fits in front of it."""

@@ -48,13 +48,30 @@ class ReferencePoint(Struct, frozen=True, kw_only=True):
     agreement: float
 
 
+class DraftPoint(Struct, frozen=True, kw_only=True):
+    """A draft whose matrices have fewer bits than the target's.
+
+    Attributes:
+        weights: fp8, int8 or int4.
+        cost: a pass of it in passes of the target, by the bytes that each reads.
+        next_commits: as of the result.
+        points: what proposes by it, one request at a time.
+    """
+
+    weights: str
+    cost: float
+    next_commits: tuple[float, float]
+    points: list[ProposerPoint]
+
+
 class DiffusionResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.diffusion_proposals/1"):
     """What proposals bring, and what the references cost.
 
     Attributes:
-        cost: a pass of the draft in passes of the target, by the parameters that each reads.
+        cost: a pass of the draft in passes of the target, by the bytes that each reads.
         next_commits: along the target's decode, how often the draft commits at the same position next, and how often
             it comes to the same state; None without a draft.
+        drafts: the same draft in fewer bits.
     """
 
     environment: Environment
@@ -70,4 +87,5 @@ class DiffusionResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag
     next_commits: tuple[float, float] | None
     points: list[ProposerPoint]
     references: list[ReferencePoint]
+    drafts: list[DraftPoint] = []
     partial: bool = False

@@ -17,7 +17,8 @@ import numpy as np
 from msgspec import structs
 
 from laguna_serve.bench.diffusion import plot
-from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint, ReferencePoint
+from laguna_serve.bench.diffusion.report import count_differing, render_text, summarise
+from laguna_serve.bench.diffusion.result import DiffusionResult, DraftPoint, ProposerPoint, ReferencePoint
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
@@ -27,7 +28,6 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.tables import Table
 
 if TYPE_CHECKING:
     from laguna_serve.bench.diffusion.arms import Arms, Timed
@@ -44,6 +44,9 @@ exit status: 0 every token is the reference's, 1 some are not, 2 could not run, 
 """
 SCHEDULES = ("1", "2", "0.9")
 CACHES = ("none", "prefix", "dual")
+FEWER_BITS = ("fp8", "int8", "int4")
+# What a draft alone proposes: a pass per state, or one of it.
+BY_DRAFT = ("draft, gated", "draft")
 RESAMPLES = 2000
 
 
@@ -53,6 +56,10 @@ class DiffusionConfig:
 
     model: Annotated[Path, Flag("LLaDA checkpoint: a folder")]
     draft: Annotated[Path | None, Flag("a smaller LLaDA with the same vocabulary")] = None
+    draft_weights: Annotated[
+        tuple[str, ...],
+        Flag("measure the draft in fewer bits, too: fp8, int8, int4, with commas (default: none)", metavar="W,W,…"),
+    ] = ()
     proposals: Annotated[Path, Flag("folder that calibrate.py wrote", metavar="DIR")]
     prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to send")]
     num_prompts: Annotated[int, Flag("prompts (default: 64)", metavar="N", at_least=2)] = 64
@@ -71,6 +78,11 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.draft_weights and self.draft is None:
+            raise FlagError("--draft-weights: expected --draft beside it, got none; name the draft")
+        if unknown := set(self.draft_weights) - set(FEWER_BITS):
+            expected = f"expected some of {', '.join(FEWER_BITS)}"
+            raise FlagError(f"--draft-weights: {expected}, got {', '.join(sorted(unknown))}")
         if self.num_prompts < 2 * max(self.concurrency):
             least = 2 * max(self.concurrency)
             raise FlagError(f"--num-prompts: expected at least {least}, two rounds, got {self.num_prompts}")
@@ -123,17 +135,21 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     arms.decode(canvases[:1], None, 0)
     points: list[ProposerPoint] = []
     references: list[ReferencePoint] = []
-    next_commits, partial = None, False
+    drafts: list[DraftPoint] = []
+    next_commits, cost, partial = None, arms.cost, False
     try:
         for concurrency in config.concurrency:
             progress.say(f"{concurrency} at once: {len(arms.proposers)} proposers and none, in turns")
-            for point in _measure(arms, canvases, concurrency, config, progress):
+            for point in _measure(arms, list(arms.proposers), canvases, concurrency, config, progress):
                 points.append(point)
-                progress.say(f"  {point.proposer}: {_summarise(point)}")
+                progress.say(f"  {point.proposer}: {summarise(point)}")
         progress.say("the references, and how often the draft knows what is next")
         few = canvases[: max(2, len(canvases) // 4)]
         next_commits = arms.count_next_commits(few)
         references += _compare_references(arms, few)
+        for weights in config.draft_weights:
+            progress.say(f"the draft in {weights}, one at a time")
+            drafts.append(_measure_draft(arms, weights, canvases, few, config, progress))
     except KeyboardInterrupt:
         if not points:
             raise
@@ -142,7 +158,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         environment=structs.replace(environment, other_load=load.find_share()),
         model=str(config.model),
         draft=None if config.draft is None else str(config.draft),
-        cost=arms.cost,
+        cost=cost,
         schedule=config.schedule,
         cache=config.cache,
         canvas=config.canvas,
@@ -152,6 +168,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         next_commits=next_commits,
         points=points,
         references=references,
+        drafts=drafts,
         partial=partial,
     )
     write_result(config.out / "diffusion.json", result)
@@ -161,11 +178,35 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     return result
 
 
+def _measure_draft(
+    arms: Arms,
+    weights: str,
+    canvases: Sequence[Canvas],
+    few: Sequence[Canvas],
+    config: DiffusionConfig,
+    progress: Progress,
+) -> DraftPoint:
+    """Load the draft in fewer bits, and measure what it proposes alone."""
+    arms.load_draft(weights)
+    next_commits = arms.count_next_commits(few)
+    assert next_commits is not None
+    assert arms.cost is not None
+    points = _measure(arms, BY_DRAFT, canvases, 1, config, progress)
+    for point in points:
+        progress.say(f"  {point.proposer}: {summarise(point)}")
+    return DraftPoint(weights=weights, cost=arms.cost, next_commits=next_commits, points=points)
+
+
 def _measure(
-    arms: Arms, canvases: Sequence[Canvas], concurrency: int, config: DiffusionConfig, progress: Progress
+    arms: Arms,
+    proposers: Sequence[str],
+    canvases: Sequence[Canvas],
+    concurrency: int,
+    config: DiffusionConfig,
+    progress: Progress,
 ) -> list[ProposerPoint]:
     """Let every proposer and the reference take turns on one round of prompts after the other, each first in turn."""
-    names: list[str | None] = [None, *arms.proposers]
+    names: list[str | None] = [None, *proposers]
     rounds = [canvases[at : at + concurrency] for at in range(0, len(canvases) - concurrency + 1, concurrency)]
     progress.begin()
     done: dict[str | None, list[Timed]] = {name: [] for name in names}
@@ -174,7 +215,7 @@ def _measure(
         for name in names[turn:] + names[:turn]:
             done[name].append(arms.decode(canvases_of, name, config.states))
         progress.step("rounds", number + 1, len(rounds))
-    return [_sum_up(name, concurrency, done[None], done[name], config.seed) for name in arms.proposers]
+    return [_sum_up(name, concurrency, done[None], done[name], config.seed) for name in proposers]
 
 
 def _sum_up(
@@ -236,51 +277,3 @@ def _compare_references(arms: Arms, canvases: Sequence[Canvas]) -> list[Referenc
             )
         )
     return points
-
-
-def count_differing(result: DiffusionResult) -> int:
-    """Count answers that are not the reference's."""
-    return sum(point.differing for point in result.points)
-
-
-def render_text(result: DiffusionResult) -> str:
-    """Render a row per proposer and concurrency, then one per reference."""
-    rows = [
-        [
-            str(point.concurrency),
-            point.proposer,
-            f"{point.steps_per_pass:.2f} ({point.steps_per_pass_ci95[0]:.2f}–{point.steps_per_pass_ci95[1]:.2f})",
-            f"{point.accepted:.0%}",
-            f"{point.tokens_per_s:.0f}",
-            f"{point.speedup:.2f}× ({point.speedup_ci95[0]:.2f}–{point.speedup_ci95[1]:.2f})",
-            str(point.differing),
-        ]
-        for point in result.points
-    ]
-    heads = ("at once", "proposals", "steps per pass (95%)", "accepted", "tok/s", "speed-up (95%)", "differ")
-    lines = [
-        f"{result.model}: {result.prompts} prompts, canvas {result.canvas} in blocks of {result.block}, schedule "
-        f"{result.schedule}, cache {result.cache}, {result.states} states proposed per request and pass",
-        "",
-        Table("rlrrrrr", heads, rows).to_text(),
-    ]
-    if result.next_commits is not None and result.cost is not None:
-        place, state = result.next_commits
-        lines += [
-            "",
-            f"the draft knows the next position in {place:.0%} and the next state in {state:.0%} of the steps; its "
-            f"pass costs {result.cost:.2f} of the target's by the parameters read",
-        ]
-    if result.references:
-        shown = [
-            [at.schedule, at.cache, str(at.steps), f"{at.tokens_per_s:.0f}", f"{at.agreement:.1%}"]
-            for at in result.references
-        ]
-        others = Table("rlrrr", ("schedule", "cache", "steps", "tok/s", "tokens as with 1, none"), shown)
-        lines += ["", "Other references, other texts:", "", others.to_text()]
-    return "\n".join(lines)
-
-
-def _summarise(point: ProposerPoint) -> str:
-    differing = f", {point.differing} DIFFER" if point.differing else ""
-    return f"{point.steps_per_pass:.2f} steps per pass, {point.speedup:.2f}×{differing}"

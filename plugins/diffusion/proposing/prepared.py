@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laguna_serve.plugins.diffusion.decoding.reference import Reference
+from laguna_serve.plugins.diffusion.low_precision import count_stored_bytes
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
@@ -19,12 +20,12 @@ GRAPHS = {"target": "graph.json", "draft": "graph-draft.json", "corrected": "gra
 
 
 def count_read(model: Llada) -> int:
-    """Count the parameters that a pass reads: all but the embedding's, of which it takes rows."""
-    return sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    """Count the bytes of parameters that a pass reads: all but the embedding's, of which it takes rows."""
+    return sum(map(count_stored_bytes, model.parameters())) - model.embedding.weight.nbytes
 
 
 def find_cost(target: Llada, draft: Llada) -> float:
-    """Estimate what a pass of the draft costs in passes of the target, by the parameters that each reads."""
+    """Estimate what a pass of the draft costs in passes of the target, by the bytes that each reads."""
     return count_read(draft) / count_read(target)
 
 

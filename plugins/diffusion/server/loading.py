@@ -16,6 +16,7 @@ from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
 from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.low_precision import quantise
 from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.interface import Proposer
@@ -80,7 +81,7 @@ def load(options: ServerOptions) -> Served:
     reference = make_reference(options)
     speculation = draft = None
     if options.proposed_states:
-        draft = None if options.draft is None else load_draft(Path(options.draft), target)
+        draft = None if options.draft is None else load_draft(Path(options.draft), target, options.draft_weights)
         proposer = make_proposer(options, reference, target, draft)
         speculation = Speculation(proposer, options.proposed_states, options.rows)
     predictor = Predictor(target)
@@ -167,11 +168,11 @@ def make_proposer(options: ServerOptions, reference: Reference, target: Llada, d
     return Chain(drafted if chosen == "draft" else Corrected(drafted))
 
 
-def load_draft(folder: Path, target: Llada) -> Llada:
-    """Load the draft, in the target's dtype and on its device.
+def load_draft(folder: Path, target: Llada, draft_weights: str) -> Llada:
+    """Load the draft on the target's device, in its dtype but for the matrices that are to have fewer bits.
 
     Raises:
-        DiffusionError: it does not fit the target.
+        DiffusionError: it does not fit the target, or cannot be stored so.
     """
     weights = target.embedding.weight
     config = read_config(folder)
@@ -182,7 +183,9 @@ def load_draft(folder: Path, target: Llada) -> Llada:
     if config.max_sequence_length < target.config.max_sequence_length:
         expected = f"expected max_sequence_length {target.config.max_sequence_length}, as the target has, or more"
         raise DiffusionError(f"{folder}: {expected}, got {config.max_sequence_length}; choose another")
-    return load_model(folder, weights.dtype, str(weights.device))
+    draft = load_model(folder, weights.dtype, str(weights.device))
+    quantise(draft, draft_weights)
+    return draft
 
 
 def find_stop(folder: Path, texts: Texts, eos: int) -> frozenset[int]:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
@@ -25,6 +26,8 @@ PROPOSERS = {
 }
 # auto: proposals are tried for a few seconds before anybody is served, and left out where they lose.
 POLICIES = ("auto", "always", "off")
+# Of a draft's matrices; "target": the target's dtype.
+DRAFT_WEIGHTS = ("target", "fp8", "int8", "int4")
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 # Where something to propose them by is named, and no number.
 DRAFTED_STATES = 4
@@ -46,6 +49,7 @@ class ServerOptions:
         tokens_per_step, steps_per_block, threshold: the schedule, one of them; none: a token a step.
         cache, guidance: of all requests.
         draft: a smaller model's folder.
+        draft_weights: one of DRAFT_WEIGHTS.
         proposals: a folder of what was learnt of the model's decodes (scripts/training/diffusion/calibrate.py).
         states: proposed per request and pass; None: DRAFTED_STATES with a draft or `proposals`, else none.
         proposer: None: "corrected" with a draft, else "order" with `proposals`, else "chain".
@@ -73,6 +77,7 @@ class ServerOptions:
     cache: str = "none"
     guidance: float = 0.0
     draft: str | None = None
+    draft_weights: str = DRAFT_WEIGHTS[0]
     states: int | None = None
     proposals: str | None = None
     proposer: str | None = None
@@ -97,6 +102,9 @@ class ServerOptions:
             raise DiffusionError(f"--threshold: expected a probability between 0 and 1, got {self.threshold}")
         if not 0 <= self.guidance < math.inf:
             raise DiffusionError(f"--guidance: expected 0 or more, got {self.guidance}")
+        if self.draft_weights != DRAFT_WEIGHTS[0] and self.draft is None:
+            got = f"--draft-weights {self.draft_weights}"
+            raise DiffusionError(f"{got}: expected --draft beside it, got none; name the draft")
         _, drafts, learnt = PROPOSERS[self.chosen_proposer]
         if drafts and self.draft is None:
             raise DiffusionError(f"--proposer {self.proposer}: expected --draft beside it, got none; name the draft")
@@ -131,12 +139,20 @@ def parse_options(argv: Sequence[str]) -> ServerOptions:
     parser = _Parser(prog="python -m laguna_serve.plugins.diffusion.server", allow_abbrev=False)
     kinds = {"int": int, "float": float, "str": str}
     choices = {"dtype": DTYPES, "cache": CACHES, "proposer": tuple(PROPOSERS), "draft_policy": POLICIES}
+    choices["draft_weights"] = DRAFT_WEIGHTS
     parser.add_argument("model", help="checkpoint folder")
     for field in fields(ServerOptions)[1:]:
         kind = kinds[str(field.type).partition(" ")[0]]
         more: dict[str, Any] = {"choices": choices[field.name]} if field.name in choices else {}
         parser.add_argument(f"--{_dash(field.name)}", type=kind, default=field.default, **more)
     return ServerOptions(**vars(parser.parse_args(list(argv))))
+
+
+def require_torchao(draft_weights: str) -> None:
+    """Raise DiffusionError where a draft's matrices are to have fewer bits and torchao is not installed."""
+    if draft_weights != DRAFT_WEIGHTS[0] and find_spec("torchao") is None:
+        expected = "expected an environment with torchao, got none"
+        raise DiffusionError(f"--draft-weights {draft_weights}: {expected}; pip install 'laguna-serve[quantised]'")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -37,7 +37,7 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
     """
     # Here, as the doctor's check of the installation must run where the plugins are broken.
     from laguna_serve.plugins.diffusion.errors import DiffusionError
-    from laguna_serve.plugins.diffusion.server.options import parse_options
+    from laguna_serve.plugins.diffusion.server.options import parse_options, require_torchao
 
     check_flags(config)
     command = [str(model.folder), "--host", config.host, "--port", str(port)]
@@ -56,7 +56,7 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
         command += ["--seed", str(config.seed)]
     command += config.extra_args
     try:
-        parse_options(command)
+        require_torchao(parse_options(command).draft_weights)
     except DiffusionError as error:
         raise CheckpointError(str(error)) from None
     return [sys.executable, "-m", SERVER_MODULE, *command]

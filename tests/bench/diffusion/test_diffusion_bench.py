@@ -85,6 +85,13 @@ def test_prompts_that_were_learnt_from_are_not_measured(learnt: CalibrateConfig,
         replace(bench(learnt, tmp_path), num_prompts=2)
 
 
+def test_bits_that_no_draft_can_have_are_refused(learnt: CalibrateConfig, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="--draft-weights: expected some of fp8, int8, int4, got int2"):
+        replace(bench(learnt, tmp_path), draft_weights=("fp8", "int2"))
+    with pytest.raises(FlagError, match="--draft-weights: expected --draft beside it"):
+        replace(bench(learnt, tmp_path), draft=None, draft_weights=("fp8",))
+
+
 def test_without_what_was_learnt_it_says_what_to_run(
     learnt: CalibrateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
