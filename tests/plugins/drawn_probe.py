@@ -32,6 +32,7 @@ def main(toy: Path, drafter: Path, out: Path) -> None:
         max_model_len=512,
         kv_cache_memory_bytes=2**27,
         enforce_eager=True,
+        worker_cls="laguna_serve.plugins.worker.CPUWorker",
     )
     engine: Any = llm.llm_engine
     runner = engine.model_executor.driver_worker.worker.model_runner
