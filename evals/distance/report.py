@@ -16,7 +16,7 @@ HEADS = (
 )
 QUALITY = (
     "Each reference is exact in itself and writes other texts than the others. What stands here is how far they are "
-    "from the baseline's: a matter of quality. No row is lossless against another, small as a difference may be."
+    "from the baseline's: a matter of quality. No row is called lossless against another, small as a difference may be."
 )
 COLUMNS = (
     "tokens: mean length of an answer, with the token that ends it. steps: denoising steps per answer.",

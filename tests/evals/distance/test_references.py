@@ -104,7 +104,7 @@ def test_figures_by_hand(measure: Run, serve: Any, tmp_path: Path) -> None:
     assert baseline["distance"] is None
     assert baseline["speed"]["steps_per_answer"] is None
     assert (baseline["tokens_per_answer"], other["tokens_per_answer"]) == (7, 9)
-    assert "No row is lossless against another" in output
+    assert "No row is called lossless against another" in output
     page = (tmp_path / "out" / "references.md").read_text()
     assert page.startswith("# What another reference costs\n\nEach reference is exact in itself")
     assert "| other | 9.0 | – |" in page
