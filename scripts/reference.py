@@ -37,7 +37,7 @@ COLUMNS = "100"
 COMMAND = r"^    (\w+)  "
 FAMILIES = {
     "bench": ("Benchmarks", "Measure, compare and certify engines; each needs `.venv` of scripts/bootstrap.sh."),
-    "evals": ("Evaluations", "Code, loss, invariance and the standard suites."),
+    "evals": ("Evaluations", "Code, loss, invariance, references and the standard suites."),
     "scripts": ("Making and training", "The toy family, students, pruning scores, reinforcement learning."),
 }
 # vLLM's that serving/deploy shows.

@@ -33,6 +33,8 @@ NAMES = {
     "vllm:request_success_total": "requests",
 }
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+# Of masked diffusion alone, so not among the counters of all results.
+DENOISING_STEPS = "vllm:diffusion_num_denoising_steps_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,26 @@ async def scrape_counters(session: aiohttp.ClientSession, base_url: str) -> Coun
     Raises:
         EndpointError: /metrics does not answer, or is not vLLM's.
     """
+    return parse_counters(await _fetch_metrics(session, base_url))
+
+
+async def scrape_denoising_steps(session: aiohttp.ClientSession, base_url: str) -> int | None:
+    """Read the steps of masked diffusion that were made so far; None of an engine that counts none.
+
+    Raises:
+        EndpointError: /metrics does not answer.
+    """
+    samples = read_samples(await _fetch_metrics(session, base_url))
+    steps = [int(sample.value) for sample in samples if sample.name == DENOISING_STEPS]
+    return sum(steps) if steps else None
+
+
+async def _fetch_metrics(session: aiohttp.ClientSession, base_url: str) -> str:
     url = base_url.rstrip("/") + "/metrics"
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30.0)) as response:
             response.raise_for_status()
-            return parse_counters(await response.text())
+            return await response.text()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise EndpointError(f"{url}: expected vLLM's counters, got {type(error).__name__}: {error}") from error
 

@@ -9,7 +9,13 @@ import pytest
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.serving.client.completions import open_session
-from laguna_serve.serving.client.counters import Counters, parse_counters, scrape_counters, settle_counters
+from laguna_serve.serving.client.counters import (
+    Counters,
+    parse_counters,
+    scrape_counters,
+    scrape_denoising_steps,
+    settle_counters,
+)
 from laguna_serve.serving.client.errors import EndpointError
 
 EXPOSITION = """\
@@ -46,6 +52,18 @@ def test_a_difference_starts_at_zero_where_a_counter_is_new() -> None:
     after = Counters(drafts=5, accepted_tokens=9, accepted_per_position=(4, 2))
     moved = after.since(before)
     assert (moved.drafts, moved.accepted_tokens, moved.accepted_per_position) == (4, 6, (4, 2))
+
+
+def test_denoising_steps_are_those_of_all_engines_or_none() -> None:
+    async def scrape(engine: MockEngine) -> int | None:
+        async with open_session() as session:
+            return await scrape_denoising_steps(session, engine.url)
+
+    with MockEngine(Settings()) as engine:
+        assert asyncio.run(scrape(engine)) is None
+        name = "vllm:diffusion_num_denoising_steps_total"
+        engine.counters.render = lambda: f'{name}{{engine="0"}} 40.0\n{name}{{engine="1"}} 2.0\n'  # type: ignore[method-assign]
+        assert asyncio.run(scrape(engine)) == 42
 
 
 def test_settling_waits_for_counters_that_lag() -> None:

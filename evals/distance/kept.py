@@ -1,0 +1,106 @@
+"""What a run keeps as it comes, so that the same command continues: prompts as token ids, answers, times, losses.
+
+A reference's answers lie in a folder of its own, so that another reference may be added later; a judge's losses lie in
+a file of its own, so that another judge may read the same answers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from laguna_serve.serving.kit.journal import Journal
+
+
+class ReadPrompt(msgspec.Struct, frozen=True):
+    """A prompt as the baseline's engine read it.
+
+    Attributes:
+        prompt_ids: what every reference is sent; the end of what was read where that was too long (`is_cut`).
+        plain_ids: its text without special tokens, uncut, by which tokenizers are compared.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    plain_ids: tuple[int, ...]
+    is_cut: bool
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A reference's answer to a prompt: the token that ends it is among the ids, and not in the text."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Stretch(msgspec.Struct, frozen=True):
+    """One stretch of asking that came to its end; `steps` is None where the engine counts none."""
+
+    answers: int
+    tokens: int
+    steps: int | None
+    seconds: float
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """The judge's loss on an answer, summed over its tokens; `context`: tokens of the prompt that it read before."""
+
+    reference: str
+    id: str
+    nats: float
+    tokens: int
+    context: int
+
+
+class KeptPrompts:
+    """`by_id`: every prompt that was read."""
+
+    def __init__(self, path: Path) -> None:
+        """Read those that are there. Raises JournalError."""
+        self._journal = Journal(path, ReadPrompt)
+        self.by_id = {prompt.id: prompt for prompt in self._journal.entries}
+
+    def add(self, prompt: ReadPrompt) -> None:
+        """File a prompt; it is with the system when this returns."""
+        self._journal.append(prompt)
+        self.by_id[prompt.id] = prompt
+
+
+class KeptAnswers:
+    """`by_id`: every answer of a reference; `stretches`: how long they took."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read those that are there. Raises JournalError."""
+        self._answers = Journal(folder / "answers.jsonl", Answer)
+        self._stretches = Journal(folder / "stretches.jsonl", Stretch)
+        self.by_id = {answer.id: answer for answer in self._answers.entries}
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """Every stretch of asking that came to its end."""
+        return self._stretches.entries
+
+    def add(self, answer: Answer) -> None:
+        """File an answer; it is with the system when this returns."""
+        self._answers.append(answer)
+        self.by_id[answer.id] = answer
+
+    def add_stretch(self, stretch: Stretch) -> None:
+        """File what a stretch took."""
+        self._stretches.append(stretch)
+
+
+class KeptLosses:
+    """`by_answer`: the losses that one judge gave, by reference and prompt."""
+
+    def __init__(self, path: Path) -> None:
+        """Read those that are there. Raises JournalError."""
+        self._journal = Journal(path, Loss)
+        self.by_answer = {(loss.reference, loss.id): loss for loss in self._journal.entries}
+
+    def add(self, loss: Loss) -> None:
+        """File a loss; it is with the system when this returns."""
+        self._journal.append(loss)
+        self.by_answer[loss.reference, loss.id] = loss
