@@ -121,7 +121,8 @@ def _bootstrap(table: Floats, ratio: Callable[..., Floats], seed: int, resamples
         batch=BATCH,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    low, high = sorted((float(interval.low), float(interval.high)))  # equal but for rounding, the ends may be swapped
+    return low, high
 
 
 def _pool(baseline_tokens: Floats, baseline_s: Floats, candidate_tokens: Floats, candidate_s: Floats) -> Floats:
