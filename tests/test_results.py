@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.cluster.result import ClusterResult
+from laguna_serve.bench.diffusion.result import DiffusionResult
 from laguna_serve.bench.fuzzing.result import FuzzResult
 from laguna_serve.bench.gamma.result import SweepResult
 from laguna_serve.bench.harness.result import AbResult
@@ -24,6 +25,7 @@ from laguna_serve.bench.rollout.result import RolloutsResult
 from laguna_serve.bench.routing.result import RoutingResult
 from laguna_serve.bench.sampled.result import SamplingResult
 from laguna_serve.bench.swap.result import SwapResult
+from laguna_serve.evals.distance.result import ReferencesResult
 from laguna_serve.scripts.release_matrix import ReleaseMatrix
 from laguna_serve.serving.kit.results import ResultError, read_result, to_json
 
@@ -36,11 +38,13 @@ TYPES: tuple[type[msgspec.Struct], ...] = (
     Certificate,
     ClusterResult,
     CrosscheckResult,
+    DiffusionResult,
     FuzzResult,
     GatewayBenchResult,
     LinearResult,
     MoeResult,
     PrefixCacheResult,
+    ReferencesResult,
     ReleaseMatrix,
     RolloutsResult,
     RoutingResult,
