@@ -36,6 +36,10 @@ class ArmSpec:
     model_name: str | None = None
 
 
+# A dying engine is seen dead a moment after its connections broke.
+DEATH_S = 2.0
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
     """An arm that answers requests. `model_name` None: ask the endpoint."""
@@ -59,6 +63,13 @@ class Arm:
         """Raise EngineError, with the cause from its log, if an engine started here has died."""
         if self.engine is not None:
             self.engine.check()
+
+    async def look_for_death(self) -> None:
+        """Raise as `check` if an engine started here is seen dead within DEATH_S: its connections break before."""
+        for _ in range(int(DEATH_S / 0.1) if self.engine is not None else 0):
+            self.check()
+            await asyncio.sleep(0.1)
+        self.check()
 
     def read_memory(self) -> EngineMemory | None:
         """Memory of the engine's processes now; None for an endpoint that was not started here."""

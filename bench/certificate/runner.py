@@ -52,8 +52,6 @@ ROW_CHECK = "row_check"
 STREAMED = 16
 # Tokens per step up to which a control counts as accepting nothing: random drafts hit now and then.
 MAX_ACCEPTED = 1.2
-# A dying engine is seen dead a moment after its connections broke.
-DEATH_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +222,7 @@ async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency:
     try:
         await run_pass(client, prompts, concurrency, answers, lambda done: progress.step(kind, done, missing))
     except EndpointError as error:
-        await asyncio.sleep(DEATH_S)
-        arm.check()
+        await arm.look_for_death()
         raise EndpointError(f"{arm.name}: {error}") from error
 
 

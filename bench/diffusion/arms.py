@@ -19,8 +19,12 @@ from laguna_serve.plugins.diffusion.low_precision import quantise
 from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.prepared import find_cost, load_proposers
+from laguna_serve.plugins.diffusion.server.loading import choose_dtype
 from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
+
+# A draft's weights as the target's are.
+TARGET = DRAFT_WEIGHTS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +48,17 @@ class Arms:
     """A model with what was learnt about its order, and perhaps a draft."""
 
     def __init__(
-        self, model: Path, draft: Path | None, proposals: Path, schedule: str, cache: str, device: str, threads: int
+        self,
+        model: Path,
+        draft: Path | None,
+        proposals: Path,
+        schedule: str,
+        cache: str,
+        device: str,
+        threads: int,
+        dtype: str = "auto",
     ) -> None:
-        """Load them.
+        """Load them; dtype auto is the checkpoint's on a GPU, float32 on a CPU.
 
         Raises:
             DiffusionError: a checkpoint or what was learnt cannot be used.
@@ -55,9 +67,10 @@ class Arms:
         self.cost: float | None
         torch.set_num_threads(threads)
         self.reference = read_reference(schedule, cache)
-        self.target = load_model(model, device=device)
+        self._dtype = choose_dtype(dtype, model, device)
+        self.target = load_model(model, self._dtype, device)
         self._draft_folder, self._proposals, self._device = draft, proposals, device
-        self.load_draft(DRAFT_WEIGHTS[0])
+        self.load_draft(TARGET)
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
 
     def load_draft(self, weights: str) -> None:
@@ -68,7 +81,7 @@ class Arms:
         """
         self.draft = self.cost = None
         if self._draft_folder is not None:
-            self.draft = load_model(self._draft_folder, device=self._device)
+            self.draft = load_model(self._draft_folder, self._dtype, self._device)
             quantise(self.draft, weights)
             self.cost = find_cost(self.target, self.draft)
         self.proposers = load_proposers(self._proposals, self.target, self.draft, self.reference)

@@ -70,6 +70,10 @@ class DiffusionConfig:
     cache: Annotated[str, Flag("none, prefix or dual (default: dual)")] = "dual"
     states: Annotated[int, Flag("proposed for each request and pass (default: 3)", metavar="N", at_least=1)] = 3
     device: Annotated[Literal["cpu", "cuda"], Flag("where the models compute (default: cpu)")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Flag("of both models (default: the checkpoint's on a GPU, float32 on a CPU)"),
+    ] = "auto"
     threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1)] = 1
     seed: Annotated[int, Flag("of the intervals (default: 0)", at_least=0)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
@@ -118,7 +122,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         DiffusionError: a checkpoint or what was learnt cannot be used.
         KeyboardInterrupt: it ended before anything was measured. Later, the result says that it is partial.
     """
-    from laguna_serve.bench.diffusion.arms import Arms, read_calibration
+    from laguna_serve.bench.diffusion.arms import TARGET, Arms, read_calibration
 
     texts = [prompt.text for prompt in load_texts(config.prompts)[: config.num_prompts]]
     first, end = read_calibration(config.proposals)
@@ -127,8 +131,17 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
             f"--num-prompts: expected at most {first}, as what follows up to {end} was learnt from, got {len(texts)}"
         )
     arms = Arms(
-        config.model, config.draft, config.proposals, config.schedule, config.cache, config.device, config.threads
+        config.model,
+        config.draft,
+        config.proposals,
+        config.schedule,
+        config.cache,
+        config.device,
+        config.threads,
+        config.dtype,
     )
+    for weights in [*config.draft_weights, TARGET]:  # whatever a device does not take is refused before anything runs
+        arms.load_draft(weights)
     canvases = arms.make_canvases(texts, config.canvas, config.block)
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()

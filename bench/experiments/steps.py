@@ -302,4 +302,5 @@ STEPS: tuple[Step, ...] = (
     *PUBLISHED,
     suites.SANDBOX,
     suites.PRIME_RL,
+    suites.LLADA_8B,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import aiohttp
@@ -18,8 +17,6 @@ from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 
 # An endpoint that fails this many rounds in a row is taken for dead.
 MAX_FAILED_ROUNDS = 3
-# How long a dying engine may take to be seen dead after its connections broke.
-DEATH_S = 3.0
 
 
 class Driver:
@@ -64,7 +61,7 @@ class Driver:
         errors = [record.error for record in records if record.error is not None]
         self._failed_rounds = self._failed_rounds + 1 if errors else 0
         if errors:
-            await self._look_for_death()
+            await self._arm.look_for_death()
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             name = self._arm.name
             raise MeasurementStoppedError(f"{name}: {MAX_FAILED_ROUNDS} rounds in a row failed, the last: {errors[-1]}")
@@ -100,11 +97,6 @@ class Driver:
                 self._run.probes[prompt.id] = await self._client.probe(prompt)
             except EndpointError:
                 self._arm.check()
-
-    async def _look_for_death(self) -> None:
-        for _ in range(int(DEATH_S / 0.1) if self._arm.engine is not None else 0):
-            self._arm.check()
-            await asyncio.sleep(0.1)
 
 
 async def connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: ArmRun) -> Driver:

@@ -89,7 +89,7 @@ def fingerprint_prompts(prompts: Sequence[Prompt]) -> str:
 
 def _refuse_lengths(path: Path, prompts: list[Prompt]) -> list[Prompt]:
     if (own := next((prompt for prompt in prompts if prompt.max_tokens is not None), None)) is not None:
-        expected = 'expected no "max_tokens" on a line, as all answers here are of one length'
+        expected = 'expected no "max_tokens" on a line, as the command says how long answers are'
         raise PromptsError(f"{path}: {expected}, got {own.max_tokens} (id {own.id}); remove it")
     return prompts
 

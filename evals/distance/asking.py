@@ -35,7 +35,8 @@ class AnswerClient(Client):
 
         def decode(answer: JsonObject) -> Answer:
             choice = answer["choices"][0]
-            return Answer(prompt.id, tuple(choice["token_ids"]), choice.get("text") or "")
+            ended = choice.get("finish_reason") != "length"
+            return Answer(prompt.id, tuple(choice["token_ids"]), choice.get("text") or "", ended)
 
         try:
             return await self._ask(self._url, {**self._body, "prompt": list(prompt.prompt_ids)}, decode)

@@ -12,14 +12,14 @@ from laguna_serve.serving.client.errors import EndpointError
 
 
 def list_unjudged(
-    answers: Mapping[str, KeptAnswers], prompts: Sequence[str], losses: KeptLosses
+    answers: Mapping[str, KeptAnswers], prompts: Sequence[str], losses: Mapping[str, KeptLosses]
 ) -> list[tuple[str, Answer]]:
     """List the answers without a loss, prompt by prompt, each with its reference; an empty one has none to get."""
     return [
         (name, kept.by_id[prompt])
         for prompt in prompts
         for name, kept in answers.items()
-        if kept.by_id[prompt].token_ids and (name, prompt) not in losses.by_answer
+        if kept.by_id[prompt].token_ids and prompt not in losses[name].by_id
     ]
 
 
@@ -36,9 +36,9 @@ def find_room(endpoint: ScoringEndpoint, max_tokens: int) -> int:
     return room
 
 
-def count_shortened(prompts: Sequence[ReadPrompt], losses: KeptLosses) -> int:
+def count_shortened(prompts: Sequence[ReadPrompt], losses: Mapping[str, KeptLosses]) -> int:
     """Count the prompts of which the judge read the end alone."""
-    read = {prompt: loss.context for (_, prompt), loss in losses.by_answer.items()}
+    read = {prompt: loss.context for kept in losses.values() for prompt, loss in kept.by_id.items()}
     return sum(read.get(prompt.id, len(prompt.prompt_ids)) < len(prompt.prompt_ids) for prompt in prompts)
 
 
@@ -48,7 +48,7 @@ async def judge_answers(
     unjudged: Sequence[tuple[str, Answer]],
     room: int,
     concurrency: int,
-    kept: KeptLosses,
+    kept: Mapping[str, KeptLosses],
     report: Callable[[int], None],
 ) -> None:
     """Measure the losses of these answers, each after the last `room` tokens of its prompt.
@@ -64,7 +64,7 @@ async def judge_answers(
         context = prompts.by_id[answer.id].prompt_ids[-room:]
         losses = await endpoint.score([*context, *answer.token_ids])
         nats = math.fsum(losses[len(context) - 1 :])
-        kept.add(Loss(name, answer.id, nats, len(answer.token_ids), len(context)))
+        kept[name].add(Loss(answer.id, nats, len(answer.token_ids), len(context)))
         done += 1
         report(done)
 

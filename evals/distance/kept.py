@@ -1,7 +1,7 @@
 """What a run keeps as it comes, so that the same command continues: prompts as token ids, answers, times, losses.
 
-A reference's answers lie in a folder of its own, so that another reference may be added later; a judge's losses lie in
-a file of its own, so that another judge may read the same answers.
+A reference's answers lie in a folder of its own, so that another reference may be added later, and the losses on them
+beside them, in a file for each judge: whoever removes the folder removes what was said of its answers, too.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class ReadPrompt(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A reference's answer to a prompt: the token that ends it is among the ids, and not in the text."""
+    """A reference's answer to a prompt: the token that ends it is among the ids, and not in the text.
+
+    `ended`: by itself, before the length that was allowed.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     text: str
+    ended: bool
 
 
 class Stretch(msgspec.Struct, frozen=True):
@@ -47,7 +51,6 @@ class Stretch(msgspec.Struct, frozen=True):
 class Loss(msgspec.Struct, frozen=True):
     """The judge's loss on an answer, summed over its tokens; `context`: tokens of the prompt that it read before."""
 
-    reference: str
     id: str
     nats: float
     tokens: int
@@ -93,14 +96,14 @@ class KeptAnswers:
 
 
 class KeptLosses:
-    """`by_answer`: the losses that one judge gave, by reference and prompt."""
+    """`by_id`: the losses that one judge gave on a reference's answers."""
 
     def __init__(self, path: Path) -> None:
         """Read those that are there. Raises JournalError."""
         self._journal = Journal(path, Loss)
-        self.by_answer = {(loss.reference, loss.id): loss for loss in self._journal.entries}
+        self.by_id = {loss.id: loss for loss in self._journal.entries}
 
     def add(self, loss: Loss) -> None:
         """File a loss; it is with the system when this returns."""
         self._journal.append(loss)
-        self.by_answer[loss.reference, loss.id] = loss
+        self.by_id[loss.id] = loss

@@ -160,9 +160,19 @@ def _make_running(name: str, url: str, model: str | None) -> ArmSpec:
 
 def find_canvas(max_tokens: int, flags: Mapping[str, str]) -> int:
     """Find what an answer takes of the context: `max_tokens`, in whole blocks of the longest that a reference has."""
-    given = [find_value(shlex.split(text), "--block-length") for text in flags.values()]
-    block = max([int(value) for value in given if value is not None and value.isdecimal()], default=USUAL_BLOCK)
-    return -(-max_tokens // max(block, 1)) * max(block, 1)
+    block = max(USUAL_BLOCK if value is None else value for value in _read_numbers(flags, "--block-length"))
+    return -(-max_tokens // block) * block
+
+
+def find_context(flags: Mapping[str, str]) -> int | None:
+    """Find the shortest context that references are given by their flags; None where none says."""
+    return min((value for value in _read_numbers(flags, "--max-model-len") if value is not None), default=None)
+
+
+def _read_numbers(flags: Mapping[str, str], name: str) -> list[int | None]:
+    """Read a flag of every reference, of one at least; None where it is not given as a number above 0."""
+    given = [find_value(shlex.split(text), name) for text in flags.values()] or [None]
+    return [int(value) if value is not None and value.isdecimal() and int(value) else None for value in given]
 
 
 def check_vocabularies(model: str | None, judge: str | None) -> None:
@@ -184,12 +194,13 @@ def check_vocabularies(model: str | None, judge: str | None) -> None:
 
 
 def _read_vocabulary(name: str | None) -> dict[str, int] | None:
-    """Read token → id of a checkpoint's tokenizer.json; None where there is none, or one of another form."""
+    """Read token → id of a tokenizer.json, special ones among them; None where there is none, or an unlike one."""
     folder = None if name is None else find_folder(name)
     if folder is None:
         return None
     try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, LookupError, TypeError):
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        return {**content["model"]["vocab"], **added}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return found if isinstance(found, dict) else None

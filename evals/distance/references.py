@@ -13,10 +13,12 @@ from laguna_serve.bench.harness.prompts import PromptsError, fingerprint_prompts
 from laguna_serve.evals.codegen.syntax_reward import reward_syntax
 from laguna_serve.evals.distance.comparison import compare_tokens, list_scored, score, summarise_speed
 from laguna_serve.evals.distance.judging import count_shortened
+from laguna_serve.evals.distance.kept import Answer
 from laguna_serve.evals.distance.options import (
     ReferencesConfig,
     check_vocabularies,
     find_canvas,
+    find_context,
     make_judge,
     make_specs,
 )
@@ -70,23 +72,25 @@ def make_job(config: ReferencesConfig, environment: Environment) -> Job:
     specs, judge, folder = make_specs(config), make_judge(config), config.out / "answers"
     if not config.by_url:
         check_vocabularies(config.model, config.judge)
-    if not all(is_begun(folder / name) for name in specs):
-        check_specs([*specs.values(), judge])
-    claim_folder(folder, list_settings(config, prompts, environment))
-    for name, spec in specs.items():
-        flags = None if spec.config is None else list(spec.config.extra_args)
-        claim_folder(folder / name, {"flags": flags, "url": spec.url})
-    return Job(
+    job = Job(
         specs=specs,
         judge=judge,
         prompts=prompts,
         prompt_tokens=config.prompt_tokens,
         max_tokens=config.max_tokens,
         canvas=find_canvas(config.max_tokens, config.list_flags()),
+        context=find_context(config.list_flags()),
         concurrency=config.concurrency,
         folder=folder,
-        losses=folder / f"losses-{name_judge(config)}.jsonl",
+        judge_key=name_judge(config),
     )
+    if not all(is_begun(job.find_folder(name)) for name in specs):
+        check_specs([*specs.values(), judge])
+    claim_folder(folder, list_settings(config, prompts, environment))
+    for name, spec in specs.items():
+        flags = None if spec.config is None else list(spec.config.extra_args)
+        claim_folder(job.find_folder(name), {"flags": flags, "url": spec.url})
+    return job
 
 
 def list_settings(config: ReferencesConfig, prompts: list[Prompt], environment: Environment) -> dict[str, object]:
@@ -114,11 +118,11 @@ def assemble(config: ReferencesConfig, job: Job, environment: Environment, kept:
     tokens = {name: [kept.answers[name].by_id[prompt].token_ids for prompt in ids] for name in job.specs}
     scored = list_scored(tokens)
     losses = {
-        name: [found.nats / found.tokens for number in scored if (found := kept.losses.by_answer[name, ids[number]])]
+        name: [loss.nats / loss.tokens for loss in (kept.losses[name].by_id[ids[number]] for number in scored)]
         for name in job.specs
     }
     lines = {
-        name: [reward_lines(prompt, kept.answers[name].by_id[prompt.id].text) for prompt in job.prompts]
+        name: [reward_lines(prompt, kept.answers[name].by_id[prompt.id]) for prompt in job.prompts]
         for name in job.specs
     }
     references = {}
@@ -153,9 +157,9 @@ def assemble(config: ReferencesConfig, job: Job, environment: Environment, kept:
                 prompt_tokens=len(prompt.prompt_ids),
                 tokens={name: len(found[number]) for name, found in tokens.items()},
                 nats={
-                    name: kept.losses.by_answer[name, prompt.id].nats
-                    for name in job.specs
-                    if (name, prompt.id) in kept.losses.by_answer
+                    name: losses.by_id[prompt.id].nats
+                    for name, losses in kept.losses.items()
+                    if prompt.id in losses.by_id
                 },
                 python_lines={name: found[number] for name, found in lines.items()},
             )
@@ -164,6 +168,10 @@ def assemble(config: ReferencesConfig, job: Job, environment: Environment, kept:
     )
 
 
-def reward_lines(prompt: Prompt, text: str) -> float:
-    """Share of an answer's lines that are Python; one to a conversation begins a line of its own."""
-    return reward_syntax(prompt.text if prompt.chat is None else "", text)
+def reward_lines(prompt: Prompt, answer: Answer) -> float:
+    """Share of an answer's lines that are Python; one to a conversation begins a line of its own.
+
+    The last line of an answer that ended by itself is whole; of one that was cut off it is left out.
+    """
+    is_open = answer.ended and not answer.text.endswith("\n")
+    return reward_syntax(prompt.text if prompt.chat is None else "", answer.text + "\n" * is_open)

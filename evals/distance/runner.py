@@ -20,9 +20,6 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.progress import Progress
 
-# A dying engine is seen dead a moment after its connections broke.
-DEATH_S = 2.0
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -31,9 +28,10 @@ class Job:
     Attributes:
         specs: the references, the baseline first.
         canvas: what an answer takes of the context.
+        context: the least that a reference's flags give it; None where none says.
         prompt_tokens: the most that a prompt may have; None for what fits.
-        folder: keeps the prompts as they were read, the answers and the engines' logs.
-        losses: the file of this judge's.
+        folder: keeps the prompts as they were read, and the judge's log.
+        judge_key: names the judge's losses.
     """
 
     specs: Mapping[str, ArmSpec]
@@ -42,9 +40,14 @@ class Job:
     prompt_tokens: int | None
     max_tokens: int
     canvas: int
+    context: int | None
     concurrency: int
     folder: Path
-    losses: Path
+    judge_key: str
+
+    def find_folder(self, name: str) -> Path:
+        """Find where a reference's answers, the judge's losses on them, and its engine's log are kept."""
+        return self.folder / "references" / name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Kept:
 
     prompts: KeptPrompts
     answers: dict[str, KeptAnswers]
-    losses: KeptLosses
+    losses: dict[str, KeptLosses]
 
 
 def run(job: Job, progress: Progress) -> Kept:
@@ -66,13 +69,14 @@ def run(job: Job, progress: Progress) -> Kept:
     """
     kept = Kept(
         KeptPrompts(job.folder / "prompts.jsonl"),
-        {name: KeptAnswers(job.folder / name) for name in job.specs},
-        KeptLosses(job.losses),
+        {name: KeptAnswers(job.find_folder(name)) for name in job.specs},
+        {name: KeptLosses(job.find_folder(name) / f"losses-{job.judge_key}.jsonl") for name in job.specs},
     )
     for name, spec in job.specs.items():
         missing = [prompt.id for prompt in job.prompts if prompt.id not in kept.answers[name].by_id]
-        if missing:
-            with open_arm(spec, job.folder / name, progress.say) as arm:
+        unread = name == BASELINE and any(prompt.id not in kept.prompts.by_id for prompt in job.prompts)
+        if missing or unread:
+            with open_arm(spec, job.find_folder(name), progress.say) as arm:
                 asyncio.run(_collect(job, arm, missing, kept, progress))
     if unjudged := list_unjudged(kept.answers, [prompt.id for prompt in job.prompts], kept.losses):
         with open_arm(job.judge, job.folder, progress.say) as arm:
@@ -91,6 +95,9 @@ async def _collect(job: Job, arm: Arm, missing: Sequence[str], kept: Kept, progr
                     progress.say(f"{cut} of {len(job.prompts)} prompts are cut from the left")
             else:
                 await check_tokenizer(arm.name, endpoint, job.prompts, kept.prompts)
+                _check_room(job, arm.name, endpoint, kept.prompts)
+            if not missing:
+                return
             progress.say(f"asking the {arm.name} for {len(missing)} of {len(job.prompts)} answers")
             progress.begin()
             prompts = [kept.prompts.by_id[prompt] for prompt in missing]
@@ -104,7 +111,7 @@ async def _collect(job: Job, arm: Arm, missing: Sequence[str], kept: Kept, progr
                 lambda done: progress.step(arm.name, done, len(missing)),
             )
         except EndpointError:
-            await _look_for_death(arm)
+            await arm.look_for_death()
             raise
 
 
@@ -126,7 +133,7 @@ async def _judge(job: Job, arm: Arm, unjudged: Sequence[tuple[str, Answer]], kep
                 lambda done: progress.step(arm.name, done, len(unjudged)),
             )
         except EndpointError:
-            await _look_for_death(arm)
+            await arm.look_for_death()
             raise
 
 
@@ -136,14 +143,18 @@ async def _open(session: aiohttp.ClientSession, arm: Arm) -> ScoringEndpoint:
 
 def _find_most(job: Job, endpoint: ScoringEndpoint) -> int:
     """Find the most tokens that a prompt may have. Raises EndpointError where an answer leaves no room for one."""
-    room = endpoint.max_model_len - job.canvas
+    context = min(endpoint.max_model_len, job.context or endpoint.max_model_len)
+    room = context - job.canvas
     if room < 1:
         expected = f"expected room for a canvas of {job.canvas} tokens and a prompt"
-        raise EndpointError(f"--max-tokens: {expected}, got {endpoint.max_model_len} tokens of context; lower it")
+        raise EndpointError(f"--max-tokens: {expected}, got {context} tokens of context; lower it")
     return room if job.prompt_tokens is None else min(room, job.prompt_tokens)
 
 
-async def _look_for_death(arm: Arm) -> None:
-    for _ in range(int(DEATH_S / 0.1) if arm.engine is not None else 0):
-        arm.check()
-        await asyncio.sleep(0.1)
+def _check_room(job: Job, name: str, endpoint: ScoringEndpoint, kept: KeptPrompts) -> None:
+    """Raise EndpointError where a reference's context is too short for what the baseline has read."""
+    room = endpoint.max_model_len - job.canvas
+    longest = max(len(kept.by_id[prompt.id].prompt_ids) for prompt in job.prompts)
+    if longest > room:
+        remedy = f"begin another --out with --prompt-tokens {room}" if room > 0 else "lower --max-tokens"
+        raise EndpointError(f"{name}: expected room for prompts of {longest} tokens, got {max(room, 0)}; {remedy}")

@@ -44,8 +44,6 @@ from laguna_serve.serving.kit.progress import Progress
 
 # An arm that failed this many requests is given up.
 MAX_FAILURES = 5
-# A dying engine is seen dead a moment after its connections broke.
-DEATH_S = 2.0
 # Problems that are confirmed at most, the first ones: more cost much and tell little.
 MAX_SUSPECTS = 12
 
@@ -175,7 +173,7 @@ async def _send(
             except EndpointError as error:
                 failures[request.key] = str(error)
                 failed[request.arm] += 1
-                await _look_for_death(by_name[request.arm])
+                await by_name[request.arm].look_for_death()
             done += 1
             progress.step(request.arm, done, len(requests))
 
@@ -187,12 +185,6 @@ async def _connect(session: aiohttp.ClientSession, job: Job, arm: Arm) -> Client
     model_name = arm.model_name or await find_model_name(session, arm.base_url)
     make = ChatClient if job.form == "chat" else Client
     return make(session, arm.base_url, model_name, job.max_tokens, {"ignore_eos": False})
-
-
-async def _look_for_death(arm: Arm) -> None:
-    for _ in range(int(DEATH_S / 0.1) if arm.engine is not None else 0):
-        arm.check()
-        await asyncio.sleep(0.1)
 
 
 def compare(

@@ -207,11 +207,13 @@ class MockEngine(MockServer):
                 "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
             }
         elif isinstance(answer, Said):
-            answer = self._render_chat(answer) if "messages" in body else self._render_completion(answer)
+            answer = self._render_chat(answer) if "messages" in body else self._render_completion(answer, body)
         return web.json_response(answer, headers=self.settings.headers)
 
-    def _render_completion(self, said: Said) -> dict[str, Any]:
+    def _render_completion(self, said: Said, body: Body) -> dict[str, Any]:
+        ended = len(said.ids) < body.get("max_tokens", 16)
         choice: dict[str, Any] = {"text": said.text, "logprobs": {"top_logprobs": said.top}}
+        choice["finish_reason"] = "stop" if ended else "length"
         if self.settings.ids:
             choice |= {"token_ids": said.ids, "prompt_token_ids": said.prompt_ids}
         return {"choices": [choice], "usage": {"completion_tokens": len(said.ids)}}

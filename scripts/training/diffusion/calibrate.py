@@ -27,6 +27,7 @@ from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.order import OrderModel
 from laguna_serve.plugins.diffusion.proposing.prepared import GRAPHS, ORDER, find_cost
 from laguna_serve.plugins.diffusion.proposing.sources import Corrected, Drafted, Source, Stale
+from laguna_serve.plugins.diffusion.server.loading import choose_dtype
 from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.order import SCHEDULE, record, train_order
 from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
@@ -120,8 +121,9 @@ def learn(config: CalibrateConfig) -> Calibration:
     began, progress = time.monotonic(), Progress()
     torch.set_num_threads(config.threads)
     reference = read_reference(config.schedule, config.cache)
-    target = load_model(config.model, device=config.device)
-    draft = None if config.draft is None else load_model(config.draft, device=config.device)
+    dtype = choose_dtype("auto", config.model, config.device)
+    target = load_model(config.model, dtype, config.device)
+    draft = None if config.draft is None else load_model(config.draft, dtype, config.device)
     canvases = _read_canvases(config, target)
     decoder = Decoder(Predictor(target), reference)
     progress.say(f"decoding {len(canvases)} prompts for the order model")

@@ -56,7 +56,7 @@ def find_role(config: EngineConfig) -> str:
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[RoleEngine]:
     made = type("Made", (RoleEngine,), {"roles": {}, "started_roles": (), "rows_asked": []})
     monkeypatch.setattr(arms, "Engine", made)
-    monkeypatch.setattr(runner, "DEATH_S", 0.0)
+    monkeypatch.setattr(arms, "DEATH_S", 0.0)
     monkeypatch.setattr(runner, "check_rows", made.check_rows)
     return made
 

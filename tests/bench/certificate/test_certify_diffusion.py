@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llada import make_tokenizer, write_llada
 
 from laguna_serve.bench import certify
-from laguna_serve.bench.certificate import runner
+from laguna_serve.bench.arms import arms
 from laguna_serve.serving.planning.launch import find_port
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def wait_until_healthy(url: str) -> None:
 
 @pytest.fixture
 def run(urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(runner, "DEATH_S", 0.0)
+    monkeypatch.setattr(arms, "DEATH_S", 0.0)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"id": str(n), "prompt": text}) + "\n" for n, text in enumerate(PROMPTS)))
 

@@ -8,7 +8,7 @@ import pytest
 
 from laguna_serve.evals.distance.comparison import compare_tokens, list_scored, score, summarise_speed
 from laguna_serve.evals.distance.kept import Stretch
-from laguna_serve.evals.distance.options import check_vocabularies, find_canvas, parse_other
+from laguna_serve.evals.distance.options import check_vocabularies, find_canvas, find_context, parse_other
 
 
 def test_positions_are_those_of_the_longer_answer() -> None:
@@ -82,10 +82,16 @@ def test_stretches_are_summed() -> None:
         (64, {"a": ""}, 64),
         (48, {"a": "--block-length 48"}, 48),
         (33, {"a": "--block-length=8", "b": "--block-length 16"}, 48),
+        (33, {"a": "", "b": "--block-length 8"}, 64),
     ],
 )
 def test_canvases_are_of_whole_blocks(most: int, flags: dict[str, str], canvas: int) -> None:
     assert find_canvas(most, flags) == canvas
+
+
+def test_the_shortest_context_that_flags_name_counts() -> None:
+    assert find_context({"a": "--max-model-len 90", "b": "--cache dual", "c": "--max-model-len=70"}) == 70
+    assert find_context({"a": ""}) is find_context({}) is None
 
 
 def test_others_are_a_name_and_flags() -> None:
