@@ -79,12 +79,17 @@ class Arms:
         Raises:
             DiffusionError: it cannot be used, or be stored so.
         """
-        self.draft = self.cost = None
+        self.draft, self.cost, self.proposers = None, None, {}  # one draft in memory
         if self._draft_folder is not None:
             self.draft = load_model(self._draft_folder, self._dtype, self._device)
             quantise(self.draft, weights)
             self.cost = find_cost(self.target, self.draft)
         self.proposers = load_proposers(self._proposals, self.target, self.draft, self.reference)
+
+    @property
+    def dtype(self) -> str:
+        """The name of both models' dtype."""
+        return str(self._dtype).removeprefix("torch.")
 
     def make_canvases(self, texts: Sequence[str], canvas: int, block: int) -> list[Canvas]:
         """Make a canvas for each text, which is cut on the left to what fits in front of it."""

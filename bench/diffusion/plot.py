@@ -13,6 +13,8 @@ from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint
 from laguna_serve.serving.kit.figures import BAD, SOFT, note_source, open_figure, style_axes
 
 LINES = ("#3d6fb4", "#12857d", "#8a6d3b")
+# Of drafts in fewer bits, three at most.
+MEASURED_COLORS = ("#7a4fa3", "#c2417c", "#4f6d1f")
 CHANCES = [at / 100 for at in range(30, 98)]
 MEASURED = "draft, gated"
 MARKERS = "+x1234"
@@ -36,7 +38,7 @@ def draw(result: DiffusionResult, path: Path) -> None:
         axes.axhline(1.0, color=SOFT, linewidth=1)
         of_target = [point for point in result.points if point.proposer == MEASURED]
         _mark(axes, Path(result.model).name + "'s draft", result.next_commits[1], result.cost, of_target, BAD)
-        for draft, color in zip(result.drafts, LINES, strict=False):
+        for draft, color in zip(result.drafts, MEASURED_COLORS, strict=False):
             points = [point for point in draft.points if point.proposer == MEASURED]
             _mark(axes, f"the same in {draft.weights}", draft.next_commits[1], draft.cost, points, color)
         axes.set_ylim(0, 2.7)

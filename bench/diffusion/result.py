@@ -72,6 +72,7 @@ class DiffusionResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag
         next_commits: along the target's decode, how often the draft commits at the same position next, and how often
             it comes to the same state; None without a draft.
         drafts: the same draft in fewer bits.
+        dtype: of both models; None in older results, which are float32.
     """
 
     environment: Environment
@@ -88,4 +89,5 @@ class DiffusionResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag
     points: list[ProposerPoint]
     references: list[ReferencePoint]
     drafts: list[DraftPoint] = []
+    dtype: str | None = None
     partial: bool = False

@@ -84,6 +84,8 @@ class DiffusionConfig:
         check_bounds(self)
         if self.draft_weights and self.draft is None:
             raise FlagError("--draft-weights: expected --draft beside it, got none; name the draft")
+        if len(set(self.draft_weights)) < len(self.draft_weights):
+            raise FlagError(f"--draft-weights: expected each once, got {', '.join(self.draft_weights)}; drop one")
         if unknown := set(self.draft_weights) - set(FEWER_BITS):
             expected = f"expected some of {', '.join(FEWER_BITS)}"
             raise FlagError(f"--draft-weights: {expected}, got {', '.join(sorted(unknown))}")
@@ -182,6 +184,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         points=points,
         references=references,
         drafts=drafts,
+        dtype=arms.dtype,
         partial=partial,
     )
     write_result(config.out / "diffusion.json", result)

@@ -4,9 +4,9 @@ A draft only proposes, so that no text depends on its bits, and what it forgets 
 
 | | a GPU | a CPU |
 |--|--|--|
-| fp8 | e4m3, rows of activations in FP8 as well (compute capability 8.9 on) | e4m3, widened for each product |
+| fp8 | e4m3, rows of activations too; of bfloat16, from compute capability 8.9 on | e4m3, widened for each product |
 | int8 | a byte and a scale a row, widened in the product | the same |
-| int4 | four bits, a scale for 128 weights (torchao wants mslk) | values of four bits, a byte each |
+| int4 | four bits, a scale for 128 weights; of bfloat16, torchao wants mslk | values of four bits, a byte each |
 
 Checked against torchao 0.18.0.
 """
@@ -22,7 +22,8 @@ from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS, require_torchao
 
-INT4_GROUP = 128
+# Weights with one scale in four bits, the most first, on a GPU and on a CPU: rows have to be multiples.
+INT4_GROUPS = ((128, 64, 32), (128, 64, 32, 16, 8))
 
 
 def quantise(model: Llada, weights: str) -> None:
@@ -36,14 +37,19 @@ def quantise(model: Llada, weights: str) -> None:
     require_torchao(weights)
     from torchao.quantization import quantize_
 
-    device = model.embedding.weight.device
-    try:
-        for block in model.blocks:
-            quantize_(block, _configure(weights, device.type, _find_group(block)), _is_matrix)
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
-        flag = f"--draft-weights {weights}"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DiffusionError(f"{flag}: expected {device} to take it, torchao says: {reason}; choose another") from None
+    device, flag = model.embedding.weight.device, f"--draft-weights {weights}"
+    for block in model.blocks:
+        for matrix in [module for module in block.modules() if isinstance(module, nn.Linear)]:
+            config = _configure(weights, device.type, matrix.in_features)
+            try:
+                quantize_(block, config, lambda module, _, matrix=matrix: module is matrix)
+            except (ImportError, NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                expected = f"expected {device} to take it"
+                raise DiffusionError(f"{flag}: {expected}, torchao says: {reason}; choose another") from None
+            if type(matrix.weight) is nn.Parameter:
+                got = f"{matrix.out_features} × {matrix.in_features}"
+                raise DiffusionError(f"{flag}: expected shapes that torchao takes, got {got}; choose another")
 
 
 def count_stored_bytes(tensor: torch.Tensor) -> int:
@@ -54,7 +60,8 @@ def count_stored_bytes(tensor: torch.Tensor) -> int:
     return sum(count_stored_bytes(getattr(tensor, name)) for name in flatten()[0])
 
 
-def _configure(weights: str, device: str, group: int) -> Any:
+def _configure(weights: str, device: str, width: int) -> Any:
+    """Make torchao's configuration for a matrix with rows of `width`. Raises DiffusionError: it has none for them."""
     from torchao import quantization as ao
 
     if weights == "int8":
@@ -63,20 +70,11 @@ def _configure(weights: str, device: str, group: int) -> Any:
         if device == "cpu":
             return ao.Float8WeightOnlyConfig()
         return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+    group = next((group for group in INT4_GROUPS[device == "cpu"] if width % group == 0), None)
+    if group is None:
+        expected = f"expected rows of a multiple of {INT4_GROUPS[device == 'cpu'][-1]} weights"
+        raise DiffusionError(f"--draft-weights int4: {expected}, got {width}; choose another")
     if device == "cpu":
         four_bits = torch.int4  # type: ignore[attr-defined]
         return ao.IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=ao.PerGroup(group))
     return ao.Int4WeightOnlyConfig(group_size=group)
-
-
-def _find_group(block: nn.Module) -> int:
-    """Find the widest group of weights with a scale, at most INT4_GROUP, that every row of a layer is a multiple of."""
-    widths = [module.in_features for module in block.modules() if isinstance(module, nn.Linear)]
-    group = INT4_GROUP
-    while any(width % group for width in widths):
-        group //= 2
-    return group
-
-
-def _is_matrix(module: nn.Module, _name: str) -> bool:
-    return isinstance(module, nn.Linear)

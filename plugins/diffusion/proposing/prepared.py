@@ -20,8 +20,9 @@ GRAPHS = {"target": "graph.json", "draft": "graph-draft.json", "corrected": "gra
 
 
 def count_read(model: Llada) -> int:
-    """Count the bytes of parameters that a pass reads: all but the embedding's, of which it takes rows."""
-    return sum(map(count_stored_bytes, model.parameters())) - model.embedding.weight.nbytes
+    """Count the bytes of parameters that a pass reads: all but an embedding that is no head, of which it takes rows."""
+    rows_alone = 0 if model.config.weight_tying else model.embedding.weight.nbytes
+    return sum(map(count_stored_bytes, model.parameters())) - rows_alone
 
 
 def find_cost(target: Llada, draft: Llada) -> float:

@@ -11,9 +11,18 @@ from unittest.mock import ANY
 import pytest
 from tiny_llada import write_llada
 
-from laguna_serve.bench.diffusion.run import DiffusionConfig, count_differing, main, measure_proposals, render_text
+from laguna_serve.bench.diffusion.run import (
+    FEWER_BITS,
+    DiffusionConfig,
+    count_differing,
+    main,
+    measure_proposals,
+    render_text,
+)
 from laguna_serve.bench.exactness import __main__ as exactness
 from laguna_serve.plugins.diffusion.errors import DiffusionError
+from laguna_serve.plugins.diffusion.server import options
+from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS
 from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.calibrate import CalibrateConfig, learn
 from laguna_serve.serving.kit.flags import FlagError
@@ -85,9 +94,18 @@ def test_prompts_that_were_learnt_from_are_not_measured(learnt: CalibrateConfig,
         replace(bench(learnt, tmp_path), num_prompts=2)
 
 
-def test_bits_that_no_draft_can_have_are_refused(learnt: CalibrateConfig, tmp_path: Path) -> None:
+def test_bits_that_no_draft_can_have_are_refused(
+    learnt: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(FlagError, match="--draft-weights: expected some of fp8, int8, int4, got int2"):
         replace(bench(learnt, tmp_path), draft_weights=("fp8", "int2"))
+    with pytest.raises(FlagError, match="--draft-weights: expected each once, got fp8, fp8"):
+        replace(bench(learnt, tmp_path), draft_weights=("fp8", "fp8"))
+    assert DRAFT_WEIGHTS[1:] == FEWER_BITS
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(DiffusionError, match="expected an environment with torchao"):
+        measure_proposals(replace(bench(learnt, tmp_path / "none"), draft_weights=("fp8",)))
+    assert not (tmp_path / "none").exists(), "refused before anything was measured"
     with pytest.raises(FlagError, match="--draft-weights: expected --draft beside it"):
         replace(bench(learnt, tmp_path), draft=None, draft_weights=("fp8",))
 

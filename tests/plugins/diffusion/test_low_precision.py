@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from diffusion_models import make_model
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.low_precision import count_stored_bytes, quantise
+from laguna_serve.plugins.diffusion.model import Llada
+from laguna_serve.plugins.diffusion.proposing.prepared import count_read
 from laguna_serve.plugins.diffusion.server import options
 from laguna_serve.plugins.diffusion.server.options import parse_options
 from laguna_serve.serving.engine import EngineConfig
@@ -107,6 +113,50 @@ def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     weight = model.embedding.weight
     assert weight.dtype == torch.float32
     assert count_stored_bytes(weight) == weight.numel() * 4
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A module in torchao's place that takes everything and does nothing."""
+
+    def make(*_: Any, **settings: Any) -> dict[str, Any]:
+        return settings
+
+    names = (
+        "Int4WeightOnlyConfig",
+        "Int8WeightOnlyConfig",
+        "Float8WeightOnlyConfig",
+        "IntxWeightOnlyConfig",
+        "PerGroup",
+    )
+    fake = SimpleNamespace(**dict.fromkeys(names, make), quantize_=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    monkeypatch.setattr(options, "find_spec", lambda name: name)
+    return fake
+
+
+def test_what_torchao_does_not_take_is_refused_in_a_line(torchao: SimpleNamespace) -> None:
+    with pytest.raises(DiffusionError, match="--draft-weights fp8: expected shapes that torchao takes, got 32 × 32; "):
+        quantise(make_model(), "fp8")
+    with pytest.raises(DiffusionError, match="--draft-weights int4: expected rows of a multiple of 8 weights, got 44"):
+        low_precision._configure("int4", "cpu", 44)
+    with pytest.raises(DiffusionError, match="expected rows of a multiple of 32 weights, got 48"):
+        low_precision._configure("int4", "cuda", 48)
+    assert low_precision._configure("int4", "cuda", 192) == {"group_size": 64}
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("PerRow only works for bfloat16\n")
+
+    torchao.quantize_ = refuse
+    with pytest.raises(DiffusionError, match="int8: expected cpu to take it, torchao says: PerRow only works for bfl"):
+        quantise(make_model(), "int8")
+
+
+def test_a_tied_head_is_read_whole() -> None:
+    untied = make_model()
+    tied = Llada(replace(untied.config, weight_tying=True))
+    assert count_read(tied) == count_read(untied)
 
 
 def test_bits_of_a_draft_that_is_not_there_are_refused() -> None:
