@@ -103,7 +103,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     if not is_begun(config.points):
         specs = [*map(config.make_spec, (None, *gammas)), *([config.make_adaptive_spec()] if config.adaptive else [])]
         check_specs([*specs, *list_ablation_specs(config, max(gammas))])
-    claim_points(config, prompts, environment)
+    claim_points(config, prompts[: config.num_prompts], environment)
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
     environment = structs.replace(environment, other_load=load.find_share())

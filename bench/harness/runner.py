@@ -10,6 +10,7 @@ from pathlib import Path
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.harness.driver import Driver, connect
 from laguna_serve.bench.harness.order import Order
+from laguna_serve.bench.harness.prompts import count_own_lengths, describe_load
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run
 from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.serving.client.completions import open_session
@@ -102,7 +103,8 @@ async def _run_framed(plan: Plan, drivers: dict[str, Driver], progress: Progress
     progress.say(f"warming up with {sum(map(len, plan.warmup))} prompts")
     for driver in drivers.values():
         await driver.warm_up(plan.warmup)
-    progress.say(f"measuring {len(plan.prompts)} prompts × {plan.max_tokens} tokens on {' and '.join(drivers)}")
+    load = describe_load(len(plan.prompts), plan.max_tokens, count_own_lengths(plan.prompts, plan.max_tokens))
+    progress.say(f"measuring {load} on {' and '.join(drivers)}")
     try:
         await _run_rounds(plan, drivers, progress)
     except BaseException:

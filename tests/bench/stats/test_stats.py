@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -84,6 +86,13 @@ def test_the_interval_lies_within_the_extreme_pairs(times: list[tuple[float, flo
     low, high = bootstrap_speedup(pairs, seed, resamples=200)
     ratios = [pair.speedup for pair in pairs]
     assert min(ratios) * (1 - 1e-9) <= low <= high <= max(ratios) * (1 + 1e-9)
+
+
+def test_ends_that_rounding_has_swapped_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = SimpleNamespace(low=np.nextafter(1.5, 2), high=1.5)
+    monkeypatch.setattr("scipy.stats.bootstrap", lambda *_, **__: SimpleNamespace(confidence_interval=ends))
+    low, high = bootstrap_speedup([RoundPair(64, 1.0, 64, 1.0)] * 2, 0)
+    assert low == 1.5 < high
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusion_models import make_model
 
+from laguna_serve.plugins.diffusion import low_precision
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.low_precision import count_stored_bytes, quantise
 from laguna_serve.plugins.diffusion.model import Llada
