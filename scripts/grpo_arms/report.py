@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from laguna_serve.scripts.grpo_arms.result import BAR, ArmsResult, ArmSummary
 from laguna_serve.serving.kit.environment import cite_environment
 
@@ -27,7 +29,10 @@ def render_markdown(result: ArmsResult) -> str:
     said = f"(τ − 1) of the refreshed drafter ÷ that of the frozen one at the last versions: {gains}; the bar is {BAR}."
     loads = [run.environment.other_load for run in result.runs if run.environment.other_load is not None]
     shared = f" Others took {min(loads):.0%} to {max(loads):.0%} of the processors' time." if loads else ""
-    cited = "\n\n".join(dict.fromkeys(cite_environment(run.environment) for run in result.runs))
+    begun: dict[str, str] = {}  # runs of one command, the first of them
+    for run in result.runs:
+        begun.setdefault(cite_environment(structs.replace(run.environment, date="")), cite_environment(run.environment))
+    cited = "\n\n".join(begun.values())
     return f"The goal is a held-out reward of {result.goal:g}.\n\n{table}\n\n{said}{shared}\n\n{cited}\n"
 
 
