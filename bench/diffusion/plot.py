@@ -24,8 +24,8 @@ def draw(result: DiffusionResult, path: Path) -> None:
     """Write the PNG of a result with a draft."""
     assert result.next_commits is not None
     assert result.cost is not None
-    with open_figure(path, 1, 1, figsize=(8, 5)) as (figure, axes):
-        figure.subplots_adjust(left=0.09, right=0.97, top=0.84, bottom=0.2)
+    with open_figure(path, 1, 1, figsize=(11, 5)) as (figure, axes):
+        figure.subplots_adjust(left=0.065, right=0.66, top=0.84, bottom=0.2)
         style_axes(
             axes,
             "When does a draft pay?",
@@ -44,9 +44,9 @@ def draw(result: DiffusionResult, path: Path) -> None:
         axes.set_ylim(0, 2.7)
         axes.set_xlabel("chance that the draft's next state is the target's")
         axes.set_ylabel("speed-up")
-        axes.legend(frameon=False, loc="upper left")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02))
         where = [f"{result.prompts} prompts", result.environment.device_name, result.environment.date[:10]]
-        note_source(figure, 0.09, where)
+        note_source(figure, 0.065, where)
 
 
 def _mark(axes: Axes, label: str, chance: float, cost: float, measured: Sequence[ProposerPoint], color: str) -> None:
