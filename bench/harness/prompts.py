@@ -25,6 +25,8 @@ from laguna_serve.serving.kit.flags import Flag
 from laguna_serve.serving.kit.results import JsonObject
 
 SYNTHETIC_LINE = "def warm_up_{index}(value):\n    return value + {index}\n\n"
+# So many lengths: hundreds of warm-up prompts must not grow out of a model's context.
+SYNTHETIC_LENGTHS = 8
 
 
 CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
@@ -173,7 +175,7 @@ def _make_chat(label: str, chat: JsonObject, thinking: Thinking | None, most: in
 def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> tuple[list[Prompt], list[Prompt]]:
     """Split into timed prompts (from the front) and warm-up prompts (from what is left, lengths spread evenly).
 
-    Warm-up prompts are never among the timed ones; where the file has too few, synthetic ones of growing length help.
+    Warm-up prompts are never among the timed ones; where the file has too few, synthetic ones of several lengths help.
 
     Raises:
         PromptsError: more timed prompts are asked for than there are.
@@ -185,7 +187,7 @@ def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> 
     taken = min(warmup, len(spare))
     chosen = [spare[(index * len(spare)) // taken] for index in range(taken)]
     synthetic = [
-        Prompt(id=f"warm-up-{index}", text=SYNTHETIC_LINE.format(index=index) * (2 + 4 * index))
+        Prompt(id=f"warm-up-{index}", text=SYNTHETIC_LINE.format(index=index) * (2 + 4 * (index % SYNTHETIC_LENGTHS)))
         for index in range(warmup - taken)
     ]
     return list(prompts[:count]), chosen + synthetic

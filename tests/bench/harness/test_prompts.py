@@ -105,6 +105,13 @@ def test_lengths_are_part_of_a_load_or_refused(tmp_path: Path) -> None:
         PromptsConfig(prompts=path).load_prompts(lengths=False)
 
 
+def test_synthetic_warm_up_prompts_stay_short_however_many() -> None:
+    _, warmup = split_prompts([Prompt("a", "b")], 1, 256)
+    assert len({prompt.text for prompt in warmup}) == 256
+    assert len({len(prompt.text) for prompt in warmup[:8]}) == 8
+    assert max(len(prompt.text) for prompt in warmup) < 2048
+
+
 def test_thinking_needs_a_template(tmp_path: Path) -> None:
     (tmp_path / "file").write_text('{"prompt": "a"}\n')
     with pytest.raises(PromptsError, match=r"--thinking: expected messages in .*, or --chat, got texts"):
