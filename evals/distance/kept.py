@@ -7,6 +7,7 @@ beside them, in a file for each judge: whoever removes the folder removes what w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -57,53 +58,40 @@ class Loss(msgspec.Struct, frozen=True):
     context: int
 
 
-class KeptPrompts:
-    """`by_id`: every prompt that was read."""
+Entry = TypeVar("Entry", ReadPrompt, Answer, Loss)
 
-    def __init__(self, path: Path) -> None:
+
+class KeptEntries(Generic[Entry]):
+    """A journal with at most one entry that counts for each prompt, in `by_id`."""
+
+    def __init__(self, path: Path, kind: type[Entry]) -> None:
         """Read those that are there. Raises JournalError."""
-        self._journal = Journal(path, ReadPrompt)
-        self.by_id = {prompt.id: prompt for prompt in self._journal.entries}
+        self._journal: Journal[Entry] = Journal(path, kind)
+        self.by_id: dict[str, Entry] = {entry.id: entry for entry in self._journal.entries}
 
-    def add(self, prompt: ReadPrompt) -> None:
-        """File a prompt; it is with the system when this returns."""
-        self._journal.append(prompt)
-        self.by_id[prompt.id] = prompt
+    def add(self, entry: Entry) -> None:
+        """File an entry; it is with the system when this returns."""
+        self._journal.append(entry)
+        self.by_id[entry.id] = entry
 
 
-class KeptAnswers:
-    """`by_id`: every answer of a reference; `stretches`: how long they took."""
+KeptPrompts = KeptEntries[ReadPrompt]
+KeptLosses = KeptEntries[Loss]
+
+
+class KeptAnswers(KeptEntries[Answer]):
+    """A reference's answers; `stretches`: how long they took."""
 
     def __init__(self, folder: Path) -> None:
         """Read those that are there. Raises JournalError."""
-        self._answers = Journal(folder / "answers.jsonl", Answer)
+        super().__init__(folder / "answers.jsonl", Answer)
         self._stretches = Journal(folder / "stretches.jsonl", Stretch)
-        self.by_id = {answer.id: answer for answer in self._answers.entries}
 
     @property
     def stretches(self) -> list[Stretch]:
         """Every stretch of asking that came to its end."""
         return self._stretches.entries
 
-    def add(self, answer: Answer) -> None:
-        """File an answer; it is with the system when this returns."""
-        self._answers.append(answer)
-        self.by_id[answer.id] = answer
-
     def add_stretch(self, stretch: Stretch) -> None:
         """File what a stretch took."""
         self._stretches.append(stretch)
-
-
-class KeptLosses:
-    """`by_id`: the losses that one judge gave on a reference's answers."""
-
-    def __init__(self, path: Path) -> None:
-        """Read those that are there. Raises JournalError."""
-        self._journal = Journal(path, Loss)
-        self.by_id = {loss.id: loss for loss in self._journal.entries}
-
-    def add(self, loss: Loss) -> None:
-        """File a loss; it is with the system when this returns."""
-        self._journal.append(loss)
-        self.by_id[loss.id] = loss

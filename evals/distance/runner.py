@@ -12,7 +12,7 @@ import aiohttp
 from laguna_serve.bench.arms.arms import BASELINE, Arm, ArmSpec, open_arm
 from laguna_serve.evals.distance.asking import AnswerClient, ask_and_count, check_tokenizer, read_prompts
 from laguna_serve.evals.distance.judging import find_room, judge_answers, list_unjudged
-from laguna_serve.evals.distance.kept import Answer, KeptAnswers, KeptLosses, KeptPrompts
+from laguna_serve.evals.distance.kept import Answer, KeptAnswers, KeptLosses, KeptPrompts, Loss, ReadPrompt
 from laguna_serve.evals.distance.options import JUDGE
 from laguna_serve.evals.perplexity.endpoint import ScoringEndpoint, open_endpoint
 from laguna_serve.serving.client.completions import open_session
@@ -68,9 +68,9 @@ def run(job: Job, progress: Progress) -> Kept:
         JournalError: a file of what was kept cannot be read.
     """
     kept = Kept(
-        KeptPrompts(job.folder / "prompts.jsonl"),
+        KeptPrompts(job.folder / "prompts.jsonl", ReadPrompt),
         {name: KeptAnswers(job.find_folder(name)) for name in job.specs},
-        {name: KeptLosses(job.find_folder(name) / f"losses-{job.judge_key}.jsonl") for name in job.specs},
+        {name: KeptLosses(job.find_folder(name) / f"losses-{job.judge_key}.jsonl", Loss) for name in job.specs},
     )
     for name, spec in job.specs.items():
         missing = [prompt.id for prompt in job.prompts if prompt.id not in kept.answers[name].by_id]
