@@ -66,12 +66,16 @@ class Exchange:
 
 @dataclass
 class Upstream:
-    """An HTTP server in a thread; `handlers` by path, /health answers 200. `gone` notes when clients left early."""
+    """An HTTP server in a thread; `handlers` by path, /health answers 200. `gone` notes when clients left early.
+
+    `seen` has what was relayed; questions for the version of its weights come whenever the gateway likes: `checks`.
+    """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
     healthy: bool = True
     seen: list[Exchange] = field(default_factory=list)
     gone: list[float] = field(default_factory=list)
+    checks: list[Exchange] = field(default_factory=list)
     url: str = ""
 
     def __enter__(self) -> Upstream:
@@ -119,10 +123,13 @@ class Upstream:
         if path == "/health":
             await exchange.answer(b"", status="200 OK" if self.healthy else "503 Service Unavailable")
             return
-        if path == "/weight_info" and path not in self.handlers:
-            await exchange.answer(b"", status="404 Not Found")
-            return
-        self.seen.append(exchange)
+        if path == "/weight_info":
+            self.checks.append(exchange)
+            if path not in self.handlers:
+                await exchange.answer(b"", status="404 Not Found")
+                return
+        else:
+            self.seen.append(exchange)
         watch = asyncio.create_task(reader.read(1))
         work = asyncio.create_task(self._handle(exchange, path))  # type: ignore[arg-type]
         await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)

@@ -44,7 +44,7 @@ def make_tables(**upstream: object) -> dict[str, object]:
 def list_authorizations(upstream: Upstream) -> set[tuple[str, ...]]:
     return {
         tuple(value for name, value in read_headers(exchange.head) if name in ("authorization", "x-api-key"))
-        for exchange in upstream.seen
+        for exchange in [*upstream.seen, *upstream.checks]
     }
 
 
@@ -63,7 +63,7 @@ def test_credential_is_sent_with_everything_and_shown_nowhere(key_file: str, asg
             wait_until(lambda: any("/alive" in exchange.line for exchange in engine.seen))
             wait_until(lambda: len(candidate.seen) == 1)
             assert list_authorizations(engine) == list_authorizations(candidate) == {(f"Bearer {SECRET}",)}
-            assert {exchange.line.split(" ")[1] for exchange in engine.seen} >= {PATH, "/metrics", "/weight_info"}
+            assert {exchange.line.split(" ")[1] for exchange in [*engine.seen, *engine.checks]} >= {PATH, "/metrics", "/weight_info"}
             config = front.relay.config
             assert SECRET not in status + metrics + front.log.getvalue() + repr(config) + str(config.models)
 

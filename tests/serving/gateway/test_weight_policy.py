@@ -276,8 +276,8 @@ def test_engine_that_does_not_answer_for_its_version_stays_down_until_it_does() 
         assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
         one.handlers[VERSION] = hang_up
         engine = restart(front, one)
-        asked = len(one.seen)
-        wait_until(lambda: len(one.seen) >= asked + 3, 10)
+        asked = len(one.checks)
+        wait_until(lambda: len(one.checks) >= asked + 3, 10)
         assert (engine.up, engine.fenced) == (False, None)
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
         one.version, one.handlers[VERSION] = "7", one.tell
@@ -314,8 +314,8 @@ def test_engine_that_comes_back_while_requests_are_held_is_asked_before_they_go_
         assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
         assert front.ask_admin("/pause?mode=wait", {}).status == 200
         engine = restart(front, one)
-        checked = len(one.seen)
-        wait_until(lambda: len(one.seen) >= checked + 3, 10)
+        checked = len(one.checks)
+        wait_until(lambda: len(one.checks) >= checked + 3, 10)
         assert not engine.up
         assert front.ask_admin("/resume", {}).status == 200
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(8)} == {"b"}
