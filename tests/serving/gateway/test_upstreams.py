@@ -63,7 +63,11 @@ def test_credential_is_sent_with_everything_and_shown_nowhere(key_file: str, asg
             wait_until(lambda: any("/alive" in exchange.line for exchange in engine.seen))
             wait_until(lambda: len(candidate.seen) == 1)
             assert list_authorizations(engine) == list_authorizations(candidate) == {(f"Bearer {SECRET}",)}
-            assert {exchange.line.split(" ")[1] for exchange in [*engine.seen, *engine.checks]} >= {PATH, "/metrics", "/weight_info"}
+            assert {exchange.line.split(" ")[1] for exchange in [*engine.seen, *engine.checks]} >= {
+                PATH,
+                "/metrics",
+                "/weight_info",
+            }
             config = front.relay.config
             assert SECRET not in status + metrics + front.log.getvalue() + repr(config) + str(config.models)
 
