@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
-from laguna_serve.scripts.training.dante.losses import embedding_drift
+from laguna_serve.scripts.training.dante.anchor import check_sharing
 from laguna_serve.scripts.training.dante.records import CacheError
 from laguna_serve.scripts.training.dante.rows import TaughtRows
+from laguna_serve.scripts.training.dante.states import find_state
 from laguna_serve.scripts.training.dante.trainer import Objective, make_trainer
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -46,15 +46,12 @@ class Run:
         if part % self._micro:
             expected = f"a divisor of a process's {part} rows"
             raise CommandError(f"--micro-batch: expected {expected}, got {self._micro}; choose one")
-        if "FSDP" in str(self._state.distributed_type):
-            remedy = "launch with --multi_gpu"
-            raise CommandError(f"accelerate: expected DDP, got FSDP, which has not been tried with TEA; {remedy}")
         try:
             self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CommandError(f"{config.model}: expected a causal language model, got: {reason}") from None
-        self._initial = self._model.get_input_embeddings().weight.detach().clone()
+        self._weights: dict[str, torch.Tensor] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -65,7 +62,7 @@ class Run:
         """Train to the end, from the last saved state where there is one.
 
         Raises:
-            CacheError: fewer rows than a step takes.
+            CacheError: fewer rows than a step takes. CommandError: processes share the student out in another way.
             KeyboardInterrupt: a signal came; the state is saved.
         """
         config = self._config
@@ -83,20 +80,20 @@ class Run:
         trainer, stopping = make_trainer(
             self._model, self.tokenizer, taught.rows[: self.rows], objective, self._list_settings()
         )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(self._work))
+        accelerator = trainer.accelerator
+        check_sharing(accelerator.distributed_type.value, is_fsdp2=accelerator.is_fsdp2)
+        trainer.train(resume_from_checkpoint=find_state(self._work))
         if stopping.stopped and trainer.state.global_step < config.steps:
             raise KeyboardInterrupt
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self._model = model
-        current = model.get_input_embeddings().weight.detach()
-        self.drift = float(embedding_drift(current, self._initial.to(current.device)))
+        self.drift = trainer.measure_drift()
+        self._weights = accelerator.get_state_dict(trainer.model)  # of parts too, for the main process
         self.log = [_read_step(entry) for entry in trainer.state.log_history if "loss" in entry]
 
     def save(self) -> None:
         """Write the student as it has become, in its initialisation's dtype, with its tokenizer."""
-        described = AutoConfig.from_pretrained(self._config.model)
-        self._model.config.use_cache = described.use_cache  # which training turns off
-        self._model.to(described.dtype or torch.float32).save_pretrained(self._config.out)
+        student = AutoModelForCausalLM.from_pretrained(self._config.model, dtype="auto")
+        student.load_state_dict(self._weights)
+        student.save_pretrained(self._config.out)
         self.tokenizer.save_pretrained(self._config.out)
 
     def wait(self) -> None:

@@ -16,10 +16,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from laguna_serve.scripts.training.dante.anchor import EmbeddingAnchor
 from laguna_serve.scripts.training.dante.losses import (
     Anchor,
     confidence_weight,
-    embedding_drift,
     schedule_ce,
     schedule_tea,
     sequence_cross_entropy,
@@ -59,33 +59,45 @@ class WeighedCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
 
 
 class DanteTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with DANTE's loss.  The embedding that it is made with is what TEA anchors to, resumed or not."""
+    """SFTTrainer with DANTE's loss.  TEA anchors to the embedding that it is made with, resumed or not."""
 
     def __init__(self, *, objective: Objective, **options: Any) -> None:
         super().__init__(**options)
         self.objective = objective
         self.loss_is_scaled_for_ga = False  # a mean per batch
         self._seen: dict[str, list[float]] = defaultdict(list)
-        weight = self.model.get_input_embeddings().weight
-        self._initial = weight.detach().clone()
+        self._anchor = EmbeddingAnchor(self._embedding, objective.anchor)
+
+    def measure_drift(self) -> float:
+        """Return how far the embedding has moved, over its initial norm; in all processes together."""
+        return float(self._anchor.measure(self._embedding))
+
+    @property
+    def _embedding(self) -> torch.nn.Parameter:
+        weight: torch.nn.Parameter = self.accelerator.unwrap_model(self.model).get_input_embeddings().weight
+        return weight
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the total loss of a batch, a scalar."""
+        """Return the weighted cross entropy of a batch under its schedule, a scalar."""
         entropy, labels = inputs["entropy"], inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         losses = sequence_cross_entropy(outputs.logits, labels)
         what, step, steps = self.objective, self.state.global_step, self.state.max_steps
         weights = confidence_weight(entropy, what.center) if what.weigh else torch.ones_like(losses)
-        current = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-        initial = self._initial = self._initial.to(current.device)
-        drift = embedding_drift(current, initial, what.anchor)
         ce_factor = schedule_ce(step, steps, what.warm_up) if what.ramp else 1.0
-        loss = ce_factor * weighted_cross_entropy(losses, weights) + schedule_tea(step, steps) * drift
+        loss = ce_factor * weighted_cross_entropy(losses, weights)
         self._note(cross_entropy=losses.detach().mean(), weight=weights.mean())
-        self._note(drift=embedding_drift(current.detach(), initial))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take a batch's gradients, with the last of a step TEA's: return its share of the total loss, detached."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            return loss
+        self._note(drift=self._anchor.measure(self._embedding))
+        return loss + self._anchor.pull(self._embedding, schedule_tea(self.state.global_step, self.state.max_steps))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts' means since the last time."""

@@ -143,18 +143,32 @@ def test_interrupted_and_continued_is_uninterrupted(folder: Path, uninterrupted:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+# Torch's launcher, on a CPU too; --cpu starts one process, whatever the number.
+DDP = ["--multi_gpu"]
+FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+
+
 @needs_trainer
 @pytest.mark.slow
-def test_two_processes_have_the_loss_curve_of_one(folder: Path, uninterrupted: DanteResult) -> None:
-    # Torch's launcher, on a CPU too; --cpu starts one process, whatever the number.
-    launch = [str(TRAINER / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+@pytest.mark.parametrize(
+    ("flags", "program"), [(DDP, []), (FSDP, ["tests/scripts/dante/fsdp_on_cpu.py"])], ids=["DDP", "FSDP"]
+)
+def test_two_processes_have_the_loss_curve_of_one(
+    folder: Path, uninterrupted: DanteResult, flags: list[str], program: list[str]
+) -> None:
+    launch = [str(TRAINER / "accelerate"), "launch", *flags, "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = run(*launch, *command(folder, "two", "--micro-batch", "1"))
+    name = f"two-{len(flags)}"
+    done = run(*launch, *program, *command(folder, name, "--micro-batch", "1"))
     assert done.returncode == 0, done.stderr[-2000:]
-    result = read_result(folder / "two" / "training.json", DanteResult)
+    result = read_result(folder / name / "training.json", DanteResult)
     assert result.processes == 2
-    gaps = [abs(a.loss - b.loss) for a, b in zip(result.log, uninterrupted.log, strict=True)]
-    assert max(gaps) < 1e-3
+    for one, other in zip(result.log, uninterrupted.log, strict=True):
+        assert (one.loss, one.drift) == pytest.approx((other.loss, other.drift), abs=1e-3)
+    assert result.drift == pytest.approx(_drift(folder, name), rel=1e-3)
+    ours, theirs = (load_file(folder / made / "model.safetensors") for made in (name, "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in ours)
     assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1, "one process speaks"
 
 
