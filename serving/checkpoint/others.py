@@ -1,78 +1,154 @@
-"""Models that are not Laguna and are served all the same: dense ones in Llama's shape that vLLM has.
+"""Models that are not Laguna and are served all the same: whatever vLLM generates text with.
 
-They are described by the same `Target`, so that memory, context and devices are planned as for Laguna.  What is
-Laguna's alone is refused for them: drafters, pruned experts, new weights while serving, quantised weights.
+One whose attention and experts are of the usual kinds is described by the same `Target`, so that memory, context and
+devices are planned as for Laguna; of another (latent or linear attention, quantised weights, …) vLLM finds out when it
+starts.  What is Laguna's alone is refused for them: drafters, pruned experts, new weights while serving.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.plugins.layers import DENSE, FULL, SLIDING
-from laguna_serve.serving.checkpoint.fields import CheckpointError, Fields
+from laguna_serve.plugins.layers import DENSE, FULL, SLIDING, SPARSE
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.target import Target, is_drafter, read_architectures, read_dtype, read_target
 
-# Architecture → which of vLLM's classes serves it (model_executor/models/registry.py of vLLM 0.32).
-OTHERS = {"SmolLM3ForCausalLM": "vLLM's Transformers backend"}
+# How classes of transformers that generate text are named.
+GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+SERVED_BY = "vLLM's own, or its Transformers backend"
+# Small models of these, with random weights, gave transformers' greedy tokens in vLLM 0.32 on a CPU
+# (tests/serving/service/test_others_vllm.py, tests/scripts/dante/test_dante_served.py).
+COMPARED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM")
+# Parts of keys that only configs of other attention have: latent, recurrent, convolutional, several in turn.
+OTHER_ATTENTION = (
+    "kv_lora_rank",
+    "mamba",
+    "ssm",
+    "state_size",
+    "linear_",
+    "lru_",
+    "conv_",
+    "hybrid",
+    "attn_type",
+    "block_types",
+)
+NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Beginnings of classes whose embedding is the output matrix where config.json does not say (transformers 5.19).
+TIED = ("SmolLM3", "Gemma", "Cohere")
 
 
-def read_served(folder: Path) -> Target:
-    """Read and check the config of a model that is to be served: a Laguna, or one of `OTHERS`.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that is to be served.
+
+    Attributes:
+        target: None where config.json does not say enough to plan with, for the reason `unplanned`.
+        other: the class of one that is no Laguna, else None.
+    """
+
+    target: Target | None
+    other: str | None = None
+    unplanned: str = ""
+
+    def check(self, name: str, asked: Mapping[str, bool]) -> list[str]:
+        """Return what is to be said of a model that is no Laguna, a line each; nothing of a Laguna.
+
+        Args:
+            name: the model, for messages.
+            asked: of what only Laguna has, which is asked for.
+
+        Raises:
+            CheckpointError: some of it is.
+        """
+        if self.other is None:
+            return []
+        for what, wanted in asked.items():
+            if wanted:
+                raise CheckpointError(f"{name}: expected a Laguna for {what}, got {self.other}; drop it")
+        planned = f"are not planned ({self.unplanned})" if self.unplanned else "are planned from config.json"
+        if self.other in COMPARED:
+            answers = "compared with transformers' on small random models of this class alone"
+        else:
+            answers = "never compared here"
+        return [
+            f"{self.other} is no Laguna: its class is {SERVED_BY}; memory and context {planned},"
+            f" answers were {answers} (docs/serve.md#other-models)"
+        ]
+
+
+def read_served(folder: Path) -> Served:
+    """Read and check the config of a model that is to be served: a Laguna, or another that generates text.
 
     Raises:
         CheckpointError: it is neither, or its config is not what it should be.
     """
     config = read_config(folder)
     names = [] if is_drafter(config) else read_architectures(folder, config)
-    if not names or names[0] not in OTHERS:
-        return read_target(folder)
-    fields = Fields(folder, config)
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{folder}: expected {names[0]} without quantization_config, got one; serve it in bf16")
+    if not names or names[0].startswith("Laguna") or config.get("model_type") == "laguna":
+        return Served(read_target(folder))
+    if not names[0].endswith(GENERATING):
+        raise CheckpointError(f"{folder}: expected a model that generates text, got {names[0]}; start it with vLLM")
+    described = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    unplanned = _find_unplanned(config, described)
+    target = None if unplanned else _describe(Fields(folder, described), names[0])
+    return Served(target, names[0], unplanned)
+
+
+def _find_unplanned(config: ConfigJson, described: ConfigJson) -> str:
+    """Find why a plan would be wrong; empty where it would not."""
+    if any(one.get(key) is not None for one in (config, described) for key in ("quantization_config", "compression")):
+        return "its weights are quantised"
+    strange = sorted(key for key, value in described.items() if value and any(part in key for part in OTHER_ATTENTION))
+    if strange:
+        return f"its attention is of another kind ({strange[0]})"
+    kinds = described.get("layer_types")
+    if isinstance(kinds, list) and not {*map(str, kinds)} <= {FULL, SLIDING}:
+        return "its layers are of other kinds (layer_types)"
+    missing = [key for key in NEEDED if described.get(key) is None]
+    return f"config.json does not say {missing[0]}" if missing else ""
+
+
+def _describe(fields: Fields, architecture: str) -> Target:
+    config = fields.config
     layers, heads = fields.layers(), fields.positive("num_attention_heads")
     hidden = fields.positive("hidden_size")
     attention = fields.kinds("layer_types", layers, (FULL, SLIDING)) or (FULL,) * layers
+    inner = fields.positive("intermediate_size", 4 * hidden)
+    experts = next((fields.integer(key) for key in EXPERT_COUNTS if key in config), 0)
+    expert_size = fields.positive("moe_intermediate_size", inner)
+    shared = fields.integer("shared_expert_intermediate_size", fields.integer("n_shared_experts", 0) * expert_size)
     return Target(
-        name=str(folder),
-        architecture=names[0],
+        name=str(fields.folder),
+        architecture=architecture,
         vocab_size=fields.positive("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=fields.positive("intermediate_size"),
+        intermediate_size=inner,
         num_layers=layers,
         max_model_len=fields.positive("max_position_embeddings"),
         dtype=read_dtype(config),
-        num_experts=0,
-        experts_per_token=0,
-        expert_size=0,
-        shared_expert_size=0,
-        mlp_kinds=(DENSE,) * layers,
+        num_experts=experts,
+        experts_per_token=fields.positive("num_experts_per_tok", 1) if experts else 0,
+        expert_size=expert_size if experts else 0,
+        shared_expert_size=shared if experts else 0,
+        mlp_kinds=tuple(_find_kinds(fields, layers)) if experts else (DENSE,) * layers,
         attention_kinds=attention,
         heads=(heads,) * layers,
         num_kv_heads=fields.positive("num_key_value_heads", heads),
-        head_dim=fields.positive("head_dim", hidden // heads),
+        head_dim=fields.positive("head_dim", max(1, hidden // heads)),
         gate_width=0,
         sliding_window=fields.positive("sliding_window") if SLIDING in attention else None,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=bool(config.get("tie_word_embeddings", architecture.startswith(TIED))),
         quantisation=None,
         overrides={},
     )
 
 
-def check_other(target: Target, *, draft: bool, pruned: bool, weight_updates: bool) -> list[str]:
-    """Return what is to be said of a model that is no Laguna, a line each; nothing of a Laguna.
-
-    Raises:
-        CheckpointError: something that only Laguna has is asked of it.
-    """
-    if target.architecture not in OTHERS:
-        return []
-    asked = {"a drafter": draft, "a keep mask": pruned, "weight updates": weight_updates}
-    for what, wanted in asked.items():
-        if wanted:
-            raise CheckpointError(f"{target.name}: expected a Laguna for {what}, got {target.architecture}; drop it")
-    served = OTHERS[target.architecture]
-    return [
-        f"{target.architecture} is no Laguna: {served} serves it; memory and context are planned from config.json,"
-        " answers are compared with transformers' on the toy student alone (docs/dante.md)"
-    ]
+def _find_kinds(fields: Fields, layers: int) -> list[str]:
+    """Find which layers of a mixture have experts, by the keys of Qwen's and DeepSeek's."""
+    first, every = fields.integer("first_k_dense_replace", 0), fields.positive("decoder_sparse_step", 1)
+    dense = {*fields.integers("mlp_only_layers")} if "mlp_only_layers" in fields.config else set()
+    return [DENSE if layer < first or layer in dense or (layer + 1) % every else SPARSE for layer in range(layers)]

@@ -18,7 +18,7 @@ from laguna_serve.serving.checkpoint import (
     read_config,
 )
 from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
-from laguna_serve.serving.checkpoint.others import check_other, read_served
+from laguna_serve.serving.checkpoint.others import Served, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -39,8 +39,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class Checkpoints:
     """What is known of a configuration's checkpoints.
 
-    ``target`` and ``drafter`` are None for hub ids that are not on this machine; ``gamma`` is None without a draft.
-    ``warnings`` are for people, a line each.  ``configs`` are the config.json files that are on this machine.
+    ``target`` and ``drafter`` are None for hub ids that are not on this machine, ``target`` also for the reason
+    ``unplanned``; ``gamma`` is None without a draft.  ``warnings`` are for people, a line each.  ``configs`` are the
+    config.json files that are on this machine.
     """
 
     target: Target | None
@@ -51,6 +52,7 @@ class Checkpoints:
     warnings: tuple[str, ...] = ()
     chat: ChatContract = NO_CONTRACT
     configs: tuple[ConfigJson, ...] = ()
+    unplanned: str = ""
 
 
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
@@ -78,15 +80,15 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         raise CheckpointError(f"weight updates: expected an engine on the loopback, got {config.host}; {remedy}")
     check_pruning_files(config.keep_mask, config.group_indices)
     target_folder = find_folder(config.model)
-    target = read_served(target_folder) if target_folder is not None else None
-    warnings: list[str] = []
-    if target is not None:
-        warnings += check_other(
-            target,
-            draft=config.draft is not None,
-            pruned=config.keep_mask is not None,
-            weight_updates=config.weight_updates,
-        )
+    served = read_served(target_folder) if target_folder is not None else Served(None)
+    target = served.target
+    asked = {
+        "a drafter": config.draft is not None,
+        "a keep mask": config.keep_mask is not None,
+        "weight updates": config.weight_updates,
+        "--return-routed-experts": config.return_routed_experts,
+    }
+    warnings = served.check(config.model, asked)
     draft_folder = find_folder(config.draft) if config.draft is not None else None
     drafter = None
     if draft_folder is not None:
@@ -122,6 +124,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),
         configs=tuple(read_config(folder) for folder in folders),
+        unplanned=served.unplanned,
     )
 
 
@@ -179,9 +182,9 @@ def _weigh(
     Those of the files that are here, else of what config.json describes; of pruned experts what the engine holds.
     """
     size = 0
-    if target is not None and target_folder is not None:
-        stored = 0 if target.experts is not None else measure_weights(target_folder)
-        size += stored or estimate_held(target).total
+    if target_folder is not None:
+        stored = 0 if target is not None and target.experts is not None else measure_weights(target_folder)
+        size += stored or (0 if target is None else estimate_held(target).total)
     if drafter is not None and draft_folder is not None:
         size += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
     return size

@@ -10,7 +10,7 @@ from pathlib import Path
 from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
-from laguna_serve.serving.checkpoint.others import OTHERS
+from laguna_serve.serving.checkpoint.others import SERVED_BY
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.budget import MAX_GPU_SHARE, BudgetError
@@ -40,6 +40,7 @@ from laguna_serve.serving.planning.support import (
 DEFAULT_PORT = 8000
 SPECULATORS_CLASS = "DFlashDraftModel"
 VLLM = "vLLM's own"
+LAGUNAS = ("Laguna", "DFlash")
 # The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
 VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}
 
@@ -158,7 +159,7 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
         names.append(str(chosen[0]) if isinstance(chosen, list) else checkpoints.target.architecture)
     if checkpoints.drafter is not None:
         names.append(ARCHITECTURE if checkpoints.drafter.format != SPECULATORS else SPECULATORS_CLASS)
-    return {name: known.get(name, OTHERS.get(name, VLLM)) for name in names}
+    return {name: known.get(name, VLLM if name.startswith(LAGUNAS) else SERVED_BY) for name in names}
 
 
 def _lay_out(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> KvLayout:

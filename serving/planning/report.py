@@ -41,7 +41,9 @@ def _list_rows(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     label = "a plan for a device that was named; nothing of this machine" if plan.planned else "this machine"
     capability = "" if device.capability is None else f", compute capability {device.capability / 10}"
     yield "device", f"{device.name}{capability}, {device.total_bytes / GIB:.1f} GiB ({label})"
-    if target is None:
+    if target is None and plan.checkpoints.unplanned:
+        yield "model", f"{plan.config.model}: {plan.checkpoints.unplanned}; vLLM finds its memory when it starts"
+    elif target is None:
         yield "model", f"{plan.config.model}: not on this machine; vLLM downloads it, and nothing of it is known here"
     else:
         yield from _list_target(plan, target)

@@ -1,18 +1,24 @@
-"""Models that are not Laguna: SmolLM3 is planned, what only Laguna has is refused, and anything else still is."""
+"""Models that are not Laguna: planned where config.json suffices, served all the same; only Laguna's is refused."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.others import read_served
+from laguna_serve.serving.checkpoint.others import SERVED_BY, read_served
+from laguna_serve.serving.checkpoint.parameters import count_parameters
+from laguna_serve.serving.checkpoint.target import Target
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.plan import make_plan
+from laguna_serve.serving.planning.report import format_plan
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 # SmolLM3-3B's own sizes.
@@ -31,15 +37,67 @@ SMOLLM3 = {
 }
 
 
-def write(folder: Path, **changes: Any) -> Path:
-    (folder / "config.json").write_text(json.dumps(SMOLLM3 | changes))
+# Sizes of published models, and the number of their parameters.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+MIXTRAL = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def write(folder: Path, base: dict[str, Any] = SMOLLM3, **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(base | changes))
     return folder
+
+
+def read_planned(folder: Path) -> Target:
+    target = read_served(folder).target
+    assert target is not None
+    return target
 
 
 def test_smollm3_is_planned(tmp_path: Path) -> None:
     plan = make_plan(EngineConfig(str(write(tmp_path))), plan_for("h100-80gb"), planned=True)
     assert not plan.refusals
-    assert plan.classes == {"SmolLM3ForCausalLM": "vLLM's Transformers backend"}
+    assert plan.classes == {"SmolLM3ForCausalLM": SERVED_BY}
     assert any("is no Laguna" in warning for warning in plan.warnings)
     assert plan.memory is not None
     assert plan.memory.weights == pytest.approx(2 * 3.075e9, rel=0.01)
@@ -49,10 +107,60 @@ def test_smollm3_is_planned(tmp_path: Path) -> None:
     assert target.kv_values_per_token == 36 * 2 * 4 * 128
 
 
+@pytest.mark.parametrize(
+    ("config", "parameters", "values"),
+    [
+        (QWEN3, 596_049_920, 28 * 2 * 8 * 128),
+        (QWEN3_MOE, 30_532_122_624, 48 * 2 * 4 * 128),
+        (LLAMA, 8_030_261_248, 32 * 2 * 8 * 128),
+        (MIXTRAL, 46_702_792_704, 32 * 2 * 8 * 128),
+    ],
+    ids=["Qwen3-0.6B", "Qwen3-30B-A3B", "Llama-3.1-8B", "Mixtral-8x7B"],
+)
+def test_published_models_have_their_sizes(
+    tmp_path: Path, config: dict[str, Any], parameters: int, values: int
+) -> None:
+    target = read_planned(write(tmp_path, config))
+    assert count_parameters(target) == pytest.approx(parameters, rel=1e-4)
+    assert target.kv_values_per_token == values
+
+
+def test_dense_layers_of_a_mixture_are_known(tmp_path: Path) -> None:
+    target = read_planned(write(tmp_path, QWEN3_MOE, first_k_dense_replace=1, mlp_only_layers=[5], n_shared_experts=2))
+    assert [layer for layer, kind in enumerate(target.mlp_kinds) if kind == DENSE] == [0, 5]
+    assert target.shared_expert_size == 2 * 768
+
+
 def test_sliding_layers_are_counted(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 18
-    target = read_served(write(tmp_path, layer_types=kinds, sliding_window=512))
+    target = read_planned(write(tmp_path, layer_types=kinds, sliding_window=512))
     assert (target.full_layers, target.sliding_layers, target.sliding_window) == (18, 18, 512)
+
+
+def test_model_of_texts_and_images_is_planned_by_its_texts(tmp_path: Path) -> None:
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": SMOLLM3, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_planned(tmp_path).num_layers == 36
+
+
+UNPLANNED = [
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
+    ({"kv_lora_rank": 512}, "another kind .kv_lora_rank"),
+    ({"mamba_d_state": 128}, "another kind .mamba_d_state"),
+    ({"layer_types": ["linear_attention", "full_attention"] * 18}, "layer_types"),
+    ({"num_hidden_layers": None}, "does not say num_hidden_layers"),
+]
+
+
+@pytest.mark.parametrize("device", [plan_for("h100-80gb"), Device("cpu", "CPU", 16 << 30, 8 << 30)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize(("changes", "reason"), UNPLANNED)
+def test_what_cannot_be_planned_is_served(tmp_path: Path, changes: dict[str, Any], reason: str, device: Device) -> None:
+    config = EngineConfig(str(write(tmp_path, **changes)))
+    plan = make_plan(config, device, planned=True)
+    assert (plan.refusals, plan.memory, plan.context) == ((), None, None)
+    assert "--model" in plan.command
+    assert re.search(reason, format_plan(plan))
+    assert re.search(rf"are not planned \(.*{reason}.*\), answers were compared", " ".join(plan.warnings))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +169,7 @@ def test_sliding_layers_are_counted(tmp_path: Path) -> None:
         ({"draft": str(TOY / "dflash")}, "a drafter"),
         ({"keep_mask": __file__, "group_indices": __file__}, "a keep mask"),
         ({"weight_updates": True}, "weight updates"),
+        ({"return_routed_experts": True}, "--return-routed-experts"),
     ],
 )
 def test_what_only_laguna_has_is_refused(tmp_path: Path, options: dict[str, Any], what: str) -> None:
@@ -69,14 +178,16 @@ def test_what_only_laguna_has_is_refused(tmp_path: Path, options: dict[str, Any]
         make_plan(config, plan_for("h100-80gb"), planned=True)
 
 
-def test_quantised_ones_and_strangers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="without quantization_config"):
-        read_served(write(tmp_path, quantization_config={"quant_method": "fp8"}))
-    with pytest.raises(CheckpointError, match="expected a Laguna model, got LlamaForCausalLM"):
-        read_served(write(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama"))
+def test_strangers_and_broken_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a model that generates text, got BertModel"):
+        read_served(write(tmp_path, architectures=["BertModel"]))
+    with pytest.raises(CheckpointError, match="expected a Laguna model, got model_type 'llama'"):
+        read_served(write(tmp_path, architectures=[], model_type="llama"))
     with pytest.raises(CheckpointError, match="hidden_size"):
         read_served(write(tmp_path, hidden_size="wide"))
 
 
 def test_laguna_is_read_as_before() -> None:
-    assert read_served(TOY / "teacher").architecture == "LagunaForCausalLM"
+    served = read_served(TOY / "teacher")
+    assert served.target is not None
+    assert (served.target.architecture, served.other) == ("LagunaForCausalLM", None)
