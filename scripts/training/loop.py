@@ -93,6 +93,7 @@ def train(
         state = {**optimiser.state_dict(), "step": step, "log": log, "window": window}
         if ranks.first:
             write_stream(state_file, lambda file: torch.save(state, file))
+        ranks.wait()  # torchrun ends the one that writes where another one is first to end
 
     started = time.monotonic()
     for step in range(first, schedule.steps):

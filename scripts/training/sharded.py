@@ -9,8 +9,7 @@ Source: torch.distributed.fsdp.fully_shard, of torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from laguna_serve.scripts.training.optimiser import Optimiser, State
 from laguna_serve.scripts.training.ranks import Ranks
@@ -32,10 +32,12 @@ ON_THE_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], computed_in: torch.dtype) -> None:
-    """Share an fp32 module out among all processes, in place, layer by layer; gradients are summed, not averaged."""
-    device = next(module.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+def shard(module: nn.Module, layers: Iterable[nn.Module], computed_in: torch.dtype, device: torch.device) -> None:
+    """Share an fp32 module out among all processes' devices, in place; gradients are summed, not averaged.
+
+    One that lies in the machine's memory moves a layer at a time: no device has it whole.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -51,9 +53,10 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def gather(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the whole state of a sharded module to every process: fp32 tensors, on its device."""
-    return cast("dict[str, torch.Tensor]", get_model_state_dict(module, options=WHOLE))
+def gather(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give every process the state of a sharded module: name and whole fp32 tensor, on its device, one at a time."""
+    for name, part in module.state_dict().items():
+        yield name, part.full_tensor() if isinstance(part, DTensor) else part
 
 
 class ShardedOptimiser(Optimiser):

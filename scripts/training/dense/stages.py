@@ -179,8 +179,8 @@ def _shard_copy(student: LagunaForCausalLM, computed_in: torch.dtype) -> Taught:
     from laguna_serve.scripts.training.sharded import shard  # slow to import
 
     device = student.device
-    taught = Taught(copy.deepcopy(student.cpu()).to(device))
-    shard(taught, taught.student.model.layers, computed_in)
+    taught = Taught(copy.deepcopy(student.cpu()))
+    shard(taught, taught.student.model.layers, computed_in, device)
     return taught
 
 
@@ -188,7 +188,9 @@ def _take_back(taught: Taught, student: LagunaForCausalLM, device: torch.device)
     """Take over what a sharded copy has become."""
     from laguna_serve.scripts.training.sharded import gather  # slow to import
 
-    Taught(student).load_state_dict(gather(taught))
+    state = Taught(student).state_dict()
+    for name, whole in gather(taught):
+        state[name].copy_(whole)
     student.to(device)
 
 
