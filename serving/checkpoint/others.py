@@ -1,8 +1,8 @@
 """Models that are not Laguna and are served all the same: whatever vLLM generates text with.
 
-One whose attention and experts are of the usual kinds is described by the same `Target`, so that memory, context and
-devices are planned as for Laguna; of another (latent or linear attention, quantised weights, …) vLLM finds out when it
-starts.  What is Laguna's alone is refused for them: drafters, pruned experts, new weights while serving.
+Those of well-known classes in Llama's shape are described by the same `Target`, so that memory, context and devices are
+planned as for Laguna; of all others, and of quantised weights, vLLM finds out when it starts.  What is Laguna's alone
+is refused for them: drafters, pruned experts, new weights while serving.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, 
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.target import Target, is_drafter, read_architectures, read_dtype, read_target
 
-# How classes of transformers that generate text are named.
-GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+# How classes of transformers are named that generate no text.
+NOT_GENERATING = ("Classification", "MaskedLM", "QuestionAnswering", "RewardModel", "EmbeddingModel", "BertModel")
 SERVED_BY = "vLLM's own, or its Transformers backend"
+# Classes whose config.json is known to say what they take, and the roots of those whose embedding is the output matrix
+# where it does not say (transformers 5.19).
+PLANNED = frozenset(
+    f"{root}ForCausalLM"
+    for root in (
+        *("Llama", "Mistral", "Mixtral", "Phi3", "Granite", "SmolLM3", "Gemma2", "Gemma3"),
+        *("Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Olmo2", "Olmo3", "Olmoe", "Glm4Moe"),
+    )
+)
+TIED = ("SmolLM3", "Gemma")
 # Small models of these, with random weights, gave transformers' greedy tokens in vLLM 0.32 on a CPU
 # (tests/serving/service/test_others_vllm.py, tests/scripts/dante/test_dante_served.py).
 COMPARED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM")
-# Parts of keys that only configs of other attention have: latent, recurrent, convolutional, several in turn.
-OTHER_ATTENTION = (
-    "kv_lora_rank",
-    "mamba",
-    "ssm",
-    "state_size",
-    "linear_",
-    "lru_",
-    "conv_",
-    "hybrid",
-    "attn_type",
-    "block_types",
-)
-NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Beginnings of classes whose embedding is the output matrix where config.json does not say (transformers 5.19).
-TIED = ("SmolLM3", "Gemma", "Cohere")
+# Where quantisation is described: in config.json, and ModelOpt's in a file of its own.
+QUANTISED_KEYS, QUANTISED_FILE = ("quantization_config", "compression_config"), "hf_quant_config.json"
+# Kinds of RoPE by which vLLM lengthens max_position_embeddings.
+LENGTHENING = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,8 @@ class Served:
     """A model that is to be served.
 
     Attributes:
-        target: None where config.json does not say enough to plan with, for the reason `unplanned`.
-        other: the class of one that is no Laguna, else None.
+        target: None where what it takes is not planned, for the reason `unplanned`.
+        other: the class (without one, the model_type) of one that is no Laguna, else None.
     """
 
     target: Target | None
@@ -88,36 +86,44 @@ def read_served(folder: Path) -> Served:
     """
     config = read_config(folder)
     names = [] if is_drafter(config) else read_architectures(folder, config)
-    if not names or names[0].startswith("Laguna") or config.get("model_type") == "laguna":
+    kind = config.get("model_type")
+    if is_drafter(config) or kind == "laguna" or any(name.startswith("Laguna") for name in names[:1]):
         return Served(read_target(folder))
-    if not names[0].endswith(GENERATING):
+    if not names:
+        if not isinstance(kind, str) or not kind.isprintable():
+            return Served(read_target(folder))
+        return Served(None, kind, "config.json names no class")
+    if names[0].endswith(NOT_GENERATING):
         raise CheckpointError(f"{folder}: expected a model that generates text, got {names[0]}; start it with vLLM")
-    described = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    unplanned = _find_unplanned(config, described)
-    target = None if unplanned else _describe(Fields(folder, described), names[0])
-    return Served(target, names[0], unplanned)
+    unplanned = _find_unplanned(folder, config, names[0])
+    return Served(None if unplanned else _describe(Fields(folder, config), names[0]), names[0], unplanned)
 
 
-def _find_unplanned(config: ConfigJson, described: ConfigJson) -> str:
-    """Find why a plan would be wrong; empty where it would not."""
-    if any(one.get(key) is not None for one in (config, described) for key in ("quantization_config", "compression")):
+def _find_unplanned(folder: Path, config: ConfigJson, architecture: str) -> str:
+    """Find why a plan would be wrong, or might be; empty where it would not."""
+    if any(config.get(key) is not None for key in QUANTISED_KEYS) or (folder / QUANTISED_FILE).exists():
         return "its weights are quantised"
-    strange = sorted(key for key, value in described.items() if value and any(part in key for part in OTHER_ATTENTION))
-    if strange:
-        return f"its attention is of another kind ({strange[0]})"
-    kinds = described.get("layer_types")
+    if architecture not in PLANNED:
+        return "it is of no class that plans were compared for"
+    slides = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+    kinds = config.get("layer_types")
+    if slides and not isinstance(kinds, list):
+        return "config.json does not say which layers have a window"
     if isinstance(kinds, list) and not {*map(str, kinds)} <= {FULL, SLIDING}:
-        return "its layers are of other kinds (layer_types)"
-    missing = [key for key in NEEDED if described.get(key) is None]
-    return f"config.json does not say {missing[0]}" if missing else ""
+        return "its layers are of other kinds"
+    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    if any(isinstance(rope, dict) and {rope.get("type"), rope.get("rope_type")} & {*LENGTHENING} for rope in ropes):
+        return "its context is lengthened by its positions"
+    if read_dtype(config) not in ("bfloat16", "float16"):
+        return f"its weights are stored in {read_dtype(config)}, and served in 16 bits"
+    return ""
 
 
 def _describe(fields: Fields, architecture: str) -> Target:
     config = fields.config
     layers, heads = fields.layers(), fields.positive("num_attention_heads")
-    hidden = fields.positive("hidden_size")
+    hidden, inner = fields.positive("hidden_size"), fields.positive("intermediate_size")
     attention = fields.kinds("layer_types", layers, (FULL, SLIDING)) or (FULL,) * layers
-    inner = fields.positive("intermediate_size", 4 * hidden)
     experts = next((fields.integer(key) for key in EXPERT_COUNTS if key in config), 0)
     expert_size = fields.positive("moe_intermediate_size", inner)
     shared = fields.integer("shared_expert_intermediate_size", fields.integer("n_shared_experts", 0) * expert_size)
@@ -148,7 +154,7 @@ def _describe(fields: Fields, architecture: str) -> Target:
 
 
 def _find_kinds(fields: Fields, layers: int) -> list[str]:
-    """Find which layers of a mixture have experts, by the keys of Qwen's and DeepSeek's."""
+    """Find which layers of a mixture have experts, by the keys of Qwen's and GLM's."""
     first, every = fields.integer("first_k_dense_replace", 0), fields.positive("decoder_sparse_step", 1)
     dense = {*fields.integers("mlp_only_layers")} if "mlp_only_layers" in fields.config else set()
     return [DENSE if layer < first or layer in dense or (layer + 1) % every else SPARSE for layer in range(layers)]

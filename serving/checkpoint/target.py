@@ -106,7 +106,7 @@ def read_target(folder: Path) -> Target:
     architectures = read_architectures(folder, config)
     if config.get("model_type") != "laguna" and not any(name.startswith("Laguna") for name in architectures):
         got = ", ".join([*architectures, f"model_type {show(config.get('model_type'))}"])
-        raise CheckpointError(f"{folder}: expected a Laguna model, got {got}; start other models with vLLM itself")
+        raise CheckpointError(f"{folder}: expected a Laguna model, got {got}; name a Laguna")
     if isinstance(config.get("text_config"), dict):
         remedy = "move its fields up: vLLM's Laguna does not read it and would build its own defaults"
         raise CheckpointError(

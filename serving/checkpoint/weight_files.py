@@ -16,7 +16,7 @@ import msgspec
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 
-PATTERN = "*.safetensors"
+PATTERN, MISTRALS = "*.safetensors", "consolidated*.safetensors"
 INDEX = "model.safetensors.index.json"
 # Formats that vLLM reads as well, and that are left to it.
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.gguf")
@@ -77,12 +77,17 @@ def count_values(folder: Path) -> int:
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """List the folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed."""
+    """List the folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed.
+
+    Mistral's releases have the same weights twice, of which vLLM reads one set: theirs is left out beside another.
+    """
     try:
         names = os.listdir(folder)  # glob swallows a refusal
     except OSError as error:
         raise CheckpointError(f"{folder}: expected a folder to read, got {error.strerror}; check it") from None
-    return sorted(folder / name for name in names if Path(name).match(PATTERN))
+    files = sorted(name for name in names if Path(name).match(PATTERN))
+    usual = [name for name in files if not Path(name).match(MISTRALS)]
+    return [folder / name for name in usual or files]
 
 
 def list_indexed(folder: Path) -> list[str]:

@@ -40,8 +40,8 @@ class Checkpoints:
     """What is known of a configuration's checkpoints.
 
     ``target`` and ``drafter`` are None for hub ids that are not on this machine, ``target`` also for the reason
-    ``unplanned``; ``gamma`` is None without a draft.  ``warnings`` are for people, a line each.  ``configs`` are the
-    config.json files that are on this machine.
+    ``unplanned``; ``other`` is the class of a model that is no Laguna.  ``gamma`` is None without a draft.
+    ``warnings`` are for people, a line each.  ``configs`` are the config.json files that are on this machine.
     """
 
     target: Target | None
@@ -52,6 +52,7 @@ class Checkpoints:
     warnings: tuple[str, ...] = ()
     chat: ChatContract = NO_CONTRACT
     configs: tuple[ConfigJson, ...] = ()
+    other: str | None = None
     unplanned: str = ""
 
 
@@ -124,6 +125,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),
         configs=tuple(read_config(folder) for folder in folders),
+        other=served.other,
         unplanned=served.unplanned,
     )
 

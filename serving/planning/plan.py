@@ -40,7 +40,6 @@ from laguna_serve.serving.planning.support import (
 DEFAULT_PORT = 8000
 SPECULATORS_CLASS = "DFlashDraftModel"
 VLLM = "vLLM's own"
-LAGUNAS = ("Laguna", "DFlash")
 # The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
 VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}
 
@@ -157,9 +156,11 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
         overrides = choose_overrides(config, checkpoints.target, device) or {}
         chosen = overrides.get("architectures")
         names.append(str(chosen[0]) if isinstance(chosen, list) else checkpoints.target.architecture)
+    elif checkpoints.other is not None:
+        names.append(checkpoints.other)
     if checkpoints.drafter is not None:
         names.append(ARCHITECTURE if checkpoints.drafter.format != SPECULATORS else SPECULATORS_CLASS)
-    return {name: known.get(name, VLLM if name.startswith(LAGUNAS) else SERVED_BY) for name in names}
+    return {name: known.get(name, SERVED_BY if name == checkpoints.other else VLLM) for name in names}
 
 
 def _lay_out(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> KvLayout:

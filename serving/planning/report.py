@@ -42,7 +42,7 @@ def _list_rows(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     capability = "" if device.capability is None else f", compute capability {device.capability / 10}"
     yield "device", f"{device.name}{capability}, {device.total_bytes / GIB:.1f} GiB ({label})"
     if target is None and plan.checkpoints.unplanned:
-        yield "model", f"{plan.config.model}: {plan.checkpoints.unplanned}; vLLM finds its memory when it starts"
+        yield "model", f"{plan.config.model}: {plan.checkpoints.unplanned}; vLLM finds out what it takes when it starts"
     elif target is None:
         yield "model", f"{plan.config.model}: not on this machine; vLLM downloads it, and nothing of it is known here"
     else:
@@ -97,6 +97,8 @@ def _describe_weights(quantisation: Quantisation | None, verdict: SupportVerdict
 def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     memory, layout = plan.memory, plan.layout
     if memory is None or layout is None or plan.length is None or plan.context is None:
+        if plan.checkpoints.weight_bytes:
+            yield "memory", f"weights {_size(plan.checkpoints.weight_bytes)} on disk"
         return
     source = "" if plan.weights_here else " by config.json"
     parts = [f"weights {_size(memory.weights)}{source}"]

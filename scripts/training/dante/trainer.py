@@ -109,6 +109,11 @@ class DanteTrainer(SFTTrainer):  # type: ignore[misc]
         for name, value in figures.items():
             self._seen[name].append(float(self.accelerator.reduce(value.float(), "mean")))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for every process's, as trainer_state.json, written next, says that all is there (states.py)."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Leave TRL's card out: what there is to say is in the result."""
 

@@ -77,16 +77,18 @@ def plan_bytes(name: str, table: OwnedEngine, find: Callable[[], Device] = requi
         device = find()
         config = replace(make_engine_config(name, table), port=None)
         if (diffusion := find_diffusion(table.model)) is not None:
-            plan = plan_diffusion(config, diffusion, device, files=False)
-            weights = plan.target.weights + (plan.drafter.weights if plan.drafter is not None else 0)
+            canvas = plan_diffusion(config, diffusion, device, files=False)
+            weights = canvas.target.weights + (canvas.drafter.weights if canvas.drafter is not None else 0)
             return weights + (DIFFUSION_BYTES if device.kind == "cpu" else GPU_CONTEXT_BYTES)
-        memory = make_plan(config, device).memory
+        plan = make_plan(config, device)
     except (CheckpointError, EngineError):
         return 0
+    memory, engine = plan.memory, ENGINE_BYTES if device.kind == "cpu" else 0
     if memory is None:
-        return 0
+        stored = plan.checkpoints.weight_bytes
+        return stored + engine if stored else 0
     planned = memory.weights + memory.activations + memory.graphs + memory.context + memory.kv
-    return planned + (ENGINE_BYTES if device.kind == "cpu" else 0)
+    return planned + engine
 
 
 def find_log(name: str, table: OwnedEngine, port: int) -> Path:

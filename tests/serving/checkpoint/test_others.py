@@ -78,6 +78,7 @@ MIXTRAL = LLAMA | {
     "architectures": ["MixtralForCausalLM"],
     "vocab_size": 32000,
     "max_position_embeddings": 32768,
+    "sliding_window": None,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
@@ -131,24 +132,27 @@ def test_dense_layers_of_a_mixture_are_known(tmp_path: Path) -> None:
     assert target.shared_expert_size == 2 * 768
 
 
+def test_window_that_is_not_used_counts_for_nothing(tmp_path: Path) -> None:
+    assert read_planned(write(tmp_path, QWEN3, sliding_window=4096, use_sliding_window=False)).sliding_layers == 0
+
+
 def test_sliding_layers_are_counted(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 18
     target = read_planned(write(tmp_path, layer_types=kinds, sliding_window=512))
     assert (target.full_layers, target.sliding_layers, target.sliding_window) == (18, 18, 512)
 
 
-def test_model_of_texts_and_images_is_planned_by_its_texts(tmp_path: Path) -> None:
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": SMOLLM3, "vision_config": {}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_planned(tmp_path).num_layers == 36
-
-
 UNPLANNED = [
     ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
-    ({"kv_lora_rank": 512}, "another kind .kv_lora_rank"),
-    ({"mamba_d_state": 128}, "another kind .mamba_d_state"),
-    ({"layer_types": ["linear_attention", "full_attention"] * 18}, "layer_types"),
-    ({"num_hidden_layers": None}, "does not say num_hidden_layers"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantised"),
+    ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, "no class that plans"),
+    ({"architectures": ["ChatGLMModel"], "num_hidden_layers": None}, "no class that plans"),
+    ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": SMOLLM3}, "no class that plans"),
+    ({"architectures": None, "model_type": "llama"}, "names no class"),
+    ({"layer_types": ["linear_attention", "full_attention"] * 18}, "other kinds"),
+    ({"sliding_window": 4096}, "which layers have a window"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "lengthened"),
+    ({"dtype": "float32"}, "stored in float32"),
 ]
 
 
@@ -160,7 +164,13 @@ def test_what_cannot_be_planned_is_served(tmp_path: Path, changes: dict[str, Any
     assert (plan.refusals, plan.memory, plan.context) == ((), None, None)
     assert "--model" in plan.command
     assert re.search(reason, format_plan(plan))
-    assert re.search(rf"are not planned \(.*{reason}.*\), answers were compared", " ".join(plan.warnings))
+    assert re.search(rf"are not planned \(.*{reason}.*\), answers were", " ".join(plan.warnings))
+    assert set(plan.classes.values()) == {SERVED_BY}
+
+
+def test_modelopts_own_file_is_seen(tmp_path: Path) -> None:
+    (write(tmp_path) / "hf_quant_config.json").write_text("{}")
+    assert read_served(tmp_path).unplanned == "its weights are quantised"
 
 
 @pytest.mark.parametrize(
@@ -181,8 +191,8 @@ def test_what_only_laguna_has_is_refused(tmp_path: Path, options: dict[str, Any]
 def test_strangers_and_broken_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a model that generates text, got BertModel"):
         read_served(write(tmp_path, architectures=["BertModel"]))
-    with pytest.raises(CheckpointError, match="expected a Laguna model, got model_type 'llama'"):
-        read_served(write(tmp_path, architectures=[], model_type="llama"))
+    with pytest.raises(CheckpointError, match="expected a Laguna model, got model_type None"):
+        read_served(write(tmp_path, architectures=[], model_type=None))
     with pytest.raises(CheckpointError, match="hidden_size"):
         read_served(write(tmp_path, hidden_size="wide"))
 

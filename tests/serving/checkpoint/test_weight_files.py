@@ -150,6 +150,14 @@ def test_permissions_are_told(tmp_path: Path, what: str) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    """Mistral's releases have them under its own names as well."""
+    save_file({"w": np.zeros(10, np.float32)}, tmp_path / "consolidated-00001-of-00001.safetensors")
+    assert count_values(tmp_path) == 10
+    save_file({"w": np.zeros(12, np.float32)}, tmp_path / "model-00001-of-00001.safetensors")
+    assert count_values(tmp_path) == 12
+
+
 def test_scales_of_blocks_are_no_parameters(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

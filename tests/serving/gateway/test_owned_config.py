@@ -6,7 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.cli import main
@@ -73,7 +75,7 @@ def test_table_becomes_the_engine() -> None:
     assert made.port is None
 
 
-def test_plans_say_nothing_of_what_is_not_there(target: Path, fake_vllm: Path) -> None:
+def test_plans_say_nothing_of_what_is_not_there(target: Path, fake_vllm: Path, tmp_path: Path) -> None:
     nowhere, here = (parse({"model": name}).models[0].engine for name in ("no/such/folder/here", str(target)))
     assert plan_bytes("m", nowhere) == 0
     assert plan_bytes("m", here) > 3 * 10**9
@@ -82,6 +84,13 @@ def test_plans_say_nothing_of_what_is_not_there(target: Path, fake_vllm: Path) -
     assert plan_bytes("m", llada) == 4 * (1_738_880 + 1_134_208) + 10**9
     given = parse({"memory_gib": 2}).models[0].engine
     assert plan_bytes("m", given) == 2 << 30
+    strange = tmp_path / "strange"  # not planned: what it stores is known all the same
+    strange.mkdir()
+    (strange / "config.json").write_text('{"architectures": ["DeepseekV3ForCausalLM"]}')
+    unplanned = parse({"model": str(strange)}).models[0].engine
+    assert plan_bytes("m", unplanned) == 0
+    save_file({"w": np.zeros(1000, np.float32)}, strange / "model.safetensors")
+    assert plan_bytes("m", unplanned) > 10**9
     assert find_log("a/b c", given, 80).name == "gateway-80-a-b-c.log"
     assert name_engine("é") == "engine"
 

@@ -52,7 +52,7 @@ def test_tokens_are_transformers(tmp_path: Path, config: Qwen3Config | Qwen3MoeC
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)  # answers differ
-    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     load_tokenizer(TOY / "teacher").save_pretrained(tmp_path)
     prompts: list[Prompt] = ["def f(x):\n", "import os\n\n\ndef main() -> None:\n", "x = 1\n" * 40]
     prompts.append(({"role": "user", "content": "Complete this function:\ndef f():"},))
