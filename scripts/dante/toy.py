@@ -28,7 +28,8 @@ from laguna_serve.scripts.dante.cache import CacheConfig, CacheResult, format_ca
 from laguna_serve.scripts.dante.page import format_ablation
 from laguna_serve.scripts.dante.train import require_trainer
 from laguna_serve.scripts.text import corpus
-from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
+from laguna_serve.scripts.training.dante.records import Prompt as CachedPrompt
+from laguna_serve.scripts.training.dante.records import read_cache
 from laguna_serve.scripts.training.dante.rows import encode_prompt
 from laguna_serve.scripts.training.dante.student import make_student
 from laguna_serve.scripts.training.rl.service import TrainingService, open_service
@@ -146,7 +147,8 @@ def prove(config: DanteToyConfig) -> DanteToyResult:
         )
     )
     student = config.out / "ablation" / "students" / f"{config.arms[-1] if FULL not in config.arms else FULL}-0"
-    served = serve_student(student, read_cache(config.out / "held-out")[:12], config.out / "engine-student.log")
+    prompts = [record.prompt for record in read_cache(config.out / "held-out")[:12]]
+    served = serve_student(student, prompts, config.out / "engine-student.log")
     equal = Bar(
         what="answers of vLLM that differ from transformers'", measured=served.different, met=not served.different
     )
@@ -209,7 +211,7 @@ def list_prompts(modules: list[corpus.Module], count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def serve_student(folder: Path, records: Sequence[CacheRecord], log: Path, tokens: int = 24) -> ServedStudent:
+def serve_student(folder: Path, prompts: Sequence[CachedPrompt], log: Path, tokens: int = 24) -> ServedStudent:
     """Serve a student in float32 behind the gateway and compare its greedy tokens with transformers'.
 
     Raises:
@@ -217,21 +219,19 @@ def serve_student(folder: Path, records: Sequence[CacheRecord], log: Path, token
     """
     config = EngineConfig(model=str(folder), dtype="float32", enforce_eager=True, max_num_seqs=16)
     with open_service(config, log, Progress().say) as service:
-        got = asyncio.run(_ask(service, records, tokens))
-    wanted = decode_greedily(folder, records, tokens)
+        got = asyncio.run(_ask(service, prompts, tokens))
+    wanted = decode_greedily(folder, prompts, tokens)
     different = sum(one != other for one, other in zip(got, wanted, strict=True))
-    return ServedStudent(model=folder.name, answers=len(records), tokens=tokens * len(records), different=different)
+    return ServedStudent(model=folder.name, answers=len(prompts), tokens=tokens * len(prompts), different=different)
 
 
-async def _ask(service: TrainingService, records: Sequence[CacheRecord], tokens: int) -> list[list[int]]:
-    prompts = [
-        Prompt(f"{number}", record.prompt)
-        if isinstance(record.prompt, str)
-        else Prompt(f"{number}", "", {"messages": list(record.prompt)})
-        for number, record in enumerate(records)
+async def _ask(service: TrainingService, prompts: Sequence[CachedPrompt], tokens: int) -> list[list[int]]:
+    asked = [
+        Prompt(f"{number}", prompt) if isinstance(prompt, str) else Prompt(f"{number}", "", {"messages": list(prompt)})
+        for number, prompt in enumerate(prompts)
     ]
     async with open_session() as session:
-        answers = await Client(session, service.base_url, service.model_name, tokens).run_round(prompts)
+        answers = await Client(session, service.base_url, service.model_name, tokens).run_round(asked)
     for answer in answers:
         if answer.error is not None:
             raise EndpointError(f"{service.base_url}: expected an answer of the student, got {answer.error}")
@@ -239,15 +239,15 @@ async def _ask(service: TrainingService, records: Sequence[CacheRecord], tokens:
 
 
 @torch.no_grad()
-def decode_greedily(folder: Path, records: Sequence[CacheRecord], tokens: int) -> list[list[int]]:
+def decode_greedily(folder: Path, prompts: Sequence[CachedPrompt], tokens: int) -> list[list[int]]:
     """Decode with transformers in float32, without a cache of keys and values."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     answers = []
-    for record in records:
-        ids = encode_prompt(record.prompt, tokenizer)
+    for prompt in prompts:
+        ids = encode_prompt(prompt, tokenizer)
         for _ in range(tokens):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         answers.append(ids[-tokens:])

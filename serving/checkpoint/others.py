@@ -85,14 +85,14 @@ def read_served(folder: Path) -> Served:
         CheckpointError: it is neither, or its config is not what it should be.
     """
     config = read_config(folder)
-    names = [] if is_drafter(config) else read_architectures(folder, config)
     kind = config.get("model_type")
-    if is_drafter(config) or kind == "laguna" or any(name.startswith("Laguna") for name in names[:1]):
+    if is_drafter(config) or kind == "laguna":
         return Served(read_target(folder))
-    if not names:
-        if not isinstance(kind, str) or not kind.isprintable():
-            return Served(read_target(folder))
+    names = read_architectures(folder, config)
+    if not names and isinstance(kind, str) and kind.isprintable():
         return Served(None, kind, "config.json names no class")
+    if not names or names[0].startswith("Laguna"):
+        return Served(read_target(folder))
     if names[0].endswith(NOT_GENERATING):
         raise CheckpointError(f"{folder}: expected a model that generates text, got {names[0]}; start it with vLLM")
     unplanned = _find_unplanned(folder, config, names[0])

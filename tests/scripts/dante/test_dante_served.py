@@ -5,32 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from transformers import SmolLM3ForCausalLM
 
 from laguna_serve.scripts.dante.toy import LONGEST_HEAD, list_prompts, serve_student
 from laguna_serve.scripts.text import corpus
-from laguna_serve.scripts.training.dante.records import CacheRecord, Prompt
+from laguna_serve.scripts.training.dante.records import Prompt
 from laguna_serve.scripts.training.dante.student import student_config
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
-EMPTY = CacheRecord(
-    prompt="",
-    teacher_text="",
-    output_entropy=0.0,
-    self_consistency=1.0,
-    difficulty_score=0.0,
-    finish_reason="stop",
-    teacher="t",
-    weight_version=None,
-    top_k=20,
-    tail_mass=0.0,
-)
 
 
 def make(folder: Path, scale: float = 6.0) -> Path:
@@ -53,8 +40,7 @@ def test_served_student_is_the_trained_one(tmp_path: Path) -> None:
     folder = make(tmp_path / "student")
     prompts: list[Prompt] = ["def f(x):\n", "import os\n\n\ndef main() -> None:\n", "x = 1\n" * 40]
     prompts.append(({"role": "user", "content": "Complete this function:\ndef f():"},))
-    records = [msgspec.structs.replace(EMPTY, prompt=prompt) for prompt in prompts]
-    served = serve_student(folder, records, tmp_path / "engine.log", tokens=16)
+    served = serve_student(folder, prompts, tmp_path / "engine.log", tokens=16)
     assert (served.answers, served.tokens, served.different) == (4, 64, 0), "see the log beside it"
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from laguna_serve.scripts.dante.toy import serve_student
-from laguna_serve.scripts.training.dante.records import CacheRecord, Prompt
+from laguna_serve.scripts.training.dante.records import Prompt
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -26,18 +25,6 @@ SIZES = {
     "eos_token_id": None,
 }
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
-EMPTY = CacheRecord(
-    prompt="",
-    teacher_text="",
-    output_entropy=0.0,
-    self_consistency=1.0,
-    difficulty_score=0.0,
-    finish_reason="stop",
-    teacher="t",
-    weight_version=None,
-    top_k=20,
-    tail_mass=0.0,
-)
 
 
 @pytest.mark.vllm
@@ -56,6 +43,5 @@ def test_tokens_are_transformers(tmp_path: Path, config: Qwen3Config | Qwen3MoeC
     load_tokenizer(TOY / "teacher").save_pretrained(tmp_path)
     prompts: list[Prompt] = ["def f(x):\n", "import os\n\n\ndef main() -> None:\n", "x = 1\n" * 40]
     prompts.append(({"role": "user", "content": "Complete this function:\ndef f():"},))
-    records = [msgspec.structs.replace(EMPTY, prompt=prompt) for prompt in prompts]
-    served = serve_student(tmp_path, records, tmp_path / "engine.log", tokens=16)
+    served = serve_student(tmp_path, prompts, tmp_path / "engine.log", tokens=16)
     assert (served.answers, served.tokens, served.different) == (4, 64, 0), "see the log beside it"
