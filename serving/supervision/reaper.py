@@ -6,7 +6,8 @@ killed with SIGKILL.  This supervisor is its own session (a Ctrl-C in the termin
 every orphan of the tree (PR_SET_CHILD_SUBREAPER), and ends the whole tree when its parent dies, when it gets SIGTERM,
 or when vLLM's main process ends by itself.  Should the supervisor be killed, the kernel kills the main process
 (PR_SET_PDEATHSIG).  What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
-that file is reported on stderr, and harms nobody.  Linux only.
+that file is reported on stderr, and harms nobody.  vLLM's sockets, which it leaves behind, lie in a folder that goes at
+the end.  Linux only.
 
     python -m laguna_serve.serving.supervision.reaper PARENT_PID GRACE_S LOG COMMAND…
 
@@ -21,8 +22,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +42,8 @@ PARENT_POLL_S = 0.25
 ORPHAN_GRACE_S = 1.5
 # For the last lines to be written, once every process that could write more is gone.
 LOG_S = 5.0
+# Where vLLM makes its sockets; a socket's path has at most 107 bytes, and its own name there is a UUID.
+SOCKETS, LONGEST_FOLDER = "VLLM_RPC_BASE_PATH", 107 - 1 - 36
 CHUNK_BYTES = 1 << 16
 
 
@@ -48,6 +53,19 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
+@contextlib.contextmanager
+def keep_sockets() -> Iterator[None]:
+    """Give vLLM a folder for its sockets, and delete it; none where one is set already, or none can be made."""
+    with contextlib.ExitStack() as stack:
+        if SOCKETS not in os.environ:
+            with contextlib.suppress(OSError):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="laguna-sockets-", ignore_cleanup_errors=True))
+                if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+                    os.environ[SOCKETS] = folder
+        yield
+
+
+@keep_sockets()
 def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str]) -> int:
     """Run the command until it ends, the parent is gone or a signal asks for the end; leave no process behind."""
     adopt_orphans()
