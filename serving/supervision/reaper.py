@@ -59,7 +59,9 @@ def keep_sockets() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if SOCKETS not in os.environ:
             with contextlib.suppress(OSError):
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="laguna-sockets-", ignore_cleanup_errors=True))
+                folder = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="laguna-sockets-", ignore_cleanup_errors=True)
+                )
                 if len(os.fsencode(folder)) <= LONGEST_FOLDER:
                     os.environ[SOCKETS] = folder
         yield
