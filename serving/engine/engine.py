@@ -134,7 +134,7 @@ class Engine:
         """Say whether vLLM, or a process that it cannot do without, has ended.  Raises EngineError before the start."""
         if self._supervisor is None:
             raise EngineError(f"engine {self.model_name}: expected a running engine, got one that was not started")
-        return self._supervisor.poll() is not None or not all(map(_is_alive, self._core))
+        return has_ended(self._supervisor) or not all(map(_is_alive, self._core))
 
     def describe_death(self) -> str:
         """How and why it ended, in one line; waits a moment for its last words.  Only of an engine that `is_dead`."""
@@ -256,6 +256,19 @@ class Engine:
             return False
         finally:
             connection.close()
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Say whether a child has ended, whose status is left for `wait`.
+
+    Not by `poll`: a KeyboardInterrupt in it can leave its lock taken, without which `wait` sees no end.
+    """
+    if process.returncode is not None:
+        return True
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # somebody else has waited for it
+        return process.poll() is not None
 
 
 def _is_alive(process: psutil.Process) -> bool:
