@@ -81,11 +81,9 @@ def test_processors_with_bf16_arithmetic_keep_vllms_own(bf16: bool, monkeypatch:
 
 def make_projection() -> Any:
     """What a drafter's model holds for its context's keys and values: 2 layers, hidden 32, 1 head of 8."""
-    from types import SimpleNamespace
-
     torch.manual_seed(0)
-    weights = torch.randn(2, 16, 32).bfloat16()
-    return SimpleNamespace(
+    model, weights = torch.nn.Module(), torch.randn(2, 16, 32).bfloat16()
+    vars(model).update(
         _input_layernorm_weights=torch.rand(2, 32).bfloat16(),
         _hidden_norm_weight=torch.rand(32).bfloat16(),
         _rms_norm_eps=1e-6,
@@ -94,28 +92,48 @@ def make_projection() -> Any:
         _fused_kv_weight=weights.flatten(0, 1),
         _fused_kv_bias=torch.randn(32).bfloat16(),
     )
+    return model
 
 
-def test_context_of_a_drafter_takes_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ours", [False, True])
+def test_context_of_a_drafter_is_multiplied_as_linear_layers_are(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import utils
     from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
     from laguna_serve.plugins.models import dflash_cpu
 
-    model, states = make_projection(), torch.randn(5, 32).bfloat16()
-    calls: list[tuple[int, ...]] = []
-    op = dflash_cpu.linear
-    monkeypatch.setattr(dflash_cpu, "linear", lambda x, *rest: calls.append(tuple(x.shape)) or op(x, *rest))
-    found = {}
-    for ours in (False, True):
-        monkeypatch.setattr(dflash_cpu, "takes_over", lambda ours=ours: ours)
-        found[ours] = dflash_cpu.project_context_kv(model, states, 5, 2, 1, 8)
-    assert calls == [(5, 32), (5, 32)]
-    stock = DFlashQwen3Model._project_context_kv(model, states, 5, 2, 1, 8)
-    shared = dflash_cpu.project_shared_kv(model, states, 5, 2, 1, 8)
-    assert len(calls) == 3
-    for theirs, own in (*zip(found[False], found[True], strict=True), *zip(stock, shared, strict=True)):
-        assert own.shape == theirs.shape == (2, 5, 1, 8)
-        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2)
+    stock = utils.dispatch_cpu_unquantized_gemm
+    stock = getattr(stock, "__wrapped__", stock)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", cpu_linear.wrap_dispatch(stock) if ours else stock)
+    states = torch.randn(5, 32).bfloat16()
+    each, shared = make_projection(), make_projection()
+    dflash_cpu.keep_products(each, list(each._kv_weights))
+    dflash_cpu.keep_products(shared, [shared._fused_kv_weight])
+    used = [product.cpu_linear is cpu_linear.linear for product in (*each.context_products, *shared.context_products)]
+    assert used == [ours] * 3
+
+    found = dflash_cpu.project_context_kv(each, states, 5, 2, 1, 8)
+    normed = dflash_cpu.grouped_rms_norm(states.unsqueeze(0), each._input_layernorm_weights, 1e-6)
+    kv = torch.bmm(normed, each._kv_weights.transpose(1, 2)) + each._kv_biases[:, None]
+    expected = kv.view(2, 5, 2, 1, 8).permute(2, 0, 1, 3, 4)
+    theirs = DFlashQwen3Model._project_context_kv(shared, states, 5, 2, 1, 8)
+    own = dflash_cpu.project_shared_kv(shared, states, 5, 2, 1, 8)
+    for one, other in (*zip(found, expected, strict=True), *zip(own, theirs, strict=True)):
+        assert one.shape == other.shape == (2, 5, 1, 8)
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_new_matrices_of_a_context_take_the_place_of_the_old() -> None:
+    from laguna_serve.plugins.models import dflash_cpu
+
+    model, rows = torch.nn.Module(), torch.randn(3, 32).bfloat16()
+    for _ in range(2):
+        weight = torch.randn(16, 32).bfloat16()
+        dflash_cpu.keep_products(model, [weight])
+        (product,) = model.context_products
+        torch.testing.assert_close(
+            product.cpu_linear(rows, product.weight, None), rows @ weight.T, rtol=2e-2, atol=2e-2
+        )
 
 
 def test_stored_models_with_and_without_the_op_have_unlike_names(monkeypatch: pytest.MonkeyPatch) -> None:
