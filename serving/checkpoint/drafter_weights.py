@@ -136,6 +136,9 @@ def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]
             expected = f"{D2T}, which of the target's {V} tokens the {size} drafted ones are"
             raise CheckpointError(f"{folder}: expected {expected}, got none; {FETCH}")
         return
+    if size == V:
+        expected = f"no {D2T} where all of the target's {V} tokens are drafted, as vLLM has no place for it there"
+        raise CheckpointError(f"{folder}: expected {expected}, got one; take it out of the weights")
     _check_shape(folder, D2T, (size,), headers[D2T])
     tokens = _read(headers[D2T], D2T).astype(np.int64) + np.arange(size)
     strays = tokens[(tokens < 0) | (tokens >= V)]

@@ -37,6 +37,7 @@ from laguna_serve.scripts.checkpoints.drafters.layout import (
     read_layer_types,
     read_rope,
 )
+from laguna_serve.scripts.checkpoints.drafters.speculators import list_tables
 from laguna_serve.serving.checkpoint import ConfigJson, read_dtype
 
 Tensors = dict[str, torch.Tensor]
@@ -198,8 +199,7 @@ def _narrow(done: Conversion, head: torch.Tensor, vocabulary: torch.Tensor | Non
         done.carried["embedding and head"] = "the target's, as before"
         return
     done.tensors["lm_head.weight"] = head[vocabulary].clone()
-    done.tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
-    done.tensors["t2d"] = torch.isin(torch.arange(len(head)), vocabulary)
+    done.tensors |= list_tables(vocabulary, len(head))
     done.carried["head"] = f"{len(vocabulary)} of the target's {len(head)} rows: other tokens are never drafted"
     done.carried["embedding"] = "the target's, as before"
 

@@ -139,10 +139,7 @@ class SpeculatorsDrafter(LagunaDrafter):
                 continue
             for part, rows in zip(SPLIT, stored.split([n * self.shape.head_dim for n in sizes]), strict=True):
                 tensors[name.replace("qkv_proj", part)] = rows.contiguous()
-        vocabulary = self.get_buffer("vocabulary").cpu()
-        tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
-        tensors["t2d"] = torch.isin(torch.arange(self.shape.vocab_size), vocabulary)
-        return tensors
+        return tensors | list_tables(self.get_buffer("vocabulary").cpu(), self.shape.vocab_size)
 
     def save(self, folder: Path, verifier: str = "teacher") -> None:
         """Write config.json and model.safetensors (bf16)."""
@@ -178,6 +175,14 @@ class SpeculatorsDrafter(LagunaDrafter):
             tensors[f"{prefix}.qkv_proj.weight"] = torch.cat(parts)
         drafter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return drafter.eval()
+
+
+def list_tables(vocabulary: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
+    """List a draft vocabulary's tables; none where all of the target's tokens are drafted: vLLM refuses them there."""
+    if len(vocabulary) == vocab_size:
+        return {}
+    drafted = torch.isin(torch.arange(vocab_size), vocabulary)
+    return {"d2t": vocabulary - torch.arange(len(vocabulary)), "t2d": drafted}
 
 
 def choose_vocabulary(tokens: torch.Tensor, size: int, vocab_size: int) -> torch.Tensor:
