@@ -2,7 +2,7 @@
 
 Those of well-known classes in Llama's shape are described by the same `Target`, so that memory, context and devices are
 planned as for Laguna; of all others, and of quantised weights, vLLM finds out when it starts.  What is Laguna's alone
-is refused for them: drafters, pruned experts, new weights while serving.
+is refused for them: pruned experts, new weights while serving.
 """
 
 from __future__ import annotations

@@ -84,12 +84,13 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     served = read_served(target_folder) if target_folder is not None else Served(None)
     target = served.target
     asked = {
-        "a drafter": config.draft is not None,
         "a keep mask": config.keep_mask is not None,
         "weight updates": config.weight_updates,
         "--return-routed-experts": config.return_routed_experts,
     }
     warnings = served.check(config.model, asked)
+    if config.draft is not None and served.unplanned:
+        warnings.append(f"{config.draft}: not checked whether it fits {served.other}, as {served.unplanned}")
     draft_folder = find_folder(config.draft) if config.draft is not None else None
     drafter = None
     if draft_folder is not None:

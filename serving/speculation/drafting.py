@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from laguna_serve.plugins.layers import SLIDING
-from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder, read_target
+from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter, read_drafter
+from laguna_serve.serving.checkpoint.others import read_served
 from laguna_serve.serving.kit.results import JsonObject
 
 HALF_RANGE = ("float16", "half")
@@ -42,8 +43,9 @@ def speculative_config(
     folder = find_folder(draft)
     drafter = open_drafter(folder, draft) if folder is not None else None
     target_folder = find_folder(target) if target is not None else None
-    if drafter is not None and target_folder is not None:
-        check_fit(read_target(target_folder), drafter)
+    described = read_served(target_folder).target if target_folder is not None else None
+    if drafter is not None and described is not None:
+        check_fit(described, drafter)
     return format_speculation(draft, resolve_gamma(None if gamma == "max" else gamma, drafter), sampling=sampling)
 
 

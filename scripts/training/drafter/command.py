@@ -1,4 +1,4 @@
-"""`laguna drafter train`: make or continue a DFlash drafter for any Laguna, from prompts or from recorded traffic.
+"""`laguna drafter train`: make or continue a DFlash drafter for a model, from prompts or from recorded traffic.
 
 1. Answers: the target's own to --prompts, asked of --endpoint or of an engine that is started for it, at every
    --temperature; or those recorded in --tokens (JSON Lines of laguna_serve.traffic/1: token ids and nothing else).

@@ -126,6 +126,7 @@ def make_drafter(
     drafter = SpeculatorsDrafter(shape, choose_vocabulary(answers, size, shape.vocab_size))
     start_head(drafter, head.to("cpu", torch.float32))
     config = drafter.config(Path(target.name).resolve().name)
+    config["speculators_config"]["verifier"]["architectures"] = [target.architecture]
     layers = config["transformer_layer_config"] | positions
     return Made(drafter, config | {"transformer_layer_config": layers})
 

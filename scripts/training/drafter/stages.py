@@ -23,8 +23,9 @@ from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.scripts.training.drafter.data.records import Row, hash_rows
-from laguna_serve.scripts.training.drafter.data.states import BATCH_TOKENS, SHARD_TOKENS, States, count_bytes
+from laguna_serve.scripts.training.drafter.data.states import BATCH_TOKENS, SHARD_TOKENS, STORED, States, count_bytes
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
+from laguna_serve.scripts.training.drafter.data.whole import WholeTarget
 from laguna_serve.scripts.training.drafter.held_out import HeldOutTau, measure_drafter
 from laguna_serve.scripts.training.drafter.models import (
     Made,
@@ -39,8 +40,9 @@ from laguna_serve.scripts.training.drafter.models import (
 from laguna_serve.scripts.training.drafter.result import DrafterTrainPlan, DrafterTrainResult, format_plan
 from laguna_serve.scripts.training.drafter.training import Fit, fit_drafter
 from laguna_serve.scripts.training.pruning.streaming.sizes import measure_parts
-from laguna_serve.serving.checkpoint import CheckpointError, Target, read_target, require_folder
+from laguna_serve.serving.checkpoint import CheckpointError, Target, require_folder
 from laguna_serve.serving.checkpoint.drafter import Drafter
+from laguna_serve.serving.checkpoint.others import read_served
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.progress import Progress
@@ -60,6 +62,7 @@ class Run:
     config: DrafterTrainConfig
     folder: Path
     target: Target
+    other: bool  # the target is no Laguna
     warm: Drafter | None
     tokenizer: Any
     source: AnswerSource
@@ -75,9 +78,12 @@ class Run:
         return choose_shape(self.target, self.config.new, getattr(self.tokenizer, "mask_token_id", None))
 
     @cached_property
-    def layers(self) -> TargetLayers:
-        """The target, of which the states are computed."""
-        return TargetLayers(self.folder, getattr(torch, self.config.dtype), torch.device(self.config.device))
+    def layers(self) -> TargetLayers | WholeTarget:
+        """The target, of which the states are computed: a Laguna layer by layer, another whole."""
+        dtype, device = getattr(torch, self.config.dtype), torch.device(self.config.device)
+        if self.other:
+            return WholeTarget(self.folder, self.target, dtype, device)
+        return TargetLayers(self.folder, dtype, device)
 
     def plan(self) -> DrafterTrainPlan:
         """Add up what it takes."""
@@ -88,7 +94,7 @@ class Run:
         tokens += sum(min(len(ask.prompt) + config.max_tokens, config.max_length) for ask in asks)
         parameters = self._count_parameters()
         size, H = self.layers.dtype.itemsize, target.hidden_size
-        part = max(measure_parts(self.layers.weights, size).values())
+        kept = len({*self.taps, target.num_layers - 1})
         gamma = self._shape.gamma if self.warm is None else self.warm.max_gamma
         logits = config.rows * config.anchors * gamma * target.vocab_size * 4
         context = config.rows * config.max_length * len(self.taps) * H * 4
@@ -104,12 +110,19 @@ class Run:
             tokens=tokens,
             generated=len(asks),
             missing=self.source.count_missing(),
-            states_bytes=count_bytes(tokens, H, len({*self.taps, target.num_layers - 1}), self.layers.dtype),
-            states_memory_bytes=3 * part
-            + 2 * size * H * SHARD_TOKENS
+            states_bytes=count_bytes(tokens, H, kept, self.layers.dtype),
+            states_memory_bytes=self._count_model_bytes(kept)
             + 4 * size * BATCH_TOKENS * (H + target.intermediate_size),
             training_memory_bytes=TRAINED_BYTES * parameters + 8 * target.vocab_size * H + 5 * logits + 3 * context,
         )
+
+    def _count_model_bytes(self, kept: int) -> int:
+        """Bytes of what is in memory of the target at once, and of a shard's states before they are written."""
+        layers, shard = self.layers, self.target.hidden_size * SHARD_TOKENS
+        if isinstance(layers, WholeTarget):
+            return layers.memory_bytes + kept * STORED.itemsize * shard
+        size = layers.dtype.itemsize
+        return 3 * max(measure_parts(layers.weights, size).values()) + 2 * size * shard
 
     @property
     def _format(self) -> str:
@@ -193,10 +206,15 @@ class Run:
         settings = {"target": fingerprint(str(self.folder)), "taps": self.taps, "rows": hash_rows(rows)}
         claim_folder(folder, settings | {"dtype": self.config.dtype})
         states = States(folder, rows, self.taps, self.target.num_layers, self.target.hidden_size)
-        states.compute(self.layers, self.progress)
+        if isinstance(self.layers, WholeTarget):
+            states.compute_whole(self.layers, self.progress)
+        else:
+            states.compute(self.layers, self.progress)
         return states
 
     def _load_shared(self) -> Shared:
+        if isinstance(self.layers, WholeTarget):
+            return Shared(*self.layers.load_shared())
         layers = TargetLayers(self.folder, torch.float32, torch.device(self.config.device))
         return Shared(*layers.load_shared())
 
@@ -242,7 +260,10 @@ def open_run(config: DrafterTrainConfig) -> Run:
     from transformers import AutoTokenizer
 
     folder = require_folder(config.target)
-    target = read_target(folder)
+    served = read_served(folder)
+    if (target := served.target) is None:
+        expected = "a Laguna, or a model whose config.json says what it takes"
+        raise CheckpointError(f"{folder}: expected {expected}, got {served.other}: {served.unplanned}")
     warm = (
         None
         if config.warm_start is None
@@ -257,4 +278,4 @@ def open_run(config: DrafterTrainConfig) -> Run:
         tokenizer = None
     progress = Progress()
     source = AnswerSource(config, folder, target, tokenizer, progress)
-    return Run(config, folder, target, warm, tokenizer, source, progress)
+    return Run(config, folder, target, served.other is not None, warm, tokenizer, source, progress)

@@ -176,7 +176,6 @@ def test_modelopts_own_file_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"draft": str(TOY / "dflash")}, "a drafter"),
         ({"keep_mask": __file__, "group_indices": __file__}, "a keep mask"),
         ({"weight_updates": True}, "weight updates"),
         ({"return_routed_experts": True}, "--return-routed-experts"),
@@ -186,6 +185,18 @@ def test_what_only_laguna_has_is_refused(tmp_path: Path, options: dict[str, Any]
     config = EngineConfig(str(write(tmp_path)), **options)
     with pytest.raises(CheckpointError, match=f"expected a Laguna for {what}, got SmolLM3ForCausalLM"):
         make_plan(config, plan_for("h100-80gb"), planned=True)
+
+
+def test_a_drafter_is_checked_where_the_model_is_planned(tmp_path: Path) -> None:
+    config = EngineConfig(str(write(tmp_path)), draft=str(TOY / "dflash"))
+    with pytest.raises(CheckpointError, match="expected the target's vocabulary 128256, got 512"):
+        make_plan(config, plan_for("h100-80gb"), planned=True)
+    sizes = {"vocab_size": 512, "hidden_size": 160, "num_hidden_layers": 6, "num_attention_heads": 5}
+    fits = EngineConfig(str(write(tmp_path, **sizes, num_key_value_heads=5)), draft=str(TOY / "dflash"))
+    assert make_plan(fits, plan_for("h100-80gb"), planned=True).checkpoints.gamma == 7
+    write(tmp_path, quantization_config={"quant_method": "fp8"})
+    (warning,) = [line for line in make_plan(config, plan_for("h100-80gb"), planned=True).warnings if "fits" in line]
+    assert warning.endswith("dflash: not checked whether it fits SmolLM3ForCausalLM, as its weights are quantised")
 
 
 def test_strangers_and_broken_ones_are_refused(tmp_path: Path) -> None:

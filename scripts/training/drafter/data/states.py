@@ -6,7 +6,8 @@ Rows lie in shards of some 32,768 tokens; of a shard there is
     layer-LLL/shard-SSSSS.bin    [tokens, H] bf16, after layer LLL: the tapped layers, and the last one
     running/shard-SSSSS.LLL      [tokens, H] in the dtype that is computed in: where the pass goes on from
 
-each whole or not at all, so that an interrupted pass goes on with the shard and layer that it was at.
+each whole or not at all, so that an interrupted pass goes on with the shard and layer that it was at.  A target that
+is whole in memory (whole.py) goes over a shard at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from laguna_serve.scripts.checkpoints.output import check_space
 from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
+from laguna_serve.scripts.training.drafter.data.whole import WholeTarget
 from laguna_serve.scripts.training.pruning.streaming.store import read_rows, write_rows
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
@@ -112,6 +114,29 @@ class States:
                 reached[shard.number] += 1
                 done += self._count_tokens(shard)
                 progress.step(f"states {number + 1}/{layers.count}", done, left)
+
+    def compute_whole(self, target: WholeTarget, progress: Progress) -> None:
+        """Compute what is missing as `compute` does, with a target that is whole in memory."""
+        left = [shard for shard in self._shards if self._find_reached(shard) <= self.last]
+        if not left:
+            return
+        tokens = sum(self._count_tokens(shard) for shard in left)
+        check_space(self.folder, self.width * len(self.kept) * tokens * STORED.itemsize)
+        if len(left) < len(self._shards):
+            progress.say(f"hidden states: continues with shard {left[0].number + 1} of {len(self._shards)}")
+        progress.begin()
+        done = 0
+        for shard in left:
+            kept: dict[int, list[torch.Tensor]] = {number: [] for number in sorted(self.kept)}
+            for batch in _batch(row.tokens for row in self._rows[shard.first : shard.stop]):
+                check_signals()
+                for number, rows in target.run(batch, self.kept).items():
+                    kept[number] += [states.to(STORED) for states in rows]
+                done += sum(map(len, batch))
+                progress.step("states", done, tokens)
+            for number, rows in kept.items():  # the last layer's behind all others: with it the shard is done
+                self._path(number, shard).parent.mkdir(parents=True, exist_ok=True)
+                write_rows(self._path(number, shard), rows)
 
     def _advance(
         self, shard: Shard, number: int, layer: object, layers: TargetLayers, embedding: torch.Tensor | None
