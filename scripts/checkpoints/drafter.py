@@ -21,7 +21,7 @@ from laguna_serve.scripts.checkpoints.output import WEIGHT_SUFFIXES, check_space
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
-from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
@@ -112,6 +112,10 @@ def convert(config: ConvertConfig) -> ConvertResult:
         raise CheckpointError(f"{out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
     check_fit(target, drafter)
+    if drafter.format == ORIGINAL:
+        raise CheckpointError(
+            f"{config.drafter}: expected Laguna's format or speculators', got DFlash's own; serve it as it is"
+        )
     if drafter.format == config.to:
         expected = f"expected the other format, got {config.to} already"
         raise CheckpointError(f"{config.drafter}: {expected}; serve it as it is")

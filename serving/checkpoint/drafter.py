@@ -1,12 +1,15 @@
-"""DFlash drafters in both published formats, as their config.json describes them.
+"""DFlash drafters in the three published formats, as their config.json describes them.
 
 - ``DFlashLagunaForCausalLM``: Laguna's own layers; embedding and head are the target's, the whole vocabulary is
   drafted; ``dflash_config`` holds block_size, and target_layer_ids that count the target's layers from 0.  Published
   drafters leave out what transformers' LagunaConfig has defaults for, and say ``rope_theta`` alone.
 - speculators (https://github.com/vllm-project/speculators): Qwen3's layers and a head of its own, mostly over a reduced
   vocabulary whose token i is the target's i + d2t[i]; ``aux_hidden_state_layer_ids`` count the layers from 1.
+- ``DFlashDraftModel``, of DFlash's authors (https://github.com/z-lab/dflash): Qwen3's layers, the target's embedding
+  and head, the whole vocabulary; ``dflash_config.target_layer_ids`` count from 0.  Served, and neither trained nor
+  converted here.
 
-Both read the target's hidden states after the layers that are named; vLLM subtracts 1 from the second kind
+All read the target's hidden states after the layers that are named; vLLM subtracts 1 from the second kind
 (transformers_utils/configs/speculators/algos.py of vLLM 0.32).
 """
 
@@ -28,8 +31,8 @@ from laguna_serve.serving.checkpoint.target import (
     read_heads,
 )
 
-LAGUNA, SPECULATORS = "laguna", "speculators"
-ARCHITECTURE = "DFlashLagunaForCausalLM"
+LAGUNA, SPECULATORS, ORIGINAL = "laguna", "speculators", "dflash"
+ARCHITECTURE, ORIGINAL_ARCHITECTURE = "DFlashLagunaForCausalLM", "DFlashDraftModel"
 # What transformers' Qwen3Config has for it; DEFAULTS is LagunaConfig's.
 QWEN3_MAX_POSITIONS = 32768
 
@@ -51,7 +54,7 @@ class Drafter:
     """A DFlash drafter.
 
     Attributes:
-        format: "laguna" or "speculators".
+        format: "laguna", "speculators" or "dflash".
         layer_ids: of the target's layers, in the file's own numbering, which begins at ``first_layer_id``.
         target_layers: how many layers the target has for which it was trained, where the file says so.
         block_size: the block that it was trained on: the last accepted token and the proposals.
@@ -102,7 +105,7 @@ class Drafter:
 
 
 def read_drafter(folder: Path) -> Drafter:
-    """Read and check a drafter's config in either format.  Raises CheckpointError naming what is wrong with it."""
+    """Read and check a drafter's config in any format.  Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
         got = ", ".join(read_architectures(folder, config) or ["no architectures"])
@@ -112,14 +115,16 @@ def read_drafter(folder: Path) -> Drafter:
         raise CheckpointError(f"{folder}: expected a DFlash drafter, got {got}; {remedy}")
     if "speculators_model_type" in config:
         return _read_speculators(folder, config)
+    if read_architectures(folder, config) == [ORIGINAL_ARCHITECTURE]:
+        return _read_original(folder, config)
     return _read_laguna(folder, config)
 
 
 def _read_laguna(folder: Path, config: ConfigJson) -> Drafter:
     architectures = read_architectures(folder, config)
     if architectures != [ARCHITECTURE]:
-        remedy = "pass one in that format or in speculators'"
-        raise CheckpointError(f"{folder}: expected {ARCHITECTURE}, got {architectures}; {remedy}")
+        expected = f"{ARCHITECTURE}, {ORIGINAL_ARCHITECTURE} or the speculators format"
+        raise CheckpointError(f"{folder}: expected {expected}, got {architectures}; pass one of these")
     fields = Fields(folder, config, defaults=DEFAULTS)
     dflash = Fields(folder, config.get("dflash_config"), "dflash_config.")
     layers = fields.layers()
@@ -226,6 +231,39 @@ def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
         quantisation=read_quantisation(folder, config) or read_quantisation(folder, layers.config),
         attention=_read_attention(layers, count, gate=0, bias=bool(layers.config.get("attention_bias"))),
         verifier=Fields(folder, verifier, "speculators_config.verifier.").name("name_or_path") if verifier else None,
+    )
+
+
+def _read_original(folder: Path, config: ConfigJson) -> Drafter:
+    fields = Fields(folder, config)
+    if config.get("model_type", "qwen3") != "qwen3":
+        raise fields.mismatch("model_type", "'qwen3', whose layers vLLM gives a DFlash drafter", config["model_type"])
+    inner = Fields(folder, config.get("dflash_config", {}), "dflash_config.")
+    dflash = Fields(folder, config | inner.config, "dflash_config.")  # what is not there stands at the top
+    if dflash.config.get("sample_from_anchor"):
+        raise dflash.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
+    if dflash.config.get(HEAD) is not None:
+        remedy = f"only {ARCHITECTURE} has a place for it"
+        raise CheckpointError(f"{folder}: expected no {HEAD} in {ORIGINAL_ARCHITECTURE}, got one; {remedy}")
+    vocabulary, hidden = fields.positive("vocab_size"), fields.positive("hidden_size")
+    return Drafter(
+        name=str(folder),
+        format=ORIGINAL,
+        target_vocab_size=vocabulary,
+        draft_vocab_size=fields.positive("draft_vocab_size", default=vocabulary),
+        target_hidden_size=fields.positive("target_hidden_size", default=hidden),
+        hidden_size=hidden,
+        intermediate_size=fields.positive("intermediate_size"),
+        layer_ids=_read_layer_ids(fields, dflash),
+        first_layer_id=0,
+        mask_token_id=dflash.integer("mask_token_id"),
+        block_size=_read_block_size(fields, inner),
+        max_model_len=fields.positive("max_position_embeddings", default=QWEN3_MAX_POSITIONS),
+        dtype=read_dtype(config),
+        quantisation=read_quantisation(folder, config),
+        attention=_read_attention(fields, fields.layers(), gate=0, bias=bool(config.get("attention_bias"))),
+        target_layers=dflash.positive("num_target_layers") if "num_target_layers" in dflash.config else None,
+        causal=_read_causal(dflash),
     )
 
 

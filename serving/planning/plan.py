@@ -9,7 +9,7 @@ from pathlib import Path
 
 from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
-from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, LAGUNA, ORIGINAL_ARCHITECTURE, Drafter
 from laguna_serve.serving.checkpoint.others import SERVED_BY
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.machine.device import Device
@@ -38,7 +38,6 @@ from laguna_serve.serving.planning.support import (
 )
 
 DEFAULT_PORT = 8000
-SPECULATORS_CLASS = "DFlashDraftModel"
 VLLM = "vLLM's own"
 # The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
 VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}
@@ -159,7 +158,7 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
     elif checkpoints.other is not None:
         names.append(checkpoints.other)
     if checkpoints.drafter is not None:
-        names.append(ARCHITECTURE if checkpoints.drafter.format != SPECULATORS else SPECULATORS_CLASS)
+        names.append(ARCHITECTURE if checkpoints.drafter.format == LAGUNA else ORIGINAL_ARCHITECTURE)
     return {name: known.get(name, SERVED_BY if name == checkpoints.other else VLLM) for name in names}
 
 

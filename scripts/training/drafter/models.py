@@ -21,7 +21,7 @@ from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter, choose_vocabulary, start_head
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, Target, read_config, read_dtype
-from laguna_serve.serving.checkpoint.drafter import LAGUNA, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
 Format = Literal["laguna", "speculators"]
@@ -148,6 +148,10 @@ def read_warm(folder: Path, target: Target, head_rank: int | None = None) -> Dra
     """
     drafter = open_drafter(folder, str(folder))
     check_fit(target, drafter)
+    if drafter.format == ORIGINAL:
+        raise CheckpointError(
+            f"{folder}: expected Laguna's format or speculators', got DFlash's own, which is only served; start anew"
+        )
     if head_rank is not None and drafter.format != LAGUNA:
         raise CheckpointError(f"{folder}: expected Laguna's format for a {HEAD}, got {drafter.format}; leave it out")
     if head_rank is not None and drafter.head_rank not in (None, head_rank):

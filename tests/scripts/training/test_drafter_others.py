@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Olmo2Config,
     PretrainedConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
 )
@@ -28,6 +30,8 @@ from laguna_serve.scripts.training.drafter.data.records import Row
 from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.data.whole import WholeTarget
 from laguna_serve.scripts.training.drafter.held_out import measure_drafter
+from laguna_serve.scripts.training.drafter.models import NewDrafter, choose_shape, read_warm
+from laguna_serve.scripts.training.drafter.training import Fit, fit_drafter
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.others import read_served
@@ -183,6 +187,54 @@ def test_drafter_is_served_and_accepted_as_measured(form: str, tmp_path: Path) -
     assert said == [a["token_ids"] for a in answers]
     assert counted is not None
     assert counted.length == pytest.approx(expected.tau, rel=0.12)
+
+
+def write_original(folder: Path, drafter: SpeculatorsDrafter, layers: int) -> None:
+    """A drafter without a head of its own, as DFlash's authors publish theirs."""
+    shape, config = drafter.shape, drafter.config("target")["transformer_layer_config"]
+    inner = {"mask_token_id": shape.mask_token_id, "target_layer_ids": list(shape.target_layer_ids)}
+    names = {"architectures": ["DFlashDraftModel"], "dtype": "bfloat16", "num_target_layers": layers}
+    folder.mkdir()
+    config |= names | {"block_size": shape.block_size, "dflash_config": inner}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(drafter.list_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_drafter_in_dflashs_own_format_is_served_and_nothing_else(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target", Qwen3Config(**SIZES, head_dim=32))
+    described = read_served(target).target
+    assert described is not None
+    whole = WholeTarget(target, described, torch.float32, torch.device("cpu"))
+    shape = choose_shape(described, NewDrafter(format="speculators", layers=1, width=128), 3)
+    torch.manual_seed(0)
+    drafter = SpeculatorsDrafter(shape, torch.arange(512), own_head=False)
+    texts = [json.loads(line)["prompt"] for line in (TOY / "prompts.jsonl").read_text().splitlines()[:6]]
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    tokens = load_tokenizer(TOY / "teacher")(texts)["input_ids"]
+    rows = []
+    for prompt in tokens:
+        answer = model.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, pad_token_id=0)[0]
+        rows.append(Row(answer.int(), len(prompt), 0.0))
+    states = States(tmp_path / "states", rows, shape.target_layer_ids, whole.count, SIZES["hidden_size"])
+    states.compute_whole(whole, Progress(quiet=True))
+    blocks = Blocks(rows, states, Shared(*whole.load_shared()))
+    fit_drafter(drafter, blocks, Fit("ce", 260, 3e-3, 4, 16, 4.0, 0, 1), tmp_path / "training.state")
+    (expected,) = measure_drafter(drafter.eval(), blocks)
+    assert expected.tau > 3
+    folder = tmp_path / "original"
+    write_original(folder, drafter, whole.count)
+
+    config = EngineConfig(str(target), draft=str(folder), dtype="float32", enforce_eager=True, max_num_seqs=4)
+    with Engine(config, log_path=tmp_path / "engine.log") as engine:
+        said = [ask(engine, prompt, 48) for prompt in tokens]
+        counted = read_acceptance(engine.base_url)
+    assert said == [row.tokens[row.start :].tolist() for row in rows]
+    assert counted is not None
+    assert counted.length == pytest.approx(expected.tau, rel=0.12)
+    with pytest.raises(CheckpointError, match="DFlash's own, which is only served"):
+        read_warm(folder, described)
 
 
 def test_plan_counts_the_whole_target(tmp_path: Path) -> None:

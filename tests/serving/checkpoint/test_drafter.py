@@ -15,9 +15,31 @@ from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_dr
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.checkpoint.drafter_weights import check_weights
+from laguna_serve.serving.checkpoint.parameters import count_drafter
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 LAYERS: dict[str, Any] = SPECULATORS["transformer_layer_config"]
+# As DFlash's authors publish a drafter for Qwen3-8B: a block of 16, five layers of the target's sizes.
+ORIGINAL: dict[str, Any] = {
+    "architectures": ["DFlashDraftModel"],
+    "attention_bias": False,
+    "block_size": 16,
+    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "layer_types": ["full_attention"] * 5,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 8,
+    "num_target_layers": 36,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
 Tensors = dict[str, npt.NDArray[Any]]
 
 
@@ -50,7 +72,7 @@ def test_unreadable_drafter_is_named(
         (
             DRAFTER,
             {"architectures": ["DFlash2DraftModel"]},
-            "expected DFlashLagunaForCausalLM, got .'DFlash2DraftModel'",
+            "expected DFlashLagunaForCausalLM, DFlashDraftModel or the speculators format, got .'DFlash2DraftModel'",
         ),
         (DRAFTER, {"layer_types": ["full_attention"]}, "expected layer_types to be 2 of"),
         (
@@ -75,6 +97,14 @@ def test_unreadable_drafter_is_named(
             "expected no sequential_head in the speculators format, got one",
         ),
         (SPECULATORS, {"sample_from_anchor": True}, "expected sample_from_anchor to be false"),
+        (ORIGINAL, {"model_type": "llama"}, "expected model_type to be 'qwen3'"),
+        (
+            ORIGINAL,
+            {"dflash_config": {**ORIGINAL["dflash_config"], "block_size": 8}},
+            "expected block_size to be the 8",
+        ),
+        (ORIGINAL, {"sample_from_anchor": True}, "expected dflash_config.sample_from_anchor to be false"),
+        (ORIGINAL, {"sequential_head": {"rank": 8}}, "expected no sequential_head in DFlashDraftModel, got one"),
         (
             SPECULATORS,
             {"transformer_layer_config": {**LAYERS, "model_type": "llama"}},
@@ -101,6 +131,20 @@ def test_toy_drafters_are_read() -> None:
     assert (speculators.draft_vocab_size, speculators.target_vocab_size, speculators.verifier) == (256, 512, "teacher")
     for drafter in (own, speculators):
         check_weights(Path(drafter.name), drafter)
+
+
+def test_dflashs_own_format_is_read(make_checkpoint: MakeCheckpoint) -> None:
+    drafter = read_drafter(make_checkpoint("drafter", ORIGINAL))
+    assert (drafter.format, drafter.layer_ids, drafter.first_layer_id) == ("dflash", (1, 9, 17, 25, 33), 0)
+    assert (drafter.max_gamma, drafter.mask_token_id, drafter.target_layers) == (15, 151669, 36)
+    assert drafter.draft_vocab_size == drafter.target_vocab_size == 151936
+    layer = 4096 * (32 + 2 * 8 + 32) * 128 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
+    assert count_drafter(drafter) == 5 * layer + 5 * 4096 * 4096 + 2 * 4096
+    inner = {**ORIGINAL["dflash_config"], "block_size": 8, "num_target_layers": 40}
+    newer = read_drafter(
+        make_checkpoint("newer", ORIGINAL, block_size=None, num_target_layers=None, dflash_config=inner)
+    )
+    assert (newer.block_size, newer.target_layers) == (8, 40)
 
 
 @pytest.mark.parametrize("gating", [True, "per-head", "per-element", False])
