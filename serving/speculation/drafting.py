@@ -183,6 +183,8 @@ def _find_other_target(target: Target, drafter: Drafter, pruned: bool) -> str | 
             return None
         kind = " with its experts pruned" if pruned else ""
         return f"trained for {drafter.verifier}, drafts for {target.name}{kind}"
+    if not target.architecture.startswith("Laguna"):
+        return None  # most drafters are for the dense models that these are
     kind = "pruned" if pruned or target.pruned else "dense" if target.dense else ""
     return f"does not say what it was trained for, drafts for a {kind} model" if kind else None
 
