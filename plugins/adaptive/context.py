@@ -11,6 +11,7 @@ Checked against vLLM 0.32.0 (`DFlashProposer.build_model_inputs_first_pass`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 # What may wait, in rows and in bytes of hidden states, of which at least so many rows.
-MOST_ROWS, MOST_BYTES, LEAST_ROWS = 4096, 64 << 20, 512
-# How much a measurement of the time per row weighs against those before it.
-NEW_SHARE = 0.25
+MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
+# Written rows after which what they took weighs a third.
+MEMORY_ROWS = 1024.0
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class WaitingContext:
 
     def __init__(self) -> None:
         self.row_s = 0.0
+        self._written = self._write_s = 0.0
         self._steps: list[_Step] = []
         self._rows: Counter[str] = Counter()
 
@@ -105,5 +107,6 @@ class WaitingContext:
         self._steps = []
         self._rows.clear()
         model.precompute_and_store_context_kv(model.combine_hidden_states(states), positions, slots)
-        measured = (perf_counter() - begin) / rows
-        self.row_s += (measured - self.row_s) * (NEW_SHARE if self.row_s else 1.0)
+        keep = math.exp(-rows / MEMORY_ROWS)
+        self._written, self._write_s = self._written * keep + rows, self._write_s * keep + perf_counter() - begin
+        self.row_s = self._write_s / self._written

@@ -6,19 +6,31 @@ what was: cells of the same number of requests scale their neighbours, and those
 Only ratios decide, so that times are kept in units of the machine's present *pace*, which follows every step quickly,
 while cells follow it slowly: other work on the machine slows all of them alike.  One wild step moves nothing by more
 than a fixed factor.
+
+A step that also reads prompts takes a time per prompt token beside its cell's, for the target and, for the context of
+those tokens, in the drafter's pass.  Each table learns its own from steps of one cell that read more and less; what it
+leaves of a step's time is a measurement of the cell, worth as much as its share of the step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-# A cell is the median of its first measurements; then each further one counts as much as any before it, up to this.
-FIRST, CELL_MEMORY = 5, 64
+# A cell is the median of its last measurements while they are few: those of a cold machine are soon forgotten.  Then
+# each further one counts as much as any before it, up to this.
+FIRST, FEW, CELL_MEMORY = 5, 16, 64
 PACE_RATE = 1 / 8
 # Natural logarithm of the largest factor by which one measurement is believed to differ.
 MOST_SURPRISE = 0.4
+MOST_FACTOR = math.exp(MOST_SURPRISE)
+# Steps with prompts after which what they say of a prompt token weighs a third; the square of how far prompts must have
+# moved their steps' times, as a share of these, before it is believed.
+PROMPT_MEMORY, LEAST_SWING = 128.0, 0.1
+# What must be left of a step beside its prompts, as a share, to be a measurement.
+LEAST_SHARE = 0.15
 # Measurements after which a table is read anew, beyond those of new cells.
 READ_AGAIN = 16
 # Numbers of requests that share a cell: exact up to this, then within a fifth.
@@ -40,25 +52,65 @@ class Pace:
 
 
 class Cell:
-    """The logarithm of a time, from measurements of it."""
+    """The logarithm of a time at pace 1, from measurements of it."""
 
-    __slots__ = ("count", "first", "value")
+    __slots__ = ("count", "last", "value")
+
+    def __init__(self, known: list[float]) -> None:
+        """Begin with what is `known` from its neighbours as if it had been measured: one wild step is not believed."""
+        self.last, self.count, self.value = known, 0, 0.0
+
+    def observe(self, steady: float, pace: Pace) -> None:
+        """Take in the logarithm of a time at pace 1."""
+        self.count += 1
+        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, steady - self.value))
+        if self.count > FIRST:  # those before say nothing about the machine
+            pace.follow(surprise * min(1.0, self.count / FEW))
+        if self.count <= FEW:
+            self.last = [*self.last[1 - FIRST :], steady]
+            self.value = sorted(self.last)[(len(self.last) - 1) // 2]
+        else:
+            self.value += surprise / min(self.count - FEW + FIRST, CELL_MEMORY)
+
+
+@dataclass(slots=True)
+class Mean:
+    """Means over a cell's steps with and without prompts: prompt tokens, and seconds at pace 1."""
+
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        self.steps = min(self.steps + 1, CELL_MEMORY)
+        self.tokens += (tokens - self.tokens) / self.steps
+        self.seconds += (seconds - self.seconds) / self.steps
+
+
+class PromptRate:
+    """Seconds per prompt token, at pace 1: the slope of steps' times over their prompt tokens, within cells."""
 
     def __init__(self) -> None:
-        self.first: list[float] = []
-        self.count, self.value = 0, 0.0
+        self._means: dict[tuple[int, int], Mean] = {}
+        self._square = self._product = 0.0
+        self.value = 0.0
 
-    def observe(self, measured: float, pace: Pace) -> None:
-        """Take in the logarithm of a time as measured, at a pace that follows it."""
-        steady = measured - pace.log
-        self.count += 1
-        if self.count <= FIRST:  # these say nothing about the machine, and may be those of a cold start
-            self.first.append(steady)
-            self.value = sorted(self.first)[(self.count - 1) // 2]
-            return
-        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, steady - self.value))
-        pace.follow(surprise)
-        self.value += surprise / min(self.count, CELL_MEMORY)
+    def observe(self, requests: int, level: int, tokens: int, seconds: float) -> None:
+        """Take in a step's seconds at pace 1; errors are shares of these, so that long steps weigh less."""
+        mean = self._means.setdefault((requests, level), Mean())
+        expected = seconds
+        if self.value and mean.steps:
+            expected = max(mean.seconds + self.value * (tokens - mean.tokens), mean.seconds / 8)
+            seconds = max(expected / MOST_FACTOR, min(expected * MOST_FACTOR, seconds))
+        more, longer = tokens - mean.tokens, seconds - mean.seconds
+        if mean.steps and more:
+            keep, weight = 1 - 1 / PROMPT_MEMORY, mean.steps / (mean.steps + 1) / max(expected, mean.seconds) ** 2
+            self._square = self._square * keep + weight * more * more
+            self._product = self._product * keep + weight * more * longer
+            known = self._product > 0 and self._product**2 > LEAST_SWING * self._square
+            self.value = self._product / self._square if known else 0.0
+        mean.observe(tokens, seconds)
 
 
 class CostTable:
@@ -68,20 +120,40 @@ class CostTable:
         self._prior, self._pace = list(prior), pace
         # Bucket → level → cell.
         self._cells: dict[int, dict[int, Cell]] = {}
+        self.rate = PromptRate()
         self._curves: dict[int, list[float]] = {}
         self._unread = 0
 
-    def observe(self, requests: int, level: int, seconds: float) -> None:
-        """Take in a measured time."""
-        cells = self._cells.setdefault(find_bucket(requests), {})
-        cell = cells.get(level)
+    def observe(self, requests: int, level: int, seconds: float, tokens: int = 0) -> None:
+        """Take in a measured time of a step that also read so many prompt tokens; requests 0: it did nothing else."""
+        bucket, steady = find_bucket(requests), max(seconds, 1e-7) * math.exp(-self._pace.log)
+        self.rate.observe(bucket, level, tokens, steady)
+        if not requests:
+            return
+        cell = self._cells.get(bucket, {}).get(level)
+        expected = self.curve(requests)[level] if (tokens or cell is None) and not self.is_empty else 0.0
+        steady = self._leave(steady, tokens, expected)
+        if not steady:
+            return
         if cell is None:
-            cell = cells[level] = Cell()
-        cell.observe(math.log(max(seconds, 1e-7)), self._pace)
+            known = [math.log(expected)] if expected else []
+            cell = self._cells.setdefault(bucket, {}).setdefault(level, Cell(known))
+        cell.observe(math.log(steady), self._pace)
         self._unread += 1
-        if cell.count <= FIRST or self._unread >= READ_AGAIN:
+        if cell.count <= FEW or self._unread >= READ_AGAIN:
             self._curves.clear()
             self._unread = 0
+
+    def _leave(self, steady: float, tokens: int, expected: float) -> float:
+        """Return what prompts leave of a time, the nearer to what is expected the less it is; 0 if that is nothing."""
+        if not tokens:
+            return steady
+        reading = tokens * self.rate.value
+        share = expected / (expected + reading) if expected else 1 - reading / steady
+        if not reading or share < LEAST_SHARE:
+            return 0.0
+        rest = max(steady - reading, steady * LEAST_SHARE / 4)
+        return expected * (rest / expected) ** share if expected else rest
 
     def curve(self, requests: int) -> list[float]:
         """Return the time by level, for so many requests; never falling from level 1 on."""
@@ -92,13 +164,17 @@ class CostTable:
             # From the farthest number of requests to this one, each correcting what those before it say.
             for other in sorted(self._cells, key=lambda other: -abs(other - bucket))[-3:]:
                 curve = _correct(curve, self._cells[other])
-            self._curves[bucket] = curve
+            curve = self._curves[bucket] = [curve[0], *accumulate(curve[1:], max)]
         return curve
 
     def count(self, requests: int, level: int) -> int:
         """Count the measurements of a cell."""
         cell = self._cells.get(find_bucket(requests), {}).get(level)
         return 0 if cell is None else cell.count
+
+    def knows(self, requests: int) -> bool:
+        """Whether anything was measured for so many requests."""
+        return find_bucket(requests) in self._cells
 
     @property
     def is_empty(self) -> bool:
@@ -155,21 +231,38 @@ def read(curve: Sequence[float], level: float) -> float:
     return curve[low] + (curve[low + 1] - curve[low]) * (level - low)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a step took: the target's seconds, and those of the drafter's pass behind it.
+
+    The target's are over a row of each of `requests`, which decode, `drafted` more, and `prompt` prompt tokens; the
+    drafter's for `width` tokens of each of `batch` requests (0: as many), with the context of those prompt tokens.
+    """
+
+    requests: int
+    drafted: int
+    target_s: float
+    width: int = 0
+    drafter_s: float = 0.0
+    batch: int = 0
+    prompt: int = 0
+
+
 class StepCosts:
     """Both tables: the target's at level 0 (no drafts) to `width`, the drafter's at level 1 to `width`."""
 
     def __init__(self, width: int) -> None:
         self.width = width
-        pace = Pace()
+        self._pace = pace = Pace()
         self.verify = CostTable([1.0, *(VERIFY_FIRST + VERIFY_EACH * level for level in range(width))], pace)
         self.draft = CostTable([0.0, *(DRAFT_FIRST + DRAFT_EACH * level for level in range(width))], pace)
 
-    def observe(self, requests: int, drafted: int, target_s: float, width: int, drafter_s: float) -> None:
-        """Take in a step over `requests` rows and `drafted` more, and the pass for `width` tokens behind it."""
-        level = max(1, round(drafted / requests)) if drafted else 0
-        self.verify.observe(requests, min(level, self.width), target_s)
-        if width:
-            self.draft.observe(requests, width, drafter_s)
+    def observe(self, step: Measured) -> None:
+        """Take in what a step took."""
+        level = max(1, round(step.drafted / step.requests)) if step.drafted and step.requests else 0
+        self.verify.observe(step.requests, min(level, self.width), step.target_s, step.prompt)
+        if step.width:
+            self.draft.observe(step.batch or step.requests, step.width, step.drafter_s, step.prompt)
 
     def find_draft_curve(self, requests: int) -> list[float]:
         """Return the drafter's time by width; before it was measured in proportion to the target's."""
@@ -178,3 +271,8 @@ class StepCosts:
             plain = self.verify.curve(requests)[0]
             curve = [plain * share for share in curve]
         return curve
+
+    @property
+    def pace(self) -> float:
+        """How many times as long as at pace 1 everything takes now."""
+        return math.exp(self._pace.log)

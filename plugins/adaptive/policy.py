@@ -1,15 +1,21 @@
 """How many tokens are drafted for each request of the next step: the number that commits the most per second; pure.
 
 For every width of the drafter's pass, tokens whose chance of being accepted is worth their row are drafted, and the
-width with the largest rate, expected tokens over expected time, is taken; none where that is plain decoding's.  What is
-not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays for it:
-a small part of all time goes into it, and such a step is taken when the purse holds what it is expected to lose.
+width with the largest rate, expected tokens over expected time, is taken; none where that is plain decoding's.  To that
+time belongs the drafter's context of the prompts, shared out among the tokens of as long answers as there were of late:
+where prompts are most of the work it may cost more than drafts bring.
+
+What is not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays
+for it: a small part of all time goes into it, more in the beginning, when a cold machine's steps say little, and such a
+step is taken when the purse holds what it is expected to lose.  A number of requests that never was begins without
+drafts, which loses nothing.
 
 **What comes out does not depend on this.**  Each number is fixed before its drafts are drawn, from earlier steps alone:
-their accepted counts and their times.  Given the tokens so far, the drafts and their number, rejection sampling emits
-tokens of the target's distribution, whatever the number (0 is plain sampling); and greedy tokens are the target's own.
-A number chosen by looking at the drafts themselves, their probabilities for instance, would still be sound by that
-argument, but one that looked at which of them are accepted would not: keep it that way.
+their accepted counts, their times, and how many tokens a request may still get.  Given the tokens so far, the drafts
+and their number, rejection sampling emits tokens of the target's distribution, whatever the number (0 is plain
+sampling); and greedy tokens are the target's own.  A number chosen by looking at the drafts themselves, their
+probabilities for instance, would still be sound by that argument, but one that looked at which of them are accepted
+would not: keep it that way.
 """
 
 from __future__ import annotations
@@ -18,19 +24,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
-from laguna_serve.plugins.adaptive.costs import FIRST, StepCosts, read
+from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket, read
 
-# Of all time, for steps that are expected to lose.
-EXPLORED = 0.005
+# Of all time, for steps that are expected to lose; in the beginning more: this many steps' time divided by the steps
+# so far, and no more than that.
+EXPLORED, EXPLORED_EARLY, EXPLORED_FIRST = 0.005, 8.0, 0.015
 # Drafts must be expected to bring so much more than plain decoding.
-MARGIN = 0.01
-# Steps between two of a kind that are not the best, at least; requests that such a step drafts for, at most.
-LEAST_BETWEEN = 8
+MARGIN = 0.02
+# Steps with drafts in which the context that must be made up before the first of them is to be paid back.
+REPAID = 16
+# Steps between two of a kind that are not the best: so many for each that was measured, from this to that; requests
+# that such a step drafts for, at most.
+LEAST_BETWEEN, EACH_BETWEEN, MOST_BETWEEN = 8, 4, 64
 MOST_EXPLORED = 8
-# Steps without drafts that follow a decision for none, as long as the batch stays the same.
+# Steps without drafts that follow a decision for none, as long as the requests stay the same.
 PLAIN_RUN = 16
 # What the purse may hold, in steps' worth of loss.
 MOST_SAVED = 4.0
+# Requests that have ended after which one weighs a third.
+MEMORY_ENDED = 128.0
+# No row is worth less of a chance.
+LEAST_CHANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,34 @@ class Decision:
 PLAIN = Decision(0, ())
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a next step is expected to be: each request's chances of so many tokens, and times, all at pace 1.
+
+    `verify`, `draft`: seconds by drafted tokens per request and by width; `context_s`: of the prompts' context, per
+    token of the answers, where drafts are made; `waiting_s`: of what must be made up first, once.
+    """
+
+    requests: Sequence[str]
+    survivals: Sequence[Sequence[float]]
+    verify: Sequence[float]
+    draft: Sequence[float]
+    context_s: float
+    waiting_s: float
+
+    def time(self, width: int, drafted: int) -> float:
+        """Return the seconds of a step with so many drafted rows together, and of the pass before it."""
+        return read(self.verify, drafted / len(self.requests)) + self.draft[width]
+
+    def rate(self, tokens: float, seconds: float) -> float:
+        """Return the tokens per second of steps that draft, with what their prompts' context takes."""
+        return tokens / (seconds + tokens * self.context_s)
+
+    def lose(self, tokens: float, seconds: float, rate: float) -> float:
+        """Return what a step with drafts that is not the best loses against one at `rate`, in seconds."""
+        return seconds + max(self.waiting_s, tokens * self.context_s) - tokens / rate
+
+
 @dataclass(slots=True)
 class Policy:
     """Decides for batches of requests, each named by its key, and learns of the steps that came of it.
@@ -57,6 +99,8 @@ class Policy:
     """
 
     width: int
+    # Seconds for the context of a token, as far as known from elsewhere.
+    row_s: float = 0.0
     costs: StepCosts = field(init=False)
     _shared: dict[object, Acceptance] = field(default_factory=dict)
     _own: dict[str, OwnAcceptance] = field(default_factory=dict)
@@ -65,9 +109,14 @@ class Policy:
     _full_at: int = 0
     _plain_at: int = 0
     # Of the last decision: requests, steps for which it holds, expected seconds.
-    _held: tuple[int, int, float] = (0, 0, 0.0)
+    _held: tuple[tuple[str, ...], int, float] = ((), 0, 0.0)
     # Least chance that a row is worth.
-    _least: float = 0.0
+    _least: float = LEAST_CHANCE
+    # Of requests that have ended: tokens of their prompts and of their answers.
+    _prompts: float = 0.0
+    _answers: float = 0.0
+    # Decisions by the number of requests' bucket.
+    _begun: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.costs = StepCosts(self.width)
@@ -77,9 +126,12 @@ class Policy:
         shared = self._shared.setdefault(kind, Acceptance(self.width))
         self._own[request] = OwnAcceptance(shared)
 
-    def drop(self, request: str) -> None:
-        """Forget a request that has ended; one that is not known is no error."""
+    def drop(self, request: str, prompt: int = 0, tokens: int = 0) -> None:
+        """Forget a request that has ended, after so many tokens of its own; one that is not known is no error."""
         self._own.pop(request, None)
+        if tokens:
+            keep = 1 - 1 / MEMORY_ENDED
+            self._prompts, self._answers = self._prompts * keep + prompt, self._answers * keep + tokens
 
     def observe_drafts(self, drafts: Sequence[tuple[str, int, int]]) -> None:
         """Learn of a step's (request, drafted, accepted)."""
@@ -92,66 +144,104 @@ class Policy:
         for shared, counts in by_kind.values():
             shared.observe(counts, self._step)
         if by_kind:
-            self._held = (0, 0, 0.0)
+            self._held = ((), 0, 0.0)
 
-    def observe_step(self, requests: int, drafted: int, target_s: float, width: int, drafter_s: float) -> None:
-        """Learn what a step took; arguments as of `StepCosts.observe`."""
-        self.costs.observe(requests, drafted, target_s, width, drafter_s)
+    def observe_step(self, step: Measured) -> None:
+        """Learn what a step took."""
+        self.costs.observe(step)
 
-    def decide(self, requests: Sequence[str], waiting_s: float = 0.0) -> Decision:
+    def decide(self, requests: Sequence[str], waiting_s: float = 0.0, room: Sequence[int] | None = None) -> Decision:
         """Decide for the requests of the next step, all of which decode.
 
-        `waiting_s`: what must be made up first, once, where something is drafted.
+        `waiting_s`: what must be made up first, once, where something is drafted; `room`: the most drafts that each
+        request has a use for before its end.
         """
         self._step += 1
         held, left, seconds = self._held
-        if left and held == len(requests):
+        if left and held == tuple(requests):
             self._held = (held, left - 1, seconds)
-            self._purse += EXPLORED * seconds
+            self._purse += self._share * seconds
             self._plain_at = self._step
             return PLAIN
-        return self._weigh(requests, waiting_s) if requests else PLAIN
+        if not requests or self._begins(len(requests)):
+            self._plain_at = self._step
+            return PLAIN
+        return self._weigh(self._look(requests, waiting_s, room))
 
-    def _weigh(self, requests: Sequence[str], waiting_s: float) -> Decision:
-        count = len(requests)
-        verify, draft = self.costs.verify.curve(count), self.costs.find_draft_curve(count)
-        survivals = self._find_survivals(requests)
-        groups: dict[int, tuple[list[float], int]] = {}  # requests of the same chances
-        for each in survivals:
+    @property
+    def _share(self) -> float:
+        """What part of the time goes into the purse."""
+        return max(EXPLORED, min(EXPLORED_FIRST, EXPLORED_EARLY / self._step))
+
+    def _begins(self, count: int) -> bool:
+        """Whether so many requests are new here, and what a plain step of them takes is not known yet."""
+        bucket = find_bucket(count)
+        begun = self._begun[bucket] = self._begun.get(bucket, 0) + 1
+        return begun <= FIRST and self.costs.verify.count(count, 0) < FIRST
+
+    def _look(self, requests: Sequence[str], waiting_s: float, room: Sequence[int] | None) -> Prospect:
+        row_s = self.costs.draft.rate.value or self.row_s / self.costs.pace
+        return Prospect(
+            requests,
+            self._find_survivals(requests, room),
+            self.costs.verify.curve(len(requests)),
+            self.costs.find_draft_curve(len(requests)),
+            row_s * self._prompts / self._answers if self._answers else 0.0,
+            waiting_s / self.costs.pace,
+        )
+
+    def _find_survivals(self, requests: Sequence[str], room: Sequence[int] | None) -> list[list[float]]:
+        """Each request's chances of so many tokens, 0 beyond its room; the same list for the same chances."""
+        survivals = []
+        for index, request in enumerate(requests):
+            own = self._own[request]
+            chances = own.shared.survivals(own.find_factor(self._step))
+            if room is not None and room[index] < self.width:
+                chances = [*chances[: max(0, room[index])], *[0.0] * self.width][: self.width]
+            survivals.append(chances)
+        return survivals
+
+    def _weigh(self, prospect: Prospect) -> Decision:
+        verify, count = prospect.verify, len(prospect.requests)
+        least = self._least
+        best, rate, seconds = self._find_best(prospect, least)
+        if self.width > 1:
+            slope = (verify[-1] - verify[1]) / (self.width - 1) / count
+            self._least = max(LEAST_CHANCE, rate * slope / max(0.1, 1 - rate * prospect.context_s))
+        most = MOST_SAVED * (verify[-1] + prospect.draft[-1]) + prospect.waiting_s
+        self._purse = min(self._purse + self._share * seconds, most)
+        decision = self._explore(prospect, best, rate)
+        if decision is None and best:
+            alike = {id(each): each for each in prospect.survivals}
+            counts = {key: sum(chance >= least for chance in each[:best]) for key, each in alike.items()}
+            decision = Decision(best, tuple(counts[id(each)] for each in prospect.survivals))
+        elif decision is None:
+            decision = PLAIN
+            self._held = (tuple(prospect.requests), PLAIN_RUN - 1, verify[0])
+        self._note(prospect.requests, decision)
+        return decision
+
+    def _find_best(self, prospect: Prospect, least: float) -> tuple[int, float, float]:
+        """Find the width with the largest rate, of rows with a chance of at least `least`; that rate; and its time."""
+        groups: dict[int, tuple[Sequence[float], int]] = {}  # requests of the same chances
+        for each in prospect.survivals:
             groups[id(each)] = (each, groups.get(id(each), (each, 0))[1] + 1)
-        best, rate, seconds = 0, count / verify[0], verify[0]
-        floor, least = rate * (1 + MARGIN), self._least
-        gained, drafted = 0.0, 0
+        tokens, drafted = float(len(prospect.requests)), 0
+        best, seconds = 0, prospect.verify[0]
+        rate = tokens / seconds
+        floor = rate * (1 + MARGIN)
         for width in range(1, self.width + 1):
             for each, alike in groups.values():
                 if each[width - 1] >= least:
-                    gained += each[width - 1] * alike
+                    tokens += each[width - 1] * alike
                     drafted += alike
             if not drafted:
                 break
-            time = read(verify, drafted / count) + draft[width]
-            if (count + gained) / time > max(rate, floor):
-                best, rate, seconds = width, (count + gained) / time, time
-        if self.width > 1:
-            self._least = rate * (verify[-1] - verify[1]) / (self.width - 1) / count
-        self._purse = min(self._purse + EXPLORED * seconds, MOST_SAVED * (verify[-1] + draft[-1]) + waiting_s)
-        decision = self._explore(requests, survivals, best, rate, waiting_s)
-        if decision is None and best:
-            counts = {key: sum(chance >= least for chance in each[:best]) for key, (each, _) in groups.items()}
-            decision = Decision(best, tuple(counts[id(each)] for each in survivals))
-        elif decision is None:
-            decision = PLAIN
-            self._held = (count, PLAIN_RUN - 1, verify[0])
-        self._note(requests, decision)
-        return decision
-
-    def _find_survivals(self, requests: Sequence[str]) -> list[list[float]]:
-        """Each request's chances of so many tokens; the same list for the same chances."""
-        survivals = []
-        for request in requests:
-            own = self._own[request]
-            survivals.append(own.shared.survivals(own.find_factor(self._step)))
-        return survivals
+            time = prospect.time(width, drafted)
+            reached = prospect.rate(tokens, time + prospect.waiting_s / REPAID)
+            if reached > max(rate, floor):
+                best, rate, seconds = width, reached, time
+        return best, rate, seconds
 
     def _note(self, requests: Sequence[str], decision: Decision) -> None:
         """Keep when what was done last."""
@@ -163,32 +253,46 @@ class Policy:
             if drafts:
                 self._own[request].drafted_at = self._step
 
-    def _explore(
-        self, requests: Sequence[str], survivals: Sequence[Sequence[float]], best: int, rate: float, waiting_s: float
-    ) -> Decision | None:
-        """Take the full width for those that were not drafted for longest, no drafts, or a width whose cost is unknown.
-
-        None where the purse does not pay for what is due.
-        """
-        count = len(requests)
-        verify, draft = self.costs.verify.curve(count), self.costs.find_draft_curve(count)
-        if best < self.width and self._step - self._full_at >= LEAST_BETWEEN:
-            oldest = sorted(range(count), key=lambda index: self._own[requests[index]].drafted_at)[:MOST_EXPLORED]
-            drafted = len(oldest) * self.width
-            expected = count + sum(sum(survivals[index]) for index in oldest)
-            if self._pay(read(verify, drafted / count) + draft[self.width] + waiting_s - expected / rate):
-                chosen = set(oldest)
-                return Decision(self.width, tuple(self.width * (index in chosen) for index in range(count)))
-        if best and self._step - self._plain_at >= LEAST_BETWEEN and self._pay(verify[0] - count / rate):
+    def _explore(self, prospect: Prospect, best: int, rate: float) -> Decision | None:
+        """Decide for what is not the best where it is due and paid for: the full width, none, or an unknown one."""
+        count = len(prospect.requests)
+        due = best < self.width and self._is_due(self._full_at, self.costs.draft.count(count, self.width))
+        if due or (best and count > MOST_EXPLORED and not self.costs.draft.knows(count)):
+            decision = self._explore_full(prospect, rate)
+            if decision is not None:
+                return decision
+        due = best > 0 and self._is_due(self._plain_at, self.costs.verify.count(count, 0))
+        if due and self._pay(prospect.verify[0] + count * prospect.context_s - count / rate):
             return PLAIN
+        return self._explore_unknown(prospect, rate)
+
+    def _is_due(self, done_at: int, measured: int) -> bool:
+        return self._step - done_at >= max(LEAST_BETWEEN, min(MOST_BETWEEN, EACH_BETWEEN * measured))
+
+    def _explore_full(self, prospect: Prospect, rate: float) -> Decision | None:
+        """Take the full width for those that have room for it and were not drafted for longest."""
+        requests, survivals = prospect.requests, prospect.survivals
+        roomy = [index for index in range(len(requests)) if survivals[index][-1] > 0]
+        oldest = set(sorted(roomy, key=lambda index: self._own[requests[index]].drafted_at)[:MOST_EXPLORED])
+        tokens = len(requests) + sum(sum(survivals[index]) for index in oldest)
+        time = prospect.time(self.width, len(oldest) * self.width)
+        if not oldest or not self._pay(prospect.lose(tokens, time, rate)):
+            return None
+        return Decision(self.width, tuple(self.width * (index in oldest) for index in range(len(requests))))
+
+    def _explore_unknown(self, prospect: Prospect, rate: float) -> Decision | None:
+        """Take a width whose cost was hardly measured, and which may be the best if it costs as the others suggest."""
+        count, verify, draft = len(prospect.requests), prospect.verify, prospect.draft
         for width in range(1, self.width):
             if self.costs.draft.count(count, width) >= FIRST and self.costs.verify.count(count, width):
                 continue
-            expected = count + sum(sum(each[:width]) for each in survivals)
+            tokens = count + sum(sum(each[:width]) for each in prospect.survivals)
             hoped = verify[0] + (verify[-1] - verify[0]) * width / self.width
             hoped += draft[-1] * (width + 1) / (self.width + 1)
-            if expected / hoped > rate and self._pay(verify[width] + draft[width] - expected / rate):
-                return Decision(width, (width,) * count)
+            if prospect.rate(tokens, hoped) <= rate:
+                continue
+            if self._pay(prospect.lose(tokens, verify[width] + draft[width], rate)):
+                return Decision(width, tuple(sum(map(bool, each[:width])) for each in prospect.survivals))
         return None
 
     def _pay(self, loss: float) -> bool:

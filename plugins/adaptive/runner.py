@@ -3,7 +3,8 @@
 Drafts are proposed at a step's end, and the scheduler takes as many as it is given: here the decision is made, the
 drafter's pass is as wide as it says, or left out, and what each request gets is cut to its number.  A step's time is
 from its beginning to the next one's, less the drafter's pass, where the next one has requests of it: then the engine
-did not wait for work.  Steps that read prompts are not counted.
+did not wait for work.  In a step that also reads prompts the others decode; who ends with a step's tokens, by their
+number, is not drafted for behind it, and nobody gets more drafts than there are tokens left for them.
 
 The pass is left out, too, where a sequence leaves it no room below the maximum length (stock vLLM then drafts zeros for
 all, and loses the context of the step).
@@ -15,7 +16,6 @@ Checked against vLLM 0.32.0: `propose_draft_token_ids`, `take_draft_token_ids`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -25,21 +25,11 @@ from vllm.v1.outputs import DraftTokenIds
 from laguna_serve.plugins.adaptive.context import WaitingContext
 from laguna_serve.plugins.adaptive.counters import Counters, open_counters
 from laguna_serve.plugins.adaptive.policy import PLAIN, Decision, Policy
+from laguna_serve.plugins.adaptive.steps import Step, begin_step, count_left
 from laguna_serve.plugins.drafting.runner import DraftingModelRunner
 
 # Temperatures that share an estimate.
 TEMPERATURES_PER_UNIT = 4
-
-
-@dataclass(slots=True)
-class Step:
-    """A step under way: its requests and drafted rows, None where it also reads prompts; the drafter's pass so far."""
-
-    began: float
-    requests: frozenset[str]
-    drafted: int | None
-    width: int = 0
-    drafter_s: float = 0.0
 
 
 class AdaptiveModelRunner(DraftingModelRunner):
@@ -62,10 +52,18 @@ class AdaptiveModelRunner(DraftingModelRunner):
         self._end_step(now, scheduler_output)
         self._care_for_context(scheduler_output)
         for request in scheduler_output.finished_req_ids:
-            self.policy.drop(request)
+            self._tell_of_end(request)
         for new in scheduler_output.scheduled_new_reqs:
             self.policy.add(new.req_id, _find_kind(new.sampling_params))
         return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _tell_of_end(self, request: str) -> None:
+        """Tell the policy of an end, and of the context that drafts needed: beside a prefix cache it is made anyway."""
+        state = self.requests.get(request)
+        if state is None or self.cache_config.enable_prefix_caching:
+            self.policy.drop(request)
+        else:
+            self.policy.drop(request, state.num_prompt_tokens, len(state.output_token_ids))
 
     def _care_for_context(self, scheduler_output: Any) -> None:
         """Write, or forget, the context whose blocks may change hands in this step."""
@@ -73,24 +71,24 @@ class AdaptiveModelRunner(DraftingModelRunner):
         if not self.cache_config.enable_prefix_caching:
             self._context.drop(gone)
         elif gone or _finds_blocks(scheduler_output):
-            self._context.write(self.drafter.model)
+            self._write_context()
+
+    def _write_context(self) -> None:
+        """Write what waits, which is no part of the step under way."""
+        begin = perf_counter()
+        self._context.write(self.drafter.model)
+        if self._step_under_way is not None:
+            self._step_under_way.began += perf_counter() - begin
 
     def _end_step(self, now: float, scheduler_output: Any) -> None:
         """Close the books on the step before, and open them for this one."""
         scheduled = scheduler_output.num_scheduled_tokens
         step = self._step_under_way
         if step is not None and not step.requests.isdisjoint(scheduled):
-            seconds = now - step.began
-            if step.drafted is not None:
-                self.policy.observe_step(
-                    len(step.requests), step.drafted, seconds - step.drafter_s, step.width, step.drafter_s
-                )
-                if self._counters is not None:
-                    self._counters.add(step.drafted, len(step.requests), seconds)
-        drafted = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
-        whole = scheduler_output.total_num_scheduled_tokens == len(scheduled) + drafted
-        decodes = whole and not scheduler_output.scheduled_new_reqs
-        self._step_under_way = Step(now, frozenset(scheduled), drafted if decodes else None) if scheduled else None
+            self.policy.observe_step(step.end(now))
+            if self._counters is not None and not step.prompt:
+                self._counters.add(step.drafted, step.decoding, now - step.began)
+        self._step_under_way = begin_step(now, scheduler_output, self.requests) if scheduled else None
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepare a step that verifies nothing as an engine without a drafter does: no rows of drafts to look for."""
@@ -125,7 +123,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
         valid = None if counts is None else (sampled_token_ids != -1).sum(dim=1).tolist()
         if counts is not None and valid is not None:
             self._observe(counts, valid)
-        self._decision = self._decide()
+        self._decision = self._decide(valid)
         width = self._decision.width
         if not width:
             assert aux_hidden_states is not None, "a DFlash drafter taps the target"
@@ -135,11 +133,10 @@ class AdaptiveModelRunner(DraftingModelRunner):
             owners = _list_owners(self.input_batch.req_ids, common_attn_metadata)
             self._context.add(aux_hidden_states, self._get_positions(rows), slots, owners, kept)
             if self._context.is_full:
-                self._context.write(self.drafter.model)
+                self._write_context()
             return torch.empty(self.input_batch.num_reqs, 0, dtype=torch.int64)
+        self._write_context()
         begin = perf_counter()
-        self._context.write(self.drafter.model)
-        wrote = perf_counter()
         scheduler_output.num_spec_tokens_to_schedule = width
         drafts = super().propose_draft_token_ids(
             scheduler_output,
@@ -153,8 +150,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
             slot_mappings,
         )
         if self._step_under_way is not None:
-            self._step_under_way.width, self._step_under_way.drafter_s = width, perf_counter() - wrote
-            self._step_under_way.began += wrote - begin  # what had waited is no part of this step
+            self._step_under_way.width, self._step_under_way.drafter_s = width, perf_counter() - begin
         return drafts
 
     def _copy_draft_token_ids_to_cpu(self, scheduler_output: Any, zeros_only: bool = False) -> None:
@@ -173,14 +169,24 @@ class AdaptiveModelRunner(DraftingModelRunner):
         if drafts:
             self.policy.observe_drafts(drafts)
 
-    def _decide(self) -> Decision:
-        """Decide for the requests that decode in the next step; those that still read their prompts get none."""
-        reading = self.discard_request_mask.np[: self.input_batch.num_reqs]
-        requests = self.input_batch.req_ids
-        if reading.any():
-            requests = [request for request, reads in zip(requests, reading, strict=True) if not reads]
-        waiting_s = self._context.rows * self._context.row_s
-        decision = self.policy.decide(requests, waiting_s) if self._fits else PLAIN
+    def _decide(self, valid: list[int] | None) -> Decision:
+        """Decide for the requests that decode in the next step, not those that still read or that end with this one.
+
+        `valid`: how many tokens each request got in this step, None for one each.
+        """
+        batch = self.input_batch
+        reading = self.discard_request_mask.np[: batch.num_reqs].tolist()
+        requests, room = [], []
+        for index, (request, reads) in enumerate(zip(batch.req_ids, reading, strict=True)):
+            tokens = 1 if valid is None else valid[index]
+            left = 0 if reads else count_left(self.requests[request], tokens, self.max_model_len)
+            if left > 0:
+                requests.append(request)
+                room.append(left - 1)
+        self.policy.row_s = self._context.row_s
+        reads = 0 if self._step_under_way is None else self._step_under_way.prompt
+        waiting_s = (self._context.rows + reads) * self._context.row_s
+        decision = self.policy.decide(requests, waiting_s, room) if self._fits else PLAIN
         self._drafted_for = dict(zip(requests, decision.counts, strict=True)) if decision.width else {}
         return decision
 

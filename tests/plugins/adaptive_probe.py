@@ -29,7 +29,9 @@ def main(toy: Path, drafter: Path, *, caching: bool) -> None:
 
         script: Callable[[int, int], tuple[int, int]]
 
-        def decide(self, requests: Sequence[str], waiting_s: float = 0.0) -> Decision:
+        def decide(
+            self, requests: Sequence[str], waiting_s: float = 0.0, room: Sequence[int] | None = None
+        ) -> Decision:
             self._step += 1
             decided = [self.script(self._step, place) for place in range(len(requests))]
             width = max((width for width, _ in decided), default=0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from adaptive_simulation import WIDTH, Simulation
+from adaptive_simulation import PROMPT_S, WIDTH, Simulation
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance
-from laguna_serve.plugins.adaptive.costs import CostTable, Pace, StepCosts, find_bucket, read
+from laguna_serve.plugins.adaptive.costs import CostTable, Measured, Pace, StepCosts, find_bucket, read
 from laguna_serve.plugins.adaptive.policy import PLAIN, Policy
 
+# As the toy's drafter on code: 3.5 tokens per step on the full width.
+CODE = [0.76, 0.75, 0.75, 0.75, 0.8, 0.8, 0.8]
 GREEDY, SAMPLED, BETWEEN = [0.8] * WIDTH, [0.36, *[0.48] * (WIDTH - 1)], [0.62] * WIDTH
 
 
@@ -28,6 +32,71 @@ def test_near_break_even_little_is_lost_either_way() -> None:
     simulation = Simulation(lambda _step, _number: BETWEEN)
     _, rate = simulation.best(3000)
     assert simulation.run(3000, Policy(WIDTH)) > 0.95 * rate
+
+
+def code_prompt(number: int) -> int:
+    """Prompt tokens of a request, 44 to 293."""
+    return 44 + number * 7919 % 250
+
+
+def test_at_64_at_once_with_prompts_in_most_steps_it_decodes_plainly_and_knows_what_a_prompt_token_takes() -> None:
+    """No γ pays there; steps that read no prompt are too few to learn that from."""
+    simulation = Simulation(lambda _step, _number: CODE, 64, length=32, spread=16, prompt=code_prompt)
+    gamma, rate = simulation.best(256)
+    policy = Policy(WIDTH)
+    assert gamma == 0
+    assert simulation.run(256, policy) > 0.98 * rate
+    assert policy.costs.verify.rate.value * policy.costs.pace == pytest.approx(PROMPT_S, rel=0.1)
+
+
+def test_where_drafts_pay_they_are_made_beside_prompts() -> None:
+    """Most steps of four requests with short answers read prompts."""
+    simulation = Simulation(
+        lambda _step, _number: GREEDY, 4, length=12, spread=6, prompt=lambda number: 10 + number % 7
+    )
+    gamma, rate = simulation.best(800)
+    assert gamma >= 3
+    assert simulation.run(800, Policy(WIDTH)) > 0.98 * rate
+
+
+@pytest.mark.parametrize("chances", [CODE, SAMPLED], ids=["greedy", "sampled"])
+def test_short_answers_one_at_a_time(chances: list[float]) -> None:
+    """Better than every fixed γ where drafts pay, as none is made that the answer has no room for."""
+    simulation = Simulation(lambda _step, _number: chances, length=32, prompt=code_prompt)
+    gamma, rate = simulation.best(3000)
+    assert simulation.run(3000, Policy(WIDTH)) > (1.01 if gamma else 0.98) * rate
+
+
+def test_a_decision_for_none_is_for_the_requests_that_it_was_made_for() -> None:
+    """Of two sorts of requests that take turns, one is drafted for in most of its steps, however the other does."""
+
+    def chances(_step: int, number: int) -> list[float]:
+        return [0.9] * WIDTH if number % 2 else [0.02] * WIDTH
+
+    simulation = Simulation(chances, length=32)
+    _, rate = simulation.best(3000)
+    assert simulation.run(3000, Policy(WIDTH)) > 1.01 * rate
+
+
+def test_nobody_gets_more_drafts_than_there_is_room_for() -> None:
+    policy = Policy(WIDTH)
+    Simulation(lambda _step, _number: GREEDY, 4, length=100_000).run(300, policy)
+    most = [0, 2, 5, 100]
+    decisions = [policy.decide(["0", "1", "2", "3"], room=most) for _ in range(50)]
+    drafting = [decision.counts for decision in decisions if decision.width]
+    assert len(drafting) > 30
+    assert all(count <= room for counts in drafting for count, room in zip(counts, most, strict=True))
+    assert max(counts[3] for counts in drafting) > 2
+    assert policy.decide(["0", "1"], room=[0, 0]) == PLAIN
+
+
+def test_so_many_requests_as_never_before_begin_without_drafts() -> None:
+    policy = Policy(WIDTH)
+    for number in range(40):
+        policy.add(str(number), 0)
+    for count in (1, 8, 40):
+        requests = [str(number) for number in range(count)]
+        assert [policy.decide(requests) for _ in range(5)] == [PLAIN] * 5
 
 
 def test_it_stops_when_acceptance_falls_and_comes_back_when_it_rises() -> None:
@@ -105,8 +174,8 @@ def test_acceptance_by_position_forgets() -> None:
 def test_costs_are_read_between_what_was_measured_and_beside_it() -> None:
     costs = StepCosts(4)
     for _ in range(10):
-        costs.observe(1, 0, 0.010, 4, 0.004)
-        costs.observe(1, 4, 0.020, 0, 0.0)
+        costs.observe(Measured(1, 0, 0.010, 4, 0.004))
+        costs.observe(Measured(1, 4, 0.020, 0, 0.0))
     curve = costs.verify.curve(1)
     assert curve[0] == pytest.approx(0.010)
     assert curve[4] == pytest.approx(0.020)
@@ -114,11 +183,44 @@ def test_costs_are_read_between_what_was_measured_and_beside_it() -> None:
     assert costs.find_draft_curve(1)[4] == pytest.approx(0.004)
     # Of another number of requests only the plain step is known: the rest is in proportion.
     for _ in range(10):
-        costs.observe(16, 0, 0.050, 0, 0.0)
+        costs.observe(Measured(16, 0, 0.050, 0, 0.0))
     assert costs.verify.curve(16)[4] == pytest.approx(0.100)
     assert read(curve, 0) == curve[0]
     assert read(curve, 2.5) == pytest.approx((curve[2] + curve[3]) / 2)
     assert find_bucket(8) == 8 < find_bucket(11) < find_bucket(16) < find_bucket(64)
+
+
+def test_what_a_prompt_token_takes_is_told_from_what_else_a_step_takes() -> None:
+    """Nearly all steps read prompts, which are most of their time; one in fifty is wild."""
+    draw, table = random.Random(0), CostTable([1.0, 1.2, 1.4], Pace())
+    for _ in range(300):
+        level, tokens = draw.choice([0, 2]), draw.randrange(0, 600, 30)
+        seconds = ((0.004, 0.0, 0.012)[level] + 20e-6 * tokens) * draw.gauss(1, 0.03)
+        table.observe(57, level, seconds * (4 if draw.random() < 0.02 else 1), tokens)
+    curve = table.curve(57)
+    assert curve[2] / curve[0] == pytest.approx(3, rel=0.15)
+    assert curve[0] / table.rate.value == pytest.approx(200, rel=0.15)
+
+
+def test_a_step_of_next_to_nothing_but_prompts_says_nothing_of_the_rest() -> None:
+    table = CostTable([1.0, 1.2], Pace())
+    for tokens in (100, 200, 300, 400):
+        table.observe(0, 0, 20e-6 * tokens + 0.001, tokens)
+    for _ in range(5):
+        table.observe(4, 0, 0.005)
+    for _ in range(50):
+        table.observe(4, 0, 0.5, 20_000)
+    assert table.curve(4)[0] == pytest.approx(0.005)
+    assert table.count(4, 0) == 5
+
+
+def test_cold_measurements_are_forgotten_and_a_wild_first_one_is_not_believed() -> None:
+    table = CostTable([1.0, 1.2, 1.4], Pace())
+    for seconds in (0.9, 0.3, 0.1, 0.05, 0.03, 0.012, 0.010, 0.010):
+        table.observe(1, 1, seconds)
+    assert table.curve(1)[1] < 0.013
+    table.observe(1, 2, 0.060)
+    assert table.curve(1)[2] < 0.020
 
 
 def test_one_cold_measurement_does_not_stand_against_many() -> None:
