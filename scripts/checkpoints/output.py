@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +105,19 @@ def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
     output = Output(folder, begun, journal, finished)
     output.complete = complete and (folder / "config.json").is_file() and all(map(output.has, finished))
     return output
+
+
+def check_own(out: Path, read: Iterable[Path], *, own: bool) -> None:
+    """Refuse to train into a checkpoint that is read, or into any that is not the command's `own`.
+
+    Raises:
+        CheckpointError: it is one of these.
+    """
+    if out.resolve() in [folder.resolve() for folder in read]:
+        raise CheckpointError(f"{out}: expected a folder of its own, got one that is read; choose another --out")
+    if (out / "config.json").exists() and not own:
+        expected = "an empty folder, or one that this command has made"
+        raise CheckpointError(f"{out}: expected {expected}, got another checkpoint; choose another --out")
 
 
 def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], ByteProgress]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.training.dante.losses import confidence_weight
 from laguna_serve.scripts.training.dante.records import read_cache
@@ -32,10 +33,11 @@ from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 from laguna_serve.serving.kit.signals import defer_signals
 from laguna_serve.serving.kit.tables import Table
 
+RESULT = "training.json"
 EXAMPLES = """examples:
   .venv-train/bin/python scripts/dante train MODEL --cache out/cache --out out/student
   .venv-train/bin/accelerate launch --num_processes 8 scripts/dante/train.py MODEL --cache DIR --out DIR
@@ -72,12 +74,14 @@ def train_student(config: DanteConfig) -> DanteResult:
     """Train, write the student and training.json.
 
     Raises:
-        CacheError: the cache cannot be used. RunDirError: the work folder is another run's.
+        CacheError: the cache cannot be used. CheckpointError: --out is another checkpoint. RunDirError: the work folder is another run's.
         CommandError: no TRL, no such model, or a batch that does not divide.
         KeyboardInterrupt: a signal came; the state is saved.
     """
     require_trainer()
     check_out(config.out)
+    work = config.work or config.out.with_name(f"{config.out.name}.work")
+    check_own(config.out, [config.model], own=is_begun(work) or (config.out / RESULT).exists())
     from laguna_serve.scripts.dante.run import Run
     from laguna_serve.scripts.dante.student_card import CURVES, describe_taught, write_curves
     from laguna_serve.scripts.training.card import write_card
@@ -85,7 +89,6 @@ def train_student(config: DanteConfig) -> DanteResult:
     began = time.monotonic()
     records = draw_records(read_cache(config.cache), config.share, config.seed)
     ordered = order_records(records, config.curriculum)
-    work = config.work or config.out.with_name(f"{config.out.name}.work")
     run = Run(config, work)
     if run.is_main:
         texts = [[record.teacher_text, record.output_entropy] for record in ordered]
@@ -115,7 +118,7 @@ def train_student(config: DanteConfig) -> DanteResult:
     run.wait()  # none reads its state any more
     if run.is_main:
         run.save()
-        write_result(config.out / "training.json", result)
+        write_result(config.out / RESULT, result)
         write_curves(result, config.out / CURVES)
         teachers = sorted({record.teacher for record in records})
         write_card(describe_taught(result, teachers, config.out), config.out)

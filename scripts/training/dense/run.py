@@ -15,13 +15,20 @@ import msgspec
 import torch
 from transformers import AutoConfig, AutoTokenizer, LagunaForCausalLM
 
+from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.text.rows import TOY, read_rows
 from laguna_serve.scripts.training.dense import stages, student, text
 from laguna_serve.scripts.training.dense.config import DistillConfig
 from laguna_serve.scripts.training.dense.curve import Curve, share_that_stops
 from laguna_serve.scripts.training.dense.initial import start_blocks
 from laguna_serve.scripts.training.dense.layerwise.blocks import train_layerwise
-from laguna_serve.scripts.training.dense.report.result import SCHEMA, DistillResult, StoreFigures, round_floats
+from laguna_serve.scripts.training.dense.report.result import (
+    MANIFEST,
+    SCHEMA,
+    DistillResult,
+    StoreFigures,
+    round_floats,
+)
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHeader, open_header
 from laguna_serve.scripts.training.dense.store.writer import is_whole, write_by, write_by_layers, write_by_model
@@ -35,6 +42,7 @@ from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.run_dir import check_out
 
 ROOT = Path(__file__).resolve().parents[3]
 REMEDY = "distil from the bf16 or FP8 release"
@@ -99,6 +107,11 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     folder, recipe = require_folder(config.teacher), config.recipe
     config.check_processes(ranks.size)
     work = open_work(config, recipe, folder, ranks)
+    saved = work / "saved.txt"
+    if not config.only_store:
+        check_out(config.out)
+        here = saved.exists() and saved.read_text() == str(config.out.resolve())
+        check_own(config.out, [folder], own=here or (config.out / MANIFEST).exists())
     # Refused before the text is read and the weights are.
     widths = student.choose_widths(AutoConfig.from_pretrained(folder), dict(config.width))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
@@ -129,6 +142,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     if not ranks.first:
         return None
 
+    saved.write_text(str(config.out.resolve()))
     student.save_padded(model, widths, config.out, getattr(torch, config.dtype))
     tokenizer.save_pretrained(config.out)
     true = sum(p.numel() for p in model.parameters())

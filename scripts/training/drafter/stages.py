@@ -19,6 +19,7 @@ import torch
 
 from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.headers import read_headers
+from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
@@ -47,7 +48,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 from laguna_serve.serving.kit.signals import defer_signals
 
 RESULT = "drafter_train.json"
@@ -145,7 +146,10 @@ class Run:
         started, config = time.monotonic(), self.config
         check_out(config.out)
         check_out(config.work_folder)
-        self._check_own()
+        read = [self.folder, *([] if self.warm is None else [Path(self.warm.name)])]
+        # Begun: the drafter may be there without its result, as where the disk became full between the two.
+        own = (config.out / RESULT).exists() or is_begun(config.work_folder / "training")
+        check_own(config.out, read, own=own)
         self._check_device()
         self.progress.say(format_plan(self.plan()))
         learned, measured = self.source.gather()
@@ -185,16 +189,6 @@ class Run:
         )
         write_result(config.out / RESULT, result)
         return result
-
-    def _check_own(self) -> None:
-        """Refuse to write over a checkpoint that is not this command's, or that it reads."""
-        out = self.config.out
-        read = [self.folder, *([] if self.warm is None else [Path(self.warm.name)])]
-        if out.resolve() in [folder.resolve() for folder in read]:
-            raise CheckpointError(f"{out}: expected a folder of its own, got one that is read; choose another --out")
-        if (out / "config.json").exists() and not (out / RESULT).exists():
-            expected = "an empty folder, or one that this command has made"
-            raise CheckpointError(f"{out}: expected {expected}, got another checkpoint; choose another --out")
 
     def _check_device(self) -> None:
         if self.config.device == "cuda" and not torch.cuda.is_available():

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
 
+from laguna_serve.scripts.dante import train
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.dante.train import require_trainer
 from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
@@ -23,6 +24,7 @@ from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_records, order_records
 from laguna_serve.scripts.training.dante.student import student_config
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import read_result
@@ -82,6 +84,13 @@ def uninterrupted(folder: Path) -> DanteResult:
     assert json.loads(done.stdout.splitlines()[-1])["log"] == STEPS
     assert not (folder / "whole.work").exists()
     return read_result(folder / "whole" / "training.json", DanteResult)
+
+
+def test_other_checkpoints_are_not_written_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "require_trainer", lambda: None)
+    for out, why in ((folder / "base", "a folder of its own"), (ROOT / "tests" / "toy" / "dense", "an empty folder")):
+        with pytest.raises(CheckpointError, match=f"expected {why}"):
+            train.train_student(DanteConfig(model=folder / "base", cache=folder / "cache", out=out))
 
 
 @needs_trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -200,6 +201,18 @@ def test_bad_input_is_one_line(
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the teacher", "another one"])
+def test_other_checkpoints_are_not_written_over(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(TOY / "teacher", tmp_path / "teacher")
+    teacher = folder if own else TOY / "teacher"
+    where = ["--out", str(folder), "--work", str(tmp_path / "work")]
+    assert distill_dense.main([str(teacher), *where, *SHORT]) == 2
+    said = capsys.readouterr().err
+    assert ("expected a folder of its own" if own else "expected an empty folder") in said
+    before = (TOY / "teacher" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -362,6 +362,16 @@ def test_other_checkpoints_are_not_written_over(own: bool, tmp_path: Path) -> No
     assert read_weights(folder) == read_weights(TOY / "dflash")
 
 
+def test_a_drafter_without_its_result_is_gone_on_with(traffic: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = describe("teacher", traffic("teacher"), tmp_path / "out", steps=1, layers=1, taps=(1,), width=16, rows=1)
+    train_drafter(asked)
+    (tmp_path / "out" / "drafter_train.json").unlink()  # as where the disk became full in front of it
+    before = read_weights(tmp_path / "out")
+    train_drafter(asked)
+    assert (tmp_path / "out" / "drafter_train.json").exists()
+    assert read_weights(tmp_path / "out") == before
+
+
 @pytest.mark.slow
 def test_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     asked = DrafterTrainConfig(

@@ -14,6 +14,7 @@ from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import to_json
 
 SCHEMA = "laguna_serve.distillation/1"
+MANIFEST = "MANIFEST.json"
 
 
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,11 +81,9 @@ def write_report(result: DistillResult, report: Path) -> None:
 def write_manifest(result: DistillResult, out: Path) -> None:
     """Write what was made, how and from what, with a SHA-256 of every file; beside the checkpoint."""
     files = sorted(path for path in out.iterdir() if path.is_file() and path.suffix != ".md")
-    digests = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != "MANIFEST.json"
-    }
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != MANIFEST}
     text = json.dumps(to_json(structs.replace(result, logs=UNSET, sha256=digests)), indent=1)
-    (out / "MANIFEST.json").write_text(text + "\n", encoding="utf-8")
+    (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def round_floats(value: Any, digits: int = 5) -> Any:
