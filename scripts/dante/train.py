@@ -74,7 +74,8 @@ def train_student(config: DanteConfig) -> DanteResult:
     """Train, write the student and training.json.
 
     Raises:
-        CacheError: the cache cannot be used. CheckpointError: --out is another checkpoint. RunDirError: the work folder is another run's.
+        CacheError: the cache cannot be used. CheckpointError: --out is another checkpoint.
+        RunDirError: the work folder is another run's.
         CommandError: no TRL, no such model, or a batch that does not divide.
         KeyboardInterrupt: a signal came; the state is saved.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import torch
-from transformers import AutoConfig, AutoTokenizer, LagunaForCausalLM
+from transformers import AutoTokenizer, LagunaForCausalLM
 
 from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.text.rows import TOY, read_rows
@@ -34,7 +34,7 @@ from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHe
 from laguna_serve.scripts.training.dense.store.writer import is_whole, write_by, write_by_layers, write_by_model
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Source, Targets
 from laguna_serve.scripts.training.dense.work import Clock, open_work
-from laguna_serve.scripts.training.pruning.streaming.layers import Layers
+from laguna_serve.scripts.training.pruning.streaming.layers import Layers, read_laguna
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.scripts.training.pruning.teacher import join_layers
 from laguna_serve.scripts.training.ranks import Ranks
@@ -79,7 +79,7 @@ class Teacher:
         if "quantization_config" in read_config(self.folder):
             joined: LagunaForCausalLM = join_layers(self.layers)
             return joined.requires_grad_(False)
-        model = LagunaForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        model = LagunaForCausalLM.from_pretrained(self.folder, config=read_laguna(self.folder), dtype=self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
     @property
@@ -113,7 +113,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
         here = saved.exists() and saved.read_text() == str(config.out.resolve())
         check_own(config.out, [folder], own=here or (config.out / MANIFEST).exists())
     # Refused before the text is read and the weights are.
-    widths = student.choose_widths(AutoConfig.from_pretrained(folder), dict(config.width))
+    widths = student.choose_widths(read_laguna(folder), dict(config.width))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -214,7 +214,7 @@ def make_store(
     if config.store is None:
         return None
     recipe, folder = config.recipe, config.store
-    vocabulary = int(AutoConfig.from_pretrained(teacher.folder).vocab_size)
+    vocabulary = int(read_laguna(teacher.folder).vocab_size)
     drawn = corpus.drawn
     k = min(config.top_k or vocabulary, vocabulary)
     server = EndpointTeacher(config.endpoint, config.model, k) if config.endpoint and ranks.first else None

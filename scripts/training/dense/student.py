@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LagunaConfig, LagunaForCausalLM
+from transformers import LagunaConfig, LagunaForCausalLM
 from transformers.models.laguna.modeling_laguna import LagunaMLP
 
+from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
 from laguna_serve.serving.kit.errors import CommandError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -149,5 +150,5 @@ def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dty
 def count_teacher(folder: Path) -> int:
     """Count the teacher's parameters from its config.json."""
     with torch.device("meta"):
-        shell = LagunaForCausalLM(AutoConfig.from_pretrained(folder))
+        shell = LagunaForCausalLM(read_laguna(folder))
     return sum(parameter.numel() for parameter in shell.parameters())

@@ -14,9 +14,11 @@ def load_model(folder: Path, threads: int) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
+
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.LagunaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.LagunaForCausalLM.from_pretrained(folder, config=read_laguna(folder), dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
 from laguna_serve.scripts.training.rl.off_policy.importance import Correction
 from laguna_serve.scripts.training.rl.off_policy.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.off_policy.replay import replay_experts
@@ -55,7 +56,7 @@ class Trainer:
             CheckpointError: `out` holds another run.
         """
         disable_progress_bar()
-        model = LagunaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = LagunaForCausalLM.from_pretrained(folder, config=read_laguna(folder), dtype=torch.float32).eval()
         # The routers stay: where tokens go is not for a handful of rollouts to change.
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith("mlp.gate.weight"))

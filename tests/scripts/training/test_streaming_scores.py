@@ -20,6 +20,7 @@ from tiny_laguna import make_config, make_tiny, read_config, save_tiny
 
 from laguna_serve.plugins.pruning import ExpertShape, read_shape
 from laguna_serve.scripts.text.rows import TextRows
+from laguna_serve.scripts.training.dense.run import Teacher
 from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
 from laguna_serve.scripts.training.pruning.scores import SCORES, find_constants, rank_mone
 from laguna_serve.scripts.training.pruning.streaming import passes
@@ -145,6 +146,23 @@ def test_loss_is_the_models_own_and_of_what_is_scored_alone(tiny: Any, text: Tex
     for where in ATOMS:
         wanted = brute_force(model, shape, masked, *where)
         assert measured.scores("loss")[where] == pytest.approx(wanted["loss"], rel=1e-3)
+
+
+def test_layers_are_those_that_the_config_means(tmp_path: Path) -> None:
+    """In spellings that transformers passes over: it would take layer 0 for a dense one, with random weights."""
+    model = make_tiny(num_hidden_layers=2, mlp_layer_types=["sparse", "sparse"])
+    folder = save_tiny(model, tmp_path / "model")
+    described = read_config(folder)
+    del described["mlp_layer_types"], described["rope_parameters"]
+    spelled = {"mlp_only_layers": [], "decoder_sparse_step": 1, "rope_theta": 77.0}
+    (folder / "config.json").write_text(json.dumps(described | spelled))
+    layers = open_tiny(folder, make_text(8), "magnitude").layers
+    wanted, got = model.model.layers[0].mlp.experts.down_proj, layers.load(0).mlp.experts.down_proj
+    assert torch.equal(got, wanted)
+    whole = Teacher(folder, torch.get_num_threads()).model
+    assert torch.equal(whole.model.layers[0].mlp.experts.down_proj, wanted)
+    for config in (layers.config, whole.config):
+        assert config.rope_parameters["full_attention"]["rope_theta"] == 77
 
 
 def test_forward_alone_gives_the_scores_that_need_no_gradients(

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from transformers import LagunaConfig
-
 from laguna_serve.plugins.layers import DENSE, SPARSE
 from laguna_serve.scripts.training.dense.student import choose_widths
+from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
 from laguna_serve.serving.checkpoint.parameters import count_other, count_parameters, list_modules
 from laguna_serve.serving.checkpoint.target import Target, read_target
 
@@ -77,7 +76,7 @@ class Sizes:
 def read_sizes(folder: Path, overrides: dict[int, int]) -> Sizes:
     """Read a teacher's config.json. Raises CheckpointError, WidthError."""
     target = read_target(folder)
-    widths = choose_widths(LagunaConfig.from_pretrained(folder), overrides)
+    widths = choose_widths(read_laguna(folder), overrides)
     layers = [0] * target.num_layers
     for module in list_modules(target):
         layers[int(module.name.split(".")[2])] += module.numel

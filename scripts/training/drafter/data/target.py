@@ -56,7 +56,7 @@ class TargetLayers(Layers):
         """
         described, self.target = read_config(folder), read_target(folder)
         self._widths = read_widths(described, str(folder))
-        super().__init__(folder, Weights(folder, described, REMEDY), dtype, device, self.target.overrides)
+        super().__init__(folder, Weights(folder, described, REMEDY), dtype, device)
 
     @property
     def count(self) -> int:

@@ -11,10 +11,9 @@ from transformers import LagunaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.laguna.modeling_laguna import LagunaDecoderLayer, LagunaRMSNorm, LagunaRotaryEmbedding
 
-from laguna_serve.plugins.layers import SLIDING
+from laguna_serve.plugins.layers import FULL, SLIDING
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
-from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target
 
 # transformers' names of what is published under another one.
 PUBLISHED = {
@@ -37,19 +36,21 @@ class Head:
         return logits.float()
 
 
+def read_laguna(folder: Path) -> LagunaConfig:
+    """Read transformers' config as the checkpoint means it: some spellings transformers drops (plugins/layers.py)."""
+    described = {**read_config(folder), **read_target(folder).overrides}
+    rope = described.get("rope_parameters")
+    if rope and FULL not in rope and SLIDING not in rope:
+        described["rope_parameters"] = {FULL: rope, SLIDING: rope}
+    return LagunaConfig.from_dict(described)
+
+
 class Layers:
     """Loads pieces of a model in one dtype on one device; what a caller lets go of is free again."""
 
-    def __init__(
-        self,
-        folder: Path,
-        weights: Weights,
-        dtype: torch.dtype,
-        device: torch.device,
-        overrides: JsonObject | None = None,
-    ) -> None:
-        """Read the config, with `overrides` of it, and no weights yet."""
-        self.config: Any = LagunaConfig.from_pretrained(folder, **(overrides or {}))
+    def __init__(self, folder: Path, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        """Read the config, and no weights yet."""
+        self.config: Any = read_laguna(folder)
         self.config._attn_implementation = "sdpa"
         # One expert at a time: the others gather copies of the weights.
         self.config._experts_implementation = "eager"
