@@ -94,8 +94,8 @@ def _pad(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _choose_scales(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where everything is zero, so that nothing is divided by it."""
-    return torch.where(largest > 0, largest / LARGEST, 1.0).to(dtype)
+    """1 where everything is zero, and a number of the scale's dtype elsewhere, so that nothing is divided by zero."""
+    return torch.where(largest > 0, (largest / LARGEST).clamp_min(torch.finfo(dtype).tiny), 1.0).to(dtype)
 
 
 def _round(scaled: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,15 @@ import torch
 
 from laguna_serve.plugins.formats.experts import FP8, PLAIN, read_base_format
 from laguna_serve.plugins.formats.fp8 import count_blocks, dequantise_blocks, quantise_blocks
-from laguna_serve.scripts.checkpoints.headers import INDEX, ITEM_BYTES, Entry, open_file, open_files, read_headers
+from laguna_serve.scripts.checkpoints.headers import (
+    FP8_DTYPE,
+    INDEX,
+    ITEM_BYTES,
+    Entry,
+    open_file,
+    open_files,
+    read_headers,
+)
 from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.results import JsonObject
@@ -93,7 +101,7 @@ class NumbersSource:
             if entry.file != file or (self.to != FP8 and name.endswith(SCALE)):
                 continue
             if self.to != FP8:
-                planned[name] = (DTYPES[self.to][0] if entry.dtype[0] in "BF" else entry.dtype, entry.shape)
+                planned[name] = (DTYPES[self.to][0] if self.changes(name) else entry.dtype, entry.shape)
                 continue
             if match := KEYS.fullmatch(name):
                 planned |= {match[1] + scale: ("BF16", (1,)) for scale in KV_SCALES}
@@ -102,6 +110,10 @@ class NumbersSource:
                 planned[name + SCALE] = ("BF16", (count_blocks(rows), count_blocks(columns)))
             planned[name] = ("F8_E4M3" if MATRIX.fullmatch(name) else entry.dtype, entry.shape)
         return planned
+
+    def changes(self, name: str) -> bool:
+        """Whether a tensor's numbers become plain ones; fp32 stays, as the releases have their routers' biases."""
+        return self.tensors[name].dtype in (FP8_DTYPE, "BF16", "F16")
 
     def size(self, file: str) -> int:
         """Bytes of an output file's tensors."""
@@ -194,4 +206,4 @@ def _dequantise(source: NumbersSource, name: str) -> dict[str, torch.Tensor]:
     with open_files(source.folder, (source.tensors[key].file for key in names)) as files:
         tensor, *scale = (files[source.tensors[key].file].get_tensor(key) for key in names)
         plain = dequantise_blocks(tensor, scale[0]) if scale else tensor
-        return {name: plain.to(dtype) if plain.is_floating_point() else plain}
+        return {name: plain.to(dtype) if source.changes(name) else plain}

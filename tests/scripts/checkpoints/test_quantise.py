@@ -12,6 +12,7 @@ import pytest
 import torch
 from compact_cases import config, read_tensors, weights, write_base
 
+from laguna_serve.plugins.formats.fp8 import quantise_atoms, quantise_blocks
 from laguna_serve.scripts.checkpoints import quantise, unpad
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -66,6 +67,30 @@ def test_layout_is_the_release_s(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 assert ((exact - tensors[name].float()).abs().max() / tensors[name].abs().max()) < 2**-4
             assert torch.equal(tensor, exact.to(dtype)), name
         assert "quantization_config" not in json.loads((tmp_path / to / "config.json").read_text())
+
+
+def test_a_router_s_bias_in_fp32_keeps_its_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config()
+    tensors = weights(cfg)
+    biases = {name for name in tensors if name.endswith("e_score_correction_bias")}
+    assert biases
+    tensors |= {name: torch.linspace(-0.1, 0.1, tensors[name].numel()) for name in biases}
+    write_base(tmp_path / "base", cfg, tensors)
+    for source, to in (("base", "fp8"), ("fp8", "bf16")):
+        code, result, _ = run(capsys, quantise.main, tmp_path / source, "--to", to, "--out", tmp_path / to)
+        made = read_tensors(tmp_path / to)
+        assert code == 0
+        assert result["bytes_after"] == sum(tensor.nbytes for tensor in made.values())
+        assert all(made[name].dtype == torch.float32 and torch.equal(made[name], tensors[name]) for name in biases)
+
+
+def test_values_next_to_nothing_are_no_nan() -> None:
+    """Scales of bf16 have no number that small: as zero it made NaN of every zero beside them."""
+    tiny = torch.zeros(130, 130)
+    tiny[:64] = 1e-39
+    for matrix in (quantise_blocks(tiny), quantise_atoms(tiny.T)):
+        assert matrix.values.float().isfinite().all()
+        assert matrix.require_scale().float().gt(0).all()
 
 
 def test_what_cannot_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
