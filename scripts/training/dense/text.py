@@ -187,7 +187,9 @@ def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
         with Path(source).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):  # noqa: B007
                 messages = json.loads(line)["messages"]
-                yield [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+                if not all(isinstance(m["content"], str) for m in messages):
+                    raise TypeError("content")  # null beside tool calls, parts of an image: not what would be said
+                yield [{"role": str(m["role"]), "content": m["content"]} for m in messages]
     except (OSError, UnicodeError) as error:
         expected = f"a JSON Lines file, or one of {', '.join(TOY)}"
         raise TextError(f"{source}: expected {expected}, got one that cannot be read ({error}); check it") from None

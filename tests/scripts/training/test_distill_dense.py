@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from warm import run_warm, start_warm
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense import initial, losses, stages, student, text
 from laguna_serve.scripts.training.dense.config import Recipe
+from laguna_serve.scripts.training.dense.targets import Beside, Drawn
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -117,6 +119,15 @@ def test_batch_without_a_word_of_the_assistants_costs_nothing(teacher: Any) -> N
     assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
 
+def test_held_out_batches_without_a_word_of_the_assistants_are_measured(teacher: Any) -> None:
+    ids, silent = torch.randint(8, 512, (1, 12)), torch.zeros(1, 12, dtype=torch.bool)
+    source = SimpleNamespace(spoken_batch=lambda *_: (ids, silent))
+    drawn = Drawn(source, source, Recipe(seed=0, stage1_steps=1, stage2_steps=1, rows=1, length=12))  # type: ignore[arg-type]
+    found = stages.measure(teacher, Beside(teacher, drawn), [ids[0]])
+    assert found["kl"] == found["entropy_student"] == 0
+    assert math.isfinite(found["loss_student"])
+
+
 def spoken_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     ids, spoken = text.render(messages, tokenizer)
     return str(tokenizer.decode([i for i, said in zip(ids, spoken, strict=True) if said]))
@@ -160,6 +171,7 @@ def test_rows_are_filled_with_whole_conversations(tmp_path: Path, tokenizer: Any
     [
         ("{", "in line 1; fix it"),
         ('{"messages": [{"role": "user"}]}', "in line 1; fix it"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "in line 1; fix it"),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',
             "expected conversations with an assistant's turn, got none",
