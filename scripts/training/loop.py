@@ -20,6 +20,7 @@ from torch import nn
 
 from laguna_serve.scripts.training.optimiser import Moments, Optimiser
 from laguna_serve.scripts.training.ranks import ALONE, Ranks
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.signals import check_signals
 
@@ -75,6 +76,9 @@ def train(
     The state file is written every `SAVE_EVERY` steps and after the last, and read back when it exists; the caller
     deletes it when the result is safe.  Inside `defer_signals` it is written, too, when the run is asked to stop, which
     is obeyed between two steps: nothing is lost then.
+
+    Raises:
+        CommandError: a loss that is not finite, from which no step comes back. WriteError: the disk is full.
     """
     torch.set_num_threads(threads)
     optimiser = _open_optimiser(module, schedule, ranks)
@@ -107,9 +111,13 @@ def train(
             loss.backward()
             for key, value in {"loss": loss.item(), **figures}.items():
                 total[key] = total.get(key, 0.0) + value
+        total = ranks.add(total)
+        if not math.isfinite(total["loss"]):
+            got = f"{total['loss']} in step {step + 1} of {schedule.steps}"
+            raise CommandError(f"{name}: expected a finite loss, got {got}; lower the learning rate")
         optimiser.add_gradients(ranks)
         optimiser.step(schedule.lr(step), clipped or [module])
-        window.append(ranks.add(total))
+        window.append(total)
         done = step + 1
         if done % log_every == 0 or done == schedule.steps:
             mean = {key: sum(w[key] for w in window) / len(window) for key in window[0]}

@@ -64,7 +64,7 @@ class AnswerSource:
         """Read prompts or recorded traffic, and split them."""
         config = self.config
         if config.prompts is not None:
-            most = config.max_length - LEAST_ROOM
+            most = min(config.max_length, self.target.max_model_len) - LEAST_ROOM
             prompts = read_prompts(config.prompts, self.tokenizer, self.target.vocab_size)
             fitting = [prompt for prompt in prompts if len(prompt) <= most]
             held = choose_held_out(fitting, config.held_out)

@@ -35,6 +35,7 @@ from laguna_serve.scripts.training.drafter.held_out import count_row, walk
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.client.traffic import TrafficError, read_traffic
 from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import RunDirError
 from laguna_serve.serving.speculation.acceptance import read_acceptance
@@ -370,6 +371,24 @@ def test_a_drafter_without_its_result_is_gone_on_with(traffic: Callable[[str], P
     train_drafter(asked)
     assert (tmp_path / "out" / "drafter_train.json").exists()
     assert read_weights(tmp_path / "out") == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(traffic: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = describe("teacher", traffic("teacher"), tmp_path / "out", lr=1e30, layers=1, taps=(1,), width=16, rows=1)
+    with pytest.raises(
+        CommandError, match=r"drafter: expected a finite loss, got nan in step .* lower the learning rate"
+    ):
+        train_drafter(asked)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_prompts_are_lines_and_fit_the_target(tmp_path: Path) -> None:
+    """One that the model has no room for would end every run with the engine's refusal."""
+    prompts = [{"prompt": [5] * count} for count in (3, 4, 2032, 2033, 3000)] + [{"prompt": "a\u2028b"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts))
+    plan = plan_drafter(DrafterTrainConfig(target=str(TOY / "teacher"), prompts=path, out=tmp_path / "out"))
+    assert plan.prompts == 4
 
 
 @pytest.mark.slow
