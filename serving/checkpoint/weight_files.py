@@ -79,6 +79,7 @@ def count_values(folder: Path) -> int:
 def list_weights(folder: Path) -> list[Path]:
     """List the folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed.
 
+    Beside an index they are those that it names, as vLLM reads them: others are of another download, or adapters.
     Mistral's releases have the same weights twice, of which vLLM reads one set: theirs is left out beside another.
     """
     try:
@@ -87,7 +88,8 @@ def list_weights(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: expected a folder to read, got {error.strerror}; check it") from None
     files = sorted(name for name in names if Path(name).match(PATTERN))
     usual = [name for name in files if not Path(name).match(MISTRALS)]
-    return [folder / name for name in usual or files]
+    indexed = list_indexed(folder)
+    return [folder / name for name in [name for name in usual if name in indexed] or usual or files]
 
 
 def list_indexed(folder: Path) -> list[str]:

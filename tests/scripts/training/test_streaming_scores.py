@@ -306,6 +306,16 @@ def test_what_cannot_be_read_is_refused_in_one_line(tiny: Any, text: TextRows, t
         wrong.run(tmp_path / "work")
 
 
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
+    folder = save_tiny(make_tiny(), tmp_path / "model")
+    before = Weights(folder, read_config(folder))
+    name = "model.norm.weight"
+    save_file({name: before.read(name) + 1}, folder / "of-another-download.safetensors")
+    (folder / "torn.safetensors").write_bytes(b"torn")
+    after = Weights(folder, read_config(folder))
+    assert torch.equal(after.read(name), before.read(name))
+
+
 def write_hollow(release: str, folder: Path) -> Path:
     """A published checkpoint's headers, and a file with holes in the place of its tensors."""
     sizes = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
