@@ -86,7 +86,7 @@ class ScoreConfig:
     ] = "loss"
     atomic_scores: Annotated[Path | None, Flag("take these scores [L, E, N] and read no text")] = None
     block_size: Annotated[int | None, Flag("atoms in a group (default: an eighth of an expert)")] = None
-    seed: Annotated[int, Flag("of the random controls (default 0)")] = 0
+    seed: Annotated[int, Flag("of the random controls (default 0)", at_least=0)] = 0
     device: Annotated[Literal["cpu", "cuda"], Flag("where it is computed (default cpu)")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Flag("in which it is computed (default float32)")] = "float32"
     threads: Annotated[int, Flag("on a CPU (default 1: with more, sums differ from run to run)", at_least=1)] = 1

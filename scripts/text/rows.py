@@ -153,7 +153,8 @@ def _read_token_ids(source: str, vocabulary: int) -> np.ndarray[tuple[int, int],
 
 
 def _find_text(record: dict[str, Any]) -> str:
-    return str(record["text"] if "text" in record else record["prompt"])
+    text: str = record["text"] if "text" in record else record["prompt"]
+    return text
 
 
 def read_documents(source: str) -> list[str]:
@@ -197,9 +198,11 @@ def _number_records(source: str) -> Iterator[tuple[int, Any]]:
 
 
 def _require(source: str, record: Any, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Require an object with one of the keys. Raises PruningError naming the line."""
-    if isinstance(record, dict) and any(key in record for key in keys):
-        return record
+    """Require an object with one of the keys, which is text but for messages. Raises PruningError naming the line."""
+    if isinstance(record, dict):
+        found = next((key for key in ("messages", *TEXT) if key in keys and key in record), None)
+        if found == "messages" or (found is not None and isinstance(record[found], str)):
+            return record
     expected = "an object with " + " or ".join(f'"{key}"' for key in keys)
     got = "no JSON" if record is None else json.dumps(record)[:40]
     raise PruningError(f"{source}: expected {expected}, got {got} in line {number}; fix it")

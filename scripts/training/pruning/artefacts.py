@@ -128,4 +128,7 @@ def choose_block_size(given: int | None, shape: ExpertShape) -> int:
     if size < 1 or shape.intermediate_size % size:
         expected = f"a divisor of the experts' width {shape.intermediate_size}"
         raise PruningError(f"--block-size: expected {expected}, got {size}; an eighth of the width is usual")
+    if (most := 1 - size / shape.intermediate_size) < RATIOS[-1]:
+        expected = f"groups of which {RATIOS[-1]:.0%} can go, each expert keeping one"
+        raise PruningError(f"--block-size: expected {expected}, got {size}, of which {most:.0%} can; lower it")
     return size

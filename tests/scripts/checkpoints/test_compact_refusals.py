@@ -125,6 +125,7 @@ def test_mask_files_that_cannot_be_read(
         (["--random-mask", "1.0"], "less than 1"),
         (["--random-mask", "-0.1"], "at least 0"),
         (["--random-mask", "0.9"], "at most 0.875"),
+        (["--random-mask", "0.1", "--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["--random-mask", "0.1", "--block-size", "3"], "divisor"),
         (["--random-mask", "0.1", "--block-size", "0"], "divisor"),
         (["--random-mask", "0.1", "--block-size", "4", "--group-indices", "i.npy"], "--block-size"),

@@ -14,8 +14,16 @@ import torch
 from tiny_laguna import make_tiny
 from warm import run_warm
 
-from laguna_serve.plugins.pruning import PruningError, check_pruning, draw_random_mask, rank_groups, read_shape
+from laguna_serve.plugins.pruning import (
+    ExpertShape,
+    PruningError,
+    check_pruning,
+    draw_random_mask,
+    rank_groups,
+    read_shape,
+)
 from laguna_serve.scripts.text.rows import read_rows
+from laguna_serve.scripts.training.pruning.artefacts import choose_block_size
 from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
 from laguna_serve.scripts.training.pruning.scores import group_atoms
 
@@ -116,9 +124,17 @@ def test_command_plans_scores_and_summarises(tmp_path: Path) -> None:
     assert check_pruning(keep, indices, shape).pruned_blocks == 160
 
 
+def test_groups_of_which_40_percent_cannot_go_are_refused_before_the_work() -> None:
+    shape = ExpertShape((1,), 2, 128, 16)
+    assert choose_block_size(64, shape) == 64
+    with pytest.raises(PruningError, match=r"--block-size: expected groups of which 40% can go.*got 128, of which 0%"):
+        choose_block_size(128, shape)
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["--device", "cuda"], "expected a GPU that torch can use, got none"),
         (["--text", "missing.jsonl"], "missing.jsonl: expected a text file"),
         (["--dry-run", "--atomic-scores", "x.npy"], "--dry-run: expected scores to measure"),

@@ -94,6 +94,9 @@ def test_a_line_that_says_nothing_is_named(tokenizer: Any, tmp_path: Path) -> No
     source = write_lines(tmp_path / "t.jsonl", {"text": "a = 1\n" * 20}, {"x": 1})
     with pytest.raises(PruningError, match=r'"messages", got \{"x": 1\} in line 2'):
         read_rows(source, tokenizer, None, 1000)
+    write_lines(tmp_path / "t.jsonl", {"prompt": [5, 6, 7]})
+    with pytest.raises(PruningError, match=r'got \{"prompt": \[5, 6, 7\]\} in line 1'):
+        read_rows(source, tokenizer, None, 1000)
     (tmp_path / "t.jsonl").write_text("{\n")
     with pytest.raises(PruningError, match="got no JSON in line 1"):
         read_rows(source, tokenizer, None, 1000)
