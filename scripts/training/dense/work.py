@@ -14,6 +14,7 @@ from typing import Any
 from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
 from laguna_serve.scripts.training.ranks import Ranks
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.kit.signals import defer_signals
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,8 +54,7 @@ def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks)
         "width": sorted(config.width),
     }
     wanted |= {"layerwise": config.layerwise, "top_k": config.top_k if config.store else None}
-    described = (folder / "config.json").read_bytes()
-    wanted["teacher"] = hashlib.sha256(described + str(folder.resolve()).encode()).hexdigest()[:16]
+    wanted["teacher"] = hashlib.sha256(f"{fingerprint(str(folder))} {folder.resolve()}".encode()).hexdigest()[:16]
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
     work = config.work or ROOT / ".cache" / f"distill-{digest}"
     if ranks.first:

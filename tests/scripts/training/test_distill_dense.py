@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -21,8 +22,11 @@ from warm import run_warm, start_warm
 
 from laguna_serve.scripts import distill_dense
 from laguna_serve.scripts.training.dense import initial, losses, stages, student, text
-from laguna_serve.scripts.training.dense.config import Recipe
+from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn
+from laguna_serve.scripts.training.dense.work import open_work
+from laguna_serve.scripts.training.ranks import ALONE
+from laguna_serve.serving.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -225,6 +229,16 @@ def test_other_checkpoints_are_not_written_over(own: bool, tmp_path: Path, capsy
     assert ("expected a folder of its own" if own else "expected an empty folder") in said
     before = (TOY / "teacher" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_states_of_a_teacher_with_other_weights_are_not_gone_on_with(tmp_path: Path) -> None:
+    folder = shutil.copytree(TOY / "teacher", tmp_path / "teacher")
+    config = DistillConfig(teacher=str(folder), out=tmp_path / "out", work=tmp_path / "work")
+    for _ in range(2):
+        open_work(config, config.recipe, folder, ALONE)
+    os.utime(folder / "model.safetensors", (1, 1))  # written anew
+    with pytest.raises(CheckpointError, match="got another run's; pass --fresh or --work"):
+        open_work(config, config.recipe, folder, ALONE)
 
 
 @pytest.mark.slow
