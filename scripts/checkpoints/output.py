@@ -8,9 +8,12 @@ that a folder with a config.json is a whole checkpoint.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,11 +123,12 @@ def check_own(out: Path, read: Iterable[Path], *, own: bool) -> None:
         raise CheckpointError(f"{out}: expected {expected}, got another checkpoint; choose another --out")
 
 
-def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], ByteProgress]:
+@contextmanager
+def begin(output: Output, sizes: dict[str, int]) -> Iterator[tuple[list[str], ByteProgress]]:
     """Make the folder ours: the files (name → bytes) that are still to be written, and the progress over all of them.
 
     Raises:
-        CheckpointError: too little space, or the folder cannot be created.
+        CheckpointError: too little space, the folder cannot be created, or another run writes into it.
     """
     missing = [name for name in sizes if not output.has(name)]
     needed = sum(sizes[name] for name in missing)
@@ -134,10 +138,30 @@ def begin(output: Output, sizes: dict[str, int]) -> tuple[list[str], ByteProgres
     except OSError as error:
         raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
     progress = ByteProgress(sum(sizes.values()), sum(sizes.values()) - needed)
-    if progress.done:
-        progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
-    output.start()
-    return missing, progress
+    with _lock(output.folder):
+        if progress.done:
+            progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
+        output.start()
+        yield missing, progress
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep a second run out, which would write files of the same names; a process that ends takes its lock with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system without locks
+            _take(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: expected to write alone, got another run at it; wait for its end") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -146,25 +146,25 @@ def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
 
 def write(source: NumbersSource, output: Output) -> None:
     """Write what is not there yet; config.json and the index come last."""
-    todo, progress = begin(output, {file: source.size(file) for file in source.files})
-    for file in todo:
-        progress.label = file
-        _write_file(source, file, output.folder / file, progress.advance)
-        output.note(file)
-        check_signals()
-    progress.finish()
-    for name in copy_others(source.folder, output):
-        output.note(name)
-    described = {"config.json": describe(source)}
-    if (source.folder / INDEX).is_file():
-        weight_map = {name: file for file in source.files for name in source.plan(file)}
-        total = sum(map(source.size, source.files))
-        described[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    for name, content in described.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-        output.note(name)
-    output.close()
+    with begin(output, {file: source.size(file) for file in source.files}) as (todo, progress):
+        for file in todo:
+            progress.label = file
+            _write_file(source, file, output.folder / file, progress.advance)
+            output.note(file)
+            check_signals()
+        progress.finish()
+        for name in copy_others(source.folder, output):
+            output.note(name)
+        described = {"config.json": describe(source)}
+        if (source.folder / INDEX).is_file():
+            weight_map = {name: file for file in source.files for name in source.plan(file)}
+            total = sum(map(source.size, source.files))
+            described[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        for name, content in described.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+            output.note(name)
+        output.close()
 
 
 def describe(source: NumbersSource) -> ConfigJson:

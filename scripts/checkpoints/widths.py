@@ -242,17 +242,17 @@ def write(source: WidthsSource, output: Output) -> None:
     totals = {
         file: sum(size for name, size in sizes.items() if source.tensors[name].file == file) for file in source.files
     }
-    todo, progress = begin(output, totals)
-    for file in todo:
-        progress.label = file
-        _write_file(source, file, output.folder / file, progress.advance)
-        output.note(file)
-        check_signals()
-    progress.finish()
-    for name in copy_others(source.folder, output):
-        output.note(name)
-    _write_descriptions(source, sizes, output)
-    output.close()
+    with begin(output, totals) as (todo, progress):
+        for file in todo:
+            progress.label = file
+            _write_file(source, file, output.folder / file, progress.advance)
+            output.note(file)
+            check_signals()
+        progress.finish()
+        for name in copy_others(source.folder, output):
+            output.note(name)
+        _write_descriptions(source, sizes, output)
+        output.close()
 
 
 def _write_file(source: WidthsSource, file: str, path: Path, advance: Callable[[int], None]) -> None:

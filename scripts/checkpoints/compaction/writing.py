@@ -21,18 +21,18 @@ ARCHITECTURE = "LagunaSentinelForCausalLM"
 def write_checkpoint(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
     """Write what is not there yet; config.json and the index come last."""
     sizes = {shard.name: sum(tensor_bytes(job, shard).values()) for shard in shards}
-    missing, progress = begin(output, sizes)
-    todo = [shard for shard in shards if shard.name in missing]
-    for shard in todo:
-        progress.label = shard.name
-        write_shard(job, shard, output.folder / shard.name, progress.advance)
-        output.note(shard.name)
-        check_signals()
-    progress.finish()
-    for name in copy_others(job.base.folder, output):
-        output.note(name)
-    write_description(job, shards, output, source)
-    output.close()
+    with begin(output, sizes) as (missing, progress):
+        todo = [shard for shard in shards if shard.name in missing]
+        for shard in todo:
+            progress.label = shard.name
+            write_shard(job, shard, output.folder / shard.name, progress.advance)
+            output.note(shard.name)
+            check_signals()
+        progress.finish()
+        for name in copy_others(job.base.folder, output):
+            output.note(name)
+        write_description(job, shards, output, source)
+        output.close()
 
 
 def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> None:

@@ -77,6 +77,25 @@ def test_peak_memory_is_at_most_two_shards(large: Path, tmp_path: Path, mode: li
         assert peak <= 2 * largest
 
 
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, inner = small(tmp_path), []
+    write = writing.write_shard
+
+    def write_and_try_again(*given: Any) -> None:
+        write(*given)
+        if not inner:
+            inner.append(0)
+            inner[0] = compact.main(flags)
+
+    monkeypatch.setattr(writing, "write_shard", write_and_try_again)
+    assert compact.main(flags) == 0
+    assert inner == [2]
+    assert "expected to write alone, got another run at it" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "compact.json").read_text())["complete"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_stopped_and_continued(large: Path, tmp_path: Path, sent: signal.Signals) -> None:
