@@ -122,7 +122,7 @@ def ask_teacher(
     """Ask for what the journal lacks; a prompt's answers go into it together.
 
     Raises:
-        EndpointError: the endpoint does not answer, or gives no log-probabilities.
+        EndpointError: the endpoint does not answer, gives no log-probabilities, or serves another teacher than before.
     """
     have = {msgspec.json.encode(answer.prompt) for answer in journal.entries}
     missing = [prompt for prompt in prompts if msgspec.json.encode(prompt) not in have]
@@ -142,10 +142,18 @@ async def _ask_all(
     progress.begin()
     done = 0
     async with Endpoint(base_url, model=model, api_key=os.environ.get(KEY_VARIABLE), retries=4) as endpoint:
+        others = {answer.teacher for answer in journal.entries} - {endpoint.model}
+        if others:
+            expected = f"{min(others)}, whose answers were begun with"
+            raise EndpointError(f"{base_url}: expected {expected}, got {endpoint.model}; choose another --out")
 
         async def work(prompt: Prompt) -> None:
             nonlocal done
-            journal.append(await _ask(endpoint, prompt, manner))
+            try:
+                journal.append(await _ask(endpoint, prompt, manner))
+            except EndpointError as error:
+                begins = msgspec.json.encode(prompt)[:60].decode(errors="replace")
+                raise EndpointError(f"{error}; what was asked begins {begins}") from None
             done += 1
             progress.step("asked", done, len(prompts))
 

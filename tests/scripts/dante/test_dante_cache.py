@@ -28,8 +28,9 @@ PROBLEM = "write a function that returns the sum of all even numbers in a list o
 class Teacher(MockServer):
     """Answers with the prompt's words; greedy answers have log-probabilities. `breaks`: the request that fails."""
 
-    def __init__(self, *, silent: bool = False, breaks: int | None = None) -> None:
+    def __init__(self, *, silent: bool = False, breaks: int | None = None, name: str = "sage") -> None:
         super().__init__()
+        self._name = name
         self.bodies: list[dict[str, Any]] = []
         self._silent, self._breaks = silent, breaks
 
@@ -41,7 +42,7 @@ class Teacher(MockServer):
         ]
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "sage", "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": self._name, "object": "model"}]})
 
     async def _complete(self, request: web.Request) -> web.Response:
         body = await self._take(request)
@@ -115,7 +116,7 @@ def test_records_hold_what_the_teacher_said(config: CacheConfig) -> None:
 @pytest.mark.slow
 def test_same_command_asks_for_what_is_missing_alone(config: CacheConfig, tmp_path: Path) -> None:
     single = replace(config, concurrency=1)
-    with Teacher(breaks=3) as teacher, pytest.raises(EndpointError, match="no more"):
+    with Teacher(breaks=3) as teacher, pytest.raises(EndpointError, match=r"no more.*; what was asked begins"):
         make_cache(replace(single, endpoint=teacher.url))
     with Teacher() as teacher:
         make_cache(replace(single, endpoint=teacher.url))
@@ -127,6 +128,15 @@ def test_same_command_asks_for_what_is_missing_alone(config: CacheConfig, tmp_pa
     assert len(list(config.out.glob("shard-*"))) == 2
     with Teacher() as teacher, pytest.raises(RunDirError, match="another one's"):
         make_cache(replace(single, endpoint=teacher.url, max_tokens=8))
+
+
+def test_another_teacher_does_not_go_on_with_a_cache(config: CacheConfig, tmp_path: Path) -> None:
+    with Teacher() as teacher:
+        make_cache(replace(config, endpoint=teacher.url))
+    more = replace(config, prompts=write_prompts(tmp_path, "one", "three"))
+    with Teacher(name="other") as teacher, pytest.raises(EndpointError, match=r"expected sage, whose .* got other"):
+        make_cache(replace(more, endpoint=teacher.url))
+    assert not teacher.bodies
 
 
 def test_answers_that_overlap_or_are_empty_are_left_out(config: CacheConfig, tmp_path: Path) -> None:
