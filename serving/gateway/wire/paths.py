@@ -28,14 +28,18 @@ def check_path(head: Head, more: Iterable[str]) -> None:
     """
     raw, path = head.target.partition(b"?")[0], head.path
     if (b"%" in raw or b"." in raw or b"//" in raw or b"\\" in raw) and _is_hidden(head.method, raw.lower(), path):
-        raise errors.bad_request("Invalid URL: the path has dot segments, or slashes that are doubled or encoded.")
+        raise errors.bad_request(
+            "Invalid URL: the path has dot segments, control characters, or slashes that are doubled or encoded."
+        )
     if not ((path.startswith(PUBLIC_PREFIXES) or path in PUBLIC_PATHS) and path not in NOT_PUBLIC) and path not in more:
         raise errors.unknown_path(head.method, head.path)
 
 
 def _is_hidden(method: str, raw: bytes, path: str) -> bool:
+    if not path.isprintable():
+        return True  # Starlette takes a path for the one without the line end behind it
     segments = path.split("/")
-    marks: tuple[bytes, ...] = (b"%2f", b"%5c", b"%00", b"\\", b"//")
+    marks: tuple[bytes, ...] = (b"%2f", b"%5c", b"\\", b"//")
     if method in ("GET", "HEAD") and path.startswith("/v1/models/"):
         marks = marks[1:]  # OpenAI's clients ask for org/name as org%2Fname; the answer is the gateway's own
     return ".." in segments or "." in segments or any(mark in raw for mark in marks)

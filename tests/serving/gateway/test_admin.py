@@ -305,6 +305,8 @@ def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
             "/admin/status",
         ):
             assert front.ask(path, b"{}").status == 404
+        for path in ("/v1/load_lora_adapter%0a", "/inference/v1/abort_requests%0A", "/v1/x%0d", "/v1/x%7F"):
+            assert front.ask(path, b"{}").status == 400  # engines might route it as if that were not there
         assert len(one.seen) == seen
         assert front.relay.pools["m"].paused is False
 
