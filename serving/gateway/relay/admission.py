@@ -26,7 +26,9 @@ def admit(
             many wait.
     """
     exchange.model = model.name
-    if not body and exchange.head.method in ("GET", "HEAD", "OPTIONS") and not model.serves:
+    method = exchange.head.method
+    # OPTIONS need no key: whatever they bring, nothing is loaded, nor ended, for strangers.
+    if not model.serves and (method == "OPTIONS" or (not body and method in ("GET", "HEAD"))):
         raise errors.not_loaded()
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

@@ -129,6 +129,15 @@ def test_reading_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert not list_engines()
 
 
+def test_a_request_without_a_key_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = {"name": "k", "sha256": "a" * 64}
+    with owning(monkeypatch, tmp_path, {"a": {}}, keys=[key]) as front:
+        assert front.ask(PATH, b'{"model": "a"}', method="OPTIONS").status == 503
+        assert front.ask(PATH, b'{"model": "a"}').status == 401
+        assert front.relay.owner.find("a").state == "unloaded"
+        assert not list_engines()
+
+
 @pytest.mark.slow
 def test_a_pinned_model_is_there_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {"pinned": True}}) as front:
