@@ -4,15 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from laguna_serve.serving.client.sse import DONE, SseParser
+
+# As the file of traces keeps them.
+TokenIds = list[Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]]
 
 
 class AnswerError(ValueError):
     """A body that is no whole completion with token ids."""
+
+
+class _Logprob(msgspec.Struct):
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    """Completions have token_logprobs, chats a list of objects."""
+
+    token_logprobs: list[float] | None = None
+    content: list[_Logprob] | None = None
+
+
+class _Given(msgspec.Struct):
+    """A choice, or a part of one."""
+
+    index: int = 0
+    prompt_token_ids: TokenIds | None = None
+    token_ids: TokenIds | None = None
+    finish_reason: str | None = None
+    routed_experts: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Metrics(msgspec.Struct):
+    speculative_decoding: dict[str, Any] | None = None
+
+
+class _Event(msgspec.Struct):
+    """An event of a stream, or a whole body. What is of another type than vLLM gives it is no answer."""
+
+    error: Any = None
+    prompt_token_ids: TokenIds | None = None
+    choices: list[_Given] | None = None
+    metrics: _Metrics | None = None
 
 
 @dataclass(slots=True)
@@ -46,13 +85,14 @@ def read_answer(body: bytes) -> Answer:
     speculation = None
     try:
         for event in _list_events(body):
-            if event.get("error") is not None:
+            if event.error is not None:
                 raise AnswerError("an error in the place of an answer")
-            prompt = event.get("prompt_token_ids") or prompt
-            speculation = (event.get("metrics") or {}).get("speculative_decoding") or speculation
-            for given in event.get("choices") or ():
-                _add(choices.setdefault(given.get("index", 0), Choice()), given)
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
+            prompt = event.prompt_token_ids or prompt
+            if event.metrics is not None:
+                speculation = event.metrics.speculative_decoding or speculation
+            for given in event.choices or ():
+                _add(choices.setdefault(given.index, Choice()), given)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AnswerError(f"no completion: {error}") from None
     found = [choices[index] for index in sorted(choices)]
     for choice in found:
@@ -66,24 +106,23 @@ def read_answer(body: bytes) -> Answer:
     return Answer(found, speculation)
 
 
-def _add(choice: Choice, given: dict[str, Any]) -> None:
-    choice.prompt_token_ids = given.get("prompt_token_ids") or choice.prompt_token_ids
-    choice.token_ids += given.get("token_ids") or ()
-    choice.finish_reason = given.get("finish_reason") or choice.finish_reason
-    choice.routed_experts = given.get("routed_experts") or choice.routed_experts
-    logprobs = given.get("logprobs") or {}
-    # Completions have token_logprobs, chats a list of objects.
-    choice.logprobs += logprobs.get("token_logprobs") or [one["logprob"] for one in logprobs.get("content") or ()]
+def _add(choice: Choice, given: _Given) -> None:
+    choice.prompt_token_ids = given.prompt_token_ids or choice.prompt_token_ids
+    choice.token_ids += given.token_ids or ()
+    choice.finish_reason = given.finish_reason or choice.finish_reason
+    choice.routed_experts = given.routed_experts or choice.routed_experts
+    if given.logprobs is not None:
+        choice.logprobs += given.logprobs.token_logprobs or [one.logprob for one in given.logprobs.content or ()]
 
 
-def _list_events(body: bytes) -> Iterator[dict[str, Any]]:
+def _list_events(body: bytes) -> Iterator[_Event]:
     if not body.lstrip().startswith((b"data:", b":", b"event:")):
-        yield msgspec.json.decode(body)
+        yield msgspec.json.decode(body, type=_Event)
         return
     done = False
     for payload in SseParser().feed(body):
         done = payload == DONE
         if not done:
-            yield msgspec.json.decode(payload)
+            yield msgspec.json.decode(payload, type=_Event)
     if not done:
         raise AnswerError("a stream without its end")

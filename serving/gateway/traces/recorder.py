@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from prometheus_client import CollectorRegistry, Counter
 
 from laguna_serve.serving.gateway.relay.exchange import Exchange
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 class _Asked(msgspec.Struct):
     temperature: float | None = None
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     return_token_ids: bool | None = None
 
 
@@ -82,7 +83,7 @@ class TraceRecorder:
             return
         try:
             kept, useless, dropped = await asyncio.to_thread(_write, self._file, ended)
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is, later answers are recorded all the same
             if not self._failing:
                 logger.error("traces: expected to write the file, got %s; answers are left out until it works", error)
             self._failing = True

@@ -82,6 +82,12 @@ def test_several_choices_and_what_the_engine_says_of_drafts() -> None:
         whole({"index": 0, "text": "without ids"}),
         whole({"index": 0, "prompt_token_ids": [1], "token_ids": [2, 3], "logprobs": {"token_logprobs": [-1.0]}}),
         whole(),
+        whole({"index": 0, "prompt_token_ids": [1], "token_ids": [2], "logprobs": {"token_logprobs": [None]}}),
+        whole({"index": 0, "prompt_token_ids": [1], "token_ids": [1 << 31]}),
+        whole({"index": 0, "prompt_token_ids": [1], "token_ids": [1.5]}),
+        whole({"index": 0, "prompt_token_ids": [1], "token_ids": "ab"}),
+        whole(*({"index": index, "prompt_token_ids": [1], "token_ids": [2]} for index in (0, "x"))),
+        b'{"choices": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
         stream({"choices": [{"index": 0, "prompt_token_ids": [1], "token_ids": [2]}]}, end=False),
         b"data: {\n\n",
     ],
@@ -281,6 +287,22 @@ def test_errors_and_leavers_are_not_recorded(tmp_path: Path) -> None:
         assert front.ask(PATH, json.dumps(ASKED).encode()).status == 200
         wait_until(lambda: recorded(front, "kept") == 1)
     assert len(read_all(path)) == 1
+
+
+def test_answer_that_cannot_be_kept_keeps_no_later_one_out(tmp_path: Path) -> None:
+    """vLLM's to a prompt of one token with echo, logprobs and max_tokens 0: nobody has predicted that token."""
+    first = {"index": 0, "prompt_token_ids": [5], "token_ids": [7], "logprobs": {"token_logprobs": [None]}}
+
+    async def echo(exchange: Exchange) -> None:
+        await exchange.answer(whole(first))
+
+    with Engine() as one, gateway(one, traces={"file": str(tmp_path / "traces.db")}) as front:
+        one.handlers[PATH] = echo
+        assert front.ask(PATH, json.dumps(ASKED).encode()).status == 200
+        wait_until(lambda: recorded(front, "no_tokens") == 1)
+        assert front.ask(CHAT, json.dumps({**ASKED, "seed": 1 << 63}).encode()).status == 200
+        assert front.ask(CHAT, json.dumps(ASKED).encode()).status == 200
+        wait_until(lambda: recorded(front, "kept") == 1)
 
 
 @pytest.mark.slow
