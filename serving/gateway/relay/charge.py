@@ -6,6 +6,7 @@ from laguna_serve.serving.gateway.access.demand import NOTHING, Demand
 from laguna_serve.serving.gateway.access.holder import Claim
 from laguna_serve.serving.gateway.relay.exchange import CLIENT_GONE, Exchange
 from laguna_serve.serving.gateway.telemetry.usage import read_usage
+from laguna_serve.serving.gateway.wire.sse import RESPONSES
 
 
 def find_used(exchange: Exchange, claim: Claim) -> Demand | None:
@@ -23,6 +24,8 @@ def find_used(exchange: Exchange, claim: Claim) -> Demand | None:
         return NOTHING
     if exchange.complete and not exchange.streams:
         return claim.demand
-    told = None if exchange.complete else read_usage(b"".join(exchange.recent))
+    # Responses tell nothing before their end, and repeat the request's tools, in whose schemas anything may stand.
+    is_untold = exchange.complete or exchange.head.path.startswith(RESPONSES)
+    told = None if is_untold else read_usage(b"".join(exchange.recent))
     prompt, output = told or (0, 0)
     return Demand(prompt or claim.demand.prompt, max(output, exchange.chunks if exchange.streams else 0))

@@ -6,8 +6,9 @@ import re
 
 from laguna_serve.serving.gateway.telemetry.metrics import EngineStats
 
-OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d+)')
-PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d+)')
+# What has more digits is no count: neither the file of usage nor Python would take it.
+OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d{1,12})(?!\d)')
+PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d{1,12})(?!\d)')
 
 
 def read_usage(end: bytes) -> tuple[int, int] | None:

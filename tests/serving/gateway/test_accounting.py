@@ -141,6 +141,19 @@ async def stall(exchange: Exchange) -> None:
     await asyncio.sleep(30)
 
 
+async def repeat_tools(exchange: Exchange) -> None:
+    """As vLLM begins /v1/responses."""
+    await exchange.start(SSE)
+    tools = [{"parameters": {"input_tokens": 1, "output_tokens": 10**30}}]
+    await exchange.chunk(render({"type": "response.created", "response": {"tools": tools, "usage": None}}))
+    await asyncio.sleep(0.02)
+    exchange.abort()
+
+
+async def exaggerate(exchange: Exchange) -> None:
+    await exchange.answer(b'{"usage": {"prompt_tokens": 2, "completion_tokens": %b}}' % (b"9" * 5000))
+
+
 async def cut(exchange: Exchange) -> None:
     await exchange.start(SSE)
     await exchange.chunk(render({"choices": [{"index": 0}]}))
@@ -186,6 +199,23 @@ def test_answer_that_fails_is_charged_for_what_came(handler: Any, status: int, c
         front.wait_idle()
         usage = read_usage(front)
         assert (usage["today"], usage["reserved_tokens"]) == ({"m": charged}, 0)
+
+
+def test_what_a_request_says_of_usage_is_not_believed() -> None:
+    key = make_key(tokens_per_day=1000)
+    with Upstream({"/v1/responses": repeat_tools}) as engine, gateway(engine, keys=[key]) as front:
+        assert front.ask("/v1/responses", BODY, KEY).status == 200
+        front.wait_idle()
+        assert read_usage(front)["today"] == {"m": tally(1, PROMPT, 1)}
+
+
+def test_number_that_is_no_count_is_as_none() -> None:
+    key = make_key(tokens_per_day=1000, max_in_flight=1)
+    with Upstream({CHAT: exaggerate}) as engine, gateway(engine, keys=[key]) as front:
+        for _ in range(2):
+            assert front.ask(CHAT, b'{"model": "m", "max_tokens": 50}', KEY).status == 200
+            front.wait_idle()
+        assert read_usage(front)["today"] == {"m": tally(2, 4, 0)}
 
 
 def test_body_that_never_comes_costs_nothing() -> None:
