@@ -194,6 +194,9 @@ def _read_tables(file: Path | None) -> JsonObject:
     if file is None:
         return {}
     try:
+        if file.exists() and not file.is_file():  # a pipe is empty the second time, and its keys are gone
+            expected = "expected a regular file, as it is read more than once, got something else"
+            raise EngineError(f"--gateway-config {file}: {expected}; write the configuration into one")
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         got = error.strerror or error

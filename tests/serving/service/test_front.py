@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import urllib.request
 from pathlib import Path
@@ -107,6 +108,13 @@ def test_conflicts_are_told_in_one_line(
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="none: expected a file, got No such file or directory; check the path"):
         make_config(FrontSettings(model="m", max_num_seqs=1, file=tmp_path / "none"), URL)
+
+
+def test_a_pipe_is_no_file_as_its_keys_would_be_gone_when_it_is_read_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(EngineError, match="expected a regular file, as it is read more than once"):
+            make_config(FrontSettings(model="m", max_num_seqs=1, file=source), URL)
 
 
 def test_the_bare_engine_has_no_gateway_to_configure(
