@@ -63,6 +63,9 @@ def serve(
         EngineError: the engine or the gateway could not be started, or was interrupted before it answered.
     """
     _handle_signals()
+    early: list[int] = []
+    if settings is not None and settings.file is not None:  # which the gateway reads when the engine is there
+        signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))
     started = time.monotonic()
     url, acceptance = "", _LastAcceptance()
 
@@ -74,6 +77,8 @@ def serve(
         with keeper, nullcontext() if settings is None else open_front(settings, keeper.engine.base_url) as front:
             if front is not None and front.reloads:
                 signal.signal(signal.SIGHUP, lambda _number, _frame: front.reload())
+                if early:  # perhaps after the file had been read
+                    front.reload()
             url = keeper.engine.base_url if front is None else front.url
             print(greet(keeper.engine, url, None if front is None else front.status), flush=True)
             died = _keep_serving(keeper, front, acceptance, restart=restart)

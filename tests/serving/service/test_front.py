@@ -149,6 +149,18 @@ def read_line(server: Any, mark: str) -> str:
 
 
 @pytest.mark.slow
+def test_sighup_before_the_engine_is_there_ends_nothing(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text("")
+    with serving(target, tmp_path, "--gateway-config", str(file)) as server:
+        read_line(server, "engine teacher: ")
+        file.write_text('[[keys]]\nname = "a"\nsha256 = "' + DIGEST + '"\n')
+        server.send_signal(signal.SIGHUP)
+        assert post(read_url(server), COMPLETIONS)["status"] == 401
+        read_line(server, "configuration read again")
+
+
+@pytest.mark.slow
 def test_sighup_reads_the_file_again(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     """Before and after a restart of the engine, whose address is not in the file."""
     file = tmp_path / "gateway.toml"
