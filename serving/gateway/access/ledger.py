@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access.limits import DAY_S
@@ -63,17 +64,16 @@ class Ledger:
     def __init__(self, path: Path | None = None, wall: Callable[[], float] = time.time) -> None:
         """Open the file, if one is given, and read what it has of today. Raises EngineError: it is none of ours."""
         self._day = int(wall() // DAY_S)
-        self._path, self._file = path, None if path is None else _open(path, self._day)
+        self._path, (self._file, rows) = path, (None, []) if path is None else _open(path, self._day)
         # What is still to be written, and what of today's has been, or is.
         self._pending: dict[Row, Tally] = {}
         self._lock = asyncio.Lock()
         self._written: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
-        if self._file is not None:
-            for key, model, *numbers in self._file.execute(READ, (self._day,)):
-                self._today.setdefault(key, {})[model] = Tally(*numbers)
-                self._written[self._day, key, model] = Tally(*numbers)
+        for key, model, *numbers in rows:
+            self._today.setdefault(key, {})[model] = Tally(*numbers)
+            self._written[self._day, key, model] = Tally(*numbers)
 
     def find(self, day: int, key: str) -> Mapping[str, Tally]:
         """Find what a key has used on the day that is today, by model ("" where none was known)."""
@@ -162,20 +162,21 @@ class Ledger:
                     self._written[row] = replace(tally)
 
 
-def _open(path: Path, today: int) -> sqlite3.Connection:
+def _open(path: Path, today: int) -> tuple[sqlite3.Connection, list[tuple[Any, ...]]]:
+    """Open the file, and read its rows of today."""
     file = None
     try:
         file = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
         with file:
             file.execute(SCHEMA)
             file.execute("DELETE FROM usage WHERE day < ?", (today - KEPT_DAYS,))
-            file.execute(READ, (0,)).fetchall()
-    except sqlite3.Error as error:
+            rows = file.execute(READ, (today,)).fetchall()
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if file is not None:
             file.close()
         expected = "expected a file of usage that can be written"
         raise EngineError(f"usage_file {path}: {expected}, got {error}; name another one, or move it away") from None
-    return file
+    return file, rows
 
 
 def _add(file: sqlite3.Connection, rows: Mapping[Row, Tally]) -> None:

@@ -130,7 +130,7 @@ class TraceFile:
                 _from_row,
                 self._file.execute(f"SELECT {', '.join(NAMES)} FROM traces WHERE {where} ORDER BY rowid", values),
             )
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise TraceFileError(
                 f"{self._path}: expected traces, got {error}; copy what is left with .recover"
             ) from None
@@ -189,7 +189,8 @@ def _pack(kind: str, numbers: Iterable[float]) -> bytes:
 
 
 def _unpack(kind: str, data: object) -> Sequence[float]:
-    assert isinstance(data, bytes)
+    if not isinstance(data, bytes):
+        raise TypeError(f"{data!r} for a list of numbers")
     packed = array.array(kind, data)
     if sys.byteorder == "big":
         packed.byteswap()

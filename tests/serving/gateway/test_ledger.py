@@ -168,5 +168,11 @@ def test_what_is_no_file_of_usage_is_refused_at_the_start(tmp_path: Path) -> Non
         other.commit()
     with pytest.raises(EngineError, match="no such column"):
         Ledger(tmp_path / "other.sqlite")
+    Ledger(broken := tmp_path / "broken.sqlite").close()
+    data = bytearray(broken.read_bytes())
+    data[4096:] = b"x" * len(data[4096:])  # behind the page that says what is in it
+    broken.write_bytes(data)
+    with pytest.raises(EngineError, match=r"expected a file of usage .*, got database disk image is malformed"):
+        Ledger(broken)
     with pytest.raises(ValueError, match=r"access: usage_file: expected a file in a folder that exists"):
         parse_config({"models": [model], "access": {"usage_file": "/nowhere/u.sqlite"}}, "test")

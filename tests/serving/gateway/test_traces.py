@@ -161,6 +161,17 @@ def test_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
         TraceFile(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("value", [b"\1\2\3", 7], ids=["cut", "number"])
+def test_row_that_is_broken_is_a_line(tmp_path: Path, value: bytes | int) -> None:
+    file = TraceFile(tmp_path / "traces.db", 1 << 20)
+    file.add([make_trace(1)])
+    with file._file:
+        file._file.execute("UPDATE traces SET token_ids = ?", (value,))
+    with pytest.raises(TraceFileError, match=r"expected traces, got .*; copy what is left with \.recover"):
+        list(file.read())
+    file.close()
+
+
 def test_what_was_being_written_when_it_was_killed_is_gone_and_the_rest_is_there(tmp_path: Path) -> None:
     file = TraceFile(tmp_path / "traces.db", 1 << 20)
     file.add([make_trace(1)])
