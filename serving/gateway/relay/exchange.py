@@ -24,7 +24,7 @@ from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.relay.waiting import Waiter
 from laguna_serve.serving.gateway.residence.place import Place
 from laguna_serve.serving.gateway.telemetry.stages import Trace
-from laguna_serve.serving.gateway.telemetry.usage import count_tokens
+from laguna_serve.serving.gateway.telemetry.usage import count_tokens, keep_usage
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
@@ -249,7 +249,7 @@ class Exchange(Waiter):
                 data = events.take(data)
                 if not data:
                     return
-        self.recent = (self.recent[1], data)
+        self.recent = keep_usage(self.recent, data) if events is None else (self.recent[1], data)
         if self.drops_usage and events is not None and not (data := drop_usage(data)):
             return
         if self.copy is not None:

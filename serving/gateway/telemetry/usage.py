@@ -11,6 +11,17 @@ OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s?(\d{1,12})(?!\d)
 PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s?(\d{1,12})(?!\d)')
 
 
+# In a usage, of which so much may lie in the piece before.
+COUNT, USAGE_BYTES = b'_tokens"', 256
+
+
+def keep_usage(recent: tuple[bytes, bytes], data: bytes) -> tuple[bytes, bytes]:
+    """Keep the last two pieces of a body, or the one with its usage: ids and log-probabilities may follow that."""
+    if COUNT in data:
+        return recent[1][-USAGE_BYTES:], data
+    return recent if COUNT in recent[1] else (recent[1], data)
+
+
 def read_usage(end: bytes) -> tuple[int, int] | None:
     """Read tokens of the prompt and of the answer from the last of an answer's body; None where it does not tell."""
     prompt, output = PROMPT_TOKENS.findall(end), OUTPUT_TOKENS.findall(end)

@@ -209,6 +209,30 @@ def test_what_a_request_says_of_usage_is_not_believed() -> None:
         assert read_usage(front)["today"] == {"m": tally(1, PROMPT, 1)}
 
 
+@pytest.mark.parametrize("cut", [0, 8, 30], ids=["whole", "in-the-first", "in-the-second"])
+def test_usage_is_found_where_much_follows_it(cut: int) -> None:
+    """vLLM's chats have the prompt's token ids and log-probabilities behind it."""
+
+    async def chat(exchange: Exchange) -> None:
+        usage = b'"usage":{"prompt_tokens":11,"completion_tokens":5}'
+        pieces = [
+            b'{"choices":[],' + usage[:cut],
+            usage[cut:] + b',"prompt_token_ids":[',
+            *[b"1234," * 100] * 3,
+            b"0]}",
+        ]
+        await exchange.start("content-type: application/json\r\ntransfer-encoding: chunked\r\n")
+        for piece in pieces:
+            await exchange.chunk(piece)
+            await asyncio.sleep(0.01)
+        await exchange.end()
+
+    with Upstream({CHAT: chat}) as engine, gateway(engine, keys=[make_key(tokens_per_day=1000)]) as front:
+        assert front.ask(CHAT, b'{"model": "m"}', KEY).status == 200
+        front.wait_idle()
+        assert read_usage(front)["today"] == {"m": tally(1, 11, 5)}
+
+
 def test_number_that_is_no_count_is_as_none() -> None:
     key = make_key(tokens_per_day=1000, max_in_flight=1)
     with Upstream({CHAT: exaggerate}) as engine, gateway(engine, keys=[key]) as front:
