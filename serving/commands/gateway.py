@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.supervision.service_manager import tell_ready
 
 if TYPE_CHECKING:
     from laguna_serve.serving.gateway.config import Config
@@ -110,11 +111,12 @@ def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
     gateway = read_config(config)
     names = ", ".join(model.name for model in gateway.models)
-    url = serve(
-        gateway,
-        lambda url, admin: print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True),
-        None if config.config is None else lambda: read_config(config),
-    )
+
+    def announce(url: str, admin: str) -> None:
+        print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True)
+        tell_ready()
+
+    url = serve(gateway, announce, None if config.config is None else lambda: read_config(config))
     return GatewayResult(outcome="stopped", url=url)
 
 

@@ -103,6 +103,7 @@ def test_unit_waits_longer_than_the_gateway() -> None:
     unit = (DEPLOY / "laguna-gateway.service").read_text()
     waits = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]
     assert waits > Server().shutdown_timeout_s
+    assert "\nType=notify\n" in unit
 
 
 def test_services_select_pods_that_are_there() -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from laguna_serve.serving.kit.files import WriteError, write_file, write_json, w
 from laguna_serve.serving.kit.signals import check_signals, defer_signals
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.rates import Rates, describe_rates
+from laguna_serve.serving.supervision.service_manager import tell_ready
 
 
 def fail(error: BaseException) -> Callable[[], int]:
@@ -277,3 +279,18 @@ def test_reader_that_leaves_is_no_error(command: list[str]) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_service_manager_that_waits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    name = f"{'@' if abstract else ''}{tmp_path}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name.replace("@", "\0"))
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        tell_ready()
+        assert manager.recv(100) == b"READY=1"
+        assert "NOTIFY_SOCKET" not in os.environ  # it is not for engines
+    tell_ready()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    tell_ready()
