@@ -20,11 +20,16 @@ class WriteError(OSError):
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file at the path that it is given, then sync it and rename it to `path`.
 
+    Devices and pipes are written to, and stay what they are.
+
     Raises:
         WriteError: the disk is full or refuses. Errors of `write` other than OSError and EOFError pass.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if _is_no_file(path):
+            write(path)
+            return
         write(partial)
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
         _sync(partial)
@@ -63,6 +68,11 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Is there no room, or no quota, left? Also as safetensors' Rust side says it."""
     return (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error)
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether something is there that a file may not take the place of: /dev/stdout also where it leads to a file."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or path.absolute().parent == Path("/dev"))
 
 
 def _explain(path: Path, error: Exception) -> WriteError:

@@ -164,6 +164,17 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "before")]
 
 
+def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+    with pytest.raises(WriteError, match="Is a directory"):
+        write_text(tmp_path, "text")
+
+
 def test_file_that_the_system_refuses_is_an_error_in_one_line(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk."""
     code = (
