@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,9 +153,10 @@ def change_file(path: Path, change: Callable[[list[Key]], list[Key]]) -> tuple[s
     """Change the keys of a file, one process after the other; the names that it has then."""
     from laguna_serve.serving.gateway.config.key_file import render_key_tables
 
-    with _lock(path):
+    target = Path(os.path.realpath(path))  # of a link, which stays one, and has no lock of its own
+    with _lock(target):
         keys = change(read_file(path) if path.exists() else [])
-        write_text(path, render_key_tables([key.model_dump(mode="json", exclude_defaults=True) for key in keys]))
+        write_text(target, render_key_tables([key.model_dump(mode="json", exclude_defaults=True) for key in keys]))
     return tuple(key.name for key in keys)
 
 

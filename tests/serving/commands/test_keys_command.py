@@ -66,6 +66,17 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.Capture
     assert emptied.asks_for_keys, "whoever has revoked the last key has opened nothing"
 
 
+def test_key_that_is_revoked_by_a_link_is_gone_from_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, link = tmp_path / "keys.toml", tmp_path / "link.toml"
+    assert run(capsys, "new", "agents", "--file", str(path))[0] == 0
+    link.symlink_to(path.name)
+    assert run(capsys, "revoke", "agents", "--file", str(link))[0] == 0
+    assert link.is_symlink()
+    assert read(path) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
