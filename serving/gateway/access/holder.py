@@ -41,8 +41,7 @@ class Holder:
         self.since_start: dict[str, Tally] = {}
         self._tallies: dict[str, tuple[Tally, Tally]] = {}
         day = int(wall() // DAY_S)
-        used = ledger.find(day, key.name).values()
-        self._budget = Budget(day, sum(tally.prompt_tokens + tally.output_tokens for tally in used))
+        self._budget = Budget(day, ledger.sum_tokens(day, key.name))
         self.configure(key)
 
     @property
@@ -168,7 +167,7 @@ class Holder:
         """Begin a new day, where this is one; the time of day, in seconds of the epoch."""
         now = self._wall()
         if (day := int(now // DAY_S)) != self._budget.day:
-            self._budget.day, self._budget.used = day, 0
+            self._budget.day, self._budget.used = day, self._ledger.sum_tokens(day, self.name)
             self._tallies.clear()
         return now
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access.limits import DAY_S
@@ -64,21 +63,23 @@ class Ledger:
     def __init__(self, path: Path | None = None, wall: Callable[[], float] = time.time) -> None:
         """Open the file, if one is given, and read what it has of today. Raises EngineError: it is none of ours."""
         self._day = int(wall() // DAY_S)
-        self._path, (self._file, rows) = path, (None, []) if path is None else _open(path, self._day)
+        self._path, self._file = path, None if path is None else _open(path, self._day)
         # What is still to be written, and what of today's has been, or is.
         self._pending: dict[Row, Tally] = {}
         self._lock = asyncio.Lock()
         self._written: dict[Row, Tally] = {}
         self._today: dict[str, dict[str, Tally]] = {}
         self._failing = False
-        for key, model, *numbers in rows:
-            self._today.setdefault(key, {})[model] = Tally(*numbers)
-            self._written[self._day, key, model] = Tally(*numbers)
+        self._begin(self._day, {} if self._file is None else _read(self._file, self._day))
 
     def find(self, day: int, key: str) -> Mapping[str, Tally]:
         """Find what a key has used on the day that is today, by model ("" where none was known)."""
         self._turn(day)
         return self._today.get(key, {})
+
+    def sum_tokens(self, day: int, key: str) -> int:
+        """Sum what a key has used on the day that is today, over all models."""
+        return sum(tally.prompt_tokens + tally.output_tokens for tally in self.find(day, key).values())
 
     def find_row(self, day: int, key: str, model: str) -> Tally:
         """Find what a key has used of a model on the day that is today: whoever uses more adds to it."""
@@ -97,13 +98,14 @@ class Ledger:
 
     def read_written(self) -> dict[str, dict[str, Tally]]:
         """Read what the file has of today by key and model, whoever wrote it; nothing where it cannot be read."""
-        found: dict[str, dict[str, Tally]] = {}
         if self._path is not None:
             # On a connection of its own, which does not see what is being written.
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self._path)) as file:
-                for key, model, *numbers in file.execute(READ, (self._day,)):
-                    found.setdefault(key, {})[model] = Tally(*numbers)
-        return found
+            with (
+                contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
+                contextlib.closing(sqlite3.connect(self._path)) as file,
+            ):
+                return _read(file, self._day)
+        return {}
 
     async def keep_writing(self, every_s: float, stopped: asyncio.Event) -> None:
         """Write what comes together, until it is stopped; then write the rest, and close the file."""
@@ -143,9 +145,22 @@ class Ledger:
             self._file.close()
 
     def _turn(self, day: int) -> None:
-        if day != self._day:
-            self._collect()
-            self._day, self._today, self._written = day, {}, {}
+        """Begin a day: with what the file has of it, where the clock was set and it has been before."""
+        if day == self._day:
+            return
+        self._collect()
+        self._day = day
+        today = self.read_written()
+        for (pending_day, key, model), tally in self._pending.items():
+            if pending_day == day:
+                today.setdefault(key, {}).setdefault(model, Tally()).add(tally)
+        self._begin(day, today)
+
+    def _begin(self, day: int, today: dict[str, dict[str, Tally]]) -> None:
+        """Begin a day of which so much is in the file already, or will be."""
+        self._today, self._written = today, {}
+        for key, models in today.items():
+            self._written |= {(day, key, model): replace(tally) for model, tally in models.items()}
 
     def _collect(self) -> None:
         """Collect what has come since the last time."""
@@ -162,21 +177,28 @@ class Ledger:
                     self._written[row] = replace(tally)
 
 
-def _open(path: Path, today: int) -> tuple[sqlite3.Connection, list[tuple[Any, ...]]]:
-    """Open the file, and read its rows of today."""
+def _open(path: Path, today: int) -> sqlite3.Connection:
     file = None
     try:
         file = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
         with file:
             file.execute(SCHEMA)
             file.execute("DELETE FROM usage WHERE day < ?", (today - KEPT_DAYS,))
-            rows = file.execute(READ, (today,)).fetchall()
+            _read(file, today)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if file is not None:
             file.close()
         expected = "expected a file of usage that can be written"
         raise EngineError(f"usage_file {path}: {expected}, got {error}; name another one, or move it away") from None
-    return file, rows
+    return file
+
+
+def _read(file: sqlite3.Connection, day: int) -> dict[str, dict[str, Tally]]:
+    """Read a day by key and model. Raises sqlite3.Error, UnicodeDecodeError."""
+    found: dict[str, dict[str, Tally]] = {}
+    for key, model, *numbers in file.execute(READ, (day,)):
+        found.setdefault(key, {})[model] = Tally(*numbers)
+    return found
 
 
 def _add(file: sqlite3.Connection, rows: Mapping[Row, Tally]) -> None:

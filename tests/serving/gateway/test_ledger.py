@@ -22,9 +22,12 @@ from gateway_fakes import Exchange, Upstream, gateway, make_request, read_reply,
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access import ledger as ledger_module
+from laguna_serve.serving.gateway.access.demand import Demand
+from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.access.ledger import Ledger, Tally
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
+from laguna_serve.serving.gateway.config.keys import Key
 
 DAY_S, DAY = 86_400, 20_000
 CHAT, BODY, KEY = "/v1/chat/completions", b'{"model": "m"}', "x-api-key: sk\r\n"
@@ -119,6 +122,38 @@ def test_new_day_begins_empty_and_the_old_one_stays_in_the_file(tmp_path: Path) 
     assert ledger.find(DAY + 1, "k") == {"m": Tally(2)}
     assert Ledger(tmp_path / "u.sqlite", lambda: DAY * DAY_S).find(DAY, "k") == {"m": Tally(1)}
     assert Ledger(tmp_path / "u.sqlite", lambda: (DAY + 1) * DAY_S).find(DAY + 1, "k") == {"m": Tally(2)}
+
+
+def test_clock_that_is_set_gives_no_budget_back(tmp_path: Path) -> None:
+    """Over midnight and back, and on a machine that learns the day after the start."""
+    now, key = [DAY * DAY_S + 1.0], Key(name="k", sha256=DIGEST, tokens_per_day=100)
+
+    def clock() -> float:
+        return now[0]
+
+    def use(holder: Holder) -> int | None:
+        claim = holder.enter()
+        holder.leave(claim, Demand(60, 10))
+        return holder.budget_left
+
+    ledger = Ledger(tmp_path / "u.sqlite", clock)
+    holder = Holder(key, ledger, clock, clock)
+    assert use(holder) == 30
+    for written in (True, False):
+        if written:
+            write(ledger)
+        now[0] -= 2
+        assert holder.budget_left == 100
+        now[0] += 2
+        assert (holder.budget_left, ledger.find(DAY, "k")) == (30, {"": Tally(1, 60, 10)})
+    write(ledger)
+    assert read_file(tmp_path / "u.sqlite") == [("k", "", 1, 60, 10, 0)]
+    ledger.close()
+    now[0] -= DAY_S
+    holder = Holder(key, Ledger(tmp_path / "u.sqlite", clock), clock, clock)
+    assert holder.budget_left == 100
+    now[0] += DAY_S
+    assert holder.budget_left == 30
 
 
 def test_write_that_fails_loses_nothing(
