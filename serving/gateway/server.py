@@ -26,6 +26,8 @@ from laguna_serve.serving.kit.results import JsonObject
 
 # How often a server looks whether it should end where nobody has woken it.
 TICK_S = 1.0
+# How often it is looked whether an update of weights has ended, before the end.
+STEERING_POLL_S = 0.05
 # What a call into its thread may take: it never waits there.
 CALL_S = 30.0
 # What is bound to listeners, and to connections that are open.
@@ -139,6 +141,7 @@ class GatewayServer(_EventServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in flight; the admin page shows it to the end."""
+        await self._finish_steering()
         await super().shutdown(sockets)
         if self.force_exit:  # uvicorn leaves the application to the loop's end, which cancels it with a traceback
             await self.lifespan.shutdown()
@@ -147,6 +150,17 @@ class GatewayServer(_EventServer):
         self._admin.wake()
         if self._admin_task is not None:
             await self._admin_task
+
+    async def _finish_steering(self) -> None:
+        """Let the admin port finish what it was asked for: in the middle of an update engines would stay paused.
+
+        What that takes is taken from the time of the requests in flight, which go on meanwhile.
+        """
+        now = asyncio.get_running_loop().time
+        begun_s, most_s = now(), self.config.timeout_graceful_shutdown or 0
+        while self._admin.server_state.tasks and not self.force_exit and now() < begun_s + most_s:
+            await asyncio.sleep(STEERING_POLL_S)
+        self.config.timeout_graceful_shutdown = max(0, round(begun_s + most_s - now()))
 
     @property
     def relay(self) -> Relay:

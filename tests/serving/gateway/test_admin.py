@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 import json
 import re
+import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -309,6 +311,26 @@ def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
             assert front.ask(path, b"{}").status == 400  # engines might route it as if that were not there
         assert len(one.seen) == seen
         assert front.relay.pools["m"].paused is False
+
+
+def test_update_that_is_under_way_is_finished_before_the_end() -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(RlEngine):
+        async def step(self, exchange: Exchange) -> None:
+            if exchange.line.split(" ")[1] == "/update_weights":
+                reached.set()
+                await asyncio.to_thread(go_on.wait, 10)
+            await super().step(exchange)
+
+    with Slow() as one, gateway(one) as front, ThreadPoolExecutor(1) as pool:
+        update = pool.submit(front.ask_admin, "/admin/update_weights", {"update": [{"names": ["w"]}]})
+        assert reached.wait(10)
+        front.server.handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: front.ask(PATH, b"{}").status == 503)
+        go_on.set()
+        assert update.result(10).json()["outcome"] == "updated"
+    assert (one.calls[-1], one.paused) == ("/resume", False)
 
 
 def test_browsers_and_strange_hosts_may_not_steer() -> None:
