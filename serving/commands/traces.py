@@ -32,6 +32,8 @@ EXPORT_EXAMPLES = """examples:
 LIST_EXAMPLES = """examples:
   laguna traces list traces.db                      by model, versions and key
 """
+# SQLite has no larger number.
+MOST_ROWS = (1 << 63) - 1
 File = Annotated[Path, Flag("of traces: traces.file of gateway.toml", positional=True, metavar="FILE")]
 
 
@@ -178,7 +180,7 @@ def read(config: TracesConfig) -> Iterator[Trace]:
     where, values = " AND ".join(f"{name} = ?" for name in asked) or "1", list[object](asked.values())
     if config.last is not None:
         where = f"rowid IN (SELECT rowid FROM traces WHERE {where} ORDER BY rowid DESC LIMIT ?)"
-        values.append(config.last)
+        values.append(min(config.last, MOST_ROWS))
     file = TraceFile(config.file)
     try:
         yield from file.read(where, values)

@@ -274,7 +274,7 @@ def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
     assert [len(json.loads(line)["token_ids"]) for line in out.read_text().splitlines()] == [3, 2]
     assert main(["traces", "export", str(path), "--weight-version", "7", "--last", "1", "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exported"] == 1
-    assert main(["traces", "list", str(path)]) == 0
+    assert main(["traces", "list", str(path), "--last", "9" * 20]) == 0
     shown = capsys.readouterr().out
     assert "default, 7" in shown
     assert json.loads(shown.splitlines()[-1])["answers"] == 2
