@@ -90,15 +90,17 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
     """Whether it could be served.
 
     Raises:
-        ConfigError, CheckpointError, EngineError: something is wrong with the configuration, an address is taken, or
-            the checkpoint of an engine of the gateway's own cannot be served.
+        ConfigError, CheckpointError, EngineError: something is wrong with the configuration, an address is taken, a
+            file of usage or traces is none, or the checkpoint of an engine of the gateway's own cannot be served.
     """
     from laguna_serve.serving.gateway.addresses import check_addresses
+    from laguna_serve.serving.gateway.app import check_files
     from laguna_serve.serving.gateway.residence.plans import make_engine_config
     from laguna_serve.serving.planning.launch import check_launch
 
     gateway = read_config(config)
     check_addresses(gateway)
+    check_files(gateway, make=False)
     for model in gateway.models:
         if model.engine is not None:
             check_launch(make_engine_config(model.name, model.engine))

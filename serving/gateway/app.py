@@ -127,11 +127,17 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
     return app
 
 
-def check_files(config: Config) -> None:
-    """Make the files of usage and of traces where they are not there. Raises EngineError: one is none of ours."""
-    open_ledger(config).close()
-    if (traces := open_traces(config.traces)) is not None:
-        traces.close()
+def check_files(config: Config, *, make: bool = True) -> None:
+    """Make the files of usage and of traces where they are not there; without `make` look at those that are.
+
+    Raises:
+        EngineError: one is none of ours.
+    """
+    usage, traces = config.access.usage_file, config.traces.file
+    if make or (usage is not None and Path(usage).exists()):
+        open_ledger(config).close()
+    if (make or (traces is not None and Path(traces).exists())) and (file := open_traces(config.traces)) is not None:
+        file.close()
 
 
 def open_ledger(config: Config) -> Ledger:

@@ -254,3 +254,16 @@ def test_check_may_run_beside_the_gateway_itself(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert main(["gateway", "--config", str(write(tmp_path, GOOD)), "--port", port, "--check"]) == 0
+
+
+@pytest.mark.parametrize("key", ["[access]\nusage_file", "[traces]\nfile"], ids=["usage", "traces"])
+def test_check_looks_at_files_that_are_there_and_makes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    file = tmp_path / "file"
+    path = write(tmp_path, f"{GOOD}\n{key} = {json.dumps(str(file))}\n")
+    assert main(["gateway", "--config", str(path), "--port", "0", "--check"]) == 0
+    assert not file.exists()
+    file.write_text("something else" * 100)
+    assert main(["gateway", "--config", str(path), "--port", "0", "--check"]) == 2
+    assert "got file is not a database" in capsys.readouterr().err
