@@ -123,7 +123,7 @@ class GatewayServer(_EventServer):
         self.parent = os.getppid()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so. SIGHUP reads the configuration again."""
+        """Listen, then say so. SIGHUP reads the configuration again; without a file of it, it is a SIGTERM."""
         await super().startup(sockets)
         if not self.started:
             return
@@ -132,8 +132,12 @@ class GatewayServer(_EventServer):
             self._admin_task = asyncio.create_task(self._admin.serve(self._admin_sockets))
             while not (self._admin.started or self._admin_task.done()):
                 await asyncio.sleep(0.01)
-        if self._reload is not None and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            if self._reload is not None:
+                loop.add_signal_handler(signal.SIGHUP, self.reload)
+            elif signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+                loop.add_signal_handler(signal.SIGHUP, self.handle_exit, signal.SIGTERM, None)
         # What there is by now stays: the collector need not look at it again while streams wait.
         gc.collect()
         gc.freeze()

@@ -130,6 +130,16 @@ def get(url: str) -> tuple[int, str | None]:
 
 
 @pytest.mark.slow
+def test_sighup_without_a_file_stops_it_in_good_order() -> None:
+    with Upstream() as one, process("--upstream", one.url, "--port", "0") as (server, url):
+        assert get(f"{url}/health")[0] == 200
+        server.send_signal(signal.SIGHUP)
+        out, err = server.communicate(timeout=10)
+        assert (server.returncode, json.loads(out.splitlines()[-1])["outcome"]) == (0, "stopped")
+        assert err.endswith("stopping: no new requests, 0 in flight\n")
+
+
+@pytest.mark.slow
 def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
     with Upstream() as one, Upstream() as two:
         text = '[server]\nport = 0\n[[models]]\nname = "m"\n[[models.upstreams]]\nname = "{}"\nurl = "{}"\n'
