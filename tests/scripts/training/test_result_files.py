@@ -26,7 +26,7 @@ FILES: dict[str, type[msgspec.Struct]] = {
     "bench/results/toy-distillation/distillation.json": DistillResult,
     "bench/results/toy-dante/dante-toy.json": DanteToyResult,
     "bench/results/toy-dante-600/dante-toy.json": DanteToyResult,
-    "bench/results/toy-dense-experiments/experiments.json": DenseExperiments,
+    **{f"bench/results/toy-dense-experiments/seed-{seed}.json": DenseExperiments for seed in range(3)},
     **{f"bench/results/toy-grpo/seed-{seed}.json": GrpoResult for seed in range(3)},
     "bench/results/toy-pruning-frontier/frontier.json": FrontierResult,
     "bench/results/toy-pruning-loss/curve.json": CurveResult,
