@@ -107,7 +107,12 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: expected a file that the index names, got none; fetch it again")
     with open_file(path) as opened:
         slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  safe_open is no mapping
-        return {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        entries = {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    for key, entry in entries.items():
+        if entry.dtype not in ITEM_BYTES:
+            expected = f"tensors in {', '.join(ITEM_BYTES)}"
+            raise CheckpointError(f"{path}: expected {expected}, got {key} in {entry.dtype}; take the bf16 or FP8 release")
+    return entries
 
 
 def _identify(path: Path) -> bytes:

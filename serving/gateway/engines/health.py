@@ -28,6 +28,8 @@ RECHECK_S = 0.5
 VERSION_TIMEOUT_S = 2.0
 # A drafter's version where an engine may have been started again: vLLM tells the model's alone.
 UNKNOWN = b"unknown"
+# Of an engine that holds requests back, and no update is under way: its gateway was killed in the middle of one.
+LEFT_PAUSED = "paused: an update was broken off; update its weights, or let it go on by POST /resume to it"
 logger = logging.getLogger(__name__)
 
 
@@ -121,6 +123,10 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
         return
     engine.note_well()
     if not was_up:
+        if await _is_paused(session, engine) and not pool.paused:
+            engine.fence(LEFT_PAUSED)
+        elif engine.fenced == LEFT_PAUSED:
+            engine.unfence()
         pool.welcome(engine)
 
 
@@ -156,6 +162,16 @@ def _take_versions(engine: Engine, weights: bytes, draft: bytes) -> None:
     """Take over versions where they are others: streams under way are told of every new pair."""
     if engine.versions != (weights, draft):
         engine.versions = (weights, draft)
+
+
+async def _is_paused(session: aiohttp.ClientSession, engine: Engine) -> bool:
+    """Whether an engine holds requests back; no where it does not tell."""
+    url, options = f"{engine.config.url}/is_paused", engine.config.request_options()
+    try:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=VERSION_TIMEOUT_S), **options) as response:
+            return response.status == 200 and (await response.json())["is_paused"] is True
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str | None:

@@ -27,6 +27,7 @@ class RlEngine(Upstream, Weights):
         self.handlers[VERSION] = self.tell
         self.handlers[PATH] = self.complete
         self.handlers["/collective_rpc"] = self.digest
+        self.handlers["/is_paused"] = self.tell_pause
 
     async def step(self, exchange: Exchange) -> None:
         body = json.loads(exchange.body) if exchange.body else {}
@@ -37,6 +38,9 @@ class RlEngine(Upstream, Weights):
 
     async def tell(self, exchange: Exchange) -> None:
         await exchange.answer(json.dumps({"weight_version": self.claims or self.version}).encode())
+
+    async def tell_pause(self, exchange: Exchange) -> None:
+        await exchange.answer(json.dumps({"is_paused": self.paused}).encode())
 
     async def digest(self, exchange: Exchange) -> None:
         asked = json.loads(exchange.body)["method"]

@@ -68,7 +68,7 @@ class Exchange:
 class Upstream:
     """An HTTP server in a thread; `handlers` by path, /health answers 200. `gone` notes when clients left early.
 
-    `seen` has what was relayed; questions for the version of its weights come whenever the gateway likes: `checks`.
+    `seen` has what was relayed; questions for its weights' version, or whether it is paused, come whenever the gateway likes: `checks`.
     """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class Upstream:
         if path == "/health":
             await exchange.answer(b"", status="200 OK" if self.healthy else "503 Service Unavailable")
             return
-        if path == "/weight_info":
+        if path in ("/weight_info", "/is_paused"):
             self.checks.append(exchange)
             if path not in self.handlers:
                 await exchange.answer(b"", status="404 Not Found")

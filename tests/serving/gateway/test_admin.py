@@ -137,6 +137,22 @@ def test_steps_one_by_one_put_a_failed_update_to_rights() -> None:
         assert (reply.status, reply.header("x-weight-version")) == (200, "8")
 
 
+def test_engine_that_was_left_paused_gets_nothing_until_it_goes_on() -> None:
+    """As one whose gateway was killed in the middle of an update."""
+    with RlEngine() as one, RlEngine() as two:
+        one.calls, two.calls = ["/pause", "/start_weight_update"], ["/pause"]
+        with gateway(one, two, health={"interval_s": 0.05}) as front:
+            wait_until(lambda: all(engine.fenced for engine in front.relay.pools["m"].engines))
+            assert "an update was broken off" in front.ask_admin("/admin/status").body.decode()
+            assert front.ask(PATH, BODY).status == 503
+            two.calls.append("/resume")
+            wait_until(lambda: front.ask(PATH, BODY).status == 200)
+            assert front.relay.pools["m"].engines[0].fenced
+            assert update(front)[1]["outcome"] == "updated"
+            assert front.relay.pools["m"].engines[0].fenced is None
+            assert (one.paused, two.paused) == (False, False)
+
+
 def test_version_alone_is_rolled_back() -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
         two.fail = {"/update_weight_version"}
