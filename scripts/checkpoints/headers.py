@@ -111,7 +111,9 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
     for key, entry in entries.items():
         if entry.dtype not in ITEM_BYTES:
             expected = f"tensors in {', '.join(ITEM_BYTES)}"
-            raise CheckpointError(f"{path}: expected {expected}, got {key} in {entry.dtype}; take the bf16 or FP8 release")
+            raise CheckpointError(
+                f"{path}: expected {expected}, got {key} in {entry.dtype}; take the bf16 or FP8 release"
+            )
     return entries
 
 
