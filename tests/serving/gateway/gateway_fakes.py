@@ -68,7 +68,8 @@ class Exchange:
 class Upstream:
     """An HTTP server in a thread; `handlers` by path, /health answers 200. `gone` notes when clients left early.
 
-    `seen` has what was relayed; questions for its weights' version, or whether it is paused, come whenever the gateway likes: `checks`.
+    `seen` has what was relayed; questions for its weights' version, or whether it is paused, come whenever the gateway
+    likes: `checks`.
     """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
