@@ -131,7 +131,10 @@ def get(url: str) -> tuple[int, str | None]:
 
 @pytest.mark.slow
 def test_sighup_without_a_file_stops_it_in_good_order() -> None:
+    """Started with the signal's default, also where these tests run under nohup, which it would respect."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with Upstream() as one, process("--upstream", one.url, "--port", "0") as (server, url):
+        signal.signal(signal.SIGHUP, before)
         assert get(f"{url}/health")[0] == 200
         server.send_signal(signal.SIGHUP)
         out, err = server.communicate(timeout=10)
