@@ -25,6 +25,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit import files
 from laguna_serve.serving.kit.progress import ByteProgress
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.kit.signals import check_signals
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json", "quantise.json")
 # Beside the tensors: headers, tokenizer, config and index.
@@ -124,8 +125,12 @@ def check_own(out: Path, read: Iterable[Path], *, own: bool) -> None:
 
 
 @contextmanager
-def begin(output: Output, sizes: dict[str, int]) -> Iterator[tuple[list[str], ByteProgress]]:
-    """Make the folder ours: the files (name → bytes) that are still to be written, and the progress over all of them.
+def write_files(
+    output: Output, source: Path, sizes: dict[str, int], write: Callable[[str, Path, Callable[[int], None]], None]
+) -> Iterator[None]:
+    """Write the files that are not there yet, and copy the source's others; what describes them is left to the body.
+
+    sizes: name → bytes; write: makes the file of a name at a path, and says what it has written.
 
     Raises:
         CheckpointError: too little space, the folder cannot be created, or another run writes into it.
@@ -142,7 +147,16 @@ def begin(output: Output, sizes: dict[str, int]) -> Iterator[tuple[list[str], By
         if progress.done:
             progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
         output.start()
-        yield missing, progress
+        for name in missing:
+            progress.label = name
+            write(name, output.folder / name, progress.advance)
+            output.note(name)
+            check_signals()
+        progress.finish()
+        for name in copy_others(source, output):
+            output.note(name)
+        yield
+        output.close()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +30,9 @@ from laguna_serve.scripts.checkpoints.headers import (
     open_files,
     read_headers,
 )
-from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.results import JsonObject
-from laguna_serve.serving.kit.signals import check_signals
 
 MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.(?:.+\.)?(?:gate|up|down)_proj\.weight")
 KEYS = re.compile(r"(model\.layers\.\d+\.self_attn\.)k_proj\.weight")
@@ -146,15 +146,8 @@ def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
 
 def write(source: NumbersSource, output: Output) -> None:
     """Write what is not there yet; config.json and the index come last."""
-    with begin(output, {file: source.size(file) for file in source.files}) as (todo, progress):
-        for file in todo:
-            progress.label = file
-            _write_file(source, file, output.folder / file, progress.advance)
-            output.note(file)
-            check_signals()
-        progress.finish()
-        for name in copy_others(source.folder, output):
-            output.note(name)
+    sizes = {file: source.size(file) for file in source.files}
+    with write_files(output, source.folder, sizes, partial(_write_file, source)):
         described = {"config.json": describe(source)}
         if (source.folder / INDEX).is_file():
             weight_map = {name: file for file in source.files for name in source.plan(file)}
@@ -164,7 +157,6 @@ def write(source: NumbersSource, output: Output) -> None:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
             output.note(name)
-        output.close()
 
 
 def describe(source: NumbersSource) -> ConfigJson:

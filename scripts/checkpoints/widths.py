@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,9 +40,8 @@ from laguna_serve.scripts.checkpoints.headers import (
     open_files,
     read_headers,
 )
-from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
-from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
 ORIGIN_KEY = "unpadded_from"
@@ -242,17 +242,8 @@ def write(source: WidthsSource, output: Output) -> None:
     totals = {
         file: sum(size for name, size in sizes.items() if source.tensors[name].file == file) for file in source.files
     }
-    with begin(output, totals) as (todo, progress):
-        for file in todo:
-            progress.label = file
-            _write_file(source, file, output.folder / file, progress.advance)
-            output.note(file)
-            check_signals()
-        progress.finish()
-        for name in copy_others(source.folder, output):
-            output.note(name)
+    with write_files(output, source.folder, totals, partial(_write_file, source)):
         _write_descriptions(source, sizes, output)
-        output.close()
 
 
 def _write_file(source: WidthsSource, file: str, path: Path, advance: Callable[[int], None]) -> None:

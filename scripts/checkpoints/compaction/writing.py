@@ -10,10 +10,9 @@ from typing import Any
 from laguna_serve.scripts.checkpoints.compaction.shards import Advance, Compaction, Shard, build_tensors, tensor_bytes
 from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
 from laguna_serve.scripts.checkpoints.headers import INDEX
-from laguna_serve.scripts.checkpoints.output import Output, begin, copy_others, write_file, write_tensors
+from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.kit.results import JsonObject
-from laguna_serve.serving.kit.signals import check_signals
 
 ARCHITECTURE = "LagunaSentinelForCausalLM"
 
@@ -21,18 +20,13 @@ ARCHITECTURE = "LagunaSentinelForCausalLM"
 def write_checkpoint(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
     """Write what is not there yet; config.json and the index come last."""
     sizes = {shard.name: sum(tensor_bytes(job, shard).values()) for shard in shards}
-    with begin(output, sizes) as (missing, progress):
-        todo = [shard for shard in shards if shard.name in missing]
-        for shard in todo:
-            progress.label = shard.name
-            write_shard(job, shard, output.folder / shard.name, progress.advance)
-            output.note(shard.name)
-            check_signals()
-        progress.finish()
-        for name in copy_others(job.base.folder, output):
-            output.note(name)
+    by_name = {shard.name: shard for shard in shards}
+
+    def write(name: str, path: Path, advance: Advance) -> None:
+        write_shard(job, by_name[name], path, advance)
+
+    with write_files(output, job.base.folder, sizes, write):
         write_description(job, shards, output, source)
-        output.close()
 
 
 def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> None:
