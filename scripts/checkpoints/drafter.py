@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from laguna_serve.scripts.checkpoints.drafters.agreement import TOLERANCE, measure_difference
 from laguna_serve.scripts.checkpoints.drafters.algebra import Conversion, Tensors, to_laguna, to_speculators
 from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabulary
 from laguna_serve.scripts.checkpoints.headers import open_file, read_headers
-from laguna_serve.scripts.checkpoints.output import WEIGHT_SUFFIXES, check_space, write_file, write_tensors
+from laguna_serve.scripts.checkpoints.output import check_space, copy_others, is_free, save_checkpoint
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
@@ -108,7 +109,7 @@ def convert(config: ConvertConfig) -> ConvertResult:
     """
     folder, target_folder = require_folder(config.drafter), require_folder(config.target)
     out = config.out
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and (out.is_file() or not is_free(out)):
         raise CheckpointError(f"{out}: expected an empty folder or none, got something else; choose another --out")
     drafter, target = open_drafter(folder, str(folder)), read_target(target_folder)
     check_fit(target, drafter)
@@ -207,19 +208,17 @@ def format_result(result: ConvertResult) -> str:
 
 
 def write(source: Path, out: Path, done: Conversion) -> None:
-    """Weights, other files, and config.json last, so that a folder that has one is whole."""
+    """Write weights, other files and config.json. Raises CheckpointError: too little space, or the disk refuses."""
     check_space(out, sum(tensor.nbytes for tensor in done.tensors.values()))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out}: expected to create it, got {error.strerror}; choose another") from None
-    write_tensors(out / "model.safetensors", done.tensors)
-    for path in sorted(source.iterdir()):
-        weights = path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and not weights and path.name != "config.json" and path.name[0] != ".":
-            write_file(out / path.name, lambda partial, path=path: partial.write_bytes(path.read_bytes()))  # type: ignore[misc]
-    text = json.dumps(done.config, indent=2, ensure_ascii=False) + "\n"
-    write_file(out / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def save(folder: Path) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in done.tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        copy_others(source, folder)
+        text = json.dumps(done.config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    save_checkpoint(out, save)
 
 
 if __name__ == "__main__":

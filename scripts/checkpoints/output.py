@@ -30,6 +30,8 @@ from laguna_serve.serving.kit.signals import check_signals
 JOURNALS = ("compact.json", "unpad.json", "pad.json", "quantise.json")
 # Beside the tensors: headers, tokenizer, config and index.
 SLACK_BYTES = 2**20
+# Where a checkpoint is until it is whole.
+PARTIAL = ".partial"
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -81,9 +83,14 @@ def open_output(folder: Path, base: Path, arguments: JsonObject, journal: str = 
         raise CheckpointError(f"{folder}: expected a folder outside the base, got one in {base}; choose another --out")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder, got a file; choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if is_free(folder):
         return Output(folder, arguments, journal)
     return _continue(folder, arguments, journal)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a checkpoint can be written there: nothing is in it but what a killed run has left of one."""
+    return not folder.exists() or all(path.name == PARTIAL for path in folder.iterdir())
 
 
 def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
@@ -153,7 +160,7 @@ def write_files(
             output.note(name)
             check_signals()
         progress.finish()
-        for name in copy_others(source, output):
+        for name in copy_others(source, output.folder):
             output.note(name)
         yield
         output.close()
@@ -212,13 +219,40 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"{error}: finished files are kept") from None
 
 
-def copy_others(base: Path, output: Output) -> list[str]:
+def save_checkpoint(folder: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write a checkpoint into a folder of its own, then move its files into `folder`, config.json last.
+
+    What is in `folder` stays until the new one is written; then its weights go.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save(partial)
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name.endswith((".safetensors", ".index.json")):
+                path.unlink()
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            write_file(folder / path.name, path.replace)
+    except (OSError, SafetensorError) as error:
+        full = files.is_disk_full(error)
+        got = "no space left; free some and repeat the command" if full else str(error)
+        raise CheckpointError(f"{folder}: expected to write it, got {got}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_others(base: Path, folder: Path) -> list[str]:
     """Copy what is neither weights nor config.json: tokenizer, chat template, licence and the like."""
     names = []
     for path in sorted(base.iterdir()):
         weights = path.name.endswith(WEIGHT_SUFFIXES)
         if path.is_file() and not weights and path.name not in ("config.json", *JOURNALS) and path.name[0] != ".":
-            write_file(output.folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
+            write_file(folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
             names.append(path.name)
     return names
 

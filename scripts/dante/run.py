@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from laguna_serve.scripts.checkpoints.output import save_checkpoint
 from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
 from laguna_serve.scripts.training.dante.anchor import check_sharing
 from laguna_serve.scripts.training.dante.records import CacheError
@@ -90,11 +91,19 @@ class Run:
         self.log = [_read_step(entry) for entry in trainer.state.log_history if "loss" in entry]
 
     def save(self) -> None:
-        """Write the student as it has become, in its initialisation's dtype, with its tokenizer."""
+        """Write the student as it has become, in its initialisation's dtype, with its tokenizer.
+
+        Raises:
+            CheckpointError: the disk is full or refuses.
+        """
         student = AutoModelForCausalLM.from_pretrained(self._config.model, dtype="auto")
         student.load_state_dict(self._weights)
-        student.save_pretrained(self._config.out)
-        self.tokenizer.save_pretrained(self._config.out)
+
+        def save(folder: Path) -> None:
+            student.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        save_checkpoint(self._config.out, save)
 
     def wait(self) -> None:
         """Wait until every process is here."""

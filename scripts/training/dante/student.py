@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
+from laguna_serve.scripts.checkpoints.output import save_checkpoint
 from laguna_serve.scripts.text.corpus import Module, conversation, functions
 from laguna_serve.scripts.training.loop import Schedule, train
 from laguna_serve.scripts.training.toy import tokenizer as vocabulary
@@ -62,8 +63,12 @@ def make_student(modules: list[Module], out: Path, steps: int, seed: int, thread
     state = out.with_name(f"{out.name}.state")
     out.parent.mkdir(parents=True, exist_ok=True)
     train("student", model, Schedule(steps, PEAK_LR), loss_of_step, state, threads=threads)
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+
+    def save(folder: Path) -> None:
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    save_checkpoint(out, save)
     state.unlink()
 
 

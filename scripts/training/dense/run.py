@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import msgspec
 import torch
 from transformers import AutoTokenizer, LagunaForCausalLM
 
-from laguna_serve.scripts.checkpoints.output import check_own
+from laguna_serve.scripts.checkpoints.output import check_own, save_checkpoint
 from laguna_serve.scripts.text.rows import TOY, read_rows
 from laguna_serve.scripts.training.dense import stages, student, text
 from laguna_serve.scripts.training.dense.config import DistillConfig
@@ -143,8 +143,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
         return None
 
     saved.write_text(str(config.out.resolve()))
-    student.save_padded(model, widths, config.out, getattr(torch, config.dtype))
-    tokenizer.save_pretrained(config.out)
+    save_checkpoint(config.out, partial(student.save_padded, model, tokenizer, widths, getattr(torch, config.dtype)))
     true = sum(p.numel() for p in model.parameters())
     padded = true + sum(3 * (max(widths) - width) * model.config.hidden_size for width in widths)
     parameters = {"teacher": student.count_teacher(folder), "true": true, "stored": padded}

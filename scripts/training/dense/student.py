@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LagunaConfig, LagunaForCausalLM
+from transformers import LagunaConfig, LagunaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.laguna.modeling_laguna import LagunaMLP
 
 from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
@@ -128,8 +128,10 @@ def assemble_student(frame: Frame, blocks: nn.ModuleDict, widths: list[int], dev
     return student.to(device)
 
 
-def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint in stock layout, narrower layers padded with zeros at the end."""
+def save_padded(
+    student: LagunaForCausalLM, tokenizer: PreTrainedTokenizerBase, widths: list[int], dtype: torch.dtype, folder: Path
+) -> None:
+    """Write a checkpoint in stock layout, narrower layers padded with zeros at the end, and its tokenizer."""
     stored = max(widths)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in student.state_dict().items()}
     for layer, width in enumerate(widths):
@@ -145,6 +147,7 @@ def save_padded(student: LagunaForCausalLM, widths: list[int], folder: Path, dty
     described = json.loads(config.read_text())
     described["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
 
 
 def count_teacher(folder: Path) -> int:
