@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Annotated
 
 import msgspec
 
+from laguna_serve.serving import cli
 from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
@@ -98,7 +98,7 @@ def write_pages() -> Iterator[tuple[str, str]]:
 
 
 def list_subcommands() -> Iterator[tuple[str, str]]:
-    """(name, help) of `laguna` and its subcommands, each asked in a process of its own, as some become another."""
+    """(name, help) of `laguna` and its subcommands."""
     front = _ask()
     yield "laguna", front
     for name in re.findall(COMMAND, front, re.MULTILINE):
@@ -206,8 +206,7 @@ def write_index(schemas: Sequence[str]) -> str:
 
 
 def _ask(*arguments: str) -> str:
-    command = [sys.executable, "-m", "laguna_serve.serving.cli", *arguments, "--help"]
-    return _tidy(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return _help(lambda: cli.main([*arguments, "--help"]))
 
 
 def _help(call: Callable[[], object]) -> str:

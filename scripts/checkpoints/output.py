@@ -100,6 +100,8 @@ def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
         if noted["schema"] != _schema(journal):
             raise ValueError(noted["schema"])
         complete = bool(noted["complete"])
+        if not (isinstance(begun, dict) and isinstance(finished, dict)):
+            raise TypeError("arguments and finished are no objects")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: expected an empty folder or one to continue in, got other files; choose another --out"
