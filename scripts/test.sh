@@ -8,16 +8,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
-workers=3
-if [[ " $* " == *' -m fast '* ]]; then
-  workers=4  # they wait more than they compute
-else
+if [[ " $* " != *' -m fast '* ]]; then
   for name in evals spec_rl train ray; do bash scripts/client_env.sh "$name"; done
 fi
 # The many short programs that tests start compile what they import once, not each time.
 unset PYTHONDONTWRITEBYTECODE
-# More at a time than cores: a thread that waits for another one must sleep, not spin on the core that it waits for.
+# Four at a time, as tests wait more than they compute.  A thread that waits for another one must sleep, not spin on
+# the core that it waits for.
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
 # By file, as a file's tests share what they start; in the order of collection, as the longest come first
 # (tests/conftest.py).
-exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=25 "$@"
+exec .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

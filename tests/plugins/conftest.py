@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from probes import run_program
+from warm import run_warm
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 MASKS = TOY / "masks"
@@ -46,10 +45,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(percent: int, *flags: str) -> Path:
         out = root / f"{percent}{''.join(flags)}"
-        command = [sys.executable, "-m", "laguna_serve.serving.cli", "compact", str(TOY / "teacher"), "--keep-mask"]
-        command += [str(MASKS / f"group_keep_mask_{percent}pct.npy")]
+        command = ["compact", str(TOY / "teacher"), "--keep-mask", str(MASKS / f"group_keep_mask_{percent}pct.npy")]
         command += ["--group-indices", str(MASKS / "group_indices_importance_sorted.npy"), "--out", str(out), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = run_warm("laguna_serve.serving.cli", *command)
         assert done.returncode == 0, done.stderr
         return out
 

@@ -6,8 +6,6 @@ Speculation, and weights loaded again in place, too.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from warm import run_warm
 
 pytestmark = pytest.mark.vllm
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -37,8 +36,8 @@ def widths() -> list[int]:
 def unpadded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `laguna unpad` makes of the student."""
     out = tmp_path_factory.mktemp("unpadded") / "dense"
-    command = [sys.executable, "-m", "laguna_serve.serving.cli", "unpad", str(DENSE), "--out", str(out), "--verify"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    done = run_warm("laguna_serve.serving.cli", "unpad", str(DENSE), "--out", str(out), "--verify")
+    assert done.returncode == 0, done.stderr
     return out
 
 

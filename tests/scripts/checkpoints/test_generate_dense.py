@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from compact_cases import read_tensors
 from safetensors.torch import load_file
+from warm import run_warm
 
 from laguna_serve.plugins.padding import scan_layers
 
@@ -21,8 +21,7 @@ DENSE = ROOT / "tests" / "toy" / "dense"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "generate_dense.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_warm(ROOT / "scripts" / "generate_dense.py", *map(str, arguments))
 
 
 def test_checkpoint_has_the_students_shapes_and_widths(tmp_path: Path) -> None:

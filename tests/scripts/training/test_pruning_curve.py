@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -28,12 +27,13 @@ def test_committed_curve_was_measured_with_the_committed_masks() -> None:
 
 @pytest.mark.slow
 def test_script_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "pruning_curve.py"), str(TOY / "teacher")]
+    script = ROOT / "scripts" / "pruning_curve.py"
     flags = ["--masks", str(TOY / "masks"), "--tokens", "384", "--seeds", "2", "--out", str(tmp_path)]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+    done = run_warm(script, str(TOY / "teacher"), *flags)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert [point["pruned_groups"] for point in result["points"]] == [64, 160, 256]
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.md", "curve.png"}
-    wrong = subprocess.run([*command, *flags, "--seeds", "1"], capture_output=True, text=True, check=False)
+    wrong = run_warm(script, str(TOY / "teacher"), *flags, "--seeds", "1")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1

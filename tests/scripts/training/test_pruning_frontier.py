@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny_laguna import make_tiny, save_tiny
+from warm import run_warm
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.checkpoints import quantise
@@ -221,11 +220,9 @@ def test_unfit_input_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_script_says_who_wins(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "frontier"), "--model", str(tiny), "--block-size", "4"]
+    files = ["--model", str(tiny), "--block-size", "4", "--tokens", str(tiny.parent / "chunks.npy")]
     flags = ["--calibration", str(tiny.parent / "calibration.npy"), "--seeds", "1", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *flags, "--tokens", str(tiny.parent / "chunks.npy")], capture_output=True, text=True, check=False
-    )
+    done = run_warm("laguna_serve.scripts.frontier", *files, *flags)
     assert done.returncode == 0, done.stderr
     assert "f32, 40%: " in done.stdout
     assert "s left" in done.stderr

@@ -26,8 +26,8 @@ needs_trl = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-train: bash
 PROMPTS = ["def add(a, b):\n", "class A:\n"]
 
 
-def probe(kind: str, url: str, given: str) -> list[dict[str, Any]]:
-    """What the probe found, one object for each call."""
+def call(url: str, *calls: tuple[str, dict[str, Any]], train: Path | None = None) -> list[Any]:
+    """The answers of TRL's client to its constructor (the model) and to calls of methods; of a trainer of a model."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -35,15 +35,11 @@ def probe(kind: str, url: str, given: str) -> list[dict[str, Any]]:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [str(PYTHON), str(PROBE), kind, url, given]
+    command = [str(PYTHON), str(PROBE), url, json.dumps(calls), *([] if train is None else [str(train)])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def call(url: str, *calls: tuple[str, dict[str, Any]]) -> list[Any]:
-    """The answers of TRL's client to its constructor (the model) and to calls of methods."""
-    return [found.get("value", found) for found in probe("client", url, json.dumps(calls))]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [answer.get("value", answer) for answer in answers]
 
 
 def address(front: Gateway, credentials: str = "") -> str:
@@ -98,12 +94,13 @@ def test_transfer_is_trls_to_refuse_without_cuda() -> None:
     """With engines that have NCCL its client goes no further than its own device; so does its trainer."""
     with TrlEngine(2) as one, TrlEngine() as two, gateway(one, two, admin={"trl": "m"}) as front:
         url = address(front)
-        model, world, refused, started, finished = call(
+        model, world, refused, started, finished, trained = call(
             url,
             ("get_world_size", {}),
             ("init_communicator", {"device": "cpu"}),
             ("_start_weight_update", {}),
             ("_finish_weight_update", {}),
+            train=TOY,
         )
         assert (model, world) == ("m", 3)
         assert refused["error"] == "NotImplementedError"
@@ -113,5 +110,4 @@ def test_transfer_is_trls_to_refuse_without_cuda() -> None:
         assert "call start_weight_update" in finished["text"]
         assert one.calls == two.calls == []
         assert front.relay.pools["m"].paused is False
-        (trained,) = probe("grpo", url, str(TOY))
         assert trained == refused

@@ -1,7 +1,7 @@
 """Run by .venv-train's Python: what TRL's own client, or its trainer, makes of a server.
 
-    trl_probe.py client BASE_URL CALLS      CALLS: a JSON list of [method, arguments]
-    trl_probe.py grpo BASE_URL MODEL        GRPOTrainer with vllm_mode="server", for a step
+    trl_probe.py BASE_URL CALLS           its client; CALLS: a JSON list of [method, arguments]
+    trl_probe.py BASE_URL CALLS MODEL     then GRPOTrainer with vllm_mode="server", for a step
 
 Prints one JSON object for each call: what came back, or the class and text of what was raised.
 """
@@ -65,8 +65,7 @@ def run_grpo(url: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    kind, url, given = sys.argv[1:]
-    if kind == "client":
-        run_client(url, json.loads(given))
-    else:
-        run_grpo(url, given)
+    address, asked, *trained = sys.argv[1:]
+    run_client(address, json.loads(asked))
+    for path in trained:
+        run_grpo(address, path)
