@@ -275,4 +275,15 @@ PUBLISHED = (
         expected="the recipes forbid 1; if all four hold parity on 0.32, the defaults can go for that version",
         why="which vLLM still needs the vendor's variables",
     ),
+    Step(
+        name="xs2-scores",
+        part="published",
+        row=31,
+        by_hand="`python scripts/score_experts.py MODEL --score heapr --device cuda --dtype bfloat16 --out DIR` for the"
+        " toy teacher (and with `--device cpu`), then for poolside/Laguna-XS.2-FP8 with `--text chunks.npy` of 128 rows"
+        " of 2,048 tokens; `python scripts/frontier --model MODEL --device cuda --dtype bfloat16 --out DIR` likewise",
+        expected="toy: ranks of the CPU's (Spearman above 0.999, as of its own bf16 with fp32: 0.99997); XS.2: at most"
+        " 6.5 GiB of memory, 41.4 GiB of disk, 64 GiB read, by arithmetic",
+        why="scores have been computed on CPUs alone; then which score prunes the real model best",
+    ),
 )
