@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import functools
 import os
@@ -67,7 +68,14 @@ def keep_library(name: str, compile_to: Callable[[Path], object]) -> Path:
 
 @functools.cache
 def _find_temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="laguna-kernels-"))
+    folder, maker = Path(tempfile.mkdtemp(prefix="laguna-kernels-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:  # and not a process that was forked from it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def find_cache() -> Path:

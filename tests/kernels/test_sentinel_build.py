@@ -92,6 +92,23 @@ def test_unwritable_cache_is_replaced_by_a_temporary_folder(
     assert building.build() == library
 
 
+def test_temporary_folder_goes_with_its_process_and_with_no_fork_of_it() -> None:
+    code = """
+import os, sys
+from laguna_serve.kernels.toolchain import find_cache
+folder = find_cache()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print(folder, folder.is_dir())
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": "/dev/null"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    folder, there = done.stdout.split()
+    assert there == "True"
+    assert not Path(folder).exists()
+
+
 def test_folder_that_anyone_can_write_is_not_trusted(fake_compiler: Path) -> None:
     trusted = building.build()
     trusted.parent.chmod(0o777)
