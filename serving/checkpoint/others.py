@@ -114,8 +114,8 @@ def _find_unplanned(folder: Path, config: ConfigJson, architecture: str) -> str:
     ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
     if any(isinstance(rope, dict) and {rope.get("type"), rope.get("rope_type")} & {*LENGTHENING} for rope in ropes):
         return "its context is lengthened by its positions"
-    if read_dtype(config) not in ("bfloat16", "float16"):
-        return f"its weights are stored in {read_dtype(config)}, and served in 16 bits"
+    if read_dtype(config) not in ("bfloat16", "float16", "float32"):
+        return f"its weights are stored in {read_dtype(config)}"
     return ""
 
 

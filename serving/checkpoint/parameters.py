@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from laguna_serve.plugins.formats.experts import FP8, SCALE_BLOCK
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter
-from laguna_serve.serving.checkpoint.target import Target
+from laguna_serve.serving.checkpoint.target import Target, find_served_dtype
 
 ITEM_BYTES = {"float32": 4, "float": 4}
 # Of a scale as releases store it (bf16) and as engines hold it (fp32).
@@ -116,7 +116,7 @@ def estimate_held(target: Target, *, dequantised: bool = False, dtype: str = "au
         dequantised: linear layers in FP8 become `dtype`, as on a CPU; experts stay as they are.
         dtype: that the engine computes in.
     """
-    item = ITEM_BYTES.get(target.dtype if dtype == "auto" else dtype, 2)
+    item = ITEM_BYTES.get(find_served_dtype(target.dtype, dtype), 2)
     return weigh(target, scale_bytes=HELD_SCALE, item=item, dequantised=dequantised)
 
 

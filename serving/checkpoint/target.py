@@ -192,6 +192,16 @@ def read_dtype(config: ConfigJson) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
 
 
+def find_served_dtype(stored: str, asked: str = "auto") -> str:
+    """Find the numbers that vLLM computes in: those asked for, else those stored, of which it narrows float32.
+
+    Checked against vLLM 0.32.0 (`_resolve_auto_dtype`); on GPUs without bfloat16 they are float16, of the same size.
+    """
+    if asked != "auto":
+        return asked
+    return "bfloat16" if stored == "float32" else stored
+
+
 def is_drafter(config: ConfigJson) -> bool:
     """Say whether it is a DFlash drafter, in either format."""
     architectures = config.get("architectures")

@@ -23,17 +23,19 @@ class DtypeChoice:
 def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> DtypeChoice:
     """Choose what to compute in. `stored`, `weight_bytes`: the target's numbers and their size.
 
-    bfloat16 becomes float32 on a CPU without bf16 arithmetic that multiplies float32 faster, if that much fits.  It
-    follows from the machine, not from what is free at the moment, so that two engines of one model agree.
+    bfloat16, and float32 that vLLM would narrow to it, are float32 on a CPU without bf16 arithmetic that multiplies
+    float32 faster, if that much fits.  It follows from the machine, not from what is free at the moment, so that two
+    engines of one model agree.
     """
     known = device.kind == "cpu" and bool(device.isa)
-    if asked != AUTO or stored != BF16 or not known or multiplies_bf16(device.isa):
+    if asked != AUTO or stored not in (BF16, FP32) or not known or multiplies_bf16(device.isa):
         return DtypeChoice(asked)
     rates = find_rates()
     if rates is None or not rates.prefers_float32:
         return DtypeChoice(asked)
     faster = f"no bfloat16 in this processor, which multiplies float32 {rates.gain:.1f} times as fast"
-    if 2 * weight_bytes > MOST_OF_MEMORY * device.total_bytes:
-        size = f"{2 * weight_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB"
+    wide = weight_bytes if stored == FP32 else 2 * weight_bytes
+    if wide > MOST_OF_MEMORY * device.total_bytes:
+        size = f"{wide / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB"
         return DtypeChoice(asked, f"dtype: bfloat16 all the same: {faster}, but its weights would take {size}")
     return DtypeChoice(FP32, f"dtype: float32: {faster} (--dtype overrides)")

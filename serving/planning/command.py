@@ -15,7 +15,7 @@ from dataclasses import replace
 from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
-from laguna_serve.serving.checkpoint.target import STOCK
+from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
@@ -212,15 +212,18 @@ def _is_ours(target: Target, device: Device | None) -> bool:
 def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: Device | None = None) -> int:
     """Return the weights as they will lie in a device's memory, in bytes.
 
-    Those on disk, twice that when 16 bits are widened to 32, and a part of them where several devices share a model.
-    On a CPU linear layers in FP8 that are served are held dequantised.
+    Those on disk, twice that where 16 bits are widened to 32, half where 32 are narrowed, and a part of them where
+    several devices share a model.  On a CPU linear layers in FP8 that are served are held dequantised.
     """
     target = checkpoints.target
-    stored = target.dtype if target is not None else config.dtype
     if target is not None and device is not None and device.kind == "cpu" and is_dequantised(target):
         held = (estimate_held(target, dequantised=plain, dtype=config.dtype).total for plain in (True, False))
         return (checkpoints.weight_bytes + next(held) - next(held)) // count_ranks(config.extra_args)
-    whole = checkpoints.weight_bytes * (2 if _is_wide(config.dtype) and not _is_wide(stored) else 1)
+    stored = target.dtype if target is not None else config.dtype
+    served, drafter = find_served_dtype(stored, config.dtype), checkpoints.drafter
+    whole = checkpoints.target_bytes * _find_bytes(served) // _find_bytes(stored)
+    if drafter is not None:
+        whole += checkpoints.drafter_bytes * _find_bytes(served) // _find_bytes(drafter.dtype)
     return whole // count_ranks(config.extra_args)
 
 
@@ -243,7 +246,7 @@ def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
     target, drafter = checkpoints.target, checkpoints.drafter
     if target is None:
         return sys.maxsize
-    value_bytes = 4 if _is_wide(target.dtype if config.dtype == "auto" else config.dtype) else 2
+    value_bytes = _find_bytes(find_served_dtype(target.dtype, config.dtype))
     per_token = value_bytes * (target.kv_values_per_token + (drafter.kv_values_per_token if drafter is not None else 0))
     return per_token * (config.max_model_len or target.max_model_len) * config.max_num_seqs
 
@@ -280,8 +283,8 @@ def build_environment(
     return environment
 
 
-def _is_wide(dtype: str) -> bool:
-    return dtype in ("float32", "float")
+def _find_bytes(dtype: str) -> int:
+    return 4 if dtype in ("float32", "float") else 2
 
 
 def _expand(name: str) -> str:

@@ -40,20 +40,27 @@ class Checkpoints:
     """What is known of a configuration's checkpoints.
 
     ``target`` and ``drafter`` are None for hub ids that are not on this machine, ``target`` also for the reason
-    ``unplanned``; ``other`` is the class of a model that is no Laguna.  ``gamma`` is None without a draft.
-    ``warnings`` are for people, a line each.  ``configs`` are the config.json files that are on this machine.
+    ``unplanned``; ``target_bytes`` and ``drafter_bytes`` are of their weights as stored; ``other`` is the class of a
+    model that is no Laguna.  ``gamma`` is None without a draft.  ``warnings`` are for people, a line each.  ``configs``
+    are the config.json files that are on this machine.
     """
 
     target: Target | None
     drafter: Drafter | None
     gamma: int | None
-    weight_bytes: int
+    target_bytes: int
+    drafter_bytes: int
     local: bool
     warnings: tuple[str, ...] = ()
     chat: ChatContract = NO_CONTRACT
     configs: tuple[ConfigJson, ...] = ()
     other: str | None = None
     unplanned: str = ""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of both, as they are stored."""
+        return self.target_bytes + self.drafter_bytes
 
 
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
@@ -121,7 +128,8 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         gamma=resolve_gamma(config.gamma, drafter, beyond_block=config.beyond_block)
         if config.draft is not None
         else None,
-        weight_bytes=_weigh(target, drafter, target_folder, draft_folder),
+        target_bytes=0 if target_folder is None else _weigh(target, target_folder),
+        drafter_bytes=0 if drafter is None or draft_folder is None else _weigh_drafter(drafter, draft_folder),
         local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),
@@ -177,20 +185,14 @@ def _count_kept(keep_mask: Path) -> tuple[int, tuple[int, ...]] | None:
     return int(mask.shape[2]), tuple(int(count) for count in mask.sum(axis=(1, 2)))
 
 
-def _weigh(
-    target: Target | None, drafter: Drafter | None, target_folder: Path | None, draft_folder: Path | None
-) -> int:
-    """Bytes of the weights.
+def _weigh(target: Target | None, folder: Path) -> int:
+    """Bytes of the files that are here, else of what config.json describes; of pruned experts what the engine holds."""
+    stored = 0 if target is not None and target.experts is not None else measure_weights(folder)
+    return stored or (0 if target is None else estimate_held(target, dtype=target.dtype).total)
 
-    Those of the files that are here, else of what config.json describes; of pruned experts what the engine holds.
-    """
-    size = 0
-    if target_folder is not None:
-        stored = 0 if target is not None and target.experts is not None else measure_weights(target_folder)
-        size += stored or (0 if target is None else estimate_held(target).total)
-    if drafter is not None and draft_folder is not None:
-        size += measure_weights(draft_folder) or estimate_drafter_bytes(drafter)
-    return size
+
+def _weigh_drafter(drafter: Drafter, folder: Path) -> int:
+    return measure_weights(folder) or estimate_drafter_bytes(drafter)
 
 
 def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:

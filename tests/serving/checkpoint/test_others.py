@@ -108,6 +108,22 @@ def test_smollm3_is_planned(tmp_path: Path) -> None:
     assert target.kv_values_per_token == 36 * 2 * 4 * 128
 
 
+def test_float32_is_planned_as_it_is_served(tmp_path: Path) -> None:
+    """vLLM narrows it to 16 bits unless --dtype says otherwise: half of the files' bytes."""
+    folder = write(tmp_path, dtype="float32")
+    device = plan_for("h100-80gb")
+    narrow, wide = (
+        make_plan(EngineConfig(str(folder), dtype=dtype), device, planned=True) for dtype in ("auto", "float32")
+    )
+    assert narrow.memory is not None
+    assert wide.memory is not None
+    assert wide.memory.weights == pytest.approx(4 * 3.075e9, rel=0.01)
+    assert 2 * narrow.memory.weights == wide.memory.weights
+    assert narrow.layout is not None
+    assert wide.layout is not None
+    assert 2 * narrow.layout.layer_bytes == wide.layout.layer_bytes
+
+
 @pytest.mark.parametrize(
     ("config", "parameters", "values"),
     [
@@ -152,7 +168,7 @@ UNPLANNED = [
     ({"layer_types": ["linear_attention", "full_attention"] * 18}, "other kinds"),
     ({"sliding_window": 4096}, "which layers have a window"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "lengthened"),
-    ({"dtype": "float32"}, "stored in float32"),
+    ({"dtype": "float8_e4m3fn"}, "stored in float8_e4m3fn"),
 ]
 
 
