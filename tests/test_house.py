@@ -57,6 +57,23 @@ def test_fields_of_results_are_typed(sources: list[house.Source]) -> None:
     assert not untyped
 
 
+def test_bounds_of_flags_are_checked(sources: list[house.Source]) -> None:
+    """A configuration with a flag's `at_least` calls check_bounds, or inherits from one that does."""
+    classes = {
+        node.name: node for source in sources for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)
+    }
+
+    def checks(name: str) -> bool:
+        node = classes.get(name)
+        return node is not None and (
+            "check_bounds(self)" in ast.unparse(node) or any(checks(ast.unparse(base)) for base in node.bases)
+        )
+
+    bounded = [name for name, node in classes.items() if "Flag(" in (text := ast.unparse(node)) and "at_least=" in text]
+    assert len(bounded) > 20
+    assert not [name for name in bounded if not checks(name)]
+
+
 def test_argparse_ends_in_the_kit(sources: list[house.Source]) -> None:
     found = house.list_signatures(sources, re.compile(r"argparse\.Namespace"))
     assert {name.partition(":")[0] for name in found} == {"serving/kit/flags/command_line.py"}

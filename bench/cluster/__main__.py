@@ -28,7 +28,7 @@ from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.flags import Flag, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
 from laguna_serve.serving.kit.run_dir import check_out
@@ -61,6 +61,10 @@ class ClusterBenchConfig:
     clients: Annotated[int, Flag("streams at once under load (default: 8)", metavar="N", at_least=2)] = 8
     routing: Annotated[Literal["power-of-two", "prefix"], Flag("Ray's router")] = "power-of-two"
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
+
+    def __post_init__(self) -> None:
+        """Refuse values under their bounds."""
+        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

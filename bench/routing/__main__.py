@@ -21,7 +21,7 @@ from laguna_serve.bench.routing.result import RoutingPoint, RoutingResult, draw,
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick
+from laguna_serve.serving.kit.flags import Flag, Quick, check_bounds
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -48,6 +48,10 @@ class RoutingConfig:
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("2 and 8 replicas, 50 sessions each", {"replicas": (2, 8), "sessions": 50})
+
+    def __post_init__(self) -> None:
+        """Refuse values under their bounds."""
+        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

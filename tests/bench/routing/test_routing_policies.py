@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.bench.routing.__main__ import RoutingConfig, run_policy, simulate
+from laguna_serve.bench.routing.__main__ import RoutingConfig, main, run_policy, simulate
 from laguna_serve.bench.routing.chats import BLOCK_TOKENS, Request, make_trace
 from laguna_serve.bench.routing.policies import POLICIES
 from laguna_serve.bench.routing.replicas import Machine, Replica
@@ -94,3 +94,12 @@ def test_its_files_say_what_was_simulated(tmp_path: Path) -> None:
     assert read_result(tmp_path / "routing.json", RoutingResult).points == result.points
     assert (tmp_path / "routing.png").stat().st_size > 0
     assert "| 2 | prefix-aware |" in (tmp_path / "routing.md").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--replicas=0", "--sessions-per-s=0", "--sessions-per-s=nan"])
+def test_simulation_refuses_what_no_trace_can_have(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([flag, "--out", str(tmp_path)])
+    assert f"{flag.partition('=')[0]}: expected at least" in capsys.readouterr().err
