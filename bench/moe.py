@@ -130,7 +130,10 @@ def _read_measured(config: MoeConfig, shape: Shape) -> list[MoeRow]:
     earlier = read_result(config.out / RESULT, MoeResult)
     settings = describe(config, shape)
     if earlier.settings != settings:
-        raise MoeBenchError(f"--resume: expected {settings}, got {earlier.settings}; pass another --out")
+        pairs = zip(structs.asdict(settings).items(), structs.asdict(earlier.settings).values(), strict=True)
+        apart = [(f"{name} {here}", f"{there}") for (name, here), there in pairs if here != there]
+        expected, got = (", ".join(side) for side in zip(*apart, strict=True))
+        raise MoeBenchError(f"--resume: expected rows of {expected}, got {got}; pass another --out")
     return [row for row in earlier.rows if not row.refused]
 
 

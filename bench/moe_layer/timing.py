@@ -231,7 +231,8 @@ def make_shape(config: MoeConfig) -> Shape:
     """Make the layer that was asked for.
 
     Raises:
-        MoeBenchError: no such device, a block that does not divide the experts, or more than memory holds.
+        MoeBenchError: no such device, a block that does not divide the experts, a share of pruned blocks that leaves
+            some expert none, or more than memory holds.
     """
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -240,6 +241,10 @@ def make_shape(config: MoeConfig) -> Shape:
     if config.intermediate % config.block or config.block % 16 or config.hidden % 16:
         got = f"hidden {config.hidden}, intermediate {config.intermediate}, block {config.block}"
         raise MoeBenchError(f"shape: expected multiples of 16, and of the block between the experts, got {got}")
+    most = 1 - config.block / config.intermediate
+    if max(config.pruning) > most:
+        got = f"{max(config.pruning):g}; lower it, or --block"
+        raise MoeBenchError(f"--pruning: expected at most {most:g}, as every expert keeps a block, got {got}")
     if config.topk > min(experts, 16):
         raise MoeBenchError(f"--topk: expected at most {min(experts, 16)}, got {config.topk}; lower it")
     dtype: torch.dtype = getattr(torch, config.dtype)

@@ -167,7 +167,16 @@ def test_interrupted_run_keeps_its_rows(
     assert len(second["rows"]) == 8
     assert len(calls) == 2
     assert run(tmp_path, "--resume", "--block", "32") == 2
-    assert "--resume: expected" in capsys.readouterr().err
+    assert "--resume: expected rows of block 32, got 16; pass another --out" in capsys.readouterr().err
+
+
+def test_share_that_leaves_an_expert_nothing_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 4 blocks one stays; what else was asked for would have been measured before."""
+    assert run(tmp_path, "--pruning", "0,0.8") == 2
+    assert "--pruning: expected at most 0.75, as every expert keeps a block, got 0.8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_eight_bits_are_the_layer_within_their_rounding() -> None:
