@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import psutil
 from msgspec import structs
 
-from laguna_serve.bench.relay.measuring import DIRECT, GATEWAY, SPLICE, Paths, list_loads, measure_load
-from laguna_serve.bench.relay.options import GatewayBenchConfig
+from laguna_serve.bench.relay.measuring import Paths, list_loads, measure_load
+from laguna_serve.bench.relay.options import DIRECT, GATEWAY, SPLICE, GatewayBenchConfig, name_workers
 from laguna_serve.bench.relay.processes import GATEWAY_COMMAND, run_child, write_config
 from laguna_serve.bench.relay.report import render_markdown, render_text
 from laguna_serve.bench.relay.result import GatewayBenchResult
@@ -58,9 +58,8 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
     """Measure every path, and write gateway.json and gateway.md to `config.out`.
 
     Raises:
-        EngineError: the mock engine, the gateway or a relay did not start, or a relay brought no whole stream in a
-            round; the loads before are in the files.
-        OSError, TimeoutError: a relay does not take connections.
+        EngineError: the mock engine, the gateway or a relay did not start or takes no connections, or a relay brought
+            no whole stream in a round; the loads before are in the files.
     """
     progress, environment, load = Progress(), read_environment(current_argv()), OtherLoad()
     config.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,7 @@ def start_paths(config: GatewayBenchConfig, progress: Progress) -> Iterator[Path
         commands = {
             SPLICE: [*python, "laguna_serve.bench.relay.splice", "{port}", "{engine}"],
             GATEWAY: gateway,
-            **{f"{GATEWAY} {n} workers": [*gateway, "--workers", str(n)] for n in config.workers},
+            **{name_workers(n): [*gateway, "--workers", str(n)] for n in config.workers},
             **{name: shlex.split(line) for name, line in config.start},
         }
         addresses, relays = {DIRECT: ("127.0.0.1", engine)}, dict[str, psutil.Process]()

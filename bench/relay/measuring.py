@@ -12,7 +12,7 @@ import psutil
 from msgspec import structs
 
 from laguna_serve.bench.relay.load_client import Sample, run_round
-from laguna_serve.bench.relay.options import GatewayBenchConfig
+from laguna_serve.bench.relay.options import DIRECT, GATEWAY, GatewayBenchConfig
 from laguna_serve.bench.relay.processes import KEY, START_S, read_cpu_s, read_rss_mib
 from laguna_serve.bench.relay.result import PathResult, RelayLoad
 from laguna_serve.bench.stats.quartiles import find_quartiles
@@ -20,7 +20,6 @@ from laguna_serve.serving.client.exposition import read_samples
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.progress import Progress
 
-DIRECT, SPLICE, GATEWAY = "direct", "splice", "laguna"
 OWN_TIME = "laguna_gateway_added_chunk_seconds_"
 Floats = npt.NDArray[np.float64]
 
@@ -45,7 +44,7 @@ def measure_load(
     """Interleaved rounds of every path at one number of streams, which begin one after the other or all at once.
 
     Raises:
-        EngineError: a path brought no whole stream in a round.
+        EngineError: a path takes no connections, or brought no whole stream in a round.
     """
     names, relays = list(paths.addresses), paths.relays
     requests = max(streams, config.requests)
@@ -58,7 +57,12 @@ def measure_load(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             before_s = read_cpu_s(relays[name]) if name in relays else 0.0
-            sample = run_round(*paths.addresses[name], streams, requests, KEY, spread_s)
+            try:
+                sample = run_round(*paths.addresses[name], streams, requests, KEY, spread_s)
+            except OSError as error:
+                got = error.strerror or str(error)
+                expected = f"expected {':'.join(map(str, paths.addresses[name]))} to take connections"
+                raise EngineError(f"{name}: {expected}, got {got}; is it up?") from None
             if index < 0:  # the first round warms up
                 continue
             rounds[name].append(sample)

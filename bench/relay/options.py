@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from laguna_serve.serving.kit.flags import Flag, check_bounds, parse_numbers
+from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, parse_numbers
+
+DIRECT, SPLICE, GATEWAY = "direct", "splice", "laguna"
+LAST_PORT = 65535
 
 
 def parse_peer(text: str) -> tuple[str, str]:
@@ -36,7 +39,7 @@ class GatewayBenchConfig:
     rounds: Annotated[int, Flag("of every path (default: 11)", metavar="N", at_least=1)] = 11
     chunks: Annotated[int, Flag("events per stream (default: 64)", metavar="N", at_least=2)] = 64
     gap_ms: Annotated[float, Flag("between events (default: 5)", metavar="MS", at_least=0)] = 5.0
-    engine_port: Annotated[int | None, Flag("of the mock engine (default: a free one)", metavar="P")] = None
+    engine_port: Annotated[int | None, Flag("of the mock engine (default: a free one)", metavar="P", at_least=1)] = None
     workers: Annotated[
         tuple[int, ...],
         Flag("the gateway with so many processes, too", metavar="N,…", at_least=2, parse=parse_numbers),
@@ -57,8 +60,21 @@ class GatewayBenchConfig:
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
+        """Refuse values outside of their bounds, and names that another path has."""
         check_bounds(self)
+        if self.engine_port is not None and self.engine_port > LAST_PORT:
+            raise FlagError(f"--engine-port: expected at most {LAST_PORT}, got {self.engine_port}")
+        taken = [DIRECT, SPLICE, GATEWAY, *map(name_workers, self.workers)]
+        for name, _ in (*self.start, *self.peer):
+            if name in taken or "/" in name:
+                expected = f"a name of its own, without a slash, beside {', '.join(taken)}"
+                raise FlagError(f"--start and --peer: expected {expected}, got {name}; choose another")
+            taken.append(name)
+
+
+def name_workers(count: int) -> str:
+    """Name the path through a gateway of several processes."""
+    return f"{GATEWAY} {count} workers"
 
 
 @dataclass(frozen=True, kw_only=True)

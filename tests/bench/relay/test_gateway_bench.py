@@ -43,7 +43,25 @@ def test_peer_that_fails_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
         port = listener.getsockname()[1]
     status = gateway.main([*SIZE, "--peer", f"gone=http://127.0.0.1:{port}", "--out", str(tmp_path)])
     assert status == 2
-    assert "gateway.py: " in capsys.readouterr().err
+    expected = f"gateway.py: error: gone: expected 127.0.0.1:{port} to take connections, got Connection refused"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--peer", "direct=http://127.0.0.1:1"],
+        ["--start", "laguna=relay {port} {engine}"],
+        ["--workers", "2", "--peer", "laguna 2 workers=http://127.0.0.1:1"],
+        ["--peer", "a=http://127.0.0.1:1", "--peer", "a=http://127.0.0.1:2"],
+        ["--start", "a/b=relay {port} {engine}"],
+    ],
+)
+def test_paths_have_names_of_their_own(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A peer called direct took the place of the path that all others are held against."""
+    with pytest.raises(SystemExit, match="2"):
+        gateway.main([*flags, "--out", str(tmp_path)])
+    assert "--start and --peer: expected a name of its own" in capsys.readouterr().err
 
 
 def test_peer_needs_a_url(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
