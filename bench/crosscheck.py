@@ -22,6 +22,7 @@ from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out_file
 
 __all__ = ["CrosscheckConfig", "CrosscheckResult", "crosscheck", "main"]
 MARK = 0.05
@@ -52,9 +53,12 @@ def crosscheck(config: CrosscheckConfig) -> CrosscheckResult:
     """Warm up, then alternate both clients; written to `config.out`, if that is given.
 
     Raises:
+        RunDirError: `config.out` cannot be a file.
         PromptsError: the prompts file cannot be used.
         EndpointError, CrosscheckError: a side failed, or the prefix cache helped whoever came second.
     """
+    if config.out is not None:
+        check_out_file(config.out)
     prompts, warmup = split_prompts(load_texts(config.prompts), config.num_prompts, WARMUP_PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_both(config, prompts, warmup, Path(folder))

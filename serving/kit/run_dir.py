@@ -32,6 +32,18 @@ def check_out(folder: Path) -> None:
         )
 
 
+def check_out_file(file: Path) -> None:
+    """Refuse what cannot become a file for results; the folders above it are made.
+
+    Raises:
+        RunDirError: a folder is in its place, or there can be none above it.
+    """
+    if file.is_dir():
+        raise RunDirError(f"--out {file}: expected a file, got a folder; name a file in it")
+    check_out(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     """Make the folder and note what its parts were measured with (JSON values).
 

@@ -83,3 +83,16 @@ def test_crosscheck_from_python(
         )
     assert (result.held, len(result.tok_per_s["ours"]), result.tok_per_s["vllm_bench"]) == (False, 2, [1e6, 1e6])
     assert capsys.readouterr().out == ""
+
+
+def test_file_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "p"}\n')
+    with MockEngine() as engine:
+        flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts)]
+        for out in (tmp_path, prompts / "found.json"):
+            assert crosscheck.main([*flags, "--out", str(out)]) == 2
+            assert f"crosscheck.py: error: --out {out if out == tmp_path else prompts}: " in capsys.readouterr().err
+        assert engine.bodies == []
