@@ -196,7 +196,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
     if config.temperature and not (config.identical or diffusion):
         raise FlagError("--temperature: expected --identical beside it, as draws are not held against noise")
     decisive = (*ENGINE_FLAGS, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
-    drawn = {"temperature": config.temperature} if config.temperature else {}
+    given = {name: value for name in ("temperature", "row_matched_url") if (value := getattr(config, name))}
     checkpoints = {name: fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := getattr(config, name))}
     claim_folder(
         out / "passes",
@@ -206,7 +206,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
             "concurrency": list(config.concurrency),
             "checkpoints": checkpoints,
         }
-        | drawn
+        | given
         | {"versions": environment.versions, "device": environment.device.name if environment.device else None},
     )
     missing: dict[str, str] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def _measure_plain(config: SweepConfig, gamma: int, prompts: list[Prompt], progr
 def _measure_ablation(
     config: SweepConfig, ablation: Ablation, gamma: int, prompts: list[Prompt], plain: PlainTarget, progress: Progress
 ) -> AblationResult:
-    path = _find_path(config, ablation.name)
+    path = _find_path(config, ablation.file_name)
     if path.exists():
         stored = read_result(path, AblationResult)
         if (stored.gamma, stored.checkpoint) == (gamma, ablation.checkpoint):
@@ -101,8 +100,8 @@ def _measure_pair(
                 with open_arm(order.apply(specs[1]), config.points, progress.say) as candidate:
                     point = measure_point(config, gamma, 1, prompts, (baseline, candidate), progress)
                     return point, ask(baseline)
-    identity = hashlib.sha256(repr((gamma, ablation)).encode()).hexdigest()[:8]
-    passes, plan = open_passes(config.points / f"passes-{ablation.name}-{identity}"), plan_point(config, 1, prompts)
+    passes = open_passes(config.points / f"passes-{ablation.file_name}-gamma{gamma}")
+    plan = plan_point(config, 1, prompts)
     measure = make_measure(passes, {"c1": plan}, progress, {"c1": [gamma + 1]}, ask)
     failed = measure_in_turn(specs, {"c1": [CANDIDATE]}, passes, measure, progress)
     if (bracket := passes.find_bracket(CANDIDATE, "c1")) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -21,6 +22,7 @@ from laguna_serve.bench.arms.drafters import (
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
+from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 FLAGS = {
@@ -37,6 +39,14 @@ class Ablation:
 
     name: str
     checkpoint: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        """What its files are called: of a checkpoint that is written anew they are others."""
+        if self.checkpoint is None:
+            return self.name
+        written = f"{self.checkpoint} {fingerprint(self.checkpoint)}"
+        return f"{self.name}-{hashlib.sha256(written.encode()).hexdigest()[:8]}"
 
     def apply(self, config: EngineConfig) -> EngineConfig:
         """Return the engine with this change."""

@@ -25,7 +25,7 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
-from laguna_serve.serving.kit.run_dir import claim_folder
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 MIN_WARMUP = 4
@@ -39,8 +39,12 @@ def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: En
         name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
     }
     settings |= {} if config.draft_sampling == DRAFT_SAMPLING[0] else {"draft_sampling": config.draft_sampling}
-    device = environment.device.name if environment.device is not None else None
-    claim_folder(config.points, settings | {"versions": environment.versions, "device": device} | config.list_urls())
+    settings |= {
+        "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
+        "versions": environment.versions,
+        "device": environment.device.name if environment.device is not None else None,
+    }
+    claim_folder(config.points, settings | config.list_urls())
 
 
 def read_points(folder: Path) -> list[MeasuredPoint]:

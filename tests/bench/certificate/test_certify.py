@@ -344,6 +344,19 @@ def test_endpoints_by_url(prompts_file: Path, tmp_path: Path, capsys: pytest.Cap
     assert result["missing"]["row-matched"] == "there is no drafter here to take the rows of"
 
 
+def test_another_control_is_not_continued_with(
+    prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its passes were those of the control that was named before."""
+    flags = ["--prompts", str(prompts_file), "--max-tokens", "2", "--concurrency", "2", "--out", str(tmp_path / "c")]
+    with MockEngine() as plain, MockEngine(Settings(gamma=3)) as first, MockEngine(Settings(gamma=3)) as other:
+        urls = ["--baseline-url", plain.url, "--candidate-url", plain.url]
+        assert certify.main([*urls, "--row-matched-url", first.url, *flags]) == 0
+        assert certify.main([*urls, "--row-matched-url", other.url, *flags]) == 2
+        assert other.bodies == []
+    assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

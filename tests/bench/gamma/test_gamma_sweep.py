@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from msgspec import structs
 from laguna_serve.bench import gamma_sweep
 from laguna_serve.bench.gamma import plot as gamma_plot
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
-from laguna_serve.bench.gamma.options import SweepConfig
+from laguna_serve.bench.gamma.options import SweepConfig, parse_ablation
 from laguna_serve.bench.gamma.points import read_points
 from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
@@ -221,6 +223,27 @@ def test_other_sweep_is_not_continued(run: SweepRun) -> None:
         run.capsys.readouterr()
         assert run.start("--gammas", "3", "--seed", "1") == 2
     assert "got another one's; choose another --out or remove it" in run.capsys.readouterr().err
+
+
+def test_drafter_that_was_trained_anew_is_measured_anew(run: SweepRun, tmp_path: Path) -> None:
+    """Its points were those of the drafter that lay there before, under the same path."""
+    drafter = Path(shutil.copytree(TOY / "dflash", tmp_path / "drafter"))
+    with run.engines(chunk_tokens=2):
+        assert run.start("--gammas", "3", "--draft", str(drafter)) == 0
+        weights = next(drafter.glob("*.safetensors"))
+        os.utime(weights, (1, 1))
+        run.capsys.readouterr()
+        assert run.start("--gammas", "3", "--draft", str(drafter)) == 2
+    assert "got another one's; choose another --out or remove it" in run.capsys.readouterr().err
+
+
+def test_ablation_of_a_checkpoint_that_is_written_anew_has_other_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = parse_ablation(f"dense={tmp_path}").file_name
+    assert parse_ablation(f"dense={tmp_path}").file_name == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert parse_ablation(f"dense={tmp_path}").file_name != before
+    assert parse_ablation("fp8-kv").file_name == "fp8-kv"
 
 
 @pytest.mark.slow
