@@ -64,7 +64,8 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
 
     Raises:
         PromptsError, CheckpointError, RunDirError: something does not fit.
-        EngineError, EndpointError: an engine did not start or died, or a request failed; finished arms stay.
+        EngineError, EndpointError, MeasurementStoppedError: an engine did not start or died, a request failed, or an
+            arm did not draft as it was meant to; finished arms stay.
     """
     check_out(config.out)
     environment = read_environment(current_argv())

@@ -16,9 +16,10 @@ from laguna_serve.bench.harness.in_turn import Bracket, join_run, measure_in_tur
 from laguna_serve.bench.harness.order import Load, Order, choose_order
 from laguna_serve.bench.harness.prompts import fingerprint_prompts, split_prompts
 from laguna_serve.bench.harness.result import AbResult
-from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run
+from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, counter_delta
 from laguna_serve.bench.harness.runner import measure
 from laguna_serve.bench.harness.schedule import Plan, make_plan
+from laguna_serve.bench.harness.validity import check_drafts
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
@@ -200,7 +201,9 @@ def describe_point(
         MeasurementStoppedError: an endpoint is not what it was given as.
     """
     if config.by_url:
-        _check_endpoints(gamma, result)
+        for name, drafted in ((BASELINE, None), (CANDIDATE, gamma)):
+            if (counted := counter_delta(run.arms[name])) is not None:
+                check_drafts(run.arms[name].label, counted, drafted, by_url=True)
     baseline, candidate = result.arms[BASELINE], result.arms[CANDIDATE]
     assert baseline.chunk_gap_ms is not None
     assert candidate.chunk_gap_ms is not None
@@ -224,17 +227,6 @@ def describe_point(
         beyond_block=config.is_beyond(gamma),
         pairs=list(list_pairs(run).values()),
     )
-
-
-def _check_endpoints(gamma: int, result: AbResult) -> None:
-    """Check endpoints by their counters; nothing else is known of them."""
-    plain, drafted = result.arms[BASELINE].counters, len(result.acceptance.per_position or [])
-    if plain is not None and plain.drafts:
-        expected = "expected plain decoding, got drafts counted; name an engine without a drafter"
-        raise MeasurementStoppedError(f"{result.arms[BASELINE].label}: {expected}")
-    if drafted not in (0, gamma):
-        expected = f"expected drafts of {gamma} tokens, got {drafted} by its counters; give its own γ"
-        raise MeasurementStoppedError(f"{result.arms[CANDIDATE].label}: {expected}")
 
 
 def measure_plan(

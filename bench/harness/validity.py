@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
-from laguna_serve.bench.harness.run import ArmRun, Run, counter_delta
+from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, counter_delta
 from laguna_serve.bench.harness.schedule import Plan
+from laguna_serve.serving.client.counters import Counters
 
 # Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
 MIN_PAIRS = 8
@@ -46,6 +47,27 @@ def find_faults(name: str, arm: ArmRun) -> list[str]:
     """Why a pass is not to be used; `name` is what its arm is called."""
     failed = _describe_failures(name, [arm])
     return [*failed, *_doubt_counters(name, arm, bool(failed))]
+
+
+def check_drafts(label: str, counted: Counters, gamma: int | None, *, by_url: bool) -> None:
+    """Check that an engine drafted as it was meant to: `gamma` tokens in a step, or none at all (None).
+
+    Of endpoints (`by_url`) nothing is known but their counters, so that these must show that very γ.
+
+    Raises:
+        MeasurementStoppedError: it did otherwise.
+    """
+    if gamma is None:
+        if counted.drafts:
+            expected = "expected plain decoding, got drafts counted; name an engine without a drafter"
+            raise MeasurementStoppedError(f"{label}: {expected}")
+        return
+    if not counted.drafts:
+        raise MeasurementStoppedError(f"{label}: expected drafts, got none counted; is the drafter served?")
+    drafted = len(counted.accepted_per_position)
+    if by_url and drafted not in (0, gamma):
+        expected = f"expected drafts of {gamma} tokens, got {drafted} by its counters; give its own γ"
+        raise MeasurementStoppedError(f"{label}: {expected}")
 
 
 def _judge_arms(run: Run) -> Iterator[Refusal]:

@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 
 import aiohttp
 
-from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm
+from laguna_serve.bench.arms.arms import BASELINE, Arm
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.bench.harness.schedule import Plan, make_plan
+from laguna_serve.bench.harness.validity import check_drafts
 from laguna_serve.bench.rollout.result import Turn, Work
 from laguna_serve.bench.rollout.weights import empty_cache
 from laguna_serve.serving.client.completions import Client
-from laguna_serve.serving.client.counters import scrape_counters, settle_counters
+from laguna_serve.serving.client.counters import scrape_counters, settle_counters, sum_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.client.sampling import RequestFields
@@ -87,11 +88,11 @@ async def measure_point(
     drivers: Mapping[str, Driver],
     progress: Progress,
     *,
-    adaptive: bool = False,
+    gamma: int | None = None,
 ) -> dict[str, list[Turn]]:
     """Warm the arms that are up, then interleave them, or run the one alone. Returns the turns of each.
 
-    `adaptive`: the candidate may have decided against drafts.
+    `gamma`: what the candidate drafts in a step; None for one that decides, and may have decided against it.
 
     Raises:
         EngineError, EndpointError: an engine died, or a request failed.
@@ -110,14 +111,7 @@ async def measure_point(
             done += 1
             progress.step(name, done, total, turns[name][-1].tokens / turns[name][-1].wall_s)
     for name, own in turns.items():
-        check_drafts(name, own, adaptive=adaptive)
+        if name == BASELINE or gamma is not None:
+            counted, drafted = sum_counters([turn.delta for turn in own]), None if name == BASELINE else gamma
+            check_drafts(name, counted, drafted, by_url=drivers[name].arm.engine is None)
     return turns
-
-
-def check_drafts(name: str, turns: Sequence[Turn], *, adaptive: bool) -> None:
-    """Raise MeasurementStoppedError for a candidate without drafts that does not decide, or a baseline with some."""
-    drafts = sum(turn.delta.drafts for turn in turns)
-    if name == CANDIDATE and not drafts and not adaptive:
-        raise MeasurementStoppedError(f"{name}: expected drafts, got none counted; is the drafter served?")
-    if name == BASELINE and drafts:
-        raise MeasurementStoppedError(f"{name}: expected plain decoding, got drafts counted; is it served plainly?")

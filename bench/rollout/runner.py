@@ -44,6 +44,11 @@ class Job:
     folder: Path
     sequential: bool | None
 
+    @property
+    def fixed_gamma(self) -> int | None:
+        """γ where it is not decided in every step."""
+        return None if self.adaptive else self.gamma
+
 
 class TurnsPass(Struct, frozen=True, kw_only=True):
     """All turns of one engine at a point."""
@@ -160,7 +165,7 @@ async def _measure_pass(job: Job, arm: Arm, batch: int, version: str | None, pro
         if version is not None:
             await give_version(session, arm, version, job.versions[version])
         driver = Driver(session, arm, job.work)
-        turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress, adaptive=job.adaptive)
+        turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress, gamma=job.fixed_gamma)
         return TurnsPass(turns=turns[arm.name])
 
 
@@ -183,7 +188,7 @@ async def _measure_one(
     plan = plan_point(job.work, batch, job.prompts)
     what = "" if version is None else f"version {version}, "
     progress.say(f"{what}batch {batch}: {len(plan.rounds)} rounds of {batch} × {job.work.max_tokens} tokens per arm")
-    turns = await measure_point(job.work, batch, job.prompts, drivers, progress, adaptive=job.adaptive)
+    turns = await measure_point(job.work, batch, job.prompts, drivers, progress, gamma=job.fixed_gamma)
     write_result(find_path(job, batch, version), _make_point(job, batch, version, turns))
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.bench.arms.arms import BASELINE, Arm, open_arm
+from laguna_serve.bench.harness.validity import check_drafts
 from laguna_serve.bench.sampled.options import Gamma, SamplingConfig
 from laguna_serve.bench.stats.two_sample import Completion
 from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.counters import scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 AGAIN = "baseline again"
 # Arm → prompt → its completions.
@@ -35,6 +38,7 @@ def draw_completions(
 
     Raises:
         EngineError, EndpointError: an engine did not start or died, or a request failed; finished arms stay.
+        MeasurementStoppedError: one did not draft as it was meant to.
     """
     sets: dict[str, list[list[Completion]]] = {}
     for index, gamma in enumerate([None, *gammas]):
@@ -44,7 +48,7 @@ def draw_completions(
             # Another seed for every engine, or their random numbers would be the same.
             with open_arm(config.make_spec(gamma, config.seed + index), config.samples, progress.say) as arm:
                 for name, path in paths.items():
-                    drawn = asyncio.run(_draw_arm(config, arm, name, prompts, progress))
+                    drawn = asyncio.run(_draw_arm(config, arm, name, gamma, prompts, progress))
                     write_text(path, json.dumps(drawn))
         sets |= {name: _read_completions(path) for name, path in paths.items()}
     return sets
@@ -55,7 +59,7 @@ def _read_completions(path: Path) -> list[list[Completion]]:
 
 
 async def _draw_arm(
-    config: SamplingConfig, arm: Arm, name: str, prompts: Sequence[Prompt], progress: Progress
+    config: SamplingConfig, arm: Arm, name: str, gamma: Gamma | None, prompts: Sequence[Prompt], progress: Progress
 ) -> list[list[list[int]]]:
     progress.say(f"{name}: {len(prompts)} prompts × {config.completions} completions of {config.tokens} tokens")
     progress.begin()
@@ -63,6 +67,7 @@ async def _draw_arm(
     async with open_session() as session:
         model_name = arm.model_name or await find_model_name(session, arm.base_url)
         client = Client(session, arm.base_url, model_name, config.tokens, {"temperature": config.temperature})
+        before = await scrape_counters(session, arm.base_url)
         for done, prompt in enumerate(prompts, start=1):
             completions: list[list[int]] = []
             while len(completions) < config.completions:
@@ -73,4 +78,8 @@ async def _draw_arm(
                     raise
             drawn.append(completions)
             progress.step(name, done, len(prompts))
+        tokens = len(prompts) * config.completions * config.tokens
+        counted = (await settle_counters(session, arm.base_url, before, tokens)).since(before)
+    if gamma != ADAPTIVE:
+        check_drafts(name, counted, gamma, by_url=config.by_url)
     return drawn

@@ -165,6 +165,7 @@ class MockEngine(MockServer):
         if isinstance(prompt, list):
             return self._render(body, models.say_next(settings, prompt))
         if body.get("n"):
+            self.counters.generation += body["n"] * body["max_tokens"]
             return web.json_response(models.sample(settings, body, len(self.bodies)))
         count = body["max_tokens"] - settings.shorten
         if not body.get("ignore_eos", True):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from ab_harness import MockLauncher
-from mock_engine import Settings
+from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import sampling
 from laguna_serve.bench.arms import arms
@@ -48,7 +49,8 @@ class GammaEngine(MockLauncher):
 
     def choose(self, config: EngineConfig) -> Settings:
         type(self).seeds += (config.seed,)
-        return type(self).by_gamma.get(config.gamma, Settings())
+        found = type(self).by_gamma.get(config.gamma, Settings())
+        return found if config.gamma is None else replace(found, gamma=config.gamma, drafts_per_answer=1)
 
 
 @pytest.fixture
@@ -106,6 +108,31 @@ def test_engine_that_dies_keeps_the_other_arms(engines: type[GammaEngine], run: 
     engines.by_gamma = {}
     assert run()[0] == 0
     assert engines.seeds == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("plain", "drafting", "complaint"),
+    [
+        (Settings(), Settings(), "γ 3: expected drafts, got none counted; is the drafter served?"),
+        (Settings(gamma=3, drafts_per_answer=1), Settings(), "baseline: expected plain decoding, got drafts counted"),
+        (Settings(), Settings(gamma=2, drafts_per_answer=1), "γ 3: expected drafts of 3 tokens, got 2 by its counters"),
+    ],
+)
+def test_endpoints_draft_what_they_are_given_as(
+    plain: Settings,
+    drafting: Settings,
+    complaint: str,
+    prompts_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two plain servers were found to sample alike, and speculation sound."""
+    size = ["--num-prompts", "1", "--completions", "20", "--tokens", "2", "--out", str(tmp_path / "s")]
+    with MockEngine(plain) as ours, MockEngine(drafting) as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", f"3={theirs.url}", "--model", "fake", "--draft", "d"]
+        assert sampling.main([*urls, "--prompts", str(prompts_file), *size]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "s" / "sampling.json").exists()
 
 
 @pytest.mark.parametrize(
