@@ -122,7 +122,7 @@ class Soak:
             body = {"weight_version": f"v{self._updates}", "update": [{"names": []}]}
             async with session.post(f"{self._admin}/admin/update_weights", json=body) as response:
                 if response.status != 200:
-                    self._wrong.append(f"update: {(await response.text())[:200]}")
+                    self._wrong.append(f"update: {(await response.text(errors='replace'))[:200]}")
             self._updates += 1
             self._gateway.send_signal(signal.SIGHUP)
             self._reloads += 1

@@ -113,7 +113,7 @@ async def _request(
     try:
         async with session.request(method, url, json=body, params=params, timeout=timeout) as response:
             if response.status != 200:
-                reason = f"HTTP {response.status}: {(await response.text())[:300]}"
+                reason = f"HTTP {response.status}: {(await response.text(errors='replace'))[:300]}"
                 raise EndpointError(f"{arm.name}: {path}: expected HTTP 200, got {reason}")
             return msgspec.json.decode(await response.read(), type=_Answer)
     except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:

@@ -107,7 +107,7 @@ class ScoringEndpoint:
             async with self._session.request(method, url, json=payload, headers=self._headers) as response:
                 if response.status != 200:
                     kind = RefusedError if response.status == HTTPStatus.BAD_REQUEST else EndpointError
-                    text = (await response.text())[:QUOTED]
+                    text = (await response.text(errors="replace"))[:QUOTED]
                     raise kind(f"{url}: expected an answer, got HTTP {response.status}: {text}")
                 return decode(await response.json())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -99,7 +99,7 @@ class Client:
         try:
             async with self._session.post(self._url, json=body) as response:
                 if response.status != 200:
-                    raw.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                    raw.error = f"HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
                 else:
                     async for chunk in response.content.iter_any():
                         raw.reads.append((time.perf_counter_ns(), chunk))
@@ -193,10 +193,14 @@ class Client:
         try:
             async with self._session.post(url, json=body) as response:
                 if response.status != 200:
-                    raise EndpointError(f"request: HTTP {response.status}: {(await response.text())[:200]}")
+                    raise EndpointError(
+                        f"request: HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
+                    )
                 return decode(await response.json())
-        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointError(f"request: {type(error).__name__}: {error}") from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise EndpointError(f"request: expected vLLM's answer, got {type(error).__name__}: {error}") from error
 
 
 async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:

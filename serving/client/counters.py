@@ -75,15 +75,19 @@ def parse_counters(text: str) -> Counters:
     """Read vLLM's counters; samples that differ only in labels (several engines) are added up.
 
     Raises:
-        EndpointError: vLLM's token counter is not there.
+        EndpointError: vLLM's token counter is not there, or a counter is no number.
     """
     sums: Counter[str] = Counter()
     per_position: Counter[int] = Counter()
     for sample in read_samples(text):
-        if sample.name in NAMES:
-            sums[NAMES[sample.name]] += int(sample.value)
-        elif sample.name == PER_POSITION and "position" in sample.labels:
-            per_position[int(sample.labels["position"])] += int(sample.value)
+        try:
+            if sample.name in NAMES:
+                sums[NAMES[sample.name]] += int(sample.value)
+            elif sample.name == PER_POSITION and "position" in sample.labels:
+                per_position[int(sample.labels["position"])] += int(sample.value)
+        except (ValueError, OverflowError):
+            got = f"{sample.value} {sample.labels}"
+            raise EndpointError(f"/metrics: expected whole numbers of {sample.name}, got {got}") from None
     if "generation_tokens" not in sums:
         raise EndpointError(
             "/metrics: expected vllm:generation_tokens_total, got none; "
@@ -118,7 +122,7 @@ async def _fetch_metrics(session: aiohttp.ClientSession, base_url: str) -> str:
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30.0)) as response:
             response.raise_for_status()
-            return await response.text()
+            return await response.text(errors="replace")
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise EndpointError(f"{url}: expected vLLM's counters, got {type(error).__name__}: {error}") from error
 

@@ -137,7 +137,9 @@ class Replica:
             try:
                 async with self._session.post(self._gateway.admin_url + path, json=body, timeout=timeout) as answer:
                     if answer.status != 200:
-                        return Reply(self._id, f"{path}: HTTP {answer.status}: {(await answer.text())[:300]}")
+                        return Reply(
+                            self._id, f"{path}: HTTP {answer.status}: {(await answer.text(errors='replace'))[:300]}"
+                        )
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 return Reply(self._id, f"{path}: {type(error).__name__}: {error}")
         return Reply(self._id)

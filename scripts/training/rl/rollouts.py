@@ -64,7 +64,9 @@ async def sample_groups(
             try:
                 async with session.post(f"{base_url}/v1/completions", json=body) as response:
                     if response.status != 200:
-                        raise RolloutError(f"rollouts: HTTP {response.status}: {(await response.text())[:200]}")
+                        raise RolloutError(
+                            f"rollouts: HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
+                        )
                     version = response.headers.get("X-Weight-Version", "")
                     return [read_choice(prompt, choice, version) for choice in (await response.json())["choices"]]
             except (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:

@@ -268,7 +268,7 @@ class WeightGroup:
         try:
             async with self._session.request(method, url, **options) as response:
                 if response.status != 200:
-                    return OSError(f"HTTP {response.status}: {(await response.text())[:200]}")
+                    return OSError(f"HTTP {response.status}: {(await response.text(errors='replace'))[:200]}")
                 return await response.json(content_type=None)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return OSError(f"{type(error).__name__}: {error}")

@@ -34,6 +34,19 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 49.0
 """
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "vllm:generation_tokens_total NaN",
+        "vllm:generation_tokens_total +Inf",
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="first"} 1',
+    ],
+)
+def test_counters_that_are_no_numbers_are_one_line(line: str) -> None:
+    with pytest.raises(EndpointError, match="expected whole numbers of vllm:"):
+        parse_counters(f"{EXPOSITION}{line}\n")
+
+
 def test_parsing_adds_engines_and_orders_positions() -> None:
     found = parse_counters(EXPOSITION)
     assert (found.generation_tokens, found.requests) == (1234, 10)

@@ -184,7 +184,7 @@ async def _post(session: aiohttp.ClientSession, url: str, body: JsonObject, head
                 if response.status == 200:
                     answer: JsonObject = await response.json()
                     return answer
-                error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                error = f"HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
                 final = response.status < 500 and response.status != 429
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as caught:
             error, final = f"{type(caught).__name__}: {caught}", False

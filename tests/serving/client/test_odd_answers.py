@@ -1,0 +1,69 @@
+"""Answers that no vLLM gives, as gateways and other servers do: one line each, whatever they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from aiohttp import web
+from mock_engine import MockServer
+
+from laguna_serve.serving.client.completions import Client, open_session
+from laguna_serve.serving.client.counters import Counters, scrape_counters
+from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.records import Prompt, Record
+
+LATIN = "Zugriff verweigert: gesperrt für Sie".encode("latin-1")
+
+
+class OddServer(MockServer):
+    """Answers everything with the same bytes."""
+
+    def __init__(self, body: bytes, status: int) -> None:
+        super().__init__()
+        self._body, self._status = body, status
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.route("*", "/{path:.*}", self._answer)]
+
+    async def _answer(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._body, status=self._status, content_type="application/json")
+
+
+@contextmanager
+def odd(body: bytes, status: int = 200) -> Iterator[str]:
+    with OddServer(body, status) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"choices": []}', b"[]", b'{"choices": [{"token_ids": [1], "logprobs": {"top_logprobs": [null]}}]}', LATIN],
+)
+def test_probe_of_an_odd_answer_is_one_line(body: bytes) -> None:
+    async def probe(url: str) -> None:
+        async with open_session() as session:
+            await Client(session, url, "fake", 1).probe("p")
+
+    with odd(body) as url, pytest.raises(EndpointError, match="expected vLLM's answer, got"):
+        asyncio.run(probe(url))
+
+
+def test_refusal_in_another_encoding_is_a_failed_request() -> None:
+    async def ask(url: str) -> list[Record]:
+        async with open_session() as session:
+            return await Client(session, url, "fake", 1).run_round([Prompt("a", "p")])
+
+    with odd(LATIN, 503) as url:
+        assert asyncio.run(ask(url))[0].error == "HTTP 503: Zugriff verweigert: gesperrt f\ufffdr Sie"
+
+
+def test_counters_beside_other_bytes_are_read() -> None:
+    async def scrape(url: str) -> Counters:
+        async with open_session() as session:
+            return await scrape_counters(session, url)
+
+    with odd(b"# HELP x f\xfcr\nvllm:generation_tokens_total 3\n") as url:
+        assert asyncio.run(scrape(url)).generation_tokens == 3
