@@ -104,7 +104,9 @@ def load_prompts(path: Path, chat: bool = False, thinking: Thinking | None = Non
             "messages", or repeats an earlier prompt or id; or `thinking` is given and nothing goes through a template.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines(): U+2028 may stand inside a JSON string
     except OSError as error:
         raise PromptsError(f"{path}: expected a prompts file, got {error.strerror}; check --prompts") from error
     except UnicodeDecodeError as error:
@@ -131,13 +133,16 @@ def load_prompts(path: Path, chat: bool = False, thinking: Thinking | None = Non
 def _parse_line(where: str, number: int, line: str, chat: bool, thinking: Thinking | None) -> Prompt:
     try:
         item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptsError(
-            f"{where}: expected one JSON object, got invalid JSON ({error.msg}); fix the line"
-        ) from error
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        got = f"half a surrogate pair, {error.object[error.start]!r}"
+        raise PromptsError(f"{where}: expected text that UTF-8 can write, got {got}; fix the line") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise PromptsError(f"{where}: expected one JSON object, got invalid JSON ({reason}); fix the line") from error
     if not isinstance(item, dict):
         raise PromptsError(f'{where}: expected an object with a "prompt", got a {type(item).__name__}; fix the line')
-    label = str(item.get("id", number))
+    label = str(number if item.get("id") is None else item["id"])
     most = item.get("max_tokens")
     if most is not None and (type(most) is not int or most < 1):
         raise PromptsError(f'{where}: expected "max_tokens" to be a number from 1 on, got {most!r}; fix the line')

@@ -44,6 +44,10 @@ from laguna_serve.serving.client.records import Prompt
         ('{"messages": [{"role": "user"}], "chat_template_kwargs": 3}\n', r"file:1: .* to be an object, got 3"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n', r"file:3: .* prompt of line 1 again"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', r"file:2: .* id of line 1 again"),
+        ('{"prompt": "a\\ud800"}\n', r"file:1: expected text that UTF-8 can write, got half a surrogate pair"),
+        ('{"prompt": "a", "id": "\\udfff"}\n', r"file:1: expected text that UTF-8 can write"),
+        ('{"prompt": "a", "id": ' + "1" * 5000 + "}\n", r"file:1: .* invalid JSON \(Exceeds the limit"),
+        ('{"prompt": "a", "tools": ' + "[" * 100_000 + "}\n", r"file:1: .* invalid JSON \(maximum recursion"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -52,6 +56,13 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
     with pytest.raises(PromptsError, match=message) as caught:
         load_prompts(path)
     assert "\n" not in str(caught.value)
+
+
+def test_byte_order_mark_and_ids_that_are_null_are_no_matter(tmp_path: Path) -> None:
+    """As editors on Windows, and exports of tables, write them."""
+    path = tmp_path / "file"
+    path.write_text('{"prompt": "a", "id": null}\r\n{"prompt": "b", "id": null}\r\n', encoding="utf-8-sig")
+    assert [(prompt.id, prompt.text) for prompt in load_prompts(path)] == [("1", "a"), ("2", "b")]
 
 
 def test_conversations_and_prompts_asked_as_one(tmp_path: Path) -> None:
