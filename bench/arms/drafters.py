@@ -110,6 +110,10 @@ class DrafterOrUrlsConfig(TimedDrafterConfig):
         super().__post_init__()
         if self.by_url != bool(self.candidate_url):
             raise FlagError("--baseline-url and --candidate-url: expected both or neither, got one")
+        if self.by_url and (self.eager or self.kv_cache_gib is not None):
+            raise FlagError(
+                "--eager and --kv-cache-gib: expected none with URLs, as those servers already run; drop them"
+            )
         gammas = [gamma for gamma, _ in self.candidate_url]
         if len(set(gammas)) < len(gammas):
             raise FlagError(f"--candidate-url: expected one for each γ, got {sorted(gammas)}; drop one")

@@ -15,7 +15,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.diffusion.command import count_states
-from laguna_serve.serving.planning.launch import find_engine_dtype
+from laguna_serve.serving.planning.launch import DTYPES, find_engine_dtype
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 # What of them decides how an arm answers; the first three name checkpoints.
@@ -81,12 +81,17 @@ class ArmsConfig:
             self.baseline_args,
             self.candidate_args,
             self.exact,
+            self.eager,
+            self.prefix_caching,
+            self.kv_cache_gib,
         )
         if by_url and any(for_engines):
             raise FlagError(
-                "--draft, --gamma, --candidate-model, --exact and extra args: expected none with URLs, as those "
-                "servers already run; drop them"
+                "--draft, --gamma, --candidate-model, --exact, --eager, --prefix-caching, --kv-cache-gib and extra "
+                "args: expected none with URLs, as those servers already run; drop them"
             )
+        if by_url and self.dtype not in DTYPES:
+            raise FlagError(f"--dtype: expected {', '.join(DTYPES)}, got {self.dtype!r}")
         if not by_url and self.model is None:
             raise FlagError("--model: expected a checkpoint, or two URLs, got neither")
         if self.gamma is not None and self.draft is None:

@@ -121,10 +121,11 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
         if self.num_prompts < LEAST_ROUNDS * most:
             expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
             raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")
-        if self.by_url and (self.gammas or self.stack or self.mixed or self.engine_args or self.adaptive):
+        for_engines = (self.gammas, self.stack, self.mixed, self.engine_args, self.adaptive, self.beyond_block)
+        if self.by_url and any(for_engines):
             raise FlagError(
-                "--gammas, --stack, --mixed, --engine-args and --adaptive: expected none with URLs, as those servers "
-                "already run; drop them"
+                "--gammas, --stack, --mixed, --engine-args, --adaptive and --beyond-block: expected none with URLs, as "
+                "those servers already run; drop them"
             )
         check_draft_sampling(self.draft_sampling, self.temperature, by_url=self.by_url)
         if self.temperature and self.stack:

@@ -7,6 +7,8 @@ makes vLLM ignore the share); on a GPU the share is lowered to what is free.
 
 from __future__ import annotations
 
+import math
+
 from laguna_serve.serving.machine.device import Device
 
 GIB = 1 << 30
@@ -42,7 +44,7 @@ def plan_memory(
     Raises:
         BudgetError: less is free than the engine needs.
     """
-    if kv_cache_gib is not None and kv_cache_gib <= 0:
+    if kv_cache_gib is not None and not (kv_cache_gib > 0 and math.isfinite(kv_cache_gib * GIB)):
         raise BudgetError(
             f"KV cache: expected more than 0 GiB, got {kv_cache_gib}; leave it out for an automatic choice"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -159,9 +160,22 @@ def _frozen(value: Any) -> Any:
 def _scalar(kind: Any) -> Callable[[str], Any]:
     if (choices := list_choices(kind)) is not None:
         return type(choices[0])
-    if kind in (int, float, str, Path):
+    if kind is float:
+        return _read_finite
+    if kind in (int, str, Path):
         return kind  # type: ignore[no-any-return]
     raise TypeError(f"{kind}: expected int, float, str, Path or Literal, or a Flag with `parse`")
+
+
+def _read_finite(text: str) -> float:
+    """Read a number; none means anything that is infinite, or not a number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _list_of(kind: Any) -> Callable[[str], tuple[Any, ...]]:

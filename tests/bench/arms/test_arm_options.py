@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from laguna_serve.bench.arms import options as arm_options
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE
-from laguna_serve.bench.arms.drafters import find_most
+from laguna_serve.bench.arms.drafters import GammaUrl, find_most
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.certify import CertifyConfig, make_job
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import read_environment
+from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.planning.launch import plan_launch
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -40,6 +42,26 @@ def test_asked_dtype_and_urls_ask_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(arm_options, "find_engine_dtype", lambda config: pytest.fail("asked"))
     assert find_dtype(ArmsConfig(model="m", dtype="half")) == "float16"
     assert find_dtype(ArmsConfig(model="m", baseline_url="http://a", candidate_url="http://b")) == "unknown"
+
+
+@pytest.mark.parametrize("given", [{"eager": True}, {"prefix_caching": True}, {"kv_cache_gib": 1.0}, {"gamma": 3}])
+def test_what_is_of_engines_is_refused_beside_urls(given: dict[str, Any]) -> None:
+    """It was passed over without a word."""
+    with pytest.raises(FlagError, match="expected none with URLs, as those servers already run"):
+        ArmsConfig(baseline_url="http://a", candidate_url="http://b", **given)
+
+
+@pytest.mark.parametrize("given", [{"eager": True}, {"kv_cache_gib": 1.0}, {"beyond_block": True}])
+def test_what_is_of_a_sweep_s_engines_is_refused_beside_urls(given: dict[str, Any], tmp_path: Path) -> None:
+    urls: dict[str, Any] = {"baseline_url": "http://a", "candidate_url": (GammaUrl(3, "http://b"),)}
+    with pytest.raises(FlagError, match="expected none with URLs, as those servers already run"):
+        SweepConfig(model="m", draft="d", prompts=PROMPTS, out=tmp_path, **urls, **given)
+
+
+def test_dtype_beside_urls_is_one_that_vllm_has() -> None:
+    """Noise is judged by it."""
+    with pytest.raises(FlagError, match=r"--dtype: expected auto, half, .* got 'bf16'"):
+        ArmsConfig(baseline_url="http://a", candidate_url="http://b", dtype="bf16")
 
 
 LLADA = {"model": str(TOY / "llada"), "draft": str(TOY / "llada-draft")}

@@ -165,7 +165,7 @@ def test_folder_of_another_measurement_is_refused(run: Run) -> None:
         (["--base-url", "localhost:1", "--out", "o"], "--base-url: expected http://… or https://…, got localhost:1"),
         (["--base-url", "http://x", "--out", "o", "--samples", "2"], "--samples: expected 1 at temperature 0, got 2"),
         (["--base-url", "http://x", "--out", "o", "--k", "1,10"], "--k: expected 1 to --samples (1), got 1,10"),
-        (["--base-url", "http://x", "--out", "o", "--temperature", "nan"], "--temperature: expected 0 or more"),
+        (["--base-url", "http://x", "--out", "o", "--temperature", "nan"], "--temperature: expected a finite number"),
         (
             ["--base-url", "http://x", "--out", "o", "--api-key-env", "NO_KEY"],
             "expected the key in $NO_KEY, got nothing",

@@ -46,7 +46,7 @@ def test_too_little_memory_is_refused_with_the_sum(gib: float | None) -> None:
         plan(cpu(GIB), weights=GIB, gib=gib)
 
 
-@pytest.mark.parametrize("gib", [0.0, -1.0])
+@pytest.mark.parametrize("gib", [0.0, -1.0, float("nan"), float("inf")])
 def test_empty_cache_is_refused(gib: float) -> None:
     with pytest.raises(BudgetError, match="expected more than 0 GiB"):
         plan(cpu(64 * GIB), gib=gib)
