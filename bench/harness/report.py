@@ -94,10 +94,10 @@ def _list_rows(result: AbResult) -> Iterator[list[str]]:
         yield row("answers that ended by themselves", lambda arm: f"{arm.ended}")
     yield row("output tokens", lambda arm: f"{arm.output_tokens:,}")
     yield row("output tok/s", lambda arm: REFUSED if arm.tok_per_s is None else f"{arm.tok_per_s:,.1f}")
-    yield row("time to first token, ms  p50 / p99", lambda arm: _show_spread(arm.ttft_ms))
-    yield row("gap per token, ms  p50 / p99", lambda arm: _show_spread(arm.itl_ms))
-    yield row("gap per chunk, ms  p50 / p99", lambda arm: _show_spread(arm.chunk_gap_ms))
-    yield row("whole request, ms  p50 / p99", lambda arm: _show_spread(arm.e2e_ms))
+    yield row("time to first token, ms  p50 / p99", lambda arm: _show_spread(arm, arm.ttft_ms))
+    yield row("gap per token, ms  p50 / p99", lambda arm: _show_spread(arm, arm.itl_ms))
+    yield row("gap per chunk, ms  p50 / p99", lambda arm: _show_spread(arm, arm.chunk_gap_ms))
+    yield row("whole request, ms  p50 / p99", lambda arm: _show_spread(arm, arm.e2e_ms))
     yield row("tokens per chunk, mean", lambda arm: _show_mean(arm.tokens_per_chunk))
     if any(arm.memory for arm in arms):
         yield row("engine memory, GiB (PSS)", lambda arm: _show_gib(arm.memory.pss_bytes if arm.memory else None))
@@ -115,8 +115,11 @@ def _find_bytes(arm: ArmResult, part: str) -> int | None:
     return found
 
 
-def _show_spread(spread: Spread | None) -> str:
-    return REFUSED if spread is None else f"{spread.p50:.2f} / {spread.p99:.2f}"
+def _show_spread(arm: ArmResult, spread: Spread | None) -> str:
+    """Show times of an arm; of answers of one chunk there is no gap, which nobody withholds."""
+    if spread is None:
+        return REFUSED if arm.tok_per_s is None else "none"
+    return f"{spread.p50:.2f} / {spread.p99:.2f}"
 
 
 def _show_mean(spread: Spread | None) -> str:

@@ -75,3 +75,11 @@ def test_ctrl_c_keeps_what_was_measured(prompts_file: Path, tmp_path: Path, numb
     assert result["arms"]["baseline"]["tok_per_s"] > 0
     assert "PARTIAL" in out
     assert (tmp_path / "out" / "ab.png").exists()
+
+
+def test_answers_of_one_chunk_have_no_gaps_and_none_is_withheld(run_ab: RunAb) -> None:
+    status, result, output = run_ab(Settings(), Settings(), "--max-tokens", "1")
+    assert status == 0
+    assert result["refused"] == []
+    rows = [line.split() for line in output.splitlines() if line.startswith("gap per ")]
+    assert [row[-2:] for row in rows] == [["none", "none"], ["none", "none"]]
