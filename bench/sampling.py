@@ -18,7 +18,7 @@ from laguna_serve.bench.sampled.completions import draw_completions
 from laguna_serve.bench.sampled.options import SamplingConfig
 from laguna_serve.bench.sampled.report import render_markdown, render_text
 from laguna_serve.bench.sampled.result import LINE, SamplingResult, SamplingWorkload
-from laguna_serve.bench.sampled.verdict import judge
+from laguna_serve.bench.sampled.verdict import check_level, judge
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
@@ -63,13 +63,14 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
     """Draw what is missing, compare, and write sampling.json and sampling.md to `config.out`.
 
     Raises:
-        PromptsError, CheckpointError, RunDirError: something does not fit.
+        PromptsError, CheckpointError, FlagError, RunDirError: something does not fit.
         EngineError, EndpointError, MeasurementStoppedError: an engine did not start or died, a request failed, or an
             arm did not draft as it was meant to; finished arms stay.
     """
     check_out(config.out)
     environment = read_environment(current_argv())
     prompts, gammas = choose_prompts(config), config.list_gammas()
+    check_level(config, len(gammas))
     if not is_begun(config.samples):
         check_specs(config.make_spec(gamma, config.seed) for gamma in (None, *gammas))
     claim_samples(config, prompts, environment)

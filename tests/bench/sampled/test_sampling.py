@@ -142,6 +142,8 @@ def test_endpoints_draft_what_they_are_given_as(
         (["--num-prompts", "15"], "--num-prompts: expected at most 14, got 15"),
         (["--temperature", "0"], "greedy parity: bench/certify.py"),
         (["--completions", "3"], "--completions: expected at least 20, got 3"),
+        (["--level", "1e-9"], "--level: expected at least 7.2e-06 with 4 prompts × 120 completions, got 1e-09"),
+        (["--completions", "10000000"], "--level: expected at least"),
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(
