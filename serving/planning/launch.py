@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
+from laguna_serve.serving.checkpoint.tensors import require_tensors
 from laguna_serve.serving.checkpoint.weight_files import require_weights
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
@@ -174,7 +175,10 @@ def check_launch(config: EngineConfig) -> Checkpoints:
         for name in filter(None, (config.model, config.draft)):
             folder = find_folder(name)
             if folder is not None:
-                require_weights(folder, complete=os.path.isdir(os.path.expanduser(name)))
+                complete = os.path.isdir(os.path.expanduser(name))
+                require_weights(folder, complete=complete)
+                if complete and name == config.model and checkpoints.target is not None:
+                    require_tensors(checkpoints.target, folder)
     return checkpoints
 
 

@@ -1,0 +1,57 @@
+"""Does a Laguna's checkpoint have all of its tensors?  From the headers of its files; no tensor is read.
+
+vLLM 0.32 does not miss a linear layer's, an embedding's or the output layer's weights (`track_weights_loading` passes
+over every module with a quantisation method, which the unquantised ones have, too): it serves what lay in memory.
+Training that ties the output layer to the embedding leaves it out, and a merge that was broken off leaves out more.
+
+Names differ between formats, so that layers are held against each other: each has the modules that the others of its
+kind have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.target import Target
+from laguna_serve.serving.checkpoint.weight_files import FETCH, check_file, list_weights
+
+LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
+ENDS = ("embed_tokens", "norm", "lm_head")
+
+
+def require_tensors(target: Target, folder: Path) -> None:
+    """Raise CheckpointError, in one line, for a tensor that is missing; other formats than safetensors are passed over.
+
+    Pruned experts are not looked at: which of them a layer has is its own affair.
+    """
+    names = [name for path in list_weights(folder) for name in check_file(path)]
+    if not names:
+        return
+    missing = [name for name in ENDS if not (name == "lm_head" and target.tied) and not _has(names, name)]
+    missing = missing or _list_missing(target, names)
+    if missing:
+        more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
+        remedy = 'or say "tie_word_embeddings": true, if they are' if missing == ["lm_head"] else "all of it"
+        raise CheckpointError(f"{folder}: expected tensors of {missing[0]}{more}, got none; {FETCH}, {remedy}")
+
+
+def _has(names: Iterable[str], end: str) -> bool:
+    """Whether a module at either end of the model has a tensor."""
+    return any(LAYERED.fullmatch(name) is None and end in name.split(".")[:-1] for name in names)
+
+
+def _list_missing(target: Target, names: Iterable[str]) -> list[str]:
+    """List what a layer lacks that another one of its kind has."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for name in names:
+        if (match := LAYERED.fullmatch(name)) is not None and not (target.pruned and ".experts." in name):
+            found[int(match[1])].add(match[2])
+    usual: dict[str, set[str]] = defaultdict(set)
+    for index, kind in enumerate(target.mlp_kinds):
+        usual[kind] |= found[index]
+    kinds = enumerate(target.mlp_kinds)
+    return [f"layers.{index}.{part}" for index, kind in kinds for part in sorted(usual[kind] - found[index])]

@@ -1,0 +1,58 @@
+"""Tensors that a Laguna's checkpoint lacks are named before vLLM serves what lay in memory in their place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint.target import read_target
+from laguna_serve.serving.checkpoint.tensors import require_tensors
+from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.planning.launch import check_launch
+
+TOY = Path(__file__).resolve().parents[2] / "toy"
+SPARSE = "model.layers.3.mlp.experts.7.up_proj.weight"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TOY / "teacher", tmp_path / "teacher"))
+
+
+def remove(folder: Path, *names: str) -> None:
+    """Write the weights again without some of their tensors."""
+    weights = folder / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if name not in names}, weights)
+
+
+@pytest.mark.parametrize("name", ["teacher", "dense"])
+def test_whole_checkpoints_lack_nothing(name: str) -> None:
+    require_tensors(read_target(TOY / name), TOY / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["lm_head.weight"], 'expected tensors of lm_head, got none; .* or say "tie_word_embeddings": true'),
+        (["model.embed_tokens.weight"], "expected tensors of embed_tokens, got none"),
+        (["model.layers.2.self_attn.q_proj.weight"], r"expected tensors of layers\.2\.self_attn\.q_proj, got none"),
+        ([SPARSE], r"expected tensors of layers\.3\.mlp\.experts\.7\.up_proj, got none"),
+        ([SPARSE, "model.layers.5.mlp.gate.weight"], r"layers\.3\.mlp\.experts\.7\.up_proj and of 1 more, got none"),
+    ],
+)
+def test_what_is_missing_is_named_before_an_engine_starts(teacher: Path, names: list[str], message: str) -> None:
+    remove(teacher, *names)
+    with pytest.raises(CheckpointError, match=message):
+        check_launch(EngineConfig(str(teacher)))
+
+
+def test_tied_output_layer_is_not_missed(teacher: Path) -> None:
+    remove(teacher, "lm_head.weight")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    check_launch(EngineConfig(str(teacher)))
