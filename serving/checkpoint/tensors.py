@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError
@@ -24,19 +24,23 @@ ENDS = ("embed_tokens", "norm", "lm_head")
 
 
 def require_tensors(target: Target, folder: Path) -> None:
-    """Raise CheckpointError, in one line, for a tensor that is missing; other formats than safetensors are passed over.
-
-    Pruned experts are not looked at: which of them a layer has is its own affair.
-    """
+    """Raise CheckpointError, in one line, for a tensor that is missing; other formats than safetensors are passed over."""
     names = [name for path in list_weights(folder) for name in check_file(path)]
     if not names:
         return
-    missing = [name for name in ENDS if not (name == "lm_head" and target.tied) and not _has(names, name)]
-    missing = missing or _list_missing(target, names)
-    if missing:
+    if missing := list_missing(target, names):
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
         remedy = 'or say "tie_word_embeddings": true, if they are' if missing == ["lm_head"] else "all of it"
         raise CheckpointError(f"{folder}: expected tensors of {missing[0]}{more}, got none; {FETCH}, {remedy}")
+
+
+def list_missing(target: Target, names: Collection[str]) -> list[str]:
+    """List the modules of which a checkpoint has no tensor; `names` are those that it has.
+
+    Pruned experts are not looked at: which of them a layer has is its own affair.
+    """
+    ends = [end for end in ENDS if not (end == "lm_head" and target.tied) and not _has(names, end)]
+    return [*ends, *_list_lacking(target, names)]
 
 
 def _has(names: Iterable[str], end: str) -> bool:
@@ -44,7 +48,7 @@ def _has(names: Iterable[str], end: str) -> bool:
     return any(LAYERED.fullmatch(name) is None and end in name.split(".")[:-1] for name in names)
 
 
-def _list_missing(target: Target, names: Iterable[str]) -> list[str]:
+def _list_lacking(target: Target, names: Iterable[str]) -> list[str]:
     """List what a layer lacks that another one of its kind has."""
     found: dict[int, set[str]] = defaultdict(set)
     for name in names:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laguna_serve.plugins.formats.experts import FP8, PLAIN, StoredExperts
 from laguna_serve.plugins.layers import SPARSE
 from laguna_serve.serving.chat.release import assume_release, read_release
-from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, ChatContract, choose_chat_flags, find_value
+from laguna_serve.serving.chat.vendor_defaults import (
+    NO_CONTRACT,
+    ChatContract,
+    choose_chat_flags,
+    find_value,
+    names_flag,
+)
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
     ConfigJson,
@@ -104,6 +111,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         drafter = open_drafter(draft_folder, config.draft or "") if weights else read_drafter(draft_folder)
     if target is not None and target_folder is not None:
         check_use(config.model, read_config(target_folder), config.keep_mask)
+        _check_length(config, target, read_config(target_folder))
         _check_updates(config, target)
         _check_experts(config, target)
         target = mark_pruned(target, config.keep_mask)
@@ -137,6 +145,26 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         other=served.other,
         unplanned=served.unplanned,
     )
+
+
+def _check_length(config: EngineConfig, target: Target, fields: ConfigJson) -> None:
+    """Refuse sequences that are longer than vLLM lets the model's be (`_get_and_verify_max_len`)."""
+    asked = config.max_model_len
+    if (
+        asked is None
+        or names_flag(config.extra_args, "--hf-overrides")
+        or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
+    ):
+        return
+    ropes = [fields.get("rope_parameters"), fields.get("rope_scaling")]
+    ropes = [part for rope in ropes if isinstance(rope, dict) for part in (rope, *rope.values())]
+    factors = [
+        rope["factor"] for rope in ropes if isinstance(rope, dict) and isinstance(rope.get("factor"), int | float)
+    ]
+    own = fields.get("model_max_length")
+    most = max(int(target.max_model_len * max([1, *factors])), own if isinstance(own, int) else 0)
+    if asked > most:
+        raise CheckpointError(f"--max-model-len: expected at most {most}, the model's own, got {asked}; lower it")
 
 
 def _check_updates(config: EngineConfig, target: Target) -> None:

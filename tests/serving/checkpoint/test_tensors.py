@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from release_cases import TARGETS, folder, read_tensors
 from safetensors.torch import load_file, save_file
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.target import read_target
-from laguna_serve.serving.checkpoint.tensors import require_tensors
+from laguna_serve.serving.checkpoint.tensors import list_missing, require_tensors
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.planning.launch import check_launch
 
@@ -33,6 +34,12 @@ def remove(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize("name", ["teacher", "dense"])
 def test_whole_checkpoints_lack_nothing(name: str) -> None:
     require_tensors(read_target(TOY / name), TOY / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_published_releases_lack_nothing(name: str) -> None:
+    assert list_missing(read_target(Path(folder(name))), read_tensors(name)) == []
 
 
 @pytest.mark.parametrize(

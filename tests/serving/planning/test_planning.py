@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.inspection import inspect
 from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_command, format_plan
@@ -406,3 +408,21 @@ def _configure(tokens: int, batched: int, *, ahead: bool) -> Any:
     config.scheduler_config.async_scheduling = ahead
     config.scheduler_config.disable_hybrid_kv_cache_manager = False
     return config
+
+
+def test_length_beyond_the_model_s_own_is_refused_by_a_plan_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--dry-run` and the doctor found it in order, and vLLM refused it."""
+    folder = Path(shutil.copytree(TOY / "teacher", tmp_path / "teacher"))
+    inspect(EngineConfig(str(folder), max_model_len=2048))
+    with pytest.raises(CheckpointError, match="--max-model-len: expected at most 2048, the model's own, got 2049"):
+        inspect(EngineConfig(str(folder), max_model_len=2049))
+    inspect(EngineConfig(str(folder), max_model_len=2049, extra_args=("--hf-overrides", "{}")))
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+        inspect(EngineConfig(str(folder), max_model_len=2049))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    inspect(EngineConfig(str(folder), max_model_len=4096))
