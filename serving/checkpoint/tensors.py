@@ -24,7 +24,7 @@ ENDS = ("embed_tokens", "norm", "lm_head")
 
 
 def require_tensors(target: Target, folder: Path) -> None:
-    """Raise CheckpointError, in one line, for a tensor that is missing; other formats than safetensors are passed over."""
+    """Raise CheckpointError, in one line, for a tensor that is missing; of safetensors alone, where there are some."""
     names = [name for path in list_weights(folder) for name in check_file(path)]
     if not names:
         return

@@ -10,8 +10,9 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from laguna_serve.serving.chat.vendor_defaults import ChatContract
+from laguna_serve.serving.chat.vendor_defaults import ChatContract, names_flag
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
 from laguna_serve.serving.checkpoint.tensors import require_tensors
@@ -51,6 +52,8 @@ OURS = {
 # Weights that are made up, or read from elsewhere than the checkpoint's safetensors.
 LOAD_FORMAT = "--load-format"
 # What vLLM takes for --dtype (config/model.py of 0.32, ModelDType).
+# Any of them makes a tokenizer, by transformers or Mistral's.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 # Keys of clients are the gateway's; one that is inherited would lock the engine to everybody who does not have it.
 KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
@@ -179,7 +182,17 @@ def check_launch(config: EngineConfig) -> Checkpoints:
                 require_weights(folder, complete=complete)
                 if complete and name == config.model and checkpoints.target is not None:
                     require_tensors(checkpoints.target, folder)
+                    _require_tokenizer(config, folder)
     return checkpoints
+
+
+def _require_tokenizer(config: EngineConfig, folder: Path) -> None:
+    """Refuse a model without a tokenizer, as training leaves it, which vLLM calls a backend that it lacks."""
+    if names_flag(config.extra_args, "--tokenizer", "--skip-tokenizer-init"):
+        return
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        remedy = "copy the base model's into it, or name one by -- --tokenizer MODEL"
+        raise CheckpointError(f"{folder}: expected a tokenizer ({TOKENIZERS[0]}), got none; {remedy}")
 
 
 def find_port(host: str) -> int:

@@ -30,7 +30,7 @@ def _logging_as_it_was() -> Iterator[None]:
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """make_checkpoint(name, config, **changes) writes a folder with config.json.
 
-    For a target it has a file of weights that holds none; a change to None removes the key.
+    For a target it has a file of weights and a tokenizer that hold nothing; a change to None removes the key.
     """
 
     def make(name: str, config: dict[str, Any], **changes: Any) -> Path:
@@ -40,6 +40,7 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         (folder / "config.json").write_text(json.dumps(merged), encoding="utf-8")
         if not is_drafter(merged):
             save_file({}, folder / "model.safetensors")
+            (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
         return folder
 
     return make

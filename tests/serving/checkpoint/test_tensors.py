@@ -63,3 +63,12 @@ def test_tied_output_layer_is_not_missed(teacher: Path) -> None:
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     check_launch(EngineConfig(str(teacher)))
+
+
+def test_model_without_a_tokenizer_is_refused_unless_one_is_named(teacher: Path) -> None:
+    (teacher / "tokenizer.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"expected a tokenizer \(tokenizer.json\), got none; copy the base model's"
+    ):
+        check_launch(EngineConfig(str(teacher)))
+    check_launch(EngineConfig(str(teacher), extra_args=("--tokenizer", str(TOY / "teacher"))))
