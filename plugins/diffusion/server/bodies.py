@@ -6,10 +6,12 @@ neither is refused too: one that is misspelt would otherwise be a setting that i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from laguna_serve.plugins.diffusion.server.errors import ApiError
 
@@ -88,7 +90,23 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class Body(BaseModel):
+class Sent(BaseModel):
+    """What a client sends: JSON whose texts can be written as UTF-8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, value: object) -> object:
+        r"""Refuse "\ud800": half of a pair is JSON, but no character, for no tokenizer and in no answer."""
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise PydanticCustomError("half", "expected whole characters, got {half} alone; send both halves or none",
+                                      {"half": half}) from None  # fmt: skip
+        return value
+
+
+class Body(Sent):
     """What completions and chats have in common; the last fields are this engine's own.
 
     Attributes:
@@ -183,7 +201,7 @@ class ChatBody(Body):
             raise ApiError(400, "top_logprobs: expected logprobs beside it, got none; set it to true", "top_logprobs")
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(Sent):
     """Of /tokenize: a text, or a chat."""
 
     model: str | None = None
@@ -195,7 +213,7 @@ class TokenizeBody(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Sent):
     """What /detokenize is asked."""
 
     model: str | None = None

@@ -184,6 +184,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": "a", "stop": [""]}, "stop: expected strings"),
     ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options: expected only"),
     ("completions", {}, "prompt: Field required"),
+    ("completions", {"prompt": "a\ud800b"}, r"body: expected whole characters, got \ud800 alone"),
+    ("completions", {"prompt": "a", "model": "\udfff"}, "body: expected whole characters"),
     ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, "tools: expected none"),
     ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: expected"),
     ("chat/completions", {"messages": []}, "messages: List should have at least 1"),
@@ -196,7 +198,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_cannot_be_done_is_refused_in_a_line(
     server: Running, path: str, body: dict[str, Any], message: str
 ) -> None:
-    answer = server.http.post(f"/v1/{path}", json=body)
+    headers = {"content-type": "application/json"}
+    answer = server.http.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == 400
     assert error["type"] == "BadRequestError"
