@@ -93,7 +93,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             try:
                 ids = texts.render_chat(body.messages, prompt_for_answer=body.add_generation_prompt, kwargs=kwargs)
             except DiffusionError as error:
-                raise ApiError(400, str(error), "messages") from None
+                raise ApiError(400, str(error), str(error).partition(":")[0]) from None
         strings = texts.list_tokens(ids) if body.return_token_strs else None
         length = service.served.max_model_len
         return TokenizeAnswer(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)

@@ -60,7 +60,7 @@ def read_chat(body: ChatBody, served: Served) -> list[int]:
             kwargs=body.chat_template_kwargs or {},
         )
     except DiffusionError as error:
-        raise ApiError(400, str(error), "messages") from None
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from None
 
 
 def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, defaults: Defaults) -> list[Request]:

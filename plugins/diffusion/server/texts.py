@@ -46,12 +46,15 @@ class Texts:
         """Render a chat by the checkpoint's template.
 
         Raises:
-            DiffusionError: there is no template, or it refuses the messages.
+            DiffusionError: there is no template, it refuses the messages, or the client brings its own, which could
+                run for hours.
         """
         if not self.chats:
             raise DiffusionError(
                 "messages: expected a model with a chat template, got one without; ask /v1/completions"
             )
+        if "chat_template" in kwargs:
+            raise DiffusionError("chat_template_kwargs: expected no chat_template, got one; the model's own is used")
         options = {**kwargs, "tokenize": False, "add_generation_prompt": prompt_for_answer}
         plain = [message.model_dump(exclude_unset=True) | {"content": message.text} for message in messages]
         try:

@@ -186,6 +186,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {}, "prompt: Field required"),
     ("completions", {"prompt": "a\ud800b"}, r"body: expected whole characters, got \ud800 alone"),
     ("completions", {"prompt": "a", "model": "\udfff"}, "body: expected whole characters"),
+    ("chat/completions", {"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}},
+     "chat_template_kwargs: expected no chat_template"),
     ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, "tools: expected none"),
     ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: expected"),
     ("chat/completions", {"messages": []}, "messages: List should have at least 1"),
