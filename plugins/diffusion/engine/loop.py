@@ -87,6 +87,11 @@ class Engine:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def most(self) -> int:
+        """How many requests it takes at once: those that run and those that wait."""
+        return self._limits.running + self._limits.waiting
+
     def start(self) -> None:
         """Start the thread that serves."""
         self._thread.start()
@@ -104,7 +109,7 @@ class Engine:
         with self._changed:
             if self._draining or self._stopping or not self.alive:
                 raise EngineStoppedError(self.cause or "the engine is being stopped")
-            if len(self._running) + len(self._waiting) >= self._limits.running + self._limits.waiting:
+            if len(self._running) + len(self._waiting) >= self.most:
                 raise QueueFullError(f"expected at most {self._limits.waiting} requests to wait, got one more")
             self._waiting.append(handle)
             self.metrics.show_load(len(self._running), len(self._waiting))

@@ -61,8 +61,11 @@ class Generation:
         """Submit all choices, or none.
 
         Raises:
-            ApiError: the engine does not take them.
+            ApiError: the engine does not take them, or has never room for so many.
         """
+        if len(self._requests) > self._engine.most:
+            got = f"at most {self._engine.most} answers at once, got {len(self._requests)}"
+            raise ApiError(400, f"prompt: expected {got}; send fewer prompts or choices in a request", "prompt")
         loop = asyncio.get_running_loop()
         try:
             for index, request in enumerate(self._requests):

@@ -186,6 +186,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {}, "prompt: Field required"),
     ("completions", {"prompt": "a\ud800b"}, r"body: expected whole characters, got \ud800 alone"),
     ("completions", {"prompt": "a", "model": "\udfff"}, "body: expected whole characters"),
+    ("completions", {"prompt": ["a"] * 1100}, "prompt: expected at most 72 answers at once, got 1100"),
     ("chat/completions", {"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}},
      "chat_template_kwargs: expected no chat_template"),
     ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, "tools: expected none"),
