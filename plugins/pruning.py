@@ -17,12 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.plugins.layers import SPARSE, LayersError, read_setting, resolve_layer_kinds
+
+# What NumPy raises for a file that is no array, or only the beginning of one.
+UNREADABLE = (OSError, ValueError, EOFError, MemoryError, BadZipFile, TokenError)
 
 
 class PruningError(ValueError):
@@ -104,7 +109,7 @@ def read_shape(config: Mapping[str, Any], name: str) -> ExpertShape:
 
 def read_pruning(keep_mask: Path, group_indices: Path, shape: ExpertShape) -> Pruning:
     """Read and check the two files.  Raises PruningError naming the file and what is wrong with it."""
-    return check_pruning(_load(keep_mask), _load(group_indices), shape, str(keep_mask), str(group_indices))
+    return check_pruning(load_array(keep_mask), load_array(group_indices), shape, str(keep_mask), str(group_indices))
 
 
 def check_pruning(
@@ -175,6 +180,19 @@ def rank_groups(scores: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np
     return keep.reshape(scores.shape)
 
 
+def narrow_scores(scores: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
+    """Return scores as float32, in which all of them must be finite.
+
+    Raises:
+        PruningError: some are not.
+    """
+    with np.errstate(over="ignore"):
+        narrowed = scores.astype(np.float32)
+    if wrong := int((~np.isfinite(narrowed)).sum()):
+        raise PruningError(f"{path}: expected finite float32 scores, got {wrong} that are not; score again")
+    return narrowed
+
+
 def _check_permutations(indices: npt.NDArray[np.int64], shape: ExpertShape, name: str) -> None:
     flat = np.sort(indices.reshape(*indices.shape[:2], -1), axis=-1)
     wrong = np.argwhere((flat != np.arange(shape.intermediate_size)).any(axis=-1))
@@ -185,12 +203,17 @@ def _check_permutations(indices: npt.NDArray[np.int64], shape: ExpertShape, name
         raise PruningError(f"{name}: expected {expected}, got {where}; pass the published array")
 
 
-def _load(path: Path) -> npt.NDArray[Any]:
+def load_array(path: Path, *, mapped: bool = True) -> npt.NDArray[Any]:
+    """Read the one array of a .npy file, by default where it lies.
+
+    Raises:
+        PruningError: there is none, or it cannot be read.
+    """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except FileNotFoundError:
         raise PruningError(f"{path}: expected a NumPy file, got none; check the path") from None
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise PruningError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from None
     if not isinstance(array, np.ndarray):
         raise PruningError(f"{path}: expected one array (.npy), got an archive; save the array alone")

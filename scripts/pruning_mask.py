@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.plugins.pruning import PruningError, rank_groups
+from laguna_serve.plugins.pruning import PruningError, load_array, narrow_scores, rank_groups
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import WriteError, write_stream
 from laguna_serve.serving.kit.flags import Flag
@@ -56,6 +56,8 @@ def write_mask(config: MaskConfig) -> MaskResult:
     Raises:
         PruningError: the scores cannot be read, the share cannot be had, or the file cannot be written.
     """
+    if config.out.resolve() == config.scores.resolve():
+        raise PruningError(f"--out: expected another file than the scores, got {config.out}; name a new one")
     keep = rank_groups(read_scores(config.scores), config.share)
     try:
         write_stream(config.out, lambda file: np.save(file, keep))
@@ -66,15 +68,12 @@ def write_mask(config: MaskConfig) -> MaskResult:
 
 def read_scores(path: Path) -> npt.NDArray[np.float32]:
     """Read the file's scores. Raises PruningError when there are none."""
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise PruningError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from None
-    if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or scores.ndim != 3:
-        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, np.ndarray) else "an archive"
+    scores = load_array(path, mapped=False)
+    if scores.dtype.kind != "f" or scores.ndim != 3 or not scores.size:
+        got = f"{scores.dtype} {list(scores.shape)}"
         expected = "float scores [layers, experts, groups]"
         raise PruningError(f"{path}: expected {expected}, got {got}; pass group_scores_importance_sorted.npy")
-    return scores.astype(np.float32)
+    return narrow_scores(scores, path)
 
 
 if __name__ == "__main__":

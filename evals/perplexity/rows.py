@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import load_array
 
 
 class RowsError(CommandError, ValueError):
@@ -126,16 +127,13 @@ def read_array(path: Path, pad_id: int | None) -> list[Row]:
 
 def _load(path: Path) -> npt.NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False)
+        return load_array(path)
     except OSError as error:
         raise RowsError(
             f"{path}: expected a NumPy file (.npy), got {error.strerror or error}; check --tokens"
         ) from error
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise RowsError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from error
-    if not isinstance(array, np.ndarray):
-        raise RowsError(f"{path}: expected one array (.npy), got an archive; save the array alone")
-    return array
 
 
 def _trim(ids: npt.NDArray[Any], pad_id: int | None) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.plugins.pruning import PruningError, load_array
 from laguna_serve.scripts.training.pruning.summary import PruningSummary
 from laguna_serve.serving.kit.results import ResultError, read_result
 
@@ -112,12 +112,9 @@ def _read_summary(path: Path) -> PruningSummary | None:
 
 
 def _read(path: Path, expected: str, kind: str) -> npt.NDArray[Any]:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise PruningError(f"{path}: expected {expected}, got a file that cannot be read ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != kind or not array.size:
-        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+    array = load_array(path, mapped=False)
+    if array.ndim != 3 or array.dtype.kind != kind or not array.size:
+        got = f"{array.dtype} {list(array.shape)}"
         raise PruningError(f"{path}: expected {expected}, got {got}; pass the folder of the artefacts as published")
     if kind == "f" and not np.isfinite(array).all():
         raise PruningError(f"{path}: expected finite scores, got {int((~np.isfinite(array)).sum())} that are not")

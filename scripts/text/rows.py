@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.plugins.pruning import PruningError, load_array
 from laguna_serve.scripts.text import corpus
 
 TOY = {"toy:training": False, "toy:held-out": True}
@@ -139,12 +139,9 @@ def _all_of(ids: torch.Tensor) -> Document:
 
 
 def _read_token_ids(source: str, vocabulary: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    try:
-        ids = np.load(source, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise PruningError(f"{source}: expected token ids (.npy), got a file that cannot be read ({error})") from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
+    ids = load_array(Path(source), mapped=False)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        got = f"{ids.dtype} {list(ids.shape)}"
         raise PruningError(f"{source}: expected integers [rows, tokens], got {got}; pass the cache's chunks.npy")
     if ids.min() < 0 or ids.max() >= vocabulary:
         expected = f"token ids below {vocabulary}, this tokenizer's"

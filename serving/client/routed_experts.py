@@ -11,6 +11,8 @@ import io
 
 import numpy as np
 
+from laguna_serve.serving.kit.files import load_array
+
 DTYPES = ("uint8", "uint16", "int16", "int32")
 
 
@@ -24,8 +26,8 @@ def decode_experts(text: str) -> np.ndarray:
         ValueError: it is no such array.
     """
     try:
-        array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, EOFError, OSError) as error:
+        array = load_array(io.BytesIO(base64.b64decode(text, validate=True)))
+    except (binascii.Error, ValueError, OSError) as error:
         raise ValueError(f"routed_experts: expected base64 of a .npy array, got {error}") from None
     if array.ndim != 3 or array.dtype.name not in DTYPES:
         got = f"{array.dtype.name} {list(array.shape)}"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under another name, synced, renamed into place."""
+"""Files that appear whole or not at all: written under another name, synced, renamed into place; and NumPy's, read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from tokenize import TokenError
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from zipfile import BadZipFile
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -63,6 +68,24 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
         f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False, allow_nan=False)}" for key, item in value.items()
     ]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def load_array(file: Path | IO[bytes], *, mapped: bool = False) -> npt.NDArray[Any]:
+    """Read the one array of a .npy file; `mapped`: leave it where it lies.
+
+    Raises:
+        OSError: there is no file, or it cannot be read.
+        ValueError: it is no array, or only the beginning of one; NumPy has five kinds of error for that.
+    """
+    import numpy as np  # not where nothing is read
+
+    try:
+        array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (EOFError, MemoryError, BadZipFile, TokenError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return array
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
 from laguna_serve.serving.checkpoint.others import Served, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
+from laguna_serve.serving.kit.files import load_array
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use, describe_kind
 from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, find_several
@@ -202,13 +203,11 @@ def mark_pruned(target: Target, keep_mask: str | None) -> Target:
 
 def _count_kept(keep_mask: Path) -> tuple[int, tuple[int, ...]] | None:
     """Count the groups of an expert, and how many of all are kept in each layer; None of what is no mask."""
-    import numpy as np  # not where nothing is pruned
-
     try:
-        mask = np.load(keep_mask, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        mask = load_array(keep_mask, mapped=True)
+    except (OSError, ValueError):
         return None
-    if not isinstance(mask, np.ndarray) or mask.ndim != 3 or mask.dtype != np.bool_ or not mask.shape[2]:
+    if mask.ndim != 3 or mask.dtype != bool or not mask.shape[2]:
         return None
     return int(mask.shape[2]), tuple(int(count) for count in mask.sum(axis=(1, 2)))
 

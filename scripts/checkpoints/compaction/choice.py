@@ -14,6 +14,7 @@ from laguna_serve.plugins.pruning import (
     PruningError,
     check_pruning,
     draw_random_mask,
+    load_array,
     read_pruning,
 )
 from laguna_serve.serving.kit.results import JsonObject
@@ -48,11 +49,8 @@ def choose_pruning(
 
 def _read_indices(path: Path, shape: ExpertShape) -> npt.NDArray[np.int64]:
     """Read indices alone, checked by way of a mask that keeps everything."""
-    try:
-        indices = np.load(path, mmap_mode="r", allow_pickle=False)
-        keep = np.ones(indices.shape[:3], dtype=bool)
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise PruningError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from None
+    indices = load_array(path)
+    keep = np.ones(indices.shape[:3], dtype=bool)
     return check_pruning(keep, indices, shape, "keep mask", str(path)).indices
 
 

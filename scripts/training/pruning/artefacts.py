@@ -12,7 +12,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.plugins.pruning import ExpertShape, PruningError, draw_random_mask, rank_groups
+from laguna_serve.plugins.pruning import (
+    ExpertShape,
+    PruningError,
+    draw_random_mask,
+    load_array,
+    narrow_scores,
+    rank_groups,
+)
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.results import to_json
 
@@ -70,17 +77,12 @@ class ScoresManifest(
 
 def read_scores(path: Path, shape: ExpertShape) -> npt.NDArray[np.float32]:
     """Somebody else's atomic scores, checked."""
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise PruningError(f"{path}: expected a NumPy file (.npy), got one that cannot be read ({error})") from None
+    scores = load_array(path, mapped=False)
     expected = (len(shape.layers), shape.num_experts, shape.intermediate_size)
-    if not isinstance(scores, np.ndarray) or scores.shape != expected or scores.dtype.kind != "f":
-        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, np.ndarray) else "an archive"
+    if scores.shape != expected or scores.dtype.kind != "f":
+        got = f"{scores.dtype} {list(scores.shape)}"
         raise PruningError(f"{path}: expected float scores {list(expected)}, got {got}; are they for this model?")
-    if not np.isfinite(scores).all():
-        raise PruningError(f"{path}: expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not")
-    return scores.astype(np.float32)
+    return narrow_scores(scores, path)
 
 
 def make_artefacts(scores: npt.NDArray[np.float32], block_size: int, seed: int) -> dict[str, npt.NDArray[Any]]:

@@ -227,6 +227,7 @@ def test_key_comes_from_the_environment(run: Run, save: Callable[..., Path], mon
         ("a.npy", [[1, 2, 3], [4, 1000, 6]], (), "got id 1000 in row 1, token 1: "),
         ("a.npy", [list(range(64))], (), "expected rows of at most 63 tokens"),
         ("a.npy", "no array", (), "expected a NumPy file (.npy), got one that cannot be read"),
+        ("a.npy", "PK\x03\x04 half an archive", (), "expected a NumPy file (.npy), got one that cannot be read"),
         ("a.npy", [[1, 2]], ("--model", "third"), "expected model third, got fake, other"),
         ("a.npy", [[1, 2]], ("--length", "5"), "expected --text beside them"),
         ("a.txt", "", (), "expected text, got an empty file"),

@@ -35,19 +35,40 @@ def test_mask_of_another_share_lies_between(tmp_path: Path, capsys: pytest.Captu
     [
         (np.ones((2, 2), np.float32), "0.2", "expected float scores [layers, experts, groups], got float32 [2, 2]"),
         (np.ones((1, 2, 4), np.float32), "0.9", "expected at most 0.75 with one group kept in every expert, got 0.9"),
-        (None, "0.2", "expected a NumPy file (.npy), got one that cannot be read"),
+        (np.full((1, 2, 4), 1e300), "0.2", "expected finite float32 scores, got 8 that are not"),
+        (np.ones((2, 0, 4), np.float32), "0.2", "expected float scores [layers, experts, groups], got float32 [2, 0"),
+        (None, "0.2", "expected a NumPy file, got none"),
+        (b"PK\x03\x04 half an archive", "0.2", "expected a NumPy file (.npy), got one that cannot be read"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4', ", "0.2", "expected a NumPy file (.npy), got one that cannot"),
+        (
+            b"\x93NUMPY\x01\x00\x46\x00%-70b"
+            % b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999, 99999, 99)}",
+            "0.2",
+            "expected a NumPy file (.npy), got one that cannot be read",
+        ),
     ],
 )
 def test_bad_scores_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: Any, share: str, message: str
 ) -> None:
-    if scores is not None:
+    if isinstance(scores, bytes):
+        (tmp_path / "s.npy").write_bytes(scores)
+    elif scores is not None:
         np.save(tmp_path / "s.npy", scores)
     status = pruning_mask.main([str(tmp_path / "s.npy"), "--share", share, "--out", str(tmp_path / "m.npy")])
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1)
     assert message in error
     assert not (tmp_path / "m.npy").exists()
+
+
+def test_scores_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.npy"
+    np.save(path, np.ones((1, 2, 4), np.float32))
+    before = path.read_bytes()
+    assert pruning_mask.main([str(path), "--share", "0.2", "--out", f"{tmp_path}/../{tmp_path.name}/s.npy"]) == 2
+    assert "--out: expected another file than the scores" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 @pytest.mark.slow
