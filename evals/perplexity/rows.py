@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import load_array
+from laguna_serve.serving.kit.files import is_whole, load_array
 
 
 class RowsError(CommandError, ValueError):
@@ -69,7 +69,7 @@ def _read_lines(path: Path, text: str) -> Iterator[str]:
             found = item["text"] if "text" in item else item["prompt"]
         except (ValueError, KeyError, TypeError):
             found = None
-        if not isinstance(found, str):
+        if not isinstance(found, str) or not is_whole(found):
             expected = 'an object with a "text" or "prompt"'
             raise RowsError(f"{path}:{number}: expected {expected}, got {line[:40]!r}; fix the line")
         yield found

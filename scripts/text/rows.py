@@ -23,6 +23,7 @@ import torch
 
 from laguna_serve.plugins.pruning import PruningError, load_array
 from laguna_serve.scripts.text import corpus
+from laguna_serve.serving.kit.files import is_whole
 
 TOY = {"toy:training": False, "toy:held-out": True}
 SHORTEST, LENGTH = 16, 384
@@ -185,8 +186,10 @@ def _read_records(source: str) -> list[dict[str, Any]]:
 
 
 def _number_records(source: str) -> Iterator[tuple[int, Any]]:
-    """(line number, what it says) of every line; None for a line that is no JSON."""
+    """(line number, what it says) of every line but blank ones; None for a line that is no JSON."""
     for number, line in enumerate(stream_lines(source), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
         except ValueError:
@@ -198,7 +201,7 @@ def _require(source: str, record: Any, number: int, keys: tuple[str, ...]) -> di
     """Require an object with one of the keys, which is text but for messages. Raises PruningError naming the line."""
     if isinstance(record, dict):
         found = next((key for key in ("messages", *TEXT) if key in keys and key in record), None)
-        if found == "messages" or (found is not None and isinstance(record[found], str)):
+        if found == "messages" or (found is not None and isinstance(record[found], str) and is_whole(record[found])):
             return record
     expected = "an object with " + " or ".join(f'"{key}"' for key in keys)
     got = "no JSON" if record is None else json.dumps(record)[:40]

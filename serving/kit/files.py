@@ -88,6 +88,15 @@ def load_array(file: Path | IO[bytes], *, mapped: bool = False) -> npt.NDArray[A
     return array
 
 
+def is_whole(text: str) -> bool:
+    """Say whether a text can be written as UTF-8: JSON also has halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Is there no room, or no quota, left? Also as safetensors' Rust side says it."""
     return (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error)

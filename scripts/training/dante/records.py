@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.results import JsonObject
 
 SHARDS = "shard-*.jsonl"
@@ -101,6 +102,8 @@ def _read_prompt(place: str, line: str) -> Prompt:
         prompt, messages = record.get("prompt"), record.get("messages")
     except (ValueError, AttributeError):
         prompt = messages = None
+    if not is_whole(json.dumps([prompt, messages], ensure_ascii=False)):
+        raise CacheError(f"{place}: expected whole characters, got half a surrogate pair; fix it")
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):

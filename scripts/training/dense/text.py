@@ -24,6 +24,7 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.text.rows import TOY, stream_documents, stream_lines
 from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import is_whole
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
 
@@ -186,8 +187,10 @@ def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
     try:
         with Path(source).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):  # noqa: B007
+                if not line.strip():
+                    continue
                 messages = json.loads(line)["messages"]
-                if not all(isinstance(m["content"], str) for m in messages):
+                if not all(isinstance(m["content"], str) and is_whole(m["content"]) for m in messages):
                     raise TypeError("content")  # null beside tool calls, parts of an image: not what would be said
                 yield [{"role": str(m["role"]), "content": m["content"]} for m in messages]
     except (OSError, UnicodeError) as error:

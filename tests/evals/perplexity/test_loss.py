@@ -235,6 +235,7 @@ def test_key_comes_from_the_environment(run: Run, save: Callable[..., Path], mon
         ("a.txt", "abc", ("--length", "8", "--stride", "9"), "--stride: expected 1 to 8"),
         ("a.txt", "abc", ("--rows", "0"), "--rows: expected at least 1, got 0"),
         ("a.txt", "abc", ("--pad-id", "0"), "expected --tokens beside it"),
+        ("a.jsonl", '{"text": "a \\ud800"}\n', (), 'a.jsonl:1: expected an object with a "text" or "prompt"'),
         ("a.jsonl", '{"text": "a"}\n{"words": 1}\n', (), 'a.jsonl:2: expected an object with a "text" or "prompt"'),
     ],
 )

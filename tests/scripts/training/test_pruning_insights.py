@@ -145,7 +145,7 @@ def save(name: str, array: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "atomic_scores.npy").unlink(), "expected float scores"),
+        (lambda folder: (folder / "atomic_scores.npy").unlink(), "expected a NumPy file, got none"),
         (remove_masks, "expected group_keep_mask_10pct.npy or another mask, got none"),
         (save("atomic_scores.npy", np.zeros((3, 2))), r"expected float scores \[layers, experts, atoms\], got float64"),
         (save("atomic_scores.npy", np.full((3, 2, 8), np.nan)), "expected finite scores, got 48"),

@@ -97,9 +97,17 @@ def test_a_line_that_says_nothing_is_named(tokenizer: Any, tmp_path: Path) -> No
     write_lines(tmp_path / "t.jsonl", {"prompt": [5, 6, 7]})
     with pytest.raises(PruningError, match=r'got \{"prompt": \[5, 6, 7\]\} in line 1'):
         read_rows(source, tokenizer, None, 1000)
+    write_lines(tmp_path / "t.jsonl", {"text": "a \ud800 b"})
+    with pytest.raises(PruningError, match=r'got \{"text": "a \\ud800 b"\} in line 1'):
+        read_rows(source, tokenizer, None, 1000)
     (tmp_path / "t.jsonl").write_text("{\n")
     with pytest.raises(PruningError, match="got no JSON in line 1"):
         read_rows(source, tokenizer, None, 1000)
+
+
+def test_blank_lines_are_passed_over(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('\n{"text": "%s"}\n  \n\n' % ("a = 1 " * 20))
+    assert read_rows(str(tmp_path / "t.jsonl"), tokenizer, None, 1000).documents == 1
 
 
 def test_rows_are_drawn_by_a_seed(tokenizer: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from laguna_serve.scripts.training.drafter.data.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -46,6 +47,8 @@ def _encode(place: str, line: str, tokenizer: Any) -> Prompt:
     expected = 'expected an object with "prompt" (text or token ids) or "messages"'
     try:
         record: JsonObject = json.loads(line)
+        if not is_whole(json.dumps(record, ensure_ascii=False)):
+            raise ValueError("half a surrogate pair")
         prompt = record.get("prompt")
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return tuple(prompt)
