@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def read_evalplus(where: str, row: JsonObject, _: str) -> Problem:
         if not isinstance(inputs, list) or not all(isinstance(arguments, list) for arguments in inputs):
             raise ProblemsError(f'{where}: expected a list of lists of arguments as "{field}", got another; fix it')
     tolerance = row.get("atol", 0)
-    if not row["base_input"] or isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+    if not row["base_input"] or not _is_tolerance(tolerance):
         raise ProblemsError(f'{where}: expected inputs in "base_input" and a number as "atol", got others; fix it')
     program = row["prompt"] + row["canonical_solution"]
     try:
@@ -88,6 +89,10 @@ def read_evalplus(where: str, row: JsonObject, _: str) -> Problem:
         canonical_solution=row["canonical_solution"],
         base_test=base,
     )
+
+
+def _is_tolerance(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _find_shapes(task_id: str) -> list[str]:

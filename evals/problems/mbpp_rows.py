@@ -25,15 +25,20 @@ def read_mbpp(where: str, row: JsonObject, protocol: str) -> Problem:
     number = find_number(where, row)
     try:
         text, tests = row["text"] if "text" in row else row["prompt"], [str(test) for test in row["test_list"]]
+        imports = row.get("test_imports") or []
+        if not isinstance(text, str) or not isinstance(imports, list):
+            raise TypeError("a task or imports of another kind")
         code = row["code"].replace("\r\n", "\n").replace("\r", "\n")
         functions = {node.name: node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
         called = {node.id for node in ast.walk(ast.parse("\n".join(tests))) if isinstance(node, ast.Name)}
         function = next(functions[name] for name in functions if name in called)
-        setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip("\n")
+        setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip("\n")
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, StopIteration) as error:
         expected = "expected MBPP's text, code and test_list, the tests calling the code's function"
         raise ProblemsError(f"{where}: {expected}, got {type(error).__name__}: {error}; fetch the set again") from None
-    checks = "\n".join(f"    {line}" for line in [f"{function.name} = candidate", *map(str.strip, tests)])
+    checks = "\n".join(
+        textwrap.indent(part, "    ") for part in [f"{function.name} = candidate", *map(_flatten, tests)]
+    )
     if protocol == "project":
         shown = "\n".join(tests)
         prompt = f'"""\n{text}\n{shown}\n"""\ndef {function.name}({ast.unparse(function.args)}):\n'
@@ -48,6 +53,11 @@ def read_mbpp(where: str, row: JsonObject, protocol: str) -> Problem:
         test=f"{setup}\n\ndef check(candidate):\n{checks}\n".lstrip(),
         canonical_solution=canonical,
     )
+
+
+def _flatten(test: str) -> str:
+    """Make a test's lines ones that can be indented: of several, without strings that go over lines."""
+    return ast.unparse(ast.parse(test.strip())) if "\n" in test.strip() else test.strip()
 
 
 def read_mbpp_plus(where: str, row: JsonObject, protocol: str) -> Problem:

@@ -31,6 +31,7 @@ from laguna_serve.evals.problems.mbpp_rows import read_mbpp, read_mbpp_plus
 from laguna_serve.evals.problems.mbpp_splits import choose_split
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
 from laguna_serve.evals.problems.protocols import ask_by, choose_protocol
+from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.results import JsonObject
 
 __all__ = ["SHIPPED", "Problem", "ProblemsError", "find_form", "load_problems", "read_rows"]
@@ -60,7 +61,11 @@ def load_problems(path: Path, protocol: str = "", split: str = "") -> list[Probl
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for where, row in rows:
+        if (other := find_form(row)) != form:
+            raise ProblemsError(f"{where}: expected one form in a file, {form} by its first row, got {other}; split it")
         problem = ask_by(chosen, READERS[form](where, row, chosen))
+        if not is_whole(problem.prompt):
+            raise ProblemsError(f"{where}: expected whole characters as the prompt, got half a surrogate pair; fix it")
         if (first := seen.setdefault(problem.task_id, where)) != where:
             line = first.rpartition(":")[2]
             expected = f"expected distinct task_ids, got {problem.task_id!r} of line {line} again"
@@ -89,7 +94,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
     if text.lstrip().startswith("[") and path.name.removesuffix(".gz").endswith(".json"):
         try:
             lines = list(enumerate(json.loads(text), start=1))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
             raise ProblemsError(f"{path}: expected one JSON array, got invalid JSON ({error}); fix it") from error
     else:
         lines = [(at, line) for at, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -117,7 +122,7 @@ def _read_text(path: Path) -> str:
 def _parse_line(where: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ProblemsError(f"{where}: expected one JSON object, got invalid JSON ({error}); fix the line") from error
 
 

@@ -22,7 +22,7 @@ ITEM = {
 
 
 def write(path: Path, *items: Any) -> Path:
-    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    text = "".join(json.dumps(item) + "\n" for item in items)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
@@ -46,6 +46,7 @@ def test_problems_are_read_in_order(tmp_path: Path, name: str) -> None:
         ([{**ITEM, "canonical_solution": 3}], ':1: expected a text as "canonical_solution", got 3'),
         ([{**ITEM, "test": "def check(:"}], ':1: expected Python as "test"'),
         ([{**ITEM, "test": "x = 1\n"}], ':1: expected a "test" that defines check(candidate), got none'),
+        ([{**ITEM, "prompt": "def f(x):\n  '\ud800'\n"}], ":1: expected whole characters"),
         ([{key: value for key, value in ITEM.items() if key != "test"}], ':1: expected a text as "test", got nothing'),
     ],
 )
@@ -62,6 +63,8 @@ def test_bad_problems_are_refused_with_their_line(tmp_path: Path, items: list[An
     [
         ("absent.jsonl", None, "expected a problems file, got No such file"),
         ("p.jsonl", b"{broken\n", ":1: expected one JSON object, got invalid JSON"),
+        ("p.jsonl", b'{"n": %s}\n' % (b"1" * 5000), ":1: expected one JSON object, got invalid JSON"),
+        ("p.json", b"[%s]" % (b"1" * 5000), "expected one JSON array, got invalid JSON"),
         ("p.jsonl", b"\xff\xfe", "expected UTF-8 text"),
         ("p.jsonl.gz", b"plain", "expected a gzip file"),
         ("p.jsonl.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "expected a gzip file"),

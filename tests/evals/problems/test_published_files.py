@@ -216,6 +216,17 @@ def test_mbpp_plus_of_the_hub_has_both_verdicts() -> None:
     assert (verdict.base, verdict.grade.published) == (True, False)
 
 
+def test_tests_of_several_lines_stay_within_check(tmp_path: Path) -> None:
+    rows = change(
+        "mbpp/mbpp.jsonl", code="def f(x):\n    return x\n", test_list=['x = """a\nb"""\nassert f(x) == "a\\nb"']
+    )
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]))
+    (problem,) = load_problems(tmp_path / "p.jsonl")
+    assert problem.test.endswith(
+        "def check(candidate):\n    f = candidate\n    x = 'a\\nb'\n    assert f(x) == 'a\\nb'\n"
+    )
+
+
 def change(name: str, **fields: Any) -> list[dict[str, Any]]:
     """The rows of a file, the first one with other fields; None takes one out."""
     rows = [dict(row) for _, row in read_rows(FILES / name)]
@@ -247,7 +258,19 @@ def change(name: str, **fields: Any) -> list[dict[str, Any]]:
         (change("cruxeval/cruxeval.jsonl", output="]"), {}, ":1: expected CRUXEval's code (of f)"),
         (change("cruxeval/cruxeval.jsonl", id=None), {}, ":1: expected CRUXEval's code (of f)"),
         (change("cruxeval/cruxeval.jsonl"), {"protocol": "bigcode"}, "--protocol: expected one of cot, direct"),
-        ([*change("mbpp/mbpp.jsonl"), *change("humaneval/HumanEval.jsonl")], {}, ":7: expected MBPP's text, code"),
+        (
+            [*change("mbpp/mbpp.jsonl"), *change("humaneval/HumanEval.jsonl")],
+            {},
+            ":7: expected one form in a file, mbpp",
+        ),
+        (
+            [*change("humaneval_plus/HumanEvalPlus.jsonl"), *change("humaneval/HumanEval.jsonl")],
+            {},
+            "expected one form in a file, evalplus by its first row, got humaneval",
+        ),
+        (change("mbpp/mbpp.jsonl", text=3), {}, ":1: expected MBPP's text, code and test_list"),
+        (change("mbpp/mbpp.jsonl", test_imports="import math"), {}, ":1: expected MBPP's text, code and test_list"),
+        (change("humaneval_plus/HumanEvalPlus.jsonl", atol=float("nan")), {}, 'and a number as "atol", got others'),
         (change("mbpp/mbpp.jsonl") * 2, {}, ":7: expected distinct task_ids, got 'Mbpp/3' of line 1 again"),
     ],
 )
