@@ -17,6 +17,7 @@ from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step
 from laguna_serve.serving.checkpoint import CheckpointError, read_target, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
+from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ def read_prompts(path: Path) -> Prompts:
         CheckpointError: no such file, or too few prompts.
     """
     try:
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+        items = [json.loads(line) for line in lines if line.strip()]
         sides: tuple[list[str], list[str]] = ([], [])
         for item in items:
-            sides[is_held_out(str(item["id"]).rpartition(":")[0])].append(str(item["prompt"]))
+            if not isinstance(item["prompt"], str) or not is_whole(item["prompt"]):
+                raise TypeError(f"the prompt {item['prompt']!r} of {item['id']}")
+            sides[is_held_out(str(item["id"]).rpartition(":")[0])].append(item["prompt"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         expected = 'expected lines like {"id": "file.py:1", "prompt": "…"}'
         raise CheckpointError(f"{path}: {expected}, got {error!r}; check --prompts") from None

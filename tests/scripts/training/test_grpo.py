@@ -173,6 +173,18 @@ def test_unusable_prompts_are_refused(tmp_path: Path, text: str) -> None:
         run.read_prompts(path)
 
 
+def test_prompts_are_texts_with_separators_of_lines_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    items = [{"id": f"file{number}:1", "prompt": f"a\u2028{number}"} for number in range(64)]
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    prompts = run.read_prompts(path)
+    assert sorted([*prompts.training, *prompts.held_out]) == sorted(item["prompt"] for item in items)
+    for wrong in ("[1, 2]", "null", r'"\ud800"'):
+        path.write_text(f'{{"id": "a:1", "prompt": {wrong}}}\n')
+        with pytest.raises(CheckpointError, match=r"the prompt .* of a:1"):
+            run.read_prompts(path)
+
+
 def test_a_file_is_on_one_side() -> None:
     prompts = run.read_prompts(TOY / "prompts.jsonl")
     assert len(prompts.training) + len(prompts.held_out) == 512
