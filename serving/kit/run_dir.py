@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import write_text
 
 NOTE = "settings.sha256"
 
@@ -48,15 +49,21 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     """Make the folder and note what its parts were measured with (JSON values).
 
     Raises:
-        RunDirError: it holds the parts of another measurement.
+        RunDirError: it holds the parts of another measurement, or is a file.
+        WriteError: the note cannot be written; one that is there is left as it is.
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
     noted = folder / NOTE
-    if noted.exists() and noted.read_text() != digest:
-        expected = "the parts of this measurement"
-        raise RunDirError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    noted.write_text(digest)
+    if noted.exists():
+        if noted.read_bytes() != digest.encode():
+            expected = "the parts of this measurement"
+            raise RunDirError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunDirError(f"{folder}: expected a folder, got a file in its place; choose another --out") from None
+    write_text(noted, digest)
 
 
 def is_begun(folder: Path) -> bool:

@@ -1,0 +1,34 @@
+"""Folders of measurements: which command may go on with one, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.serving.kit.run_dir import NOTE, RunDirError, claim_folder
+
+
+def test_only_the_same_measurement_goes_on(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "a" / "out", {"model": "m"})
+    claim_folder(tmp_path / "a" / "out", {"model": "m"})
+    with pytest.raises(RunDirError, match="another one's; choose another --out"):
+        claim_folder(tmp_path / "a" / "out", {"model": "n"})
+
+
+def test_the_note_is_not_written_again(tmp_path: Path) -> None:
+    """A disk that is full by then would cut it off, and with it what was measured."""
+    claim_folder(tmp_path, {"model": "m"})
+    before = (tmp_path / NOTE).stat()
+    claim_folder(tmp_path, {"model": "m"})
+    after = (tmp_path / NOTE).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert [path.name for path in tmp_path.iterdir()] == [NOTE]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_its_place_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunDirError, match="expected a folder, got a file in its place"):
+        claim_folder(tmp_path / place, {})
+    assert (tmp_path / "file").read_text() == "mine"
