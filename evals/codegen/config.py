@@ -17,6 +17,8 @@ from laguna_serve.evals.sandbox.choice import HELP
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import JsonObject
 
+# Of a limit: the kernel takes no more seconds, or bytes, than fit into 63 bits.
+MOST = (1 << 31) - 1
 MAX_TOKENS = ", ".join(f"{name} {protocol.max_tokens}" for name, protocol in PROTOCOLS.items())
 
 
@@ -90,6 +92,9 @@ class CodeTasksConfig:
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""
         check_bounds(self)
+        for flag, value in (("--timeout-s", self.timeout_s), ("--memory-mib", self.memory_mib)):
+            if (value or 0) > MOST:
+                raise FlagError(f"{flag}: expected at most {MOST}, which no program needs, got {value}; lower it")
         if self.check_canonical:
             return
         if not self.base_url or self.out is None:

@@ -86,7 +86,7 @@ async def run_samples(
     """
     keys = [(problem, (problem.task_id, number)) for problem in problems for number in range(workload.samples)]
     answers, grades = SampleLog(folder / ANSWERS, AnswerLine), SampleLog(folder / GRADES, GradeLine)
-    missing = [(problem, key) for problem, key in keys if key not in grades.by_key]
+    missing = [(problem, key) for problem, key in keys if key not in grades.by_key or key not in answers.by_key]
     finished: list[Key] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading") as pool:
 

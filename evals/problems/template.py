@@ -16,12 +16,16 @@ Template = Mapping[str, Any]
 def parse_fields(text: str) -> Template:
     """Parse a JSON object of fields; raises ArgumentTypeError."""
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
+        fields = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(f"expected a JSON object, got {error}; fix it") from None
     if not isinstance(fields, dict):
         raise ArgumentTypeError(f"expected a JSON object, got {type(fields).__name__}; fix it")
     return fields
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name}, which JSON does not have")
 
 
 # The two fields of a configuration that say it.

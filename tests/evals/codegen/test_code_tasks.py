@@ -149,6 +149,15 @@ def test_interrupted_run_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_answers_that_are_gone_are_asked_for_again(run: Run, tmp_path: Path) -> None:
+    with answering(solve) as server:
+        assert run(server.url)[0] == 0
+        (tmp_path / "out" / "answers.jsonl").unlink()
+        status, result, _ = run(server.url)
+    assert (status, result["pass_at_k"]["1"]["point"], len(server.bodies)) == (0, 1.0, 6)
+
+
+@pytest.mark.slow
 def test_folder_of_another_measurement_is_refused(run: Run) -> None:
     with answering(solve) as server:
         assert run(server.url)[0] == 0
@@ -171,6 +180,8 @@ def test_folder_of_another_measurement_is_refused(run: Run) -> None:
             "expected the key in $NO_KEY, got nothing",
         ),
         (["--check-canonical", "--timeout-s", "0"], "--timeout-s: expected at least 1, got 0"),
+        (["--check-canonical", "--timeout-s", f"{1 << 63}"], "--timeout-s: expected at most 2147483647"),
+        (["--check-canonical", "--memory-mib", f"{1 << 44}"], "--memory-mib: expected at most 2147483647"),
         (["--check-canonical", "--problems", "/no/file"], "/no/file: expected a problems file"),
     ],
 )

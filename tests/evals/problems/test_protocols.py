@@ -184,6 +184,7 @@ def test_thinking_reaches_the_template_and_another_folder_is_wanted(run: Any) ->
     [
         (["--thinking", "on", "--form", "completion"], "--thinking: expected --form chat with it, got completion"),
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: expected a JSON object, got list"),
+        (["--chat-template-kwargs", '{"a": NaN}'], "--chat-template-kwargs: expected a JSON object, got NaN"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: expected a JSON object, got Expecting"),
         (["--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--split", "test"], "--split: expected a file of MBPP with it"),
