@@ -16,18 +16,19 @@ from typing import Annotated
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, Tensors, read_config
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.scripts.checkpoints.output import check_own, save_checkpoint, write_tensors
 from laguna_serve.scripts.text.rows import read_rows
 from laguna_serve.scripts.training.diffusion.ablation import RATIOS, Ablation, ablate, iterate_blocks
 from laguna_serve.scripts.training.diffusion.saving import copy_tokenizer, write_config
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.files import write_file, write_text
+from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.kit.tables import Table
 
 EXAMPLES = """examples:
@@ -103,9 +104,12 @@ def prune(config: PruneConfig) -> PruneResult:
     Raises:
         DiffusionError: the checkpoint cannot be used, or has no more layers than are to go.
         PruningError: the text cannot be used.
+        CheckpointError: --out is a checkpoint already, or cannot be written; what was there before stays.
     """
     from transformers import PreTrainedTokenizerFast
 
+    check_out(config.out)
+    check_own(config.out, [config.model], own=False)
     shape = read_config(config.model)
     if config.remove_layers >= shape.n_layers:
         raise DiffusionError(f"--remove-layers: expected fewer than {shape.n_layers}, got {config.remove_layers}")
@@ -118,9 +122,14 @@ def prune(config: PruneConfig) -> PruneResult:
         kept = [number for number in range(shape.n_layers) if not first <= number < first + config.remove_layers]
         width = max(1, round(shape.mlp_hidden_size * config.keep_units))
         smaller = replace(shape, n_layers=len(kept), mlp_hidden_size=width)
-        parameters = _write(config.out, tensors, shape, smaller, kept, found)
-    write_config(config.out, smaller)
-    copy_tokenizer(config.model, config.out)
+        parameters: list[int] = []
+
+        def save(partial: Path) -> None:
+            parameters.extend(_write(partial, tensors, shape, smaller, kept, found))
+            write_config(partial, smaller)
+            copy_tokenizer(config.model, partial)
+
+        save_checkpoint(config.out, save)
     blocks = tuple(
         BlockAgreement(
             layers=(start, start + config.remove_layers - 1),
@@ -133,7 +142,7 @@ def prune(config: PruneConfig) -> PruneResult:
         out=str(config.out),
         removed=(first, first + config.remove_layers - 1),
         units=(shape.mlp_hidden_size, width),
-        parameters=parameters,
+        parameters=(parameters[0], parameters[1]),
         rows=len(rows),
         blocks=blocks,
     )
@@ -143,7 +152,6 @@ def _write(
     out: Path, tensors: Tensors, shape: LladaConfig, smaller: LladaConfig, kept: list[int], found: Ablation
 ) -> tuple[int, int]:
     """Write a shard per layer and one for the rest, then the index; the parameters before and after."""
-    out.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         ends = Llada(replace(shape, n_layers=0)).state_dict()
     rest = {name: tensors.read(name, tuple(empty.shape), torch.bfloat16) for name, empty in ends.items()}
@@ -169,8 +177,7 @@ def _name_shard(number: int, kept: list[int]) -> str:
 
 def _save(path: Path, state: dict[str, torch.Tensor]) -> dict[str, str]:
     """Write a shard; which of its tensors is where."""
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_file(path, lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}))
+    write_tensors(path, state)
     return dict.fromkeys(state, path.name)
 
 

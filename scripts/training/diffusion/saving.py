@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig
-from laguna_serve.serving.kit.files import write_file, write_text
+from laguna_serve.scripts.checkpoints.output import save_checkpoint, write_tensors
+from laguna_serve.serving.kit.files import write_text
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # What the published config.json says besides the shape, and other programs look at.
@@ -34,13 +34,16 @@ def write_checkpoint(folder: Path, config: LladaConfig, state: dict[str, torch.T
     """Write the tensors in bfloat16 as one file, config.json, and the tokenizer's files of another folder.
 
     Raises:
-        WriteError: a file cannot be written.
+        CheckpointError: it cannot be written; what was there before stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    write_file(folder / "model.safetensors", lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
-    write_config(folder, config)
-    copy_tokenizer(tokenizer, folder)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+
+    def save(partial: Path) -> None:
+        write_tensors(partial / "model.safetensors", tensors)
+        write_config(partial, config)
+        copy_tokenizer(tokenizer, partial)
+
+    save_checkpoint(folder, save)
 
 
 def write_config(folder: Path, config: LladaConfig) -> None:

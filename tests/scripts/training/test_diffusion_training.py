@@ -28,6 +28,7 @@ from laguna_serve.scripts.training.diffusion.distillation import (
 from laguna_serve.scripts.training.diffusion.masking import draw_masks, mask_rows, masked_loss
 from laguna_serve.scripts.training.diffusion.prune import PruneConfig, prune
 from laguna_serve.scripts.training.diffusion.saving import copy_tokenizer, write_checkpoint
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.flags import FlagError
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -170,6 +171,10 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "whole", CONFIG, make_model().state_dict(), TOY / "teacher")
     with pytest.raises(DiffusionError, match="--remove-layers: expected fewer than 4, got 4"):
         prune(PruneConfig(model=tmp_path / "whole", out=tmp_path / "cut", remove_layers=4))
+    before = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="got one that is read; choose another --out"):
+        prune(PruneConfig(model=tmp_path / "whole", out=tmp_path / "cut" / ".." / "whole", remove_layers=1))
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
     with pytest.raises(FlagError, match="--keep-units: expected a share"):
         PruneConfig(model=tmp_path, out=tmp_path, keep_units=0.0)
     with pytest.raises(FlagError, match="--dtype: expected float32 or bfloat16, got int8"):
