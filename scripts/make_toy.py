@@ -31,6 +31,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import JsonObject, to_json
+from laguna_serve.serving.kit.run_dir import require_removable
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
@@ -132,6 +133,7 @@ def make_toy(config: ToyConfig) -> ToyManifest:
     """
     work = config.work_folder
     if config.fresh:
+        require_removable(work, "recipe.json")
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     config.out.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
 from laguna_serve.serving.kit.signals import defer_signals
 from laguna_serve.serving.kit.tables import Table
 
@@ -93,7 +93,7 @@ def train_student(config: DanteConfig) -> DanteResult:
     run = Run(config, work)
     if run.is_main:
         texts = [[record.teacher_text, record.output_entropy] for record in ordered]
-        claim_folder(work, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
+        claim_work(work, config.out, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
     run.wait()  # the folder is there for all
     taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
     with defer_signals():

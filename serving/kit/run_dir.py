@@ -66,6 +66,31 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     write_text(noted, digest)
 
 
+def claim_work(work: Path, out: Path, settings: Mapping[str, object]) -> None:
+    """Claim a folder that is removed when the result is in `out`.
+
+    Raises:
+        RunDirError: it has `out` in it, holds others' files, or the parts of another run.
+        WriteError: see `claim_folder`.
+    """
+    if work.resolve() in (out.resolve(), *out.resolve().parents):
+        expected = "expected a folder that can be removed"
+        raise RunDirError(f"--work {work}: {expected}, got one with --out in it; choose another")
+    require_removable(work)
+    claim_folder(work, settings)
+
+
+def require_removable(folder: Path, note: str = NOTE) -> None:
+    """Refuse a folder that is to be removed and has files, but not the note of whoever began it.
+
+    Raises:
+        RunDirError: nobody said that its files may go.
+    """
+    if folder.is_dir() and not (folder / note).exists() and any(folder.iterdir()):
+        expected = "expected an empty folder or one that this command began, as it is removed"
+        raise RunDirError(f"--work {folder}: {expected}, got one with other files; choose another")
+
+
 def is_begun(folder: Path) -> bool:
     """Say whether a measurement has been begun there.
 

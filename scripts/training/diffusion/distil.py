@@ -7,7 +7,6 @@ parameter; the teacher computes in --dtype.  The state is saved on the way: the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -24,6 +23,7 @@ from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import load_model
 from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.text.rows import read_rows
 from laguna_serve.scripts.training.diffusion.ablation import RATIOS
 from laguna_serve.scripts.training.diffusion.distillation import Direction, distil, measure_agreement
@@ -33,6 +33,7 @@ from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
 
 EXAMPLES = """examples:
   python scripts/training/diffusion/distil.py tests/toy/llada out/pruned --steps 300 --out out/draft
@@ -40,6 +41,7 @@ EXAMPLES = """examples:
 
 exit status: 0 done, 2 it could not run, 130 interrupted (the same command continues)
 """
+RESULT = "distillation.json"
 HELD_OUT = 16
 
 
@@ -127,11 +129,17 @@ def teach(config: DistilConfig) -> DistilResult:
     Raises:
         DiffusionError: a checkpoint cannot be used, the vocabularies differ, or the text is too short.
         PruningError: the text cannot be read.
+        CheckpointError: --out is one of the checkpoints that are read or another one, or cannot be written.
+        RunDirError: the work folder is another run's, or holds others' files.
         WriteError: a file cannot be written.
     """
     from transformers import PreTrainedTokenizerFast
 
     began = time.monotonic()
+    check_out(config.out)
+    work = config.work or config.out.with_name(f"{config.out.name}.work")
+    own = is_begun(work) or (config.out / RESULT).exists()
+    check_own(config.out, [config.model, config.student], own=own)
     shapes = [read_config(folder) for folder in (config.model, config.student)]
     if shapes[0].vocab_size != shapes[1].vocab_size or shapes[0].mask_token_id != shapes[1].mask_token_id:
         raise DiffusionError(
@@ -149,12 +157,10 @@ def teach(config: DistilConfig) -> DistilResult:
     teacher = load_model(config.model, getattr(torch, config.dtype), config.device)
     student = load_model(config.student, device=config.device)
     before = {ratio: measure_agreement(teacher, student, unseen, ratio, config.seed) for ratio in RATIOS}
-    work = config.work or config.out.with_name(f"{config.out.name}.work")
-    work.mkdir(parents=True, exist_ok=True)
-    state = work / f"{_identify(config, text.digest)}.state"
+    claim_work(work, config.out, _list_settings(config, text.digest))
     rows = DrawnRows(seen, config.batch, config.device)
     schedule = Schedule(config.steps, config.lr, weight_decay=0.01)
-    distil(teacher, student, rows, schedule, config.seed + 1, config.direction, state, config.threads)
+    distil(teacher, student, rows, schedule, config.seed + 1, config.direction, work / "student.state", config.threads)
     write_checkpoint(config.out, student.config, student.state_dict(), config.model)
     # What is measured is what is stored, in bfloat16.
     stored = load_model(config.out, device=config.device)
@@ -170,15 +176,16 @@ def teach(config: DistilConfig) -> DistilResult:
         confident={f"{r}": (round(before[r][1], 4), round(after[r][1], 4)) for r in RATIOS},
         minutes=round((time.monotonic() - began) / 60, 2),
     )
-    write_text(config.out / "distillation.json", json.dumps(to_json(result), indent=1) + "\n")
+    write_text(config.out / RESULT, json.dumps(to_json(result), indent=1) + "\n")
     shutil.rmtree(work)
     return result
 
 
-def _identify(config: DistilConfig, text: str) -> str:
-    """Name what the training state belongs to, so that another run does not continue it."""
-    parts = (config.model.resolve(), config.student.resolve(), text, config.batch, config.steps, config.lr)
-    return hashlib.sha256(repr((*parts, config.direction, config.dtype, config.seed)).encode()).hexdigest()[:16]
+def _list_settings(config: DistilConfig, text: str) -> dict[str, object]:
+    """List what decides about the student, so that another run does not continue its state."""
+    names = ("batch", "steps", "lr", "direction", "dtype", "seed")
+    models = [fingerprint(str(folder)) for folder in (config.model, config.student)]
+    return {name: getattr(config, name) for name in names} | {"models": models, "text": text}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.scripts.training import loop
 from laguna_serve.scripts.training.diffusion.distil import DistilConfig, teach
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
+from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.flags import FlagError
+from laguna_serve.serving.kit.run_dir import RunDirError
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 SHAPE = LladaConfig(
@@ -85,6 +88,32 @@ def test_interrupted_run_gives_the_same_student(config: DistilConfig, monkeypatc
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _weights(config, again)]
     assert digests[0] == digests[1]
     assert load_file(again.out / "model.safetensors")
+
+
+def test_nothing_of_others_goes(config: DistilConfig, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="got one that is read; choose another --out"):
+        teach(replace(config, out=config.student, work=tmp_path / "work"))
+    with pytest.raises(RunDirError, match="got one with --out in it"):
+        teach(replace(config, work=config.out))
+    with pytest.raises(RunDirError, match="got one with other files"):
+        teach(replace(config, work=config.model))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_state_of_a_student_that_has_changed_is_refused(config: DistilConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "check_signals", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            teach(config)
+    shutil.copy(config.model / "config.json", config.student)
+    shutil.copy(config.model / "model.safetensors", config.student)
+    with pytest.raises(RunDirError, match="another one's"):
+        teach(config)
 
 
 def _weights(*configs: DistilConfig) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving.kit.run_dir import NOTE, RunDirError, claim_folder
+from laguna_serve.serving.kit.run_dir import NOTE, RunDirError, claim_folder, claim_work, require_removable
 
 
 def test_only_the_same_measurement_goes_on(tmp_path: Path) -> None:
@@ -32,3 +32,23 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path, place: str) -> None:
     with pytest.raises(RunDirError, match="expected a folder, got a file in its place"):
         claim_folder(tmp_path / place, {})
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_removed_holds_nothing_of_others(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    for _ in range(2):  # the second time it has a note, and whatever the command left
+        claim_work(work, out, {"steps": 1})
+        (work / "a.state").write_text("x")
+    with pytest.raises(RunDirError, match="another one's"):
+        claim_work(work, out, {"steps": 2})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    with pytest.raises(RunDirError, match=r"--work .*: expected an empty folder .*, got one with other files"):
+        claim_work(mine, out, {"steps": 1})
+    with pytest.raises(RunDirError, match="got one with other files"):
+        require_removable(mine, "recipe.json")
+    for place in (out, tmp_path):
+        with pytest.raises(RunDirError, match="got one with --out in it"):
+            claim_work(place, out, {"steps": 1})
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
