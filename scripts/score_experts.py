@@ -49,6 +49,7 @@ from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
@@ -60,6 +61,9 @@ EXAMPLES = """examples:
   python scripts/score_experts.py MODEL --text conversations.jsonl --out DIR --dry-run    what it would take
   python scripts/score_experts.py MODEL --atomic-scores theirs.npy --out DIR       somebody else's scores
 """
+
+# What decides how scores are measured, and means nothing where they are given.
+MEASURING = ("text", "tokens", "length", "score", "device", "dtype", "threads", "work")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,9 @@ class ScoreConfig:
         check_bounds(self)
         if self.dry_run and self.atomic_scores is not None:
             raise FlagError("--dry-run: expected scores to measure, got --atomic-scores, which takes seconds; leave it")
+        given = next((name for name in MEASURING if getattr(self, name) != getattr(type(self), name)), None)
+        if self.atomic_scores is not None and given is not None:
+            raise FlagError(f"--{given}: expected none beside --atomic-scores, which are not measured; leave one out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,6 +143,7 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
         CheckpointError, PruningError: teacher, text, scores or block size cannot be used.
         RunDirError: the work folder is another measurement's. CommandError: not enough disk, or no such device.
     """
+    check_out(config.out)
     folder = require_folder(config.teacher)
     shape = read_shape(read_config(folder), config.teacher)
     block_size = choose_block_size(config.block_size, shape)

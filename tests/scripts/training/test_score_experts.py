@@ -138,6 +138,7 @@ def test_groups_of_which_40_percent_cannot_go_are_refused_before_the_work() -> N
         (["--device", "cuda"], "expected a GPU that torch can use, got none"),
         (["--text", "missing.jsonl"], "missing.jsonl: expected a text file"),
         (["--dry-run", "--atomic-scores", "x.npy"], "--dry-run: expected scores to measure"),
+        (["--score", "reap", "--atomic-scores", "x.npy"], "--score: expected none beside --atomic-scores"),
         (["--length", "8"], "--length: expected at least 16"),
     ],
 )
