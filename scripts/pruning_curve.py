@@ -22,8 +22,10 @@ from laguna_serve.scripts.training.pruning.teacher import load_model
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.text.rows import TextRows
@@ -69,8 +71,8 @@ def run(config: CurveConfig) -> int:
 
     result = measure_curve(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "curve.json").write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
-    (config.out / "curve.md").write_text(format_table(result), encoding="utf-8")
+    write_text(config.out / "curve.json", json.dumps(to_json(result), indent=1) + "\n")
+    write_text(config.out / "curve.md", format_table(result))
     draw_curve(result, config.out / "curve.png")
     print(format_table(result))
     print(json.dumps(to_json(result)))
@@ -85,6 +87,7 @@ def measure_curve(config: CurveConfig) -> CurveResult:
     """
     from laguna_serve.scripts.text.rows import read_rows
 
+    check_out(config.out)
     folder = require_folder(config.teacher)
     shape = read_shape(read_config(folder), config.teacher)
     masks = {ratio: config.masks / f"group_keep_mask_{ratio * 100:.0f}pct.npy" for ratio in RATIOS}

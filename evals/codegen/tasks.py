@@ -35,7 +35,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
 
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
 WALL_PER_CPU = 2.5
@@ -62,6 +62,7 @@ def evaluate_code(config: CodeTasksConfig) -> CodeTasksResult:
     """
     assert config.base_url is not None
     assert config.out is not None
+    check_out(config.out)
     work = prepare(config)
     environment = read_environment(current_argv())
     weaknesses = None if config.skip_probes else probe(work.problems, work.limits)
@@ -89,6 +90,8 @@ def check_canonical(config: CodeTasksConfig) -> CanonicalResult:
     Raises:
         ProblemsError, JailError, RunDirError, JournalError: see `evaluate_code`.
     """
+    if config.out is not None:
+        check_out(config.out)
     work, environment, progress = prepare(config), read_environment(current_argv()), Progress()
     settings = {
         "file": to_builtins(work.file),

@@ -28,7 +28,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
 
 # Beyond this many repeats the labellings are too many to count one by one.
 MOST_REPEATS = 6
@@ -142,6 +142,7 @@ def make_job(config: InvarianceConfig, environment: Environment) -> Job:
         EngineError: an engine could not be started.
         JailError: there is no sandbox on this system, and nobody said to do without.
     """
+    check_out(config.out)
     problems = load_problems(config.problems)
     if config.num_problems is not None and config.num_problems > len(problems):
         expected = f"expected at most {len(problems)}, got {config.num_problems}"

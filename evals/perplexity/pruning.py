@@ -29,7 +29,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder
 
 SHARES = (0.10, 0.20, 0.25, 0.40)
 TOY_TEXT = "toy:held-out"
@@ -119,6 +119,7 @@ def prepare(config: PruningConfig) -> Setting:
     Raises:
         CheckpointError, RowsError, ToolError: one is missing or of another kind.
     """
+    check_out(config.out)
     model, folder = require_folder(config.model), config.out / "models"
     masks = config.masks if config.masks is not None else model.resolve().parent / "masks"
     for name in (INDICES, SCORES):

@@ -37,6 +37,7 @@ from laguna_serve.serving.kit.files import write_file, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out
 
 EXAMPLES = """examples:
   python scripts/training/diffusion/calibrate.py tests/toy/llada --prompts tests/toy/prompts.jsonl --out out/proposals
@@ -118,6 +119,7 @@ def learn(config: CalibrateConfig) -> Calibration:
         DiffusionError: a checkpoint cannot be used, or the prompts are too few.
         WriteError: a file cannot be written.
     """
+    check_out(config.out)
     began, progress = time.monotonic(), Progress()
     torch.set_num_threads(config.threads)
     reference = read_reference(config.schedule, config.cache)

@@ -39,6 +39,7 @@ from laguna_serve.serving.kit.environment import current_argv
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, check_bounds
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.run_dir import check_out
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -112,6 +113,7 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
     Raises:
         WriteError: a file cannot be written.
     """
+    check_out(config.out)
     # Some sums of a backward pass are otherwise added in the order in which threads come to them.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(pretraining.THREADS)

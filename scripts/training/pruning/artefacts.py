@@ -20,7 +20,7 @@ from laguna_serve.plugins.pruning import (
     narrow_scores,
     rank_groups,
 )
-from laguna_serve.serving.kit.files import write_stream
+from laguna_serve.serving.kit.files import write_stream, write_text
 from laguna_serve.serving.kit.results import to_json
 
 RATIOS = (0.10, 0.25, 0.40)
@@ -116,7 +116,7 @@ def write_artefacts(out: Path, files: Mapping[str, npt.NDArray[Any]]) -> dict[st
 
 def write_manifest(out: Path, manifest: ScoresManifest) -> None:
     """Write MANIFEST.json beside the arrays."""
-    (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "MANIFEST.json", json.dumps(to_json(manifest), indent=1) + "\n")
 
 
 def hash_file(path: Path) -> str:

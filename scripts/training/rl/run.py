@@ -18,6 +18,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, read_target, requir
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
     Raises:
         CommandError: model, prompts or folder cannot be used, or the engine or its rollouts are not as they should be.
     """
+    check_out(config.out)
     folder = require_folder(config.model)
     prompts = read_prompts(config.prompts)
     if config.prompts_per_step > len(prompts.training):

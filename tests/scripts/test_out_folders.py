@@ -1,0 +1,40 @@
+"""A file in the place of --out is refused in one line before anything is measured, by every command with a folder."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+TOY = Path(__file__).resolve().parents[1] / "toy"
+NOBODY = ["--base-url", "http://127.0.0.1:1"]
+COMMANDS = {
+    "evals.code_tasks": NOBODY,
+    "evals.loss": [*NOBODY, "--text", str(TOY / "README.md")],
+    "evals.pruning_loss": ["--model", str(TOY / "teacher")],
+    "evals.invariance": ["--model", str(TOY / "teacher"), "--draft", str(TOY / "dflash")],
+    "scripts.score_experts": [str(TOY / "teacher")],
+    "scripts.pruning_curve": [str(TOY / "teacher"), "--masks", str(TOY / "masks")],
+    "scripts.grpo": ["--model", str(TOY / "teacher")],
+    "scripts.training.diffusion.toy": [],
+    "scripts.training.diffusion.prune": [str(TOY / "llada")],
+    "scripts.training.diffusion.distil": [str(TOY / "llada"), str(TOY / "llada-draft")],
+    "scripts.training.diffusion.calibrate": [str(TOY / "llada"), "--prompts", str(TOY / "prompts.jsonl")],
+}
+# Those that import torch before they look.
+SLOW = "diffusion"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if SLOW in name else []) for name in COMMANDS]
+)
+def test_a_file_in_the_place_of_out(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    module = importlib.import_module(f"laguna_serve.{name}")
+    for place in ("file", "file/below"):
+        assert module.main([*COMMANDS[name], "--out", str(tmp_path / place)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"expected a folder, got the file {tmp_path / 'file'}; choose another" in error
+    assert (tmp_path / "file").read_text() == "mine"
