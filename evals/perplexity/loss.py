@@ -158,7 +158,7 @@ async def _measure(config: LossConfig, source: Source, environment: Environment)
         endpoint=AskedEndpoint(endpoint.model_name, endpoint.root, endpoint.max_model_len),
         data=_describe_data(source, cut),
         loss=mean,
-        perplexity=Bounded(math.exp(mean.nats_per_token), mean.ci95 and [math.exp(bound) for bound in mean.ci95]),
+        perplexity=_find_perplexity(mean),
         bits_per_byte=_find_bits(source, cut, mean),
     )
 
@@ -204,6 +204,14 @@ def _describe_data(source: Source, cut: Cut) -> Data:
         text_tokens=cut.text_tokens if is_text else msgspec.UNSET,
         text_bytes=source.text_bytes if is_text else msgspec.UNSET,
     )
+
+
+def _find_perplexity(mean: Mean) -> Bounded:
+    try:
+        return Bounded(math.exp(mean.nats_per_token), mean.ci95 and [math.exp(bound) for bound in mean.ci95])
+    except OverflowError:
+        got = f"{mean.nats_per_token:g} nats a token"
+        raise RowsError(f"loss: expected one whose perplexity is a number, got {got}; is the model sound?") from None
 
 
 def _find_bits(source: Source, cut: Cut, mean: Mean) -> Bounded | None:
