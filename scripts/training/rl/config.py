@@ -12,6 +12,7 @@ import msgspec
 from laguna_serve.scripts.training.rl.refresh.notes import RefreshRun
 from laguna_serve.scripts.training.rl.steps import GrpoRun
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,6 +86,9 @@ class GrpoConfig:
         check_bounds(self)
         if self.refresh_drafter and self.draft is None:
             raise FlagError("--refresh-drafter: expected --draft with it, got none; name the drafter to begin with")
+        for flag, rate in (("--lr", self.lr), ("--refresh-lr", self.refresh_lr)):
+            if not 0 <= rate < 1:
+                raise FlagError(f"{flag}: expected a rate from 0 to less than 1, got {rate}")
         if self.greedy_share > 1:
             raise FlagError(f"--greedy-share: expected 0 to 1, got {self.greedy_share}")
         if self.gamma == ADAPTIVE and self.draft is None:
@@ -124,6 +128,7 @@ class GrpoConfig:
             dtype=self.dtype,
             seed=self.seed,
             prompts=os.path.relpath(self.prompts),
+            prompts_sha256=fingerprint(str(self.prompts)),
             replay_experts=self.replay_experts,
             importance_cap=self.importance_cap,
             drop_beyond=self.drop_beyond,

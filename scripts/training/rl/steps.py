@@ -92,6 +92,7 @@ class GrpoRun(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     seed: int
     prompts: str
+    prompts_sha256: str | msgspec.UnsetType = msgspec.UNSET
     replay_experts: bool | msgspec.UnsetType = msgspec.UNSET
     importance_cap: float | msgspec.UnsetType = msgspec.UNSET
     drop_beyond: float | msgspec.UnsetType | None = msgspec.UNSET

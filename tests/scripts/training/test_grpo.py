@@ -16,12 +16,14 @@ from mock_engine import MockEngine, Settings
 from warm import run_warm
 
 from laguna_serve.scripts.training.rl import run
+from laguna_serve.scripts.training.rl.config import GrpoConfig
 from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
 from laguna_serve.scripts.training.rl.off_policy.mismatch import TrainerMismatch, watch_routers
 from laguna_serve.scripts.training.rl.policy import CLIP, find_advantages, find_logprobs, find_loss, make_batch
 from laguna_serve.scripts.training.rl.rollouts import Rollout, sample_groups
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
+from laguna_serve.serving.kit.flags import FlagError
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -183,6 +185,23 @@ def test_prompts_are_texts_with_separators_of_lines_in_them(tmp_path: Path) -> N
         path.write_text(f'{{"id": "a:1", "prompt": {wrong}}}\n')
         with pytest.raises(CheckpointError, match=r"the prompt .* of a:1"):
             run.read_prompts(path)
+
+
+def test_other_prompts_are_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "a:1", "prompt": "x"}')
+    config = GrpoConfig(model="m", out=tmp_path, prompts=path)
+    before = config.decisive
+    assert config.decisive == before
+    path.write_text('{"id": "a:1", "prompt": "y"}')
+    assert config.decisive != before
+
+
+@pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "refresh_lr"])
+def test_rates_from_which_nothing_comes_back_are_refused(tmp_path: Path, name: str, rate: float) -> None:
+    with pytest.raises(FlagError, match=f"--{name.replace('_', '-')}: expected "):
+        GrpoConfig(model="m", out=tmp_path, **{name: rate})  # type: ignore[arg-type]
 
 
 def test_a_file_is_on_one_side() -> None:
