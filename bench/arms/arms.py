@@ -10,6 +10,7 @@ from pathlib import Path
 
 from laguna_serve.serving.client.completions import list_models, open_session
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.engine.figures import EngineFigures, read_figures
 from laguna_serve.serving.machine.device import find_device, find_vllm
@@ -89,7 +90,7 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
     """
     if spec.config is None:
         assert spec.url is not None
-        yield Arm(spec, spec.url, spec.model_name)
+        yield Arm(spec, find_root(spec.url), spec.model_name)
         return
     announce(f"starting the {spec.name}: {spec.label}")
     log_path = out / f"{spec.name}.log"

@@ -22,6 +22,7 @@ from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.problems.template import TemplateFields, Thinking, make_template
 from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
@@ -184,7 +185,7 @@ async def describe_target(config: SuitesConfig) -> tuple[Target, str]:
         SuiteError: it serves no model of that name, or does not say how long a prompt may be.
     """
     assert config.base_url is not None
-    base_url = config.base_url.rstrip("/").removesuffix("/v1")
+    base_url = find_root(config.base_url)
     models = await _list_models(base_url)
     name = config.model or next(iter(models), None)
     if name is None or name not in models:

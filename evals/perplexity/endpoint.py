@@ -18,6 +18,7 @@ from laguna_serve.evals.perplexity.rows import Row
 from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 # In place of −∞, which JSON does not have, vLLM answers this.
@@ -41,7 +42,7 @@ class ScoringEndpoint:
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, headers: Mapping[str, str]) -> None:
         self._session = session
-        self._url = base_url.rstrip("/").removesuffix("/v1")
+        self._url = find_root(base_url)
         self._headers = headers
         self.model_name = ""
         self.root: str | None = None

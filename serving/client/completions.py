@@ -18,6 +18,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 # A request that says nothing for this long is dead, not slow.
@@ -56,8 +57,8 @@ class Client:
         sampling: RequestFields | None = None,
     ) -> None:
         self._session = session
-        self._url = base_url.rstrip("/") + self.ROUTE
-        self._renderer = base_url.rstrip("/") + "/tokenize"
+        self._url = find_root(base_url) + self.ROUTE
+        self._renderer = find_root(base_url) + "/tokenize"
         self._rendered: dict[str, list[int]] = {}
         self._body: JsonObject = {
             "model": model_name,
@@ -214,7 +215,7 @@ async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str
     Raises:
         EndpointError: nothing answers there, or what answers is no OpenAI-compatible server.
     """
-    url = base_url.rstrip("/") + "/v1/models"
+    url = find_root(base_url) + "/v1/models"
     try:
         async with session.get(url) as response:
             response.raise_for_status()

@@ -17,6 +17,7 @@ import msgspec
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
+from laguna_serve.serving.client.urls import find_root
 
 SETTLE_S = 5.0
 POLL_S = 0.05
@@ -118,7 +119,7 @@ async def scrape_denoising_steps(session: aiohttp.ClientSession, base_url: str) 
 
 
 async def _fetch_metrics(session: aiohttp.ClientSession, base_url: str) -> str:
-    url = base_url.rstrip("/") + "/metrics"
+    url = find_root(base_url) + "/metrics"
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30.0)) as response:
             response.raise_for_status()

@@ -15,6 +15,7 @@ import openai
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import RequestFields
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 Form = Literal["chat", "completion"]
@@ -53,8 +54,7 @@ class Endpoint:
     def __init__(
         self, base_url: str, *, model: str | None = None, api_key: str | None = None, retries: int = 2
     ) -> None:
-        root = base_url.rstrip("/")
-        self.base_url = root if root.endswith("/v1") else root + "/v1"
+        self.base_url = find_root(base_url) + "/v1"
         self.model = model or ""
         self._client = openai.AsyncOpenAI(
             base_url=self.base_url, api_key=api_key or "none", max_retries=retries, timeout=TIMEOUT_S

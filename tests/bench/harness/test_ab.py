@@ -72,6 +72,12 @@ def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, t
     assert sorted(item["first"] for item in whole["speedup"]["per_round"]) == ["baseline"] * 5 + ["candidate"] * 5
 
 
+def test_urls_may_end_as_openais_clients_want_them(prompts_file: Path, tmp_path: Path) -> None:
+    with MockEngine() as ours, MockEngine() as theirs:
+        urls = ["--baseline-url", f"{ours.url}/v1", "--candidate-url", f"{theirs.url}/v1/"]
+        assert ab.main([*urls, *common_flags(prompts_file, tmp_path), "--control", "0"]) == 0
+
+
 def test_rounds_pair_prompts_sent_together(run_ab: RunAb) -> None:
     status, result, output = run_ab(Settings(), Settings(), "--concurrency", "4")
     assert status == 1

@@ -22,6 +22,7 @@ from laguna_serve.serving.client.completions import find_model_name, open_sessio
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.client.traffic import TrafficRecord
+from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
@@ -108,7 +109,7 @@ def generate(
     """
     missing = find_missing(asks, journal)
     if missing:
-        asyncio.run(_generate(missing, how, journal, base_url.rstrip("/").removesuffix("/v1"), model, progress))
+        asyncio.run(_generate(missing, how, journal, find_root(base_url), model, progress))
 
 
 def generate_with_engine(
