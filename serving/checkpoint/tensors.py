@@ -4,8 +4,8 @@ vLLM 0.32 does not miss a linear layer's, an embedding's or the output layer's w
 over every module with a quantisation method, which the unquantised ones have, too): it serves what lay in memory.
 Training that ties the output layer to the embedding leaves it out, and a merge that was broken off leaves out more.
 
-Names differ between formats, so that layers are held against each other: each has the modules that the others of its
-kind have.
+Names differ between formats, so that layers are held against each other: each has the projections, norms and routers
+that the others of its kind have.  What a quantiser adds to some layers and not to others is its own affair.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.checkpoint.weight_files import FETCH, check_file, list_weights
 
 LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
+EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")
 ENDS = ("embed_tokens", "norm", "lm_head")
 
 
@@ -52,7 +53,8 @@ def _list_lacking(target: Target, names: Iterable[str]) -> list[str]:
     """List what a layer lacks that another one of its kind has."""
     found: dict[int, set[str]] = defaultdict(set)
     for name in names:
-        if (match := LAYERED.fullmatch(name)) is not None and not (target.pruned and ".experts." in name):
+        match = LAYERED.fullmatch(name)
+        if match and EVERYWHERE.fullmatch(match[2]) and not (target.pruned and ".experts." in name):
             found[int(match[1])].add(match[2])
     usual: dict[str, set[str]] = defaultdict(set)
     for index, kind in enumerate(target.mlp_kinds):

@@ -42,6 +42,12 @@ def test_published_releases_lack_nothing(name: str) -> None:
     assert list_missing(read_target(Path(folder(name))), read_tensors(name)) == []
 
 
+def test_what_a_quantiser_adds_to_one_layer_is_missed_in_none(teacher: Path) -> None:
+    names = list(load_file(teacher / "model.safetensors"))
+    extra = ["model.layers.2.self_attn.k_scale", "model.layers.2.mlp.smooth.scales"]
+    assert list_missing(read_target(teacher), [*names, *extra]) == []
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
