@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.serving.client.completions import list_models, open_session
+from laguna_serve.serving.client.completions import find_root, list_models, open_session
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.engine.figures import EngineFigures, read_figures
 from laguna_serve.serving.machine.device import find_device, find_vllm

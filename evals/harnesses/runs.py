@@ -20,9 +20,8 @@ from laguna_serve.evals.harnesses.settings import Suite, SuiteError, choose_suit
 from laguna_serve.evals.harnesses.table import SuitesResult, merge, render_markdown
 from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.problems.template import TemplateFields, Thinking, make_template
-from laguna_serve.serving.client.completions import open_session
+from laguna_serve.serving.client.completions import find_root, open_session
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds

@@ -17,8 +17,8 @@ import aiohttp
 from laguna_serve.evals.perplexity.rows import Row
 from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.closed_loop import run_closed_loop
+from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 # In place of −∞, which JSON does not have, vLLM answers this.

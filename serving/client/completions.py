@@ -18,7 +18,6 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 # A request that says nothing for this long is dead, not slow.
@@ -27,6 +26,11 @@ SILENCE_S = 600.0
 KEEPALIVE_S = 3.0
 NONE: RequestFields = {}
 Decoded = TypeVar("Decoded")
+
+
+def find_root(url: str) -> str:
+    """Find where a server's paths begin: without the slash at the end, and the /v1 that OpenAI's clients want."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def open_session() -> aiohttp.ClientSession:

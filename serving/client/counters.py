@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
-from laguna_serve.serving.client.urls import find_root
 
 SETTLE_S = 5.0
 POLL_S = 0.05

@@ -13,9 +13,9 @@ from typing import Literal
 
 import openai
 
+from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import RequestFields
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.kit.results import JsonObject
 
 Form = Literal["chat", "completion"]

@@ -18,11 +18,10 @@ import msgspec
 
 from laguna_serve.scripts.training.drafter.data.records import Prompt, hash_prompt
 from laguna_serve.serving.client.closed_loop import run_closed_loop
-from laguna_serve.serving.client.completions import find_model_name, open_session
+from laguna_serve.serving.client.completions import find_model_name, find_root, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.client.traffic import TrafficRecord
-from laguna_serve.serving.client.urls import find_root
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
