@@ -224,7 +224,11 @@ class Connection(asyncio.Protocol):
         if self._head_bytes is not None:
             self._headers = []
         elif self._receiver is not None:
-            self._complete(reusable=self._framed and self._parser is not None and self._parser.should_keep_alive())
+            self._complete(reusable=self._parser is not None and self._is_reusable(self._parser))
+
+    def _is_reusable(self, parser: httptools.HttpResponseParser) -> bool:
+        """Whether the server keeps the connection; behind the 500 of an exception uvicorn closes it without a word."""
+        return self._framed and parser.should_keep_alive() and parser.get_status_code() != 500
 
     def _complete(self, *, reusable: bool = False) -> None:
         receiver = self._release()

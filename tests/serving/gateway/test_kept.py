@@ -41,7 +41,7 @@ def take_request(peer: socket.socket) -> None:
         data += peer.recv(4096)
 
 
-async def keep(listener: socket.socket) -> tuple[Origin, socket.socket]:
+async def keep(listener: socket.socket, answer: bytes = ANSWER) -> tuple[Origin, socket.socket]:
     """A connection that has had its first answer, and the engine's end of it."""
     origin = Origin(f"http://127.0.0.1:{listener.getsockname()[1]}")
     connection = await origin.connect(5.0)
@@ -49,7 +49,7 @@ async def keep(listener: socket.socket) -> tuple[Origin, socket.socket]:
     told = Told()
     connection.request(REQUEST, told, Waits(), bodiless=False)
     await asyncio.to_thread(take_request, peer)
-    peer.sendall(ANSWER)
+    peer.sendall(answer)
     assert await asyncio.wait_for(told.end, 5) is None
     return origin, peer
 
@@ -60,6 +60,20 @@ def on_a_kept_connection(steps: Any) -> None:
             origin, peer = await keep(listener)
             with peer:
                 await steps(origin, peer)
+            origin.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("status", "is_kept"), [(b"200 OK", True), (b"429 Too Many", True), (b"500 Error", False)])
+def test_connection_is_not_kept_behind_an_exception(status: bytes, is_kept: bool) -> None:
+    """The server closes it a moment later, perhaps with the next request already received."""
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            origin, peer = await keep(listener, ANSWER.replace(b"200 OK", status))
+            with peer:
+                assert (origin.take() is not None) == is_kept
             origin.close()
 
     asyncio.run(run())
