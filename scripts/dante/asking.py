@@ -15,7 +15,7 @@ import numpy as np
 
 from laguna_serve.scripts.training.dante.records import CacheRecord, Prompt
 from laguna_serve.serving.client.closed_loop import run_closed_loop
-from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.errors import EndpointError, RefusedError
 from laguna_serve.serving.client.openai_endpoint import VERSION_HEADERS, Answer, Endpoint, Form
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 from laguna_serve.serving.kit.journal import Journal
@@ -119,10 +119,11 @@ def ask_teacher(
     concurrency: int,
     progress: Progress,
 ) -> None:
-    """Ask for what the journal lacks; a prompt's answers go into it together.
+    """Ask for what the journal lacks; a prompt's answers go into it together, none of a prompt that is refused.
 
     Raises:
-        EndpointError: the endpoint does not answer, gives no log-probabilities, or serves another teacher than before.
+        EndpointError: the endpoint does not answer, refuses every prompt, gives no log-probabilities, or serves another
+            teacher than before.
     """
     have = {msgspec.json.encode(answer.prompt) for answer in journal.entries}
     missing = [prompt for prompt in prompts if msgspec.json.encode(prompt) not in have]
@@ -141,6 +142,7 @@ async def _ask_all(
 ) -> None:
     progress.begin()
     done = 0
+    refused: list[RefusedError] = []
     async with Endpoint(base_url, model=model, api_key=os.environ.get(KEY_VARIABLE), retries=4) as endpoint:
         others = {answer.teacher for answer in journal.entries} - {endpoint.model}
         if others:
@@ -151,6 +153,8 @@ async def _ask_all(
             nonlocal done
             try:
                 journal.append(await _ask(endpoint, prompt, manner))
+            except RefusedError as error:
+                refused.append(error)
             except EndpointError as error:
                 begins = msgspec.json.encode(prompt)[:60].decode(errors="replace")
                 raise EndpointError(f"{error}; what was asked begins {begins}") from None
@@ -158,6 +162,10 @@ async def _ask_all(
             progress.step("asked", done, len(prompts))
 
         await run_closed_loop(prompts, concurrency, work)
+    if refused and not journal.entries:
+        raise refused[0]
+    if refused:
+        progress.say(f"{len(refused)} of {len(prompts)} prompts were refused, and are left out: {refused[0]}")
 
 
 async def _ask(endpoint: Endpoint, prompt: Prompt, manner: Manner) -> Said:

@@ -14,7 +14,7 @@ from typing import Literal
 import openai
 
 from laguna_serve.serving.client.completions import find_root
-from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.errors import EndpointError, RefusedError
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -116,7 +116,9 @@ class Endpoint:
                 given = completion.choices[0].logprobs
                 likeliest = [list((step or {}).values()) for step in (given and given.top_logprobs) or ()]
         except openai.OpenAIError as error:
-            raise EndpointError(f"{self.base_url}: {_describe(error)}") from error
+            refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+            kind = RefusedError if refused else EndpointError
+            raise kind(f"{self.base_url}: {_describe(error)}") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {type(error).__name__}") from error
         versions = {name: headers[name] for name in VERSION_HEADERS if name in headers}

@@ -62,7 +62,9 @@ class Teacher(MockServer):
         body: dict[str, Any] = await request.json()
         self.bodies.append(body)
         if self._breaks is not None and len(self.bodies) > self._breaks:
-            raise web.HTTPBadRequest(text="no more")
+            raise web.HTTPForbidden(text="no more")
+        if "too long" in json.dumps(body):
+            raise web.HTTPBadRequest(text="longer than the context")
         return body
 
     def _say(self, choice: dict[str, Any], body: dict[str, Any]) -> web.Response:
@@ -128,6 +130,23 @@ def test_same_command_asks_for_what_is_missing_alone(config: CacheConfig, tmp_pa
     assert len(list(config.out.glob("shard-*"))) == 2
     with Teacher() as teacher, pytest.raises(RunDirError, match="another one's"):
         make_cache(replace(single, endpoint=teacher.url, max_tokens=8))
+
+
+def test_prompts_that_the_teacher_refuses_are_left_out(
+    config: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Teacher() as teacher:
+        some = replace(config, endpoint=teacher.url, prompts=write_prompts(tmp_path, "one", "too long", "three"))
+        result = make_cache(some)
+        assert (result.prompts, result.refused, result.records) == (3, 1, 2)
+        assert [record.prompt for record in read_cache(config.out)] == ["one", "three"]
+        said = capsys.readouterr().err
+        assert "1 of 3 prompts were refused, and are left out: " in said
+        assert "longer than the context" in said
+        assert make_cache(some).refused == 1
+        none = replace(some, prompts=write_prompts(tmp_path, "too long", "far too long"), out=tmp_path / "none")
+        with pytest.raises(EndpointError, match="longer than the context"):
+            make_cache(none)
 
 
 def test_another_teacher_does_not_go_on_with_a_cache(config: CacheConfig, tmp_path: Path) -> None:
