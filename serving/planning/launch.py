@@ -180,7 +180,7 @@ def check_launch(config: EngineConfig) -> Checkpoints:
             if folder is not None:
                 complete = os.path.isdir(os.path.expanduser(name))
                 require_weights(folder, complete=complete)
-                if complete and name == config.model and checkpoints.target is not None:
+                if complete and name == config.model and checkpoints.target is not None and checkpoints.other is None:
                     require_tensors(checkpoints.target, folder)
                     _require_tokenizer(config, folder)
     return checkpoints

@@ -78,3 +78,13 @@ def test_model_without_a_tokenizer_is_refused_unless_one_is_named(teacher: Path)
     ):
         check_launch(EngineConfig(str(teacher)))
     check_launch(EngineConfig(str(teacher), extra_args=("--tokenizer", str(TOY / "teacher"))))
+
+
+def test_files_of_other_families_are_vllms_to_judge(tmp_path: Path) -> None:
+    """They tie, name and tokenize in ways of their own."""
+    shutil.copy(TOY / "teacher" / "model.safetensors", tmp_path)
+    shape = {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128_256}
+    sizes = {"hidden_size": 2048, "intermediate_size": 11_008, "max_position_embeddings": 65_536}
+    config = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "dtype": "bfloat16", **shape, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert check_launch(EngineConfig(str(tmp_path))).other == "SmolLM3ForCausalLM"
