@@ -3,7 +3,8 @@
 An update is one broadcast after the other, each to every replica that has joined: who is there, hold, load, release.
 Where one of them cannot load, all that were touched load what they had before. A replica that does not answer is struck
 off: at its next health check it hears that it is not known, says that it is not well, and Ray replaces it. So is every
-one that this process does not know after it was itself started again in the middle of an update.
+one that this process does not know after it was itself started again in the middle of an update.  Weights that no
+replica has taken never become those of now: it might be that none can.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -25,11 +26,12 @@ from laguna_serve.serving.cluster.replica import as_new
 from laguna_serve.serving.kit.files import write_json
 
 SCHEMA = "laguna_serve.cluster_weights/1"
+NOBODY = {"replicas": "expected one that takes the weights, got none that answers; ask again when there is one"}
 # A replica that is not there, and has not asked whether it may go on for so long, has ended: it asks every two seconds.
 # One that has just joined is not listed by Ray yet.  Requests are not held meanwhile.
 SILENT_S = 10.0
 # For one that was there to answer in the middle of an update, when requests are held.
-MISSING_S = 3.0
+MISSING_S = 10.0
 RETRY_S = 0.25
 STEP_TIMEOUT_S = 900.0
 
@@ -102,6 +104,8 @@ class WeightKeeper:
             now, seconds = self._versions[model], round(time.monotonic() - started, 3)
             return UpdateReport(outcome, model, now.weight_version, now.draft_version, took_part, seconds, dict(errors))
 
+        if not took_part:
+            return report("unchanged", NOBODY)
         if errors := await self._call(model, "hold", mode):
             await self._call(model, "release", before.epoch)
             return report("unchanged", errors)
@@ -112,9 +116,13 @@ class WeightKeeper:
             new.draft_update,
             after.draft_version if new.draft_update else None,
         )
-        if not (errors := await self._call(model, "load", given)):
-            self._versions[model] = after
-            write_versions(self._file, self._versions)
+        errors = await self._call(model, "load", given)
+        if not self._members[model]:
+            # Whether they can be loaded is not known, and those struck off may have either: none may go on.
+            self._settle(model, replace(before, epoch=after.epoch))
+            return report("reduced", NOBODY)
+        if not errors:
+            self._settle(model, after)
             lost = await self._call(model, "release", after.epoch)
             self._strike_off(model, lost)
             return report("updated", lost)
@@ -130,6 +138,10 @@ class WeightKeeper:
         lost = await self._call(model, "release", before.epoch)
         self._strike_off(model, lost)
         return report("reduced" if failed or lost else "rolled_back", errors | failed | lost)
+
+    def _settle(self, model: str, version: Version) -> None:
+        self._versions[model] = version
+        write_versions(self._file, self._versions)
 
     async def _call(self, model: str, method: str, argument: object) -> dict[str, str]:
         """Have every replica that has joined do something, once; what went wrong, by replica.

@@ -46,7 +46,7 @@ class AnswerHead:
 class Version:
     """Weights of a model and its drafter, as bodies of `/update_weights`; without bodies the checkpoint's own.
 
-    `epoch` counts updates that all replicas took, so that a name may be given twice.
+    `epoch` counts updates that all replicas took, so that a name may be given twice, and those in which all were lost.
     """
 
     epoch: int = 0

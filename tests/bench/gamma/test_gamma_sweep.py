@@ -182,7 +182,7 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
         (["--draft-sampling", "probabilistic"], "--draft-sampling probabilistic: expected --temperature beside it"),
         (
             ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
-            "and --adaptive: expected none with URLs",
+            "and --beyond-block: expected none with URLs",
         ),
         (
             [

@@ -239,7 +239,7 @@ def test_shares_are_those_of_single_masks(tmp_path: Path, capsys: pytest.Capture
             ["--shares", "0.1", "--random-mask", "0.2", "--dry-run"],
             "--shares: expected no other mask, got --random-mask",
         ),
-        (["--shares", "0.1,x", "--dry-run"], "expected values separated by commas, got '0.1,x'"),
+        (["--shares", "0.1,x", "--dry-run"], "--shares: expected a finite number, got 'x'"),
     ],
 )
 def test_unfit_shares_are_refused(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:

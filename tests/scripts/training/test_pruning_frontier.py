@@ -207,7 +207,7 @@ def test_unfit_input_is_refused(tiny: Path, tmp_path: Path) -> None:
     for path, message in (
         (flat, r"expected integers \[rows, tokens\], got int64 \[100\]"),
         (foreign, "expected token ids below 512"),
-        (tmp_path / "none.npy", "expected token ids"),
+        (tmp_path / "none.npy", "expected a NumPy file, got none"),
     ):
         with pytest.raises(PruningError, match=message):
             measure_frontier(configure(tiny, tmp_path / "out", tokens=path))

@@ -138,6 +138,24 @@ def test_one_that_dies_in_the_middle_keeps_nobody(tmp_path: Path, monkeypatch: p
     assert asyncio.run(keeper.list_members("m")) == ["a"]
 
 
+def test_weights_that_nobody_took_are_not_those_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MISSING_S", 0.1)
+    only = FakeReplica("a")
+    keeper = start(tmp_path, only)
+    take = only.take
+
+    def die(method: str, *rest: Any) -> Reply | ReplicaState:
+        only.dead = method == "hold"
+        return take(method, *rest)
+
+    only.take = die  # type: ignore[method-assign]
+    report = asyncio.run(keeper.update("m", NEW))
+    assert (report.outcome, report.weight_version, list(report.errors)) == ("reduced", "default", ["replicas"])
+    assert not asyncio.run(keeper.confirm("m", "a", 0)), "it may have loaded them"
+    assert read_versions(tmp_path / "weights.json")["m"] == Version(epoch=1, update=[], draft_update=[])
+    assert asyncio.run(keeper.update("m", NEW)).outcome == "unchanged"
+
+
 def test_one_that_ray_does_not_list_yet_is_waited_for(tmp_path: Path) -> None:
     first, late = FakeReplica("a"), FakeReplica("b")
     keeper = start(tmp_path, first, late)
