@@ -89,7 +89,7 @@ class CacheResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
 
     Attributes:
         prompts: lines of the file; those that occur again, overlap a problem or get no answer are not in `records`.
-        refused: that the teacher does not take, as they are longer than its context, say.
+        empty: that the teacher says nothing to, or does not take, as they are longer than its context, say.
         contaminated_prompts, contaminated_answers: that share 13 words in a row with a problem.
         cut_off: records whose answer ended at --max-tokens.
         weight_versions: of the teacher, and how many records are of each.
@@ -103,7 +103,6 @@ class CacheResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
     contaminated_prompts: int
     contaminated_answers: int
     empty: int
-    refused: int = 0
     records: int
     cut_off: int
     shards: int
@@ -135,7 +134,6 @@ def make_cache(config: CacheConfig) -> CacheResult:
     known = read_grams(config.evaluations)
     clean = [prompt for prompt in prompts if known.isdisjoint(list_grams(join_text(prompt)))]
     said = _ask(config, clean)
-    refused = len(clean) - len(said)
     spoken = [answer for answer in said if answer.text]
     kept = [answer for answer in spoken if known.isdisjoint(list_grams(answer.text))]
     if not kept:
@@ -152,8 +150,7 @@ def make_cache(config: CacheConfig) -> CacheResult:
         duplicates=len(every) - len(prompts),
         contaminated_prompts=len(prompts) - len(clean),
         contaminated_answers=len(spoken) - len(kept),
-        empty=len(said) - len(spoken),
-        refused=refused,
+        empty=len(clean) - len(spoken),
         records=len(records),
         cut_off=sum(record.is_cut_off for record in records),
         shards=shards,
@@ -181,7 +178,6 @@ def format_cache(result: CacheResult) -> str:
             ("overlap with a problem: prompt", f"{result.contaminated_prompts}"),
             ("overlap with a problem: answer", f"{result.contaminated_answers}"),
             ("without an answer", f"{result.empty}"),
-            ("refused by the teacher", f"{result.refused}"),
             ("records", f"{result.records}"),
             ("of them cut off", f"{result.cut_off}"),
         ],

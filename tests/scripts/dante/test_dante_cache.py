@@ -138,12 +138,12 @@ def test_prompts_that_the_teacher_refuses_are_left_out(
     with Teacher() as teacher:
         some = replace(config, endpoint=teacher.url, prompts=write_prompts(tmp_path, "one", "too long", "three"))
         result = make_cache(some)
-        assert (result.prompts, result.refused, result.records) == (3, 1, 2)
+        assert (result.prompts, result.empty, result.records) == (3, 1, 2)
         assert [record.prompt for record in read_cache(config.out)] == ["one", "three"]
         said = capsys.readouterr().err
         assert "1 of 3 prompts were refused, and are left out: " in said
         assert "longer than the context" in said
-        assert make_cache(some).refused == 1
+        assert make_cache(some).empty == 1
         none = replace(some, prompts=write_prompts(tmp_path, "too long", "far too long"), out=tmp_path / "none")
         with pytest.raises(EndpointError, match="longer than the context"):
             make_cache(none)
