@@ -101,8 +101,8 @@ class Sent(BaseModel):
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])[1:-1]
-            raise PydanticCustomError("half", "expected whole characters, got {half} alone; send both halves or none",
-                                      {"half": half}) from None  # fmt: skip
+            message = "expected whole characters, got {half} alone; send both halves or none"
+            raise PydanticCustomError("half", message, {"half": half}) from None
         return value
 
 
