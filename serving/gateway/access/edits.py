@@ -22,6 +22,7 @@ PRIORITIES = ASKING | {"/v1/responses", "/v1/embeddings", "/pooling", "/classify
 ENDS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 ASK = b'"stream_options":{"include_usage":true},'
 EMPTY = re.compile(rb"\s*\}")
+USAGE = b'"usage"'
 # A larger number of a request is this one: vLLM takes no more than 64 bits.
 MOST_PRIORITY = 1 << 31
 
@@ -67,9 +68,10 @@ def put(body: bytes, asked: Asked, name: str, value: Any) -> bytes:
 
 
 def drop_usage(events: bytes) -> bytes:
-    """Drop the usage that was asked for in the client's place; `events` are whole, as `EventStream` hands them on."""
-    if b'"usage"' not in events:
-        return events
+    """Drop the usage that was asked for in the client's place; `events` are whole, as `EventStream` hands them on.
+
+    Without USAGE in them there is none.
+    """
     return b"".join(event for event in ENDS.split(events) if not is_usage(event))
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from laguna_serve.serving.gateway.access.edits import drop_usage
+from laguna_serve.serving.gateway.access.edits import USAGE, drop_usage
 from laguna_serve.serving.gateway.access.heads import add_headers
 from laguna_serve.serving.gateway.access.holder import Claim, Holder
 from laguna_serve.serving.gateway.counts.backlog import Backlog
@@ -250,7 +250,8 @@ class Exchange(Waiter):
                 if not data:
                     return
         self.recent = keep_usage(self.recent, data) if events is None else (self.recent[1], data)
-        if self.drops_usage and events is not None and not (data := drop_usage(data)):
+        # Most events have none, and a call for each would be a tenth of what it costs.
+        if self.drops_usage and events is not None and USAGE in data and not (data := drop_usage(data)):
             return
         if self.copy is not None:
             self.copy += data
