@@ -170,7 +170,15 @@ class DistillConfig:
         bool, Flag("say what memory, disk and time it takes, from config.json alone; read and write nothing")
     ] = False
     tflops: Annotated[float, Flag("--dry-run: a device's peak (default 989, an H100's in bf16)", metavar="T")] = 989.0
-    mfu: Annotated[float, Flag("--dry-run: share of it that is reached (default 0.3: assumed)", metavar="SHARE")] = 0.3
+    mfu: Annotated[
+        float, Flag("--dry-run: share of it that training a dense model reaches (default 0.33)", metavar="SHARE")
+    ] = 0.33
+    teacher_mfu: Annotated[
+        float, Flag("--dry-run: share of it that a sparse teacher reaches (default 0.2)", metavar="SHARE")
+    ] = 0.2
+    measure: Annotated[
+        bool, Flag("--dry-run: time a few layers on the device at hand instead, with random weights of this size")
+    ] = False
 
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""
@@ -182,8 +190,11 @@ class DistillConfig:
             raise FlagError("--curve-every: expected none with --fsdp, where no process has the whole student")
         if self.fsdp and self.moments != "float32":
             raise FlagError("--moments: expected float32 with --fsdp, which shares them out already, got 8bit")
-        if not (0 < self.mfu <= 1 and self.tflops > 0):
-            raise FlagError(f"--mfu, --tflops: expected a share and a rate, got {self.mfu} of {self.tflops}")
+        for flag, share in (("--mfu", self.mfu), ("--teacher-mfu", self.teacher_mfu)):
+            if not (0 < share <= 1 and self.tflops > 0):
+                raise FlagError(f"{flag}, --tflops: expected a share and a rate, got {share} of {self.tflops}")
+        if self.measure and not self.dry_run:
+            raise FlagError("--measure: expected --dry-run with it, got none; pass both")
         if self.accumulate > self.rows:
             raise FlagError(f"--accumulate: expected at most --rows {self.rows}, got {self.accumulate}; lower it")
 

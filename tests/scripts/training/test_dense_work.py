@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
 from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memory
+from laguna_serve.scripts.training.dense.plan.rates import Stopwatch, assume_rates, choose_layers
 from laguna_serve.scripts.training.dense.plan.sizes import read_sizes
 from laguna_serve.scripts.training.dense.plan.work import (
     count_student_flops,
+    count_student_layers,
     count_teacher_flops,
+    count_teacher_layers,
     mean_keys,
     plan_work,
 )
 from laguna_serve.scripts.training.dense.student import student_config
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import FlagError
 
 XS2 = Path(__file__).resolve().parents[2] / "fixtures" / "releases" / "Laguna-XS.2"
@@ -67,19 +72,70 @@ def test_hours_are_arithmetic_over_rate() -> None:
     given: dict[str, Any] = {"teacher": str(XS2), "out": Path("out"), "length": 2048, "rows": 16}
     sizes = read_sizes(XS2, {})
     beside = DistillConfig(**given, stage2_steps=100, stage1_steps=50)
-    first, second = plan_work(beside, sizes, (1, 8))
+    rates = assume_rates(beside)
+    first, second = plan_work(beside, sizes, (1, 8), rates)
     assert (first.tokens, second.tokens) == (50 * 16 * 2048, 100 * 16 * 2048)
-    assert second.hours["1"] == pytest.approx(second.flops / (989e12 * 0.3 * 3600))
+    taught = second.tokens * 3 * count_student_flops(sizes, 2048)
+    assert second.hours["1"] == pytest.approx((taught / 0.33 + (second.flops - taught) / 0.2) / (989e12 * 3600))
     assert second.hours["8"] == pytest.approx(second.hours["1"] / 8)
     lean = DistillConfig(**given, stage2_steps=100, stage1_steps=50, store=Path("s"), layerwise=True, stage1_batches=5)
-    read, store, taught = plan_work(lean, sizes, (1,))
-    assert store.flops + taught.flops == pytest.approx(second.flops)
+    read, store, alone = plan_work(lean, sizes, (1,), rates)
+    assert alone.flops == pytest.approx(taught)
+    assert store.flops + alone.flops == pytest.approx(second.flops)
     assert read.flops < first.flops
     again = DistillConfig(**given, stage2_steps=100, stage1_steps=50, store=Path("s"), checkpointing=True)
-    assert plan_work(again, sizes, (1,))[-1].flops == pytest.approx(taught.flops * 4 / 3)
-    assert "assumed, not measured" in format_plan(plan_memory(beside, XS2))
-    with pytest.raises(FlagError, match=r"--mfu, --tflops: expected a share and a rate, got 1\.5 of 989"):
-        DistillConfig(**given, mfu=1.5)
+    assert plan_work(again, sizes, (1,), rates)[-1].flops == pytest.approx(alone.flops * 4 / 3)
+    assert "33% of 989 TFLOP/s, sparse layers forward 20%, not measured here" in format_plan(plan_memory(beside, XS2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"mfu": 1.5}, r"--mfu, --tflops: expected a share and a rate, got 1\.5 of 989"),
+        ({"teacher_mfu": 0.0}, r"--teacher-mfu, --tflops: expected a share and a rate, got 0\.0 of 989"),
+        ({"measure": True}, r"--measure: expected --dry-run with it, got none"),
+    ],
+)
+def test_rates_that_mean_nothing_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        DistillConfig(teacher=str(XS2), out=Path("out"), **flags)
+
+
+LEAN: dict[str, Any] = {"store": Path("s"), "top_k": 4, "accumulate": 2, "checkpointing": True, "logit_chunk": 8}
+
+
+@pytest.mark.parametrize("flags", [{}, LEAN])
+def test_rates_are_of_all_layers_and_one_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    make_config(gating=True).save_pretrained(tmp_path)
+    sizes = read_sizes(tmp_path, {})
+    given = DistillConfig(
+        teacher=str(tmp_path), out=Path("out"), rows=3, length=16, dry_run=True, measure=True, **flags
+    )
+    chosen = choose_layers(sizes)
+    assert {sizes.target.attention_kinds[number] for number in chosen} == set(sizes.target.attention_kinds)
+    layers, tokens, passes = count_student_layers(sizes, 16), 3 * 16, 4 if flags else 3
+
+    def take(_self: Stopwatch, name: str, act: Callable[[], Any]) -> float:
+        """Run it, and say what a device takes that does 1e9 operations a second and spends 5 ms on every loss."""
+        act()
+        if "layers" not in name:
+            return 1.0
+        depth = int(name.split()[-2]) // len(chosen)
+        return 0.005 + depth * passes * sum(layers[number] for number in chosen) * tokens / 1e9
+
+    monkeypatch.setattr(Stopwatch, "time", take)
+    rates = plan_memory(given, tmp_path).rates
+    assert rates is not None
+    seconds = 0.005 + passes * sum(layers) * tokens / 1e9
+    assert rates.student == pytest.approx(passes * count_student_flops(sizes, 16) * tokens / seconds)
+    teacher = count_teacher_layers(sizes.target, 16)
+    assert rates.teacher == pytest.approx(sum(teacher[number] for number in chosen) * tokens)
+    assert "as measured on" in rates.source
+    monkeypatch.setattr(Stopwatch, "time", lambda *_: 1.0)
+    with pytest.raises(CommandError, match="expected more layers to take longer, got 1 s with"):
+        plan_memory(given, tmp_path)
 
 
 def test_shards_take_less_of_each_device() -> None:

@@ -14,8 +14,9 @@ from laguna_serve.scripts.training.dense.plan.memory import (
     plan_stage1,
     plan_stage2,
 )
+from laguna_serve.scripts.training.dense.plan.rates import assume_rates, measure_rates
 from laguna_serve.scripts.training.dense.plan.sizes import read_sizes
-from laguna_serve.scripts.training.dense.plan.work import WorkPlan, plan_work
+from laguna_serve.scripts.training.dense.plan.work import Rates, WorkPlan, plan_work
 from laguna_serve.scripts.training.dense.targets import HELD_OUT_BATCHES
 from laguna_serve.serving.kit.tables import Table
 
@@ -34,7 +35,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
         hidden: bytes on disk of hidden states, with --layerwise, on each number of devices.
         store: bytes on disk of the store, were every token the assistant's; 0 without one.
         work: tokens, arithmetic and hours of every stage.
-        mfu: share of a device's peak that the hours assume, and `tflops` the peak.
+        rates: of the device that the hours are for.
     """
 
     teacher_parameters: int
@@ -44,12 +45,15 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
     hidden: dict[str, int]
     store: int
     work: tuple[WorkPlan, ...] = ()
-    mfu: float = 0.0
-    tflops: float = 0.0
+    rates: Rates | None = None
 
 
 def plan_memory(config: DistillConfig, folder: Path) -> MemoryPlan:
-    """Say what a distillation takes on CUDA devices. Raises CommandError where the config cannot be used."""
+    """Say what a distillation takes on CUDA devices, its hours on the device at hand with --measure.
+
+    Raises:
+        CommandError: the config cannot be used, or the device has no room to measure.
+    """
     sizes, recipe = read_sizes(folder, dict(config.width)), config.recipe
     card = int(CARD_BYTES * (1 - RESERVE))
     beside = 0 if config.store else BF16 * sizes.teacher
@@ -69,6 +73,7 @@ def plan_memory(config: DistillConfig, folder: Path) -> MemoryPlan:
     hidden = {str(n): states * (n + 1) for n in DEVICES} if config.layerwise else {}
     batches = (recipe.stage2_batches or recipe.stage2_steps) + HELD_OUT_BATCHES
     store = batches * batch * place_bytes(config.top_k, sizes.target.vocab_size) if config.store else 0
+    rates = measure_rates(config, folder, sizes) if config.measure else assume_rates(config)
     return MemoryPlan(
         teacher_parameters=sizes.teacher,
         student_parameters=sizes.student,
@@ -76,9 +81,8 @@ def plan_memory(config: DistillConfig, folder: Path) -> MemoryPlan:
         stages=tuple(stages),
         hidden=hidden,
         store=store,
-        work=plan_work(config, sizes, DEVICES),
-        mfu=config.mfu,
-        tflops=config.tflops,
+        work=plan_work(config, sizes, DEVICES, rates),
+        rates=rates,
     )
 
 
@@ -124,5 +128,5 @@ def _format_work(plan: MemoryPlan) -> str:
         (w.stage, f"{w.tokens / 1e6:,.1f} M", f"{w.flops / 1e15:,.1f}", *(f"{w.hours[str(n)]:.2f}" for n in DEVICES))
         for w in plan.work
     ]
-    assumed = f"hours: at {plan.mfu:.0%} of {plan.tflops:g} TFLOP/s, which is assumed, not measured (--mfu, --tflops)"
-    return f"{Table('lrrrr', heads, rows).to_text()}\n{assumed}"
+    source = "not planned" if plan.rates is None else plan.rates.source
+    return f"{Table('lrrrr', heads, rows).to_text()}\nhours: {source}"
