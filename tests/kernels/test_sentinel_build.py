@@ -226,24 +226,6 @@ def test_tiles_of_an_emulated_amx(tmp_path: Path) -> None:
     assert done.stdout.split() == ["amx"]
 
 
-@pytest.mark.skipif(
-    not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"), reason="needs a compiler and qemu"
-)
-def test_paths_of_an_emulated_arm(tmp_path: Path) -> None:
-    compiler, check = "aarch64-linux-gnu-g++", Path(__file__).with_name("native_check.cpp")
-    units = {**building.PATHS["aarch64"], **dict.fromkeys(("driver", "pairs", "paths", "path_portable"), ())}
-    for name, flags in units.items():
-        source, made = str(building.SOURCES / f"{name}.cpp"), str(tmp_path / f"{name}.o")
-        subprocess.run([compiler, *building.STRICT, *flags, "-c", source, "-o", made], check=True)
-    made = [str(tmp_path / f"{name}.o") for name in units]
-    program = str(tmp_path / "check")
-    command = [compiler, "-std=c++17", "-O1", "-static", f"-I{building.SOURCES}", str(check), *made, "-o", program]
-    subprocess.run(command, check=True)
-    done = subprocess.run(["qemu-aarch64", "-cpu", "max", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.split() == ["neonbf16", "neon", "portable"]
-
-
 def test_plain_torch_computes_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for dtype, tolerance in TOLERANCE.items():

@@ -72,13 +72,25 @@ typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 inline vec4 add_halves(vec v) {
 #if defined(__AVX512F__)
-  typedef float vec8 __attribute__((vector_size(32)));
-  const vec8 by8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(by8, by8, 0, 1, 2, 3) + __builtin_shufflevector(by8, by8, 4, 5, 6, 7);
+  const __m512 whole = reinterpret_cast<__m512>(v);
+  const __m256 by8 = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+  return reinterpret_cast<vec4>(_mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1)));
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const __m256 whole = reinterpret_cast<__m256>(v);
+  return reinterpret_cast<vec4>(_mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1)));
 #else
   return v;
+#endif
+}
+
+// Four of the eight lanes of a and b.
+template <int I, int J, int K, int L>
+inline vec4 pick(vec4 a, vec4 b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I, J, K, L);
+#else
+  typedef int lanes __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, lanes{I, J, K, L});
 #endif
 }
 
@@ -88,9 +100,9 @@ inline void add_lanes(const vec* sums, float* out) {
   int i = 0;
   for (; i + 4 <= COUNT; i += 4) {
     const vec4 a = add_halves(sums[i]), b = add_halves(sums[i + 1]), c = add_halves(sums[i + 2]), d = add_halves(sums[i + 3]);
-    const vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const vec4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *reinterpret_cast<vec4*>(out + i) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const vec4 ab = pick<0, 4, 1, 5>(a, b) + pick<2, 6, 3, 7>(a, b);
+    const vec4 cd = pick<0, 4, 1, 5>(c, d) + pick<2, 6, 3, 7>(c, d);
+    *reinterpret_cast<vec4*>(out + i) = pick<0, 1, 4, 5>(ab, cd) + pick<2, 3, 6, 7>(ab, cd);
   }
   for (; i < COUNT; ++i) {
     const vec4 v = add_halves(sums[i]);
