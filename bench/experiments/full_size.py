@@ -286,4 +286,15 @@ PUBLISHED = (
         " 6.5 GiB of memory, 41.4 GiB of disk, 64 GiB read, by arithmetic",
         why="scores have been computed on CPUs alone; then which score prunes the real model best",
     ),
+    Step(
+        name="dense-hours",
+        part="published",
+        row=32,
+        by_hand="`python scripts/distill_dense.py tests/fixtures/releases/Laguna-XS.2 --length 2048 --rows 16"
+        " --accumulate 16 --layerwise --store logits --weights bfloat16 --checkpointing --logit-chunk 1024"
+        " --out student --dry-run --measure` (from a config alone, with some 10 GB of random weights)",
+        expected="about a third of the peak in stage 2 (torchtitan's Llama 3.1 8B on H100s), a fifth in the sparse"
+        " teacher; docs/dense.md says 8.2 hours on one H100 by these",
+        why="what distilling XS.2 takes, by what this code reaches",
+    ),
 )

@@ -14,7 +14,7 @@ from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
 from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memory
-from laguna_serve.scripts.training.dense.plan.rates import Stopwatch, assume_rates, choose_layers
+from laguna_serve.scripts.training.dense.plan.rates import PASSES, Stopwatch, assume_rates, choose_layers
 from laguna_serve.scripts.training.dense.plan.sizes import read_sizes
 from laguna_serve.scripts.training.dense.plan.work import (
     count_student_flops,
@@ -136,6 +136,13 @@ def test_rates_are_of_all_layers_and_one_head(
     monkeypatch.setattr(Stopwatch, "time", lambda *_: 1.0)
     with pytest.raises(CommandError, match="expected more layers to take longer, got 1 s with"):
         plan_memory(given, tmp_path)
+
+
+def test_first_call_is_not_timed() -> None:
+    calls: list[float] = []
+    seconds = Stopwatch(torch.device("cpu")).time("it", lambda: calls.append(0.0))
+    assert len(calls) == PASSES + 1
+    assert seconds >= 0
 
 
 def test_shards_take_less_of_each_device() -> None:
