@@ -167,6 +167,18 @@ class CostTable:
             curve = self._curves[bucket] = [curve[0], *accumulate(curve[1:], max)]
         return curve
 
+    def hope(self, requests: int, level: int) -> float:
+        """Return the time at a level as it is if rows go on to cost what they do at the levels that were measured.
+
+        What other numbers of requests say of it may be wrong, and is found out only where it is tried.
+        """
+        cells, curve = self._cells.get(find_bucket(requests), {}), self.curve(requests)
+        known = [(at, time) for at, time in _smooth(cells) if 0 < at < level]
+        if level in cells or len(known) < 2:
+            return curve[level]
+        (low, first), (high, last) = known[0], known[-1]
+        return min(curve[level], last + (last - first) / (high - low) * (level - high))
+
     def count(self, requests: int, level: int) -> int:
         """Count the measurements of a cell."""
         cell = self._cells.get(find_bucket(requests), {}).get(level)

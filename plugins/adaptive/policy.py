@@ -288,6 +288,7 @@ class Policy:
                 continue
             tokens = count + sum(sum(each[:width]) for each in prospect.survivals)
             hoped = verify[0] + (verify[-1] - verify[0]) * width / self.width
+            hoped = min(hoped, self.costs.verify.hope(count, width))
             hoped += draft[-1] * (width + 1) / (self.width + 1)
             if prospect.rate(tokens, hoped) <= rate:
                 continue

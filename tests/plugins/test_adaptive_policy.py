@@ -230,3 +230,42 @@ def test_one_cold_measurement_does_not_stand_against_many() -> None:
         table.observe(1, 2, 0.01)
     assert table.curve(1)[2] < 0.013
     assert table.curve(1)[1] <= table.curve(1)[2]
+
+
+def test_a_width_that_only_other_loads_speak_against_is_tried() -> None:
+    """Sixty requests at once pay little for a further row each; eight, measured beside other work, paid a lot."""
+
+    def take(requests: int, level: int) -> float:
+        each = 30e-3 if requests == 8 else 1e-3
+        return 0.02 + 6e-3 * bool(level) + each * level
+
+    policy, names = Policy(WIDTH), [str(number) for number in range(60)]
+    for name in names:
+        policy.add(name, "greedy")
+    for requests, levels in ((8, range(WIDTH + 1)), (60, range(4))):
+        for level in (*levels, *levels, *levels):
+            drafter_s = 5e-3 if level else 0.0
+            policy.observe_step(Measured(requests, level * requests, take(requests, level), level, drafter_s))
+    costs = policy.costs.verify
+    assert costs.curve(60)[6] > 1.3 * take(60, 6)
+    assert costs.hope(60, 6) == pytest.approx(take(60, 6), rel=0.02)
+    assert costs.hope(60, 3) == costs.curve(60)[3], "measured"
+    assert costs.hope(33, 6) == costs.curve(33)[6], "nothing measured for so many"
+    draw, widths = random.Random(0), []
+    for _ in range(600):
+        decision = policy.decide(names)
+        widths.append(decision.width)
+        level = round(decision.total / 60)
+        drafter_s = 5e-3 if level else 0.0
+        policy.observe_step(Measured(60, decision.total, take(60, level), decision.width, drafter_s))
+        drafted = dict(zip(names, decision.counts, strict=False))
+        policy.observe_drafts([(name, count, accept(draw, count)) for name, count in drafted.items()])
+    assert sum(width > 5 for width in widths[400:]) > 180
+
+
+def accept(draw: random.Random, drafted: int) -> int:
+    """Accept drafts in order, each with a chance of 0.8."""
+    for place in range(drafted):
+        if draw.random() > 0.8:
+            return place
+    return drafted
