@@ -27,6 +27,9 @@ CLUSTER = [
     for document in yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text())
 ]
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
+CACHE = "/home/laguna/.cache"
+# The services of compose.yaml that are engines.
+ENGINES = ("speculative", "plain")
 
 
 def list_commands() -> Iterator[list[str]]:
@@ -79,6 +82,36 @@ def test_mounted_files_are_there() -> None:
     assert [name for name in names if not (DEPLOY / "kubernetes" / name).is_file()] == []
     rules = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["rule_files"]
     assert [name for name in rules if not (DEPLOY / name).is_file()] == []
+
+
+def list_writable_mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Volumes of a service by where they are mounted, but those that are read-only."""
+    mounted = [volume.split(":") for volume in service.get("volumes", ()) if not volume.endswith(":ro")]
+    return {path: name for name, path in mounted}
+
+
+def test_engines_have_a_volume_each_for_caches_and_logs() -> None:
+    """Both listen on one port, each in a container of its own: in one folder they would write one log."""
+    volumes = [list_writable_mounts(COMPOSE["services"][name])[CACHE] for name in ENGINES]
+    assert len(set(volumes)) == 2
+    assert set(volumes) <= COMPOSE["volumes"].keys()
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("Containerfile.*")), ids=lambda path: path.suffix[1:])
+def test_images_have_the_folders_that_are_written_to(path: Path) -> None:
+    """A volume on a folder that an image has not is root's under Docker, and engines end with their log refused."""
+    before, _, _ = path.read_text().partition("\nUSER ")
+    made = re.findall(r"install --directory --owner laguna --group laguna (\S+)", before)
+    wanted = {m for service in COMPOSE["services"].values() for m in list_writable_mounts(service)}
+    wanted |= {m["mountPath"] for c in list_containers() for m in c["volumeMounts"] if not m.get("readOnly")}
+    assert made == [mount for mount in sorted(wanted) if mount.startswith("/home/")] == [CACHE]
+
+
+def test_models_that_compose_serves_by_itself_are_there() -> None:
+    text = (DEPLOY / "compose.yaml").read_text()
+    defaults = dict(re.findall(r"\$\{(\w+):-([^}]+)\}", text))
+    for name in (defaults["MODEL"], defaults["DRAFT"]):
+        assert (DEPLOY / defaults["MODELS"] / name / "config.json").is_file(), name
 
 
 @pytest.mark.parametrize("folder", [DEPLOY, DEPLOY / "kubernetes"], ids=["compose", "kubernetes"])
