@@ -114,6 +114,18 @@ def test_models_that_compose_serves_by_itself_are_there() -> None:
         assert (DEPLOY / defaults["MODELS"] / name / "config.json").is_file(), name
 
 
+def test_images_leave_out_checkpoints_and_what_was_built_here() -> None:
+    """What git does not keep, and the folder that the files' own commands keep checkpoints in."""
+    left_out = set((ROOT / ".dockerignore").read_text().splitlines())
+    assert ".*" in left_out
+    unkept = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    commands = "".join(path.read_text() for path in (*DEPLOY.glob("Containerfile.*"), DEPLOY / "compose.yaml"))
+    beside = set(re.findall(r"\$PWD/(\w+)", commands))
+    assert "models" in beside
+    for name in unkept | beside:
+        assert name.startswith(".") or {name, f"**/{name}"} & left_out, name
+
+
 @pytest.mark.parametrize("folder", [DEPLOY, DEPLOY / "kubernetes"], ids=["compose", "kubernetes"])
 def test_gateway_finds_its_engines_and_is_given_time_to_end(folder: Path) -> None:
     config = parse_config(tomllib.loads((folder / "gateway.toml").read_text()), "gateway.toml")
