@@ -6,7 +6,10 @@ The files' own forms are checked by scripts/deployment.sh.
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +127,36 @@ def test_images_leave_out_checkpoints_and_what_was_built_here() -> None:
     assert "models" in beside
     for name in unkept | beside:
         assert name.startswith(".") or {name, f"**/{name}"} & left_out, name
+
+
+def test_cpu_image_knows_where_torch_is() -> None:
+    """`torch==…+cpu` is not on pip's own index: without another one the build ends there."""
+    assert re.search(r"^torch==\S+\+cpu$", (ROOT / "scripts/requirements/cpu.lock").read_text(), re.MULTILINE)
+    assert re.search(r'^ARG INDEX="https://\S+"$', (DEPLOY / "Containerfile.cpu").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_gpu_image_holds_a_vllm_that_came_as_a_file(tmp_path: Path) -> None:
+    """In vLLM's image it did; the file's own command is run beside such a distribution."""
+    for name, version in (("torch", "9.8"), ("vllm", "9.7")):
+        about = tmp_path / f"{name}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (about / "RECORD").touch()
+    origin = {"url": "file:///dist/vllm-9.7-py3-none-any.whl", "archive_info": {}}
+    (tmp_path / "vllm-9.7.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    command = re.search(
+        r"^RUN python3 (-m pip .*) > /tmp/held.txt", (DEPLOY / "Containerfile.gpu").read_text(), re.MULTILINE
+    )
+    assert command is not None
+    held = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} {command[1]}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    ).stdout.splitlines()
+    assert {"torch==9.8", "vllm==9.7"} <= set(held)
 
 
 @pytest.mark.parametrize("folder", [DEPLOY, DEPLOY / "kubernetes"], ids=["compose", "kubernetes"])
