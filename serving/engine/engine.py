@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
 import psutil
 
-from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
+from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, find_value
 from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
@@ -35,6 +35,8 @@ POLL_S = 0.25
 ANNOUNCE_EVERY_S = 5.0
 # What vLLM gets to end by itself after SIGTERM (it takes one or two) before it is killed.
 STOP_GRACE_S = 10.0
+# vLLM's flag for how long requests in flight may go on after SIGTERM; without it they are cut off at once.
+SHUTDOWN_TIMEOUT = "--shutdown-timeout"
 # Beyond the grace, for processes that have been killed to disappear: on a starved machine the kernel takes its time.
 REAP_MARGIN_S = 120.0
 # What vLLM calls the processes without which its HTTP server is an empty shell (utils/system_utils.py of vLLM 0.32).
@@ -55,7 +57,8 @@ class Engine:
         log_path: what vLLM writes goes here; an earlier file is overwritten.  It may be deleted, or the disk full: the
             engine goes on (supervision/log_file.py).
         ready_timeout_s: how long the engine may take until it answers.
-        stop_grace_s: how long vLLM may take to end by itself before it is killed.
+        stop_grace_s: how long vLLM may take to end by itself before it is killed, beyond the --shutdown-timeout of its
+            configuration.
         base_url: "http://127.0.0.1:PORT", once entered.
         command: the vLLM command as started, once entered.
         model_name: what to send as "model".
@@ -77,7 +80,7 @@ class Engine:
         self.config = config
         self.log_path = log_path
         self.ready_timeout_s = ready_timeout_s
-        self.stop_grace_s = stop_grace_s
+        self.stop_grace_s = stop_grace_s + find_drain_s(config.extra_args)
         self.model_name = config.model_name
         self.base_url = ""
         self.command: list[str] = []
@@ -256,6 +259,12 @@ class Engine:
             return False
         finally:
             connection.close()
+
+
+def find_drain_s(arguments: Sequence[str]) -> float:
+    """Find how long vLLM lets requests go on after SIGTERM; what is no number of seconds it refuses by itself."""
+    given = find_value(arguments, SHUTDOWN_TIMEOUT) or ""
+    return float(given) if given.isdecimal() else 0.0
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from laguna_serve.serving.engine.engine import STOP_GRACE_S
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.config.listening import Server
 
@@ -175,6 +176,16 @@ def test_gateway_finds_its_engines_and_is_given_time_to_end(folder: Path) -> Non
     ]
     assert config.server.lame_duck_s >= 5
     assert pod["spec"]["terminationGracePeriodSeconds"] > patience + config.server.lame_duck_s
+
+
+def test_engines_are_given_the_time_that_vllm_is_given() -> None:
+    waits = [float(COMPOSE["services"][name]["stop_grace_period"].removesuffix("s")) for name in ENGINES]
+    pods = [
+        d["spec"]["template"]["spec"] for d in CLUSTER if d["kind"] == "Deployment" and d["metadata"]["name"] in ENGINES
+    ]
+    waits += [float(pod["terminationGracePeriodSeconds"]) for pod in pods]
+    assert len(waits) == 4
+    assert min(waits) > STOP_GRACE_S
 
 
 def test_unit_waits_longer_than_the_gateway() -> None:

@@ -88,6 +88,24 @@ def test_exception_reaps(fake_vllm: Path, target: Path, tmp_path: Path) -> None:
     wait_until_gone(read_pids(fake_vllm, MEMBERS), timeout_s=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "grace_s"),
+    [
+        ((), STOP_GRACE_S),
+        (("--shutdown-timeout", "60"), 60 + STOP_GRACE_S),
+        (("--shutdown_timeout=7",), 7 + STOP_GRACE_S),
+        (("--shutdown-timeout", "soon"), STOP_GRACE_S),
+        (("--shutdown-timeout",), STOP_GRACE_S),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_engine_that_may_finish_requests_is_given_the_time(
+    target: Path, tmp_path: Path, arguments: tuple[str, ...], grace_s: float
+) -> None:
+    """It was killed after the grace of those that cut requests off, in the middle of an answer."""
+    assert start(target, tmp_path, EngineConfig(model=str(target), extra_args=arguments)).stop_grace_s == grace_s
+
+
 @pytest.mark.slow
 def test_engine_that_ignores_sigterm_is_killed(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
