@@ -294,7 +294,7 @@ PUBLISHED = (
         " --accumulate 16 --layerwise --store logits --weights bfloat16 --checkpointing --logit-chunk 1024"
         " --out student --dry-run --measure` (from a config alone, with some 10 GB of random weights)",
         expected="about a third of the peak in stage 2 (torchtitan's Llama 3.1 8B on H100s), a fifth in the sparse"
-        " teacher; docs/dense.md says 8.2 hours on one H100 by these",
+        " teacher; docs/dense.md says 8.9 hours on one H100 by these",
         why="what distilling XS.2 takes, by what this code reaches",
     ),
 )

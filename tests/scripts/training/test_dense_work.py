@@ -17,6 +17,7 @@ from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memo
 from laguna_serve.scripts.training.dense.plan.rates import PASSES, Stopwatch, assume_rates, choose_layers
 from laguna_serve.scripts.training.dense.plan.sizes import read_sizes
 from laguna_serve.scripts.training.dense.plan.work import (
+    count_block_flops,
     count_student_flops,
     count_student_layers,
     count_teacher_flops,
@@ -24,6 +25,7 @@ from laguna_serve.scripts.training.dense.plan.work import (
     mean_keys,
     plan_work,
 )
+from laguna_serve.scripts.training.dense.stages import USAGE_BATCHES
 from laguna_serve.scripts.training.dense.student import student_config
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import FlagError
@@ -82,7 +84,12 @@ def test_hours_are_arithmetic_over_rate() -> None:
     read, store, alone = plan_work(lean, sizes, (1,), rates)
     assert alone.flops == pytest.approx(taught)
     assert store.flops + alone.flops == pytest.approx(second.flops)
-    assert read.flops < first.flops
+    layers, batch = count_teacher_layers(sizes.target, 2048), 16 * 2048
+    blocks = 50 * batch * count_block_flops(sizes)
+    assert first.flops == pytest.approx((50 + USAGE_BATCHES) * batch * sum(layers) + blocks)
+    # Through all layers once, and then the sparse one of each step.
+    seen = (5 + USAGE_BATCHES) * sum(layers) + (50 + USAGE_BATCHES) * sum(layers[number] for number in sizes.sparse)
+    assert read.flops == pytest.approx(seen * batch + blocks)
     again = DistillConfig(**given, stage2_steps=100, stage1_steps=50, store=Path("s"), checkpointing=True)
     assert plan_work(again, sizes, (1,), rates)[-1].flops == pytest.approx(alone.flops * 4 / 3)
     assert "33% of 989 TFLOP/s, sparse layers forward 20%, not measured here" in format_plan(plan_memory(beside, XS2))

@@ -125,7 +125,7 @@ def _format_work(plan: MemoryPlan) -> str:
     """Render tokens, arithmetic and hours."""
     heads = ("", "tokens", "arithmetic, PFLOP", *(f"hours on {n}" for n in DEVICES))
     rows = [
-        (w.stage, f"{w.tokens / 1e6:,.1f} M", f"{w.flops / 1e15:,.1f}", *(f"{w.hours[str(n)]:.2f}" for n in DEVICES))
+        (w.stage, f"{w.tokens / 1e6:,.1f} M", f"{w.flops / 1e15:.4g}", *(f"{w.hours[str(n)]:.3g}" for n in DEVICES))
         for w in plan.work
     ]
     source = "not planned" if plan.rates is None else plan.rates.source

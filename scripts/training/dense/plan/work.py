@@ -11,6 +11,7 @@ import msgspec
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
 from laguna_serve.scripts.training.dense.plan.sizes import Sizes
+from laguna_serve.scripts.training.dense.stages import USAGE_BATCHES
 from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
 from laguna_serve.serving.checkpoint.target import Target
 
@@ -54,9 +55,14 @@ def plan_work(config: DistillConfig, sizes: Sizes, devices: tuple[int, ...], rat
     batch = recipe.rows * recipe.length
     teacher = count_teacher_flops(sizes.target, recipe.length)
     first, second = recipe.stage1_steps * batch, recipe.stage2_steps * batch
-    read = min(recipe.stage1_steps, recipe.stage1_batches or recipe.stage1_steps) * batch if config.layerwise else first
     # A stage's name, its tokens, and operations, each with the rate that they are computed at.
-    stages = [("stage 1", first, [(read * teacher, rates.teacher), (first * count_block_flops(sizes), rates.block)])]
+    stages = [
+        (
+            "stage 1",
+            first,
+            [(count_seen_flops(config, sizes), rates.teacher), (first * count_block_flops(sizes), rates.block)],
+        )
+    ]
     beside = 0.0
     if config.store:
         stored = min(recipe.stage2_steps, recipe.stage2_batches or recipe.stage2_steps) * batch
@@ -74,6 +80,19 @@ def plan_work(config: DistillConfig, sizes: Sizes, devices: tuple[int, ...], rat
         )
         for stage, tokens, parts in stages
     )
+
+
+def count_seen_flops(config: DistillConfig, sizes: Sizes) -> float:
+    """Count what the teacher computes in stage 1, without its head, batches to count what its routers choose included.
+
+    A layer at a time, every batch goes through all layers once, and in every step through the one that is learned.
+    """
+    recipe, layers = config.recipe, count_teacher_layers(sizes.target, config.length)
+    steps, batch = recipe.stage1_steps + USAGE_BATCHES, recipe.rows * recipe.length
+    if not config.layerwise:
+        return steps * batch * sum(layers)
+    distinct = min(recipe.stage1_steps, recipe.stage1_batches or recipe.stage1_steps) + USAGE_BATCHES
+    return batch * (distinct * sum(layers) + steps * sum(layers[number] for number in sizes.sparse))
 
 
 def count_passes(config: DistillConfig) -> int:
