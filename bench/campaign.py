@@ -23,6 +23,7 @@ from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, to_json
+from laguna_serve.serving.kit.run_dir import check_out_file
 
 __all__ = ["CampaignConfig", "CampaignResult", "main", "plan_campaign", "run"]
 EXAMPLES = """
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> int:
         if config.write_todo is not None:
+            check_out_file(config.write_todo, "--write-todo")
             write_text(config.write_todo, render_todo())
             return HELD
         if config.plan:

@@ -22,6 +22,7 @@ from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.run_dir import check_out_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = frozenset((".py", ".md", ".sh", ".toml", ".cpp", ".hpp", ".c", ".h", ".js", ".ts", ".go", ".rs", ".java"))
@@ -76,9 +77,11 @@ def write_long_prompts(config: LongPromptsConfig) -> LongPromptsResult:
 
     Raises:
         CheckpointError, LongPromptsError: there is no tokenizer, or no text.
+        RunDirError, WriteError: the file cannot be written.
     """
     tokenizer = open_tokenizer(config.model)
     files = list_files(config.text)
+    check_out_file(config.out)
     lines, counts = [], {}
     for length in config.tokens:
         for number in range(config.count):

@@ -19,6 +19,7 @@ from laguna_serve.plugins.pruning import PruningError, load_array, narrow_scores
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import WriteError, write_stream
 from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.run_dir import check_out_file
 
 EXAMPLES = """examples:
   python scripts/pruning_mask.py tests/toy/masks/group_scores_importance_sorted.npy --share 0.2 --out mask.npy
@@ -59,6 +60,7 @@ def write_mask(config: MaskConfig) -> MaskResult:
     if config.out.resolve() == config.scores.resolve():
         raise PruningError(f"--out: expected another file than the scores, got {config.out}; name a new one")
     keep = rank_groups(read_scores(config.scores), config.share)
+    check_out_file(config.out)
     try:
         write_stream(config.out, lambda file: np.save(file, keep))
     except WriteError as error:

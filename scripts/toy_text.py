@@ -18,7 +18,9 @@ import msgspec
 from laguna_serve.scripts.text import corpus
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.run_dir import check_out_file
 
 EXAMPLES = """examples:
   python scripts/toy_text.py --out held-out.jsonl
@@ -56,7 +58,7 @@ def write_toy_text(config: TextConfig) -> TextResult:
     """Write it.
 
     Raises:
-        CommandError: there are not so many prompts, or the file cannot be written.
+        CommandError, RunDirError, WriteError: there are not so many prompts, or the file cannot be written.
     """
     modules = [module for module in corpus.read_modules() if module.held_out != config.training]
     if config.prompts is None:
@@ -66,12 +68,9 @@ def write_toy_text(config: TextConfig) -> TextResult:
         if config.prompts < 1 or len(documents) < config.prompts:
             most = f" to {len(documents)}, as many as there are" if documents else " or more"
             raise CommandError(f"--prompts: expected 1{most}, got {config.prompts}")
+    check_out_file(config.out)
     lines = [json.dumps(document, ensure_ascii=False) for document in documents]
-    try:
-        config.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        expected = f"expected a file to write, got {error.strerror}"
-        raise CommandError(f"{config.out}: {expected}; check --out") from None
+    write_text(config.out, "\n".join(lines) + "\n")
     return TextResult(out=str(config.out), documents=len(documents))
 
 

@@ -16,6 +16,7 @@ from laguna_serve.serving.kit.cli import Parser
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.run_dir import check_out_file
 from laguna_serve.serving.kit.tables import Table
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def _show(argv: Sequence[str]) -> int:
 
 
 def export(config: ExportConfig) -> TracesResult:
-    """Write the traces that were asked for. Raises TraceFileError, WriteError."""
+    """Write the traces that were asked for. Raises RunDirError, TraceFileError, WriteError."""
+    check_out_file(config.out)
     total, exported, prompts, tokens = 0, 0, 0, 0
 
     def write(file: object) -> None:

@@ -32,7 +32,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        if _is_no_file(path):
+        if is_no_file(path):
             write(path)
             return
         write(partial)
@@ -97,14 +97,14 @@ def is_whole(text: str) -> bool:
     return True
 
 
+def is_no_file(path: Path) -> bool:
+    """Whether something is there that a file may not take the place of: /dev/stdout also where it leads to a file."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or path.absolute().parent == Path("/dev"))
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Is there no room, or no quota, left? Also as safetensors' Rust side says it."""
     return (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error)
-
-
-def _is_no_file(path: Path) -> bool:
-    """Whether something is there that a file may not take the place of: /dev/stdout also where it leads to a file."""
-    return path.exists() and not path.is_dir() and (not path.is_file() or path.absolute().parent == Path("/dev"))
 
 
 def _explain(path: Path, error: Exception) -> WriteError:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import is_no_file, write_text
 
 NOTE = "settings.sha256"
 
@@ -18,30 +18,32 @@ class RunDirError(CommandError):
     """A folder with the parts of another measurement; one line."""
 
 
-def check_out(folder: Path) -> None:
-    """Refuse what cannot become a folder for results; nothing is made yet.
+def check_out(folder: Path, flag: str = "--out") -> None:
+    """Refuse what cannot become a folder for results; nothing is made yet. `flag` named it.
 
     Raises:
         RunDirError: a file is in its place or above it, or it may not be written to.
     """
     above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path())
     if not above.is_dir():
-        raise RunDirError(f"--out {folder}: expected a folder, got the file {above}; choose another")
+        raise RunDirError(f"{flag} {folder}: expected a folder, got the file {above}; choose another")
     if not os.access(above, os.W_OK | os.X_OK):
         raise RunDirError(
-            f"--out {folder}: expected a folder to write to, got {above}, which is closed; choose another"
+            f"{flag} {folder}: expected a folder to write to, got {above}, which is closed; choose another"
         )
 
 
-def check_out_file(file: Path) -> None:
-    """Refuse what cannot become a file for results; the folders above it are made.
+def check_out_file(file: Path, flag: str = "--out") -> None:
+    """Refuse what cannot become a file for results; the folders above it are made. A device or a pipe will do.
 
     Raises:
         RunDirError: a folder is in its place, or there can be none above it.
     """
+    if is_no_file(file):
+        return
     if file.is_dir():
-        raise RunDirError(f"--out {file}: expected a file, got a folder; name a file in it")
-    check_out(file.parent)
+        raise RunDirError(f"{flag} {file}: expected a file, got a folder; name a file in it")
+    check_out(file.parent, flag)
     file.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -103,5 +103,5 @@ def test_toys_prompts_that_are_not_there(
 
 
 def test_toys_text_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert toy_text.main(["--out", str(tmp_path / "none" / "t.jsonl")]) == 2
-    assert "expected a file to write, got No such file or directory" in capsys.readouterr().err
+    assert toy_text.main(["--prompts", "1", "--out", str(tmp_path)]) == 2
+    assert "expected a file, got a folder; name a file in it" in capsys.readouterr().err
