@@ -11,8 +11,8 @@
 Fetches the project (a Git address with --ref, a folder, or an archive of one), installs its locked stack
 (scripts/bootstrap.sh: for the GPU, where nvidia-smi answers), with --wheel puts that wheel in the checkout's place,
 runs bench/campaign.py with what stands after --, and leaves one archive with everything that it wrote, also when it
-failed or was interrupted. The same again with --resume ARCHIVE continues on another machine. Exit status: the
-campaign's; 2 where it could not be installed.
+failed or was interrupted. The same again with --resume ARCHIVE continues on another machine, and on this one without.
+Exit status: the campaign's; 2 where it could not be installed.
 
 Standard library alone, and in one file, as it runs where nothing of the project is.
 """
@@ -33,6 +33,7 @@ from pathlib import Path
 COULD_NOT_RUN, INTERRUPTED = 2, 130
 # Made-up checkpoints are made again in seconds.
 LEFT_OUT = "checkpoints"
+RESULTS, JOURNAL = "results", "campaign.jsonl"
 
 
 class JobError(Exception):
@@ -52,22 +53,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("campaign", nargs="*", metavar="-- FLAG", help="more flags of bench/campaign.py")
     given = parser.parse_args(argv)
     work = given.work.resolve()
-    results = work / "results"
+    results, begun = work / RESULTS, False
     try:
+        if given.archive.is_dir():
+            raise JobError(f"--archive: expected a file, got the folder {given.archive}; name a file in it")
+        given.archive.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
-        tree = fetch(given.source, given.ref, work / "tree")
-        python = install(tree, given.wheel)
         if given.resume is not None:
             unpack(given.resume, work)
+        tree = fetch(given.source, given.ref, work / "tree")
+        python = install(tree, given.wheel)
         budget = ["--budget-min", str(given.budget_min), "--out", str(results)]
+        begun = True
         status = run_campaign([str(python), "bench/campaign.py", *budget, *given.campaign], tree)
     except (JobError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
         print(f"gpu_job.py: error: {error}", file=sys.stderr)
         status = COULD_NOT_RUN
     except KeyboardInterrupt:
         status = INTERRUPTED
-    if results.is_dir():
-        pack(results, given.archive)
+    if begun and results.is_dir():
+        try:
+            pack(results, given.archive)
+        except OSError as error:
+            print(f"gpu_job.py: error: {error}; the results are in {results}", file=sys.stderr)
+            return COULD_NOT_RUN
         print(f"results in {given.archive}")
     return status
 
@@ -87,13 +96,33 @@ def fetch(source: str, ref: str | None, tree: Path) -> Path:
         inside = [entry for entry in tree.iterdir() if entry.is_dir()]
         found = tree if (tree / "pyproject.toml").exists() else inside[0] if len(inside) == 1 else tree
     else:
-        if not tree.exists():
-            subprocess.run(["git", "clone", "--quiet", source, str(tree)], check=True)
-        subprocess.run(["git", "-C", str(tree), "checkout", "--quiet", ref or "HEAD"], check=True)
+        fetch_commit(str(path.resolve()) if path.exists() else source, ref, tree)
         found = tree
     if not (found / "bench" / "campaign.py").exists():
         raise JobError(f"--source: expected this project with bench/campaign.py, got {source}; check address and --ref")
     return found
+
+
+def fetch_commit(source: str, ref: str | None, tree: Path) -> None:
+    """Have `tree` be a checkout of what the address has now; what an earlier job left there may be older, or another's.
+
+    Raises CalledProcessError.
+    """
+    git = ["git", "-C", str(tree)]
+    if (tree / ".git").exists():
+        subprocess.run([*git, "remote", "set-url", "origin", source], check=True)
+        subprocess.run([*git, "fetch", "--quiet", "--prune", "--tags", "--force", "origin"], check=True)
+    else:
+        shutil.rmtree(tree, ignore_errors=True)
+        subprocess.run(["git", "clone", "--quiet", source, str(tree)], check=True)
+    if ref is None:
+        subprocess.run([*git, "fetch", "--quiet", "origin", "HEAD"], check=True)
+        wanted = "FETCH_HEAD"
+    else:
+        branch = f"refs/remotes/origin/{ref}"
+        known = subprocess.run([*git, "rev-parse", "--quiet", "--verify", branch], check=False, capture_output=True)
+        wanted = ref if known.returncode else branch
+    subprocess.run([*git, "checkout", "--quiet", "--detach", wanted], check=True)
 
 
 def install(tree: Path, wheel: Path | None) -> Path:
@@ -124,18 +153,40 @@ def run_campaign(command: Sequence[str], tree: Path) -> int:
 
 
 def unpack(archive: Path, work: Path) -> None:
-    """Unpack an earlier job's results, where this one goes on; no member may lead out of the folder."""
+    """Unpack an earlier job's results, where this one goes on; no member may lead out of the folder.
+
+    Results that are there already and go on from the archive's are left as they are.
+
+    Raises:
+        JobError: it is no such archive, or the results that are there are of another campaign.
+    """
+    results = work / RESULTS
     with tarfile.open(archive) as tar:
+        if others := [name for name in tar.getnames() if name.split("/")[0] != RESULTS]:
+            raise JobError(f"--resume: expected an archive of this job's, got {archive} with {others[0]} in it")
+        journal = f"{RESULTS}/{JOURNAL}"
+        member = tar.extractfile(journal) if journal in tar.getnames() else None
+        theirs = member.read() if member is not None else b""
+        ours = (results / JOURNAL).read_bytes() if (results / JOURNAL).exists() else b""
+        if results.is_dir() and ours.startswith(theirs):
+            print(f"{results} has all that {archive} has; going on with that")
+            return
+        if not theirs.startswith(ours):
+            expected = f"expected what goes on from {results}, got {archive} with other steps"
+            raise JobError(f"--resume: {expected}; leave it out, or name another --work")
         tar.extractall(work, filter="data")
 
 
 def pack(results: Path, archive: Path) -> None:
-    """One .tar.gz of everything but the made-up checkpoints; it appears whole."""
+    """One .tar.gz of everything but the made-up checkpoints; it appears whole. Raises OSError."""
     partial = archive.with_name(f".{archive.name}.partial")
-    left_out = f"results/{LEFT_OUT}"
-    with tarfile.open(partial, "w:gz") as tar:
-        tar.add(results, "results", filter=lambda member: None if member.name == left_out else member)
-    partial.replace(archive)
+    left_out = f"{RESULTS}/{LEFT_OUT}"
+    try:
+        with tarfile.open(partial, "w:gz") as tar:
+            tar.add(results, RESULTS, filter=lambda member: None if member.name == left_out else member)
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 with (out / "campaign.jsonl").open("a") as file:
     file.write(" ".join(sys.argv[1:]) + chr(10))
 if "wait" in sys.argv:
-    (out / "waiting").touch()
     try:
+        (out / "waiting").touch()
         time.sleep(600)
     except KeyboardInterrupt:
         (out / "page").write_text("written last")
@@ -80,6 +80,77 @@ def test_status_is_the_campaigns_and_another_machine_continues(project: Path, tm
     shutil.rmtree(tmp_path / "work")
     assert run(tmp_path, project, "--resume", str(tmp_path / "results.tar.gz")) == 0
     assert len((tmp_path / "work" / "results" / "campaign.jsonl").read_text().splitlines()) == 2
+
+
+def test_results_that_are_there_are_kept_or_the_archive_is_refused(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An archive may be older than the folder: a job that was killed has written steps and packed nothing."""
+    archive, journal = tmp_path / "results.tar.gz", tmp_path / "work" / "results" / "campaign.jsonl"
+    assert run(tmp_path, project) == 0
+    shutil.copy(archive, tmp_path / "older.tar.gz")
+    assert run(tmp_path, project) == 0
+    assert run(tmp_path, project, "--resume", str(tmp_path / "older.tar.gz")) == 0
+    assert len(journal.read_text().splitlines()) == 3
+    assert "has all that" in capsys.readouterr().out
+    journal.write_text("another campaign\n")
+    before = archive.read_bytes()
+    assert run(tmp_path, project, "--resume", str(tmp_path / "older.tar.gz")) == 2
+    assert "got" in (said := capsys.readouterr().err)
+    assert "with other steps; leave it out, or name another --work" in said
+    assert journal.read_text() == "another campaign\n"
+    assert archive.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["none", "other"])
+def test_what_cannot_be_resumed_is_said_before_anything_is_installed(
+    kind: str, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "earlier.tar.gz"
+    if kind == "other":
+        shutil.make_archive(str(tmp_path / "earlier"), "gztar", tmp_path, "project")
+    assert run(tmp_path, project, "--resume", str(archive)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (project / ".venv").exists()
+    assert not (tmp_path / "work" / "project").exists()
+
+
+def test_folder_of_the_archive_is_made_and_a_folder_in_its_place_refused(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--source", str(project), "--work", str(tmp_path / "work"), "--archive"]
+    assert gpu_job.main([*place, str(tmp_path / "deep" / "down" / "r.tar.gz")]) == 0
+    assert "results/campaign.jsonl" in list_archive(tmp_path / "deep" / "down" / "r.tar.gz")
+    before = (tmp_path / "work" / "results" / "campaign.jsonl").read_bytes()
+    assert gpu_job.main([*place, str(tmp_path / "deep")]) == 2
+    assert "--archive: expected a file" in capsys.readouterr().err
+    assert (tmp_path / "work" / "results" / "campaign.jsonl").read_bytes() == before
+
+
+def commit(project: Path, note: str, *more: list[str]) -> None:
+    """One more commit of the project, which says so in a file."""
+    git = ["git", "-C", str(project), "-c", "user.name=n", "-c", "user.email=e"]
+    (project / "note").write_text(note)
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", note], *more):
+        subprocess.run([*git, *command], check=True)
+
+
+@pytest.mark.slow
+def test_commit_is_the_one_that_the_address_has_now(project: Path, tmp_path: Path) -> None:
+    note = tmp_path / "work" / "tree" / "note"
+    commit(project, "first", ["tag", "v1"])
+    for ref in (["--ref", "main"], []):
+        for text in ("later", "last"):
+            commit(project, f"{text}{ref}")
+            assert run(tmp_path, f"file://{project}", *ref) == 0
+            assert note.read_text() == f"{text}{ref}"
+    assert run(tmp_path, f"file://{project}", "--ref", "v1") == 0
+    assert note.read_text() == "first"
+    other = tmp_path / "other"
+    shutil.copytree(project, other)
+    commit(other, "others")
+    assert run(tmp_path, f"file://{other}", "--ref", "main") == 0
+    assert note.read_text() == "others"
 
 
 def test_another_project_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
