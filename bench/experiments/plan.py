@@ -55,7 +55,7 @@ def make_plan(
             ready.add(step.name)
         planned.append(describe_step(step, left_out))
     total_s = sum(item.estimate_s for item in planned if item.left_out is None)
-    return CampaignPlan(budget_s=config.budget_s, planned_s=total_s, steps=planned)
+    return CampaignPlan(budget_s=config.budget_s, planned_s=total_s, steps=planned, rehearsed=config.rehearse)
 
 
 def describe_step(step: Step, left_out: str | None) -> PlannedStep:

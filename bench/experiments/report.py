@@ -44,8 +44,13 @@ def render_plan(plan: CampaignPlan) -> str:
         note = SYNTHETIC if item.synthetic else ""
         rows.append([item.step, item.part, str(item.row), str(item.estimate_s), str(elapsed), str(item.limit_s), note])
     heads = ("step", "part", "row", "est. s", "until s", "limit s", "")
+    head = (
+        f"{plan.planned_s} of {plan.budget_s:.0f} s planned, {len(rows)} steps (estimates for one H100, none measured)"
+    )
+    if plan.rehearsed:
+        head = f"{len(rows)} steps rehearsed, for {plan.budget_s:.0f} s at most (the seconds below are of an H100)"
     lines = [
-        f"{plan.planned_s} of {plan.budget_s:.0f} s planned, {len(rows)} steps (estimates for one H100, none measured)",
+        head,
         "",
         Table("llrrrrl", heads, rows).to_text(),
     ]

@@ -56,11 +56,16 @@ class PlannedStep(Struct, frozen=True, kw_only=True):
 
 
 class CampaignPlan(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.campaign_plan/1"):
-    """What would run within the budget, in order; seconds are of one H100 and estimated."""
+    """What would run within the budget, in order; seconds are of one H100 and estimated.
+
+    Attributes:
+        rehearsed: at toy size on a CPU, of which they say nothing: all steps are planned.
+    """
 
     budget_s: float
     planned_s: int
     steps: list[PlannedStep]
+    rehearsed: bool = False
 
 
 class CampaignResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.campaign/1"):

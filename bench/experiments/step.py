@@ -44,7 +44,8 @@ class Step:
         starts: engines that are started one after the other; `work_s`: seconds of everything else, on an H100.
         full_size: its engines are XS.2's size: they take FULL_START_S each.
         synthetic: acceptance is prescribed, not measured.
-        differs: its arms are two models, whose answers differ: status 1 of the command says no more than that.
+        falls_short: status 1 of the command is what is expected: the answers of two models, or prescribed ones, differ,
+            or speculation does not pay.
         needs: paths in the repository, or checkpoints (placeholders), without which it cannot run.
     """
 
@@ -61,7 +62,7 @@ class Step:
     work_s: int = 0
     full_size: bool = False
     synthetic: bool = False
-    differs: bool = False
+    falls_short: bool = False
     needs: tuple[str, ...] = ()
 
     @property

@@ -218,6 +218,7 @@ ENGINE = (
         result="rollouts.json",
         expected="below 1 at temperature 1 as on a CPU (the toy drafter knows greedy text only), with another"
         " break-even; device-seconds from wall time",
+        falls_short=True,
         why="the cost of a rollout where the draft is cheap; then with `--gamma 1,2,3` one by one, `--draft-sampling"
         " probabilistic` and `--versions`",
         starts=2,

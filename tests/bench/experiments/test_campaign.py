@@ -92,6 +92,8 @@ def test_plan_takes_what_fits_from_the_front_and_runs_nothing(
     assert steps["d"] == "by hand: `do`"
     assert "60 of 66 s planned, 2 steps" in text
     assert not (tmp_path / "out").exists()
+    assert campaign.main(["--plan", "--rehearse", "--budget-min", "1.1"]) == 0
+    assert "3 steps rehearsed, for 66 s at most" in capsys.readouterr().out
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(
@@ -155,11 +157,13 @@ def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Pat
 @pytest.mark.slow
 def test_two_models_may_differ(use: Callable[..., None], tmp_path: Path) -> None:
     use(
-        make_step("models", code=SAY.format(status=1), differs=True),
-        make_step("bad", code=SAY.format(status=3), differs=True),
+        make_step("models", code=SAY.format(status=1), falls_short=True),
+        make_step("bad", code=SAY.format(status=3), falls_short=True),
+        # Whose rehearsal prescribes nothing.
+        make_step("prescribed", code=SAY.format(status=1), falls_short=True, synthetic=True),
     )
     assert rehearse(tmp_path) == 1
-    assert [run.outcome for run in read(tmp_path).runs] == ["held", "failed"]
+    assert [run.outcome for run in read(tmp_path).runs] == ["held", "failed", "fell short"]
 
 
 @pytest.mark.slow

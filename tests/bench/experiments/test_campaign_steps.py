@@ -83,6 +83,14 @@ def test_what_prescribes_acceptance_is_labelled() -> None:
     }
 
 
+def test_what_is_expected_to_fall_short_does_not_fail_the_campaign() -> None:
+    """Prescribed answers, those of two models, and speculation that is expected not to pay: their commands end in 1."""
+    said = {step.name for step in STEPS if "answers differ" in step.expected.replace("0 answers differ", "")}
+    said |= {step.name for step in STEPS if step.synthetic or "below 1" in step.expected}
+    assert {"xs2-fp8-pruned", "xs2-pruned-ab", "toy-rollouts", "xs2-synthetic-5-3"} <= said
+    assert {step.name for step in STEPS if step.falls_short} == said
+
+
 def test_committed_list_is_written_from_the_steps() -> None:
     again = "python bench/campaign.py --write-todo bench/results/GPU_TODO.md"
     assert (RESULTS / "GPU_TODO.md").read_text(encoding="utf-8") == render_todo(), again
