@@ -85,7 +85,7 @@ def fetch(source: str, ref: str | None, tree: Path) -> Path:
     """Fetch the project's folder: a local one as it is, anything else below `tree`.
 
     Raises:
-        JobError: it is no such thing, or not this project; CalledProcessError: Git could not have it.
+        JobError: it is no such thing, or not this project; CalledProcessError: its files are in Git's way.
     """
     path = Path(source).expanduser()
     if path.is_dir() and ref is None:
@@ -106,9 +106,27 @@ def fetch(source: str, ref: str | None, tree: Path) -> Path:
 def fetch_commit(source: str, ref: str | None, tree: Path) -> None:
     """Have `tree` be a checkout of what the address has now; what an earlier job left there may be older, or another's.
 
-    Raises CalledProcessError.
+    Raises:
+        JobError: Git cannot read the address, or has no such commit there.
     """
     git = ["git", "-C", str(tree)]
+    try:
+        wanted = fetch_branches(source, ref, tree, git)
+    except subprocess.CalledProcessError as error:
+        raise JobError(f"--source: expected a folder, an archive or what Git can read, got {source}") from error
+    found = subprocess.run(
+        [*git, "rev-parse", "--quiet", "--verify", f"{wanted}^{{commit}}"], check=False, capture_output=True, text=True
+    )
+    if found.returncode:
+        raise JobError(f"--ref: expected a branch, tag or commit of {source}, got {ref}; check it")
+    subprocess.run([*git, "checkout", "--quiet", "--detach", found.stdout.strip()], check=True)
+
+
+def fetch_branches(source: str, ref: str | None, tree: Path, git: Sequence[str]) -> str:
+    """Have all of an address's branches and tags in `tree`, and return Git's name there for `ref`.
+
+    Raises CalledProcessError.
+    """
     if (tree / ".git").exists():
         subprocess.run([*git, "remote", "set-url", "origin", source], check=True)
         subprocess.run([*git, "fetch", "--quiet", "--prune", "--tags", "--force", "origin"], check=True)
@@ -117,12 +135,10 @@ def fetch_commit(source: str, ref: str | None, tree: Path) -> None:
         subprocess.run(["git", "clone", "--quiet", source, str(tree)], check=True)
     if ref is None:
         subprocess.run([*git, "fetch", "--quiet", "origin", "HEAD"], check=True)
-        wanted = "FETCH_HEAD"
-    else:
-        branch = f"refs/remotes/origin/{ref}"
-        known = subprocess.run([*git, "rev-parse", "--quiet", "--verify", branch], check=False, capture_output=True)
-        wanted = ref if known.returncode else branch
-    subprocess.run([*git, "checkout", "--quiet", "--detach", wanted], check=True)
+        return "FETCH_HEAD"
+    branch = f"refs/remotes/origin/{ref}"
+    known = subprocess.run([*git, "rev-parse", "--quiet", "--verify", branch], check=False, capture_output=True)
+    return ref if known.returncode else branch
 
 
 def install(tree: Path, wheel: Path | None) -> Path:

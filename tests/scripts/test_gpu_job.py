@@ -153,6 +153,21 @@ def test_commit_is_the_one_that_the_address_has_now(project: Path, tmp_path: Pat
     assert note.read_text() == "others"
 
 
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("file://{project}", ["--ref", "nosuch"], "--ref: expected a branch, tag or commit of file://"),
+        ("none.tar.gz", [], "--source: expected a folder, an archive or what Git can read, got none.tar.gz"),
+    ],
+)
+def test_what_git_does_not_have_is_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, flags: list[str], message: str
+) -> None:
+    commit(project, "first")
+    assert run(tmp_path, source.format(project=project), *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_another_project_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").mkdir()
     assert run(tmp_path, tmp_path / "other") == 2
