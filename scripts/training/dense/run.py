@@ -6,6 +6,7 @@ With a store and --layerwise the teacher is never whole in memory; otherwise it 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from laguna_serve.scripts.training.dense.report.result import (
 )
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHeader, open_header
-from laguna_serve.scripts.training.dense.store.writer import is_whole, write_by, write_by_layers, write_by_model
+from laguna_serve.scripts.training.dense.store.writer import is_made, write_by, write_by_layers, write_by_model
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Source, Targets
 from laguna_serve.scripts.training.dense.work import Clock, open_work
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers, read_laguna
@@ -216,7 +217,6 @@ def make_store(
     vocabulary = int(read_laguna(teacher.folder).vocab_size)
     drawn = corpus.drawn
     k = min(config.top_k or vocabulary, vocabulary)
-    server = EndpointTeacher(config.endpoint, config.model, k) if config.endpoint and ranks.first else None
     header = StoreHeader(
         top_k=k,
         vocab_size=vocabulary,
@@ -229,19 +229,22 @@ def make_store(
         tokenizer=text.digest_tokenizer(tokenizer),
         text=drawn.training.tokens.digest(),
         held_out=drawn.held_out_source.tokens.digest(),
-        source="forward" if server is None else f"endpoint {server.name}",
+        source="forward",
     )
-    if ranks.first:
-        open_header(folder, header)
-    ranks.wait()
-    if not is_whole(folder, header):
-        if config.endpoint:
-            if server is not None:
-                with server:
-                    write_by(folder, header, drawn, server.answer)
-        elif config.layerwise:
+    if is_made(folder, header):  # by whichever source: no server need be up any more
+        return LogitStore(folder)
+    server = EndpointTeacher(config.endpoint, config.model, k) if config.endpoint and ranks.first else None
+    with server or nullcontext():
+        if server is not None:
+            header = msgspec.structs.replace(header, source=f"endpoint {server.name}")
+        if ranks.first:
+            open_header(folder, header)
+        ranks.wait()
+        if server is not None:
+            write_by(folder, header, drawn, server.answer)
+        elif not config.endpoint and config.layerwise:
             write_by_layers(folder, header, drawn, teacher.layers, work, ranks)
-        elif ranks.first:
+        elif not config.endpoint and ranks.first:
             write_by_model(folder, header, drawn, teacher.model)
     ranks.wait()
     return LogitStore(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from laguna_serve.scripts.training.dense.plan.memory import place_bytes
 from laguna_serve.scripts.training.dense.stages import Taught, sum_kl
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreError, StoreHeader, open_header
-from laguna_serve.scripts.training.dense.store.writer import write_by, write_by_layers, write_by_model
+from laguna_serve.scripts.training.dense.store.writer import is_made, write_by, write_by_layers, write_by_model
 from laguna_serve.scripts.training.dense.targets import HELD_OUT_BATCHES, Beside, Drawn
 from laguna_serve.scripts.training.dense.text import Chats
 from laguna_serve.scripts.training.dense.tokens import write_tokens
@@ -242,6 +243,22 @@ def test_server_that_gives_less_is_named(server: Server, drawn: Drawn) -> None:
         pytest.raises(StoreError, match=r"expected 4 log-probabilities .* got 3"),
     ):
         asked.answer(0, drawn.batch(0))
+
+
+def test_nobody_at_the_endpoint_leaves_no_connection_open(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(EndpointError, match="is the engine up"):
+        EndpointTeacher("http://127.0.0.1:1", None, 4)
+    gc.collect()
+    assert not [str(warning.message) for warning in recwarn if warning.category is ResourceWarning]
+
+
+def test_a_whole_store_is_taken_whoever_gave_it(store: Path, tmp_path: Path) -> None:
+    assert is_made(store, HEADER)
+    assert is_made(store, msgspec.structs.replace(HEADER, source="endpoint tiny"))
+    assert not is_made(store, msgspec.structs.replace(HEADER, seed=HEADER.seed + 1))
+    assert not is_made(tmp_path, HEADER)
+    open_header(tmp_path, HEADER)
+    assert not is_made(tmp_path, HEADER)
 
 
 @pytest.mark.vllm

@@ -20,17 +20,24 @@ from laguna_serve.serving.client.errors import EndpointError
 
 
 class EndpointTeacher:
-    """Asks for the rows of a batch at once; a context manager.
+    """Asks for the rows of a batch at once; a context manager, whose connections end with it.
 
     Attributes:
         name: of the model there.
+
+    Raises:
+        EndpointError: nobody answers there, or not as a server of models does.
     """
 
     def __init__(self, url: str, model: str | None, k: int) -> None:
         self._url, self._k = url, k
         self._loop = asyncio.new_event_loop()
         self._session = self._loop.run_until_complete(_open())
-        self.name = model or self._loop.run_until_complete(find_model_name(self._session, url))
+        try:
+            self.name = model or self._loop.run_until_complete(find_model_name(self._session, url))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> EndpointTeacher:
         """Return itself."""
@@ -39,6 +46,10 @@ class EndpointTeacher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End its connections."""
         self._loop.run_until_complete(self._session.close())
         self._loop.close()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from transformers import LagunaForCausalLM
 
 from laguna_serve.scripts.training.dense.layerwise.hidden import HiddenStates
 from laguna_serve.scripts.training.dense.losses import Top, find_top, read_top
-from laguna_serve.scripts.training.dense.store.format import StoreHeader, shard_path, write_missing
+from laguna_serve.scripts.training.dense.store.format import HEADER, StoreHeader, read_header, shard_path, write_missing
 from laguna_serve.scripts.training.dense.targets import HELD_OUT_BATCHES, Batch, Drawn
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.ranks import Ranks
@@ -25,9 +26,13 @@ def batch_of(drawn: Drawn, number: int) -> Batch:
     return drawn.held_out(number) if number < HELD_OUT_BATCHES else drawn.batch(number - HELD_OUT_BATCHES)
 
 
-def is_whole(folder: Path, header: StoreHeader) -> bool:
-    """Say whether all shards are there."""
-    return all(shard_path(folder, number).exists() for number in range(header.shards))
+def is_made(folder: Path, wanted: StoreHeader) -> bool:
+    """Say whether a folder holds all of the logits that are wanted, whoever gave them."""
+    if not (folder / HEADER).exists():
+        return False
+    found = read_header(folder)
+    whole = all(shard_path(folder, number).exists() for number in range(found.shards))
+    return whole and msgspec.structs.replace(found, source=wanted.source) == wanted
 
 
 def write_by_model(folder: Path, header: StoreHeader, drawn: Drawn, teacher: LagunaForCausalLM) -> None:
