@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, Tensors, read_config
+from laguna_serve.plugins.diffusion.errors import DiffusionError
 
 
 class RMSNorm(nn.Module):
@@ -172,12 +173,19 @@ class Llada(nn.Module):
         return self.read_out(x if wanted is None else x[wanted])
 
 
+def require_device(device: str) -> None:
+    """Raise DiffusionError for a GPU that torch cannot use."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DiffusionError("--device: expected a GPU that torch can use, got none; leave it out for the CPU")
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llada:
     """Load a checkpoint, tensor by tensor, in `dtype`, ready to decode.
 
     Raises:
-        DiffusionError: the checkpoint cannot be used.
+        DiffusionError: the checkpoint cannot be used, or there is no such device.
     """
+    require_device(device)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llada(config)

@@ -28,6 +28,8 @@ from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.scripts.training.dante.measure import Passage, measure_passages
 from laguna_serve.scripts.training.dante.records import CacheError, read_cache
 from laguna_serve.scripts.training.dante.rows import EntropyScale
+from laguna_serve.scripts.training.devices import require_device
+from laguna_serve.serving.checkpoint.folder import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
@@ -117,6 +119,8 @@ def ablate(config: AblateConfig) -> AblationResult:
         RunDirError: --out holds another ablation's. Whatever `train_student` raises.
     """
     require_trainer()
+    require_device(config.device)
+    find_folder(str(config.model))
     check_out(config.out)
     environment = read_environment(current_argv())
     taught = {str(record.prompt) for record in read_cache(config.cache)}

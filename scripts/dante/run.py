@@ -59,18 +59,25 @@ class Run:
         """Load the student's own tokenizer."""
         return AutoTokenizer.from_pretrained(self._config.model)
 
-    def train(self, taught: TaughtRows) -> None:
-        """Train to the end, from the last saved state where there is one.
+    def count_rows(self, taught: TaughtRows) -> None:
+        """Take the rows of whole steps alone, so that every process has as much in every one of them.
 
         Raises:
-            CacheError: fewer rows than a step takes. CommandError: processes share the student out in another way.
+            CacheError: fewer rows than a step takes.
+        """
+        batch = self._config.batch
+        self.rows = len(taught.rows) // batch * batch
+        if not self.rows:
+            raise CacheError(f"--batch: expected at most the {len(taught.rows)} rows there are, got {batch}")
+
+    def train(self, taught: TaughtRows) -> None:
+        """Train to the end, from the last saved state where there is one, on the rows that were counted.
+
+        Raises:
+            CommandError: processes share the student out in another way.
             KeyboardInterrupt: a signal came; the state is saved.
         """
         config = self._config
-        # Whole steps alone, so that every process has as much in every one of them.
-        self.rows = len(taught.rows) // config.batch * config.batch
-        if not self.rows:
-            raise CacheError(f"--batch: expected at most the {len(taught.rows)} rows there are, got {config.batch}")
         objective = Objective(
             weigh=config.weighs,
             anchor=config.anchored,

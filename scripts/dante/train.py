@@ -29,6 +29,8 @@ from laguna_serve.scripts.training.dante.rows import (
     encode_records,
     order_records,
 )
+from laguna_serve.scripts.training.devices import require_device
+from laguna_serve.serving.checkpoint.folder import find_folder
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
@@ -80,6 +82,8 @@ def train_student(config: DanteConfig) -> DanteResult:
         KeyboardInterrupt: a signal came; the state is saved.
     """
     require_trainer()
+    require_device(config.device)
+    find_folder(str(config.model))  # a hub id is fetched
     check_out(config.out)
     work = config.work or config.out.with_name(f"{config.out.name}.work")
     check_own(config.out, [config.model], own=is_begun(work) or (config.out / RESULT).exists())
@@ -91,11 +95,12 @@ def train_student(config: DanteConfig) -> DanteResult:
     records = draw_records(read_cache(config.cache), config.share, config.seed)
     ordered = order_records(records, config.curriculum)
     run = Run(config, work)
+    taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
+    run.count_rows(taught)
     if run.is_main:
         texts = [[record.teacher_text, record.output_entropy] for record in ordered]
         claim_work(work, config.out, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
     run.wait()  # the folder is there for all
-    taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
     with defer_signals():
         run.train(taught)
     weights = weigh_rows(taught, config)

@@ -21,7 +21,7 @@ import torch
 
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.errors import DiffusionError
-from laguna_serve.plugins.diffusion.model import load_model
+from laguna_serve.plugins.diffusion.model import load_model, require_device
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.text.rows import read_rows
@@ -140,6 +140,7 @@ def teach(config: DistilConfig) -> DistilResult:
     work = config.work or config.out.with_name(f"{config.out.name}.work")
     own = is_begun(work) or (config.out / RESULT).exists()
     check_own(config.out, [config.model, config.student], own=own)
+    require_device(config.device)
     shapes = [read_config(folder) for folder in (config.model, config.student)]
     if shapes[0].vocab_size != shapes[1].vocab_size or shapes[0].mask_token_id != shapes[1].mask_token_id:
         raise DiffusionError(

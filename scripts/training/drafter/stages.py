@@ -20,6 +20,7 @@ import torch
 from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.scripts.checkpoints.headers import read_headers
 from laguna_serve.scripts.checkpoints.output import check_own
+from laguna_serve.scripts.training.devices import require_device
 from laguna_serve.scripts.training.drafter.answers import AnswerSource
 from laguna_serve.scripts.training.drafter.blocks import Blocks, Shared
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
@@ -150,7 +151,7 @@ class Run:
         # Begun: the drafter may be there without its result, as where the disk became full between the two.
         own = (config.out / RESULT).exists() or is_begun(config.work_folder / "training")
         check_own(config.out, read, own=own)
-        self._check_device()
+        require_device(config.device)
         self.progress.say(format_plan(self.plan()))
         learned, measured = self.source.gather()
         torch.set_num_threads(config.threads)
@@ -189,10 +190,6 @@ class Run:
         )
         write_result(config.out / RESULT, result)
         return result
-
-    def _check_device(self) -> None:
-        if self.config.device == "cuda" and not torch.cuda.is_available():
-            raise CheckpointError("--device cuda: expected a GPU that torch sees, got none; leave it out")
 
     def _compute(self, rows: list[Row], name: str) -> States:
         """Compute the hidden states of rows, where they are not on disk."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.text.rows import TextRows, read_rows
+from laguna_serve.scripts.training.devices import require_device
 from laguna_serve.scripts.training.pruning.artefacts import ScoresSource
 from laguna_serve.scripts.training.pruning.plan import GIB, ScoringPlan
 from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums, find_constants, rank_mone, rank_reap
@@ -140,8 +141,7 @@ def open_measurement(
     Raises:
         CheckpointError, PruningError: the model or the text cannot be used. CommandError: there is no such device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device: expected a GPU that torch can use, got none; leave it out for the CPU")
+    require_device(device)
     torch.set_num_threads(threads)
     weights = Weights(folder, read_config(folder))
     layers = Layers(folder, weights, getattr(torch, dtype), torch.device(device))

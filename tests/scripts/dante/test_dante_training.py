@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
 
-from laguna_serve.scripts.dante import train
+from laguna_serve.scripts.dante import ablate, train
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.dante.train import require_trainer
 from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
@@ -91,6 +91,29 @@ def test_other_checkpoints_are_not_written_over(folder: Path, monkeypatch: pytes
     for out, why in ((folder / "base", "a folder of its own"), (ROOT / "tests" / "toy" / "dense", "an empty folder")):
         with pytest.raises(CheckpointError, match=f"expected {why}"):
             train.train_student(DanteConfig(model=folder / "base", cache=folder / "cache", out=out))
+
+
+@pytest.mark.parametrize("command", [train.train_student, ablate.ablate])
+def test_a_model_that_is_nowhere_is_named_at_once(
+    command: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after every attempt to fetch it."""
+    for module in (train, ablate):
+        monkeypatch.setattr(module, "require_trainer", lambda: None)
+    given: dict[str, Any] = {"model": Path("nowhere"), "cache": folder / "cache", "out": tmp_path / "out"}
+    config: Any = DanteConfig(**given)
+    if command is ablate.ablate:
+        config = ablate.AblateConfig(**given, held_out=folder / "cache.jsonl", other=tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: expected an existing folder or a hub id"):
+        command(config)
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_what_was_refused_leaves_nothing_that_the_next_command_trips_over(folder: Path) -> None:
+    done = run(str(TRAINER / "python"), *command(folder, "refused", "--batch", "128"))
+    assert (done.returncode, "--batch: expected at most the 22 rows" in done.stderr) == (2, True), done.stderr[-2000:]
+    assert not (folder / "refused.work").exists()
 
 
 @needs_trainer
