@@ -5,6 +5,11 @@
 #   LAGUNA_STACK=cpu bash scripts/bootstrap.sh
 #   PYTHON=/path/to/python3.12 bash scripts/bootstrap.sh
 set -euo pipefail
+case ${1:-} in
+  '') ;;
+  -h | --help) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) echo "bootstrap: arguments: expected none, got '$*'; see --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { printf 'bootstrap: %s\n' "$*" >&2; exit 2; }

@@ -11,6 +11,7 @@
 #   bash scripts/client_env.sh ray        # .venv-ray: Ray Serve over .venv, for serving/ray_app.py
 #   PYTHON=/path/to/python3.12 bash scripts/client_env.sh evals
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { printf 'client_env: %s\n' "$*" >&2; exit 2; }

@@ -3,6 +3,11 @@
 # systemd unit where systemd is, and the gateway's configurations. What they say of this project is in
 # tests/serving/test_deployment.py.
 set -euo pipefail
+case ${1:-} in
+  '') ;;
+  -h | --help) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) echo "deployment: arguments: expected none, got '$*'; see --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
 bash scripts/client_env.sh deploy

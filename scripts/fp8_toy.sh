@@ -4,6 +4,7 @@
 # Loss is that of the served model on the toy's held-out prompts; each speed-up is the model's own plain decoding against
 # its DFlash, interleaved in one run; "exact" compares with the dequantised original, zeroed, in bf16.
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -lt 1 ]; then
   sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"

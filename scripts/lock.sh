@@ -2,6 +2,7 @@
 # Resolve scripts/requirements/*.in into the locked lists again.  Needs uv (https://docs.astral.sh/uv), and an index or
 # folder that offers the CPU build of torch (pass it on: bash scripts/lock.sh --find-links FOLDER).
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/requirements"
 plain=(--no-annotate --no-header --quiet --no-python-downloads)
 uv pip compile cpu.in "${plain[@]}" --universal --python-version 3.11 --excludes excluded.txt -o cpu.lock "$@"

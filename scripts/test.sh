@@ -6,6 +6,7 @@
 #   bash scripts/test.sh -m 'not vllm'         # any flag of pytest
 #   bash scripts/test.sh -n 0 -x -k weights    # in one process
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
 if [[ " $* " != *' -m fast '* ]]; then

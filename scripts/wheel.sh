@@ -2,6 +2,11 @@
 # Build the wheel, with the CPU kernels made for this platform, and import every module of it that needs no engine, in
 # a clean environment outside the repository.
 set -euo pipefail
+case ${1:-} in
+  '') ;;
+  -h | --help) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) echo "wheel: arguments: expected none, got '$*'; see --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
 root=$PWD
