@@ -101,7 +101,8 @@ def join_prompts(prompts: Sequence[Prompt], characters: int, count: int) -> list
         if len(joined) == count:
             return joined
     expected = f"prompts enough for {count} of {characters} characters"
-    raise PromptsError(f"--prompts: expected {expected}, got enough for {len(joined)}; lower --num-prompts")
+    remedy = "lower --num-prompts or --characters"
+    raise PromptsError(f"--prompts: expected {expected}, got enough for {len(joined)}; {remedy}")
 
 
 def plan_traffic(

@@ -41,7 +41,7 @@ from laguna_serve.scripts.frontier.result import (
 from laguna_serve.scripts.text.rows import TextRows, read_rows
 from laguna_serve.scripts.training.pruning.artefacts import choose_block_size
 from laguna_serve.scripts.training.pruning.changes import round_experts
-from laguna_serve.scripts.training.pruning.measurement import Measured, open_measurement
+from laguna_serve.scripts.training.pruning.measurement import Measurement, open_measurement
 from laguna_serve.scripts.training.pruning.scores import SCORES
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
@@ -75,9 +75,10 @@ def measure(config: FrontierConfig) -> FrontierResult:
     """Do what the folder lacks, and put the result together. Raises as `measure_frontier`."""
     environment = read_environment(current_argv())
     subject = open_subject(config)
+    opened = [open_draw(config, subject, seed) for seed in range(config.seeds)]
     work = config.out / "work"
-    claim_folder(work, list_settings(config, subject))
-    draws = [measure_draw(config, subject, seed, work / f"draw-{seed}") for seed in range(config.seeds)]
+    claim_folder(work, list_settings(config, subject))  # nothing is refused any more
+    draws = [measurement.run(work / f"draw-{seed}") for seed, measurement in enumerate(opened)]
     top_k = subject.target.experts_per_token
     masks = [
         mask
@@ -137,8 +138,12 @@ def list_settings(config: FrontierConfig, subject: Subject) -> dict[str, object]
     }
 
 
-def measure_draw(config: FrontierConfig, subject: Subject, seed: int, work: Path) -> Measured:
-    """Measure what every score needs on one draw of the calibration text, or read it."""
+def open_draw(config: FrontierConfig, subject: Subject, seed: int) -> Measurement:
+    """Open one draw of the calibration text, to measure what every score needs; nothing is computed yet.
+
+    Raises:
+        PruningError: the text cannot be used, or is too short for several draws. CommandError: no such device.
+    """
     measurement = open_measurement(
         subject.folder,
         subject.shape,
@@ -156,7 +161,7 @@ def measure_draw(config: FrontierConfig, subject: Subject, seed: int, work: Path
         expected = f"more than {rows.available} rows, so that {config.seeds} draws differ"
         remedy = "lower --calibration-tokens, or pass --seeds 1"
         raise PruningError(f"{config.calibration}: expected {expected}, got as many as a draw takes; {remedy}")
-    return measurement.run(work)
+    return measurement
 
 
 def measure_losses(config: FrontierConfig, subject: Subject, meter: Meter, masks: list[Mask]) -> None:

@@ -163,7 +163,10 @@ def test_prompts_are_joined_to_length() -> None:
     joined = join_prompts(PROMPTS, 250, 3)
     assert [prompt.id for prompt in joined] == ["p0+p1+p2", "p3+p4+p5", "p6+p7+p8"]
     assert all(len(prompt.text) >= 250 for prompt in joined)
-    with pytest.raises(PromptsError, match="expected prompts enough for 20 of 250 characters, got enough for 13"):
+    with pytest.raises(
+        PromptsError,
+        match="20 of 250 characters, got enough for 13; lower --num-prompts or --characters",
+    ):
         join_prompts(PROMPTS, 250, 20)
 
 

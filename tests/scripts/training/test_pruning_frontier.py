@@ -213,6 +213,9 @@ def test_unfit_input_is_refused(tiny: Path, tmp_path: Path) -> None:
             measure_frontier(configure(tiny, tmp_path / "out", tokens=path))
     with pytest.raises(PruningError, match="expected more than 6 rows, so that 2 draws differ"):
         measure_frontier(configure(tiny, tmp_path / "all", calibration_tokens=1000))
+    with pytest.raises(PruningError, match="expected a text file"):
+        measure_frontier(configure(tiny, tmp_path / "all", calibration=str(tmp_path / "none.txt")))
+    assert not (tmp_path / "all").exists(), "the right flags would be refused there as another measurement's"
     with pytest.raises(FlagError, match="--tokens: expected a number beside --text"):
         configure(tiny, tmp_path, text="held-out.jsonl")
     with pytest.raises(FlagError, match="--tokens: expected at least 1, got 0"):
