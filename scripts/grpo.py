@@ -24,10 +24,10 @@ import sys
 from collections.abc import Sequence
 
 from laguna_serve.scripts.training.rl.config import GrpoConfig
-from laguna_serve.scripts.training.rl.run import GrpoResult, train_policy
+from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, find_finished, train_policy
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.flags import read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import to_json, write_result
 
 __all__ = ["GrpoConfig", "GrpoResult", "main", "train_policy"]
 EXAMPLES = """examples:
@@ -55,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: GrpoConfig) -> int:
-    """Train, write the result and print it. Returns the exit status."""
-    result = train_policy(config)
-    from laguna_serve.scripts.training.rl.plot import draw_runs
+    """Train, write the result and print it; what is finished is printed again. Returns the exit status."""
+    result = find_finished(config)
+    if result is None:
+        result = train_policy(config)
+        write_result(config.out / RESULT, result)
+        from laguna_serve.scripts.training.rl.plot import draw_runs
 
-    (config.out / "grpo.json").write_text(json.dumps(to_json(result)) + "\n", encoding="utf-8")
-    draw_runs([config.out], config.out / "reward.png")
+        draw_runs([config.out], config.out / "reward.png")
     first, last = result.held_out_reward.first, result.held_out_reward.last
     print(f"held-out reward {first:.3f} → {last:.3f} over {config.steps} steps")
     print(json.dumps({key: value for key, value in to_json(result).items() if key != "log"}))

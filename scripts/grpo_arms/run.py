@@ -17,7 +17,7 @@ import msgspec
 from laguna_serve.scripts.grpo_arms.report import render_markdown
 from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
 from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
-from laguna_serve.scripts.training.rl.run import GrpoResult, train_policy
+from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, train_policy
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
@@ -173,7 +173,7 @@ def read_so_far(config: ArmsConfig) -> list[ArmRun]:
 
 def run_arm(config: GrpoConfig) -> GrpoResult:
     """Read a finished run, or run it. Raises RunDirError: the folder holds another one."""
-    path = config.out / "grpo.json"
+    path = config.out / RESULT
     if not path.exists():
         result = train_policy(config)
         write_result(path, result)

@@ -18,12 +18,15 @@ from laguna_serve.serving.checkpoint import CheckpointError, read_target, requir
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.results import ResultError, read_result
 from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.training.rl.refresh.refresher import Refresher
     from laguna_serve.scripts.training.rl.trainer import Trainer
+
+RESULT = "grpo.json"
 
 
 class GrpoResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.grpo/1"):
@@ -33,6 +36,18 @@ class GrpoResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
     run: GrpoRun
     log: tuple[Step, ...]
     held_out_reward: HeldOut
+
+
+def find_finished(config: GrpoConfig) -> GrpoResult | None:
+    """Read the result of this very run where it has come to its end.
+
+    Another pass of its last step would draw its answers, and so its held-out reward, anew.
+    """
+    try:
+        found = read_result(config.out / RESULT, GrpoResult)
+    except ResultError:  # none, or one of an earlier form: the run's own state decides
+        return None
+    return found if found.run == config.decisive and len(found.log) == config.steps + 1 else None
 
 
 def read_prompts(path: Path) -> Prompts:

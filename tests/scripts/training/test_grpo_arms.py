@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from laguna_serve.scripts import grpo
 from laguna_serve.scripts.grpo_arms import run as grpo_arms
 from laguna_serve.scripts.grpo_arms.plot import draw_arms
 from laguna_serve.scripts.grpo_arms.report import render_markdown
@@ -19,10 +20,12 @@ from laguna_serve.scripts.grpo_arms.result import (
     pool_tau,
     summarise,
 )
+from laguna_serve.scripts.training.rl.config import GrpoConfig
 from laguna_serve.scripts.training.rl.refresh.notes import DrafterNote, GateNote, LiveNote
 from laguna_serve.scripts.training.rl.run import GrpoResult
 from laguna_serve.scripts.training.rl.steps import HeldOut, Step, StepSeconds
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import RunDirError
@@ -140,6 +143,30 @@ def test_finished_run_is_read_and_another_one_is_refused(tmp_path: Path) -> None
     for other in (describe(tmp_path, steps=3), describe(tmp_path, gamma="adaptive")):
         with pytest.raises(RunDirError, match="another one's"):
             grpo_arms.run_arm(other.describe("frozen", 0))
+
+
+def test_a_finished_run_is_printed_again_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an engine, which would draw the answers of its last step anew."""
+
+    def refuse(config: GrpoConfig) -> GrpoResult:
+        raise CommandError(f"{config.steps} steps: trained")
+
+    monkeypatch.setattr(grpo, "train_policy", refuse)
+    config = describe(tmp_path).describe("frozen", 0)
+    run = make_run("frozen", 1.4, tmp_path)
+    config.out.mkdir()
+    held_out = HeldOut(first=0.3, last=0.95, prompts=4)
+    result = GrpoResult(environment=ENVIRONMENT, run=run.run, log=run.log, held_out_reward=held_out)
+    write_result(config.out / "grpo.json", result)
+    before = (config.out / "grpo.json").read_bytes()
+    assert grpo.run(config) == 0
+    assert "held-out reward 0.300 → 0.950" in capsys.readouterr().out
+    assert (config.out / "grpo.json").read_bytes() == before
+    for other in (describe(tmp_path, steps=3), describe(tmp_path, gamma="adaptive")):
+        with pytest.raises(CommandError, match="trained"):
+            grpo.run(other.describe("frozen", 0))
 
 
 def test_unfinished_runs_are_compared_over_the_steps_that_all_have(tmp_path: Path) -> None:
