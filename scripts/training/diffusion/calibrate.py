@@ -107,7 +107,12 @@ class Calibration(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "calibrate.py", CalibrateConfig, __doc__, EXAMPLES, others=(DiffusionError,), interrupted="it starts anew"
+        "scripts/training/diffusion/calibrate.py",
+        CalibrateConfig,
+        __doc__,
+        EXAMPLES,
+        others=(DiffusionError,),
+        interrupted="it starts anew",
     )
     return command.run(argv, learn)
 

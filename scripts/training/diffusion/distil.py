@@ -113,7 +113,7 @@ class DrawnRows:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "distil.py",
+        "scripts/training/diffusion/distil.py",
         DistilConfig,
         __doc__,
         EXAMPLES,

@@ -93,7 +93,12 @@ class PruneResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "prune.py", PruneConfig, __doc__, EXAMPLES, others=(DiffusionError, PruningError), interrupted="it starts anew"
+        "scripts/training/diffusion/prune.py",
+        PruneConfig,
+        __doc__,
+        EXAMPLES,
+        others=(DiffusionError, PruningError),
+        interrupted="it starts anew",
     )
     return command.run(argv, prune, show=_show)
 

@@ -102,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     interrupted = "the same command continues from the last saved step"
     command = Command(
-        "toy.py", ToyPairConfig, __doc__, EXAMPLES, others=(DiffusionError, PruningError), interrupted=interrupted
+        "scripts/training/diffusion/toy.py",
+        ToyPairConfig,
+        __doc__,
+        EXAMPLES,
+        others=(DiffusionError, PruningError),
+        interrupted=interrupted,
     )
     return command.run(argv, make_pair)
 
