@@ -49,7 +49,7 @@ class EndpointTeacher:
         self.close()
 
     def close(self) -> None:
-        """End its connections."""
+        """End its connections and its loop; it cannot be asked any more."""
         self._loop.run_until_complete(self._session.close())
         self._loop.close()
 
