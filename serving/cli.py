@@ -1,6 +1,7 @@
 """The ``laguna`` command.
 
-Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run (one line on stderr says why).
+Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run (one line on stderr says why), 130 it
+was interrupted; of `laguna serve` and `laguna gateway`, which Ctrl-C stops, 0 once they serve.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, keys, serve, traces
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, Parser, end_unread
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED, Parser, end_unread
 from laguna_serve.serving.kit.environment import read_versions
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("laguna: error: interrupted", file=sys.stderr)
+        print("laguna: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     return COULD_NOT_RUN
 
 

@@ -48,7 +48,8 @@ EPILOG = """examples:
   laguna doctor --deployment gateway.toml
   laguna doctor Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
 
-exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run
+exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run,
+130 interrupted
 """
 
 

@@ -182,6 +182,19 @@ def test_serve_tells_when_the_engine_dies(fake_vllm: Path, target: Path, tmp_pat
     wait_until_gone(read_pids(fake_vllm, 3), timeout_s=0)
 
 
+def test_interruption_before_a_command_handles_it_is_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it imports what it needs, as the checkpoint tools do for seconds; and all of `laguna doctor`."""
+
+    def interrupt(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "doctor", (interrupt, "…"))
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "laguna: interrupted; nothing was written\n"
+
+
 @pytest.mark.slow
 def test_serve_interrupted_at_start_leaves_nothing(
     fake_vllm: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
