@@ -35,6 +35,8 @@ LEAST_SHARE = 0.15
 READ_AGAIN = 16
 # Numbers of requests that share a cell: exact up to this, then within a fifth.
 EXACT_REQUESTS, BUCKETS_PER_DOUBLING = 8, 4
+# Cells so near say what a step of plain decoding takes: two requests more or less, or a factor of 1.4.
+NEAR = 2
 # Before anything was measured, in steps without drafts: the target's by drafted tokens per request, and the drafter's.
 VERIFY_FIRST, VERIFY_EACH = 1.3, 0.08
 DRAFT_FIRST, DRAFT_EACH = 0.35, 0.02
@@ -183,6 +185,12 @@ class CostTable:
         """Count the measurements of a cell."""
         cell = self._cells.get(find_bucket(requests), {}).get(level)
         return 0 if cell is None else cell.count
+
+    def is_known_near(self, requests: int, level: int) -> bool:
+        """Whether a level was measured often enough for about so many requests."""
+        bucket = find_bucket(requests)
+        near = (cells.get(level) for other, cells in self._cells.items() if abs(other - bucket) <= NEAR)
+        return any(cell is not None and cell.count >= FIRST for cell in near)
 
     def knows(self, requests: int) -> bool:
         """Whether anything was measured for so many requests."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
 from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket, read
+from laguna_serve.plugins.adaptive.rows import round_rows
 
 # Of all time, for steps that are expected to lose; in the beginning more: this many steps' time divided by the steps
 # so far, and no more than that.
@@ -174,10 +175,10 @@ class Policy:
         return max(EXPLORED, min(EXPLORED_FIRST, EXPLORED_EARLY / self._step))
 
     def _begins(self, count: int) -> bool:
-        """Whether so many requests are new here, and what a plain step of them takes is not known yet."""
+        """Whether so many requests are new here, and what a plain step of about as many takes is not known yet."""
         bucket = find_bucket(count)
         begun = self._begun[bucket] = self._begun.get(bucket, 0) + 1
-        return begun <= FIRST and self.costs.verify.count(count, 0) < FIRST
+        return begun <= FIRST and not self.costs.verify.is_known_near(count, 0)
 
     def _look(self, requests: Sequence[str], waiting_s: float, room: Sequence[int] | None) -> Prospect:
         row_s = self.costs.draft.rate.value or self.row_s / self.costs.pace
@@ -214,7 +215,7 @@ class Policy:
         if decision is None and best:
             alike = {id(each): each for each in prospect.survivals}
             counts = {key: sum(chance >= least for chance in each[:best]) for key, each in alike.items()}
-            decision = Decision(best, tuple(counts[id(each)] for each in prospect.survivals))
+            decision = Decision(best, round_rows([counts[id(each)] for each in prospect.survivals]))
         elif decision is None:
             decision = PLAIN
             self._held = (tuple(prospect.requests), PLAIN_RUN - 1, verify[0])

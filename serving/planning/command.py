@@ -50,6 +50,9 @@ PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
+# Every shape and number of rows is a product of its own to oneDNN, made in 0.1 ms and more and up to 0.2 MB large. Of
+# its usual 1,024 a server with many requests and drafts makes most anew in every step.
+ONEDNN_PRODUCTS = "4096"
 # Kernels whose rows do not depend on the batch (engine/batch_invariance.py checks that they do not). CPU: attention
 # otherwise splits a sequence's keys over threads by how many sequences there are (vLLM 0.32,
 # v1/attention/backends/cpu_attn.py). GPU: vLLM's batch-invariant kernels (docs/features/batch_invariance.md).
@@ -272,6 +275,7 @@ def build_environment(
     if device.kind == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS)
     if local:
         environment["HF_HUB_OFFLINE"] = "1"
     if exact:

@@ -10,6 +10,7 @@ from adaptive_simulation import PROMPT_S, WIDTH, Simulation
 from laguna_serve.plugins.adaptive.acceptance import Acceptance
 from laguna_serve.plugins.adaptive.costs import CostTable, Measured, Pace, StepCosts, find_bucket, read
 from laguna_serve.plugins.adaptive.policy import PLAIN, Policy
+from laguna_serve.plugins.adaptive.rows import round_rows
 
 # As the toy's drafter on code: 3.5 tokens per step on the full width.
 CODE = [0.76, 0.75, 0.75, 0.75, 0.8, 0.8, 0.8]
@@ -261,6 +262,21 @@ def test_a_width_that_only_other_loads_speak_against_is_tried() -> None:
         drafted = dict(zip(names, decision.counts, strict=False))
         policy.observe_drafts([(name, count, accept(draw, count)) for name, count in drafted.items()])
     assert sum(width > 5 for width in widths[400:]) > 180
+
+
+@pytest.mark.parametrize(
+    ("counts", "rounded"),
+    [
+        ([7] * 8, [7] * 8),
+        ([3] * 9, [2] * 4 + [3] * 5),
+        ([5, 1, *[0] * 12], [4, 0, *[0] * 12]),
+        ([1, *[0] * 9], [1, *[0] * 9]),
+        ([7] * 64, [7] * 64),
+    ],
+    ids=["few requests", "more", "longest first", "never to none", "even"],
+)
+def test_rows_come_in_steps(counts: list[int], rounded: list[int]) -> None:
+    assert round_rows(counts) == tuple(rounded)
 
 
 def accept(draw: random.Random, drafted: int) -> int:

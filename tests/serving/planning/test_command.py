@@ -227,10 +227,17 @@ def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.Monk
     assert build_environment({}, CPU, local=True)["OMP_NUM_THREADS"] == "1"
 
 
+def test_cpu_engine_keeps_more_of_onednns_products_unless_told_otherwise() -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert build_environment({}, CPU, local=True)[name] == "4096"
+    assert build_environment({name: "100"}, CPU, local=True)[name] == "100"
+
+
 def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
     assert "--distributed-executor-backend" not in build(EngineConfig(model=str(target)), gpu)
-    assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"} & build_environment({}, gpu, local=True).keys()
+    of_cpus = {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    assert not of_cpus & build_environment({}, gpu, local=True).keys()
 
 
 def test_prefix_caching_with_a_drafter_is_not_taken_for_granted_on_a_gpu(target: Path, drafter: Path) -> None:
