@@ -7,8 +7,8 @@ where prompts are most of the work it may cost more than drafts bring.
 
 What is not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays
 for it: a small part of all time goes into it, more in the beginning, when a cold machine's steps say little, and such a
-step is taken when the purse holds what it is expected to lose.  A number of requests that never was begins without
-drafts, which loses nothing.
+step is taken when the purse holds what it is expected to lose.  A number of requests that never was, nor one near it,
+begins without drafts, which loses little.
 
 **What comes out does not depend on this.**  Each number is fixed before its drafts are drawn, from earlier steps alone:
 their accepted counts, their times, and how many tokens a request may still get.  Given the tokens so far, the drafts
