@@ -179,7 +179,8 @@ def test_bad_input_is_refused_before_an_engine_starts(
 
 @pytest.mark.slow
 def test_tool_that_fails_is_quoted_in_one_line(tmp_path: Path) -> None:
-    quoted = r"^scripts.toy_text: expected success, got: toy_text\.py: error: --out .*: expected a file, got a folder; name a file in it$"
+    said = r"toy_text\.py: error: --out .*: expected a file, got a folder; name a file in it"
+    quoted = rf"^scripts.toy_text: expected success, got: {said}$"
     with pytest.raises(ToolError, match=quoted):
         run_script("scripts.toy_text", "--out", tmp_path)
 
