@@ -20,17 +20,20 @@ def compile_sentinel(compiler: str, machine: str, folder: Path, *link: str) -> P
     flags: Mapping[str, Sequence[str]] = {**sentinel.PATHS[machine], **dict.fromkeys(UNITS, ())}
     commands = [(sentinel.SOURCES / f"{name}.cpp", (*sentinel.STRICT, *own)) for name, own in flags.items()]
     commands.append((HERE / "native_check.cpp", ("-std=c++17", "-O1", f"-I{sentinel.SOURCES}")))
-    return _compile(compiler, commands, folder, link)
+    return compile_program(compiler, commands, folder, link)
 
 
 def compile_linear(compiler: str, path: str, folder: Path, *link: str) -> Path:
     """Compile a path of the linear product and linear_check.cpp. Raises CalledProcessError."""
     flags = (*(flag for flag in linear.FLAGS if flag != "-shared"), *linear.PATH_FLAGS[path])
     commands = [(linear.SOURCES / "product.cpp", flags), (HERE / "linear_check.cpp", ("-std=c++17", "-O2"))]
-    return _compile(compiler, commands, folder, ("-fopenmp", *link))
+    return compile_program(compiler, commands, folder, ("-fopenmp", *link))
 
 
-def _compile(compiler: str, commands: Sequence[tuple[Path, Sequence[str]]], folder: Path, link: Sequence[str]) -> Path:
+def compile_program(
+    compiler: str, commands: Sequence[tuple[Path, Sequence[str]]], folder: Path, link: Sequence[str] = ()
+) -> Path:
+    """Compile files, each with its flags, two at a time, and link them. Raises CalledProcessError."""
     program = folder / "check"
 
     def compile_one(command: tuple[Path, Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_cases import ROUTING_SHAPE, TOLERANCE, make_inputs, relative_error
+from native_checks import compile_program, run_check
 
 from laguna_serve.kernels.sentinel_moe import build as building
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe_reference
@@ -205,25 +206,15 @@ def test_tiles_of_an_emulated_amx(tmp_path: Path) -> None:
     names = ("path_amx", "path_avx512", "path_portable", "paths", "driver", "pairs")
     flags = building.PATHS["x86_64"]
     emulated = ("-DSENTINEL_EMULATE_AMX", f"-I{check.parent}")
-    commands = [
-        (str(building.SOURCES / f"{name}.cpp"), name, (*flags.get(name, ()), *(emulated if name == "path_amx" else ())))
+    commands: list[tuple[Path, tuple[str, ...]]] = [
+        (
+            building.SOURCES / f"{name}.cpp",
+            (*building.STRICT, "-O2", *flags.get(name, ()), *(emulated if name == "path_amx" else ())),
+        )
         for name in names
     ]
-    commands.append((str(check), "check", (f"-I{building.SOURCES}",)))
-
-    def compile_one(command: tuple[str, str, tuple[str, ...]]) -> str:
-        source, name, own = command
-        made = str(tmp_path / f"{name}.o")
-        subprocess.run([compiler, *building.STRICT, "-O2", "-w", *own, "-c", source, "-o", made], check=True)
-        return made
-
-    with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(compile_one, commands))
-    program = str(tmp_path / "run")
-    subprocess.run([compiler, "-o", program, *made], check=True)
-    done = subprocess.run([program, "amx"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.split() == ["amx"]
+    commands.append((check, (*building.STRICT, "-O2", f"-I{building.SOURCES}")))
+    assert run_check(compile_program(compiler, commands, tmp_path), "amx").split() == ["amx"]
 
 
 def test_plain_torch_computes_the_reference(caplog: pytest.LogCaptureFixture) -> None:
