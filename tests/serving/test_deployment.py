@@ -139,10 +139,28 @@ def test_images_leave_out_checkpoints_and_what_was_built_here() -> None:
         assert name.startswith(".") or {name, f"**/{name}"} & left_out, name
 
 
-def test_cpu_image_knows_where_torch_is() -> None:
-    """`torch==…+cpu` is not on pip's own index: without another one the build ends there."""
+def test_cpu_image_says_where_its_torch_is(tmp_path: Path) -> None:
+    """`torch==…+cpu` is not on pip's own index: a build without another one ends in a line that names the argument."""
     assert re.search(r"^torch==\S+\+cpu$", (ROOT / "scripts/requirements/cpu.lock").read_text(), re.MULTILINE)
-    assert re.search(r'^ARG INDEX="https://\S+"$', (DEPLOY / "Containerfile.cpu").read_text(), re.MULTILINE)
+    text = (DEPLOY / "Containerfile.cpu").read_text()
+    # An argument of a build is in the environment of its commands, where pip looks.
+    assert "--build-arg PIP_EXTRA_INDEX_URL=URL" in text
+    assert re.search(r"^ARG PIP_EXTRA_INDEX_URL$", text, re.MULTILINE)
+    command = re.search(r"^RUN (pip install .*cpu\.lock \\\n.*)$", text, re.MULTILINE)
+    assert command is not None
+    pip = tmp_path / "pip"
+    for status in (1, 0):
+        pip.write_text(f"#!/bin/sh\nexit {status}\n")
+        pip.chmod(0o755)
+        ran = subprocess.run(
+            ["sh", "-c", command[1]],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == status
+        assert ("--build-arg PIP_EXTRA_INDEX_URL=URL" in ran.stderr) == bool(status)
 
 
 @pytest.mark.slow
