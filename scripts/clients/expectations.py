@@ -23,7 +23,7 @@ TOOL: dict[str, Any] = {"name": "read", "description": "Reads a file", "paramete
 CHAT_TOOL: Any = {"type": "function", "function": TOOL}
 FORCED = {"structured_outputs": {"regex": REGEX}}
 THINK = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 8}
-FEW, MANY = 16, 160
+FEW, MANY = 24, 160
 Checks = dict[str, Callable[[], str]]
 
 

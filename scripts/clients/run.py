@@ -45,7 +45,7 @@ CUT_AFTER = 3
 # The two ways to write one call of the tool `read`: with line breaks as the template has it, and in one line of JSON.
 CALL = [
     "<tool_call>read",
-    *("<arg_key>path</arg_key>", "<arg_value>[a-z]{3,8}</arg_value>"),
+    *("<arg_key>path</arg_key>", "<arg_value>[a-z]{24,40}</arg_value>"),
     *("<arg_key>count</arg_key>", "<arg_value>[0-9]{1,3}</arg_value>", "</tool_call>"),
 ]
 CALL_REGEX = "\n".join(CALL)

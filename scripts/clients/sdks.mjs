@@ -21,7 +21,7 @@ const PARAMETERS = {
 };
 const FORCED = { structured_outputs: { regex: REGEX } };
 const BY_SCHEMA = { output_config: { format: FORMAT } };
-const FEW = 16;
+const FEW = 24;
 const MANY = 160;
 
 function expect(holds, what) {

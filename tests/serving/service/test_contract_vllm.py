@@ -33,7 +33,8 @@ READ = {"name": "read", "description": "Reads a file", "parameters": PARAMETERS}
 ASK = [{"role": "user", "content": "x = 1"}]
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 ON, OFF = ({"chat_template_kwargs": {"enable_thinking": on}} for on in (True, False))
-BUDGET = 6
+# Thoughts long enough that a busy machine, on which vLLM joins the pieces that wait, does not make one piece of them.
+BUDGET = 64
 CALLED = [
     *ASK,
     {
@@ -67,7 +68,7 @@ def message(**changes: Any) -> dict[str, Any]:
 ONE, TWO = ({"structured_outputs": {"regex": regex}} for regex in (CALL_REGEX, f"sure {CALL_REGEX}{CALL_REGEX}"))
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "call", "schema": CALL_SCHEMA["schema"]}}
 NAMED = {"type": "function", "function": {"name": "read"}}
-THOUGHT = {**ON, "thinking_token_budget": BUDGET}
+THOUGHT = {**ON, "thinking_token_budget": BUDGET, "min_tokens": BUDGET}
 BY_OUTPUT = {"output_config": {"format": CALL_SCHEMA}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "call": (CHAT, chat(**ONE)),
@@ -78,13 +79,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "named": (CHAT, chat(tool_choice=NAMED, response_format=AS_SCHEMA)),
     "result": (CHAT, chat(messages=CALLED, max_tokens=24)),
     "result, another call": (CHAT, chat(messages=CALLED, **ONE)),
-    "thought": (CHAT, chat(max_tokens=24, tools=None, **THOUGHT)),
-    "thought, call": (CHAT, chat(**THOUGHT, **ONE)),
+    "thought": (CHAT, chat(max_tokens=BUDGET + 24, tools=None, **THOUGHT)),
+    "thought, call": (CHAT, chat(max_tokens=BUDGET + 160, **THOUGHT, **ONE)),
     "no thought": (CHAT, chat(max_tokens=24, tools=None)),
     "effort": (CHAT, {"messages": ASK, "max_tokens": 24, "temperature": 0, "reasoning_effort": "low"}),
     "responses call": (RESPONSES, respond(**ONE)),
-    # Long enough that a busy machine, on which vLLM joins the pieces that wait, does not make one of it.
-    "responses thought": (RESPONSES, respond(tools=None, max_output_tokens=120, **ON)),
+    "responses thought": (RESPONSES, respond(tools=None, max_output_tokens=2 * BUDGET, **ON)),
     "message": (MESSAGES, message(max_tokens=24)),
     "message call": (MESSAGES, message(**BY_OUTPUT)),
     "message thought": (MESSAGES, message(tools=None, max_tokens=24, **ON)),
