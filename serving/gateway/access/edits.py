@@ -23,6 +23,8 @@ ENDS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 ASK = b'"stream_options":{"include_usage":true},'
 EMPTY = re.compile(rb"\s*\}")
 USAGE = b'"usage"'
+# So ends an event whose last field are its choices. Whatever has usage and no choice ends otherwise.
+CHOICES_END = b"}]}\n\n"
 # A larger number of a request is this one: vLLM takes no more than 64 bits.
 MOST_PRIORITY = 1 << 31
 

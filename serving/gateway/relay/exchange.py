@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from laguna_serve.serving.gateway.access.edits import USAGE, drop_usage
+from laguna_serve.serving.gateway.access.edits import CHOICES_END, USAGE, drop_usage
 from laguna_serve.serving.gateway.access.heads import add_headers
 from laguna_serve.serving.gateway.access.holder import Claim, Holder
 from laguna_serve.serving.gateway.counts.backlog import Backlog
@@ -26,19 +26,11 @@ from laguna_serve.serving.gateway.residence.place import Place
 from laguna_serve.serving.gateway.telemetry.stages import Trace
 from laguna_serve.serving.gateway.telemetry.usage import count_tokens, keep_usage
 from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire import headers as heads
 from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.failures import SilentError, StaleError, StalledError
-from laguna_serve.serving.gateway.wire.headers import (
-    DRAFT,
-    UPSTREAM,
-    WEIGHTS,
-    Head,
-    Headers,
-    find_dropped,
-    pass_headers,
-    render_request,
-)
+from laguna_serve.serving.gateway.wire.headers import DRAFT, UPSTREAM, WEIGHTS, Head, Headers
 from laguna_serve.serving.gateway.wire.http1 import Connection
 from laguna_serve.serving.gateway.wire.sse import EventStream, frame_events
 
@@ -194,8 +186,8 @@ class Exchange(Waiter):
         origin = self.engine.origin
         keys_are_ours = self.keys_are_ours or origin.has_credential
         lines = origin.lines if self.trace is None else origin.lines + self.trace.enter_engine(origin.site)
-        dropped = find_dropped(keys_are_ours, self.trace is not None, self.drops_usage)
-        data = render_request(self.head, self._body, lines, origin.site.prefix, self.forwarded_for, dropped)
+        dropped = heads.find_dropped(keys_are_ours, self.trace is not None, self.drops_usage)
+        data = heads.render_request(self.head, self._body, lines, origin.site.prefix, self.forwarded_for, dropped)
         if not connection.kept:
             self._body = b""
         if self.held and self.backlog is not None:
@@ -216,7 +208,7 @@ class Exchange(Waiter):
             # It ran before and after an update of the weights.
             weights, draft = self.said[-1][0] + b", " + weights, self.said[-1][1] + b", " + draft
             self.said.append(engine.versions)
-        found = pass_headers(headers, engine.origin.site)
+        found = heads.pass_headers(headers, engine.origin.site)
         if self.cors is not None:
             found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
         named = dict(found)
@@ -240,22 +232,28 @@ class Exchange(Waiter):
         self.last_s = now
         self.chunks += 1
         events = self._events
-        if events is not None:
+        if events is None:
+            self.recent = keep_usage(self.recent, data)
+        else:
             if self.said[-1] is not engine.versions and not events.broken_open:
                 # What was written so far are whole events.
                 self.said.append(engine.versions)
                 self.sink.write(b": x-weight-version: %s, x-draft-version: %s\n\n" % engine.versions)
-            if not (events.passes and data.endswith(b"\n\n")):
-                data = events.take(data)
-                if not data:
-                    return
-        self.recent = keep_usage(self.recent, data) if events is None else (self.recent[1], data)
-        # Most events have none, and a call for each would be a tenth of what it costs.
-        if self.drops_usage and events is not None and USAGE in data and not (data := drop_usage(data)):
-            return
+            # Most events are whole and have no usage: a search or a call for each would be a tenth of what it costs.
+            if events.passes and data.endswith(CHOICES_END):
+                self.recent = (self.recent[1], data)
+            elif not (data := self._take_events(events, data)):
+                return
         if self.copy is not None:
             self.copy += data
         self.sink.write(data)
+
+    def _take_events(self, events: EventStream, data: bytes) -> bytes:
+        """Take what is whole by now, without the usage that was asked for in the client's place."""
+        if not (events.passes and data.endswith(b"\n\n")) and not (data := events.take(data)):
+            return b""
+        self.recent = (self.recent[1], data)
+        return drop_usage(data) if self.drops_usage and USAGE in data else data
 
     def on_pause(self) -> None:
         """Note that the engine has sent no more for now."""
