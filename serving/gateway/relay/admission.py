@@ -22,14 +22,9 @@ def admit(
     """Let a request go on when its model is ready: at once, or after a wait, unless its client leaves first.
 
     Raises:
-        GatewayError: 503 the model cannot be loaded, or is not and the request asks for nothing that needs it; 429 too
-            many wait.
+        GatewayError: 503 the model cannot be loaded, 429 too many wait.
     """
     exchange.model = model.name
-    method = exchange.head.method
-    # OPTIONS need no key: whatever they bring, nothing is loaded, nor ended, for strangers.
-    if not model.serves and (method == "OPTIONS" or (not body and method in ("GET", "HEAD"))):
-        raise errors.not_loaded()
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def settle() -> None:

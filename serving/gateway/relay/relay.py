@@ -43,7 +43,7 @@ from laguna_serve.serving.gateway.wire.client_address import Proxies
 from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import Head
-from laguna_serve.serving.gateway.wire.paths import check_path
+from laguna_serve.serving.gateway.wire.paths import check_loads, check_path
 
 JSON = ((b"content-type", b"application/json"),)
 # Of a request that needs no key.
@@ -236,6 +236,8 @@ class Relay:
         if (model := self.owner.find(pool.model.name)) is None:
             exchange.send(pool, sent, affinity)
         else:
+            if not model.serves:
+                check_loads(exchange.head, self.config.server.extra_paths)
             admit(self.owner, model, exchange, sent, pool.limits, lambda: exchange.send(pool, sent, affinity))
 
     def _charge(self, exchange: Exchange, key: Holder, body: bytes, pool: Pool, asked: Asked) -> bytes:

@@ -16,6 +16,20 @@ SCORING = ("/score", "/rerank", "/pooling", "/classify", "/generative_scoring")
 PUBLIC_PATHS = frozenset(
     ("/tokenize", "/detokenize", "/tokenizer_info", "/invocations", "/version", "/load", "/ping", *SCORING)
 )
+# What vLLM answers by a model, besides SCORING, and what it tells of itself; other engines may have more.
+ANSWERED = frozenset(
+    (
+        *("/v1/completions", "/v1/completions/render", "/v1/completions/derender", "/v1/chat/completions"),
+        *("/v1/chat/completions/batch", "/v1/chat/completions/render", "/v1/chat/completions/derender"),
+        *("/v1/responses", "/v1/responses/render", "/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
+        *("/cohere/v2/chat", "/cohere/v2/chat/render", "/inference/v1/generate", "/v1/systemone"),
+        *("/v1/embeddings", "/v2/embed", "/v1/score", "/v1/rerank", "/v2/rerank"),
+        *("/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize", "/invocations", *SCORING),
+    )
+)
+TOLD = frozenset(("/v1/models", "/v1/realtime", "/version", "/load", "/ping", "/tokenizer_info"))
+# Answers that an engine has stored: another one has none of them.
+STORED = "/v1/responses/"
 # Under those prefixes, and not for clients.
 NOT_PUBLIC = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"))
 
@@ -33,6 +47,21 @@ def check_path(head: Head, more: Iterable[str]) -> None:
         )
     if not ((path.startswith(PUBLIC_PREFIXES) or path in PUBLIC_PATHS) and path not in NOT_PUBLIC) and path not in more:
         raise errors.unknown_path(head.method, head.path)
+
+
+def check_loads(head: Head, more: Iterable[str]) -> None:
+    """Check that a request is worth loading a model for, as vLLM serves it.
+
+    Raises:
+        GatewayError: 404 vLLM would not know its path, 503 it asks for no answer of a model's.
+    """
+    path = head.path.removesuffix("/")  # vLLM redirects such a one
+    answered = path in ANSWERED or head.path in more
+    if not (answered or path in TOLD or head.path.startswith(STORED)):
+        raise errors.unknown_path(head.method, head.path)
+    # OPTIONS need no key: whatever they bring, nothing is loaded, nor ended, for strangers.
+    if head.method != "POST" or not answered:
+        raise errors.not_loaded()
 
 
 def _is_hidden(method: str, raw: bytes, path: str) -> bool:

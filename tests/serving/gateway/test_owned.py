@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from gateway_fakes import wait_until
 from residence_fakes import PATH, ask, list_engines, owning
+
+from laguna_serve.serving.gateway.wire.paths import (
+    ANSWERED,
+    NOT_PUBLIC,
+    PUBLIC_PATHS,
+    PUBLIC_PREFIXES,
+    STORED,
+    TOLD,
+)
 
 
 @pytest.mark.slow
@@ -136,6 +147,30 @@ def test_a_request_without_a_key_does_not_load(monkeypatch: pytest.MonkeyPatch, 
         assert front.ask(PATH, b'{"model": "a"}').status == 401
         assert front.relay.owner.find("a").state == "unloaded"
         assert not list_engines()
+
+
+def test_what_no_model_answers_loads_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    body = b'{"model": "a"}'
+    with owning(monkeypatch, tmp_path, {"a": {}, "b": {}}, server={"extra_paths": ["/mine"]}) as front:
+        for path in ("/v1/nope", "/v2/nope", "/inference/v1/nope"):
+            reply = front.ask(path, body)
+            assert (reply.status, reply.json()["error"]["code"]) == (404, "unknown_url")
+        for method, path in (("PUT", PATH), ("GET", PATH), ("GET", "/mine"), ("POST", "/v1/models")):
+            assert front.ask(path, body, method=method).json()["error"]["code"] == "service_unavailable"
+        assert front.ask("/v1/responses/r/cancel", body).status == 503
+        assert {model.state for model in front.relay.owner.scheduler.models.values()} == {"unloaded"}
+        assert not list_engines()
+
+
+@pytest.mark.vllm
+def test_every_route_of_vllm_is_known() -> None:
+    """When this fails, vLLM has another one: name it in serving/gateway/wire/paths.py."""
+    folder = Path(str(find_spec("vllm").origin)).parent / "entrypoints"  # type: ignore[union-attr]
+    route = re.compile(r'@\w*router\.(?:get|post|api_route|websocket)\(\s*"(/[^"{]*)')
+    found = {path for file in folder.rglob("*.py") for path in route.findall(file.read_text())}
+    public = {path for path in found if path.startswith(PUBLIC_PREFIXES) or path in PUBLIC_PATHS} - NOT_PUBLIC
+    assert len(public) > 30
+    assert public - {STORED} == ANSWERED | TOLD
 
 
 @pytest.mark.slow
