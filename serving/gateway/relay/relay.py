@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 
-from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
+from laguna_serve.serving.gateway.access.asked import UnreadableError, check_coding, read_asked
 from laguna_serve.serving.gateway.access.demand import Asked, estimate
 from laguna_serve.serving.gateway.access.edits import ask_usage, find_priority, set_priority
 from laguna_serve.serving.gateway.access.holder import Holder
@@ -142,6 +142,7 @@ class Relay:
                 exchange.key = self.keys.find(head.named)
                 exchange.claim = None if exchange.key is None else exchange.key.enter()
             check_path(head, self.config.server.extra_paths)
+            check_coding(head.named.get(b"content-encoding", b""))
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
                 self.check_size(int(announced), is_options=is_options)

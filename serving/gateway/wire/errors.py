@@ -18,6 +18,7 @@ ANTHROPIC_TYPES = {
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -131,6 +132,12 @@ def body_too_large(most: int) -> GatewayError:
     """Say that the body is larger than the gateway takes."""
     message = f"Request body is too large: the maximum is {most} bytes."
     return GatewayError(413, "invalid_request_error", message, code="request_too_large", reason="body_too_large")
+
+
+def encoded_body(coding: str) -> GatewayError:
+    """Say that a body is taken as it is, not compressed."""
+    message = f"Content-Encoding {coding[:64]!r} is not supported: send the body uncompressed."
+    return GatewayError(415, "invalid_request_error", message, code="unsupported_encoding", reason="encoded_body")
 
 
 def body_too_slow() -> GatewayError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import json
 import threading
@@ -401,6 +402,15 @@ def test_body_that_is_too_large_is_413() -> None:
             connection.sendall(chunked + b"bb8\r\n" + b"x" * 3000 + b"\r\n0\r\n\r\n")
             assert read_reply(connection).status == 413
         assert engine.seen == []
+
+
+def test_compressed_body_is_415() -> None:
+    with Upstream() as engine, gateway(engine) as front:
+        reply = front.ask("/v1/completions", gzip.compress(BODY), "content-encoding: gzip\r\n")
+        assert (reply.status, reply.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert "uncompressed" in front.ask("/v1/messages", b"x", "Content-Encoding: BR\r\n").json()["error"]["message"]
+        assert front.ask("/v1/completions", BODY, "content-encoding: identity\r\n").status == 200
+        assert [exchange.body for exchange in engine.seen] == [BODY]
 
 
 def test_body_that_does_not_come_is_408() -> None:
