@@ -23,6 +23,8 @@ from laguna_serve.plugins.diffusion.decoding.noise import draw_gumbel
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 
 Cache = Literal["none", "prefix", "dual"]
+# Of what logits are multiplied with: fp32 has no room for much more, and infinite ones choose nothing.
+MOST_SCALE = 1e6
 
 
 class Schedule(Protocol):
@@ -96,8 +98,8 @@ class Reference:
 
     def __post_init__(self) -> None:
         for name, value in (("temperature", self.temperature), ("guidance", self.guidance)):
-            if not 0 <= value < math.inf:
-                raise DiffusionError(f"{name}: expected 0 or more, got {value}")
+            if not 0 <= value <= MOST_SCALE:
+                raise DiffusionError(f"{name}: expected 0 or more, at most {MOST_SCALE:,.0f}, got {value}")
 
 
 def read_reference(schedule: str, cache: str) -> Reference:

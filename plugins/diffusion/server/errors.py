@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
@@ -11,6 +12,8 @@ from laguna_serve.plugins.diffusion.server.writing.forms import ErrorAnswer, Err
 
 TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 RETRY_AFTER_S = "1"
+# Of pydantic's messages.
+PREFIX = "Input should be "
 
 
 class ApiError(Exception):
@@ -37,10 +40,18 @@ class ApiError(Exception):
 
 
 def describe_invalid(error: RequestValidationError) -> ApiError:
-    """Describe the first thing that is wrong with a body."""
-    first = error.errors()[0]
+    """Describe what is wrong with a body: of a field of several kinds, all that fail where one got furthest."""
+    found = error.errors()
+    first = max(found, key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: expected JSON, got something else: {first['ctx']['error']}")
-    place = [str(part) for part in first["loc"] if part != "body"]
-    field = ".".join(place) or "body"
-    return ApiError(400, f"{field}: {first['msg']}", place[0] if place else None)
+    place = _find_place(first)
+    said = dict.fromkeys(each["msg"] for each in found if _find_place(each) == place)
+    one, *others = said
+    message = " or ".join([one, *(each.removeprefix(PREFIX) for each in others)])
+    return ApiError(400, f"{'.'.join(place) or 'body'}: {message}", place[0] if place else None)
+
+
+def _find_place(error: Any) -> list[str]:
+    """Find the field, without the names that pydantic gives to the kinds that it may be."""
+    return [str(part) for part in error["loc"] if part not in ("body", "str") and "[" not in str(part)]

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
 
 # What bytes decode to that are no whole character, or not yet.
 INCOMPLETE = "�"
+# The bytes that the characters of a byte-level vocabulary stand for.
+BYTES = {mark: byte for byte, mark in bytes_to_unicode().items()}
 
 
 class Texts:
@@ -68,6 +71,14 @@ class Texts:
         return str(
             self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
+
+    def find_bytes(self, token: int) -> bytes:
+        """Find the bytes of a token, also of one that is half a character where the vocabulary is one of bytes."""
+        text = self.decode([token], skip_special=False)
+        name = self.list_tokens([token])[0]
+        if INCOMPLETE not in text or not all(mark in BYTES for mark in name):
+            return text.encode()
+        return bytes(BYTES[mark] for mark in name)
 
     def list_tokens(self, ids: Sequence[int]) -> list[str]:
         """List the texts of single tokens as the vocabulary has them."""

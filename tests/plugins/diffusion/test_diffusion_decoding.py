@@ -260,6 +260,7 @@ def test_noise_draws_from_the_distribution() -> None:
         (lambda: Threshold(1.0), "threshold: expected a probability between 0 and 1"),
         (lambda: Reference(temperature=-1.0), "temperature: expected 0 or more"),
         (lambda: Reference(guidance=math.nan), "guidance: expected 0 or more"),
+        (lambda: Reference(temperature=1e308), "temperature: expected 0 or more, at most 1,000,000, got 1e"),
     ],
 )
 def test_bad_input_is_refused(make: Callable[[], object], message: str) -> None:

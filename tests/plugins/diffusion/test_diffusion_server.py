@@ -193,7 +193,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: expected"),
     ("chat/completions", {"messages": []}, "messages: List should have at least 1"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "messages.0.content.0.type: Input should be 'text' or 'input_text'",
+    ),
+    (
+        "chat/completions",
+        {"messages": [{"role": "assistant", "content": None}]},
+        "messages.0.content: Input should be a valid string or a valid list",
+    ),
+    ("completions", {"prompt": [None]}, "prompt.0: Input should be a valid integer or a valid string or a valid list"),
+    ("completions", {"prompt": "a", "temperature": 1e308}, "temperature: Input should be less than or equal to 1"),
 ]  # fmt: skip
 
 

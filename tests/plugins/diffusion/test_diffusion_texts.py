@@ -43,6 +43,11 @@ def test_characters_are_whole() -> None:
     assert made.tokens == len(ids)
 
 
+def test_tokens_that_are_half_a_character_have_their_bytes() -> None:
+    assert b"".join(map(TEXTS.find_bytes, TEXTS.encode(SAID))) == SAID.encode()
+    assert TEXTS.find_bytes(MASK) == TEXTS.decode([MASK], skip_special=False).encode()
+
+
 def test_the_text_is_that_of_all_tokens_however_they_come() -> None:
     rng = random.Random(0)
     for _ in range(60):

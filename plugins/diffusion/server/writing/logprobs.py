@@ -52,7 +52,7 @@ class LogprobWriter:
         return sum(len(self._spell(token)) for token in ids)
 
     def _describe(self, token: int, value: float, top: list[TokenLogprob] | None = None) -> TokenLogprob:
-        form = TokenLogprob(token=self._name(token), logprob=value, bytes=list(self._spell(token).encode()))
+        form = TokenLogprob(token=self._name(token), logprob=value, bytes=list(self.texts.find_bytes(token)))
         if top is not None:
             form.top_logprobs = top
         return form
