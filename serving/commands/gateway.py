@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ class GatewayResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; the last line on stdout is a JSON object."""
     config = read_flags(GatewayCommandConfig, argv, prog="laguna gateway", description=DESCRIPTION, epilog=EPILOG)
+    early: list[int] = []
+    if config.config is not None and not (config.check or config.example):
+        # A reload before there is anything to reload would end it.
+        signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))
     # FastAPI and aiohttp take half a second to import, which no other command needs.
     from laguna_serve.serving.gateway.config import ConfigError, read_example
 
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(read_example(), end="")
         return HELD
     try:
-        result = check_gateway(config) if config.check else run_gateway(config)
+        result = check_gateway(config) if config.check else run_gateway(config, early)
     except ConfigError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
@@ -107,8 +112,8 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
     return GatewayResult(outcome="valid", models=tuple(model.name for model in gateway.models))
 
 
-def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
-    """Serve until a signal. Raises as `check_gateway`."""
+def run_gateway(config: GatewayCommandConfig, early: Sequence[int] = ()) -> GatewayResult:
+    """Serve until a signal; `early` are SIGHUPs that have come by then. Raises as `check_gateway`."""
     from laguna_serve.serving.gateway.run import serve
 
     gateway = read_config(config)
@@ -117,6 +122,8 @@ def run_gateway(config: GatewayCommandConfig) -> GatewayResult:
     def announce(url: str, admin: str) -> None:
         print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True)
         tell_ready()
+        if early:  # perhaps after the file had been read
+            signal.raise_signal(signal.SIGHUP)
 
     url = serve(gateway, announce, None if config.config is None else lambda: read_config(config))
     return GatewayResult(outcome="stopped", url=url)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from gateway_fakes import Upstream
+from gateway_fakes import Upstream, wait_until
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.gateway.config import ConfigError, load_config
@@ -164,6 +164,28 @@ def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
             assert server.returncode == 0
             assert " INFO gateway: stopping: no new requests, " in err
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_before_it_listens_is_a_reload_and_no_end(tmp_path: Path, workers: int) -> None:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--workers", str(workers)]
+    command += ["--config", str(write(tmp_path, GOOD))]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        signal.signal(signal.SIGHUP, before)
+        assert server.stdout is not None
+        assert server.stderr is not None
+        status = Path(f"/proc/{server.pid}/status")
+        try:
+            wait_until(lambda: bool(int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & 1), 20)
+            server.send_signal(signal.SIGHUP)
+            assert server.stdout.readline().startswith("gateway at ")
+            assert any("configuration read again" in line for line in server.stderr)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow
