@@ -24,11 +24,12 @@ FP8_BYTES, NVFP4_BYTES = 1 + 2 / 128**2, 1 / 2 + 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Modules stored alike: ``bits`` a weight, in groups (or blocks) of ``group_size``."""
+    """Modules stored alike: ``bits`` a weight, in groups of ``group_size``, or with a scale for each block."""
 
     targets: tuple[str, ...]
     bits: int
     group_size: int | None
+    blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ def _read_group(folder: Path, key: str, group: JsonObject) -> Group:
         raise CheckpointError(f"{folder}: expected {expected}, got {show(group)}; fetch it again")
     fields = Fields(folder, weights, f"quantization_config.config_groups.{key}.weights.")
     size = fields.integer("group_size") if "group_size" in fields.config else None
-    return Group(tuple(targets), fields.positive("num_bits"), None if size is None or size < 1 else size)
+    blocks = weights.get("strategy") == "block"
+    return Group(tuple(targets), fields.positive("num_bits"), None if size is None or size < 1 else size, blocks)
 
 
 def _are_patterns(names: object) -> TypeGuard[list[str]]:

@@ -23,6 +23,7 @@ from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints
 from laguna_serve.serving.planning.support import (
     DENSE,
+    check_blocks,
     check_one_device,
     check_split,
     check_support,
@@ -46,6 +47,7 @@ RETURN_EXPERTS = "--enable-return-routed-experts"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
 # The executor holds one rank: with more it would wait for the others without a word.
 TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
+EXPERT_PARALLEL = "--enable-expert-parallel"
 PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
 # vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
@@ -119,6 +121,8 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     check_support(checkpoints.target, checkpoints.drafter, device)
     ranks = count_ranks(config.extra_args, TENSOR_FLAGS)
     check_split(checkpoints.target, checkpoints.drafter, ranks)
+    if device.kind == "gpu":
+        check_blocks(checkpoints.target, ranks, whole_experts=names_flag(config.extra_args, EXPERT_PARALLEL))
     check_one_device(checkpoints.target, find_value(config.extra_args, "--hf-overrides"), ranks)
     if config.adaptive:
         check_adaptive(device, config.extra_args, eager=config.enforce_eager, experts=config.return_routed_experts)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from laguna_serve.plugins.formats.experts import ExpertFormatError, read_base_format
+from laguna_serve.plugins.formats.experts import SCALE_BLOCK, ExpertFormatError, read_base_format
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
+from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
 from laguna_serve.serving.checkpoint.target import STOCK, Target, find_served_dtype
 from laguna_serve.serving.machine.device import Device
@@ -188,6 +189,32 @@ def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> N
         if kv_heads % ranks and ranks % kv_heads:
             expected = f"expected {kv_heads} heads of keys and values to be shared evenly by the GPUs"
             raise CheckpointError(f"{part.name}: {expected}, got {ranks} of them; {remedy}")
+
+
+def check_blocks(target: Target | None, ranks: int, *, whole_experts: bool) -> None:
+    """Raise CheckpointError where a GPU's part of an FP8 matrix would end within a block, which has one scale.
+
+    vLLM refuses it while it builds the layers (utils/fp8_utils.py of 0.32).
+
+    Args:
+        target: the model.
+        ranks: how many GPUs share each layer.
+        whole_experts: routed experts are given to the GPUs whole (``--enable-expert-parallel``).
+    """
+    if target is None or target.quantisation is None or target.quantisation.kind != FP8 or ranks == 1:
+        return
+    for module in list_modules(target):
+        group = target.quantisation.find_group(module.name)
+        if group is None or not group.blocks or (EXPERTS in module.name and (whole_experts or target.pruned)):
+            continue
+        width = module.columns if module.name.endswith((".o_proj", ".down_proj")) else module.rows
+        part = width // ranks
+        if module.name.endswith((".k_proj", ".v_proj")):
+            part = max(part, target.head_dim)  # ranks share a head
+        if part % SCALE_BLOCK:
+            expected = f"expected parts of {module.name} in whole FP8 blocks of {SCALE_BLOCK}"
+            remedy = f"take a smaller --tensor-parallel-size than {ranks}"
+            raise CheckpointError(f"{target.name}: {expected}, got {width} over {ranks} GPUs; {remedy}")
 
 
 def check_one_device(target: Target | None, overrides: str | None, ranks: int) -> None:

@@ -143,6 +143,16 @@ def test_what_gpus_cannot_share_evenly_is_refused(
         assert "; take another --tensor-parallel-size than " in refusals[0]
 
 
+def test_fp8_blocks_are_not_split() -> None:
+    name = "Laguna-XS-2.1-FP8"
+    assert plan(name, device="h200", extra_args=("-tp", "4")).refusals == ()
+    (refusal,) = plan(name, device="h200", extra_args=("-tp", "8")).refusals
+    expected = "in whole FP8 blocks of 128, got 512 over 8 GPUs; take a smaller --tensor-parallel-size than 8"
+    assert expected in refusal
+    assert "shared_expert" in refusal
+    assert "\n" not in refusal
+
+
 def test_a_drafter_is_shared_as_its_target_is() -> None:
     target, drafter = read_target(Path(folder("Laguna-XS.2"))), read_drafter(Path(folder(DRAFTERS[0])))
     check_split(target, drafter, 4)
