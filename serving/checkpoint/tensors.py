@@ -1,4 +1,4 @@
-"""Does a Laguna's checkpoint have all of its tensors?  From the headers of its files; no tensor is read.
+"""Does a Laguna's checkpoint have all of its tensors?  From the headers of its files; only tied layers are read.
 
 vLLM 0.32 does not miss a linear layer's, an embedding's or the output layer's weights (`track_weights_loading` passes
 over every module with a quantisation method, which the unquantised ones have, too): it serves what lay in memory.
@@ -10,25 +10,34 @@ that the others of its kind have.  What a quantiser adds to some layers and not 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.checkpoint.weight_files import FETCH, check_file, list_weights
+from laguna_serve.serving.checkpoint.weight_files import FETCH, LENGTH_BYTES, TensorHeader, check_file, list_weights
 
 LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
 EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")
 ENDS = ("embed_tokens", "norm", "lm_head")
+# Read at once, of a tensor that is compared.
+PIECE = 1 << 24
 
 
 def require_tensors(target: Target, folder: Path) -> None:
-    """Raise CheckpointError, in one line, for a tensor that is missing; of safetensors alone, where there are some."""
-    names = [name for path in list_weights(folder) for name in check_file(path)]
+    """Raise CheckpointError, in one line, for a tensor that is missing, or for one too many.
+
+    It is of safetensors alone, where there are some.
+    """
+    files = {path: check_file(path) for path in list_weights(folder)}
+    names = [name for tensors in files.values() for name in tensors]
     if not names:
         return
+    if target.tied:
+        _refuse_another_head(folder, files)
     if missing := list_missing(target, names):
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
         remedy = 'or say "tie_word_embeddings": true, if they are' if missing == ["lm_head"] else "all of it"
@@ -47,6 +56,32 @@ def list_missing(target: Target, names: Collection[str]) -> list[str]:
 def _has(names: Iterable[str], end: str) -> bool:
     """Whether a module at either end of the model has a tensor."""
     return any(LAYERED.fullmatch(name) is None and end in name.split(".")[:-1] for name in names)
+
+
+def _refuse_another_head(folder: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
+    """Refuse an output layer of its own where the embedding is said to be it: vLLM loads both into one matrix."""
+    stored = {
+        end: _digest(path, tensor)
+        for path, tensors in files.items()
+        for name, tensor in tensors.items()
+        for end in ("embed_tokens", "lm_head")
+        if name.endswith(f"{end}.weight") and LAYERED.fullmatch(name) is None
+    }
+    if len(stored) == 2 and len(set(stored.values())) == 2:
+        remedy = 'say "tie_word_embeddings": false, or leave it out'
+        raise CheckpointError(
+            f"{folder}: expected lm_head to be embed_tokens, as config.json ties them, got another; {remedy}"
+        )
+
+
+def _digest(path: Path, tensor: TensorHeader) -> bytes:
+    begin, end = tensor.data_offsets
+    digest = hashlib.blake2b(f"{tensor.dtype} {tensor.shape}".encode())
+    with path.open("rb") as file:
+        file.seek(LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little") + begin)
+        for left in range(end - begin, 0, -PIECE):
+            digest.update(file.read(min(PIECE, left)))
+    return digest.digest()
 
 
 def _list_lacking(target: Target, names: Iterable[str]) -> list[str]:

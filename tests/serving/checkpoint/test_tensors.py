@@ -71,6 +71,16 @@ def test_tied_output_layer_is_not_missed(teacher: Path) -> None:
     check_launch(EngineConfig(str(teacher)))
 
 
+def test_output_layer_beside_a_tied_embedding_is_that_embedding(teacher: Path) -> None:
+    config, weights = json.loads((teacher / "config.json").read_text()), teacher / "model.safetensors"
+    (teacher / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r'expected lm_head to be embed_tokens, .* got another; say "tie_word_em'):
+        check_launch(EngineConfig(str(teacher)))
+    tensors = load_file(weights)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, weights)
+    check_launch(EngineConfig(str(teacher)))
+
+
 def test_model_without_a_tokenizer_is_refused_unless_one_is_named(teacher: Path) -> None:
     (teacher / "tokenizer.json").unlink()
     with pytest.raises(
