@@ -109,7 +109,8 @@ def bad_request(message: str, *, code: str | None = None, param: str | None = No
 
 def unknown_model(model: str) -> GatewayError:
     """Neither the configuration nor an engine knows the name."""
-    message = f"The model `{model[:128]}` does not exist."
+    name = model[:128].encode(errors="replace").decode()  # half a surrogate pair could not be logged
+    message = f"The model `{name}` does not exist."
     return GatewayError(
         404, "invalid_request_error", message, code="model_not_found", param="model", reason="unknown_model"
     )

@@ -45,7 +45,8 @@ def check_path(head: Head, more: Iterable[str]) -> None:
         raise errors.bad_request(
             "Invalid URL: the path has dot segments, control characters, or slashes that are doubled or encoded."
         )
-    if not ((path.startswith(PUBLIC_PREFIXES) or path in PUBLIC_PATHS) and path not in NOT_PUBLIC) and path not in more:
+    public = path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
+    if not (public and path.rstrip("/") not in NOT_PUBLIC) and path not in more:
         raise errors.unknown_path(head.method, head.path)
 
 

@@ -320,6 +320,7 @@ def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
             "/update_weights",
             "/sleep",
             "/v1/load_lora_adapter",
+            "/v1/load_lora_adapter/",
             "/admin/status",
         ):
             assert front.ask(path, b"{}").status == 404

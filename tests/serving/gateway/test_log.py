@@ -31,7 +31,7 @@ async def die(exchange: Exchange) -> None:
 
 def test_every_refusal_has_its_own_reason() -> None:
     arguments = {"message": "m", "model": "m", "method": "GET", "path": "/", "most": 1, "retry_after_s": 1}
-    arguments |= {"cause": "c", "state": "s", "given": "g", "policy": "p", "latest": "v"}
+    arguments |= {"cause": "c", "state": "s", "given": "g", "policy": "p", "latest": "v", "coding": "gzip"}
     made = []
     for name, maker in inspect.getmembers(errors, inspect.isfunction):
         signature = inspect.signature(maker)
@@ -44,6 +44,16 @@ def test_every_refusal_has_its_own_reason() -> None:
         made.append(error.reason)
     assert len(made) > 10
     assert len(made) == len(set(made))
+
+
+def test_half_a_character_takes_no_lines_from_the_access_log() -> None:
+    with Upstream() as engine, gateway(engine, others=["n"]) as front:
+        for body in (BODY, b'{"model": "a\\ud800"}', BODY):
+            front.ask(PATH, body)
+        wait_until(lambda: front.log.getvalue().count("\n") == 3)
+        lines = [json.loads(line) for line in front.log.getvalue().splitlines()]
+        assert [line["error"] for line in lines] == [None, "The model `a?` does not exist.", None]
+        assert front.ask_admin("/").status == 200
 
 
 def test_throttled_key_is_named_everywhere() -> None:

@@ -406,10 +406,10 @@ def test_body_that_is_too_large_is_413() -> None:
 
 def test_compressed_body_is_415() -> None:
     with Upstream() as engine, gateway(engine) as front:
-        reply = front.ask("/v1/completions", gzip.compress(BODY), "content-encoding: gzip\r\n")
+        reply = front.ask(COMPLETIONS, gzip.compress(BODY), "content-encoding: gzip\r\n")
         assert (reply.status, reply.json()["error"]["code"]) == (415, "unsupported_encoding")
         assert "uncompressed" in front.ask("/v1/messages", b"x", "Content-Encoding: BR\r\n").json()["error"]["message"]
-        assert front.ask("/v1/completions", BODY, "content-encoding: identity\r\n").status == 200
+        assert front.ask(COMPLETIONS, BODY, "content-encoding: identity\r\n").status == 200
         assert [exchange.body for exchange in engine.seen] == [BODY]
 
 
