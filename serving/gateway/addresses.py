@@ -6,7 +6,7 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config
@@ -53,24 +53,33 @@ def check_addresses(config: Config) -> None:
     It may be in use: by the gateway whose configuration is checked. Raises EngineError.
     """
     for address in (config.server, config.admin):
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                server.bind((address.host, address.port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    where = f"{address.host}:{address.port}"
-                    got = error.strerror or error
-                    raise EngineError(f"port: expected to listen at {where}, got {got}; choose another") from None
+        for family, kind, _, _, place in _resolve(address):
+            with socket.socket(family, kind) as server:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    server.bind(place)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        where = f"{address.host}:{address.port}"
+                        got = error.strerror or error
+                        raise EngineError(f"port: expected to listen at {where}, got {got}; choose another") from None
+
+
+def _resolve(address: Server | Admin) -> list[Any]:
+    """Resolve a host's name to its addresses, each once. Raises EngineError."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:  # the latter of labels that are none
+        got = f"{address.host}: {error.strerror if isinstance(error, socket.gaierror) else 'no name of a host'}"
+        raise EngineError(f"host: expected an address or a known name, got {got}") from None
+    return list(dict.fromkeys(found))
 
 
 def _listen(stack: contextlib.ExitStack, address: Server | Admin) -> list[socket.socket]:
     """Listen at every address of a host's name, all with one port."""
     port, sockets = address.port, []
     try:
-        found = socket.getaddrinfo(address.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, _, _, place in dict.fromkeys(found):
+        for family, kind, _, _, place in _resolve(address):
             listener = stack.enter_context(socket.socket(family, kind))
             # As uvicorn does: connections of an earlier server that still linger do not count.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,8 +89,6 @@ def _listen(stack: contextlib.ExitStack, address: Server | Admin) -> list[socket
             listener.listen(BACKLOG)
             port = listener.getsockname()[1]
             sockets.append(listener)
-    except socket.gaierror as error:
-        raise EngineError(f"host: expected an address or a known name, got {address.host}: {error.strerror}") from None
     except OSError as error:
         remedy = "choose another port or stop what listens there"
         got = error.strerror or error

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.key_file import read_key_tables
-from laguna_serve.serving.gateway.config.values import Count, Digest, ModelName, Name, Seconds, TokenCount
+from laguna_serve.serving.gateway.config.values import Count, Digest, FileName, ModelName, Name, Seconds, TokenCount
 
 MAX_KEY_FILE_BYTES = 64 << 20
 
@@ -41,7 +41,7 @@ class AccessTable(ConfigTable):
     """
 
     keys_file: str | None = None
-    usage_file: str | None = None
+    usage_file: FileName | None = None
     usage_write_s: Seconds = 5.0
     assumed_output_tokens: Count = 512
     _keys: tuple[Key, ...] = PrivateAttr(default=())

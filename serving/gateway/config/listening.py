@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
-from laguna_serve.serving.gateway.config.values import Digest, ModelName, Network, Origin, Port, Seconds, UrlPath
+from laguna_serve.serving.gateway.config.values import Digest, Host, ModelName, Network, Origin, Port, Seconds, UrlPath
 
 MIB = 1 << 20
 MAX_WORKERS = 64
@@ -31,7 +31,7 @@ class Server(ConfigTable):
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
         {"head_timeout_s": "header_timeout_s", "drain_s": "shutdown_timeout_s", "more_paths": "extra_paths"}
     )
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 8080
     header_timeout_s: Seconds = 10.0
     max_head_bytes: Annotated[int, Field(ge=1024, le=MIB)] = 64 * 1024
@@ -61,7 +61,7 @@ class Admin(ConfigTable):
     a vLLM of its own.
     """
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 0
     sha256: Digest | None = Field(default=None, repr=False)
     trl: ModelName | None = None

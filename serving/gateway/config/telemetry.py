@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from laguna_serve.serving.gateway.config.base import ConfigTable
-from laguna_serve.serving.gateway.config.values import Name, Url
+from laguna_serve.serving.gateway.config.values import FileName, Name, Url
 
 MIB = 1 << 20
 
@@ -24,7 +24,7 @@ class Tracing(ConfigTable):
 class Traces(ConfigTable):
     """Where rollouts are recorded, in tokens: nowhere without a `file`, which takes about `max_bytes` at most."""
 
-    file: str | None = None
+    file: FileName | None = None
     max_bytes: Annotated[int, Field(ge=MIB, le=1 << 44)] = 1 << 30
 
     @model_validator(mode="after")

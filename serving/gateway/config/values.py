@@ -57,6 +57,18 @@ def _check_origin(origin: str) -> str:
     return origin.lower()
 
 
+def _check_host(host: str) -> str:
+    if not re.fullmatch(r"[^\s\x00-\x1f\x7f]{1,1024}", host):
+        raise ValueError("expected an address or a name, without spaces")
+    return host
+
+
+def _check_file_name(path: str) -> str:
+    if not re.fullmatch(r"[^\x00-\x1f\x7f]+", path) or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError("expected a file's name, without control characters and with parts of at most 255 bytes")
+    return path
+
+
 def _check_network(network: str) -> str:
     try:
         return str(ipaddress.ip_network(network))
@@ -82,6 +94,8 @@ Url = Annotated[str, AfterValidator(endpoint.check_url)]
 Digest = Annotated[str, AfterValidator(_check_digest)]
 UrlPath = Annotated[str, AfterValidator(_check_path)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
+Host = Annotated[str, AfterValidator(_check_host)]
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 Network = Annotated[str, AfterValidator(_check_network)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Range = tuple[int, int, Annotated[int, Field(ge=0)]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
 
 from laguna_serve.serving.engine import EngineError
-from laguna_serve.serving.gateway.addresses import find_url, open_listeners
+from laguna_serve.serving.gateway.addresses import check_addresses, find_url, open_listeners
 from laguna_serve.serving.gateway.config import Config, parse_config
 
 MODELS = [{"name": "m", "upstreams": [{"name": "a", "url": "http://127.0.0.1:9"}]}]
@@ -42,9 +43,13 @@ def test_refusal_lets_go_of_what_was_held() -> None:
         assert listeners.config.server.port == port
 
 
-def test_unknown_host_is_named() -> None:
-    with pytest.raises(EngineError, match="host: expected an address or a known name, got nowhere"):
-        open_listeners(configure(host="nowhere.invalid")).__enter__()
+@pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 300, "a..b", "[::1]"])
+def test_unknown_host_is_named(host: str) -> None:
+    message = f"host: expected an address or a known name, got {re.escape(host)}: "
+    with pytest.raises(EngineError, match=message):
+        open_listeners(configure(host=host)).__enter__()
+    with pytest.raises(EngineError, match=message):
+        check_addresses(configure(host=host))
 
 
 def test_addresses_of_a_name_share_one_port() -> None:

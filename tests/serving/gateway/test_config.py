@@ -62,6 +62,18 @@ def test_good_file(tmp_path: Path) -> None:
         ("max_queued = 8", "max_queued = -1", "limits.max_queued: expected at least 0, got -1"),
         ("max_queued = 8", 'max_queued = "8"', "limits.max_queued: expected an integer, got '8'"),
         ("port = 0", "port = 70000", "server.port: expected at most 65,535, got 70000"),
+        ("port = 0", 'host = ""', "server.host: expected an address or a name, without spaces, got ''"),
+        ("port = 0", r'host = "a\nb"', r"server.host: expected an address or a name, without spaces, got 'a\nb'"),
+        (
+            "[limits]",
+            f'[traces]\nfile = "{"x" * 256}"\n[limits]',
+            "traces.file: expected a file's name, without control",
+        ),
+        (
+            "[limits]",
+            '[access]\nusage_file = "a\\u0000"\n[limits]',
+            "access.usage_file: expected a file's name, without",
+        ),
         ('name = "laguna/xs.2"', "", "models.0.name: expected a value, got none"),
         ('"prefix"', '"luck"', "models.0.affinity: expected 'none', 'session' or 'prefix', got 'luck'"),
         ('name = "b"', 'name = "a"', "expected distinct names of upstreams, got 'a' twice"),
