@@ -24,6 +24,7 @@ FRONT_END = (
     "inline_system",
     "response_nulls",
     "response_stream_errors",
+    "router_errors",
 )
 # Sequences that one prompt may ask for (`n`, beams): OpenAI's limit.  vLLM's own is 16,384, which one request of a few
 # bytes turns into hours of everybody's time.

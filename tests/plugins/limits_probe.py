@@ -128,6 +128,18 @@ def messages() -> list[Any]:
     return [[answer.status_code, answer.json().get("type"), answer.json()["error"]["type"]] for answer in answers]
 
 
+def routes() -> list[Any]:
+    """Answers to a path that is not there and to a method that is not taken, of OpenAI's and of Anthropic's API."""
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    for path in ("/v1/completions", "/v1/messages"):
+        app.post(path)(lambda: None)
+    launcher.init_exception_handler(app)
+    client = TestClient(app)
+    answers = [client.get(path) for path in ("/v1/nope", "/v1/completions", "/v1/messages")]
+    return [[answer.status_code, answer.json().get("error", {}).get("message")] for answer in answers]
+
+
 def unreadable() -> list[Any]:
     """The status for an attribute that is not there, met in reading a request, and in the server's own code."""
     answers = []
@@ -160,5 +172,5 @@ if __name__ == "__main__":
 
         repair_front_end()
         repair_front_end()
-    cases = (unreadable, dead_end, messages, surrogate, sequences, properties, guidance, outlines)
+    cases = (unreadable, dead_end, routes, messages, surrogate, sequences, properties, guidance, outlines)
     print(json.dumps({case.__name__: case() for case in cases}))

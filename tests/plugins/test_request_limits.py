@@ -39,6 +39,16 @@ def test_stock_answers_messages_in_openais_form() -> None:
     assert [kind for _, kind, _ in probe("stock")["messages"][:2]] == [None, None]
 
 
+def test_stock_lets_the_router_answer() -> None:
+    """When this fails, vLLM answers in one form: retire plugins/repairs/front_end/router_errors.py."""
+    assert probe("stock")["routes"] == [[404, None], [405, None], [405, None]]
+
+
+def test_what_the_router_refuses_has_the_form_of_an_error() -> None:
+    found = [[404, "Not Found"], [405, "Method Not Allowed"], [405, "Method Not Allowed"]]
+    assert probe("repaired")["routes"] == found
+
+
 def test_numbers_that_a_grammar_counts_out_are_bounded() -> None:
     answers = probe("repaired")["guidance"]
     assert answers.pop("small") == "taken"
