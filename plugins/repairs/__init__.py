@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 FRONT_END = (
     "grammar_limits",
     "unsendable",
+    "leaving",
     "client_errors",
     "anthropic_errors",
     "anthropic_streams",

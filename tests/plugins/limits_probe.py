@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +141,25 @@ def routes() -> list[Any]:
     return [[answer.status_code, answer.json().get("error", {}).get("message")] for answer in answers]
 
 
+def leaving() -> list[Any]:
+    """What an engine that lets its requests end says of its health and to a request, before its text is read or not."""
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine.scheduler_config = SimpleNamespace(max_num_queued_reqs=None, max_num_queued_tokens=None)
+    engine.engine_core = SimpleNamespace(
+        resources=SimpleNamespace(engine_dead=False), shutdown=lambda timeout: None, is_sleeping=False
+    )
+    engine.output_handler = None
+    engine.shutdown(timeout=1)
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    try:
+        pool.submit(print)
+    except RuntimeError as error:
+        status = error_response.create_error_response(error).error.code
+    health = outcome(lambda: asyncio.run(engine.check_health())).split(":")[0]
+    return [health, outcome(engine.check_admission).split(":")[0], status]
+
+
 def unreadable() -> list[Any]:
     """The status for an attribute that is not there, met in reading a request, and in the server's own code."""
     answers = []
@@ -172,5 +192,5 @@ if __name__ == "__main__":
 
         repair_front_end()
         repair_front_end()
-    cases = (unreadable, dead_end, routes, messages, surrogate, sequences, properties, guidance, outlines)
+    cases = (unreadable, dead_end, routes, leaving, messages, surrogate, sequences, properties, guidance, outlines)
     print(json.dumps({case.__name__: case() for case in cases}))

@@ -49,6 +49,15 @@ def test_what_the_router_refuses_has_the_form_of_an_error() -> None:
     assert probe("repaired")["routes"] == found
 
 
+def test_stock_goes_on_while_it_stops() -> None:
+    """When this fails, vLLM says that it stops: retire plugins/repairs/front_end/leaving.py."""
+    assert probe("stock")["leaving"] == ["taken", "taken", 500]
+
+
+def test_an_engine_that_stops_says_so() -> None:
+    assert probe("repaired")["leaving"] == ["EngineDeadError", "GracefulHTTPError", 503]
+
+
 def test_numbers_that_a_grammar_counts_out_are_bounded() -> None:
     answers = probe("repaired")["guidance"]
     assert answers.pop("small") == "taken"

@@ -23,6 +23,8 @@ from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMError, VLLMValidationError
 
+from laguna_serve.plugins.repairs.front_end.leaving import NO_THREADS, make_refusal
+
 NAME = "create_error_response"
 # Modules that read requests, and functions that do in modules that write answers, too.
 READERS = (
@@ -64,7 +66,9 @@ def create_error_response(message: Any, *args: Any, **kwargs: Any) -> Any:
     """`error_response.create_error_response`; what goes wrong in AsyncLLM comes wrapped in an error of the engine's."""
     if isinstance(message, Exception):
         cause = message.__cause__ if isinstance(message, VLLMError) and message.__cause__ is not None else message
-        if is_clients(cause):
+        if isinstance(cause, RuntimeError) and NO_THREADS in str(cause):
+            message = make_refusal()
+        elif is_clients(cause):
             said = f"{type(cause).__name__}: {cause}".encode(errors="replace").decode()[:MOST_CHARS]
             message = VLLMValidationError(f"The request could not be read: {said}")
     return stock_create(message, *args, **kwargs)
