@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laguna_serve.bench.experiments.options import CampaignConfig
-from laguna_serve.bench.experiments.plan import make_plan
+from laguna_serve.bench.experiments.plan import group_runs, make_plan
 from laguna_serve.bench.experiments.report import render_plan, render_text, render_todo
 from laguna_serve.bench.experiments.result import CampaignPlan, CampaignResult, StepRun
 from laguna_serve.bench.experiments.runner import JOURNAL, open_campaign, run_campaign
@@ -73,8 +73,7 @@ def plan_campaign(config: CampaignConfig) -> CampaignPlan:
     """
     runs: dict[str, list[StepRun]] = {}
     if config.out is not None:
-        for done in Journal(config.out / JOURNAL, StepRun).entries:
-            runs.setdefault(done.step, []).append(done)
+        runs = group_runs(config, Journal(config.out / JOURNAL, StepRun).entries)
     return make_plan(config, runs)
 
 

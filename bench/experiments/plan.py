@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from laguna_serve.bench.experiments.options import CampaignConfig
 from laguna_serve.bench.experiments.result import FINISHED, CampaignPlan, PlannedStep, StepRun
-from laguna_serve.bench.experiments.step import DENSE_RANDOM, ROOT, XS2, XS2_DRAFT, XS2_PRUNED, Step
+from laguna_serve.bench.experiments.step import (
+    DENSE_RANDOM,
+    ROOT,
+    XS2,
+    XS2_DRAFT,
+    XS2_PRUNED,
+    Step,
+    fill,
+    shorten_command,
+)
 from laguna_serve.bench.experiments.steps import STEPS
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -31,6 +40,20 @@ def choose_steps(config: CampaignConfig) -> list[Step]:
         where = f" in {', '.join(config.part)}" if config.part else ""
         raise PlanError(f"--step: expected steps{where} (--plan lists them), got {', '.join(unknown)}; check the names")
     return [step for step in steps if not config.step or step.name in config.step]
+
+
+def group_runs(config: CampaignConfig, entries: Iterable[StepRun]) -> dict[str, list[StepRun]]:
+    """Group earlier attempts by step, in order, without those of other checkpoints than the user gives now."""
+    assert config.out is not None, "it has the journal"
+    commands = {step.name: step.rehearsal if config.rehearse else step.command for step in STEPS}
+    runs: dict[str, list[StepRun]] = {}
+    given = config.list_given()
+    for run in entries:
+        named = tuple(word for word in commands.get(run.step, ()) if any(name in word for name in given))
+        words = shorten_command(fill(named, given), config.out)
+        if [word for word in run.command if word in words] == words:
+            runs.setdefault(run.step, []).append(run)
+    return runs
 
 
 def make_plan(

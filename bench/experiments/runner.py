@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +12,11 @@ from pathlib import Path
 from laguna_serve.bench.experiments.checkpoints import write_checkpoints
 from laguna_serve.bench.experiments.figures import FiguresError, extract_figures
 from laguna_serve.bench.experiments.options import CampaignConfig
-from laguna_serve.bench.experiments.plan import PlanError, choose_steps, make_plan
+from laguna_serve.bench.experiments.plan import PlanError, choose_steps, group_runs, make_plan
 from laguna_serve.bench.experiments.process import Ending, read_tail, run_process
 from laguna_serve.bench.experiments.report import render_markdown
 from laguna_serve.bench.experiments.result import FINISHED, CampaignResult, Outcome, StepRun
-from laguna_serve.bench.experiments.step import MADE, ROOT, Step, fill, list_places
+from laguna_serve.bench.experiments.step import MADE, ROOT, Step, fill, list_places, shorten_command
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.files import write_text
@@ -50,11 +50,8 @@ class Campaign:
         return time.monotonic() - self.started_s
 
     def list_runs(self) -> dict[str, list[StepRun]]:
-        """Earlier attempts by step, in order."""
-        runs: dict[str, list[StepRun]] = {}
-        for run in self.journal.entries:
-            runs.setdefault(run.step, []).append(run)
-        return runs
+        """Earlier attempts by step, in order, at the same checkpoints."""
+        return group_runs(self.config, self.journal.entries)
 
 
 def open_campaign(config: CampaignConfig, environment: Environment, say: Say) -> Campaign:
@@ -117,7 +114,8 @@ def find_due(campaign: Campaign, tried: Set[str]) -> list[str]:
 def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
     """Run one step, and add what came of it to the journal."""
     config = campaign.config
-    folder = choose_folder(step, campaign.list_runs().get(step.name, []), campaign.environment)
+    used = {run.folder for run in campaign.journal.entries if run.step == step.name}
+    folder = choose_folder(step, campaign.list_runs().get(step.name, []), used, campaign.environment)
     out = campaign.out / "steps" / folder
     out.mkdir(parents=True, exist_ok=True)
     log = out.with_name(f"{folder}.log")
@@ -150,7 +148,7 @@ def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
         started=started,
         wall_s=round(ending.wall_s, 1),
         estimate_s=step.estimate_s,
-        command=shorten_command(command, places, campaign.out),
+        command=shorten_command(command, campaign.out),
         folder=f"steps/{folder}",
         schema=schema,
         figures=figures,
@@ -174,15 +172,15 @@ def judge(ending: Ending, log: Path, *, by_budget: bool) -> tuple[Outcome, str |
     return outcome, f"exit status {ending.status}" + (f": {tail[-1][:300]}" if tail else "")
 
 
-def choose_folder(step: Step, runs: Sequence[StepRun], environment: Environment) -> str:
-    """Choose where an attempt runs: a stopped step continues on the same device and code, any other begins afresh."""
-    if not runs:
-        return step.name
-    last = runs[-1]
-    same = (last.device, last.commit) == (environment.device_name, environment.git_commit)
-    if last.outcome == "stopped" and same:
-        return last.folder.rpartition("/")[2]
-    return f"{step.name}-{len({run.folder for run in runs}) + 1}"
+def choose_folder(step: Step, runs: Sequence[StepRun], used: Collection[str], environment: Environment) -> str:
+    """Choose where an attempt runs: a stopped step continues on the same device and code, any other begins afresh.
+
+    `runs`: attempts at the same checkpoints; `used`: the folders of all.
+    """
+    here = (environment.device_name, environment.git_commit)
+    if runs and runs[-1].outcome == "stopped" and (runs[-1].device, runs[-1].commit) == here:
+        return runs[-1].folder.rpartition("/")[2]
+    return f"{step.name}-{len(used) + 1}" if used else step.name
 
 
 def find_result(step: Step, out: Path, log: Path) -> Path:
@@ -194,12 +192,6 @@ def find_result(step: Step, out: Path, log: Path) -> Path:
     if line is not None and "schema" in json.loads(line):
         write_text(path, line + "\n")
     return path
-
-
-def shorten_command(command: Sequence[str], places: Mapping[str, str], out: Path) -> list[str]:
-    """As a person would repeat it in the repository's folder; the campaign's own is DIR."""
-    python, own = places["{python}"], str(out.resolve())
-    return ["python" if word == python else word.replace(own, "DIR").replace(f"{ROOT}/", "") for word in command]
 
 
 def publish(campaign: Campaign) -> CampaignResult:

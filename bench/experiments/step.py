@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -84,6 +84,14 @@ def fill(command: tuple[str, ...], places: Mapping[str, str]) -> list[str]:
             word = word.replace(name, value)
         filled.append(word)
     return filled
+
+
+def shorten_command(command: Sequence[str], out: Path) -> list[str]:
+    """As a person would repeat it in the repository's folder; the campaign's own, `out`, is DIR."""
+    own = str(out.resolve())
+    return [
+        "python" if word == sys.executable else word.replace(own, "DIR").replace(f"{ROOT}/", "") for word in command
+    ]
 
 
 def list_places(out: Path, checkpoints: Path, given: Mapping[str, str]) -> dict[str, str]:

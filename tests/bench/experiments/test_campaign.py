@@ -17,7 +17,7 @@ import pytest
 from laguna_serve.bench import campaign
 from laguna_serve.bench.experiments import plan, report, runner
 from laguna_serve.bench.experiments.result import CampaignResult, StepRun
-from laguna_serve.bench.experiments.step import OUT, PYTHON, Step
+from laguna_serve.bench.experiments.step import OUT, PYTHON, XS2, XS2_DRAFT, Step
 from laguna_serve.serving.kit.results import read_result
 
 DEADLINE_S = 60.0
@@ -154,6 +154,24 @@ def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Pat
     assert result.left_out == {}
 
 
+def test_results_of_another_checkpoint_are_not_taken(use: Callable[..., None], tmp_path: Path) -> None:
+    command = (PYTHON, "-c", SAY.format(status=0), OUT, DOCTOR, XS2, XS2_DRAFT)
+    use(make_step("published", rehearsal=command, needs=(XS2, XS2_DRAFT)), make_step("toy"))
+    for model, draft in (("one", "two"), ("other", "two"), ("two", "one"), ("one", "two")):
+        assert rehearse(tmp_path, "--xs2", model, "--xs2-draft", draft) == 0
+    folders = [f"{run.folder} {' '.join(run.command[-2:])}" for run in read(tmp_path).runs if run.step == "published"]
+    assert folders == ["steps/published one two", "steps/published-2 other two", "steps/published-3 two one"]
+    assert count_runs(tmp_path, "toy") == 1
+    assert (
+        campaign.plan_campaign(
+            campaign.CampaignConfig(rehearse=True, plan=True, out=tmp_path, xs2="third", xs2_draft="two")
+        )
+        .steps[0]
+        .left_out
+        is None
+    )
+
+
 @pytest.mark.slow
 def test_two_models_may_differ(use: Callable[..., None], tmp_path: Path) -> None:
     use(
@@ -246,9 +264,9 @@ def test_another_machine_begins_a_stopped_step_afresh() -> None:
         reason=None,
     )
     environment = runner.Environment(date="", command="", cpu="H100", git_commit="c")
-    assert runner.choose_folder(step, [stopped], environment) == "a"
+    assert runner.choose_folder(step, [stopped], {"steps/a"}, environment) == "a"
     other = runner.Environment(date="", command="", cpu="H200", git_commit="c")
-    assert runner.choose_folder(step, [stopped], other) == "a-2"
+    assert runner.choose_folder(step, [stopped], {"steps/a"}, other) == "a-2"
 
 
 def test_step_without_its_result_file_has_failed(use: Callable[..., None], tmp_path: Path) -> None:
