@@ -194,12 +194,15 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
                 await _make_pass(job, client, arm, kind, concurrency, progress)
         acceptance = summarise_acceptance((await scrape_counters(session, arm.base_url)).since(before))
         streamed: list[Record] = []
-        if arm.name != ROW_MATCHED:
+        # After an interruption there may be no pass left to see drafts in: what is streamed shows them.
+        if arm.name != ROW_MATCHED or acceptance is None:
             progress.say(f"{arm.name}: {min(STREAMED, len(job.prompts))} prompts streamed, as users send them")
             streamed = await client.run_closed_loop(job.prompts[:STREAMED], job.concurrencies[0])
             if failed := next((record for record in streamed if record.error is not None), None):
                 arm.check()
                 raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}")
+            if acceptance is None:
+                acceptance = summarise_acceptance((await scrape_counters(session, arm.base_url)).since(before))
     return PassedArm(
         about=CertifiedArm(
             label=arm.spec.label,

@@ -314,6 +314,29 @@ def test_interruption_keeps_what_was_answered(
     assert len(engines.started_roles) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["row-matched", "candidate"])
+def test_interruption_after_the_passes_keeps_the_acceptance(
+    engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """An arm whose prompts were still being streamed, or whose result was not yet written, has no pass left to make."""
+    engines.roles = {"row-matched": Settings(gamma=3), "candidate": Settings(gamma=3, chunk_tokens=3)}
+    write = runner.write_result
+
+    def interrupt(path: Path, result: Any) -> None:
+        if path.name == f"{role}.json":
+            raise KeyboardInterrupt
+        write(path, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_result", interrupt)
+        assert run()[0] == 130
+    status, result, _ = run()
+    assert (status, result["missing"].get("row-matched")) == (0, None)
+    assert result["arms"]["candidate"]["acceptance"] > 2
+    assert result["arms"]["row-matched"]["acceptance"] == 1
+
+
 def test_failed_request_is_named(engines: type[RoleEngine], run: Any) -> None:
     engines.roles = {"candidate": Settings(faults={PROMPTS[3]: "http_500"})}
     status, _, output = run()
