@@ -2,7 +2,8 @@
 
 The baseline engine stays up for the whole sweep, a candidate engine is started per γ; where both do not fit, one runs
 at a time, the baseline first and last. What was measured is kept in DIR/points: the same command continues after an
-interruption, and a γ that fails does not lose the others. DIR gets
+interruption, and a γ that fails does not lose the others, nor does
+adaptive γ. DIR gets
 sweep.json, sweep.md and sweep.png, and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout
 line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma/cost_model.py; what
 the drafter's share of a step is: gamma/points.py.
@@ -107,19 +108,25 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
     environment = structs.replace(environment, other_load=load.find_share())
-    points = [point for point in read_points(config.points) if point.gamma in gammas]
+    kept = read_points(config.points)
+    points = [point for point in kept if point.gamma in gammas and point.concurrency in config.concurrency]
     if not points:
         raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
     trained = [point for point in points if not point.beyond_block]
     result = conclude(config, prompts, environment, points, failed)
     yield publish(config, result)
     if config.adaptive:
-        adaptive = compare_adaptive(measure_adaptive(config, prompts, progress), trained, result.schedule, config.seed)
-        result = structs.replace(result, adaptive=adaptive)
+        measured, reason = measure_adaptive(config, prompts, progress)
+        adaptive = compare_adaptive(measured, trained, result.schedule, config.seed)
+        failed = result.failed | ({} if reason is None else {"adaptive": reason})
+        result = structs.replace(result, adaptive=adaptive, failed=failed)
         yield publish(config, result)
     if config.stack:
-        gamma = next(choice.gamma for choice in result.choices if choice.concurrency == config.concurrency[0])
-        gamma = gamma or max(point.gamma for point in trained or points)  # γ* is plain decoding: show the most
+        chosen = {choice.concurrency: choice.gamma for choice in result.choices}
+        gamma = chosen.get(config.concurrency[0])
+        gamma = gamma or max(
+            point.gamma for point in trained or points
+        )  # γ* is plain decoding, or not known: show the most
         result = structs.replace(result, stack=measure_ablations(config, gamma, prompts, progress))
         yield publish(config, result)
     if config.mixed:

@@ -164,7 +164,7 @@ class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="la
         stored: the file of the schedule that `laguna serve --gamma auto` finds; None of endpoints, and
             where no γ within the drafter's block was measured.
         cost: by concurrency.
-        failed: γ → why it is not among the points.
+        failed: γ, or "adaptive" → why it is not among the points, or not everywhere.
     """
 
     environment: Environment

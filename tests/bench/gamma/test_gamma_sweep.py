@@ -18,11 +18,13 @@ from msgspec import structs
 
 from laguna_serve.bench import gamma_sweep
 from laguna_serve.bench.gamma import plot as gamma_plot
+from laguna_serve.bench.gamma import points
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
 from laguna_serve.bench.gamma.options import SweepConfig, parse_ablation
 from laguna_serve.bench.gamma.points import read_points
 from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
+from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.commands.serve import ServeConfig, engine_config
@@ -98,6 +100,14 @@ def run(
     no_picture: None,
 ) -> SweepRun:
     return SweepRun(clock, prompts_file, tmp_path, monkeypatch, capsys)
+
+
+def two_loads(run: SweepRun) -> list[str]:
+    """Flags for one and two requests at once, and a file of as many prompts as their intervals need."""
+    run.prompts_file.write_text(
+        "".join(json.dumps({"prompt": f"{text} {i}"}) + "\n" for i in (1, 2) for text in PROMPTS)
+    )
+    return ["--num-prompts", "16", "--concurrency", "1,2"]
 
 
 def read(*argv: str) -> SweepConfig:
@@ -215,6 +225,37 @@ def test_failing_gamma_does_not_lose_the_others(run: SweepRun) -> None:
     result = last_line(run.capsys)
     assert result["failed"] == {"2": "engine fake: no memory for two"}
     assert result["points"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["--no-sequential", "--sequential"])
+def test_adaptive_point_that_fails_does_not_lose_the_others(run: SweepRun, order: str) -> None:
+    describe = points.describe_point
+
+    def fail_at_two(config: SweepConfig, gamma: int, concurrency: int, *more: Any) -> Any:
+        if (gamma, concurrency) == (7, 2):
+            raise MeasurementStoppedError("adaptive: withheld")
+        return describe(config, gamma, concurrency, *more)
+
+    run.patch.setattr(points, "describe_point", fail_at_two)
+    with run.engines():
+        assert run.start("--gammas", "3", *two_loads(run), "--adaptive", order) == 1
+    result = last_line(run.capsys)
+    assert [point["concurrency"] for point in result["adaptive"]] == [1]
+    assert result["failed"] == {"adaptive": "adaptive: withheld"}
+    assert "γ adaptive failed: adaptive: withheld" in run.read_page()
+
+
+@pytest.mark.slow
+def test_sweep_of_fewer_loads_shows_no_others(run: SweepRun) -> None:
+    """Other points in the folder were in its table, its picture and its schedule."""
+    with run.engines():
+        assert run.start("--gammas", "3", *two_loads(run)) == 0
+        assert last_line(run.capsys)["points"] == 2
+        assert run.start("--gammas", "3", *two_loads(run), "--concurrency", "2") == 0
+    result = last_line(run.capsys)
+    assert [choice["concurrency"] for choice in result["choices"]] == [2]
+    assert result["points"] == 1
 
 
 def test_other_sweep_is_not_continued(run: SweepRun) -> None:
