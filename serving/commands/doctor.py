@@ -33,6 +33,7 @@ from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, fo
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
+from laguna_serve.serving.planning.vllm_flags import refuse_unknown_flags
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
@@ -198,7 +199,7 @@ def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
     diffusion = find_diffusion(config.model)
     if diffusion is not None:
         return plan_diffusion(engine, diffusion, device, planned=config.as_device is not None, files=False)
-    return make_plan(engine, device, planned=config.as_device is not None)
+    return refuse_unknown_flags(make_plan(engine, device, planned=config.as_device is not None))
 
 
 def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:

@@ -25,6 +25,7 @@ from laguna_serve.serving.planning.launch import plan_launch, require_device
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
+from laguna_serve.serving.planning.vllm_flags import refuse_unknown_flags
 from laguna_serve.serving.service.api_keys import read_keys
 from laguna_serve.serving.service.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
 from laguna_serve.serving.service.service import DIED, serve
@@ -272,7 +273,7 @@ def rehearse(config: EngineConfig, api_key: str | None) -> EnginePlan:
     """Everything that is checked before a start, and the plan; nothing is started."""
     plan = make_plan(config, require_device())
     try:
-        return replace(plan, command=tuple(plan_launch(config, api_key).command))
+        return refuse_unknown_flags(replace(plan, command=tuple(plan_launch(config, api_key).command)))
     except EngineError as error:  # the plan may have said so already
         return replace(plan, command=(), refusals=tuple(dict.fromkeys((*plan.refusals, str(error)))))
 

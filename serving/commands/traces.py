@@ -14,6 +14,7 @@ from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.commands import show_trace
 from laguna_serve.serving.kit.cli import Parser
 from laguna_serve.serving.kit.command import Command
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import check_out_file
@@ -36,6 +37,10 @@ LIST_EXAMPLES = """examples:
 # SQLite has no larger number.
 MOST_ROWS = (1 << 63) - 1
 File = Annotated[Path, Flag("of traces: traces.file of gateway.toml", positional=True, metavar="FILE")]
+
+
+class ExportError(CommandError):
+    """Traces that cannot be exported, as one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,15 @@ def _show(argv: Sequence[str]) -> int:
 
 
 def export(config: ExportConfig) -> TracesResult:
-    """Write the traces that were asked for. Raises RunDirError, TraceFileError, WriteError."""
+    """Write the traces that were asked for.
+
+    Raises:
+        ExportError: there is nothing to write, or nowhere; an older file stays.
+        RunDirError, TraceFileError, WriteError: as they say.
+    """
     check_out_file(config.out)
+    if config.out.exists() and config.file.exists() and config.out.samefile(config.file):
+        raise ExportError("--out: expected a file to write, got the one with the traces; choose another")
     total, exported, prompts, tokens = 0, 0, 0, 0
 
     def write(file: object) -> None:
@@ -124,6 +136,9 @@ def export(config: ExportConfig) -> TracesResult:
             file.write(line + b"\n")  # type: ignore[attr-defined]
             exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
             tokens += len(trace.token_ids)
+        if not exported:
+            got = "none" if not total else f"{total:,} that ran under several versions of the weights"
+            raise ExportError(f"{config.file}: expected answers to export, got {got}; see `laguna traces list`")
 
     write_stream(config.out, write)
     return TracesResult(

@@ -12,8 +12,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.planning.plan import EnginePlan
 
 TIMEOUT_S = 300.0
 PROGRAM = "vllm"
@@ -46,3 +48,14 @@ def check_flags(commands: Sequence[Sequence[str]]) -> None:
         raise CheckpointError(
             f"vLLM's flags: expected those that it knows, got {said[-1].removeprefix(MARK)}; fix them"
         )
+
+
+def refuse_unknown_flags(plan: EnginePlan) -> EnginePlan:
+    """Return the plan, refused where vLLM does not know a flag that was handed to it unread."""
+    if not plan.config.extra_args or plan.refusals:
+        return plan
+    try:
+        check_flags([plan.command])
+    except CheckpointError as error:
+        return replace(plan, command=(), refusals=(str(error),))
+    return plan

@@ -21,6 +21,8 @@ from laguna_serve.serving.cli import COMMANDS, main
 from laguna_serve.serving.commands.serve import ServeConfig, default_log_path, engine_config
 from laguna_serve.serving.kit.flags import FlagError, read_flags
 
+TOY = Path(__file__).resolve().parents[2] / "toy"
+
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]], ids=" ".join)
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -104,6 +106,20 @@ def test_every_command_has_help(name: str) -> None:
     done = subprocess.run([*LAGUNA, name, "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: laguna {name} ")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("command", "status"), [(["doctor"], 1), (["serve", "--dry-run"], 2)])
+def test_flags_that_vllm_does_not_know_are_refused_by_every_plan(
+    capsys: pytest.CaptureFixture[str], command: list[str], status: int
+) -> None:
+    asked = [*command, str(TOY / "teacher"), "--"]
+    assert main([*asked, "--max-num-batched-tokens", "64"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--nosuch-flag"]) == status
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    got = "got unrecognized arguments: --nosuch-flag; fix them"
+    assert (plan["ok"], plan["refusals"]) == (False, [f"vLLM's flags: expected those that it knows, {got}"])
 
 
 def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

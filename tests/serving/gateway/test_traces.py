@@ -274,6 +274,14 @@ def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
     assert [len(json.loads(line)["token_ids"]) for line in out.read_text().splitlines()] == [3, 2]
     assert main(["traces", "export", str(path), "--weight-version", "7", "--last", "1", "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exported"] == 1
+    kept = out.read_text()
+    for more, message in (
+        (["--model", "other"], "expected answers to export, got none; see `laguna traces list`"),
+        (["--out", str(path)], "--out: expected a file to write, got the one with the traces"),
+    ):
+        assert main(["traces", "export", str(path), "--out", str(out), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert (out.read_text(), len(read_all(path))) == (kept, 2), "neither is written over"
     assert main(["traces", "list", str(path), "--last", "9" * 20]) == 0
     shown = capsys.readouterr().out
     assert "default, 7" in shown
