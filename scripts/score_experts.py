@@ -47,7 +47,7 @@ from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -93,7 +93,9 @@ class ScoreConfig:
     seed: Annotated[int, Flag("of the random controls (default 0)", at_least=0)] = 0
     device: Annotated[Literal["cpu", "cuda"], Flag("where it is computed (default cpu)")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Flag("in which it is computed (default float32)")] = "float32"
-    threads: Annotated[int, Flag("on a CPU (default 1: with more, sums differ from run to run)", at_least=1)] = 1
+    threads: Annotated[
+        int, Flag("on a CPU (default 1: with more, sums differ from run to run)", at_least=1, at_most=MOST_THREADS)
+    ] = 1
     work: Annotated[Path | None, Flag("folder for activations and gradients (default: OUT/work)")] = None
     dry_run: Annotated[bool, Flag("say what memory and disk it takes, and stop")] = False
 

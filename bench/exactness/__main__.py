@@ -22,7 +22,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
@@ -72,7 +72,7 @@ class ExactnessConfig:
     block: Annotated[int, Flag("tokens of a block (default: 8)", at_least=1)] = 8
     states: Annotated[int, Flag("proposed for each request and pass (default: 3)", metavar="N", at_least=1)] = 3
     concurrency: Annotated[int, Flag("requests in a pass (default: 32)", metavar="N", at_least=1)] = 32
-    threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1)] = 1
+    threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1, at_most=MOST_THREADS)] = 1
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("16 prompts, one token a step", {"num_prompts": 16, "schedules": ("1",)})

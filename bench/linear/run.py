@@ -7,6 +7,7 @@ gets no speed.  LAGUNA_CPU_ISA holds the kernel to a path, ONEDNN_MAX_CPU_ISA an
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
@@ -48,6 +49,8 @@ HEADS = (
     "GB/s",
     "of read",
 )
+# Of matrices that are smaller, filling a cache takes more of them than can be made.
+FEWEST_WEIGHTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,10 @@ class LinearConfig:
     ] = ("160x512", "2048x8192", "4096x256", "2048x100352")
     rows: Annotated[tuple[int, ...], Flag("default: 1,8,64", metavar="LIST", at_least=1)] = (1, 8, 64)
     threads: Annotated[
-        int, Flag("as many as an engine has with one core left (default: 1)", metavar="N", at_least=1)
+        int,
+        Flag("as many as an engine has with one core left (default: 1)", metavar="N", at_least=1, at_most=MOST_THREADS),
     ] = 1
-    seconds: Annotated[float, Flag("for each row (default: 3)", metavar="S")] = 3.0
+    seconds: Annotated[float, Flag("for each row (default: 3)", metavar="S", at_least=0)] = 3.0
     out: Annotated[Path, Flag("folder for linear.json and linear.md", metavar="DIR")]
 
     def __post_init__(self) -> None:
@@ -71,6 +75,8 @@ class LinearConfig:
         for shape in self.shapes:
             if re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) is None:
                 raise FlagError(f"--shapes: expected inputs x outputs like 2048x8192, got {shape!r}")
+            if math.prod(map(int, shape.split("x"))) < FEWEST_WEIGHTS:
+                raise FlagError(f"--shapes: expected {FEWEST_WEIGHTS} weights or more, got {shape}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,16 +96,17 @@ def time_linear(config: LinearConfig) -> LinearResult:
     """Measure every row, and write linear.json and linear.md to `config.out`.
 
     Raises:
-        LinearBenchError: the op cannot be built.
+        LinearBenchError: the op cannot be built, or a matrix is more than memory holds.
         KeyboardInterrupt: it ended before a row was measured. Later, the result says that it is partial.
     """
     from laguna_serve.bench.linear import timing  # imports torch, which takes a second
 
     timing.require_kernel(config.threads)
+    shapes = tuple((int(shape.partition("x")[0]), int(shape.partition("x")[2])) for shape in config.shapes)
+    timing.require_memory(shapes, max(config.rows))
     path, torch_isa = timing.find_paths()
     config.out.mkdir(parents=True, exist_ok=True)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
-    shapes = tuple((int(shape.partition("x")[0]), int(shape.partition("x")[2])) for shape in config.shapes)
     rows: list[LinearRow] = []
     interrupted = False
     try:

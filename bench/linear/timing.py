@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import psutil
 import torch
 from msgspec import structs
 
@@ -35,6 +36,19 @@ def require_kernel(threads: int) -> None:
     torch.set_num_threads(threads)
     if load_library() is None:
         raise LinearBenchError("kernels/linear: expected it to build, it did not (see above); install g++")
+
+
+def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
+    """Refuse what does not fit: a matrix as drawn, in both types and to read, and so many rows of input and output.
+
+    Raises LinearBenchError.
+    """
+    free = psutil.virtual_memory().available
+    for inputs, outputs in shapes:
+        needed = 12 * inputs * outputs + 2 * SPREAD_BYTES + rows * (10 * inputs + 18 * outputs)
+        if needed > free:
+            got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / 2**30:,.1f}"
+            raise LinearBenchError(f"memory: expected at most {free / 2**30:,.1f} GiB, got {got}; choose smaller ones")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 
 MOST_TOKENS = 65536
 
@@ -33,7 +33,12 @@ class MoeConfig:
     repeats: Annotated[int | None, Flag("timed calls (CPU: 40) or replays (GPU: 30)", metavar="N", at_least=1)] = None
     threads: Annotated[
         int | None,
-        Flag("on a CPU (default: torch's); of one thread the processor time counts", metavar="N", at_least=1),
+        Flag(
+            "on a CPU (default: torch's); of one thread the processor time counts",
+            metavar="N",
+            at_least=1,
+            at_most=MOST_THREADS,
+        ),
     ] = None
     vllm: Annotated[bool, Flag("this project's kernel alone")] = True
     experts: Annotated[

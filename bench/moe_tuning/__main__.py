@@ -26,7 +26,7 @@ from laguna_serve.kernels.sentinel_moe.tables import name_file
 from laguna_serve.serving.kit.cli import HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags_and_json
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, check_bounds, read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import to_json, write_result
 from laguna_serve.serving.kit.tables import Table
@@ -65,7 +65,7 @@ class TuningConfig:
         Flag("variants of a row that are compiled, the shipped one first (default: all)", metavar="N", at_least=1),
     ] = None
     replays: Annotated[int, Flag("of each candidate (default: 9)", metavar="N", at_least=1)] = 9
-    threads: Annotated[int, Flag("that compile (default: 8)", metavar="N", at_least=1)] = 8
+    threads: Annotated[int, Flag("that compile (default: 8)", metavar="N", at_least=1, at_most=MOST_THREADS)] = 8
     out: Annotated[Path, Flag("folder for tiles.json", metavar="DIR")]
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
@@ -68,7 +68,7 @@ class AblateConfig:
     entropy_scale: Annotated[EntropyScale, Flag("what CWCE weighs by")] = "nats"
     device: Annotated[Literal["cpu", "cuda"], Flag("where (default cpu)")] = "cpu"
     precision: Annotated[Literal["float32", "bfloat16"], Flag("what training computes in")] = "float32"
-    threads: Annotated[int, Flag("of the processor (default 1)", at_least=1)] = 1
+    threads: Annotated[int, Flag("of the processor (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
 
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""

@@ -11,7 +11,7 @@ import msgspec
 from laguna_serve.scripts.training.dante.losses import CENTER, Anchor
 from laguna_serve.scripts.training.dante.rows import Curriculum, EntropyScale
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class DanteConfig:
     precision: Annotated[Literal["float32", "bfloat16"], Flag("what is computed in", group="the machine")] = "float32"
     checkpointing: Annotated[bool, Flag("activation checkpointing: less memory, a third more work")] = False
     device: Annotated[Literal["cpu", "cuda"], Flag("where (default cpu)")] = "cpu"
-    threads: Annotated[int, Flag("of the processor, of each process (default 1)", at_least=1)] = 1
+    threads: Annotated[int, Flag("of the processor, of each process (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
     save_every: Annotated[int, Flag("steps between saved states (default 200)", metavar="N", at_least=1)] = 200
     seed: Annotated[int, Flag("default 42", at_least=0)] = 42
 

@@ -40,7 +40,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder
@@ -77,7 +77,7 @@ class DanteToyConfig:
     lr: Annotated[float, Flag("peak of teaching (default 0.001)")] = 1e-3
     seeds: Annotated[int, Flag("default 3", at_least=1)] = 3
     arms: Annotated[tuple[str, ...], Flag("as in scripts/dante ablate", metavar="ARM,…")] = AblateConfig.arms
-    threads: Annotated[int, Flag("of the processor, for training (default 1)", at_least=1)] = 1
+    threads: Annotated[int, Flag("of the processor, for training (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
 
     def __post_init__(self) -> None:
         check_bounds(self)

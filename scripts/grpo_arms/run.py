@@ -23,7 +23,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import RunDirError, check_out
 from laguna_serve.serving.speculation.flags import DraftSampling, parse_gamma_or_adaptive
@@ -67,7 +67,7 @@ class ArmsConfig:
     refresh_every: Annotated[int, Flag("steps between refreshes (default 3)", metavar="N", at_least=1)] = 3
     refresh_steps: Annotated[int, Flag("of training in each (default 60)", metavar="N", at_least=1)] = 60
     refresh_lr: Annotated[float, Flag("AdamW's (default 0.001)", at_least=0)] = 1e-3
-    threads: Annotated[int, Flag("of the trainer (default 1)", at_least=1)] = 1
+    threads: Annotated[int, Flag("of the trainer (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
     so_far: Annotated[
         bool, Flag("start nothing: compare what the runs' logs have, cut to the steps that all of them have")
     ] = False

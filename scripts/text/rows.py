@@ -28,6 +28,8 @@ from laguna_serve.serving.kit.files import is_whole
 TOY = {"toy:training": False, "toy:held-out": True}
 SHORTEST, LENGTH = 16, 384
 TEXT = ("text", "prompt")
+# Of long documents, whose last rows alone are shorter, rows count as whole.
+NEARLY_WHOLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,9 @@ def read_rows(source: str, tokenizer: Any, length: int | None, tokens: int | Non
     rows = [row for document in documents for row in _cut(*document, cut)]
     if not rows:
         raise PruningError(f"{source}: expected at least {SHORTEST} tokens of text, got fewer; pass more text")
-    wanted = len(rows) if tokens is None else min(len(rows), max(1, round(tokens / cut)))
+    mean = sum(len(ids) for ids, _ in rows) / len(rows)
+    usual = cut if mean >= NEARLY_WHOLE * cut else mean
+    wanted = len(rows) if tokens is None else min(len(rows), max(1, round(tokens / usual)))
     places = [i * len(rows) // wanted for i in range(wanted)]
     if seed is not None:
         places = sorted(np.random.default_rng(seed).choice(len(rows), wanted, replace=False).tolist())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from laguna_serve.scripts.training.optimiser import Moments
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 
 FULL = "full"
 
@@ -150,7 +150,9 @@ class DistillConfig:
             "stage 2: held-out figures, and whether answers stop, every N steps (default: not)", metavar="N", at_least=0
         ),
     ] = 0
-    threads: Annotated[int, Flag("on a CPU (default 2); sums depend on their number", metavar="N", at_least=1)] = 2
+    threads: Annotated[
+        int, Flag("on a CPU (default 2); sums depend on their number", metavar="N", at_least=1, at_most=MOST_THREADS)
+    ] = 2
 
     layerwise: Annotated[
         bool, Flag("read the teacher's shards a layer at a time, never whole", group="a teacher of any size")

@@ -11,7 +11,7 @@ import msgspec
 
 from laguna_serve.scripts.training.rl.refresh.notes import RefreshRun
 from laguna_serve.scripts.training.rl.steps import GrpoRun
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 
@@ -69,7 +69,9 @@ class GrpoConfig:
     compiled: Annotated[bool, Flag("compile the engine: starts slowly, samples faster")] = False
     max_num_seqs: Annotated[int, Flag("sequences together (default 64)")] = 64
     seed: Annotated[int, Flag()] = 0
-    threads: Annotated[int, Flag("of the trainer; sums depend on their number (default 2)", at_least=1)] = 2
+    threads: Annotated[
+        int, Flag("of the trainer; sums depend on their number (default 2)", at_least=1, at_most=MOST_THREADS)
+    ] = 2
 
     refresh_drafter: Annotated[
         bool, Flag("let the drafter learn from the rollouts", group="a drafter that learns (--refresh-drafter)")

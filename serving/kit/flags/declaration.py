@@ -9,6 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args,
 
 from laguna_serve.serving.kit.errors import CommandError
 
+# Threads of the processor: beyond some tens of thousands, libgomp and torch end in a signal.
+MOST_THREADS = 1024
+
 
 class FlagError(CommandError):
     """A value, or a combination of them, that a configuration cannot have."""
@@ -21,7 +24,7 @@ class Flag:
     Attributes:
         help: what `--help` says.
         metavar: the value's name there.
-        at_least: the smallest value (of each element), for `check_bounds`.
+        at_least, at_most: the smallest and the largest value (of each element), for `check_bounds`.
         parse: text → value, where the type alone does not say how; raises ValueError or argparse.ArgumentTypeError.
         name: the flag, where it is not the field's name.
         old: former names, which work for one release with a warning.
@@ -36,6 +39,7 @@ class Flag:
     help: str = ""
     metavar: str | None = None
     at_least: float | None = None
+    at_most: float | None = None
     parse: Callable[[str], Any] | None = None
     name: str | None = None
     old: tuple[str, ...] = ()
@@ -67,7 +71,7 @@ class Config(Protocol):
 
 
 def check_bounds(config: Config) -> None:
-    """Refuse what is under its `at_least`, and text that is none of its choices.
+    """Refuse what is under its `at_least` or over its `at_most`, and text that is none of its choices.
 
     Raises:
         FlagError: naming the flag.
@@ -80,6 +84,8 @@ def check_bounds(config: Config) -> None:
         for part in value if isinstance(value, tuple) else (value,):
             if flag.at_least is not None and not part >= flag.at_least:
                 raise FlagError(f"{subject}: expected at least {_show(flag.at_least)}, got {part}")
+            if flag.at_most is not None and not part <= flag.at_most:
+                raise FlagError(f"{subject}: expected at most {_show(flag.at_most)}, got {part}")
             choices = list_choices(find_element(hint))
             if choices is not None and part not in choices:
                 raise FlagError(f"{subject}: expected one of {', '.join(map(str, choices))}, got {part}")

@@ -81,3 +81,26 @@ def test_what_is_no_shape_is_refused(shape: str, tmp_path: Path, capsys: pytest.
 def test_median_is_not_moved_by_a_call_that_was_stopped() -> None:
     ratio, (low, high) = timing.estimate_median([2.0] * 40 + [500.0], [1.0] * 41)
     assert ratio == low == high == 2.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shapes", "1x1"], "--shapes: expected 256 weights or more, got 1x1"),
+        (["--shapes", "9000000x9000000"], "9000000x9000000 with 5 rows, which takes"),
+        (["--rows", "9999999999999"], "32x16 with 9999999999999 rows, which takes"),
+        (["--threads", "100000"], "--threads: expected at most 1024, got 100000"),
+        (["--seconds", "-1"], "--seconds: expected at least 0, got -1"),
+    ],
+)
+def test_what_would_not_end_is_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: int | str | None = call(tmp_path, *flags)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()

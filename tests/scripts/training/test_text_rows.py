@@ -74,6 +74,14 @@ def test_token_ids_keep_their_rows(tokenizer: Any, tmp_path: Path) -> None:
     assert [len(row) for row in read_rows(source, tokenizer, 400, 10_000).rows[:2]] == [400, 300]
 
 
+def test_of_short_documents_more_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    """Each counted as a whole row: of prompts of 150 tokens, less than half of what was asked for was read."""
+    source = write_lines(tmp_path / "s.jsonl", *({"text": f"x = {i}\n" * 10} for i in range(100)))
+    found = read_rows(source, tokenizer, None, 1000)
+    assert found.tokens == pytest.approx(1000, rel=0.1)
+    assert read_rows(source, tokenizer, None, None).tokens > 3000
+
+
 @pytest.mark.parametrize(
     ("ids", "why"),
     [

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds, read_flags, read_flags_and_json
+from laguna_serve.serving.kit.flags import (
+    MOST_THREADS,
+    Flag,
+    FlagError,
+    Quick,
+    check_bounds,
+    read_flags,
+    read_flags_and_json,
+)
+
+THREADS = re.compile(r"threads: Annotated\[.*?\] = ", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +114,23 @@ def test_bad_command_line_is_one_line(argv: str, message: str, capsys: pytest.Ca
     assert len(lines) == 1
     assert lines[0].startswith(f"sweep.py: error: {message}")
     assert lines[0].endswith("see `bench/sweep.py --help`")
+
+
+def test_every_number_of_threads_has_a_most() -> None:
+    """Of more than the system gives, libgomp ends the process, and torch by a signal."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Work:
+        threads: Annotated[int, Flag("how many", at_least=1, at_most=MOST_THREADS)] = 1
+        __post_init__ = check_bounds
+
+    with pytest.raises(FlagError, match="--threads: expected at most 1024, got 1025"):
+        Work(threads=1025)
+    root = Path(__file__).resolve().parents[3]
+    paths = [path for folder in ("bench", "evals", "scripts", "serving") for path in (root / folder).rglob("*.py")]
+    flags = [found for path in paths for found in THREADS.findall(path.read_text(encoding="utf-8"))]
+    assert flags
+    assert all("at_most=MOST_THREADS" in flag for flag in flags)
 
 
 def test_python_callers_get_the_same_checks() -> None:
