@@ -4,18 +4,27 @@
 set -euo pipefail
 case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/requirements"
-plain=(--no-annotate --no-header --quiet --no-python-downloads)
-uv pip compile cpu.in "${plain[@]}" --universal --python-version 3.11 --excludes excluded.txt -o cpu.lock "$@"
-uv pip compile evals.in "${plain[@]}" --universal --python-version 3.11 --excludes evals-excluded.txt -o evals.lock "$@"
-uv pip compile spec_rl.in "${plain[@]}" --universal --python-version 3.11 -o spec_rl.lock "$@"
-uv pip compile gpu.in "${plain[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.12 -o gpu.lock "$@"
-uv pip compile clients.in "${plain[@]}" --universal --python-version 3.11 -o clients.lock "$@"
-uv pip compile deploy.in "${plain[@]}" --universal --python-version 3.11 -o deploy.lock "$@"
-uv pip compile docs.in "${plain[@]}" --universal --python-version 3.11 -o docs.lock "$@"
+# Beside the lists, which stay as they are until all are resolved; uv keeps the versions that a list has.
+work=$(mktemp -d .lock.XXXXXX)
+trap 'rm -rf "$work"' EXIT
+cp ./*.lock "$work"
+given=("$@")
+resolve() {
+    local plain=(--no-annotate --no-header --quiet --no-python-downloads)
+    uv pip compile "$1.in" "${plain[@]}" "${@:2}" -o "$work/$1.lock" "${given[@]}"
+}
+resolve cpu --universal --python-version 3.11 --excludes excluded.txt
+resolve evals --universal --python-version 3.11 --excludes evals-excluded.txt
+resolve spec_rl --universal --python-version 3.11
+resolve gpu --python-platform x86_64-manylinux_2_28 --python-version 3.12
+resolve clients --universal --python-version 3.11
+resolve deploy --universal --python-version 3.11
+resolve docs --universal --python-version 3.11
 # What it needs besides is locked for .venv, over which it lies.
-uv pip compile train.in "${plain[@]}" --universal --python-version 3.11 --no-deps -o train.lock "$@"
+resolve train --universal --python-version 3.11 --no-deps
 # Neither does this list have what cpu.lock pins.
-uv pip compile ray.in "${plain[@]}" --universal --python-version 3.11 --constraints cpu.lock -o ray.lock "$@"
-awk -F== 'NR == FNR { pinned[$1]; next } !($1 in pinned)' cpu.lock ray.lock >ray.rest
-mv ray.rest ray.lock
+resolve ray --universal --python-version 3.11 --constraints "$work/cpu.lock"
+awk -F== 'NR == FNR { pinned[$1]; next } !($1 in pinned)' "$work/cpu.lock" "$work/ray.lock" >"$work/ray.rest"
+mv "$work/ray.rest" "$work/ray.lock"
+mv "$work"/*.lock .
 npm install --prefix ../clients --package-lock-only --no-audit --no-fund
