@@ -15,7 +15,9 @@ from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
 from laguna_serve.serving.engine import Engine, EngineConfig
 
-MODEL, DRAFTER = sys.argv[1:] if len(sys.argv) > 1 else ("tests/toy/teacher", "tests/toy/dflash")
+if len(sys.argv) not in (1, 3):
+    sys.exit(f"serve_and_ask.py: error: expected MODEL and DRAFTER, or neither, got {len(sys.argv) - 1} arguments")
+MODEL, DRAFTER = sys.argv[1:] or ("tests/toy/teacher", "tests/toy/dflash")
 OUT = Path("out/examples")
 
 

@@ -270,8 +270,11 @@ def measure(root: Path = ROOT) -> dict[str, str]:
 
 def measure_commit(commit: str) -> dict[str, str]:
     """The same of a commit."""
-    packed = subprocess.run(["git", "-C", str(ROOT), "archive", commit], check=True, stdout=subprocess.PIPE).stdout
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+    packed = subprocess.run(["git", "-C", str(ROOT), "archive", "--", commit], capture_output=True)
+    if packed.returncode:
+        said = packed.stderr.decode().splitlines()[-1]
+        raise SystemExit(f"house.py: error: {commit}: expected a commit of this repository, got: {said}")
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
         archive.extractall(folder, filter="data")
         return measure(Path(folder))
 

@@ -40,5 +40,14 @@ def test_example_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert expected in done.stdout
 
 
+@pytest.mark.slow
+def test_one_argument_too_few_is_said() -> None:
+    program = [sys.executable, "examples/serve_and_ask.py", "tests/toy/teacher"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("expected MODEL and DRAFTER, or neither, got 1 arguments")
+
+
 def test_every_example_is_tested() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)

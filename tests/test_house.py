@@ -30,6 +30,11 @@ def make_source(text: str, path: str = "bench/x.py") -> house.Source:
     return house.Source(path, text, ast.parse(text))
 
 
+def test_what_is_no_commit_is_one_line() -> None:
+    with pytest.raises(SystemExit, match="nosuch: expected a commit of this repository, got: fatal: not a valid"):
+        house.main(["nosuch", "HEAD"])
+
+
 def test_signatures_are_typed(sources: list[house.Source]) -> None:
     untyped = house.list_signatures(sources, house.UNTYPED)
     assert len(untyped) <= MOST_UNTYPED, untyped

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from laguna_serve.serving.kit.environment import OtherLoad
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import explain_write, is_disk_full
 from laguna_serve.serving.kit.signals import interrupt_on_signals
 
 # It held; it ran and what it checks did not hold; it could not run; it was interrupted.
@@ -97,6 +98,8 @@ def print_result(text: str, line: Mapping[str, object], out: Path | None, *, alw
 
 def explain(error: Exception) -> str:
     """One line. Of the system's errors, which file and what was wrong with it, without the number."""
+    if isinstance(error, OSError) and is_disk_full(error):
+        return str(explain_write(None if error.filename is None else Path(error.filename), error))
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error) or type(error).__name__

@@ -28,7 +28,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Devices and pipes are written to, and stay what they are.
 
     Raises:
-        WriteError: the disk is full or refuses. Errors of `write` other than OSError and EOFError pass.
+        WriteError: the disk is full or refuses. Other errors of `write` than OSError, EOFError and those that say so
+            pass.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -40,8 +41,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)
-    except (OSError, EOFError) as error:
-        raise _explain(path, error) from None
+    except Exception as error:
+        if not isinstance(error, OSError | EOFError) and not is_disk_full(error):
+            raise
+        raise explain_write(path, error) from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -103,15 +106,17 @@ def is_no_file(path: Path) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Is there no room, or no quota, left? Also as safetensors' Rust side says it."""
-    return (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error)
+    """Say whether no room, or no quota, is left, or a file may not grow; also as safetensors' Rust side says it."""
+    return (isinstance(error, OSError) and error.errno in FULL) or any(f"os error {n})" in str(error) for n in FULL)
 
 
-def _explain(path: Path, error: Exception) -> WriteError:
+def explain_write(path: Path | None, error: Exception) -> WriteError:
+    """Make one line of why a file, if it is known, was not written."""
+    subject = "output" if path is None else str(path)
     if is_disk_full(error):
-        return WriteError(f"{path}: expected to write it, got no space left; free some and repeat the command")
+        return WriteError(f"{subject}: expected to write it, got no space left; free some and repeat the command")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-    return WriteError(f"{path}: expected to write it, got {reason}")
+    return WriteError(f"{subject}: expected to write it, got {reason}")
 
 
 def _sync(path: Path) -> None:

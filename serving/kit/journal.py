@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import explain_write
 
 T = TypeVar("T")
 
@@ -54,12 +55,15 @@ class Journal(Generic[T]):
         """Add an entry; it is with the system when this returns.
 
         Raises:
-            OSError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         # ASCII: an answer may hold half a surrogate pair, or line separators.
         line = json.dumps(msgspec.to_builtins(entry)).encode() + b"\n"
-        with self._path.open("ab") as file:
-            file.write(line)
+        try:
+            with self._path.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise explain_write(self._path, error) from None
         self.entries.append(entry)
 
     def _decode(self, data: bytes, kind: type[T]) -> Iterator[T]:

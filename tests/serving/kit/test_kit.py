@@ -51,12 +51,16 @@ def _handlers() -> object:
         signal.signal(number, handler)
 
 
+FULL = "expected to write it, got no space left; free some and repeat the command"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (CommandError("--n: expected 1, got 2; correct it"), "--n: expected 1, got 2; correct it"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), "a.json: No such file or directory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), f"output: {FULL}"),
+        (OSError(errno.EFBIG, "File too large", "a.bin"), f"a.bin: {FULL}"),
         (ZeroDivisionError("division"), "division"),
     ],
 )
@@ -175,13 +179,25 @@ def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
         write_text(tmp_path, "text")
 
 
-def test_file_that_the_system_refuses_is_an_error_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "subject"),
+    [
+        ("write_text(path, 'a' * 100000)", "big.txt"),
+        ("[Journal(path, str).append('a' * 1000) for _ in range(9)]", "big.txt"),
+        ("path.open('w').write('a' * 100000)", "output"),
+        ("write_file(path, lambda partial: save_file({'a': numpy.zeros(100000)}, partial))", "big.txt"),
+    ],
+    ids=["whole", "journal", "other", "safetensors"],
+)
+def test_file_that_the_system_refuses_is_an_error_in_one_line(tmp_path: Path, call: str, subject: str) -> None:
     """A limit on the size of files stands for a full disk."""
     code = (
-        "import pathlib, sys\n"
-        "from laguna_serve.serving.kit.files import write_text\n"
+        "import pathlib, sys, numpy\n"
+        "from safetensors.numpy import save_file\n"
+        "from laguna_serve.serving.kit.files import write_file, write_text\n"
+        "from laguna_serve.serving.kit.journal import Journal\n"
         "from laguna_serve.serving.kit.cli import run_command\n"
-        "sys.exit(run_command('x.py', lambda: write_text(pathlib.Path(sys.argv[1]), 'a' * 100000)))\n"
+        f"path = pathlib.Path(sys.argv[1])\nsys.exit(run_command('x.py', lambda: {call}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "big.txt")],
@@ -192,8 +208,8 @@ def test_file_that_the_system_refuses_is_an_error_in_one_line(tmp_path: Path) ->
     )
     assert done.returncode == COULD_NOT_RUN
     assert done.stderr.count("\n") == 1
-    assert "no space left" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert f"{subject}: expected to write it, got no space left; free some" in done.stderr
+    assert call[:5] != "write" or not list(tmp_path.iterdir())
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(
