@@ -281,6 +281,9 @@ class Owner:
         key = (name, table)
         if key not in self._planned:
             self._planned[key] = plan_bytes(name, table)
+            if not self._planned[key]:
+                known = "what it takes is not known before its first load, which makes no room; give memory_gib"
+                logger.warning("model %s: %s", name, known)
         return Terms(
             group=table.group,
             planned_bytes=self._planned[key],

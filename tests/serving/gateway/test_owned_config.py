@@ -18,6 +18,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
 from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
 from laguna_serve.serving.gateway.relay.heartbeat import read_error, wants_stream
+from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.residence.plans import find_log, make_engine_config, plan_bytes
 from laguna_serve.serving.planning.launch import EngineError
 from laguna_serve.serving.service.several import SeveralSettings, make_several_config
@@ -140,3 +141,13 @@ def test_streams_and_errors_are_read_as_they_come() -> None:
     error = read_error(400, b'{"error": {"message": "m", "type": "t", "code": 7, "param": "p"}}')
     assert (error.status, error.message, error.kind, error.code, error.param) == (400, "m", "t", "7", "p")
     assert read_error(502, b"<html>").message == "The engine answered with status 502 and no stream."
+
+
+def test_a_model_of_which_nothing_is_known_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    owner, config = Owner(), parse({"model": "no/such/folder/here"})
+    owner.configure(config)
+    owner.configure(config)
+    (line,) = caplog.messages
+    assert line.startswith("model m: what it takes is not known before its first load, which makes no room")
+    owner.configure(parse({"model": "no/such/folder/here", "memory_gib": 1}))
+    assert len(caplog.messages) == 1
