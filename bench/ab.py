@@ -39,6 +39,8 @@ from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
 MIN_WARMUP = 4
+# As many are also sent to warm up, made up where the file has fewer.
+MOST_TOGETHER = 1 << 16
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
 
 EXAMPLES = """
@@ -84,7 +86,9 @@ class AbConfig(PromptsConfig, ArmsConfig):
             "untimed (default: every answer has N tokens)"
         ),
     ] = False
-    concurrency: Annotated[int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1)] = 1
+    concurrency: Annotated[
+        int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1, at_most=MOST_TOGETHER)
+    ] = 1
     sequential: Sequential = None
     control: Annotated[
         int,

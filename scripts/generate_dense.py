@@ -22,7 +22,7 @@ from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.flags import Flag
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
 
 STD = 0.02
 LAYERS_PER_SHARD = 4
@@ -56,7 +56,10 @@ class GenerateConfig:
             repeated=True,
         ),
     ] = ()
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 class GenerateResult(

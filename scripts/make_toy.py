@@ -29,7 +29,7 @@ from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import JsonObject, to_json
 from laguna_serve.serving.kit.run_dir import require_removable
 
@@ -63,7 +63,7 @@ class ToyConfig:
 
     out: Annotated[Path, Flag("where the family goes")] = ROOT / "tests" / "toy"
     work: Annotated[Path | None, Flag("finished stages and training states (default .cache/toy-SEED)")] = None
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
     smoke: Annotated[bool, Flag("a few steps only")] = False
     fresh: Annotated[bool, Flag("forget what the work folder holds")] = False
     stage: Annotated[

@@ -47,7 +47,7 @@ from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -90,7 +90,7 @@ class ScoreConfig:
     ] = "loss"
     atomic_scores: Annotated[Path | None, Flag("take these scores [L, E, N] and read no text")] = None
     block_size: Annotated[int | None, Flag("atoms in a group (default: an eighth of an expert)")] = None
-    seed: Annotated[int, Flag("of the random controls (default 0)", at_least=0)] = 0
+    seed: Annotated[int, Flag("of the random controls (default 0)", at_least=0, at_most=MOST_SEED)] = 0
     device: Annotated[Literal["cpu", "cuda"], Flag("where it is computed (default cpu)")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Flag("in which it is computed (default float32)")] = "float32"
     threads: Annotated[

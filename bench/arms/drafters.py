@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import MOST_STATES, serves_diffusion
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, open_drafter
 from laguna_serve.serving.speculation.flags import parse_gamma, parse_gamma_or_adaptive
 
@@ -58,7 +58,9 @@ class DrafterConfig:
     dtype: Annotated[
         str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
     ] = "auto"
-    seed: Annotated[int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)")] = 0
+    seed: Annotated[
+        int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)", at_least=0, at_most=MOST_SEED)
+    ] = 0
 
     def __post_init__(self) -> None:
         """Refuse values under their bounds."""

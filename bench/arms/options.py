@@ -12,7 +12,7 @@ from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
 from laguna_serve.bench.arms.drafters import BeyondBlock, GammaOrAdaptive, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.planning.launch import DTYPES, find_engine_dtype
@@ -62,7 +62,7 @@ class ArmsConfig:
     ] = None
     prefix_caching: Annotated[bool, Flag("turn prefix caching on (default: off)")] = False
     kv_cache_gib: Annotated[float | None, Flag("KV cache per engine (default: by free memory)", metavar="G")] = None
-    seed: Annotated[int, Flag("order of the arms, bootstrap, engines (default: 0)")] = 0
+    seed: Annotated[int, Flag("order of the arms, bootstrap, engines (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     baseline_url: Annotated[
         str | None, Flag("for example http://127.0.0.1:8000", metavar="U", group="or endpoints that already run")
     ] = None
@@ -128,7 +128,8 @@ def make_spec(config: ArmsConfig, name: str) -> ArmSpec:
         return ArmSpec(name, f"running at {url}", url=url, model_name=config.model)
     extra = tuple(shlex.split(config.baseline_args if name == BASELINE else config.candidate_args))
     drafting = name == CANDIDATE and config.draft is not None
-    model = (config.candidate_model if name == CANDIDATE else None) or config.model
+    other = config.candidate_model if name == CANDIDATE else None
+    model = config.model if other is None else other
     assert model is not None
     gamma = "its trained maximum" if config.gamma is None else str(config.gamma)
     if name == CANDIDATE and serves_diffusion(model):

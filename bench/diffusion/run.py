@@ -25,7 +25,7 @@ from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import OtherLoad, cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 
@@ -75,7 +75,7 @@ class DiffusionConfig:
         Flag("of both models (default: the checkpoint's on a GPU, float32 on a CPU)"),
     ] = "auto"
     threads: Annotated[int, Flag("that compute (default: 1)", metavar="N", at_least=1, at_most=MOST_THREADS)] = 1
-    seed: Annotated[int, Flag("of the intervals (default: 0)", at_least=0)] = 0
+    seed: Annotated[int, Flag("of the intervals (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("8 prompts, one and four at once", {"num_prompts": 8, "concurrency": (1, 4)})

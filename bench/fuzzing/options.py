@@ -8,7 +8,7 @@ from typing import Annotated
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
 
 # Tokens that one step computes at most: longer prompts are cut.
 STEP_TOKENS = 256
@@ -23,7 +23,7 @@ class FuzzConfig:
     minutes: Annotated[
         float, Flag("how long requests are sent, starts of engines counted (default: 20)", at_least=0)
     ] = 20.0
-    seed: Annotated[int, Flag("of the drawn batches (default: 1)")] = 1
+    seed: Annotated[int, Flag("of the drawn batches (default: 1)", at_least=0, at_most=MOST_SEED)] = 1
     out: Annotated[Path, Flag("folder for the results")]
     resume: Annotated[bool, Flag("go on where a run into the same folder stopped")] = False
 

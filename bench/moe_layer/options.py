@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 MOST_TOKENS = 65536
 
@@ -49,7 +49,7 @@ class MoeConfig:
     block: Annotated[int, Flag("atoms of a block (default: 64)", metavar="B", at_least=1)] = 64
     topk: Annotated[int, Flag("experts per token (default: 8)", metavar="K", at_least=1)] = 8
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Flag("default: bfloat16")] = "bfloat16"
-    seed: Annotated[int, Flag("of weights and routing (default: 0)", metavar="N")] = 0
+    seed: Annotated[int, Flag("of weights and routing (default: 0)", metavar="N", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for moe.json, moe.md and moe.png", metavar="DIR")]
 
     def __post_init__(self) -> None:

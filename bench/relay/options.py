@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, parse_numbers
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, parse_numbers
 
 DIRECT, SPLICE, GATEWAY = "direct", "splice", "laguna"
 LAST_PORT = 65535
@@ -83,7 +83,7 @@ class SoakConfig:
 
     requests: Annotated[int, Flag("in all (default: 216000)", metavar="N", at_least=1)] = 216_000
     streams: Annotated[int, Flag("at once (default: 32)", metavar="N", at_least=1)] = 32
-    seed: Annotated[int, Flag("of the order of requests (default: 0)")] = 0
+    seed: Annotated[int, Flag("of the order of requests (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from laguna_serve.bench.routing.result import RoutingPoint, RoutingResult, draw,
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, Quick, check_bounds
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -44,7 +44,7 @@ class RoutingConfig:
     )
     sessions: Annotated[int, Flag("of each replica (default: 200)", metavar="N", at_least=1)] = 200
     sessions_per_s: Annotated[float, Flag("of each replica (default: 0.5)", metavar="N", at_least=0.001)] = 0.5
-    seed: Annotated[int, Flag("of the trace and of what is drawn (default: 0)")] = 0
+    seed: Annotated[int, Flag("of the trace and of what is drawn (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("2 and 8 replicas, 50 sessions each", {"replicas": (2, 8), "sessions": 50})

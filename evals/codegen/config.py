@@ -14,7 +14,7 @@ from laguna_serve.evals.problems.protocols import CPU_S, PROTOCOLS, SLOW_CPU_S, 
 from laguna_serve.evals.problems.template import TemplateFields, Thinking, make_template
 from laguna_serve.evals.sandbox import Wanted
 from laguna_serve.evals.sandbox.choice import HELP
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import JsonObject
 
 # Of a limit: the kernel takes no more seconds, or bytes, than fit into 63 bits.
@@ -52,7 +52,9 @@ class CodeTasksConfig:
         int | None,
         Flag(f"of an answer, thoughts included (default: the protocol's, {MAX_TOKENS})", metavar="N", at_least=1),
     ] = None
-    seed: Annotated[int, Flag("of the first sample; the next has the next (default: 0)")] = 0
+    seed: Annotated[
+        int, Flag("of the first sample; the next has the next (default: 0)", at_least=0, at_most=MOST_SEED)
+    ] = 0
     concurrency: Annotated[int, Flag("requests in flight (default: 8)", metavar="N", at_least=1)] = 8
     api_key_env: Annotated[str | None, Flag("environment variable that holds the endpoint's key", metavar="NAME")] = (
         None

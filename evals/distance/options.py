@@ -17,7 +17,7 @@ from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.launch import find_engine_dtype
 
@@ -49,7 +49,7 @@ class ReferencesConfig(PromptsConfig):
     ] = None  # fmt: skip
     max_tokens: Annotated[int, Flag("of an answer, at most (default: 128)", metavar="N", at_least=1)] = 128
     concurrency: Annotated[int, Flag("requests in flight (default: 4)", metavar="N", at_least=1)] = 4
-    seed: Annotated[int, Flag("bootstrap, engines (default: 0)")] = 0
+    seed: Annotated[int, Flag("bootstrap, engines (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
     other: Annotated[
         tuple[tuple[str, str], ...],

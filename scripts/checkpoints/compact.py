@@ -41,7 +41,7 @@ from laguna_serve.scripts.checkpoints.output import open_output
 from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, Target, read_config, read_target, require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.signals import check_signals
 
 DESCRIPTION = "Make a smaller Laguna: of the routed experts only the blocks that a mask keeps are stored."
@@ -78,7 +78,9 @@ class CompactConfig:
     ] = ()
     group_indices: Annotated[Path | None, Flag("int64 [layers, experts, groups, atoms]", metavar="G.npy")] = None
     block_size: Annotated[int | None, Flag("random mask without indices: atoms in a group", metavar="N")] = None
-    seed: Annotated[int | None, Flag("of the random mask (default 0)", metavar="N", at_least=0)] = None
+    seed: Annotated[int | None, Flag("of the random mask (default 0)", metavar="N", at_least=0, at_most=MOST_SEED)] = (
+        None
+    )
     out: Annotated[Path | None, Flag("folder for the checkpoint", metavar="DIR")] = None
     to: Annotated[Literal["fp8"] | None, Flag("round a plain base's experts to FP8, a scale per atom")] = None
     zeroed: Annotated[bool, Flag("keep the base's layout, with what is pruned at zero")] = False

@@ -27,7 +27,7 @@ from laguna_serve.scripts.training.dante.records import SHARDS, CacheError, Cach
 from laguna_serve.serving.kit.cli import CONTINUES
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
@@ -66,7 +66,7 @@ class CacheConfig:
     ] = (PROBLEMS,)
     openai_only: Annotated[bool, Flag("send no fields of vLLM's: its generation_config.json then has a say")] = False
     shard: Annotated[int, Flag("records of a shard (default: 4096)", metavar="N", at_least=1)] = 4096
-    seed: Annotated[int, Flag("of the sampled answers (default: 42)", at_least=0)] = 42
+    seed: Annotated[int, Flag("of the sampled answers (default: 42)", at_least=0, at_most=MOST_SEED)] = 42
 
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""

@@ -11,7 +11,7 @@ import msgspec
 from laguna_serve.scripts.training.dante.losses import CENTER, Anchor
 from laguna_serve.scripts.training.dante.rows import Curriculum, EntropyScale
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class DanteConfig:
     device: Annotated[Literal["cpu", "cuda"], Flag("where (default cpu)")] = "cpu"
     threads: Annotated[int, Flag("of the processor, of each process (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
     save_every: Annotated[int, Flag("steps between saved states (default 200)", metavar="N", at_least=1)] = 200
-    seed: Annotated[int, Flag("default 42", at_least=0)] = 42
+    seed: Annotated[int, Flag("default 42", at_least=0, at_most=MOST_SEED)] = 42
 
     def __post_init__(self) -> None:
         """Refuse what means nothing. Raises FlagError."""

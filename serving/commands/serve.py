@@ -17,7 +17,7 @@ from laguna_serve.serving.commands.model_options import ModelOptions, make_engin
 from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.inspection import LOOPBACK
@@ -148,7 +148,7 @@ class ServeConfig(ModelOptions):
             "say what would be started, as `laguna doctor MODEL` does, and start nothing; exit status 2 if it cannot be"
         ),
     ] = False
-    seed: Annotated[int, Flag("sampling seed (default: 0)")] = 0
+    seed: Annotated[int, Flag("sampling seed (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     log: Annotated[Path | None, Flag("vLLM's log (default: in the user's cache folder, by port)")] = None
 
 

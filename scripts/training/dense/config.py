@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from laguna_serve.scripts.training.optimiser import Moments
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 FULL = "full"
 
@@ -113,7 +113,7 @@ class DistillConfig:
         str | None, Flag("conversations to measure on (default: the toy's other half, or those of --chats)")
     ] = None
     dtype: Annotated[Literal["bfloat16", "float32"], Flag("stored as (bfloat16)")] = "bfloat16"
-    seed: Annotated[int, Flag()] = DEFAULT.seed
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = DEFAULT.seed
 
     init: Annotated[
         Literal["usage", "weight", "concat", "random"],

@@ -34,7 +34,7 @@ from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
 from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_file, write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
@@ -66,7 +66,7 @@ class CalibrateConfig:
     schedule: Annotated[str, Flag("tokens a step (1), or a threshold (0.9)")] = "1"
     cache: Annotated[str, Flag("none, prefix or dual")] = "dual"
     steps: Annotated[int, Flag("of the order model's training", at_least=1)] = SCHEDULE.steps
-    seed: Annotated[int, Flag("of the order model")] = 0
+    seed: Annotated[int, Flag("of the order model", at_least=0, at_most=MOST_SEED)] = 0
     device: Annotated[str, Flag("where the models compute: cpu or cuda")] = "cpu"
     threads: Annotated[int, Flag("of the processor", at_least=1, at_most=MOST_THREADS)] = 1
     out: Annotated[Path, Flag("folder for what is learnt", metavar="DIR")]

@@ -31,7 +31,7 @@ from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
 
@@ -68,7 +68,7 @@ class DistilConfig:
     dtype: Annotated[Literal["float32", "bfloat16"], Flag("what the teacher computes in")] = "float32"
     device: Annotated[Literal["cpu", "cuda"], Flag("where both are")] = "cpu"
     threads: Annotated[int, Flag("of the processor", at_least=1, at_most=MOST_THREADS)] = 1
-    seed: Annotated[int, Flag("of rows and masks", at_least=0)] = 0
+    seed: Annotated[int, Flag("of rows and masks", at_least=0, at_most=MOST_SEED)] = 0
 
     def __post_init__(self) -> None:
         check_bounds(self)

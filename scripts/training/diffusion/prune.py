@@ -27,7 +27,7 @@ from laguna_serve.scripts.training.diffusion.ablation import RATIOS, Ablation, a
 from laguna_serve.scripts.training.diffusion.saving import copy_tokenizer, write_config
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.kit.tables import Table
 
@@ -57,7 +57,7 @@ class PruneConfig:
     tokens: Annotated[int, Flag("tokens of text", at_least=1)] = 8192
     length: Annotated[int, Flag("tokens a row", at_least=2)] = 256
     dtype: Annotated[str, Flag("what the layers compute in: float32 or bfloat16")] = "float32"
-    seed: Annotated[int, Flag("of the masks")] = 0
+    seed: Annotated[int, Flag("of the masks", at_least=0, at_most=MOST_SEED)] = 0
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -37,7 +37,7 @@ from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -62,7 +62,7 @@ class ToyPairConfig:
     work: Annotated[Path | None, Flag("training states (default .cache/llada-…)")] = None
     steps: Annotated[int, Flag("of the model's training", at_least=1)] = pretraining.SCHEDULE.steps
     distillation_steps: Annotated[int, Flag("of the draft's", at_least=1)] = 400
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from laguna_serve.scripts.training.drafter.models import NewDrafter
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 
 def _parse_url(text: str) -> str:
@@ -81,7 +81,7 @@ class DrafterTrainConfig:
     threads: Annotated[
         int, Flag("on a CPU (default 2); sums depend on their number", at_least=1, at_most=MOST_THREADS)
     ] = 2
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
     work: Annotated[Path | None, Flag("folder for answers, states and training (default: DIR/work)")] = None
     dry_run: Annotated[bool, Flag("say what it takes; generate, compute and write nothing")] = False
 

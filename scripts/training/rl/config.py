@@ -11,7 +11,7 @@ import msgspec
 
 from laguna_serve.scripts.training.rl.refresh.notes import RefreshRun
 from laguna_serve.scripts.training.rl.steps import GrpoRun
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 
@@ -68,7 +68,7 @@ class GrpoConfig:
     dtype: Annotated[str, Flag("of the engine; the trainer's is float32 (float32)")] = "float32"
     compiled: Annotated[bool, Flag("compile the engine: starts slowly, samples faster")] = False
     max_num_seqs: Annotated[int, Flag("sequences together (default 64)")] = 64
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
     threads: Annotated[
         int, Flag("of the trainer; sums depend on their number (default 2)", at_least=1, at_most=MOST_THREADS)
     ] = 2

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.values import Count, Name, Seconds
+from laguna_serve.serving.kit.flags import MOST_SEED
 
 # Requests in an engine at once for each sequence that it decodes: it queues by itself, and better, as it batches them.
 QUEUE_FACTOR = 8
@@ -52,7 +53,7 @@ class OwnedEngine(ConfigTable):
     exact: bool = False
     weight_updates: bool = False
     return_routed_experts: bool = False
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     log: str | None = None
     extra_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
     group: Name = "default"

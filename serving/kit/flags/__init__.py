@@ -23,9 +23,18 @@ of help and of errors; here both are published, one line each, and tested.
 """
 
 from laguna_serve.serving.kit.flags.command_line import parse_numbers, parse_words, read_flags, read_flags_and_json
-from laguna_serve.serving.kit.flags.declaration import MOST_THREADS, Config, Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags.declaration import (
+    MOST_SEED,
+    MOST_THREADS,
+    Config,
+    Flag,
+    FlagError,
+    Quick,
+    check_bounds,
+)
 
 __all__ = [
+    "MOST_SEED",
     "MOST_THREADS",
     "Config",
     "Flag",

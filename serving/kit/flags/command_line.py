@@ -162,9 +162,18 @@ def _scalar(kind: Any) -> Callable[[str], Any]:
         return type(choices[0])
     if kind is float:
         return _read_finite
-    if kind in (int, str, Path):
+    if kind is Path:
+        return _read_path
+    if kind in (int, str):
         return kind  # type: ignore[no-any-return]
     raise TypeError(f"{kind}: expected int, float, str, Path or Literal, or a Flag with `parse`")
+
+
+def _read_path(text: str) -> Path:
+    """Read a path; nothing, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return Path(text)
 
 
 def _read_finite(text: str) -> float:

@@ -11,6 +11,8 @@ from laguna_serve.serving.kit.errors import CommandError
 
 # Threads of the processor: beyond some tens of thousands, libgomp and torch end in a signal.
 MOST_THREADS = 1024
+# NumPy's generators of old, which vLLM seeds, take no more, and no generator a negative one.
+MOST_SEED = (1 << 32) - 1
 
 
 class FlagError(CommandError):

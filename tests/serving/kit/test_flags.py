@@ -19,7 +19,8 @@ from laguna_serve.serving.kit.flags import (
     read_flags_and_json,
 )
 
-THREADS = re.compile(r"threads: Annotated\[.*?\] = ", re.DOTALL)
+FLAG = r": Annotated\[\s*int(?: \| None)?,\s*Flag\((.*?)\),?\s*\]"
+FLAGS = {name: re.compile(rf"\b{name}{FLAG}", re.DOTALL) for name in ("threads", "seed")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ def test_json_flag_is_not_in_the_configuration() -> None:
         ("--model m --prompts p --limit-s 1e400", "argument --limit-s: expected a finite number, got '1e400'"),
         ("--model m --prompts p --limit-s x", "argument --limit-s: expected a finite number, got 'x'"),
         ("--model m --prompts p --limit-s 0.1", "--limit-s: expected at least 0.5, got 0.1"),
+        ("--model m --prompts=", "argument --prompts: expected a path, got nothing"),
         ("--model m --prompts p --dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("--model m --prompts p --eager --dtype float32", "--eager: expected another --dtype beside it, got float32"),
     ],
@@ -116,9 +118,17 @@ def test_bad_command_line_is_one_line(argv: str, message: str, capsys: pytest.Ca
     assert lines[0].endswith("see `bench/sweep.py --help`")
 
 
-def test_every_number_of_threads_has_a_most() -> None:
-    """Of more than the system gives, libgomp ends the process, and torch by a signal."""
+@pytest.mark.parametrize("name", ["threads", "seed"])
+def test_every_number_of_threads_and_every_seed_has_bounds(name: str) -> None:
+    """Of more threads than there can be libgomp and torch end the process, and NumPy's refusal is a traceback."""
+    root = Path(__file__).resolve().parents[3]
+    paths = [path for folder in ("bench", "evals", "scripts", "serving") for path in (root / folder).rglob("*.py")]
+    found = [(path.name, flag) for path in paths for flag in FLAGS[name].findall(path.read_text(encoding="utf-8"))]
+    assert len(found) > 10
+    assert [flag for flag in found if "at_least=" not in flag[1] or f"at_most=MOST_{name.upper()}" not in flag[1]] == []
 
+
+def test_the_largest_value_is_one_line() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Work:
         threads: Annotated[int, Flag("how many", at_least=1, at_most=MOST_THREADS)] = 1
@@ -126,11 +136,6 @@ def test_every_number_of_threads_has_a_most() -> None:
 
     with pytest.raises(FlagError, match="--threads: expected at most 1024, got 1025"):
         Work(threads=1025)
-    root = Path(__file__).resolve().parents[3]
-    paths = [path for folder in ("bench", "evals", "scripts", "serving") for path in (root / folder).rglob("*.py")]
-    flags = [found for path in paths for found in THREADS.findall(path.read_text(encoding="utf-8"))]
-    assert flags
-    assert all("at_most=MOST_THREADS" in flag for flag in flags)
 
 
 def test_python_callers_get_the_same_checks() -> None:
