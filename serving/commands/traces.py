@@ -119,7 +119,7 @@ def export(config: ExportConfig) -> TracesResult:
     """Write the traces that were asked for.
 
     Raises:
-        ExportError: there is nothing to write, or nowhere; an older file stays.
+        ExportError: there is nothing to write over an older file, which stays, or it is the one with the traces.
         RunDirError, TraceFileError, WriteError: as they say.
     """
     check_out_file(config.out)
@@ -136,9 +136,10 @@ def export(config: ExportConfig) -> TracesResult:
             file.write(line + b"\n")  # type: ignore[attr-defined]
             exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
             tokens += len(trace.token_ids)
-        if not exported:
+        if not exported and config.out.is_file() and config.out.stat().st_size:
             got = "none" if not total else f"{total:,} that ran under several versions of the weights"
-            raise ExportError(f"{config.file}: expected answers to export, got {got}; see `laguna traces list`")
+            expected = "expected answers to export over a file that has some"
+            raise ExportError(f"{config.file}: {expected}, got {got}; see `laguna traces list`")
 
     write_stream(config.out, write)
     return TracesResult(

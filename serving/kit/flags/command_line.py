@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from laguna_serve.serving.kit.cli import Parser, add_json_flag
+from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.flags.declaration import (
     Config,
     Flag,
@@ -164,8 +165,10 @@ def _scalar(kind: Any) -> Callable[[str], Any]:
         return _read_finite
     if kind is Path:
         return _read_path
-    if kind in (int, str):
-        return kind  # type: ignore[no-any-return]
+    if kind is str:
+        return _read_text
+    if kind is int:
+        return int
     raise TypeError(f"{kind}: expected int, float, str, Path or Literal, or a Flag with `parse`")
 
 
@@ -173,7 +176,14 @@ def _read_path(text: str) -> Path:
     """Read a path; nothing, as of a variable that is not set, would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got nothing")
-    return Path(text)
+    return Path(_read_text(text))
+
+
+def _read_text(text: str) -> str:
+    """Read a text; bytes that are no UTF-8 could be written to no result."""
+    if not is_whole(text):
+        raise argparse.ArgumentTypeError(f"expected UTF-8, got {text.encode(errors='surrogateescape')!r}")
+    return text
 
 
 def _read_finite(text: str) -> float:

@@ -276,7 +276,7 @@ def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exported"] == 1
     kept = out.read_text()
     for more, message in (
-        (["--model", "other"], "expected answers to export, got none; see `laguna traces list`"),
+        (["--model", "other"], "expected answers to export over a file that has some, got none; see `laguna"),
         (["--out", str(path)], "--out: expected a file to write, got the one with the traces"),
     ):
         assert main(["traces", "export", str(path), "--out", str(out), *more]) == 2

@@ -103,6 +103,7 @@ def test_json_flag_is_not_in_the_configuration() -> None:
         ("--model m --prompts p --limit-s 1e400", "argument --limit-s: expected a finite number, got '1e400'"),
         ("--model m --prompts p --limit-s x", "argument --limit-s: expected a finite number, got 'x'"),
         ("--model m --prompts p --limit-s 0.1", "--limit-s: expected at least 0.5, got 0.1"),
+        ("--model m\udcff --prompts p", r"argument --model: expected UTF-8, got b'm\xff'"),
         ("--model m --prompts=", "argument --prompts: expected a path, got nothing"),
         ("--model m --prompts p --dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("--model m --prompts p --eager --dtype float32", "--eager: expected another --dtype beside it, got float32"),
