@@ -20,7 +20,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 
-from laguna_serve.evals.extraction.fences import OPENING, PYTHON_NAMES, find_fences, list_readings
+from laguna_serve.evals.extraction.fences import OPENING, PYTHON_NAMES, find_fences, find_indented, list_readings
 from laguna_serve.evals.problems.cruxeval_rows import find_value, is_literal
 from laguna_serve.evals.problems.problem import Form, Problem
 
@@ -41,6 +41,7 @@ DEFINITIONS = (
     ast.Assign,
     ast.AnnAssign,
 )
+THOUGHTS, THOUGHT = "<think>", "</think>"
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 CODE_LINE = re.compile(r"(def|async def|class|import|from|@)\b")
 
@@ -86,12 +87,16 @@ class Parser:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
 
+    def is_whole(self, code: str, name: str) -> bool:
+        """Whether it is a program that defines this name, and not a body with a function by that name in it."""
+        return self.defines(code, name) and self.compiles(code)
+
 
 def extract_program(answer: str, problem: Problem, form: Form) -> str:
     """Extract the whole program to grade.
 
     Raises:
-        ExtractionError: the answer is too long.
+        ExtractionError: the answer is too long, or ends within its thoughts.
     """
     return read_program(answer, problem, form)[0]
 
@@ -102,10 +107,12 @@ def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
     Of a value, whether it is written out as the task asks.
 
     Raises:
-        ExtractionError: the answer is too long, or there is no value in it.
+        ExtractionError: the answer is too long, ends within its thoughts, or there is no value in it.
     """
     # A reasoning model behind a server without a reasoning parser.
-    text = answer if form == "completion" else answer.rpartition("</think>")[2]
+    text = answer if form == "completion" else answer.rpartition(THOUGHT)[2]
+    if form == "chat" and THOUGHT not in answer and answer.lstrip().startswith(THOUGHTS):
+        raise ExtractionError(f"answer: expected one behind the thoughts, got thoughts without an end ({THOUGHT})")
     if len(text) > MAX_ANSWER_CHARS:
         raise ExtractionError(f"answer: expected at most {MAX_ANSWER_CHARS} characters, got {len(text)}")
     if problem.kind == "value":
@@ -189,7 +196,8 @@ def _find_bare_code(text: str, problem: Problem, parser: Parser) -> str:
         for code in _cut_to_parse(lines[first:], parser):
             if parser.defines(code, problem.entry_point):
                 return code
-    return text
+    indented = (code for code in reversed(find_indented(text)) if parser.is_whole(code, problem.entry_point))
+    return next(indented, text)
 
 
 def _list_starts(lines: list[str], entry_point: str) -> list[int]:
@@ -224,6 +232,9 @@ def _cut_to_parse(lines: list[str], parser: Parser) -> Iterator[str]:
 
 def _complete(code: str, problem: Problem, parser: Parser) -> str:
     """Add what the code leaves to the prompt: its imports and helpers, or all of it when the code is a body alone."""
+    flat = textwrap.dedent(code)
+    if flat != code and parser.is_whole(flat, problem.entry_point):
+        code = flat  # all of it was indented, as within a list
     if parser.defines(code, problem.entry_point) or _mentions(code, problem.entry_point):
         futures = "".join(line.rstrip("\n") + "\n" for line in FUTURE.findall(code))
         return futures + _find_header(problem) + FUTURE.sub("", code)

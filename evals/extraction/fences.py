@@ -12,6 +12,7 @@ quotes is text.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 
 from markdown_it import MarkdownIt
@@ -30,6 +31,12 @@ Block = tuple[str, str]
 def find_fences(text: str) -> list[Block]:
     """Every fenced block as (language, code), the fence's own indentation taken off; the last one may be unclosed."""
     return _find(text, ["fence", "list", "blockquote"])
+
+
+def find_indented(text: str) -> list[str]:
+    """Find the blocks that are code by their indentation alone, which is taken off."""
+    blocks = MarkdownIt("zero", {"maxNesting": MAX_NESTING}).enable(["code"]).parse(text)
+    return [textwrap.dedent(block.content) for block in blocks if block.type == "code_block"]
 
 
 def list_readings(text: str) -> Iterator[list[Block]]:

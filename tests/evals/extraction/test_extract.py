@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
 
-from laguna_serve.evals.extraction.extract import extract_program, find_fences
+from laguna_serve.evals.extraction.extract import ExtractionError, extract_program, find_fences
 from laguna_serve.evals.extraction.fences import find_open_string
 from laguna_serve.evals.problems import Problem
 
@@ -36,7 +36,11 @@ CHAT = {
     "body alone in a fence": f"```python\n{BODY}```",
     "body alone at the margin": "total = a + b\nreturn total\n",
     "body alone, first line stripped": BODY.strip(),
+    "body alone with a function of its own by that name": "    def add(x):\n        return x + b\n    return add(a)\n",
     "thoughts before": f"<think>```python\ndef add(a, b):\n    return None\n```</think>\n```python\n{WHOLE}```",
+    "indented as Markdown's code": "So:\n\n" + "".join(f"    {line}\n" for line in WHOLE.splitlines()) + "\nDone.",
+    "indented as Markdown's code, alone": "".join(f"    {line}\n" for line in WHOLE.splitlines()),
+    "indented within its fence": "```python\n" + "".join(f"    {line}\n" for line in WHOLE.splitlines()) + "```\n",
     "future import": f"```python\nfrom __future__ import annotations\n\n{WHOLE}```",
     "assignment": "```python\nimport operator\nadd = operator.add\n```",
 }
@@ -157,6 +161,15 @@ def test_broken_code_stays_broken() -> None:
     cut_off = "```python\ndef add(a, b):\n    return (a +"
     assert "def add(a, b):\n    return (a +" in extract_program(cut_off, ADD, "chat")
     assert extract_program("I cannot.", ADD, "chat") == "I cannot.\n"
+
+
+def test_thoughts_without_an_end_are_no_answer() -> None:
+    """What is drafted in them was not said."""
+    drafted = f"<think>\nMaybe\n```python\n{WHOLE}```\nNo, wait"
+    with pytest.raises(ExtractionError, match="thoughts without an end"):
+        extract_program(drafted, ADD, "chat")
+    assert call(extract_program(f"{drafted}</think>{WHOLE}", ADD, "chat"), "add", 2, 3) == 5
+    assert call(extract_program(f"{WHOLE}# not <think>\n", ADD, "chat"), "add", 2, 3) == 5
 
 
 def test_completion_goes_on_from_the_prompt_and_is_cut() -> None:
