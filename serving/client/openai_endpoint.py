@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 
@@ -101,7 +101,7 @@ class Endpoint:
                     extra_body={**sampling, **wanted},
                 )
                 body, headers = chat.parse(), chat.headers
-                text, reason = body.choices[0].message.content or "", body.choices[0].finish_reason
+                text, reason = _read_text(body.choices[0].message.content or ""), body.choices[0].finish_reason
                 tokens = body.usage.completion_tokens if body.usage else None
                 said = body.choices[0].logprobs
                 likeliest = [[one.logprob for one in step.top_logprobs] for step in (said and said.content) or ()]
@@ -111,7 +111,7 @@ class Endpoint:
                     model=self.model, prompt=str(prompt), extra_body={**sampling, **extra}
                 )
                 completion, headers = raw.parse(), raw.headers
-                text, reason = completion.choices[0].text, completion.choices[0].finish_reason
+                text, reason = _read_text(completion.choices[0].text), completion.choices[0].finish_reason
                 tokens = completion.usage.completion_tokens if completion.usage else None
                 given = completion.choices[0].logprobs
                 likeliest = [list((step or {}).values()) for step in (given and given.top_logprobs) or ()]
@@ -119,7 +119,7 @@ class Endpoint:
             refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
             kind = RefusedError if refused else EndpointError
             raise kind(f"{self.base_url}: {_describe(error)}") from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {type(error).__name__}") from error
         versions = {name: headers[name] for name in VERSION_HEADERS if name in headers}
         return Answer(text, reason, tokens, versions, tuple(map(tuple, likeliest)) or None)
@@ -135,8 +135,21 @@ class Endpoint:
             raise EndpointError(f"{self.base_url}: expected a list of models, got none; give --model") from error
 
 
+def _read_text(content: Any) -> str:
+    """Read an answer's text, or that of its parts: some servers give thoughts and text as parts, as messages have them.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str):
+        raise TypeError(f"an answer that is {type(content).__name__}")
+    return content
+
+
 def _describe(error: openai.OpenAIError) -> str:
     if isinstance(error, openai.APIStatusError):
-        return f"HTTP {error.status_code}: {error.response.text[:200]}"
+        return f"HTTP {error.status_code}: {' '.join(error.response.text.split())[:200]}"
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     return f"{type(error).__name__}: {error}{cause}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from mock_engine import answering
 
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.openai_endpoint import Answer, Endpoint, Form
+from laguna_serve.serving.client.openai_endpoint import Answer, Endpoint, Form, _describe
 
 VERSIONS = {"X-Weight-Version": "7", "X-Draft-Version": "3"}
 
@@ -38,6 +40,35 @@ def test_chat_and_completion(suffix: str) -> None:
     assert server.bodies[1] == {"model": "fake", "prompt": "Hello", "temperature": 0, "top_k": 5}
 
 
+def say(text: Any) -> Any:
+    """A whole answer of both formats, which the mock sends as it is."""
+    choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "fake", "choices": [choice]}
+
+
+def test_text_in_parts_is_put_together() -> None:
+    """As servers answer that give a reasoning model's thoughts as parts of their own."""
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "é"}, {"type": "text", "text": "!"}]
+    with answering(lambda body: say(parts)) as server:
+        assert ask(server.url, "chat").text == "é!"
+
+
+@pytest.mark.parametrize("text", [5, ["é"], [{"type": "text"}], {"text": "é"}])
+def test_what_is_no_text_is_no_answer(text: Any) -> None:
+    with answering(lambda body: say(text)) as server:
+        for form in ("chat", "completion"):
+            with pytest.raises(EndpointError, match="expected an OpenAI answer, got"):
+                ask(server.url, form)
+
+
+def test_nothing_is_an_answer_of_a_chat_alone() -> None:
+    """As where a server's parser took all that was said for thoughts; a completion always has a text."""
+    with answering(lambda body: say(None)) as server:
+        assert ask(server.url, "chat").text == ""
+        with pytest.raises(EndpointError, match="expected an OpenAI answer, got"):
+            ask(server.url, "completion")
+
+
 def test_key_is_sent_and_versions_may_be_missing() -> None:
     with answering(lambda body: "") as server:
         assert ask(server.url, "chat", key="secret") == Answer("", "stop", 7, {})
@@ -58,6 +89,13 @@ def test_refusal_is_told_in_one_line(status: int) -> None:
     assert f"HTTP {status}: " in str(caught.value)
     assert "no luck" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_page_of_a_proxy_is_told_in_one_line() -> None:
+    request = httpx.Request("POST", "http://proxy/v1")
+    response = httpx.Response(502, text="<html>\n<h1>Bad gateway</h1>\n</html>", request=request)
+    said = _describe(openai.InternalServerError("", response=response, body=None))
+    assert said == "HTTP 502: <html> <h1>Bad gateway</h1> </html>"
 
 
 def test_endpoint_that_is_not_there_is_told_on_entering() -> None:
