@@ -116,17 +116,20 @@ def is_used(remote: Remote) -> bool:
 
 def describe_class(kind: type) -> Description:
     """Describe what a proxy's class is made from."""
+    found = {name: _find_special(kind, name) for name in (*SPECIALS, *ASYNC_SPECIALS)}
     specials = [
         name
-        for name in (*SPECIALS, *ASYNC_SPECIALS)
-        if name in SHOWN or getattr(kind, name, None) is not OBJECT_SPECIALS.get(name)
+        for name, method in found.items()
+        if method is not None and (name in SHOWN or method is not OBJECT_SPECIALS.get(name))
     ]
-    specials = [name for name in specials if getattr(kind, name, None) is not None]
-    if not any("__call__" in vars(base) for base in kind.__mro__):  # else it is the class's class that has it
-        specials.remove("__call__")
     function = issubclass(kind, types.FunctionType | types.BuiltinFunctionType | types.MethodType)
-    unhashable = getattr(kind, "__hash__", None) is None
+    unhashable = found["__hash__"] is None
     return {"name": kind.__name__, "specials": specials, "function": function, "unhashable": unhashable}
+
+
+def _find_special(kind: type, name: str) -> Any:
+    """Find a special method as Python does: the class's or a base's, not its own class's (as Enum's __bool__)."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
 
 
 def make_proxy(peer: Peer, number: int, description: Any, classes: dict[Any, type[Remote]]) -> Remote:

@@ -85,6 +85,13 @@ def test_what_cannot_cross_is_said_to_be_unjudged(name: str) -> None:
     assert "cannot be judged" in found.detail
 
 
+def test_special_methods_of_a_classs_own_class_are_not_its_instances() -> None:
+    """Enum's metaclass has a `__bool__` and a `__len__`, which say nothing of its members."""
+    program = "import enum\nclass C(enum.Enum):\n    RED = 'r'\ndef f(x):\n    return C.RED\n"
+    found = grade(make("assert candidate(1)\nassert not hasattr(candidate(1), '__len__')", None), program, LIMITS)
+    assert (found.published, found.tests_passed) == (True, 2), found
+
+
 def test_packages_and_memory_are_let_in_by_name() -> None:
     numpy = make("assert candidate([1, 2]) == 3", None)
     program = "import numpy as np\ndef f(x):\n    return np.sum(np.array(x))\n"
