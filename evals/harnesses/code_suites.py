@@ -128,7 +128,7 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[tuple[Problem,
     by_id = {problem.task_id: problem for problem in problems}
     samples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: expected evalplus's samples, got {error}; check --samples") from None
     for number, line in enumerate(lines, start=1):
@@ -138,10 +138,12 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[tuple[Problem,
             row = json.loads(line)
             problem = by_id[row["task_id"]]
             program = row["solution"] if "solution" in row else problem.prompt + row["completion"]
+            if not isinstance(program, str):
+                raise TypeError(f"a solution that is {type(program).__name__}")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             expected = 'expected {"task_id": of the problems, "solution": …}'
             raise SuiteError(f"{path}:{number}: {expected}, got {type(error).__name__}: {error}") from None
-        samples.append((problem, str(program)))
+        samples.append((problem, program))
     missing = sorted(by_id.keys() - {problem.task_id for problem, _ in samples})
     if missing:
         expected = f"expected a sample of each of the {len(by_id)} problems, got none of {len(missing)}"

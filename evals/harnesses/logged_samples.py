@@ -26,7 +26,9 @@ def read_logged(path: Path, tasks: Sequence[str], metric: str, name: str, sign: 
         log = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
         if not log.is_file():
             return {}
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for line in log.read_text(encoding="utf-8").split("\n"):  # not splitlines(): U+2028 may stand inside a string
+            if not line.strip():
+                continue
             try:
                 logged = json.loads(line)  # NaN may be in it
                 if logged["filter"] != name:

@@ -110,9 +110,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, JsonObject]]:
 def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        # Editors on Windows put a mark of the encoding before a text.
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ProblemsError(f"{path}: expected UTF-8 text, got {error}; re-encode the file") from error
+        expected = "expected UTF-8 text (JSON, plain or as .gz)"
+        remedy = "re-encode the file, or convert it (parquet, say) to JSON Lines"
+        raise ProblemsError(f"{path}: {expected}, got {error}; {remedy}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ProblemsError(f"{path}: expected a gzip file, got {error}; fetch it again") from error
     except OSError as error:

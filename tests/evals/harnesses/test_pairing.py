@@ -89,6 +89,15 @@ def test_logged_samples_of_the_harness_are_paired(tmp_path: Path) -> None:
     assert f"teacher ({two}) against teacher ({one}), 8 questions of both: 1 better, 6 worse, p 0.12 (0.25 with" in page
 
 
+def test_separators_of_lines_may_stand_in_a_question(tmp_path: Path) -> None:
+    """The harness writes texts as they are: not only a line break ends a line of Unicode."""
+    folders = log(tmp_path / "a", "1011"), log(tmp_path / "b", "0101")
+    path = folders[1] / "samples_arc_challenge_2026.jsonl"
+    path.write_text(path.read_text().replace('"doc": {}', '"doc": {"question": "a\u2028b\x85c"}'), encoding="utf-8")
+    status, result, _ = merge(tmp_path, *folders)
+    assert (status, len(result["pairs"])) == (0, 2)
+
+
 def test_samples_of_another_filter_are_not_the_metrics(tmp_path: Path) -> None:
     folders = log(tmp_path / "a", "10", name="strict"), log(tmp_path / "b", "01", name="strict")
     status, result, page = merge(tmp_path, *folders)

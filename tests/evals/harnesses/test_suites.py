@@ -338,6 +338,9 @@ def test_evalplus_samples_are_graded_in_the_sandbox(tmp_path: Path, capsys: pyte
     write_jsonl(samples, {"task_id": "T/add", "completion": "    return a + b\n"})
     assert suites.main(command) == 2
     assert "expected a sample of each of the 2 problems, got none of 1, T/two the first" in capsys.readouterr().err
+    write_jsonl(samples, {"task_id": "T/add", "solution": None})
+    assert suites.main(command) == 2
+    assert "got TypeError: a solution that is NoneType" in capsys.readouterr().err
     write_jsonl(samples, {"task_id": "T/other", "solution": good})
     assert suites.main(command) == 2
     assert 's.jsonl:1: expected {"task_id": of the problems' in capsys.readouterr().err

@@ -66,6 +66,7 @@ def test_bad_problems_are_refused_with_their_line(tmp_path: Path, items: list[An
         ("p.jsonl", b'{"n": %s}\n' % (b"1" * 5000), ":1: expected one JSON object, got invalid JSON"),
         ("p.json", b"[%s]" % (b"1" * 5000), "expected one JSON array, got invalid JSON"),
         ("p.jsonl", b"\xff\xfe", "expected UTF-8 text"),
+        ("p.parquet", b"PAR1\x15\xff", "convert it .parquet, say. to JSON Lines"),
         ("p.jsonl.gz", b"plain", "expected a gzip file"),
         ("p.jsonl.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "expected a gzip file"),
     ],
@@ -75,6 +76,13 @@ def test_unreadable_file_is_refused(tmp_path: Path, name: str, data: bytes | Non
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ProblemsError, match=message):
         load_problems(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.jsonl.gz"])
+def test_mark_of_the_encoding_is_no_part_of_the_file(tmp_path: Path, name: str) -> None:
+    data = b"\xef\xbb\xbf" + (json.dumps([ITEM]) if name == "p.json" else json.dumps(ITEM) + "\r\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [problem.task_id for problem in load_problems(tmp_path / name)] == [ITEM["task_id"]]
 
 
 def test_shipped_problems_are_many_and_have_solutions() -> None:

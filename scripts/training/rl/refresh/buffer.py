@@ -63,7 +63,7 @@ class ReplayBuffer:
     def load(self, text: str) -> None:
         """Take in what `dump` wrote."""
         decoder = msgspec.json.Decoder(TrafficRecord)
-        self.add(decoder.decode(line) for line in text.splitlines())
+        self.add(decoder.decode(line) for line in text.split("\n") if line)
 
 
 def weigh(records: Sequence[TrafficRecord]) -> list[float]:
