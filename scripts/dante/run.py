@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from laguna_serve.scripts.training.dante.anchor import check_sharing
 from laguna_serve.scripts.training.dante.records import CacheError
 from laguna_serve.scripts.training.dante.rows import TaughtRows
 from laguna_serve.scripts.training.dante.states import find_state
-from laguna_serve.scripts.training.dante.trainer import Objective, make_trainer
+from laguna_serve.scripts.training.dante.trainer import NOT_FINITE, Objective, make_trainer
 from laguna_serve.serving.kit.errors import CommandError
 
 CLIP = 1.0
@@ -74,7 +75,7 @@ class Run:
         """Train to the end, from the last saved state where there is one, on the rows that were counted.
 
         Raises:
-            CommandError: processes share the student out in another way.
+            CommandError: processes share the student out in another way, or the loss is no longer finite.
             KeyboardInterrupt: a signal came; the state is saved.
         """
         config = self._config
@@ -94,6 +95,8 @@ class Run:
         if stopping.stopped and trainer.state.global_step < config.steps:
             raise KeyboardInterrupt
         self.drift = trainer.measure_drift()
+        if not math.isfinite(self.drift):  # the last step's gradients have made it so
+            raise CommandError(f"training: expected finite weights, got an embedding that is not; {NOT_FINITE}")
         self._weights = accelerator.get_state_dict(trainer.model)  # of parts too, for the main process
         self.log = [_read_step(entry) for entry in trainer.state.log_history if "loss" in entry]
 

@@ -6,6 +6,7 @@ would end every answer with the end token, those too that were cut off.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,12 @@ from laguna_serve.scripts.training.dante.losses import (
     weighted_cross_entropy,
 )
 from laguna_serve.scripts.training.dante.rows import TaughtRow
+from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.signals import check_signals
+
+# What to do then.
+NOT_FINITE = "lower --lr, and check that the weights of the model are finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,11 @@ class DanteTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the weighted cross entropy of a batch under its schedule, a scalar."""
+        """Return the weighted cross entropy of a batch under its schedule, a scalar.
+
+        Raises:
+            CommandError: it is not finite, in any of the processes; no step comes back from that.
+        """
         entropy, labels = inputs["entropy"], inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         losses = sequence_cross_entropy(outputs.logits, labels)
@@ -89,6 +98,9 @@ class DanteTrainer(SFTTrainer):  # type: ignore[misc]
         ce_factor = schedule_ce(step, steps, what.warm_up) if what.ramp else 1.0
         loss = ce_factor * weighted_cross_entropy(losses, weights)
         self._note(cross_entropy=losses.detach().mean(), weight=weights.mean())
+        if not math.isfinite(self._seen["cross_entropy"][-1]):
+            got = f"{self._seen['cross_entropy'][-1]} in step {step + 1} of {steps}"
+            raise CommandError(f"training: expected a finite loss, got {got}; {NOT_FINITE}")
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

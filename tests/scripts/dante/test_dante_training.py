@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import time
@@ -114,6 +116,23 @@ def test_what_was_refused_leaves_nothing_that_the_next_command_trips_over(folder
     done = run(str(TRAINER / "python"), *command(folder, "refused", "--batch", "128"))
     assert (done.returncode, "--batch: expected at most the 22 rows" in done.stderr) == (2, True), done.stderr[-2000:]
     assert not (folder / "refused.work").exists()
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_training(folder: Path) -> None:
+    """It wrote a student of NaN, and then ended in a traceback."""
+    model = SmolLM3ForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    shutil.copytree(folder / "base", folder / "odd")
+    model.save_pretrained(folder / "odd")
+    _, *flags = command(folder, "unfinite")
+    done = run(str(TRAINER / "python"), "scripts/dante/train.py", str(folder / "odd"), *flags[1:])
+    assert done.returncode == 2
+    assert "training: expected a finite loss, got nan in step 1 of 12; lower --lr" in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert not (folder / "unfinite").exists()
 
 
 @needs_trainer
