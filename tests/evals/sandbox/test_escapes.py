@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -160,14 +161,19 @@ def test_suite_sees_escapes() -> None:
 @pytest.mark.parametrize("walls", ["namespaces", "bubblewrap", "landlock"])
 def test_program_ends_with_its_host(user: str, walls: str) -> None:
     attack(user, walls)  # or skipped
-    with subprocess.Popen(make_command(user, "orphan", walls), stdout=subprocess.PIPE, text=True) as host:
-        assert host.stdout is not None
-        orphans = json.loads(host.stdout.readline())
-        os.kill(host.pid, signal.SIGKILL)
-    deadline = time.monotonic() + WAIT_S
-    while left := [pid for pid, created in orphans if is_alive(pid, created)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
+    # A host that is killed leaves its program's folder, which is not to stay here.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        where = os.environ | {"TMPDIR": folder}
+        command = make_command(user, "orphan", walls)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=where) as host:
+            assert host.stdout is not None
+            orphans = json.loads(host.stdout.readline())
+            os.kill(host.pid, signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while left := [pid for pid, created in orphans if is_alive(pid, created)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
 
 
 CODE_TASKS = ["-m", "laguna_serve.evals.code_tasks", "--check-canonical", "--skip-probes"]
