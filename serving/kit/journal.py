@@ -29,7 +29,7 @@ def _print(text: str) -> None:
 
 
 class Journal(Generic[T]):
-    """One journal's file. Not for several processes at once.
+    """One journal's file. Not for several processes at once: the second one that writes is told so.
 
     Attributes:
         entries: what the file held, in order, and what was added since.
@@ -50,20 +50,26 @@ class Journal(Generic[T]):
             say(f"{path}: the last line was cut off in writing ({len(data) - end} bytes): dropped")
             with path.open("r+b") as file:
                 file.truncate(end)
+        self._size = end
 
     def append(self, entry: T) -> None:
         """Add an entry; it is with the system when this returns.
 
         Raises:
+            JournalError: another process has written since.
             WriteError: the file cannot be written.
         """
         # ASCII: an answer may hold half a surrogate pair, or line separators.
         line = json.dumps(msgspec.to_builtins(entry)).encode() + b"\n"
         try:
             with self._path.open("ab") as file:
+                if file.tell() != self._size:
+                    expected = "expected no other command to write here meanwhile"
+                    raise JournalError(f"{self._path}: {expected}, got its lines; wait for its end, then start this anew")
                 file.write(line)
         except OSError as error:
             raise explain_write(self._path, error) from None
+        self._size += len(line)
         self.entries.append(entry)
 
     def _decode(self, data: bytes, kind: type[T]) -> Iterator[T]:

@@ -68,3 +68,14 @@ def test_line_that_no_interruption_leaves_is_an_error_that_names_it(tmp_path: Pa
         ):
             Journal(path, Entry)
         assert path.read_bytes() == data
+
+
+def test_second_process_that_writes_is_told_so(tmp_path: Path) -> None:
+    """Their lines would stand for one measurement, of which each has seen a part."""
+    path = tmp_path / "journal.jsonl"
+    one, two = Journal(path, Entry), Journal(path, Entry)
+    one.append(ENTRIES[0])
+    with pytest.raises(JournalError, match="expected no other command to write here meanwhile"):
+        two.append(ENTRIES[1])
+    one.append(ENTRIES[2])
+    assert Journal(path, Entry).entries == one.entries == [ENTRIES[0], ENTRIES[2]]
