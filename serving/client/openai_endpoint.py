@@ -91,6 +91,7 @@ class Endpoint:
         Raises:
             EndpointError: there is none.
         """
+        said: Any = None  # the response
         try:
             if form == "chat":
                 messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -100,17 +101,19 @@ class Endpoint:
                     messages=messages,  # type: ignore[arg-type]  # as they were given
                     extra_body={**sampling, **wanted},
                 )
-                body, headers = chat.parse(), chat.headers
+                said = chat.http_response
+                body = chat.parse()
                 text, reason = _read_text(body.choices[0].message.content or ""), body.choices[0].finish_reason
                 tokens = body.usage.completion_tokens if body.usage else None
-                said = body.choices[0].logprobs
-                likeliest = [[one.logprob for one in step.top_logprobs] for step in (said and said.content) or ()]
+                known = body.choices[0].logprobs
+                likeliest = [[one.logprob for one in step.top_logprobs] for step in (known and known.content) or ()]
             else:
                 extra = {} if top is None else {"logprobs": top}
                 raw = await self._client.completions.with_raw_response.create(
                     model=self.model, prompt=str(prompt), extra_body={**sampling, **extra}
                 )
-                completion, headers = raw.parse(), raw.headers
+                said = raw.http_response
+                completion = raw.parse()
                 text, reason = _read_text(completion.choices[0].text), completion.choices[0].finish_reason
                 tokens = completion.usage.completion_tokens if completion.usage else None
                 given = completion.choices[0].logprobs
@@ -120,8 +123,9 @@ class Endpoint:
             kind = RefusedError if refused else EndpointError
             raise kind(f"{self.base_url}: {_describe(error)}") from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {type(error).__name__}") from error
-        versions = {name: headers[name] for name in VERSION_HEADERS if name in headers}
+            got = f"{type(error).__name__} of {_shorten(said.text) if said else 'nothing'}"
+            raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {got}") from error
+        versions = {name: said.headers[name] for name in VERSION_HEADERS if name in said.headers}
         return Answer(text, reason, tokens, versions, tuple(map(tuple, likeliest)) or None)
 
     async def _find_model(self) -> str:
@@ -148,8 +152,13 @@ def _read_text(content: Any) -> str:
     return content
 
 
+def _shorten(text: str) -> str:
+    """Shorten a body to the beginning of it, in one line."""
+    return " ".join(text.split())[:200]
+
+
 def _describe(error: openai.OpenAIError) -> str:
     if isinstance(error, openai.APIStatusError):
-        return f"HTTP {error.status_code}: {' '.join(error.response.text.split())[:200]}"
+        return f"HTTP {error.status_code}: {_shorten(error.response.text)}"
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     return f"{type(error).__name__}: {error}{cause}"

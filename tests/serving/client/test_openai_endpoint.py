@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from mock_engine import answering
@@ -91,9 +91,18 @@ def test_refusal_is_told_in_one_line(status: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_error_with_the_status_of_an_answer_is_told() -> None:
+    """As some routers of requests answer when a provider of theirs has failed."""
+    body: Any = {"error": {"message": "overloaded", "code": 429}}
+    with answering(lambda _: body) as server:
+        for form in ("chat", "completion"):
+            with pytest.raises(EndpointError, match=r"expected an OpenAI answer, got TypeError of .*overloaded"):
+                ask(server.url, form)
+
+
 def test_page_of_a_proxy_is_told_in_one_line() -> None:
-    request = httpx.Request("POST", "http://proxy/v1")
-    response = httpx.Response(502, text="<html>\n<h1>Bad gateway</h1>\n</html>", request=request)
+    text = "<html>\n<h1>Bad gateway</h1>\n</html>"
+    response: Any = SimpleNamespace(status_code=502, text=text, headers={}, request=None)
     said = _describe(openai.InternalServerError("", response=response, body=None))
     assert said == "HTTP 502: <html> <h1>Bad gateway</h1> </html>"
 
