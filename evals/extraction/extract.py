@@ -41,8 +41,10 @@ DEFINITIONS = (
     ast.Assign,
     ast.AnnAssign,
 )
+HELPERS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 THOUGHTS, THOUGHT = "<think>", "</think>"
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+CALLED = re.compile(r"\b([^\W\d]\w*)\(")
 CODE_LINE = re.compile(r"(def|async def|class|import|from|@)\b")
 
 
@@ -166,8 +168,8 @@ def _find_code_around_fences(text: str, problem: Problem, parser: Parser) -> str
 def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | None, bool]:
     """Choose the last Python block that defines the function, after earlier ones that only define things, and True.
 
-    A usage example behind the solution is left out, a helper in a fence of its own is kept. With no such block, the
-    last one (it may be the function's body) and False. None without fences.
+    A usage example behind the solution is left out, a helper in a fence of its own is kept, also behind it. With no
+    such block, the last one (it may be the function's body) and False. None without fences.
     """
     last: str | None = None
     for reading in list_readings(text):
@@ -178,7 +180,9 @@ def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | N
             if parser.defines(blocks[index], entry_point):
                 before = blocks[max(0, index - MAX_EARLIER_FENCES) : index]
                 earlier = [code for code in before if _only_defines(code, parser)]
-                return "\n".join([*earlier, blocks[index]]), True
+                behind = blocks[index + 1 : index + 1 + MAX_EARLIER_FENCES]
+                helpers = _find_helpers(behind, blocks[index], parser)
+                return "\n".join([*earlier, *helpers, blocks[index]]), True
         if last is None and blocks:
             last = blocks[named[-1] if named else -1]
     return last, False
@@ -278,6 +282,17 @@ def _mentions(code: str, name: str) -> bool:
 def _only_defines(code: str, parser: Parser) -> bool:
     body = parser.find_definitions(code)
     return bool(body) and all(isinstance(node, DEFINITIONS) for node in body)
+
+
+def _find_helpers(blocks: list[str], solution: str, parser: Parser) -> list[str]:
+    """Find the blocks of nothing but functions and classes, one of which the solution calls and does not have."""
+    missing = set(CALLED.findall(solution)).difference(*map(_list_names, parser.find_definitions(solution)))
+    bodies = ((code, parser.find_definitions(code)) for code in (blocks if missing else ()))
+    return [
+        code
+        for code, body in bodies
+        if all(isinstance(node, HELPERS) for node in body) and any(missing & _list_names(node) for node in body)
+    ]
 
 
 __all__ = [

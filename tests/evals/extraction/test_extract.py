@@ -10,6 +10,7 @@ from laguna_serve.evals.extraction.fences import find_open_string
 from laguna_serve.evals.problems import Problem
 
 WHOLE = "def add(a, b):\n    if a:\n        return a + b\n    return b\n"
+CALLS = "def add(a, b):\n    return plus(a, b)\n"
 BODY = "    total = a + b\n    return total\n"
 CHAT = {
     "python fence": f"Sure!\n\n```python\n{WHOLE}```\nHope it helps.",
@@ -25,6 +26,11 @@ CHAT = {
     "unclosed fence": f"```python\n{WHOLE}",
     "usage after it": f"```python\n{WHOLE}```\nUse it:\n```python\nadd(1, 'x')\n```\n```bash\npip install it\n```",
     "helper in a fence before": f"```python\ndef helper():\n    return 1\n```\nthen\n```python\n{WHOLE}```",
+    "helper in a fence behind": f"```python\n{CALLS}```\nwith\n```python\ndef plus(a, b):\n    return a + b\n```\nSo:\n"
+    "```python\nprint(add(1, 2))\n```",
+    "another helper in a fence behind": f"```python\ndef plus(a, b):\n    return a + b\n\n{CALLS}```\nIt could be\n"
+    "```python\ndef plus(a, b):\n    return 0\n```",
+    "tests in a fence behind": f"```python\n{WHOLE}```\n```python\nimport nowhere\ndef test_it():\n    add(1, 2)\n```",
     "call in a fence before": f"You want\n```python\nraise SystemExit(add(1, 2))\n```\nso\n```python\n{WHOLE}```",
     "second try after the first": f"```python\ndef add(a, b):\n    return 0\n```\nNo:\n```python\n{WHOLE}```",
     "no fence": WHOLE,
