@@ -2,11 +2,10 @@
 
 The baseline engine stays up for the whole sweep, a candidate engine is started per γ; where both do not fit, one runs
 at a time, the baseline first and last. What was measured is kept in DIR/points: the same command continues after an
-interruption, and a γ that fails does not lose the others, nor does
-adaptive γ. DIR gets
-sweep.json, sweep.md and sweep.png, and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout
-line is one JSON object (schema laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma/cost_model.py; what
-the drafter's share of a step is: gamma/points.py.
+interruption, and what fails, a γ or adaptive γ, does not lose the others. DIR gets sweep.json, sweep.md and sweep.png,
+and the schedule goes where `laguna serve --gamma auto` finds it; the last stdout line is one JSON object (schema
+laguna_serve.gamma_sweep/1). How γ is chosen and predicted: gamma/cost_model.py; what the drafter's share of a step is:
+gamma/points.py.
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     if config.adaptive:
         measured, reason = measure_adaptive(config, prompts, progress)
         adaptive = compare_adaptive(measured, trained, result.schedule, config.seed)
-        failed = result.failed | ({} if reason is None else {"adaptive": reason})
-        result = structs.replace(result, adaptive=adaptive, failed=failed)
+        lost = {} if reason is None else {"adaptive": reason}
+        result = structs.replace(result, adaptive=adaptive, failed=result.failed | lost)
         yield publish(config, result)
     if config.stack:
         chosen = {choice.concurrency: choice.gamma for choice in result.choices}
