@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class JournalError(CommandError, ValueError):
-    """A journal with a line that cannot be read."""
+    """A journal with a line that cannot be read, or that another command writes to."""
 
 
 def _print(text: str) -> None:
@@ -65,7 +65,9 @@ class Journal(Generic[T]):
             with self._path.open("ab") as file:
                 if file.tell() != self._size:
                     expected = "expected no other command to write here meanwhile"
-                    raise JournalError(f"{self._path}: {expected}, got its lines; wait for its end, then start this anew")
+                    raise JournalError(
+                        f"{self._path}: {expected}, got its lines; wait for its end, then start this anew"
+                    )
                 file.write(line)
         except OSError as error:
             raise explain_write(self._path, error) from None
