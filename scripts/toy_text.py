@@ -36,7 +36,7 @@ class TextConfig:
     """Which half of the text, and where to."""
 
     training: Annotated[bool, Flag("the modules that it was trained on instead")] = False
-    prompts: Annotated[int | None, Flag("so many prompts, none twice", metavar="N", at_least=1)] = None
+    prompts: Annotated[int | None, Flag("so many prompts, none twice", metavar="N")] = None
     seed: Annotated[int, Flag("draws the prompts", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("JSON Lines", metavar="FILE")]
 
