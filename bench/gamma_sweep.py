@@ -122,10 +122,8 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
         yield publish(config, result)
     if config.stack:
         chosen = {choice.concurrency: choice.gamma for choice in result.choices}
-        gamma = chosen.get(config.concurrency[0])
-        gamma = gamma or max(
-            point.gamma for point in trained or points
-        )  # γ* is plain decoding, or not known: show the most
+        most = max(point.gamma for point in trained or points)
+        gamma = chosen.get(config.concurrency[0]) or most  # γ* is plain decoding, or not known: show the most
         result = structs.replace(result, stack=measure_ablations(config, gamma, prompts, progress))
         yield publish(config, result)
     if config.mixed:
