@@ -40,7 +40,9 @@ class PrefixCacheConfig(DrafterConfig):
     ] = 64
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
-    QUICK: ClassVar = Quick("8 prompts × 48 tokens", {"num_prompts": 8, "max_tokens": 48})
+    QUICK: ClassVar = Quick(
+        "8 prompts × 48 tokens, a small cache of 40 blocks", {"num_prompts": 8, "max_tokens": 48, "small_blocks": 40}
+    )
 
     @property
     def points(self) -> Path:

@@ -151,7 +151,7 @@ def plan_traffic(
         Scenario("long prompts in chunks, cold", "caching, chunked", long),
         Scenario("long prompts in chunks, warm", "caching, chunked", long),
         Scenario("single prompts, preempted", "small cache", together, provokes="preemptions"),
-        Scenario("single prompts, preempted, caching", "caching, small cache", together),
+        Scenario("single prompts, preempted, caching", "caching, small cache", together, provokes="preemptions"),
         Scenario("single prompts, preempted, warm", "caching, small cache", together, provokes="preemptions"),
         Scenario(name_plain("prompts, cold"), PLAIN, alone),
         Scenario(name_plain("prompts, warm"), PLAIN, alone),
