@@ -63,11 +63,12 @@ def estimate(path: str, asked: Asked, size: int, assumed_output: int) -> Demand:
     prompt = -(-size // BYTES_PER_TOKEN)
     if not path.startswith(MAKING):
         return Demand(prompt)
-    each = _read_count(asked.max_completion_tokens)
-    each = _read_count(asked.max_tokens) if each is None else each
-    each = _read_count(asked.max_output_tokens) if each is None else each
-    times = 1 if asked.n is None else _read_count(asked.n) or 1
-    return Demand(prompt, min(MOST_TOKENS, (assumed_output if each is None else each) * times))
+    each, times = assumed_output, 1 if asked.n is None else _read_count(asked.n) or 1
+    for given in (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens):
+        if given is not None and (count := _read_count(given)) is not None:
+            each = count
+            break
+    return Demand(prompt, min(MOST_TOKENS, each * times))
 
 
 def _read_count(value: Any) -> int | None:

@@ -65,8 +65,9 @@ def put(body: bytes, asked: Asked, name: str, value: Any) -> bytes:
     if not asked.plain or is_there:
         return json.dumps({**json.loads(body), name: value}).encode()
     begin = body.index(b"{") + 1
-    field = b'"%b":%b' % (name.encode(), msgspec.json.encode(value))
-    return b"".join((body[:begin], field, b"" if EMPTY.match(body, begin) else b",", body[begin:]))
+    rendered = b"%d" % value if type(value) is int else msgspec.json.encode(value)
+    comma = b"" if asked.model is None and EMPTY.match(body, begin) else b","
+    return b"".join((body[:begin], b'"', name.encode(), b'":', rendered, comma, body[begin:]))
 
 
 def drop_usage(events: bytes) -> bytes:
@@ -74,6 +75,8 @@ def drop_usage(events: bytes) -> bytes:
 
     Without USAGE in them there is none.
     """
+    if events.find(b"\n\n") == len(events) - 2 and b"\r" not in events:  # one, as most come
+        return b"" if is_usage(events) else events
     return b"".join(event for event in ENDS.split(events) if not is_usage(event))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway.access.edits import CHOICES_END, USAGE, drop_usage
-from laguna_serve.serving.gateway.access.heads import add_headers
+from laguna_serve.serving.gateway.access.heads import list_headers
 from laguna_serve.serving.gateway.access.holder import Claim, Holder
 from laguna_serve.serving.gateway.counts.backlog import Backlog
 from laguna_serve.serving.gateway.engines.engine import Engine
@@ -92,6 +92,7 @@ class Exchange(Waiter):
     said: list[tuple[bytes, bytes]] = field(default_factory=list)
     streams: bool = False
     _events: EventStream | None = None
+    _ours: Headers = ()
     recent: tuple[bytes, bytes] = (b"", b"")
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
@@ -160,7 +161,7 @@ class Exchange(Waiter):
             found += self.cors.list_headers(self.head.named.get(b"origin"))
         if self._pool is not None:
             found += zip((WEIGHTS, DRAFT), self._pool.versions, strict=True)
-        self.sink.start(status, add_headers(found, self.head.request_id, self.key, self.fallback_from))
+        self.sink.start(status, [*found, *list_headers(self.head.request_id, self.key, self.fallback_from)])
         if self.head.method != "HEAD":
             self.sink.write(body)
         self.sink.end()
@@ -197,6 +198,7 @@ class Exchange(Waiter):
             connection.pause()
         self.sent_s = time.perf_counter()
         self.engine.stats.added_request.add(self.sent_s - self.arrived_s)
+        self._ours = list_headers(self.head.request_id, self.key, self.fallback_from)  # a stream's is near
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Pass on the head of the engine's answer, under the versions of the weights that it has."""
@@ -208,7 +210,7 @@ class Exchange(Waiter):
             # It ran before and after an update of the weights.
             weights, draft = self.said[-1][0] + b", " + weights, self.said[-1][1] + b", " + draft
             self.said.append(engine.versions)
-        found = heads.pass_headers(headers, engine.origin.site)
+        found = heads.pass_headers(headers, engine.origin.site, limited=self.key is not None and self.key.limited)
         if self.cors is not None:
             found = self.cors.replace_headers(found, self.head.named.get(b"origin"))
         named = dict(found)
@@ -216,7 +218,8 @@ class Exchange(Waiter):
         if self.streams and self.head.method != "HEAD":
             self._events, found = frame_events(self.head.path, found, named)
         found += ((UPSTREAM, engine.name.encode()), (WEIGHTS, weights), (DRAFT, draft))
-        self.sink.start(status, add_headers(found, self.head.request_id, self.key, self.fallback_from))
+        found += self._ours if self.streams else list_headers(self.head.request_id, self.key, self.fallback_from)
+        self.sink.start(status, found)
 
     def on_data(self, data: bytes) -> None:
         """Pass on a piece of the engine's answer."""

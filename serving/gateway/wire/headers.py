@@ -57,8 +57,8 @@ class Head(NamedTuple):
 def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: Headers, peer: str = "") -> Head:
     """From what an HTTP server knows. The request's id is the client's, where that is a plain word, or a new one."""
     named = dict(reversed(headers))
-    given = named.get(REQUEST_ID, b"")
-    request_id = given if PLAIN_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
+    given = named.get(REQUEST_ID)
+    request_id = given if given is not None and PLAIN_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
     return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id, peer)
 
 
@@ -103,21 +103,23 @@ def render_request(
 
 def read_connection(headers: Headers) -> frozenset[bytes]:
     """Read the headers that Connection names, in lower case: of this connection only. Names are in lower case."""
-    values = [value for name, value in headers if name == b"connection"]
-    if not values:
-        return NONE
-    return frozenset(part.strip().lower() for value in values for part in value.split(b","))
+    found = NONE
+    for name, value in headers:
+        if name == b"connection":
+            found |= {part.strip().lower() for part in value.split(b",")}
+    return found
 
 
-def pass_headers(headers: Headers, site: Site) -> list[tuple[bytes, bytes]]:
+def pass_headers(headers: Headers, site: Site, *, limited: bool = False) -> list[tuple[bytes, bytes]]:
     """Pass an engine's answer's headers on to the client, names in lower case.
 
-    None of its connection's own is among them, and none that leads past the gateway.
+    None of its connection's own is among them, none that leads past the gateway, and where the client's key has limits
+    of ours (`limited`) none that tells of a provider's.
     """
     named = read_connection(headers)
     dropped = OURS | named if named else OURS
     return [
         (name, localize(name, value, site) if name in POINTING else value)
         for name, value in headers
-        if name not in dropped
+        if name not in dropped and not (limited and name.startswith(RATE_LIMIT))
     ]

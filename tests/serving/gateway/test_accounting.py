@@ -252,6 +252,24 @@ def test_body_that_never_comes_costs_nothing() -> None:
         assert front.ask(CHAT, BODY, KEY).status == 200
 
 
+def test_limits_are_told_with_a_stream_and_instead_of_a_providers() -> None:
+    async def provide(exchange: Exchange) -> None:
+        await exchange.start(SSE + "x-ratelimit-limit-requests: 9\r\nx-ratelimit-limit-images: 8\r\n")
+        await exchange.chunk(render({"choices": [{"index": 0}]}))
+        await exchange.end()
+
+    body = b'{"model": "m", "stream": true, "max_tokens": 100}'
+    key = make_key(requests_per_minute=3, tokens_per_minute=1000)
+    with Upstream({CHAT: provide}) as engine, gateway(engine, keys=[key]) as front:
+        for left in ("2", "1"):
+            reply = front.ask(CHAT, body, KEY)
+            limits = {name: value for name, value in reply.headers if name.startswith("x-ratelimit-")}
+            assert limits["x-ratelimit-limit-requests"] == "3"
+            assert limits["x-ratelimit-remaining-requests"] == left
+            assert limits["x-ratelimit-limit-tokens"] == "1000"
+            assert len(limits) == 6
+
+
 def test_limits_are_told_with_every_answer_and_instead_of_a_providers() -> None:
     async def provide(exchange: Exchange) -> None:
         headers = (
