@@ -25,6 +25,7 @@ from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
 from laguna_serve.serving.gateway.config.listening import LOOPBACK, Admin
+from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
@@ -141,12 +142,12 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
             report = await group.apply(request)
         return JSONResponse(report, 200 if report["outcome"] == "updated" else 502)
 
-    @app.get("/admin/weight_digests")
+    @app.get(digests.ROUTE)
     async def compare(model: Model = None) -> JsonObject:
         """Digests of the weights that the engines of a model serve with, which are the same on all; 502 if not."""
         async with alone(model) as group:
             found = await group.compare(group.pool.engines)
-        return {engine.name: msgspec.to_builtins(digests) for engine, digests in found.items()}
+        return {engine.name: msgspec.to_builtins(ranks) for engine, ranks in found.items()}
 
     @app.post("/pause")
     async def pause(mode: PauseMode = "abort", model: Model = None) -> JsonObject:

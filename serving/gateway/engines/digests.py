@@ -7,18 +7,24 @@ one engine is data parallel, vLLM lets its first part alone answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.kit.results import JsonObject
 
+# What the admin port shows them at, by engine.
+ROUTE = "/admin/weight_digests"
+
 # What an engine is asked, and before anything is touched whether it will know.
 PATH = "/collective_rpc"
 BODY = {"method": "digest_weights"}
 PROBE = {"method": "can_digest_weights"}
 PARTS = {"model": "the model", "draft": "the drafter"}
+K = TypeVar("K")
 
 
 class Digests(msgspec.Struct, frozen=True):
@@ -43,13 +49,17 @@ def read(answers: Mapping[Engine, JsonObject]) -> tuple[dict[Engine, Sequence[Di
     return found, wrong
 
 
-def find_differing(found: Mapping[Engine, Sequence[Digests]]) -> dict[Engine, str]:
-    """Find the engines whose weights are not those of the first; what is wrong with them, in words."""
-    first, *others = found
+def find_differing(found: Mapping[K, Sequence[Digests]], name: Callable[[K], str]) -> dict[K, str]:
+    """Find the engines whose weights are not those of most; what is wrong with them, in words.
+
+    Where no weights are of most, they are held against the first of the commonest. `name` is how an engine is called.
+    """
+    (common, _), *_ = Counter(map(tuple, found.values())).most_common(1)
+    first = next(engine for engine, ranks in found.items() if tuple(ranks) == common)
     return {
-        engine: f"expected the weights of {first.name}, got others: {faults}"
-        for engine in others
-        if (faults := _compare(found[first], found[engine]))
+        engine: f"expected the weights of {name(first)}, got others: {faults}"
+        for engine, ranks in found.items()
+        if (faults := _compare(common, ranks))
     }
 
 

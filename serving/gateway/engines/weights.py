@@ -249,7 +249,7 @@ class WeightGroup:
         """
         answers = await self.call(digests.PATH, engines, digests.BODY)
         found, wrong = digests.read(answers)
-        if wrong := wrong or digests.find_differing(found):
+        if wrong := wrong or digests.find_differing(found, lambda engine: engine.name):
             raise StepError("digests", wrong)
         return found
 

@@ -53,6 +53,12 @@ def test_other_weights_than_the_first_engines_are_not_served(
     assert front.ask(PATH, COMPLETION).header("x-weight-version") == "7"
 
 
+def test_where_most_agree_the_others_are_named(engines: tuple[RlEngine, RlEngine]) -> None:
+    engines[0].spoils = {"names": ["w"]}
+    with RlEngine() as third, gateway(*engines, third) as front:
+        assert update(front)[1]["error"] == "digests: a: expected the weights of b, got others: the model"
+
+
 BACK = {"update": [{"names": ["old"]}]}
 
 
