@@ -44,6 +44,8 @@ class WeightKeeper:
         self._versions = {name: Version() for name in replicas} | read_versions(self._file)
         # Of every replica that has joined, when it was last heard.
         self._members: dict[str, dict[str, float]] = {name: {} for name in replicas}
+        # Struck off, and never taken in again: `release` reaches every replica that Ray lists, these among them.
+        self._struck = set[str]()
         self._locks = {name: asyncio.Lock() for name in replicas}
 
     async def find(self, model: str) -> Version:
@@ -66,11 +68,11 @@ class WeightKeeper:
     async def confirm(self, model: str, replica: str, epoch: int | None) -> bool:
         """Say whether a replica may go on: its weights are those of now, or an update is under way.
 
-        One that joined a process before this one is taken in again.
+        One that joined a process before this one is taken in again; one that was struck off is not.
         """
         if self._locks[model].locked():
             return True
-        if epoch != self._versions[model].epoch:
+        if epoch != self._versions[model].epoch or replica in self._struck:
             self._members[model].pop(replica, None)
             return False
         self._members[model][replica] = time.monotonic()
@@ -185,6 +187,7 @@ class WeightKeeper:
     def _strike_off(self, model: str, replicas: Iterable[str]) -> None:
         for name in replicas:
             self._members[model].pop(name, None)
+            self._struck.add(name)
 
 
 def read_versions(file: Path) -> dict[str, Version]:

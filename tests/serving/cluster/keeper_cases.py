@@ -102,6 +102,7 @@ def test_one_that_cannot_be_brought_back_is_struck_off(tmp_path: Path) -> None:
     assert (good.weights, good.epoch, good.held) == ("default", 0, False)
     assert asyncio.run(keeper.list_members("m")) == ["a"]
     assert not asyncio.run(keeper.confirm("m", "b", None))  # as a replica that began to load says
+    assert not asyncio.run(keeper.confirm("m", "b", bad.epoch))  # as it says once all were told to go on
 
 
 def test_nothing_is_touched_where_one_cannot_be_held(tmp_path: Path) -> None:
