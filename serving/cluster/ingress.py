@@ -49,6 +49,7 @@ class UpdateBody(Update):
     """The body of POST /admin/update_weights: as the gateway's, without a roll-back, which needs none here."""
 
     mode: PauseMode = "keep"
+    digests: bool = False
 
 
 class LostError(Exception):
@@ -168,7 +169,7 @@ class Ingress:
         name = request.query_params.get("model") or next(iter(self._replicas))
         if name not in self._replicas:
             raise errors.unknown_model(name)
-        new = NewWeights(body.update, body.weight_version, body.draft_update, body.draft_version)
+        new = NewWeights(body.update, body.weight_version, body.draft_update, body.draft_version, body.digests)
         try:
             report = await self._keeper.update.remote(name, new, body.mode)
         except ValueError as error:

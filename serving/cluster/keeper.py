@@ -1,28 +1,32 @@
 """Which weights serve now, on all replicas of a model or on none: one process, whose truth is a file.
 
 An update is one broadcast after the other, each to every replica that has joined: who is there, hold, load, release.
-Where one of them cannot load, all that were touched load what they had before. A replica that does not answer is struck
-off: at its next health check it hears that it is not known, says that it is not well, and Ray replaces it. So is every
-one that this process does not know after it was itself started again in the middle of an update.  Weights that no
-replica has taken never become those of now: it might be that none can.
+Where one of them cannot load, or shows other digests than the others where they are asked for, all that were touched
+load what they had before. A replica that does not answer is struck off: at its next health check it hears that it is
+not known, says that it is not well, and Ray replaces it. So is every one that this process does not know after it was
+itself started again in the middle of an update.  Weights that no replica has taken never become those of now: it might
+be that none can.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, UpdateReport, Version
+from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Told, UpdateReport, Version
 from laguna_serve.serving.cluster.replica import as_new
+from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.kit.files import write_json
 
 SCHEMA = "laguna_serve.cluster_weights/1"
@@ -34,6 +38,20 @@ SILENT_S = 10.0
 MISSING_S = 10.0
 RETRY_S = 0.25
 STEP_TIMEOUT_S = 900.0
+DOUBT = "expected most replicas to have the same weights again, got different ones"
+log = logging.getLogger("ray.serve")
+
+
+class OtherWeightsError(Exception):
+    """A new replica shows other digests than those that have the weights of now."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A replica that has joined: when it was last heard, and what it said of its weights, if that was asked for."""
+
+    heard_s: float
+    told: Told | None
 
 
 class WeightKeeper:
@@ -42,8 +60,7 @@ class WeightKeeper:
     def __init__(self, file: str, replicas: Mapping[str, DeploymentHandle]) -> None:
         self._file, self._replicas = Path(file), dict(replicas)
         self._versions = {name: Version() for name in replicas} | read_versions(self._file)
-        # Of every replica that has joined, when it was last heard.
-        self._members: dict[str, dict[str, float]] = {name: {} for name in replicas}
+        self._members: dict[str, dict[str, Member]] = {name: {} for name in replicas}
         # Struck off, and never taken in again: `release` reaches every replica that Ray lists, these among them.
         self._struck = set[str]()
         self._locks = {name: asyncio.Lock() for name in replicas}
@@ -53,19 +70,27 @@ class WeightKeeper:
         async with self._locks[model]:
             return self._versions[model]
 
-    async def join(self, model: str, replica: str, epoch: int) -> bool:
-        """Take note of a replica that has an epoch's weights; False where there are newer ones by now."""
+    async def join(self, model: str, replica: str, epoch: int, told: Told | None = None) -> bool:
+        """Take note of a replica that has an epoch's weights; False where there are newer ones by now.
+
+        Raises:
+            OtherWeightsError: `told` are not the digests of those that were started alike and have joined.
+        """
         async with self._locks[model]:
             if epoch != self._versions[model].epoch:
                 return False
-            self._members[model][replica] = time.monotonic()
+            known = {name: member.told for name, member in self._members[model].items() if member.told is not None}
+            if told is not None and (fault := find_fault(replica, told, known)):
+                log.warning(f"replica {replica}: digests: {fault}")
+                raise OtherWeightsError(f"replica {replica}: digests: {fault}")
+            self._members[model][replica] = Member(time.monotonic(), told)
             return True
 
     async def leave(self, model: str, replica: str) -> None:
         """Take note that a replica ends."""
         self._members[model].pop(replica, None)
 
-    async def confirm(self, model: str, replica: str, epoch: int | None) -> bool:
+    async def confirm(self, model: str, replica: str, epoch: int | None, told: Told | None = None) -> bool:
         """Say whether a replica may go on: its weights are those of now, or an update is under way.
 
         One that joined a process before this one is taken in again; one that was struck off is not.
@@ -75,7 +100,7 @@ class WeightKeeper:
         if epoch != self._versions[model].epoch or replica in self._struck:
             self._members[model].pop(replica, None)
             return False
-        self._members[model][replica] = time.monotonic()
+        self._members[model][replica] = Member(time.monotonic(), told)
         return True
 
     async def list_members(self, model: str) -> list[str]:
@@ -117,26 +142,32 @@ class WeightKeeper:
             after.weight_version if new.update else None,
             new.draft_update,
             after.draft_version if new.draft_update else None,
+            new.digests,
         )
-        errors = await self._call(model, "load", given)
+        replies = await self._gather(model, "load", given)
+        errors = list_errors(replies) or compare(replies)
         if not self._members[model]:
             # Whether they can be loaded is not known, and those struck off may have either: none may go on.
             self._settle(model, replace(before, epoch=after.epoch))
             return report("reduced", NOBODY)
         if not errors:
             self._settle(model, after)
+            self._note_told(model, replies)
             lost = await self._call(model, "release", after.epoch)
             self._strike_off(model, lost)
-            return report("updated", lost)
+            return report("updated", list_silent(replies) | lost)
         whole = as_new(before)
         back = NewWeights(
             whole.update if new.update else (),
             before.weight_version,
             (whole.draft_update or ({},)) if new.draft_update else (),
             before.draft_version,
+            new.digests or before.digests,
         )
-        failed = await self._call(model, "load", back)
+        replies = await self._gather(model, "load", back)
+        failed = list_errors(replies) | compare(replies, doubt=True)
         self._strike_off(model, failed)
+        self._note_told(model, replies)
         lost = await self._call(model, "release", before.epoch)
         self._strike_off(model, lost)
         return report("reduced" if failed or lost else "rolled_back", errors | failed | lost)
@@ -145,8 +176,16 @@ class WeightKeeper:
         self._versions[model] = version
         write_versions(self._file, self._versions)
 
+    def _note_told(self, model: str, replies: Iterable[Reply]) -> None:
+        now_s = time.monotonic()
+        self._members[model] |= {r.replica: Member(now_s, r.told) for r in replies if r.replica in self._members[model]}
+
     async def _call(self, model: str, method: str, argument: object) -> dict[str, str]:
-        """Have every replica that has joined do something, once; what went wrong, by replica.
+        """Have every replica that has joined do something, once; what went wrong, by replica."""
+        return list_errors(await self._gather(model, method, argument))
+
+    async def _gather(self, model: str, method: str, argument: object) -> list[Reply]:
+        """Have every replica that has joined do something, once; what they say to it.
 
         One that does not answer in time is struck off, and is no error: it has died, or will be replaced.
         """
@@ -162,17 +201,17 @@ class WeightKeeper:
                 self._strike_off(model, missing)
                 break
             await asyncio.sleep(RETRY_S)
-        return {name: r.error for name, r in heard.items() if r.error is not None and name in self._members[model]}
+        return [heard[name] for name in sorted(heard) if name in self._members[model]]
 
     async def _call_roll(self, model: str) -> None:
         """Wait until every replica that has joined is there, or is known to have ended."""
         while self._members[model]:
             there = {state.replica for state in await self._ask(model, "describe") if isinstance(state, ReplicaState)}
-            missing = {name: heard_s for name, heard_s in self._members[model].items() if name not in there}
+            missing = {name: member for name, member in self._members[model].items() if name not in there}
             if not missing:
                 return
             silent_s = time.monotonic() - SILENT_S
-            self._strike_off(model, {name for name, heard_s in missing.items() if heard_s < silent_s})
+            self._strike_off(model, {name for name, member in missing.items() if member.heard_s < silent_s})
             await asyncio.sleep(RETRY_S)
 
     async def _ask(self, model: str, method: str, *arguments: object) -> Sequence[object]:
@@ -188,6 +227,44 @@ class WeightKeeper:
         for name in replicas:
             self._members[model].pop(name, None)
             self._struck.add(name)
+
+
+def list_errors(replies: Iterable[Reply]) -> dict[str, str]:
+    """List what went wrong, by replica."""
+    return {reply.replica: reply.error for reply in replies if reply.error is not None}
+
+
+def list_silent(replies: Iterable[Reply]) -> dict[str, str]:
+    """List the replicas that could not tell their digests, which are as good as those that were not asked."""
+    silent = {reply.replica: reply.told.fault for reply in replies if reply.told is not None and reply.told.fault}
+    return {name: f"digests: not compared, as it cannot tell: {fault}" for name, fault in silent.items()}
+
+
+def compare(replies: Iterable[Reply], *, doubt: bool = False) -> dict[str, str]:
+    """Find the replicas that show other digests than most that were started alike; what is wrong, in words.
+
+    With `doubt` all that were started alike are wrong where no more than half of them agree.
+    """
+    alike = defaultdict[str, dict[str, Sequence[digests.Digests]]](dict)
+    for reply in replies:
+        if reply.told is not None and reply.told.ranks:
+            alike[reply.told.engine][reply.replica] = reply.told.ranks
+    wrong = dict[str, str]()
+    for found in alike.values():
+        differing = digests.find_differing(found, str)
+        if doubt and differing and 2 * len(differing) >= len(found):
+            differing = dict.fromkeys(found, DOUBT) | differing
+        wrong |= {name: f"digests: {fault}" for name, fault in differing.items()}
+    return wrong
+
+
+def find_fault(replica: str, told: Told, known: Mapping[str, Told]) -> str | None:
+    """Find what is wrong with a new replica's weights, beside the first known ones of an engine started alike."""
+    alike = {name: one.ranks for name, one in known.items() if one.engine == told.engine and one.ranks}
+    if not alike or not told.ranks:
+        return None
+    first = min(alike)
+    return digests.find_differing({first: alike[first], replica: told.ranks}, str).get(replica)
 
 
 def read_versions(file: Path) -> dict[str, Version]:

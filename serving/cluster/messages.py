@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from laguna_serve.serving.gateway.engines.digests import Digests
 from laguna_serve.serving.gateway.engines.engine import UNVERSIONED
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -47,6 +48,7 @@ class Version:
     """Weights of a model and its drafter, as bodies of `/update_weights`; without bodies the checkpoint's own.
 
     `epoch` counts updates that all replicas took, so that a name may be given twice, and those in which all were lost.
+    With `digests` whoever takes it must show the same as the others.
     """
 
     epoch: int = 0
@@ -54,6 +56,7 @@ class Version:
     update: Sequence[JsonObject] = ()
     draft_version: str = BASE[1]
     draft_update: Sequence[JsonObject] = ()
+    digests: bool = False
 
     def follow(self, new: NewWeights) -> Version:
         """Return the version after an update: what that does not bring stays."""
@@ -63,36 +66,55 @@ class Version:
             self.epoch + 1,
             *(model or (self.weight_version, self.update)),
             *(draft or (self.draft_version, self.draft_update)),
+            digests=new.digests,
         )
 
 
 @dataclass(frozen=True)
 class NewWeights:
-    """An update: new weights of a model, of its drafter, or of both."""
+    """An update: new weights of a model, of its drafter, or of both; with `digests` replicas must show the same."""
 
     update: Sequence[JsonObject] = ()
     weight_version: str | None = None
     draft_update: Sequence[JsonObject] = ()
     draft_version: str | None = None
+    digests: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a replica says of its weights.
+
+    Attributes:
+        engine: how its engine was started; only those that were started alike can be compared.
+        ranks: digests, a rank after the other; none where it cannot tell.
+        fault: why it cannot.
+    """
+
+    engine: str
+    ranks: Sequence[Digests] = ()
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a replica says to a step of an update. `error` is None where it has done it."""
+    """What a replica says to a step of an update. `error` is None where it has done it, `told` where nobody asked."""
 
     replica: str
     error: str | None = None
+    told: Told | None = None
 
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """Where a replica is, and the epoch of its weights; None in the middle of an update."""
+    """Where a replica is, the epoch of its weights, None in the middle of an update, and their digests if asked for."""
 
     replica: str
     node: str
     pid: int
     url: str
     epoch: int | None
+    told: Told | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ class UpdateReport:
     Attributes:
         outcome: "updated"; "unchanged": nothing was touched; "rolled_back": all have the weights from before again;
             "reduced": so have some, the others are being replaced.
-        errors: by replica.
+        errors: by replica; in one that is "updated", what was lost, and which could not tell their digests.
         replicas: that took part.
         seconds: from the pause to the end.
     """

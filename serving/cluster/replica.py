@@ -10,20 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
+import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+import msgspec
 from ray import get_runtime_context, serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, ReplicaState, Reply, Version
+from laguna_serve.serving.cluster.messages import AnswerHead, Ask, NewWeights, ReplicaState, Reply, Told, Version
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config, parse_config
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
+from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State
 from laguna_serve.serving.gateway.run import Background, open_background
 from laguna_serve.serving.gateway.wire.headers import HOP_BY_HOP, NOT_FORWARDED, REQUEST_ID
@@ -40,6 +45,7 @@ MARGIN_S = 30.0
 PASSED_BACK = HOP_BY_HOP | {b"content-length"}
 REPLICA = b"x-replica"
 Step = tuple[str, JsonObject | None]
+log = logging.getLogger("ray.serve")
 
 
 class ReplicaUnwellError(Exception):
@@ -54,6 +60,7 @@ class Replica:
         self._name, self._engine, self._id = name, engine, context.replica_id.unique_id
         self._keeper = None if keeper is None else serve.get_deployment_handle(keeper, context.app_name)
         self._epoch: int | None = 0
+        self._told: Told | None = None
         self._operation = ""
         self._outcome: asyncio.Task[Reply] | None = None
         self._closed = False
@@ -97,7 +104,7 @@ class Replica:
             return
         try:
             known = await asyncio.wait_for(
-                self._keeper.confirm.remote(self._name, self._id, self._epoch), KEEPER_TIMEOUT_S
+                self._keeper.confirm.remote(self._name, self._id, self._epoch, self._told), KEEPER_TIMEOUT_S
             )
         except (RayError, RayServeException, TimeoutError):
             return  # it is being started again, and is asked again
@@ -107,29 +114,50 @@ class Replica:
     async def describe(self) -> ReplicaState:
         """Describe where this replica is, and which weights it has: `handle.broadcast("describe")` asks all."""
         node = get_runtime_context().get_node_id()
-        return ReplicaState(self._id, node, os.getpid(), self._gateway.url, self._epoch)
+        return ReplicaState(self._id, node, os.getpid(), self._gateway.url, self._epoch, self._told)
 
     async def hold(self, operation: str, mode: str) -> Reply:
         """Let new requests wait, and pause the engine with those that it has."""
-        return await self._once(operation, [(f"/pause?mode={mode}", None)])
+        return await self._once(operation, lambda: self._take([(f"/pause?mode={mode}", None)]))
 
     async def load(self, operation: str, new: NewWeights) -> Reply:
         """Load weights; the engine is on hold, and no version's until `release`."""
         self._epoch = None
-        return await self._once(operation, self._list_steps(new))
+        return await self._once(operation, lambda: self._load(new))
 
     async def release(self, operation: str, epoch: int) -> Reply:
         """Go on, with the weights of an epoch."""
-        reply = await self._once(operation, [("/resume", None)])
+        reply = await self._once(operation, lambda: self._take([("/resume", None)]))
         if reply.error is None:
             self._epoch = epoch
         return reply
 
-    async def _once(self, operation: str, steps: Sequence[Step]) -> Reply:
-        """Take the steps of an operation; the same one again, and its outcome is told again."""
+    async def _once(self, operation: str, act: Callable[[], Awaitable[Reply]]) -> Reply:
+        """Carry out an operation; the same one again, and its outcome is told again."""
         if operation != self._operation or self._outcome is None:
-            self._operation, self._outcome = operation, asyncio.ensure_future(self._take(steps))
+            self._operation, self._outcome = operation, asyncio.ensure_future(act())
         return await asyncio.shield(self._outcome)
+
+    async def _load(self, new: NewWeights) -> Reply:
+        """Load weights, and say what they are then, where that is asked for."""
+        self._told = None
+        reply = await self._take(self._list_steps(new))
+        if new.digests and reply.error is None:
+            self._told = await self._digest()
+        return replace(reply, told=self._told)
+
+    async def _digest(self) -> Told:
+        """Digest the weights that the engine has, or say why it cannot."""
+        engine = hashlib.sha256(self._engine.model_dump_json().encode()).hexdigest()
+        timeout = aiohttp.ClientTimeout(total=STEP_TIMEOUT_S)
+        try:
+            async with self._session.get(self._gateway.admin_url + digests.ROUTE, timeout=timeout) as answer:
+                body = await answer.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return Told(engine, fault=f"{type(error).__name__}: {error}")
+        if answer.status != 200:
+            return Told(engine, fault=f"HTTP {answer.status}: {body[:300]}")
+        return read_digests(engine, body)
 
     async def _take(self, steps: Sequence[Step]) -> Reply:
         timeout = aiohttp.ClientTimeout(total=STEP_TIMEOUT_S)
@@ -169,12 +197,17 @@ class Replica:
         for _ in range(MOST_VERSIONS):
             version: Version = await self._keeper.find.remote(self._name)
             if version.epoch != self._epoch:
-                reply = await self._take(self._list_steps(as_new(version)))
+                reply = await self._load(as_new(version))
                 if reply.error is not None:
                     raise EngineError(f"replica {self._id}: expected weights {version.weight_version}, {reply.error}")
                 self._epoch = version.epoch
-            if await self._keeper.join.remote(self._name, self._id, self._epoch):
-                return
+                if reply.told is not None and reply.told.fault is not None:
+                    log.warning(f"replica {self._id}: digests: not compared, as it cannot tell: {reply.told.fault}")
+            try:
+                if await self._keeper.join.remote(self._name, self._id, self._epoch, self._told):
+                    return
+            except RayTaskError as error:
+                raise EngineError(str(error.cause)) from None
         raise EngineError(f"replica {self._id}: expected the weights to stay for a while, got {MOST_VERSIONS} versions")
 
     async def _wait_until_ready(self) -> None:
@@ -224,7 +257,17 @@ def as_new(version: Version) -> NewWeights:
         weight_version=version.weight_version,
         draft_update=version.draft_update,
         draft_version=version.draft_version,
+        digests=version.digests,
     )
+
+
+def read_digests(engine: str, body: str) -> Told:
+    """Read what a replica's gateway shows of its one engine, which was started in this way."""
+    try:
+        (ranks,) = msgspec.json.decode(body, type=dict[str, list[digests.Digests]]).values()
+    except (msgspec.DecodeError, ValueError) as error:
+        return Told(engine, fault=f"expected the digests of one engine, got {body[:100]!r}: {error}")
+    return Told(engine, ranks)
 
 
 def _pass_on(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

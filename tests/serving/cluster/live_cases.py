@@ -92,6 +92,7 @@ def test_an_update_needs_its_key_and_stays_with_a_new_replica(
     application: Application, tokens: tuple[int, ...]
 ) -> None:
     path, body = "/admin/update_weights", {"update": [{"folder": str(TOY / "teacher")}], "weight_version": "v1"}
+    body["digests"] = True
     assert [post(application, path, body, key)[0] for key in (None, "another")] == [401, 401]
     status, report = post(application, path, body, KEY)
     assert (status, report["outcome"], report["replicas"]) == (200, "updated", 1)
@@ -101,5 +102,8 @@ def test_an_update_needs_its_key_and_stays_with_a_new_replica(
     (lost,) = bench.wait_for_replicas(1)
     kill_replica(lost)
     (found,) = bench.wait_for_replicas(1, lost.pid)
+    assert lost.told is not None
+    assert len(lost.told.ranks) == 1
+    assert found.told == lost.told
     answer = bench.asker.ask(PROMPT)
     assert (answer.tokens, answer.version, answer.replica) == (tokens, "v1", found.replica)

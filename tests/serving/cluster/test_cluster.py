@@ -24,9 +24,20 @@ def tables(**engine: Any) -> dict[str, Any]:
     return {"models": [{"name": "teacher", "engine": {"model": "tests/toy/teacher", **engine}}]}
 
 
-def run_inside(name: str, folder: Path) -> None:
-    """Run a file of tests in .venv-ray, whose Ray this environment does not have."""
-    command = [str(PYTHON), "-m", "pytest", str(HERE / name), "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+def run_inside(names: list[str], folder: Path) -> None:
+    """Run files of tests in .venv-ray, whose Ray this environment does not have."""
+    command = [
+        str(PYTHON),
+        "-m",
+        "pytest",
+        *(str(HERE / name) for name in names),
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     command += ["--basetemp", str(folder / "run"), "-o", "filterwarnings=", "--disable-warnings", "--tb=short"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
@@ -81,10 +92,10 @@ def test_the_router_never_sees_an_empty_prompt(body: dict[str, Any]) -> None:
 @needs_ray
 @pytest.mark.slow
 def test_keeper_in_rays_environment(tmp_path: Path) -> None:
-    run_inside("keeper_cases.py", tmp_path)
+    run_inside(["keeper_cases.py", "digest_cases.py"], tmp_path)
 
 
 @needs_ray
 @pytest.mark.vllm
 def test_live_replica_in_rays_environment(tmp_path: Path) -> None:
-    run_inside("live_cases.py", tmp_path)
+    run_inside(["live_cases.py"], tmp_path)
