@@ -21,12 +21,13 @@ from laguna_serve.serving.gateway.clients.protocol import make_protocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import Config, ConfigError
+from laguna_serve.serving.gateway.config.fixed import keep_fixed
 from laguna_serve.serving.gateway.relay import open_files
-from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer, keep_fixed
+from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
-from laguna_serve.serving.gateway.workers.team import Team, open_team
+from laguna_serve.serving.gateway.workers.team import Team, count_names, open_team
 
 # What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0
@@ -72,7 +73,7 @@ def _serve_by_workers(
     def keep() -> None:
         latest[0] = keep_fixed(listeners.config, read())
 
-    with open_team(server.workers) as team:
+    with open_team(server.workers, count_names(configured)) as team:
 
         def work(worker: int, ready: Callable[[], None]) -> bool:
             mine = listeners._replace(config=latest[0], admin=listeners.admin if worker == 0 else [])

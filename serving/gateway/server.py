@@ -11,13 +11,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from laguna_serve.serving.gateway.config import Config, ConfigError
+from laguna_serve.serving.gateway.config.fixed import list_fixed_changes
 from laguna_serve.serving.gateway.config.listening import Server
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.services import find_services
@@ -30,26 +31,6 @@ TICK_S = 1.0
 STEERING_POLL_S = 0.05
 # What a call into its thread may take: it never waits there.
 CALL_S = 30.0
-# What is bound to listeners, and to connections that are open.
-FIXED: Mapping[str, Sequence[str]] = {
-    "server": (
-        "host",
-        "port",
-        "header_timeout_s",
-        "max_head_bytes",
-        "keepalive_s",
-        "shutdown_timeout_s",
-        "lame_duck_s",
-        "ssl_certfile",
-        "ssl_keyfile",
-        "access_log",
-        "workers",
-    ),
-    "admin": ("host", "port", "sha256", "trl"),
-    "access": ("usage_file", "usage_write_s"),
-    "tracing": ("endpoint", "service_name", "sample_ratio"),
-    "traces": ("file", "max_bytes"),
-}
 # What a parent of several processes sends to them where it got the other.
 OWN_STOPS = {signal.SIGTERM: signal.SIGUSR1, signal.SIGINT: signal.SIGUSR2}
 logger = logging.getLogger(__name__)
@@ -120,6 +101,9 @@ class GatewayServer(_EventServer):
         self._admin, self._admin_sockets = _AdminServer(admin), admin_sockets
         self._admin_task: asyncio.Task[None] | None = None
         self._ready, self._reload, self._configured = ready, reload, configured
+        # SIGHUPs that no configuration has been taken for yet; the task that reads it.
+        self._asked = 0
+        self._reading: asyncio.Task[None] | None = None
         self.parent = os.getppid()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -135,7 +119,7 @@ class GatewayServer(_EventServer):
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
             if self._reload is not None:
-                loop.add_signal_handler(signal.SIGHUP, self.reload)
+                loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
             elif signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 loop.add_signal_handler(signal.SIGHUP, self.handle_exit, signal.SIGTERM, None)
         # What there is by now stays: the collector need not look at it again while streams wait.
@@ -174,18 +158,38 @@ class GatewayServer(_EventServer):
     def reload(self) -> None:
         """Take the configuration as it is now, or, where anything is wrong with it, nothing of it."""
         assert self._reload is not None
+        with self._going_on():
+            self._take(self._reload())
+
+    def _reload_soon(self) -> None:
+        """As `reload`, but read in a thread: of thousands of keys that takes a second, in which streams go on."""
+        self._asked += 1
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._reload_beside())
+
+    async def _reload_beside(self) -> None:
+        assert self._reload is not None
+        while self._asked:  # also for one that came while the file was being read
+            self._asked = 0
+            with self._going_on():
+                self._take(await asyncio.to_thread(self._reload))
+        self._reading = None
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Go on as before where a configuration cannot be taken."""
         try:
-            config = self._reload()
-            self._renew_certificate(config.server)
-            self.relay.configure(config)
+            yield
         except ConfigError as error:
             logger.error("%s; going on as before", error)
             self.relay.journal.note_reload(taken=False)
-            return
         except Exception:
             logger.exception("the configuration could not be taken; going on as before")
             self.relay.journal.note_reload(taken=False)
-            return
+
+    def _take(self, config: Config) -> None:
+        self._renew_certificate(config.server)
+        self.relay.configure(config)
         self.relay.journal.note_reload(taken=True)
         fixed = list_fixed_changes(self._configured, config) if self._configured is not None else []
         restart = f"; not changed before a restart: {', '.join(fixed)}" if fixed else ""
@@ -276,22 +280,3 @@ class WorkerServer(GatewayServer):
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
         await super().shutdown(sockets)
-
-
-def keep_fixed(before: Config, after: Config) -> Config:
-    """Keep of a configuration what is read at the start alone, as it was `before`."""
-    kept = {
-        table: getattr(after, table).model_copy(update={key: getattr(getattr(before, table), key) for key in keys})
-        for table, keys in FIXED.items()
-    }
-    return after.model_copy(update=kept)
-
-
-def list_fixed_changes(before: Config, after: Config) -> list[str]:
-    """List the keys that differ and are read at the start alone."""
-    return [
-        f"{table}.{key}"
-        for table, keys in FIXED.items()
-        for key in keys
-        if getattr(getattr(before, table), key) != getattr(getattr(after, table), key)
-    ]

@@ -43,7 +43,7 @@ def read_tables(path: Path) -> JsonObject:
 def parse_config(tables: JsonObject, source: str) -> Config:
     """Validate tables that were read from `source`. Raises ConfigError, which names all that is wrong."""
     try:
-        return Config.model_validate(tables)
+        return Config.model_validate(tables, context={})
     except ValidationError as error:
         raise ConfigError(faults.describe(error, Config, source)) from None
 

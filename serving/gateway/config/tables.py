@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ssl
 import types
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, SecretStr, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, model_validator
 
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
@@ -76,11 +77,12 @@ class Endpoint(ConfigTable):
     _tls: ssl.SSLContext | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _read_files(self) -> Self:
+    def _read_files(self, info: ValidationInfo) -> Self:
         credential = endpoint.read_credential(self.api_key_file, self.api_key_env)
         self._credential = None if credential is None else SecretStr(credential)
         if self.url.startswith("https:"):
-            self._tls = endpoint.make_client_context(self.tls_ca_file, verify=self.tls_verify)
+            made = {} if info.context is None else info.context
+            self._tls = endpoint.share_client_context(self.tls_ca_file, self.tls_verify, made)
         elif self.tls_ca_file is not None or not self.tls_verify:
             raise ValueError("expected an https url beside tls_ca_file and tls_verify, got one of http")
         return self
@@ -244,6 +246,5 @@ def _check_fallbacks(models: tuple[Model, ...]) -> None:
 
 
 def _require_distinct(what: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"expected distinct names of {what}, got {name!r} twice")
+    if (twice := next((name for name, count in Counter(names).items() if count > 1), None)) is not None:
+        raise ValueError(f"expected distinct names of {what}, got {twice!r} twice")

@@ -16,14 +16,19 @@ import struct
 from collections.abc import Iterator
 
 SHARED, OWN = 8, 4
-# For keys, models and engines of all configurations since the start.
-ROWS = 1 << 13
+# For keys, models and engines of all configurations since the start: at least so many, and so many times the first's.
+ROWS, SPARE = 1 << 13, 4
 NAME_BYTES = 16
 DOUBLE = struct.calcsize("d")
 
 
 class BoardFullError(Exception):
     """More names than there are rows."""
+
+
+def find_rows(names: int) -> int:
+    """Find how many rows there are to be for a configuration with so many names, and those that follow it."""
+    return max(ROWS, SPARE * names)
 
 
 class Board:

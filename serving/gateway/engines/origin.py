@@ -47,9 +47,10 @@ class Origin:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        # True: the system's authorities, until `configure` says which.
+        self._tls: ssl.SSLContext | bool | None = True if parts.scheme == "https" else None
         self._host = parts.hostname or ""
-        self._port = parts.port or (80 if self._tls is None else 443)
+        self._port = parts.port or (443 if self._tls else 80)
         self._closed = False
         self.site = Site(parts.netloc.encode(), self._host.lower(), self._port, parts.path.rstrip("/").encode())
         # The header lines that every request to this engine has.

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.counts.bells import Bells
-from laguna_serve.serving.gateway.counts.board import Board
+from laguna_serve.serving.gateway.counts.board import Board, find_rows
 from laguna_serve.serving.gateway.counts.shared import SharedCounts
 from laguna_serve.serving.gateway.workers.peers import Answers, Peers
 
@@ -56,11 +57,16 @@ async def _look_now_and_then(look: Callable[[], None]) -> None:
         look()
 
 
+def count_names(config: Config) -> int:
+    """Count what has a row of the board: models, their engines, and keys."""
+    return len(config.all_keys) + sum(1 + len(model.upstreams) for model in config.models)
+
+
 @contextlib.contextmanager
-def open_team(workers: int) -> Iterator[Team]:
-    """Open what so many workers share, for as long as the block runs."""
+def open_team(workers: int, names: int) -> Iterator[Team]:
+    """Open what so many workers share, for as long as the block runs; `names` are counted from its start."""
     with (
-        contextlib.closing(Board(workers)) as board,
+        contextlib.closing(Board(workers, find_rows(names))) as board,
         contextlib.closing(Bells(workers)) as bells,
         contextlib.closing(Peers(workers)) as peers,
     ):

@@ -12,12 +12,12 @@ from pydantic import BaseModel
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.gateway.config import ConfigError, parse_config, read_example
+from laguna_serve.serving.gateway.config.fixed import FIXED
 from laguna_serve.serving.gateway.config.keys import AccessTable, Key
 from laguna_serve.serving.gateway.config.listening import Admin, Server
 from laguna_serve.serving.gateway.config.owned import Group, OwnedEngine
 from laguna_serve.serving.gateway.config.tables import Health, Limits, Model, Shadow, Upstream
 from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
-from laguna_serve.serving.gateway.server import FIXED
 
 
 def uncomment(example: str) -> str:
