@@ -151,12 +151,10 @@ def _summarise_times(records: list[Record]) -> dict[str, Spread | None]:
     """Summarise the times of an ArmResult by name."""
     return {
         "ttft_ms": intervals.summarise([(record.chunk_ns[0] - record.started_ns) / 1e6 for record in records]),
-        "itl_ms": intervals.summarise(
-            [gap for record in records for gap in intervals.token_gaps_ms(record.chunk_ns, record.chunk_tokens)]
+        "itl_ms": intervals.summarise_parts(
+            [intervals.token_gaps_ms(record.chunk_ns, record.chunk_tokens) for record in records]
         ),
-        "chunk_gap_ms": intervals.summarise(
-            [gap for record in records for gap in intervals.chunk_gaps_ms(record.chunk_ns)]
-        ),
+        "chunk_gap_ms": intervals.summarise_parts([intervals.chunk_gaps_ms(record.chunk_ns) for record in records]),
         "tokens_per_chunk": intervals.summarise([count for record in records for count in record.chunk_tokens]),
         "e2e_ms": intervals.summarise([(record.chunk_ns[-1] - record.started_ns) / 1e6 for record in records]),
     }
@@ -182,9 +180,10 @@ def _describe_speedup(run: Run, plan: Plan, withheld: Set[str]) -> Speedup:
 def _describe_parity(run: Run, dtype: str, withheld: Set[str]) -> Parity:
     verdicts, noise = _classify_all(run, dtype)
     refused = PARITY in withheld
+    baseline, candidate = (run.arms[name].records for name in ARMS)
     prompts = sum(
-        record.error is None and (other := run.arms[CANDIDATE].records.get(prompt_id)) is not None and not other.error
-        for prompt_id, record in run.arms[BASELINE].records.items()
+        record.error is None and (other := candidate.get(prompt_id)) is not None and not other.error
+        for prompt_id, record in baseline.items()
     )
     if run.arms[BASELINE].sampled:
         prompts = 0  # none was compared
@@ -209,9 +208,10 @@ def _classify_all(run: Run, dtype: str) -> tuple[list[Verdict], float | None]:
     both = [prompt_id for prompt_id in baseline.probes if prompt_id in candidate.probes]
     probes = {prompt_id: (baseline.probes[prompt_id], candidate.probes[prompt_id]) for prompt_id in both}
     noise = measure_noise(probes.values(), dtype)
+    timed = baseline.records, candidate.records
     verdicts = []
     for prompt_id in run.mismatched:
-        answers = baseline.records[prompt_id], candidate.records[prompt_id]
+        answers = timed[0][prompt_id], timed[1][prompt_id]
         mismatch = find_mismatch(*answers)
         assert mismatch is not None
         verdicts.append(classify(mismatch, *answers, probes.get(prompt_id), noise))

@@ -15,7 +15,8 @@ from scipy.special import betaincinv
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
-BATCH = 500  # resamples drawn at once: bounds memory to BATCH × pairs indices
+# Resamples drawn at once, and rows of all of them together: what bounds the memory.
+BATCH, BATCH_ROWS = 500, 1 << 21
 
 
 class RoundPair(msgspec.Struct, frozen=True, array_like=True):
@@ -57,6 +58,11 @@ def summarise(values: Sequence[float] | Floats) -> Spread | None:
         max=float(array.max()),
         n=len(array),
     )
+
+
+def summarise_parts(parts: Sequence[Floats]) -> Spread | None:
+    """Summarise the spread of the values of all parts together, which may be millions."""
+    return summarise(np.concatenate(parts)) if parts else None
 
 
 def chunk_gaps_ms(chunk_ns: Sequence[int]) -> Floats:
@@ -118,7 +124,7 @@ def _bootstrap(table: Floats, ratio: Callable[..., Floats], seed: int, resamples
         vectorized=True,
         method="percentile",
         n_resamples=resamples,
-        batch=BATCH,
+        batch=max(1, min(BATCH, BATCH_ROWS // len(table))),
         rng=np.random.default_rng(seed),
     ).confidence_interval
     low, high = sorted((float(interval.low), float(interval.high)))  # equal but for rounding, the ends may be swapped

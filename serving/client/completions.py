@@ -18,6 +18,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
+from laguna_serve.serving.kit.open_files import raise_limit
 from laguna_serve.serving.kit.results import JsonObject
 
 # A request that says nothing for this long is dead, not slow.
@@ -35,6 +36,7 @@ def find_root(url: str) -> str:
 
 def open_session() -> aiohttp.ClientSession:
     """Open a session without a connection limit (the caller limits what is in flight)."""
+    raise_limit()  # every request has a connection of its own
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S),

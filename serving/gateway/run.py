@@ -22,12 +22,12 @@ from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError,
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.fixed import keep_fixed
-from laguna_serve.serving.gateway.relay import open_files
 from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
 from laguna_serve.serving.gateway.workers.team import Team, count_names, open_team
+from laguna_serve.serving.kit.open_files import raise_limit
 
 # What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0
@@ -44,7 +44,7 @@ def serve(config: Config, announce: Callable[[str, str], None], reload: Callable
         EngineError: a port is taken, or uvicorn is not one that the gateway runs under.
     """
     set_up_logging()
-    open_files.raise_limit()
+    raise_limit()
     with open_listeners(config) as listeners:
         url, admin_url = find_url(listeners.config.server), find_url(listeners.config.admin)
         if config.server.workers == 1:
@@ -112,7 +112,7 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
     if config.server.workers != 1:
         raise EngineError(f"server.workers: expected 1 for a gateway in a thread, got {config.server.workers}")
     set_up_logging()
-    open_files.raise_limit()
+    raise_limit()
     with open_listeners(config) as listeners, _run_in_thread(listeners, reload) as server:
         yield Background(find_url(listeners.config.server), find_url(listeners.config.admin), server)
 

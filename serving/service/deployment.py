@@ -20,8 +20,9 @@ from cryptography import x509
 from laguna_serve.serving.gateway.config import Config, ConfigError, load_config
 from laguna_serve.serving.gateway.config.listening import LOOPBACK
 from laguna_serve.serving.gateway.config.tables import Upstream
-from laguna_serve.serving.gateway.relay.open_files import count_slots, find_hard_limit, find_reserve
+from laguna_serve.serving.gateway.relay.open_files import count_slots, find_reserve
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.open_files import find_hard_limit
 from laguna_serve.serving.kit.tables import Table
 
 EXPIRES_SOON_S = 14 * 86400

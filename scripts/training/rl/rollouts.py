@@ -17,6 +17,7 @@ from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.open_files import raise_limit
 from laguna_serve.serving.kit.results import JsonObject
 
 TIMEOUT_S = 600.0
@@ -50,7 +51,10 @@ async def sample_groups(
         RolloutError: a request failed, or an answer lacks a field.
     """
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    raise_limit()
+    # Unlimited: aiohttp's own hundred would let the others wait, and count that as the engine's time.
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def ask(prompt: str) -> list[Rollout]:
             body = {

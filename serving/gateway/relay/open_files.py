@@ -1,10 +1,8 @@
-"""The limit of open files: two per stream, where most systems begin with 1,024 in all (litellm#6284)."""
+"""What a configuration needs of the limit of open files: two per stream."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import resource
 
 from laguna_serve.serving.gateway.config import Config
 
@@ -13,27 +11,6 @@ RESERVE = 64
 # And for each of several processes what all of them inherit: its listeners, bell and socket for questions.
 INHERITED = 5
 logger = logging.getLogger(__name__)
-
-
-def raise_limit() -> int:
-    """Raise this process's soft limit to the hard one. Returns the limit that holds."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # some systems have a lower one beside it
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return find_limit()
-
-
-def find_limit() -> int:
-    """Find the soft limit; a very large number where there is none."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft != resource.RLIM_INFINITY else 1 << 30
-
-
-def find_hard_limit() -> int:
-    """Find the limit that `raise_limit` raises it to; a very large number where there is none."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return hard if hard != resource.RLIM_INFINITY else 1 << 30
 
 
 def count_slots(config: Config) -> int:

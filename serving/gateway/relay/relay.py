@@ -44,6 +44,7 @@ from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import Head
 from laguna_serve.serving.gateway.wire.paths import check_loads, check_path
+from laguna_serve.serving.kit.open_files import find_limit
 
 JSON = ((b"content-type", b"application/json"),)
 # Of a request that needs no key.
@@ -92,7 +93,7 @@ class Relay:
         models = self.owner.complete(config)
         engines = {model.name: pools[model.name].plan(model) for model in models}
         cors, proxies = Cors(config.server.allowed_origins), Proxies(config.server.trusted_proxies)
-        limit = open_files.find_limit()
+        limit = find_limit()
         open_files.warn_if_low(config, limit)
 
         self.config = config
