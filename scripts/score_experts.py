@@ -37,7 +37,6 @@ from laguna_serve.scripts.training.pruning.artefacts import (
     ScoresManifest,
     ScoresSource,
     choose_block_size,
-    hash_file,
     make_artefacts,
     read_scores,
     write_artefacts,
@@ -47,6 +46,7 @@ from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
+from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out

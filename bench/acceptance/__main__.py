@@ -7,7 +7,6 @@ acceptance.json (schema laguna_serve.acceptance_curve/1) and acceptance.md. The 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from laguna_serve.bench.gamma_sweep import sweep
 from laguna_serve.bench.harness.prompts import Thinking
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import Flag, parse_numbers, read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_result
 from laguna_serve.serving.kit.tables import Table
@@ -110,7 +109,7 @@ def measure_curves(config: AcceptanceConfig) -> tuple[AcceptanceCurve, bool]:
         model=name_checkpoint(config.model),
         draft=name_checkpoint(config.draft),
         prompts_file=str(config.prompts),
-        prompts_sha256=hashlib.sha256(config.prompts.read_bytes()).hexdigest(),
+        prompts_sha256=hash_file(config.prompts),
         num_prompts=config.num_prompts,
         max_tokens=config.max_tokens,
         dtype=dtypes[0],

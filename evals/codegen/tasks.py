@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from laguna_serve.evals.problems.protocols import (
 from laguna_serve.evals.sandbox import NO_WALLS_WARNING, choose_walls
 from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.kit.environment import current_argv, read_environment
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
@@ -188,7 +187,7 @@ def make_limits(config: CodeTasksConfig, usual_s: int) -> Limits:
 
 def digest_file(path: Path) -> FileDigest:
     """Identify a file by its name and what is in it."""
-    return FileDigest(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    return FileDigest(path.name, hash_file(path))
 
 
 def probe(problems: Sequence[Problem], limits: Limits) -> list[Weakness] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,7 +22,7 @@ from laguna_serve.serving.kit.run_dir import check_out_file
 from laguna_serve.serving.kit.tables import Table
 
 if TYPE_CHECKING:
-    from laguna_serve.serving.gateway.traces.store import Trace
+    from laguna_serve.serving.gateway.traces.store import Trace, TraceFile
 
 DESCRIPTION = "What a gateway has recorded of its requests, in tokens (traces.file in gateway.toml)."
 EXPORT = """Exports traces as JSON Lines: `traffic` is what `laguna drafter train --tokens` reads, tokens alone;
@@ -167,30 +168,32 @@ def _encode(trace: Trace, form: str) -> bytes | None:
 
 def count(config: TracesConfig) -> tuple[TracesResult, list[tuple[str, ...]]]:
     """Count the traces, and a row for every model, versions and key. Raises TraceFileError."""
-    groups: dict[tuple[str, ...], list[tuple[int, int, float]]] = {}
-    for trace in read(config):
-        names: tuple[str, ...] = (
-            trace.model,
-            ", ".join(trace.weight_versions),
-            ", ".join(trace.draft_versions),
-            trace.key or "",
-        )
-        groups.setdefault(names, []).append((len(trace.prompt_token_ids), len(trace.token_ids), trace.time))
+    with _open(config) as (file, where, values):
+        groups = file.count(where, values)
     rows = []
-    prompts = tokens = answers = 0
-    for named, group in groups.items():
-        own_prompts, own_tokens = sum(one[0] for one in group), sum(one[1] for one in group)
-        times = [_show_time(pick(one[2] for one in group)) for pick in (min, max)]
-        rows.append((*named, f"{len(group):,}", f"{own_prompts:,}", f"{own_tokens:,}", *times))
-        answers, prompts, tokens = answers + len(group), prompts + own_prompts, tokens + own_tokens
+    for group in groups:
+        counts = (f"{count:,}" for count in (group.answers, group.prompt_tokens, group.tokens))
+        names = (group.model, group.weight_versions, group.draft_versions, group.key)
+        rows.append((*names, *counts, _show_time(group.first), _show_time(group.last)))
     result = TracesResult(
-        file=str(config.file), answers=answers, exported=0, prompt_tokens=prompts, output_tokens=tokens
+        file=str(config.file),
+        answers=sum(group.answers for group in groups),
+        exported=0,
+        prompt_tokens=sum(group.prompt_tokens for group in groups),
+        output_tokens=sum(group.tokens for group in groups),
     )
     return result, rows
 
 
 def read(config: TracesConfig) -> Iterator[Trace]:
     """Read the traces that were asked for, in the order in which they came. Raises TraceFileError."""
+    with _open(config) as (file, where, values):
+        yield from file.read(where, values)
+
+
+@contextmanager
+def _open(config: TracesConfig) -> Iterator[tuple[TraceFile, str, list[object]]]:
+    """Open the file, with the SQL condition of what was asked for and its values. Raises TraceFileError."""
     from laguna_serve.serving.gateway.traces.store import TraceFile
 
     given = {"model": config.model, "weight_versions": config.weight_version, "key": config.key}
@@ -199,11 +202,8 @@ def read(config: TracesConfig) -> Iterator[Trace]:
     if config.last is not None:
         where = f"rowid IN (SELECT rowid FROM traces WHERE {where} ORDER BY rowid DESC LIMIT ?)"
         values.append(min(config.last, MOST_ROWS))
-    file = TraceFile(config.file)
-    try:
-        yield from file.read(where, values)
-    finally:
-        file.close()
+    with closing(TraceFile(config.file)) as file:
+        yield file, where, values
 
 
 def _show_time(seconds: float) -> str:

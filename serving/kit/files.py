@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -89,6 +90,12 @@ def load_array(file: Path | IO[bytes], *, mapped: bool = False) -> npt.NDArray[A
     if not isinstance(array, np.ndarray):
         raise ValueError("an archive of arrays")
     return array
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, which may have more bytes than there is memory. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_whole(text: str) -> bool:

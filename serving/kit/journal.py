@@ -7,8 +7,9 @@ no interruption leaves one, it is an error that names the line.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -43,14 +44,18 @@ class Journal(Generic[T]):
             OSError: the file cannot be read, or its cut-off line not be dropped.
         """
         self._path = path
-        data = path.read_bytes() if path.exists() else b""
-        end = data.rfind(b"\n") + 1
-        self.entries: list[T] = list(self._decode(data[:end], kind))
-        if end < len(data):
-            say(f"{path}: the last line was cut off in writing ({len(data) - end} bytes): dropped")
-            with path.open("r+b") as file:
-                file.truncate(end)
-        self._size = end
+        self._size = 0
+        self.entries: list[T] = []
+        if not path.exists():
+            return
+        with path.open("rb") as file:  # line by line: it may have gigabytes
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    say(f"{path}: the last line was cut off in writing ({len(line)} bytes): dropped")
+                    os.truncate(path, self._size)
+                    break
+                self.entries.append(self._decode(number, line[:-1], kind))
+                self._size += len(line)
 
     def append(self, entry: T) -> None:
         """Add an entry; it is with the system when this returns.
@@ -74,11 +79,10 @@ class Journal(Generic[T]):
         self._size += len(line)
         self.entries.append(entry)
 
-    def _decode(self, data: bytes, kind: type[T]) -> Iterator[T]:
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-            try:
-                # Not msgspec's own decoder, which refuses half a surrogate pair.
-                yield msgspec.convert(json.loads(line), kind)
-            except (ValueError, RecursionError) as error:
-                expected = "expected a line of this journal"
-                raise JournalError(f"{self._path}:{number}: {expected}, got one where {error}; remove it") from None
+    def _decode(self, number: int, line: bytes, kind: type[T]) -> T:
+        try:
+            # Not msgspec's own decoder, which refuses half a surrogate pair.
+            return msgspec.convert(json.loads(line), kind)
+        except (ValueError, RecursionError) as error:
+            expected = "expected a line of this journal"
+            raise JournalError(f"{self._path}:{number}: {expected}, got one where {error}; remove it") from None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_no_file, write_text
+from laguna_serve.serving.kit.files import hash_file, is_no_file, write_text
 
 NOTE = "settings.sha256"
 
@@ -105,7 +105,7 @@ def fingerprint(path: str) -> str:
     """SHA-256 of a file, or of a checkpoint folder's config and the sizes and times of its weights; "" for a name."""
     found = Path(path).expanduser()
     if found.is_file():
-        return hashlib.sha256(found.read_bytes()).hexdigest()
+        return hash_file(found)
     if not found.is_dir():
         return ""
     parts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(found.iterdir()) if p.is_file()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from laguna_serve.plugins.pruning import (
     load_array,
     read_pruning,
 )
+from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -67,6 +67,6 @@ def _number(block_size: int | None, shape: ExpertShape) -> npt.NDArray[np.int64]
 
 def _hash(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hash_file(path)
     except OSError:
         return None  # read_pruning says what is wrong with it

@@ -7,7 +7,6 @@ continues after an interruption.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -36,7 +35,7 @@ from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
@@ -158,7 +157,7 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
         direction=DIRECTION,
         agreement={f"{r}": (before[r], after[r]) for r in RATIOS},
         cpu_minutes=round((time.process_time() - started) / 60, 1),
-        sha256={p.relative_to(config.out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        sha256={p.relative_to(config.out).as_posix(): hash_file(p) for p in files},
     )
     write_text(config.out / "LLADA.json", json.dumps(to_json(result), indent=1) + "\n")
     return result

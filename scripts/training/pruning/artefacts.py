@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from laguna_serve.plugins.pruning import (
     narrow_scores,
     rank_groups,
 )
-from laguna_serve.serving.kit.files import write_stream, write_text
+from laguna_serve.serving.kit.files import hash_file, write_stream, write_text
 from laguna_serve.serving.kit.results import to_json
 
 RATIOS = (0.10, 0.25, 0.40)
@@ -117,11 +116,6 @@ def write_artefacts(out: Path, files: Mapping[str, npt.NDArray[Any]]) -> dict[st
 def write_manifest(out: Path, manifest: ScoresManifest) -> None:
     """Write MANIFEST.json beside the arrays."""
     write_text(out / "MANIFEST.json", json.dumps(to_json(manifest), indent=1) + "\n")
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def choose_block_size(given: int | None, shape: ExpertShape) -> int:

@@ -8,7 +8,6 @@ engine which sampled them, by which a token is weighed (importance.py).
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import LagunaForCausalLM, PreTrainedTokenizerBase
 from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
 from laguna_serve.scripts.training.rl.off_policy.replay import UNKNOWN
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError
+from laguna_serve.serving.kit.files import hash_file
 
 CLIP = 0.2
 SPREAD_FLOOR = 1e-3  # a group whose rewards are all equal teaches nothing, and must not divide by zero
@@ -134,4 +134,4 @@ def write_version(model: LagunaForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    return {path.name: hash_file(path) for path in folder.glob("*.safetensors")}

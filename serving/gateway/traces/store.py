@@ -12,6 +12,7 @@ import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -41,6 +42,11 @@ COLUMNS = (
     "speculation TEXT",
 )
 NAMES = tuple(column.partition(" ")[0] for column in COLUMNS)
+COUNT = """
+SELECT model, weight_versions, draft_versions, coalesce(key, ''), count(*), sum(length(prompt_token_ids)) / 4,
+    sum(length(token_ids)) / 4, min(time), max(time)
+FROM traces WHERE {} GROUP BY 1, 2, 3, 4 ORDER BY min(rowid)
+"""
 MARK = 0x1A60  # "laguna": PRAGMA user_version of files that are ours
 
 
@@ -81,6 +87,20 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float] | None
     routed_experts: str | None
     speculation: str | None
+
+
+class Group(NamedTuple):
+    """Answers of one model, weights, drafter and key ("" without one); the times of the first and the last."""
+
+    model: str
+    weight_versions: str
+    draft_versions: str
+    key: str
+    answers: int
+    prompt_tokens: int
+    tokens: int
+    first: float
+    last: float
 
 
 class TraceFile:
@@ -131,14 +151,22 @@ class TraceFile:
                 self._file.execute(f"SELECT {', '.join(NAMES)} FROM traces WHERE {where} ORDER BY rowid", values),
             )
         except (sqlite3.Error, ValueError, TypeError) as error:
-            raise TraceFileError(
-                f"{self._path}: expected traces, got {error}; copy what is left with .recover"
-            ) from None
+            raise self._explain(error) from None
+
+    def count(self, where: str = "1", values: Sequence[object] = ()) -> list[Group]:
+        """Count those of an SQL condition, in the order in which their groups came; no token is read for it."""
+        try:
+            return [Group(*row) for row in self._file.execute(COUNT.format(where), values)]
+        except (sqlite3.Error, ValueError) as error:
+            raise self._explain(error) from None
 
     def close(self) -> None:
         """Close it; nothing is left beside the file."""
         with contextlib.suppress(sqlite3.Error):
             self._file.close()
+
+    def _explain(self, error: Exception) -> TraceFileError:
+        return TraceFileError(f"{self._path}: expected traces, got {error}; copy what is left with .recover")
 
     def _make_room(self) -> int:
         """Drop a share of the rows, the oldest, while the pages in use exceed the bound."""

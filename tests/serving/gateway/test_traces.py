@@ -16,6 +16,7 @@ from gateway_fakes import SSE, Exchange, Gateway, gateway, make_request, read_re
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.client.traffic import TrafficRecord, read_traffic
+from laguna_serve.serving.gateway.traces import store
 from laguna_serve.serving.gateway.traces.answers import AnswerError, read_answer
 from laguna_serve.serving.gateway.traces.store import Trace, TraceFile, TraceFileError
 
@@ -286,6 +287,25 @@ def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
     shown = capsys.readouterr().out
     assert "default, 7" in shown
     assert json.loads(shown.splitlines()[-1])["answers"] == 2
+
+
+def test_traces_are_counted_without_their_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "traces.db"
+    with Engine() as one, gateway(one, traces={"file": str(path)}) as front:
+        for _ in range(3):
+            assert front.ask(PATH, json.dumps(ASKED).encode()).status == 200
+        wait_until(lambda: recorded(front, "kept") == 3)
+    expected = [
+        sum(map(len, found)) for found in zip(*((t.prompt_token_ids, t.token_ids) for t in read_all(path)), strict=True)
+    ]
+    monkeypatch.setattr(store, "_from_row", None)
+    for more, share in (([], 3), (["--last", "1"], 1), (["--model", "other"], 0)):
+        assert main(["traces", "list", str(path), *more]) == 0
+        counted = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert counted["answers"] == share
+        assert [counted["prompt_tokens"] * 3, counted["output_tokens"] * 3] == [tokens * share for tokens in expected]
 
 
 def test_errors_and_leavers_are_not_recorded(tmp_path: Path) -> None:

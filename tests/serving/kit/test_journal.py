@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -79,3 +80,20 @@ def test_second_process_that_writes_is_told_so(tmp_path: Path) -> None:
         two.append(ENTRIES[1])
     one.append(ENTRIES[2])
     assert Journal(path, Entry).entries == one.entries == [ENTRIES[0], ENTRIES[2]]
+
+
+def test_lines_are_read_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    other = "x" * 50_000
+    with path.open("w") as file:
+        file.writelines(f'{{"name": "{number}", "other": "{other}"}}\n' for number in range(200))
+        file.write('{"name": "cut')
+    tracemalloc.start()
+    try:
+        journal = Journal(path, Entry, lambda _: None)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000, "of ten in the file"
+    finally:
+        tracemalloc.stop()
+    assert len(journal.entries) == 200
+    journal.append(ENTRIES[0])
+    assert len(Journal(path, Entry).entries) == 201

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType, structs
 
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.results import to_json
 
 SCHEMA = "laguna_serve.distillation/1"
@@ -81,7 +81,7 @@ def write_report(result: DistillResult, report: Path) -> None:
 def write_manifest(result: DistillResult, out: Path) -> None:
     """Write what was made, how and from what, with a SHA-256 of every file; beside the checkpoint."""
     files = sorted(path for path in out.iterdir() if path.is_file() and path.suffix != ".md")
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.name != MANIFEST}
+    digests = {path.name: hash_file(path) for path in files if path.name != MANIFEST}
     text = json.dumps(to_json(structs.replace(result, logs=UNSET, sha256=digests)), indent=1)
     (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from laguna_serve.serving.kit.files import hash_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,4 +20,4 @@ class Pushed:
     def of(cls, version: str, folder: Path) -> Pushed:
         """Digest all files of a folder, by name."""
         files = sorted(folder.glob("*.safetensors"))
-        return cls(version, folder, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
+        return cls(version, folder, {path.name: hash_file(path) for path in files})
