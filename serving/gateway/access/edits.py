@@ -1,7 +1,7 @@
 """What the gateway changes in a request for a key: its priority, and that a stream is asked for its usage.
 
-A body stays the bytes that it was but for one field that is put in front. Where it has that field already, or is JSON
-that not everybody reads, it is written anew.
+A body stays the bytes that it was but for one field that is put in front. Where it has that field already, its others
+keep their bytes, which may be millions; JSON that not everybody reads is written anew.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ def find_priority(asked: Asked, own: int) -> int:
 def put(body: bytes, asked: Asked, name: str, value: Any) -> bytes:
     """Put a field of a JSON object in the place of the one that is there, or in front of the others."""
     is_there = name == "model" or getattr(asked, name, UNSET) is not UNSET
-    if not asked.plain or is_there:
+    if not asked.plain:
         return json.dumps({**json.loads(body), name: value}).encode()
+    if is_there:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw]) | {name: json.dumps(value).encode()}
+        return b"{%b}" % b", ".join(b"%b: %b" % (json.dumps(key).encode(), part) for key, part in fields.items())
     begin = body.index(b"{") + 1
     rendered = b"%d" % value if type(value) is int else msgspec.json.encode(value)
     comma = b"" if asked.model is None and EMPTY.match(body, begin) else b","

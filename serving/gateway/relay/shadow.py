@@ -85,7 +85,7 @@ class Shadows:
                     theirs += await response.content.read(MOST_BYTES)
             ours = await asyncio.shield(answer)  # other shadows wait for it too
             if ours is not None and theirs is not None:
-                where = find_difference(read_answer(ours), read_answer(theirs))
+                where = await asyncio.to_thread(_compare_bodies, ours, theirs)  # 30 ms per MB, while streams go on
                 outcome = "equal" if where is None else "different"
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, TypeError, LookupError):
             pass  # counted as failed; the client's own request is none of this one's business
@@ -121,6 +121,10 @@ def find_difference(ours: list[Any], theirs: list[Any]) -> int | None:
         if a != b:
             return index
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def _compare_bodies(ours: bytes, theirs: bytes) -> int | None:
+    return find_difference(read_answer(ours), read_answer(theirs))
 
 
 def _list_events(body: bytes) -> Iterator[JsonObject]:

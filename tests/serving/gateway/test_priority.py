@@ -73,6 +73,14 @@ def test_engine_is_told_the_priority_that_counts(path: str, body: bytes, own: in
     assert set_priority(path, body, asked, find_priority(asked, own)) == sent
 
 
+def test_what_is_not_changed_keeps_its_bytes() -> None:
+    """Messages may be millions: they are neither decoded nor written anew."""
+    given = b'{"model":"m", "messages" :[ {"content" :  "\\u00e9"} ,1e2], "priority":1, "n":1.0}'
+    changed = set_priority("/v1/chat/completions", given, read_asked(given, b""), 7)
+    assert b'[ {"content" :  "\\u00e9"} ,1e2]' in changed
+    assert json.loads(changed) == {**json.loads(given), "priority": 7}
+
+
 def test_priority_is_passed_on_where_the_model_says_so() -> None:
     body = b'{"model": "m", "stream": true}'
     for passes in (True, False):

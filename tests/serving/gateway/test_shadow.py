@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 
 import pytest
 from gateway_fakes import SSE, Exchange, Gateway, Handler, Upstream, gateway, wait_until
 
+from laguna_serve.serving.gateway.relay import shadow
 from laguna_serve.serving.gateway.relay.shadow import find_difference, read_answer
 
 PATH = "/v1/completions"
@@ -62,6 +64,27 @@ def test_different_answers_are_told_by_place_and_not_by_word(capsys: pytest.Capt
     found = json.loads(line)
     assert (found["shadow"], found["model"], found["first_difference"]) == ("s", "m", 2)
     assert "t4" not in line
+
+
+def test_answers_are_compared_beside_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    read = shadow.read_answer
+
+    def note(body: bytes) -> list[Any]:
+        threads.append(threading.get_ident())
+        return read(body)
+
+    monkeypatch.setattr(shadow, "read_answer", note)
+    with (
+        Upstream({PATH: say(1)}) as engine,
+        Upstream({PATH: say(1)}) as second,
+        gateway(engine, model={"shadows": [{"name": "s", "url": second.url}]}) as front,
+    ):
+        assert front.ask(PATH, GREEDY).status == 200
+        wait_until(lambda: outcomes(front) == {"equal": 1.0})
+        front.server.call(lambda _: threads.append(threading.get_ident()))
+    assert len(threads) == 3
+    assert threads[-1] not in threads[:-1]
 
 
 def test_shadow_that_fails_changes_nothing() -> None:
