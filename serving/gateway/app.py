@@ -119,9 +119,10 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
         texts = await asyncio.gather(*(read_metrics(services.session, engine.config) for _, engine in engines))
         found = {(model, e.config.name): text for (model, e), text in zip(engines, texts, strict=True) if text}
         services.relay.refresh()
-        own = metrics.render()
+        own = await metrics.render()
         if services.peers is not None:
-            own = join_metrics(services.peers.worker, own, await services.peers.ask("metrics"))
+            others = await services.peers.ask("metrics")
+            own = await asyncio.to_thread(join_metrics, services.peers.worker, own, others)
         merged = await asyncio.to_thread(merge, found)  # of hundreds of engines a second's work, while streams go on
         return Response(own + merged.encode(), media_type="text/plain; version=0.0.4")
 

@@ -49,7 +49,7 @@ def list_answers(relay: Relay, metrics: Metrics) -> Answers:
         return msgspec.json.encode(await describe_use(relay.keys))
 
     async def show_metrics() -> bytes:
-        return metrics.render()
+        return await metrics.render()
 
     return {"status": status, "usage": usage, "metrics": show_metrics}
 

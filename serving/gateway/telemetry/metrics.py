@@ -5,13 +5,15 @@ Written several times per event of a stream, so the numbers are plain attributes
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/embeddings")
 KNOWN_PATHS = frozenset((*OPENAI_PATHS, "/v1/messages", "/tokenize", "/detokenize", "/inference/v1/generate"))
@@ -134,9 +136,12 @@ class Metrics:
         self.reload_taken = taken
         self.reloaded_s = time.time() if taken else self.reloaded_s
 
-    def render(self) -> bytes:
-        """Render the text of /metrics, in Prometheus' exposition format."""
-        return generate_latest(self.registry)
+    async def render(self) -> bytes:
+        """Render the text of /metrics, in Prometheus' exposition format.
+
+        All is taken at one moment, and written in a thread: of thousands of keys that is a second's work.
+        """
+        return await asyncio.to_thread(generate_latest, _Taken(self.registry.collect()))
 
     def collect(self) -> Iterator[Metric]:
         """All of it, for a scrape."""
@@ -204,6 +209,17 @@ class Metrics:
                     family.add_metric(labels, found.list_buckets(), found.total)
         yield queued
         yield from (*gauges.values(), *counters.values(), *histograms.values())
+
+
+class _Taken(Collector):
+    """What was collected."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        """All of it."""
+        return self._families
 
 
 _PATH, _ENGINE = ("path", "status"), ("model", "upstream")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import jinja2
 import pytest
 from gateway_fakes import Upstream, gateway, wait_until
 
@@ -15,6 +16,7 @@ from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config, parse_config, tables
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.counts.board import ROWS
+from laguna_serve.serving.gateway.telemetry import metrics
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.workers.team import count_names, open_team
 
@@ -101,17 +103,23 @@ def test_requests_go_on_while_a_configuration_is_read() -> None:
     assert len(reads) == 2
 
 
-def test_engines_metrics_are_put_together_beside_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = []
-    merge = app.merge
+@pytest.mark.parametrize(
+    ("module", "name", "path"),
+    [(app, "merge", "/metrics"), (metrics, "generate_latest", "/metrics"), (jinja2.Template, "render", "/")],
+)
+def test_long_texts_are_written_beside_the_streams(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, path: str
+) -> None:
+    threads, write = [], getattr(module, name)
 
-    def note(texts: dict[tuple[str, str], str]) -> str:
+    def note(*given: Any, **named: Any) -> Any:
         threads.append(threading.get_ident())
-        return merge(texts)
+        return write(*given, **named)
 
-    monkeypatch.setattr(app, "merge", note)
+    monkeypatch.setattr(module, name, note)
     with Upstream() as engine, gateway(engine) as front:
-        assert front.ask("/metrics").status == 200
+        reply = front.ask(path) if path == "/metrics" else front.ask_admin(path)
+        assert reply.status == 200
         front.server.call(lambda _: threads.append(threading.get_ident()))
     assert len(set(threads)) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,7 +32,7 @@ def test_every_gauge_has_a_rule() -> None:
     keyring.configure([Key(name="k", sha256="0" * 64, tokens_per_day=10)])
     metrics.registry.register(KeyMetrics(keyring))
     TraceRecorder(None, metrics.registry)
-    families = text_string_to_metric_families(metrics.render().decode())
+    families = text_string_to_metric_families(asyncio.run(metrics.render()).decode())
     gauges = {family.name for family in families if family.type == "gauge" and not family.name.endswith("_created")}
     assert gauges == WHOLE | {f"laguna_gateway_{name}" for name in OWN}
 
