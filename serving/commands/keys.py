@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 PREFIX = "sk-laguna-"
 SECRET_BYTES = 32
+# Names in an error; of more than SHOWN it has NEAREST.
+SHOWN, NEAREST = 20, 3
 NEW = """Makes a key, puts its SHA-256 into the file, and prints the key itself this one time.
 
 The file is written whole or not at all. A gateway whose access.keys_file it is takes it at SIGHUP."""
@@ -142,7 +145,7 @@ def revoke_key(config: RevokeKeyConfig) -> KeysResult:
     def remove(keys: list[Key]) -> list[Key]:
         left = [key for key in keys if key.name != config.name]
         if len(left) == len(keys):
-            known = ", ".join(key.name for key in keys) or "none at all"
+            known = _tell_names([key.name for key in keys], config.name)
             raise KeysError(f"NAME: expected a key of {config.file} ({known}), got {config.name}")
         return left
 
@@ -193,6 +196,14 @@ def render_keys(keys: Sequence[Key]) -> str:
         shown = ("–" if limit is None else f"{limit:,}" for limit in limits)
         rows.append((key.name, ", ".join(key.models) or "all", *shown, str(key.priority)))
     return Table("llrrrrr", heads, rows).to_text()
+
+
+def _tell_names(names: list[str], wanted: str) -> str:
+    """Tell all names, or of many those that are most like the wanted one."""
+    if len(names) <= SHOWN:
+        return ", ".join(names) or "none at all"
+    nearest = difflib.get_close_matches(wanted, names, NEAREST) or names[:NEAREST]
+    return f"{', '.join(nearest)} and {len(names) - len(nearest):,} more: see laguna keys list"
 
 
 @contextmanager

@@ -202,3 +202,13 @@ def test_running_gateway_takes_the_file_at_sighup(tmp_path: Path, capsys: pytest
             assert ask(url, second) == 200
         finally:
             server.kill()
+
+
+def test_wrong_name_beside_thousands_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("".join(f'[[keys]]\nname = "key-{i}"\nsha256 = "{i:064x}"\n' for i in range(2000)))
+    assert main(["keys", "revoke", "kye-1234", "--file", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 300
+    assert "key-1234" in said
+    assert "and 1,997 more: see laguna keys list), got kye-1234" in said
