@@ -18,8 +18,8 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
-from laguna_serve.serving.kit.open_files import raise_limit
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.open_files import raise_limit
 
 # A request that says nothing for this long is dead, not slow.
 SILENCE_S = 600.0

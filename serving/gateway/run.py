@@ -27,7 +27,7 @@ from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
 from laguna_serve.serving.gateway.workers.team import Team, count_names, open_team
-from laguna_serve.serving.kit.open_files import raise_limit
+from laguna_serve.serving.machine.open_files import raise_limit
 
 # What a gateway that was asked to stop at once may take for it.
 STOP_S = 5.0

@@ -22,8 +22,8 @@ from laguna_serve.serving.gateway.config.listening import LOOPBACK
 from laguna_serve.serving.gateway.config.tables import Upstream
 from laguna_serve.serving.gateway.relay.open_files import count_slots, find_reserve
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.open_files import find_hard_limit
 from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.machine.open_files import find_hard_limit
 
 EXPIRES_SOON_S = 14 * 86400
 # Of the folder that processes of an engine share tensors in; containers begin with 64 MiB.

@@ -17,8 +17,8 @@ from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.open_files import raise_limit
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.open_files import raise_limit
 
 TIMEOUT_S = 600.0
 

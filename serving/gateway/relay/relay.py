@@ -44,7 +44,7 @@ from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import Head
 from laguna_serve.serving.gateway.wire.paths import check_loads, check_path
-from laguna_serve.serving.kit.open_files import find_limit
+from laguna_serve.serving.machine.open_files import find_limit
 
 JSON = ((b"content-type", b"application/json"),)
 # Of a request that needs no key.

@@ -212,13 +212,13 @@ class Metrics:
 
 
 class _Taken(Collector):
-    """What was collected."""
+    """A registry of what was collected at one moment."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
 
     def collect(self) -> Iterable[Metric]:
-        """All of it."""
+        """List the families as they were then."""
         return self._families
 
 
