@@ -25,6 +25,8 @@ from laguna_serve.plugins.layers import SPARSE, read_setting, resolve_layer_kind
 
 PLAIN, FP8 = "plain", "fp8"
 FORMATS = (PLAIN, FP8)
+# What kernels/sentinel_moe takes: multiples of these atoms and hidden columns, and so many experts of a token.
+MULTIPLE, MOST_CHOSEN = 16, 16
 # Rows and columns of a weight block that share a scale; columns of an atom that do.
 SCALE_BLOCK = 128
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -83,6 +85,18 @@ def check_stored_experts(config: Mapping[str, Any], described: Mapping[str, Any]
         expected, remedy = " or ".join(map(repr, FORMATS)), "a newer version wrote it: update, or make it again"
         raise ExpertFormatError(f"{name}: expected expert_pruning.format to be {expected}, got {stored!r}; {remedy}")
     return StoredExperts(stored, block, most, tuple(kept))
+
+
+def find_unserved(block_size: int, hidden_size: int, chosen: int) -> str | None:
+    """Find which size of a pruned Laguna its kernels do not take, as a line without subject; None if they take all."""
+    if block_size % MULTIPLE:
+        remedy = f"cut the base again, into such blocks (--block-size {MULTIPLE}) or --zeroed"
+        return f"expected blocks of a multiple of {MULTIPLE} atoms, got {block_size}; {remedy}"
+    if hidden_size % MULTIPLE:
+        return f"expected a hidden_size that is a multiple of {MULTIPLE}, got {hidden_size}; cut the base --zeroed"
+    if chosen > MOST_CHOSEN:
+        return f"expected num_experts_per_tok of at most {MOST_CHOSEN}, got {chosen}; cut the base --zeroed"
+    return None
 
 
 def read_base_format(config: Mapping[str, Any], name: str, what: str = "experts") -> str:

@@ -32,7 +32,12 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import laguna
 
-from laguna_serve.plugins.formats.experts import ExpertFormatError, check_stored_experts, read_base_format
+from laguna_serve.plugins.formats.experts import (
+    ExpertFormatError,
+    check_stored_experts,
+    find_unserved,
+    read_base_format,
+)
 from laguna_serve.plugins.models.fp8_layers import (
     build_unquantised,
     check_method,
@@ -56,7 +61,6 @@ class SentinelMoE(nn.Module):
         super().__init__()
         self.ranks = shard.ranks
         self.top_k: int = config.num_experts_per_tok
-        self.renormalize = bool(getattr(config, "norm_topk_prob", True))
         self.routed_scale = float(getattr(config, "moe_routed_scaling_factor", 1.0))
         self.softcap = float(getattr(config, "moe_router_logit_softcapping", 0.0) or 0.0)
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate")
@@ -81,7 +85,7 @@ class SentinelMoE(nn.Module):
         if self.softcap > 0.0:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         bias = self.experts.e_score_correction_bias
-        weights, ids = route(logits, bias, self.top_k, renormalize=self.renormalize, scale=self.routed_scale)
+        weights, ids = route(logits, bias, self.top_k, renormalize=True, scale=self.routed_scale)
         if self.tap is not None:
             ids = self.tap(ids)
         out: torch.Tensor = self.experts(x, weights, ids)
@@ -147,6 +151,9 @@ def _plan_layers(config: Any) -> dict[int, LayerPlan]:
         stored = check_stored_experts(config.to_dict(), described, "config.json")
     except ExpertFormatError as error:
         raise PruningError(str(error)) from None
+    reason = find_unserved(stored.block_size, config.hidden_size, config.num_experts_per_tok)
+    if reason is not None:
+        raise PruningError(f"config.json: {reason}")
     return {
         layer: LayerPlan(stored.kept_blocks[i], stored.block_size, stored.blocks_per_expert, pruning, i, stored.format)
         for i, layer in enumerate(shape.layers)

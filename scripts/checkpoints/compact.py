@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, UnsetType
 
+from laguna_serve.plugins.formats.experts import find_unserved
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, read_shape
 from laguna_serve.scripts.checkpoints.compaction.base import check_config, read_base
 from laguna_serve.scripts.checkpoints.compaction.choice import choose_pruning
@@ -148,6 +149,10 @@ def compact(config: CompactConfig) -> CompactResult:
     pruning, source = choose_pruning(
         shape, config.keep_mask, config.group_indices, config.random_mask, config.block_size, config.seed or 0
     )
+    if not config.zeroed and (
+        reason := find_unserved(pruning.block_size, target.hidden_size, target.experts_per_token)
+    ):
+        print(f"laguna: note: {config.base}: this cannot be served: {reason}", file=sys.stderr)
     if config.dry_run or config.out is None:
         savings = foresee(config, folder, target, pruning, shape, stored)
         pruned = target if config.zeroed else cut_target(target, pruning, stored)

@@ -25,6 +25,7 @@ from laguna_serve.serving.planning.support import (
     DENSE,
     check_blocks,
     check_one_device,
+    check_sizes,
     check_split,
     check_support,
     choose_kv_dtype,
@@ -123,6 +124,7 @@ def build_command(config: EngineConfig, checkpoints: Checkpoints, device: Device
     check_split(checkpoints.target, checkpoints.drafter, ranks)
     if device.kind == "gpu":
         check_blocks(checkpoints.target, ranks, whole_experts=names_flag(config.extra_args, EXPERT_PARALLEL))
+    check_sizes(checkpoints.target)
     check_one_device(checkpoints.target, find_value(config.extra_args, "--hf-overrides"), ranks)
     if config.adaptive:
         check_adaptive(device, config.extra_args, eager=config.enforce_eager, experts=config.return_routed_experts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from laguna_serve.plugins.formats.experts import SCALE_BLOCK, ExpertFormatError, read_base_format
+from laguna_serve.plugins.formats.experts import SCALE_BLOCK, ExpertFormatError, find_unserved, read_base_format
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
 from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
@@ -215,6 +215,15 @@ def check_blocks(target: Target | None, ranks: int, *, whole_experts: bool) -> N
             expected = f"expected parts of {module.name} in whole FP8 blocks of {SCALE_BLOCK}"
             remedy = f"take a smaller --tensor-parallel-size than {ranks}"
             raise CheckpointError(f"{target.name}: {expected}, got {width} over {ranks} GPUs; {remedy}")
+
+
+def check_sizes(target: Target | None) -> None:
+    """Raise CheckpointError for kept blocks of sizes that our kernels do not take."""
+    if target is None or target.experts is None:
+        return
+    reason = find_unserved(target.experts.block_size, target.hidden_size, target.experts_per_token)
+    if reason is not None:
+        raise CheckpointError(f"{target.name}: {reason}")
 
 
 def check_one_device(target: Target | None, overrides: str | None, ranks: int) -> None:

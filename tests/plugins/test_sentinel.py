@@ -202,6 +202,7 @@ def test_width_beyond_the_configured_blocks_is_refused() -> None:
             {"blocks_per_expert": None},
             "expected expert_pruning.block_size × blocks_per_expert to be 128, got 16 × None",
         ),
+        ({"block_size": 8, "blocks_per_expert": 16}, "config.json: expected blocks of a multiple of 16 atoms, got 8; "),
     ],
 )
 def test_config_that_describes_no_pruned_laguna_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -214,6 +215,28 @@ def test_config_that_describes_no_pruned_laguna_is_refused(changes: dict[str, An
     config.expert_pruning = {"kept_blocks": [100] * 5, "block_size": BLOCK, "blocks_per_expert": BLOCKS} | changes
     with pytest.raises(PruningError, match=message):
         _plan_layers(config)
+
+
+def test_sizes_are_those_that_the_op_takes() -> None:
+    """What is refused before anything loads is what the op would refuse at the first token, and no more."""
+    from laguna_serve.kernels.sentinel_moe import sentinel_moe
+    from laguna_serve.plugins.formats.experts import find_unserved
+
+    for B, H, k in ((16, 48, 16), (8, 48, 1), (24, 48, 1), (16, 40, 1), (16, 16, 17), (32, 16, 1)):
+        ids, start = torch.zeros(2, k, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        tensors = torch.zeros(2, H), torch.zeros(2, k), ids, torch.zeros(1, 2, B, H), torch.zeros(1, B, H), start
+        try:
+            sentinel_moe(*tensors)
+            taken = True
+        except ValueError:
+            taken = False
+        assert (find_unserved(B, H, k) is None) == taken
+
+
+def test_weights_are_renormalised_as_the_bases_are(make_checkpoint: Any, run_model: Any) -> None:
+    """Whatever an older config says: neither transformers' Laguna nor vLLM's reads that key."""
+    compact, older = make_checkpoint(25), {"norm_topk_prob": False}
+    assert run_model(compact, hf_overrides=older)["tokens"] == run_model(compact)["tokens"]
 
 
 def test_two_ranks_give_the_same_greedy_tokens(make_checkpoint: Any, run_model: Any, tmp_path: Path) -> None:

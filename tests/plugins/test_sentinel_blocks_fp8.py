@@ -190,6 +190,18 @@ def test_description_is_checked_before_a_start(tmp_path: Path, changes: dict[str
         read_target(tmp_path)
 
 
+def test_blocks_that_no_kernel_takes_are_refused_before_a_start(tmp_path: Path) -> None:
+    from laguna_serve.serving.planning.devices import plan_for
+    from laguna_serve.serving.planning.engine_config import EngineConfig
+    from laguna_serve.serving.planning.plan import make_plan
+
+    config = json.loads((TOY / "teacher" / "config.json").read_text())
+    pruning = {"kept_blocks": [100] * 5, "block_size": 8, "blocks_per_expert": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"expert_pruning": pruning}))
+    refusals = make_plan(EngineConfig(str(tmp_path)), plan_for("h200"), planned=True).refusals
+    assert refusals[0].startswith(f"{tmp_path}: expected blocks of a multiple of 16 atoms, got 8; ")
+
+
 @pytest.mark.vllm
 def test_fp8_student_gives_the_tokens_of_its_dequantised_form(tmp_path: Path, run_model: Any) -> None:
     """Padded, and cut to its true widths; in fp32, with the KV cache in fp32."""

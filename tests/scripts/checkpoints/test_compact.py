@@ -235,3 +235,14 @@ def test_laguna_hands_the_command_to_the_tool(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("laguna: error: ")
     assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--zeroed",)])
+def test_blocks_that_no_kernel_takes_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    write_base(tmp_path / "base", cfg := config(), weights(cfg))
+    command = [str(tmp_path / "base"), "--random-mask", "0.25", "--block-size", "4", "--dry-run", *flags]
+    assert compact.main(command) == 0
+    note = "this cannot be served: expected blocks of a multiple of 16 atoms, got 4; "
+    assert (note in capsys.readouterr().err) == (not flags)
