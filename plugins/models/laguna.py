@@ -1,8 +1,9 @@
 """Laguna as vLLM serves it, with the router's bias loaded.
 
-A checkpoint names that bias `mlp.experts.e_score_correction_bias`.  vLLM hands every tensor under `experts.` to its
-expert loader, which passes over a name that it does not know, without a word: the bias stays zero, and tokens go to
-other experts than in training.  The subclass takes these tensors out and loads them itself.
+A checkpoint names that bias `mlp.experts.e_score_correction_bias`, or, as transformers' parameter, `mlp.gate.…`.  vLLM
+hands every tensor under `experts.` to its expert loader, which passes over a name that it does not know, without a
+word, and passes over biases that no module has: it stays zero, and tokens go to other experts than in training.  The
+subclass takes these tensors out and loads them itself.
 
 Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  It can go when
 `tests/plugins/test_laguna.py::test_stock_loader_drops_the_router_bias` fails.
@@ -16,7 +17,8 @@ import torch
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import laguna
 
-BIAS = "mlp.experts.e_score_correction_bias"
+# As the releases have it, and by the name of transformers' own parameter.
+BIASES = ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias")
 
 
 class LagunaForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
@@ -28,8 +30,8 @@ class LagunaForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
 
         def without_biases() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
-                if name.endswith(BIAS):
-                    biases[name.removesuffix(BIAS)] = tensor
+                if name.endswith(BIASES):
+                    biases[name[: name.rindex("mlp.")]] = tensor
                 else:
                     yield name, tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from probes import run_probe
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 
@@ -51,6 +53,16 @@ def test_router_bias_is_loaded() -> None:
         stored = [file.get_tensor(name) for name in sorted(file.keys()) if name.endswith("e_score_correction_bias")]
     assert torch.stack(stored).any(), "a bias of zeros would prove nothing"
     torch.testing.assert_close(router_biases("ours"), torch.stack(stored).float())
+
+
+def test_router_bias_under_the_gate_is_loaded(tmp_path: Path, run_model: Any) -> None:
+    """By transformers' name of it; without the bias the tokens are others."""
+    for file in (TOY / "teacher").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    weights = load_file(TOY / "teacher" / "model.safetensors")
+    renamed = {name.replace("experts.e_score", "gate.e_score"): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert run_model(tmp_path)["tokens"] == run_model(TOY / "teacher")["tokens"]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
