@@ -1,7 +1,7 @@
 """Which of a Laguna's layers are dense, and how it rotates, from its config.json alone.
 
 Plain Python, for the plugins, the launcher and the tools alike.  Four spellings say which layers are dense:
-`mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`.  vLLM from 0.29 on reads the first, as
+`mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`.  vLLM from 0.31 on reads the first, as
 transformers' LagunaConfig completes it, and the last: a config that has none of them is layer 0 dense and the rest
 sparse, whatever the others say.  Older vLLMs read the others.  The rotary embedding has three: `rope_parameters` (flat,
 or one per kind of layer), `rope_theta` with `rope_scaling`, and `rope_theta` alone, which transformers drops.

@@ -54,3 +54,16 @@ def test_stream_ends_in_the_error(stock: Convert, before: tuple[dict[str, Any], 
     assert events[-1] == wanted
     assert [event["type"] for event in events].count("error") == 1
     assert events[0]["type"] == ("message_start" if before else "error")
+
+
+def test_vllm_that_hands_on_objects_is_left_as_it_is(stock: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.33 does, whose every stream would end in an error of ours."""
+    from vllm.entrypoints.anthropic import serving
+
+    monkeypatch.setattr(serving.AnthropicServingMessages, "message_stream_converter", stock)
+    monkeypatch.setattr(serving, anthropic_streams.OBJECTS, Exception, raising=False)
+    anthropic_streams.apply()
+    assert serving.AnthropicServingMessages.message_stream_converter is stock
+    monkeypatch.delattr(serving, anthropic_streams.OBJECTS)
+    anthropic_streams.apply()
+    assert serving.AnthropicServingMessages.message_stream_converter is not stock

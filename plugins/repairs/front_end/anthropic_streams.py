@@ -5,7 +5,7 @@ words of the failed validation ("2 validation errors for ChatCompletionStreamRes
 was to blame.  Here the stream ends in an error event of Anthropic's form with the chat's message.  bench/fuzz.py found
 it.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0; from 0.33 on vLLM ends these streams so itself, and is left as it is.  It can go when
 `tests/plugins/test_anthropic_streams.py::test_stock_reads_an_error_as_a_piece_of_the_answer` fails.
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 from laguna_serve.plugins.repairs.front_end.anthropic_errors import translate
 
 DATA = "data: "
+# A name of vLLM 0.33's module, in which chat hands on its events, and its errors, as objects.
+OBJECTS = "_StreamError"
 Convert = Callable[[Any, AsyncIterator[str]], AsyncIterator[str]]
 
 
@@ -53,9 +55,11 @@ def wrap(stock: Convert) -> Convert:
 
 
 def apply() -> None:
-    """Replace vLLM's method; calling it again changes nothing."""
-    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    """Replace vLLM's method where it reads chat's events as text; calling it again changes nothing."""
+    from vllm.entrypoints.anthropic import serving
 
-    stock = AnthropicServingMessages.message_stream_converter
+    if hasattr(serving, OBJECTS):
+        return
+    stock = serving.AnthropicServingMessages.message_stream_converter
     if not getattr(stock, "ends_in_errors", False):
-        AnthropicServingMessages.message_stream_converter = wrap(stock)
+        serving.AnthropicServingMessages.message_stream_converter = wrap(stock)
