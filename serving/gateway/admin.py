@@ -43,9 +43,11 @@ REFUSALS: dict[int | str, JsonObject] = {
     403: {"description": "from a page in a browser"},
     404: {"description": "no such model"},
     409: {"description": "another update is under way"},
+    415: {"description": "a body that the Content-Type header does not call JSON"},
     502: {"description": "an engine failed; which, and how"},
 }
 NO_JSON = "The body is no JSON"
+NOT_MARKED_JSON = "content-type: expected application/json, got {}; send it as a header of the request"
 STRANGE_HOST = (
     "The Host header names another machine. The admin port answers to 127.0.0.1, ::1 and localhost alone, so that no"
     " web page can reach it by a name of its own."
@@ -116,6 +118,9 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def explain(request: Request, error: RequestValidationError) -> Response:
         """400 for what is no JSON; 422 for JSON that is not what the route takes, with the places in it."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if error.body is not None and not (kind == "application/json" or kind.endswith("+json")):
+            return JSONResponse({"error": NOT_MARKED_JSON.format(kind or "none")}, 415)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return JSONResponse({"error": f"{NO_JSON}: {first['ctx']['error']}"}, 400)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -268,7 +269,7 @@ class WeightGroup:
         try:
             async with self._session.request(method, url, **options) as response:
                 if response.status != 200:
-                    return OSError(f"HTTP {response.status}: {(await response.text(errors='replace'))[:200]}")
+                    return OSError(f"HTTP {response.status}: {_find_message(await response.text(errors='replace'))}")
                 return await response.json(content_type=None)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return OSError(f"{type(error).__name__}: {error}")
@@ -293,6 +294,13 @@ class WeightGroup:
             for engine in self.pool.engines
         }
         return {"outcome": outcome, "model": self.pool.model.name, "error": error, "upstreams": engines}
+
+
+def _find_message(body: str) -> str:
+    """Find what an engine's error says: its message where it is in OpenAI's form, else the body as it is."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        body = str(json.loads(body)["error"]["message"])
+    return body[:500]
 
 
 def _list_parts(update: Update) -> set[Part]:

@@ -387,8 +387,29 @@ def test_body_that_is_no_object_is_refused(body: bytes) -> None:
         assert one.calls == []
 
 
-def ask_raw(front: Gateway, path: str, body: bytes) -> Reply:
-    request = make_request(path, body, "content-type: application/json\r\n").replace(b"host: x", b"host: localhost")
+@pytest.mark.parametrize("kind", ["", "content-type: application/x-www-form-urlencoded\r\n"])
+def test_body_that_is_not_called_json_is_told_the_header(kind: str) -> None:
+    body = json.dumps({"weight_version": "7", "update": [{"names": ["w"]}]}).encode()
+    with RlEngine() as one, gateway(one) as front:
+        reply = ask_raw(front, "/admin/update_weights", body, kind)
+        assert reply.status == 415
+        assert "expected application/json" in reply.json()["error"]
+        assert one.calls == []
+
+
+def test_update_that_fails_says_what_the_engine_said() -> None:
+    cause = "/new/v7: expected a folder of safetensors, got none; write it first" + " " * 200 + "at the end"
+
+    async def refuse(exchange: Exchange) -> None:
+        await exchange.answer(json.dumps({"error": {"message": cause}}).encode(), status="500 No")
+
+    with RlEngine() as one, gateway(one) as front:
+        one.handlers["/update_weights"] = refuse
+        assert update(front)[1]["error"] == f"/update_weights: a: HTTP 500: {cause}"
+
+
+def ask_raw(front: Gateway, path: str, body: bytes, kind: str = "content-type: application/json\r\n") -> Reply:
+    request = make_request(path, body, kind).replace(b"host: x", b"host: localhost")
     with socket.create_connection(("127.0.0.1", front.admin_port), timeout=10) as connection:
         connection.sendall(request)
         return read_reply(connection)
