@@ -120,7 +120,7 @@ def make_key(config: NewKeyConfig) -> KeysResult:
     """Make a key and add it to the file, which is made if it is not there.
 
     Raises:
-        KeysError: the file has one of this name, or is none of keys; the name or a model is none.
+        KeysError: the file has one of this name, is none of keys, or has no folder; the name or a model is none.
         OSError: it cannot be written.
     """
     secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
@@ -208,7 +208,14 @@ def _tell_names(names: list[str], wanted: str) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let nobody else change the file meanwhile; the lock is a file beside it, as the file itself is replaced."""
+    """Let nobody else change the file meanwhile; the lock is a file beside it, as the file itself is replaced.
+
+    Raises:
+        KeysError: there is no folder for it, or one that is closed.
+    """
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        got = "one that is closed" if path.parent.is_dir() else "none"
+        raise KeysError(f"--file {path}: expected a folder to write to, got {got}; make it, or name another file")
     with path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

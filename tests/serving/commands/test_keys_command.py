@@ -158,7 +158,7 @@ def test_keys_that_are_made_at_once_are_all_there(tmp_path: Path) -> None:
 def test_folder_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, said = run(capsys, "new", "a", "--file", str(tmp_path / "no" / "keys.toml"))
     assert status == 2
-    assert "No such file" in said
+    assert f"--file {tmp_path / 'no' / 'keys.toml'}: expected a folder to write to, got none; make it" in said
     assert "sk-laguna-" not in said, "a key that was not written is not printed"
 
 
