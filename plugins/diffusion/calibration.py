@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Reference, rank, step
@@ -13,7 +13,7 @@ from laguna_serve.plugins.diffusion.proposing.sources import Source
 from laguna_serve.plugins.diffusion.speculation import Decoder
 
 
-def calibrate(decoder: Decoder, source: Source, canvases: Sequence[Canvas], most: int) -> Graph:
+def calibrate(decoder: Decoder, source: Source, canvases: Iterable[Canvas], most: int) -> Graph:
     """Decode canvases step by step, rank each state's open positions by the source, and choose up to `most` nodes.
 
     Args:
@@ -35,7 +35,7 @@ def calibrate(decoder: Decoder, source: Source, canvases: Sequence[Canvas], most
 
 
 def measure_next_commits(
-    teacher: Llada, student: Llada, canvases: Sequence[Canvas], reference: Reference
+    teacher: Llada, student: Llada, canvases: Iterable[Canvas], reference: Reference
 ) -> tuple[float, float]:
     """Of the target's steps, the shares at which the student would commit at the same position, and the same state.
 

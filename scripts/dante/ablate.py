@@ -51,7 +51,7 @@ exit status: 0 every bar is met, 1 one is not (the table says which), 2 it could
 class AblateConfig:
     """A student, what it learns, and what it is measured on; of the training what differs from scripts/dante train."""
 
-    model: Annotated[Path, Flag("the student's initialisation: a checkpoint's folder", positional=True)]
+    model: Annotated[Path, Flag("the student's initialisation: a checkpoint's folder, or a hub id", positional=True)]
     cache: Annotated[Path, Flag("what is taught: a folder of scripts/dante cache", metavar="DIR")]
     held_out: Annotated[Path, Flag("the teacher's answers to other prompts: a cache, too", metavar="DIR")]
     out: Annotated[Path, Flag("folder for the result, and what was trained", metavar="DIR")]

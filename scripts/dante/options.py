@@ -18,7 +18,7 @@ from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagEr
 class DanteConfig:
     """A student, a cache, and how the one learns the other."""
 
-    model: Annotated[Path, Flag("the student's initialisation: a checkpoint's folder", positional=True)]
+    model: Annotated[Path, Flag("the student's initialisation: a checkpoint's folder, or a hub id", positional=True)]
     cache: Annotated[Path, Flag("folder of scripts/dante cache, or one shard", metavar="DIR")]
     out: Annotated[Path, Flag("folder for the student", metavar="DIR")]
     work: Annotated[Path | None, Flag("training state (default: OUT with .work behind its name)", metavar="DIR")] = None

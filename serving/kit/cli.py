@@ -22,10 +22,21 @@ READER_GONE = 141
 CONTINUES = "the same command continues with what is missing"
 
 
+def open_closed_streams() -> None:
+    """Open /dev/null in the place of each standard stream that the caller has closed.
+
+    Python has None for it, and the next file that is opened would get its number, and with it what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 class Parser(argparse.ArgumentParser):
     """Keeps the line breaks of its description and examples; an error is one line, without the usage."""
 
     def __init__(self, **options: Any) -> None:
+        open_closed_streams()
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
 

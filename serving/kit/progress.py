@@ -5,13 +5,15 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from laguna_serve.serving.kit.signals import check_signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+T = TypeVar("T")
 SPARSE_S = 10.0
 # A bar is redrawn at most so often.
 REDRAW_S = 0.1
@@ -42,6 +44,13 @@ class Progress:
         left_s = (time.monotonic() - self._phase_start) / max(done, 1) * (total - done)
         rate = "" if tok_per_s is None else f" · {tok_per_s:.0f} tok/s"
         self._output.show(f"  {arm:<9} {done}/{total}{rate} · {left_s:.0f} s left", done, total)
+
+    def track(self, arm: str, items: Sequence[T]) -> Iterator[T]:
+        """Go through items as a phase of its own: a step is what is done with one of them."""
+        self.begin()
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.step(arm, done, len(items))
 
 
 class ByteProgress:

@@ -128,7 +128,7 @@ class DistillConfig:
     stage1_batches: Annotated[
         int, Flag("batches that stage 1 goes through again and again (default: a new one every step)", at_least=0)
     ] = 0
-    stage2_batches: Annotated[int, Flag("likewise of stage 2, and so of the store", at_least=0)] = 0
+    stage2_batches: Annotated[int, Flag("likewise of stage 2, and so of the store (default: likewise)", at_least=0)] = 0
     stage2_on: Annotated[
         Literal["chats", "text"], Flag("stage 2: the assistant's tokens of --chats (default), or all of --text")
     ] = "chats"

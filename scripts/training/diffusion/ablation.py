@@ -20,6 +20,7 @@ from torch import nn
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, Tensors
 from laguna_serve.plugins.diffusion.model import Block, Llada, Rotary
 from laguna_serve.scripts.training.diffusion.masking import draw_masks, mask_rows
+from laguna_serve.serving.kit.progress import Progress
 
 RATIOS = (0.3, 0.5, 0.7)
 
@@ -44,7 +45,13 @@ class Ablation:
 
 @torch.inference_mode()
 def ablate(
-    tensors: Tensors, config: LladaConfig, rows: Sequence[torch.Tensor], left_out: int, dtype: torch.dtype, seed: int
+    tensors: Tensors,
+    config: LladaConfig,
+    rows: Sequence[torch.Tensor],
+    left_out: int,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Progress | None = None,
 ) -> Ablation:
     """Measure every block of `left_out` layers on rows [n] int64, masked at each of `RATIOS`."""
     batches = list(_mask(config, rows, seed))
@@ -63,6 +70,8 @@ def ablate(
         activations.append(_run_layer(block, rotary, whole))
         for states in going.values():
             _run_layer(block, rotary, states)
+        if progress is not None:
+            progress.step("layers", number + 1, config.n_layers)
     going |= waiting  # the last block, which nothing follows
     wanted = [read_out(x[b.masks]).argmax(-1) for x, b in zip(whole, batches, strict=True)]
     agreement = {}

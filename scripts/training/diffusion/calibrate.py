@@ -134,7 +134,7 @@ def learn(config: CalibrateConfig) -> Calibration:
     canvases = _read_canvases(config, target)
     decoder = Decoder(Predictor(target), reference)
     progress.say(f"decoding {len(canvases)} prompts for the order model")
-    examples = record(decoder, canvases)
+    examples = record(decoder, progress.track("decoded", canvases))
     torch.manual_seed(config.seed)
     order = OrderModel(target.embedding.weight).to(config.device)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -147,11 +147,12 @@ def learn(config: CalibrateConfig) -> Calibration:
     if draft is not None:
         drafted = Drafted(Predictor(draft, reference.cache, reference.guidance))
         sources |= {"draft": drafted, "corrected": Corrected(drafted)}
-        next_commits = measure_next_commits(target, draft, canvases, reference)
+        progress.say("comparing the draft's next commits with the target's")
+        next_commits = measure_next_commits(target, draft, progress.track("compared", canvases), reference)
     nodes = {}
     for name, source in sources.items():
         progress.say(f"counting sets of ranks by the logits of the {name}")
-        graph = calibrate(decoder, source, canvases, NODES)
+        graph = calibrate(decoder, source, progress.track("counted", canvases), NODES)
         write_file(config.out / GRAPHS[name], graph.save)
         nodes[name] = (len(graph.nodes), round(max(graph.chances, default=0.0), 4))
     result = Calibration(

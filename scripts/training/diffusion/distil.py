@@ -32,6 +32,7 @@ from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
 
@@ -148,6 +149,8 @@ def teach(config: DistilConfig) -> DistilResult:
             f"{shapes[0].mask_token_id}, got {shapes[1].vocab_size} and {shapes[1].mask_token_id}; use prune.py"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model)
+    progress = Progress()
+    progress.say(f"reading {config.text}")
     text = read_rows(config.text, tokenizer, config.length, None)
     whole = [row for row in text.rows if len(row) == config.length]
     if len(whole) <= HELD_OUT:
@@ -157,6 +160,7 @@ def teach(config: DistilConfig) -> DistilResult:
     torch.set_num_threads(config.threads)
     teacher = load_model(config.model, getattr(torch, config.dtype), config.device)
     student = load_model(config.student, device=config.device)
+    progress.say(f"measuring the student as it is on {HELD_OUT} held-out rows")
     before = {ratio: measure_agreement(teacher, student, unseen, ratio, config.seed) for ratio in RATIOS}
     claim_work(work, config.out, _list_settings(config, text.digest))
     rows = DrawnRows(seen, config.batch, config.device)
@@ -165,6 +169,7 @@ def teach(config: DistilConfig) -> DistilResult:
     write_checkpoint(config.out, student.config, student.state_dict(), config.model)
     # What is measured is what is stored, in bfloat16.
     stored = load_model(config.out, device=config.device)
+    progress.say("measuring it as it has become")
     after = {ratio: measure_agreement(teacher, stored, unseen, ratio, config.seed) for ratio in RATIOS}
     result = DistilResult(
         model=str(config.model),

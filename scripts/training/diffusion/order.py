@@ -6,7 +6,7 @@ far as proposals reach, within the block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Examples:
         return len(self.tokens)
 
 
-def record(decoder: Decoder, canvases: Sequence[Canvas]) -> Examples:
+def record(decoder: Decoder, canvases: Iterable[Canvas]) -> Examples:
     """Decode canvases of one block length step by step, and describe what each step's logits say of the next ones."""
     assert decoder.speculation is None, "every state of the reference has to be seen"
     rows: list[tuple[torch.Tensor, ...]] = []

@@ -28,6 +28,7 @@ from laguna_serve.scripts.training.diffusion.saving import copy_tokenizer, write
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.kit.tables import Table
 
@@ -53,7 +54,7 @@ class PruneConfig:
     out: Annotated[Path, Flag("folder for the smaller model")]
     remove_layers: Annotated[int, Flag("how many layers that follow each other go", at_least=1)] = 8
     keep_units: Annotated[float, Flag("the share of feed-forward units that stays", metavar="SHARE")] = 0.75
-    text: Annotated[str, Flag(".txt, .jsonl with text or prompt, or toy:held-out")] = "toy:training"
+    text: Annotated[str, Flag(".txt, .jsonl with text or prompt, toy:training or toy:held-out")] = "toy:training"
     tokens: Annotated[int, Flag("tokens of text", at_least=1)] = 8192
     length: Annotated[int, Flag("tokens a row", at_least=2)] = 256
     dtype: Annotated[str, Flag("what the layers compute in: float32 or bfloat16")] = "float32"
@@ -122,7 +123,7 @@ def prune(config: PruneConfig) -> PruneResult:
     rows = read_rows(config.text, tokenizer, config.length, config.tokens).rows
     dtype = getattr(torch, config.dtype)
     with Tensors(config.model) as tensors:
-        found = ablate(tensors, shape, rows, config.remove_layers, dtype, config.seed)
+        found = ablate(tensors, shape, rows, config.remove_layers, dtype, config.seed, Progress())
         first = found.find_expendable()
         kept = [number for number in range(shape.n_layers) if not first <= number < first + config.remove_layers]
         width = max(1, round(shape.mlp_hidden_size * config.keep_units))

@@ -57,7 +57,7 @@ DIRECTION: Direction = "student-teacher"
 class ToyPairConfig:
     """Where the pair goes, and how long it is trained."""
 
-    out: Annotated[Path, Flag("folder for llada/ and llada-draft/")] = TOY
+    out: Annotated[Path, Flag("folder for llada/ and llada-draft/ (default: tests/toy)")] = TOY
     work: Annotated[Path | None, Flag("training states (default .cache/llada-…)")] = None
     steps: Annotated[int, Flag("of the model's training", at_least=1)] = pretraining.SCHEDULE.steps
     distillation_steps: Annotated[int, Flag("of the draft's", at_least=1)] = 400

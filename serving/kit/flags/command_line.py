@@ -96,7 +96,7 @@ def make_config(parser: argparse.ArgumentParser, config: type[C], given: argpars
 
 def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, flag: Flag) -> None:
     required = is_required(field)
-    settings: dict[str, Any] = {"help": flag.help or None}
+    settings: dict[str, Any] = {"help": _describe(flag, field) or None}
     kind = find_element(hint)
     if flag.either_way:
         settings["action"] = argparse.BooleanOptionalAction
@@ -136,6 +136,16 @@ def _add_flag(target: argparse._ActionsContainer, field: Field[Any], hint: Any, 
             help=argparse.SUPPRESS,
             new=f"{option} {value}",
         )
+
+
+def _describe(flag: Flag, field: Field[Any]) -> str:
+    """Say what a flag is, and the number or text that stands for it where it is left out, if its help does not."""
+    default = field.default
+    if isinstance(default, bool) or not isinstance(default, int | float | str) or default == "":
+        return flag.help
+    if "default" in flag.help or f"({default})" in flag.help:
+        return flag.help
+    return f"{flag.help} (default: {default})" if flag.help else f"default: {default}"
 
 
 class _Renamed(argparse.Action):

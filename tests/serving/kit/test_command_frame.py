@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -87,3 +89,16 @@ def test_brief_names_fields_by_path() -> None:
 def test_brief_of_a_field_that_is_not_there_is_a_mistake_in_the_code() -> None:
     with pytest.raises(KeyError, match="baselines"):
         Brief(without=("arms.baselines.items",))(count(CountConfig()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_command_whose_caller_has_closed_a_stream_runs(closed: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; from laguna_serve.serving.kit.cli import Parser; Parser(prog='x').parse_args([]);"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('said'); print('said', file=sys.stderr);"
+        "sys.stdout.flush(); sys.exit(file.fileno() < 3)"
+    )
+    command = ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -172,6 +172,27 @@ def test_help_has_groups_and_no_old_names(capsys: pytest.CaptureFixture[str]) ->
     assert "--at-most" not in text
 
 
+def test_help_says_what_stands_for_a_number_or_text_that_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        rows: Annotated[int, Flag("of a step")] = 6
+        seed: Annotated[int, Flag()] = 0
+        lr: Annotated[float, Flag("peak (default: 2e-5)")] = 2e-5
+        kind: Annotated[str, Flag("of the weights (bfloat16)")] = "bfloat16"
+        out: Annotated[Path | None, Flag("a folder")] = None
+
+    with pytest.raises(SystemExit):
+        read_flags(Config, ["--help"], prog="x", description="X.", epilog="")
+    lines = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert lines == [
+        "of a step (default: 6)",
+        "default: 0",
+        "peak (default: 2e-5)",
+        "of the weights (bfloat16)",
+        "a folder",
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     runs: Annotated[tuple[Path, ...], Flag("folders", metavar="DIR", positional=True, repeated=True)]

@@ -229,6 +229,16 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(
     ]
 
 
+def test_progress_through_items_is_a_step_for_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for _ in progress.Progress().track("decoded", "abc"):
+        now[0] += 6.0
+    assert capsys.readouterr().err.splitlines() == ["  decoded   2/3 · 6 s left", "  decoded   3/3 · 0 s left"]
+
+
 def test_progress_on_a_terminal_is_redrawn_and_gives_the_cursor_back() -> None:
     code = (
         "from laguna_serve.serving.kit.progress import Progress\n"
