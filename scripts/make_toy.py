@@ -30,7 +30,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import JsonObject, to_json
-from laguna_serve.serving.kit.run_dir import require_removable
+from laguna_serve.serving.kit.run_dir import check_out, require_removable
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = 512
@@ -128,9 +128,11 @@ def make_toy(config: ToyConfig) -> ToyManifest:
     """Every stage that is not done yet, each in a process of its own, and the manifest.
 
     Raises:
-        CommandError: the work folder holds another recipe's stages, or a stage failed.
+        CommandError: a folder is closed, the work folder holds another recipe's stages, or a stage failed.
     """
     work = config.work_folder
+    check_out(work, "--work")
+    check_out(config.out)
     if config.fresh:
         require_removable(work, "recipe.json")
         shutil.rmtree(work, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
 from laguna_serve.scripts.training.ranks import Ranks
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.kit.run_dir import fingerprint, require_removable
+from laguna_serve.serving.kit.run_dir import check_out, fingerprint, require_removable
 from laguna_serve.serving.kit.signals import defer_signals
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,7 +47,7 @@ class Clock:
 
 
 def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks) -> Path:
-    """Open the folder of the training states.  Raises CheckpointError, RunDirError when it holds another run's."""
+    """Open the folder of the training states.  Raises CheckpointError, RunDirError when it holds another run's or is closed."""
     wanted: dict[str, Any] = asdict(recipe) | {
         "text": config.text,
         "chats": config.chats,
@@ -58,6 +58,7 @@ def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks)
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
     work = config.work or ROOT / ".cache" / f"distill-{digest}"
     if ranks.first:
+        check_out(work, "--work")
         if config.fresh:
             require_removable(work, "recipe.json")
             shutil.rmtree(work, ignore_errors=True)

@@ -122,6 +122,7 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(pretraining.THREADS)
     work = config.work or ROOT / ".cache" / f"llada-{config.seed}-{config.steps}-{config.distillation_steps}"
+    check_out(work, "--work")
     work.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     modules = corpus.read_modules()
