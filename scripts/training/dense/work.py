@@ -47,7 +47,11 @@ class Clock:
 
 
 def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks) -> Path:
-    """Open the folder of the training states.  Raises CheckpointError, RunDirError when it holds another run's or is closed."""
+    """Open the folder of the training states.
+
+    Raises:
+        CheckpointError, RunDirError: it holds another run's, or is closed.
+    """
     wanted: dict[str, Any] = asdict(recipe) | {
         "text": config.text,
         "chats": config.chats,
