@@ -17,7 +17,9 @@ PUBLIC_PATHS = frozenset(
     ("/tokenize", "/detokenize", "/tokenizer_info", "/invocations", "/version", "/load", "/ping", *SCORING)
 )
 # What vLLM answers by a model, besides SCORING, and what it tells of itself; other engines may have more.
-ANSWERED = frozenset(
+# NEWER ones came with 0.33.
+NEWER = frozenset(("/v1/decisions",))
+ANSWERED = NEWER | frozenset(
     (
         *("/v1/completions", "/v1/completions/render", "/v1/completions/derender", "/v1/chat/completions"),
         *("/v1/chat/completions/batch", "/v1/chat/completions/render", "/v1/chat/completions/derender"),
