@@ -10,8 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 
-# Every vLLM minor version between these two, both included, is supported.
+# Every vLLM minor version between these two, both included, is supported; on a CPU, whose runner is repaired, one is.
 CHECKED_VLLM = ("0.26", "0.33")
+CHECKED_VLLM_CPU = ("0.32", "0.32")
 
 # What stock vLLM gets wrong on every device, and what it gets wrong on a CPU besides; the modules' docstrings say what,
 # and when each can go.

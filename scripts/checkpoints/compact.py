@@ -149,13 +149,10 @@ def compact(config: CompactConfig) -> CompactResult:
     pruning, source = choose_pruning(
         shape, config.keep_mask, config.group_indices, config.random_mask, config.block_size, config.seed or 0
     )
-    if not config.zeroed and (
-        reason := find_unserved(pruning.block_size, target.hidden_size, target.experts_per_token)
-    ):
-        print(f"laguna: note: {config.base}: this cannot be served: {reason}", file=sys.stderr)
     if config.dry_run or config.out is None:
         savings = foresee(config, folder, target, pruning, shape, stored)
         pruned = target if config.zeroed else cut_target(target, pruning, stored)
+        _note_unserved(config, pruning, target)
         return _report(config, "dry run", savings, room=find_room(pruned))
     job = Compaction(read_base(folder, config.base), pruning, config.zeroed, stored)
     shards = plan_shards(job)
@@ -170,7 +167,15 @@ def compact(config: CompactConfig) -> CompactResult:
         )
     rounding = measure_rounding(job) if job.rounds else UNSET
     verification = run_verify(job, shards, config.out) if config.verify else None
+    _note_unserved(config, pruning, target)
     return _report(config, "already complete" if was_complete else "written", savings, verification, rounding=rounding)
+
+
+def _note_unserved(config: CompactConfig, pruning: Pruning, target: Target) -> None:
+    """Say what keeps our kernels from the result; last, as an error is one line alone."""
+    reason = find_unserved(pruning.block_size, target.hidden_size, target.experts_per_token)
+    if reason is not None and not config.zeroed:
+        print(f"laguna: note: {config.base}: what was cut from it cannot be served: {reason}", file=sys.stderr)
 
 
 def open_config(config: CompactConfig) -> tuple[Path, ExpertShape, Target, str]:

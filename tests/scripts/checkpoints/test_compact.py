@@ -244,5 +244,5 @@ def test_blocks_that_no_kernel_takes_are_noted(
     write_base(tmp_path / "base", cfg := config(), weights(cfg))
     command = [str(tmp_path / "base"), "--random-mask", "0.25", "--block-size", "4", "--dry-run", *flags]
     assert compact.main(command) == 0
-    note = "this cannot be served: expected blocks of a multiple of 16 atoms, got 4; "
+    note = "what was cut from it cannot be served: expected blocks of a multiple of 16 atoms, got 4; "
     assert (note in capsys.readouterr().err) == (not flags)

@@ -141,10 +141,19 @@ def test_vllm_that_does_not_import_is_named(environment: Environment) -> None:
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.99.0", "1.26.0"])
 def test_unsupported_vllm_is_named(environment: Environment, version: str) -> None:
+    environment.install_vllm("vllm", version)
+    first, *_ = environment.diagnose()[1]  # there may be no GPU either
+    assert first["what"] == f"vllm: expected version 0.26 to 0.33, got {version}"
+    assert "pip install" in first["remedy"]
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.33.0"])
+def test_cpu_build_without_repairs_is_named(environment: Environment, version: str) -> None:
+    """One with a drafter would end at the first sampled request."""
     environment.install_vllm(version=version)
     what, remedy = only_problem(environment)
-    assert what == f"vllm: expected version 0.26 to 0.33, got {version}"
-    assert "pip install" in remedy
+    assert what == f"vllm: expected version 0.32, got {version}"
+    assert "scripts/requirements/cpu.lock" in remedy
 
 
 def test_plugin_that_fails_to_import_is_named(environment: Environment) -> None:
