@@ -21,7 +21,7 @@ folder=.venv-vllm-$version
 purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
 below=$(.venv/bin/python -c "$purelib")
 
-if [ ! -e "$folder/.stamp" ]; then
+if ! cmp -s .venv/.stamp "$folder/.stamp"; then  # it is made again when .venv is
   rm -rf "$folder"
   .venv/bin/python -m venv "$folder"
   echo '*' >"$folder/.gitignore"
@@ -67,7 +67,7 @@ EOF
     "${pip[@]}" install --no-deps --no-compile "$name" >>"$log" 2>&1 ||
       echo "other_vllm: $name, which vLLM $version asks for, could not be installed; see $log" >&2
   done
-  touch "$folder/.stamp"
+  cp .venv/.stamp "$folder/.stamp"
 fi
 "$folder/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)' 2>/dev/null | tail -n 1 >&2
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0

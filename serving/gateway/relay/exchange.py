@@ -92,7 +92,6 @@ class Exchange(Waiter):
     said: list[tuple[bytes, bytes]] = field(default_factory=list)
     streams: bool = False
     _events: EventStream | None = None
-    _ours: Headers = ()
     recent: tuple[bytes, bytes] = (b"", b"")
 
     def keep_answer(self) -> asyncio.Future[bytes | None]:
@@ -198,7 +197,6 @@ class Exchange(Waiter):
             connection.pause()
         self.sent_s = time.perf_counter()
         self.engine.stats.added_request.add(self.sent_s - self.arrived_s)
-        self._ours = list_headers(self.head.request_id, self.key, self.fallback_from)  # a stream's is near
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Pass on the head of the engine's answer, under the versions of the weights that it has."""
@@ -218,8 +216,7 @@ class Exchange(Waiter):
         if self.streams and self.head.method != "HEAD":
             self._events, found = frame_events(self.head.path, found, named)
         found += ((UPSTREAM, engine.name.encode()), (WEIGHTS, weights), (DRAFT, draft))
-        found += self._ours if self.streams else list_headers(self.head.request_id, self.key, self.fallback_from)
-        self.sink.start(status, found)
+        self.sink.start(status, [*found, *list_headers(self.head.request_id, self.key, self.fallback_from)])
 
     def on_data(self, data: bytes) -> None:
         """Pass on a piece of the engine's answer."""
