@@ -27,6 +27,9 @@ ROWS = [(name, 90) for name in SHAPES] + [(name, other) for other in (80, 100, 1
 # Bytes of shared memory written and read for a byte of weights.  128 bytes a cycle on 132 multiprocessors of 1.98 GHz
 # are 33 TB/s; an H200's memory delivers 4.3 of them.
 MOST_TRAFFIC = {"16-bit": (2.75, 2.75), "fp16": (2.75, 2.75), "fp8": (3.5, 4.1), "fp16 over fp8": (3.5, 4.1)}
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+# Registers of a thread that finds its members among 512 pairs, and of the small kernels, by the compiler's release.
+MOST_REGISTERS = {"512 pairs": 136, "small": 64} if RELEASE >= (3, 9) else {"512 pairs": 192, "small": 72}
 MULTIPROCESSORS = 132
 IN_FLIGHT = 33 * 1024
 
@@ -68,7 +71,7 @@ def test_decode_at_one_token_and_at_64(pairs: int) -> None:
     tiles = find_tiles("decode", "16-bit")
     binary = binaries.compile_gate_up(LayerShape(pairs=pairs), tiles, 90)
     assert binary.fits(90), binary
-    assert binary.registers <= 136
+    assert binary.registers <= MOST_REGISTERS["512 pairs"]
     usual = binaries.compile_gate_up(LayerShape(), tiles, 90).loop
     for kind in ("MMA", "LDSM", "LDGSTS"):
         assert {n: c for n, c in binary.loop.items() if kind in n} == {n: c for n, c in usual.items() if kind in n}
@@ -83,7 +86,7 @@ def test_small_kernels(capability: int) -> None:
         binaries.compile_group(512, tiles, capability),
     ):
         assert binary.fits(capability), binary
-        assert binary.registers <= 64
+        assert binary.registers <= MOST_REGISTERS["small"]
 
 
 @pytest.mark.parametrize("block", [16, 48, 256])
