@@ -44,7 +44,6 @@ from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
 
 AGAIN, ROW_MATCHED = "again", "row-matched"
-CONTROLS = (AGAIN, ROW_MATCHED)
 IDENTICAL, UP_TO_TIES, DEFECT = "identical", "equal up to ties", "defect"
 CLASSES = ("tie", "near_tie", "defect")
 DRIFT_RATIO = 1.5

@@ -25,11 +25,11 @@ def find_speedup(chance: float, cost: float, states: int, rows: float = ROWS) ->
     return (1 - chance ** (states + 1)) / (1 - chance) / (1 + states * (cost + rows))
 
 
-def choose_states(chance: float, cost: float, rows: float = ROWS) -> int:
+def choose_states(chance: float, cost: float) -> int:
     """Choose how many states to propose; 0 where the draft loses."""
-    return max(range(MOST_STATES + 1), key=lambda states: find_speedup(chance, cost, states, rows))
+    return max(range(MOST_STATES + 1), key=lambda states: find_speedup(chance, cost, states))
 
 
-def find_best(chance: float, cost: float, rows: float = ROWS) -> float:
+def find_best(chance: float, cost: float) -> float:
     """Find the speed-up with the best number of states, 1 where that is none."""
-    return find_speedup(chance, cost, choose_states(chance, cost, rows), rows)
+    return find_speedup(chance, cost, choose_states(chance, cost))

@@ -11,7 +11,6 @@ from laguna_serve.serving.kit.environment import Environment
 Outcome = Literal["held", "fell short", "failed", "timed out", "stopped"]
 # What is not run again; `stopped` is: by a person, or by the end of the budget.
 FINISHED: tuple[Outcome, ...] = ("held", "fell short")
-RETRIED: tuple[Outcome, ...] = ("failed", "timed out")
 
 
 class StepRun(Struct, frozen=True, kw_only=True):

@@ -84,11 +84,9 @@ def simulate(config: RoutingConfig) -> RoutingResult:
     return result
 
 
-def run_policy(
-    name: str, trace: Sequence[Request], count: int, seed: int, machine: Machine | None = None
-) -> RoutingPoint:
+def run_policy(name: str, trace: Sequence[Request], count: int, seed: int) -> RoutingPoint:
     """Send a trace to so many replicas by a policy."""
-    replicas = [Replica(machine or Machine()) for _ in range(count)]
+    replicas = [Replica(Machine()) for _ in range(count)]
     choose = POLICIES[name](random.Random(seed))
     served = []
     for request in trace:

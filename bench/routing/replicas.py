@@ -31,11 +31,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of a request: tokens that the cache had, seconds to its first token, seconds of prefill."""
+    """What became of a request: tokens that the cache had, seconds to its first token."""
 
     cached_tokens: int
     first_s: float
-    prefill_s: float
 
 
 class Replica:
@@ -69,7 +68,7 @@ class Replica:
         heapq.heappush(self._free, ends_s)
         heapq.heappush(self._ends, ends_s)
         self.busy_s += prefill_s
-        return Served(cached, first_s - request.at_s, prefill_s)
+        return Served(cached, first_s - request.at_s)
 
     def _take_blocks(self, blocks: tuple[int, ...]) -> int:
         hits = 0

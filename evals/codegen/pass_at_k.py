@@ -39,7 +39,7 @@ def estimate_pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
+def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Estimate:
     """Mean pass@k over problems; `counts`: (samples, passed) of each.
 
     The interval is exact (Clopper–Pearson) where problems simply pass or fail: with one sample each, and where all
@@ -52,14 +52,14 @@ def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) 
         # Each side at 97.5%; the bound from below is the bound from above of the failures.
         low = 1.0 - bound_mismatch_rate(total - passed, total, 0.975)
         return Estimate(passed / total, (low, bound_mismatch_rate(passed, total, 0.975)), EXACT)
-    return average(values, seed)
+    return average(values)
 
 
-def average(values: Sequence[float], seed: int = 0) -> Estimate:
+def average(values: Sequence[float]) -> Estimate:
     """Mean of one value per problem, with a percentile bootstrap interval over problems.
 
     When all the values are the same the interval has no width: resampling cannot know what it has not seen.
     """
     table = np.ones((len(values), 4))
     table[:, 2] = values  # the pooled ratio of (value, 1) ÷ (1, 1) is the mean
-    return Estimate(float(np.mean(values)), bootstrap_table(table, seed), BOOTSTRAP)
+    return Estimate(float(np.mean(values)), bootstrap_table(table, seed=0), BOOTSTRAP)

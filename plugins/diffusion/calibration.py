@@ -30,7 +30,7 @@ def calibrate(decoder: Decoder, source: Source, canvases: Iterable[Canvas], most
                 rankings[run.steps] = rank(canvas, decoder.reference, run.state, logits)
             decoder.advance([run])
             states.append(run.state)
-        paths += [trace_path(canvas, states[at], ranking, states[at + 1 :]) for at, ranking in rankings.items()]
+        paths += [trace_path(states[at], ranking, states[at + 1 :]) for at, ranking in rankings.items()]
     return choose_nodes(paths, most)
 
 

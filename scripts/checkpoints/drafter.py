@@ -129,7 +129,7 @@ def convert(config: ConvertConfig) -> ConvertResult:
         done = to_laguna(described, tensors, head, embedding, target.num_layers)
     if done.lost:
         return _report(config, done, None, "does not carry over")
-    difference = measure_difference(drafter, (described, tensors), (done.config, done.tensors), head, embedding)
+    difference = measure_difference(drafter, (described, tensors), (done.config, done.tensors), embedding)
     if difference is not None and not difference <= TOLERANCE:
         return _report(config, done, difference, "differs")
     if out is None or config.dry_run:

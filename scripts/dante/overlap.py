@@ -16,10 +16,10 @@ LENGTH = 13
 WORDS = re.compile(r"\w+")
 
 
-def list_grams(text: str, length: int = LENGTH) -> set[int]:
-    """List a text's runs of `length` words, as hashes of this process; none of a shorter text."""
+def list_grams(text: str) -> set[int]:
+    """List a text's runs of LENGTH words, as hashes of this process; none of a shorter text."""
     words = WORDS.findall(text.lower())
-    return {hash(tuple(words[start : start + length])) for start in range(len(words) - length + 1)}
+    return {hash(tuple(words[start : start + LENGTH])) for start in range(len(words) - LENGTH + 1)}
 
 
 def read_grams(paths: Sequence[Path]) -> set[int]:

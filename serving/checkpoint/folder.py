@@ -121,11 +121,3 @@ def check_pruning_files(keep_mask: str | None, group_indices: str | None) -> Non
             raise CheckpointError(f"{name}: expected a file beside {keep_mask or group_indices}, got none; pass both")
         if path is not None and not Path(path).expanduser().is_file():
             raise CheckpointError(f"{name} {path}: expected a file, got none; check the path")
-
-
-def indexed_bytes(folder: Path) -> int:
-    """Size of the weights by the index, where the files themselves are not here; 0 without one."""
-    try:
-        return int(json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]["total_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0

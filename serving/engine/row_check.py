@@ -50,11 +50,6 @@ class FirstDifference(msgspec.Struct, frozen=True, kw_only=True):
     largest: float
     ulps: float
 
-    @property
-    def beyond_one_ulp(self) -> bool:
-        """More than a last bit that was rounded otherwise."""
-        return self.ulps > 1
-
     def describe(self) -> str:
         """In a sentence without a full stop."""
         name = self.module if self.side == "output" else f"the code before {self.module}"

@@ -53,7 +53,7 @@ def rewrite(test: str, entry_point: str) -> ast.Module:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
             body = [_guard(statement, asserting) for statement in node.body]
-            guarded = any(_is_guard(part, TEST) for statement in body for part in _walk(statement))
+            guarded = any(_is_guard(part) for statement in body for part in _walk(statement))
             node.body = body if guarded else [_wrap(TEST, body, node)]
     ast.fix_missing_locations(tree)
     return tree
@@ -98,7 +98,7 @@ def _guard(node: ast.stmt, asserting: set[str]) -> ast.stmt:
             return _wrap(TEST, [node], node) if name in asserting or name.startswith("assert") else node
         case ast.For():
             body = inside(node.body)
-            if any(_is_guard(part, TEST) for statement in body for part in _walk(statement)):
+            if any(_is_guard(part) for statement in body for part in _walk(statement)):
                 node.iter = _watch("loop", [node.iter], node.iter)
             node.body = [_wrap(ITERATION, body, node)]
             node.orelse = inside(node.orelse)
@@ -107,9 +107,9 @@ def _guard(node: ast.stmt, asserting: set[str]) -> ast.stmt:
     return node
 
 
-def _is_guard(node: ast.AST, guard: str) -> bool:
+def _is_guard(node: ast.AST) -> bool:
     return isinstance(node, ast.With) and any(
-        isinstance(item.context_expr, ast.Name) and item.context_expr.id == guard for item in node.items
+        isinstance(item.context_expr, ast.Name) and item.context_expr.id == TEST for item in node.items
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
+from laguna_serve.plugins.diffusion.decoding.canvas import State
 from laguna_serve.plugins.diffusion.decoding.reference import Ranking
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 
@@ -53,7 +53,7 @@ class Graph:
         return graph
 
 
-def trace_path(canvas: Canvas, state: State, ranking: Ranking, followers: Sequence[State]) -> list[Node]:
+def trace_path(state: State, ranking: Ranking, followers: Sequence[State]) -> list[Node]:
     """Express the states after `state` as sets of its ranks, up to the first that commits another token or block."""
     path: list[Node] = []
     places = {at: place for place, at in enumerate(ranking.positions)}

@@ -26,7 +26,7 @@ Checkpoint = tuple[JsonObject, Tensors]
 
 @torch.no_grad()
 def measure_difference(
-    drafter: Drafter, before: Checkpoint, after: Checkpoint, head: torch.Tensor, embedding: torch.Tensor
+    drafter: Drafter, before: Checkpoint, after: Checkpoint, embedding: torch.Tensor
 ) -> float | None:
     """Measure the largest difference of final hidden states, relative to the largest value.
 

@@ -102,9 +102,9 @@ def wrong_key() -> GatewayError:
     )
 
 
-def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> GatewayError:
+def bad_request(message: str, *, param: str | None = None) -> GatewayError:
     """Say that the request cannot be routed."""
-    return GatewayError(400, "invalid_request_error", message, code=code, param=param, reason="bad_request")
+    return GatewayError(400, "invalid_request_error", message, param=param, reason="bad_request")
 
 
 def unknown_model(model: str) -> GatewayError:

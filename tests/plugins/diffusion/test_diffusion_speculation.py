@@ -295,7 +295,7 @@ def test_paths_are_sets_of_ranks() -> None:
     start = canvas.start()
     ranking = Ranking((2, 0, 3, 1), (9, 8, 7, 6), torch.zeros(4))
     followers = [canvas.commit(start, {2: 9}), canvas.commit(start, {2: 9, 3: 7}), canvas.commit(start, {2: 9, 3: 5})]
-    assert trace_path(canvas, start, ranking, followers) == [(0,), (0, 2)]
+    assert trace_path(start, ranking, followers) == [(0,), (0, 2)]
 
 
 def test_a_graph_is_kept_in_a_file(tmp_path: Path) -> None:

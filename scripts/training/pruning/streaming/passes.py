@@ -100,7 +100,7 @@ class Passes:
             write_rows(self._input(0), (F.embedding(row.to(embedding.device), embedding) for row in self.text.rows))
             return step
         if step.kind == "head":
-            return self._take_head(step, count)
+            return self._take_head(count)
         layer = self.layers.load(step.layer)
         if step.kind == "forward":
             self._take_forward(step.layer, layer, count)
@@ -123,7 +123,7 @@ class Passes:
         if tap is not None:
             self._write_sums(number, tap.sums)
 
-    def _take_head(self, step: Step, count: Any) -> Step:
+    def _take_head(self, count: Any) -> Step:
         head, nats = self.layers.load_head(), 0.0
         last = self.layers.config.num_hidden_layers
 
