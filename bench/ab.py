@@ -141,7 +141,7 @@ def compare(config: AbConfig) -> AbResult:
     result = assemble(
         run,
         plan,
-        structs.replace(environment, other_load=load.find_share()),
+        load.note(environment),
         dtype=find_dtype(config),
         drafting=config.draft is not None,
         prompts_file=str(config.prompts),

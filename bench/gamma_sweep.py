@@ -106,7 +106,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     claim_points(config, prompts[: config.num_prompts], environment)
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)
-    environment = structs.replace(environment, other_load=load.find_share())
+    environment = load.note(environment)
     kept = read_points(config.points)
     points = [point for point in kept if point.gamma in gammas and point.concurrency in config.concurrency]
     if not points:

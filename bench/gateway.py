@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 import psutil
-from msgspec import structs
 
 from laguna_serve.bench.relay.measuring import Paths, list_loads, measure_load
 from laguna_serve.bench.relay.options import DIRECT, GATEWAY, SPLICE, GatewayBenchConfig, name_workers
@@ -68,7 +67,7 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
         for streams, at_once in list_loads(config):
             loads.append(measure_load(config, paths, streams, at_once, progress))
             result = GatewayBenchResult(
-                environment=structs.replace(environment, other_load=load.find_share()),
+                environment=load.note(environment),
                 chunks=config.chunks,
                 gap_ms=config.gap_ms,
                 loads=list(loads),

@@ -95,7 +95,7 @@ def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
 
     def make_result(*, partial: bool) -> MoeResult:
         return MoeResult(
-            environment=structs.replace(environment, other_load=load.find_share()),
+            environment=load.note(environment),
             settings=describe(config, shape),
             bandwidth_gb_s=bandwidth,
             stock=timer.stock,

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msgspec import structs
-
 from laguna_serve.bench.arms.arms import check_specs
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
@@ -89,7 +87,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
         progress.say("interrupted: reporting what was measured")
     reached = [c for c in traffic.comparisons if c.scenario in outcomes and c.against in outcomes]
     result = PrefixCacheResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
+        environment=load.note(environment),
         model=config.model,
         draft=config.draft,
         max_tokens=config.max_tokens,

@@ -67,7 +67,7 @@ def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
     job = prepare(config, environment)
     load = OtherLoad()
     measure_missing(job, Progress())
-    result = conclude(config, job, structs.replace(environment, other_load=load.find_share()))
+    result = conclude(config, job, load.note(environment))
     write_result(config.out / "rollouts.json", result)
     write_text(config.out / "rollouts.md", render_markdown(result))
     from laguna_serve.bench.rollout.plot import draw  # takes a second to import

@@ -18,8 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from msgspec import structs
-
 from laguna_serve.bench.cluster.result import ClusterResult, Latency, render_markdown, render_text
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.serving.engine import Engine, EngineConfig, find_port
@@ -122,7 +120,7 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
 
             updates = phases.measure_updates(bench, swapped, expected_swapped, wait_for_late)
     result = ClusterResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
+        environment=load.note(environment),
         ray=metadata.version("ray"),
         openai=metadata.version("openai"),
         model=str(config.model),

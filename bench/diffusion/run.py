@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-from msgspec import structs
 
 from laguna_serve.bench.diffusion import plot
 from laguna_serve.bench.diffusion.report import count_differing, render_text, summarise
@@ -170,7 +169,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
             raise
         partial = True
     result = DiffusionResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
+        environment=load.note(environment),
         model=str(config.model),
         draft=None if config.draft is None else str(config.draft),
         cost=cost,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from msgspec import UNSET, structs
+from msgspec import UNSET
 
 from laguna_serve.bench.linear.result import LinearResult, LinearRow
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
@@ -118,7 +118,7 @@ def time_linear(config: LinearConfig) -> LinearResult:
             raise
         interrupted = True
     result = LinearResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
+        environment=load.note(environment),
         path=path,
         torch_isa=torch_isa,
         threads=config.threads,

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from msgspec import structs
-
 from laguna_serve.bench.arms.drafters import DraftSampling, Gamma, TimedDrafterConfig, check_draft_sampling
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
@@ -117,7 +115,7 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
     token_rounds = [RoundPair(a.tokens, a.ns / 1e9, b.tokens, b.ns / 1e9) for a, b in whole]
     low, high = bootstrap_speedup(rounds, config.seed)
     result = StepCostResult(
-        environment=structs.replace(environment, other_load=load.find_share()),
+        environment=load.note(environment),
         model=config.model,
         draft=config.draft,
         max_tokens=config.max_tokens,

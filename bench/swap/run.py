@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, ClassVar
 
-from msgspec import structs
-
 from laguna_serve.bench.stats.quartiles import find_quartiles
 from laguna_serve.bench.swap.report import WHAT, render_markdown, render_text
 from laguna_serve.bench.swap.result import Situation, SituationName, SwapResult
@@ -135,7 +133,7 @@ def measure_swaps(config: SwapConfig) -> SwapResult:
             progress.say(f"round {number + 1} of {config.rounds}: {part.__name__.replace('_', ' ')}")
             part()
         measured.end_round()
-        result = measured.sum_up(structs.replace(environment, other_load=load.find_share()))
+        result = measured.sum_up(load.note(environment))
         write_result(config.out / "swap.json", result)
         write_text(config.out / "swap.md", render_markdown(result))
     return result

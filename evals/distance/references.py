@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 
-from msgspec import structs
-
 from laguna_serve.bench.arms.arms import BASELINE, check_specs
 from laguna_serve.bench.harness.prompts import PromptsError, fingerprint_prompts
 from laguna_serve.evals.codegen.syntax_reward import reward_syntax
@@ -50,7 +48,7 @@ def measure_references(config: ReferencesConfig) -> ReferencesResult:
     job = make_job(config, environment)
     load = OtherLoad()
     kept = run(job, Progress())
-    result = assemble(config, job, structs.replace(environment, other_load=load.find_share()), kept)
+    result = assemble(config, job, load.note(environment), kept)
     write_result(config.out / "references.json", result)
     write_text(config.out / "references.md", render_markdown(result))
     return result

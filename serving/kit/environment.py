@@ -149,6 +149,10 @@ class OtherLoad:
         others_s = (read_busy_s() - self._busy_s) - (read_own_s() - self._own_s)
         return min(1.0, max(0.0, others_s / (wall_s * (os.cpu_count() or 1))))
 
+    def note(self, environment: Environment) -> Environment:
+        """Give a result's environment the share so far."""
+        return msgspec.structs.replace(environment, other_load=self.find_share())
+
     def describe(self) -> str | None:
         """Warn people where the share is above MAX_OTHER_SHARE."""
         share = self.find_share()

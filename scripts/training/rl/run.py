@@ -114,7 +114,7 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
         log = train(config, folder, service, prompts, trainer, refresher)
     held_out = [step.held_out_reward for step in log if step.held_out_reward is not None]
     return GrpoResult(
-        environment=msgspec.structs.replace(read_environment(current_argv()), other_load=load.find_share()),
+        environment=load.note(read_environment(current_argv())),
         run=config.decisive,
         log=tuple(log),
         held_out_reward=HeldOut(first=held_out[0], last=held_out[-1], prompts=len(prompts.held_out)),
