@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from laguna_serve.evals.codegen.pass_at_k import Estimate
 from laguna_serve.evals.codegen.result import CodeTasksResult, ProblemRow
+from laguna_serve.serving.kit.environment import cite_environment
 
 DETAIL_CHARS = 60
 
@@ -48,8 +49,7 @@ def _name_figures(result: CodeTasksResult) -> dict[str, Estimate]:
 
 def render_markdown(result: CodeTasksResult) -> str:
     """Render the same as a page."""
-    work, environment = result.workload, result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    work = result.workload
     kind = "greedy" if not work.temperature else f"temperature {work.temperature:g}, seed {work.seed}"
     scope = f"{work.samples} samples of each, {kind}, {work.form} form,"
     scope += f" protocol {work.protocol}{_show_template(work.template)}, at most {work.max_tokens} tokens."
@@ -66,8 +66,7 @@ def render_markdown(result: CodeTasksResult) -> str:
     for row in result.problems:
         detail = " ".join(row.detail.replace("|", "\\|").split())
         lines.append(f"| {row.task_id} | {row.passed}/{row.samples} | {_show_reward(row)} | {detail} |")
-    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
-    return "\n".join([*lines, "", f"`{environment.command}` on {where}; {versions}."]) + "\n"
+    return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
 def _show_reward(row: ProblemRow) -> str:

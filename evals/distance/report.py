@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 
 from laguna_serve.evals.distance.result import MeasuredReference, ReferencesResult, Score
+from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 
 WIDTH = 110
@@ -49,12 +50,9 @@ def render_text(result: ReferencesResult) -> str:
 
 def render_markdown(result: ReferencesResult) -> str:
     """Render the same as a page, with what every column counts."""
-    environment = result.environment
     lines = ["# What another reference costs", "", QUALITY, "", make_table(result).to_markdown(), ""]
     lines += [f"- {note}" for note in (*COLUMNS, *list_notes(result))]
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    where = f"{environment.device_name}, {environment.cores} cores, {environment.date}"
-    return "\n".join([*lines, "", f"`{environment.command}` on {where}; {versions}."]) + "\n"
+    return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
 def list_notes(result: ReferencesResult) -> Iterator[str]:

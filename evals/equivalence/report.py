@@ -17,6 +17,7 @@ from laguna_serve.evals.equivalence.verdict import (
     NOISE,
     UNCLEAR,
 )
+from laguna_serve.serving.kit.environment import cite_environment
 
 WIDTH = 110
 # Divergences, and requests that failed, printed in text; Markdown and JSON have every one.
@@ -76,7 +77,6 @@ def render_text(result: InvarianceResult) -> str:
 
 def render_markdown(result: InvarianceResult) -> str:
     """Render the same as a page, with the programs that differ."""
-    environment = result.environment
     lines = ["# Invariance", "", f"**{summarise(result)}**", ""]
     if result.levels:
         lines += _render_table(result.levels)
@@ -98,9 +98,7 @@ def render_markdown(result: InvarianceResult) -> str:
     if result.failures:
         lines += ["", "## Requests that failed", ""]
         lines += [f"- {key}: {reason}" for key, reason in result.failures.items()]
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
-    return "\n".join([*lines, "", f"`{environment.command}` on {where}; {versions}."]) + "\n"
+    return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
 def list_rows(levels: Mapping[str, LevelCounts]) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from laguna_serve.evals.perplexity.mean import Mean
-from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.environment import Environment, cite_environment
 
 
 class Bounded(msgspec.Struct, frozen=True):
@@ -56,14 +56,10 @@ def render_text(result: LossResult) -> str:
 
 def render_markdown(result: LossResult) -> str:
     """Render the same as a page."""
-    environment = result.environment
     lines = [f"# Loss of {result.endpoint.model} on {result.data.source}", ""]
     lines += ["| | | 95% interval |", "|--|--|--|"]
     lines += [f"| {name} | {value} | {interval} |" for name, value, interval in _list_figures(result)]
-    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    footer = f"`{environment.command}` on {where}; {versions}."
-    return "\n".join([*lines, "", _describe_data(result), "", footer]) + "\n"
+    return "\n".join([*lines, "", _describe_data(result), "", cite_environment(result.environment)]) + "\n"
 
 
 def _list_figures(result: LossResult) -> list[tuple[str, str, str]]:

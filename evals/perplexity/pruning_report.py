@@ -7,7 +7,7 @@ import statistics
 import msgspec
 
 from laguna_serve.evals.perplexity.mean import Mean
-from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.environment import Environment, cite_environment
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,14 +55,11 @@ def render_text(result: PruningResult) -> str:
 
 def render_markdown(result: PruningResult) -> str:
     """Render the same as a page."""
-    environment = result.environment
     lines = ["# What pruning adds to the loss, through vLLM", "", f"{result.model}, nats per token.", ""]
     lines += ["| groups pruned | ranked | Δ | 95% interval of Δ | random, mean | Δ | random, least to most |"]
     lines += ["|--|--|--|--|--|--|--|", *(f"| {' | '.join(cells)} |" for cells in _list_cells(result)), ""]
-    where = f"{environment.cpu}, {environment.cores} cores, {environment.date}"
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     lines += ["![curve](pruning_loss.png)", "", _describe_data(result), ""]
-    return "\n".join([*lines, f"`{environment.command}` on {where}; {versions}."]) + "\n"
+    return "\n".join([*lines, cite_environment(result.environment)]) + "\n"
 
 
 def _list_cells(result: PruningResult) -> list[tuple[str, ...]]:
