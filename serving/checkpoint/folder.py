@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson
+from laguna_serve.serving.machine.cache import find_caches
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model.safetensors.index.json"
@@ -53,8 +54,7 @@ def require_folder(name: str) -> Path:
 
 def find_cached_snapshot(hub_id: str) -> Path | None:
     """Find the snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME") or caches / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or find_caches() / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
     return _find_snapshot(hub / f"models--{hub_id.replace('/', '--')}")
 

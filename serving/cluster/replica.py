@@ -15,7 +15,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -33,6 +32,7 @@ from laguna_serve.serving.gateway.residence.model import OwnedModel, State
 from laguna_serve.serving.gateway.run import Background, open_background
 from laguna_serve.serving.gateway.wire.headers import HOP_BY_HOP, NOT_FORWARDED, REQUEST_ID
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.cache import find_own_cache
 
 POLL_S = 0.2
 # A replica that has taken as many versions while it started has a trainer that is faster than it.
@@ -239,8 +239,7 @@ class Replica:
 def make_gateway(name: str, engine: OwnedEngine, replica: str) -> Config:
     """Make the configuration of a replica's gateway: one pinned engine, on the loopback address."""
     table: JsonObject = engine.model_dump(exclude_defaults=True)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    table |= {"pinned": True, "log": str(cache / "laguna-serve" / f"ray-{replica}.log")}
+    table |= {"pinned": True, "log": str(find_own_cache() / f"ray-{replica}.log")}
     tables: JsonObject = {
         "server": {"port": 0, "shutdown_timeout_s": MARGIN_S},
         # Ray counts what a replica has; nothing is turned away behind it.

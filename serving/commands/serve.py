@@ -19,6 +19,7 @@ from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.inspection import LOOPBACK
 from laguna_serve.serving.planning.launch import plan_launch, require_device
@@ -280,8 +281,7 @@ def rehearse(config: EngineConfig, api_key: str | None) -> EnginePlan:
 
 def default_log_path(port: int) -> Path:
     """One file per port: a later server on the same port overwrites it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "laguna-serve" / f"serve-{port or os.getpid()}.log"
+    return find_own_cache() / f"serve-{port or os.getpid()}.log"
 
 
 def format_greeting(engine: Engine, url: str, status: str | None) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import read_isa
 
 # Instructions that multiply in bfloat16; `bf16` is ARM's.
@@ -156,11 +157,10 @@ def list_rates(rates: Rates) -> str:
 
 
 def _place() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = [*read_isa(), *(os.environ.get(name, "") for name in (*LIMITS, KERNEL_LIMIT, "CXX", "OMP_NUM_THREADS"))]
     parts += [str(len(os.sched_getaffinity(0))), PROBE, _find_torch()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return cache / "laguna-serve" / "rates" / f"{digest}.json"
+    return find_own_cache() / "rates" / f"{digest}.json"
 
 
 @functools.cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import find_device, find_vllm
 
 SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
@@ -58,13 +58,12 @@ def find_advice(model: str, draft: str) -> Advice:
 
 
 def _place(model: str, draft: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     install = find_vllm()
     device = find_device(install)
     parts = [_name(model), _name(draft), "none" if device is None else device.name]
     parts.append("none" if install is None else install.version)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return cache / "laguna-serve" / "gamma" / f"{digest}.json"
+    return find_own_cache() / "gamma" / f"{digest}.json"
 
 
 def _name(checkpoint: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
+from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, GPU_CONTEXT_BYTES
 from laguna_serve.serving.planning.diffusion.plan import plan_diffusion
@@ -95,5 +95,4 @@ def find_log(name: str, table: OwnedEngine, port: int) -> Path:
     """Find where the engine's log goes; by default into the user's cache, by the gateway's port and the name."""
     if table.log is not None:
         return Path(table.log)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "laguna-serve" / f"gateway-{port}-{name_engine(name).replace('/', '-')}.log"
+    return find_own_cache() / f"gateway-{port}-{name_engine(name).replace('/', '-')}.log"
