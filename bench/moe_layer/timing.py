@@ -16,7 +16,7 @@ from laguna_serve.bench.moe_layer.layers import Batch, Layer, Router, Shape
 from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.result import MoeRow
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
-from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.errors import CommandError, first_line
 
 CALLS_CPU, REPLAYS_GPU = 40, 30
 STOCK = "vLLM"
@@ -115,7 +115,7 @@ class KernelTimer:
             if not bool(out.isfinite().all()):
                 raise RuntimeError("its output is not finite")
         except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
-            self.stock = f"not measured: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            self.stock = f"not measured: {first_line(error)}"
             return None
         return kernels
 

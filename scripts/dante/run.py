@@ -18,7 +18,7 @@ from laguna_serve.scripts.training.dante.records import CacheError
 from laguna_serve.scripts.training.dante.rows import TaughtRows
 from laguna_serve.scripts.training.dante.states import find_state
 from laguna_serve.scripts.training.dante.trainer import NOT_FINITE, Objective, make_trainer
-from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.errors import CommandError, first_line
 
 CLIP = 1.0
 BETAS = (0.9, 0.95)
@@ -51,8 +51,7 @@ class Run:
         try:
             self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CommandError(f"{config.model}: expected a causal language model, got: {reason}") from None
+            raise CommandError(f"{config.model}: expected a causal language model, got: {first_line(error)}") from None
         self._weights: dict[str, torch.Tensor] = {}
 
     @cached_property

@@ -23,6 +23,7 @@ import torch
 
 from laguna_serve.plugins.pruning import PruningError, load_array
 from laguna_serve.scripts.text import corpus
+from laguna_serve.serving.kit.errors import first_line
 from laguna_serve.serving.kit.files import is_whole
 
 TOY = {"toy:training": False, "toy:held-out": True}
@@ -130,7 +131,7 @@ def _encode(source: str, tokenizer: Any, record: dict[str, Any]) -> Document:
             return_assistant_tokens_mask=True,
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise PruningError(f"{source}: expected messages that the chat template takes, got: {reason}") from None
     scored = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
     if not scored.any() and any(message.get("role") == "assistant" for message in record["messages"]):

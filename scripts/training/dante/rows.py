@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from laguna_serve.scripts.training.dante.losses import CENTER, IGNORED
 from laguna_serve.scripts.training.dante.records import CacheError, CacheRecord, Prompt
+from laguna_serve.serving.kit.errors import first_line
 
 Curriculum = Literal["output_entropy", "difficulty_score", "none"]
 EntropyScale = Literal["nats", "rank"]
@@ -72,7 +73,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CacheError(f"prompt: expected messages that the student's template takes, got: {reason}") from None
 
 

@@ -46,6 +46,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, Target, require_fol
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.others import read_served
 from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.errors import first_line
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
@@ -264,7 +265,7 @@ def open_run(config: DrafterTrainConfig) -> Run:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         if config.prompts is not None or (warm is None and config.mask_token is None):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise CheckpointError(f"{folder}: expected the target's tokenizer, got: {reason}; fetch it") from None
         tokenizer = None
     progress = Progress()

@@ -25,7 +25,7 @@ from laguna_serve.serving.kit.cli import (
     print_result,
     run_command,
 )
-from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.errors import CommandError, first_line
 from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
 from laguna_serve.serving.kit.signals import check_signals, defer_signals
 from laguna_serve.serving.machine.device import Device
@@ -67,6 +67,11 @@ FULL = "expected to write it, got no space left; free some and repeat the comman
 def test_expected_error_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("x.py", fail(error), others=(ZeroDivisionError,)) == COULD_NOT_RUN
     assert capsys.readouterr().err == f"x.py: error: {line}\n"
+
+
+def test_first_line_of_an_error_says_something() -> None:
+    said = [first_line(ValueError(text)) for text in ("one\ntwo", "\n  one\ntwo", "", "\n")]
+    assert said == ["one", "one", "ValueError", "ValueError"]
 
 
 def test_fault_of_our_own_is_not_hidden() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laguna_serve.scripts.training.drafter.data.records import Prompt
-from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.errors import CommandError, first_line
 from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -66,7 +66,7 @@ def _encode(place: str, line: str, tokenizer: Any) -> Prompt:
             **(record.get("chat_template_kwargs") or {}),
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise PromptsError(f"{place}: expected messages that the chat template takes, got: {reason}") from None
     return tuple(ids)
 

@@ -18,6 +18,7 @@ from laguna_serve.scripts.training.pruning.streaming.layers import Head
 from laguna_serve.serving.checkpoint import CheckpointError, Target
 from laguna_serve.serving.checkpoint.others import PLANNED
 from laguna_serve.serving.checkpoint.parameters import count_parameters
+from laguna_serve.serving.kit.errors import first_line
 
 SCALED = ("Gemma", "Granite")
 
@@ -55,8 +56,7 @@ class WholeTarget:
         try:
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.folder}: expected a whole checkpoint, got: {reason}") from None
+            raise CheckpointError(f"{self.folder}: expected a whole checkpoint, got: {first_line(error)}") from None
         return model.eval().requires_grad_(False).to(self.device)
 
     def load_shared(self) -> tuple[torch.Tensor, Head]:
