@@ -18,6 +18,7 @@ from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.result import SweepPoint
 from laguna_serve.bench.gamma_sweep import sweep
 from laguna_serve.bench.harness.prompts import Thinking
+from laguna_serve.serving.checkpoint import name_checkpoint
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
@@ -132,12 +133,6 @@ def describe_point(point: SweepPoint) -> CurvePoint:
         differing=point.parity.mismatches,
         beyond_block=point.beyond_block,
     )
-
-
-def name_checkpoint(name: str) -> str:
-    """Name a hub id as it is, a folder by its name: where it lay is nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_dir() else name
 
 
 def tabulate(result: AcceptanceCurve) -> Table:

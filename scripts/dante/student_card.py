@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from laguna_serve.scripts.dante.options import DanteResult
-from laguna_serve.scripts.training.card import Card, name_model
+from laguna_serve.scripts.training.card import Card
+from laguna_serve.serving.checkpoint import name_checkpoint
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 from laguna_serve.serving.kit.tables import Table
 
@@ -53,14 +54,14 @@ def write_curves(result: DanteResult, path: Path) -> None:
         style_axes(weight, "", "w(H) of the step's rows: how much the teacher's confidence counts")
         style_axes(drift, "", "squared drift of the embedding, over its initialisation's norm")
         drift.set_xlabel("step")
-        note_source(figure, 0.1, [name_model(result.model), result.environment.device_name])
+        note_source(figure, 0.1, [name_checkpoint(result.model), result.environment.device_name])
 
 
 def describe_taught(result: DanteResult, teachers: list[str], folder: Path) -> Card:
     """Describe a student from its result; `folder` is where it was written."""
     recipe = [(name.replace("_", " "), str(value)) for name, value in result.objective.items()]
     recipe += [("rows", str(result.rows)), ("epochs", str(result.epochs)), ("minutes", str(result.minutes))]
-    base, name = name_model(result.model), folder.resolve().name
+    base, name = name_checkpoint(result.model), folder.resolve().name
     return Card(
         title=name,
         summary=SUMMARY.format(base=base, teachers=", ".join(teachers)),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from laguna_serve.serving.checkpoint import name_checkpoint
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.tables import Table
@@ -51,7 +52,7 @@ def write_card(card: Card, folder: Path) -> bool:
 def format_card(card: Card, folder: Path) -> str:
     """Format the card, with the figures that lie in the folder."""
     data = ModelCardData(
-        base_model=name_model(card.base),
+        base_model=name_checkpoint(card.base),
         license=read_license(card.base),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -82,11 +83,6 @@ def format_figures(figures: Mapping[str, Mapping[str, float]]) -> str:
     ]
     heads = ("", *(when.replace("_", " ").replace("stage", "stage ") for when in figures))
     return Table("l" + "r" * len(figures), heads, rows).to_markdown()
-
-
-def name_model(base: str) -> str:
-    """Name a model by its hub id, or its folder by its last part: a path of a machine says nothing elsewhere."""
-    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def read_license(base: str) -> str | None:

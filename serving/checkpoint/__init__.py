@@ -5,6 +5,7 @@ from laguna_serve.serving.checkpoint.folder import (
     check_pruning_files,
     find_cached_snapshot,
     find_folder,
+    name_checkpoint,
     read_config,
     require_folder,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "find_cached_snapshot",
     "find_folder",
     "is_drafter",
+    "name_checkpoint",
     "read_config",
     "read_dtype",
     "read_target",

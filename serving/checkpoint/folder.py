@@ -52,6 +52,12 @@ def require_folder(name: str) -> Path:
     return folder
 
 
+def name_checkpoint(name: str) -> str:
+    """Name a hub id as it is, a folder by its last part: where it lay is nobody's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else name
+
+
 def find_cached_snapshot(hub_id: str) -> Path | None:
     """Find the snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
     home = Path(os.environ.get("HF_HOME") or find_caches() / "huggingface")

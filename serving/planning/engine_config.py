@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
+from laguna_serve.serving.checkpoint import name_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,4 @@ class EngineConfig:
     @property
     def model_name(self) -> str:
         """What requests send as "model"."""
-        if self.served_model_name is not None:
-            return self.served_model_name
-        path = Path(self.model).expanduser()
-        return path.resolve().name if path.is_dir() else self.model
+        return name_checkpoint(self.model) if self.served_model_name is None else self.served_model_name

@@ -11,7 +11,7 @@ from laguna_serve.scripts.checkpoints.compaction.shards import Advance, Compacti
 from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
-from laguna_serve.serving.checkpoint import ConfigJson
+from laguna_serve.serving.checkpoint import ConfigJson, name_checkpoint
 from laguna_serve.serving.kit.results import JsonObject
 
 ARCHITECTURE = "LagunaSentinelForCausalLM"
@@ -63,15 +63,9 @@ def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
         "block_size": job.pruning.block_size,
         "blocks_per_expert": job.pruning.blocks_per_expert,
         "kept_blocks": job.pruning.kept_blocks,
-        "source": {"base": _public_name(job.base.name), **source},
+        "source": {"base": name_checkpoint(job.base.name), **source},
     }
     return {**job.base.config, "architectures": [ARCHITECTURE], "expert_pruning": described}
-
-
-def _public_name(name: str) -> str:
-    """Name a hub id as it is, a folder by its last part: where it lay is nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_dir() else name
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from msgspec import UnsetType
 
-from laguna_serve.scripts.training.card import Card, format_figures, name_model
+from laguna_serve.scripts.training.card import Card, format_figures
 from laguna_serve.scripts.training.dense.report.result import DistillResult
+from laguna_serve.serving.checkpoint import name_checkpoint
 from laguna_serve.serving.kit.tables import Table
 
 SUMMARY = """A dense student of {base}, a mixture of experts: every sparse block is replaced by one SwiGLU of the width
@@ -41,7 +42,7 @@ FIGURES = {
 
 def describe_student(result: DistillResult, folder: Path) -> Card:
     """Describe a student from its result; `folder` is where it was written."""
-    base, recipe, parameters = name_model(result.teacher), result.recipe, result.parameters
+    base, recipe, parameters = name_checkpoint(result.teacher), result.recipe, result.parameters
     tokens = int(recipe["stage2_steps"]) * int(recipe["rows"]) * int(recipe["length"])
     widths = sorted(set(result.widths))
     shown = [(name.replace("_", " "), str(value)) for name, value in recipe.items()]
