@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 
 from laguna_serve.bench.experiments.result import CampaignPlan, CampaignResult, StepRun
 from laguna_serve.bench.experiments.step import Step, fill
@@ -81,9 +82,7 @@ def render_markdown(result: CampaignResult) -> str:
 
 
 def _summarise(result: CampaignResult) -> str:
-    counts: dict[str, int] = {}
-    for run in result.last_runs.values():
-        counts[run.outcome] = counts.get(run.outcome, 0) + 1
+    counts = Counter(run.outcome for run in result.last_runs.values())
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     ended = "; interrupted" if result.interrupted else ""
     time = f"{result.used_s:.0f} of {result.budget_s:.0f} s in the last run"

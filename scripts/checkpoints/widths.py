@@ -18,6 +18,7 @@ Scales of FP8 matrices are cut to the blocks of the true width.  What the blocks
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -101,12 +102,7 @@ class WidthsSource:
     def num_bytes(self, name: str, *, changed: bool) -> int:
         """Count a tensor's bytes here or in the output."""
         entry = self.tensors[name]
-        if not changed:
-            return entry.num_bytes
-        count = 1
-        for size in self.shape(name):
-            count *= size
-        return count * ITEM_BYTES[entry.dtype]
+        return math.prod(self.shape(name)) * ITEM_BYTES[entry.dtype] if changed else entry.num_bytes
 
     def _scale_of(self, name: str) -> float:
         return self.padding_scales.get(name.removesuffix("_scale"), 1.0)

@@ -6,6 +6,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from laguna_serve.serving.kit.files import hash_file
+
 # A folder of more is not read whole: its files' beginnings (safetensors' headers), ends and parts between are.
 WHOLE_BYTES = 8 << 30
 SAMPLES, SAMPLE_BYTES = 64, 1 << 18
@@ -28,7 +30,7 @@ def digest_checkpoint(folder: Path, whole_bytes: int = WHOLE_BYTES) -> str:
     whole = sum(path.stat().st_size for path in unread) <= whole_bytes
     found = hashlib.sha256()
     for path in paths:
-        content = _find_blob(path) or (_digest(path) if whole else _sample(path))
+        content = _find_blob(path) or (hash_file(path) if whole else _sample(path))
         found.update(f"{path.name}\0{content}\n".encode())
     return f"{'sha256' if whole else 'sampled'}:{found.hexdigest()}"
 
@@ -37,11 +39,6 @@ def _find_blob(path: Path) -> str | None:
     """Find the SHA-256 that the Hugging Face cache names a file by; small files are named by something shorter."""
     target = path.resolve()
     return target.name if target.parent.name == "blobs" and BLOB.fullmatch(target.name) else None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sample(path: Path) -> str:
