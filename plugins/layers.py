@@ -1,4 +1,4 @@
-"""Which of a Laguna's layers are dense, and how it rotates, from its config.json alone.
+"""Which of a Laguna's layers are dense, how many heads each has, and how it rotates, from its config.json alone.
 
 Plain Python, for the plugins, the launcher and the tools alike.  Four spellings say which layers are dense:
 `mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`.  vLLM from 0.31 on reads the first, as
@@ -105,6 +105,12 @@ def stock_layer_kinds(config: ConfigJson) -> list[str]:
     if read_setting(config, "num_experts") == 0:
         return [DENSE] * count
     return list(config.get("mlp_layer_types") or [DENSE, *[SPARSE] * (count - 1)])
+
+
+def list_heads(config: ConfigJson) -> list[int]:
+    """List every layer's attention heads: its own, or the one number for all. Raises KeyError without either."""
+    own: list[int] | None = config.get("num_attention_heads_per_layer")
+    return own or [config["num_attention_heads"]] * config["num_hidden_layers"]
 
 
 def find_dropped_rope(config: ConfigJson) -> Rope | None:

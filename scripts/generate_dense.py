@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 import torch
 
+from laguna_serve.plugins.layers import list_heads
 from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
@@ -99,7 +100,7 @@ def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[d
     """Build the tensors of a stock checkpoint in bf16: embedding, layers a few at a time, last norm and head."""
     H, D, stored = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     layers, kv = config["num_hidden_layers"], config["num_key_value_heads"]
-    heads = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
+    heads = list_heads(config)
     gates = [count * (1 if config.get("gating", True) in (True, "per-head") else D) for count in heads]
     generator = torch.Generator().manual_seed(seed)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from laguna_serve.plugins.formats.experts import StoredExperts
+from laguna_serve.plugins.layers import list_heads
 from laguna_serve.plugins.pruning import ExpertShape, Pruning, PruningError
 from laguna_serve.scripts.checkpoints.compaction.base import Base
 from laguna_serve.scripts.checkpoints.compaction.shards import Compaction, block_shapes
@@ -52,7 +53,7 @@ def count_parameters(config: ConfigJson, shape: ExpertShape) -> int:
     try:
         H, V = shape.hidden_size, config["vocab_size"]
         embedding = V * H * (1 if config.get("tie_word_embeddings") else 2)
-        attention = sum(_count_attention(config, H, heads) for heads in _heads(config))
+        attention = sum(_count_attention(config, H, heads) for heads in list_heads(config))
         dense_layers = config["num_hidden_layers"] - len(shape.layers)
         dense = dense_layers * PROJECTIONS * config["intermediate_size"] * H
         norms = (2 * config["num_hidden_layers"] + 1) * H
@@ -62,12 +63,6 @@ def count_parameters(config: ConfigJson, shape: ExpertShape) -> int:
     except (KeyError, TypeError) as error:
         raise PruningError(f"config.json: expected every size of a Laguna, got {error!r}; fetch it again") from None
     return int(embedding + attention + dense + norms + len(shape.layers) * (routed + shared + router))
-
-
-def _heads(config: ConfigJson) -> list[int]:
-    layers: int = config["num_hidden_layers"]
-    heads: list[int] = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
-    return heads
 
 
 def _count_attention(config: ConfigJson, H: int, heads: int) -> int:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from laguna_serve.plugins.formats.sequential_head import HEAD
-from laguna_serve.plugins.layers import SPARSE, resolve_layer_kinds
+from laguna_serve.plugins.layers import SPARSE, list_heads, resolve_layer_kinds
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     SHARED_KEYS,
     describe_laguna,
@@ -77,7 +77,7 @@ def to_speculators(
         verifier: name of the target, for the config.
     """
     done = Conversion()
-    layers, heads = config["num_hidden_layers"], _heads(config)
+    layers, heads = config["num_hidden_layers"], list_heads(config)
     if HEAD in config["dflash_config"]:
         done.lost["sequential head"] = "the speculators' drafter chooses all places of a block at once"
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{HEAD}.")}
@@ -224,7 +224,7 @@ def _speculators_config(config: ConfigJson, verifier: str, drafted: int) -> Conf
         "hidden_act": "silu",
         "attention_bias": False,
         "layer_types": read_layer_types(config),
-        "num_attention_heads": _heads(config)[0],
+        "num_attention_heads": list_heads(config)[0],
         "rope_parameters": read_rope(config),
     }
     dflash, block_size = config["dflash_config"], read_block_size(config)
@@ -264,12 +264,6 @@ def _laguna_config(config: ConfigJson, target_layers: int) -> ConfigJson:
         rope={"partial_rotary_factor": 1.0, **rope},
         dtype=read_dtype({**config, **layers}),
     )
-
-
-def _heads(config: ConfigJson) -> list[int]:
-    layers: int = config["num_hidden_layers"]
-    heads: list[int] = config.get("num_attention_heads_per_layer") or [config["num_attention_heads"]] * layers
-    return heads
 
 
 def _is_constant(weight: torch.Tensor) -> bool:
