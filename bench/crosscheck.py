@@ -19,9 +19,8 @@ from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.rate_check.clients import CrosscheckConfig, measure_both
 from laguna_serve.bench.rate_check.result import CLIENT, VLLM, CrosscheckResult, render_text
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
-from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out_file
 
 __all__ = ["CrosscheckConfig", "CrosscheckResult", "crosscheck", "main"]
@@ -73,7 +72,7 @@ def crosscheck(config: CrosscheckConfig) -> CrosscheckResult:
         held=abs(ratio - 1) <= MARK,
     )
     if config.out is not None:
-        write_text(config.out, json.dumps(to_json(result), indent=1) + "\n")
+        write_indented(config.out, result)
     return result
 
 

@@ -29,7 +29,7 @@ from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import JsonObject, to_json
+from laguna_serve.serving.kit.results import JsonObject, to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out, require_removable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,7 +270,7 @@ def write_manifest(recipe: ToyRecipe, work: Path, out: Path) -> ToyManifest:
         stages=msgspec.convert(stages, dict[str, ToyStage]),
         sha256={p.relative_to(out).as_posix(): hash_file(p) for p in files},
     )
-    (out / "MANIFEST.json").write_text(json.dumps(to_json(manifest), indent=1) + "\n")
+    write_indented(out / "MANIFEST.json", manifest)
     return manifest
 
 

@@ -24,7 +24,7 @@ from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(config: CurveConfig) -> int:
 
     result = measure_curve(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    write_text(config.out / "curve.json", json.dumps(to_json(result), indent=1) + "\n")
+    write_indented(config.out / "curve.json", result)
     write_text(config.out / "curve.md", format_table(result))
     draw_curve(result, config.out / "curve.png")
     print(format_table(result))

@@ -20,7 +20,7 @@ from msgspec import Struct, field
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
@@ -97,7 +97,7 @@ def write_matrix(config: ReleaseMatrixConfig) -> ReleaseMatrix:
     """Plan every cell, and write release-matrix.json and release-matrix.md to `config.out`."""
     matrix = make_matrix(config.releases)
     config.out.mkdir(parents=True, exist_ok=True)
-    write_text(config.out / "release-matrix.json", json.dumps(to_json(matrix), indent=1) + "\n")
+    write_indented(config.out / "release-matrix.json", matrix)
     write_text(config.out / "release-matrix.md", format_matrix(matrix))
     return matrix
 

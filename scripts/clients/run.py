@@ -34,7 +34,7 @@ from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import in_background
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import to_json, write_indented
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render_text(result))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_json(result), indent=1) + "\n"
-        config.out.with_suffix(".json").write_text(text, encoding="utf-8")
+        write_indented(config.out.with_suffix(".json"), result)
         config.out.with_suffix(".md").write_text(render_markdown(result), encoding="utf-8")
     line = {key: value for key, value in to_json(result).items() if key != "checks"}
     print(json.dumps(line | {"of": len(result.checks)}))

@@ -9,13 +9,14 @@ A field that a later version added has a default, so that older files are read, 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.files import write_json, write_text
 
 R = TypeVar("R", bound=msgspec.Struct)
 # What JSON has in braces: messages on the wire, config.json, rows of published data. Results are structs.
@@ -39,6 +40,11 @@ def write_result(path: Path, result: msgspec.Struct) -> None:
         WriteError: the file cannot be written.
     """
     write_json(path, to_json(result))
+
+
+def write_indented(path: Path, result: msgspec.Struct) -> None:
+    """Write it as `write_result`, a line for every value."""
+    write_text(path, json.dumps(to_json(result), indent=1) + "\n")
 
 
 def read_result(path: Path, kind: type[R]) -> R:

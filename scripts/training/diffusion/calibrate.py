@@ -6,7 +6,6 @@ change a text.  DIR gets order.safetensors, graph.json, with --draft the draft's
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -33,10 +32,10 @@ from laguna_serve.scripts.training.diffusion.order import SCHEDULE, record, trai
 from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
 from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.files import write_file, write_text
+from laguna_serve.serving.kit.files import write_file
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
 EXAMPLES = """examples:
@@ -171,7 +170,7 @@ def learn(config: CalibrateConfig) -> Calibration:
         cost=None if draft is None else round(find_cost(target, draft), 4),
         minutes=round((time.monotonic() - began) / 60, 2),
     )
-    write_text(config.out / "calibration.json", json.dumps(to_json(result), indent=1) + "\n")
+    write_indented(config.out / "calibration.json", result)
     return result
 
 

@@ -7,7 +7,6 @@ parameter; the teacher computes in --dtype.  The state is saved on the way: the 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -30,10 +29,9 @@ from laguna_serve.scripts.training.diffusion.distillation import Direction, dist
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
 
 EXAMPLES = """examples:
@@ -182,7 +180,7 @@ def teach(config: DistilConfig) -> DistilResult:
         confident={f"{r}": (round(before[r][1], 4), round(after[r][1], 4)) for r in RATIOS},
         minutes=round((time.monotonic() - began) / 60, 2),
     )
-    write_text(config.out / RESULT, json.dumps(to_json(result), indent=1) + "\n")
+    write_indented(config.out / RESULT, result)
     shutil.rmtree(work)
     return result
 

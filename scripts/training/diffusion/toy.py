@@ -8,7 +8,6 @@ continues after an interruption.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shlex
 import shutil
@@ -35,9 +34,9 @@ from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv
-from laguna_serve.serving.kit.files import hash_file, write_text
+from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -160,7 +159,7 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
         cpu_minutes=round((time.process_time() - started) / 60, 1),
         sha256={p.relative_to(config.out).as_posix(): hash_file(p) for p in files},
     )
-    write_text(config.out / "LLADA.json", json.dumps(to_json(result), indent=1) + "\n")
+    write_indented(config.out / "LLADA.json", result)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Required, TypedDict
@@ -19,8 +18,8 @@ from laguna_serve.plugins.pruning import (
     narrow_scores,
     rank_groups,
 )
-from laguna_serve.serving.kit.files import hash_file, write_stream, write_text
-from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.files import hash_file, write_stream
+from laguna_serve.serving.kit.results import write_indented
 
 RATIOS = (0.10, 0.25, 0.40)
 
@@ -115,7 +114,7 @@ def write_artefacts(out: Path, files: Mapping[str, npt.NDArray[Any]]) -> dict[st
 
 def write_manifest(out: Path, manifest: ScoresManifest) -> None:
     """Write MANIFEST.json beside the arrays."""
-    write_text(out / "MANIFEST.json", json.dumps(to_json(manifest), indent=1) + "\n")
+    write_indented(out / "MANIFEST.json", manifest)
 
 
 def choose_block_size(given: int | None, shape: ExpertShape) -> int:
