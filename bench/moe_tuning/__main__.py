@@ -23,12 +23,12 @@ from laguna_serve.bench.moe_tuning.result import Candidate, TileSizes, TilesTabl
 from laguna_serve.bench.moe_tuning.space import find_space
 from laguna_serve.kernels.sentinel_moe.binaries import SHARED_LIMITS
 from laguna_serve.kernels.sentinel_moe.tables import name_file
-from laguna_serve.serving.kit.cli import HELD, print_result, run_command
+from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, check_bounds, read_flags_and_json
+from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, check_bounds
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
 
 EXAMPLES = """
@@ -75,17 +75,10 @@ class TuningConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
-    config, always_json = read_flags_and_json(
-        TuningConfig, argv, prog="bench/moe_tuning", description=__doc__, epilog=EXAMPLES
+    command = Command(
+        "bench/moe_tuning", TuningConfig, __doc__, EXAMPLES, others=(torch.OutOfMemoryError,), measures=True
     )
-
-    def run() -> int:
-        result = tune(config)
-        print_result(tabulate(result).to_text(), to_json(result), config.out, always_json=always_json)
-        return HELD
-
-    others = (torch.OutOfMemoryError,)
-    return run_command("moe_tuning", run, measures=True, others=others, interrupted="nothing was written")
+    return command.run(argv, tune, show=lambda result: tabulate(result).to_text())
 
 
 def tune(config: TuningConfig) -> TilesTable:
