@@ -39,7 +39,7 @@ from laguna_serve.scripts.checkpoints.compaction.verify import TOLERANCE, Differ
 from laguna_serve.scripts.checkpoints.compaction.writing import write_checkpoint
 from laguna_serve.scripts.checkpoints.headers import INDEX, count_stored
 from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, require_out, run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, Target, read_config, read_target, require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, read_flags
@@ -108,8 +108,7 @@ class CompactConfig:
             )
         if self.zeroed and self.to is not None:
             raise FlagError(f"--zeroed: expected the base's own numbers, got --to {self.to}; leave one of them out")
-        if self.out is None and not self.dry_run:
-            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+        require_out(self.out, dry_run=self.dry_run)
 
     def _check_shares(self) -> None:
         if self.keep_mask is not None or self.random_mask is not None:

@@ -19,7 +19,7 @@ from laguna_serve.scripts.checkpoints.drafters.algebra import Conversion, Tensor
 from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabulary
 from laguna_serve.scripts.checkpoints.headers import open_file, read_headers
 from laguna_serve.scripts.checkpoints.output import check_space, copy_others, is_free, save_checkpoint
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, require_out, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
@@ -61,8 +61,7 @@ class ConvertConfig:
             raise FlagError("--draft-vocab and --text: expected both or neither, got one; pass the other too")
         if self.draft_vocab is not None and self.to == LAGUNA:
             raise FlagError("--draft-vocab: expected --to speculators with it, got laguna, which drafts every token")
-        if self.out is None and not self.dry_run:
-            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+        require_out(self.out, dry_run=self.dry_run)
 
 
 class ConvertResult(

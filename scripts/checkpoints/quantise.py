@@ -12,10 +12,10 @@ import msgspec
 
 from laguna_serve.scripts.checkpoints.output import open_output
 from laguna_serve.scripts.checkpoints.requantised import read_numbers, write
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, require_out, run_tool
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import HELD
-from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
+from laguna_serve.serving.kit.flags import Flag, read_flags
 
 DESCRIPTION = (
     "Store a Laguna's feed-forward layers in FP8 as the releases have them, or dequantise those of one in FP8."
@@ -43,8 +43,7 @@ class QuantiseConfig:
     dry_run: Annotated[bool, Flag("say how large it becomes; write nothing")] = False
 
     def __post_init__(self) -> None:
-        if self.out is None and not self.dry_run:
-            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+        require_out(self.out, dry_run=self.dry_run)
 
 
 class QuantiseResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.quantise/1"):
@@ -100,7 +99,7 @@ def format_result(result: QuantiseResult) -> str:
     rows = [("on disk", f"{result.bytes_before / 2**20:,.1f} → {result.bytes_after / 2**20:,.1f} MiB")]
     if result.status != "dry run":
         rows.append(("checkpoint", f"{result.out}: {result.status}"))
-    return "\n".join(f"{name:<15} {text}" for name, text in rows)
+    return format_rows(rows)
 
 
 if __name__ == "__main__":

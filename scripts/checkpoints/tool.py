@@ -1,10 +1,11 @@
-"""How the tools that make checkpoints end."""
+"""What the tools that make checkpoints share: where they write, how they end and what they print."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import msgspec
 
@@ -13,6 +14,7 @@ from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import defer_signals
 
@@ -31,6 +33,17 @@ def run_tool(body: Callable[[], int], interrupted: str) -> int:
     except KeyboardInterrupt:
         print(f"laguna: interrupted; {interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+def require_out(out: Path | None, *, dry_run: bool) -> None:
+    """Raise FlagError where something is to be written and there is no place for it."""
+    if out is None and not dry_run:
+        raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+
+
+def format_rows(rows: Iterable[tuple[str, str]]) -> str:
+    """Format named figures, a line for each."""
+    return "\n".join(f"{name:<15} {text}" for name, text in rows)
 
 
 def print_outcome(text: str, result: msgspec.Struct) -> None:

@@ -18,12 +18,12 @@ from msgspec import UNSET, UnsetType
 
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, require_out, run_tool
 from laguna_serve.scripts.checkpoints.width_checks import compare, count_negative_zeros
 from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded, write
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
+from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import JsonObject
 
 Status = Literal["written", "already complete", "dry run"]
@@ -62,8 +62,7 @@ class WidthsConfig:
     dry_run: Annotated[bool, Flag("say what would change; write nothing")] = False
 
     def __post_init__(self) -> None:
-        if self.out is None and not self.dry_run:
-            raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
+        require_out(self.out, dry_run=self.dry_run)
 
 
 class WidthsResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +200,7 @@ def format_result(result: WidthsResult) -> str:
         rows.append(("checkpoint", f"{result.out}: {result.status}"))
     if result.verified is True:
         rows.append(("verify", "held: every tensor is the source's, bit for bit"))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+    return format_rows(rows)
 
 
 def _format_widths(widths: Sequence[int]) -> str:

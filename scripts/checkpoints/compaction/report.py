@@ -12,6 +12,7 @@ from laguna_serve.scripts.checkpoints.compaction.room import Room, format_room
 from laguna_serve.scripts.checkpoints.compaction.rounding import Rounding, format_rounding
 from laguna_serve.scripts.checkpoints.compaction.savings import Savings
 from laguna_serve.scripts.checkpoints.compaction.verify import TOLERANCE
+from laguna_serve.scripts.checkpoints.tool import format_rows
 from laguna_serve.serving.kit.tables import Table
 
 GIB = 2**30
@@ -135,7 +136,7 @@ def format_result(result: CompactResult) -> str:
         largest = "NaN" if None in errors else f"{max(e for e in errors if e is not None):.1e}"
         verdict = "held" if result.verify.held else "FELL SHORT"
         rows.append(("verify", f"{verdict}: largest relative error {largest}, at most {TOLERANCE:.0e} expected"))
-    return "\n".join(f"{name:<15} {text}" for name, text in rows)
+    return format_rows(rows)
 
 
 def _format_scales(result: CompactResult) -> str:
