@@ -110,7 +110,7 @@ def score_records(said: Sequence[Said]) -> list[CacheRecord]:
     return records
 
 
-def ask_teacher(
+async def ask_teacher(
     prompts: Sequence[Prompt],
     manner: Manner,
     journal: Journal[Said],
@@ -127,19 +127,8 @@ def ask_teacher(
     """
     have = {msgspec.json.encode(answer.prompt) for answer in journal.entries}
     missing = [prompt for prompt in prompts if msgspec.json.encode(prompt) not in have]
-    if missing:
-        asyncio.run(_ask_all(missing, manner, journal, base_url, model, concurrency, progress))
-
-
-async def _ask_all(
-    prompts: Sequence[Prompt],
-    manner: Manner,
-    journal: Journal[Said],
-    base_url: str,
-    model: str | None,
-    concurrency: int,
-    progress: Progress,
-) -> None:
+    if not missing:
+        return
     progress.begin()
     done = 0
     refused: list[RefusedError] = []
@@ -159,13 +148,13 @@ async def _ask_all(
                 begins = msgspec.json.encode(prompt)[:60].decode(errors="replace")
                 raise EndpointError(f"{error}; what was asked begins {begins}") from None
             done += 1
-            progress.step("asked", done, len(prompts))
+            progress.step("asked", done, len(missing))
 
-        await run_closed_loop(prompts, concurrency, work)
+        await run_closed_loop(missing, concurrency, work)
     if refused and not journal.entries:
         raise refused[0]
     if refused:
-        progress.say(f"{len(refused)} of {len(prompts)} prompts were refused, and are left out: {refused[0]}")
+        progress.say(f"{len(refused)} of {len(missing)} prompts were refused, and are left out: {refused[0]}")
 
 
 async def _ask(endpoint: Endpoint, prompt: Prompt, manner: Manner) -> Said:

@@ -10,6 +10,7 @@ command continues, and with more prompts asks for what is new.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections import Counter
@@ -199,7 +200,7 @@ def _ask(config: CacheConfig, prompts: list[Prompt]) -> list[Said]:
     claim_folder(work, {"manner": asdict(manner), "model": config.model})
     progress = Progress()
     journal = Journal(work / "answers.jsonl", Said, progress.say)
-    ask_teacher(prompts, manner, journal, config.endpoint, config.model, config.concurrency, progress)
+    asyncio.run(ask_teacher(prompts, manner, journal, config.endpoint, config.model, config.concurrency, progress))
     answers = {msgspec.json.encode(answer.prompt): answer for answer in journal.entries}
     found = (answers.get(msgspec.json.encode(prompt)) for prompt in prompts)
     return [answer for answer in found if answer is not None]
