@@ -66,13 +66,13 @@ async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, fold
     Raises:
         EngineError, EndpointError: the engine died, or refused a step.
     """
-    await _post(session, arm, "/pause", params={"mode": "wait"})
-    await _post(session, arm, "/start_weight_update")
-    await _post(session, arm, "/update_weights", {"update_info": {"folder": str(folder)}})
-    await _post(session, arm, "/finish_weight_update", {"weight_version": name})
+    await _ask(session, arm, "/pause", params={"mode": "wait"})
+    await _ask(session, arm, "/start_weight_update")
+    await _ask(session, arm, "/update_weights", {"update_info": {"folder": str(folder)}})
+    await _ask(session, arm, "/finish_weight_update", {"weight_version": name})
     await empty_cache(session, arm)
-    await _post(session, arm, "/resume")
-    served = (await _request(session, arm, "GET", "/weight_info")).weight_version
+    await _ask(session, arm, "/resume")
+    served = (await _ask(session, arm, "/weight_info", method="GET")).weight_version
     if served != name:
         raise EndpointError(f"{arm.name}: expected version {name} after the update, got {served!r}; restart the engine")
 
@@ -83,30 +83,20 @@ async def empty_cache(session: aiohttp.ClientSession, arm: Arm) -> None:
     Raises:
         EngineError, EndpointError: the engine died, or did not do it.
     """
-    answer = await _post(session, arm, "/reset_prefix_cache", params={"reset_running_requests": "true"})
+    answer = await _ask(session, arm, "/reset_prefix_cache", params={"reset_running_requests": "true"})
     if answer.success is not True:
         raise EndpointError(
             f"{arm.name}: /reset_prefix_cache: expected success, got {answer.success}; is something running?"
         )
 
 
-async def _post(
+async def _ask(
     session: aiohttp.ClientSession,
     arm: Arm,
     path: str,
     body: Mapping[str, object] | None = None,
     params: Mapping[str, str] | None = None,
-) -> _Answer:
-    return await _request(session, arm, "POST", path, body, params)
-
-
-async def _request(
-    session: aiohttp.ClientSession,
-    arm: Arm,
-    method: str,
-    path: str,
-    body: Mapping[str, object] | None = None,
-    params: Mapping[str, str] | None = None,
+    method: str = "POST",
 ) -> _Answer:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     url = arm.base_url + path
