@@ -9,7 +9,15 @@ from itertools import combinations
 import numpy as np
 
 from laguna_serve.bench.stats.intervals import bound_mismatch_rate
-from laguna_serve.bench.stats.parity import Mismatch, Verdict, classify, find_mismatch, list_differences, measure_noise
+from laguna_serve.bench.stats.parity import (
+    Mismatch,
+    Verdict,
+    classify,
+    count_common,
+    find_mismatch,
+    list_differences,
+    measure_noise,
+)
 from laguna_serve.evals.codegen.grading import Grade
 from laguna_serve.evals.equivalence.exchangeability import Bools, find_apart_p, find_scatter_p, is_apart, is_unsteady
 from laguna_serve.evals.equivalence.result import ArmRewards, Divergence, LevelCounts, PairShares
@@ -198,7 +206,6 @@ def name_count(count: int) -> str:
 
 def _cut_context(baseline: str, candidate: str) -> tuple[str, str, str]:
     """Cut out what both said before their texts part, and each from there on."""
-    pairs = enumerate(zip(baseline, candidate, strict=False))
-    common = next((index for index, (a, b) in pairs if a != b), min(len(baseline), len(candidate)))
+    common = count_common(baseline, candidate)
     before = baseline[max(0, common - BEFORE) : common]
     return before, baseline[common : common + AFTER], candidate[common : common + AFTER]
