@@ -5,7 +5,6 @@ An arm with a drafter that never drafts is plain decoding: comparing it with pla
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,10 +32,6 @@ class DraftCounts:
     def __init__(self, path: Path) -> None:
         """Read those that are there. Raises JournalError."""
         self._journal = Journal(path, Drafted)
-        self._drafts: Counter[str] = Counter()
-        self._accepted: Counter[str] = Counter()
-        for stretch in self._journal.entries:
-            self._count(stretch)
 
     @asynccontextmanager
     async def watch(self, session: aiohttp.ClientSession, arms: Sequence[Arm]) -> AsyncIterator[None]:
@@ -47,21 +42,17 @@ class DraftCounts:
             now = await _read_counters(session, arm)
             if earlier is not None and now is not None:
                 delta = now.since(earlier)
-                stretch = Drafted(arm.name, delta.drafts, delta.accepted_tokens)
-                self._journal.append(stretch)
-                self._count(stretch)
+                self._journal.append(Drafted(arm.name, delta.drafts, delta.accepted_tokens))
 
     def drafts(self, arm: str) -> int | None:
         """Drafts that were counted; None where nothing could be counted."""
-        return self._drafts.get(arm)
+        drafts = [stretch.drafts for stretch in self._journal.entries if stretch.arm == arm]
+        return sum(drafts) if drafts else None
 
     def acceptance(self, arm: str) -> float | None:
         """Tokens per verification step, 1 + accepted ÷ drafts; None without drafts."""
-        return 1 + self._accepted[arm] / self._drafts[arm] if self._drafts[arm] else None
-
-    def _count(self, stretch: Drafted) -> None:
-        self._drafts[stretch.arm] += stretch.drafts
-        self._accepted[stretch.arm] += stretch.accepted
+        accepted = sum(stretch.accepted for stretch in self._journal.entries if stretch.arm == arm)
+        return 1 + accepted / drafts if (drafts := self.drafts(arm)) else None
 
 
 async def _read_counters(session: aiohttp.ClientSession, arm: Arm) -> Counters | None:
