@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, keys, serve, traces
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED, Parser, end_unread
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED, Parser, choose_command, end_unread
 from laguna_serve.serving.kit.environment import read_versions
 from laguna_serve.serving.kit.errors import CommandError
 
@@ -47,15 +47,12 @@ class ShowVersions(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand, which reads all that follows its name."""
-    given = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="laguna", description="Serve Laguna models with vLLM.", epilog=EPILOG)
     parser.add_argument("--version", action=ShowVersions, nargs=0, help="print the versions installed here, and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    command, _ = COMMANDS[parser.parse_args(given[:1]).COMMAND]
+    chosen, rest = choose_command(parser, {name: text for name, (_, text) in COMMANDS.items()}, argv)
+    command, _ = COMMANDS[chosen]
     try:
-        status = command(given[1:])
+        status = command(rest)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.cli import Parser, choose_command
 
 COMMANDS = {
     "cache": "ask a teacher for answers",
@@ -21,14 +21,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the commands; return the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="scripts/dante", description=__doc__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    chosen = parser.parse_args(given[:1]).COMMAND
+    chosen, rest = choose_command(Parser(prog="scripts/dante", description=__doc__), COMMANDS, argv)
     command = importlib.import_module(f"laguna_serve.scripts.dante.{chosen}")
-    status: int = command.main(given[1:])
+    status: int = command.main(rest)
     return status
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.cli import Parser, choose_command
 
 
 def compact(argv: Sequence[str]) -> int:
@@ -41,13 +41,12 @@ def quantise(argv: Sequence[str]) -> int:
 def drafter(argv: Sequence[str]) -> int:
     """`laguna drafter`: one tool of several. Returns the exit status."""
     parser = Parser(prog="laguna drafter", description="Tools for DFlash drafters.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
-    commands.add_parser("train", help="make or continue a drafter for a model", add_help=False)
-    commands.add_parser("convert", help="turn a drafter into the other format", add_help=False)
-    if parser.parse_args(argv[:1]).COMMAND == "convert":
+    tools = {"train": "make or continue a drafter for a model", "convert": "turn a drafter into the other format"}
+    tool, rest = choose_command(parser, tools, argv)
+    if tool == "convert":
         from laguna_serve.scripts.checkpoints import drafter
 
-        return drafter.main(argv[1:])
+        return drafter.main(rest)
     from laguna_serve.scripts.training.drafter import command
 
-    return command.main(argv[1:])
+    return command.main(rest)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.cli import Parser, choose_command
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
@@ -95,17 +95,17 @@ class KeysResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 def main(argv: Sequence[str] | None = None) -> int:
     """`laguna keys`: one tool of several. Returns the exit status."""
     parser = Parser(prog="laguna keys", description="Keys of a gateway's clients, with their limits.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
-    commands.add_parser("new", help="make a key, and print it this one time", add_help=False)
-    commands.add_parser("list", help="show names and limits", add_help=False)
-    commands.add_parser("revoke", help="take a key out", add_help=False)
-    given = list(argv or ())
-    tool = parser.parse_args(given[:1]).COMMAND
+    tools = {
+        "new": "make a key, and print it this one time",
+        "list": "show names and limits",
+        "revoke": "take a key out",
+    }
+    tool, rest = choose_command(parser, tools, argv)
     if tool == "new":
-        return Command("laguna keys new", NewKeyConfig, NEW, NEW_EXAMPLES).run(given[1:], make_key)
+        return Command("laguna keys new", NewKeyConfig, NEW, NEW_EXAMPLES).run(rest, make_key)
     if tool == "revoke":
         text = "Takes a key out of the file; a gateway that runs goes on with it until it gets a SIGHUP."
-        return Command("laguna keys revoke", RevokeKeyConfig, text, REVOKE_EXAMPLES).run(given[1:], revoke_key)
+        return Command("laguna keys revoke", RevokeKeyConfig, text, REVOKE_EXAMPLES).run(rest, revoke_key)
     keys: list[Key] = []
 
     def act(config: ListKeysConfig) -> KeysResult:
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return KeysResult(outcome="listed", names=tuple(key.name for key in keys))
 
     command = Command("laguna keys list", ListKeysConfig, "Shows the keys of a file and their limits.", LIST_EXAMPLES)
-    return command.run(given[1:], act, show=lambda _: render_keys(keys))
+    return command.run(rest, act, show=lambda _: render_keys(keys))
 
 
 def make_key(config: NewKeyConfig) -> KeysResult:

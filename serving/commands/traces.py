@@ -13,7 +13,7 @@ import msgspec
 
 from laguna_serve.serving.client.traffic import TrafficRecord
 from laguna_serve.serving.commands import show_trace
-from laguna_serve.serving.kit.cli import Parser
+from laguna_serve.serving.kit.cli import Parser, choose_command
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_stream
@@ -82,16 +82,16 @@ class TracesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema"
 def main(argv: Sequence[str] | None = None) -> int:
     """`laguna traces`: one tool of several. Returns the exit status."""
     parser = Parser(prog="laguna traces", description=DESCRIPTION)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
-    commands.add_parser("list", help="count answers by model, versions and key", add_help=False)
-    commands.add_parser("show", help="show the answers to one request", add_help=False)
-    commands.add_parser("export", help="write them as JSON Lines", add_help=False)
-    given = list(argv or ())
-    chosen = parser.parse_args(given[:1]).COMMAND
-    if chosen == "export":
-        return Command("laguna traces export", ExportConfig, EXPORT, EXPORT_EXAMPLES).run(given[1:], export)
-    if chosen == "show":
-        return _show(given[1:])
+    tools = {
+        "list": "count answers by model, versions and key",
+        "show": "show the answers to one request",
+        "export": "write them as JSON Lines",
+    }
+    tool, rest = choose_command(parser, tools, argv)
+    if tool == "export":
+        return Command("laguna traces export", ExportConfig, EXPORT, EXPORT_EXAMPLES).run(rest, export)
+    if tool == "show":
+        return _show(rest)
     rows: list[tuple[str, ...]] = []
 
     def act(config: TracesConfig) -> TracesResult:
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     heads = ("model", "weights", "drafter", "key", "answers", "prompt tokens", "tokens", "first", "last")
     command = Command("laguna traces list", TracesConfig, DESCRIPTION, LIST_EXAMPLES)
-    return command.run(given[1:], act, show=lambda _: Table("llllrrrll", heads, rows).to_text())
+    return command.run(rest, act, show=lambda _: Table("llllrrrll", heads, rows).to_text())
 
 
 def _show(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +44,15 @@ class Parser(argparse.ArgumentParser):
         """Print the message in one line and exit with COULD_NOT_RUN."""
         name = self.prog.partition(" ")[0].rpartition("/")[2]
         self.exit(COULD_NOT_RUN, f"{name}: error: {message}; see `{self.prog} --help`\n")
+
+
+def choose_command(parser: Parser, commands: Mapping[str, str], argv: Sequence[str] | None) -> tuple[str, list[str]]:
+    """Read which command is meant, of those with what each does; what stands behind its name is for it to read."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="COMMAND")
+    for name, text in commands.items():
+        choices.add_parser(name, help=text, add_help=False)
+    return str(parser.parse_args(given[:1]).COMMAND), given[1:]
 
 
 def run_command(
