@@ -15,6 +15,14 @@ from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagEr
 from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 
+Gamma = Annotated[
+    int | Literal["adaptive"] | None,
+    Flag(
+        "tokens proposed per step (default: the most), or adaptive: decided in every step",
+        metavar="N|max|adaptive",
+        parse=parse_gamma_or_adaptive,
+    ),
+]
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -24,14 +32,7 @@ class GrpoConfig:
 
     model: Annotated[str, Flag("Laguna checkpoint to start from: a folder", metavar="M")]
     draft: Annotated[str | None, Flag("DFlash drafter that speculates for it", metavar="D")] = None
-    gamma: Annotated[
-        int | Literal["adaptive"] | None,
-        Flag(
-            "tokens proposed per step (default: the most), or adaptive: decided in every step",
-            metavar="N|max|adaptive",
-            parse=parse_gamma_or_adaptive,
-        ),
-    ] = None
+    gamma: Gamma = None
     draft_sampling: DraftSampling = "greedy"
     prompts: Annotated[
         Path,
