@@ -26,13 +26,10 @@ GammaOrAdaptive = Annotated[
         parse=parse_gamma_or_adaptive,
     ),
 ]
-DraftSampling = Annotated[
-    Literal["greedy", "probabilistic"],
-    Flag(
-        "how drafts for sampled requests are chosen: the likeliest token, or drawn from the drafter's distribution, "
-        "which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
-    ),
+Dtype = Annotated[
+    str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
 ]
+Temperature = Annotated[float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")]
 BeyondBlock = Annotated[
     bool,
     Flag(
@@ -55,9 +52,7 @@ class DrafterConfig:
 
     model: Annotated[str, Flag("target checkpoint, folder or hub id", metavar="M", group="engines")]
     draft: Annotated[str, Flag("DFlash drafter checkpoint", metavar="D")]
-    dtype: Annotated[
-        str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
-    ] = "auto"
+    dtype: Dtype = "auto"
     seed: Annotated[
         int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)", at_least=0, at_most=MOST_SEED)
     ] = 0

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
-from laguna_serve.bench.arms.drafters import BeyondBlock, GammaOrAdaptive, find_most
+from laguna_serve.bench.arms.drafters import BeyondBlock, Dtype, GammaOrAdaptive, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
@@ -52,9 +52,7 @@ class ArmsConfig:
     beyond_block: BeyondBlock = False
     baseline_args: Annotated[str, Flag("extra vLLM flags for the baseline, after an =", metavar="…")] = ""
     candidate_args: Annotated[str, Flag("extra vLLM flags for the candidate, after an =", metavar="…")] = ""
-    dtype: Annotated[
-        str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
-    ] = "auto"
+    dtype: Dtype = "auto"
     eager: Annotated[bool, Flag("no compilation, no graphs: starts fast, runs slowly")] = False
     exact: Annotated[
         Literal["candidate", "both"] | None,

@@ -13,8 +13,8 @@ from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
 from laguna_serve.bench.arms.drafters import (
     BeyondBlock,
     DrafterOrUrlsConfig,
-    DraftSampling,
     Sequential,
+    Temperature,
     check_draft_sampling,
     choose_gammas,
     find_most,
@@ -24,6 +24,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
 from laguna_serve.serving.kit.run_dir import fingerprint
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import DraftSampling
 
 FLAGS = {
     "fp8-kv": ("--kv-cache-dtype", "fp8"),
@@ -97,9 +98,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     ] = ()
     sequential: Sequential = None
     adaptive: Annotated[bool, Flag("then γ decided in every step (laguna serve --gamma adaptive)")] = False
-    temperature: Annotated[
-        float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
-    ] = 0.0
+    temperature: Temperature = 0.0
     draft_sampling: DraftSampling = "greedy"
     mixed: Annotated[bool, Flag("then the schedule against the best single γ, under a load that changes")] = False
     engine_args: Annotated[

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, ArmSpec
-from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, DraftSampling, check_draft_sampling, choose_gammas
+from laguna_serve.bench.arms.drafters import DrafterOrUrlsConfig, check_draft_sampling, choose_gammas
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.flags import ADAPTIVE
+from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling
 
 # γ of an arm: a number, or decided in every step.
 Gamma = int | Literal["adaptive"]

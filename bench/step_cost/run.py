@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.arms.drafters import DraftSampling, Gamma, TimedDrafterConfig, check_draft_sampling
+from laguna_serve.bench.arms.drafters import Gamma, Temperature, TimedDrafterConfig, check_draft_sampling
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.bench.step_cost.engine import Decoded, StepEngine, open_engine
@@ -30,6 +30,7 @@ from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import DraftSampling
 
 __all__ = ["StepCostConfig", "StepCostResult", "main", "measure_steps"]
 EXAMPLES = """
@@ -54,9 +55,7 @@ class StepCostConfig(TimedDrafterConfig):
     prompts: Annotated[Path, Flag('JSONL, one {"prompt": "…"} per line', metavar="FILE", group="what to send")]
     num_prompts: Annotated[int, Flag("prompts (default: 24)", metavar="N", at_least=2)] = 24
     max_tokens: Annotated[int, Flag("output tokens per request (default: 128)", metavar="N", at_least=16)] = 128
-    temperature: Annotated[
-        float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")
-    ] = 0.0
+    temperature: Temperature = 0.0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("4 prompts × 48 tokens, not compiled", {"num_prompts": 4, "max_tokens": 48, "eager": True})
