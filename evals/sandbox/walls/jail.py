@@ -19,12 +19,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from laguna_serve.evals.sandbox.walls.config import JailConfig, WallsConfig
 from laguna_serve.evals.sandbox.walls.landlock import LIST, READ, WRITE, WRITE_FILE, Ruleset
 from laguna_serve.evals.sandbox.walls.other_user import (
     FIRST_ID,
+    call,
     change_user,
     find_reading_capability,
     is_open_to_others,
@@ -47,8 +48,6 @@ MAX_SIGNALS = 256
 OLD = "/old"
 C = TypeVar("C", bound=JailConfig)
 
-libc = ctypes.CDLL(None, use_errno=True)
-
 
 def main(parent: int, work: Callable[[C, int, int], None], ready: int, wire: int, report: int) -> NoReturn:
     """Entry of the child, a fork of `parent`: stdin holds the configuration as JSON, `work` is done inside.
@@ -59,10 +58,10 @@ def main(parent: int, work: Callable[[C, int, int], None], ready: int, wire: int
         config: C = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
     try:
-        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             raise OSError("the fork server has ended")
-        _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+        call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
         if config["mode"] != "bubblewrap":  # whose command has done it
             _write_outside("/proc/self/oom_score_adj", "1000")  # when memory runs out, these two go first
         if config["mode"] == "namespaces":
@@ -87,7 +86,7 @@ def isolate(config: WallsConfig, fds: list[int]) -> None:
     _enter_user_namespace()
     _watch(os.fork(), fds)
     # From here on process 1 of the new namespace. When the watcher is killed, it goes, and with it everything inside.
-    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     build_root(config)
     _watch(os.fork(), fds)
     if config["as_root"]:
@@ -115,7 +114,7 @@ def _enter_user_namespace() -> None:
         os._exit(0)
     os.close(asked)
     os.close(reply)
-    _call("unshare", NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS)
+    call("unshare", NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS)
     os.write(ask, b"+")
     answer = os.read(replied, 500)
     os.waitpid(helper, 0)
@@ -145,7 +144,7 @@ def build_root(config: WallsConfig) -> None:
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
     os.mkdir("/tmp" + OLD)
-    _call("syscall", SYS_PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp" + OLD.encode())
+    call("syscall", SYS_PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp" + OLD.encode())
     os.chdir("/")
     for path, real in config["readable"]:
         _bind(OLD + real, path)
@@ -156,7 +155,7 @@ def build_root(config: WallsConfig) -> None:
     os.mkdir("/tmp")
     size = f"size={config['temporary_bytes']},nr_inodes={MAX_FILES},mode=1777"
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
-    _call("umount2", OLD.encode(), MNT_DETACH)
+    call("umount2", OLD.encode(), MNT_DETACH)
     os.rmdir(OLD)
     _set_read_only("/", 0)
     os.chdir("/tmp")
@@ -175,7 +174,7 @@ def _bind(source: str, target: str) -> None:
 def _set_read_only(path: str, flags: int) -> None:
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
-    _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, size)
+    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, size)
 
 
 def restrict(config: JailConfig) -> list[str]:
@@ -199,7 +198,7 @@ def restrict(config: JailConfig) -> list[str]:
         elif (within_reach or ruleset) and change_user(config["user"], config["directory"]):
             walls.append("own-user")
             kept = reading
-            _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # changing users has cleared it
+            call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # changing users has cleared it
     limits = {
         resource.RLIMIT_CPU: config["cpu_s"],
         resource.RLIMIT_AS: config["memory_bytes"],
@@ -218,7 +217,7 @@ def restrict(config: JailConfig) -> list[str]:
         ruleset.enforce()
         walls.append(f"landlock-{config['landlock']}")
     set_capabilities(kept)
-    _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     install_filter(os.getpid(), own_files=mode not in ("landlock", "none"))
     os.environ.clear()
     os.environ.update(config["environment"])
@@ -263,7 +262,7 @@ def count_threads(user: int) -> int:
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind, data)]
     try:
-        _call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
+        call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
     except OSError as error:
         raise OSError(f"{error} ({target})") from error
 
@@ -271,8 +270,3 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 def _write_outside(path: str, text: str) -> None:
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
-
-
-def _call(name: str, *args: Any) -> None:
-    if getattr(libc, name)(*args) == -1:
-        raise OSError(f"{name}: {os.strerror(ctypes.get_errno())}")

@@ -65,7 +65,7 @@ def change_user(user: int, folder: str) -> bool:
     try:
         os.chown(folder, user, user)
         os.setgroups([])
-        _call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     except OSError:
@@ -82,7 +82,7 @@ def set_capabilities(mask: int) -> None:
         OSError: they cannot be had.
     """
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    _call("capset", header, (ctypes.c_uint32 * 6)(mask, mask, 0, 0, 0, 0))
+    call("capset", header, (ctypes.c_uint32 * 6)(mask, mask, 0, 0, 0, 0))
 
 
 def is_open_to_others(path: str) -> bool:
@@ -100,6 +100,7 @@ def _list_parents(path: str) -> Iterable[str]:
         yield path
 
 
-def _call(name: str, *args: object) -> None:
+def call(name: str, *args: object) -> None:
+    """Call one of the C library's functions. Raises OSError."""
     if getattr(libc, name)(*args) == -1:
         raise OSError(f"{name}: {os.strerror(ctypes.get_errno())}")

@@ -97,13 +97,13 @@ def build_filter(machine: str, pid: int, own_files: bool) -> bytes:
         add(numbers, _one_of(0, (0, pid)))
     for numbers, argument, values in CHOSEN.values():
         add(numbers, _one_of(argument, values))
-    add(CLONE, _unless_set(0, CLONE_THREAD, DENY), PERMIT)
+    add(CLONE, _deny_unless_set(0, CLONE_THREAD), PERMIT)
     # A pair of datagram sockets would take an address at any time.
-    add(SOCKETPAIR, _unless_equal(0, AF_UNIX, DENY), _unless_equal(1, SOCK_STREAM, DENY, SOCK_TYPE), PERMIT)
-    without_address = _unless_equal(4, 0, DENY) + _unless_equal(4, 0, DENY, word=HIGH)
-    add(SENDTO, without_address, _unless_equal(3, 0, DENY, MSG_OOB), PERMIT)
+    add(SOCKETPAIR, _deny_unless_equal(0, AF_UNIX), _deny_unless_equal(1, SOCK_STREAM, SOCK_TYPE), PERMIT)
+    without_address = _deny_unless_equal(4, 0) + _deny_unless_equal(4, 0, word=HIGH)
+    add(SENDTO, without_address, _deny_unless_equal(3, 0, MSG_OOB), PERMIT)
     for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
-        refusals = [_if_equal(argument, O_ACCMODE, DENY, O_ACCMODE), _if_equal(argument, O_TRUNC, DENY, TRUNCATES)]
+        refusals = [_deny_if_equal(argument, O_ACCMODE, O_ACCMODE), _deny_if_equal(argument, O_TRUNC, TRUNCATES)]
         add(numbers, *refusals, PERMIT)
     add(CLONE3, LACK)  # clone is taken instead, whose flags a filter can read
     return b"".join(
@@ -146,15 +146,15 @@ def _one_of(argument: int, values: Iterable[int]) -> bytes:
     return b"".join((_pack(LOAD, ARGUMENT + 8 * argument), *tests, DENY))
 
 
-def _if_equal(argument: int, value: int, body: bytes, mask: int = FULL) -> bytes:
-    """Put the body, which must return, where the masked argument is the value."""
-    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(AND, mask) + _pack(IF_EQUAL, value, 0, 1) + body
+def _deny_if_equal(argument: int, value: int, mask: int = FULL) -> bytes:
+    """Deny where the masked argument is the value."""
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(AND, mask) + _pack(IF_EQUAL, value, 0, 1) + DENY
 
 
-def _unless_equal(argument: int, value: int, body: bytes, mask: int = FULL, word: int = 0) -> bytes:
+def _deny_unless_equal(argument: int, value: int, mask: int = FULL, word: int = 0) -> bytes:
     load = _pack(LOAD, ARGUMENT + 8 * argument + word)
-    return load + _pack(AND, mask) + _pack(IF_EQUAL, value, 1, 0) + body
+    return load + _pack(AND, mask) + _pack(IF_EQUAL, value, 1, 0) + DENY
 
 
-def _unless_set(argument: int, flag: int, body: bytes) -> bytes:
-    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(IF_SET, flag, 1, 0) + body
+def _deny_unless_set(argument: int, flag: int) -> bytes:
+    return _pack(LOAD, ARGUMENT + 8 * argument) + _pack(IF_SET, flag, 1, 0) + DENY
