@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 from msgspec import structs
 
@@ -21,7 +20,6 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.progress import Progress
 
 OWN_TIME = "laguna_gateway_added_chunk_seconds_"
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson
 from laguna_serve.serving.machine.cache import find_caches
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-INDEX = "model.safetensors.index.json"
 SAFETENSORS = "vLLM's Laguna reads safetensors: take the release itself (poolside/Laguna-…)"
 
 

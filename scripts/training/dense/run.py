@@ -45,7 +45,6 @@ from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.run_dir import check_out
 
-ROOT = Path(__file__).resolve().parents[3]
 REMEDY = "distil from the bf16 or FP8 release"
 MEASURED_ROWS = 64
 

@@ -30,11 +30,6 @@ class Row:
         """Token ids of the prompt, which answers share."""
         return tuple(self.tokens[: self.start].tolist())
 
-    @property
-    def answered(self) -> int:
-        """Tokens that the target emitted."""
-        return len(self.tokens) - self.start
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
