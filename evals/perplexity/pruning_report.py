@@ -8,6 +8,7 @@ import msgspec
 
 from laguna_serve.evals.perplexity.mean import Mean
 from laguna_serve.serving.kit.environment import Environment, cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +48,9 @@ class PruningResult(
 
 def render_text(result: PruningResult) -> str:
     """Render the points in columns, and the data below."""
-    rows = [("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most"), *_list_cells(result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, "", _describe_data(result)])
+    heads = ("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most")
+    table = Table("r" * len(heads), heads, _list_cells(result))
+    return f"{table.to_text()}\n\n{_describe_data(result)}"
 
 
 def render_markdown(result: PruningResult) -> str:

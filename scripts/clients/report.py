@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from laguna_serve.serving.kit.tables import Table
+
 NOT_A_PART = "–"
 
 
@@ -50,15 +52,11 @@ def failures(checks: Sequence[ClientCheck]) -> list[str]:
 
 def render_text(result: ClientsResult) -> str:
     """Render a table for a terminal, then what falls short."""
-    rows = table(result.checks)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *failures(result.checks)])
+    return "\n".join([_tabulate(result.checks).to_text(), "", *failures(result.checks)])
 
 
 def render_markdown(result: ClientsResult) -> str:
     """Render the same as a Markdown page, with what was run."""
-    heading, *rows = table(result.checks)
     versions = ", ".join(f"{name} {release}" for name, release in result.versions.items())
     lines = [
         "# Clients",
@@ -71,11 +69,14 @@ def render_markdown(result: ClientsResult) -> str:
         " in the middle of a stream, and the client must see an error. *Tool call*: its text is forced, as the toy"
         " calls none by itself; whole and streamed are compared.",
         "",
-        f"| {' | '.join(heading)} |",
-        f"|{'---|' * len(heading)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        _tabulate(result.checks).to_markdown(),
     ]
     short = failures(result.checks)
     if short:
         lines += ["", "What falls short:", "", *(f"- {line.replace(chr(10), ' ')}" for line in short)]
     return "\n".join(lines) + "\n"
+
+
+def _tabulate(checks: Sequence[ClientCheck]) -> Table:
+    heads, *rows = table(checks)
+    return Table("l" * len(heads), heads, rows)
