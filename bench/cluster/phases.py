@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.bench.cluster.load import Asker, Ended, Loop, compare
+from laguna_serve.bench.cluster.load import Asker, Loop, compare
 from laguna_serve.bench.cluster.local import Application, deploy, find_engine_core
 from laguna_serve.bench.cluster.result import Agreement, Failure, Loss, Scaling, Updates
 from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState
@@ -124,7 +124,7 @@ def measure_updates(
         begun_s = time.monotonic()
         report = bench.application.update(NewWeights(update=[{"folder": str(weights)}], weight_version=NEW))
         ended_s = time.monotonic()
-    during = [one for one in loop.ended if _overlaps(one, begun_s, ended_s)]
+    during = [one for one in loop.ended if one.begun_s < ended_s and one.ended_s > begun_s]
     after = compare(bench.asker.ask_all(bench.prompts), expected, bench.prompts)
     late_name = wait_for_late()
     late, version = ask_one_replica(bench, late_name, expected)
@@ -154,7 +154,3 @@ def ask_one_replica(bench: Bench, name: str, expected: Mapping[str, tuple[int, .
     versions = sorted({answer.version for answer, _ in answers})
     agreement = compare([answer for answer, _ in answers], expected, [prompt for _, prompt in answers])
     return agreement, ", ".join(versions)
-
-
-def _overlaps(one: Ended, begun_s: float, ended_s: float) -> bool:
-    return one.begun_s < ended_s and one.ended_s > begun_s

@@ -129,16 +129,15 @@ def _list_left(name: str, reason: str) -> list[str]:
 
 def render_todo() -> str:
     """bench/results/GPU_TODO.md, the whole list."""
-    rows = [[str(step.row), step.name, show_seconds(step), step.expected, step.why] for step in STEPS]
+    # A person's time is not estimated.
+    rows = [
+        [str(step.row), step.name, "–" if step.by_hand else str(step.estimate_s), step.expected, step.why]
+        for step in STEPS
+    ]
     table = Table("rlrll", ("#", "step", "est. s", "expected", "why"), rows)
     lines = [TODO_HEAD, table.to_markdown(), "", "## Commands", ""]
     lines += [f"- {step.name}: {show_command(step)}" for step in STEPS]
     return "\n".join(lines) + "\n"
-
-
-def show_seconds(step: Step) -> str:
-    """Show the estimate; a person's time is not estimated."""
-    return "–" if step.by_hand else str(step.estimate_s)
 
 
 def show_command(step: Step) -> str:

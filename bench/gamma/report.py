@@ -173,7 +173,8 @@ def _conclude(result: SweepResult) -> list[str]:
     ]
     if any(point.beyond_block for point in result.points):
         lines.append(f"{BEYOND} beyond the drafter's block, whose last places it was never trained for; never chosen")
-    lines += [_describe_drift(concurrency, result) for concurrency in _list_drifting(result)]
+    drifting = sorted({point.concurrency for point in result.points if point.drift})
+    lines += [_describe_drift(concurrency, result) for concurrency in drifting]
     lines += [f"γ {gamma} failed: {reason}" for gamma, reason in result.failed.items()]
     lines.append(f"schedule: {_show_schedule(result)}")
     lines += [f"ablation {item.ablation}: {item.drift.describe()}" for item in result.stack or [] if item.drift]
@@ -188,10 +189,6 @@ def _conclude(result: SweepResult) -> list[str]:
             lines.append(f"mixed load: the schedule is {ratio} as {single} throughout, the best single choice")
             lines += [f"mixed load: {mixed.drift.describe()}"] if mixed.drift else []
     return lines
-
-
-def _list_drifting(result: SweepResult) -> list[int]:
-    return sorted({point.concurrency for point in result.points if point.drift})
 
 
 def _describe_drift(concurrency: int, result: SweepResult) -> str:

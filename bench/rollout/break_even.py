@@ -69,7 +69,7 @@ def summarise_point(
             name: delta.prefix_cache_hits / max(1, delta.prefix_cache_queries) for name, delta in deltas.items()
         },
         preemptions={name: delta.preemptions for name, delta in deltas.items()},
-        price_per_million=_price(rates, price_per_hour),
+        price_per_million=find_prices(rates, price_per_hour),
         drift=measured.drift,
     )
 
@@ -103,10 +103,6 @@ def find_tau_interval(turns: Sequence[Turn], seed: int) -> tuple[float, float]:
     return 1 + low, 1 + high
 
 
-def find_price(per_hour: float, tok_per_s: float) -> float:
-    """Of a million tokens, in the currency of the hour's price."""
-    return per_hour / 3600 / tok_per_s * 1e6
-
-
-def _price(rates: Mapping[str, float], per_hour: float | None) -> dict[str, float] | None:
-    return None if per_hour is None else {name: find_price(per_hour, rate) for name, rate in rates.items()}
+def find_prices(rates: Mapping[str, float], per_hour: float | None) -> dict[str, float] | None:
+    """Of a million tokens at each rate (tok/s), in the currency of the hour's price; None without one."""
+    return None if per_hour is None else {name: per_hour / 3600 / rate * 1e6 for name, rate in rates.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -50,12 +49,9 @@ def draw_completions(
                 for name, path in paths.items():
                     drawn = asyncio.run(_draw_arm(config, arm, name, gamma, prompts, progress))
                     write_text(path, json.dumps(drawn))
-        sets |= {name: _read_completions(path) for name, path in paths.items()}
+        for name, path in paths.items():
+            sets[name] = msgspec.json.decode(path.read_bytes(), type=list[list[Completion]])
     return sets
-
-
-def _read_completions(path: Path) -> list[list[Completion]]:
-    return msgspec.json.decode(path.read_bytes(), type=list[list[Completion]])
 
 
 async def _draw_arm(

@@ -45,7 +45,7 @@ def find_weakness(problem: Problem, limits: Limits) -> Weakness:
         base = find_weakness(replace(problem, test=problem.base_test, base_test=""), limits)
         if not base.published and not base.fault:
             return base
-    trial = run_trial(problem, "", _lengthen(limits), baseline.record, probes=True)
+    trial = run_trial(problem, "", replace(limits, wall_s=PROBE_WALL_S), baseline.record, probes=True)
     found = trial.probes or {}
     passed = [tuple(name for name, verdicts in found.items() if verdicts[index]) for index in (0, 1)]
     fault = baseline.fault or ("" if trial.probes is not None else f"its tests do not run: {trial.detail}")
@@ -79,7 +79,3 @@ def tell_weaknesses(found: Sequence[Weakness]) -> list[str]:
 def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _lengthen(limits: Limits) -> Limits:
-    return replace(limits, wall_s=PROBE_WALL_S)

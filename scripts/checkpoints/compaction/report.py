@@ -159,13 +159,9 @@ def format_shares(result: CompactShares) -> str:
             f"{row.parameters:,}",
             f"{row.bytes / GIB:.1f}",
             f"{row.held_bytes / GIB:.1f}",
-            *(_count_sequences(room) for room in row.room),
+            *(str(room.sequences) if room.longest else "too small" for room in row.room),
         ]
         for row in result.shares
     ]
     released = f"as released {result.released_bytes / GIB:.1f} GiB on disk; compact, experts in {result.format}:"
     return f"{result.base}: {released}\n\n{Table('l' + 'r' * (len(heads) - 1), heads, rows).to_markdown()}"
-
-
-def _count_sequences(room: Room) -> str:
-    return str(room.sequences) if room.longest else "too small"

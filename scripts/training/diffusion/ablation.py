@@ -130,13 +130,9 @@ def iterate_blocks(tensors: Tensors, config: LladaConfig, dtype: torch.dtype) ->
 def _load_ends(tensors: Tensors, config: LladaConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load what is before the layers and behind them: ids → x, and x → logits."""
     with torch.device("meta"):
-        ends = Llada(_without_layers(config))
+        ends = Llada(replace(config, n_layers=0))
     _fill(ends, "", tensors, dtype)
     return ends.embed, ends.read_out
-
-
-def _without_layers(config: LladaConfig) -> LladaConfig:
-    return replace(config, n_layers=0)
 
 
 def _fill(module: nn.Module, prefix: str, tensors: Tensors, dtype: torch.dtype) -> None:
