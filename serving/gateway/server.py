@@ -102,7 +102,7 @@ class GatewayServer(_EventServer):
         self._admin_task: asyncio.Task[None] | None = None
         self._ready, self._reload, self._configured = ready, reload, configured
         # SIGHUPs that no configuration has been taken for yet; the task that reads it.
-        self._asked = 0
+        self._asked, self._outdated = 0, False
         self._reading: asyncio.Task[None] | None = None
         self.parent = os.getppid()
 
@@ -119,7 +119,7 @@ class GatewayServer(_EventServer):
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
             if self._reload is not None:
-                loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+                loop.add_signal_handler(signal.SIGHUP, self.reload)
             elif signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
                 loop.add_signal_handler(signal.SIGHUP, self.handle_exit, signal.SIGTERM, None)
         # What there is by now stays: the collector need not look at it again while streams wait.
@@ -156,24 +156,32 @@ class GatewayServer(_EventServer):
         return find_services(self._app).relay
 
     def reload(self) -> None:
-        """Take the configuration as it is now, or, where anything is wrong with it, nothing of it."""
-        assert self._reload is not None
-        with self._going_on():
-            self._take(self._reload())
+        """Take the configuration as it is now, soon, or, where anything is wrong with it, nothing of it.
 
-    def _reload_soon(self) -> None:
-        """As `reload`, but read in a thread: of thousands of keys that takes a second, in which streams go on."""
+        It is read in a thread: of thousands of keys that takes a second, in which streams go on.
+        """
         self._asked += 1
         if self._reading is None:
             self._reading = asyncio.create_task(self._reload_beside())
 
+    def outdate(self) -> None:
+        """Note that what is being read is not true any more, so that it is read again before it is taken."""
+        self._outdated = True
+
     async def _reload_beside(self) -> None:
-        assert self._reload is not None
         while self._asked:  # also for one that came while the file was being read
             self._asked = 0
             with self._going_on():
-                self._take(await asyncio.to_thread(self._reload))
+                self._take(await self._read())
         self._reading = None
+
+    async def _read(self) -> Config:
+        assert self._reload is not None
+        while True:
+            self._outdated = False
+            config = await asyncio.to_thread(self._reload)
+            if not self._outdated:
+                return config
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:

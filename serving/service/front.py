@@ -140,9 +140,10 @@ class Front:
         def act(relay: Relay) -> None:
             pool, engine = self._find(relay)
             pool.succeed(engine, engine_url)
+            self._engine_url = engine_url
+            self._server.outdate()  # a file that is being read gets the former engine's address
 
         self._server.call(act)
-        self._engine_url = engine_url
 
     def give_up(self) -> None:
         """Note that the engine does not come back: requests that wait are refused."""
@@ -155,7 +156,7 @@ class Front:
 
     def reload(self) -> None:
         """Read the configuration file again, soon; one that is wrong changes nothing.  Safe in a signal handler."""
-        self._server.schedule(self._reload)
+        self._server.schedule(self._server.reload)
 
     def read_config(self) -> Config:
         """Read the configuration as it is now.  Raises ConfigError."""
@@ -165,10 +166,6 @@ class Front:
             return make_config(self._settings, self._engine_url)
         except EngineError as error:
             raise ConfigError(str(error)) from None
-
-    def _reload(self) -> None:
-        self._server.reload()
-        self._mark(self._server.relay)
 
     def _mark(self, relay: Relay) -> None:
         self._find(relay)[1].returns = True

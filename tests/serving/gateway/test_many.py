@@ -95,7 +95,7 @@ def test_requests_go_on_while_a_configuration_is_read() -> None:
         config = front.relay.config
         front.server._reload = read
         for _ in range(3):  # the last two while the first is being obeyed
-            front.loop.call_soon_threadsafe(front.server._reload_soon)
+            front.loop.call_soon_threadsafe(front.server.reload)
             wait_until(lambda: bool(reads))
             assert front.ask(PATH, b'{"model": "m"}').status == 200
         answered.set()

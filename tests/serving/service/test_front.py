@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from serving_fakes import post, read_pids, read_url, serving
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.planning.launch import EngineError
-from laguna_serve.serving.service.front import FrontSettings, make_config
+from laguna_serve.serving.service import front as front_module
+from laguna_serve.serving.service.front import FrontSettings, make_config, open_front
 
 COMPLETIONS = "/v1/completions"
 URL = "http://127.0.0.1:7"
@@ -146,6 +149,42 @@ def read_line(server: Any, mark: str) -> str:
         if mark in line:
             return str(line)
     raise AssertionError(f"expected {mark!r}")
+
+
+def test_the_file_is_read_beside_the_streams_and_with_the_engine_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of thousands of keys that takes a second, in which nothing stands still, and another engine may have come."""
+    file = tmp_path / "gateway.toml"
+    file.write_text("[limits]\nmax_queued = 5\n")
+    going, go_on, urls, other = threading.Event(), threading.Event(), list[str](), "http://127.0.0.1:8"
+
+    def read(settings: FrontSettings, engine_url: str) -> Any:
+        going.set()
+        assert go_on.wait(30)
+        urls.append(engine_url)
+        return make_config(settings, engine_url)
+
+    with open_front(FrontSettings(model="teacher", max_num_seqs=4, file=file, port=0), URL) as front:
+        monkeypatch.setattr(front_module, "make_config", read)
+        relay, seen = front._server.relay, list[Any]()
+        take = relay.configure
+        monkeypatch.setattr(relay, "configure", lambda config: (take(config), seen.append(config)))
+        file.write_text("[limits]\nmax_queued = 6\n")
+        front.reload()
+        assert going.wait(30)
+        front.succeed(other)  # which needs the gateway's own thread
+        go_on.set()
+        for _ in range(3000):
+            if seen:
+                break
+            time.sleep(0.01)
+        engine = relay.pools["teacher"].engines[0]
+        assert (engine.config.url, engine.restarts, engine.returns) == (other, 1, True)
+    assert urls == [URL, other]
+    assert [(list_upstreams(config), config.limits.max_queued) for config in seen] == [
+        ({"teacher": [("engine", other)]}, 6)
+    ]
 
 
 @pytest.mark.slow
