@@ -24,6 +24,7 @@ from laguna_serve.serving.gateway.relay.shadow import Shadows
 from laguna_serve.serving.gateway.services import Services, find_services
 from laguna_serve.serving.gateway.status import list_answers
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
+from laguna_serve.serving.gateway.telemetry.copies import Copies
 from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.telemetry.stages import Tracer
@@ -47,7 +48,8 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
     """
     metrics = Metrics()
     ledger = open_ledger(config)
-    recorder = TraceRecorder(open_traces(config.traces), metrics.registry)
+    copies = Copies()
+    recorder = TraceRecorder(open_traces(config.traces), metrics.registry, copies)
     tracer = None if config.tracing.endpoint is None else open_tracer(config.tracing)
     if log is None:
         log = AccessLog.on_stderr() if config.server.access_log else AccessLog()
@@ -55,7 +57,7 @@ def create_app(config: Config, log: AccessLog | None = None, team: Team | None =
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_session() as session, _open_session(force_close=True) as steps:
-            shadows = Shadows(session, metrics.registry, recorder.accompany if config.traces.file else None)
+            shadows = Shadows(session, metrics.registry, copies, recorder.accompany if config.traces.file else None)
             catalog = Catalog(steps)
             shared = None if team is None else team.make_counts()
             counts = Counts() if shared is None else shared

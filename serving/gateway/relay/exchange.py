@@ -23,6 +23,7 @@ from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, rea
 from laguna_serve.serving.gateway.relay.sink import Sink
 from laguna_serve.serving.gateway.relay.waiting import Waiter
 from laguna_serve.serving.gateway.residence.place import Place
+from laguna_serve.serving.gateway.telemetry.copies import Copied, Copies, Copy
 from laguna_serve.serving.gateway.telemetry.stages import Trace
 from laguna_serve.serving.gateway.telemetry.usage import count_tokens, keep_usage
 from laguna_serve.serving.gateway.wire import errors
@@ -82,8 +83,7 @@ class Exchange(Waiter):
     first_s: float | None = None
     last_s: float = 0.0
     sent_s: float | None = None
-    copy: bytearray | None = None
-    answer: asyncio.Future[bytes | None] | None = None
+    copy: Copy | None = None
     _pool: Pool | None = None
     _body: bytes = b""
     _task: asyncio.Task[None] | None = None
@@ -94,11 +94,11 @@ class Exchange(Waiter):
     _events: EventStream | None = None
     recent: tuple[bytes, bytes] = (b"", b"")
 
-    def keep_answer(self) -> asyncio.Future[bytes | None]:
-        """Keep what the client will have got: the body of a complete answer with status 200, or None."""
-        if self.answer is None:
-            self.copy, self.answer = bytearray(), asyncio.get_running_loop().create_future()
-        return self.answer
+    def keep_answer(self, copies: Copies, most: int) -> asyncio.Future[Copied]:
+        """Keep what the client will have got, up to so many bytes: the body of a complete answer with status 200."""
+        if self.copy is None:
+            self.copy = Copy(copies)
+        return self.copy.keep(most)
 
     def send(self, pool: Pool, body: bytes, affinity: bytes | None) -> None:
         """To an engine of the pool; at once if one has a slot and a connection is open."""
@@ -244,8 +244,8 @@ class Exchange(Waiter):
                 self.recent = (self.recent[1], data)
             elif not (data := self._take_events(events, data)):
                 return
-        if self.copy is not None:
-            self.copy += data
+        if self.copy is not None and self.status == 200:
+            self.copy.add(data)
         self.sink.write(data)
 
     def _take_events(self, events: EventStream, data: bytes) -> bytes:
@@ -267,8 +267,8 @@ class Exchange(Waiter):
         assert self.engine is not None
         self.complete, self._connection = True, None
         if self._events is not None and (rest := self._events.end()):
-            if self.copy is not None:
-                self.copy += rest
+            if self.copy is not None and self.status == 200:
+                self.copy.add(rest)
             self.sink.write(rest)
         self.sink.end()
         self.engine.note_success()
@@ -301,7 +301,7 @@ class Exchange(Waiter):
             self._connection.abort()
             self._connection = None
         self.let_go()
-        if self.answer is not None and self.copy is not None and not self.answer.done():
-            self.answer.set_result(bytes(self.copy) if self.complete and self.status == 200 else None)
+        if self.copy is not None:
+            self.copy.end(whole=self.complete and self.status == 200)
         self._on_finish(self)
         del self.sink  # else the two would keep each other until the garbage collector comes

@@ -1,8 +1,8 @@
 """Shadow traffic: a copy of greedy requests goes to a second engine, and the two answers are compared.
 
-The client never waits for it: the copy runs beside the request, a bounded number at once, and what is too much is left
-out and counted. Compared are token ids where the client asked for them, else the text; logs tell where two answers
-part, never what they say.
+The client never waits for it: the copy runs beside the request, a bounded number at once, and what is too much, or too
+large, is left out and counted. Compared are token ids where the client asked for them, else the text; logs tell where
+two answers part, never what they say.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from prometheus_client import CollectorRegistry, Counter
 
 from laguna_serve.serving.gateway.config.tables import Model, Shadow
 from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.telemetry.copies import Copied, Copies, Dropped
 from laguna_serve.serving.gateway.wire.headers import Head
 from laguna_serve.serving.kit.results import JsonObject
 
 MOST_AT_ONCE = 32
+# Of a request, and of each of its two answers.
 MOST_BYTES = 8 << 20
 TIMEOUT_S = 600.0
+LEFT_OUT = "left_out"
 PATHS = frozenset(("/v1/completions", "/v1/chat/completions"))
 
 
@@ -40,10 +43,14 @@ class Shadows:
     """Sends copies and compares, for every model of a gateway."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, registry: CollectorRegistry, record: Record | None = None
+        self,
+        session: aiohttp.ClientSession,
+        registry: CollectorRegistry,
+        copies: Copies,
+        record: Record | None = None,
     ) -> None:
         """With `record` every request is shown to it as well."""
-        self._session, self._record = session, record
+        self._session, self._record, self._copies = session, record, copies
         self._tasks: set[asyncio.Task[None]] = set()
         labels = ("model", "shadow", "outcome")
         name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
@@ -56,10 +63,11 @@ class Shadows:
         if not model.shadows or exchange.head.path not in PATHS or not _is_greedy(body):
             return
         for shadow in model.shadows:
-            if len(self._tasks) >= MOST_AT_ONCE:
-                self._outcomes.labels(model.name, shadow.name, "left_out").inc()
+            if len(self._tasks) >= MOST_AT_ONCE or len(body) > MOST_BYTES:
+                self._outcomes.labels(model.name, shadow.name, LEFT_OUT).inc()
                 continue
-            task = asyncio.create_task(self._compare(model.name, shadow, exchange.head, body, exchange.keep_answer()))
+            answer = exchange.keep_answer(self._copies, MOST_BYTES)
+            task = asyncio.create_task(self._compare(model.name, shadow, exchange.head, body, answer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -70,7 +78,7 @@ class Shadows:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _compare(
-        self, model: str, shadow: Shadow, head: Head, body: bytes, answer: asyncio.Future[bytes | None]
+        self, model: str, shadow: Shadow, head: Head, body: bytes, answer: asyncio.Future[Copied]
     ) -> None:
         outcome, where = "failed", None
         request_id = head.request_id.decode()
@@ -80,11 +88,11 @@ class Shadows:
             options["headers"] |= {"Content-Type": "application/json", "X-Request-Id": request_id}
             url = shadow.url + head.path
             async with self._session.post(url, data=body, timeout=timeout, **options) as response:
-                theirs = await response.content.read(MOST_BYTES) if response.status == 200 else None
-                while theirs is not None and not response.content.at_eof() and len(theirs) < MOST_BYTES:
-                    theirs += await response.content.read(MOST_BYTES)
-            ours = await asyncio.shield(answer)  # other shadows wait for it too
-            if ours is not None and theirs is not None:
+                theirs = await _read_whole(response.content) if response.status == 200 else None
+            ours = None if isinstance(theirs, Dropped) else await answer
+            if isinstance(ours, Dropped) or isinstance(theirs, Dropped):
+                outcome = LEFT_OUT
+            elif ours is not None and theirs is not None:
                 where = await asyncio.to_thread(_compare_bodies, ours, theirs)  # 30 ms per MB, while streams go on
                 outcome = "equal" if where is None else "different"
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, TypeError, LookupError):
@@ -93,6 +101,16 @@ class Shadows:
         if outcome == "different":
             line = {"shadow": shadow.name, "model": model, "request_id": request_id, "first_difference": where}
             print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+async def _read_whole(content: aiohttp.StreamReader) -> Copied:
+    """Read a body that is not too large."""
+    body = bytearray()
+    async for piece in content.iter_any():
+        body += piece
+        if len(body) > MOST_BYTES:
+            return Dropped.TOO_LARGE
+    return bytes(body)
 
 
 def read_answer(body: bytes) -> list[Any]:

@@ -1,7 +1,7 @@
 """Keeps traces beside the requests: what has ended is read and written by a thread of its own, or left out.
 
-A client never waits for it. What has not been written yet is bounded in bytes; beyond it answers are left out and
-counted, and so are those without token ids.
+A client never waits for it. What is under way and what has not been written yet is bounded in bytes; beyond it answers
+are left out and counted, and so are those without token ids.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from msgspec import Meta
 from prometheus_client import CollectorRegistry, Counter
 
 from laguna_serve.serving.gateway.relay.exchange import Exchange
+from laguna_serve.serving.gateway.telemetry.copies import Copied, Copies, Dropped
 from laguna_serve.serving.gateway.traces.answers import AnswerError, read_answer
 from laguna_serve.serving.gateway.traces.store import Trace, TraceFile
 
 PATHS = frozenset(("/v1/completions", "/v1/chat/completions"))
-MOST_WAITING_BYTES = 64 << 20
+# Of one answer, and of all that wait to be written.
+MOST_BYTES = MOST_WAITING_BYTES = 64 << 20
 # How often what has come together is written.
 EVERY_S = 0.5
 logger = logging.getLogger(__name__)
@@ -46,10 +48,12 @@ class _Ended:
 class TraceRecorder:
     """What is recorded of a gateway's requests. Without a file nothing is."""
 
-    def __init__(self, file: TraceFile | None, registry: CollectorRegistry) -> None:
+    def __init__(self, file: TraceFile | None, registry: CollectorRegistry, copies: Copies | None = None) -> None:
         self._file, self._waiting, self._bytes = file, list[_Ended](), 0
+        self._copies = Copies() if copies is None else copies
         self._failing = False
-        name, help_text = "laguna_gateway_traces", "Answers by outcome: kept, busy, no_tokens, failed, dropped."
+        name = "laguna_gateway_traces"
+        help_text = "Answers by outcome: kept, busy, too_large, no_tokens, failed, dropped."
         self._outcomes = Counter(name, help_text, ("outcome",), registry=registry)
 
     def accompany(self, exchange: Exchange, body: bytes) -> None:
@@ -63,7 +67,9 @@ class TraceRecorder:
         if not asked.return_token_ids:
             self._outcomes.labels("no_tokens").inc()
             return
-        exchange.keep_answer().add_done_callback(lambda answer: self._take(exchange, asked, answer))
+        most = MOST_BYTES if self._file.max_bytes is None else min(MOST_BYTES, self._file.max_bytes)
+        answer = exchange.keep_answer(self._copies, most)
+        answer.add_done_callback(lambda answer: self._take(exchange, asked, answer))
 
     async def keep_writing(self, stopped: asyncio.Event) -> None:
         """Write what comes together, until it is stopped; then the rest, and close the file."""
@@ -95,9 +101,12 @@ class TraceRecorder:
         for outcome, count in (("kept", kept), ("no_tokens", useless), ("dropped", dropped)):
             self._outcomes.labels(outcome).inc(count)
 
-    def _take(self, exchange: Exchange, asked: _Asked, answer: asyncio.Future[bytes | None]) -> None:
+    def _take(self, exchange: Exchange, asked: _Asked, answer: asyncio.Future[Copied]) -> None:
         body = None if answer.cancelled() else answer.result()
         if body is None or exchange.engine is None:
+            return
+        if isinstance(body, Dropped):
+            self._outcomes.labels(body.value).inc()
             return
         if self._bytes + len(body) > MOST_WAITING_BYTES:
             self._outcomes.labels("busy").inc()

@@ -108,7 +108,7 @@ class TraceFile:
 
     def __init__(self, path: Path, max_bytes: int | None = None) -> None:
         """Open it; with `max_bytes` it is made where it is not there. Raises TraceFileError."""
-        self._path, self._max_bytes = path, max_bytes
+        self._path, self.max_bytes = path, max_bytes
         if max_bytes is None and not path.is_file():
             raise TraceFileError(f"{path}: expected a file of traces, got none; see traces.file in gateway.toml")
         file = None
@@ -171,7 +171,7 @@ class TraceFile:
     def _make_room(self) -> int:
         """Drop a share of the rows, the oldest, while the pages in use exceed the bound."""
         dropped = 0
-        while self._max_bytes is not None and self._count_used_bytes() > self._max_bytes:
+        while self.max_bytes is not None and self._count_used_bytes() > self.max_bytes:
             (rows,) = self._file.execute("SELECT count(*) FROM traces").fetchone()
             if rows <= 1:
                 break

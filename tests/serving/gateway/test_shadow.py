@@ -101,6 +101,16 @@ def test_request_that_fails_is_not_compared() -> None:
     assert run(refuse, say(1)) == {"failed": 1.0}
 
 
+@pytest.mark.parametrize("of", ["answer", "shadow", "request"])
+def test_what_is_too_large_is_left_out(monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    """Also where both say the same as far as they are kept."""
+    long = range(100, 300)
+    monkeypatch.setattr(shadow, "MOST_BYTES", 4000)
+    body = json.dumps({"model": "m", "prompt": "x" * (4000 if of == "request" else 1), "temperature": 0}).encode()
+    answers = [say(*(long if of == one else (1,)), stream=True) for one in ("answer", "shadow")]
+    assert run(*answers, body) == {"left_out": 1.0}
+
+
 @pytest.mark.slow
 def test_client_does_not_wait_for_the_shadow() -> None:
     with (

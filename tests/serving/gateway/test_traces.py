@@ -16,7 +16,8 @@ from gateway_fakes import SSE, Exchange, Gateway, gateway, make_request, read_re
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.client.traffic import TrafficRecord, read_traffic
-from laguna_serve.serving.gateway.traces import store
+from laguna_serve.serving.gateway.telemetry import copies
+from laguna_serve.serving.gateway.traces import recorder, store
 from laguna_serve.serving.gateway.traces.answers import AnswerError, read_answer
 from laguna_serve.serving.gateway.traces.store import Trace, TraceFile, TraceFileError
 
@@ -373,6 +374,47 @@ def test_too_much_at_once_is_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
     with Engine() as one, gateway(one, traces={"file": str(tmp_path / "traces.db")}) as front:
         assert front.ask(PATH, json.dumps(ASKED).encode()).status == 200
         wait_until(lambda: recorded(front, "busy") == 1)
+
+
+@pytest.mark.parametrize("bound", ["one", "together"])
+def test_answer_without_end_is_not_kept_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """Neither an answer nor many at once fill the memory, and what was kept of one that is given up is free again."""
+    piece, told = b"data: " + b"x" * 1000 + b"\n\n", asyncio.Event()
+
+    async def pour(exchange: Exchange) -> None:
+        await exchange.start(SSE)
+        for _ in range(100):
+            await exchange.chunk(piece)
+        await told.wait()
+        await exchange.chunk(piece)
+        await exchange.end()
+
+    if bound == "one":
+        monkeypatch.setattr(recorder, "MOST_BYTES", 50_000)
+    else:
+        monkeypatch.setattr(copies, "MOST_TOGETHER_BYTES", 50_000)
+    outcome = "too_large" if bound == "one" else "busy"
+    with (
+        Engine() as one,
+        gateway(one, traces={"file": str(tmp_path / "traces.db")}) as front,
+        front.connect() as client,
+    ):
+        complete, one.handlers[PATH] = one.handlers[PATH], pour
+        client.sendall(make_request(PATH, json.dumps({**ASKED, "stream": True}).encode()))
+        wait_until(lambda: recorded(front, outcome) == 1)
+        (exchange,) = front.relay.exchanges
+        assert front.relay._shadows._copies.held == 0, "while it is still under way"
+        assert exchange.copy._data == b""
+        one._loop.call_soon_threadsafe(told.set)
+        reply = read_reply(client)
+        assert (reply.status, reply.cut, reply.body) == (200, False, piece * 101)
+        one.handlers[PATH] = complete
+        assert front.ask(PATH, json.dumps(ASKED).encode()).status == 200
+        wait_until(lambda: recorded(front, "kept") == 1)
+        assert recorded(front, outcome) == 1
+        assert front.relay._shadows._copies.held == 0
 
 
 def test_wild_bodies_never_raise_anything_else() -> None:
