@@ -34,6 +34,8 @@ NOBODY = {"replicas": "expected one that takes the weights, got none that answer
 # A replica that is not there, and has not asked whether it may go on for so long, has ended: it asks every two seconds.
 # One that has just joined is not listed by Ray yet.  Requests are not held meanwhile.
 SILENT_S = 10.0
+# For Ray to list the replicas that serve to a process that has just begun.
+LISTED_S = 2.0
 # For one that was there to answer in the middle of an update, when requests are held.
 MISSING_S = 10.0
 RETRY_S = 0.25
@@ -79,12 +81,26 @@ class WeightKeeper:
         async with self._locks[model]:
             if epoch != self._versions[model].epoch:
                 return False
-            known = {name: member.told for name, member in self._members[model].items() if member.told is not None}
-            if told is not None and (fault := find_fault(replica, told, known)):
+            if told is not None and told.ranks and not list_alike(told, self._list_told(model)):
+                await self._hear(model)
+            if told is not None and (fault := find_fault(replica, told, self._list_told(model))):
                 log.warning(f"replica {replica}: digests: {fault}")
                 raise OtherWeightsError(f"replica {replica}: digests: {fault}")
             self._members[model][replica] = Member(time.monotonic(), told)
             return True
+
+    def _list_told(self, model: str) -> dict[str, Told]:
+        return {name: member.told for name, member in self._members[model].items() if member.told is not None}
+
+    async def _hear(self, model: str) -> None:
+        """Hear what the replicas that serve say of their weights, as they said to a process before this one."""
+        epoch, deadline = self._versions[model].epoch, time.monotonic() + LISTED_S
+        while not (answers := await self._ask(model, "describe")) and time.monotonic() < deadline:
+            await asyncio.sleep(RETRY_S)
+        now_s = time.monotonic()
+        for state in answers:
+            if isinstance(state, ReplicaState) and state.epoch == epoch and state.replica not in self._struck:
+                self._members[model][state.replica] = Member(now_s, state.told)
 
     async def leave(self, model: str, replica: str) -> None:
         """Take note that a replica ends."""
@@ -258,9 +274,14 @@ def compare(replies: Iterable[Reply], *, doubt: bool = False) -> dict[str, str]:
     return wrong
 
 
+def list_alike(told: Told, known: Mapping[str, Told]) -> dict[str, Sequence[digests.Digests]]:
+    """List the digests of those whose engines were started in the same way."""
+    return {name: one.ranks for name, one in known.items() if one.engine == told.engine and one.ranks}
+
+
 def find_fault(replica: str, told: Told, known: Mapping[str, Told]) -> str | None:
     """Find what is wrong with a new replica's weights, beside the first known ones of an engine started alike."""
-    alike = {name: one.ranks for name, one in known.items() if one.engine == told.engine and one.ranks}
+    alike = list_alike(told, known)
     if not alike or not told.ranks:
         return None
     first = min(alike)

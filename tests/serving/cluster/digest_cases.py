@@ -12,7 +12,7 @@ from keeper_cases import FakeHandle, FakeReplica, start
 
 from laguna_serve.serving.cluster import keeper as module
 from laguna_serve.serving.cluster.keeper import OtherWeightsError, WeightKeeper, read_versions
-from laguna_serve.serving.cluster.messages import NewWeights, Reply, Told
+from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Told
 from laguna_serve.serving.cluster.replica import read_digests
 from laguna_serve.serving.gateway.engines.digests import Digests
 
@@ -28,6 +28,7 @@ class TellingReplica(FakeReplica):
     ) -> None:
         super().__init__(name)
         self.spoils, self.engine, self.mute = spoils or {}, engine, mute
+        self.told: Told | None = None
 
     def tell(self) -> Told:
         if self.mute:
@@ -36,10 +37,16 @@ class TellingReplica(FakeReplica):
         parts = {part: f"{self.weights}{self.name if part in spoiled else ''}" for part in ("model", "draft")}
         return Told(self.engine, [Digests(**parts)])
 
+    def take(self, method: str, operation: str = "", argument: Any = None) -> Reply | ReplicaState:
+        found = super().take(method, operation, argument)
+        asked = isinstance(found, ReplicaState) and self.told is not None
+        return replace(found, told=self.told) if asked else found
+
     def _take(self, method: str, argument: Any) -> Reply:
         reply = super()._take(method, argument)
         asked = method == "load" and argument.digests and reply.error is None
-        return replace(reply, told=self.tell() if asked else None)
+        self.told = self.tell() if asked else None if method == "load" else self.told
+        return replace(reply, told=self.told if method == "load" else None)
 
 
 def update(keeper: WeightKeeper, new: NewWeights = NEW) -> tuple[str, dict[str, str]]:
@@ -139,6 +146,37 @@ def test_a_keeper_that_was_started_again_hears_what_the_replicas_have(tmp_path: 
     assert asyncio.run(later.confirm("m", "a", 1, old.tell()))
     with pytest.raises(OtherWeightsError, match="the model"):
         join_later(later, TellingReplica("b", {"v1": "model"}))
+
+
+def test_a_keeper_that_was_started_again_asks_before_a_new_one_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked it yet whether he may go on, and Ray's list of replicas comes a moment after its start."""
+    serving = TellingReplica("a"), TellingReplica("b")
+    assert update(start(tmp_path, *serving)) == ("updated", {})
+    outdated = TellingReplica("0", {"default": "model"})  # which never took the version of now
+    handle: Any = FakeHandle([])
+    later = WeightKeeper(str(tmp_path / "weights.json"), {"m": handle})
+    wait = asyncio.sleep
+
+    async def list_them(seconds: float) -> None:
+        handle.replicas = [*serving, outdated]
+        await wait(0)
+
+    monkeypatch.setattr(module.asyncio, "sleep", list_them)
+    with pytest.raises(
+        OtherWeightsError, match=r"^replica c: digests: expected the weights of a, got others: the model"
+    ):
+        join_later(later, TellingReplica("c", {"v1": "model"}))
+    assert join_later(later, TellingReplica("d"))
+    assert asyncio.run(later.list_members("m")) == ["a", "b", "d"]
+
+
+def test_the_first_of_all_has_nobody_to_be_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LISTED_S", 0.1)
+    assert update(start(tmp_path, TellingReplica("a"))) == ("updated", {})
+    later = WeightKeeper(str(tmp_path / "weights.json"), {"m": FakeHandle([])})  # type: ignore[dict-item]
+    assert join_later(later, TellingReplica("b"))
 
 
 def test_what_a_replicas_gateway_shows_is_read() -> None:
