@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from laguna_serve.serving.chat.sampling_defaults import find_temperature
 from laguna_serve.serving.chat.vendor_defaults import describe_chat
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
@@ -232,6 +233,7 @@ def plan_service(config: ServeConfig) -> ServicePlan:
         port=config.port,
         keys=keys,
         origins=config.allow_origin,
+        temperature=find_temperature(engine.model, engine.extra_args),
     )
     host, port, locked = check_front(settings)
     return ServicePlan(replace(engine, host=LOOPBACK[0], port=None), settings, None, host, port, locked)

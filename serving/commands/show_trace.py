@@ -50,6 +50,7 @@ class ShownAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ended: UTC.
+        temperature: as the request said, else its engine's own default; None where that is not known.
         logprob_sum, logprob_mean: of its tokens, nats; None where they were not asked for.
         prompt, answer: their text; None without a tokenizer.
     """
@@ -63,7 +64,7 @@ class ShownAnswer(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
     weight_versions: tuple[str, ...]
     draft_versions: tuple[str, ...]
-    temperature: float
+    temperature: float | None
     seed: int | None
     finish_reason: str | None
     prompt_tokens: int
@@ -159,7 +160,7 @@ def render(request: str, answer: ShownAnswer, choices: int) -> str:
         "ended": f"{answer.ended} UTC, {answer.total_s:.3f} s{first}",
         "weights": ", then ".join(answer.weight_versions),
         "drafter": ", then ".join(answer.draft_versions),
-        "sampling": f"temperature {answer.temperature:g}" + ("" if answer.seed is None else f", seed {answer.seed}"),
+        "sampling": _tell_sampling(answer),
         "tokens": f"prompt {answer.prompt_tokens:,}, answer {answer.output_tokens:,}; {answer.finish_reason}",
         "logprobs": nats,
         "experts": "recorded" if answer.has_experts else "not asked for",
@@ -173,6 +174,11 @@ def render(request: str, answer: ShownAnswer, choices: int) -> str:
                 *(f"  | {line}" for line in CONTROL.sub("\N{REPLACEMENT CHARACTER}", text).split("\n")),
             ]
     return "\n".join(shown)
+
+
+def _tell_sampling(answer: ShownAnswer) -> str:
+    warmth = "temperature not stated" if answer.temperature is None else f"temperature {answer.temperature:g}"
+    return warmth + ("" if answer.seed is None else f", seed {answer.seed}")
 
 
 def list_tokens(trace: Trace, tokenizer: Tokenizer | None) -> str:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "What a gateway has recorded of its requests, in tokens (traces.file in gateway.toml)."
 EXPORT = """Exports traces as JSON Lines: `traffic` is what `laguna drafter train --tokens` reads, tokens alone;
-`full` has everything. Answers that ran under several versions of the weights are left out of `traffic`, and those that
-were cut off by an error never were recorded."""
+`full` has everything. Answers that ran under several versions of the weights, or at a temperature that is not known,
+are left out of `traffic`, and those that were cut off by an error never were recorded."""
 EXPORT_EXAMPLES = """examples:
   laguna traces export traces.db --out traffic.jsonl
   laguna traces export traces.db --model policy --weight-version step-12 --format full --out rollouts.jsonl
@@ -138,7 +138,7 @@ def export(config: ExportConfig) -> TracesResult:
             exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
             tokens += len(trace.token_ids)
         if not exported and config.out.is_file() and config.out.stat().st_size:
-            got = "none" if not total else f"{total:,} that ran under several versions of the weights"
+            got = "none" if not total else f"{total:,} under several versions or at no known temperature"
             expected = "expected answers to export over a file that has some"
             raise ExportError(f"{config.file}: {expected}, got {got}; see `laguna traces list`")
 
@@ -152,7 +152,7 @@ def _encode(trace: Trace, form: str) -> bytes | None:
     """Encode a line; None for one that has no place there."""
     if form == "full":
         return msgspec.json.encode(trace)
-    if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1:
+    if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1 or trace.temperature is None:
         return None
     (version,) = trace.weight_versions
     return msgspec.json.encode(

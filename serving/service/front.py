@@ -50,6 +50,7 @@ class FrontSettings:
         host, port: where to listen; None: the file's, else the defaults.
         keys: of clients, beside the file's.
         origins: of pages in browsers that may ask, instead of the file's.
+        temperature: of requests that state none, where that is known.
     """
 
     model: str
@@ -59,6 +60,7 @@ class FrontSettings:
     port: int | None = None
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    temperature: float | None = None
 
 
 def make_config(settings: FrontSettings, engine_url: str) -> Config:
@@ -227,7 +229,8 @@ def _add_engine(models: list[JsonObject], settings: FrontSettings, url: str, sou
     if UPSTREAM in names:
         expected = f"expected no upstream called {UPSTREAM!r} beside the one that laguna serve starts"
         raise EngineError(f"{source}: {expected}, got one; rename it")
-    ours = {"name": UPSTREAM, "url": url, "max_in_flight": QUEUE_FACTOR * settings.max_num_seqs}
+    ours: JsonObject = {"name": UPSTREAM, "url": url, "max_in_flight": QUEUE_FACTOR * settings.max_num_seqs}
+    ours["default_temperature"] = settings.temperature
     for model in models:
         if model.get("name") != settings.model and not (model.get("upstreams") or model.get("engine")):
             expected = f"expected upstreams, or the name of the model that is served here, {settings.model!r}"

@@ -111,15 +111,16 @@ class Upstream(Endpoint):
     """One engine, or a provider.
 
     `max_in_flight` requests are in it at once; `health_path` is asked instead of that of all engines; `weight` is its
-    share where arms are compared. A speculative engine may
-    have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first, last, γ) by requests at
-    once: where its γ is 0, requests overflow to the model's engines that have none.
+    share where arms are compared; `default_temperature` is that of requests that state none, for traces. A speculative
+    engine may have the `gamma_schedule` that bench/gamma_sweep.py found, as its sweep.json or as (first, last, γ) by
+    requests at once: where its γ is 0, requests overflow to the model's engines that have none.
     """
 
     max_in_flight: Count = 64
     health_path: UrlPath | None = None
     weight: Annotated[float, Field(gt=0, le=1_000)] = 1.0
     gamma_schedule: Schedule = ()
+    default_temperature: Annotated[float, Field(ge=0, le=1_000)] | None = None
 
     def pays(self, requests: int) -> bool:
         """Whether speculation is worth having with so many at once."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from laguna_serve.serving.chat.sampling_defaults import find_temperature
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineError
 from laguna_serve.serving.engine.figures import read_figures
@@ -54,6 +55,11 @@ class Launched(Protocol):
 
 
 MakeEngine = Callable[[str, OwnedEngine, Path], Launched]
+
+
+def describe_upstream(engine: Launched, table: OwnedEngine) -> dict[str, str | float | None]:
+    """Describe where an engine answers, and what of its requests nobody states."""
+    return {"url": engine.url, "default_temperature": find_temperature(table.model, table.extra_args)}
 
 
 class OwnedProcess:

@@ -19,7 +19,7 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.config.tables import Model, Upstream
-from laguna_serve.serving.gateway.residence.launcher import Launched, MakeEngine, OwnedProcess
+from laguna_serve.serving.gateway.residence.launcher import Launched, MakeEngine, OwnedProcess, describe_upstream
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms, Ticket
 from laguna_serve.serving.gateway.residence.plans import find_log, plan_bytes
 from laguna_serve.serving.gateway.residence.room import gib
@@ -188,8 +188,9 @@ class Owner:
                     "model %s: not loaded: %s; left alone for %g s", model.name, cause, model.retry_s - self._clock()
                 )
             return
+        found = await asyncio.to_thread(describe_upstream, engine, table)
         stand_in = self._models[model.name].upstreams[0]
-        upstream = self._upstreams[model.name] = stand_in.model_copy(update={"url": engine.url})
+        upstream = self._upstreams[model.name] = stand_in.model_copy(update=found)
         self.place(model.name, upstream)
         self.scheduler.note_ready(model, size, self._clock())
         logger.info("model %s: ready after %.1f s with %s", model.name, model.load_s or 0.0, gib(size))

@@ -129,7 +129,7 @@ def _describe(exchange: Exchange, asked: _Asked) -> Trace:
         engine=exchange.engine.name,
         weight_versions=tuple(dict.fromkeys(weights)),
         draft_versions=tuple(dict.fromkeys(drafts)),
-        temperature=1.0 if asked.temperature is None else asked.temperature,
+        temperature=asked.temperature if asked.temperature is not None else exchange.engine.config.default_temperature,
         seed=asked.seed,
         finish_reason=None,
         first_token_s=first_s,

@@ -30,7 +30,7 @@ COLUMNS = (
     "engine TEXT NOT NULL",
     "weight_versions TEXT NOT NULL",
     "draft_versions TEXT NOT NULL",
-    "temperature REAL NOT NULL",
+    "temperature REAL",
     "seed INTEGER",
     "finish_reason TEXT",
     "first_token_s REAL",
@@ -62,7 +62,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         choice: its place among the answers to one request.
         key: the name of whose request it was; None where nobody needs a key.
         weight_versions, draft_versions: that it ran under, one after the other; more than one where an update came.
-        temperature: as the request said; 1 where it did not.
+        temperature: as the request said, else its engine's own default; None where that is not known.
         first_token_s, total_s: from the request's arrival at the gateway.
         logprobs: of its tokens, nats; None where they were not asked for.
         routed_experts: as the engine gave them (serving/client/routed_experts.py).
@@ -77,7 +77,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     weight_versions: tuple[str, ...]
     draft_versions: tuple[str, ...]
-    temperature: float
+    temperature: float | None
     seed: int | None
     finish_reason: str | None
     first_token_s: float | None
@@ -123,6 +123,7 @@ class TraceFile:
                 with file:
                     file.execute(f"CREATE TABLE IF NOT EXISTS traces ({', '.join(COLUMNS)})")
                     file.execute(f"PRAGMA user_version = {MARK}")
+                    _allow_null(file, "temperature")
             elif mark != MARK:
                 raise sqlite3.DatabaseError("an empty one")
         except sqlite3.Error as error:
@@ -187,6 +188,24 @@ class TraceFile:
             self._file.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
         return int(pages - free) * int(size)
+
+
+def _allow_null(file: sqlite3.Connection, name: str) -> None:
+    """Let a column of an older file have no value.
+
+    Its table is given other words, as https://www.sqlite.org/lang_altertable.html has it for a NOT NULL that goes:
+    the rows, which may be a gigabyte, stay where they are.
+    """
+    columns = file.execute("SELECT name, type, \"notnull\" FROM pragma_table_info('traces')").fetchall()
+    kind = {column: kind for column, kind, required in columns if required}.get(name)
+    if kind is None:
+        return
+    (version,) = file.execute("PRAGMA schema_version").fetchone()
+    file.execute("PRAGMA writable_schema = ON")
+    words = (f"{name} {kind} NOT NULL", f"{name} {kind}")
+    file.execute("UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'traces'", words)
+    file.execute(f"PRAGMA schema_version = {version + 1}")
+    file.execute("PRAGMA writable_schema = OFF")
 
 
 def _to_row(trace: Trace) -> tuple[object, ...]:

@@ -39,6 +39,15 @@ def test_a_request_starts_its_engine_and_the_next_one_finds_it(monkeypatch: pyte
 
 
 @pytest.mark.slow
+def test_what_its_engine_draws_with_is_the_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.7}')
+    with owning(monkeypatch, tmp_path, {"a": {"model": str(tmp_path / "model")}}) as front:
+        assert ask(front, "a").status == 200
+        assert [engine.config.default_temperature for engine in front.relay.pools["a"].engines] == [0.7]
+
+
+@pytest.mark.slow
 def test_a_stream_that_waits_gets_comments_then_its_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = {"extra_args": ["--load", "0.5"]}
     with owning(monkeypatch, tmp_path, {"a": engine}, limits={"heartbeat_s": 0.1}) as front:

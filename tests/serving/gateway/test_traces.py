@@ -243,12 +243,46 @@ def test_gateway_records_tokens_and_no_text_nor_key(tmp_path: Path) -> None:
     assert (first.request_id, first.key, first.model, first.engine) == ("mine", "alice", "m", "a")
     assert (first.temperature, first.seed, first.choice, second.choice) == (0.7, 5, 0, 1)
     assert (first.prompt_token_ids, first.token_ids, first.finish_reason) == ([1, 2, 3], [7, 8], "length")
-    assert (third.token_ids, third.temperature, third.finish_reason) == ([7, 8, 9], 1.0, "stop")
+    assert (third.token_ids, third.temperature, third.finish_reason) == ([7, 8, 9], None, "stop")
     assert 0 <= (third.first_token_s or -1) <= third.total_s
     data = path.read_bytes()
     assert SECRET.encode() not in data
     assert b"secret answer" not in data
     assert b"sk-secret" not in data
+
+
+@pytest.mark.parametrize("default", [None, 0.7])
+def test_temperature_that_nobody_states_is_the_engines_or_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], default: float | None
+) -> None:
+    """Also in a file that was made when it was 1; what is not known is no traffic."""
+    path, out = tmp_path / "traces.db", tmp_path / "traffic.jsonl"
+    old = ", ".join(column + (" NOT NULL" if column == "temperature REAL" else "") for column in store.COLUMNS)
+    with sqlite3.connect(path) as made:
+        made.execute(f"CREATE TABLE traces ({old})")
+        made.execute(f"PRAGMA user_version = {store.MARK}")
+        holes = ", ".join("?" * len(store.NAMES))
+        made.execute(f"INSERT INTO traces VALUES ({holes})", store._to_row(make_trace(1)))
+    made.close()
+    with Engine() as one:
+        upstream = {"name": "a", "url": one.url, "default_temperature": default}
+        with gateway(models=[{"name": "m", "upstreams": [upstream]}], traces={"file": str(path)}) as front:
+            for stated in ({}, {"temperature": None}, {"temperature": 0.2}):
+                body = {"model": "m", "prompt": "x", "return_token_ids": True, **stated}
+                assert front.ask(PATH, json.dumps(body).encode()).status == 200
+            wait_until(lambda: recorded(front, "kept") == 3)
+    assert [trace.temperature for trace in read_all(path)] == [1.0, default, default, 0.2]
+    with sqlite3.connect(path) as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    file.close()
+    assert main(["traces", "export", str(path), "--out", str(out)]) == 0
+    assert [record.temperature for record in read_traffic(out)] == [
+        t for t in (1.0, default, default, 0.2) if t is not None
+    ]
+    request = read_all(path)[1].request_id
+    capsys.readouterr()
+    assert main(["traces", "show", str(path), request]) == 0
+    assert ("temperature not stated" if default is None else "temperature 0.7") in capsys.readouterr().out
 
 
 def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
