@@ -1,7 +1,7 @@
 """The admin application, on a port of its own: the gateway's state and the weights of its engines.
 
 What the gateway is doing is there as JSON and as a page. Steering routes have vLLM's names, and go to all engines of a
-model.
+model. What it refuses, or cannot do, is an error in OpenAI's form; an update's report says in words what went wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hmac
 import importlib.resources
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -21,6 +21,7 @@ import msgspec
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException as AnyHttpException
 
 from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
@@ -31,6 +32,8 @@ from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest
 from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.status import describe
+from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.kit.results import JsonObject
 
 # vLLM's routes, forwarded to every engine of a model: commands that leave its weights as they are, and queries.
@@ -44,9 +47,12 @@ REFUSALS: dict[int | str, JsonObject] = {
     404: {"description": "no such model"},
     409: {"description": "another update is under way"},
     415: {"description": "a body that the Content-Type header does not call JSON"},
+    422: {"description": "JSON that is not what the route takes; what, and where"},
     502: {"description": "an engine failed; which, and how"},
 }
 NO_JSON = "The body is no JSON"
+# What Starlette says of a path that it does not know.
+NO_ROUTE = "Not Found"
 NOT_MARKED_JSON = "content-type: expected application/json, got {}; send it as a header of the request"
 STRANGE_HOST = (
     "The Host header names another machine. The admin port answers to 127.0.0.1, ::1 and localhost alone, so that no"
@@ -103,16 +109,16 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         """Refuse a page in a browser on this machine, and whoever has not the key, where there is one."""
         if admin.host in LOOPBACK and _read_host(request) not in LOOPBACK:
             # Else a page could come by a name of its own that leads to this machine.
-            return JSONResponse({"error": STRANGE_HOST}, 400)
+            return refuse(400, STRANGE_HOST)
         if request.method != "GET" and "origin" in request.headers:
-            return JSONResponse({"error": FROM_A_PAGE}, 403)
+            return refuse(403, FROM_A_PAGE)
         if admin.sha256 is not None:
             authorization = request.headers.get("authorization", "")
             kind, _, given = authorization.partition(" ")
             given = given.strip() if kind.lower() == "bearer" else read_basic(authorization)[1]
             if not hmac.compare_digest(hashlib.sha256(given.encode("latin-1")).hexdigest(), admin.sha256):
                 message = "The admin port asks for its key: Authorization: Bearer KEY."
-                return JSONResponse({"error": message}, 401, {"www-authenticate": "Bearer"})
+                return refuse(401, message, {"www-authenticate": "Bearer"})
         return await go_on(request)
 
     @app.exception_handler(RequestValidationError)
@@ -120,16 +126,31 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
         """400 for what is no JSON; 422 for JSON that is not what the route takes, with the places in it."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if error.body is not None and not (kind == "application/json" or kind.endswith("+json")):
-            return JSONResponse({"error": NOT_MARKED_JSON.format(kind or "none")}, 415)
+            return refuse(415, NOT_MARKED_JSON.format(kind or "none"))
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return JSONResponse({"error": f"{NO_JSON}: {first['ctx']['error']}"}, 400)
+            return refuse(400, f"{NO_JSON}: {first['ctx']['error']}")
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        return JSONResponse({"error": "; ".join(faults)}, 422)
+        return refuse(422, "; ".join(faults))
+
+    @app.exception_handler(AnyHttpException)
+    async def put_in_form(request: Request, error: AnyHttpException) -> Response:
+        """Tell what a route refuses, and that there is no such route, or not for such a method."""
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            return refuse(405, f"{request.url.path}: expected {allowed}, got {request.method}.", error.headers)
+        if error.status_code == 404 and error.detail == NO_ROUTE:
+            return answer(errors.unknown_path(request.method, request.url.path))
+        return refuse(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(Exception)
+    async def admit(request: Request, error: Exception) -> Response:
+        """Admit a defect; its traceback is in the log."""
+        return answer(errors.failed())
 
     @app.exception_handler(StepError)
     async def tell(request: Request, error: StepError) -> Response:
-        return JSONResponse({"error": str(error), "upstreams": {e.name: t for e, t in error.errors.items()}}, 502)
+        return refuse(502, str(error), upstreams={engine.name: text for engine, text in error.errors.items()})
 
     @app.get("/admin/status")
     async def status() -> JsonObject:
@@ -218,6 +239,17 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     if admin.trl is not None:
         add_trl(app, admin.trl, find, alone)
     return app
+
+
+def refuse(status: int, message: str, headers: Mapping[str, str] | None = None, **more: JsonObject) -> JSONResponse:
+    """Refuse a request, in OpenAI's form; `more` stands beside the error."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return answer(GatewayError(status, kind, message), headers, **more)
+
+
+def answer(error: GatewayError, headers: Mapping[str, str] | None = None, **more: JsonObject) -> JSONResponse:
+    """Answer with an error of the gateway's."""
+    return JSONResponse({"error": error.describe(), **more}, error.status, headers)
 
 
 async def _read_json(request: Request) -> JsonObject | None:

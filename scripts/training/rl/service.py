@@ -89,7 +89,8 @@ class TrainingService:
                 json.load(response)
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read() or b"{}")
-            outcome = f"{answer.get('outcome', error.code)}: {answer.get('error', '')}"
+            cause = answer.get("error", "")  # words in a report, an object where it was not even tried
+            outcome = f"{answer.get('outcome', error.code)}: {cause['message'] if isinstance(cause, dict) else cause}"
             raise UpdateRefusedError(
                 f"version {version}: expected it to be served, got {outcome}; see {folder}"
             ) from None

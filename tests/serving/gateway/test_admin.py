@@ -17,6 +17,8 @@ import pytest
 from gateway_engine import FINISH, VERSION, RlEngine
 from gateway_fakes import SSE, Exchange, Gateway, Reply, gateway, make_request, read_reply, wait_until
 
+from laguna_serve.serving.gateway import admin
+
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
 
@@ -304,7 +306,7 @@ def test_model_that_is_not_there_is_refused() -> None:
     with RlEngine() as one, gateway(one) as front:
         reply = front.ask_admin("/resume?model=none", {})
         assert reply.status == 404
-        assert reply.json()["detail"] == "The model 'none' does not exist: it must be one of m."
+        assert reply.json()["error"]["message"] == "The model 'none' does not exist: it must be one of m."
 
 
 def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
@@ -353,9 +355,9 @@ def test_update_that_is_under_way_is_finished_before_the_end() -> None:
 def test_browsers_and_strange_hosts_may_not_steer() -> None:
     with RlEngine() as one, gateway(one) as front:
         reply = front.ask_admin("/pause", {}, "origin: http://evil.invalid\r\n")
-        assert (reply.status, "Pages may not steer engines" in reply.json()["error"]) == (403, True)
+        assert (reply.status, "Pages may not steer engines" in reply.json()["error"]["message"]) == (403, True)
         reply = front.ask_admin("/admin/status", None, host="evil.invalid")
-        assert (reply.status, "names another machine" in reply.json()["error"]) == (400, True)
+        assert (reply.status, "names another machine" in reply.json()["error"]["message"]) == (400, True)
         assert one.calls == []
         for host in ("127.0.0.1:8081", "localhost", "LOCALHOST:1", "[::1]:8081", "[::1]"):
             assert front.ask_admin("/admin/status", None, host=host).status == 200
@@ -379,6 +381,39 @@ def test_body_that_is_no_json_is_400(body: bytes) -> None:
         assert one.calls == []
 
 
+def test_errors_have_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's, whoever finds the fault: the guard, a route, the framework, an engine, or nobody."""
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(admin, "describe", fail)
+    cases = [
+        ("POST", "/resume?model=none", 404, "The model 'none' does not exist"),
+        ("GET", "/nowhere", 404, "There is no route GET /nowhere."),
+        ("DELETE", "/pause", 405, "/pause: expected POST, got DELETE."),
+        ("POST", "/pause?mode=now", 422, "query.mode: "),
+        ("POST", "/admin/models/load", 422, "query.model: Field required"),
+        ("POST", "/admin/models/load?model=m", 404, "is not the gateway's to load"),
+        ("POST", "/init_weight_transfer_engine", 502, "/init_weight_transfer_engine: a: HTTP 404"),
+        ("GET", "/admin/status", 500, "The server had an error"),
+    ]
+    with RlEngine() as one, gateway(one) as front:
+        one.handlers["/init_weight_transfer_engine"] = one.refuse
+        for method, path, status, told in cases:
+            with socket.create_connection(("127.0.0.1", front.admin_port), timeout=10) as connection:
+                connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n".encode())
+                reply = read_reply(connection)
+            assert reply.status == status, path
+            error = reply.json()["error"]
+            assert told in error["message"], path
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            assert (error["type"], error["param"], set(error)) == (kind, None, {"message", "type", "param", "code"})
+            assert "detail" not in reply.json()
+            assert status != 405 or reply.header("allow") == "POST"
+            assert status != 502 or set(reply.json()["upstreams"]) == {"a"}
+
+
 @pytest.mark.parametrize("body", [b"3", b"[]", b'"x"'])
 def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     with RlEngine() as one, gateway(one) as front:
@@ -393,7 +428,7 @@ def test_body_that_is_not_called_json_is_told_the_header(kind: str) -> None:
     with RlEngine() as one, gateway(one) as front:
         reply = ask_raw(front, "/admin/update_weights", body, kind)
         assert reply.status == 415
-        assert "expected application/json" in reply.json()["error"]
+        assert "expected application/json" in reply.json()["error"]["message"]
         assert one.calls == []
 
 

@@ -96,4 +96,6 @@ def test_answer_that_holds_no_digests_is_told(front: Gateway, engines: tuple[RlE
     engines[0].handlers["/collective_rpc"] = engines[0].complete
     reply = front.ask_admin("/admin/weight_digests")
     assert reply.status == 502
-    assert reply.json()["error"].startswith("digests: a: expected digests, got an answer where Object missing required")
+    assert reply.json()["error"]["message"].startswith(
+        "digests: a: expected digests, got an answer where Object missing required"
+    )

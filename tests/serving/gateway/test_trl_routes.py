@@ -57,7 +57,7 @@ def test_group_of_another_size_is_refused_before_an_engine_waits_for_it() -> Non
     with TrlEngine(2) as one, TrlEngine(2) as two, gateway(one, two, admin=SWITCH) as front:
         reply = front.ask_admin(f"/trl{INIT}", {"init_info": {**JOIN, "rank_offset": 1, "world_size": 3}})
         assert (reply.status, one.joined, two.joined) == (409, [], [])
-        assert "rank_offset + 4 workers, got world_size 3" in reply.json()["detail"]
+        assert "rank_offset + 4 workers, got world_size 3" in reply.json()["error"]["message"]
 
 
 def test_update_holds_requests_and_advances_the_version_at_its_finish() -> None:
@@ -119,11 +119,11 @@ def test_failure_of_all_is_told_once_and_nothing_answers_with_half_an_update() -
         one.fail = {UPDATE}
         call(front, START, {})
         reply = front.ask_admin(f"/trl{UPDATE}", TENSOR)
-        assert (reply.status, reply.json()["detail"]) == (409, "/update_weights: a: HTTP 500: no")
+        assert (reply.status, reply.json()["error"]["message"]) == (409, "/update_weights: a: HTTP 500: no")
         assert front.ask(PATH, BODY).status == 503
         assert front.ask_admin("/trl/health").status == 503
         reply = front.ask_admin(f"/trl{FINISH}", {})
-        assert (reply.status, "call start_weight_update" in reply.json()["detail"]) == (409, True)
+        assert (reply.status, "call start_weight_update" in reply.json()["error"]["message"]) == (409, True)
 
 
 def test_update_that_its_trainer_left_is_ended_by_the_next() -> None:
@@ -147,7 +147,10 @@ def test_pause_of_a_trainers_own_outlasts_the_update() -> None:
 def test_engines_that_came_after_the_group_must_join_it() -> None:
     with TrlEngine() as one, gateway(one, admin=SWITCH) as front:
         reply = front.ask_admin(f"/trl{START}", {})
-        assert (reply.status, "call init_weight_transfer_engine first" in reply.json()["detail"]) == (409, True)
+        assert (reply.status, "call init_weight_transfer_engine first" in reply.json()["error"]["message"]) == (
+            409,
+            True,
+        )
         assert one.calls == []
 
 
@@ -161,8 +164,8 @@ def test_engines_without_nccl_refuse_a_group_and_say_so_where_trl_looks(transfer
         reply = front.ask_admin(f"/trl{INIT}", {"init_info": {**JOIN, "rank_offset": 1, "world_size": 3}})
         backend = None if transfer is None else transfer["backend"]
         assert (reply.status, one.joined, two.joined) == (409, [], [])
-        assert "engines with the backend 'nccl' (--weight-transfer-config, on CUDA" in reply.json()["detail"]
-        assert f"got {backend!r} of b" in reply.json()["detail"]
+        assert "engines with the backend 'nccl' (--weight-transfer-config, on CUDA" in reply.json()["error"]["message"]
+        assert f"got {backend!r} of b" in reply.json()["error"]["message"]
 
 
 def test_engine_without_its_routes_for_developers_is_named() -> None:
@@ -173,8 +176,8 @@ def test_engine_without_its_routes_for_developers_is_named() -> None:
         one.handlers["/get_world_size"] = refuse
         reply = front.ask_admin("/trl/get_world_size")
         assert reply.status == 409
-        assert reply.json()["detail"].startswith("/get_world_size: a: HTTP 404")
-        assert "VLLM_SERVER_DEV_MODE=1" in reply.json()["detail"]
+        assert reply.json()["error"]["message"].startswith("/get_world_size: a: HTTP 404")
+        assert "VLLM_SERVER_DEV_MODE=1" in reply.json()["error"]["message"]
 
 
 def test_prefixes_are_dropped_on_every_engine() -> None:

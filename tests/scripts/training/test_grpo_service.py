@@ -1,0 +1,32 @@
+"""What a run is told where the gateway's admin port does not take its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laguna_serve.scripts.training.rl.service import TrainingService, UpdateRefusedError
+from laguna_serve.serving.gateway.config import parse_config
+from laguna_serve.serving.gateway.run import in_background
+from laguna_serve.serving.kit.results import JsonObject
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (("a", "b"), "version v1: expected it to be served, got 400: The query parameter 'model' is missing"),
+        (("a",), "version v1: expected it to be served, got unchanged: /weight_info: engine: "),
+    ],
+    ids=["error", "report"],
+)
+def test_refusal_is_told_in_words(tmp_path: Path, models: tuple[str, ...], words: str) -> None:
+    tables: JsonObject = {"server": {"port": 0}, "admin": {"port": 0}, "models": []}
+    for number, name in enumerate(models):
+        upstream = {"name": "engine" if not number else name, "url": "http://127.0.0.1:1"}
+        tables["models"].append({"name": name, "upstreams": [upstream]})
+    with in_background(parse_config(tables, "test")) as (url, admin_url):
+        service = TrainingService(url, admin_url.rstrip("/"), "", "a", list)
+        with pytest.raises(UpdateRefusedError) as refused:
+            service.push("v1", tmp_path, {}, tmp_path)
+    assert str(refused.value).startswith(words)
