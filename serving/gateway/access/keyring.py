@@ -15,6 +15,8 @@ from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.wire import errors
 
+# A key that was taken out is known for so long, and while it has requests in flight: a minute's limits have come back.
+GONE_S = 60.0
 MakeHolder = Callable[[Key, Ledger, Clock, Clock], Holder]
 
 
@@ -26,6 +28,8 @@ class Keyring:
     ) -> None:
         self.ledger, self._make, self._clock, self._wall = ledger, make, clock, wall
         self._holders: list[Holder] = []
+        # Those that were taken out, and when.
+        self._gone: dict[str, tuple[Holder, float]] = {}
         # By a keyed hash of their digest, and those that have been found by one of the key itself: OpenSSL's SHA-256
         # alone takes 30 µs of a request that comes after a pause.
         self._by_digest: dict[bytes, Holder] = {}
@@ -41,9 +45,12 @@ class Keyring:
     def configure(self, keys: Sequence[Key], *, closed: bool = False) -> None:
         """Take the keys; what a key of the same name has in flight, and has used of its limits, stays counted.
 
-        `closed`: a request needs a key though there is none any more.
+        So it does where it was taken out and comes back. `closed`: a request needs a key though there is none any more.
         """
-        known = {holder.name: holder for holder in self._holders}
+        now = self._clock()
+        left = {name: gone for name, gone in self._gone.items() if gone[0].in_flight or now - gone[1] < GONE_S}
+        left |= {holder.name: (holder, now) for holder in self._holders}
+        known = {name: holder for name, (holder, _) in left.items()}
         holders = []
         for key in keys:
             if (holder := known.get(key.name)) is not None:
@@ -52,6 +59,8 @@ class Keyring:
                 holder = self._make(key, self.ledger, self._clock, self._wall)
             holders.append(holder)
         self._holders, self.enabled = holders, bool(holders) or closed
+        names = {key.name for key in keys}
+        self._gone = {name: gone for name, gone in left.items() if name not in names}
         self._by_digest = {self._hash(holder.digest): holder for holder in holders}
         self._found.clear()
 
@@ -63,7 +72,8 @@ class Keyring:
         secret = named.get(b"x-api-key")
         if secret is None:
             kind, _, given = named.get(b"authorization", b"").partition(b" ")
-            secret = given.strip() if kind.lower() == b"bearer" else b""
+            secret = given if kind.lower() == b"bearer" else b""
+        secret = secret.strip()  # the parser leaves blanks behind a value
         known_by = self._hash(secret)
         if (known := self._found.get(known_by)) is not None:
             return known

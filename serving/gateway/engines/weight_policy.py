@@ -47,8 +47,8 @@ class WeightPolicy:
 
 def read_policy(named: Mapping[bytes, bytes]) -> WeightPolicy | None:
     """Read a request's headers; None where it takes any weights. Raises GatewayError: 400 for another value."""
-    given = named.get(HEADER)
-    if given is None or given == b"any":
+    given = named.get(HEADER, b"any").strip(b" \t")  # the parser leaves blanks behind a value
+    if given == b"any":
         return None
     found = FORMS.fullmatch(given)
     if found is None:

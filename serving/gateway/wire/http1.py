@@ -198,6 +198,8 @@ class Connection(asyncio.Protocol):
             self._receiver.on_pause()
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_bytes is None:
+            return  # what a body trails is not passed on, nor kept: there may be any number of it
         name = name.lower()
         self._headers.append((name, value))
         self._framed = self._framed or name == b"content-length" or name == b"transfer-encoding"

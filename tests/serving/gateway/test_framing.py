@@ -139,6 +139,16 @@ def test_interim_answers_are_passed_over() -> None:
     assert (told.status, told.data, told.end) == (200, [b"x"], 1)
 
 
+def test_what_an_engine_trails_is_not_kept() -> None:
+    """There may be any number of it, behind the body."""
+    begun = frame([b"{}"])[:-2]
+    told, connection, _ = receive([begun, *[b"x-more: 1\r\n"] * 1000])
+    assert (told.data, told.end) == ([b"{}"], 0)
+    assert connection._headers == [(b"transfer-encoding", b"chunked")]
+    told, _, _ = receive([begun, b"x-more: 1\r\n\r\n"])
+    assert (told.end, told.error) == (1, None)
+
+
 def test_what_nobody_asked_for_closes_the_connection() -> None:
     told, connection, _ = receive([frame([b"x"]), b"HTTP/1.1 200 OK\r\n\r\n"])
     assert (told.end, told.data) == (1, [b"x"])

@@ -143,6 +143,53 @@ def test_reload_changes_limits_and_keeps_what_is_used() -> None:
     assert keyring.holders[0].used_today == 60, "a key that comes back under its name has spent what it had spent"
 
 
+def test_what_is_in_flight_counts_for_a_key_that_was_taken_out_and_comes_back() -> None:
+    clock = Clock()
+    keyring = Keyring(Ledger(wall=clock), clock, clock)
+    limits = {"tokens_per_day": 100, "requests_per_minute": 1, "max_in_flight": 2}
+    keyring.configure([make_key(**limits)])
+    claim = begin(keyring.holders[0], Demand(50, 40))
+    first = keyring.holders[0]
+    for _ in range(2):
+        keyring.configure([make_key("other")])
+        with pytest.raises(GatewayError):
+            keyring.find({b"x-api-key": b"k"})
+    keyring.configure([make_key(**limits)])
+    (again,) = keyring.holders
+    assert (again.in_flight, refuse(again, Demand(1)).reason) == (1, "key_rate")
+    clock.now_s += 60
+    assert refuse(again, Demand(50)).reason == "key_budget"
+    first.leave(claim, Demand(50, 40))
+    assert (again.in_flight, again.used_today) == (0, 90)
+
+
+def test_keys_that_are_gone_are_forgotten_once_nothing_of_them_counts() -> None:
+    clock = Clock()
+    keyring = Keyring(Ledger(wall=clock), clock, clock)
+    for number in range(100):
+        keyring.configure([make_key(f"k{number}")])
+        clock.now_s += 10
+    assert len(keyring._gone) <= 7
+    claim = begin(keyring.holders[0], Demand(1))
+    busy = keyring.holders[0]
+    keyring.configure([])
+    clock.now_s += 3600
+    keyring.configure([])
+    assert list(keyring._gone) == ["k99"]
+    busy.leave(claim, None)
+    keyring.configure([])
+    assert not keyring._gone
+
+
+@pytest.mark.parametrize("named", [{b"x-api-key": b"k \t"}, {b"authorization": b"Bearer  k "}])
+def test_blanks_around_a_key_are_none_of_it(named: dict[bytes, bytes]) -> None:
+    keyring = Keyring(Ledger())
+    keyring.configure([make_key()])
+    assert keyring.find(named) is keyring.holders[0]
+    with pytest.raises(GatewayError, match="No API key"):
+        keyring.find(dict.fromkeys(named, b" "))
+
+
 def test_keys_that_are_all_revoked_open_nothing() -> None:
     keyring = Keyring(Ledger())
     keyring.configure([], closed=True)

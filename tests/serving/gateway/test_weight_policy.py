@@ -55,6 +55,12 @@ def test_newest_is_by_number() -> None:
     assert find_latest([b"final", b"default"]) == b"default"
 
 
+@pytest.mark.parametrize("blank", [" ", "\t", "  \t"])
+def test_blanks_around_a_value_are_none_of_it(blank: str) -> None:
+    assert policy(f"{blank}any{blank}") is None
+    assert policy(f"{blank}min-version=2{blank}") == policy("min-version=2")
+
+
 @pytest.mark.parametrize(
     "text", ["latest", "min-version", "min-version=", "max-staleness=-1", "ANY", "min-version=1.5"]
 )
