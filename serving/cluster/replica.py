@@ -60,6 +60,8 @@ class Replica:
         self._name, self._engine, self._id = name, engine, context.replica_id.unique_id
         self._keeper = None if keeper is None else serve.get_deployment_handle(keeper, context.app_name)
         self._epoch: int | None = 0
+        # Whether its last load succeeded: else its weights are no epoch's, whatever it is told.
+        self._loaded = True
         self._told: Told | None = None
         self._operation = ""
         self._outcome: asyncio.Task[Reply] | None = None
@@ -123,12 +125,14 @@ class Replica:
     async def load(self, operation: str, new: NewWeights) -> Reply:
         """Load weights; the engine is on hold, and no version's until `release`."""
         self._epoch = None
-        return await self._once(operation, lambda: self._load(new))
+        reply = await self._once(operation, lambda: self._load(new))
+        self._loaded = reply.error is None
+        return reply
 
     async def release(self, operation: str, epoch: int) -> Reply:
-        """Go on, with the weights of an epoch."""
+        """Go on, with the weights of an epoch; one that could not load them has none, and is replaced."""
         reply = await self._once(operation, lambda: self._take([("/resume", None)]))
-        if reply.error is None:
+        if reply.error is None and self._loaded:
             self._epoch = epoch
         return reply
 

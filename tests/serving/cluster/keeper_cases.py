@@ -12,6 +12,7 @@ import pytest
 from laguna_serve.serving.cluster import keeper as module
 from laguna_serve.serving.cluster.keeper import WeightKeeper, read_versions
 from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Version
+from laguna_serve.serving.cluster.replica import Replica
 
 NEW = NewWeights(update=[{"folder": "/w/1"}], weight_version="v1")
 
@@ -186,6 +187,35 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.json").write_text('{"schema": "laguna_serve.loss/1"}')
     with pytest.raises(ValueError, match=r"expected laguna_serve\.cluster_weights/1"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize(("fails", "epoch"), [((), 7), (("v1",), 7), (("v1", "default"), None)])
+def test_one_that_could_not_load_has_no_epoch_also_for_a_later_keeper(
+    fails: tuple[str, ...], epoch: int | None
+) -> None:
+    """It is let go on with the others, and a keeper that was started again does not know that it was struck off."""
+    replica: Any = Replica.__new__(Replica)
+    replica._id, replica._epoch, replica._loaded = "a", 7, True
+    replica._operation, replica._outcome, replica._closed = "", None, True
+
+    async def load(new: NewWeights) -> Reply:
+        return Reply("a", "refused" if new.weight_version in fails else None)
+
+    async def take(_: object) -> Reply:
+        return Reply("a")
+
+    replica._load, replica._take = load, take
+
+    async def run() -> None:
+        await replica.hold("1", "keep")
+        await replica.load("2", NEW)
+        assert replica._epoch is None
+        if fails:
+            await replica.load("3", NewWeights(update=[{}], weight_version="default"))
+        await replica.release("4", 7)
+        assert replica._epoch == epoch
+
+    asyncio.run(run())
 
 
 def test_an_update_of_nothing_is_refused(tmp_path: Path) -> None:
