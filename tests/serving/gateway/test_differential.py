@@ -31,6 +31,8 @@ EXCEPTIONS = {
 # Stock uvicorn loses the body of a request that offers an upgrade, and makes headers of trailers: here it runs with the
 # gateway's repair of both.
 REPAIRED = frozenset((*UPGRADES, "trailers", "trailers-then-get"))
+# What a gateway asks an engine by itself, whenever it likes.
+OWN = tuple(f"GET {path} HTTP/1.1" for path in ("/v1/models", "/is_paused", "/weight_info"))
 # Sent byte by byte too.
 SPLIT = ("post", "chunk-extensions", "trailers-then-get", "three-posts", "h2c-that-holds-a-request", "h2c-chunked")
 
@@ -120,7 +122,7 @@ def try_out(front: Gateway, engine: Engine, request: bytes, *, split: bool = Fal
                 received += data
         except (ConnectionResetError, BrokenPipeError):
             pass  # what was not read when the server closed
-    asked = [e for e in engine.seen[before:] if e.line != "GET /v1/models HTTP/1.1"]  # that is the gateway's own
+    asked = [e for e in engine.seen[before:] if e.line not in OWN]
     seen = [(MADE_ID.sub(b"ID", e.head), e.body) for e in asked]
     kept = bool(seen) and seen[-1][0].startswith(b"GET /v1/last ")
     return Outcome(list(read_answers(received)), seen, kept)
