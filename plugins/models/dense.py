@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models import laguna
 from vllm.platforms import current_platform
 
+from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.formats.experts import read_base_format
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.plugins.models.fp8_layers import (
@@ -143,6 +144,7 @@ class LagunaDenseForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
             )
         _log_widths(layers, widths, config.hidden_size)
 
+    @refuse_incomplete
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters that were set."""
         loaded: set[str] = super().load_weights(dequantise_linears(weights) if self._dequantises else weights)

@@ -12,12 +12,15 @@ Checked against vLLM 0.32.0 with transformers 5.19.0.  But for the head it can g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import laguna_dflash
 from vllm.platforms import current_platform
 
+from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.formats.sequential_head import read_rank
 from laguna_serve.plugins.layers import DEFAULT_ROPE, find_dropped_rope
 from laguna_serve.plugins.models.dflash_head import SequentialHead
@@ -51,3 +54,9 @@ class DFlashLagunaForCausalLM(laguna_dflash.DFlashLagunaForCausalLM):  # type: i
             if current_platform.is_cpu():  # where oneDNN's small products in bf16 take five times as long
                 self.model.sequential_head.float()
             serve_head()
+
+    @refuse_incomplete
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a drafter's tensors; returns the names of the parameters that were set."""
+        loaded: set[str] = super().load_weights(weights)
+        return loaded

@@ -15,7 +15,8 @@ Checked against vLLM 0.32.0.  The norms can go when
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers import utils
 from vllm.model_executor.models import qwen3_dflash
 
+from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.models import dflash
 
 
@@ -128,6 +130,11 @@ class DFlashLagunaForCausalLM(dflash.DFlashLagunaForCausalLM):
         return states
 
 
+def rename(name: str) -> str:
+    """Give the parameter's name of a drafter's tensor."""
+    return name.replace("d2t", "draft_id_to_target_id")
+
+
 class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: ignore[misc]
     """The Qwen3-style drafter (speculators format); its context has one norm for all layers, its keys one each."""
 
@@ -136,3 +143,13 @@ class DFlashQwen3ForCausalLM(qwen3_dflash.DFlashQwen3ForCausalLM):  # type: igno
         self.model._build_fused_kv_buffers = MethodType(build_context_buffers, self.model)
         self.model._project_context_kv = MethodType(project_shared_kv, self.model)
         self.model._normalize_context_k = MethodType(normalize_context_k, self.model)
+        self.shared_parameters = ["model.embed_tokens.weight"]
+        if self.draft_id_to_target_id is None:
+            self.shared_parameters.append("lm_head.weight")
+        if not self.model.use_aux_hidden_state:
+            self.shared_parameters.append("model.fc.weight")
+
+    @partial(refuse_incomplete, rename=rename)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a drafter's tensors."""
+        super().load_weights(weights)

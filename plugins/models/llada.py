@@ -10,6 +10,7 @@ Checked against vLLM 0.32.0: `LlamaForCausalLM`, `pooler_for_token_classify`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from vllm.model_executor.models.interfaces_base import default_pooling_type
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from laguna_serve.plugins.diffusion.checkpoint import read_config
+from laguna_serve.plugins.formats.completeness import refuse_incomplete
 
 ARCHITECTURE = "LLaDAModelLM"
 # The published names' last part but one, of the ends and of a layer → the Llama's.
@@ -85,6 +87,7 @@ class LladaForMaskPrediction(LlamaForCausalLM):  # type: ignore[misc]
         logits: torch.Tensor = self.logits_processor(self.lm_head, hidden.to(self.lm_head.weight.dtype))
         return logits
 
+    @partial(refuse_incomplete, rename=rename)
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors by the published names."""
         loaded: set[str] = super().load_weights((rename(name), tensor) for name, tensor in weights)

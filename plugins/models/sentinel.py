@@ -32,6 +32,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models import laguna
 
+from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.formats.experts import (
     ExpertFormatError,
     check_stored_experts,
@@ -125,6 +126,7 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
                     config.hidden_size, config.intermediate_size, config.hidden_act, quant_config, prefix=name
                 )
 
+    @refuse_incomplete
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters that were set."""
         loaded: set[str] = super().load_weights(dequantise_linears(weights) if self._dequantises else weights)

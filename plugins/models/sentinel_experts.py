@@ -116,6 +116,10 @@ class SentinelExperts(nn.Module):
                 self._missing = set(self._wanted)  # of the next time that weights are loaded
                 yield from self._blocks
 
+    def missing_tensors(self) -> list[str]:
+        """List what has not come, while the blocks are not complete."""
+        return sorted(self._missing)
+
     def _expected_names(self) -> frozenset[str]:
         if self.plan.pruning is None:
             return frozenset((*self._blocks, "block_start"))
