@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from laguna_serve.bench.experiments.step import PARTS, XS2, XS2_DRAFT, XS2_PRUNED, Part
+from laguna_serve.serving.checkpoint import find_folder
+from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.run_dir import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,31 @@ class CampaignConfig:
         return self.budget_min * 60
 
     def list_given(self) -> dict[str, str]:
-        """List the user's own checkpoints, by placeholder."""
+        """List the user's own checkpoints, by placeholder; folders as steps find them from the repository's."""
         given = {XS2: self.xs2, XS2_DRAFT: self.xs2_draft, XS2_PRUNED: self.xs2_pruned}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: locate(value) for name, value in given.items() if value is not None}
+
+    def identify_given(self) -> dict[str, str]:
+        """Say what each of them is, by placeholder: a digest of its content, or the name of what only a hub has.
+
+        Raises:
+            CheckpointError: there is no such folder; OSError: a file cannot be read.
+        """
+        return {place: identify(name) for place, name in self.list_given().items()}
+
+
+def locate(name: str) -> str:
+    """Give a folder's whole path; a hub id stays what it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
+
+
+def identify(name: str) -> str:
+    """Say what a checkpoint is, so that it is the same on another machine; read again where its files were written."""
+    folder = find_folder(name)
+    return name if folder is None else _digest(folder, fingerprint(str(folder)))
+
+
+@functools.cache
+def _digest(folder: Path, _written: str) -> str:
+    return digest_checkpoint(folder)

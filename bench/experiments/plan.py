@@ -13,8 +13,7 @@ from laguna_serve.bench.experiments.step import (
     XS2_DRAFT,
     XS2_PRUNED,
     Step,
-    fill,
-    shorten_command,
+    list_named,
 )
 from laguna_serve.bench.experiments.steps import STEPS
 from laguna_serve.serving.kit.errors import CommandError
@@ -44,14 +43,12 @@ def choose_steps(config: CampaignConfig) -> list[Step]:
 
 def group_runs(config: CampaignConfig, entries: Iterable[StepRun]) -> dict[str, list[StepRun]]:
     """Group earlier attempts by step, in order, without those of other checkpoints than the user gives now."""
-    assert config.out is not None, "it has the journal"
     commands = {step.name: step.rehearsal if config.rehearse else step.command for step in STEPS}
     runs: dict[str, list[StepRun]] = {}
-    given = config.list_given()
+    given = config.identify_given()
     for run in entries:
-        named = tuple(word for word in commands.get(run.step, ()) if any(name in word for name in given))
-        words = shorten_command(fill(named, given), config.out)
-        if [word for word in run.command if word in words] == words:
+        named = list_named(commands.get(run.step, ()), given)
+        if all(run.checkpoints.get(name) == given[name] for name in named):
             runs.setdefault(run.step, []).append(run)
     return runs
 

@@ -21,6 +21,7 @@ class StepRun(Struct, frozen=True, kw_only=True):
         device: the GPU's name, or the processor's; `rehearsed`: at toy size.
         commit: of the code that ran, with "+" when files differed from it.
         command: as it ran.
+        checkpoints: what the user's checkpoints that it names were, by placeholder: their content, or a hub id.
         folder: of its files, below the campaign's.
         figures: what came out, from its result file.
         reason: of a failure, the last line of its log.
@@ -40,6 +41,7 @@ class StepRun(Struct, frozen=True, kw_only=True):
     schema: str | None
     figures: list[str]
     reason: str | None
+    checkpoints: dict[str, str] = {}
 
 
 class PlannedStep(Struct, frozen=True, kw_only=True):

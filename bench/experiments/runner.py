@@ -11,12 +11,12 @@ from pathlib import Path
 
 from laguna_serve.bench.experiments.checkpoints import write_checkpoints
 from laguna_serve.bench.experiments.figures import FiguresError, extract_figures
-from laguna_serve.bench.experiments.options import CampaignConfig
+from laguna_serve.bench.experiments.options import CampaignConfig, identify
 from laguna_serve.bench.experiments.plan import PlanError, choose_steps, group_runs, make_plan
 from laguna_serve.bench.experiments.process import Ending, read_tail, run_process
 from laguna_serve.bench.experiments.report import render_markdown
 from laguna_serve.bench.experiments.result import FINISHED, CampaignResult, Outcome, StepRun
-from laguna_serve.bench.experiments.step import MADE, ROOT, Step, fill, list_places, shorten_command
+from laguna_serve.bench.experiments.step import MADE, ROOT, Step, fill, list_named, list_places, shorten_command
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.files import write_text
@@ -59,11 +59,12 @@ def open_campaign(config: CampaignConfig, environment: Environment, say: Say) ->
 
     Raises:
         PlanError: no GPU, or no such step; RunDirError: the folder is a rehearsal's, or no rehearsal's;
-        JournalError: its journal cannot be read.
+        CheckpointError: no such checkpoint; JournalError: its journal cannot be read.
     """
     out = config.out
     assert out is not None, "checked with the flags"
     choose_steps(config)
+    config.identify_given()
     device = environment.device
     if not config.rehearse and (device is None or device.kind != "gpu"):
         remedy = "run it there, or see --plan, or --rehearse the same steps at toy size"
@@ -119,8 +120,11 @@ def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
     out = campaign.out / "steps" / folder
     out.mkdir(parents=True, exist_ok=True)
     log = out.with_name(f"{folder}.log")
-    places = list_places(out.resolve(), checkpoints.resolve(), config.list_given())
-    command = fill(step.rehearsal if config.rehearse else step.command, places)
+    given = config.list_given()
+    template = step.rehearsal if config.rehearse else step.command
+    named = list_named(template, given)
+    identified = config.identify_given()
+    command = fill(template, list_places(out.resolve(), checkpoints.resolve(), given))
     started = datetime.now(UTC).isoformat(timespec="seconds")
     left_s = max(1.0, config.budget_s - campaign.used_s)
     own_limit_s = REHEARSAL_LIMIT_S if config.rehearse else float(step.limit_s)
@@ -138,6 +142,8 @@ def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
     except FiguresError as error:
         reason = reason or str(error)
         outcome = "failed" if outcome == "held" and step.result else outcome
+    # What only a hub had is in its cache now.
+    fetched = {name: identify(given[name]) for name in named if identified[name] == given[name]}
     run = StepRun(
         step=step.name,
         outcome=outcome,
@@ -153,6 +159,7 @@ def run_step(campaign: Campaign, step: Step, checkpoints: Path) -> None:
         schema=schema,
         figures=figures,
         reason=reason,
+        checkpoints={name: identified[name] for name in named} | fetched,
     )
     campaign.journal.append(run)
     said = "; ".join(figures[:3]) or reason or ""

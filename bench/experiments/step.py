@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -84,6 +84,11 @@ def fill(command: tuple[str, ...], places: Mapping[str, str]) -> list[str]:
             word = word.replace(name, value)
         filled.append(word)
     return filled
+
+
+def list_named(command: Sequence[str], given: Iterable[str]) -> list[str]:
+    """List the placeholders, of those given, that a command has."""
+    return [name for name in given if any(name in word for word in command)]
 
 
 def shorten_command(command: Sequence[str], out: Path) -> list[str]:

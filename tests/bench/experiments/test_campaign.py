@@ -157,19 +157,55 @@ def test_finished_steps_are_not_repeated(use: Callable[..., None], tmp_path: Pat
 def test_results_of_another_checkpoint_are_not_taken(use: Callable[..., None], tmp_path: Path) -> None:
     command = (PYTHON, "-c", SAY.format(status=0), OUT, DOCTOR, XS2, XS2_DRAFT)
     use(make_step("published", rehearsal=command, needs=(XS2, XS2_DRAFT)), make_step("toy"))
-    for model, draft in (("one", "two"), ("other", "two"), ("two", "one"), ("one", "two")):
+    for model, draft in (("o/one", "o/two"), ("o/other", "o/two"), ("o/two", "o/one"), ("o/one", "o/two")):
         assert rehearse(tmp_path, "--xs2", model, "--xs2-draft", draft) == 0
     folders = [f"{run.folder} {' '.join(run.command[-2:])}" for run in read(tmp_path).runs if run.step == "published"]
-    assert folders == ["steps/published one two", "steps/published-2 other two", "steps/published-3 two one"]
+    assert folders == [
+        "steps/published o/one o/two",
+        "steps/published-2 o/other o/two",
+        "steps/published-3 o/two o/one",
+    ]
     assert count_runs(tmp_path, "toy") == 1
     assert (
         campaign.plan_campaign(
-            campaign.CampaignConfig(rehearse=True, plan=True, out=tmp_path, xs2="third", xs2_draft="two")
+            campaign.CampaignConfig(rehearse=True, plan=True, out=tmp_path, xs2="o/third", xs2_draft="o/two")
         )
         .steps[0]
         .left_out
         is None
     )
+
+
+def test_a_checkpoint_is_known_by_its_content(use: Callable[..., None], tmp_path: Path) -> None:
+    """Written anew it is another one; moved, or named from another folder, it is the same."""
+    command = (PYTHON, "-c", SAY.format(status=0), OUT, DOCTOR, XS2)
+    use(make_step("published", rehearsal=command, needs=(XS2,)), make_step("toy"))
+    out, model, moved = (tmp_path / name for name in ("out", "model", "moved"))
+    model.mkdir()
+    for words in ("one", "another"):
+        (model / "config.json").write_text(json.dumps({"is": words}))
+        for _ in range(2):
+            assert rehearse(out, "--xs2", str(model)) == 0
+    model.rename(moved)
+    assert rehearse(out, "--xs2", str(moved)) == 0
+    assert [run.folder for run in read(out).runs] == ["steps/published", "steps/toy", "steps/published-2"]
+    runs = [run.checkpoints for run in read(out).runs]
+    assert [set(run) for run in runs] == [{XS2}, set(), {XS2}]
+    assert runs[0] != runs[2]
+
+
+def test_a_checkpoint_is_found_from_where_the_command_is(
+    use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps run in the repository's folder."""
+    use(make_step("published", rehearsal=(PYTHON, "-c", SAY.format(status=0), OUT, DOCTOR, XS2), needs=(XS2,)))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert rehearse(Path("out"), "--xs2", "here") == 0
+    assert read(tmp_path / "out").runs[0].command[-1] == str(tmp_path / "here")
+    assert rehearse(Path("other"), "--xs2", "nowhere") == 2
+    assert "nowhere: expected an existing folder or a hub id" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 @pytest.mark.slow
