@@ -39,8 +39,6 @@ from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
 MIN_WARMUP = 4
-# As many are also sent to warm up, made up where the file has fewer.
-MOST_TOGETHER = 1 << 16
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
 
 EXAMPLES = """
@@ -86,9 +84,7 @@ class AbConfig(PromptsConfig, ArmsConfig):
             "untimed (default: every answer has N tokens)"
         ),
     ] = False
-    concurrency: Annotated[
-        int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1, at_most=MOST_TOGETHER)
-    ] = 1
+    concurrency: Annotated[int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1)] = 1
     sequential: Sequential = None
     control: Annotated[
         int,
@@ -223,7 +219,8 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
         stop_at_eos=config.stop_at_eos,
     )
     specs = make_spec(config, BASELINE), make_spec(config, CANDIDATE)
-    check_specs([*specs, *(list_own_specs(beside(config, None)) if config.certify else [])])
+    own = list_own_specs(beside(config, None)) if config.certify else []
+    check_specs([*specs, *own], config.max_tokens)
     return plan, specs
 
 

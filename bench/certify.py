@@ -190,7 +190,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
     specs = {BASELINE: make_spec(config, BASELINE), CANDIDATE: make_spec(config, CANDIDATE)}
     begun = is_begun(out / "passes")
     if not begun:
-        check_specs(specs.values())
+        check_specs(specs.values(), config.max_tokens)
     diffusion = config.starts_diffusion
     if config.temperature and not (config.identical or diffusion):
         raise FlagError("--temperature: expected --identical beside it, as draws are not held against noise")
@@ -216,7 +216,8 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         else:
             missing[name] = spec
     if not begun:
-        check_specs(spec for name, spec in specs.items() if name in (ROW_MATCHED, REFERENCE))
+        own = [spec for name, spec in specs.items() if name in (ROW_MATCHED, REFERENCE)]
+        check_specs(own, config.max_tokens)
     return Job(
         specs=specs,
         missing=missing,

@@ -102,7 +102,7 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     split_prompts(prompts, config.num_prompts, 0)  # refuses too few
     if not is_begun(config.points):
         specs = [*map(config.make_spec, (None, *gammas)), *([config.make_adaptive_spec()] if config.adaptive else [])]
-        check_specs([*specs, *list_ablation_specs(config, max(gammas))])
+        check_specs([*specs, *list_ablation_specs(config, max(gammas))], config.max_tokens)
     claim_points(config, prompts[: config.num_prompts], environment)
     load = OtherLoad()
     failed = measure_missing(config, gammas, prompts, progress)

@@ -73,7 +73,7 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     prompts = load_texts(config.prompts)
     traffic = plan_traffic(prompts, config.num_prompts, lengths, config.small_blocks, config.block_size)
     if not is_begun(config.points):
-        check_specs(map(config.make_spec, traffic.engines))
+        check_specs(map(config.make_spec, traffic.engines), config.max_tokens)
     environment = read_environment(current_argv())
     claim_points(config, prompts, environment)
     load, outcomes = OtherLoad(), dict[str, Outcome]()

@@ -72,7 +72,7 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
     prompts, gammas = choose_prompts(config), config.list_gammas()
     check_level(config, len(gammas))
     if not is_begun(config.samples):
-        check_specs(config.make_spec(gamma, config.seed) for gamma in (None, *gammas))
+        check_specs((config.make_spec(gamma, config.seed) for gamma in (None, *gammas)), config.tokens)
     claim_samples(config, prompts, environment)
     judgement = judge(draw_completions(config, gammas, prompts, Progress()), gammas, config.level, config.seed)
     result = SamplingResult(

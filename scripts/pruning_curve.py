@@ -23,7 +23,7 @@ from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
-from laguna_serve.serving.kit.flags import Flag, FlagError, read_flags
+from laguna_serve.serving.kit.flags import MOST_TEXT, Flag, FlagError, read_flags
 from laguna_serve.serving.kit.results import to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -49,7 +49,7 @@ class CurveConfig:
     text: Annotated[
         str, Flag("to measure on: .txt, .jsonl with text, prompt or messages, chunks.npy, or toy:held-out (default)")
     ] = "toy:held-out"
-    tokens: Annotated[int, Flag("about how many tokens (default 65536)")] = 65_536
+    tokens: Annotated[int, Flag("about how many tokens (default 65536)", at_most=MOST_TEXT)] = 65_536
     length: Annotated[int, Flag("tokens in a row at most (default 384)")] = 384
     seeds: Annotated[int, Flag("random masks per size, at least 2 (default 5)")] = 5
     out: Annotated[Path, Flag("folder for curve.json, curve.md and curve.png")]

@@ -47,7 +47,7 @@ from laguna_serve.scripts.training.pruning.summary import summarise, write_summa
 from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
 from laguna_serve.serving.kit.files import hash_file
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -82,7 +82,9 @@ class ScoreConfig:
             old=("--prompts",),
         ),
     ] = "toy:training"
-    tokens: Annotated[int, Flag("about how many tokens to read (default 98304)", at_least=1)] = 98_304
+    tokens: Annotated[int, Flag("about how many tokens to read (default 98304)", at_least=1, at_most=MOST_TEXT)] = (
+        98_304
+    )
     length: Annotated[int | None, Flag("tokens in a row at most (default 384; of a .npy, its own rows)")] = None
     score: Annotated[
         Literal["loss", "heapr", "output", "reap", "magnitude"],

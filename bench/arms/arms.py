@@ -10,11 +10,11 @@ from pathlib import Path
 
 from laguna_serve.serving.client.completions import find_root, list_models, open_session
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.engine import Engine, EngineConfig
+from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine.figures import EngineFigures, read_figures
 from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.machine.memory import EngineMemory, process_memory
-from laguna_serve.serving.planning.launch import check_launches
+from laguna_serve.serving.planning.launch import check_launches, find_longest
 
 BASELINE = "baseline"
 CANDIDATE = "candidate"
@@ -97,20 +97,32 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
         yield Arm(spec, engine.base_url, engine.model_name, engine)
 
 
-def check_specs(specs: Iterable[ArmSpec]) -> None:
+def check_specs(specs: Iterable[ArmSpec], tokens: int) -> None:
     """Refuse what can be refused before the first engine starts.
 
-    That is checkpoints, drafters and γ, weights, memory, and vLLM's own flags. Endpoints that already run are asked
-    what they serve; more is not known of them.
+    That is checkpoints, drafters and γ, weights, memory, vLLM's own flags, and answers of so many `tokens` where an
+    engine's longest sequence has no room for them. Endpoints that already run are asked what they serve; more is not
+    known of them.
 
     Raises:
         EngineError: the first engine that could not be started.
         EndpointError: an endpoint does not answer, or serves no such model.
     """
     specs = list(specs)
-    check_launches([spec.config for spec in specs if spec.config is not None])
+    configs = [spec.config for spec in specs if spec.config is not None]
+    for config in configs:
+        _check_answers(config, tokens)
+    check_launches(configs)
     if running := [spec for spec in specs if spec.url is not None]:
         asyncio.run(_check_endpoints(running))
+
+
+def _check_answers(config: EngineConfig, tokens: int) -> None:
+    """Refuse answers that no prompt leaves room for; of masked diffusion the canvas is looked at."""
+    length = find_longest(config)
+    if length is not None and tokens >= length:
+        expected = f"fewer than the {length} tokens that {config.model} takes, prompt included"
+        raise EngineError(f"tokens of an answer: expected {expected}, got {tokens}; ask for fewer")
 
 
 async def _check_endpoints(specs: Sequence[ArmSpec]) -> None:

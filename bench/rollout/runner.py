@@ -70,7 +70,7 @@ def prepare(config: RolloutsConfig, environment: Environment) -> Job:
     assert gamma is not None, "there is a draft"
     specs = config.make_specs(gamma)
     if not is_begun(config.points):
-        check_specs(specs)
+        check_specs(specs, config.max_tokens)
     versions = open_versions(None if config.by_url else config.model, [str(folder) for folder in config.versions])
     batches = sorted({*config.batches, *([config.versions_at] if versions else [])})
     prompts = config.load_prompts(lengths=False)

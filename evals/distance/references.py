@@ -83,7 +83,7 @@ def make_job(config: ReferencesConfig, environment: Environment) -> Job:
         judge_key=name_judge(config),
     )
     if not all(is_begun(job.find_folder(name)) for name in specs):
-        check_specs([*specs.values(), judge])
+        check_specs([*specs.values(), judge], config.max_tokens)
     claim_folder(folder, list_settings(config, prompts, environment))
     for name, spec in specs.items():
         flags = None if spec.config is None else list(spec.config.extra_args)

@@ -151,7 +151,7 @@ def make_job(config: InvarianceConfig, environment: Environment) -> Job:
     specs = {name: make_spec(config, name) for name in ARMS}
     folder = config.out / "answers"
     if not is_begun(folder):
-        check_specs(specs.values())
+        check_specs(specs.values(), config.max_tokens)
     limits = choose_limits(config.walls)
     claim_folder(folder, list_settings(config, problems, environment))
     return Job(

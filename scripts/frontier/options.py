@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_TEXT, Flag, FlagError, check_bounds
 
 
 def parse_tokens(text: str) -> int | Path:
@@ -21,7 +21,7 @@ class FrontierConfig:
     model: Annotated[str, Flag("Laguna checkpoint: a folder, or a hub id that is in the local cache", metavar="M")]
     calibration: Annotated[str, Flag("text of the scores, as score_experts.py --text", metavar="TEXT")] = "toy:training"
     calibration_tokens: Annotated[
-        int, Flag("about how many tokens of it in a draw (default: 98304)", metavar="N", at_least=1)
+        int, Flag("about how many tokens of it in a draw (default: 98304)", metavar="N", at_least=1, at_most=MOST_TEXT)
     ] = 98_304
     text: Annotated[str, Flag("text of the losses (default: toy:held-out)", metavar="TEXT")] = "toy:held-out"
     tokens: Annotated[

@@ -45,7 +45,9 @@ REVOKE_EXAMPLES = """examples:
 """
 File = Annotated[Path, Flag("of the keys: access.keys_file of gateway.toml", metavar="FILE")]
 Named = Annotated[str, Flag("of the key, in logs, metrics and usage", positional=True, metavar="NAME")]
-Limit = Annotated[int | None, Flag("at most so many; without it no limit", metavar="N", at_least=1)]
+# Of tokens in a day; a 64-bit counter takes more.
+MOST_LIMIT = 1 << 53
+Limit = Annotated[int | None, Flag("at most so many; without it no limit", metavar="N", at_least=1, at_most=MOST_LIMIT)]
 
 
 class KeysError(CommandError, ValueError):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.serving.chat.vendor_defaults import ChatContract, names_flag
+from laguna_serve.serving.chat.vendor_defaults import ChatContract, find_value, names_flag
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
 from laguna_serve.serving.checkpoint.tensors import require_tensors
@@ -147,6 +147,18 @@ def find_engine_dtype(config: EngineConfig) -> str:
         return settle_dtype(config, inspect(config, weights=False), require_device())[0].dtype
     except (CheckpointError, EngineError):
         return config.dtype
+
+
+def find_longest(config: EngineConfig) -> int | None:
+    """Find the longest sequence that an engine takes, prompt included; None where it cannot be said before it runs."""
+    given = find_value(config.extra_args, "--max-model-len")
+    if given is not None or names_flag(config.extra_args, "--hf-overrides"):
+        return int(given) if given is not None and given.isdecimal() else None
+    try:
+        target = None if find_diffusion(config.model) is not None else inspect(config, weights=False).target
+    except CheckpointError:
+        return None  # said where the checkpoint is checked
+    return config.max_model_len or (None if target is None else target.max_model_len)
 
 
 def check_launches(configs: Iterable[EngineConfig]) -> None:

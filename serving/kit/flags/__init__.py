@@ -24,8 +24,11 @@ of help and of errors; here both are published, one line each, and tested.
 
 from laguna_serve.serving.kit.flags.command_line import parse_numbers, parse_words, read_flags, read_flags_and_json
 from laguna_serve.serving.kit.flags.declaration import (
+    MOST_COUNT,
     MOST_SEED,
+    MOST_TEXT,
     MOST_THREADS,
+    MOST_TOGETHER,
     Config,
     Flag,
     FlagError,
@@ -34,8 +37,11 @@ from laguna_serve.serving.kit.flags.declaration import (
 )
 
 __all__ = [
+    "MOST_COUNT",
     "MOST_SEED",
+    "MOST_TEXT",
     "MOST_THREADS",
+    "MOST_TOGETHER",
     "Config",
     "Flag",
     "FlagError",

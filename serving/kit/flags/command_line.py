@@ -17,6 +17,7 @@ from laguna_serve.serving.kit.flags.declaration import (
     Config,
     Flag,
     FlagError,
+    check_bounds,
     find_element,
     find_flag,
     find_quick,
@@ -89,7 +90,9 @@ def make_config(parser: argparse.ArgumentParser, config: type[C], given: argpars
             f"the following arguments are required: {', '.join(name_subject(f.name, hints[f.name]) for f in missing)}"
         )
     try:
-        return config(**{field.name: _frozen(values[field.name]) for field in fields(config) if field.name in values})
+        made = config(**{field.name: _frozen(values[field.name]) for field in fields(config) if field.name in values})
+        check_bounds(made)  # of those that have no checks of their own, too
+        return made
     except FlagError as error:
         parser.error(str(error))
 

@@ -13,6 +13,16 @@ from laguna_serve.serving.kit.errors import CommandError
 MOST_THREADS = 1024
 # NumPy's generators of old, which vLLM seeds, take no more, and no generator a negative one.
 MOST_SEED = (1 << 32) - 1
+# Of a whole number that says no other bound: what is beyond it is a slip, for which lists, queues or weeks are needed.
+MOST_COUNT = 10_000_000
+# Of a text that is read.
+MOST_TEXT = 10**12
+# As many connections one address takes: an address has 65,535 ports.
+MOST_TOGETHER = (1 << 16) - 1
+MOST_OF = {
+    **dict.fromkeys(("concurrency", "streams", "clients"), MOST_TOGETHER),
+    **dict.fromkeys(("rounds", "repeats", "sessions"), 100_000),
+}
 
 
 class FlagError(CommandError):
@@ -75,6 +85,8 @@ class Config(Protocol):
 def check_bounds(config: Config) -> None:
     """Refuse what is under its `at_least` or over its `at_most`, and text that is none of its choices.
 
+    Whole numbers whose flag says no `at_most` have MOST_OF's, or MOST_COUNT.
+
     Raises:
         FlagError: naming the flag.
     """
@@ -86,11 +98,19 @@ def check_bounds(config: Config) -> None:
         for part in value if isinstance(value, tuple) else (value,):
             if flag.at_least is not None and not part >= flag.at_least:
                 raise FlagError(f"{subject}: expected at least {_show(flag.at_least)}, got {part}")
-            if flag.at_most is not None and not part <= flag.at_most:
-                raise FlagError(f"{subject}: expected at most {_show(flag.at_most)}, got {part}")
+            most = _find_most(name, flag, part)
+            if most is not None and not part <= most:
+                raise FlagError(f"{subject}: expected at most {_show(most)}, got {part}")
             choices = list_choices(find_element(hint))
             if choices is not None and part not in choices:
                 raise FlagError(f"{subject}: expected one of {', '.join(map(str, choices))}, got {part}")
+
+
+def _find_most(name: str, flag: Flag, value: object) -> float | None:
+    """Find the largest value of a field: its flag's, or that of any whole number."""
+    if flag.at_most is not None or type(value) is not int:
+        return flag.at_most
+    return MOST_OF.get(name, MOST_COUNT)
 
 
 def find_quick(config: type[Config]) -> Quick | None:
@@ -151,4 +171,4 @@ def name_option(name: str, *, negated: bool = False) -> str:
 
 
 def _show(value: float) -> str:
-    return f"{value:g}"
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from laguna_serve.bench.arms import arms
 from laguna_serve.bench.arms import options as arm_options
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE
 from laguna_serve.bench.arms.drafters import GammaUrl, find_most
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype, make_spec
 from laguna_serve.bench.certify import CertifyConfig, make_job
 from laguna_serve.bench.gamma.options import SweepConfig
-from laguna_serve.serving.engine import EngineConfig
+from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.kit.environment import read_environment
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.planning.launch import plan_launch
@@ -104,3 +105,20 @@ def test_sweeps_of_masked_diffusion_measure_states(tmp_path: Path) -> None:
         ("--cache", "dual"),
         ("--cache", "dual", "--draft-policy", "always"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "length"),
+    [((), 2048), (("--max-model-len", "512"), 512), (("--max-model-len=64",), 64), (("--max-model-len", "auto"), None)],
+)
+def test_answers_that_no_context_has_room_for_are_refused_before_anything_starts(
+    extra: tuple[str, ...], length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "check_launches", list)
+    specs = [arms.ArmSpec("baseline", "it", config=EngineConfig(str(TOY / "teacher"), extra_args=extra))]
+    if length is None:
+        arms.check_specs(specs, 10_000_000)
+        return
+    arms.check_specs(specs, length - 1)
+    with pytest.raises(EngineError, match=f"expected fewer than the {length} tokens that .*teacher takes, prompt incl"):
+        arms.check_specs(specs, length)

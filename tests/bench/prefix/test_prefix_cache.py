@@ -312,7 +312,7 @@ def test_interrupted_run_is_partial_and_from_python_silent(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prefix_cache, "run_engines", stop_after_one)
-    monkeypatch.setattr(prefix_cache, "check_specs", list)
+    monkeypatch.setattr(prefix_cache, "check_specs", lambda *_: None)
     config = prefix_cache.PrefixCacheConfig(
         model=str(TOY / "teacher"), draft=str(TOY / "dflash"), prompts=TOY / "prompts.jsonl", out=tmp_path
     )

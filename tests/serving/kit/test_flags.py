@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -137,6 +137,22 @@ def test_the_largest_value_is_one_line() -> None:
 
     with pytest.raises(FlagError, match="--threads: expected at most 1024, got 1025"):
         Work(threads=1025)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("rounds", 100_000), ("concurrency", 65_535), ("max_tokens", 10_000_000), ("num_prompts", 10_000_000)],
+)
+def test_counts_that_say_no_bound_have_one(name: str, most: int) -> None:
+    """A slip of the keyboard made lists of a thousand million, or went on for weeks."""
+    kind = Annotated[int | None, Flag(at_least=1)]
+    hints = {name: kind, "least": Annotated[int, Flag()], "share": Annotated[float, Flag()]}
+    fields = [(field, hint, None) for field, hint in hints.items()]
+    work = make_dataclass("Work", fields, namespace={"__post_init__": check_bounds}, frozen=True, kw_only=True)
+    work(**{name: most, "least": -(10**12), "share": 1e12})
+    for value in (most + 1, 10**12):
+        with pytest.raises(FlagError, match=f"--{name.replace('_', '-')}: expected at most {most}, got {value}"):
+            work(**{name: value})
 
 
 def test_python_callers_get_the_same_checks() -> None:
