@@ -9,6 +9,7 @@ again, on whichever machine. The list: bench/results/GPU_TODO.md.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from laguna_serve.bench.experiments.options import CampaignConfig
@@ -84,7 +85,8 @@ def run(config: CampaignConfig) -> CampaignResult:
         PlanError, RunDirError, JournalError: before anything is run.
     """
     environment = read_environment(current_argv())
-    return run_campaign(open_campaign(config, environment, Progress().say))
+    with contextlib.ExitStack() as held:
+        return run_campaign(open_campaign(config, environment, Progress().say, held))
 
 
 def shorten(result: CampaignResult) -> JsonObject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder
 
 JOURNAL = "campaign.jsonl"
 # On a CPU: a step of a rehearsal that hangs.
@@ -54,22 +55,26 @@ class Campaign:
         return group_runs(self.config, self.journal.entries)
 
 
-def open_campaign(config: CampaignConfig, environment: Environment, say: Say) -> Campaign:
-    """Open the folder and its journal, after everything that can be refused.
+def open_campaign(config: CampaignConfig, environment: Environment, say: Say, held: ExitStack) -> Campaign:
+    """Open the folder and its journal, after everything that can be refused; it is this process's while `held` is.
 
     Raises:
-        PlanError: no GPU, or no such step; RunDirError: the folder is a rehearsal's, or no rehearsal's;
+        PlanError: no GPU, or no such step; RunDirError: a folder can be none, or is another's;
         CheckpointError: no such checkpoint; JournalError: its journal cannot be read.
     """
     out = config.out
     assert out is not None, "checked with the flags"
     choose_steps(config)
+    check_out(out)
+    if config.checkpoints is not None:
+        check_out(config.checkpoints, "--checkpoints")
     config.identify_given()
     device = environment.device
     if not config.rehearse and (device is None or device.kind != "gpu"):
         remedy = "run it there, or see --plan, or --rehearse the same steps at toy size"
         raise PlanError(f"device: expected an NVIDIA GPU that the installed vLLM uses, got none; {remedy}")
     claim_folder(out, {"campaign": "rehearsal" if config.rehearse else "gpu"})
+    held.enter_context(hold_folder(out))
     (out / "steps").mkdir(exist_ok=True)
     return Campaign(config, out, environment, say, Journal(out / JOURNAL, StepRun, say))
 

@@ -8,12 +8,10 @@ that a folder with a config.json is a whole checkpoint.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit import files
 from laguna_serve.serving.kit.progress import ByteProgress
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.kit.run_dir import hold_folder
 from laguna_serve.serving.kit.signals import check_signals
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json", "quantise.json")
@@ -142,7 +141,7 @@ def write_files(
     sizes: name → bytes; write: makes the file of a name at a path, and says what it has written.
 
     Raises:
-        CheckpointError: too little space, the folder cannot be created, or another run writes into it.
+        CheckpointError: too little space, or the folder cannot be created; RunDirError: another run writes into it.
     """
     missing = [name for name in sizes if not output.has(name)]
     needed = sum(sizes[name] for name in missing)
@@ -152,7 +151,7 @@ def write_files(
     except OSError as error:
         raise CheckpointError(f"{output.folder}: expected to create it, got {error.strerror}; choose another") from None
     progress = ByteProgress(sum(sizes.values()), sum(sizes.values()) - needed)
-    with _lock(output.folder):
+    with hold_folder(output.folder):
         if progress.done:
             progress.say(f"continuing: {len(sizes) - len(missing)} of {len(sizes)} files are done")
         output.start()
@@ -166,25 +165,6 @@ def write_files(
             output.note(name)
         yield
         output.close()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out, which would write files of the same names; a process that ends takes its lock with it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # of a file system without locks
-            _take(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: expected to write alone, got another run at it; wait for its end") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

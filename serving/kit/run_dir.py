@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
@@ -66,6 +68,27 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     except (FileExistsError, NotADirectoryError):
         raise RunDirError(f"{folder}: expected a folder, got a file in its place; choose another --out") from None
     write_text(noted, digest)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep a second run out, whose files would have the same names; a process that ends takes its lock with it.
+
+    Raises:
+        RunDirError: another one holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunDirError(f"{folder}: expected to write alone, got another run at it; wait for its end") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def claim_work(work: Path, out: Path, settings: Mapping[str, object]) -> None:

@@ -19,6 +19,7 @@ from laguna_serve.bench.experiments import plan, report, runner
 from laguna_serve.bench.experiments.result import CampaignResult, StepRun
 from laguna_serve.bench.experiments.step import OUT, PYTHON, XS2, XS2_DRAFT, Step
 from laguna_serve.serving.kit.results import read_result
+from laguna_serve.serving.kit.run_dir import hold_folder
 
 DEADLINE_S = 60.0
 # Ends with a status; the last line is a result that is known.
@@ -130,6 +131,34 @@ def test_refusals_are_one_line(
     assert message in said
     assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_in_the_place_of_folders_are_one_line(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(make_step("a"))
+    (tmp_path / "file").touch()
+    for flag, path in (("--out", tmp_path / "file" / "below"), ("--checkpoints", tmp_path / "file")):
+        assert rehearse(tmp_path / "out", flag, str(path)) == 2
+        assert capsys.readouterr().err == (
+            f"campaign.py: error: {flag} {path}: expected a folder, got the file {tmp_path / 'file'}; choose another\n"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_campaign_in_the_folder_is_told_before_it_runs_a_step(
+    use: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ran the steps, in the same folders, and the first one ended when it wrote its first line."""
+    use(make_step("a"))
+    assert rehearse(tmp_path) == 0
+    (tmp_path / "campaign.jsonl").unlink()
+    with hold_folder(tmp_path):
+        assert rehearse(tmp_path) == 2
+        assert "expected to write alone, got another run at it; wait for its end" in capsys.readouterr().err
+        assert campaign.main(["--plan", "--rehearse", "--out", str(tmp_path)]) == 0
+    assert count_runs(tmp_path, "a") == 1
+    assert rehearse(tmp_path) == 0
 
 
 def test_a_folder_of_measurements_takes_no_rehearsal(
