@@ -155,18 +155,17 @@ struct Steps {
     }
   }
 
-  // Rows that are read later, half of them from each of two places, are asked for on the way; `later` may be null.
-  template <int M, int G, bool FIRST>
-  static void row_tile(const Act* const* act, const T* row, int64_t H, const T* const* later, float* const* sums) {
+  template <int M, int G, bool FIRST, bool FETCH>
+  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums) {
     Vec acts[G / Ops::ATOM_STEP][M];
     for (int g = 0; g < G; g += Ops::ATOM_STEP) {
       for (int m = 0; m < M; ++m) acts[g / Ops::ATOM_STEP][m] = Ops::spread(act[m] + g);
     }
     int64_t h = 0;
     for (; h + UNROLLED <= H; h += UNROLLED) {
-      if (later != nullptr) {
+      if constexpr (FETCH) {
         for (int g = 0; g < G; ++g) {
-          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(later[2 * g / G] + g % (G / 2) * H + h + i, 0, 2);
+          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(row + (G + g) * H + h + i, 0, 2);
         }
       }
       for (int i = 0; i < UNROLLED; i += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h + i);
@@ -186,12 +185,13 @@ struct Steps {
     for (int64_t a = atom; a < atom + atoms; a += G) {
       for (int m = 0; m < M; ++m) acts[m] = static_cast<const Act*>(block.act) + (token + m) * block.act_stride + a;
       const T* row = weights(block.down) + a * block.H;
-      const bool last = a + G >= block.B;
-      const T* next = last ? weights(block.next) : row + G * block.H;
-      const T* later[] = {next, next + (last ? block.B : G / 2) * block.H};  // of the next block: gate rows and up rows
-      const bool fetch = token == 0 && next != nullptr;
-      a == 0 ? row_tile<M, G, true>(acts, row, block.H, fetch ? later : nullptr, rows)
-             : row_tile<M, G, false>(acts, row, block.H, fetch ? later : nullptr, rows);
+      if (a == 0) {
+        row_tile<M, G, true, true>(acts, row, block.H, rows);
+      } else if (token == 0 && a + G < block.B) {
+        row_tile<M, G, false, true>(acts, row, block.H, rows);
+      } else {
+        row_tile<M, G, false, false>(acts, row, block.H, rows);
+      }
     }
   }
 
