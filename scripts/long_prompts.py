@@ -21,7 +21,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, Flag, check_bounds
 from laguna_serve.serving.kit.run_dir import check_out_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,11 @@ class LongPromptsConfig:
     """How long, how many, of which text and by whose tokenizer."""
 
     model: Annotated[str, Flag("checkpoint whose tokenizer counts, folder or hub id in the cache", metavar="M")]
-    tokens: Annotated[tuple[int, ...], Flag("lengths of prompts", metavar="N,…", at_least=64)] = (4096, 32768, 100_000)
+    tokens: Annotated[tuple[int, ...], Flag("lengths of prompts", metavar="N,…", at_least=64, at_most=MOST_TEXT)] = (
+        4096,
+        32768,
+        100_000,
+    )
     count: Annotated[int, Flag("prompts of each length (default: 8)", metavar="N", at_least=1)] = 8
     text: Annotated[Path, Flag("repository whose files are taken (default: this one)", metavar="DIR")] = ROOT
     seed: Annotated[int, Flag("of the files' order (default: 0)", at_least=0, at_most=MOST_SEED)] = 0

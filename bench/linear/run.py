@@ -22,7 +22,7 @@ from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import ANY, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
@@ -61,7 +61,7 @@ class LinearConfig:
         tuple[str, ...],
         Flag("inputs × outputs (default: 160x512,2048x8192,4096x256,2048x100352)", metavar="KxN,…"),
     ] = ("160x512", "2048x8192", "4096x256", "2048x100352")
-    rows: Annotated[tuple[int, ...], Flag("default: 1,8,64", metavar="LIST", at_least=1)] = (1, 8, 64)
+    rows: Annotated[tuple[int, ...], Flag("default: 1,8,64", metavar="LIST", at_least=1, at_most=ANY)] = (1, 8, 64)
     threads: Annotated[
         int,
         Flag("as many as an engine has with one core left (default: 1)", metavar="N", at_least=1, at_most=MOST_THREADS),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import ANY, MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 MOST_TOKENS = 65536
 
@@ -42,7 +42,7 @@ class MoeConfig:
     ] = None
     vllm: Annotated[bool, Flag("this project's kernel alone")] = True
     experts: Annotated[
-        int | None, Flag("default: 256 on a GPU, 64 on a CPU", metavar="E", at_least=1, group="the layer")
+        int | None, Flag("default: 256 on a GPU, 64 on a CPU", metavar="E", at_least=1, at_most=ANY, group="the layer")
     ] = None
     hidden: Annotated[int, Flag("hidden size (default: 2048)", metavar="H", at_least=1)] = 2048
     intermediate: Annotated[int, Flag("atoms of an expert (default: 512)", metavar="N", at_least=1)] = 512

@@ -32,6 +32,8 @@ OPTIONAL = re.compile(
     r"(?:w13_|w2_)?(?:(?:[qkv]|prob)_scale|input_.*|weight_shape|(?:weight_)?(?:g_idx|g_idx_sort_indices|zero_point)"
     r"|qzeros|mask_embedding)"
 )
+# Parameters that a quantised matrix has by any method; what else it has, and by which names, is the method's affair.
+QUANTISED = re.compile(r"(?:w13_|w2_)?(?:q?weight|weight_packed)")
 # Parameters of which a module says itself what has not come (`missing_tensors`).
 OWN = ("_blocks", "_scales")
 NAMED = 3  # of the missing tensors
@@ -79,20 +81,24 @@ def list_missing(model: nn.Module, stored: Collection[str], loaded: Collection[s
     """
     missing: list[str] = []
     modules = dict(model.named_modules())
+    matrices = set(map(_name_matrix, stored))
     for full, parameter in model.named_parameters():
         prefix, _, name = full.rpartition(".")
         module = modules[prefix]
-        if parameter.numel() == 0 or _need_not_come(module, name):
+        quantised = _is_quantised(module)
+        if parameter.numel() == 0 or _need_not_come(module, name) or (quantised and not QUANTISED.fullmatch(name)):
             continue
         parts = _list_parts(model, module, full, stored)
         lacking = [part for part in parts if _shorten(part) not in stored]
-        if loaded is None:
+        if quantised:  # one tensor of a matrix stands for all
+            lacking = [part for part in lacking if _name_matrix(_shorten(part)) not in matrices]
+        if loaded is not None and full in loaded:
+            missing += lacking if len(lacking) < len(parts) else []  # else it came merged already
+        elif loaded is None or quantised:
             missing += lacking
-        elif full not in loaded:
+        else:
             own = module.missing_tensors() if name.endswith(OWN) and hasattr(module, "missing_tensors") else []
             missing += [f"{prefix}.{tensor}" for tensor in own] or lacking or [full]
-        elif len(lacking) < len(parts):  # else it came merged already
-            missing += lacking
     return list(dict.fromkeys(missing))
 
 
@@ -115,6 +121,15 @@ def _list_parts(model: Any, module: nn.Module, full: str, stored: Collection[str
 def _list_experts(prefix: str, stored: Collection[str]) -> set[int]:
     numbers = (name.removeprefix(f"{prefix}.").split(".")[0] for name in stored if name.startswith(f"{prefix}."))
     return {int(number) for number in numbers if number.isdigit()}
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)
+    return method is not None and not type(method).__name__.startswith("Unquantized")
+
+
+def _name_matrix(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _need_not_come(module: nn.Module, name: str) -> bool:

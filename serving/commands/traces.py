@@ -17,7 +17,7 @@ from laguna_serve.serving.kit.cli import Parser, choose_command
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_stream
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import ANY, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import check_out_file
 from laguna_serve.serving.kit.tables import Table
 
@@ -52,7 +52,7 @@ class TracesConfig:
     model: Annotated[str | None, Flag("of this model alone")] = None
     weight_version: Annotated[str | None, Flag("that ran under this version of the weights alone")] = None
     key: Annotated[str | None, Flag("of requests under the key of this name alone")] = None
-    last: Annotated[int | None, Flag("the last N of them", metavar="N", at_least=1)] = None
+    last: Annotated[int | None, Flag("the last N of them", metavar="N", at_least=1, at_most=ANY)] = None
 
     def __post_init__(self) -> None:
         check_bounds(self)

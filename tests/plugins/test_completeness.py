@@ -160,6 +160,20 @@ def test_experts_of_other_ranks_and_merged_ones(
     assert list_missing(Tiny(**expert_map), stored, LOADED) == expected
 
 
+@pytest.mark.parametrize("named", ["weight", "weight_packed"])
+def test_quantised_matrices_may_have_tensors_of_any_name(named: str) -> None:
+    """What a quantisation method makes of a matrix is its own affair; that nothing of it came is not."""
+    from laguna_serve.plugins.formats.completeness import list_missing
+
+    method = type("SomeFormatMoEMethod", (), {})()
+    stored = {name.replace("weight", named) for name in EXPERT_1} | {"layers.experts.0.down_proj.weight_scale"}
+    expected = [f"layers.experts.0.{part}_proj.weight" for part in ("gate", "up")]
+    model = Tiny(quant_method=method)
+    model.layers.experts.routed_experts.register_parameter("w2_zero_of_its_own", nn.Parameter(torch.zeros(1)))
+    assert list_missing(model, stored, LOADED) == expected
+    assert list_missing(model, stored, set()) == expected
+
+
 def test_parts_and_later_loads_are_not_held_against_the_model() -> None:
     """New weights may come in several calls; only what the loader reads of a checkpoint is whole."""
     from laguna_serve.plugins.formats.completeness import IncompleteError, refuse_incomplete

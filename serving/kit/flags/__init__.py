@@ -24,6 +24,7 @@ of help and of errors; here both are published, one line each, and tested.
 
 from laguna_serve.serving.kit.flags.command_line import parse_numbers, parse_words, read_flags, read_flags_and_json
 from laguna_serve.serving.kit.flags.declaration import (
+    ANY,
     MOST_COUNT,
     MOST_SEED,
     MOST_TEXT,
@@ -37,6 +38,7 @@ from laguna_serve.serving.kit.flags.declaration import (
 )
 
 __all__ = [
+    "ANY",
     "MOST_COUNT",
     "MOST_SEED",
     "MOST_TEXT",

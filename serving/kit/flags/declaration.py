@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass
@@ -17,6 +18,8 @@ MOST_SEED = (1 << 32) - 1
 MOST_COUNT = 10_000_000
 # Of a text that is read.
 MOST_TEXT = 10**12
+# Of a whole number that something else bounds, as memory does, or nothing need.
+ANY = math.inf
 # As many connections one address takes: an address has 65,535 ports.
 MOST_TOGETHER = (1 << 16) - 1
 MOST_OF = {
