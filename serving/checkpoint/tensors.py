@@ -5,7 +5,9 @@ over every module with a quantisation method, which the unquantised ones have, t
 Training that ties the output layer to the embedding leaves it out, and a merge that was broken off leaves out more.
 
 Names differ between formats, so that layers are held against each other: each has the projections, norms and routers
-that the others of its kind have.  What a quantiser adds to some layers and not to others is its own affair.
+that the others of its kind have.  What a quantiser adds to some layers and not to others is its own affair.  Output
+gates and selection biases have one name in all of them, and vLLM serves what lay in memory, or zeros, where a model has
+none at all.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.checkpoint.weight_files import FETCH, LENGTH_BYTES, TensorHeader, check_file, list_weights
 
 LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
 EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")
+GATE, BIAS = "self_attn.g_proj", "mlp.experts.e_score_correction_bias"
+BIASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.(?:experts|gate)\.e_score_correction_bias")
 ENDS = ("embed_tokens", "norm", "lm_head")
 # Read at once, of a tensor that is compared.
 PIECE = 1 << 24
@@ -50,7 +55,7 @@ def list_missing(target: Target, names: Collection[str]) -> list[str]:
     Pruned experts are not looked at: which of them a layer has is its own affair.
     """
     ends = [end for end in ENDS if not (end == "lm_head" and target.tied) and not _has(names, end)]
-    return [*ends, *_list_lacking(target, names)]
+    return [*ends, *_list_lacking(target, names), *_list_unbiased(target, names)]
 
 
 def _has(names: Iterable[str], end: str) -> bool:
@@ -91,8 +96,16 @@ def _list_lacking(target: Target, names: Iterable[str]) -> list[str]:
         match = LAYERED.fullmatch(name)
         if match and EVERYWHERE.fullmatch(match[2]) and not (target.pruned and ".experts." in name):
             found[int(match[1])].add(match[2])
-    usual: dict[str, set[str]] = defaultdict(set)
+    gates = {GATE} if target.gate_width else set()
+    usual: dict[str, set[str]] = {kind: set(gates) for kind in target.mlp_kinds}
     for index, kind in enumerate(target.mlp_kinds):
         usual[kind] |= found[index]
     kinds = enumerate(target.mlp_kinds)
     return [f"layers.{index}.{part}" for index, kind in kinds for part in sorted(usual[kind] - found[index])]
+
+
+def _list_unbiased(target: Target, names: Iterable[str]) -> list[str]:
+    """List the selection biases that routers lack; transformers' router always has some, whatever the config says."""
+    biased = {int(match[1]) for match in map(BIASED.fullmatch, names) if match}
+    kinds = enumerate(target.mlp_kinds)
+    return [f"layers.{index}.{BIAS}" for index, kind in kinds if kind != DENSE and index not in biased]

@@ -15,6 +15,7 @@ from pathlib import Path
 from laguna_serve.serving.chat.vendor_defaults import ChatContract, find_value, names_flag
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
+from laguna_serve.serving.checkpoint.target import STOCK, Target
 from laguna_serve.serving.checkpoint.tensors import require_tensors
 from laguna_serve.serving.checkpoint.weight_files import require_weights
 from laguna_serve.serving.kit.errors import CommandError
@@ -193,9 +194,17 @@ def check_launch(config: EngineConfig) -> Checkpoints:
                 complete = os.path.isdir(os.path.expanduser(name))
                 require_weights(folder, complete=complete)
                 if complete and name == config.model and checkpoints.target is not None and checkpoints.other is None:
+                    _require_class(config, checkpoints.target, folder)
                     require_tensors(checkpoints.target, folder)
                     _require_tokenizer(config, folder)
     return checkpoints
+
+
+def _require_class(config: EngineConfig, target: Target, folder: Path) -> None:
+    """Refuse pruned experts in a class that reads them in part: it would refuse them after all weights have loaded."""
+    if target.pruned and target.architecture == STOCK and not names_flag(config.extra_args, "--hf-overrides"):
+        remedy = "name it in config.json, as the one that was written with it"
+        raise CheckpointError(f"{folder}: expected LagunaSentinelForCausalLM of pruned experts, got {STOCK}; {remedy}")
 
 
 def _require_tokenizer(config: EngineConfig, folder: Path) -> None:

@@ -18,6 +18,7 @@ from laguna_serve.serving.planning.launch import check_launch
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 SPARSE = "model.layers.3.mlp.experts.7.up_proj.weight"
+BIAS = "model.layers.{}.mlp.experts.e_score_correction_bias"
 
 
 @pytest.fixture
@@ -55,11 +56,27 @@ def test_what_a_quantiser_adds_to_one_layer_is_missed_in_none(teacher: Path) -> 
         (["model.embed_tokens.weight"], "expected tensors of embed_tokens, got none"),
         (["model.layers.2.self_attn.q_proj.weight"], r"expected tensors of layers\.2\.self_attn\.q_proj, got none"),
         ([SPARSE], r"expected tensors of layers\.3\.mlp\.experts\.7\.up_proj, got none"),
+        (
+            [f"model.layers.{n}.self_attn.g_proj.weight" for n in range(6)],
+            r"layers\.0\.self_attn\.g_proj and of 5 more",
+        ),
+        ([BIAS.format(4)], r"expected tensors of layers\.4\.mlp\.experts\.e_score_correction_bias, got none"),
+        ([BIAS.format(n) for n in range(1, 6)], r"layers\.1\.mlp\.experts\.e_score_correction_bias and of 4 more"),
         ([SPARSE, "model.layers.5.mlp.gate.weight"], r"layers\.3\.mlp\.experts\.7\.up_proj and of 1 more, got none"),
     ],
 )
 def test_what_is_missing_is_named_before_an_engine_starts(teacher: Path, names: list[str], message: str) -> None:
     remove(teacher, *names)
+    with pytest.raises(CheckpointError, match=message):
+        check_launch(EngineConfig(str(teacher)))
+
+
+def test_pruned_experts_need_the_class_that_reads_them(teacher: Path) -> None:
+    config = json.loads((teacher / "config.json").read_text())
+    width, sparse = config["moe_intermediate_size"], config["mlp_layer_types"].count("sparse")
+    pruning = {"block_size": width // 8, "blocks_per_expert": 8, "kept_blocks": [1] * sparse}
+    (teacher / "config.json").write_text(json.dumps(config | {"expert_pruning": pruning}))
+    message = "expected LagunaSentinelForCausalLM of pruned experts, got LagunaForCausalLM; name it in config.json"
     with pytest.raises(CheckpointError, match=message):
         check_launch(EngineConfig(str(teacher)))
 
