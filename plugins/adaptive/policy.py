@@ -8,7 +8,8 @@ where prompts are most of the work it may cost more than drafts bring.
 What is not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays
 for it: a small part of all time goes into it, more in the beginning, when a cold machine's steps say little, and such a
 step is taken when the purse holds what it is expected to lose.  A number of requests that never was, nor one near it,
-begins without drafts, which loses little.
+begins without drafts, which loses little.  What steps do not show, the load as a whole does, and judge.py may forbid
+drafts.
 
 **What comes out does not depend on this.**  Each number is fixed before its drafts are drawn, from earlier steps alone:
 their accepted counts, their times, and how many tokens a request may still get.  Given the tokens so far, the drafts
@@ -20,11 +21,14 @@ would not: keep it that way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
-from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket, read
+from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket
+from laguna_serve.plugins.adaptive.judge import Judge
+from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect
 from laguna_serve.plugins.adaptive.rows import round_rows
 
 # Of all time, for steps that are expected to lose; in the beginning more: this many steps' time divided by the steps
@@ -48,50 +52,6 @@ MEMORY_ENDED = 128.0
 LEAST_CHANCE = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Tokens that the drafter's pass is made for, and how many of them each request gets; width 0: no pass."""
-
-    width: int
-    counts: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        """Drafted rows of the next step."""
-        return sum(self.counts)
-
-
-PLAIN = Decision(0, ())
-
-
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """What a next step is expected to be: each request's chances of so many tokens, and times, all at pace 1.
-
-    `verify`, `draft`: seconds by drafted tokens per request and by width; `context_s`: of the prompts' context, per
-    token of the answers, where drafts are made; `waiting_s`: of what must be made up first, once.
-    """
-
-    requests: Sequence[str]
-    survivals: Sequence[Sequence[float]]
-    verify: Sequence[float]
-    draft: Sequence[float]
-    context_s: float
-    waiting_s: float
-
-    def time(self, width: int, drafted: int) -> float:
-        """Return the seconds of a step with so many drafted rows together, and of the pass before it."""
-        return read(self.verify, drafted / len(self.requests)) + self.draft[width]
-
-    def rate(self, tokens: float, seconds: float) -> float:
-        """Return the tokens per second of steps that draft, with what their prompts' context takes."""
-        return tokens / (seconds + tokens * self.context_s)
-
-    def lose(self, tokens: float, seconds: float, rate: float) -> float:
-        """Return what a step with drafts that is not the best loses against one at `rate`, in seconds."""
-        return seconds + max(self.waiting_s, tokens * self.context_s) - tokens / rate
-
-
 @dataclass(slots=True)
 class Policy:
     """Decides for batches of requests, each named by its key, and learns of the steps that came of it.
@@ -103,6 +63,7 @@ class Policy:
     # Seconds for the context of a token, as far as known from elsewhere.
     row_s: float = 0.0
     costs: StepCosts = field(init=False)
+    judge: Judge = field(default_factory=Judge)
     _shared: dict[object, Acceptance] = field(default_factory=dict)
     _own: dict[str, OwnAcceptance] = field(default_factory=dict)
     _step: int = 0
@@ -131,6 +92,7 @@ class Policy:
         """Forget a request that has ended, after so many tokens of its own; one that is not known is no error."""
         self._own.pop(request, None)
         if tokens:
+            self.judge.end_answer(tokens)
             keep = 1 - 1 / MEMORY_ENDED
             self._prompts, self._answers = self._prompts * keep + prompt, self._answers * keep + tokens
 
@@ -148,8 +110,9 @@ class Policy:
             self._held = ((), 0, 0.0)
 
     def observe_step(self, step: Measured) -> None:
-        """Learn what a step took."""
+        """Learn what a step took, and what came of it."""
         self.costs.observe(step)
+        self.judge.observe(step.requests, step.tokens, step.whole_s, drafted=step.drafted > 0)
 
     def decide(self, requests: Sequence[str], waiting_s: float = 0.0, room: Sequence[int] | None = None) -> Decision:
         """Decide for the requests of the next step, all of which decode.
@@ -158,6 +121,9 @@ class Policy:
         request has a use for before its end.
         """
         self._step += 1
+        if requests and not self.judge.allows(len(requests)):
+            self._plain_at = self._step
+            return PLAIN
         held, left, seconds = self._held
         if left and held == tuple(requests):
             self._held = (held, left - 1, seconds)
@@ -206,6 +172,7 @@ class Policy:
         verify, count = prospect.verify, len(prospect.requests)
         least = self._least
         best, rate, seconds = self._find_best(prospect, least)
+        self.judge.expect(count, math.log(rate * verify[0] / count))
         if self.width > 1:
             slope = (verify[-1] - verify[1]) / (self.width - 1) / count
             self._least = max(LEAST_CHANCE, rate * slope / max(0.1, 1 - rate * prospect.context_s))

@@ -22,7 +22,8 @@ def main(toy: Path, drafter: Path, *, caching: bool) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     from vllm import LLM, SamplingParams
 
-    from laguna_serve.plugins.adaptive.policy import PLAIN, Decision, Policy
+    from laguna_serve.plugins.adaptive.policy import Policy
+    from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision
 
     class Scripted(Policy):
         """Decides by the number of the step and the request's place; learns as the real one."""

@@ -9,7 +9,8 @@ from adaptive_simulation import PROMPT_S, WIDTH, Simulation
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance
 from laguna_serve.plugins.adaptive.costs import CostTable, Measured, Pace, StepCosts, find_bucket, read
-from laguna_serve.plugins.adaptive.policy import PLAIN, Policy
+from laguna_serve.plugins.adaptive.policy import Policy
+from laguna_serve.plugins.adaptive.prospect import PLAIN
 from laguna_serve.plugins.adaptive.rows import round_rows
 
 # As the toy's drafter on code: 3.5 tokens per step on the full width.
@@ -258,9 +259,13 @@ def test_a_width_that_only_other_loads_speak_against_is_tried() -> None:
         widths.append(decision.width)
         level = round(decision.total / 60)
         drafter_s = 5e-3 if level else 0.0
-        policy.observe_step(Measured(60, decision.total, take(60, level), decision.width, drafter_s))
         drafted = dict(zip(names, decision.counts, strict=False))
-        policy.observe_drafts([(name, count, accept(draw, count)) for name, count in drafted.items()])
+        seen = [(name, count, accept(draw, count)) for name, count in drafted.items()]
+        policy.observe_drafts(seen)
+        tokens, whole_s = 60 + sum(accepted for _, _, accepted in seen), take(60, level) + drafter_s
+        policy.observe_step(
+            Measured(60, decision.total, take(60, level), decision.width, drafter_s, 60, tokens=tokens, whole_s=whole_s)
+        )
     assert sum(width > 5 for width in widths[400:]) > 180
 
 
