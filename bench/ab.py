@@ -27,7 +27,7 @@ from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
 from laguna_serve.bench.harness.result import LINE, AbResult, CertificateSummary
 from laguna_serve.bench.harness.runner import run_plan
-from laguna_serve.bench.harness.schedule import Plan, make_plan
+from laguna_serve.bench.harness.schedule import Plan, Waves, make_plan
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
@@ -84,7 +84,8 @@ class AbConfig(PromptsConfig, ArmsConfig):
             "untimed (default: every answer has N tokens)"
         ),
     ] = False
-    concurrency: Annotated[int, Flag("prompts sent together (default: 1)", metavar="N", at_least=1)] = 1
+    concurrency: Annotated[int, Flag("prompts under way (default: 1)", metavar="N", at_least=1)] = 1
+    waves: Waves = 1
     sequential: Sequential = None
     control: Annotated[
         int,
@@ -217,6 +218,7 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
         control=config.control,
         seed=config.seed,
         stop_at_eos=config.stop_at_eos,
+        waves=config.waves,
     )
     specs = make_spec(config, BASELINE), make_spec(config, CANDIDATE)
     own = list_own_specs(beside(config, None)) if config.certify else []

@@ -197,7 +197,7 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
         # After an interruption there may be no pass left to see drafts in: what is streamed shows them.
         if arm.name != ROW_MATCHED or acceptance is None:
             progress.say(f"{arm.name}: {min(STREAMED, len(job.prompts))} prompts streamed, as users send them")
-            streamed = await client.run_closed_loop(job.prompts[:STREAMED], job.concurrencies[0])
+            streamed = await client.run_round(job.prompts[:STREAMED], concurrency=job.concurrencies[0])
             if failed := next((record for record in streamed if record.error is not None), None):
                 arm.check()
                 raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import UNSET
+
 from laguna_serve.bench.gamma.cost_model import Point, choose_gamma, fit_costs, make_schedule
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.result import (
@@ -58,6 +60,7 @@ def conclude(
             num_prompts=config.num_prompts,
             max_tokens=config.max_tokens,
             own_lengths=count_own_lengths(prompts[: config.num_prompts], config.max_tokens),
+            waves=config.waves if config.waves > 1 else UNSET,
             sequential=any(point.drift for point in measured),
             temperature=config.temperature,
             draft_sampling=config.draft_sampling,

@@ -20,6 +20,7 @@ from laguna_serve.bench.arms.drafters import (
     find_most,
 )
 from laguna_serve.bench.harness.prompts import PromptsConfig
+from laguna_serve.bench.harness.schedule import Waves
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
 from laguna_serve.serving.kit.run_dir import fingerprint
@@ -84,6 +85,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     ] = None
     beyond_block: BeyondBlock = False
     concurrency: Annotated[tuple[int, ...], Flag("default: 1", metavar="N,…", at_least=1, parse=parse_numbers)] = (1,)
+    waves: Waves = 1
     num_prompts: Annotated[int, Flag("the first N prompts (default: 32)", metavar="N", at_least=1)] = 32
     max_tokens: Annotated[int, Flag("output tokens per prompt (default: 96)", metavar="N", at_least=1)] = 96
     stack: Annotated[
@@ -116,7 +118,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     def __post_init__(self) -> None:
         """Refuse too few prompts for an interval."""
         super().__post_init__()
-        most = max(self.concurrency)
+        most = self.waves * max(self.concurrency)
         if self.num_prompts < LEAST_ROUNDS * most:
             expected = f"expected at least {LEAST_ROUNDS * most}, {LEAST_ROUNDS} rounds of {most}"
             raise FlagError(f"--num-prompts: {expected}, got {self.num_prompts}")

@@ -39,6 +39,7 @@ def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: En
     settings |= {
         name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
     }
+    settings |= {} if config.waves == 1 else {"waves": config.waves}
     settings |= {} if config.draft_sampling == DRAFT_SAMPLING[0] else {"draft_sampling": config.draft_sampling}
     settings |= {
         "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
@@ -149,6 +150,7 @@ def plan_point(config: SweepConfig, concurrency: int, prompts: Sequence[Prompt])
         control=concurrency,
         seed=config.seed,
         temperature=config.temperature,
+        waves=config.waves,
     )
 
 

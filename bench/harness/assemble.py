@@ -66,6 +66,7 @@ def assemble(
             ignore_eos=not plan.stop_at_eos,
             chat_prompts=sum(prompt.chat is not None for prompt in plan.prompts),
             own_lengths=count_own_lengths(plan.prompts, plan.max_tokens),
+            waves=plan.waves if plan.waves > 1 else UNSET,
         ),
         arms={name: _describe_arm(run.passes(name), f"arms.{name}" in withheld) for name in ARMS},
         speedup=_describe_speedup(run, plan, withheld),

@@ -9,10 +9,10 @@ import aiohttp
 from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, counter_delta, wall_s
 from laguna_serve.bench.harness.schedule import Plan, Round
-from laguna_serve.serving.client.completions import Client, find_model_name
+from laguna_serve.serving.client.completions import NONE, Client, find_model_name
 from laguna_serve.serving.client.counters import SETTLE_S, scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 
 # An endpoint that fails this many rounds in a row is taken for dead.
@@ -22,8 +22,9 @@ MAX_FAILED_ROUNDS = 3
 class Driver:
     """One arm with an open session: sends rounds and files what comes back into its ArmRun."""
 
-    def __init__(self, session: aiohttp.ClientSession, arm: Arm, client: Client, run: ArmRun) -> None:
+    def __init__(self, session: aiohttp.ClientSession, arm: Arm, client: Client, run: ArmRun, concurrency: int) -> None:
         self._session, self._arm, self._client, self._run = session, arm, client, run
+        self._concurrency = concurrency
         self._tokens, self._seconds, self._failed_rounds = 0, 0.0, 0
 
     @property
@@ -34,10 +35,13 @@ class Driver:
     async def warm_up(self, rounds: Sequence[Round]) -> None:
         """Send the warm-up rounds; a failure here means that there is nothing to measure."""
         for prompts in rounds:
-            for record in await self._client.run_round(prompts):
+            for record in await self._send(prompts):
                 if record.error is not None:
                     self._arm.check()
                     raise EndpointError(f"{self._arm.name}: the warm-up failed: {record.error}")
+
+    async def _send(self, prompts: Round, fields: RequestFields = NONE) -> list[Record]:
+        return await self._client.run_round(prompts, fields, self._concurrency)
 
     async def open_frame(self) -> None:
         """Read the counters before the timed rounds."""
@@ -54,7 +58,7 @@ class Driver:
 
     async def run_round(self, index: int, prompts: Round) -> None:
         """Run and file one timed round."""
-        records = await self._client.run_round(prompts)
+        records = await self._send(prompts)
         self._run.rounds[index] = records
         self._tokens += sum(len(record.token_ids) for record in records)
         self._seconds += wall_s(records)
@@ -69,7 +73,7 @@ class Driver:
     async def run_control(self, rounds: Sequence[Round]) -> None:
         """Run rounds again that were timed before."""
         for prompts in rounds:
-            self._run.control += await self._client.run_round(prompts)
+            self._run.control += await self._send(prompts)
 
     async def run_forced(self, rounds: Sequence[Round]) -> None:
         """Count over the same rounds with end-of-sequence ignored.
@@ -82,7 +86,7 @@ class Driver:
         before = await scrape_counters(self._session, self._arm.base_url)
         tokens = 0
         for prompts in rounds:
-            records = await self._client.run_round(prompts, {"ignore_eos": True})
+            records = await self._send(prompts, {"ignore_eos": True})
             if any(record.error is not None for record in records):
                 self._arm.check()
                 return
@@ -107,4 +111,6 @@ async def connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: Arm
     ending: RequestFields = {"ignore_eos": not plan.stop_at_eos}
     if run.sampled:
         ending |= {**PLAIN_SAMPLING, "temperature": plan.temperature}
-    return Driver(session, arm, Client(session, arm.base_url, model_name, plan.max_tokens, ending), run)
+    return Driver(
+        session, arm, Client(session, arm.base_url, model_name, plan.max_tokens, ending), run, plan.concurrency
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from laguna_serve.bench.harness.prompts import describe_load
+from laguna_serve.bench.harness.prompts import describe_load, describe_waves
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 
@@ -28,7 +28,7 @@ def _describe(result: AbResult) -> list[str]:
     work, environment = result.workload, result.environment
     parts = [
         describe_load(work.prompts, work.max_tokens, work.own_lengths),
-        f"concurrency {work.concurrency}",
+        f"concurrency {work.concurrency}{describe_waves(work.waves)}",
         "greedy",
     ]
     parts += [environment.device_name, environment.date[:10], *(["PARTIAL RUN"] if result.partial else [])]
@@ -37,7 +37,7 @@ def _describe(result: AbResult) -> list[str]:
 
 def _draw_speedup(axes: Axes, result: AbResult) -> None:
     speedup = result.speedup
-    unit = "prompt" if result.workload.concurrency == 1 else "round"
+    unit = result.workload.unit
     if speedup.point is None:
         style_axes(axes, f"Speedup per {unit}", "")
         _say(axes, REFUSED)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from msgspec import UNSET, UnsetType
+
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag
@@ -81,6 +83,11 @@ def count_own_lengths(prompts: Sequence[Prompt], max_tokens: int) -> int:
 def describe_load(prompts: int, max_tokens: int, own_lengths: int) -> str:
     """Describe in a few words how much was asked for."""
     return f"{prompts} prompts × {'up to ' if own_lengths else ''}{max_tokens} tokens"
+
+
+def describe_waves(waves: int | UnsetType) -> str:
+    """Describe rounds of more prompts than are under way at once; nothing where there are none."""
+    return "" if waves is UNSET else f", rounds of {waves} waves"
 
 
 def fingerprint_prompts(prompts: Sequence[Prompt]) -> str:

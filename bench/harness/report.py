@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from msgspec import UNSET
 
 from laguna_serve.bench.arms.arms import ARMS
-from laguna_serve.bench.harness.prompts import describe_load
+from laguna_serve.bench.harness.prompts import describe_load, describe_waves
 from laguna_serve.bench.harness.result import AbResult, ArmResult, Parity
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
@@ -66,7 +66,7 @@ def _title(result: AbResult) -> str:
     work = result.workload
     partial = " · PARTIAL: the run ended early" if result.partial else ""
     load = describe_load(work.prompts, work.max_tokens, work.own_lengths)
-    return f"A/B: {load}, concurrency {work.concurrency}{partial}"
+    return f"A/B: {load}, concurrency {work.concurrency}{describe_waves(work.waves)}{partial}"
 
 
 def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:
@@ -154,7 +154,7 @@ def _describe_speedup(result: AbResult) -> str:
         return f"{REFUSED} (see below)"
     low_high = speedup.ci95
     interval = f"95% interval {low_high[0]:.2f}–{low_high[1]:.2f}" if low_high else f"95% interval {REFUSED}"
-    unit = "prompts" if result.workload.concurrency == 1 else "rounds"
+    unit = f"{result.workload.unit}s"
     return f"{speedup.point:.2f}× the baseline's tok/s ({interval}, paired over {speedup.pairs} {unit})"
 
 

@@ -20,7 +20,8 @@ class Workload(Struct, frozen=True, kw_only=True):
     """What was sent, and how.
 
     `chat_prompts`: how many went through the model's chat template; `own_lengths`: how many asked for answers shorter
-    than `max_tokens`.
+    than `max_tokens`; `waves`: a round is so many times `concurrency` prompts, the next sent as one ends; without it
+    those of a round were sent together.
     """
 
     prompts_file: str
@@ -33,6 +34,12 @@ class Workload(Struct, frozen=True, kw_only=True):
     interleaved: bool
     chat_prompts: int = 0
     own_lengths: int = 0
+    waves: int | UnsetType = UNSET
+
+    @property
+    def unit(self) -> str:
+        """What a round is called."""
+        return "prompt" if self.concurrency == 1 and self.waves is UNSET else "round"
 
 
 class ArmResult(Struct, frozen=True, kw_only=True):

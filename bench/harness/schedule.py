@@ -1,7 +1,8 @@
 """What will be sent, and in which order: decided before the first request, from the seed alone.
 
-A round is `concurrency` prompts sent together to one arm. Both arms run every round one after the other, never at once,
-as they share a machine. Which arm goes first alternates at random but evenly, so that a drift of the machine (heat,
+A round is `waves` × `concurrency` prompts for one arm, `concurrency` of them under way: in one wave all are sent
+together, in more the next is sent as one ends. Both arms run every round one after the other, never at once, as they
+share a machine. Which arm goes first alternates at random but evenly, so that a drift of the machine (heat,
 another job) favours neither. Rounds are the unit of pairing.
 """
 
@@ -10,10 +11,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.flags import Flag
 
+Waves = Annotated[
+    int,
+    Flag(
+        "prompts of a round in units of --concurrency: in one wave all are sent together and the longest ends alone; "
+        "in more the next is sent as one ends, as under a steady load (default: 1)",
+        metavar="N",
+        at_least=1,
+    ),
+]
 Round = tuple[Prompt, ...]
 
 
@@ -34,6 +46,7 @@ class Plan:
     seed: int
     stop_at_eos: bool = False
     temperature: float = 0.0
+    waves: int = 1
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -51,19 +64,21 @@ def make_plan(
     seed: int,
     stop_at_eos: bool = False,
     temperature: float = 0.0,
+    waves: int = 1,
 ) -> Plan:
     """Lay out a run. `control`: how many of the first timed prompts the baseline runs again (rounded up to rounds)."""
-    rounds = _cut(timed, concurrency)
+    rounds = _cut(timed, waves * concurrency)
     return Plan(
         rounds=rounds,
         orders=_draw_orders(len(rounds), seed),
         warmup=_cut(warmup, concurrency),
-        control=() if temperature else rounds[: -(-control // concurrency)],
+        control=() if temperature else rounds[: -(-control // (waves * concurrency))],
         max_tokens=max_tokens,
         concurrency=concurrency,
         seed=seed,
         stop_at_eos=stop_at_eos,
         temperature=temperature,
+        waves=waves,
     )
 
 

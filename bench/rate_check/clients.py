@@ -102,7 +102,7 @@ async def _count_hits(url: str) -> int:
 async def _measure_client(config: CrosscheckConfig, name: str, prompts: list[Prompt]) -> float:
     async with open_session() as session:
         client = Client(session, config.url, name, config.max_tokens)
-        records = await client.run_closed_loop(prompts, config.concurrency)
+        records = await client.run_round(prompts, concurrency=config.concurrency)
     for record in records:
         if record.error is not None:
             raise CrosscheckError(f"this client's request for prompt {record.prompt_id} failed: {record.error}")

@@ -76,30 +76,25 @@ class Client:
             **(sampling or {}),
         }
 
-    async def run_round(self, prompts: Sequence[Prompt], fields: RequestFields = NONE) -> list[Record]:
-        """Send the prompts at once, wait for all of them, decode. A failed request becomes a record with `error`.
+    async def run_round(
+        self, prompts: Sequence[Prompt], fields: RequestFields = NONE, concurrency: int | None = None
+    ) -> list[Record]:
+        """Send the prompts, wait for all of them, decode. A failed request becomes a record with `error`.
 
-        `fields`: what these requests say besides or instead.
+        `fields`: what these requests say besides or instead. `concurrency`: how many are under way, in order, the next
+        sent as soon as one ends, as vLLM's own benchmark does; None: all are sent at once.
         """
         inputs = [await self._render(prompt) for prompt in prompts]
-        streams = await asyncio.gather(
-            *(self._stream(p, text, fields) for p, text in zip(prompts, inputs, strict=True))
-        )
-        return [decode_stream(raw) for raw in streams]
-
-    async def run_closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Record]:
-        """Send all prompts in order, `concurrency` in flight, the next as soon as one ends: vLLM's benchmark's way."""
-        slots = asyncio.Semaphore(concurrency)
-        inputs = [await self._render(prompt) for prompt in prompts]
+        slots = asyncio.Semaphore(concurrency or len(prompts) or 1)
 
         async def send(prompt: Prompt, text: str | list[int]) -> RawStream:
             async with slots:
-                return await self._stream(prompt, text)
+                return await self._stream(prompt, text, fields)
 
         streams = await asyncio.gather(*map(send, prompts, inputs))
         return [decode_stream(raw) for raw in streams]
 
-    async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields = NONE) -> RawStream:
+    async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields) -> RawStream:
         body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
         body |= self._shorten(prompt)
         raw = RawStream(prompt.id, started_ns=time.perf_counter_ns())

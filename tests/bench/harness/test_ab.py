@@ -72,6 +72,23 @@ def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, t
     assert sorted(item["first"] for item in whole["speedup"]["per_round"]) == ["baseline"] * 5 + ["candidate"] * 5
 
 
+def test_in_waves_the_next_prompt_is_sent_as_one_ends(prompts_file: Path, tmp_path: Path) -> None:
+    """Ten prompts in rounds of six and four, two under way: the engine answers no first one before a second came."""
+    with MockEngine(Settings(together=2)) as ours, MockEngine() as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+        flags = [*common_flags(prompts_file, tmp_path), "--control", "5", "--concurrency", "2", "--waves", "3"]
+        assert ab.main([*urls, *flags]) == 1, "two rounds give no interval"
+    assert ours.most == 2
+    assert sorted(ours.seen[-16:-6]) == sorted(TIMED)
+    assert sorted(ours.seen[-6:]) == sorted(TIMED[:6]), "the control is of whole rounds"
+    whole = json.loads((tmp_path / "out" / "ab.json").read_text())
+    assert whole["workload"]["waves"] == 3
+    assert whole["speedup"]["pairs"] == 2
+    page = (tmp_path / "out" / "ab.md").read_text()
+    assert "concurrency 2, rounds of 3 waves" in page
+    assert "paired over 2 rounds" in page
+
+
 def test_urls_may_end_as_openais_clients_want_them(prompts_file: Path, tmp_path: Path) -> None:
     with MockEngine() as ours, MockEngine() as theirs:
         urls = ["--baseline-url", f"{ours.url}/v1", "--candidate-url", f"{theirs.url}/v1/"]

@@ -94,7 +94,7 @@ def test_a_line_may_have_a_shorter_answer(tmp_path: Path) -> None:
 
     async def ask(url: str) -> list[int]:
         async with open_session() as session:
-            records = await Client(session, url, "m", 8).run_closed_loop(prompts, 1)
+            records = await Client(session, url, "m", 8).run_round(prompts, concurrency=1)
         return [len(record.token_ids) for record in records]
 
     with MockEngine() as engine:
