@@ -22,6 +22,7 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException as AnyHttpException
+from starlette.requests import ClientDisconnect
 
 from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
@@ -46,8 +47,10 @@ REFUSALS: dict[int | str, JsonObject] = {
     403: {"description": "from a page in a browser"},
     404: {"description": "no such model"},
     409: {"description": "another update is under way"},
-    415: {"description": "a body that the Content-Type header does not call JSON"},
+    413: {"description": "a body of more than server.max_body_bytes"},
+    415: {"description": "a body that the Content-Type header does not call JSON, or that is compressed"},
     422: {"description": "JSON that is not what the route takes; what, and where"},
+    501: {"description": "a body in a transfer coding other than chunked"},
     502: {"description": "an engine failed; which, and how"},
 }
 NO_JSON = "The body is no JSON"
@@ -254,7 +257,11 @@ def answer(error: GatewayError, headers: Mapping[str, str] | None = None, **more
 
 async def _read_json(request: Request) -> JsonObject | None:
     """Read the body's object, None without a body. Raises HTTPException: 400 it is none."""
-    if not (data := await request.body()):
+    try:
+        data = await request.body()
+    except ClientDisconnect:
+        raise HTTPException(400, "The client left before its body was there.") from None
+    if not data:
         return None
     try:
         body = json.loads(data)

@@ -17,9 +17,9 @@ from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.addresses import Listeners, find_url, open_listeners
 from laguna_serve.serving.gateway.admin import create_admin_app
 from laguna_serve.serving.gateway.app import OWN_PATHS, check_files, create_app
+from laguna_serve.serving.gateway.clients.admin_http import make_admin_protocol
 from laguna_serve.serving.gateway.clients.protocol import make_protocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
-from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.fixed import keep_fixed
 from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
@@ -167,7 +167,7 @@ def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         create_admin_app(lambda: find_services(app), admin),
         host=admin.host,
         port=admin.port,
-        http=StrictProtocol,
+        http=make_admin_protocol(config.server.max_head_bytes, lambda: find_services(app).relay),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -56,12 +56,6 @@ def read_asked(body: bytes, content_type: bytes) -> Asked:
         raise
 
 
-def check_coding(coding: bytes) -> None:
-    """Check that a body is not compressed, which nobody would undo. Raises GatewayError: 415 it is."""
-    if coding.strip().lower() not in (b"", b"identity"):
-        raise errors.encoded_body(coding.decode("latin-1"))
-
-
 def _read_json(body: bytes) -> Asked:
     try:
         found = json.loads(body)

@@ -19,16 +19,14 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
+from laguna_serve.serving.gateway.clients import refusals
 from laguna_serve.serving.gateway.clients.answer import Answer
-from laguna_serve.serving.gateway.clients.strict_http import INVALID, MAX_PIPELINED, StrictProtocol
+from laguna_serve.serving.gateway.clients.strict_http import MAX_PIPELINED, StrictProtocol
 from laguna_serve.serving.gateway.clients.timer import LazyTimer
 from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.headers import read_head
 
-TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 # What a connection's timer is set for.
 NOTHING, HEAD, BODY, NEXT = range(4)
 logger = logging.getLogger(__name__)
@@ -38,7 +36,6 @@ class GatewayProtocol(StrictProtocol):
     """One connection of a client. What is the gateway's own is given by `make_protocol`, as uvicorn makes instances."""
 
     header_timeout_s = 10.0
-    max_head_bytes = 64 * 1024
     own_paths: frozenset[str] = frozenset()
     find_relay: Callable[[], Relay]
     turns: Turns
@@ -50,13 +47,9 @@ class GatewayProtocol(StrictProtocol):
         self._relay = self.find_relay()
         self._timer = LazyTimer(self.loop, self._give_up)
         self._awaited = NOTHING
-        # Of a head that has begun and not ended, and what has come since the last part of a body.
-        self._head_bytes: int | None = None
-        self._framing_bytes = 0
         self._answer: Answer | None = None
         self._held: list[bytes] = []
         self._peer = ""
-        self.lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Await the first head from here. As uvicorn's, without the addresses that only a scope needs."""
@@ -64,12 +57,11 @@ class GatewayProtocol(StrictProtocol):
         self.transport, self.flow = transport, FlowControl(transport)
         if len(self.connections) > self._relay.max_connections:
             self._relay.journal.note_too_many_connections(self._relay.max_connections)
-            transport.write(TOO_MANY)
+            transport.write(refusals.render(refusals.too_many_connections()))
             transport.close()
             return
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._head_bytes = 0
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -99,37 +91,27 @@ class GatewayProtocol(StrictProtocol):
                 self._take(data)
 
     def _take(self, data: bytes) -> None:
-        """Count the bytes of a head, and those between two parts of a body (chunk extensions, trailers).
-
-        Those of the body itself are the relay's to bound.
-        """
-        if self._head_bytes is not None:
-            self._head_bytes += len(data)
-        self._framing_bytes += len(data)
         if self._awaited == NEXT:
             self._awaited = NOTHING
         super().data_received(data)
+        self._watch()
+
+    def _feed(self, data: bytes) -> None:
+        super()._feed(data)
         if self._answer is not None and self._answer.incomplete:
             self._answer.grow()
-        # A head that has ended by now is not too large, however many bytes came with it.
-        if self._head_bytes is not None and self._head_bytes > self.max_head_bytes:
-            self._refuse(TOO_LARGE)
-        elif self._framing_bytes > self.max_head_bytes and self.is_receiving():
-            self.send_400_response(INVALID)
-        self._watch()
 
     def on_message_begin(self) -> None:
         """Note that a request begins; the time between two has been watched."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
-        if self._head_bytes is None:
-            self._head_bytes = 0
+        self.note_begin()
 
     def on_headers_complete(self) -> None:
         """Note that the head of a request is there.
 
         It is of a request for an engine, for the gateway itself, or of one to be read without its offer to upgrade.
         """
-        self._head_bytes, self._framing_bytes = None, 0
+        self.note_head()
         parser = self.parser
         if parser.should_upgrade():
             return
@@ -255,22 +237,14 @@ class GatewayProtocol(StrictProtocol):
         """Give up: what was awaited has not come."""
         awaited, self._awaited = self._awaited, NOTHING
         if awaited == HEAD:
-            self._refuse(TOO_SLOW)
+            if self._is_busy():
+                self._watch()
+            else:
+                self.refuse(refusals.head_too_slow())
         elif awaited == BODY and self._answer is not None:
             self._answer.give_up()
         elif awaited == NEXT:
             self.timeout_keep_alive_handler()
-
-    def _refuse(self, answer: bytes) -> None:
-        """Of a later request while an earlier one is answered nothing can be said, or it would stand in that answer."""
-        if self._is_busy() and answer is TOO_SLOW:
-            self._watch()
-            return
-        self._head_bytes = None
-        if not self.transport.is_closing():
-            if not self._is_busy():
-                self.transport.write(answer)
-            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came, which is no HTTP.
@@ -278,12 +252,10 @@ class GatewayProtocol(StrictProtocol):
         Behind a request it may not stand in that one's answer; within one it is the answer.
         """
         answer = self._answer
-        if answer is not None and answer is self.cycle and answer.incomplete and not answer.response_started:
+        within = answer is not None and answer is self.cycle and answer.incomplete and not answer.response_started
+        if within and answer is not None:
             answer.exchange.leave()
-        elif self.lingering or self._is_busy():
-            self.transport.close()
-            return
-        super().send_400_response(msg)
+        self.refuse(refusals.not_http(), within=within)
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -74,7 +74,7 @@ class Journal:
         A failure of the gateway or its engines has a line in the log, with or without an access log.
         """
         self._metrics.note_refusal(refusal.reason, exchange.key.name if exchange.key is not None else "")
-        if refusal.status < 500:
+        if refusal.status < 500 or refusal.status == 501:  # the request is at fault
             return
         head, engine = exchange.head, exchange.engine
         self._bursts.write(

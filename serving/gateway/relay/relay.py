@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 
-from laguna_serve.serving.gateway.access.asked import UnreadableError, check_coding, read_asked
+from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
 from laguna_serve.serving.gateway.access.demand import Asked, estimate
 from laguna_serve.serving.gateway.access.edits import ask_usage, find_priority, set_priority
 from laguna_serve.serving.gateway.access.holder import Holder
@@ -40,6 +40,7 @@ from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
 from laguna_serve.serving.gateway.telemetry.stages import Tracer
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.client_address import Proxies
+from laguna_serve.serving.gateway.wire.codings import check_codings
 from laguna_serve.serving.gateway.wire.cors import Cors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import Head
@@ -143,7 +144,7 @@ class Relay:
                 exchange.key = self.keys.find(head.named)
                 exchange.claim = None if exchange.key is None else exchange.key.enter()
             check_path(head, self.config.server.extra_paths)
-            check_coding(head.named.get(b"content-encoding", b""))
+            check_codings(head.headers, head.named)
             announced = head.named.get(b"content-length")
             if announced is not None and announced.isdigit():
                 self.check_size(int(announced), is_options=is_options)

@@ -141,6 +141,13 @@ def encoded_body(coding: str) -> GatewayError:
     return GatewayError(415, "invalid_request_error", message, code="unsupported_encoding", reason="encoded_body")
 
 
+def transfer_coding(coding: str) -> GatewayError:
+    """Say that a body is sent as it is or in chunks, and in no other transfer coding."""
+    message = f"Transfer-Encoding {coding[:64]!r} is not supported: send the body as it is, or chunked alone."
+    code, reason = "unsupported_encoding", "transfer_coding"
+    return GatewayError(501, "invalid_request_error", message, code=code, reason=reason)
+
+
 def body_too_slow() -> GatewayError:
     """Say that the body did not arrive in time."""
     message = "Request timed out: its body did not arrive in time."

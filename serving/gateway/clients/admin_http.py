@@ -1,0 +1,78 @@
+"""The admin port's HTTP protocol: uvicorn's, with bodies as large as the gateway's clients may send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from laguna_serve.serving.gateway.clients import refusals
+from laguna_serve.serving.gateway.clients.answer import LINGER_S
+from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
+from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.wire.codings import check_codings
+from laguna_serve.serving.gateway.wire.errors import GatewayError
+
+
+class AdminProtocol(StrictProtocol):
+    """One connection of a client of the admin port."""
+
+    find_relay: Callable[[], Relay]
+    _body_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        """Note that the head is there; the application does not see one whose body is refused."""
+        self._body_bytes = 0
+        if self.lingering:
+            return
+        if self.parser.should_upgrade():
+            super().on_headers_complete()
+            return
+        named = dict(reversed(self.headers))
+        announced = named.get(b"content-length", b"")
+        try:
+            check_codings(self.headers, named)
+            self.find_relay().check_size(int(announced) if announced.isdigit() else 0)
+        except GatewayError as error:
+            self._refuse_body(error)
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body, unless it is one too many."""
+        self._body_bytes += len(body)
+        if self.lingering:
+            return
+        try:
+            self.find_relay().check_size(self._body_bytes)
+        except GatewayError as error:
+            self._refuse_body(error, begun=True)
+        else:
+            super().on_body(body)
+
+    def on_request_complete(self) -> None:
+        """Note that the body is there, whoever takes it."""
+        if self.lingering:
+            self.transport.close()
+        else:
+            super().on_request_complete()
+
+    def _refuse_body(self, error: GatewayError, *, begun: bool = False) -> None:
+        """Refuse a body, which may still come for a while; `begun`: the application has its head, and waits for it."""
+        self.note_head()
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if self.pipeline or (busy and not (begun and not self.cycle.response_started)):
+            self.transport.close()  # an earlier request is answered, or this one
+            return
+        if begun:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not (begun and self.cycle.response_complete):
+            self.transport.write(refusals.render(error, self.url))
+        self.lingering = True
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def make_admin_protocol(max_head_bytes: int, find_relay: Callable[[], Relay]) -> type[AdminProtocol]:
+    """Make a class with the gateway's bounds."""
+    given = {"max_head_bytes": max_head_bytes, "find_relay": staticmethod(find_relay)}
+    return type("BoundAdminProtocol", (AdminProtocol,), given)
