@@ -240,7 +240,8 @@ class Relay:
             exchange.send(pool, sent, affinity)
         else:
             if not model.serves:
-                check_loads(exchange.head, self.config.server.extra_paths)
+                absent = self.owner.routes.find_absent(pool.model.engine)
+                check_loads(exchange.head, self.config.server.extra_paths, model.name, absent)
             admit(self.owner, model, exchange, sent, pool.limits, lambda: exchange.send(pool, sent, affinity))
 
     def _charge(self, exchange: Exchange, key: Holder, body: bytes, pool: Pool, asked: Asked) -> bytes:
@@ -253,9 +254,7 @@ class Relay:
         key.reserve(exchange.claim, model.name, estimate(path, asked, len(body), assumed))
         exchange.priority = find_priority(asked, key.key.priority)
         asking = ask_usage(path, body, asked) if model.ask_usage else None
-        exchange.drops_usage = asking is not None
-        if asking is not None:
-            body = asking
+        body, exchange.drops_usage = (body, False) if asking is None else (asking, True)
         return set_priority(path, body, asked, exchange.priority) if model.pass_priority else body
 
     def fall_back(self, exchange: Exchange, body: bytes, name: str, asked: Asked) -> None:

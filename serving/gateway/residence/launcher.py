@@ -17,6 +17,7 @@ from laguna_serve.serving.engine.figures import read_figures
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.residence import sleep
 from laguna_serve.serving.gateway.residence.plans import make_engine_config
+from laguna_serve.serving.gateway.residence.routes import Routes
 from laguna_serve.serving.machine.memory import process_memory
 from laguna_serve.serving.planning.budget import GPU_CONTEXT_BYTES
 from laguna_serve.serving.planning.launch import require_device
@@ -57,8 +58,9 @@ class Launched(Protocol):
 MakeEngine = Callable[[str, OwnedEngine, Path], Launched]
 
 
-def describe_upstream(engine: Launched, table: OwnedEngine) -> dict[str, str | float | None]:
-    """Describe where an engine answers, and what of its requests nobody states."""
+def describe_upstream(engine: Launched, table: OwnedEngine, routes: Routes) -> dict[str, str | float | None]:
+    """Describe where an engine answers, and what of its requests nobody states; `routes` learns which it lacks."""
+    routes.learn(table, engine.url)
     return {"url": engine.url, "default_temperature": find_temperature(table.model, table.extra_args)}
 
 

@@ -23,6 +23,7 @@ from laguna_serve.serving.gateway.residence.launcher import Launched, MakeEngine
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms, Ticket
 from laguna_serve.serving.gateway.residence.plans import find_log, plan_bytes
 from laguna_serve.serving.gateway.residence.room import gib
+from laguna_serve.serving.gateway.residence.routes import Routes
 from laguna_serve.serving.gateway.residence.scheduler import Act, Scheduler
 from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.launch import require_device
@@ -46,7 +47,7 @@ class Owner:
     """
 
     def __init__(self, make: MakeEngine = OwnedProcess, clock: Callable[[], float] = time.monotonic) -> None:
-        self.scheduler = Scheduler()
+        self.scheduler, self.routes = Scheduler(), Routes()
         self.place: Callable[[str, Upstream | None], None] = lambda _name, _upstream: None
         self._make, self._clock = make, clock
         self._config: Config | None = None
@@ -99,8 +100,7 @@ class Owner:
 
     def ask(self, model: OwnedModel, timeout_s: float, settled: Callable[[], None]) -> Ticket:
         """Ask for a model for a request; `leave` gives it back."""
-        now = self._clock()
-        was_ready = model.serves
+        now, was_ready = self._clock(), model.serves
         ticket = self.scheduler.ask(model, now, now + timeout_s, settled)
         if not was_ready:
             self.drive()
@@ -188,7 +188,7 @@ class Owner:
                     "model %s: not loaded: %s; left alone for %g s", model.name, cause, model.retry_s - self._clock()
                 )
             return
-        found = await asyncio.to_thread(describe_upstream, engine, table)
+        found = await asyncio.to_thread(describe_upstream, engine, table, self.routes)
         stand_in = self._models[model.name].upstreams[0]
         upstream = self._upstreams[model.name] = stand_in.model_copy(update=found)
         self.place(model.name, upstream)

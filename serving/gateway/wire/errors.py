@@ -129,6 +129,12 @@ def unknown_path(method: str, path: str) -> GatewayError:
     return GatewayError(404, "invalid_request_error", message, code="unknown_url", reason="unknown_path")
 
 
+def unserved_path(method: str, path: str, model: str) -> GatewayError:
+    """Say of a path that others have that the model's engine has none like it."""
+    message = f"There is no route {method} {path[:128]} for the model `{model}`: its engine does not have it."
+    return GatewayError(404, "invalid_request_error", message, code="unknown_url", reason="unserved_path")
+
+
 def body_too_large(most: int) -> GatewayError:
     """Say that the body is larger than the gateway takes."""
     message = f"Request body is too large: the maximum is {most} bytes."

@@ -6,7 +6,7 @@ not at all. Checked against vLLM 0.32 and 0.33.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.headers import Head
@@ -52,16 +52,18 @@ def check_path(head: Head, more: Iterable[str]) -> None:
         raise errors.unknown_path(head.method, head.path)
 
 
-def check_loads(head: Head, more: Iterable[str]) -> None:
-    """Check that a request is worth loading a model for, as vLLM serves it.
+def check_loads(head: Head, more: Iterable[str], model: str, absent: Container[str]) -> None:
+    """Check that a request is worth loading a model for, whose engine lacks the paths of `absent`.
 
     Raises:
-        GatewayError: 404 vLLM would not know its path, 503 it asks for no answer of a model's.
+        GatewayError: 404 vLLM, or this engine, would not know its path, 503 it asks for no answer of a model's.
     """
     path = head.path.removesuffix("/")  # vLLM redirects such a one
     answered = path in ANSWERED or head.path in more
     if not (answered or path in TOLD or head.path.startswith(STORED)):
         raise errors.unknown_path(head.method, head.path)
+    if path in absent and head.path not in more:
+        raise errors.unserved_path(head.method, head.path, model)
     # OPTIONS need no key: whatever they bring, nothing is loaded, nor ended, for strangers.
     if head.method != "POST" or not answered:
         raise errors.not_loaded()

@@ -1,9 +1,10 @@
 """A fake engine as a process: HTTP on a port, nothing but the standard library, ready in a tenth of a second.
 
-    python light_engine.py --port N --name NAME [--load S] [--fail LINE] [--token-s S] [--megabytes N]
+    python light_engine.py --port N --name NAME [--load S] [--fail LINE] [--token-s S] [--megabytes N] [--routes A,B]
 
 It answers /health when it has "loaded", completions as JSON or, asked to stream, as `max_tokens` events; a request that
-comes earlier, or for another model, gets a 500 that a test would see. A prompt "die" ends it.
+comes earlier, or for another model, gets a 500 that a test would see. A prompt "die" ends it. It lists
+the `--routes` that it is given.
 """
 
 import argparse
@@ -20,6 +21,7 @@ parser.add_argument("--load", type=float, default=0.0)
 parser.add_argument("--fail", default="")
 parser.add_argument("--token-s", type=float, default=0.0)
 parser.add_argument("--megabytes", type=int, default=0)
+parser.add_argument("--routes", default="")
 given = parser.parse_args()
 ready_s = time.monotonic() + given.load
 ballast = bytearray(b"x") * (given.megabytes << 20)
@@ -44,6 +46,8 @@ async def answer(writer: asyncio.StreamWriter, path: str, body: dict) -> None:
         await reply(writer, 200 if loaded else 503, {})
     elif path == "/v1/models":
         await reply(writer, 200, {"data": [{"id": given.name}]})
+    elif path == "/openapi.json" and given.routes:
+        await reply(writer, 200, {"paths": {path: {"post": {}} for path in given.routes.split(",")}})
     elif not path.endswith("/completions"):
         await reply(writer, 404, {"error": {"message": "no such route"}})
     elif not loaded or body.get("model") != given.name:

@@ -9,6 +9,10 @@ import psutil
 import pytest
 from gateway_fakes import gateway
 
+from laguna_serve.serving.gateway.config.owned import OwnedEngine
+from laguna_serve.serving.gateway.residence import routes
+from laguna_serve.serving.gateway.residence.routes import AUDIO, POOLING
+
 TOY = Path(__file__).parents[2] / "toy"
 pytestmark = pytest.mark.vllm
 
@@ -48,6 +52,12 @@ def test_two_toy_models_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             model = front.relay.owner.find(name)
             assert model.state == "ready"
             assert 0 < model.measured_bytes < 3 << 30
+            # What was known of it before it was loaded is so.
+            (running,), (table,) = front.relay.pools[name].engines, [m["engine"] for m in models if m["name"] == name]
+            lacking = routes.ask(running.config.url)
+            assert lacking is not None
+            assert routes.foresee(OwnedEngine(**table)) == lacking & (POOLING | AUDIO) == POOLING | AUDIO
+            assert not lacking & {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"}
         owned = front.relay.owner.scheduler.models
         assert [len(found) for found in answers.values()] == [1, 1]
         print(
