@@ -3,21 +3,21 @@
 An update is one broadcast after the other, each to every replica that has joined: who is there, hold, load, release.
 Where one of them cannot load, or shows other digests than the others where they are asked for, all that were touched
 load what they had before. A replica that does not answer is struck off: at its next health check it hears that it is
-not known, says that it is not well, and Ray replaces it. So is every one that this process does not know after it was
-itself started again in the middle of an update.  Weights that no replica has taken never become those of now: it might
+not known, says that it is not well, and Ray replaces it, also where this process was started again meanwhile: the file
+names it. So is every one that this process does not know after it was itself started again in the middle of an update.
+Weights that no replica has taken never become those of now: it might
 be that none can.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -26,10 +26,10 @@ from ray.serve.handle import DeploymentHandle
 
 from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Told, UpdateReport, Version
 from laguna_serve.serving.cluster.replica import as_new
+from laguna_serve.serving.cluster.versions_file import read_struck, read_versions, write_versions
 from laguna_serve.serving.gateway.engines import digests
-from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.files import WriteError
 
-SCHEMA = "laguna_serve.cluster_weights/1"
 NOBODY = {"replicas": "expected one that takes the weights, got none that answers; ask again when there is one"}
 # A replica that is not there, and has not asked whether it may go on for so long, has ended: it asks every two seconds.
 # One that has just joined is not listed by Ray yet.  Requests are not held meanwhile.
@@ -63,8 +63,9 @@ class WeightKeeper:
         self._file, self._replicas = Path(file), dict(replicas)
         self._versions = {name: Version() for name in replicas} | read_versions(self._file)
         self._members: dict[str, dict[str, Member]] = {name: {} for name in replicas}
-        # Struck off, and never taken in again: `release` reaches every replica that Ray lists, these among them.
-        self._struck = set[str]()
+        # Struck off, and never taken in again: `release` reaches every replica that Ray lists, these among them. In
+        # the order in which they were.
+        self._struck = dict.fromkeys(read_struck(self._file))
         self._locks = {name: asyncio.Lock() for name in replicas}
 
     async def find(self, model: str) -> Version:
@@ -190,7 +191,7 @@ class WeightKeeper:
 
     def _settle(self, model: str, version: Version) -> None:
         self._versions[model] = version
-        write_versions(self._file, self._versions)
+        write_versions(self._file, self._versions, self._struck)
 
     def _note_told(self, model: str, replies: Iterable[Reply]) -> None:
         now_s = time.monotonic()
@@ -239,10 +240,16 @@ class WeightKeeper:
             return ()  # there may be no replica at all
         return answers
 
-    def _strike_off(self, model: str, replicas: Iterable[str]) -> None:
+    def _strike_off(self, model: str, replicas: Collection[str]) -> None:
+        """Strike replicas off, for a process after this one too: with their weights' epoch they would pass there."""
         for name in replicas:
             self._members[model].pop(name, None)
-            self._struck.add(name)
+            self._struck[name] = None
+        if replicas:
+            try:
+                write_versions(self._file, self._versions, self._struck)
+            except WriteError as error:
+                log.warning(f"{error}; a keeper that is started again does not know whom this one has struck off")
 
 
 def list_errors(replies: Iterable[Reply]) -> dict[str, str]:
@@ -286,19 +293,3 @@ def find_fault(replica: str, told: Told, known: Mapping[str, Told]) -> str | Non
         return None
     first = min(alike)
     return digests.find_differing({first: alike[first], replica: told.ranks}, str).get(replica)
-
-
-def read_versions(file: Path) -> dict[str, Version]:
-    """Read the versions of a file; none where there is no file yet. Raises ValueError: it is not ours."""
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    if read.get("schema") != SCHEMA:
-        raise ValueError(f"weights.file {file}: expected {SCHEMA}, got {read.get('schema')!r}; name another file")
-    return {name: Version(**version) for name, version in read["models"].items()}
-
-
-def write_versions(file: Path, versions: Mapping[str, Version]) -> None:
-    """Write them whole. Raises WriteError."""
-    write_json(file, {"schema": SCHEMA, "models": {name: asdict(version) for name, version in versions.items()}})

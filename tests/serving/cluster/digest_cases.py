@@ -14,7 +14,9 @@ from laguna_serve.serving.cluster import keeper as module
 from laguna_serve.serving.cluster.keeper import OtherWeightsError, WeightKeeper, read_versions
 from laguna_serve.serving.cluster.messages import NewWeights, ReplicaState, Reply, Told
 from laguna_serve.serving.cluster.replica import read_digests
+from laguna_serve.serving.cluster.versions_file import MOST_STRUCK, read_struck, write_versions
 from laguna_serve.serving.gateway.engines.digests import Digests
+from laguna_serve.serving.kit.files import WriteError
 
 NEW = NewWeights(update=[{"folder": "/w/1"}], weight_version="v1", digests=True)
 MUTE = "HTTP 502: /collective_rpc: teacher: HTTP 500: "
@@ -97,6 +99,46 @@ def test_two_that_differ_after_the_way_back_are_both_replaced(tmp_path: Path) ->
     outcome, errors = update(keeper)
     assert (outcome, errors["a"]) == ("reduced", f"digests: {module.DOUBT}")
     assert asyncio.run(keeper.list_members("m")) == []
+
+
+def test_one_that_is_struck_off_stays_so_for_a_later_keeper(tmp_path: Path) -> None:
+    """It has the epoch of all others, and only its digests tell it from them."""
+    bad, good = TellingReplica("a", {"v1": "model", "default": "model"}), TellingReplica("b")
+    assert update(start(tmp_path, bad, good, TellingReplica("c")))[0] == "reduced"
+    assert bad.epoch == good.epoch == 0
+    handle: Any = FakeHandle([bad, good])
+    later = WeightKeeper(str(tmp_path / "weights.json"), {"m": handle})
+    assert not asyncio.run(later.confirm("m", "a", 0, bad.told))
+    assert asyncio.run(later.confirm("m", "b", 0, good.told))
+    asyncio.run(later._hear("m"))
+    assert asyncio.run(later.list_members("m")) == ["b"]
+    assert asyncio.run(later.update("m", replace(NEW, weight_version="v2"))).outcome == "updated"
+    last = WeightKeeper(str(tmp_path / "weights.json"), {"m": FakeHandle([])})  # type: ignore[dict-item]
+    assert not asyncio.run(last.confirm("m", "a", 1, bad.told)), "a later version does not make it well"
+
+
+def test_those_struck_off_are_kept_within_bounds(tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    write_versions(file, {}, [f"r{number}" for number in range(MOST_STRUCK + 2)])
+    assert read_struck(file)[:: MOST_STRUCK - 1] == ["r2", f"r{MOST_STRUCK + 1}"]
+
+
+def test_file_of_before_names_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    file.write_text('{"schema": "laguna_serve.cluster_weights/1", "models": {"m": {"epoch": 3}}}')
+    assert (read_struck(file), read_versions(file)["m"].epoch) == ([], 3)
+
+
+def test_full_disk_does_not_keep_a_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise WriteError("weights.json: expected room, got none")
+
+    bad = TellingReplica("a", {"v1": "model", "default": "model"})
+    keeper = start(tmp_path, bad, TellingReplica("b"), TellingReplica("c"))
+    monkeypatch.setattr(module, "write_versions", fail)
+    assert update(keeper)[0] == "reduced"
+    assert not asyncio.run(keeper.confirm("m", "a", bad.epoch))
+    assert not bad.held
 
 
 def test_one_that_cannot_tell_is_named_and_the_update_counts(tmp_path: Path) -> None:
