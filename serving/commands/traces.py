@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "What a gateway has recorded of its requests, in tokens (traces.file in gateway.toml)."
 EXPORT = """Exports traces as JSON Lines: `traffic` is what `laguna drafter train --tokens` reads, tokens alone;
 `full` has everything. Answers that ran under several versions of the weights, or at a temperature that is not known,
-are left out of `traffic`, and those that were cut off by an error never were recorded."""
+are left out of `traffic`, and counted; those that were cut off by an error never were recorded."""
 EXPORT_EXAMPLES = """examples:
   laguna traces export traces.db --out traffic.jsonl
   laguna traces export traces.db --model policy --weight-version step-12 --format full --out rollouts.jsonl
@@ -37,6 +39,8 @@ LIST_EXAMPLES = """examples:
 """
 # SQLite has no larger number.
 MOST_ROWS = (1 << 63) - 1
+# Engines in a message.
+MOST_NAMED = 5
 File = Annotated[Path, Flag("of traces: traces.file of gateway.toml", positional=True, metavar="FILE")]
 
 
@@ -70,13 +74,48 @@ class ExportConfig(TracesConfig):
 
 
 class TracesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.traces/1"):
-    """How many answers there were, how many were exported, and their tokens."""
+    """How many answers there were, how many were exported, their tokens, and why others were left out."""
 
     file: str
     answers: int
     exported: int
     prompt_tokens: int
     output_tokens: int
+    left_out_versions: int = 0
+    left_out_temperature: int = 0
+
+
+class LeftOut:
+    """Answers that have no place in `traffic`, and why."""
+
+    def __init__(self) -> None:
+        self.versions = 0
+        # Those at no known temperature, by their engines.
+        self.engines = Counter[str]()
+
+    def has_place(self, trace: Trace) -> bool:
+        """Say whether an answer has its place there; one that has none is counted."""
+        if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1:
+            self.versions += 1
+        elif trace.temperature is None:
+            self.engines[trace.engine] += 1
+        else:
+            return True
+        return False
+
+    def describe(self, total: int) -> Iterator[str]:
+        """Describe what was left out of so many answers, a line for each reason."""
+        if self.versions:
+            yield f"{self.versions:,} of {total:,} answers left out: they ran under several versions of the weights"
+        if self.engines:
+            named = [f"{name} ({count:,})" for name, count in self.engines.most_common(MOST_NAMED)]
+            more = len(self.engines) - len(named)
+            yield (
+                f"{self.engines.total():,} of {total:,} answers left out: their requests state no temperature, and none"
+                f" is known of {', '.join(named)}{f' and {more:,} more' if more else ''}; for answers to come set"
+                " default_temperature of these upstreams in gateway.toml, or state one in requests; --format full has"
+                " all"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,34 +166,42 @@ def export(config: ExportConfig) -> TracesResult:
     if config.out.exists() and config.file.exists() and config.out.samefile(config.file):
         raise ExportError("--out: expected a file to write, got the one with the traces; choose another")
     total, exported, prompts, tokens = 0, 0, 0, 0
+    left_out = LeftOut()
 
     def write(file: object) -> None:
         nonlocal total, exported, prompts, tokens
         for trace in read(config):
             total += 1
-            if (line := _encode(trace, config.format)) is None:
+            if config.format == "traffic" and not left_out.has_place(trace):
                 continue
-            file.write(line + b"\n")  # type: ignore[attr-defined]
+            file.write(_encode(trace, config.format) + b"\n")  # type: ignore[attr-defined]
             exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
             tokens += len(trace.token_ids)
         if not exported and config.out.is_file() and config.out.stat().st_size:
-            got = "none" if not total else f"{total:,} under several versions or at no known temperature"
+            got = "; ".join(left_out.describe(total)) or "none"
             expected = "expected answers to export over a file that has some"
             raise ExportError(f"{config.file}: {expected}, got {got}; see `laguna traces list`")
 
     write_stream(config.out, write)
+    for line in left_out.describe(total):
+        print(f"laguna: warning: {config.file}: {line}", file=sys.stderr)
     return TracesResult(
-        file=str(config.file), answers=total, exported=exported, prompt_tokens=prompts, output_tokens=tokens
+        file=str(config.file),
+        answers=total,
+        exported=exported,
+        prompt_tokens=prompts,
+        output_tokens=tokens,
+        left_out_versions=left_out.versions,
+        left_out_temperature=left_out.engines.total(),
     )
 
 
-def _encode(trace: Trace, form: str) -> bytes | None:
-    """Encode a line; None for one that has no place there."""
+def _encode(trace: Trace, form: str) -> bytes:
+    """Encode a line, of `traffic` one that has its place there."""
     if form == "full":
         return msgspec.json.encode(trace)
-    if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1 or trace.temperature is None:
-        return None
     (version,) = trace.weight_versions
+    assert trace.temperature is not None
     return msgspec.json.encode(
         TrafficRecord(
             prompt_token_ids=trace.prompt_token_ids,

@@ -279,8 +279,16 @@ def test_temperature_that_nobody_states_is_the_engines_or_unknown(
     assert [record.temperature for record in read_traffic(out)] == [
         t for t in (1.0, default, default, 0.2) if t is not None
     ]
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["left_out_temperature"] == (2 if default is None else 0)
+    left_out = (
+        f"laguna: warning: {path}: 2 of 4 answers left out: their requests state no temperature, and none is known"
+    )
+    left_out += " of a (2); for answers to come set default_temperature of these upstreams in gateway.toml"
+    assert said.err.startswith(left_out) if default is None else said.err == ""
+    assert main(["traces", "export", str(path), "--out", str(out), "--format", "full"]) == 0
+    assert capsys.readouterr().err == "", "nothing is left out there"
     request = read_all(path)[1].request_id
-    capsys.readouterr()
     assert main(["traces", "show", str(path), request]) == 0
     assert ("temperature not stated" if default is None else "temperature 0.7") in capsys.readouterr().out
 
@@ -306,6 +314,7 @@ def test_answer_that_spans_an_update_says_both_versions_and_is_no_traffic(
     assert main(["traces", "export", str(path), "--out", str(out)]) == 0
     record = TrafficRecord(prompt_token_ids=[1, 2, 3], token_ids=[7, 8], temperature=0.7, seed=5, weight_version="7")
     assert list(read_traffic(out)) == [record]
+    assert "1 of 2 answers left out: they ran under several versions of the weights\n" in capsys.readouterr().err
     assert main(["traces", "export", str(path), "--format", "full", "--out", str(out)]) == 0
     assert [len(json.loads(line)["token_ids"]) for line in out.read_text().splitlines()] == [3, 2]
     assert main(["traces", "export", str(path), "--weight-version", "7", "--last", "1", "--out", str(out)]) == 0
