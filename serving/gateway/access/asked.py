@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MULTIPART, FORM = b"multipart/form-data", b"application/x-www-form-urlencoded"
 # Of a form's field. Longer names are nobody's.
 MAX_NAME_BYTES = 4096
+# And its fields: a body of nothing but their borders would be seconds' work.
+MAX_FIELDS = 1000
 FIELDS = frozenset(Asked.__struct_fields__) - {"is_json", "plain"}
 # What JSON's values are called in OpenAI's errors.
 JSON_TYPES = {bool: "a boolean", int: "an integer", float: "a decimal", list: "an array", dict: "an object"}
@@ -74,8 +76,12 @@ def _read_json(body: bytes) -> Asked:
 
 
 def _read_form(body: bytes) -> str | None:
-    fields = dict(parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="utf-8", max_num_fields=1000))
-    return fields.get("model")
+    """Read it of a form; None where it has none, or more fields than anybody's."""
+    try:
+        fields = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="utf-8", max_num_fields=MAX_FIELDS)
+    except ValueError:
+        return None
+    return dict(fields).get("model")
 
 
 def _too_deep() -> errors.GatewayError:
@@ -98,8 +104,9 @@ class _ModelField:
 
     def __init__(self) -> None:
         self.value: str | None = None
+        self._parts = 0
         self.callbacks: MultipartCallbacks = {
-            "on_part_begin": self._begin,
+            "on_part_begin": self._begin_part,
             "on_header_field": self._add_name,
             "on_header_value": self._add_value,
             "on_header_end": self._end_header,
@@ -107,6 +114,13 @@ class _ModelField:
             "on_part_data": self._add_data,
             "on_part_end": self._end,
         }
+        self._begin()
+
+    def _begin_part(self) -> None:
+        """Begin a part. Raises FormParserError: they are more than anybody's, each of which takes its time."""
+        self._parts += 1
+        if self._parts > MAX_FIELDS:
+            raise FormParserError
         self._begin()
 
     def _begin(self) -> None:

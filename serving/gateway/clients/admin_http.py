@@ -10,6 +10,7 @@ from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.codings import check_codings
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.headers import read_length
 
 
 class AdminProtocol(StrictProtocol):
@@ -27,10 +28,9 @@ class AdminProtocol(StrictProtocol):
             super().on_headers_complete()
             return
         named = dict(reversed(self.headers))
-        announced = named.get(b"content-length", b"")
         try:
             check_codings(self.headers, named)
-            self.find_relay().check_size(int(announced) if announced.isdigit() else 0)
+            self.find_relay().check_size(read_length(named) or 0)
         except GatewayError as error:
             self._refuse_body(error)
         else:

@@ -29,6 +29,8 @@ from laguna_serve.serving.gateway.wire.headers import read_head
 
 # What a connection's timer is set for.
 NOTHING, HEAD, BODY, NEXT = range(4)
+# Requests of one connection that waited behind another one, and are begun before others have their turn.
+MOST_AT_ONCE = 16
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +50,9 @@ class GatewayProtocol(StrictProtocol):
         self._timer = LazyTimer(self.loop, self._give_up)
         self._awaited = NOTHING
         self._answer: Answer | None = None
+        # What was begun last; of those that wait behind it some are being begun.
+        self._begun: Any = None
+        self._going_on = False
         self._held: list[bytes] = []
         self._peer = ""
 
@@ -69,7 +74,7 @@ class GatewayProtocol(StrictProtocol):
         self._timer.close()
         self._held.clear()
         super().connection_lost(exc)
-        self.cycle = None
+        self.cycle = self._begun = None
         if self._answer is not None:
             self._answer.exchange.leave()
             self._answer = None
@@ -131,7 +136,7 @@ class GatewayProtocol(StrictProtocol):
             head,
             version,
             keep_alive=version != "1.0" and parser.should_keep_alive(),
-            expects_continue=self.expect_100_continue,
+            expects_continue=self.expect_100_continue and version != "1.0",
         )
         before, self.cycle = self.cycle, answer
         if before is None or before.response_complete:
@@ -194,9 +199,25 @@ class GatewayProtocol(StrictProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        self._watch()
+        if not self._going_on:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Begin what waits behind the last answer, until something takes longer; more of it than a few, in turns."""
+        self._going_on = True
+        for _ in range(MOST_AT_ONCE):
+            if self._may_begin():
+                self._start_asgi_task(*self.pipeline.pop())
+        self._going_on = False
+        if self._may_begin():
+            self.loop.call_soon(self._go_on)
+        if not self.transport.is_closing():
+            self._watch()
+
+    def _may_begin(self) -> bool:
+        begun = self._begun
+        free = begun is None or begun.response_complete
+        return free and bool(self.pipeline) and not self.transport.is_closing()
 
     def _unset_keepalive_if_required(self) -> None:
         """uvicorn ends its timer for idle connections here; ours is one for everything."""
@@ -204,6 +225,7 @@ class GatewayProtocol(StrictProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if self.lingering or self.transport.is_closing():
             return  # what follows the last request of a connection is nobody's
+        self._begun = cycle
         if not isinstance(cycle, Answer):
             super()._start_asgi_task(cycle, app)
             return
@@ -212,6 +234,7 @@ class GatewayProtocol(StrictProtocol):
             cycle.begin()
         except Exception:  # uvicorn would call it an invalid request
             logger.exception("%s %s", cycle.head.method, cycle.head.path)
+            self._answer = None
             self.transport.abort()
 
     def _watch(self) -> None:

@@ -7,7 +7,6 @@ Requests come from the gateway's own protocol (answer.py) or from any ASGI serve
 
 from __future__ import annotations
 
-import logging
 import time
 
 from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
@@ -42,15 +41,13 @@ from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.client_address import Proxies
 from laguna_serve.serving.gateway.wire.codings import check_codings
 from laguna_serve.serving.gateway.wire.cors import Cors
-from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.wire.headers import Head
+from laguna_serve.serving.gateway.wire.headers import Head, read_length
 from laguna_serve.serving.gateway.wire.paths import check_loads, check_path
 from laguna_serve.serving.machine.open_files import find_limit
 
 JSON = ((b"content-type", b"application/json"),)
 # Of a request that needs no key.
 MAX_OPTIONS_BYTES = 64 << 10
-logger = logging.getLogger(__name__)
 
 
 class Relay:
@@ -132,29 +129,27 @@ class Relay:
         exchange = Exchange(head, sink, self._finish)
         exchange.cors, exchange.backlog, exchange.keys_are_ours = self.cors, self.backlog, self.keys.enabled
         exchange.client, exchange.forwarded_for = self._proxies.find_client(head)
-        self.exchanges.add(exchange)
         if self._tracer is not None:
             exchange.trace = self._tracer.begin(head, exchange.started_s)
-        # Browsers send preflights without a key.
-        is_options = head.method == "OPTIONS"
-        try:
-            if self.draining:
-                raise errors.draining()
-            if not is_options:
-                exchange.key = self.keys.find(head.named)
-                exchange.claim = None if exchange.key is None else exchange.key.enter()
-            check_path(head, self.config.server.extra_paths)
-            check_codings(head.headers, head.named)
-            announced = head.named.get(b"content-length")
-            if announced is not None and announced.isdigit():
-                self.check_size(int(announced), is_options=is_options)
-                self.backlog.check(int(announced))
-        except GatewayError as error:
-            exchange.fail(error)
-            return exchange
+        self.exchanges.add(exchange)
+        exchange.attempt(lambda: self._check(exchange))
+        return exchange
+
+    def _check(self, exchange: Exchange) -> None:
+        """Check a request by its head, and answer what needs no more. Raises GatewayError."""
+        head, is_options = exchange.head, exchange.head.method == "OPTIONS"
+        if self.draining:
+            raise errors.draining()
+        if not is_options:  # browsers send preflights without a key
+            exchange.key = self.keys.find(head.named)
+            exchange.claim = None if exchange.key is None else exchange.key.enter()
+        check_path(head, self.config.server.extra_paths)
+        check_codings(head.headers, head.named)
+        if announced := read_length(head.named):
+            self.check_size(announced, is_options=is_options)
+            self.backlog.check(announced)
         if self.cors is not None and is_options and (answer := self.cors.answer_preflight(head)) is not None:
             exchange.reply(*answer)
-        return exchange
 
     def has_heard_from(self, engine: Engine, since_s: float) -> bool:
         """Whether a piece of an answer under way has come from the engine since then (`time.perf_counter`)."""
@@ -180,17 +175,13 @@ class Relay:
 
     def send(self, exchange: Exchange, body: bytes) -> None:
         """Find the model and an engine for a body that is there, or answer what the gateway knows itself."""
-        if exchange.finished:
-            return
-        try:
-            self.check_size(len(body), is_options=exchange.head.method == "OPTIONS")
-            if not (exchange.head.path.startswith(MODELS) and self._tell_models(exchange)):
-                self._route(exchange, body)
-        except GatewayError as error:
-            exchange.fail(error)
-        except Exception:
-            logger.exception("request %s", exchange.head.request_id.decode())
-            exchange.fail(errors.failed())
+        if not exchange.finished:
+            exchange.attempt(lambda: self._send(exchange, body))
+
+    def _send(self, exchange: Exchange, body: bytes) -> None:
+        self.check_size(len(body), is_options=exchange.head.method == "OPTIONS")
+        if not (exchange.head.path.startswith(MODELS) and self._tell_models(exchange)):
+            self._route(exchange, body)
 
     def _route(self, exchange: Exchange, body: bytes) -> None:
         """Choose the pool by the body's `model`; what names none goes to the only model, or to the first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from laguna_serve.serving.gateway.wire.headers import Head, Headers
+from laguna_serve.serving.gateway.wire.headers import Head, Headers, read_length
 
 # So much of the body of a request that was refused is read and dropped; of more, the connection is closed.
 MAX_DROPPED_BYTES = 64 * 1024
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 def has_body(head: Head) -> bool:
     """Whether the head says that a body follows."""
-    return b"transfer-encoding" in head.named or head.named.get(b"content-length", b"0") != b"0"
+    return b"transfer-encoding" in head.named or read_length(head.named) != 0
 
 
 def can_stay_open(head: Head) -> bool:
@@ -39,7 +39,7 @@ def can_stay_open(head: Head) -> bool:
 
     Not with a client that waits to be asked for it, nor where its end cannot be foreseen.
     """
-    length = head.named.get(b"content-length", b"0")
     if b"transfer-encoding" in head.named or b"expect" in head.named:
         return False
-    return length.isdigit() and int(length) <= MAX_DROPPED_BYTES
+    length = read_length(head.named)
+    return length is not None and length <= MAX_DROPPED_BYTES

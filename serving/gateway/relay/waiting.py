@@ -37,6 +37,15 @@ class Waiter(ABC):
             self._task.cancel()
             self._task = None
 
+    def attempt(self, act: Callable[[], None]) -> None:
+        """Do something; whatever goes wrong is the answer, and nothing of the request stays."""
+        try:
+            act()
+        except GatewayError as error:
+            self.fail(error)
+        except Exception:
+            self._admit()
+
     async def _wait_for(self, wait: Awaitable[Waited], go_on: Callable[[Waited], None]) -> None:
         try:
             found = await wait
@@ -46,6 +55,10 @@ class Waiter(ABC):
             self._task = None
             self.fail(error)
         except Exception:
-            logger.exception("request %s", self.head.request_id.decode())
             self._task = None
-            self.fail(errors.failed())
+            self._admit()
+
+    def _admit(self) -> None:
+        """Admit a defect, whose traceback goes to the log."""
+        logger.exception("request %s", self.head.request_id.decode())
+        self.fail(errors.failed())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
+from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.headers import Head, Headers, read_head
 
 Message = MutableMapping[str, Any]
@@ -58,8 +59,8 @@ class Cors:
         if head.method != "OPTIONS" or origin is None or method is None:
             return None
         if not (self._any or self._is_allowed(origin)):
-            body = b"This origin is not one of server.allowed_origins."
-            return 403, [(b"content-type", b"text/plain; charset=utf-8")], body
+            error = errors.strange_origin()
+            return error.status, error.headers(), error.body(head.path)
         found = [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", MAX_AGE_S)]
         # Named one by one: "*" would not cover Authorization.
         if (wanted := head.named.get(b"access-control-request-headers")) is not None:

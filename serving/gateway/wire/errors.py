@@ -123,6 +123,12 @@ def hidden_model(model: str) -> GatewayError:
     return error
 
 
+def strange_origin() -> GatewayError:
+    """Say that pages of this origin may not ask."""
+    message = "This origin is not one of server.allowed_origins."
+    return GatewayError(403, "invalid_request_error", message, reason="strange_origin")
+
+
 def unknown_path(method: str, path: str) -> GatewayError:
     """No path that engines serve to clients."""
     message = f"There is no route {method} {path[:128]}."

@@ -62,6 +62,15 @@ def read_head(method: str, path: str, raw_path: bytes, query: bytes, headers: He
     return Head(method, path, raw_path + b"?" + query if query else raw_path, headers, named, request_id, peer)
 
 
+def read_length(named: Mapping[bytes, bytes]) -> int | None:
+    """Read how long the body is, as far as its head says; 0 where it does not, None where that is no number.
+
+    The parser takes no number beyond 64 bits, and zeros without end in front of one, which Python's `int` does not.
+    """
+    given = named.get(b"content-length", b"0").strip(b" \t")
+    return int(given.lstrip(b"0") or b"0") if given.isdigit() else None
+
+
 @functools.cache
 def find_dropped(keys_are_ours: bool, traced: bool, plain: bool) -> frozenset[bytes]:
     """Find the headers of a request that no engine gets.

@@ -111,6 +111,7 @@ SMUGGLING = {
     "length-with-a-sign": ask("POST", PATH, "content-length: +2\r\n", b"{}"),
     "length-negative": ask("POST", PATH, "content-length: -2\r\n", b"{}"),
     "length-of-letters": ask("POST", PATH, "content-length: two\r\n", b"{}"),
+    "length-with-zeros": ask("POST", PATH, f"content-length: {'0' * 5000}2\r\n", b"{}"),
     "length-empty": ask("POST", PATH, "content-length: \r\n", b"{}"),
     "length-too-large": ask("POST", PATH, "content-length: 99999999999999999999\r\n", b"{}"),
     "gzip-then-chunked": ask("POST", PATH, "transfer-encoding: gzip, chunked\r\n", WHOLE),
