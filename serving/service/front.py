@@ -196,11 +196,11 @@ def _read_tables(file: Path | None) -> JsonObject:
         if file.exists() and not file.is_file():  # a pipe is empty the second time, and its keys are gone
             expected = "expected a regular file, as it is read more than once, got something else"
             raise EngineError(f"--gateway-config {file}: {expected}; write the configuration into one")
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         got = error.strerror or error
         raise EngineError(f"--gateway-config {file}: expected a file, got {got}; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"--gateway-config {file}: expected TOML, got {error}; fix the file") from None
 
 

@@ -69,13 +69,15 @@ def read_file(path: str, what: str, most: int) -> str:
 
     Raises ValueError, without path or text.
     """
+    if "\0" in path:
+        raise ValueError(f"{what}: expected the name of a file, got one with a character that no name has")
     try:
         if not Path(path).is_file():
             Path(path).stat()
             raise ValueError(f"{what}: expected a file, got something else")
         if (size := Path(path).stat().st_size) > most:
             raise ValueError(f"{what}: expected at most {most} bytes, got {size}")
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{what}: expected a file that can be read, got {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -11,11 +11,19 @@ from laguna_serve.serving.kit.results import JsonObject
 HEADER = "# Written by `laguna keys`. After a change: kill -HUP of the gateway.\n"
 
 
+def parse_toml(text: str) -> JsonObject:
+    """Parse TOML. Raises ValueError: it is none, or Python cannot hold it (numbers of thousands of digits, nesting)."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("tables or lists that are nested too deeply") from None
+
+
 def read_key_tables(text: str) -> list[JsonObject]:
     """Read the tables, not validated. Raises ValueError, without any of the text."""
     try:
-        tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError):
+        tables = parse_toml(text)
+    except ValueError:
         raise ValueError("keys_file: expected TOML, got something else; make it with laguna keys new") from None
     found = tables.get("keys", [])
     if tables.keys() - {"keys"} or not isinstance(found, list) or not all(isinstance(one, dict) for one in found):

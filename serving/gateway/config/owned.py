@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from laguna_serve.serving.gateway.config.base import ConfigTable
-from laguna_serve.serving.gateway.config.values import Count, Name, Seconds
+from laguna_serve.serving.gateway.config.values import Count, FileName, Name, Seconds
 from laguna_serve.serving.kit.flags import MOST_SEED
 
 # Requests in an engine at once for each sequence that it decodes: it queues by itself, and better, as it batches them.
@@ -54,7 +54,7 @@ class OwnedEngine(ConfigTable):
     weight_updates: bool = False
     return_routed_experts: bool = False
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
-    log: str | None = None
+    log: FileName | None = None
     extra_args: Annotated[tuple[str, ...], Field(strict=False)] = ()
     group: Name = "default"
     pinned: bool = False
@@ -70,6 +70,8 @@ class OwnedEngine(ConfigTable):
             raise ValueError(f"expected a draft beside gamma {self.gamma!r}, got none")
         if self.pinned and self.idle_timeout_s is not None:
             raise ValueError("expected no idle_timeout_s of a model that is pinned, got both")
+        if "\0" in "".join((self.model, *self.extra_args)):
+            raise ValueError("expected model and extra_args without the character NUL, which no command takes")
         if not self.model:
             raise ValueError("expected a checkpoint folder or a hub id as model, got nothing")
         return self

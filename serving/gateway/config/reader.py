@@ -7,13 +7,13 @@ prints it).
 from __future__ import annotations
 
 import importlib.resources
-import tomllib
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from laguna_serve.serving.gateway.config import faults
 from laguna_serve.serving.gateway.config.faults import ConfigError
+from laguna_serve.serving.gateway.config.key_file import parse_toml
 from laguna_serve.serving.gateway.config.tables import Config
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -33,10 +33,10 @@ def load_config(path: Path, server: JsonObject | None = None) -> Config:
 def read_tables(path: Path) -> JsonObject:
     """Read a file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
 
 

@@ -18,6 +18,8 @@ from laguna_serve.serving.gateway.config import endpoint
 HOW_TO_DIGEST = 'printf %s "$KEY" | sha256sum'
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+|null|\*")
 MAX_SCHEDULE_BYTES = 64 << 20
+# Characters that a terminal obeys, or that end a line: of names that stand in lines of logs and metrics.
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
 
 
 def _check_name(name: str) -> str:
@@ -27,8 +29,8 @@ def _check_name(name: str) -> str:
 
 
 def _check_model_name(name: str) -> str:
-    if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,512}", name):
-        raise ValueError("expected 1 to 512 characters, none of them a control character")
+    if not re.fullmatch(rf"[^{CONTROLS}]{{1,512}}", name):
+        raise ValueError("expected 1 to 512 characters, none of them a control character or the end of a line")
     return name
 
 
@@ -58,13 +60,13 @@ def _check_origin(origin: str) -> str:
 
 
 def _check_host(host: str) -> str:
-    if not re.fullmatch(r"[^\s\x00-\x1f\x7f]{1,1024}", host):
+    if not re.fullmatch(rf"[^\s{CONTROLS}]{{1,1024}}", host):
         raise ValueError("expected an address or a name, without spaces")
     return host
 
 
 def _check_file_name(path: str) -> str:
-    if not re.fullmatch(r"[^\x00-\x1f\x7f]+", path) or any(len(part.encode()) > 255 for part in path.split("/")):
+    if not re.fullmatch(rf"[^{CONTROLS}]+", path) or any(len(part.encode()) > 255 for part in path.split("/")):
         raise ValueError("expected a file's name, without control characters and with parts of at most 255 bytes")
     return path
 

@@ -24,9 +24,14 @@ async def read_metrics(session: aiohttp.ClientSession, endpoint: Endpoint) -> st
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
         async with session.get(f"{endpoint.url}/metrics", timeout=timeout, **endpoint.request_options()) as response:
-            return await response.text() if response.status == 200 else ""
-    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+            return await response.text("utf-8", "replace") if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, OSError):
         return ""
+
+
+def split_lines(text: str) -> list[str]:
+    """Split at the ends of lines alone: U+2028 and the like, at which `splitlines` splits too, may stand in a label."""
+    return re.split(r"\r?\n", text)
 
 
 def merge(texts: Mapping[tuple[str, str], str]) -> str:
@@ -40,7 +45,7 @@ def merge(texts: Mapping[tuple[str, str], str]) -> str:
     for (model, upstream), text in texts.items():
         family = ""
         sums = dict.fromkeys((DRAFTS, ACCEPTED), 0.0)
-        for line in text.splitlines():
+        for line in split_lines(text):
             if line.startswith("# "):
                 kind, _, rest = line[2:].partition(" ")
                 family = rest.partition(" ")[0]
@@ -72,7 +77,7 @@ def merge(texts: Mapping[tuple[str, str], str]) -> str:
 def sum_samples(text: str, names: Collection[str]) -> dict[str, float]:
     """Of each of these metrics, the sum over its labels."""
     sums = dict.fromkeys(names, 0.0)
-    for line in text.splitlines():
+    for line in split_lines(text):
         if line.startswith(tuple(names)) and (match := SAMPLE.match(line)) is not None and match[1] in sums:
             sums[match[1]] += float(match[3].split()[0])
     return sums

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from laguna_serve.serving.gateway.telemetry.exposition import SAMPLE
+from laguna_serve.serving.gateway.telemetry.exposition import SAMPLE, split_lines
 from laguna_serve.serving.kit.results import JsonObject
 
 Number = float | int
@@ -31,7 +31,7 @@ def join_metrics(worker: int, own: bytes, others: Mapping[int, bytes]) -> bytes:
     samples: dict[str, list[str]] = {}
     for number, text in sorted({worker: own, **others}.items()):
         family = ""
-        for line in text.decode().splitlines():
+        for line in split_lines(text.decode()):
             if line.startswith("# "):
                 family = line.split(" ", 3)[2]
                 if line not in (known := headers.setdefault(family, [])):

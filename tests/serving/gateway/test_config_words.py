@@ -103,6 +103,43 @@ def test_words_for_what_is_wrong(tmp_path: Path, text: str, told: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+BASE = '[[models]]\nname = "m"\nupstreams = [{ name = "a", url = "https://h:1" }]\n'
+OWNED = '[[models]]\nname = "m"\nengine = { model = "org/name", %s }\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BASE + f"[server]\nport = {'9' * 5000}\n", "expected TOML, got Exceeds the limit"),
+        (BASE + f"x = {'[' * 3000}{']' * 3000}\n", "expected TOML, got tables or lists that are nested too deeply"),
+        *(
+            (BASE.replace('"m"', f'"m{mark}"'), "models.0.name: expected 1 to 512 characters, none of them a control")
+            for mark in ("\\u0085", "\\u009b2J", "\\u2028", "\\u2029", "\\u007f")
+        ),
+        (BASE + '[access]\nkeys_file = "a\\u0000"\n', "keys_file: expected the name of a file, got one with"),
+        (BASE + '[server]\nssl_certfile = "a\\u0000"\n', "ssl_certfile: expected the name of a file, got one with"),
+        (BASE.replace(" }", ', tls_ca_file = "\\u0000" }'), "tls_ca_file: expected the name of a file, got one with"),
+        (OWNED % 'log = "a\\u0000"', "engine.log: expected a file's name"),
+        (OWNED % 'extra_args = ["\\u0000"]', "engine: expected model and extra_args without the character NUL"),
+    ],
+)
+def test_what_no_system_takes_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "gateway.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        load_config(tmp_path / "gateway.toml")
+    assert told in str(raised.value)
+    assert str(raised.value).isprintable()
+
+
+def test_mark_of_other_systems_editors_is_passed_over(tmp_path: Path) -> None:
+    """They put U+FEFF in front."""
+    keys = '[[keys]]\nname = "k"\nsha256 = "{}"\n'.format("a" * 64)
+    (tmp_path / "keys.toml").write_text(keys, encoding="utf-8-sig")
+    text = BASE + f'[access]\nkeys_file = "{tmp_path}/keys.toml"\n'
+    (tmp_path / "gateway.toml").write_text(text, encoding="utf-8-sig")
+    assert [key.name for key in load_config(tmp_path / "gateway.toml").all_keys] == ["k"]
+
+
 def test_keys_are_distinct(tmp_path: Path) -> None:
     keys = "".join(f'[[keys]]\nname = "{name}"\nsha256 = "{"0" * 64}"\n' for name in "kl")
     with pytest.raises(ConfigError, match="one for both 'k' and 'l'") as caught:

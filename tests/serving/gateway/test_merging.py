@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config.keys import Key
+from laguna_serve.serving.gateway.telemetry.exposition import merge, sum_samples
 from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
@@ -43,6 +44,16 @@ def test_samples_have_their_worker_and_stand_under_their_family() -> None:
     expected = b'# HELP a_total A.\n# TYPE a_total counter\na_total{worker="0",x="2 } "} 5.0\n'
     expected += b'a_total{worker="0",x="1"} 1e3\na_total{worker="1",x="1"} 2.0\n'
     assert join_metrics(1, own, {0: other}) == expected + b'# HELP b B.\n# TYPE b gauge\nb{worker="1"} 1.0\n'
+
+
+def test_line_separator_in_a_label_ends_no_sample() -> None:
+    """As in the name of an engine's model, which is the engine's to choose."""
+    text = '# HELP vllm:x X.\n# TYPE vllm:x counter\nvllm:x{model_name="a\u2028b\x85"} 2.0\r\nvllm:x 1.0\n'
+    joined = join_metrics(0, text.encode(), {}).decode()
+    assert joined.split("\n")[2:4] == ['vllm:x{worker="0",model_name="a\u2028b\x85"} 2.0', 'vllm:x{worker="0"} 1.0']
+    merged = merge({("m", "e"): text})
+    assert merged.split("\n")[2:4] == ['vllm:x{upstream="e",model_name="a\u2028b\x85"} 2.0', 'vllm:x{upstream="e"} 1.0']
+    assert sum_samples(text, ["vllm:x"]) == {"vllm:x": 3.0}
 
 
 def test_what_is_known_whole_is_shown_once() -> None:
