@@ -19,6 +19,7 @@ from pathlib import Path
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access.limits import DAY_S
 
+# Of days on which something was used: one that a clock gone wrong began takes no other's place but one.
 KEPT_DAYS = 400
 BUSY_S = 5.0
 SCHEMA = """
@@ -27,6 +28,9 @@ CREATE TABLE IF NOT EXISTS usage (
     prompt_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, refused INTEGER NOT NULL,
     PRIMARY KEY (day, key, model)
 ) WITHOUT ROWID
+"""
+FORGET = """
+DELETE FROM usage WHERE day < (SELECT day FROM usage GROUP BY day ORDER BY day DESC LIMIT 1 OFFSET ?)
 """
 ADD = """
 INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
@@ -183,7 +187,7 @@ def _open(path: Path, today: int) -> sqlite3.Connection:
         file = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
         with file:
             file.execute(SCHEMA)
-            file.execute("DELETE FROM usage WHERE day < ?", (today - KEPT_DAYS,))
+            file.execute(FORGET, (KEPT_DAYS - 1,))
             _read(file, today)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if file is not None:

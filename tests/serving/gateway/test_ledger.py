@@ -156,6 +156,32 @@ def test_clock_that_is_set_gives_no_budget_back(tmp_path: Path) -> None:
     assert holder.budget_left == 30
 
 
+def test_start_years_ahead_gives_no_budget_back(tmp_path: Path) -> None:
+    """As on a machine whose clock is wrong until it has asked for the time."""
+    path = tmp_path / "usage.db"
+
+    def use(day: int) -> int:
+        ledger = Ledger(path, lambda: day * DAY_S)
+        ledger.find_row(day, "k", "m").prompt_tokens += 1
+        asyncio.run(ledger.write())
+        used = ledger.sum_tokens(day, "k")
+        ledger.close()
+        return used
+
+    assert [use(DAY), use(DAY + 5000), use(DAY)] == [1, 1, 2]
+
+
+def test_days_beyond_those_that_are_kept_go(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as file, file:
+        rows = [(day, "k", model) for day in range(1, ledger_module.KEPT_DAYS + 3) for model in "ab"]
+        file.executemany("INSERT INTO usage VALUES (?, ?, ?, 1, 1, 1, 0)", rows)
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as file:
+        assert file.execute("SELECT min(day), count(*) FROM usage").fetchone() == (3, 2 * ledger_module.KEPT_DAYS)
+
+
 def test_write_that_fails_loses_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
