@@ -69,11 +69,10 @@ class Keyring:
         if not self.enabled:
             return None
         # OpenAI's clients send a bearer token, Anthropic's the header x-api-key.
-        secret = named.get(b"x-api-key")
-        if secret is None:
+        secret = named.get(b"x-api-key", b"").strip()  # the parser leaves blanks behind a value
+        if not secret:  # also of a client whose variable for it is empty
             kind, _, given = named.get(b"authorization", b"").partition(b" ")
-            secret = given if kind.lower() == b"bearer" else b""
-        secret = secret.strip()  # the parser leaves blanks behind a value
+            secret = given.strip() if kind.lower() == b"bearer" else b""
         known_by = self._hash(secret)
         if (known := self._found.get(known_by)) is not None:
             return known

@@ -143,6 +143,15 @@ def test_client_of_http_1_0_gets_no_interim_answer() -> None:
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [("x-api-key: \r\n" + AUTH, 200), ("x-api-key: \r\n", 401), ("x-api-key: no\r\n" + AUTH, 401), (AUTH, 200)],
+)
+def test_empty_key_beside_another_is_none(headers: str, status: int) -> None:
+    with Upstream() as engine, gateway(engine, keys=[KEY]) as front:
+        assert front.ask(PATH, b"{}", headers=headers).status == status
+
+
 def test_page_of_another_origin_is_told_in_json() -> None:
     with Upstream() as engine, gateway(engine, server={"allowed_origins": ["http://a"]}) as front:
         headers = f"origin: http://b\r\naccess-control-request-method: POST\r\n{CLOSE}"
