@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,16 +56,17 @@ def refuse_incomplete(load: Loads, *, rename: Callable[[str], str] = str) -> Loa
     def load_all(model: Any, weights: Weights) -> Any:
         if model.__dict__.get("_is_complete") or getattr(weights, "__qualname__", "") != WHOLE:
             return load(model, weights)
-        stored: set[str] = set()
+        stored: dict[str, torch.dtype] = {}
 
         def note() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
-                stored.add(_shorten(rename(name)))
+                stored[_shorten(rename(name))] = tensor.dtype
                 yield name, tensor
 
         loaded = load(model, note())
         shared = getattr(model, "shared_parameters", ())
-        _refuse(model, [name for name in list_missing(model, stored, loaded) if name not in shared])
+        missing = [name for name in list_missing(model, stored, loaded) if name not in shared]
+        _refuse(model, missing or list_unscaled(stored))
         model._is_complete = True
         return loaded
 
@@ -100,6 +101,17 @@ def list_missing(model: nn.Module, stored: Collection[str], loaded: Collection[s
             own = module.missing_tensors() if name.endswith(OWN) and hasattr(module, "missing_tensors") else []
             missing += [f"{prefix}.{tensor}" for tensor in own] or lacking or [full]
     return list(dict.fromkeys(missing))
+
+
+def list_unscaled(stored: Mapping[str, torch.dtype]) -> list[str]:
+    """List the scales that matrices in FP8 lack; their values are no weights without them.
+
+    Args:
+        stored: the checkpoint's tensors, by name.
+    """
+    scaled = {_name_matrix(name) for name in stored if "scale" in name.rpartition(".")[2]}
+    fp8 = [name for name, dtype in stored.items() if dtype == torch.float8_e4m3fn and name.endswith(".weight")]
+    return [f"{name}_scale" for name in fp8 if _name_matrix(name) not in scaled]
 
 
 def _list_parts(model: Any, module: nn.Module, full: str, stored: Collection[str]) -> list[str]:

@@ -141,10 +141,12 @@ def write_files(
     sizes: name → bytes; write: makes the file of a name at a path, and says what it has written.
 
     Raises:
-        CheckpointError: too little space, or the folder cannot be created; RunDirError: another run writes into it.
+        CheckpointError: too little space, the folder cannot be created, or a file to copy is a link that leads nowhere;
+            RunDirError: another run writes into it.
     """
     missing = [name for name in sizes if not output.has(name)]
     needed = sum(sizes[name] for name in missing)
+    list_others(source)
     check_space(output.folder, needed)
     try:
         output.folder.mkdir(parents=True, exist_ok=True)
@@ -230,13 +232,25 @@ def save_checkpoint(folder: Path, save: Callable[[Path], object]) -> None:
 
 def copy_others(base: Path, folder: Path) -> list[str]:
     """Copy what is neither weights nor config.json: tokenizer, chat template, licence and the like."""
-    names = []
-    for path in sorted(base.iterdir()):
-        weights = path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and not weights and path.name not in ("config.json", *JOURNALS) and path.name[0] != ".":
-            write_file(folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
-            names.append(path.name)
-    return names
+    others = list_others(base)
+    for path in others:
+        write_file(folder / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
+    return [path.name for path in others]
+
+
+def list_others(base: Path) -> list[Path]:
+    """List what `copy_others` copies.
+
+    Raises:
+        CheckpointError: a link that leads nowhere, as in a cache that was pruned.
+    """
+    left_out = ("config.json", *JOURNALS)
+    named = [path for path in sorted(base.iterdir()) if path.name not in left_out and path.name[0] != "."]
+    others = [path for path in named if not path.name.endswith(WEIGHT_SUFFIXES)]
+    for path in others:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: expected a file, got a link that leads nowhere; fetch it again")
+    return [path for path in others if path.is_file()]
 
 
 def _schema(journal: str) -> str:

@@ -38,6 +38,7 @@ MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.(?:.+\.)?(?:gate|up|down)_proj\.w
 KEYS = re.compile(r"(model\.layers\.\d+\.self_attn\.)k_proj\.weight")
 SCALE, KV_SCALES = "_scale", ("k_scale", "v_scale")
 DTYPES = {"bf16": ("BF16", "bfloat16", torch.bfloat16), "fp32": ("F32", "float32", torch.float32)}
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 _ARGUMENTS: JsonObject = {
     "actorder": None,
@@ -161,11 +162,11 @@ def write(source: NumbersSource, output: Output) -> None:
 
 def describe(source: NumbersSource) -> ConfigJson:
     """Describe the output's numbers in its config.json."""
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in source.config.items() if key not in QUANTISATION_KEYS}
     if source.to == FP8:
         return {**config, "quantization_config": QUANTISATION}
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: DTYPES[source.to][1]}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, DTYPES[source.to][1])}
 
 
 def _write_file(source: NumbersSource, file: str, path: Path, advance: Callable[[int], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
 from laguna_serve.serving.kit.results import JsonObject
 
+# What transformers looks up in torch.
+DTYPE = re.compile(r"b?float\w*|half|double")
 STOCK = "LagunaForCausalLM"
 PER_HEAD, PER_ELEMENT = "per-head", "per-element"
 
@@ -136,7 +139,7 @@ def read_target(folder: Path) -> Target:
         intermediate_size=fields.positive("intermediate_size"),
         num_layers=layers,
         max_model_len=fields.positive("max_position_embeddings"),
-        dtype=read_dtype(config),
+        dtype=_check_dtype(fields),
         num_experts=fields.integer("num_experts") if SPARSE in kinds else 0,
         experts_per_token=fields.integer("num_experts_per_tok"),
         expert_size=fields.integer("moe_intermediate_size"),
@@ -190,6 +193,14 @@ def read_gate_width(fields: Fields) -> int:
 def read_dtype(config: ConfigJson) -> str:
     """Read the dtype that a config names, in torch's spelling."""
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+
+
+def _check_dtype(fields: Fields) -> str:
+    """Read the dtype; refuse what transformers looks for in torch and does not find ("bf16", "auto", "torch.half")."""
+    named = fields.config.get("dtype") or fields.config.get("torch_dtype")
+    if named and not (isinstance(named, str) and DTYPE.fullmatch(named)):
+        raise fields.mismatch("dtype" if fields.config.get("dtype") else "torch_dtype", "a name as 'bfloat16'", named)
+    return read_dtype(fields.config)
 
 
 def find_served_dtype(stored: str, asked: str = "auto") -> str:

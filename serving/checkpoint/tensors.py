@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.target import Target
@@ -27,6 +28,7 @@ LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
 EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")
 GATE, BIAS = "self_attn.g_proj", "mlp.experts.e_score_correction_bias"
 BIASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.(?:experts|gate)\.e_score_correction_bias")
+WEIGHT = ".weight"
 ENDS = ("embed_tokens", "norm", "lm_head")
 # Read at once, of a tensor that is compared.
 PIECE = 1 << 24
@@ -47,6 +49,25 @@ def require_tensors(target: Target, folder: Path) -> None:
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
         remedy = 'or say "tie_word_embeddings": true, if they are' if missing == ["lm_head"] else "all of it"
         raise CheckpointError(f"{folder}: expected tensors of {missing[0]}{more}, got none; {FETCH}, {remedy}")
+
+
+def require_numbers(target: Target, folder: Path) -> None:
+    """Raise CheckpointError, in one line, for a matrix in FP8 without what says how it is scaled.
+
+    vLLM takes its values for the weights where config.json says nothing of them.
+    """
+    tensors = {name: tensor for path in list_weights(folder) for name, tensor in check_file(path).items()}
+    matrices = [name for name, tensor in tensors.items() if name.endswith(WEIGHT) and tensor.dtype.startswith("F8_")]
+    if matrices and target.quantisation is None:
+        got = f"{min(matrices)} in {tensors[min(matrices)].dtype}"
+        remedy = "fetch config.json again, with its quantization_config"
+        raise CheckpointError(f"{folder}: expected plain weights, as config.json says, got {got}; {remedy}")
+    if target.quantisation is None or target.quantisation.method != COMPRESSED_TENSORS:
+        return
+    if lone := [name for name in matrices if f"{name}_scale" not in tensors]:
+        other = f"{min(lone)}_scale_inv"
+        got = f"{other}: another format's" if other in tensors else "none"
+        raise CheckpointError(f"{folder}: expected {min(lone)}_scale, as config.json says, got {got}; {FETCH}")
 
 
 def list_missing(target: Target, names: Collection[str]) -> list[str]:

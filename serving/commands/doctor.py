@@ -30,10 +30,10 @@ from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, multiplies_bf16
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, format_diffusion, plan_diffusion
+from laguna_serve.serving.planning.launch import refuse_unusable
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
-from laguna_serve.serving.planning.vllm_flags import refuse_unknown_flags
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
@@ -123,7 +123,7 @@ class DoctorConfig(ModelOptions):
     """What to check: the installation, or, with a model, what serving it would take."""
 
     model: Annotated[
-        str | None, Flag("checkpoint folder or hub id to plan for; its weights are not needed", positional=True)
+        str | None, Flag("checkpoint folder or hub id to plan for; its weights need not be here", positional=True)
     ] = None
     deployment: Annotated[
         Path | None,
@@ -199,7 +199,7 @@ def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
     diffusion = find_diffusion(config.model)
     if diffusion is not None:
         return plan_diffusion(engine, diffusion, device, planned=config.as_device is not None, files=False)
-    return refuse_unknown_flags(make_plan(engine, device, planned=config.as_device is not None))
+    return refuse_unusable(make_plan(engine, device, planned=config.as_device is not None))
 
 
 def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:

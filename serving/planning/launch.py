@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laguna_serve.serving.chat.vendor_defaults import ChatContract, find_value, names_flag
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
 from laguna_serve.serving.checkpoint.target import STOCK, Target
-from laguna_serve.serving.checkpoint.tensors import require_tensors
-from laguna_serve.serving.checkpoint.weight_files import require_weights
+from laguna_serve.serving.checkpoint.tensors import require_numbers, require_tensors
+from laguna_serve.serving.checkpoint.weight_files import list_weights, require_weights
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.planning.budget import BudgetError
@@ -37,7 +37,8 @@ from laguna_serve.serving.planning.diffusion.command import (
 from laguna_serve.serving.planning.diffusion.plan import choose_dtype
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
-from laguna_serve.serving.planning.vllm_flags import check_flags
+from laguna_serve.serving.planning.plan import EnginePlan
+from laguna_serve.serving.planning.vllm_flags import check_flags, refuse_unknown_flags
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 # vLLM takes the last of two equal flags: these would lead the engine away from where it is waited for.
@@ -52,9 +53,9 @@ OURS = {
 }
 # Weights that are made up, or read from elsewhere than the checkpoint's safetensors.
 LOAD_FORMAT = "--load-format"
-# What vLLM takes for --dtype (config/model.py of 0.32, ModelDType).
 # Any of them makes a tokenizer, by transformers or Mistral's.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# What vLLM takes for --dtype (config/model.py of 0.32, ModelDType).
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 # Keys of clients are the gateway's; one that is inherited would lock the engine to everybody who does not have it.
 KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
@@ -187,17 +188,38 @@ def check_launch(config: EngineConfig) -> Checkpoints:
     if config.dtype not in DTYPES:
         raise CheckpointError(f"dtype: expected {', '.join(DTYPES)}, got {config.dtype!r}; pass one of them")
     checkpoints = inspect(config)
-    if not any(argument.partition("=")[0] == LOAD_FORMAT for argument in config.extra_args):
-        for name in filter(None, (config.model, config.draft)):
-            folder = find_folder(name)
-            if folder is not None:
-                complete = os.path.isdir(os.path.expanduser(name))
-                require_weights(folder, complete=complete)
-                if complete and name == config.model and checkpoints.target is not None and checkpoints.other is None:
-                    _require_class(config, checkpoints.target, folder)
-                    require_tensors(checkpoints.target, folder)
-                    _require_tokenizer(config, folder)
+    for name in filter(None, (config.model, config.draft)):
+        _require_files(config, checkpoints, name)
     return checkpoints
+
+
+def refuse_unusable(plan: EnginePlan) -> EnginePlan:
+    """Return the plan, refused where weights that are here, or flags, are not such as an engine starts with."""
+    if plan.refusals:
+        return plan
+    try:
+        for name in filter(None, (plan.config.model, plan.config.draft)):
+            folder = find_folder(name)
+            if folder is not None and list_weights(folder):
+                _require_files(plan.config, plan.checkpoints, name)
+    except CheckpointError as error:
+        return replace(plan, command=(), refusals=(str(error),))
+    return refuse_unknown_flags(plan)
+
+
+def _require_files(config: EngineConfig, checkpoints: Checkpoints, name: str) -> None:
+    """Check the files of the model or the drafter, where they are on this machine.  Raises CheckpointError."""
+    folder = find_folder(name)
+    if folder is None or names_flag(config.extra_args, LOAD_FORMAT):
+        return
+    complete = os.path.isdir(os.path.expanduser(name))
+    require_weights(folder, complete=complete)
+    if complete and name == config.model and checkpoints.target is not None and checkpoints.other is None:
+        _require_class(config, checkpoints.target, folder)
+        require_tensors(checkpoints.target, folder)
+        if not names_flag(config.extra_args, "--hf-overrides"):
+            require_numbers(checkpoints.target, folder)
+        _require_tokenizer(config, folder)
 
 
 def _require_class(config: EngineConfig, target: Target, folder: Path) -> None:

@@ -45,7 +45,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> 
     def drafter(name: str, source: Path, *lacks: str) -> dict[str, Any]:
         return {"model": str(teacher), "draft": str(cut(source, root / name, *lacks))}
 
+    def unscaled(name: str, source: Path) -> dict[str, Any]:
+        path = Path(model(name, source)["model"]) / "model.safetensors"
+        tensors = load_file(path)
+        up = "model.layers.1.mlp.up_proj.weight"
+        save_file(tensors | {up: tensors[up].to(torch.float8_e4m3fn)}, path, metadata={"format": "pt"})
+        return {"model": str(path.parent)}
+
     cases = {
+        "unscaled": unscaled("unscaled", TOY / "dense"),
         "biases": model("biases", teacher, "e_score_correction_bias"),
         "gates": model("gates", teacher, ".g_proj."),
         "query": model("query", teacher, "layers.1.self_attn.q_proj"),
@@ -79,6 +87,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> 
         ("expert", "got none for model.layers.1.mlp.experts.3.up_proj.weight;"),
         ("head", "got none for lm_head.weight;"),
         ("dense", "got none for model.layers.1.mlp.down_proj.weight;"),
+        ("unscaled", "got none for layers.1.mlp.up_proj.weight_scale;"),
         ("dense half", "got none for model.layers.1.mlp.up_proj.weight;"),
         ("blocks", "got none for model.layers.1.mlp.experts.w2_blocks;"),
         ("starts", "got none for model.layers.1.mlp.experts.block_start;"),

@@ -159,3 +159,39 @@ def test_packed_student_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     code, _, error = run(capsys, unpad.main, student, "--out", tmp_path / "cut")
     assert code == 2
     assert "expected plain layers or FP8 ones in blocks of 128×128, got INT4" in error
+
+
+def test_dtype_is_said_under_every_name_that_the_source_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With both, transformers reads `dtype`, which stayed as it was; so did `compression_config`."""
+    cfg = config(hidden=160, width=144)
+    write_base(tmp_path / "base", cfg, weights(cfg))
+    assert run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")[0] == 0
+    stated = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    both = {"dtype": "bfloat16", "torch_dtype": "bfloat16", "compression_config": stated.pop("quantization_config")}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(stated | both))
+    assert run(capsys, quantise.main, tmp_path / "fp8", "--to", "fp32", "--out", tmp_path / "out")[0] == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (made["dtype"], made["torch_dtype"], "compression_config" in made) == ("float32", "float32", False)
+
+
+def test_link_that_leads_nowhere_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer of a pruned cache was left out without a word."""
+    cfg = config(hidden=160, width=144)
+    write_base(tmp_path / "base", cfg, weights(cfg))
+    (tmp_path / "base" / "tokenizer_config.json").unlink(missing_ok=True)
+    (tmp_path / "base" / "tokenizer_config.json").symlink_to("../blobs/gone")
+    code, _, said = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")
+    assert (code, (tmp_path / "fp8").exists()) == (2, False)
+    assert "tokenizer_config.json: expected a file, got a link that leads nowhere; fetch it again" in said
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_weights_under_other_names_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    cfg = config(hidden=160, width=144)
+    write_base(tmp_path / "base", cfg, weights(cfg))
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / name)
+    code, _, said = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--dry-run")
+    assert code == 2
+    assert f"expected model.safetensors or model.safetensors.index.json, got {name} without it; fetch " in said

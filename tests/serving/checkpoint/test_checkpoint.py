@@ -78,3 +78,12 @@ def test_hub_id_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     (repository / "refs" / "main").write_text("abc", encoding="utf-8")
     (snapshot / "config.json").write_text(json.dumps(TARGET), encoding="utf-8")
     assert find_folder("poolside/Laguna-XS.2") == snapshot
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("name", ["bf16", "auto", "torch.bfloat16", 16])
+def test_dtype_that_torch_has_not_is_named(tmp_path: Path, key: str, name: object) -> None:
+    config = {**{other: value for other, value in TARGET.items() if other != "dtype"}, key: name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"expected {key} to be a name as 'bfloat16', got "):
+        read_target(tmp_path)

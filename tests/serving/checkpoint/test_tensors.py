@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from release_cases import TARGETS, folder, read_tensors
 from safetensors.torch import load_file, save_file
 
+from laguna_serve.scripts.checkpoints.requantised import QUANTISATION
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.target import read_target
-from laguna_serve.serving.checkpoint.tensors import list_missing, require_tensors
+from laguna_serve.serving.checkpoint.tensors import list_missing, require_numbers, require_tensors
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.planning.launch import check_launch
 
@@ -115,3 +117,41 @@ def test_files_of_other_families_are_vllms_to_judge(tmp_path: Path) -> None:
     config = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "dtype": "bfloat16", **shape, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert check_launch(EngineConfig(str(tmp_path))).other == "SmolLM3ForCausalLM"
+
+
+def make_fp8(folder: Path, layer: str, *, scale: str | None) -> str:
+    """Store a matrix in FP8, with ones as its scale under that name; return the matrix's own."""
+    name = f"model.layers.{layer}.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    if scale is not None:
+        tensors[f"model.layers.{layer}.{scale}"] = torch.ones(2, 2, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    return name
+
+
+@pytest.mark.parametrize("scale", [None, "weight_scale"])
+def test_fp8_values_that_config_json_does_not_mention_are_named(teacher: Path, scale: str | None) -> None:
+    name = make_fp8(teacher, "0.mlp.up_proj", scale=scale)
+    message = f"expected plain weights, as config.json says, got {name} in F8_E4M3; fetch config.json again"
+    with pytest.raises(CheckpointError, match=message):
+        check_launch(EngineConfig(str(teacher)))
+    check_launch(EngineConfig(str(teacher), extra_args=("--hf-overrides", "{}")))
+
+
+@pytest.mark.parametrize(
+    ("scale", "got"), [(None, "none"), ("weight_scale_inv", "model.*up_proj.weight_scale_inv: another format's")]
+)
+def test_fp8_values_without_their_scale_are_named(teacher: Path, scale: str | None, got: str) -> None:
+    name = make_fp8(teacher, "0.mlp.up_proj", scale=scale)
+    config = json.loads((teacher / "config.json").read_text()) | {"quantization_config": QUANTISATION}
+    (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"expected {name}_scale, as config.json says, got {got}"):
+        require_numbers(read_target(teacher), teacher)
+
+
+def test_fp8_values_with_their_scale_are_taken(teacher: Path) -> None:
+    make_fp8(teacher, "0.mlp.up_proj", scale="weight_scale")
+    config = json.loads((teacher / "config.json").read_text()) | {"quantization_config": QUANTISATION}
+    (teacher / "config.json").write_text(json.dumps(config))
+    require_numbers(read_target(teacher), teacher)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, read_tensors, weigh
+from safetensors.torch import load_file, save_file
 
 from laguna_serve.serving import cli
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
@@ -255,6 +256,27 @@ def test_doctor_refuses_with_status_1(capsys: pytest.CaptureFixture[str]) -> Non
     status, lines, _ = doctor(capsys, folder("Laguna-M.1"), "--as-device", "rtx4090", "--json")
     assert (status, len(lines)) == (1, 1)
     assert json.loads(lines[0])["ok"] is False
+
+
+@pytest.mark.parametrize("lacks", ["lm_head.weight", "model.layers.2.self_attn.q_proj.weight", None])
+def test_doctor_refuses_weights_that_are_here_in_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lacks: str | None
+) -> None:
+    """It planned with the size of what was there, and said that all was well; without weights config.json will do."""
+    copy = Path(shutil.copytree(TOY / "teacher", tmp_path / "teacher"))
+    weights = copy / "model.safetensors"
+    assert doctor(capsys, str(copy), "--as-device", "h200", "--json")[0] == 0
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lacks}, weights)
+    if lacks is None:
+        index = {"weight_map": {"a": weights.name, "b": "model-2.safetensors"}}
+        (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    status, lines, _ = doctor(capsys, str(copy), "--as-device", "h200", "--json")
+    [refusal] = json.loads(lines[-1])["refusals"]
+    assert (status, "fetch it again" in refusal) == (1, True)
+    assert (lacks or "model-2.safetensors").removeprefix("model.").removesuffix(".weight") in refusal
+    weights.unlink()
+    assert doctor(capsys, str(copy), "--as-device", "h200", "--json")[0] == 0
 
 
 @pytest.mark.parametrize(
