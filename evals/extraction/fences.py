@@ -21,6 +21,7 @@ from markdown_it.rules_block import StateBlock
 PYTHON_NAMES = {"", "py", "py3", "python", "python3"}
 MAX_NESTING = 20
 OPENING = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})(.*)")
+ATTACHED = re.compile(r"([^`\s][ \t]*)(`{3,}[ \t]*)$", re.MULTILINE)
 # What decides where strings begin and end in a line of Python, and in a line of a string in triple quotes.
 TOKEN = re.compile(r"""'{3}|"{3}|'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?|#""")
 IN_STRING = {quote: re.compile(rf"\\.|{quote}") for quote in ("'''", '"""')}
@@ -42,14 +43,20 @@ def find_indented(text: str) -> list[str]:
 def list_readings(text: str) -> Iterator[list[Block]]:
     """List the blocks of a text in the ways in which it may be meant, the likeliest first.
 
-    With fences in the strings of Python as text; CommonMark's; and the first with every fence at its word, as models
-    forget to indent the code within a list.
+    With fences in the strings of Python as text; CommonMark's; the first with every fence at its word, as models
+    forget to indent the code within a list; fences within a longer fence; and those that end behind the last line of
+    the code, not below it.
     """
     strings = any(quote in text for quote in IN_STRING)
     if strings:
         yield _find(text, ["fence", "list", "blockquote"], strings=True)
-    yield find_fences(text)
+    fences = find_fences(text)
+    yield fences
     yield _find(text, ["fence"], strings)
+    if inner := [block for _, code in fences if "```" in code for block in find_fences(code)]:
+        yield inner
+    if ATTACHED.search(text):
+        yield find_fences(ATTACHED.sub(r"\1\n\2", text))
 
 
 def _find(text: str, rules: list[str], strings: bool = False) -> list[Block]:

@@ -22,6 +22,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,21 @@ def load_problems(path: Path, protocol: str = "", split: str = "") -> list[Probl
         if (other := find_form(row)) != form:
             raise ProblemsError(f"{where}: expected one form in a file, {form} by its first row, got {other}; split it")
         problem = ask_by(chosen, READERS[form](where, row, chosen))
-        if not is_whole(problem.prompt):
-            raise ProblemsError(f"{where}: expected whole characters as the prompt, got half a surrogate pair; fix it")
+        _require_whole(where, problem)
         if (first := seen.setdefault(problem.task_id, where)) != where:
             line = first.rpartition(":")[2]
             expected = f"expected distinct task_ids, got {problem.task_id!r} of line {line} again"
             raise ProblemsError(f"{where}: {expected}; remove one")
         problems.append(problem)
     return problems
+
+
+def _require_whole(where: str, problem: Problem) -> None:
+    """Refuse half a surrogate pair in any text: nobody can be asked it, and no table can name it."""
+    for name in ("prompt", "task_id", "canonical_solution", "test", "base_test", "asked", "message"):
+        if not is_whole(getattr(problem, name) or ""):
+            what = "the prompt" if name == "prompt" else f'"{name}"'
+            raise ProblemsError(f"{where}: expected whole characters as {what}, got half a surrogate pair; fix it")
 
 
 def find_form(row: JsonObject) -> str:
@@ -141,7 +149,7 @@ def read_humaneval(where: str, item: JsonObject, _: str) -> Problem:
     canonical = item.get("canonical_solution")
     if canonical is not None and not isinstance(canonical, str):
         raise ProblemsError(f'{where}: expected a text as "canonical_solution", got {_show(canonical)}; fix it')
-    if not item["entry_point"].isidentifier():
+    if not item["entry_point"].isidentifier() or iskeyword(item["entry_point"]):
         raise ProblemsError(f'{where}: expected a function\'s name as "entry_point", got {_show(item["entry_point"])}')
     open_ended = item.get("open_ended", False)
     if not isinstance(open_ended, bool):

@@ -22,6 +22,8 @@ Form = Literal["chat", "completion"]
 # Which weights answered, named by servers whose weights change while they serve.
 VERSION_HEADERS = ("X-Weight-Version", "X-Draft-Version")
 TIMEOUT_S = 600.0
+# Of an answer; a number beyond it is none, and none that a journal could hold.
+MOST_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,9 @@ class Endpoint:
                 text, reason = _read_text(body.choices[0].message.content or ""), body.choices[0].finish_reason
                 tokens = body.usage.completion_tokens if body.usage else None
                 known = body.choices[0].logprobs
-                likeliest = [[one.logprob for one in step.top_logprobs] for step in (known and known.content) or ()]
+                likeliest = [
+                    [float(one.logprob) for one in step.top_logprobs] for step in (known and known.content) or ()
+                ]
             else:
                 extra = {} if top is None else {"logprobs": top}
                 raw = await self._client.completions.with_raw_response.create(
@@ -117,7 +121,7 @@ class Endpoint:
                 text, reason = _read_text(completion.choices[0].text), completion.choices[0].finish_reason
                 tokens = completion.usage.completion_tokens if completion.usage else None
                 given = completion.choices[0].logprobs
-                likeliest = [list((step or {}).values()) for step in (given and given.top_logprobs) or ()]
+                likeliest = [list(map(float, (step or {}).values())) for step in (given and given.top_logprobs) or ()]
         except openai.OpenAIError as error:
             refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
             kind = RefusedError if refused else EndpointError
@@ -126,7 +130,8 @@ class Endpoint:
             got = f"{type(error).__name__} of {_shorten(said.text) if said else 'nothing'}"
             raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {got}") from error
         versions = {name: said.headers[name] for name in VERSION_HEADERS if name in said.headers}
-        return Answer(text, reason, tokens, versions, tuple(map(tuple, likeliest)) or None)
+        ended = reason if isinstance(reason, str) else None  # the client reads any JSON, whatever its types say
+        return Answer(text, ended, _read_count(tokens), versions, tuple(map(tuple, likeliest)) or None)
 
     async def _find_model(self) -> str:
         try:
@@ -150,6 +155,11 @@ def _read_text(content: Any) -> str:
     if not isinstance(content, str):
         raise TypeError(f"an answer that is {type(content).__name__}")
     return content
+
+
+def _read_count(count: object) -> int | None:
+    """Read a number of tokens; None of what can be none."""
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < MOST_TOKENS else None
 
 
 def _shorten(text: str) -> str:

@@ -20,6 +20,9 @@ CHAT = {
     "no language": f"```\n{WHOLE}```",
     "longer fence with backticks inside": f'````python\n{WHOLE}X = """\n```\n"""\n````',
     "windows line ends": f"```python\n{WHOLE}```".replace("\n", "\r\n"),
+    "fence within a longer fence": f"````\nSo:\n```python\n{WHOLE}```\n````",
+    "fence that ends behind the code": f"```python\n{WHOLE.rstrip()}```\nDone.",
+    "fence that ends behind the code, another below": f"```python\n{WHOLE.rstrip()} ```\n```python\nadd(1, 2)\n```",
     "fence within a list": "1. So:\n   ```python\n"
     + "".join(f"   {line}\n" for line in WHOLE.splitlines())
     + "   ```\n",

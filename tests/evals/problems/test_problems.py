@@ -47,6 +47,9 @@ def test_problems_are_read_in_order(tmp_path: Path, name: str) -> None:
         ([{**ITEM, "test": "def check(:"}], ':1: expected Python as "test"'),
         ([{**ITEM, "test": "x = 1\n"}], ':1: expected a "test" that defines check(candidate), got none'),
         ([{**ITEM, "prompt": "def f(x):\n  '\ud800'\n"}], ":1: expected whole characters"),
+        ([{**ITEM, "task_id": "\ud800"}], ':1: expected whole characters as "task_id"'),
+        ([{**ITEM, "canonical_solution": "\ud800"}], ':1: expected whole characters as "canonical_solution"'),
+        ([{**ITEM, "entry_point": "class"}], ':1: expected a function\'s name as "entry_point"'),
         ([{key: value for key, value in ITEM.items() if key != "test"}], ':1: expected a text as "test", got nothing'),
     ],
 )

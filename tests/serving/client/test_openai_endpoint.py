@@ -69,6 +69,16 @@ def test_nothing_is_an_answer_of_a_chat_alone() -> None:
             ask(server.url, "completion")
 
 
+@pytest.mark.parametrize("tokens", ["many", -5, 1e300, 10**30, True, None, [3]])
+@pytest.mark.parametrize("form", ["chat", "completion"])
+def test_usage_and_reason_of_another_kind_are_none(form: Form, tokens: Any) -> None:
+    """The client takes them as they come; a run that noted them could not read its own folder."""
+    answer = say("é") | {"usage": {"completion_tokens": tokens}}
+    answer["choices"][0] |= {"finish_reason": 7}
+    with answering(lambda body: answer) as server:
+        assert ask(server.url, form) == Answer("é", None, None, {})
+
+
 def test_key_is_sent_and_versions_may_be_missing() -> None:
     with answering(lambda body: "") as server:
         assert ask(server.url, "chat", key="secret") == Answer("", "stop", 7, {})
