@@ -12,8 +12,8 @@ probability, up to a cap.  Before every step it is noted how far the two are apa
 those behind a tie of two experts: rounding alone, if the engine has the trainer's weights
 (scripts/training/rl/off_policy).
 
-DIR gets log.jsonl (a line per step), state.pt (to continue from), versions/ (checkpoints), drafters/ (the serving one),
-and grpo.json, reward.png.
+DIR gets log.jsonl (a line per step), state.pt (to continue from), sources.json (digests of model and drafter),
+versions/ (checkpoints), drafters/ (the serving one), and grpo.json, reward.png.
 The last stdout line is one JSON object (schema laguna_serve.grpo/1).
 """
 

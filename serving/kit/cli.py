@@ -85,7 +85,9 @@ def run_command(
         return INTERRUPTED
     except BrokenPipeError:
         return end_unread()
-    except expected as error:
+    except Exception as error:
+        if not isinstance(error, expected) and not is_disk_full(error):  # as safetensors says it
+            raise
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return COULD_NOT_RUN
 
@@ -118,8 +120,9 @@ def print_result(text: str, line: Mapping[str, object], out: Path | None, *, alw
 
 def explain(error: Exception) -> str:
     """One line. Of the system's errors, which file and what was wrong with it, without the number."""
-    if isinstance(error, OSError) and is_disk_full(error):
-        return str(explain_write(None if error.filename is None else Path(error.filename), error))
+    if (isinstance(error, OSError) or not isinstance(error, CommandError)) and is_disk_full(error):
+        path = getattr(error, "filename", None)
+        return str(explain_write(None if path is None else Path(path), error))
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error) or type(error).__name__

@@ -98,6 +98,11 @@ class GrpoConfig:
             raise FlagError("--gamma adaptive: expected --draft with it, got none; name a drafter")
 
     @property
+    def sources(self) -> tuple[str | None, ...]:
+        """The checkpoints that a run begins with."""
+        return self.model, self.draft
+
+    @property
     def refresh(self) -> RefreshRun | None:
         """What decides about the refreshes; None where the drafter stays as it is."""
         if not self.refresh_drafter:

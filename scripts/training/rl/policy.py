@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import LagunaForCausalLM, PreTrainedTokenizerBase
 
 from laguna_serve.scripts.training.rl.off_policy.importance import Correction, keep_completions, weigh_tokens
 from laguna_serve.scripts.training.rl.off_policy.replay import UNKNOWN
 from laguna_serve.scripts.training.rl.rollouts import Rollout, RolloutError
-from laguna_serve.serving.kit.files import hash_file
+from laguna_serve.serving.kit.files import explain_write, hash_file
 
 CLIP = 0.2
 SPREAD_FLOOR = 1e-3  # a group whose rewards are all equal teaches nothing, and must not divide by zero
@@ -130,8 +131,15 @@ def write_version(model: LagunaForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     """Write a checkpoint that can be served and transferred; SHA-256 by file.
 
     An earlier folder of that name is replaced.
+
+    Raises:
+        WriteError: the disk is full or refuses; nothing of the folder stays, which would look like a checkpoint.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise explain_write(folder, error) from None
     return {path.name: hash_file(path) for path in folder.glob("*.safetensors")}

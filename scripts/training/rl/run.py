@@ -13,13 +13,14 @@ from laguna_serve.evals.problems.splits import is_held_out
 from laguna_serve.scripts.training.rl.config import GrpoConfig
 from laguna_serve.scripts.training.rl.loop import Prompts, train
 from laguna_serve.scripts.training.rl.service import open_service
+from laguna_serve.scripts.training.rl.sources import check_sources, note_sources
 from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step
 from laguna_serve.serving.checkpoint import CheckpointError, read_target, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import is_whole
 from laguna_serve.serving.kit.results import ResultError, read_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import check_out, hold_folder
 from laguna_serve.serving.speculation.flags import ADAPTIVE
 
 if TYPE_CHECKING:
@@ -42,12 +43,18 @@ def find_finished(config: GrpoConfig) -> GrpoResult | None:
     """Read the result of this very run where it has come to its end.
 
     Another pass of its last step would draw its answers, and so its held-out reward, anew.
+
+    Raises:
+        CheckpointError: its model or its drafter was written anew since.
     """
     try:
         found = read_result(config.out / RESULT, GrpoResult)
     except ResultError:  # none, or one of an earlier form: the run's own state decides
         return None
-    return found if found.run == config.decisive and len(found.log) == config.steps + 1 else None
+    if found.run != config.decisive or len(found.log) != config.steps + 1:
+        return None
+    check_sources(config.out, config.sources)
+    return found
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -85,15 +92,28 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
     if config.prompts_per_step > len(prompts.training):
         expected = f"expected at most {len(prompts.training)}, got {config.prompts_per_step}"
         raise CheckpointError(f"--prompts-per-step: {expected}; {config.prompts} has no more to train on")
+    config.out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(config.out):
+        return _train(config, folder, prompts)
+
+
+def _train(config: GrpoConfig, folder: Path, prompts: Prompts) -> GrpoResult:
     import torch  # like transformers it takes seconds
 
     from laguna_serve.scripts.training.rl.off_policy.importance import Correction
     from laguna_serve.scripts.training.rl.trainer import Trainer
 
     torch.set_num_threads(config.threads)
-    config.out.mkdir(parents=True, exist_ok=True)
     correction = Correction(config.importance_cap, config.drop_beyond)
     trainer = Trainer.open(folder, config.out, lr=config.lr, correction=correction, decisive=config.decisive)
+    if trainer.step > config.steps:
+        expected = f"expected at least {trainer.step} --steps, as many as it has taken, got {config.steps}"
+        raise CheckpointError(f"{config.out}: {expected}; give them, or choose another --out")
+    if trainer.log or trainer.step:
+        check_sources(config.out, config.sources)
+        print(f"continuing at step {trainer.step} of {config.steps}", file=sys.stderr, flush=True)
+    else:
+        note_sources(config.out, config.sources)
     refresher = open_refresher(config, folder, trainer)
     engine = EngineConfig(
         model=config.model,

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from laguna_serve.scripts.training.rl.policy import find_logprobs, find_loss, ma
 from laguna_serve.scripts.training.rl.rollouts import Rollout
 from laguna_serve.scripts.training.rl.steps import GrpoRun, OffPolicy, Step
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.errors import first_line
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.results import to_json
 
@@ -64,9 +66,10 @@ class Trainer:
         optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         trainer = cls(model, optimizer, AutoTokenizer.from_pretrained(folder), out, correction, decisive)
         if (out / STATE).exists():
-            state = torch.load(out / STATE, weights_only=True)
+            state = _read_state(out / STATE)
             if state["decisive"] != _show_run(decisive):
-                raise CheckpointError(f"{out}: expected this run's state, got another run's; choose another --out")
+                got = f"another run's ({_name_difference(state['decisive'], decisive)})"
+                raise CheckpointError(f"{out}: expected this run's state, got {got}; choose another --out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             trainer.step = state["step"]
@@ -124,6 +127,23 @@ class Trainer:
         state |= {"log": msgspec.json.encode(self.log).decode(), "decisive": _show_run(self.decisive)}
         state |= {} if drafter is None else {"drafter": drafter}
         write_stream(self.out / STATE, lambda file: torch.save(state, file))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state["decisive"], state["step"], state["log"]
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError) as error:
+        got = f"one that cannot be read ({first_line(error)})"
+        raise CheckpointError(f"{path}: expected the state of a run, got {got}; choose another --out") from None
+    return state
+
+
+def _name_difference(begun: str, run: GrpoRun) -> str:
+    """Name what another run's state was begun with, and what is asked for now."""
+    before, now = json.loads(begun), to_json(run)
+    names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)!r}, not {now.get(name)!r}" for name in names)
 
 
 def _show_run(run: GrpoRun) -> str:

@@ -61,6 +61,7 @@ FULL = "expected to write it, got no space left; free some and repeat the comman
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), "a.json: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), f"output: {FULL}"),
         (OSError(errno.EFBIG, "File too large", "a.bin"), f"a.bin: {FULL}"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), f"output: {FULL}"),
         (ZeroDivisionError("division"), "division"),
     ],
 )
