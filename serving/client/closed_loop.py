@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
+# After so long without an end of anything a line says so, and again after twice as long.
+QUIET_S = 60.0
 
 
-async def run_closed_loop(items: Iterable[Item], concurrency: int, work: Callable[[Item], Awaitable[None]]) -> None:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+async def run_closed_loop(
+    items: Iterable[Item],
+    concurrency: int,
+    work: Callable[[Item], Awaitable[None]],
+    say: Callable[[str], None] = _say,
+) -> None:
     """Work on the items in order, `concurrency` at a time, the next as soon as one ends.
 
-    What `work` raises ends it: the others that are in flight are broken off.
+    What `work` raises ends it: the others that are in flight are broken off. Where none ends for long, as of an
+    endpoint that hangs, `say` gets a line.
     """
     waiting = iter(items)
+    ended = 0
 
     async def take() -> None:
+        nonlocal ended
         for item in waiting:
             await work(item)
+            ended += 1
+
+    async def watch() -> None:
+        before, quiet, due = 0, 0.0, QUIET_S
+        while True:
+            await asyncio.sleep(QUIET_S)
+            before, quiet, due = (before, quiet + QUIET_S, due) if ended == before else (ended, 0.0, QUIET_S)
+            if quiet and quiet >= due:
+                due *= 2
+                say(f"no answer for {quiet:.0f} s; {sum(not worker.done() for worker in workers)} requests in flight")
 
     workers = [asyncio.create_task(take()) for _ in range(concurrency)]
+    watcher = asyncio.create_task(watch())
     try:
         await asyncio.gather(*workers)
     finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        for task in (*workers, watcher):
+            task.cancel()
+        await asyncio.gather(*workers, watcher, return_exceptions=True)
