@@ -128,7 +128,7 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[tuple[Problem,
     by_id = {problem.task_id: problem for problem in problems}
     samples = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a string
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: expected evalplus's samples, got {error}; check --samples") from None
     for number, line in enumerate(lines, start=1):

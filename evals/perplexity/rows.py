@@ -49,7 +49,7 @@ def read_documents(path: Path) -> list[str]:
         RowsError: the file is missing, empty or of another kind.
     """
     try:
-        text = path.read_bytes().decode()  # read_text would turn \r\n into \n
+        text = path.read_bytes().decode("utf-8-sig")  # read_text would turn \r\n into \n
     except OSError as error:
         raise RowsError(f"{path}: expected a text file, got {error.strerror}; check --text") from error
     except UnicodeDecodeError as error:

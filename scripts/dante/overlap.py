@@ -31,7 +31,7 @@ def read_grams(paths: Sequence[Path]) -> set[int]:
     found: set[int] = set()
     for path in paths:
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, ValueError) as error:
             expected = "expected an evaluation's problems as JSON Lines"
             raise CacheError(f"--evaluations {path}: {expected}, got one that cannot be read ({error})") from None

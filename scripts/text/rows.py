@@ -179,7 +179,7 @@ def stream_documents(source: str) -> Iterator[str]:
 def stream_lines(source: str) -> Iterator[str]:
     """Read a text file line by line, ends included. Raises PruningError when it cannot be read."""
     try:
-        with Path(source).open(encoding="utf-8") as file:
+        with Path(source).open(encoding="utf-8-sig") as file:
             yield from file
     except (OSError, UnicodeError) as error:
         expected = f"a text file, or one of {', '.join(TOY)}"

@@ -41,7 +41,7 @@ def describe_keys(keys: Sequence[str]) -> list[dict[str, str]]:
 def _read_file(name: str) -> list[str]:
     path = Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are no text"
         raise CheckpointError(f"--api-key @{path}: expected a file of keys, got {reason}; check the path") from None

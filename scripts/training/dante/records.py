@@ -87,7 +87,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         CacheError: the file cannot be read, holds none, or a line is no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
         raise CacheError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
     prompts = [_read_prompt(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]

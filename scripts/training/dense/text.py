@@ -185,7 +185,7 @@ def _stream_toy(held_out: bool) -> Iterator[list[dict[str, str]]]:
 def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
     number, line = 0, ""
     try:
-        with Path(source).open(encoding="utf-8") as file:
+        with Path(source).open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):  # noqa: B007
                 if not line.strip():
                     continue

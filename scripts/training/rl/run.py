@@ -64,7 +64,9 @@ def read_prompts(path: Path) -> Prompts:
         CheckpointError: no such file, or too few prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines(): U+2028 may stand inside a JSON string
         items = [json.loads(line) for line in lines if line.strip()]
         sides: tuple[list[str], list[str]] = ([], [])
         for item in items:

@@ -189,6 +189,8 @@ def test_prompts_are_texts_with_separators_of_lines_in_them(tmp_path: Path) -> N
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     prompts = run.read_prompts(path)
     assert sorted([*prompts.training, *prompts.held_out]) == sorted(item["prompt"] for item in items)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows put before a text
+    assert run.read_prompts(path) == prompts
     for wrong in ("[1, 2]", "null", r'"\ud800"'):
         path.write_text(f'{{"id": "a:1", "prompt": {wrong}}}\n')
         with pytest.raises(CheckpointError, match=r"the prompt .* of a:1"):

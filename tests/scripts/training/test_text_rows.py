@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from laguna_serve.plugins.pruning import PruningError
-from laguna_serve.scripts.text.rows import read_rows
+from laguna_serve.scripts.text.rows import read_documents, read_rows
 
 TEACHER = Path(__file__).resolve().parents[2] / "toy" / "teacher"
 QUESTION = {"role": "user", "content": "Write a function that adds two numbers."}
@@ -133,3 +133,10 @@ def test_rows_are_drawn_by_a_seed(tokenizer: Any, tmp_path: Path) -> None:
     assert read_rows(source, tokenizer, None, 128, 0).available == 20
     first, second = (read_rows(source, tokenizer, None, 128, seed) for seed in (0, 1))
     assert first.digest == read_rows(source, tokenizer, None, 128, 0).digest != second.digest
+
+
+def test_mark_of_the_encoding_is_no_part_of_a_text(tmp_path: Path) -> None:
+    """It was a token of the first document, to score and to learn; of JSON lines it was no JSON."""
+    for name, text in (("a.txt", "x = 1\n"), ("a.jsonl", '{"text": "x = 1\\n"}\n')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_documents(str(tmp_path / name)) == ["x = 1\n"]

@@ -23,6 +23,8 @@ def test_keys_come_from_flags_files_and_the_environment(tmp_path: Path) -> None:
     file.write_text(f"{KEY}\n\n  {OTHER}  \n{KEY}\n")
     assert read_keys([KEY], {}) == (KEY,)
     assert read_keys([f"@{file}"], {}) == (KEY, OTHER)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as editors on Windows put before a text
+    assert read_keys([f"@{file}"], {}) == (KEY, OTHER)
     assert read_keys([OTHER, f"@{file}"], {"LAGUNA_API_KEY": "unused"}) == (OTHER, KEY)
     assert read_keys([], {"LAGUNA_API_KEY": KEY, "VLLM_API_KEY": OTHER}) == (KEY,)
     assert read_keys([], {"LAGUNA_API_KEY": "", "VLLM_API_KEY": OTHER}) == (OTHER,)

@@ -28,7 +28,9 @@ def read_prompts(path: Path, tokenizer: Any, vocabulary: int) -> list[Prompt]:
         PromptsError: a line is no prompt, or has a token that the target does not have.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines(): U+2028 may stand inside a JSON string
     except (OSError, UnicodeError) as error:
         raise PromptsError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
     prompts: dict[Prompt, None] = {}
