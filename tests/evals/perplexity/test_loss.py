@@ -22,7 +22,7 @@ from mock_engine import MockEngine, Settings, scoring
 
 from laguna_serve.evals import loss
 from laguna_serve.evals.perplexity.mean import average, subtract, to_bits_per_byte
-from laguna_serve.evals.perplexity.rows import Row, choose_evenly, cut_rows
+from laguna_serve.evals.perplexity.rows import Row, choose_evenly, cut_rows, read_documents
 from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.engine import Engine
 
@@ -360,3 +360,8 @@ def test_engine_knows_its_vocabulary(fp32_engine: Engine, run: Run, save: Callab
     assert status == 2
     assert "got id 512 in row 1, token 1" in output
     assert "out of vocabulary" in output
+
+
+def test_mark_of_the_encoding_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x = 1\n", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "a.txt") == ["x = 1\n"]

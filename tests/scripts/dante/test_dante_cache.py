@@ -200,6 +200,13 @@ def test_bad_prompts_name_the_line(tmp_path: Path, text: str, says: str) -> None
     assert str(caught.value).startswith(f"{path}{':1' if text else ''}: ")
 
 
+def test_mark_of_the_encoding_is_no_part_of_the_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    plain = read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.jsonl") == plain
+
+
 def test_bad_files_and_flags(config: CacheConfig, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="got none"):
         read_cache(tmp_path)
