@@ -85,7 +85,7 @@ def _list_files(folder: Path, name: str) -> list[str]:
         if (folder / "model.safetensors").is_file():
             return ["model.safetensors"]
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-        got = f"{others[0]} without it" if others else "neither"
+        got = f"neither, but {others[0]}" if others else "neither"
         remedy = f"fetch {INDEX}, or the release in safetensors" if others else "fetch the weights"
         raise CheckpointError(f"{name}: expected model.safetensors or {INDEX}, got {got}; {remedy}")
     return sorted(set(_read_weight_map(index).values()))

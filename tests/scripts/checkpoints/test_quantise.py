@@ -194,4 +194,4 @@ def test_weights_under_other_names_are_named(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / name)
     code, _, said = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--dry-run")
     assert code == 2
-    assert f"expected model.safetensors or model.safetensors.index.json, got {name} without it; fetch " in said
+    assert f"expected model.safetensors or model.safetensors.index.json, got neither, but {name}; fetch " in said
