@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 
-# What may wait, in rows and in bytes of hidden states, of which at least so many rows.
+# What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
+# cleared away yet comes on top: at most so many times as much.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
+MOST_DROPPED = 2
 # Written rows after which what they took weighs a third.
 MEMORY_ROWS = 1024.0
 
 
 @dataclass(slots=True)
 class _Step:
-    """Rows of a step: hidden states, positions, slots, and whose each is."""
+    """Rows of a step, the `number`-th: hidden states, positions, slots, and whose each is."""
 
+    number: int
     states: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
@@ -43,7 +46,11 @@ class WaitingContext:
         self.row_s = 0.0
         self._written = self._write_s = 0.0
         self._steps: list[_Step] = []
+        self._number = 0
         self._rows: Counter[str] = Counter()
+        # Of what was dropped: the last step whose rows went, by request, and how many are not cleared away yet.
+        self._dropped: dict[str, int] = {}
+        self._lost = 0
 
     @property
     def rows(self) -> int:
@@ -74,30 +81,43 @@ class WaitingContext:
         """
         rows = positions.shape[0]
         states = torch.cat([tap[:rows] for tap in taps], dim=-1)
+        self._number += 1
         if kept is None:
-            step = _Step(states, positions.clone(), slots.clone(), owners)
+            step = _Step(self._number, states, positions.clone(), slots.clone(), owners)
         else:
-            step = _Step(states[kept], positions[kept], slots[kept], [owners[row] for row in kept.tolist()])
+            step = _pick(_Step(self._number, states, positions, slots, owners), kept.tolist())
         self._steps.append(step)
         self._rows.update(step.owners)
 
     def drop(self, requests: Iterable[str]) -> None:
-        """Forget the rows of requests that have ended, or begin anew."""
-        gone = {request for request in requests if self._rows.pop(request, 0)}
-        if not gone:
-            return
+        """Forget the rows of requests that have ended, or begin anew.
+
+        They are cleared away once they are twice as many as those that wait, which are copied for it.
+        """
+        for request in requests:
+            if rows := self._rows.pop(request, 0):
+                self._dropped[request] = self._number
+                self._lost += rows
+        if self._lost > max(LEAST_ROWS, MOST_DROPPED * self.rows):
+            self._clear_away()
+
+    def _clear_away(self) -> None:
+        """Leave what was dropped out of the steps."""
         left = []
         for step in self._steps:
-            kept = [row for row, owner in enumerate(step.owners) if owner not in gone]
+            kept = [row for row, owner in enumerate(step.owners) if self._dropped.get(owner, 0) < step.number]
             if len(kept) == len(step.owners):
                 left.append(step)
             elif kept:
-                rows, owners = torch.tensor(kept, dtype=torch.int64), [step.owners[row] for row in kept]
-                left.append(_Step(step.states[rows], step.positions[rows], step.slots[rows], owners))
+                left.append(_pick(step, kept))
         self._steps = left
+        self._dropped.clear()
+        self._lost = 0
 
     def write(self, model: Any) -> None:
         """Make keys and values of all rows with the drafter's model, and store them."""
+        if self._lost:
+            self._clear_away()
         if not self._steps:
             return
         begin, rows = perf_counter(), self.rows
@@ -110,3 +130,9 @@ class WaitingContext:
         keep = math.exp(-rows / MEMORY_ROWS)
         self._written, self._write_s = self._written * keep + rows, self._write_s * keep + perf_counter() - begin
         self.row_s = self._write_s / self._written
+
+
+def _pick(step: _Step, kept: list[int]) -> _Step:
+    """Copy some rows of a step."""
+    rows, owners = torch.tensor(kept, dtype=torch.int64), [step.owners[row] for row in kept]
+    return _Step(step.number, step.states[rows], step.positions[rows], step.slots[rows], owners)

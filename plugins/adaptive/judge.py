@@ -3,8 +3,8 @@
 What single steps cost does not say everything: with drafts no two answers end together, prompts are read one by one
 that plain decoding reads at once, contexts are written between steps.  So the engine's work is cut into stretches of
 about as many tokens as are answered in one turn of its requests, with the policy's drafts or without any, and each is
-compared with the one of the other sort just before it: as near as can be, as the machine's pace changes.  Loads differ
-by their number of requests, in powers of two.
+compared with the one of the other sort just before it: as near as can be, as the machine's pace changes, and as if both
+had read as many prompt tokens for what they answered.  Loads differ by their number of requests, in powers of two.
 
 The sort that is behind is tried again when it is paid for: a small part of all time goes into a purse, and a stretch
 takes from it what it is expected to lose.  Before anything was compared, the gain is what the policy expects of its
@@ -16,14 +16,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from laguna_serve.plugins.adaptive.costs import Measured
+
 # Of all time, for stretches of the sort that is behind; one that is hardly behind counts as this much behind.
 EXPLORED, LEAST_LOSS = 0.005, 0.02
 # Tokens of a stretch: at least, and for each request as many as an answer has, between these.
 LEAST_TOKENS, LEAST_EACH, MOST_EACH = 128, 16.0, 128.0
-# Of a stretch after one of the other sort, as a share, what does not count: it writes what that one left, or uses it.
+# Of a stretch after one of the other sort, and of a load's first one, as a share, what does not count: it writes what
+# that one left, or uses it, and requests come together that do not later.
 SKIPPED = 0.5
 # Answers after which one weighs little in their mean length; comparisons in that of the gain.
 MEMORY_ANSWERS, MEMORY_COMPARED = 64, 4
+# Of a stretch's time, as a share, what its prompts leave at least.
+LEAST_SHARE = 0.1
 # Steps with drafts, as a share, without which a stretch is as good as one without any: nothing to forbid.
 LEAST_DRAFTED = 0.1
 # As far as one comparison is believed, in natural logarithms.
@@ -34,15 +39,34 @@ FEW = 4
 
 @dataclass(slots=True)
 class Stretch:
-    """Tokens that were answered, and seconds, with drafts where they seemed to pay or without any."""
+    """Tokens that were answered, and seconds, with drafts where they seemed to pay or without any.
+
+    `reading_s`: of these, what its prompts took, at what a token of theirs takes.
+    """
 
     drafting: bool
     tried: bool = False  # though its sort is behind
     skipped: float = 0.0  # tokens that are yet to be left out
     tokens: int = 0
     seconds: float = 0.0
+    reading_s: float = 0.0
     steps: int = 0
     drafted: int = 0  # steps with drafts
+
+    def observe(self, step: Measured, reading_s: float) -> None:
+        """Take in a step."""
+        if self.skipped > 0:
+            self.skipped -= step.tokens
+            return
+        self.tokens += step.tokens
+        self.seconds += step.whole_s
+        self.reading_s += reading_s
+        self.steps += 1
+        self.drafted += step.drafted > 0
+
+    def answer_s(self, reading_s: float) -> float:
+        """Return its seconds per token, had its prompts taken so much of each."""
+        return max(self.seconds - self.reading_s, LEAST_SHARE * self.seconds) / self.tokens + reading_s
 
 
 @dataclass(slots=True)
@@ -80,28 +104,26 @@ class Judge:
         self._answers = min(self._answers + 1, MEMORY_ANSWERS)
         self._length += (tokens - self._length) / self._answers
 
-    def observe(self, requests: int, tokens: int, seconds: float, *, drafted: bool) -> None:
-        """Take in a step of so many requests that decoded (0: it read prompts alone), whole, and what it answered."""
-        self._last = requests or self._last
+    def observe(self, step: Measured, reading_s: float) -> None:
+        """Take in a step, and what its prompts took of it; one of prompts alone belongs to the load before it."""
+        self._last = step.requests or self._last
         load = self._find(self._last)
-        load.purse += EXPLORED * seconds
-        stretch = load.stretch
-        if stretch.skipped > 0:
-            stretch.skipped -= tokens
-            return
-        stretch.tokens += tokens
-        stretch.seconds += seconds
-        stretch.steps += 1
-        stretch.drafted += drafted
-        if stretch.tokens >= max(LEAST_TOKENS, self._last * min(MOST_EACH, max(LEAST_EACH, self._length))):
+        load.purse += EXPLORED * step.whole_s
+        load.stretch.observe(step, reading_s)
+        if load.stretch.tokens >= self._find_turn(self._last):
             _turn(load)
 
     def _find(self, requests: int) -> Load:
         power = (requests - 1).bit_length()
         load = self._loads.get(power)
         if load is None:
-            load = self._loads[power] = Load(Stretch(drafting=requests <= FEW))
+            load = Load(Stretch(requests <= FEW, skipped=SKIPPED * self._find_turn(requests)))
+            self._loads[power] = load
         return load
+
+    def _find_turn(self, requests: int) -> float:
+        """Find the tokens of a stretch."""
+        return max(LEAST_TOKENS, requests * min(MOST_EACH, max(LEAST_EACH, self._length)))
 
 
 def _turn(load: Load) -> None:
@@ -111,12 +133,13 @@ def _turn(load: Load) -> None:
         load.before, load.stretch = None, Stretch(drafting=True)
         return
     if before is not None and before.drafting != ended.drafting:
-        longer = math.log(ended.seconds * before.tokens / (before.seconds * ended.tokens))
+        reading_s = (ended.reading_s + before.reading_s) / (ended.tokens + before.tokens)
+        longer = math.log(ended.answer_s(reading_s) / before.answer_s(reading_s))
         if ended.tried:
             load.purse -= _lose(ended.seconds, -max(LEAST_LOSS, longer))
         gain = max(-MOST_GAIN, min(MOST_GAIN, -longer if ended.drafting else longer))
         load.compared += 1
-        load.gain += (gain - load.gain) / min(load.compared + 1, MEMORY_COMPARED)
+        load.gain += (gain - load.gain) / min(load.compared, MEMORY_COMPARED)
     ahead = load.gain >= 0
     tried = ended.drafting == ahead and _lose(ended.seconds, max(LEAST_LOSS, abs(load.gain))) <= load.purse
     drafting = ahead != tried

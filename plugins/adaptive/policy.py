@@ -112,7 +112,7 @@ class Policy:
     def observe_step(self, step: Measured) -> None:
         """Learn what a step took, and what came of it."""
         self.costs.observe(step)
-        self.judge.observe(step.requests, step.tokens, step.whole_s, drafted=step.drafted > 0)
+        self.judge.observe(step, step.prompt * self.costs.verify.rate.value * self.costs.pace)
 
     def decide(self, requests: Sequence[str], waiting_s: float = 0.0, room: Sequence[int] | None = None) -> Decision:
         """Decide for the requests of the next step, all of which decode.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from laguna_serve.plugins.adaptive.context import MOST_ROWS, WaitingContext
+from laguna_serve.plugins.adaptive import context as waiting
+from laguna_serve.plugins.adaptive.context import LEAST_ROWS, MOST_DROPPED, MOST_ROWS, WaitingContext
 
 
 class Model:
@@ -58,6 +60,27 @@ def test_rows_of_who_has_gone_are_not_written_and_those_of_a_namesake_are() -> N
     context.drop(["a"])
     context.write(model)
     assert len(model.stored) == 1
+
+
+def test_requests_that_end_beside_long_ones_cost_a_copy_of_each_row_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred rows of one that goes on, and ten thousand of requests of ten rows, one of which ends in every step."""
+    context, model, pick, picked, kept = WaitingContext(), Model(), waiting._pick, [0], [0]
+
+    def count(step: Any, rows: list[int]) -> Any:
+        picked[0] += len(rows)
+        return pick(step, rows)
+
+    monkeypatch.setattr(waiting, "_pick", count)
+    for number in range(1000):
+        add(context, 11 * number, ("l" if number % 10 == 0 else "") + chr(1000 + number) * 10)
+        context.drop([chr(1000 + number)] if number % 3 else [])
+        kept.append(sum(len(step.owners) for step in context._steps))
+    alive = context.rows
+    assert alive == 100 + 10 * 334
+    assert picked[0] < 10_100 / MOST_DROPPED
+    assert max(kept) <= (1 + MOST_DROPPED) * alive + LEAST_ROWS
+    context.write(model)
+    assert sum(len(states) for states, _, _ in model.stored) == alive
 
 
 def test_so_many_wait_at_most() -> None:

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from laguna_serve.plugins.adaptive.costs import Measured
 from laguna_serve.plugins.adaptive.judge import FEW, Judge
+
+
+def step(requests: int, tokens: int, seconds: float, *, drafted: bool) -> Measured:
+    return Measured(requests, 2 * requests * drafted, seconds, tokens=tokens, whole_s=seconds)
 
 
 @dataclass
@@ -39,14 +44,14 @@ def live(judge: Judge, requests: int, steps: int, gain: Callable[[int], float], 
     draw, lived = random.Random(1), Lived()
     slow: Callable[[int], float] = changes.get("slow", lambda _step: 1.0)  # type: ignore[assignment]
     drafts: Callable[[int], bool] = changes.get("drafts", lambda _step: True)  # type: ignore[assignment]
-    for step in range(steps):
+    for number in range(steps):
         allowed = judge.allows(requests)
         if allowed:
             judge.expect(requests, float(changes.get("expected", 0.1)))  # type: ignore[arg-type]
-        drafted = allowed and drafts(step)
+        drafted = allowed and drafts(number)
         tokens = 3 * requests if drafted else requests
-        seconds = (3 / math.exp(gain(step)) if drafted else 1.0) * slow(step) * math.exp(draw.gauss(-0.005, 0.1))
-        judge.observe(requests, tokens, seconds, drafted=drafted)
+        seconds = (3 / math.exp(gain(number)) if drafted else 1.0) * slow(number) * math.exp(draw.gauss(-0.005, 0.1))
+        judge.observe(step(requests, tokens, seconds, drafted=drafted), 0.0)
         lived.tokens += tokens
         lived.seconds += seconds
         lived.drafted_s += seconds if drafted else 0.0
@@ -104,13 +109,13 @@ def test_loads_are_judged_apart() -> None:
 def test_prompts_belong_to_the_load_that_they_were_read_for() -> None:
     """Drafts cost no step anything, and double what reading takes."""
     judge, drafted_s, seconds = Judge(), 0.0, 0.0
-    for step in range(20_000):
+    for number in range(20_000):
         drafting = judge.allows(32)
-        judge.observe(32, 32, 1.0, drafted=drafting)
+        judge.observe(step(32, 32, 1.0, drafted=drafting), 0.0)
         reading = 0.0
-        if step % 16 == 0:
+        if number % 16 == 0:
             reading = 8.0 if drafting else 4.0
-            judge.observe(0, 0, reading, drafted=False)
+            judge.observe(step(0, 0, reading, drafted=False), 4.0)
         seconds += 1.0 + reading
         drafted_s += (1.0 + reading) * drafting
     assert drafted_s < 0.1 * seconds
@@ -131,7 +136,20 @@ def test_what_a_stretch_leaves_to_the_next_is_not_held_against_it() -> None:
         since = since + 1 if allowed is drafting else 0
         drafting = allowed
         taken = (2.5 + (4 if since < 2 else 0)) if drafting else 1.0
-        judge.observe(32, 96 if drafting else 32, taken, drafted=drafting)
+        judge.observe(step(32, 96 if drafting else 32, taken, drafted=drafting), 0.0)
+        seconds += taken
+        drafted_s += taken * drafting
+    assert drafted_s > 0.9 * seconds
+
+
+def test_prompts_that_come_unevenly_change_no_verdict() -> None:
+    """Drafts gain a tenth; for every other fifty steps prompts take most of the time."""
+    judge, drafted_s, seconds = Judge(), 0.0, 0.0
+    for number in range(20_000):
+        drafting = judge.allows(32)
+        reading = 3.0 if number // 50 % 2 else 0.0
+        taken = 2.7 if drafting else 1.0
+        judge.observe(step(32, 96 if drafting else 32, taken + reading, drafted=drafting), reading)
         seconds += taken
         drafted_s += taken * drafting
     assert drafted_s > 0.9 * seconds
