@@ -13,10 +13,11 @@ from msgspec import UNSET, Struct, UnsetType
 from laguna_serve.evals.codegen.grading import Grade, Limits, Verdict, grade
 from laguna_serve.evals.codegen.printable import make_printable
 from laguna_serve.evals.codegen.result import ProblemsFile
-from laguna_serve.evals.codegen.samples import GradeLine, SampleLog
+from laguna_serve.evals.codegen.samples import GradeLine
 from laguna_serve.evals.codegen.weak_tests import Weakness
 from laguna_serve.evals.problems.problem import Problem
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.journal import KeyedJournal
 
 SOLUTIONS = "solutions.jsonl"
 
@@ -71,7 +72,7 @@ def check_solutions(
         JailError: the sandbox could not be set up.
         JournalError, OSError: the folder's file cannot be read or written.
     """
-    log = SampleLog(folder / SOLUTIONS, GradeLine) if folder is not None else None
+    log = KeyedJournal(folder / SOLUTIONS, GradeLine, lambda line: line.key) if folder is not None else None
     checked: list[Checked] = []
 
     def check(problem: Problem) -> Checked:

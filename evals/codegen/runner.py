@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from laguna_serve.evals.codegen.grading import Limits, grade_answer
-from laguna_serve.evals.codegen.samples import AnswerLine, GradeLine, Key, SampleLog
+from laguna_serve.evals.codegen.samples import AnswerLine, GradeLine, Key
 from laguna_serve.evals.extraction.extract import STOPS
 from laguna_serve.evals.problems.problem import Form, Problem
 from laguna_serve.evals.problems.protocols import make_prompt
@@ -22,6 +22,7 @@ from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.client.sampling import RequestFields
+from laguna_serve.serving.kit.journal import KeyedJournal
 from laguna_serve.serving.kit.results import JsonObject
 
 ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
@@ -85,7 +86,8 @@ async def run_samples(
         JournalError, OSError: the folder's files cannot be read or written.
     """
     keys = [(problem, (problem.task_id, number)) for problem in problems for number in range(workload.samples)]
-    answers, grades = SampleLog(folder / ANSWERS, AnswerLine), SampleLog(folder / GRADES, GradeLine)
+    answers = KeyedJournal(folder / ANSWERS, AnswerLine, lambda line: line.key)
+    grades = KeyedJournal(folder / GRADES, GradeLine, lambda line: line.key)
     missing = [(problem, key) for problem, key in keys if key not in grades.by_key or key not in answers.by_key]
     finished: list[Key] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading") as pool:
@@ -105,7 +107,7 @@ async def run_samples(
 
 
 async def _answer(
-    endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: SampleLog[AnswerLine]
+    endpoint: Endpoint, problem: Problem, key: Key, workload: Workload, answers: KeyedJournal[Key, AnswerLine]
 ) -> str | None:
     """Return the sample's answer, kept or asked for; None when the request failed, which is noted."""
     kept = answers.by_key.get(key)

@@ -1,15 +1,11 @@
-"""Answers and grades of a run as they come, a line for each sample of a problem, so that a run can be continued."""
+"""Lines of a run's answers and grades as they come, one for each sample of a problem, so that it can be continued."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Generic, TypeVar
 
 import msgspec
 
 from laguna_serve.evals.codegen.grading import Grade, Verdict
 from laguna_serve.serving.client.openai_endpoint import Answer
-from laguna_serve.serving.kit.journal import Journal
 
 Key = tuple[str, int]
 
@@ -72,20 +68,3 @@ class GradeLine(Line, frozen=True, kw_only=True):
     def grade(self) -> Grade:
         """As grading.py gave it."""
         return Grade(**{name: getattr(self, name) for name in Grade.__dataclass_fields__})
-
-
-L = TypeVar("L", bound=Line)
-
-
-class SampleLog(Generic[L]):
-    """`by_key`: lines by (task_id, sample); a later one takes the place of an earlier one."""
-
-    def __init__(self, path: Path, kind: type[L]) -> None:
-        """Read those that are there. Raises JournalError."""
-        self._journal = Journal(path, kind)
-        self.by_key: dict[Key, L] = {line.key: line for line in self._journal.entries}
-
-    def add(self, line: L) -> None:
-        """File a line; it is with the system when this returns."""
-        self._journal.append(line)
-        self.by_key[line.key] = line

@@ -53,7 +53,7 @@ async def read_prompts(
         EndpointError: a request failed.
     """
     for prompt in prompts:
-        if prompt.id not in kept.by_id:
+        if prompt.id not in kept.by_key:
             ids = await client.read(prompt, endpoint)
             plain = await endpoint.tokenize(prompt.text, special=False)
             kept.add(ReadPrompt(prompt.id, tuple(ids[-most:]), tuple(plain), len(ids) > most))
@@ -66,7 +66,7 @@ async def check_tokenizer(name: str, endpoint: ScoringEndpoint, prompts: Sequenc
         EndpointError: it reads other ones, or a request failed.
     """
     for prompt in prompts:
-        if tuple(await endpoint.tokenize(prompt.text, special=False)) != kept.by_id[prompt.id].plain_ids:
+        if tuple(await endpoint.tokenize(prompt.text, special=False)) != kept.by_key[prompt.id].plain_ids:
             got = f"one that reads prompt {prompt.id} as other tokens"
             raise EndpointError(f"{name}: expected the baseline's tokenizer, got {got}; choose another {name}")
 

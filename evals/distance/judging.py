@@ -16,10 +16,10 @@ def list_unjudged(
 ) -> list[tuple[str, Answer]]:
     """List the answers without a loss, prompt by prompt, each with its reference; an empty one has none to get."""
     return [
-        (name, kept.by_id[prompt])
+        (name, kept.by_key[prompt])
         for prompt in prompts
         for name, kept in answers.items()
-        if kept.by_id[prompt].token_ids and prompt not in losses[name].by_id
+        if kept.by_key[prompt].token_ids and prompt not in losses[name].by_key
     ]
 
 
@@ -38,7 +38,7 @@ def find_room(endpoint: ScoringEndpoint, max_tokens: int) -> int:
 
 def count_shortened(prompts: Sequence[ReadPrompt], losses: Mapping[str, KeptLosses]) -> int:
     """Count the prompts of which the judge read the end alone."""
-    read = {prompt: loss.context for kept in losses.values() for prompt, loss in kept.by_id.items()}
+    read = {prompt: loss.context for kept in losses.values() for prompt, loss in kept.by_key.items()}
     return sum(read.get(prompt.id, len(prompt.prompt_ids)) < len(prompt.prompt_ids) for prompt in prompts)
 
 
@@ -61,7 +61,7 @@ async def judge_answers(
     async def work(item: tuple[str, Answer]) -> None:
         nonlocal done
         name, answer = item
-        context = prompts.by_id[answer.id].prompt_ids[-room:]
+        context = prompts.by_key[answer.id].prompt_ids[-room:]
         losses = await endpoint.score([*context, *answer.token_ids])
         nats = math.fsum(losses[len(context) - 1 :])
         kept[name].add(Loss(answer.id, nats, len(answer.token_ids), len(context)))

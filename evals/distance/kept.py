@@ -7,11 +7,10 @@ beside them, in a file for each judge: whoever removes the folder removes what w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import msgspec
 
-from laguna_serve.serving.kit.journal import Journal
+from laguna_serve.serving.kit.journal import Journal, KeyedJournal
 
 
 class ReadPrompt(msgspec.Struct, frozen=True):
@@ -58,33 +57,16 @@ class Loss(msgspec.Struct, frozen=True):
     context: int
 
 
-Entry = TypeVar("Entry", ReadPrompt, Answer, Loss)
+KeptPrompts = KeyedJournal[str, ReadPrompt]
+KeptLosses = KeyedJournal[str, Loss]
 
 
-class KeptEntries(Generic[Entry]):
-    """A journal with at most one entry that counts for each prompt, in `by_id`."""
-
-    def __init__(self, path: Path, kind: type[Entry]) -> None:
-        """Read those that are there. Raises JournalError."""
-        self._journal: Journal[Entry] = Journal(path, kind)
-        self.by_id: dict[str, Entry] = {entry.id: entry for entry in self._journal.entries}
-
-    def add(self, entry: Entry) -> None:
-        """File an entry; it is with the system when this returns."""
-        self._journal.append(entry)
-        self.by_id[entry.id] = entry
-
-
-KeptPrompts = KeptEntries[ReadPrompt]
-KeptLosses = KeptEntries[Loss]
-
-
-class KeptAnswers(KeptEntries[Answer]):
+class KeptAnswers(KeyedJournal[str, Answer]):
     """A reference's answers; `stretches`: how long they took."""
 
     def __init__(self, folder: Path) -> None:
         """Read those that are there. Raises JournalError."""
-        super().__init__(folder / "answers.jsonl", Answer)
+        super().__init__(folder / "answers.jsonl", Answer, lambda answer: answer.id)
         self._stretches = Journal(folder / "stretches.jsonl", Stretch)
 
     @property

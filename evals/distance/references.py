@@ -112,15 +112,15 @@ def name_judge(config: ReferencesConfig) -> str:
 def assemble(config: ReferencesConfig, job: Job, environment: Environment, kept: Kept) -> ReferencesResult:
     """Assemble the result of answers and losses that are all there."""
     ids = [prompt.id for prompt in job.prompts]
-    read = [kept.prompts.by_id[prompt] for prompt in ids]
-    tokens = {name: [kept.answers[name].by_id[prompt].token_ids for prompt in ids] for name in job.specs}
+    read = [kept.prompts.by_key[prompt] for prompt in ids]
+    tokens = {name: [kept.answers[name].by_key[prompt].token_ids for prompt in ids] for name in job.specs}
     scored = list_scored(tokens)
     losses = {
-        name: [loss.nats / loss.tokens for loss in (kept.losses[name].by_id[ids[number]] for number in scored)]
+        name: [loss.nats / loss.tokens for loss in (kept.losses[name].by_key[ids[number]] for number in scored)]
         for name in job.specs
     }
     lines = {
-        name: [reward_lines(prompt, kept.answers[name].by_id[prompt.id]) for prompt in job.prompts]
+        name: [reward_lines(prompt, kept.answers[name].by_key[prompt.id]) for prompt in job.prompts]
         for name in job.specs
     }
     references = {}
@@ -155,9 +155,9 @@ def assemble(config: ReferencesConfig, job: Job, environment: Environment, kept:
                 prompt_tokens=len(prompt.prompt_ids),
                 tokens={name: len(found[number]) for name, found in tokens.items()},
                 nats={
-                    name: losses.by_id[prompt.id].nats
+                    name: losses.by_key[prompt.id].nats
                     for name, losses in kept.losses.items()
-                    if prompt.id in losses.by_id
+                    if prompt.id in losses.by_key
                 },
                 python_lines={name: found[number] for name, found in lines.items()},
             )

@@ -68,13 +68,16 @@ def run(job: Job, progress: Progress) -> Kept:
         JournalError: a file of what was kept cannot be read.
     """
     kept = Kept(
-        KeptPrompts(job.folder / "prompts.jsonl", ReadPrompt),
+        KeptPrompts(job.folder / "prompts.jsonl", ReadPrompt, lambda prompt: prompt.id),
         {name: KeptAnswers(job.find_folder(name)) for name in job.specs},
-        {name: KeptLosses(job.find_folder(name) / f"losses-{job.judge_key}.jsonl", Loss) for name in job.specs},
+        {
+            name: KeptLosses(job.find_folder(name) / f"losses-{job.judge_key}.jsonl", Loss, lambda loss: loss.id)
+            for name in job.specs
+        },
     )
     for name, spec in job.specs.items():
-        missing = [prompt.id for prompt in job.prompts if prompt.id not in kept.answers[name].by_id]
-        unread = name == BASELINE and any(prompt.id not in kept.prompts.by_id for prompt in job.prompts)
+        missing = [prompt.id for prompt in job.prompts if prompt.id not in kept.answers[name].by_key]
+        unread = name == BASELINE and any(prompt.id not in kept.prompts.by_key for prompt in job.prompts)
         if missing or unread:
             with open_arm(spec, job.find_folder(name), progress.say) as arm:
                 asyncio.run(_collect(job, arm, missing, kept, progress))
@@ -91,7 +94,7 @@ async def _collect(job: Job, arm: Arm, missing: Sequence[str], kept: Kept, progr
             client = AnswerClient(session, arm.base_url, endpoint.model_name, job.max_tokens, {"ignore_eos": False})
             if arm.name == BASELINE:
                 await read_prompts(client, endpoint, job.prompts, _find_most(job, endpoint), kept.prompts)
-                if cut := sum(kept.prompts.by_id[prompt.id].is_cut for prompt in job.prompts):
+                if cut := sum(kept.prompts.by_key[prompt.id].is_cut for prompt in job.prompts):
                     progress.say(f"{cut} of {len(job.prompts)} prompts are cut from the left")
             else:
                 await check_tokenizer(arm.name, endpoint, job.prompts, kept.prompts)
@@ -100,7 +103,7 @@ async def _collect(job: Job, arm: Arm, missing: Sequence[str], kept: Kept, progr
                 return
             progress.say(f"asking the {arm.name} for {len(missing)} of {len(job.prompts)} answers")
             progress.begin()
-            prompts = [kept.prompts.by_id[prompt] for prompt in missing]
+            prompts = [kept.prompts.by_key[prompt] for prompt in missing]
             await ask_and_count(
                 session,
                 arm.base_url,
@@ -154,7 +157,7 @@ def _find_most(job: Job, endpoint: ScoringEndpoint) -> int:
 def _check_room(job: Job, name: str, endpoint: ScoringEndpoint, kept: KeptPrompts) -> None:
     """Raise EndpointError where a reference's context is too short for what the baseline has read."""
     room = endpoint.max_model_len - job.canvas
-    longest = max(len(kept.by_id[prompt.id].prompt_ids) for prompt in job.prompts)
+    longest = max(len(kept.by_key[prompt.id].prompt_ids) for prompt in job.prompts)
     if longest > room:
         remedy = f"begin another --out with --prompt-tokens {room}" if room > 0 else "lower --max-tokens"
         raise EndpointError(f"{name}: expected room for prompts of {longest} tokens, got {max(room, 0)}; {remedy}")

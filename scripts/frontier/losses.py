@@ -15,7 +15,7 @@ from laguna_serve.scripts.frontier.masks import Mask
 from laguna_serve.scripts.text.rows import TextRows
 from laguna_serve.scripts.training.pruning.changes import changed
 from laguna_serve.scripts.training.pruning.losses import mean_loss
-from laguna_serve.serving.kit.journal import Journal
+from laguna_serve.serving.kit.journal import KeyedJournal
 from laguna_serve.serving.kit.progress import Progress
 
 UNPRUNED = "unpruned"
@@ -38,19 +38,18 @@ class Meter:
         self.text, self._shape = text, shape
         self.targets = np.array([int(scored.sum()) for scored in text.scored])
         self._progress = Progress()
-        self._journal = Journal(path, MeasuredPoint, self._progress.say)
-        self._done = {(point.format, point.digest): point for point in self._journal.entries}
+        self._journal = KeyedJournal(path, MeasuredPoint, lambda one: (one.format, one.digest), self._progress.say)
 
     def list_missing(self, stored: str, masks: Sequence[Mask]) -> dict[str, Mask | None]:
         """Digest → mask of what is not yet measured in that format; the unpruned model is None."""
         wanted: dict[str, Mask | None] = {UNPRUNED: None, **{mask.digest: mask for mask in masks}}
-        return {digest: mask for digest, mask in wanted.items() if (stored, digest) not in self._done}
+        return {digest: mask for digest, mask in wanted.items() if (stored, digest) not in self._journal.by_key}
 
     def begin(self, missing: int) -> None:
         """Say how much there is to measure; the time that is left counts from here."""
         self._total, self._rows_done = missing * len(self.text.rows), 0
-        if missing and self._done:
-            self._progress.say(f"continues: {len(self._done)} losses are there, {missing} are missing")
+        if missing and self._journal.by_key:
+            self._progress.say(f"continues: {len(self._journal.by_key)} losses are there, {missing} are missing")
         self._progress.begin()
 
     def measure(self, model: Any, stored: str, missing: dict[str, Mask | None]) -> None:
@@ -62,13 +61,11 @@ class Meter:
             else:
                 with changed(model, self._shape, mask.change):
                     nats = self._measure(model, f"{stored} {label}")
-            point = MeasuredPoint(format=stored, digest=digest, label=label, nats=tuple(nats.tolist()))
-            self._journal.append(point)
-            self._done[stored, digest] = point
+            self._journal.add(MeasuredPoint(format=stored, digest=digest, label=label, nats=tuple(nats.tolist())))
 
     def read(self, stored: str, mask: Mask | None) -> npt.NDArray[np.float64]:
         """[R]: summed loss of each row, in nats, which is there by now."""
-        return np.array(self._done[stored, UNPRUNED if mask is None else mask.digest].nats)
+        return np.array(self._journal.by_key[stored, UNPRUNED if mask is None else mask.digest].nats)
 
     def _measure(self, model: Any, label: str) -> npt.NDArray[np.float64]:
         means = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,6 +18,7 @@ import msgspec
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import explain_write
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -86,3 +87,20 @@ class Journal(Generic[T]):
         except (ValueError, RecursionError) as error:
             expected = "expected a line of this journal"
             raise JournalError(f"{self._path}:{number}: {expected}, got one where {error}; remove it") from None
+
+
+class KeyedJournal(Generic[K, T]):
+    """A journal of which one entry counts for each key: in `by_key`, the latest."""
+
+    def __init__(
+        self, path: Path, kind: type[T], find_key: Callable[[T], K], say: Callable[[str], None] = _print
+    ) -> None:
+        """Read the file, if there is one. Raises JournalError, OSError."""
+        self._journal = Journal(path, kind, say)
+        self._find_key = find_key
+        self.by_key: dict[K, T] = {find_key(entry): entry for entry in self._journal.entries}
+
+    def add(self, entry: T) -> None:
+        """Add an entry; it is with the system when this returns. Raises JournalError, WriteError."""
+        self._journal.append(entry)
+        self.by_key[self._find_key(entry)] = entry

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from laguna_serve.serving.kit.journal import Journal, JournalError
+from laguna_serve.serving.kit.journal import Journal, JournalError, KeyedJournal
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -34,6 +34,19 @@ def test_entries_come_back(tmp_path: Path) -> None:
     assert again.entries == ENTRIES
     again.append(ENTRIES[0])
     assert Journal(path, Entry).entries == again.entries == [*ENTRIES, ENTRIES[0]]
+
+
+def test_latest_entry_of_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    write(path)
+    journal = KeyedJournal(path, Entry, lambda entry: entry.name)
+    assert list(journal.by_key.values()) == ENTRIES
+    for value in (2.0, 3.0):
+        journal.add(Entry("a", value))
+        assert journal.by_key["a"].value == value
+    again = KeyedJournal(path, Entry, lambda entry: entry.name)
+    assert again.by_key == journal.by_key == {entry.name: entry for entry in (*ENTRIES, Entry("a", 3.0))}
+    assert len(Journal(path, Entry).entries) == len(ENTRIES) + 2
 
 
 def test_cut_at_any_byte_it_keeps_what_was_whole_and_goes_on(
