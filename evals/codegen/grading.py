@@ -185,12 +185,6 @@ def _run_canonical(problem: Problem, program: str, limits: Limits) -> tuple[Base
     return baseline, settled
 
 
-def forget_baselines() -> None:
-    """Run every canonical solution anew."""
-    with _lock:
-        _baselines.clear()
-
-
 def _judge_canonical(trial: Trial, limits: Limits) -> tuple[Baseline, bool]:
     """Make the baseline, and say whether another run would say the same."""
     tests = trial.passed + trial.weak

@@ -94,15 +94,6 @@ class Parser:
         return self.defines(code, name) and self.compiles(code)
 
 
-def extract_program(answer: str, problem: Problem, form: Form) -> str:
-    """Extract the whole program to grade.
-
-    Raises:
-        ExtractionError: the answer is too long, or ends within its thoughts.
-    """
-    return read_program(answer, problem, form)[0]
-
-
 def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
     """Read the whole program to grade, and whether it parses and defines the function.
 
@@ -301,7 +292,6 @@ __all__ = [
     "ExtractionError",
     "Form",
     "cut_at_stops",
-    "extract_program",
     "find_fences",
     "make_budget",
     "read_program",

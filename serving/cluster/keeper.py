@@ -120,10 +120,6 @@ class WeightKeeper:
         self._members[model][replica] = Member(time.monotonic(), told)
         return True
 
-    async def list_members(self, model: str) -> list[str]:
-        """List the replicas that have the weights of now."""
-        return sorted(self._members[model])
-
     async def update(self, model: str, new: NewWeights, mode: str = "keep") -> UpdateReport:
         """Give all replicas new weights, or none.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
 
-from laguna_serve.evals.extraction.extract import ExtractionError, extract_program, find_fences
+from laguna_serve.evals.extraction.extract import ExtractionError, find_fences, read_program
 from laguna_serve.evals.extraction.fences import find_open_string
 from laguna_serve.evals.problems import Problem
 
@@ -65,7 +65,7 @@ def call(program: str, name: str, *args: object) -> object:
 
 @pytest.mark.parametrize("answer", CHAT.values(), ids=CHAT)
 def test_chat_answer_gives_the_function(answer: str) -> None:
-    assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+    assert call(read_program(answer, ADD, "chat")[0], "add", 2, 3) == 5
 
 
 # What stands in a docstring of the answer's code.
@@ -107,7 +107,7 @@ def test_fence_in_a_docstring_does_not_end_the_code(inside: str, around: str, qu
     code = f"def add(a, b):\n    {quote}Add.\n\n{text}\n    {quote}\n    return a + b\n"
     margin = MARGINS.get(around, "")
     answer = AROUND[around].format("".join(f"{margin}{line}\n" for line in code.splitlines()))
-    assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+    assert call(read_program(answer, ADD, "chat")[0], "add", 2, 3) == 5
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_fence_in_a_docstring_does_not_end_the_code(inside: str, around: str, qu
 )
 def test_block_with_an_open_string_does_not_swallow_the_next(first: str) -> None:
     answer = f"```python\n{first}```\nBetter:\n```python\n{WHOLE}```\n"
-    assert call(extract_program(answer, ADD, "chat"), "add", 2, 3) == 5
+    assert call(read_program(answer, ADD, "chat")[0], "add", 2, 3) == 5
 
 
 @pytest.mark.parametrize(
@@ -151,42 +151,42 @@ def test_open_strings_are_followed(line: str, before: str, behind: str) -> None:
 def test_imports_and_helpers_of_the_prompt_are_there() -> None:
     code = "from __future__ import annotations\n\ndef total(numbers: List[float]):\n    return sum(numbers)\n"
     answer = f"```python\n{code}```"
-    program = extract_program(answer, PLUS, "chat")
+    program = read_program(answer, PLUS, "chat")[0]
     assert call(program, "total", [1, 2]) == 3
     assert "from typing import List" in program
     assert (
-        call(extract_program("```\ndef decode(t):\n    return encode(t)\n```", DECODE, "chat"), "decode", "ab") == "ba"
+        call(read_program("```\ndef decode(t):\n    return encode(t)\n```", DECODE, "chat")[0], "decode", "ab") == "ba"
     )
 
 
 def test_prompt_without_docstring_gives_its_header() -> None:
     problem = Problem("x", "import math\n\n@staticmethod\ndef root(x):", "root", "", None)
-    assert extract_program("def root(x):\n    return math.sqrt(x)\n", problem, "chat").startswith(
+    assert read_program("def root(x):\n    return math.sqrt(x)\n", problem, "chat")[0].startswith(
         "import math\n\ndef root"
     )
 
 
 def test_broken_code_stays_broken() -> None:
     cut_off = "```python\ndef add(a, b):\n    return (a +"
-    assert "def add(a, b):\n    return (a +" in extract_program(cut_off, ADD, "chat")
-    assert extract_program("I cannot.", ADD, "chat") == "I cannot.\n"
+    assert "def add(a, b):\n    return (a +" in read_program(cut_off, ADD, "chat")[0]
+    assert read_program("I cannot.", ADD, "chat")[0] == "I cannot.\n"
 
 
 def test_thoughts_without_an_end_are_no_answer() -> None:
     """What is drafted in them was not said."""
     drafted = f"<think>\nMaybe\n```python\n{WHOLE}```\nNo, wait"
     with pytest.raises(ExtractionError, match="thoughts without an end"):
-        extract_program(drafted, ADD, "chat")
-    assert call(extract_program(f"{drafted}</think>{WHOLE}", ADD, "chat"), "add", 2, 3) == 5
-    assert call(extract_program(f"{WHOLE}# not <think>\n", ADD, "chat"), "add", 2, 3) == 5
+        read_program(drafted, ADD, "chat")
+    assert call(read_program(f"{drafted}</think>{WHOLE}", ADD, "chat")[0], "add", 2, 3) == 5
+    assert call(read_program(f"{WHOLE}# not <think>\n", ADD, "chat")[0], "add", 2, 3) == 5
 
 
 def test_completion_goes_on_from_the_prompt_and_is_cut() -> None:
     answer = "    # sum\n    return a + b\n\n\ndef other():\n    pass\n"
-    program = extract_program(answer, ADD, "completion")
+    program = read_program(answer, ADD, "completion")[0]
     assert program == ADD.prompt + "    # sum\n    return a + b\n\n"
     for stop in ("\nclass A:", "\n# end", "\nif __name__", "\nprint(1)"):
-        assert extract_program(f"    return 1{stop}", ADD, "completion") == ADD.prompt + "    return 1"
+        assert read_program(f"    return 1{stop}", ADD, "completion")[0] == ADD.prompt + "    return 1"
 
 
 def test_fences_are_told_apart() -> None:

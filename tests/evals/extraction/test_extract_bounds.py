@@ -19,8 +19,8 @@ from laguna_serve.evals.extraction.extract import (
     MAX_ANSWER_CHARS,
     ExtractionError,
     Parser,
-    extract_program,
     make_budget,
+    read_program,
 )
 from laguna_serve.evals.extraction.worker import Worker, read_safely
 
@@ -89,7 +89,7 @@ UNITS = {
 def test_work_is_linear_in_the_answer(unit: str, tail: str) -> None:
     def read(chars: int) -> int:
         answer = (unit * chars)[:chars] + tail
-        return count_lines(lambda: extract_program(answer, ADD, "chat"))
+        return count_lines(lambda: read_program(answer, ADD, "chat"))
 
     small, large = read(1500), read(3000)
     assert large <= 3000 * LINES_PER_CHAR
@@ -99,7 +99,7 @@ def test_work_is_linear_in_the_answer(unit: str, tail: str) -> None:
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from([*UNITS.values(), "    ", "return a + b\n", "text "]), max_size=80).map("".join))
 def test_work_is_bounded_for_any_mixture(answer: str) -> None:
-    assert count_lines(lambda: extract_program(answer, ADD, "chat")) <= len(answer) * LINES_PER_CHAR + LINES_FLOOR
+    assert count_lines(lambda: read_program(answer, ADD, "chat")) <= len(answer) * LINES_PER_CHAR + LINES_FLOOR
 
 
 @settings(max_examples=60)
@@ -115,7 +115,7 @@ def test_parser_is_handed_a_bounded_number_of_characters(answer: str) -> None:
     real = extract.ast.parse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract.ast, "parse", count)
-        extract_program(answer, ADD, "chat")
+        read_program(answer, ADD, "chat")
     # The program that comes out of it is parsed once more, and its prompt's header twice.
     assert handed <= make_budget(answer, ADD) + 2 * (len(answer) + 4 * len(ADD.prompt)) + 100
 
@@ -128,9 +128,9 @@ def test_spent_parser_parses_nothing() -> None:
 
 def test_answer_beyond_the_limit_is_refused_by_its_length() -> None:
     with pytest.raises(ExtractionError, match=f"expected at most {MAX_ANSWER_CHARS} characters, got"):
-        extract_program("x" * (MAX_ANSWER_CHARS + 1), ADD, "chat")
+        read_program("x" * (MAX_ANSWER_CHARS + 1), ADD, "chat")
     thoughts = "x" * (2 * MAX_ANSWER_CHARS) + "</think>def add(a, b):\n    return a + b\n"
-    assert "return a + b" in extract_program(thoughts, ADD, "chat"), "thoughts do not count"
+    assert "return a + b" in read_program(thoughts, ADD, "chat")[0], "thoughts do not count"
 
 
 def test_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

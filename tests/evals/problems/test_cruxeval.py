@@ -12,7 +12,7 @@ from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen.grading import grade_answer
-from laguna_serve.evals.extraction.extract import ExtractionError, extract_program
+from laguna_serve.evals.extraction.extract import ExtractionError, read_program
 from laguna_serve.evals.problems import load_problems
 from laguna_serve.evals.problems.cruxeval_rows import find_value, is_literal
 from laguna_serve.evals.problems.protocols import make_prompt
@@ -104,7 +104,7 @@ def test_helpers_and_keywords_of_the_call_are_the_rows_own(problem: Any, value: 
 
 def test_answer_without_a_value_is_refused() -> None:
     with pytest.raises(ExtractionError, match="expected an assertion or a value, got neither"):
-        extract_program("no idea at all", COUNTS, "chat")
+        read_program("no idea at all", COUNTS, "chat")
 
 
 @needs_walls

@@ -13,7 +13,7 @@ from walls_here import needs_walls
 
 from laguna_serve.evals import code_tasks
 from laguna_serve.evals.codegen.runner import Workload
-from laguna_serve.evals.extraction.extract import cut_at_stops, extract_program
+from laguna_serve.evals.extraction.extract import cut_at_stops, read_program
 from laguna_serve.evals.problems import find_form, load_problems, read_rows
 from laguna_serve.evals.problems.problem import Problem
 from laguna_serve.evals.problems.protocols import ALLOWED, PROTOCOLS, make_prompt
@@ -46,7 +46,7 @@ def test_bigcode_strips_humanevals_prompt() -> None:
         *("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
     }
     # What the prompt lost comes with the answer, so the canonical solution is whole again.
-    program = extract_program("\n" + str(problem.canonical_solution), problem, "completion")
+    program = read_program("\n" + str(problem.canonical_solution), problem, "completion")[0]
     assert program == GAP_PROMPT.strip() + "\n" + str(problem.canonical_solution)
 
 
@@ -91,7 +91,7 @@ def test_mbpp_plus_of_the_hub_is_asked_as_of_evalplus_file() -> None:
 def test_completions_are_cut_at_the_first_stop_word(answer: str, kept: str) -> None:
     problem = load("mbpp/mbpp.jsonl", "bigcode")
     assert cut_at_stops(answer, problem.stops) == kept
-    assert extract_program(answer, problem, "completion") == problem.asked + kept
+    assert read_program(answer, problem, "completion")[0] == problem.asked + kept
 
 
 def test_endpoint_is_told_four_stops_of_the_protocol_and_the_template() -> None:

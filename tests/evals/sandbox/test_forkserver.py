@@ -18,7 +18,8 @@ import pytest
 from humaneval_like import ADD, PLUS, make_problem
 from walls_here import make_limits, needs_walls
 
-from laguna_serve.evals.codegen.grading import forget_baselines, grade
+from laguna_serve.evals.codegen import grading
+from laguna_serve.evals.codegen.grading import grade
 from laguna_serve.evals.sandbox import JailError, Limits, run_trial, servers, stop_servers
 
 pytestmark = [needs_walls, pytest.mark.slow]
@@ -217,7 +218,7 @@ def test_numpy_is_imported_once_for_tests_that_want_it() -> None:
 
 @pytest.mark.slow
 def test_candidates_of_one_problem_wait_for_one_canonical_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_baselines()
+    grading._baselines.clear()
     programs: list[str] = []
 
     def run(problem: object, program: str, *rest: object) -> object:

@@ -19,7 +19,8 @@ import pytest
 from humaneval_like import ADD, make_problem
 from walls_here import make_limits, needs_namespaces, needs_walls
 
-from laguna_serve.evals.codegen.grading import Grade, forget_baselines, grade
+from laguna_serve.evals.codegen import grading
+from laguna_serve.evals.codegen.grading import Grade, grade
 from laguna_serve.evals.sandbox import JailError, Limits, child, find_obstacle, roles, run_trial, stop_servers
 from laguna_serve.evals.sandbox.walls import seccomp
 
@@ -322,7 +323,7 @@ def test_filter_refuses_a_machine_whose_numbers_it_does_not_know(monkeypatch: py
 
 @pytest.mark.slow
 def test_canonical_count_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_baselines()
+    grading._baselines.clear()
     runs = []
     monkeypatch.setattr(
         "laguna_serve.evals.codegen.grading.run_trial", lambda *args: runs.append(args) or run_trial(*args)

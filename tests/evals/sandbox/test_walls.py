@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from humaneval_like import ADD, PLUS, make_problem
 
-from laguna_serve.evals.codegen.grading import forget_baselines, grade
+from laguna_serve.evals.codegen import grading
+from laguna_serve.evals.codegen.grading import grade
 from laguna_serve.evals.sandbox import (
     JailError,
     Limits,
@@ -326,7 +327,7 @@ def test_seal_knows_others_lines() -> None:
 @pytest.mark.parametrize("text", [b"++++++\n", b"+", b'{"ending": "ended", "detail": "", "record": null}\n'])
 def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     """Should a program ever reach the judge's channel: here, somebody writes there before the judge."""
-    forget_baselines()
+    grading._baselines.clear()
     limits = Limits(walls=choose_walls())  # which tries them
     spawn = child.spawn
 
