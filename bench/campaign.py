@@ -24,7 +24,7 @@ from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, to_json
-from laguna_serve.serving.kit.run_dir import check_out_file
+from laguna_serve.serving.kit.run_dir import check_out, check_out_file
 
 __all__ = ["CampaignConfig", "CampaignResult", "main", "plan_campaign", "run"]
 EXAMPLES = """
@@ -70,10 +70,11 @@ def plan_campaign(config: CampaignConfig) -> CampaignPlan:
     """Plan what would run within the budget, after what the journal in `config.out` has of it.
 
     Raises:
-        PlanError: there is no such step; JournalError: the journal cannot be read.
+        PlanError: there is no such step; RunDirError: the folder can be none; JournalError: the journal cannot be read.
     """
     runs: dict[str, list[StepRun]] = {}
     if config.out is not None:
+        check_out(config.out)
         runs = group_runs(config, Journal(config.out / JOURNAL, StepRun).entries)
     return make_plan(config, runs)
 

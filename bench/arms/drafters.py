@@ -5,27 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import MOST_STATES, serves_diffusion
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, open_drafter
-from laguna_serve.serving.speculation.flags import parse_gamma, parse_gamma_or_adaptive
 
-Gamma = Annotated[
-    int | None,
-    Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N", parse=parse_gamma),
-]
-GammaOrAdaptive = Annotated[
-    int | Literal["adaptive"] | None,
-    Flag(
-        "tokens drafted per step, N or max (default: the drafter's most), or adaptive: decided in every step",
-        metavar="N",
-        parse=parse_gamma_or_adaptive,
-    ),
-]
 Dtype = Annotated[
     str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
 ]

@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import keep_proposals, serves_diffusion
-from laguna_serve.bench.arms.drafters import BeyondBlock, Dtype, GammaOrAdaptive, find_most
+from laguna_serve.bench.arms.drafters import BeyondBlock, Dtype, find_most
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.planning.launch import DTYPES, find_engine_dtype
-from laguna_serve.serving.speculation.flags import ADAPTIVE
+from laguna_serve.serving.speculation.flags import ADAPTIVE, GammaOrAdaptive
 
 # What of them decides how an arm answers; the first three name checkpoints.
 ENGINE_FLAGS = (

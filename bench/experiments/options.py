@@ -25,7 +25,9 @@ class CampaignConfig:
     part: Annotated[tuple[Part, ...], Flag(f"parts of the list: {', '.join(PARTS)} (default: all)", metavar="P,…")] = ()
     step: Annotated[tuple[str, ...], Flag("steps by name (default: all of the parts)", metavar="NAME,…")] = ()
     retry: Annotated[bool, Flag("once more for steps that failed or ran out of their time limit")] = False
-    plan: Annotated[bool, Flag("print what would run, and what not, and why; run nothing")] = False
+    plan: Annotated[
+        bool, Flag("print what would run after what --out holds, and what not, and why; run and write nothing")
+    ] = False
     rehearse: Annotated[bool, Flag("the same steps at toy size on the CPU: whether they run, not how fast")] = False
     xs2: Annotated[
         str | None, Flag("XS.2's weights, folder or cached hub id", metavar="M", group="published checkpoints")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import ArmSpec
-from laguna_serve.bench.arms.drafters import DrafterConfig, Gamma
+from laguna_serve.bench.arms.drafters import DrafterConfig
 from laguna_serve.bench.prefix.traffic import PLAIN, EngineSetting
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, Quick
+from laguna_serve.serving.speculation.flags import Gamma
 
 
 @dataclass(frozen=True, kw_only=True)

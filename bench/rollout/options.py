@@ -9,7 +9,6 @@ from typing import Annotated
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.drafters import (
     DrafterOrUrlsConfig,
-    GammaOrAdaptive,
     Sequential,
     check_draft_sampling,
 )
@@ -18,7 +17,7 @@ from laguna_serve.bench.harness.validity import MIN_PAIRS
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, parse_numbers
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling
+from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, GammaOrAdaptive
 
 GROUP = 8
 # Batches by default: one sequence alone, then so many groups.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from laguna_serve.bench.arms.drafters import Gamma, Temperature, TimedDrafterConfig, check_draft_sampling
+from laguna_serve.bench.arms.drafters import Temperature, TimedDrafterConfig, check_draft_sampling
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.bench.step_cost.engine import Decoded, StepEngine, open_engine
@@ -30,7 +30,7 @@ from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.flags import DraftSampling
+from laguna_serve.serving.speculation.flags import DraftSampling, Gamma
 
 __all__ = ["StepCostConfig", "StepCostResult", "main", "measure_steps"]
 EXAMPLES = """

@@ -16,7 +16,7 @@ import msgspec
 
 from laguna_serve.scripts.grpo_arms.report import render_markdown
 from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
-from laguna_serve.scripts.training.rl.config import ROOT, Gamma, GrpoConfig
+from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
 from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, train_policy
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import RunDirError, check_out
-from laguna_serve.serving.speculation.flags import DraftSampling
+from laguna_serve.serving.speculation.flags import DraftSampling, GammaOrAdaptive
 
 EXAMPLES = """examples:
   python scripts/grpo_arms --model tests/toy/teacher --draft tests/toy/dflash --seeds 0,1 --out out/arms
@@ -48,7 +48,7 @@ class ArmsConfig:
     out: Annotated[Path, Flag("folder for the runs and the result", metavar="DIR")]
     seeds: Annotated[tuple[int, ...], Flag("default 0", metavar="N,N,…")] = (0,)
     arms: Annotated[tuple[Arm, ...], Flag("of frozen, refreshed, none (default: all)", metavar="ARM,…")] = ARMS
-    gamma: Gamma = None
+    gamma: GammaOrAdaptive = None
     draft_sampling: DraftSampling = "probabilistic"
     prompts: Annotated[Path, Flag("as in scripts/grpo.py (default: the toy prompts)")] = (
         ROOT / "tests/toy/prompts.jsonl"

@@ -35,3 +35,15 @@ DraftSampling = Annotated[
         " which more of are accepted at the price of a vocabulary of fp32 per draft (default: greedy)"
     ),
 ]
+Gamma = Annotated[
+    int | None,
+    Flag("tokens drafted per step, N or max (default: the drafter's most)", metavar="N|max", parse=parse_gamma),
+]
+GammaOrAdaptive = Annotated[
+    int | Literal["adaptive"] | None,
+    Flag(
+        "tokens drafted per step, N or max (default: the drafter's most), or adaptive: decided in every step",
+        metavar="N|max|adaptive",
+        parse=parse_gamma_or_adaptive,
+    ),
+]

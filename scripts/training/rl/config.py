@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -13,16 +13,8 @@ from laguna_serve.scripts.training.rl.refresh.notes import RefreshRun
 from laguna_serve.scripts.training.rl.steps import GrpoRun
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import fingerprint
-from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
+from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, GammaOrAdaptive
 
-Gamma = Annotated[
-    int | Literal["adaptive"] | None,
-    Flag(
-        "tokens proposed per step (default: the most), or adaptive: decided in every step",
-        metavar="N|max|adaptive",
-        parse=parse_gamma_or_adaptive,
-    ),
-]
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -32,7 +24,7 @@ class GrpoConfig:
 
     model: Annotated[str, Flag("Laguna checkpoint to start from: a folder", metavar="M")]
     draft: Annotated[str | None, Flag("DFlash drafter that speculates for it", metavar="D")] = None
-    gamma: Gamma = None
+    gamma: GammaOrAdaptive = None
     draft_sampling: DraftSampling = "greedy"
     prompts: Annotated[
         Path,

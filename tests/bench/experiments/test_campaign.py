@@ -93,6 +93,9 @@ def test_plan_takes_what_fits_from_the_front_and_runs_nothing(
     assert steps["d"] == "by hand: `do`"
     assert "60 of 66 s planned, 2 steps" in text
     assert not (tmp_path / "out").exists()
+    (tmp_path / "plan.json").touch()
+    assert campaign.main(["--plan", "--out", str(tmp_path / "plan.json")]) == 2
+    assert "expected a folder, got the file" in capsys.readouterr().err
     assert campaign.main(["--plan", "--rehearse", "--budget-min", "1.1"]) == 0
     assert "3 steps rehearsed, for 66 s at most" in capsys.readouterr().out
 
