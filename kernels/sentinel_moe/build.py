@@ -29,6 +29,8 @@ AVX512_BF16 = (*AVX512, "-mavx512vl", "-mavx512bf16")
 VBMI = (*AVX512_BF16, "-mavx512vbmi")
 # Files that any processor runs, and by architecture those that it must have the instructions for.
 COMMON = ("driver", "op", "pairs", "paths")
+# For a processor that has nothing better, more of the compiler's time is not worth it.
+PORTABLE = {"path_portable": ("-O2",)}
 PATHS = {
     "x86_64": {
         "path_avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -90,8 +92,8 @@ def compile_library(compiler: Compiler, library: Path) -> Path:
         BuildError: a file that any processor needs does not compile, or they do not link.
     """
     own = PATHS.get(platform.machine(), {})
-    # The longest first; for a processor that has nothing better, more of the compiler's time is not worth it.
-    units: dict[str, tuple[str, ...]] = {**own, "path_portable": ("-O2",), **dict.fromkeys(COMMON, ())}
+    # The longest first.
+    units: dict[str, tuple[str, ...]] = {**own, **PORTABLE, **dict.fromkeys(COMMON, ())}
     torch_folder = Path(torch.__file__).parent
 
     def compile_unit(name: str) -> Path | None:

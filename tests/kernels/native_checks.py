@@ -12,12 +12,12 @@ from laguna_serve.kernels.sentinel_moe import build as sentinel
 
 HERE = Path(__file__).parent
 # The files of the sentinel op that need no torch.
-UNITS = ("driver", "pairs", "paths", "path_portable")
+UNITS = ("driver", "pairs", "paths")
 
 
 def compile_sentinel(compiler: str, machine: str, folder: Path, *link: str) -> Path:
     """Compile every path of a machine and native_check.cpp. Raises CalledProcessError."""
-    flags: Mapping[str, Sequence[str]] = {**sentinel.PATHS[machine], **dict.fromkeys(UNITS, ())}
+    flags: Mapping[str, Sequence[str]] = {**sentinel.PATHS[machine], **sentinel.PORTABLE, **dict.fromkeys(UNITS, ())}
     commands = [(sentinel.SOURCES / f"{name}.cpp", (*sentinel.STRICT, *own)) for name, own in flags.items()]
     commands.append((HERE / "native_check.cpp", ("-std=c++17", "-O1", f"-I{sentinel.SOURCES}")))
     return compile_program(compiler, commands, folder, link)

@@ -88,21 +88,6 @@ def test_shipped_problems_are_on_both_sides() -> None:
 
 @pytest.mark.slow
 @needs_verifiers
-def test_problems_that_ask_for_a_value_stay_such(tmp_path: Path) -> None:
-    cruxeval = Path(__file__).resolve().parents[1] / "published" / "cruxeval" / "cruxeval.jsonl"
-    settings = [{"split": "all", "problems": str(cruxeval)}, {"split": "all"}]
-    command = [str(BIN / "python"), str(Path(__file__).with_name("spec_rl_probe.py"))]
-    text = json.dumps(settings)
-    done = subprocess.run(
-        command, input=text, capture_output=True, text=True, timeout=120, env=make_env(tmp_path), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    kinds = [{task["kind"] for task in json.loads(line)["tasks"]} for line in done.stdout.splitlines()]
-    assert kinds == [{"value"}, {"function"}]
-
-
-@pytest.mark.slow
-@needs_verifiers
 def test_environment_loads_by_name(tmp_path: Path) -> None:
     small, large = (str(write_problems(tmp_path / f"{count}.jsonl", count)) for count in (12, 30))
     sides = [{"split": side, "problems": small} for side in ("train", "held_out", "all")]
@@ -114,7 +99,9 @@ def test_environment_loads_by_name(tmp_path: Path) -> None:
         ({"task": {"cpu_s": 0}}, "greater than or equal to 1"),
         ({"problems": str(write_problems(tmp_path / "1.jsonl", 1))}, "expected problems on both sides"),
     ]
-    settings = [*sides, {"split": "held_out", "problems": large}, {}, *(item for item, _ in bad)]
+    cruxeval = str(Path(__file__).resolve().parents[1] / "published" / "cruxeval" / "cruxeval.jsonl")
+    settings = [*sides, {"split": "held_out", "problems": large}, {}]
+    settings += [{"split": "all", "problems": cruxeval}, {"split": "all"}, *(item for item, _ in bad)]
     command = [str(BIN / "python"), str(Path(__file__).with_name("spec_rl_probe.py"))]
     done = subprocess.run(
         command,
@@ -126,7 +113,7 @@ def test_environment_loads_by_name(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    train, held_out, every, grown, shipped, *refused = map(json.loads, done.stdout.splitlines())
+    train, held_out, every, grown, shipped, values, functions, *refused = map(json.loads, done.stdout.splitlines())
     keys = [[task["key"] for task in found["tasks"]] for found in (train, held_out, every, grown)]
     assert keys[0]
     assert keys[1]
@@ -134,6 +121,8 @@ def test_environment_loads_by_name(tmp_path: Path) -> None:
     assert [key for key in keys[3] if key in keys[2]] == keys[1], "added problems move none"
     assert train["runtime"] == "subprocess", "not verifiers' default, a sandbox in the cloud"
     assert len(shipped["tasks"]) == len(split_problems(load_problems(SHIPPED))[0])
+    kinds = [{task["kind"] for task in found["tasks"]} for found in (values, functions)]
+    assert kinds == [{"value"}, {"function"}], "problems that ask for a value stay such"
     for found, (item, message) in zip(refused, bad, strict=True):
         assert message in found["error"], item
 
