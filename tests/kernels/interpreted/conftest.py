@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ def nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's work without what has no effect, which is more than half of it.
 
     Every call of a device function patches triton.language anew, though the launch has done so, and tl.core remains
-    patched after the first time; and sums of integers are checked for an overflow that only debug=True would report.
+    patched after the first time; sums of integers are checked for an overflow that only debug=True would report; and
+    each time that NumPy's name of a type is wanted, the table of them is made anew.
     Checked against triton 3.9.
     """
     import triton.language as tl
@@ -40,6 +42,14 @@ def nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(self: interpreter.InterpretedFunction, *args: object, **named: object) -> object:
         return self.rewrite()(*args, **named)
 
+    find, known = interpreter._get_np_dtype, dict[str, Any]()
+
+    def find_np_dtype(kind: Any) -> Any:
+        if kind.name not in known:
+            known[kind.name] = find(kind)
+        return known[kind.name]
+
+    monkeypatch.setattr(interpreter, "_get_np_dtype", find_np_dtype)
     options = interpreter.interpreter_builder.options
     assert not options.debug
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
