@@ -42,6 +42,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Have the interpreter find all objects when it ends: nanobind reports those that it does not."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is neither slow nor in need of vLLM or a GPU, before -m chooses; files that take long come first."""
