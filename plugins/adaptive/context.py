@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from laguna_serve.plugins.row_counts import pad
+
 # What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
 # cleared away yet comes on top: at most so many times as much.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
@@ -121,8 +123,10 @@ class WaitingContext:
         if not self._steps:
             return
         begin, rows = perf_counter(), self.rows
+        again = [_pick(self._steps[-1], [-1] * (pad(rows) - rows))]  # the last row, to a number that comes again
         states, positions, slots = (
-            torch.cat([getattr(step, name) for step in self._steps]) for name in ("states", "positions", "slots")
+            torch.cat([getattr(step, name) for step in self._steps + again])
+            for name in ("states", "positions", "slots")
         )
         self._steps = []
         self._rows.clear()

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from laguna_serve.plugins.row_counts import pad
+
 Ints = npt.NDArray[Any]
 
 
@@ -52,13 +54,16 @@ def read_accepted(
 def find_kept(bounds: Sequence[int], rejected: Sequence[int]) -> slice | Ints:
     """Find the rows of a step that hold committed tokens; a slice where they lie together.
 
-    They are each request's from `bounds` to the next bound, but for its last `rejected`.
+    They are each request's from `bounds` to the next bound, but for its last `rejected`; and the last of all again, to
+    a number that comes again.
     """
     kept = [(bounds[i], bounds[i + 1] - count) for i, count in enumerate(rejected)]
-    if len(kept) == 1 or not any(rejected[:-1]):
+    count = sum(end - begin for begin, end in kept)
+    added = pad(count) - count
+    if not added and (len(kept) == 1 or not any(rejected[:-1])):
         return slice(kept[0][0], kept[-1][1])
     rows: Ints = np.concatenate([np.arange(begin, end) for begin, end in kept])
-    return rows
+    return np.pad(rows, (0, added), mode="edge")
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,11 +84,12 @@ def _repair_runner() -> None:
         return
 
     def init(self: Sampler, *args: Any, **kwargs: Any) -> None:
-        from laguna_serve.plugins.repairs import collectives, compilation, seeds
+        from laguna_serve.plugins.repairs import collectives, compilation, padded_rows, seeds
 
         collectives.apply()
         compilation.apply()
         seeds.apply()
+        padded_rows.apply()
         drafted_sampling.apply_to_runner()
         stock_init(self, *args, **kwargs)
 

@@ -33,6 +33,8 @@ def test_tokens_outside_the_vocabulary_are_none() -> None:
         ([0, 8], [3], [0, 1, 2, 3, 4]),
         ([0, 3, 5], [0, 1], [0, 1, 2, 3]),
         ([0, 3, 5, 9], [1, 0, 2], [0, 1, 3, 4, 5, 6]),
+        ([0, 70], [3], [*range(67), *[66] * 13]),
+        ([0, 60, 70], [1, 0], [*range(59), *range(60, 70), *[69] * 11]),
     ],
 )
 def test_rejected_rows_are_left_out(bounds: list[int], rejected: list[int], expected: list[int]) -> None:
