@@ -33,15 +33,23 @@ class Batch:
 
 
 @pytest.mark.parametrize(
-    ("rows", "most", "ranks", "expected"),
-    [(10, 2048, 1, 10), (100, 2048, 1, 112), (300, 2048, 1, 320), (490, 500, 1, 500), (100, 2048, 2, 100)],
-    ids=["decoding", "a prompt", "more", "no room", "several ranks agree on theirs"],
+    ("rows", "most", "expected", "changes"),
+    [
+        (10, 2048, 10, {}),
+        (100, 2048, 112, {}),
+        (300, 2048, 320, {}),
+        (490, 500, 500, {}),
+        (100, 2048, 100, {"data_parallel_size": 2}),
+        (100, 2048, 100, {"is_pooling_model": True}),
+    ],
+    ids=["decoding", "a prompt", "more", "no room", "several ranks agree on theirs", "pooling"],
 )
-def test_a_step_is_padded_within_the_buffers(rows: int, most: int, ranks: int, expected: int) -> None:
+def test_a_step_is_padded_within_the_buffers(rows: int, most: int, expected: int, changes: dict[str, int]) -> None:
     from laguna_serve.plugins.repairs.padded_rows import wrap_padding
 
-    parallel: Any = SimpleNamespace(data_parallel_size=ranks)
-    runner = SimpleNamespace(max_num_tokens=most, vllm_config=SimpleNamespace(parallel_config=parallel))
+    parallel: Any = SimpleNamespace(data_parallel_size=changes.get("data_parallel_size", 1))
+    config, pooling = SimpleNamespace(parallel_config=parallel), "is_pooling_model" in changes
+    runner = SimpleNamespace(max_num_tokens=most, vllm_config=config, is_pooling_model=pooling)
     determine = wrap_padding(lambda _self, num_tokens, **_others: ("mode", Batch(num_tokens, 3), False, None))
     assert determine(runner, rows, num_reqs=3) == ("mode", Batch(expected, 3), False, None)
 
