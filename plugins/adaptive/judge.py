@@ -8,7 +8,8 @@ had read as many prompt tokens for what they answered.  Loads differ by their nu
 
 The sort that is behind is tried again when it is paid for: a small part of all time goes into a purse, and a stretch
 takes from it what it is expected to lose.  Before anything was compared, the gain is what the policy expects of its
-steps.  More than a few requests begin with a stretch without drafts, which loses little whatever is true.
+steps.  A load begins with a stretch without drafts, which loses little whatever is true.  Few requests are not judged:
+their steps say it all, and a stretch without drafts is half an answer to somebody.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from laguna_serve.plugins.adaptive.costs import Measured
 # Of all time, for stretches of the sort that is behind; one that is hardly behind counts as this much behind.
 EXPLORED, LEAST_LOSS = 0.005, 0.02
 # Tokens of a stretch: at least, and for each request as many as an answer has, between these.
-LEAST_TOKENS, LEAST_EACH, MOST_EACH = 128, 16.0, 128.0
+LEAST_TOKENS, LEAST_EACH, MOST_EACH = 256, 16.0, 128.0
 # Of a stretch after one of the other sort, and of a load's first one, as a share, what does not count: it writes what
 # that one left, or uses it, and requests come together that do not later.
 SKIPPED = 0.5
@@ -33,7 +34,7 @@ LEAST_SHARE = 0.1
 LEAST_DRAFTED = 0.1
 # As far as one comparison is believed, in natural logarithms.
 MOST_GAIN = 0.4
-# Up to so many requests at once begin with drafts.
+# So many requests at once are not judged.
 FEW = 4
 
 
@@ -91,12 +92,11 @@ class Judge:
 
     def allows(self, requests: int) -> bool:
         """Whether drafts may be made for so many requests now."""
-        return self._find(requests).stretch.drafting
+        return requests <= FEW or self._find(requests).stretch.drafting
 
     def expect(self, requests: int, gain: float) -> None:
         """Take in what the policy expects drafts to gain, which holds until something was compared."""
-        load = self._find(requests)
-        if not load.compared:
+        if requests > FEW and not (load := self._find(requests)).compared:
             load.gain = gain
 
     def end_answer(self, tokens: int) -> None:
@@ -107,6 +107,8 @@ class Judge:
     def observe(self, step: Measured, reading_s: float) -> None:
         """Take in a step, and what its prompts took of it; one of prompts alone belongs to the load before it."""
         self._last = step.requests or self._last
+        if self._last <= FEW:
+            return
         load = self._find(self._last)
         load.purse += EXPLORED * step.whole_s
         load.stretch.observe(step, reading_s)
@@ -117,7 +119,7 @@ class Judge:
         power = (requests - 1).bit_length()
         load = self._loads.get(power)
         if load is None:
-            load = Load(Stretch(requests <= FEW, skipped=SKIPPED * self._find_turn(requests)))
+            load = Load(Stretch(drafting=False, skipped=SKIPPED * self._find_turn(requests)))
             self._loads[power] = load
         return load
 

@@ -42,6 +42,8 @@ REPAID = 16
 # that such a step drafts for, at most.
 LEAST_BETWEEN, EACH_BETWEEN, MOST_BETWEEN = 8, 4, 64
 MOST_EXPLORED = 8
+# First steps of so many requests at most, which draft.
+WARM, WARM_REQUESTS = 10, 2
 # Steps without drafts that follow a decision for none, as long as the requests stay the same.
 PLAIN_RUN = 16
 # What the purse may hold, in steps' worth of loss.
@@ -67,6 +69,7 @@ class Policy:
     _shared: dict[object, Acceptance] = field(default_factory=dict)
     _own: dict[str, OwnAcceptance] = field(default_factory=dict)
     _step: int = 0
+    _warmed: int = 0
     _purse: float = 0.0
     _full_at: int = 0
     _plain_at: int = 0
@@ -133,7 +136,19 @@ class Policy:
         if not requests or self._begins(len(requests)):
             self._plain_at = self._step
             return PLAIN
-        return self._weigh(self._look(requests, waiting_s, room))
+        decision = self._warm_up(requests, room)
+        return self._weigh(self._look(requests, waiting_s, room)) if decision is None else decision
+
+    def _warm_up(self, requests: Sequence[str], room: Sequence[int] | None) -> Decision | None:
+        """Take the full width in an engine's first steps of few requests: what cold ones take says little."""
+        if self._warmed == WARM or len(requests) > WARM_REQUESTS:
+            return None
+        decision = Decision(self.width, tuple(min(self.width, most) for most in room or [self.width] * len(requests)))
+        if not decision.total:
+            return None
+        self._warmed += 1
+        self._note(requests, decision)
+        return decision
 
     @property
     def _share(self) -> float:

@@ -100,15 +100,20 @@ class Simulation:
             if policy is not None:
                 target_s, pass_s, apart_s = measure(target_s), measure(pass_s), whole_s - target_s - pass_s
                 answered, whole_s = max(0, emitted - reading), target_s + pass_s + apart_s
-                policy.observe_step(
-                    Measured(decoding, drafted, target_s, load.width, pass_s, self.requests, read, answered, whole_s)
+                measured = Measured(
+                    decoding, drafted, target_s, load.width, pass_s, self.requests, read, answered, whole_s
                 )
+                policy.observe_step(self.measure_step(measured))
             load.reading.clear()
             for place in (place for place, rest in enumerate(load.left) if rest <= 0):
                 self._end(load, place, made, policy)
                 made += 1
             self.widths.append(load.width)
         return tokens / time
+
+    def measure_step(self, step: Measured) -> Measured:
+        """Return a step as it is measured."""
+        return step
 
     def _emit(self, load: Load, step: int, draw: random.Random, policy: Policy | None) -> int:
         """Verify the drafts of those that decode, and give the first token to those that have read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from adaptive_simulation import PROMPT_S, WIDTH, Simulation
@@ -99,6 +100,20 @@ def test_so_many_requests_as_never_before_begin_without_drafts() -> None:
     for count in (1, 8, 40):
         requests = [str(number) for number in range(count)]
         assert [policy.decide(requests) for _ in range(5)] == [PLAIN] * 5
+
+
+def test_cold_steps_do_not_keep_one_request_from_drafts() -> None:
+    """The first six steps with drafts take three times as long as later ones, which would pay."""
+
+    class Cold(Simulation):
+        def measure_step(self, step: Measured) -> Measured:
+            self.cold = getattr(self, "cold", 6) - bool(step.drafted)
+            slow = 3 if self.cold > 0 and step.drafted else 1
+            return replace(step, target_s=step.target_s * slow, drafter_s=step.drafter_s * slow)
+
+    simulation = Cold(lambda _step, _number: GREEDY)
+    simulation.run(400, Policy(WIDTH))
+    assert sum(width > 0 for width in simulation.widths[40:]) > 0.8 * 360
 
 
 def test_it_stops_when_acceptance_falls_and_comes_back_when_it_rises() -> None:
