@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from laguna_serve.plugins.row_counts import pad
+from laguna_serve.plugins.repairs.row_counts import pad
 
 # What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
 # cleared away yet comes on top: at most so many times as much.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.plugins.row_counts import pad
+from laguna_serve.plugins.repairs.row_counts import pad
 
 Ints = npt.NDArray[Any]
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from laguna_serve.plugins.cpu_linear import takes_over
-from laguna_serve.plugins.row_counts import pad
+from laguna_serve.plugins.repairs.row_counts import pad
 
 
 def wrap_padding(stock: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

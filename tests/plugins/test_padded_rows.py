@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from probes import run_probe
 
-from laguna_serve.plugins.row_counts import EXACT, pad
+from laguna_serve.plugins.repairs.row_counts import EXACT, pad
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 MOST = 500  # rows of a step in the probe
