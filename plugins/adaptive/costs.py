@@ -257,7 +257,6 @@ class Measured:
 
     The target's are over a row of each of `requests`, which decode, `drafted` more, and `prompt` prompt tokens; the
     drafter's for `width` tokens of each of `batch` requests (0: as many), with the context of those prompt tokens.
-    `tokens`: what those that decode were answered; `whole_s`: all seconds up to the next step.
     """
 
     requests: int
@@ -267,8 +266,6 @@ class Measured:
     drafter_s: float = 0.0
     batch: int = 0
     prompt: int = 0
-    tokens: int = 0
-    whole_s: float = 0.0
 
 
 class StepCosts:

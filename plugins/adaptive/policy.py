@@ -8,8 +8,8 @@ where prompts are most of the work it may cost more than drafts bring.
 What is not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays
 for it: a small part of all time goes into it, more in the beginning, when a cold machine's steps say little, and such a
 step is taken when the purse holds what it is expected to lose.  A number of requests that never was, nor one near it,
-begins without drafts, which loses little.  What steps do not show, the load as a whole does, and judge.py may forbid
-drafts.
+begins without drafts, which loses little; an engine's first drafts for a request or two are on the full width, as cold
+steps say little.
 
 **What comes out does not depend on this.**  Each number is fixed before its drafts are drawn, from earlier steps alone:
 their accepted counts, their times, and how many tokens a request may still get.  Given the tokens so far, the drafts
@@ -21,13 +21,11 @@ would not: keep it that way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
 from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket
-from laguna_serve.plugins.adaptive.judge import Judge
 from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect
 from laguna_serve.plugins.adaptive.rows import round_rows
 
@@ -65,7 +63,6 @@ class Policy:
     # Seconds for the context of a token, as far as known from elsewhere.
     row_s: float = 0.0
     costs: StepCosts = field(init=False)
-    judge: Judge = field(default_factory=Judge)
     _shared: dict[object, Acceptance] = field(default_factory=dict)
     _own: dict[str, OwnAcceptance] = field(default_factory=dict)
     _step: int = 0
@@ -95,7 +92,6 @@ class Policy:
         """Forget a request that has ended, after so many tokens of its own; one that is not known is no error."""
         self._own.pop(request, None)
         if tokens:
-            self.judge.end_answer(tokens)
             keep = 1 - 1 / MEMORY_ENDED
             self._prompts, self._answers = self._prompts * keep + prompt, self._answers * keep + tokens
 
@@ -113,9 +109,8 @@ class Policy:
             self._held = ((), 0, 0.0)
 
     def observe_step(self, step: Measured) -> None:
-        """Learn what a step took, and what came of it."""
+        """Learn what a step took."""
         self.costs.observe(step)
-        self.judge.observe(step, step.prompt * self.costs.verify.rate.value * self.costs.pace)
 
     def decide(self, requests: Sequence[str], waiting_s: float = 0.0, room: Sequence[int] | None = None) -> Decision:
         """Decide for the requests of the next step, all of which decode.
@@ -124,9 +119,6 @@ class Policy:
         request has a use for before its end.
         """
         self._step += 1
-        if requests and not self.judge.allows(len(requests)):
-            self._plain_at = self._step
-            return PLAIN
         held, left, seconds = self._held
         if left and held == tuple(requests):
             self._held = (held, left - 1, seconds)
@@ -187,7 +179,6 @@ class Policy:
         verify, count = prospect.verify, len(prospect.requests)
         least = self._least
         best, rate, seconds = self._find_best(prospect, least)
-        self.judge.expect(count, math.log(rate * verify[0] / count))
         if self.width > 1:
             slope = (verify[-1] - verify[1]) / (self.width - 1) / count
             self._least = max(LEAST_CHANCE, rate * slope / max(0.1, 1 - rate * prospect.context_s))

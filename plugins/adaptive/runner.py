@@ -61,11 +61,10 @@ class AdaptiveModelRunner(DraftingModelRunner):
     def _tell_of_end(self, request: str) -> None:
         """Tell the policy of an end, and of the context that drafts needed: beside a prefix cache it is made anyway."""
         state = self.requests.get(request)
-        if state is None:
+        if state is None or self.cache_config.enable_prefix_caching:
             self.policy.drop(request)
         else:
-            prompt = 0 if self.cache_config.enable_prefix_caching else state.num_prompt_tokens
-            self.policy.drop(request, prompt, len(state.output_token_ids))
+            self.policy.drop(request, state.num_prompt_tokens, len(state.output_token_ids))
 
     def _care_for_context(self, scheduler_output: Any) -> None:
         """Write, or forget, the context whose blocks may change hands in this step."""
@@ -80,7 +79,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
         begin = perf_counter()
         self._context.write(self.drafter.model)
         if self._step_under_way is not None:
-            self._step_under_way.apart_s += perf_counter() - begin
+            self._step_under_way.began += perf_counter() - begin
 
     def _end_step(self, now: float, scheduler_output: Any) -> None:
         """Close the books on the step before, and open them for this one."""
@@ -89,7 +88,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
         if step is not None and not step.requests.isdisjoint(scheduled):
             self.policy.observe_step(step.end(now))
             if self._counters is not None and not step.prompt:
-                self._counters.add(step.drafted, step.decoding, now - step.began - step.apart_s)
+                self._counters.add(step.drafted, step.decoding, now - step.began)
         self._step_under_way = begin_step(now, scheduler_output, self.requests) if scheduled else None
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,8 +169,6 @@ class AdaptiveModelRunner(DraftingModelRunner):
                 drafts.append((request, drafted, min(tokens - 1, drafted)))
         if drafts:
             self.policy.observe_drafts(drafts)
-            if self._step_under_way is not None:
-                self._step_under_way.accepted = sum(accepted for _, _, accepted in drafts)
 
     def _decide(self, valid: list[int] | None) -> Decision:
         """Decide for the requests that decode in the next step, not those that still read or that end with this one.

@@ -36,10 +36,7 @@ class State(Protocol):
 
 @dataclass(slots=True)
 class Step:
-    """A step under way: its requests, those that decode, drafted rows and prompt tokens; the drafter's pass so far.
-
-    `accepted`: of the drafted rows; `apart_s`: seconds for context of other steps.
-    """
+    """A step under way: its requests, those that decode, drafted rows and prompt tokens; the drafter's pass so far."""
 
     began: float
     requests: frozenset[str]
@@ -48,23 +45,12 @@ class Step:
     prompt: int
     width: int = 0
     drafter_s: float = 0.0
-    accepted: int = 0
-    apart_s: float = 0.0
 
     def end(self, now: float) -> Measured:
         """Return what it took, from its beginning until now."""
-        whole_s = now - self.began
-        return Measured(
-            self.decoding,
-            self.drafted,
-            whole_s - self.drafter_s - self.apart_s,
-            self.width,
-            self.drafter_s,
-            len(self.requests),
-            self.prompt,
-            self.decoding + self.accepted,
-            whole_s,
-        )
+        target_s = now - self.began - self.drafter_s
+        batch = len(self.requests)
+        return Measured(self.decoding, self.drafted, target_s, self.width, self.drafter_s, batch, self.prompt)
 
 
 def begin_step(now: float, output: Output, requests: Mapping[str, State]) -> Step:

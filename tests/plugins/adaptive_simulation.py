@@ -57,8 +57,7 @@ class Simulation:
 
     Each is `length` long, or up to `spread` more or less.
     `slow`: a factor on all times by step, the same for every policy; `waiting_s`: what a first draft has to make up;
-    `prompt`: prompt tokens by request, read in one step in which the others decode, 0 for none; contexts then wait;
-    `reading_s`: what such a step takes besides, whoever reads.
+    `prompt`: prompt tokens by request, read in one step in which the others decode, 0 for none; contexts then wait.
     """
 
     chances: Callable[[int, int], Chances]
@@ -69,7 +68,6 @@ class Simulation:
     slow: Callable[[int], float] = lambda _step: 1.0
     waiting_s: float = 0.0
     prompt: Callable[[int], int] = lambda _number: 0
-    reading_s: float = 0.0
     widths: list[int] = field(default_factory=list)
 
     def run(self, steps: int, policy: Policy | None = None, fixed: int = 0) -> float:
@@ -88,21 +86,16 @@ class Simulation:
             self._add(policy, number)
         for step in range(steps):
             read, slow = sum(self.prompt(load.numbers[place]) for place in load.reading), self.slow(step)
-            decoding, drafted, reading = len(load.decoding), load.drafted, len(load.reading)
-            target_s = (verify_s(decoding, drafted) + PROMPT_S * read + (self.reading_s if read else 0.0)) * slow
-            emitted = self._emit(load, step, draw, policy)
-            tokens += emitted
+            decoding, drafted = len(load.decoding), load.drafted
+            target_s = (verify_s(decoding, drafted) + PROMPT_S * read) * slow
+            tokens += self._emit(load, step, draw, policy)
             self._decide(load, policy, fixed)
             pass_s = (draft_s(self.requests, load.width) + CONTEXT_S * read) * slow if load.width else 0.0
-            whole_s = target_s + pass_s + (CONTEXT_S * sum(load.waiting.values()) * slow if load.width else 0.0)
-            time += whole_s
+            time += target_s + pass_s + (CONTEXT_S * sum(load.waiting.values()) * slow if load.width else 0.0)
             self._keep(load, policy)
             if policy is not None:
-                target_s, pass_s, apart_s = measure(target_s), measure(pass_s), whole_s - target_s - pass_s
-                answered, whole_s = max(0, emitted - reading), target_s + pass_s + apart_s
-                measured = Measured(
-                    decoding, drafted, target_s, load.width, pass_s, self.requests, read, answered, whole_s
-                )
+                times = {"target_s": measure(target_s), "drafter_s": measure(pass_s)}
+                measured = Measured(decoding, drafted, width=load.width, batch=self.requests, prompt=read, **times)
                 policy.observe_step(self.measure_step(measured))
             load.reading.clear()
             for place in (place for place, rest in enumerate(load.left) if rest <= 0):

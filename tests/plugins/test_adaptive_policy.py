@@ -274,13 +274,9 @@ def test_a_width_that_only_other_loads_speak_against_is_tried() -> None:
         widths.append(decision.width)
         level = round(decision.total / 60)
         drafter_s = 5e-3 if level else 0.0
+        policy.observe_step(Measured(60, decision.total, take(60, level), decision.width, drafter_s))
         drafted = dict(zip(names, decision.counts, strict=False))
-        seen = [(name, count, accept(draw, count)) for name, count in drafted.items()]
-        policy.observe_drafts(seen)
-        tokens, whole_s = 60 + sum(accepted for _, _, accepted in seen), take(60, level) + drafter_s
-        policy.observe_step(
-            Measured(60, decision.total, take(60, level), decision.width, drafter_s, 60, tokens=tokens, whole_s=whole_s)
-        )
+        policy.observe_drafts([(name, count, accept(draw, count)) for name, count in drafted.items()])
     assert sum(width > 5 for width in widths[400:]) > 180
 
 

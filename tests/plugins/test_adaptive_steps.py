@@ -26,8 +26,8 @@ def make_state(tokens: int, limit: int | None = None) -> Any:
 
 def test_all_decode() -> None:
     step = begin_step(1.0, make_output({"a": 4, "b": 1}, {"a": 3}), {"a": make_state(2), "b": make_state(1)})
-    step.width, step.drafter_s, step.apart_s, step.accepted = 7, 0.25, 0.125, 2
-    assert step.end(2.0) == Measured(2, 3, 0.625, 7, 0.25, batch=2, prompt=0, tokens=4, whole_s=1.0)
+    step.width, step.drafter_s = 7, 0.25
+    assert step.end(2.0) == Measured(2, 3, 0.75, 7, 0.25, batch=2, prompt=0)
 
 
 def test_who_reads_does_not_decode() -> None:
