@@ -5,6 +5,7 @@ python padded_rows_probe.py TOY_FOLDER
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ def main(toy: Path) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from laguna_serve.plugins.repairs.padded_rows import wrap_padding
 
     llm = LLM(
         model=str(toy / "teacher"),
@@ -42,9 +45,12 @@ def main(toy: Path) -> None:
         answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
         return {"tokens": [list(answer.outputs[0].token_ids) for answer in answers], "rows": list(rows)}
 
+    # Where our own product multiplies bfloat16 nothing is padded: here it is, so that the same is tested everywhere.
+    runner, method = GPUModelRunner, "_determine_batch_execution_and_padding"
+    stock = inspect.unwrap(getattr(runner, method))
+    setattr(runner, method, wrap_padding(stock))
     padded = run()
-    repaired: Any = GPUModelRunner._determine_batch_execution_and_padding
-    GPUModelRunner._determine_batch_execution_and_padding = repaired.__wrapped__
+    setattr(runner, method, stock)
     print(json.dumps({"padded": padded, "stock": run()}))
 
 
