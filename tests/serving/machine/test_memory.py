@@ -86,7 +86,7 @@ def test_process_that_is_gone_is_left_out() -> None:
     [
         (["VLLM::EngineCore"], "EngineCore"),
         (["python", "-c", "from multiprocessing.resource_tracker import main;main(33)"], "resource_tracker"),
-        (["python", "-m", "vllm.entrypoints.openai.api_server", "--port", "1"], "APIServer"),
+        (["python", "-m", "laguna_serve.plugins.processes.api_server", "--port", "1"], "APIServer"),
         (["sleep", "1"], None),
     ],
 )

@@ -47,7 +47,7 @@ def test_defaults(target: Path) -> None:
     assert command == [
         sys.executable,
         "-m",
-        "vllm.entrypoints.openai.api_server",
+        "laguna_serve.plugins.processes.api_server",
         *("--model", str(target), "--host", "127.0.0.1", "--port", "8001", "--served-model-name", "teacher"),
         *("--dtype", "auto", "--seed", "0", "--max-num-seqs", "64", "--enable-prefix-caching"),
         *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),

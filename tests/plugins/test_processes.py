@@ -1,4 +1,4 @@
-"""The engine core is forked from a server that has had no parallel region, and from no other."""
+"""The API server is executed as vLLM's own; its core is forked if it has had no parallel region, and else not."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ pytestmark = pytest.mark.vllm
 # As many threads as torch is asked for, on a machine of one core, too.
 CODE = """
 import sys, torch
-from laguna_serve.plugins import core_start
+from laguna_serve.plugins.processes import core
 from laguna_serve.plugins.register import register
-core_start.TRIAL_S = 1
+core.TRIAL_S = 1
 register()
 register()
 from vllm.v1.engine import utils
 torch.set_num_threads(2)
 if "team" in sys.argv:
     torch.ones(1 << 20).sum()
-print(core_start.can_fork(), utils.get_mp_context().get_start_method())
+print(core.can_fork(), utils.get_mp_context().get_start_method())
 """
 
 
@@ -31,3 +31,21 @@ def test_core_is_forked_only_before_threads_of_openmp(threads: str, answer: str)
     done = run_warm(CODE, threads, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == answer
+
+
+SERVER = """
+import gc, runpy, sys
+from laguna_serve.plugins.processes import api_server
+gc.enable()
+runpy.run_module = lambda name, **named: print(
+    name, sorted(named.items()), name in sys.modules, gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects())
+)
+api_server.run()
+"""
+
+
+def test_server_is_executed_after_its_imports_with_what_they_made_left_out_of_searches() -> None:
+    done = run_warm(SERVER, timeout=120)
+    assert done.returncode == 0, done.stderr
+    arguments = [("alter_sys", True), ("run_name", "__main__")]
+    assert done.stdout.splitlines()[-1] == f"vllm.entrypoints.openai.api_server {arguments} False True True"
