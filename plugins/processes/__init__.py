@@ -1,1 +1,1 @@
-"""How the processes of an engine come about: vLLM's API server, and the engine core that it starts."""
+"""How the processes of an engine come about: vLLM's API server, the engine core that it starts, and its groups."""

@@ -1,4 +1,4 @@
-"""The API server is executed as vLLM's own; its core is forked if it has had no parallel region, and else not."""
+"""The API server is vLLM's own, its core is forked if that is safe, and groups of one share a device."""
 
 from __future__ import annotations
 
@@ -49,3 +49,32 @@ def test_server_is_executed_after_its_imports_with_what_they_made_left_out_of_se
     assert done.returncode == 0, done.stderr
     arguments = [("alter_sys", True), ("run_name", "__main__")]
     assert done.stdout.splitlines()[-1] == f"vllm.entrypoints.openai.api_server {arguments} False True True"
+
+
+GROUPS = """
+import pathlib, sys, tempfile
+import torch
+from torch import distributed
+if "shared" in sys.argv:
+    from laguna_serve.plugins.processes.groups import share_devices
+    share_devices()
+    share_devices()
+with tempfile.TemporaryDirectory() as folder:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    for group in [distributed.new_group([0], backend="gloo") for _ in range(4)]:
+        row, said = torch.ones(3), [{"said": 1}]
+        distributed.all_reduce(row, group=group)
+        distributed.broadcast_object_list(said, src=0, group=group)
+        distributed.barrier(group=group)
+        assert (row.tolist(), said) == ([1, 1, 1], [{"said": 1}])
+    names = [file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print(names.count("gloo_tcp_loop"))
+    distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("kind", "threads"), [("stock", "5"), ("shared", "1")])
+def test_stock_groups_of_one_have_a_thread_each(kind: str, threads: str) -> None:
+    done = run_warm(GROUPS, kind, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == threads
