@@ -9,6 +9,7 @@ left out of all later searches (`gc.freeze`), also of those of a core that is fo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import runpy
@@ -22,8 +23,9 @@ ENGINE = "vllm.v1.engine.async_llm"
 def run() -> None:
     """Import vLLM's server, then execute it as the program that was asked for."""
     gc.disable()
-    for name in (VLLM_SERVER, ENGINE):
-        importlib.import_module(name)
+    importlib.import_module(VLLM_SERVER)
+    with contextlib.suppress(ModuleNotFoundError):  # where it is elsewhere, it is imported later
+        importlib.import_module(ENGINE)
     gc.freeze()
     gc.enable()
     del sys.modules[VLLM_SERVER]  # it is executed as __main__, by that name
