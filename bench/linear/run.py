@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.flags import ANY, MOST_THREADS, Flag, FlagError, c
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
-from laguna_serve.serving.machine.rates import KERNEL_LIMIT, LIMITS
+from laguna_serve.serving.machine.rates import LIMITS
 
 __all__ = ["LinearConfig", "LinearResult", "main", "time_linear"]
 DESCRIPTION = "Time the bfloat16 linear op for CPUs without bf16 arithmetic against torch's products."
@@ -122,7 +122,7 @@ def time_linear(config: LinearConfig) -> LinearResult:
         path=path,
         torch_isa=torch_isa,
         threads=config.threads,
-        limits={name: os.environ[name] for name in (*LIMITS, KERNEL_LIMIT) if name in os.environ},
+        limits={name: os.environ[name] for name in LIMITS if name in os.environ},
         rows=rows,
         refused=[f"{row.name}: {row.refused}" for row in rows if row.refused],
         partial=interrupted,

@@ -1,7 +1,7 @@
 """Linear layers in bfloat16 on CPUs that have no bfloat16 arithmetic."""
 
+from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16
 from laguna_serve.kernels.linear.build import load_library
-from laguna_serve.kernels.linear.isa import IsaError, choose_path, multiplies_bf16
 from laguna_serve.kernels.linear.launch import linear, linear_reference
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from laguna_serve.kernels.linear.isa import choose_path
+from laguna_serve.kernels.isa import choose_path
 from laguna_serve.kernels.toolchain import BuildError, find_compiler, keep_library, run_compiler
 
 logger = logging.getLogger(__name__)

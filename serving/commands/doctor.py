@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
@@ -27,7 +28,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
-from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, multiplies_bf16
+from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.launch import refuse_unusable

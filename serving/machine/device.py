@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from laguna_serve.kernels.isa import CPUINFO, read_flags
 from laguna_serve.serving.machine.memory import available_bytes, total_bytes
 
 MIB = 1 << 20
@@ -50,7 +51,7 @@ class Device:
     total_bytes: int
     free_bytes: int
     capability: int | None = None
-    isa: tuple[str, ...] = ()
+    isa: Collection[str] = ()
 
 
 def find_vllm() -> VllmInstall | None:
@@ -71,7 +72,7 @@ def find_device(install: VllmInstall | None) -> Device | None:
     gpu = None if install is not None and install.for_cpu else find_gpu()
     if gpu is None and install is not None and not install.for_cpu:
         return None
-    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes(), isa=read_cpu_flags())
+    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes(), isa=read_flags())
 
 
 def find_gpu() -> Device | None:
@@ -113,31 +114,19 @@ def read_cpu_name() -> str:
     return _read_cpuinfo("model name") or "cpu"
 
 
-def read_cpu_flags() -> tuple[str, ...]:
-    """Read the processor's instructions; none where the kernel does not tell."""
-    return tuple((_read_cpuinfo("flags") or _read_cpuinfo("Features") or "").split())
-
-
-def read_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+def read_isa(cpuinfo: Path = CPUINFO) -> list[str]:
     """Read the processor's family and model, and which of the instruction sets that matter to a CPU engine it has.
 
     Processors of one name differ in them, and so do their figures.
     """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    fields = dict(re.findall(r"^(cpu family|model|flags|Features)\s*: (.*)$", text, re.MULTILINE))
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    name = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return name + [flag for flag in flags if flag in INSTRUCTION_SETS]
+    name = [f"{key} {value}" for key in ("cpu family", "model") if (value := _read_cpuinfo(key, cpuinfo))]
+    flags = read_flags(cpuinfo)
+    return name + [flag for flag in INSTRUCTION_SETS if flag in flags]
 
 
-def _read_cpuinfo(key: str) -> str | None:
+def _read_cpuinfo(key: str, cpuinfo: Path = CPUINFO) -> str | None:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None
-            )
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)

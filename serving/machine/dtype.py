@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.machine.rates import find_rates, multiplies_bf16
+from laguna_serve.serving.machine.rates import find_rates
 
 AUTO, BF16, FP32 = "auto", "bfloat16", "float32"
 # Of the machine's memory for float32 weights: the rest is for a drafter, keys and values, and a second engine.

@@ -13,23 +13,17 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
+from laguna_serve.kernels import isa
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import read_isa
 
-# Instructions that multiply in bfloat16; `bf16` is ARM's.
-BF16_ARITHMETIC = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-# oneDNN's and ATen's own limits, for which a processor may be better than it is used, and that of our kernels.
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-KERNEL_LIMIT, KERNEL_BF16 = "LAGUNA_CPU_ISA", "avx512bf16"
-WITHOUT_BF16 = frozenset(
-    ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "DEFAULT", "AVX512_CORE", "AVX512_CORE_VNNI")
-)
+# What an engine's arithmetic may be held by, and with it these rates.
+LIMITS = (*isa.LIMITS, isa.VARIABLE)
 ROWS = (1, 8)
 # How many times as fast float32 must be for twice the memory, above what a busy machine's measurement may err by.
 WORTH_IT = 1.1
@@ -98,13 +92,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.kernel is None else sum(self.bfloat16.values()) / sum(self.kernel.values())
 
 
-def multiplies_bf16(isa: Sequence[str] | None = None) -> bool:
-    """Whether the processor has bf16 arithmetic that engines may use. `isa`: as `read_isa` gives it."""
-    limited = any(os.environ.get(name, "").upper() in WITHOUT_BF16 for name in LIMITS)
-    limited = limited or os.environ.get(KERNEL_LIMIT, KERNEL_BF16) != KERNEL_BF16
-    return not limited and bool(BF16_ARITHMETIC & set(read_isa() if isa is None else isa))
-
-
 def find_rates() -> Rates | None:
     """Find the rates of this machine: kept ones, else measured in about a second. None where torch cannot be asked."""
     path = _place()
@@ -157,7 +144,7 @@ def list_rates(rates: Rates) -> str:
 
 
 def _place() -> Path:
-    parts = [*read_isa(), *(os.environ.get(name, "") for name in (*LIMITS, KERNEL_LIMIT, "CXX", "OMP_NUM_THREADS"))]
+    parts = [*read_isa(), *(os.environ.get(name, "") for name in (*LIMITS, "CXX", "OMP_NUM_THREADS"))]
     parts += [str(len(os.sched_getaffinity(0))), PROBE, _find_torch()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return find_own_cache() / "rates" / f"{digest}.json"

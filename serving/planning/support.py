@@ -9,6 +9,7 @@ has needs AMX, and a router without Laguna's selection bias; linear layers are a
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from laguna_serve.plugins.formats.experts import SCALE_BLOCK, ExpertFormatError, find_unserved, read_base_format
@@ -132,7 +133,7 @@ def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -
     return [row.verdict for row in GPU_ROWS if row.kind == kind and row.capability <= capability][-1]
 
 
-def _judge_cpu(kind: str, isa: tuple[str, ...], experts: bool) -> SupportVerdict:
+def _judge_cpu(kind: str, isa: Collection[str], experts: bool) -> SupportVerdict:
     if kind == PLAIN:
         return SupportVerdict(NATIVE, "bf16")
     if kind == NVFP4:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from laguna_serve.kernels import isa
 from laguna_serve.kernels import linear as package
-from laguna_serve.kernels.linear import build, isa, launch, linear, linear_reference
-from laguna_serve.kernels.linear.isa import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.linear import build, launch, linear, linear_reference
 
 ZEN4 = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 SKYLAKE = ZEN4 - {"avx512_bf16"}
@@ -185,6 +186,10 @@ def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], 
         (ZEN4, {"LAGUNA_CPU_ISA": "avx2"}, False, "avx2"),
         (ZEN4, {"LAGUNA_CPU_ISA": "portable"}, False, "portable"),
         (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512"),
+        (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512"),
+        (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512"),
+        (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2"),
+        (HASWELL, {"ATEN_CPU_CAPABILITY": "default"}, False, "avx2"),
     ],
 )
 def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from laguna_serve.serving.machine import dtype
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import DtypeChoice, choose_dtype
-from laguna_serve.serving.machine.rates import KERNEL_LIMIT, LIMITS, Rates
+from laguna_serve.serving.machine.rates import LIMITS, Rates
 
 GIB = 1 << 30
 HASWELL = Device("cpu", "cpu", 64 * GIB, 2 * GIB, isa=("fpu", "avx2"))
@@ -22,7 +22,7 @@ CLOSE = Rates(bfloat16={"1": 0.31, "8": 0.31}, float32={"1": 0.3, "8": 0.3})
 
 @pytest.fixture(autouse=True)
 def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*LIMITS, KERNEL_LIMIT):
+    for name in LIMITS:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -82,6 +82,13 @@ def test_otherwise_it_stays(
     monkeypatch: pytest.MonkeyPatch, rates: Rates | None, asked: str, stored: str, device: Device
 ) -> None:
     assert choose(monkeypatch, rates, asked, stored, device) == DtypeChoice(asked)
+
+
+@pytest.mark.parametrize("path", ["amx", "avx512bf16", "neonbf16", ""])
+def test_a_path_that_multiplies_bfloat16_is_no_limit(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("LAGUNA_CPU_ISA", path)
+    fast = replace(HASWELL, isa=("avx2", "avx512f", "avx512_bf16", "amx_bf16"))
+    assert choose(monkeypatch, SLOW, "auto", "bfloat16", fast) == DtypeChoice("auto")
 
 
 def test_no_measurement_where_nothing_hangs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

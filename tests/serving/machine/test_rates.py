@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from laguna_serve.kernels.isa import VARIABLE, multiplies_bf16
 from laguna_serve.serving.machine import rates
 from laguna_serve.serving.machine.rates import (
-    KERNEL_LIMIT,
     LIMITS,
     PROBE,
     Rates,
@@ -16,45 +16,21 @@ from laguna_serve.serving.machine.rates import (
     find_rates,
     list_rates,
     measure_rates,
-    multiplies_bf16,
 )
 
 
 @pytest.fixture(autouse=True)
 def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in (*LIMITS, KERNEL_LIMIT):
+    for name in LIMITS:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.parametrize(
-    ("isa", "has"),
-    [
-        (["cpu family 25", "model 17", "avx2", "avx512f", "avx512_bf16"], True),
-        (["cpu family 6", "model 143", "avx2", "avx512f", "amx_bf16"], True),
-        (["asimd", "bf16"], True),
-        (["cpu family 25", "model 33", "avx2"], False),
-        (["cpu family 6", "model 85", "avx2", "avx512f"], False),
-        ([], False),
-    ],
-)
-def test_bf16_arithmetic_by_instructions(isa: list[str], has: bool) -> None:
-    assert multiplies_bf16(isa) is has
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "avx2"), ("LAGUNA_CPU_ISA", "avx512")]
-)
-def test_libraries_held_to_less_do_not_have_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, value)
-    assert not multiplies_bf16(["avx2", "avx512f", "avx512_bf16"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("held", [True, False])
 def test_real_probe_times_every_case(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if held:
-        monkeypatch.setenv(KERNEL_LIMIT, "portable")
+        monkeypatch.setenv(VARIABLE, "portable")
     measured = measure_rates()
     assert measured is not None
     arms = [measured.bfloat16, measured.float32, *([measured.kernel] if measured.kernel is not None else [])]
@@ -63,20 +39,6 @@ def test_real_probe_times_every_case(held: bool, monkeypatch: pytest.MonkeyPatch
     assert measured.torch_isa
     assert (measured.path == "portable") == held
     assert (measured.kernel is None) == multiplies_bf16()
-
-
-def test_kernel_is_asked_what_we_say_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rule in two places, as the launcher does not import torch."""
-    from laguna_serve.kernels.linear import isa
-
-    assert set(LIMITS) == set(isa.LIMITS)
-    assert isa.VARIABLE == KERNEL_LIMIT
-    assert isa.BF16_ARITHMETIC == rates.BF16_ARITHMETIC
-    assert isa.WITHOUT_BF16 == rates.WITHOUT_BF16
-    for name, value in ((KERNEL_LIMIT, "avx2"), ("ATEN_CPU_CAPABILITY", "default"), (KERNEL_LIMIT, "avx512bf16")):
-        monkeypatch.setenv(name, value)
-        for flags in (["avx2", "avx512_bf16"], ["avx2"]):
-            assert multiplies_bf16(flags) == isa.multiplies_bf16(flags)
 
 
 def test_measured_once_and_again_where_the_file_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

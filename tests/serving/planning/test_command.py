@@ -15,7 +15,7 @@ from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.machine import dtype as dtype_module
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.machine.rates import KERNEL_LIMIT, LIMITS, Rates
+from laguna_serve.serving.machine.rates import LIMITS, Rates
 from laguna_serve.serving.planning import launch
 from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.command import (
@@ -152,7 +152,7 @@ SLOW_BF16 = Rates(bfloat16={"1": 0.4, "8": 2.6}, float32={"1": 0.3, "8": 0.3})
 @pytest.fixture
 def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without bf16 arithmetic, and no kernel of ours."""
-    for name in (*LIMITS, KERNEL_LIMIT):
+    for name in LIMITS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dtype_module, "find_rates", lambda: SLOW_BF16)
     monkeypatch.setattr(launch, "require_device", lambda: HASWELL)

@@ -1,4 +1,7 @@
-"""Which instructions the op may use: the processor's, unless a variable holds it or torch's libraries to fewer."""
+"""Which instructions kernels may use on a CPU: all that it has, unless a variable holds them or torch's to fewer.
+
+Without an import of torch: the launcher asks here, too (serving/machine).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
 # Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
 BF16 = ("avx512bf16", "amx", "neonbf16")
@@ -29,7 +33,7 @@ class IsaError(ValueError):
     """A path that there is not, or that the processor does not run; one line."""
 
 
-def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def read_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Read the processor's instructions; none where the kernel does not tell."""
     try:
         text = cpuinfo.read_text(encoding="utf-8")
@@ -41,7 +45,7 @@ def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the processor has bf16 arithmetic that may be used."""
-    if environ.get(VARIABLE, BF16[0]) not in BF16 or _limits(environ) & WITHOUT_BF16:
+    if (environ.get(VARIABLE) or BF16[0]) not in BF16 or _limits(environ) & WITHOUT_BF16:
         return False
     return bool(BF16_ARITHMETIC & set(read_flags() if flags is None else flags))
 
@@ -54,7 +58,7 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
     """
     present = set(read_flags() if flags is None else flags)
     wanted = environ.get(VARIABLE)
-    if wanted is not None and wanted not in BF16:
+    if wanted and wanted not in BF16:
         if wanted not in PATHS:
             raise IsaError(f"{VARIABLE}: expected {', '.join((*BF16, *PATHS))}, got {wanted!r}; correct or unset it")
         if missing := sorted(PATHS[wanted] - present):
