@@ -12,12 +12,11 @@ What it cannot show is equality with an engine of another build, dtype or compil
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.kit.results import JsonObject
 
 PROMPTS = tuple(
@@ -103,13 +102,13 @@ class _Server:
     def _post(self, body: JsonObject) -> JsonObject:
         body |= {"model": self.model_name, "temperature": 0, "ignore_eos": True}
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        headers = {"Content-Type": "application/json"}
-        headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        request = urllib.request.Request(f"{self.base_url}/v1/completions", json.dumps(body).encode(), headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as answer:
-                choice: JsonObject = json.load(answer)["choices"][0]
-                return choice
-        except (OSError, ValueError, LookupError, urllib.error.URLError) as error:
+            status, answer = ask_engine(
+                self.base_url, "/v1/completions", body, method="POST", timeout_s=TIMEOUT_S, api_key=self.api_key
+            )
+            if status != OK:
+                raise ConnectionError(f"HTTP {status}: {answer[:200].decode(errors='replace')}")
+            choice: JsonObject = json.loads(answer)["choices"][0]
+            return choice
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ExactError(f"--exact: expected the engine to answer the check, got {error}; see its log") from None

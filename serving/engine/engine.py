@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import http.client
 import os
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, find_value
+from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
@@ -32,6 +32,7 @@ from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import EngineError, hold_port, plan_launch
 
 POLL_S = 0.25
+HEALTH_S = 5.0
 ANNOUNCE_EVERY_S = 5.0
 # What vLLM gets to end by itself after SIGTERM (it takes one or two) before it is killed.
 STOP_GRACE_S = 10.0
@@ -250,15 +251,9 @@ class Engine:
         )
 
     def _is_healthy(self) -> bool:
-        """One GET /health.  http.client, as it knows no proxies."""
-        connection = http.client.HTTPConnection(self.base_url.removeprefix("http://"), timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        with contextlib.suppress(OSError):
+            return ask_engine(self.base_url, "/health", timeout_s=HEALTH_S)[0] == OK
+        return False
 
 
 def find_drain_s(arguments: Sequence[str]) -> float:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-import urllib.request
 from dataclasses import dataclass
 
 import msgspec
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
+from laguna_serve.serving.client.local import OK, ask_engine
 
 TIMEOUT_S = 2.0
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
@@ -47,10 +47,9 @@ class AcceptanceReport(msgspec.Struct, frozen=True):
 def read_acceptance(base_url: str) -> Acceptance | None:
     """Read what the engine's /metrics say; None when it does not answer in time or does not speculate."""
     try:
-        with urllib.request.urlopen(f"{base_url}/metrics", timeout=TIMEOUT_S) as answer:
-            text = answer.read().decode("utf-8", "replace")
-        samples = read_samples(text)
-    except (OSError, ValueError, EndpointError):  # URLError is an OSError
+        status, text = ask_engine(base_url, "/metrics", timeout_s=TIMEOUT_S)
+        samples = read_samples(text.decode("utf-8", "replace")) if status == OK else []
+    except (OSError, EndpointError):
         return None
     sums: dict[str, float] = {}
     for sample in samples:

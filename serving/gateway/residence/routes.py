@@ -6,13 +6,13 @@ only generate text and of masked diffusion that is known before the first load; 
 
 from __future__ import annotations
 
-import http.client
 import json
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.checkpoint.others import PLANNED, read_served
+from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.wire.paths import ANSWERED
 
@@ -73,16 +73,12 @@ def foresee(table: OwnedEngine) -> frozenset[str] | None:
 
 def ask(url: str) -> frozenset[str] | None:
     """Ask an engine on this machine for its routes, and return which it lacks; None where it does not say."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=LIST_TIMEOUT_S)
     try:
-        connection.request("GET", "/openapi.json")
-        answer = connection.getresponse()
-        listed = json.loads(answer.read())["paths"] if answer.status == http.client.OK else {}
+        status, answer = ask_engine(url, "/openapi.json", timeout_s=LIST_TIMEOUT_S)
+        listed = json.loads(answer)["paths"] if status == OK else {}
         found = {path for path, methods in listed.items() if "post" in methods}
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    finally:
-        connection.close()
     return ANSWERED - found if found & ANSWERED else None
 
 

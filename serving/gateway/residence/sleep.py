@@ -7,12 +7,11 @@ before the KV cache is made: plugins/weight_folder.py. Only for GPUs, and writte
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 from collections.abc import Mapping
 
 from laguna_serve.serving.checkpoint import find_folder
+from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.machine.device import Device
@@ -55,18 +54,12 @@ def wake(url: str, table: OwnedEngine) -> None:
 
 def post(url: str, path: str, body: Mapping[str, object] | None, timeout_s: float) -> int:
     """POST to an engine on this machine; the status of its answer. Raises EngineError: there is none."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
     try:
-        connection.request("POST", path, json.dumps(body or {}), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status
-    except (OSError, http.client.HTTPException) as error:
+        return ask_engine(url, path, body or {}, method="POST", timeout_s=timeout_s)[0]
+    except OSError as error:
         raise EngineError(f"engine at {url}: {path}: expected an answer, got {error!r}; see its log") from None
-    finally:
-        connection.close()
 
 
 def _step(url: str, path: str, body: Mapping[str, object] | None = None) -> None:
-    if (status := post(url, path, body, TIMEOUT_S)) != http.client.OK:
+    if (status := post(url, path, body, TIMEOUT_S)) != OK:
         raise EngineError(f"engine at {url}: {path}: expected HTTP 200, got {status}; see its log")

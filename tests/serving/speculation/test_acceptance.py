@@ -63,6 +63,14 @@ def test_engine_that_does_not_answer_has_none(serve: Callable[[int, str], str]) 
     assert read_acceptance("http://127.0.0.1:9") is None
 
 
+def test_a_proxy_is_not_asked(serve: Callable[[int, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    url = serve(200, METRICS.format(drafts="200.0", accepted="660.0"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert read_acceptance(url) == Acceptance(200, 660)
+
+
 def test_length() -> None:
     assert Acceptance(200, 660).length == pytest.approx(4.3)
     assert Acceptance(0, 0).length is None
