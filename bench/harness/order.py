@@ -15,7 +15,8 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, MAX_KV_SHARE, MIN_KV_BYTES
+from laguna_serve.serving.machine.memory import GIB
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, MAX_KV_SHARE, MIN_KV_BYTES
 from laguna_serve.serving.planning.command import wanted_kv_bytes
 from laguna_serve.serving.planning.launch import require_device
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan

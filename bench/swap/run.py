@@ -40,7 +40,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.launch import require_device
 
 __all__ = ["SwapConfig", "SwapResult", "main", "measure_swaps"]

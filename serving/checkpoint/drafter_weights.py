@@ -8,32 +8,28 @@ Names and shapes are those that vLLM 0.32 loads (models/laguna_dflash.py and qwe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from laguna_serve.plugins.formats.sequential_head import HEAD as SEQUENTIAL_HEAD
 from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError
+from laguna_serve.serving.checkpoint.weight_files import (
+    FETCH,
+    OTHERS,
+    TensorHeader,
+    check_file,
+    list_weights,
+    read_headers,
+)
 
 PLAIN = ("BF16", "F16", "F32")
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth")
-FETCH = "fetch it again"
 HEAD, D2T, T2D, EMBEDDING = "lm_head.weight", "d2t", "t2d", "embed_tokens.weight"
 SEPARATE = "layers.0.self_attn.q_proj.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a file's header says of a tensor."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def check_weights(folder: Path, drafter: Drafter) -> None:
@@ -43,7 +39,7 @@ def check_weights(folder: Path, drafter: Drafter) -> None:
     """
     headers = read_headers(folder)
     if not headers:
-        if any(next(folder.glob(pattern), None) is not None for pattern in OTHER_WEIGHTS):
+        if any(next(folder.glob(pattern), None) is not None for pattern in OTHERS):
             return
         raise CheckpointError(f"{folder}: expected the drafter's weights (*.safetensors), got none; {FETCH}")
     if drafter.quantisation is not None:
@@ -103,29 +99,13 @@ def expected_tensors(drafter: Drafter) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a folder's safetensors files.  Raises CheckpointError for a file that is cut off or none."""
-    headers: dict[str, Header] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                    part = file.get_slice(name)
-                    headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: expected a whole safetensors file, got one that cannot be read ({error}); {FETCH}"
-            ) from None
-    return headers
-
-
-def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: Header) -> None:
+def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: TensorHeader) -> None:
     if header.shape != shape:
         remedy = "is config.json that of these weights?"
         raise CheckpointError(f"{folder}: expected {name} {list(shape)}, got {list(header.shape)}; {remedy}")
 
 
-def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]) -> None:
+def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, TensorHeader]) -> None:
     """Check the draft vocabulary's table to the target's, and the one back, where it is there.
 
     The first, ``d2t``, has differences.
@@ -140,7 +120,7 @@ def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]
         expected = f"no {D2T} where all of the target's {V} tokens are drafted, as vLLM has no place for it there"
         raise CheckpointError(f"{folder}: expected {expected}, got one; take it out of the weights")
     _check_shape(folder, D2T, (size,), headers[D2T])
-    tokens = _read(headers[D2T], D2T).astype(np.int64) + np.arange(size)
+    tokens = _read(folder, D2T).astype(np.int64) + np.arange(size)
     strays = tokens[(tokens < 0) | (tokens >= V)]
     if len(strays):
         expected = f"{D2T} to lead to the target's tokens 0 to {V - 1}"
@@ -153,13 +133,14 @@ def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, Header]
         )
     if T2D in headers:
         _check_shape(folder, T2D, (V,), headers[T2D])
-        listed = np.flatnonzero(_read(headers[T2D], T2D))
+        listed = np.flatnonzero(_read(folder, T2D))
         if not np.array_equal(listed, np.sort(tokens)):
             expected = f"{T2D} to mark the {size} tokens of {D2T}"
             raise CheckpointError(f"{folder}: expected {expected}, got {len(listed)} others or fewer; {FETCH}")
 
 
-def _read(header: Header, name: str) -> np.ndarray[Any, Any]:
-    with safe_open(header.path, framework="np") as file:
+def _read(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    path = next(path for path in list_weights(folder) if name in check_file(path))
+    with safe_open(path, framework="np") as file:
         tensor: np.ndarray[Any, Any] = file.get_tensor(name)
         return tensor

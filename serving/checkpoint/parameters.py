@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from laguna_serve.plugins.formats.experts import FP8, SCALE_BLOCK
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter
-from laguna_serve.serving.checkpoint.target import Target, find_served_dtype
+from laguna_serve.serving.checkpoint.target import Target, find_served_dtype, value_bytes
 
-ITEM_BYTES = {"float32": 4, "float": 4}
 # Of a scale as releases store it (bf16) and as engines hold it (fp32).
 STORED_SCALE, HELD_SCALE = 2, 4
 BIAS_BYTES = 4  # selection biases are fp32 whatever the rest is
@@ -116,7 +115,7 @@ def estimate_held(target: Target, *, dequantised: bool = False, dtype: str = "au
         dequantised: linear layers in FP8 become `dtype`, as on a CPU; experts stay as they are.
         dtype: that the engine computes in.
     """
-    item = ITEM_BYTES.get(find_served_dtype(target.dtype, dtype), 2)
+    item = value_bytes(find_served_dtype(target.dtype, dtype))
     return weigh(target, scale_bytes=HELD_SCALE, item=item, dequantised=dequantised)
 
 
@@ -124,7 +123,7 @@ def weigh(
     target: Target, *, scale_bytes: int = STORED_SCALE, item: int | None = None, dequantised: bool = False
 ) -> Weights:
     """Bytes of the weights; `item` of a value that is not quantised, by default as in the checkpoint."""
-    item = ITEM_BYTES.get(target.dtype, 2) if item is None else item
+    item = value_bytes(target.dtype) if item is None else item
     values = scales = rest = 0.0
     for module in list_modules(target):
         routed = EXPERTS in module.name
@@ -174,4 +173,4 @@ def estimate_drafter_bytes(drafter: Drafter) -> int:
 
     Those of a quantised one as if they were not, as there is none published.
     """
-    return ITEM_BYTES.get(drafter.dtype, 2) * count_drafter(drafter)
+    return value_bytes(drafter.dtype) * count_drafter(drafter)

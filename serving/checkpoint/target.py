@@ -213,6 +213,11 @@ def find_served_dtype(stored: str, asked: str = "auto") -> str:
     return "bfloat16" if stored == "float32" else stored
 
 
+def value_bytes(dtype: str) -> int:
+    """Return the bytes of an unquantised value: of float32 four, of the other dtypes two."""
+    return 4 if dtype in ("float32", "float") else 2
+
+
 def is_drafter(config: ConfigJson) -> bool:
     """Say whether it is a DFlash drafter, in either format."""
     architectures = config.get("architectures")

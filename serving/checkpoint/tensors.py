@@ -22,7 +22,14 @@ from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.checkpoint.weight_files import FETCH, LENGTH_BYTES, TensorHeader, check_file, list_weights
+from laguna_serve.serving.checkpoint.weight_files import (
+    FETCH,
+    LENGTH_BYTES,
+    TensorHeader,
+    check_file,
+    list_weights,
+    read_headers,
+)
 
 LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
 EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")
@@ -56,7 +63,7 @@ def require_numbers(target: Target, folder: Path) -> None:
 
     vLLM takes its values for the weights where config.json says nothing of them.
     """
-    tensors = {name: tensor for path in list_weights(folder) for name, tensor in check_file(path).items()}
+    tensors = read_headers(folder)
     matrices = [name for name, tensor in tensors.items() if name.endswith(WEIGHT) and tensor.dtype.startswith("F8_")]
     if matrices and target.quantisation is None:
         got = f"{min(matrices)} in {tensors[min(matrices)].dtype}"

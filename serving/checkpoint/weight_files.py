@@ -70,10 +70,14 @@ def count_values(folder: Path) -> int:
     """
     return sum(
         math.prod(tensor.shape)
-        for path in list_weights(folder)
-        for name, tensor in check_file(path).items()
+        for name, tensor in read_headers(folder).items()
         if tensor.dtype.startswith(("F", "BF")) and not name.endswith("_scales")
     )
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Read what the safetensors files say of every tensor.  Raises CheckpointError for a file that is not whole."""
+    return {name: tensor for path in list_weights(folder) for name, tensor in check_file(path).items()}
 
 
 def list_weights(folder: Path) -> list[Path]:

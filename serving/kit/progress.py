@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from laguna_serve.serving.kit.signals import check_signals
+from laguna_serve.serving.machine.memory import GIB
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -17,7 +18,6 @@ T = TypeVar("T")
 SPARSE_S = 10.0
 # A bar is redrawn at most so often.
 REDRAW_S = 0.1
-GIB = 2**30
 
 
 class Progress:

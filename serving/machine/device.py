@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from laguna_serve.kernels.isa import CPUINFO, read_flags
-from laguna_serve.serving.machine.memory import available_bytes, total_bytes
+from laguna_serve.serving.machine.memory import MIB, available_bytes, total_bytes
 
-MIB = 1 << 20
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.machine.rates import find_rates
 
 AUTO, BF16, FP32 = "auto", "bfloat16", "float32"
@@ -37,6 +38,6 @@ def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> 
     faster = f"no bfloat16 in this processor, which multiplies float32 {rates.gain:.1f} times as fast"
     wide = weight_bytes if stored == FP32 else 2 * weight_bytes
     if wide > MOST_OF_MEMORY * device.total_bytes:
-        size = f"{wide / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB"
+        size = f"{show_size(wide)} of {show_size(device.total_bytes)}"
         return DtypeChoice(asked, f"dtype: bfloat16 all the same: {faster}, but its weights would take {size}")
     return DtypeChoice(FP32, f"dtype: float32: {faster} (--dtype overrides)")

@@ -13,9 +13,14 @@ from pathlib import Path
 import msgspec
 import psutil
 
-KIB = 1024
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # cgroup v1 reports "no limit" as the largest page-aligned int64.
 NO_LIMIT_BYTES = 1 << 62
+
+
+def show_size(size_bytes: float) -> str:
+    """Show a size as people write it: in GiB, or in MiB below one."""
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
 def total_bytes() -> int:

@@ -8,10 +8,11 @@ makes vLLM ignore the share); on a GPU the share is lowered to what is free.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import GIB, show_size
 
-GIB = 1 << 30
 # Torch, vLLM and their buffers in the four processes of a CPU engine: 2.4 GB measured with vLLM 0.32, rounded up for
 # compilation.
 ENGINE_BYTES = 3 * 10**9
@@ -53,8 +54,8 @@ def plan_memory(
     kv_bytes = MIN_KV_BYTES if kv_cache_gib is None else int(kv_cache_gib * GIB)
     engine_bytes = ENGINE_BYTES + (ranks - 1) * RANK_BYTES
     taken = engine_bytes + ranks * weight_bytes
-    parts = f"{_gib(engine_bytes)} engine + {_gib(ranks * weight_bytes)} weights + {_gib(ranks * kv_bytes)} KV cache"
-    _require(device, taken + ranks * kv_bytes, parts if ranks == 1 else f"{parts} of {ranks} ranks")
+    parts = {"engine": engine_bytes, "weights": ranks * weight_bytes, "KV cache": ranks * kv_bytes}
+    _require(device, parts, "" if ranks == 1 else f" of {ranks} ranks")
     if kv_cache_gib is None:
         left = (device.free_bytes - taken) // ranks
         kv_bytes = max(MIN_KV_BYTES, min(wanted_kv_bytes, int(left * MAX_KV_SHARE)))
@@ -63,22 +64,16 @@ def plan_memory(
 
 def _plan_gpu(device: Device, weight_bytes: int, kv_cache_gib: float | None) -> list[str]:
     kv_bytes = 0 if kv_cache_gib is None else int(kv_cache_gib * GIB)
-    needed = GPU_CONTEXT_BYTES + weight_bytes + kv_bytes
-    _require(
-        device, needed, f"{_gib(GPU_CONTEXT_BYTES)} context + {_gib(weight_bytes)} weights + {_gib(kv_bytes)} KV cache"
-    )
+    _require(device, {"context": GPU_CONTEXT_BYTES, "weights": weight_bytes, "KV cache": kv_bytes})
     usable = device.free_bytes - GPU_CONTEXT_BYTES
     share = min(MAX_GPU_SHARE, int(usable / device.total_bytes * 100) / 100)
     arguments = ["--gpu-memory-utilization", f"{share:.2f}"]
     return arguments if kv_cache_gib is None else [*arguments, "--kv-cache-memory-bytes", str(kv_bytes)]
 
 
-def _require(device: Device, needed: int, parts: str) -> None:
-    if needed > device.free_bytes:
-        expected = f"expected {_gib(needed)} free ({parts})"
+def _require(device: Device, parts: Mapping[str, int], whose: str = "") -> None:
+    if (needed := sum(parts.values())) > device.free_bytes:
+        listed = " + ".join(f"{show_size(size)} {name}" for name, size in parts.items())
+        expected = f"expected {show_size(needed)} free ({listed}{whose})"
         remedy = "stop another process or use a smaller model or KV cache"
-        raise BudgetError(f"memory of {device.name}: {expected}, got {_gib(device.free_bytes)}; {remedy}")
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f} GiB"
+        raise BudgetError(f"memory of {device.name}: {expected}, got {show_size(device.free_bytes)}; {remedy}")

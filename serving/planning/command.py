@@ -15,7 +15,7 @@ from dataclasses import replace
 from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
 from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
-from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype
+from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype, value_bytes
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
@@ -231,9 +231,9 @@ def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: 
         return (checkpoints.weight_bytes + next(held) - next(held)) // count_ranks(config.extra_args)
     stored = target.dtype if target is not None else config.dtype
     served, drafter = find_served_dtype(stored, config.dtype), checkpoints.drafter
-    whole = checkpoints.target_bytes * _find_bytes(served) // _find_bytes(stored)
+    whole = checkpoints.target_bytes * value_bytes(served) // value_bytes(stored)
     if drafter is not None:
-        whole += checkpoints.drafter_bytes * _find_bytes(served) // _find_bytes(drafter.dtype)
+        whole += checkpoints.drafter_bytes * value_bytes(served) // value_bytes(drafter.dtype)
     return whole // count_ranks(config.extra_args)
 
 
@@ -256,8 +256,8 @@ def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
     target, drafter = checkpoints.target, checkpoints.drafter
     if target is None:
         return sys.maxsize
-    value_bytes = _find_bytes(find_served_dtype(target.dtype, config.dtype))
-    per_token = value_bytes * (target.kv_values_per_token + (drafter.kv_values_per_token if drafter is not None else 0))
+    values = target.kv_values_per_token + (drafter.kv_values_per_token if drafter is not None else 0)
+    per_token = values * value_bytes(find_served_dtype(target.dtype, config.dtype))
     return per_token * (config.max_model_len or target.max_model_len) * config.max_num_seqs
 
 
@@ -292,10 +292,6 @@ def build_environment(
     for setting in settings:
         environment.setdefault(setting.name, setting.value or "")
     return environment
-
-
-def _find_bytes(dtype: str) -> int:
-    return 4 if dtype in ("float32", "float") else 2
 
 
 def _expand(name: str) -> str:

@@ -6,7 +6,8 @@ Memory is what nvidia-smi reports in total, as the vendors' figures leave out wh
 from __future__ import annotations
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.machine.device import MIB, Device
+from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import MIB
 
 # name → what it is called, compute capability × 10, MiB
 GPUS: dict[str, tuple[str, int, int]] = {

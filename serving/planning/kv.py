@@ -17,9 +17,9 @@ from math import ceil
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.target import Target
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.budget import GPU_CONTEXT_BYTES, MAX_GPU_SHARE
 
-GIB = 1 << 30
 GPU_BLOCK, CPU_BLOCK = 16, 128
 # vLLM's max_num_batched_tokens for a server: by memory, an A100 having less throughput than its memory.
 BATCHED_TOKENS = ((160 * GIB, 16384), (70 * GIB, 8192))

@@ -13,6 +13,7 @@ from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, LAGUNA, ORIGIN
 from laguna_serve.serving.checkpoint.others import SERVED_BY
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.planning.budget import MAX_GPU_SHARE, BudgetError
 from laguna_serve.serving.planning.command import (
     KV_DTYPE,
@@ -219,8 +220,8 @@ def _count_layers(drafter: Drafter | None) -> int:
 
 
 def _describe_no_room(device: Device, memory: Memory) -> str:
-    used = f"{(memory.weights + memory.activations + memory.graphs + memory.context) / 2**30:.1f} GiB"
-    got = f"weights and buffers of about {used} of {device.total_bytes / 2**30:.1f} GiB"
+    used = show_size(memory.weights + memory.activations + memory.graphs + memory.context)
+    got = f"weights and buffers of about {used} of {show_size(device.total_bytes)}"
     remedy = "take a larger GPU, a quantised release, or several with -- --tensor-parallel-size N"
     return f"memory of {device.name}: expected room for a KV cache, got {got}; {remedy}"
 

@@ -10,11 +10,11 @@ from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.parameters import count_active, count_drafter, count_parameters
 from laguna_serve.serving.checkpoint.quantisation import Quantisation
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
+from laguna_serve.serving.machine.memory import GIB, show_size
 from laguna_serve.serving.planning.plan import EnginePlan
 from laguna_serve.serving.planning.support import SupportVerdict, describe_kind
 from laguna_serve.serving.speculation.adaptive import describe_adaptive
 
-GIB, MIB = 1 << 30, 1 << 20
 WIDTH = 13
 
 
@@ -40,7 +40,7 @@ def _list_rows(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     device, target, drafter = plan.device, plan.checkpoints.target, plan.checkpoints.drafter
     label = "a plan for a device that was named; nothing of this machine" if plan.planned else "this machine"
     capability = "" if device.capability is None else f", compute capability {device.capability / 10}"
-    yield "device", f"{device.name}{capability}, {device.total_bytes / GIB:.1f} GiB ({label})"
+    yield "device", f"{device.name}{capability}, {show_size(device.total_bytes)} ({label})"
     if target is None and plan.checkpoints.unplanned:
         yield "model", f"{plan.config.model}: {plan.checkpoints.unplanned}; vLLM finds out what it takes when it starts"
     elif target is None:
@@ -98,15 +98,15 @@ def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     memory, layout = plan.memory, plan.layout
     if memory is None or layout is None or plan.length is None or plan.context is None:
         if plan.checkpoints.weight_bytes:
-            yield "memory", f"weights {_size(plan.checkpoints.weight_bytes)} on disk"
+            yield "memory", f"weights {show_size(plan.checkpoints.weight_bytes)} on disk"
         return
     source = "" if plan.weights_here else " by config.json"
-    parts = [f"weights {_size(memory.weights)}{source}"]
+    parts = [f"weights {show_size(memory.weights)}{source}"]
     if plan.device.kind == "gpu":
         parts.append(f"activations about {memory.activations / GIB:.1f}")
         parts.append(f"CUDA graphs about {memory.graphs / GIB:.1f}, context {memory.context / GIB:.1f}")
-    yield "memory", f"{', '.join(parts)}; left for the KV cache {_size(memory.kv)}"
-    sequence = _size(layout.sequence_bytes(plan.length))
+    yield "memory", f"{', '.join(parts)}; left for the KV cache {show_size(memory.kv)}"
+    sequence = show_size(layout.sequence_bytes(plan.length))
     yield (
         "KV cache",
         f"{layout.token_bytes:,} bytes per token of a long sequence; {sequence} for {plan.length:,} tokens",
@@ -116,10 +116,6 @@ def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     one, many = plan.context
     full = "the whole" if one == plan.length else f"{plan.length:,} do not fit"
     yield "context", f"{one:,} tokens for one sequence ({full}), {many:,} for {plan.config.max_num_seqs} at once"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
 def count_stored(plan: EnginePlan, target: Target) -> tuple[int, int | None]:

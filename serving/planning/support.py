@@ -17,7 +17,7 @@ from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
 from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
 from laguna_serve.serving.checkpoint.quantisation import FP8, INT4, NVFP4, OTHER, Quantisation
-from laguna_serve.serving.checkpoint.target import STOCK, Target, find_served_dtype
+from laguna_serve.serving.checkpoint.target import STOCK, Target, find_served_dtype, value_bytes
 from laguna_serve.serving.machine.device import Device
 
 # Our class for dense models (plugins/models/dense.py).
@@ -287,4 +287,4 @@ def kv_value_bytes(target: Target, device: Device, dtype: str, chosen: str | Non
         return 2
     if target.quantisation is not None and target.quantisation.fp8_kv_cache:
         return 1
-    return 4 if find_served_dtype(target.dtype, dtype) in ("float32", "float") else 2
+    return value_bytes(find_served_dtype(target.dtype, dtype))

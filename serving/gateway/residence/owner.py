@@ -22,10 +22,9 @@ from laguna_serve.serving.gateway.config.tables import Model, Upstream
 from laguna_serve.serving.gateway.residence.launcher import Launched, MakeEngine, OwnedProcess, describe_upstream
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms, Ticket
 from laguna_serve.serving.gateway.residence.plans import find_log, plan_bytes
-from laguna_serve.serving.gateway.residence.room import gib
 from laguna_serve.serving.gateway.residence.routes import Routes
 from laguna_serve.serving.gateway.residence.scheduler import Act, Scheduler
-from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.machine.memory import GIB, show_size
 from laguna_serve.serving.planning.launch import require_device
 
 # How often it is looked whether engines live, and how often they are measured.
@@ -171,7 +170,7 @@ class Owner:
             if engine is None:
                 port = 0 if self._config is None else self._config.server.port
                 engine = self._engines[model.name] = self._make(model.name, table, find_log(model.name, table, port))
-                logger.info("model %s: loading, planned with %s", model.name, gib(model.need_bytes))
+                logger.info("model %s: loading, planned with %s", model.name, show_size(model.need_bytes))
                 size = await self._run(engine.start)
             else:
                 logger.info("model %s: waking", model.name)
@@ -193,7 +192,7 @@ class Owner:
         upstream = self._upstreams[model.name] = stand_in.model_copy(update=found)
         self.place(model.name, upstream)
         self.scheduler.note_ready(model, size, self._clock())
-        logger.info("model %s: ready after %.1f s with %s", model.name, model.load_s or 0.0, gib(size))
+        logger.info("model %s: ready after %.1f s with %s", model.name, model.load_s or 0.0, show_size(size))
 
     async def _end(self, model: OwnedModel, *, asleep: bool) -> None:
         self._withdraw(model)
@@ -205,7 +204,7 @@ class Owner:
                 logger.warning("model %s: not put to sleep: %s; ended instead", model.name, error)
             else:
                 self.scheduler.note_unloaded(model, left)
-                logger.info("model %s: asleep, keeps %s", model.name, gib(left))
+                logger.info("model %s: asleep, keeps %s", model.name, show_size(left))
                 return
         await self._forget(model)
         self.scheduler.note_unloaded(model)

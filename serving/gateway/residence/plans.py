@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
@@ -13,7 +12,8 @@ from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, GPU_CONTEXT_BYTES
+from laguna_serve.serving.machine.memory import GIB
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, GPU_CONTEXT_BYTES
 from laguna_serve.serving.planning.diffusion.plan import plan_diffusion
 from laguna_serve.serving.planning.launch import require_device
 from laguna_serve.serving.planning.plan import make_plan
@@ -75,7 +75,7 @@ def plan_bytes(name: str, table: OwnedEngine, find: Callable[[], Device] = requi
         return int(table.memory_gib * GIB)
     try:
         device = find()
-        config = replace(make_engine_config(name, table), port=None)
+        config = make_engine_config(name, table)
         if (diffusion := find_diffusion(table.model)) is not None:
             canvas = plan_diffusion(config, diffusion, device, files=False)
             weights = canvas.target.weights + (canvas.drafter.weights if canvas.drafter is not None else 0)

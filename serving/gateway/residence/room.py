@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State
+from laguna_serve.serving.machine.memory import show_size
 
 
 @dataclass(slots=True)
@@ -48,9 +49,9 @@ def find_lack(model: OwnedModel, budget: int, others: Iterable[OwnedModel]) -> s
     """Say why a model can never have room; None where it can."""
     need, kept = model.need_bytes, sum(o.need_bytes for o in others if o.terms.pinned and o is not model)
     if need > budget:
-        return f"it needs {gib(need)}, and its group has {gib(budget)}"
+        return f"it needs {show_size(need)}, and its group has {show_size(budget)}"
     if need + kept > budget:
-        return f"it needs {gib(need)}, and pinned models leave {gib(budget - kept)} of {gib(budget)}"
+        return f"it needs {show_size(need)}, and pinned models leave {show_size(budget - kept)} of {show_size(budget)}"
     return None
 
 
@@ -85,8 +86,3 @@ def _may_go(model: OwnedModel, now: float) -> bool:
     if model.state is State.ASLEEP:
         return True
     return model.state is State.READY and (not model.busy or now >= model.find_residence_end())
-
-
-def gib(size_bytes: int) -> str:
-    """Bytes as people write them."""
-    return f"{size_bytes / (1 << 30):.1f} GiB"

@@ -16,7 +16,8 @@ from typing import Literal
 
 from laguna_serve.serving.engine.keeper import RestartPolicy
 from laguna_serve.serving.gateway.residence.model import WAITABLE, Outcome, OwnedModel, State, Terms, Ticket
-from laguna_serve.serving.gateway.residence.room import Room, choose_victims, find_lack, gib, measure_room
+from laguna_serve.serving.gateway.residence.room import Room, choose_victims, find_lack, measure_room
+from laguna_serve.serving.machine.memory import show_size
 
 # What is to be done to a model: "load" starts or wakes it, "sleep" gives its memory back, "unload" ends its processes.
 Act = Literal["load", "sleep", "unload"]
@@ -104,7 +105,7 @@ class Scheduler:
         budget = self.budgets.get(model.terms.group, 0)
         if model.measured_bytes > budget:
             model.leaving = True
-            model.cause = f"it takes {gib(model.measured_bytes)}, and its group has {gib(budget)}"
+            model.cause = f"it takes {show_size(model.measured_bytes)}, and its group has {show_size(budget)}"
             self._refuse_all(model, model.cause, self.policy.max_s)
 
     def note_failed(self, model: OwnedModel, cause: str, now: float) -> None:

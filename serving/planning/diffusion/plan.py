@@ -9,9 +9,10 @@ from msgspec import structs
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import ARCHITECTURE, DiffusionModel
+from laguna_serve.serving.checkpoint.target import value_bytes
 from laguna_serve.serving.kit.environment import describe_device
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.planning.diffusion.command import (
     SERVER_MODULE,
     build_diffusion_command,
@@ -74,7 +75,7 @@ def plan_diffusion(
     """
     draft = None if config.draft is None else find_draft(config.draft, model)
     dtype = choose_dtype(config.dtype, model, device)
-    size = 4 if dtype == "float32" else 2
+    size = value_bytes(dtype)
     weights = size * (model.parameters + (0 if draft is None else draft.parameters))
     refusals: list[str] = []
     command: tuple[str, ...] = ()
@@ -85,8 +86,8 @@ def plan_diffusion(
     except CheckpointError as error:
         refusals.append(str(error))
     if weights > device.total_bytes:
-        room = f"{device.total_bytes / GIB:.1f} GiB of {device.name}"
-        refusals.append(f"memory: expected weights within the {room}, got {weights / GIB:.1f} GiB; take another device")
+        room = f"{show_size(device.total_bytes)} of {device.name}"
+        refusals.append(f"memory: expected weights within the {room}, got {show_size(weights)}; take another device")
     length = config.max_model_len or model.max_model_len
     values = model.kv_values_per_token + (0 if draft is None else draft.kv_values_per_token)
     return DiffusionPlanResult(
@@ -114,12 +115,12 @@ def choose_dtype(asked: str, model: DiffusionModel, device: Device) -> str:
 def format_diffusion(plan: DiffusionPlanResult) -> str:
     """Format a line for each thing that is known, the command last."""
     rows = [
-        ("device", f"{plan.device.name}, {plan.device.total_bytes / GIB:.1f} GiB"),
+        ("device", f"{plan.device.name}, {show_size(plan.device.total_bytes)}"),
         ("model", f"{plan.model}: masked diffusion, {_format(plan.target)}"),
         *([] if plan.drafter is None else [("draft", f"{plan.draft}: {_format(plan.drafter)}")]),
         ("class", f"{plan.architecture}: {SERVER_MODULE}, not vLLM"),
         ("context", f"{plan.target.max_model_len:,} tokens of prompt and canvas"),
-        ("memory", f"weights in {plan.dtype}; a block cache (-- --cache dual) up to {plan.cache / GIB:.1f} GiB more"),
+        ("memory", f"weights in {plan.dtype}; a block cache (-- --cache dual) up to {show_size(plan.cache)} more"),
         *(("refused", refusal) for refusal in plan.refusals),
         *([("command", shlex.join(plan.command))] if plan.command else []),
     ]
@@ -136,4 +137,4 @@ def _describe(model: DiffusionModel, size: int) -> PlannedModel:
 
 
 def _format(model: PlannedModel) -> str:
-    return f"{model.layers} layers, {model.parameters:,} parameters, {model.weights / GIB:.1f} GiB"
+    return f"{model.layers} layers, {model.parameters:,} parameters, {show_size(model.weights)}"

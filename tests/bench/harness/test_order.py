@@ -12,8 +12,8 @@ from laguna_serve.bench.harness.order import AT_A_TIME, Load, choose_order, find
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning import launch
-from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.devices import plan_for
 
 RELEASES = Path(__file__).resolve().parents[2] / "fixtures" / "releases"

@@ -21,7 +21,7 @@ from laguna_serve.serving.chat.vendor_defaults import (
 )
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import GIB
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.command import build_command, build_environment, choose_settings
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect

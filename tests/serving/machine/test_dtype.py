@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_not_taken_and_said(monkeypatch: pytest.MonkeyPatch
     choice = choose(monkeypatch, SLOW, "auto", "bfloat16", replace(HASWELL, total_bytes=16 * GIB))
     assert choice.dtype == "auto"
     assert choice.note is not None
-    assert "would take 8.0 of 16.0 GiB" in choice.note
+    assert "would take 8.0 GiB of 16.0 GiB" in choice.note
 
 
 def test_what_is_free_at_the_moment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

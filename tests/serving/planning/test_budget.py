@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.budget import ENGINE_BYTES, GIB, MIN_KV_BYTES, RANK_BYTES, BudgetError, plan_memory
+from laguna_serve.serving.machine.memory import GIB
+from laguna_serve.serving.planning.budget import ENGINE_BYTES, MIN_KV_BYTES, RANK_BYTES, BudgetError, plan_memory
 
 
 def cpu(free_bytes: int) -> Device:

@@ -15,9 +15,9 @@ from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.machine import dtype as dtype_module
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.machine.rates import LIMITS, Rates
 from laguna_serve.serving.planning import launch
-from laguna_serve.serving.planning.budget import GIB
 from laguna_serve.serving.planning.command import (
     build_command,
     build_environment,

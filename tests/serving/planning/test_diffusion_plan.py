@@ -161,7 +161,7 @@ def test_missing_files_are_seen_before_a_start(llada: Path, tmp_path: Path) -> N
 
 def test_weights_have_to_fit(llada: Path) -> None:
     made = plan(llada, Device("gpu", "a card", 1000, 1000))
-    assert made.refusals[0].startswith("memory: expected weights within the 0.0 GiB of a card")
+    assert made.refusals[0].startswith("memory: expected weights within the 0.0 MiB of a card")
     assert (made.dtype, plan(llada).dtype, plan(llada, dtype="half").dtype) == ("bfloat16", "float32", "float16")
     assert made.target.weights * 2 == plan(llada).target.weights
 

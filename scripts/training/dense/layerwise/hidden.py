@@ -17,7 +17,8 @@ from laguna_serve.scripts.training.loop import is_asked_to_stop
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.ranks import Ranks
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.progress import GIB, Progress
+from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.machine.memory import GIB
 
 
 class DiskError(CommandError, OSError):
