@@ -31,7 +31,7 @@ from laguna_serve.scripts.clients.agents import list_agents, run_agent
 from laguna_serve.scripts.clients.recorder import record
 from laguna_serve.scripts.clients.report import ClientCheck, ClientsResult, render_markdown, render_text
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.run import in_background
+from laguna_serve.serving.gateway.run import open_background
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json, write_indented
@@ -202,11 +202,11 @@ def open_environment(url: str) -> Iterator[dict[str, str]]:
     with record(url, CUT_AFTER) as cutting:
         upstream = {"name": "lost", "url": cutting.url, "max_in_flight": 8}
         server, models = {"host": "127.0.0.1", "port": 0}, [{"name": "teacher", "upstreams": [upstream]}]
-        with in_background(parse_config({"server": server, "models": models}, "clients")) as (lost, _status):
+        with open_background(parse_config({"server": server, "models": models}, "clients")) as gateway:
             yield {
                 **os.environ,
                 "CLIENTS_URL": url,
-                "CLIENTS_LOST_URL": lost,
+                "CLIENTS_LOST_URL": gateway.url,
                 "CLIENTS_MODEL": "teacher",
                 "CLIENTS_CALL_REGEX": CALL_REGEX,
                 "CLIENTS_CALL_SCHEMA": json.dumps(CALL_SCHEMA),

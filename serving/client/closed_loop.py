@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
+
+from laguna_serve.serving.kit.progress import say
 
 Item = TypeVar("Item")
 # After so long without an end of anything a line says so, and again after twice as long.
 QUIET_S = 60.0
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 async def run_closed_loop(
     items: Iterable[Item],
     concurrency: int,
     work: Callable[[Item], Awaitable[None]],
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = say,
 ) -> None:
     """Work on the items in order, `concurrency` at a time, the next as soon as one ends.
 

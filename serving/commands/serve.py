@@ -22,6 +22,7 @@ from laguna_serve.serving.kit.flags import MOST_SEED, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
+from laguna_serve.serving.planning.engine_config import DEFAULT_HOST, DEFAULT_PORT
 from laguna_serve.serving.planning.inspection import LOOPBACK
 from laguna_serve.serving.planning.launch import plan_launch, require_device
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
@@ -29,7 +30,7 @@ from laguna_serve.serving.planning.report import format_plan
 from laguna_serve.serving.planning.result import describe_plan
 from laguna_serve.serving.planning.vllm_flags import refuse_unknown_flags
 from laguna_serve.serving.service.api_keys import read_keys
-from laguna_serve.serving.service.front import DEFAULT_HOST, DEFAULT_PORT, FrontSettings, check_front
+from laguna_serve.serving.service.front import FrontSettings, check_front
 from laguna_serve.serving.service.service import DIED, serve
 from laguna_serve.serving.speculation.adaptive import describe_adaptive
 

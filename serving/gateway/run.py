@@ -94,13 +94,6 @@ class Background(NamedTuple):
 
 
 @contextlib.contextmanager
-def in_background(config: Config) -> Iterator[tuple[str, str]]:
-    """As `open_background`; yields the gateway's URL and its admin page's."""
-    with open_background(config) as gateway:
-        yield gateway.url, gateway.admin_url
-
-
-@contextlib.contextmanager
 def open_background(config: Config, reload: Callable[[], Config] | None = None) -> Iterator[Background]:
     """Open a gateway in a thread of this process for as long as the block runs; `reload` is what its `reload` asks.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -17,6 +16,7 @@ import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import explain_write
+from laguna_serve.serving.kit.progress import say
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -26,10 +26,6 @@ class JournalError(CommandError, ValueError):
     """A journal with a line that cannot be read, or that another command writes to."""
 
 
-def _print(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 class Journal(Generic[T]):
     """One journal's file. Not for several processes at once: the second one that writes is told so.
 
@@ -37,7 +33,7 @@ class Journal(Generic[T]):
         entries: what the file held, in order, and what was added since.
     """
 
-    def __init__(self, path: Path, kind: type[T], say: Callable[[str], None] = _print) -> None:
+    def __init__(self, path: Path, kind: type[T], say: Callable[[str], None] = say) -> None:
         """Read the file, if there is one. `kind`: a line's type, for msgspec; `say` reports a line that is dropped.
 
         Raises:
@@ -92,9 +88,7 @@ class Journal(Generic[T]):
 class KeyedJournal(Generic[K, T]):
     """A journal of which one entry counts for each key: in `by_key`, the latest."""
 
-    def __init__(
-        self, path: Path, kind: type[T], find_key: Callable[[T], K], say: Callable[[str], None] = _print
-    ) -> None:
+    def __init__(self, path: Path, kind: type[T], find_key: Callable[[T], K], say: Callable[[str], None] = say) -> None:
         """Read the file, if there is one. Raises JournalError, OSError."""
         self._journal = Journal(path, kind, say)
         self._find_key = find_key

@@ -20,11 +20,15 @@ SPARSE_S = 10.0
 REDRAW_S = 0.1
 
 
+def say(line: str) -> None:
+    """Write a line for people at once, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Which arm and step a phase is at, its rate so far and the time that is left."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
         self._output = _Output(quiet)
         self._phase_start = time.monotonic()
 
@@ -103,7 +107,7 @@ class _Output:
 
     def show(self, text: str, done: int, total: int) -> None:
         if not self._is_terminal:
-            self._write(text)
+            say(text)
             return
         if self._bar is None:
             self._bar = _make_bar()
@@ -121,17 +125,13 @@ class _Output:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            self._write(text)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
             atexit.unregister(self.close)
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
 
 def _make_bar() -> RichProgress:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.checkpoint import name_checkpoint
 
+# Where a server listens for clients unless it is told otherwise.
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -50,7 +53,7 @@ class EngineConfig:
     adaptive: bool = False
     gamma_schedule: tuple[tuple[int, int, int], ...] | None = None
     draft_sampling: str = "greedy"
-    host: str = "127.0.0.1"
+    host: str = DEFAULT_HOST
     port: int | None = None
     served_model_name: str | None = None
     dtype: str = "auto"

@@ -57,7 +57,8 @@ LOAD_FORMAT = "--load-format"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # What vLLM takes for --dtype (config/model.py of 0.32, ModelDType).
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-# Keys of clients are the gateway's; one that is inherited would lock the engine to everybody who does not have it.
+# Keys of clients, ours and vLLM's name for the same thing: they are the gateway's, and one that is inherited would lock
+# the engine to everybody who does not have it.
 KEY_VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
 ENGINE_KEY = "VLLM_API_KEY"
 

@@ -27,7 +27,7 @@ from laguna_serve.serving.planning.command import (
     settle_dtype,
     wanted_weight_bytes,
 )
-from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.engine_config import DEFAULT_PORT, EngineConfig
 from laguna_serve.serving.planning.inspection import Checkpoints, inspect
 from laguna_serve.serving.planning.kv import KvLayout, Memory, choose_batched_tokens, plan_layout, share_gpu
 from laguna_serve.serving.planning.support import (
@@ -38,7 +38,6 @@ from laguna_serve.serving.planning.support import (
     kv_value_bytes,
 )
 
-DEFAULT_PORT = 8000
 VLLM = "vLLM's own"
 # The vendor's γ, from the models' cards and github.com/vllm-project/recipes (models/poolside), by the target's name.
 VENDOR_GAMMA = {"xs.2": (7,), "xs-2.1": (15,), "s-2.1": (7, 15)}

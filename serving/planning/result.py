@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import msgspec
 from msgspec import structs
 
+from laguna_serve.serving.chat.vendor_defaults import VllmSetting
 from laguna_serve.serving.checkpoint.drafter import Drafter
 from laguna_serve.serving.checkpoint.parameters import count_drafter
 from laguna_serve.serving.checkpoint.target import Target, count_dense_layers
@@ -75,14 +78,6 @@ class PlannedContext(msgspec.Struct, frozen=True, kw_only=True):
     all: int
 
 
-class ChatSetting(msgspec.Struct, frozen=True, kw_only=True):
-    """A flag of vLLM's that the model's release asks for."""
-
-    name: str
-    value: str | None
-    reason: str
-
-
 class PlanResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.plan/1"):
     """What serving a model on a device would take. None where nothing is known of it here."""
 
@@ -99,7 +94,7 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
     kv_cache: PlannedCache | None
     context: PlannedContext | None
     max_num_seqs: int
-    chat: tuple[ChatSetting, ...]
+    chat: tuple[VllmSetting, ...]
     runner: str
     environment: dict[str, str]
     command: tuple[str, ...]
@@ -108,7 +103,7 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 def describe_plan(plan: EnginePlan) -> PlanResult:
     """Describe the plan as its result."""
     target, drafter = plan.checkpoints.target, plan.checkpoints.drafter
-    context = plan.context
+    context, memory = plan.context, plan.memory
     return PlanResult(
         ok=not plan.refusals,
         refusals=plan.refusals,
@@ -119,11 +114,11 @@ def describe_plan(plan: EnginePlan) -> PlanResult:
         classes=dict(plan.classes),
         target=None if target is None else _describe_target(plan, target),
         drafter=None if drafter is None else _describe_drafter(plan, drafter),
-        memory=_describe_memory(plan),
+        memory=None if memory is None else PlannedMemory(**asdict(memory), weights_here=plan.weights_here),
         kv_cache=_describe_cache(plan),
         context=None if context is None else PlannedContext(one=context[0], all=context[1]),
         max_num_seqs=plan.config.max_num_seqs,
-        chat=tuple(ChatSetting(name=s.name, value=s.value, reason=s.reason) for s in plan.checkpoints.chat.flags),
+        chat=plan.checkpoints.chat.flags,
         runner=describe_runner(plan),
         environment=dict(plan.environment),
         command=plan.command,
@@ -157,20 +152,6 @@ def _describe_drafter(plan: EnginePlan, drafter: Drafter) -> PlannedDrafter:
         vendor_gamma=plan.vendor_gamma,
         quantisation=None if drafter.quantisation is None else drafter.quantisation.kind,
         verdict=plan.drafter_verdict,
-    )
-
-
-def _describe_memory(plan: EnginePlan) -> PlannedMemory | None:
-    memory = plan.memory
-    if memory is None:
-        return None
-    return PlannedMemory(
-        weights=memory.weights,
-        activations=memory.activations,
-        graphs=memory.graphs,
-        context=memory.context,
-        kv=memory.kv,
-        weights_here=plan.weights_here,
     )
 
 

@@ -54,6 +54,9 @@ class GpuRow:
     verdict: SupportVerdict
 
 
+WITHOUT_BF16 = SupportVerdict(
+    REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"
+)
 MARLIN = "Marlin: stored small, computed in bf16"
 # Of a kind's rows the last whose capability the device reaches holds.
 GPU_ROWS = (
@@ -63,29 +66,17 @@ GPU_ROWS = (
         SupportVerdict(REFUSED, "no bf16 below compute capability 8.0, and fp16 overflows", "take a newer GPU"),
     ),
     GpuRow(PLAIN, 80, SupportVerdict(NATIVE, "bf16")),
-    GpuRow(
-        FP8,
-        0,
-        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
-    ),
+    GpuRow(FP8, 0, WITHOUT_BF16),
     GpuRow(FP8, 80, SupportVerdict(WEIGHT_ONLY, f"no FP8 arithmetic below 8.9; {MARLIN}")),
     GpuRow(FP8, 89, SupportVerdict(NATIVE, "FP8 arithmetic, a scale per 128×128 block")),
-    GpuRow(
-        NVFP4,
-        0,
-        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
-    ),
+    GpuRow(NVFP4, 0, WITHOUT_BF16),
     GpuRow(
         NVFP4,
         80,
         SupportVerdict(WEIGHT_ONLY, f"no FP4 arithmetic below 10.0; {MARLIN} (Poolside names Blackwell alone)"),
     ),
     GpuRow(NVFP4, 100, SupportVerdict(NATIVE, "FP4 arithmetic")),
-    GpuRow(
-        INT4,
-        0,
-        SupportVerdict(REFUSED, "its activations are bf16, which starts at compute capability 8.0", "take a newer GPU"),
-    ),
+    GpuRow(INT4, 0, WITHOUT_BF16),
     GpuRow(INT4, 80, SupportVerdict(WEIGHT_ONLY, MARLIN)),
 )
 KV_FP8_CAPABILITY = 89

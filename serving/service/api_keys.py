@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.planning.launch import KEY_VARIABLES
 
-# Ours, then vLLM's name for the same thing.
-VARIABLES = ("LAGUNA_API_KEY", "VLLM_API_KEY")
 FILE_MARK = "@"
 
 
@@ -21,7 +20,7 @@ def read_keys(given: Sequence[str], environment: Mapping[str, str]) -> tuple[str
     """
     keys = [key for text in given for key in (_read_file(text[1:]) if text.startswith(FILE_MARK) else [text])]
     if not given:
-        keys = [environment[name] for name in VARIABLES if environment.get(name)][:1]
+        keys = [environment[name] for name in KEY_VARIABLES if environment.get(name)][:1]
     for key in keys:
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise CheckpointError(

@@ -16,6 +16,7 @@ import msgspec
 
 from laguna_serve.serving.engine.keeper import Death
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.planning.engine_config import DEFAULT_PORT
 from laguna_serve.serving.planning.launch import EngineError, require_port
 from laguna_serve.serving.service.api_keys import describe_keys
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 UPSTREAM = "engine"
 # The engine's address while there is none.
 PLACEHOLDER = "http://127.0.0.1:1"
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 # The engine queues by itself, and better: it batches what waits.
 QUEUE_FACTOR = 8
 # What streams get to finish after Ctrl-C; a second one ends them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -15,6 +14,7 @@ import msgspec
 
 from laguna_serve.serving.engine import Engine, EngineError
 from laguna_serve.serving.engine.keeper import Death, Keeper, RestartPolicy
+from laguna_serve.serving.kit.progress import say
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.service.front import Front, FrontSettings, open_front
 from laguna_serve.serving.speculation.acceptance import AcceptanceReport, AcceptanceWatch
@@ -70,9 +70,9 @@ def serve(
     url, acceptance = "", _LastAcceptance()
 
     def make() -> Engine:
-        return Engine(config, log_path=log_path, announce=_announce, api_key=api_key)
+        return Engine(config, log_path=log_path, announce=say, api_key=api_key)
 
-    keeper = Keeper(make, RestartPolicy(), _announce)
+    keeper = Keeper(make, RestartPolicy(), say)
     try:
         with keeper, nullcontext() if settings is None else open_front(settings, keeper.engine.base_url) as front:
             if front is not None and front.reloads:
@@ -128,9 +128,9 @@ def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptan
                 front.note_deaths(keeper.deaths)
                 front.succeed(keeper.engine.base_url)
             watch = _watch(keeper.engine)
-            _announce(f"engine {keeper.engine.model_name}: serving again, restart {keeper.restarts}")
+            say(f"engine {keeper.engine.model_name}: serving again, restart {keeper.restarts}")
     except EngineError as error:
-        print(f"laguna: error: {error}", file=sys.stderr, flush=True)
+        say(f"laguna: error: {error}")
         return True
     except KeyboardInterrupt:
         watch.read()
@@ -151,10 +151,6 @@ def _wait_for_death(engine: Engine, watch: AcceptanceWatch) -> None:
             engine.check()
         watch.look()
         time.sleep(WATCH_S)
-
-
-def _announce(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _handle_signals() -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.results import JsonObject
-from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.engine_config import DEFAULT_HOST, DEFAULT_PORT, EngineConfig
 from laguna_serve.serving.service.api_keys import describe_keys
-from laguna_serve.serving.service.front import DEFAULT_HOST, DEFAULT_PORT, DRAIN_S
+from laguna_serve.serving.service.front import DRAIN_S
 
 if TYPE_CHECKING:
     from laguna_serve.serving.gateway.config import Config

@@ -5,7 +5,6 @@ Acceptance length τ = 1 + accepted ÷ drafts, from the counters that vLLM keeps
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import msgspec
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
 from laguna_serve.serving.client.local import OK, ask_engine
+from laguna_serve.serving.kit.progress import say
 
 TIMEOUT_S = 2.0
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
@@ -86,7 +86,7 @@ class AcceptanceWatch:
             return
         self.read()
         if self._seen is not None and self._seen.drafts >= MIN_DRAFTS:
-            print(format_acceptance(self._seen, self._gamma, adaptive=self._adaptive), file=sys.stderr, flush=True)
+            say(format_acceptance(self._seen, self._gamma, adaptive=self._adaptive))
             self._shown = True
 
     def read(self) -> None:

@@ -17,7 +17,7 @@ from laguna_serve.scripts.training.rl.refresh.pushed import Pushed
 from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
 from laguna_serve.serving.engine import Engine, EngineConfig
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.run import in_background
+from laguna_serve.serving.gateway.run import open_background
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.machine.processes import read_cpu_s
@@ -105,5 +105,5 @@ def open_service(config: EngineConfig, log_path: Path, announce: Callable[[str],
         upstream = {"name": "engine", "url": engine.base_url, "max_in_flight": IN_FLIGHT}
         tables: JsonObject = {"server": {"port": 0, "shutdown_timeout_s": 5}, "models": []}
         tables["models"] = [{"name": engine.model_name, "upstreams": [upstream]}]
-        with in_background(parse_config(tables, "grpo")) as (base_url, admin_url):
+        with open_background(parse_config(tables, "grpo")) as (base_url, admin_url, _):
             yield TrainingService(base_url, admin_url.rstrip("/"), engine.base_url, engine.model_name, engine.pids)

@@ -19,10 +19,9 @@ from laguna_serve.serving.planning.diffusion.command import (
     find_draft,
     require_files,
 )
-from laguna_serve.serving.planning.engine_config import EngineConfig
+from laguna_serve.serving.planning.engine_config import DEFAULT_PORT, EngineConfig
 from laguna_serve.serving.planning.result import PlannedDevice
 
-DEFAULT_PORT = 8000
 WIDTH = 13
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from laguna_serve.scripts.training.rl.service import TrainingService, UpdateRefusedError
 from laguna_serve.serving.gateway.config import parse_config
-from laguna_serve.serving.gateway.run import in_background
+from laguna_serve.serving.gateway.run import open_background
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -25,7 +25,7 @@ def test_refusal_is_told_in_words(tmp_path: Path, models: tuple[str, ...], words
     for number, name in enumerate(models):
         upstream = {"name": "engine" if not number else name, "url": "http://127.0.0.1:1"}
         tables["models"].append({"name": name, "upstreams": [upstream]})
-    with in_background(parse_config(tables, "test")) as (url, admin_url):
+    with open_background(parse_config(tables, "test")) as (url, admin_url, _):
         service = TrainingService(url, admin_url.rstrip("/"), "", "a", list)
         with pytest.raises(UpdateRefusedError) as refused:
             service.push("v1", tmp_path, {}, tmp_path)

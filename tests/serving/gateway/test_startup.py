@@ -22,7 +22,7 @@ from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError,
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.config.tables import Limits
-from laguna_serve.serving.gateway.run import in_background, make_settings, open_background
+from laguna_serve.serving.gateway.run import make_settings, open_background
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 
 CONFIG = parse_config({"models": [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]}, "test")
@@ -41,7 +41,7 @@ def test_this_uvicorn_is_fit() -> None:
 def test_other_versions_are_refused_in_one_line(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn, "__version__", version)
     with pytest.raises(EngineError, match=rf"^uvicorn: expected 0\.54\.x, got {version}; pip install .*$"):
-        in_background(CONFIG).__enter__()
+        open_background(CONFIG).__enter__()
 
 
 def test_hook_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
