@@ -131,8 +131,7 @@ def _read_laguna(folder: Path, config: ConfigJson) -> Drafter:
     attention = _read_attention(fields, layers, gate=read_gate_width(fields), bias=bool(config.get("attention_bias")))
     if len(set(attention.layer_types)) > 1:
         raise fields.mismatch("layer_types", "of one kind, as vLLM's Laguna drafter needs", list(attention.layer_types))
-    if dflash.config.get("sample_from_anchor"):
-        raise dflash.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
+    _refuse_anchor(dflash)
     return Drafter(
         name=str(folder),
         format=LAGUNA,
@@ -201,16 +200,11 @@ def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
         )
     fields = Fields(folder, config)
     layers = Fields(folder, config.get("transformer_layer_config"), "transformer_layer_config.")
-    if layers.config.get("model_type", "qwen3") != "qwen3":
-        raise layers.mismatch(
-            "model_type", "'qwen3', whose layers vLLM gives a DFlash drafter", layers.config["model_type"]
-        )
-    if config.get("sample_from_anchor"):
-        raise fields.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
+    _require_qwen3(layers)
+    _refuse_anchor(fields)
     for part in (config, config.get("dflash_config")):
-        if isinstance(part, dict) and part.get(HEAD) is not None:
-            remedy = f"only {ARCHITECTURE} has a place for it"
-            raise CheckpointError(f"{folder}: expected no {HEAD} in the speculators format, got one; {remedy}")
+        if isinstance(part, dict):
+            _refuse_head(folder, part, "the speculators format")
     count = layers.layers()
     speculators = config.get("speculators_config")
     verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
@@ -236,15 +230,11 @@ def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
 
 def _read_original(folder: Path, config: ConfigJson) -> Drafter:
     fields = Fields(folder, config)
-    if config.get("model_type", "qwen3") != "qwen3":
-        raise fields.mismatch("model_type", "'qwen3', whose layers vLLM gives a DFlash drafter", config["model_type"])
+    _require_qwen3(fields)
     inner = Fields(folder, config.get("dflash_config", {}), "dflash_config.")
     dflash = Fields(folder, config | inner.config, "dflash_config.")  # what is not there stands at the top
-    if dflash.config.get("sample_from_anchor"):
-        raise dflash.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
-    if dflash.config.get(HEAD) is not None:
-        remedy = f"only {ARCHITECTURE} has a place for it"
-        raise CheckpointError(f"{folder}: expected no {HEAD} in {ORIGINAL_ARCHITECTURE}, got one; {remedy}")
+    _refuse_anchor(dflash)
+    _refuse_head(folder, dflash.config, ORIGINAL_ARCHITECTURE)
     vocabulary, hidden = fields.positive("vocab_size"), fields.positive("hidden_size")
     return Drafter(
         name=str(folder),
@@ -267,13 +257,30 @@ def _read_original(folder: Path, config: ConfigJson) -> Drafter:
     )
 
 
+def _refuse_anchor(fields: Fields) -> None:
+    if fields.config.get("sample_from_anchor"):
+        raise fields.mismatch("sample_from_anchor", "false, as vLLM drafts from masks alone", True)
+
+
+def _refuse_head(folder: Path, config: ConfigJson, where: str) -> None:
+    if config.get(HEAD) is not None:
+        remedy = f"only {ARCHITECTURE} has a place for it"
+        raise CheckpointError(f"{folder}: expected no {HEAD} in {where}, got one; {remedy}")
+
+
+def _require_qwen3(fields: Fields) -> None:
+    kind = fields.config.get("model_type", "qwen3")
+    if kind != "qwen3":
+        raise fields.mismatch("model_type", "'qwen3', whose layers vLLM gives a DFlash drafter", kind)
+
+
 def _read_attention(fields: Fields, layers: int, *, gate: int, bias: bool) -> Attention:
     kinds = fields.kinds("layer_types", layers, (FULL, SLIDING)) or (FULL,) * layers
     window = fields.config.get("sliding_window")
     if SLIDING in kinds and not isinstance(window, int):
         raise fields.mismatch("sliding_window", f"an integer, as layer_types has {SLIDING!r}", window)
     windows = fields.config.get("sliding_windows")
-    if windows is not None and (not isinstance(windows, list) or set(windows) - {window}):
+    if windows is not None and (not isinstance(windows, list) or any(each != window for each in windows)):
         raise fields.mismatch("sliding_windows", f"sliding_window's {window} in every layer, as vLLM has one", windows)
     return Attention(
         heads=read_heads(fields, layers),

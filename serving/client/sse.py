@@ -43,3 +43,9 @@ class SseParser:
                 self._data = []
         elif line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
+
+
+def list_payloads(body: bytes) -> list[bytes]:
+    """List the payloads of a stream's events, of a whole body; of one that is no stream, the body itself."""
+    is_stream = body.lstrip().startswith((b"data:", b":", b"event:"))
+    return SseParser().feed(body) if is_stream else [body]

@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import msgspec
 from prometheus_client import CollectorRegistry, Counter
 
+from laguna_serve.serving.client.sse import DONE, list_payloads
 from laguna_serve.serving.gateway.config.tables import Model, Shadow
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.telemetry.copies import Copied, Copies, Dropped
 from laguna_serve.serving.gateway.wire.headers import Head
-from laguna_serve.serving.kit.results import JsonObject
 
 MOST_AT_ONCE = 32
 # Of a request, and of each of its two answers.
@@ -95,7 +95,7 @@ class Shadows:
             elif ours is not None and theirs is not None:
                 where = await asyncio.to_thread(_compare_bodies, ours, theirs)  # 30 ms per MB, while streams go on
                 outcome = "equal" if where is None else "different"
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, TypeError, LookupError):
+        except (aiohttp.ClientError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             pass  # counted as failed; the client's own request is none of this one's business
         self._outcomes.labels(model, shadow.name, outcome).inc()
         if outcome == "different":
@@ -117,11 +117,14 @@ def read_answer(body: bytes) -> list[Any]:
     """Read an answer's token ids, or its characters, in order; of several choices one after the other.
 
     Raises:
-        ValueError, TypeError, LookupError: it is no completion, or an error.
+        ValueError, TypeError, LookupError, AttributeError, RecursionError: it is no completion, or an error.
     """
     tokens: dict[int, list[Any]] = {}
     texts: dict[int, list[Any]] = {}
-    for event in _list_events(body):
+    for payload in list_payloads(body):
+        if payload == DONE:
+            continue
+        event = json.loads(payload)
         if "error" in event:
             raise ValueError("an error instead of an answer")
         for choice in event["choices"]:
@@ -143,15 +146,6 @@ def find_difference(ours: list[Any], theirs: list[Any]) -> int | None:
 
 def _compare_bodies(ours: bytes, theirs: bytes) -> int | None:
     return find_difference(read_answer(ours), read_answer(theirs))
-
-
-def _list_events(body: bytes) -> Iterator[JsonObject]:
-    if not body.lstrip().startswith(b"data:"):
-        yield json.loads(body)
-        return
-    for line in body.split(b"\n"):
-        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-            yield json.loads(line[5:])
 
 
 def _is_greedy(body: bytes) -> bool:

@@ -111,8 +111,8 @@ class Owner:
             self.drive()
 
     def load(self, model: OwnedModel) -> None:
-        """Load a model without a request; it may be tried again at once where it has failed."""
-        model.wanted = model.state not in (State.LOADING, State.READY, State.DRAINING)
+        """Load a model without a request, one that is to go afterwards; one that has failed is tried again at once."""
+        model.wanted = model.leaving or model.state not in (State.LOADING, State.READY, State.DRAINING)
         model.retry_s = min(model.retry_s, self._clock())
         self.drive()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from laguna_serve.serving.client.sse import DONE, SseParser
+from laguna_serve.serving.client.sse import DONE, list_payloads
 
 # As the file of traces keeps them.
 TokenIds = list[Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]]
@@ -116,13 +116,9 @@ def _add(choice: Choice, given: _Given) -> None:
 
 
 def _list_events(body: bytes) -> Iterator[_Event]:
-    if not body.lstrip().startswith((b"data:", b":", b"event:")):
-        yield msgspec.json.decode(body, type=_Event)
-        return
-    done = False
-    for payload in SseParser().feed(body):
-        done = payload == DONE
-        if not done:
+    payloads = list_payloads(body)
+    for payload in payloads:
+        if payload != DONE:
             yield msgspec.json.decode(payload, type=_Event)
-    if not done:
+    if payloads != [body] and payloads[-1:] != [DONE]:
         raise AnswerError("a stream without its end")

@@ -97,6 +97,7 @@ def test_unreadable_drafter_is_named(
             "expected no sequential_head in the speculators format, got one",
         ),
         (SPECULATORS, {"sample_from_anchor": True}, "expected sample_from_anchor to be false"),
+        (DRAFTER, {"sliding_windows": [[512]]}, "expected sliding_windows to be sliding_window's"),
         (ORIGINAL, {"model_type": "llama"}, "expected model_type to be 'qwen3'"),
         (
             ORIGINAL,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from laguna_serve.serving.engine.keeper import RestartPolicy
 from laguna_serve.serving.gateway.residence.model import RUNNING, Outcome, OwnedModel, State, Terms, Ticket
+from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.residence.scheduler import Scheduler
 
 GIB = 1 << 30
@@ -88,6 +89,18 @@ def test_a_request_loads_its_model_and_goes_on_when_that_is_ready() -> None:
     assert ticket.outcome is Outcome.GRANTED
     assert world.ask("a").outcome is Outcome.GRANTED
     assert world.scheduler.models["a"].in_flight == 2
+
+
+def test_a_model_that_is_to_go_is_loaded_again_where_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, owner = make_world(a=terms(4)), Owner()
+    monkeypatch.setattr(owner, "drive", world.advance)
+    ticket, model = world.ask("a"), world.scheduler.models["a"]
+    world.carry_out()
+    owner.unload(model)
+    owner.load(model)
+    world.leave(ticket)
+    assert world.carry_out() == ["unload a", "load a"]
+    assert (model.leaving, model.wanted) == (False, False)
 
 
 def test_the_least_recently_used_idle_model_makes_room() -> None:

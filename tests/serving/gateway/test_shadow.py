@@ -94,6 +94,14 @@ def test_shadow_that_fails_changes_nothing() -> None:
     assert run(say(1), die) == {"failed": 1.0}
 
 
+@pytest.mark.parametrize("body", [b'{"choices": [1]}', b'{"choices": [{"delta": "a"}]}', b"[" * 100_000])
+def test_what_is_no_completion_counts_as_failed(body: bytes) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.answer(body)
+
+    assert run(say(1), answer) == {"failed": 1.0}
+
+
 def test_request_that_fails_is_not_compared() -> None:
     async def refuse(exchange: Exchange) -> None:
         await exchange.answer(b"{}", status="500 No")
@@ -144,7 +152,7 @@ def test_what_is_not_greedy_is_not_copied(body: dict[str, Any]) -> None:
 
 
 def test_text_is_compared_where_there_are_no_tokens() -> None:
-    chat = b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\n'
+    chat = b': a comment\n\ndata: {"choices":[{"delta":{"role":"assistant"}}]}\n\n'
     chat += b'data: {"choices":[{"delta":{"content":"caf\xc3\xa9"}}]}\n\n'
     whole = b'{"choices":[{"message":{"content":"cafe"}}]}'
     assert find_difference(read_answer(chat), read_answer(whole)) == 3
