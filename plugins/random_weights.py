@@ -51,14 +51,14 @@ def finish_drafter(model: Any, inner: Any) -> None:
 
 
 @torch.no_grad()
-def fill_parameters(model: nn.Module, seed: int = SEED) -> None:
+def fill_parameters(model: nn.Module) -> None:
     """Norms to 1, biases to 0, matrices to normal values of variance 1 / inputs; in FP8 by their scales."""
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or "scale" in name:
             continue
         if parameter.device not in generators:
-            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(SEED)
         generator = generators[parameter.device]
         if parameter.element_size() < 2:
             for part in parameter.data.flatten(0, -2).split(MOST_ROWS):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype
 from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
-from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.flags.vllm import find_value
 from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
 from laguna_serve.serving.speculation.flags import ADAPTIVE

@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import BASELINE, ArmSpec
 from laguna_serve.bench.harness.prompts import PromptsConfig
-from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags.vllm import find_value
 from laguna_serve.serving.machine.dtype import AUTO
 from laguna_serve.serving.planning.launch import find_engine_dtype
 

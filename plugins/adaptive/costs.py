@@ -186,10 +186,10 @@ class CostTable:
         cell = self._cells.get(find_bucket(requests), {}).get(level)
         return 0 if cell is None else cell.count
 
-    def is_known_near(self, requests: int, level: int) -> bool:
-        """Whether a level was measured often enough for about so many requests."""
+    def is_known_near(self, requests: int) -> bool:
+        """Whether plain steps of about so many requests were measured often enough."""
         bucket = find_bucket(requests)
-        near = (cells.get(level) for other, cells in self._cells.items() if abs(other - bucket) <= NEAR)
+        near = (cells.get(0) for other, cells in self._cells.items() if abs(other - bucket) <= NEAR)
         return any(cell is not None and cell.count >= FIRST for cell in near)
 
     def knows(self, requests: int) -> bool:

@@ -151,7 +151,7 @@ class Policy:
         """Whether so many requests are new here, and what a plain step of about as many takes is not known yet."""
         bucket = find_bucket(count)
         begun = self._begun[bucket] = self._begun.get(bucket, 0) + 1
-        return begun <= FIRST and not self.costs.verify.is_known_near(count, 0)
+        return begun <= FIRST and not self.costs.verify.is_known_near(count)
 
     def _look(self, requests: Sequence[str], waiting_s: float, room: Sequence[int] | None) -> Prospect:
         row_s = self.costs.draft.rate.value or self.row_s / self.costs.pace

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from laguna_serve.serving.chat.release import Release
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
+from laguna_serve.serving.kit.flags.vllm import find_value, names_flag, names_part
 
 POOLSIDE = "poolside_v1"
 NONE = "none"
@@ -128,7 +129,7 @@ def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequen
     # A parser of the user's own has its own marks.
     replaced = ((TOOL_PARSER,), (REASONING_PARSER,), (REASONING_PARSER, REASONING_CONFIG), (TEMPLATE_KWARGS,))
     for setting, names in zip((tool_parser, reasoning_parser, marks, kwargs), replaced, strict=True):
-        if setting is not None and not any(_names_part(extra_args, name) for name in names):
+        if setting is not None and not any(names_part(extra_args, name) for name in names):
             flags.append(setting)
     return ChatContract(
         flags=tuple(flags),
@@ -176,28 +177,6 @@ def has_block_fp8(config: ConfigJson) -> bool:
         and (weight.get("type"), weight.get("num_bits")) == ("float", 8)
         and bool(weight.get("block_structure"))
         for weight in weights
-    )
-
-
-def names_flag(arguments: Sequence[str], *flags: str) -> bool:
-    """Whether one of the flags is given, in any of vLLM's spellings (underscores, ``=``)."""
-    return any(argument.partition("=")[0].replace("_", "-") in flags for argument in arguments)
-
-
-def find_value(arguments: Sequence[str], flag: str) -> str | None:
-    """Find the last value given for a flag, or None."""
-    value = None
-    for position, argument in enumerate(arguments):
-        name, equals, inline = argument.partition("=")
-        if name.replace("_", "-") == flag:
-            value = inline if equals else next(iter(arguments[position + 1 : position + 2]), value)
-    return value
-
-
-def _names_part(arguments: Sequence[str], flag: str) -> bool:
-    """Whether the flag is given, or one field of it (``--reasoning-config.reasoning_end_str``)."""
-    return any(argument.replace("_", "-").startswith(flag + ".") for argument in arguments) or names_flag(
-        arguments, flag
     )
 
 

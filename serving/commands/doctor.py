@@ -198,8 +198,7 @@ def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
             f"device: expected an NVIDIA GPU for this build of vLLM, got none; name one: {'|'.join(GPUS)}"
         )
     engine = make_engine_config(config.model, config)
-    diffusion = find_diffusion(config.model)
-    if diffusion is not None:
+    if (diffusion := find_diffusion(config.model)) is not None:
         return plan_diffusion(engine, diffusion, device, planned=config.as_device is not None, files=False)
     return refuse_unusable(make_plan(engine, device, planned=config.as_device is not None))
 
@@ -213,19 +212,18 @@ def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:
 def run_probe() -> ProbeReport:
     """Run probe.py in a fresh interpreter; return its report.  Raises DoctorError when it dies or says nothing."""
     source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
+    remedy = f"try `{sys.executable} -c 'import vllm'`"
     try:
         probe = subprocess.run(
             [sys.executable, "-c", source], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        limit = f"expected a report within {PROBE_TIMEOUT_S:.0f} s, got none"
-        raise DoctorError(f"probe: {limit}; try `{sys.executable} -c 'import vllm'`") from None
+        raise DoctorError(f"probe: expected a report within {PROBE_TIMEOUT_S:.0f} s, got none; {remedy}") from None
     lines = probe.stdout.splitlines()
     try:
         return msgspec.json.decode(lines[-1], type=ProbeReport)
     except (IndexError, msgspec.MsgspecError):
         last = (probe.stderr.strip().splitlines() or ["no output"])[-1]
-        remedy = f"try `{sys.executable} -c 'import vllm'`"
         raise DoctorError(f"probe: expected a report, got exit status {probe.returncode}: {last}; {remedy}") from None
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 PROMPTS = tuple(
     f"def step_{lines}(value, limit={lines}):\n" + "".join(f"    value = value * {n} + limit\n" for n in range(lines))

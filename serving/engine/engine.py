@@ -23,11 +23,12 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT, find_value
-from laguna_serve.serving.client.local import OK, ask_engine
+from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
 from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
+from laguna_serve.serving.kit.flags.vllm import find_value
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import EngineError, hold_port, plan_launch
 

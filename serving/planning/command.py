@@ -12,10 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment, find_value, names_flag
+from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_environment
 from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
 from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype, value_bytes
+from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory

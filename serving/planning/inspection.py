@@ -13,8 +13,6 @@ from laguna_serve.serving.chat.vendor_defaults import (
     NO_CONTRACT,
     ChatContract,
     choose_chat_flags,
-    find_value,
-    names_flag,
 )
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
@@ -29,6 +27,7 @@ from laguna_serve.serving.checkpoint.others import Served, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.kit.files import load_array
+from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use, describe_kind
 from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, find_several

@@ -115,9 +115,15 @@ def share_gpu(
     graphed_layers: int,
     share: float = MAX_GPU_SHARE,
     given: int | None = None,
+    value_bytes: int = 2,
 ) -> Memory:
-    """Share a GPU's memory out, by estimates; ``given`` is the KV cache that was asked for."""
-    activations = estimate_activations(target, batched_tokens=batched_tokens, sequences=sequences, rows=rows)
+    """Share a GPU's memory out, by estimates; ``given`` is the KV cache that was asked for.
+
+    A value of an activation has ``value_bytes``.
+    """
+    activations = estimate_activations(
+        target, batched_tokens=batched_tokens, sequences=sequences, rows=rows, value_bytes=value_bytes
+    )
     graphs = GRAPH_BYTES_PER_LAYER * graphed_layers
     left = int(device.total_bytes * share) - weights - activations - graphs - GPU_CONTEXT_BYTES
     return Memory(weights, activations, graphs, GPU_CONTEXT_BYTES, given or max(0, left))
@@ -164,9 +170,7 @@ def _choose_group_size(full: int, sliding: int) -> int:
     return max(counts) if max(counts) < MAX_PADDING * min(counts) else min(counts)
 
 
-def estimate_activations(
-    target: Target, *, batched_tokens: int, sequences: int, rows: int, value_bytes: int = 2
-) -> int:
+def estimate_activations(target: Target, *, batched_tokens: int, sequences: int, rows: int, value_bytes: int) -> int:
     """Estimate what a step of the largest batch needs besides the weights: one layer's rows, and logits in fp32.
 
     An estimate: vLLM measures it when it starts.  ``rows`` are those of a sequence whose logits are taken, γ + 1.

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from laguna_serve.serving.chat.vendor_defaults import ChatContract, find_value, names_flag
+from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
 from laguna_serve.serving.checkpoint.target import STOCK, Target
 from laguna_serve.serving.checkpoint.tensors import require_numbers, require_tensors
 from laguna_serve.serving.checkpoint.weight_files import list_weights, require_weights
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.flags.vllm import find_whole, names_flag
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.planning.budget import BudgetError
 from laguna_serve.serving.planning.command import (
@@ -154,9 +155,8 @@ def find_engine_dtype(config: EngineConfig) -> str:
 
 def find_longest(config: EngineConfig) -> int | None:
     """Find the longest sequence that an engine takes, prompt included; None where it cannot be said before it runs."""
-    given = find_value(config.extra_args, "--max-model-len")
-    if given is not None or names_flag(config.extra_args, "--hf-overrides"):
-        return int(given) if given is not None and given.isdecimal() else None
+    if names_flag(config.extra_args, "--max-model-len", "--hf-overrides"):
+        return find_whole(config.extra_args, "--max-model-len")
     try:
         target = None if find_diffusion(config.model) is not None else inspect(config, weights=False).target
     except CheckpointError:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laguna_serve.serving.chat.vendor_defaults import find_value
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, LAGUNA, ORIGINAL_ARCHITECTURE, Drafter
 from laguna_serve.serving.checkpoint.others import SERVED_BY
+from laguna_serve.serving.checkpoint.target import find_served_dtype, value_bytes
 from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
+from laguna_serve.serving.kit.flags.vllm import find_value, find_whole
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.planning.budget import MAX_GPU_SHARE, BudgetError
@@ -165,29 +166,27 @@ def find_classes(config: EngineConfig, checkpoints: Checkpoints, device: Device)
 def _lay_out(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> KvLayout:
     target = checkpoints.target
     assert target is not None
-    value_bytes = kv_value_bytes(target, device, config.dtype, find_value(config.extra_args, KV_DTYPE))
     return plan_layout(
         target,
         checkpoints.drafter,
         device,
-        value_bytes=value_bytes,
+        value_bytes=kv_value_bytes(target, device, config.dtype, find_value(config.extra_args, KV_DTYPE)),
         batched_tokens=_count_batched(config, device),
         ranks=count_ranks(config.extra_args),
     )
 
 
 def _count_batched(config: EngineConfig, device: Device) -> int:
-    given = find_value(config.extra_args, "--max-num-batched-tokens") or ""
-    return int(given) if given.isdecimal() else choose_batched_tokens(device)
+    return find_whole(config.extra_args, "--max-num-batched-tokens") or choose_batched_tokens(device)
 
 
 def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device, command: tuple[str, ...]) -> Memory:
     target = checkpoints.target
     assert target is not None
     weights = wanted_weight_bytes(config, checkpoints, device)
-    given = find_value(command, "--kv-cache-memory-bytes")
+    given = find_whole(command, "--kv-cache-memory-bytes")
     if device.kind == "cpu":
-        return Memory(weights, 0, 0, 0, int(given or 0))
+        return Memory(weights, 0, 0, 0, given or 0)
     return share_gpu(
         target,
         device,
@@ -196,9 +195,19 @@ def _share_memory(config: EngineConfig, checkpoints: Checkpoints, device: Device
         sequences=config.max_num_seqs,
         rows=1 + (checkpoints.gamma or 0),
         graphed_layers=0 if config.enforce_eager else target.num_layers + _count_layers(checkpoints.drafter),
-        share=float(find_value(command, "--gpu-memory-utilization") or MAX_GPU_SHARE),
-        given=int(given) if given else None,
+        share=_read_share(find_value(command, "--gpu-memory-utilization")),
+        given=given,
+        value_bytes=value_bytes(find_served_dtype(target.dtype, config.dtype)),
     )
+
+
+def _read_share(given: str | None) -> float:
+    """Read the share of a GPU's memory; of one that is none vLLM says what is wrong."""
+    try:
+        share = float(given or MAX_GPU_SHARE)
+    except ValueError:
+        return MAX_GPU_SHARE
+    return share if 0 < share <= 1 else MAX_GPU_SHARE
 
 
 def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device, target: Target) -> int:

@@ -5,7 +5,6 @@ Its configuration, and what becomes of requests when the engine dies and comes b
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,15 +191,17 @@ def open_front(settings: FrontSettings, engine_url: str) -> Iterator[Front]:
 def _read_tables(file: Path | None) -> JsonObject:
     if file is None:
         return {}
+    from laguna_serve.serving.gateway.config.key_file import parse_toml
+
     try:
         if file.exists() and not file.is_file():  # a pipe is empty the second time, and its keys are gone
             expected = "expected a regular file, as it is read more than once, got something else"
             raise EngineError(f"--gateway-config {file}: {expected}; write the configuration into one")
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_toml(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         got = error.strerror or error
         raise EngineError(f"--gateway-config {file}: expected a file, got {got}; check the path") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise EngineError(f"--gateway-config {file}: expected TOML, got {error}; fix the file") from None
 
 

@@ -12,8 +12,8 @@ import msgspec
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.exposition import read_samples
-from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.kit.progress import say
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 TIMEOUT_S = 2.0
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"

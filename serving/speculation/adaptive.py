@@ -11,8 +11,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from laguna_serve.serving.chat.vendor_defaults import find_value, names_flag
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.device import Device, VllmInstall, find_vllm
 
 ADAPTIVE_WORKER = "laguna_serve.plugins.worker.AdaptiveCPUWorker"

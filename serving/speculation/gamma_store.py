@@ -49,6 +49,8 @@ def find_advice(model: str, draft: str) -> Advice:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         ranges = tuple((int(first), int(last), int(count)) for first, last, count in stored["schedule"])
+        if not ranges:
+            raise ValueError("an empty schedule")
         return Advice(stored["model"], stored["draft"], ranges, stored["date"])
     except FileNotFoundError:
         expected = "a sweep of this model, drafter, device and vLLM"

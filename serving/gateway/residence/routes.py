@@ -12,9 +12,9 @@ from pathlib import Path
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.checkpoint.others import PLANNED, read_served
-from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.wire.paths import ANSWERED
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 # Of vLLM 0.32 and 0.33.
 POOLING = frozenset(

@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping
 
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.client.local import OK, ask_engine
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.machine.device import Device
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 TIMEOUT_S = 600.0
 UPDATES = (("/start_weight_update", "model"), ("/start_draft_weight_update", "draft"))

@@ -123,7 +123,7 @@ class TraceFile:
                 with file:
                     file.execute(f"CREATE TABLE IF NOT EXISTS traces ({', '.join(COLUMNS)})")
                     file.execute(f"PRAGMA user_version = {MARK}")
-                    _allow_null(file, "temperature")
+                    _allow_no_temperature(file)
             elif mark != MARK:
                 raise sqlite3.DatabaseError("an empty one")
         except sqlite3.Error as error:
@@ -190,19 +190,19 @@ class TraceFile:
         return int(pages - free) * int(size)
 
 
-def _allow_null(file: sqlite3.Connection, name: str) -> None:
-    """Let a column of an older file have no value.
+def _allow_no_temperature(file: sqlite3.Connection) -> None:
+    """Let a trace of an older file have no temperature.
 
     Its table is given other words, as https://www.sqlite.org/lang_altertable.html has it for a NOT NULL that goes:
     the rows, which may be a gigabyte, stay where they are.
     """
     columns = file.execute("SELECT name, type, \"notnull\" FROM pragma_table_info('traces')").fetchall()
-    kind = {column: kind for column, kind, required in columns if required}.get(name)
+    kind = {column: kind for column, kind, required in columns if required}.get("temperature")
     if kind is None:
         return
     (version,) = file.execute("PRAGMA schema_version").fetchone()
     file.execute("PRAGMA writable_schema = ON")
-    words = (f"{name} {kind} NOT NULL", f"{name} {kind}")
+    words = (f"temperature {kind} NOT NULL", f"temperature {kind}")
     file.execute("UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'traces'", words)
     file.execute(f"PRAGMA schema_version = {version + 1}")
     file.execute("PRAGMA writable_schema = OFF")

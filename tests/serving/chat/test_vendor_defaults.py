@@ -17,9 +17,9 @@ from laguna_serve.serving.chat.vendor_defaults import (
     choose_chat_flags,
     choose_environment,
     describe_chat,
-    find_value,
 )
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.flags.vllm import find_value, find_whole
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.command import build_command, build_environment, choose_settings
@@ -277,6 +277,15 @@ def test_find_value_takes_the_last_in_any_spelling() -> None:
     assert find_value(["--a", "1", "--tool_call_parser=x", "--tool-call-parser", "y"], "--tool-call-parser") == "y"
     assert find_value(["--tool-call-parser"], "--tool-call-parser") is None
     assert find_value([], "--a") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("8192", 8192), (" 8k", 8000), ("8K", 8192), ("2.5g", 2_500_000_000), ("4G", 4 << 30), ("1T", 1 << 40)]
+    + [(text, None) for text in ("", "2.5G", "4e9", "1GiB", "-1", "auto", "1.5")],
+)
+def test_find_whole_reads_numbers_as_vllm_does(text: str, number: int | None) -> None:
+    assert find_whole([f"--kv_cache_memory_bytes={text}"], "--kv-cache-memory-bytes") == number
 
 
 def test_people_are_told_what_a_chat_can_do(target: Path) -> None:

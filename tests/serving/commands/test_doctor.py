@@ -37,6 +37,7 @@ class Environment:
         for package in (psutil, jinja2, markupsafe, msgspec):
             self.link(package.__name__, Path(package.__file__).parent)
         self.link("laguna_serve/serving", ROOT / "serving")
+        self.link("laguna_serve/kernels/isa.py", ROOT / "kernels" / "isa.py")
         self.install_plugin()
         self.add_distribution(
             "laguna_serve", "0.1.0", "[vllm.general_plugins]\nlaguna_serve = laguna_serve.plugins.register:register\n"

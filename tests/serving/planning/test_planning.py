@@ -205,6 +205,31 @@ def test_length_that_does_not_fit_is_refused() -> None:
     assert plan("Laguna-XS.2", max_model_len=65_536).refusals == ()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kv_bytes"),
+    [("--kv-cache-memory-bytes 4G", 4 << 30), ("--kv-cache-memory-bytes 2.5g", 2_500_000_000)],
+)
+def test_numbers_are_read_as_vllm_reads_them(arguments: str, kv_bytes: int) -> None:
+    memory = plan("Laguna-XS.2", extra_args=tuple(arguments.split())).memory
+    assert memory is not None
+    assert memory.kv == kv_bytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--kv-cache-memory-bytes 4GiB", "--gpu-memory-utilization all", "--gpu-memory-utilization nan"],
+)
+def test_what_is_no_number_is_left_to_vllm(arguments: str) -> None:
+    assert plan("Laguna-XS.2", extra_args=tuple(arguments.split())).memory == plan("Laguna-XS.2").memory
+
+
+def test_activations_are_as_wide_as_what_is_served() -> None:
+    wide, narrow = (plan("Laguna-XS.2", dtype=dtype, max_num_seqs=1).memory for dtype in ("float32", "bfloat16"))
+    assert wide is not None
+    assert narrow is not None
+    assert wide.activations > 1.9 * narrow.activations
+
+
 def test_several_gpus_share_a_model() -> None:
     assert "memory of NVIDIA H200" in plan("Laguna-S-2.1", device="h200").refusals[0]
     shared = plan("Laguna-S-2.1", device="h200", extra_args=("--tensor-parallel-size", "2"))
