@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import numpy as np
-
 from laguna_serve.bench.diffusion import plot
 from laguna_serve.bench.diffusion.report import count_differing, render_text, summarise
 from laguna_serve.bench.diffusion.result import DiffusionResult, DraftPoint, ProposerPoint, ReferencePoint
 from laguna_serve.bench.harness.prompts import load_texts
-from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_pooled, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import OtherLoad, cite_environment, current_argv, read_environment
@@ -46,7 +44,6 @@ CACHES = ("none", "prefix", "dual")
 FEWER_BITS = ("fp8", "int8", "int4")
 # What a draft alone proposes: a pass per state, or one of it.
 BY_DRAFT = ("draft, gated", "draft")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,13 +234,13 @@ def _sum_up(
     name: str, concurrency: int, without: Sequence[Timed], proposed: Sequence[Timed], seed: int
 ) -> ProposerPoint:
     pairs = [RoundPair(a.tokens, a.seconds, b.tokens, b.seconds) for a, b in zip(without, proposed, strict=True)]
-    counts = [(timed.steps, timed.passes) for timed in proposed]
+    steps, passes = [timed.steps for timed in proposed], [timed.passes for timed in proposed]
     states = sum(timed.proposed for timed in proposed)
     return ProposerPoint(
         proposer=name,
         concurrency=concurrency,
-        steps_per_pass=sum(steps for steps, _ in counts) / sum(passes for _, passes in counts),
-        steps_per_pass_ci95=_bound_ratio(counts, seed),
+        steps_per_pass=sum(steps) / sum(passes),
+        steps_per_pass_ci95=bootstrap_pooled(steps, passes, seed),
         accepted=sum(timed.accepted for timed in proposed) / states if states else 0.0,
         tokens_per_s=sum(timed.tokens for timed in proposed) / sum(timed.seconds for timed in proposed),
         speedup=pool_speedup(pairs),
@@ -254,17 +251,8 @@ def _sum_up(
             for a, b in zip(of_reference.states, timed.states, strict=True)
         ),
         rounds=pairs,
-        counts=counts,
+        counts=list(zip(steps, passes, strict=True)),
     )
-
-
-def _bound_ratio(counts: Sequence[tuple[int, int]], seed: int) -> tuple[float, float]:
-    """95% interval of Σ steps ÷ Σ passes, rounds drawn with replacement."""
-    table = np.array(counts, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
-    sums = table[draws].sum(axis=1)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _compare_references(arms: Arms, canvases: Sequence[Canvas]) -> list[ReferencePoint]:

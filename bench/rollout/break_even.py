@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from msgspec import UnsetType, structs
 
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
@@ -26,7 +25,7 @@ from laguna_serve.bench.rollout.result import (
     Turn,
 )
 from laguna_serve.bench.stats.drift import Drift, widen
-from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, bootstrap_table, pool_speedup
+from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_pooled, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.client.counters import sum_counters, summarise_acceptance
 
 START = "start"  # what people read for the policy that the drafter was trained for
@@ -98,8 +97,8 @@ def find_rate(turns: Sequence[Turn], clock: str) -> float:
 def find_tau_interval(turns: Sequence[Turn], seed: int) -> tuple[float, float]:
     """95% percentile bootstrap interval of 1 + Σ accepted ÷ Σ drafts over rounds."""
     drafting = [turn.delta for turn in turns if turn.delta.drafts]  # an adaptive γ may be 0 for a whole round
-    table = np.array([(1, 1, delta.accepted_tokens, delta.drafts) for delta in drafting], dtype=np.float64)
-    low, high = bootstrap_table(table, seed)
+    accepted, drafts = [delta.accepted_tokens for delta in drafting], [delta.drafts for delta in drafting]
+    low, high = bootstrap_pooled(accepted, drafts, seed)
     return 1 + low, 1 + high
 
 

@@ -110,6 +110,19 @@ def bootstrap_ratio(numerator: Sequence[RoundPair], denominator: Sequence[RoundP
     return _bootstrap(table, lambda *sums: _pool(*sums[:4]) / _pool(*sums[4:]), seed, RESAMPLES)
 
 
+def bootstrap_pooled(
+    numerators: Sequence[float] | Floats, denominators: Sequence[float] | Floats, seed: int
+) -> tuple[float, float]:
+    """95% interval of Σ numerators ÷ Σ denominators: percentile bootstrap over the pairs that they make."""
+    table = np.column_stack([numerators, denominators]).astype(np.float64)
+    return _bootstrap(table, lambda above, below: above / below, seed, RESAMPLES)
+
+
+def bootstrap_mean(values: Sequence[float] | Floats, seed: int) -> tuple[float, float]:
+    """95% interval of a mean: percentile bootstrap over the values."""
+    return bootstrap_pooled(values, np.ones(len(values)), seed)
+
+
 def _bootstrap(table: Floats, ratio: Callable[..., Floats], seed: int, resamples: int) -> tuple[float, float]:
     """95% percentile interval of a ratio of column sums, rows [N, columns] drawn with replacement."""
     from scipy.stats import bootstrap  # half a second to import

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
+from laguna_serve.bench.stats.intervals import bootstrap_mean, bound_mismatch_rate
 
 EXACT, BOOTSTRAP = "Clopper–Pearson", "bootstrap over problems"
 
@@ -60,6 +60,4 @@ def average(values: Sequence[float]) -> Estimate:
 
     When all the values are the same the interval has no width: resampling cannot know what it has not seen.
     """
-    table = np.ones((len(values), 4))
-    table[:, 2] = values  # the pooled ratio of (value, 1) ÷ (1, 1) is the mean
-    return Estimate(float(np.mean(values)), bootstrap_table(table, seed=0), BOOTSTRAP)
+    return Estimate(float(np.mean(values)), bootstrap_mean(values, seed=0), BOOTSTRAP)

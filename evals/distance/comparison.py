@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from laguna_serve.bench.stats.intervals import bootstrap_table
+from laguna_serve.bench.stats.intervals import bootstrap_mean
 from laguna_serve.evals.distance.kept import Stretch
 from laguna_serve.evals.distance.result import Score, Speed, TokenDistance
 
@@ -40,17 +40,11 @@ def score(values: Sequence[float], baseline: Sequence[float] | None, seed: int) 
         return Score(mean=mean, difference=None, ci95=None, prompts=len(values))
     differences = np.subtract(values, baseline)
     return Score(
-        mean=mean, difference=float(differences.mean()), ci95=_bound_mean(differences, seed), prompts=len(values)
+        mean=mean,
+        difference=float(differences.mean()),
+        ci95=bootstrap_mean(differences, seed) if len(differences) > 1 else None,
+        prompts=len(values),
     )
-
-
-def _bound_mean(differences: np.ndarray[tuple[int], np.dtype[np.float64]], seed: int) -> tuple[float, float] | None:
-    """95% interval of a mean over prompts; None where there is nothing to draw."""
-    if len(differences) < 2:
-        return None
-    ones = np.ones(len(differences))
-    # The ratio that is bootstrapped there is the mean of the third column when the others are ones.
-    return bootstrap_table(np.column_stack([ones, ones, differences, ones]), seed)
 
 
 def list_scored(tokens: Mapping[str, Sequence[Tokens]]) -> list[int]:

@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from msgspec import structs
 
-from laguna_serve.bench.stats.intervals import bootstrap_table
+from laguna_serve.bench.stats.intervals import bootstrap_mean
 from laguna_serve.evals.equivalence.comparison import (
     LEVELS,
     REWARD,
@@ -94,15 +94,13 @@ def compare_rewards(cases: Sequence[Case], seed: int) -> RewardDifference:
     problems. An interval of [0, 0] says that none differed.
     """
     means = np.array([[np.mean(rewards) for rewards in case.rewards] for case in cases])
-    difference, ones = means[:, 1] - means[:, 0], np.ones(len(cases))
-    # The ratio that is bootstrapped there is the mean of the third column when the others are ones.
-    low, high = bootstrap_table(np.column_stack([ones, ones, difference, ones]), seed)
+    difference = means[:, 1] - means[:, 0]
     baseline, candidate = means.mean(axis=0)
     return RewardDifference(
         baseline=float(baseline),
         candidate=float(candidate),
         difference=float(difference.mean()),
-        ci95=(low, high),
+        ci95=bootstrap_mean(difference, seed),
     )
 
 

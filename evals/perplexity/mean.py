@@ -10,9 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import numpy as np
 
-from laguna_serve.bench.stats.intervals import Floats, bootstrap_table
+from laguna_serve.bench.stats.intervals import bootstrap_pooled
 from laguna_serve.evals.perplexity.rows import Row
 
 MIN_DOCUMENTS = 10
@@ -36,14 +35,10 @@ def average(rows: Sequence[Row], nats: Mapping[int, float], seed: int = 0) -> Me
     by_unit: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         by_unit.setdefault(row.document if unit == "documents" else number, []).append(number)
-    table = np.array(
-        [
-            (1.0, 1.0, math.fsum(nats[n] for n in numbers), sum(rows[n].scored for n in numbers))
-            for numbers in by_unit.values()
-        ]
-    )
+    sums = [math.fsum(nats[number] for number in numbers) for numbers in by_unit.values()]
+    scored = [sum(rows[number].scored for number in numbers) for numbers in by_unit.values()]
     mean = math.fsum(nats[number] for number in range(len(rows))) / sum(row.scored for row in rows)
-    return Mean(mean, _draw(table, seed), unit, len(table))
+    return Mean(mean, bootstrap_pooled(sums, scored, seed) if len(sums) > 1 else None, unit, len(sums))
 
 
 def choose_unit(rows: Sequence[Row]) -> str:
@@ -65,8 +60,3 @@ def to_bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> flo
     Source: Gao et al., The Pile (2020), section 3.1.
     """
     return tokens / text_bytes * nats_per_token / math.log(2)
-
-
-def _draw(table: Floats, seed: int) -> tuple[float, float] | None:
-    # The ratio of two ratios whose denominator is 1 is the ratio of columns 2 and 3.
-    return bootstrap_table(table, seed) if len(table) > 1 else None

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from laguna_serve.bench.stats.intervals import (
     RoundPair,
+    bootstrap_mean,
+    bootstrap_pooled,
     bootstrap_speedup,
     bound_mismatch_rate,
     chunk_gaps_ms,
@@ -77,6 +79,15 @@ def test_the_interval_is_seeded_and_collapses_without_spread() -> None:
     assert bootstrap_speedup(spread, seed=1) == bootstrap_speedup(spread, seed=1)
     low, high = bootstrap_speedup(spread, seed=1)
     assert low < pool_speedup(spread) < high
+
+
+def test_a_mean_and_a_pooled_ratio_have_the_same_intervals_as_rates_do() -> None:
+    values = [0.5, 1.0, 1.5, 4.0]
+    pairs = [RoundPair(1, 1.0, count, seconds) for count, seconds in ((1, 2.0), (3, 3.0), (6, 4.0), (5, 1.25))]
+    tokens, seconds = [pair.candidate_tokens for pair in pairs], [pair.candidate_s for pair in pairs]
+    assert bootstrap_pooled(tokens, seconds, seed=3) == bootstrap_speedup(pairs, seed=3)
+    assert bootstrap_mean(values, seed=3) == bootstrap_pooled(values, [1.0] * 4, seed=3)
+    assert bootstrap_mean([2.0], seed=3) == (2.0, 2.0)
 
 
 @pytest.mark.slow
